@@ -1,0 +1,47 @@
+"""hessianflow: Hessian-driven batch sizes, adversarial regularization and large-batch training for PyTorch.
+
+Rooms (`hf.curvature`, `hf.control`, ...) are imported when first used, so that `import hessianflow` stays light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
+
+if TYPE_CHECKING:
+    from hessianflow import adversarial, control, curvature, data, distributed, models, optim, plots, training
+    from hessianflow.training.record import History
+    from hessianflow.training.trainer import AdaptiveBatchTrainer
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdaptiveBatchTrainer",
+    "CurvatureReading",
+    "Decision",
+    "HessianFlowError",
+    "History",
+    "Progress",
+    "adversarial",
+    "control",
+    "curvature",
+    "data",
+    "distributed",
+    "models",
+    "optim",
+    "plots",
+    "training",
+]
+
+_CLASSES = {"AdaptiveBatchTrainer": "hessianflow.training.trainer", "History": "hessianflow.training.record"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(import_module(_CLASSES[name]), name)
+    if name in __all__:
+        return import_module(f"hessianflow.{name}")
+    raise AttributeError(f"module 'hessianflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

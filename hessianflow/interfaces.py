@@ -1,0 +1,234 @@
+"""Records and protocols shared by every room of the toolkit.
+
+This module and :mod:`hessianflow.batches` are the only ones that every room may import. Records are frozen: a
+measurement or a decision, once made, never changes. Protocols are small: the trainer knows nothing else about the
+methods it runs.
+
+Units: `batch_size` counts examples per optimizer step over all ranks, `microbatch_size` examples per forward pass on
+one device, progress counts examples. A learning rate is stated at a reference batch size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Any, Any]
+"""One pair (inputs, targets); each a tensor, or a dict, list or tuple of tensors with a common first dimension."""
+
+LossFn = Callable[[Any, Any], Tensor]
+"""loss_fn(outputs, targets): the mean over examples, or, with a `reduction` attribute that says so, their sum or one
+value per example."""
+
+NormMode = Literal["eval", "batch"]
+"""Statistics that batch normalisation uses in a measurement: "eval" the running ones, "batch" those of the batch
+measured (the running ones stay untouched)."""
+
+NO_SIGNALS: Mapping[str, float] = MappingProxyType({})
+
+
+class HessianFlowError(ValueError):
+    """An input or a state that the user can put right; the message says how. The command prints it on one line."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: epochs completed.
+        examples: training examples used so far, over all ranks.
+        updates: optimizer steps taken so far.
+        examples_per_epoch: size of the training set.
+        total_epochs: epochs the run is planned for.
+    """
+
+    epoch: int
+    examples: int
+    updates: int
+    examples_per_epoch: int
+    total_epochs: int
+
+
+@dataclass(frozen=True)
+class CurvatureReading:
+    """One measurement of the loss curvature; `float("nan")` where nothing finite was found.
+
+    Attributes:
+        eigenvalue: the leading eigenvalue (largest in magnitude unless the probe was told otherwise), with its sign.
+        residual: ||H v - eigenvalue v|| for the unit vector v found; a true eigenvalue lies no farther away.
+        matvecs: products spent.
+        converged: whether the residual met the probe's tolerance.
+        eigenvalues: all pairs tracked, leading first, when more than one is.
+        norm_mode: the batch-normalisation statistics the value belongs to.
+        num_examples: examples the loss was averaged over.
+        seconds: wall time of the measurement.
+        details: further named figures (trace, smoothed value, ...).
+    """
+
+    eigenvalue: float
+    residual: float
+    matvecs: int
+    converged: bool
+    eigenvalues: tuple[float, ...] = ()
+    norm_mode: NormMode = "eval"
+    num_examples: int = 0
+    seconds: float = 0.0
+    details: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a controller wants from now on. Every field is an absolute setting, so applying it twice changes nothing.
+
+    Attributes:
+        batch_size: examples per optimizer step, from the very next batch on.
+        lr_factor: multiplier of the scheduled learning rate (1: the rate as stated at the reference batch size).
+        adversarial_share: share of each batch made adversarial, in [0, 1].
+        reason: why, in words; empty when nothing changed.
+    """
+
+    batch_size: int
+    lr_factor: float = 1.0
+    adversarial_share: float = 0.0
+    reason: str = ""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Whatever a checkpoint must carry: plain numbers, strings, lists, dicts and tensors only."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class CurvatureProbe(Stateful, Protocol):
+    """Measures the curvature of the model it was built for and leaves no trace on it."""
+
+    def __call__(self) -> CurvatureReading: ...
+
+
+class BatchController(Stateful, Protocol):
+    """A deterministic state machine: measurements in, a :class:`Decision` out; no model, optimizer or clock inside.
+
+    `needs` names the signals it wants at the next update ("eigenvalue" for a curvature reading; other names are keys of
+    `signals`), so that nothing unneeded is measured. It may change with the state.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def decision(self) -> Decision:
+        """The setting in force (before any update: the one to start with)."""
+        ...
+
+    def is_due(self, progress: Progress) -> bool: ...
+
+    def update(
+        self, progress: Progress, reading: CurvatureReading | None = None, signals: Mapping[str, float] = NO_SIGNALS
+    ) -> Decision: ...
+
+
+class Adversary(Stateful, Protocol):
+    """Perturbs a share of every optimization batch; gradients flow through the input only."""
+
+    def perturb(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+    ) -> Tensor:
+        """Return the inputs with about `share` of the rows perturbed; the given tensor is not changed."""
+        ...
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called once the optimizer has stepped."""
+        ...
+
+
+class BatchTransform(Protocol):
+    """Maps a whole batch before it is trained on (progressive resolution, mixing)."""
+
+    def __call__(self, inputs: Tensor, targets: Tensor, progress: Progress) -> Batch: ...
+
+
+class GradientObserver(Stateful, Protocol):
+    """Sees the gradient of every microbatch, and the whole gradient before each step; changes neither.
+
+    Tensors are on the device; an observer keeps them there and synchronises only in :meth:`signals`.
+    """
+
+    def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
+        """`gradients`: of the mean loss over this microbatch of `examples`, one tensor a trainable parameter."""
+        ...
+
+    def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:
+        """`gradients`: of the mean loss over the whole optimization batch."""
+        ...
+
+    def signals(self) -> Mapping[str, float]:
+        """Named figures for a controller, e.g. {"noise_scale": 812.0}."""
+        ...
+
+
+class ResizableBatches(Stateful, Protocol):
+    """Training data as a resumable stream of batches whose size may change between any two of them.
+
+    Iterating yields what is left of the current epoch, then moves on to the next epoch. The order of examples and their
+    augmentation depend on (seed, epoch) only, never on the batch size or on how often the run was interrupted.
+    """
+
+    @property
+    def num_examples(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Takes effect on the very next batch."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class Reducer(Protocol):
+    """How ranks agree: sums weighted by the caller, and one rank's word for all. One process: both do nothing."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place where possible."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's plain value, on every rank."""
+        ...
+
+
+class RecordSink(Protocol):
+    """Receives every record of a run as it is made (the same objects that history.jsonl gets)."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LinearOperator(Protocol):
+    """All that curvature algorithms see of a symmetric matrix."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def matvec(self, vector: Tensor) -> Tensor: ...
