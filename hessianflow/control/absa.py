@@ -1,0 +1,137 @@
+"""ABSA: adaptive batch size driven by the Hessian's top eigenvalue, with adversarial training.
+
+Yao, Gholami, Arfeen, Liaw, Gonzalez, Keutzer, Mahoney, "Large batch size training of neural networks with adversarial
+training and second-order information", arXiv:1810.01021.
+
+Once per epoch, with lambda the top eigenvalue of the Hessian of the training loss:
+
+1. The first usable lambda becomes the reference. Later, if lambda <= reference / decay_factor: the reference
+   becomes lambda, GROW.
+2. Otherwise, if this is the `patience`-th estimate since the last growth: GROW, the reference unchanged.
+3. From half of the epochs on: adversarial share = 0.
+
+GROW: batch = floor(growth_factor * batch), at most the cap; the learning rate times the ratio of the batches; the
+adversarial share divided by share_decay, and 0 at the cap. ABS is ABSA with an adversarial share of 0.
+
+Deviations from the published code:
+
+- a reading that is missing, not finite, <= 0 or not converged counts towards the patience but is never compared, nor
+  taken as the reference (there, a negative estimate makes the test true for ever, and a NaN as the first one never);
+- decay, growth and share factors are three settings instead of one, and the patience is a setting;
+- sizes count examples, not microbatches, so that any cap is possible; a growth adds at least one example.
+"""
+
+import math
+from dataclasses import dataclass
+
+from hessianflow.control.checks import check_cap, check_count, check_number
+from hessianflow.control.controller import Controller, ControllerState, Measured, grown
+from hessianflow.interfaces import CurvatureReading, Progress
+
+
+@dataclass
+class ABSAState(ControllerState):
+    """Adds the reference eigenvalue (None until one was usable) and the estimates since the last growth."""
+
+    reference: float | None = None
+    estimates: int = 0
+
+
+class ABSA(Controller[ABSAState]):
+    """Grow the batch when the top Hessian eigenvalue has fallen, or when it has not for long.
+
+    Args:
+        batch_size: examples per step at the start; the learning rate belongs to this size.
+        max_batch_size: the cap. Equal to `batch_size`: the batch never grows and no eigenvalue is asked for.
+        decay_factor: the eigenvalue must fall to reference / decay_factor (alpha; 2 in the published code).
+        growth_factor: the batch grows by this factor (beta; 2 in the published code).
+        patience: estimates without a growth before one is forced (kappa; 10 in the published code). None: never.
+        adversarial_share: share of each batch made adversarial at the start (gamma; 0.2 in the published code).
+            0 is the method ABS.
+        share_decay: divides the share at each growth (omega; 2 in the published code).
+        total_epochs: epochs of the run, at half of which (rounded down) the share becomes 0. None: as `progress` says.
+
+    Raises:
+        HessianFlowError: an argument is out of its bounds.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_batch_size: int,
+        *,
+        decay_factor: float = 2,
+        growth_factor: float = 2,
+        patience: int | None = 10,
+        adversarial_share: float = 0.2,
+        share_decay: float = 2,
+        total_epochs: int | None = None,
+    ) -> None:
+        check_count("batch_size", batch_size)
+        check_cap(batch_size, max_batch_size)
+        self.decay_factor = check_number("decay_factor", decay_factor, above=1)
+        self.growth_factor = check_number("growth_factor", growth_factor, above=1)
+        self.patience = None if patience is None else check_count("patience", patience)
+        self.share_decay = check_number("share_decay", share_decay, low=1)
+        self.total_epochs = None if total_epochs is None else check_count("total_epochs", total_epochs)
+        self.initial_batch_size = batch_size
+        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
+        super().__init__(ABSAState(batch_size, adversarial_share=share), max_batch_size)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The eigenvalue while the batch can still grow, then nothing."""
+        return frozenset({"eigenvalue"} if self._can_grow else ())
+
+    def _decide(self, measured: Measured, /) -> str:
+        reasons = self._consider_growth(measured.reading) if self._can_grow else []
+        return "; ".join(reasons + self._consider_half_way(measured.progress))
+
+    @property
+    def _can_grow(self) -> bool:
+        return self._state.batch_size < self.max_batch_size
+
+    def _consider_growth(self, reading: CurvatureReading | None) -> list[str]:
+        state = self._state
+        state.estimates += 1
+        defect = _defect(reading)
+        reasons = [f"eigenvalue not used: {defect}"] if defect else []
+        if reading is not None and not defect:
+            if state.reference is None:
+                state.reference = reading.eigenvalue
+            elif reading.eigenvalue <= state.reference / self.decay_factor:
+                fall = f"eigenvalue fell from {state.reference:.4g} to {reading.eigenvalue:.4g}"
+                state.reference = reading.eigenvalue
+                self._grow()
+                return [f"{fall} (<= 1/{self.decay_factor:g})"]
+        if self.patience is not None and state.estimates >= self.patience:
+            reasons.append(f"no growth for {state.estimates} estimates")
+            self._grow()
+        return reasons
+
+    def _grow(self) -> None:
+        state = self._state
+        state.batch_size = grown(state.batch_size, self.growth_factor, self.max_batch_size)
+        state.lr_factor = state.batch_size / self.initial_batch_size
+        state.adversarial_share = state.adversarial_share / self.share_decay if self._can_grow else 0.0
+        state.estimates = 0
+
+    def _consider_half_way(self, progress: Progress) -> list[str]:
+        total = self.total_epochs or progress.total_epochs
+        if self._state.adversarial_share == 0 or progress.epoch < total // 2:
+            return []
+        self._state.adversarial_share = 0.0
+        return [f"adversarial share 0 from half of the {total} epochs on"]
+
+
+def _defect(reading: CurvatureReading | None) -> str:
+    """What makes a reading unfit for a comparison; empty for a fit one."""
+    if reading is None:
+        return "no reading"
+    if not math.isfinite(reading.eigenvalue):
+        return f"not finite ({reading.eigenvalue})"
+    if reading.eigenvalue <= 0:
+        return f"not positive ({reading.eigenvalue:.4g})"
+    if not reading.converged:
+        return f"not converged ({reading.eigenvalue:.4g}, residual {reading.residual:.2g})"
+    return ""

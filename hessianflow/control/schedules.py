@@ -1,0 +1,176 @@
+"""Batch sizes that follow a plan and measure nothing.
+
+- :class:`FixedBatch`: one size throughout.
+- :class:`Warmup`: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", arXiv:1706.02677,
+  sections 2.1 (linear scaling) and 2.2 (gradual warm-up).
+- :class:`AdaBatch`: Devarakonda, Naumov, Garland, "AdaBatch: adaptive batch sizes for training deep neural networks",
+  arXiv:1712.02029. Deviation: under a cap, the growth that the cap denies becomes decay of the learning rate, so that
+  the rate per example falls as if there were no cap.
+- :class:`GrowInsteadOfDecay`: Smith, Kindermans, Ying, Le, "Don't decay the learning rate, increase the batch size",
+  ICLR 2018. Deviation: sizes are rounded down from the exact product and the learning rate makes up for the rounding.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from hessianflow.control.checks import check_cap, check_count, check_number
+from hessianflow.control.controller import Controller, ControllerState, Measured, grown
+from hessianflow.interfaces import HessianFlowError, Progress
+
+
+class FixedBatch(Controller[ControllerState]):
+    """The same batch size and adversarial share throughout.
+
+    Args:
+        batch_size: examples per step.
+        adversarial_share: share of each batch made adversarial, in [0, 1].
+
+    Raises:
+        HessianFlowError: an argument is out of its bounds.
+    """
+
+    def __init__(self, batch_size: int, adversarial_share: float = 0.0) -> None:
+        check_count("batch_size", batch_size)
+        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
+        super().__init__(ControllerState(batch_size, adversarial_share=share), batch_size)
+
+    def is_due(self, progress: Progress) -> bool:  # noqa: ARG002
+        """Never."""
+        return False
+
+    def _decide(self, _measured: Measured, /) -> str:
+        return ""
+
+
+class Warmup(Controller[ControllerState]):
+    """A large batch from the start, its learning rate scaled linearly after a gradual warm-up.
+
+    With k = batch_size / reference_batch_size and f = examples / (warmup_epochs * examples_per_epoch):
+    lr_factor = 1 + (k - 1) * min(f, 1), changed after every update, so that no step sees a jump.
+
+    Args:
+        batch_size: examples per step throughout.
+        reference_batch_size: the size that the learning rate is stated at.
+        warmup_epochs: length of the ramp (5 in the paper). 0: plain linear scaling.
+        adversarial_share: share of each batch made adversarial, in [0, 1].
+
+    Raises:
+        HessianFlowError: an argument is out of its bounds.
+    """
+
+    def __init__(
+        self, batch_size: int, reference_batch_size: int, *, warmup_epochs: float = 5, adversarial_share: float = 0.0
+    ) -> None:
+        check_count("batch_size", batch_size)
+        self.scale = batch_size / check_count("reference_batch_size", reference_batch_size)
+        self.warmup_epochs = check_number("warmup_epochs", warmup_epochs, low=0)
+        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
+        start = 1.0 if warmup_epochs > 0 else self.scale
+        super().__init__(ControllerState(batch_size, start, share), batch_size)
+
+    def is_due(self, progress: Progress) -> bool:
+        """After every update, until the full rate is reached."""
+        return progress.examples > 0 and self._state.lr_factor != self.scale
+
+    def _decide(self, measured: Measured, /) -> str:
+        progress, before = measured.progress, self._state.lr_factor
+        length = self.warmup_epochs * progress.examples_per_epoch
+        fraction = min(progress.examples / length, 1.0) if length else 1.0
+        self._state.lr_factor = self.scale if fraction == 1 else 1 + (self.scale - 1) * fraction
+        return "" if self._state.lr_factor == before else f"warm-up: {progress.examples} of {length:g} examples"
+
+
+class AdaBatch(Controller[ControllerState]):
+    """Grow the batch and lower the learning rate every few epochs.
+
+    At each event: batch *= growth_factor (rounded down, capped), lr_factor *= lr_decay. The rate per example falls by
+    lr_decay / growth_factor, also when the cap stops the growth: then the learning rate falls by the rest.
+
+    Args:
+        batch_size: examples per step at the start.
+        max_batch_size: the cap.
+        every_epochs: epochs between events (20 in the paper).
+        growth_factor: 2 in the paper.
+        lr_decay: 0.75 in the paper, which matches a fixed batch whose rate is multiplied by 0.375.
+        adversarial_share: share of each batch made adversarial, in [0, 1].
+
+    Raises:
+        HessianFlowError: an argument is out of its bounds.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_batch_size: int,
+        *,
+        every_epochs: int = 20,
+        growth_factor: float = 2,
+        lr_decay: float = 0.75,
+        adversarial_share: float = 0.0,
+    ) -> None:
+        check_count("batch_size", batch_size)
+        check_cap(batch_size, max_batch_size)
+        self.every_epochs = check_count("every_epochs", every_epochs)
+        self.growth_factor = check_number("growth_factor", growth_factor, above=1)
+        self.lr_decay = check_number("lr_decay", lr_decay, above=0)
+        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
+        super().__init__(ControllerState(batch_size, adversarial_share=share), max_batch_size)
+
+    def _decide(self, measured: Measured, /) -> str:
+        epoch, before = measured.progress.epoch, self._state.batch_size
+        if epoch % self.every_epochs != 0:
+            return ""
+        if before < self.max_batch_size:
+            self._state.batch_size = grown(before, self.growth_factor, self.max_batch_size)
+        capped = self._state.batch_size == self.max_batch_size
+        denied = self._state.batch_size / (before * self.growth_factor) if capped else 1.0
+        self._state.lr_factor *= self.lr_decay * denied
+        return f"epoch {epoch} is a multiple of {self.every_epochs}"
+
+
+class GrowInsteadOfDecay(Controller[ControllerState]):
+    """Multiply the batch where a schedule would divide the learning rate; divide the rate once the cap is reached.
+
+    After i milestones, with B0 the first batch size: batch = min(cap, floor(B0 * decay_factor^i)) and
+    lr_factor = batch / (B0 * decay_factor^i), so that rate over batch is that of the schedule replaced. Train with a
+    constant learning rate: a scheduler that decays at the same milestones would decay twice.
+
+    Args:
+        batch_size: examples per step at the start (B0).
+        max_batch_size: the cap.
+        milestones: epochs after which the schedule would divide the rate, increasing.
+        decay_factor: the divisor (alpha; 5 in the paper's CIFAR-10 runs).
+        adversarial_share: share of each batch made adversarial, in [0, 1].
+
+    Raises:
+        HessianFlowError: an argument is out of its bounds.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_batch_size: int,
+        *,
+        milestones: Sequence[int],
+        decay_factor: float = 5,
+        adversarial_share: float = 0.0,
+    ) -> None:
+        check_count("batch_size", batch_size)
+        check_cap(batch_size, max_batch_size)
+        self.decay_factor = check_number("decay_factor", decay_factor, above=1)
+        self.milestones = tuple(check_count("milestones", epoch) for epoch in milestones)
+        if not self.milestones or any(b <= a for a, b in pairwise(self.milestones)):
+            raise HessianFlowError(f"milestones must be one or more increasing epochs, got {list(milestones)}")
+        self.initial_batch_size = batch_size
+        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
+        super().__init__(ControllerState(batch_size, adversarial_share=share), max_batch_size)
+
+    def _decide(self, measured: Measured, /) -> str:
+        state, before = self._state, (self._state.batch_size, self._state.lr_factor)
+        passed = sum(epoch <= measured.progress.epoch for epoch in self.milestones)
+        exact = self.initial_batch_size * self.decay_factor**passed
+        state.batch_size = min(self.max_batch_size, int(exact + 1e-9))
+        state.lr_factor = state.batch_size / exact
+        if (state.batch_size, state.lr_factor) == before:
+            return ""
+        return f"milestone {self.milestones[passed - 1]}: grow instead of decay"
