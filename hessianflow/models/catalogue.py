@@ -1,0 +1,100 @@
+"""Networks by name: `create` builds one, `names` lists those of this toolkit."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, get_args
+
+from torch import nn
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.models import resnet, small
+from hessianflow.models.resnet import Shortcut
+
+Variant = Literal["cifar", "imagenet"]
+
+SMALL: Mapping[str, tuple[Callable[..., nn.Module], int]] = {
+    "digits-cnn": (small.digits_cnn, 4),
+    "c1": (small.c1, 4),
+    "c2": (small.c2, 16),
+}
+"""Plain networks and the smallest input each can take."""
+
+CIFAR_RESNETS = (8, 14, 20, 32, 44, 56, 110)
+IMAGENET_RESNETS = (18, 34, 50)
+
+
+def names() -> list[str]:
+    """Every name that :func:`create` knows by itself, sorted."""
+    return sorted(_builders("cifar", 32, "B"))
+
+
+def create(
+    name: str,
+    num_classes: int = 10,
+    input_size: int = 32,
+    variant: Variant = "cifar",
+    *,
+    in_channels: int | None = None,
+    shortcut: Shortcut = "B",
+) -> nn.Module:
+    """Build the network called `name`, freshly initialised from torch's global generator.
+
+    Args:
+        name: one of :func:`names`.
+        num_classes: outputs of the last layer.
+        input_size: height and width of the images.
+        variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the image at once.
+            Networks that exist in one form only refuse the other.
+        in_channels: channels of the images; None: 1 for "digits-cnn", 3 for all others.
+        shortcut: "A" or "B", residual networks only (He et al., 2015, section 4.2); B: projection.
+
+    Raises:
+        HessianFlowError: an unknown name (the message lists the known ones), or an argument out of range.
+    """
+    _check(num_classes, input_size, variant, in_channels, shortcut)
+    builders = _builders(variant, input_size, shortcut)
+    if name not in builders:
+        raise HessianFlowError(_unknown(name, variant))
+    return builders[name](num_classes=num_classes, in_channels=in_channels or (1 if name == "digits-cnn" else 3))
+
+
+def _builders(variant: Variant, input_size: int, shortcut: Shortcut) -> dict[str, Callable[..., nn.Module]]:
+    """Every network that exists in this variant, ready but for the numbers of classes and channels."""
+    made: dict[str, Callable[..., nn.Module]] = {
+        f"resnet{depth}": partial(resnet.imagenet_resnet, depth, stem=variant, shortcut=shortcut)
+        for depth in IMAGENET_RESNETS
+    }
+    if variant == "cifar":
+        made |= {name: partial(_small, name, input_size=input_size) for name in SMALL}
+        made |= {f"resnet{depth}": partial(resnet.cifar_resnet, depth, shortcut=shortcut) for depth in CIFAR_RESNETS}
+    return made
+
+
+def _small(name: str, *, num_classes: int, input_size: int, in_channels: int) -> nn.Module:
+    build, smallest = SMALL[name]
+    if input_size < smallest:
+        raise HessianFlowError(f"{name} needs images of at least {smallest} pixels a side, got input_size={input_size}")
+    return build(num_classes=num_classes, input_size=input_size, in_channels=in_channels)
+
+
+def _check(num_classes: int, input_size: int, variant: str, in_channels: int | None, shortcut: str) -> None:
+    if num_classes < 1:
+        raise HessianFlowError(f"num_classes must be at least 1, got {num_classes}")
+    if input_size < 1:
+        raise HessianFlowError(f"input_size must be at least 1 pixel, got {input_size}")
+    if in_channels is not None and in_channels < 1:
+        raise HessianFlowError(f"in_channels must be at least 1, got {in_channels}")
+    if variant not in get_args(Variant):
+        raise HessianFlowError(f"variant must be 'cifar' or 'imagenet', got {variant!r}")
+    if shortcut not in get_args(Shortcut):
+        raise HessianFlowError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
+
+
+def _unknown(name: str, variant: Variant) -> str:
+    known = names()
+    if name in known:
+        return f"model {name!r} has no {variant!r} variant; use variant='cifar'"
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown model {name!r}{hint}; known: {', '.join(known)}"
