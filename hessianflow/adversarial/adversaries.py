@@ -1,0 +1,150 @@
+"""Attacks as training plug-ins: they perturb a share of every optimization batch (:class:`interfaces.Adversary`).
+
+ABSA (arXiv 1810.01021) trains on FGSM examples in place of the clean ones, labels unchanged. Its reference
+implementation attacks with cross-entropy whatever is trained on, and clamps to the extremes of the attacked slice; here
+the loss is given, and the range is the valid one.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hessianflow.adversarial.attacks import FAST_RANDOM_STEP, ascend, attacking, random_deltas, resolve_step
+from hessianflow.adversarial.budget import Norm, PerChannel, ValueRange, check_in_range, make_budget, place
+from hessianflow.adversarial.mixing import perturbed_rows
+from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+
+ABSA_EPS = 0.005
+"""Perturbation of ABSA's reference implementation, for inputs in [0, 1] that are not normalised."""
+
+
+class PGD:
+    """Projected gradient ascent on a share of each batch; see :func:`attacks.pgd` for the arguments.
+
+    Random starts come from `seed` and the number of calls so far, so a resumed run repeats them on any device, and
+    they do not depend on the microbatch size. Give each rank its own seed.
+
+    Args:
+        seed: of the random starts.
+
+    Raises:
+        HessianFlowError: as :func:`attacks.pgd`.
+    """
+
+    def __init__(
+        self,
+        eps: PerChannel,
+        *,
+        value_range: ValueRange | None,
+        steps: int = 10,
+        relative_step: float | None = None,
+        norm: Norm = "l_inf",
+        loss_fn: LossFn = cross_entropy,
+        random_start: bool = True,
+        norm_mode: NormMode = "eval",
+        seed: int = 0,
+    ) -> None:
+        self._budget = make_budget(eps, value_range, norm)
+        self._steps = steps
+        self._step = resolve_step(steps, relative_step)
+        self._loss_fn = loss_fn
+        self._random_start = random_start
+        self._norm_mode: NormMode = norm_mode
+        self._seed = seed
+        self._calls = 0
+
+    def perturb(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+    ) -> Tensor:
+        """A copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked; the very tensor at 0.
+
+        Args:
+            microbatch_size: most rows attacked in one forward pass; None: all at once.
+
+        Raises:
+            HessianFlowError: a share outside [0, 1], integer inputs, inputs outside the valid range (first call), a
+                loss that does not depend on the inputs, a microbatch_size below 1.
+        """
+        if microbatch_size is not None and microbatch_size < 1:
+            raise HessianFlowError(f"microbatch_size must be at least 1, got {microbatch_size}")
+        rows = perturbed_rows(len(inputs), share, inputs.device)
+        if len(rows) == 0:
+            return inputs
+        result = inputs.detach().clone()
+        result[rows] = self._attack(model, result[rows], targets[rows], microbatch_size or len(rows))
+        return result
+
+    def after_step(self, model: nn.Module) -> None:
+        """Nothing: the attack is made with the weights that are trained next."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the random starts stand."""
+        return {"seed": self._seed, "calls": self._calls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the random starts of a stored run."""
+        self._seed, self._calls = int(state["seed"]), int(state["calls"])
+
+    def _attack(self, model: nn.Module, x: Tensor, y: Tensor, size: int) -> Tensor:
+        budget = place(self._budget, x)
+        if self._calls == 0:
+            check_in_range(budget, x)
+        # Drawn for all rows at once: the same whatever the microbatch size.
+        start = random_deltas(budget, x, self._generator(x.device)) if self._random_start else None
+        self._calls += 1
+        perturbed = torch.empty_like(x)
+        with attacking(model, self._norm_mode) as frozen:
+            for first in range(0, len(x), size):
+                part = slice(first, first + size)
+                perturbed[part] = ascend(
+                    frozen,
+                    x[part],
+                    y[part],
+                    budget,
+                    self._loss_fn,
+                    steps=self._steps,
+                    step=self._step,
+                    start=None if start is None else start[part],
+                )
+        return perturbed
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        # Hashed, so that seeds 0, 1, 2 of several ranks do not share streams one call apart.
+        digest = hashlib.blake2b(f"{self._seed}:{self._calls}".encode(), digest_size=8).digest()
+        return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little"))
+
+
+class FGSM(PGD):
+    """One signed step on a share of each batch; see :func:`attacks.fgsm` for the arguments.
+
+    Args:
+        seed: of the random starts.
+
+    Raises:
+        HessianFlowError: as :func:`attacks.fgsm`.
+    """
+
+    def __init__(
+        self,
+        eps: PerChannel = ABSA_EPS,
+        *,
+        value_range: ValueRange | None,
+        loss_fn: LossFn = cross_entropy,
+        random_start: bool = False,
+        norm_mode: NormMode = "eval",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            eps,
+            value_range=value_range,
+            steps=1,
+            relative_step=FAST_RANDOM_STEP if random_start else 1.0,
+            loss_fn=loss_fn,
+            random_start=random_start,
+            norm_mode=norm_mode,
+            seed=seed,
+        )

@@ -1,0 +1,111 @@
+"""The training plug-ins: which rows change, what is drawn, and that nothing else is touched."""
+
+import pytest
+import torch
+from torch import nn
+
+from hessianflow.adversarial import FGSM, PGD, fgsm, perturbed_rows
+
+
+def problem(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).to(dtype)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    x = torch.rand(32, 1, 8, 8, generator=generator, dtype=dtype)
+    return model, x, torch.arange(32) % 10
+
+
+def test_only_the_share_is_perturbed_and_by_fgsm():
+    model, x, y = problem()
+    original = x.clone()
+    result = FGSM(0.05, value_range=(0, 1)).perturb(model, x, y, 0.2)
+    rows = perturbed_rows(32, 0.2)
+    expected = x.clone()
+    expected[rows] = fgsm(model, x[rows], y[rows], 0.05, value_range=(0, 1))
+    assert torch.equal(result, expected)
+    assert torch.equal(x, original)
+    assert (result != x).flatten(1).any(1).nonzero().flatten().tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01])
+def test_share_zero_returns_the_very_tensor(share):
+    """Off switch equals baseline: also a share worth less than one row touches nothing, not even the model."""
+    _, x, y = problem()
+
+    class Untouchable(nn.Module):
+        def forward(self, inputs):
+            pytest.fail("the model was called")
+
+    assert FGSM(value_range=(0, 1)).perturb(Untouchable(), x, y, share) is x
+
+
+@pytest.mark.parametrize("adversary", [FGSM, PGD])
+@pytest.mark.parametrize("microbatch_size", [1, 3, 7, 100])
+def test_microbatch_size_does_not_matter(adversary, microbatch_size):
+    """Random starts included; float64 rounding of a convolution may depend on the batch, hence no exact equality."""
+    model, x, y = problem()
+    whole = adversary(0.05, value_range=(0, 1), random_start=True).perturb(model, x, y, 0.5)
+    parts = adversary(0.05, value_range=(0, 1), random_start=True).perturb(model, x, y, 0.5, microbatch_size)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+
+
+def test_stored_and_resumed_random_starts_continue():
+    model, x, y = problem()
+    uninterrupted = PGD(0.05, value_range=(0, 1), seed=5)
+    first = uninterrupted.perturb(model, x, y, 0.5)
+    state = uninterrupted.state_dict()
+    second = uninterrupted.perturb(model, x, y, 0.5)
+    resumed = PGD(0.05, value_range=(0, 1), seed=0)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.perturb(model, x, y, 0.5), second)
+    assert not torch.equal(first, second)
+
+
+def test_seeds_give_different_starts():
+    model, x, y = problem()
+    a, b = (PGD(0.05, value_range=(0, 1), seed=s).perturb(model, x, y, 0.5) for s in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_model_and_global_generator_are_as_found():
+    model, x, y = problem()
+    model.train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = torch.get_rng_state()
+    adversary = PGD(0.05, value_range=(0, 1))
+    adversary.perturb(model, x, y, 0.5, 4)
+    adversary.after_step(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert model.training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_memory_layout_is_kept():
+    model, x, y = problem()
+    x = x.repeat(1, 2, 1, 1)[:, :1].contiguous(memory_format=torch.channels_last)
+    result = FGSM(0.05, value_range=(0, 1)).perturb(model, x, y, 0.25)
+    assert result.stride() == x.stride()
+
+
+def test_range_is_checked_on_the_first_batch():
+    model, x, y = problem()
+    with pytest.raises(ValueError, match=r"inputs must lie in value_range \[0, 1\]"):
+        FGSM(value_range=(0, 1)).perturb(model, 5 * x, y, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((1.2,), r"adversarial share must lie in \[0, 1\], got 1.2"), ((0.5, 0), "microbatch_size must be at least 1")],
+)
+def test_bad_arguments_of_perturb(arguments, message):
+    model, x, y = problem()
+    with pytest.raises(ValueError, match=message):
+        FGSM(value_range=(0, 1)).perturb(model, x, y, *arguments)
+
+
+@pytest.mark.parametrize("adversary", [FGSM, PGD])
+def test_bad_eps_is_refused_at_construction(adversary):
+    with pytest.raises(ValueError, match="eps must be finite"):
+        adversary(-1.0, value_range=(0, 1))
