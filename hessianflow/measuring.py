@@ -33,8 +33,8 @@ def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Mod
     """Run the unwrapped model in evaluation mode with gradients enabled, then put everything back.
 
     Afterwards train/eval flags, buffers, `requires_grad` and the states of the random generators (torch CPU and the
-    model's CUDA device, NumPy, Python) are as found, also when the body raises. `.grad` is never touched, provided the body
-    differentiates with `torch.autograd.grad` or `torch.func`.
+    model's CUDA device, NumPy, Python) are as found, also when the body raises. `.grad` is never touched, provided the
+    body differentiates with `torch.autograd.grad` or `torch.func`.
 
     Args:
         model: the model, wrapped or not.

@@ -1,0 +1,213 @@
+"""The settings of a run: frozen, validated, complete.
+
+A field left at None takes the value of its data set's preset when the configuration is resolved (:func:`resolve`);
+from there on only resolved values are used, and config.json holds them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from hessianflow.interfaces import HessianFlowError, NormMode
+
+DataName = Literal["digits", "fake", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet"]
+ControllerName = Literal["absa", "fixed", "warmup", "adabatch", "grow-instead-of-decay"]
+AdversaryName = Literal["fgsm", "pgd", "none"]
+OptimizerName = Literal["sgd", "adam", "adamw", "lars", "clars", "lamb"]
+ScheduleName = Literal["constant", "multistep", "cosine", "polynomial"]
+CurvatureName = Literal["epoch", "needed", "off"]
+PrecisionName = Literal["float32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of `hessianflow train`.
+
+    Attributes:
+        data: data set by name; digits comes with scikit-learn, fake is made up, all others are read from data_dir.
+        data_dir: folder that holds the data set's official files.
+        model: network by name (see hf.models.names()); default: digits-cnn for digits, resnet20 otherwise.
+        controller: who decides the batch size.
+        adversary: attack on a share of every batch.
+        optimizer: how a step is taken.
+        batch_size: examples per optimizer step at the start; the learning rate is stated for it.
+        max_batch_size: cap for growing batches.
+        epochs: passes over the training data.
+        lr: learning rate at batch_size.
+        momentum: of sgd, lars and clars.
+        weight_decay: of the optimizer (0 in the published ABSA runs).
+        schedule: of the learning rate, below the controller's factor.
+        milestones: epochs after which the multistep schedule multiplies the rate by lr_decay.
+        lr_decay: factor of the multistep schedule (0.2 in the published ABSA runs).
+        decay_factor: absa grows the batch when the eigenvalue has fallen by this factor.
+        growth_factor: absa and adabatch multiply the batch by this.
+        patience: absa grows after this many epochs without growth; 0 never does.
+        adversarial_share: share of each batch that is attacked at the start.
+        share_decay: absa divides the share by this at each growth.
+        eps: size of the perturbation, in the units of pixels scaled to [0, 1].
+        curvature: when the top Hessian eigenvalue is measured; every epoch, when the controller needs it, or never.
+        probe_examples: training examples the curvature is measured on.
+        probe_tolerance: relative residual at which an eigenvalue counts as converged.
+        norm_mode: statistics of batch normalisation in curvature measurements.
+        microbatch_size: examples per forward pass; default: batch_size, so that batch normalisation sees what it saw.
+        augment: random crops and flips where the data set's preset has them.
+        precision: float32, or autocast in bf16 or fp16.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        threads: processor threads of torch; default: torch's own choice.
+        seed: of initialisation, data order, augmentation, attack and probe, each in a stream of its own.
+        checkpoint_examples: also save a checkpoint every so many examples within an epoch.
+        run_dir: folder for records, checkpoints and plots; default: a new one below runs/.
+        plots: draw the plots at the end.
+    """
+
+    data: DataName = "digits"
+    data_dir: str | None = None
+    model: str | None = None
+    controller: ControllerName = "absa"
+    adversary: AdversaryName = "fgsm"
+    optimizer: OptimizerName = "sgd"
+    batch_size: int | None = None
+    max_batch_size: int | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: ScheduleName | None = None
+    milestones: tuple[int, ...] | None = None
+    lr_decay: float = 0.2
+    decay_factor: float = 2.0
+    growth_factor: float = 2.0
+    patience: int | None = None
+    adversarial_share: float = 0.2
+    share_decay: float = 2.0
+    eps: float = 0.005
+    curvature: CurvatureName = "epoch"
+    probe_examples: int = 128
+    probe_tolerance: float = 1e-2
+    norm_mode: NormMode = "eval"
+    microbatch_size: int | None = None
+    augment: bool = True
+    precision: PrecisionName = "float32"
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    checkpoint_examples: int | None = None
+    run_dir: str | None = None
+    plots: bool = True
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                upper = "" if high == math.inf else f" and at most {high:g}"
+                raise HessianFlowError(f"{option(name)} must be at least {low:g}{upper}, got {value}")
+        for name in ("decay_factor", "growth_factor"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 1):
+                raise HessianFlowError(f"{option(name)} must be greater than 1, got {getattr(self, name)}")
+        if self.batch_size is not None and self.max_batch_size is not None and self.max_batch_size < self.batch_size:
+            raise HessianFlowError(
+                f"--max-batch-size {self.max_batch_size} is below --batch-size {self.batch_size}: raise the cap"
+            )
+        if self.milestones is not None and list(self.milestones) != sorted(set(self.milestones)):
+            raise HessianFlowError(f"--milestones must be increasing epochs, got {list(self.milestones)}")
+        if self.controller == "absa" and self.curvature == "off":
+            raise HessianFlowError("--controller absa needs curvature: use --curvature epoch or needed")
+
+
+_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "batch_size": (1, math.inf),
+    "max_batch_size": (1, math.inf),
+    "epochs": (1, math.inf),
+    "lr": (0, math.inf),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+    "lr_decay": (0, 1),
+    "patience": (0, math.inf),
+    "adversarial_share": (0, 1),
+    "share_decay": (1, math.inf),
+    "eps": (0, 1),
+    "probe_examples": (1, math.inf),
+    "probe_tolerance": (1e-7, 1),
+    "microbatch_size": (1, math.inf),
+    "threads": (1, math.inf),
+    "seed": (0, 2**63 - 1),
+    "checkpoint_examples": (1, math.inf),
+}
+
+_SMALL_IMAGES: dict[str, Any] = {
+    "model": "resnet20",
+    "batch_size": 128,
+    "max_batch_size": 16384,
+    "epochs": 90,
+    "lr": 0.1,
+    "schedule": "multistep",
+    "milestones": (30, 60, 80),
+    "patience": 10,
+}
+# CIFAR: the published ABSA settings for residual networks. Others: ours.
+PRESETS: Mapping[str, dict[str, Any]] = {
+    "digits": {
+        "model": "digits-cnn",
+        "batch_size": 32,
+        "max_batch_size": 512,
+        "epochs": 30,
+        "lr": 0.05,
+        "schedule": "multistep",
+        "milestones": (20, 26),
+        "patience": 5,
+    },
+    "fake": {**_SMALL_IMAGES, "model": "c1", "max_batch_size": 512, "epochs": 4, "lr": 0.02, "milestones": (3,)},
+    "cifar10": _SMALL_IMAGES,
+    "cifar100": _SMALL_IMAGES,
+    "svhn": _SMALL_IMAGES,
+    "tiny-imagenet": {**_SMALL_IMAGES, "model": "resnet18"},
+    "imagenet": {**_SMALL_IMAGES, "model": "resnet18", "batch_size": 256},
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill every field that the data set's preset knows and the user left open.
+
+    A cap left open is never below a batch size given, and milestones left open apply only within the epochs.
+    """
+    preset = PRESETS[config.data]
+    filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
+    batch = config.batch_size or filled["batch_size"]
+    if "max_batch_size" in filled:
+        filled["max_batch_size"] = max(filled["max_batch_size"], batch)
+    elif config.max_batch_size is not None and config.max_batch_size < batch:
+        raise HessianFlowError(
+            f"--max-batch-size {config.max_batch_size} is below the batch size {batch} that {config.data} runs start "
+            "with: raise the cap or set --batch-size"
+        )
+    if "milestones" in filled:
+        # Milestones keep their place in the run when only the number of epochs was given.
+        epochs = config.epochs or preset["epochs"]
+        scaled = (milestone * epochs // preset["epochs"] for milestone in filled["milestones"])
+        filled["milestones"] = tuple(sorted({m for m in scaled if 0 < m < epochs}))
+    return replace(config, **filled)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values for config.json."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
+    """The configuration that :func:`to_dict` wrote.
+
+    Raises:
+        HessianFlowError: an unknown setting; `source` names the file.
+    """
+    known = {field.name for field in fields(TrainConfig)}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise HessianFlowError(f"{source} has unknown settings {', '.join(unknown)}: made by another release?")
+    tuples = {k: tuple(v) for k, v in settings.items() if isinstance(v, list)}
+    return TrainConfig(**{**settings, **tuples})
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,7 @@
+"""The training loop and what it leaves behind."""
+
+from hessianflow.training.evaluate import Evaluation, evaluate
+from hessianflow.training.record import History, RunRecord
+from hessianflow.training.trainer import AdaptiveBatchTrainer
+
+__all__ = ["AdaptiveBatchTrainer", "Evaluation", "History", "RunRecord", "evaluate"]

@@ -1,0 +1,110 @@
+"""The gradient of the mean loss over one optimization batch, in as many microbatches as it takes.
+
+Each microbatch counts by its examples: with n_i of n examples its mean loss enters with weight n_i / n, so that the sum
+of the weights is 1 for every split, a ragged tail and a batch size that has just changed included.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import mean_loss, num_examples, split
+from hessianflow.interfaces import Batch, GradientObserver, HessianFlowError, LossFn
+from hessianflow.training.evaluate import count_correct
+
+Precision = Literal["float32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What one optimization batch gave; tensors stay on the device."""
+
+    loss: Tensor
+    correct: Tensor | None
+    examples: int
+
+
+@dataclass
+class GradientAccumulator:
+    """Puts the gradient of the mean loss into `.grad`.
+
+    Attributes:
+        model: in the mode the caller set.
+        loss_fn: see :data:`hessianflow.interfaces.LossFn`.
+        microbatch_size: examples per forward pass; None runs the whole batch at once.
+        observers: shown the gradient of each microbatch and the whole.
+        precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    microbatch_size: int | None = None
+    observers: Sequence[GradientObserver] = ()
+    precision: Precision = "float32"
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = next(self.model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        self._autocast: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext if dtype is None else lambda: torch.autocast(device, dtype=dtype)
+        )
+
+    def __call__(self, batch: Batch) -> BatchResult:
+        """Replace every `.grad` by the gradient of the mean loss over `batch` (times the loss scale under fp16).
+
+        Raises:
+            HessianFlowError: the batch is empty.
+        """
+        total = num_examples(batch[1])
+        if total == 0:
+            raise HessianFlowError("a batch of 0 examples has no mean loss: check the training data")
+        self.model.zero_grad(set_to_none=True)
+        loss_sum: Tensor | None = None
+        correct: Tensor | None = None
+        for inputs, targets in split(batch, self.microbatch_size):
+            count = num_examples(targets)
+            with self._autocast():
+                outputs = self.model(inputs)
+                loss = mean_loss(self.loss_fn, outputs, targets)
+            weight = count / total
+            self._backward(loss, weight, count)
+            part = loss.detach().float() * weight
+            loss_sum = part if loss_sum is None else loss_sum + part
+            hits = count_correct(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
+            correct = hits if correct is None or hits is None else correct + hits
+        assert loss_sum is not None
+        if self.observers:
+            self._show_whole(total)
+        return BatchResult(loss_sum, correct, total)
+
+    def _backward(self, loss: Tensor, weight: float, count: int) -> None:
+        if not self.observers:
+            self.scaler.scale(loss * weight).backward()  # type: ignore[no-untyped-call]
+            return
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(self.scaler.scale(loss), parameters, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        for observer in self.observers:
+            observer.on_microbatch(filled if scale == 1.0 else list(torch._foreach_div(filled, scale)), count)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            part = gradient * weight
+            parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
+
+    def _show_whole(self, total: int) -> None:
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad / scale if scale != 1.0 else p.grad
+            for p in self.model.parameters()
+            if p.requires_grad
+        ]
+        for observer in self.observers:
+            observer.on_step(gradients, total)

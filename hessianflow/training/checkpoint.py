@@ -1,0 +1,145 @@
+"""Checkpoints: written atomically, read without executing code, refused when damaged or foreign.
+
+A checkpoint is one dict of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads it.
+`last.pt` is always a whole file: it is written beside, synced, and renamed over; the one before it stays as
+`previous.pt`, which :func:`load_newest` falls back to when `last.pt` turns out to be damaged on disk.
+"""
+
+import os
+import random
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hessianflow.interfaces import HessianFlowError
+
+FORMAT, VERSION = "hessianflow-checkpoint", 1
+FOLDER, LAST, PREVIOUS, BEST = "checkpoints", "last.pt", "previous.pt", "best.pt"
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` to `path` atomically; an existing file there moves to `previous.pt` when `path` is `last.pt`.
+
+    Raises:
+        HessianFlowError: the disk is full or the folder cannot be written; the file that was there stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == LAST and path.exists():
+            _keep_previous(path)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise HessianFlowError(
+            f"cannot write checkpoint {path}: {_one_line(error)}; the one before it is intact"
+        ) from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        HessianFlowError: the file is absent, damaged, or not a checkpoint of this toolkit.
+    """
+    if not path.is_file():
+        raise HessianFlowError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, unpickling and tensor errors come in many types; each means the same to the user
+        raise HessianFlowError(
+            f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read: damaged or foreign ({_one_line(error)})"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise HessianFlowError(f"{path} is a file of torch but not a hessianflow checkpoint")
+    if state.get("version") != VERSION:
+        raise HessianFlowError(f"{path} has checkpoint version {state.get('version')}, this release reads {VERSION}")
+    return state
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Read `last.pt`, or `previous.pt` when that one is damaged.
+
+    Returns:
+        The state, and a warning when the older file had to be used.
+    """
+    try:
+        return load(folder / LAST), None
+    except HessianFlowError as error:
+        if not (folder / PREVIOUS).is_file():
+            raise
+        return load(folder / PREVIOUS), f"{error}; continuing from {PREVIOUS}"
+
+
+def generator_states() -> dict[str, Any]:
+    """The global random generators as plain data."""
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    inner = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in numpy_state["state"].items()}
+    kind, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {**numpy_state, "state": inner},
+        "python": [kind, list(words), gauss],
+    }
+
+
+def restore_generators(states: Mapping[str, Any]) -> None:
+    """Set the global random generators back to `generator_states()`."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+    np.random.set_state(states["numpy"])
+    kind, words, gauss = states["python"]
+    random.setstate((kind, tuple(words), gauss))
+
+
+def load_model(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    """Load weights and buffers.
+
+    Raises:
+        HessianFlowError: names or shapes differ; the message names the first that does.
+    """
+    own = model.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            where = "the model" if name in own else "the checkpoint"
+            raise HessianFlowError(f"{source} is of another model: only {where} has {name!r}")
+        if own[name].shape != state[name].shape:
+            raise HessianFlowError(
+                f"{source} is of another model: {name!r} has shape {list(state[name].shape)} there, "
+                f"{list(own[name].shape)} here"
+            )
+    model.load_state_dict(state)
+
+
+def _keep_previous(path: Path) -> None:
+    link = path.with_name(PREVIOUS + ".tmp")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, path.with_name(PREVIOUS))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,248 @@
+"""What a run leaves behind: config.json, history.jsonl, summary.json, and their reader.
+
+`history.jsonl` holds one JSON object a line, appended and flushed as it happens; `kind` says which (epoch, curvature,
+batch, event). A run that dies leaves every completed line behind. Non-finite numbers are written as null, so that every
+line is standard JSON.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hessianflow.interfaces import HessianFlowError, RecordSink
+
+CONFIG, HISTORY, SUMMARY = "config.json", "history.jsonl", "summary.json"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """The records of one run, in the order they were made.
+
+    Attributes:
+        records: every row of history.jsonl.
+        config: what config.json holds (empty for a run without a run directory).
+        summary: what summary.json holds (empty while the run has not ended).
+        run_dir: where it came from.
+    """
+
+    records: Sequence[Record]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    run_dir: Path | None = None
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> "History":
+        """Read a run directory; a last line cut short by a crash is left out.
+
+        Raises:
+            HessianFlowError: no history there, or a damaged line before the last.
+        """
+        folder = Path(run_dir)
+        path = folder / HISTORY
+        if not path.is_file():
+            raise HessianFlowError(f"{folder} is not a run directory: it holds no {HISTORY}")
+        return cls(read_records(path), _read_json(folder / CONFIG), _read_json(folder / SUMMARY), folder)
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """All rows of one kind: "epoch", "curvature", "batch" or "event"."""
+        return [row for row in self.records if row["kind"] == kind]
+
+    @property
+    def epochs(self) -> list[Record]:
+        """One row per completed epoch."""
+        return self.of_kind("epoch")
+
+    @property
+    def curvature(self) -> list[Record]:
+        """One row per curvature reading."""
+        return self.of_kind("curvature")
+
+    @property
+    def growths(self) -> list[Record]:
+        """The decisions that made the batch larger."""
+        return [row for row in self.of_kind("batch") if row["to"] > row["from"]]
+
+
+def read_records(path: Path) -> list[Record]:
+    """All complete rows of a history file.
+
+    Raises:
+        HessianFlowError: a line other than the last is not a JSON object.
+    """
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number >= len(lines) - 1:  # the last line, with or without its newline: cut short by a crash
+                continue
+            raise HessianFlowError(f"{path} line {number} is not JSON: the file is damaged") from None
+        rows.append(row)
+    return rows
+
+
+class RunRecord:
+    """Writes the records of one run to its directory, if it has one, and to every sink.
+
+    Args:
+        run_dir: made if absent. None keeps records in memory only.
+        sinks: further receivers of every record.
+    """
+
+    def __init__(self, run_dir: str | Path | None, sinks: Iterable[RecordSink] = ()) -> None:
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.records: list[Record] = []
+        self._sinks = list(sinks)
+        self._config: Mapping[str, Any] = {}
+        self._summary: Mapping[str, Any] = {}
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Make the directory and write config.json.
+
+        Raises:
+            HessianFlowError: the directory already holds a run, or cannot be written.
+        """
+        self._config = {**config, "environment": environment()}
+        if self.run_dir is None:
+            return
+        for name in (HISTORY, CONFIG):
+            if (self.run_dir / name).exists():
+                raise HessianFlowError(
+                    f"run directory {self.run_dir} already holds a run ({name}): name another with --run-dir, "
+                    f"or continue it with `hessianflow resume {self.run_dir}`"
+                )
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.run_dir / CONFIG, self._config)
+            (self.run_dir / HISTORY).touch()
+        except OSError as error:
+            raise HessianFlowError(f"cannot write run directory {self.run_dir}: {error.strerror or error}") from None
+
+    def reopen(self, run_dir: Path, history_bytes: int) -> None:
+        """Take over a run directory at its checkpoint: rows written after it are cut off, to be made again.
+
+        Raises:
+            HessianFlowError: the history is shorter than it was at the checkpoint.
+        """
+        path = run_dir / HISTORY
+        size = path.stat().st_size if path.is_file() else 0
+        if size < history_bytes:
+            raise HessianFlowError(f"{path} has {size} bytes, at the checkpoint it had {history_bytes}: damaged")
+        os.truncate(path, history_bytes)
+        self.run_dir = run_dir
+        self._config = _read_json(run_dir / CONFIG)
+        self.records = read_records(path)
+
+    def last_checkpoint(self) -> str:
+        """Where the newest checkpoint is, in words."""
+        if self.run_dir is None or not (self.run_dir / "checkpoints" / "last.pt").exists():
+            return "no checkpoint was made yet"
+        return f"the last good checkpoint is {self.run_dir / 'checkpoints' / 'last.pt'}"
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes of history.jsonl written so far."""
+        return 0 if self.run_dir is None else (self.run_dir / HISTORY).stat().st_size
+
+    def write(self, record: Record) -> None:
+        """Append one row and hand it to every sink."""
+        row = finite(record)
+        self.records.append(row)
+        if self.run_dir is not None:
+            with open(self.run_dir / HISTORY, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        for sink in self._sinks:
+            sink.write(row)
+
+    def finish(self, summary: Record) -> None:
+        """Write summary.json and close the sinks."""
+        self._summary = finite(summary)
+        if self.run_dir is not None:
+            write_json(self.run_dir / SUMMARY, self._summary)
+        for sink in self._sinks:
+            sink.close()
+
+    def history(self) -> History:
+        """Everything written so far."""
+        return History(list(self.records), self._config, self._summary, self.run_dir)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(finite(dict(value)), indent=2, allow_nan=False, default=str) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def finite(value: Any) -> Any:
+    """The same structure with non-finite floats as None: standard JSON has no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def environment() -> Record:
+    """Versions, processor and revision: what someone who repeats the run must know."""
+    packages = {}
+    for name in ("hessianflow", "torch", "numpy", "scipy", "scikit-learn"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "platform": platform.platform(),
+        "gpus": devices,
+        "threads": torch.get_num_threads(),
+        "revision": _revision(),
+    }
+
+
+def _revision() -> str | None:
+    """The git commit of this package's own source tree; None for an installed copy."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _read_json(path: Path) -> Record:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise HessianFlowError(f"{path} is not JSON: the file is damaged") from None
+    if not isinstance(value, dict):
+        raise HessianFlowError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
