@@ -17,8 +17,8 @@ convolution (the usual later form), not on the first 1x1.
 from collections.abc import Sequence
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import pad, relu
 
 Shortcut = Literal["A", "B"]
 Stem = Literal["cifar", "imagenet"]
@@ -35,7 +35,7 @@ class PaddedShortcut(nn.Module):
         """[N, C, H, W] -> [N, C + new_channels, H/stride, W/stride]."""
         before = self.new_channels // 2
         kept = inputs[:, :, :: self.stride, :: self.stride]
-        return F.pad(kept, (0, 0, 0, 0, before, self.new_channels - before))
+        return pad(kept, (0, 0, 0, 0, before, self.new_channels - before))
 
 
 class ResidualBlock(nn.Module):
@@ -47,7 +47,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C', H/stride, W/stride]."""
-        return F.relu(self.body(inputs) + self.shortcut(inputs))
+        return relu(self.body(inputs) + self.shortcut(inputs))
 
 
 def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, *, shortcut: Shortcut = "B") -> nn.Sequential:
@@ -61,7 +61,7 @@ def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, *, sho
 
 
 def imagenet_resnet(
-    depth: Literal[18, 34, 50],
+    depth: int,
     num_classes: int = 1000,
     in_channels: int = 3,
     *,

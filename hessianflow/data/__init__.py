@@ -1,0 +1,7 @@
+"""Image sets, and resumable batches of them whose size may change at any time."""
+
+from hessianflow.data.augment import Augmentation
+from hessianflow.data.datasets import ImageSet, load, names
+from hessianflow.data.device_batches import DeviceBatches
+
+__all__ = ["Augmentation", "DeviceBatches", "ImageSet", "load", "names"]

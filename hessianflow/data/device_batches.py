@@ -1,0 +1,153 @@
+"""A whole image set on the device, as uint8, cut into augmented, normalised batches there.
+
+Nothing crosses from host to device while an epoch runs, and a batch of another size costs nothing: a batch is a range
+of places in an order that was drawn for the whole epoch.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hessianflow.data.augment import Augmentation, Draws
+from hessianflow.data.streams import ExampleStream
+from hessianflow.interfaces import HessianFlowError
+
+
+class DeviceBatches(ExampleStream):
+    """Resumable batches whose size may change at any time (see `hessianflow.interfaces.ResizableBatches`).
+
+    Iterating yields (inputs float [n, C, H, W], targets [n]) for what is left of the current epoch, the last partial
+    batch included, then enters the next epoch. inputs = (pixels / value_scale - mean) / std after crop and flip, then
+    cutout. All iterators share one place: use one at a time.
+
+    Args:
+        images: uint8 or floating point [N, C, H, W].
+        targets: N targets, usually int64 class indices [N].
+        batch_size: examples a batch, over all ranks.
+        seed: of order and augmentation.
+        device: where the set and the batches live.
+        augment: random crop, flip, cutout; None: none.
+        mean: of every channel, after division by `value_scale`; None: 0.
+        std: likewise; None: 1.
+        value_scale: the pixel value that counts as 1; None: 255 for uint8, 1 for floating point.
+        num_classes: None: one more than the largest target.
+        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than the set.
+        dtype: of the inputs.
+        channels_last: memory layout of the inputs; the values are the same.
+
+    Raises:
+        HessianFlowError: shapes that do not fit together, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        augment: Augmentation | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        value_scale: float | None = None,
+        num_classes: int | None = None,
+        shuffle: bool = True,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        _check_shapes(images, targets)
+        super().__init__(len(images), batch_size, seed=seed, shuffle=shuffle)
+        # Channels-last batches are cut from channels-last storage: no transposition on the way.
+        self._stored = (images.permute(0, 2, 3, 1) if channels_last else images).to(device).contiguous()
+        self._targets = targets.to(device)
+        self._augment = augment or Augmentation()
+        value_scale = value_scale or (255.0 if images.dtype == torch.uint8 else 1.0)
+        self._gain, self._shift = _affine(images.shape[1], mean, std, value_scale, self._stored.device)
+        self._value_scale = value_scale
+        self._num_classes = num_classes or (0 if targets.is_floating_point() else int(targets.max()) + 1)
+        self._dtype = dtype
+        self._channels_last = channels_last
+        self._plan: tuple[int, Tensor, Draws] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the set and its batches live."""
+        return self._stored.device
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of integer targets; 0 for floating point ones."""
+        return self._num_classes
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self._images_of(self._stored).shape[1:]
+        return channels, height, width
+
+    @property
+    def value_range(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest valid input of every channel after normalisation, each [C, 1, 1], to clamp attacks."""
+        ends = (self._shift, self._value_scale * self._gain + self._shift)
+        low, high = (end.to(self._dtype) for end in ends)
+        return low, high
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start, stop in self._next_places():
+            order, draws = self._epoch_plan()
+            yield self._batch(order[start:stop], draws.rows(start, stop))
+
+    def examples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The examples stored at `indices` (int64 [n]), normalised but not augmented; the stream does not move."""
+        return self._batch(indices.to(self.device), Draws(None, None, None))
+
+    def sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """`count` different examples chosen by `seed` alone, not augmented: the fixed batch of a curvature probe.
+
+        Raises:
+            HessianFlowError: `count` below 1 or above the number of examples.
+        """
+        return self.examples(self._sampled_indices(count, seed))
+
+    def _epoch_plan(self) -> tuple[Tensor, Draws]:
+        if self._plan is None or self._plan[0] != self._epoch:
+            _, height, width = self.input_shape
+            draws = self._augment.draw(self._num_examples, height, width, seed=self._seed, epoch=self._epoch)
+            self._plan = self._epoch, self._order().to(self.device), draws.to(self.device)
+        return self._plan[1:]
+
+    def _batch(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        pixels = self._augment.crop_and_flip(self._images_of(self._stored.index_select(0, indices)), draws)
+        inputs = pixels.to(torch.float32, copy=True).mul_(self._gain).add_(self._shift)
+        return self._augment.cut_out(inputs, draws).to(self._dtype), self._targets.index_select(0, indices)
+
+    def _images_of(self, stored: Tensor) -> Tensor:
+        """[n, C, H, W] view of stored images."""
+        return stored.permute(0, 3, 1, 2) if self._channels_last else stored
+
+
+def _check_shapes(images: Tensor, targets: Tensor) -> None:
+    if images.ndim != 4:
+        raise HessianFlowError(f"images must have shape [N, C, H, W], got {list(images.shape)}")
+    if not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise HessianFlowError(f"images must be uint8 or floating point, got {images.dtype}")
+    if targets.ndim == 0 or len(targets) != len(images):
+        raise HessianFlowError(f"targets must be one for each of the {len(images)} images, got {list(targets.shape)}")
+
+
+def _affine(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Gain and shift [C, 1, 1] with gain * pixel + shift = (pixel / scale - mean) / std."""
+    means, stds = mean or [0.0] * channels, std or [1.0] * channels
+    for name, values in (("mean", means), ("std", stds)):
+        if len(values) != channels:
+            raise HessianFlowError(f"{name} must hold one value for each of the {channels} channels, got {len(values)}")
+    if min(stds) <= 0 or scale <= 0:
+        raise HessianFlowError(f"std and value_scale must be positive, got {list(stds)} and {scale}")
+    exact = [(1 / (scale * s), -m / s) for m, s in zip(means, stds, strict=True)]
+    gain, shift = torch.tensor(exact, dtype=torch.float64).T
+    gain, shift = (t.view(-1, 1, 1).to(device, torch.float32) for t in (gain, shift))
+    return gain, shift

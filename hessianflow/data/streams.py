@@ -1,0 +1,157 @@
+"""The order in which examples are visited, and the place reached in it.
+
+An epoch visits every example once, in an order drawn from (seed, epoch) alone. The place is counted in examples, so it
+means the same whatever the batch size, the number of ranks or the number of interruptions. Order, crops, flips and
+cutouts are drawn from separate generators: switching one on leaves the others, and the order, as they were.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessianflow.interfaces import HessianFlowError
+
+Stream = Literal["order", "crop", "flip", "cutout", "example", "sample"]
+_STREAM_KEYS: Mapping[Stream, int] = {"order": 0, "crop": 1, "flip": 2, "cutout": 3, "example": 4, "sample": 5}
+_STATE_KEYS = ("seed", "epoch", "cursor", "batch_size", "num_examples")
+
+
+def stream_seed(seed: int, stream: Stream, *key: int) -> int:
+    """A 63-bit seed for one named stream and key (an epoch, an example, ...), independent of all others."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM_KEYS[stream], *key))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
+    """A CPU generator seeded with :func:`stream_seed`: draws are the same whichever device they end on."""
+    return torch.Generator().manual_seed(stream_seed(seed, stream, *key))
+
+
+class ExampleStream:
+    """Place in a shuffled, endless sequence of epochs over `num_examples` examples; the base of both kinds of batches.
+
+    With several ranks, a batch of n examples that starts at place p is cut into contiguous parts: rank r of w takes
+    [p + n*r//w, p + n*(r+1)//w). All ranks see the same number of batches; where a batch has fewer examples than there
+    are ranks, some parts are empty.
+
+    Args:
+        num_examples: size of the data set.
+        batch_size: examples a batch over all ranks, at most `num_examples` when shuffling (an update that asks for more
+            would silently be smaller).
+        seed: of order and augmentation, non-negative.
+        shuffle: False visits the examples in the order they are stored (evaluation).
+
+    Raises:
+        HessianFlowError: no examples, a batch size out of range, or a negative seed.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, *, seed: int, shuffle: bool) -> None:
+        if num_examples < 1:
+            raise HessianFlowError("the data set is empty: at least one example is needed")
+        if seed < 0:
+            raise HessianFlowError(f"seed must be at least 0, got {seed}")
+        self._num_examples, self._seed, self._shuffle = num_examples, seed, shuffle
+        self._epoch, self._cursor = 0, 0
+        self._rank, self._world_size = 0, 1
+        self._batch_size = self._checked_batch_size(batch_size)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples an epoch, over all ranks."""
+        return self._num_examples
+
+    @property
+    def batch_size(self) -> int:
+        """Examples a batch, over all ranks."""
+        return self._batch_size
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self._epoch
+
+    @property
+    def cursor(self) -> int:
+        """Examples of the current epoch handed out so far, over all ranks."""
+        return self._cursor
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Takes effect on the very next batch."""
+        self._batch_size = self._checked_batch_size(batch_size)
+
+    def set_shard(self, rank: int, world_size: int) -> None:
+        """Hand out only this rank's contiguous part of every batch, from the very next batch on.
+
+        Raises:
+            HessianFlowError: `rank` outside [0, world_size).
+        """
+        if not 0 <= rank < world_size:
+            raise HessianFlowError(f"rank must lie in [0, world_size), got rank {rank} of world_size {world_size}")
+        self._rank, self._world_size = rank, world_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed and place as plain ints; the same on every rank."""
+        values = (self._seed, self._epoch, self._cursor, self._batch_size, self._num_examples)
+        return dict(zip(_STATE_KEYS, values, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the place of `state`, at its batch size.
+
+        Raises:
+            HessianFlowError: a state of other data or of another seed, or one that is incomplete or out of range.
+        """
+        missing = [key for key in _STATE_KEYS if key not in state]
+        if missing:
+            raise HessianFlowError(f"this is no state of a data stream: it lacks {', '.join(missing)}")
+        self._check_same(state, "num_examples", "examples", self._num_examples)
+        self._check_same(state, "seed", "as seed", self._seed)
+        epoch, cursor = int(state["epoch"]), int(state["cursor"])
+        if epoch < 0 or not 0 <= cursor <= self._num_examples:
+            raise HessianFlowError(
+                f"the place of a data stream must lie in an epoch of {self._num_examples} examples, "
+                f"got epoch {epoch}, cursor {cursor}: the state is damaged"
+            )
+        self._batch_size = self._checked_batch_size(int(state["batch_size"]))
+        self._epoch, self._cursor = epoch, cursor
+
+    def _next_places(self) -> Iterator[tuple[int, int]]:
+        """This rank's [start, stop) in the order of each batch left in the epoch; then enter the next epoch.
+
+        The cursor moves before the places are handed out, so a state taken while a batch is in use lies behind it.
+        """
+        while self._cursor < self._num_examples:
+            start = self._cursor
+            size = min(self._batch_size, self._num_examples - start)
+            self._cursor = start + size
+            first, last = (size * r // self._world_size for r in (self._rank, self._rank + 1))
+            yield start + first, start + last
+        self._epoch, self._cursor = self._epoch + 1, 0
+
+    def _order(self) -> Tensor:
+        """Which example stands at each place of the current epoch, int64 [num_examples], on the CPU."""
+        if not self._shuffle:
+            return torch.arange(self._num_examples)
+        return torch.randperm(self._num_examples, generator=generator(self._seed, "order", self._epoch))
+
+    def _sampled_indices(self, count: int, seed: int) -> Tensor:
+        if not 1 <= count <= self._num_examples:
+            raise HessianFlowError(f"count must lie between 1 and the {self._num_examples} examples, got {count}")
+        return torch.randperm(self._num_examples, generator=generator(seed, "sample"))[:count]
+
+    def _checked_batch_size(self, batch_size: int) -> int:
+        if batch_size < 1:
+            raise HessianFlowError(f"batch_size must be at least 1, got {batch_size}")
+        if self._shuffle and batch_size > self._num_examples:
+            raise HessianFlowError(
+                f"batch_size must not exceed the {self._num_examples} examples of the data set, got {batch_size}: "
+                "choose a smaller batch, or a smaller maximum for the controller"
+            )
+        return batch_size
+
+    @staticmethod
+    def _check_same(state: Mapping[str, Any], key: str, what: str, mine: int) -> None:
+        if state[key] != mine:
+            raise HessianFlowError(f"the saved data stream had {state[key]} {what}, this one has {mine}: cannot resume")
