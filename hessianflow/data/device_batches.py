@@ -59,22 +59,26 @@ class DeviceBatches(ExampleStream):
     ) -> None:
         _check_shapes(images, targets)
         super().__init__(len(images), batch_size, seed=seed, shuffle=shuffle)
-        # Channels-last batches are cut from channels-last storage: no transposition on the way.
-        self._stored = (images.permute(0, 2, 3, 1) if channels_last else images).to(device).contiguous()
+        self._shape = images.shape[1], images.shape[2], images.shape[3]
+        self._channels_last = channels_last
+        self._rows = self._to_rows(images).to(device).contiguous()
         self._targets = targets.to(device)
         self._augment = augment or Augmentation()
         value_scale = value_scale or (255.0 if images.dtype == torch.uint8 else 1.0)
-        self._gain, self._shift = _affine(images.shape[1], mean, std, value_scale, self._stored.device)
+        self._gain, self._shift = _affine(images.shape[1], mean, std, value_scale, self.device)
+        # One factor an entry of a row where the channels of a pixel are neighbours.
+        self._row_gain, self._row_shift = (
+            (t.view(-1).repeat(images.shape[3]) if channels_last else t) for t in (self._gain, self._shift)
+        )
         self._value_scale = value_scale
         self._num_classes = num_classes or (0 if targets.is_floating_point() else int(targets.max()) + 1)
         self._dtype = dtype
-        self._channels_last = channels_last
         self._plan: tuple[int, Tensor, Draws] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the set and its batches live."""
-        return self._stored.device
+        return self._rows.device
 
     @property
     def num_classes(self) -> int:
@@ -84,8 +88,7 @@ class DeviceBatches(ExampleStream):
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        channels, height, width = self._images_of(self._stored).shape[1:]
-        return channels, height, width
+        return self._shape
 
     @property
     def value_range(self) -> tuple[Tensor, Tensor]:
@@ -119,13 +122,20 @@ class DeviceBatches(ExampleStream):
         return self._plan[1:]
 
     def _batch(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        pixels = self._augment.crop_and_flip(self._images_of(self._stored.index_select(0, indices)), draws)
-        inputs = pixels.to(torch.float32, copy=True).mul_(self._gain).add_(self._shift)
-        return self._augment.cut_out(inputs, draws).to(self._dtype), self._targets.index_select(0, indices)
+        channels, height, width = self._shape
+        step = channels if self._channels_last else 1
+        rows = self._augment.crop_and_flip(self._rows.index_select(0, indices), draws, step)
+        rows = rows.to(torch.float32, copy=True).mul_(self._row_gain).add_(self._row_shift)
+        rows = self._augment.cut_out(rows, draws, step).to(self._dtype)
+        inputs = rows.view(-1, height, width, channels).permute(0, 3, 1, 2) if self._channels_last else rows
+        return inputs, self._targets.index_select(0, indices)
 
-    def _images_of(self, stored: Tensor) -> Tensor:
-        """[n, C, H, W] view of stored images."""
-        return stored.permute(0, 3, 1, 2) if self._channels_last else stored
+    def _to_rows(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] as rows: one plane a channel, or one plane of pixels when the batches are channels-last."""
+        if not self._channels_last:
+            return images
+        channels, height, width = self._shape
+        return images.permute(0, 2, 3, 1).reshape(len(images), 1, height, width * channels)
 
 
 def _check_shapes(images: Tensor, targets: Tensor) -> None:
