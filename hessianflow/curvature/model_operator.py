@@ -1,0 +1,272 @@
+"""What the Hessian, the Gauss-Newton and the Fisher operator of a model share: data, weights, averages, care.
+
+The operator is that of the mean loss over all examples, L(w) = 1/N sum_n loss(f(x_n; w), y_n): every piece that is
+forwarded enters with the number of its examples, so unequal batches and any microbatch size give the same matrix.
+
+One batch in one pass: its graph is built once and kept for all products (`release()` frees it), and built anew as soon
+as a weight, a buffer or the batch has changed. Several batches, or microbatches: the graph of each piece is rebuilt in
+every product, and memory does not depend on the number of pieces.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import map_tensors, mean_loss, move, num_examples, split
+from hessianflow.curvature.derivatives import explained, full_precision, second_order
+from hessianflow.curvature.operator import NonFiniteError, Operator
+from hessianflow.curvature.selection import Selection, batches_of, checked_batches, select_parameters, single_batch
+from hessianflow.curvature.vectors import flatten
+from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+from hessianflow.measuring import measuring, unwrap
+
+
+class Piece(NamedTuple):
+    """One forwarded batch or microbatch: its mean loss (a detached scalar) and the product with its matrix."""
+
+    loss: Tensor
+    product: Callable[[Tensor], Tensor]
+
+
+class ModelOperator(Operator):
+    """A curvature matrix of the mean loss of a model over some data.
+
+    Args:
+        model: any module; DataParallel, DistributedDataParallel and torch.compile wrappers are looked through.
+        loss_fn: loss_fn(outputs, targets). Mean, sum (said by a `reduction` attribute) and per-example losses count
+            alike, as the mean over examples. For a batch that is a dict it is called as loss_fn(model, batch).
+        data: one pair (inputs, targets), one dict, or a re-iterable of them (a list, a DataLoader without shuffled
+            augmentation). The model is called as model(inputs).
+        params: trainable parameters to differentiate by: None for all, name patterns ("layer1", "*.bias"), or tensors.
+        microbatch_size: examples per forward pass; None for whole batches with a kept graph.
+        norm_mode: batch normalisation by running statistics ("eval") or by those of each batch ("batch").
+        check_deterministic: run the model a second time when the first graph is kept, to see whether its loss repeats.
+
+    Attributes:
+        size: number of selected weights.
+        dtype: of the vectors: that of the weights, but float32 for 16-bit models.
+        names: names of the selected parameters, in the order of the flat vector.
+
+    Raises:
+        HessianFlowError: nothing trainable, no data, a bad option; at a product: a loss that is not finite
+            (:class:`NonFiniteError`), cannot be differentiated twice, or changes from one product to the next.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        data: Any,
+        *,
+        params: Selection = None,
+        microbatch_size: int | None = None,
+        norm_mode: NormMode = "eval",
+        check_deterministic: bool = True,
+    ) -> None:
+        self._model = unwrap(model)
+        self.names, self.parameters = select_parameters(self._model, params)
+        self.loss_fn = loss_fn
+        self.norm_mode = norm_mode
+        self.microbatch_size = microbatch_size
+        self._check_deterministic = check_deterministic
+        self._batches = batches_of(data)
+        self._single = single_batch(data)
+        _check_options(self._model, microbatch_size, norm_mode)
+        self.size = sum(p.numel() for p in self.parameters)
+        self.device = self.parameters[0].device
+        self.dtype = _vector_dtype(self.parameters)
+        self._kept: tuple[Piece, int, _State] | None = None
+        self._last_loss: tuple[_State, float] | None = None
+
+    @abstractmethod
+    def _prepare(self, model: nn.Module, batch: Any) -> Piece:
+        """Run the model on one batch and return its loss and what multiplies with its matrix."""
+
+    def weighted_product(self, vector: Tensor) -> tuple[Tensor, int]:
+        """(N A v, N) over the N examples held here: what microbatches add up, and ranks before they divide."""
+        with full_precision():
+            # A tensor made in inference mode cannot enter a graph.
+            vector = vector.clone() if vector.is_inference() else vector
+            if self._single is not None and self._fits(self._single):
+                piece, count = self._kept_piece(self._single)
+                with explained(None, count):
+                    return piece.product(vector) * count, count
+            return self._rebuilt_product(vector)
+
+    def release(self) -> None:
+        """Free the kept graph."""
+        self._kept = None
+
+    @property
+    def num_examples(self) -> int:
+        """Examples the loss is averaged over (reads the data once)."""
+        return sum(num_examples(batch) for batch in checked_batches(self._batches))
+
+    def mean_loss(self) -> float:
+        """The loss whose curvature this is, at the current weights."""
+        total, count = 0.0, 0
+        with measuring(self._model, self.norm_mode) as model, full_precision(), torch.no_grad():
+            for batch in self._pieces():
+                total += float(self._forward_loss(model, batch)) * num_examples(batch)
+                count += num_examples(batch)
+        return total / count
+
+    def gradient(self) -> Tensor:
+        """The gradient of the mean loss by the selected parameters, shape [size]."""
+        total, count = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0
+        with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
+            for batch in self._pieces():
+                loss = self._checked_loss(model, batch)
+                grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                total.add_(flatten(grads, self.parameters, self.dtype), alpha=num_examples(batch))
+                count += num_examples(batch)
+        return total.div_(count)
+
+    def _product(self, vector: Tensor) -> Tensor:
+        total, count = self.weighted_product(vector)
+        return total.div_(count)
+
+    def _kept_piece(self, batch: Any) -> tuple[Piece, int]:
+        state = _State.of(self._model, batch)
+        if self._kept is None or not self._kept[2].matches(state):
+            self._kept = None  # the old graph goes before the new one comes
+            count = num_examples(batch)
+            with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
+                local = self._local(batch)
+                with explained(None, count):
+                    piece = self._prepare(model, local)
+                if (
+                    self._check_deterministic and self._last_loss is None
+                ):  # once: a kept graph would hide that the loss is random
+                    with torch.no_grad():
+                        self._check_repeats(state, self._forward_loss(model, local))
+            self._check_repeats(state, piece.loss)
+            self._kept = (piece, count, state)
+        return self._kept[0], self._kept[1]
+
+    def _rebuilt_product(self, vector: Tensor) -> tuple[Tensor, int]:
+        total, count = torch.zeros_like(vector), 0
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        state = _State.of(self._model, self._single)
+        with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
+            for batch in self._pieces():
+                examples = num_examples(batch)
+                with explained(None, examples):
+                    piece = self._prepare(model, batch)
+                    total.add_(piece.product(vector), alpha=examples)
+                loss += piece.loss * examples
+                count += examples
+        self._check_repeats(state, loss / count)
+        return total, count
+
+    @contextmanager
+    def _differentiating(self, model: nn.Module) -> Iterator[None]:
+        """Second-order kernels on, everything not selected a constant; to be used inside measuring()."""
+        selected = {id(p) for p in self.parameters}
+        for parameter in model.parameters():
+            if id(parameter) not in selected:
+                parameter.requires_grad_(False)
+        with second_order(model):
+            yield
+
+    def _pieces(self) -> Iterator[Any]:
+        for batch in checked_batches(self._batches):
+            for piece in _split(batch, self.microbatch_size):
+                yield self._local(piece)
+
+    def _fits(self, batch: Any) -> bool:
+        return self.microbatch_size is None or num_examples(batch) <= self.microbatch_size
+
+    def _local(self, batch: Any) -> Any:
+        moved = move(batch, self.device, non_blocking=True)
+        return map_tensors(lambda t: t.clone() if t.is_inference() else t, moved)
+
+    def _forward_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if isinstance(batch, dict):
+            return mean_loss(self.loss_fn, model, batch)
+        return mean_loss(self.loss_fn, model(batch[0]), batch[1])
+
+    def _checked_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = self._forward_loss(model, batch)
+        check_finite(loss)
+        if not loss.requires_grad:
+            raise HessianFlowError(
+                "the loss does not depend on the selected parameters; is it detached, or computed in NumPy?"
+            )
+        return loss
+
+    def _check_repeats(self, state: "_State", loss: Tensor) -> None:
+        # One number from the device per graph built: without it a random operator would pass for a matrix.
+        value, tolerance = float(loss), torch.finfo(self.dtype).eps ** 0.5
+        if self._last_loss is not None and self._last_loss[0].matches(state):
+            before = self._last_loss[1]
+            if abs(value - before) > tolerance * max(abs(value), abs(before)):
+                raise HessianFlowError(
+                    f"the loss changed from {before:.6g} to {value:.6g} between two products at the same weights; "
+                    "switch off dropout and random augmentation in the data or in the model's forward"
+                )
+        self._last_loss = (state, value)
+
+
+class _State:
+    """What a graph was built from: the versions and values of weights and buffers, and the version of the batch."""
+
+    def __init__(self, versions: tuple[tuple[int, int], ...], norms: Tensor) -> None:
+        self.versions = versions
+        self.norms = norms
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Any) -> "_State":
+        weights = [p.detach() for p in model.parameters()]
+        watched = [*model.parameters(), *model.buffers()]
+        map_tensors(watched.append, batch)
+        # Writes through `.data` leave the version as it is, so the norms are compared too.
+        norms = torch.stack([norm.to(weights[0].device, torch.float64) for norm in torch._foreach_norm(weights)])
+        return cls(tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in watched), norms)
+
+    def matches(self, other: "_State") -> bool:
+        # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
+        return self.versions == other.versions and bool(torch.equal(self.norms, other.norms))
+
+
+def check_finite(loss: Tensor) -> None:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        NonFiniteError: with what to look at.
+    """
+    # One synchronisation per graph built, so that no time goes into products of nan.
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise NonFiniteError(
+            "the loss is not finite (nan or inf); look at the weights, the inputs and the learning rate"
+        )
+
+
+def _split(batch: Any, size: int | None) -> Iterator[Any]:
+    if isinstance(batch, dict):
+        return (pair[0] for pair in split((batch, None), size))
+    return split((batch[0], batch[1]), size)
+
+
+def _check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
+    if norm_mode not in get_args(NormMode):
+        raise HessianFlowError(f"norm_mode must be one of {', '.join(get_args(NormMode))}, got {norm_mode!r}")
+    if microbatch_size is not None and microbatch_size < 1:
+        raise HessianFlowError(f"microbatch_size must be at least 1 or None, got {microbatch_size}")
+    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if norm_mode == "batch" and microbatch_size is not None and normalises:
+        raise HessianFlowError(
+            f"norm_mode='batch' needs each batch in one pass, got microbatch_size={microbatch_size}; "
+            "leave it None or use norm_mode='eval'"
+        )
+
+
+def _vector_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    widest = torch.float32
+    for parameter in parameters:
+        widest = torch.promote_types(widest, parameter.dtype)
+    return widest

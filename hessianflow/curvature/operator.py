@@ -1,0 +1,196 @@
+"""What every estimator sees of a symmetric matrix: size, device, dtype and a product.
+
+The algebra here (sum, scale, shift, deflation, adapter) needs products only, so each estimator can be tested on a plain
+matrix and each model's operator can be combined with any other.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessianflow.curvature.vectors import check_vector
+from hessianflow.interfaces import HessianFlowError, LinearOperator
+
+
+class NonFiniteError(HessianFlowError):
+    """A loss or a product came out as nan or infinite: the weights, the data or the loss hold such values."""
+
+
+class Operator(ABC):
+    """A symmetric matrix known by its products.
+
+    Subclasses set `size` (rows), `device` and `dtype` (of the vectors) and give `_product`.
+    """
+
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The product with a flat vector, shape [size]; the vector is not changed.
+
+        Raises:
+            HessianFlowError: wrong shape, type or device.
+        """
+        check_vector(self, vector)
+        return self._product(vector)
+
+    @abstractmethod
+    def _product(self, vector: Tensor) -> Tensor:
+        """The product with a vector that is known to fit."""
+
+    def release(self) -> None:
+        """Free whatever is kept between products (a graph); the next product makes it anew."""
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """`operator @ v` for a vector [size], or column by column for a matrix [size, k]."""
+        if other.ndim != 2:
+            return self.matvec(other)
+        if other.shape[1] == 0:
+            return other.clone()
+        return torch.stack([self.matvec(column.contiguous()) for column in other.unbind(1)], dim=1)
+
+    def __add__(self, other: "Operator") -> "Operator":
+        return SumOperator(self, other)
+
+    def __mul__(self, factor: float) -> "Operator":
+        return ScaledOperator(self, factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Operator":
+        return ScaledOperator(self, -1.0)
+
+    def __sub__(self, other: "Operator") -> "Operator":
+        return SumOperator(self, -other)
+
+    def shifted(self, shift: float) -> "Operator":
+        """A + shift I."""
+        return ShiftedOperator(self, shift)
+
+    def deflated(self, vectors: Tensor) -> "Operator":
+        """(I - Q Q^T) A (I - Q Q^T) for orthonormal columns Q of shape [size, m]: A without these directions."""
+        return DeflatedOperator(self, vectors)
+
+    def dense(self) -> Tensor:
+        """The whole matrix, shape [size, size], by `size` products: for small problems."""
+        return self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` over NumPy vectors, e.g. for `eigsh`."""
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        def product(vector: Any) -> Any:
+            flat = torch.as_tensor(vector.reshape(-1)).to(self.device, self.dtype)
+            return self.matvec(flat).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return ScipyOperator((self.size, self.size), matvec=product, rmatvec=product, dtype=dtype)
+
+
+class CallableOperator(Operator):
+    """Any function that multiplies a symmetric matrix with a flat vector.
+
+    Args:
+        matvec: maps a vector [size] to a vector [size].
+        size: number of rows, at least 1.
+        dtype: of the vectors.
+        device: of the vectors.
+
+    Raises:
+        HessianFlowError: size below 1, or (at a product) an answer of another shape.
+    """
+
+    def __init__(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if size < 1:
+            raise HessianFlowError(f"size must be at least 1, got {size}")
+        self._function = matvec
+        self.size = size
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    def _product(self, vector: Tensor) -> Tensor:
+        product = self._function(vector)
+        if product.shape != vector.shape:
+            raise HessianFlowError(f"matvec must return shape [{self.size}], got {list(product.shape)}")
+        return product
+
+
+class _DerivedOperator(Operator):
+    """Built on another operator, with the same vectors."""
+
+    def __init__(self, base: LinearOperator) -> None:
+        self._base = base
+        self.size, self.device, self.dtype = base.size, base.device, base.dtype
+
+    def release(self) -> None:
+        """Free what the base keeps."""
+        if isinstance(self._base, Operator):
+            self._base.release()
+
+
+class SumOperator(_DerivedOperator):
+    """A + B."""
+
+    def __init__(self, first: Operator, second: Operator) -> None:
+        if first.size != second.size:
+            raise HessianFlowError(f"operators to be added must have one size, got {first.size} and {second.size}")
+        super().__init__(first)
+        self._other = second
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self._base.matvec(vector) + self._other.matvec(vector)
+
+    def release(self) -> None:
+        """Free what both keep."""
+        super().release()
+        self._other.release()
+
+
+class ScaledOperator(_DerivedOperator):
+    """factor * A."""
+
+    def __init__(self, base: Operator, factor: float) -> None:
+        super().__init__(base)
+        self._factor = factor
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self._base.matvec(vector) * self._factor
+
+
+class ShiftedOperator(_DerivedOperator):
+    """A + shift I."""
+
+    def __init__(self, base: LinearOperator, shift: float) -> None:
+        super().__init__(base)
+        self._shift = shift
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return torch.add(self._base.matvec(vector), vector, alpha=self._shift)
+
+
+class DeflatedOperator(_DerivedOperator):
+    """(I - Q Q^T) A (I - Q Q^T), symmetric and zero on span(Q)."""
+
+    def __init__(self, base: LinearOperator, vectors: Tensor) -> None:
+        if vectors.ndim != 2 or vectors.shape[0] != base.size:
+            raise HessianFlowError(
+                f"vectors must have shape [{base.size}, m], got {list(vectors.shape)}; pass orthonormal columns"
+            )
+        super().__init__(base)
+        self._vectors = vectors
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self._project(self._base.matvec(self._project(vector)))
+
+    def _project(self, vector: Tensor) -> Tensor:
+        return vector - self._vectors @ (self._vectors.T @ vector)

@@ -1,0 +1,190 @@
+"""The leading eigenvalue during training: small, repeatable, warm-started, and free of side effects.
+
+Each call measures the Hessian of the mean loss over the probe batch at the current weights. The start is the last call's
+Ritz vectors plus a random part (`RANDOM_SHARE` in eigenpairs.py). Several vectors, because the two leading eigenvalues
+may have changed places since: from the old leading vector alone an iteration settles on what is now the second one, low
+by 4-8 %, with a small residual.
+
+Choices of ours: the batch of 64 to 128 examples is fixed by default (batch-to-batch spread is 8-10 %); readings that are
+not finite or not converged are returned as such and never enter the smoothed value or the next start.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from hessianflow.batches import num_examples
+from hessianflow.curvature.eigenpairs import top_eigenpairs
+from hessianflow.curvature.hessian import HessianOperator
+from hessianflow.curvature.operator import NonFiniteError
+from hessianflow.curvature.results import EigenResult, Which
+from hessianflow.curvature.selection import Selection
+from hessianflow.interfaces import CurvatureReading, HessianFlowError, LossFn, NormMode
+
+Smoothing = Literal["none", "median", "ema"]
+
+GRADIENTS_PER_PRODUCT = 2.65
+"""Cost of one product on a kept graph, in gradients of the same batch (measured: ResNet-20, CPU)."""
+
+SPARE_VECTORS = 2
+"""Ritz vectors remembered beyond the k tracked ones. Ours."""
+
+
+class CurvatureProbe:
+    """Measures the leading Hessian eigenvalues of a model, again and again, and leaves no trace on it.
+
+    Args:
+        model: the model; wrappers are looked through.
+        loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for a dict batch.
+        batch: the probe batch: a pair (inputs, targets) or a dict, kept for all calls; or a function without arguments
+            that returns a fresh one for each call. 64 to 128 examples are enough.
+        k: eigenvalues to track.
+        tol: allowed relative error of each. Default: the tolerance of ABSA's code.
+        warm_start: start from the vectors of the last reading.
+        which: "LM" largest magnitude, "LA" largest or "SA" smallest algebraic.
+        params: parameters to differentiate by; see HessianOperator.
+        norm_mode: batch-normalisation statistics, recorded with each reading.
+        microbatch_size: examples per pass; bounds memory, at about 1.4x the time.
+        max_matvecs: most products a call; then the reading says converged=False.
+        smoothing: adds `details["smoothed"]`: median, or exponential moving average, of the good readings.
+        window: readings the median is taken over; the average's decay is 2 / (window + 1).
+        budget: largest share of the training cost to be spent, for :meth:`is_affordable`; None: no limit.
+        seed: of the random parts of all starts.
+
+    Raises:
+        HessianFlowError: an option out of range; at a call: what HessianOperator raises, except that weights or a loss
+            that are not finite give a reading of nan.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batch: Any | Callable[[], Any],
+        *,
+        k: int = 1,
+        tol: float = 1e-2,
+        warm_start: bool = True,
+        which: Which = "LM",
+        params: Selection = None,
+        norm_mode: NormMode = "eval",
+        microbatch_size: int | None = None,
+        max_matvecs: int = 100,
+        smoothing: Smoothing = "none",
+        window: int = 5,
+        budget: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if smoothing not in get_args(Smoothing):
+            raise HessianFlowError(f"smoothing must be one of {', '.join(get_args(Smoothing))}, got {smoothing!r}")
+        if window < 1:
+            raise HessianFlowError(f"window must be at least 1, got {window}")
+        if budget is not None and not budget > 0:
+            raise HessianFlowError(f"budget must be a positive share of the training cost, e.g. 0.01, got {budget}")
+        self._model, self._loss_fn, self._batch = model, loss_fn, batch
+        self._k, self._tol, self._which, self._max_matvecs = k, tol, which, max_matvecs
+        self._warm_start, self._seed = warm_start, seed
+        self._smoothing, self._window, self._budget = smoothing, window, budget
+        self._options = {"params": params, "norm_mode": norm_mode, "microbatch_size": microbatch_size}
+        self._vectors: Tensor | None = None
+        self._recent: list[float] = []
+        self._calls, self._spent, self._last_cost = 0, 0.0, 0.0
+
+    def __call__(self) -> CurvatureReading:
+        """Measure at the current weights."""
+        began = time.perf_counter()
+        batch = self._batch() if callable(self._batch) else self._batch
+        # A new operator each time: no graph and no batch outlives the call. The loss is checked to repeat once.
+        operator = HessianOperator(
+            self._model, self._loss_fn, batch, check_deterministic=self._calls == 0, **self._options
+        )
+        try:
+            result = self._measure(operator)
+        except NonFiniteError:
+            result = None
+        finally:
+            operator.release()
+            self._calls += 1
+        examples = num_examples(batch)
+        self._account(result, examples)
+        return self._reading(result, examples, time.perf_counter() - began)
+
+    def is_affordable(self, examples: int) -> bool:
+        """Whether the next call, at the price of the last, fits the budget after `examples` training examples.
+
+        Cost is counted in gradients of one example, so the answer depends on no clock and repeats in a resumed run.
+        """
+        if self._budget is None or self._calls == 0:
+            return True
+        return self._spent + self._last_cost <= self._budget * examples
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whatever the next reading depends on, beside model and batch."""
+        return {
+            "calls": self._calls,
+            "spent": self._spent,
+            "last_cost": self._last_cost,
+            "recent": list(self._recent),
+            "vectors": None if self._vectors is None else self._vectors.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a probe of the same model and options stopped."""
+        self._calls, self._spent, self._last_cost = state["calls"], state["spent"], state["last_cost"]
+        self._recent = list(state["recent"])
+        self._vectors = None if state["vectors"] is None else state["vectors"].clone()
+
+    def _measure(self, operator: HessianOperator) -> EigenResult:
+        start = self._vectors if self._warm_start else None
+        return top_eigenpairs(
+            operator,
+            min(self._k, operator.size),
+            which=self._which,
+            tol=self._tol,
+            max_matvecs=self._max_matvecs,
+            v0=start,
+            seed=(self._seed << 32) + self._calls,
+            extra=SPARE_VECTORS,
+        )
+
+    def _account(self, result: EigenResult | None, examples: int) -> None:
+        products = 0 if result is None else result.matvecs
+        self._last_cost = (1 + GRADIENTS_PER_PRODUCT * products) * examples
+        self._spent += self._last_cost
+        if result is None:
+            self._vectors = None
+        elif result.converged:
+            self._vectors = result.vectors.detach().clone() if self._warm_start else None
+            self._recent = [*self._recent, float(result.values[0])][-self._window :]
+
+    def _reading(self, result: EigenResult | None, examples: int, seconds: float) -> CurvatureReading:
+        values = [] if result is None else result.values[: self._k].tolist()
+        return CurvatureReading(
+            eigenvalue=values[0] if values else math.nan,
+            residual=math.nan if result is None else float(result.residuals[0]),
+            matvecs=0 if result is None else result.matvecs,
+            converged=result is not None and result.converged,
+            eigenvalues=tuple(values) if self._k > 1 else (),
+            norm_mode=self._options["norm_mode"],
+            num_examples=examples,
+            seconds=seconds,
+            details=self._details(),
+        )
+
+    def _details(self) -> dict[str, float]:
+        if self._smoothing == "none" or not self._recent:
+            return {}
+        return {"smoothed": _smoothed(self._recent, self._smoothing, self._window)}
+
+
+def _smoothed(values: list[float], smoothing: Smoothing, window: int) -> float:
+    if smoothing == "median":
+        return statistics.median(values)
+    average, weight = values[0], 2 / (window + 1)
+    for value in values[1:]:
+        average += weight * (value - average)
+    return average

@@ -1,0 +1,65 @@
+"""What the estimators return: frozen records, with the shape beside each tensor field."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Which = Literal["LM", "LA", "SA"]
+"""Which eigenvalues: largest in magnitude (ties: positive first), largest, or smallest algebraic."""
+
+
+@dataclass(frozen=True)
+class EigenResult:
+    """Eigenpairs of a symmetric operator, the most wanted first.
+
+    Attributes:
+        values: Rayleigh quotients of the operator itself, shape [k].
+        vectors: orthonormal columns, shape [size, k].
+        residuals: ||A v_i - values_i v_i||_2, shape [k]. Each value lies within its residual of a true eigenvalue.
+        error_bounds: min(r_i, r_i^2 / gap_i), the estimated distance of each value from a true eigenvalue, shape [k];
+            gap_i is taken from the other pairs seen, so the second form is an estimate, the first a theorem.
+        matvecs: products spent.
+        converged: whether all wanted pairs met the tolerance.
+        history: the leading value after each product.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    error_bounds: Tensor
+    matvecs: int
+    converged: bool
+    history: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TraceResult:
+    """A stochastic estimate of one number (trace, squared Frobenius norm, ...).
+
+    Attributes:
+        value: the estimate.
+        stderr: its standard error over independent probes; 0 when the value is exact, infinite with a single probe.
+        matvecs: products spent.
+        samples: the independent values whose spread gives `stderr`.
+    """
+
+    value: float
+    stderr: float
+    matvecs: int
+    samples: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class DiagonalResult:
+    """A stochastic estimate of the diagonal.
+
+    Attributes:
+        values: shape [size].
+        stderr: standard error of each entry over the probes, shape [size].
+        matvecs: products spent.
+    """
+
+    values: Tensor
+    stderr: Tensor
+    matvecs: int

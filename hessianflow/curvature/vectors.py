@@ -1,0 +1,65 @@
+"""Flat vectors: where they come from, and how they map to a list of parameters."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hessianflow.interfaces import HessianFlowError, LinearOperator
+
+
+def generator(seed: int | None, device: torch.device) -> torch.Generator:
+    """A generator of our own on `device`; the global ones stay untouched. None: fresh entropy."""
+    made = torch.Generator(device)
+    if seed is None:
+        made.seed()
+    else:
+        made.manual_seed(seed)
+    return made
+
+
+def gaussian(operator: LinearOperator, source: torch.Generator, columns: int | None = None) -> Tensor:
+    """Standard normal entries (unit variance, everywhere in this room), shape [size] or [size, columns]."""
+    shape = (operator.size,) if columns is None else (operator.size, columns)
+    return torch.randn(shape, generator=source, device=operator.device, dtype=operator.dtype)
+
+
+def rademacher(operator: LinearOperator, source: torch.Generator, columns: int | None = None) -> Tensor:
+    """Independent entries +1 or -1, shape [size] or [size, columns]."""
+    shape = (operator.size,) if columns is None else (operator.size, columns)
+    bits = torch.randint(0, 2, shape, generator=source, device=operator.device)
+    return bits.to(operator.dtype).mul_(2).sub_(1)
+
+
+def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One flat vector; None stands for zeros of the shape of its neighbour in `like`."""
+    pieces = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)]
+    return torch.cat([piece.reshape(-1).to(dtype) for piece in pieces])
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of the flat vector with the shapes (and types) of `like`."""
+    pieces = vector.split([p.numel() for p in like])
+    return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, like, strict=True)]
+
+
+def check_vector(operator: LinearOperator, vector: Tensor, name: str = "vector") -> None:
+    """Refuse a vector that does not fit the operator.
+
+    Raises:
+        HessianFlowError: wrong shape, type or device.
+    """
+    if vector.shape != (operator.size,):
+        raise HessianFlowError(f"{name} must have shape [{operator.size}], got {list(vector.shape)}; pass it flat")
+    if vector.dtype != operator.dtype:
+        raise HessianFlowError(f"{name} must be {operator.dtype}, got {vector.dtype}; convert with .to(operator.dtype)")
+    if vector.device.type != operator.device.type:
+        raise HessianFlowError(
+            f"{name} must be on {operator.device}, got {vector.device}; convert with .to(operator.device)"
+        )
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the span of the columns [size, m], by QR."""
+    basis, _ = torch.linalg.qr(columns)
+    return basis
