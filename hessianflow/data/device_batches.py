@@ -65,10 +65,12 @@ class DeviceBatches(ExampleStream):
         self._targets = targets.to(device)
         self._augment = augment or Augmentation()
         value_scale = value_scale or (255.0 if images.dtype == torch.uint8 else 1.0)
-        self._gain, self._shift = _affine(images.shape[1], mean, std, value_scale, self.device)
+        self._gain, self._shift = _affine(images.shape[1], mean, std, value_scale)
+        exact = torch.promote_types(torch.float32, dtype)
         # One factor an entry of a row where the channels of a pixel are neighbours.
         self._row_gain, self._row_shift = (
-            (t.view(-1).repeat(images.shape[3]) if channels_last else t) for t in (self._gain, self._shift)
+            (t.view(-1).repeat(images.shape[3]) if channels_last else t).to(self.device, exact)
+            for t in (self._gain, self._shift)
         )
         self._value_scale = value_scale
         self._num_classes = num_classes or (0 if targets.is_floating_point() else int(targets.max()) + 1)
@@ -94,7 +96,7 @@ class DeviceBatches(ExampleStream):
     def value_range(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest valid input of every channel after normalisation, each [C, 1, 1], to clamp attacks."""
         ends = (self._shift, self._value_scale * self._gain + self._shift)
-        low, high = (end.to(self._dtype) for end in ends)
+        low, high = (end.to(self.device, self._dtype) for end in ends)
         return low, high
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -125,7 +127,7 @@ class DeviceBatches(ExampleStream):
         channels, height, width = self._shape
         step = channels if self._channels_last else 1
         rows = self._augment.crop_and_flip(self._rows.index_select(0, indices), draws, step)
-        rows = rows.to(torch.float32, copy=True).mul_(self._row_gain).add_(self._row_shift)
+        rows = rows.to(self._row_gain.dtype).mul_(self._row_gain).add_(self._row_shift)
         rows = self._augment.cut_out(rows, draws, step).to(self._dtype)
         inputs = rows.view(-1, height, width, channels).permute(0, 3, 1, 2) if self._channels_last else rows
         return inputs, self._targets.index_select(0, indices)
@@ -148,9 +150,9 @@ def _check_shapes(images: Tensor, targets: Tensor) -> None:
 
 
 def _affine(
-    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float, device: torch.device
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gain and shift [C, 1, 1] with gain * pixel + shift = (pixel / scale - mean) / std."""
+    """Gain and shift, float64 [C, 1, 1], with gain * pixel + shift = (pixel / scale - mean) / std."""
     means, stds = mean or [0.0] * channels, std or [1.0] * channels
     for name, values in (("mean", means), ("std", stds)):
         if len(values) != channels:
@@ -159,5 +161,4 @@ def _affine(
         raise HessianFlowError(f"std and value_scale must be positive, got {list(stds)} and {scale}")
     exact = [(1 / (scale * s), -m / s) for m, s in zip(means, stds, strict=True)]
     gain, shift = torch.tensor(exact, dtype=torch.float64).T
-    gain, shift = (t.view(-1, 1, 1).to(device, torch.float32) for t in (gain, shift))
-    return gain, shift
+    return gain.view(-1, 1, 1), shift.view(-1, 1, 1)

@@ -8,8 +8,10 @@ from typing import Literal, get_args
 from torch import nn
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.models import resnet, small
+from hessianflow.models import external, resnet, small
 from hessianflow.models.resnet import Shortcut
+from hessianflow.models.squeezenext import CAFFE, PYTORCHCV, Style, squeezenext
+from hessianflow.models.wide_resnet import wide_resnet
 
 Variant = Literal["cifar", "imagenet"]
 
@@ -22,6 +24,7 @@ SMALL: Mapping[str, tuple[Callable[..., nn.Module], int]] = {
 
 CIFAR_RESNETS = (8, 14, 20, 32, 44, 56, 110)
 IMAGENET_RESNETS = (18, 34, 50)
+WIDE_RESNETS = ((16, 4), (28, 10))
 
 
 def names() -> list[str]:
@@ -41,7 +44,9 @@ def create(
     """Build the network called `name`, freshly initialised from torch's global generator.
 
     Args:
-        name: one of :func:`names`.
+        name: one of :func:`names`; or "package.module:function", a function that returns a model and is given those of
+            `num_classes`, `input_size` and `in_channels` that it names; or "timm/NAME", "torchvision/NAME" where those
+            packages are installed.
         num_classes: outputs of the last layer.
         input_size: height and width of the images.
         variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the image at once.
@@ -53,10 +58,13 @@ def create(
         HessianFlowError: an unknown name (the message lists the known ones), or an argument out of range.
     """
     _check(num_classes, input_size, variant, in_channels, shortcut)
+    channels = in_channels or (1 if name == "digits-cnn" else 3)
+    if external.is_external(name):
+        return external.build(name, num_classes=num_classes, input_size=input_size, in_channels=channels)
     builders = _builders(variant, input_size, shortcut)
     if name not in builders:
         raise HessianFlowError(_unknown(name, variant))
-    return builders[name](num_classes=num_classes, in_channels=in_channels or (1 if name == "digits-cnn" else 3))
+    return builders[name](num_classes=num_classes, in_channels=channels)
 
 
 def _builders(variant: Variant, input_size: int, shortcut: Shortcut) -> dict[str, Callable[..., nn.Module]]:
@@ -65,9 +73,13 @@ def _builders(variant: Variant, input_size: int, shortcut: Shortcut) -> dict[str
         f"resnet{depth}": partial(resnet.imagenet_resnet, depth, stem=variant, shortcut=shortcut)
         for depth in IMAGENET_RESNETS
     }
+    for name, shape in {**CAFFE, **PYTORCHCV}.items():
+        style: Style = "pytorchcv" if name in PYTORCHCV else "caffe"
+        made[name] = partial(squeezenext, shape, style=style, variant=variant, input_size=input_size)
     if variant == "cifar":
         made |= {name: partial(_small, name, input_size=input_size) for name in SMALL}
         made |= {f"resnet{depth}": partial(resnet.cifar_resnet, depth, shortcut=shortcut) for depth in CIFAR_RESNETS}
+        made |= {f"wrn-{depth}-{widen}": partial(wide_resnet, depth, widen) for depth, widen in WIDE_RESNETS}
     return made
 
 
