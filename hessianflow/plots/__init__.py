@@ -1,0 +1,7 @@
+"""Figures, tables and reports from what runs left behind: records are read, live objects never."""
+
+from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
+from hessianflow.plots.training_curves import training_curves
+from hessianflow.plots.trajectory import curvature_trajectory
+
+__all__ = ["ComparisonTable", "compare", "compare_table", "curvature_trajectory", "training_curves"]

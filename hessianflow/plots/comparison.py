@@ -1,0 +1,170 @@
+"""Who needs fewer updates, and less time, at which accuracy: a table and a figure over groups of runs."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hessianflow.plots import style
+from hessianflow.plots.records import Run, RunSource, column, number, read_runs
+from hessianflow.plots.settings import Group, group_runs
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One group of runs that differ in their seed only; nan where nothing was recorded.
+
+    Attributes:
+        settings: what tells the group from the others.
+        runs: number of runs.
+        accuracy: mean final evaluation accuracy, in [0, 1].
+        accuracy_std: sample standard deviation of it over the runs; nan for one run.
+        updates: mean optimizer updates.
+        examples: mean training examples used.
+        seconds: mean wall seconds.
+        peak_memory_mib: largest peak memory.
+        largest_batch: largest batch size reached.
+        finished: runs that came to their planned end.
+    """
+
+    settings: str
+    runs: int
+    accuracy: float
+    accuracy_std: float
+    updates: float
+    examples: float
+    seconds: float
+    peak_memory_mib: float
+    largest_batch: float
+    finished: int
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Rows in the order of the runs given."""
+
+    rows: tuple[ComparisonRow, ...]
+
+    def to_markdown(self) -> str:
+        """A Markdown table; accuracy in percent, plus or minus its standard deviation over runs."""
+        head = "settings | runs | accuracy (%) | updates | examples | seconds | peak memory (MiB) | largest batch"
+        lines = [f"| {head} |", "|---|" + "---:|" * 7]
+        return "\n".join([*lines, *(_markdown_line(row) for row in self.rows)]) + "\n"
+
+    def to_csv(self) -> str:
+        """Comma-separated values with a header; full precision, empty where nothing was recorded."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow([f.name for f in fields(ComparisonRow)])
+        for row in self.rows:
+            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in astuple(row)])
+        return buffer.getvalue()
+
+
+def compare_table(runs: RunSource | Iterable[RunSource]) -> ComparisonTable:
+    """Mean results of runs, grouped by all settings in config.json but the seed.
+
+    Args:
+        runs: run directories or objects with `.records`. A run that has not ended counts with its last epoch.
+
+    Raises:
+        HessianFlowError: no run, a folder that is not a run directory, a damaged history.
+    """
+    return ComparisonTable(tuple(_row(group) for group in group_runs(read_runs(runs))))
+
+
+def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
+    """Evaluation accuracy against optimizer updates and against training time, one colour a group of runs.
+
+    Args:
+        runs: run directories or objects with `.records`; those that differ in their seed only share a colour.
+        path: where to write a PNG; None: nowhere.
+
+    Returns:
+        The figure, not bound to pyplot.
+
+    Raises:
+        HessianFlowError: as :func:`compare_table`; an unwritable path.
+    """
+    groups = group_runs(read_runs(runs))
+    figure = style.new_figure(9.0, 4.6)
+    by_updates, by_seconds = figure.subplots(1, 2, sharey=True)
+    for index, group in enumerate(groups):
+        for run in group.runs:
+            rows = run.of_kind("epoch")
+            accuracy = 100 * column(rows, "eval_accuracy")
+            look = {"color": style.colour(index), "linestyle": style.dash(index)}
+            for axes, x in ((by_updates, column(rows, "updates")), (by_seconds, np.cumsum(column(rows, "seconds")))):
+                axes.plot(x, accuracy, linewidth=1.3, alpha=0.8, **look)
+                axes.plot(x[-1:], accuracy[-1:], "o", markersize=5, color=style.colour(index))
+    style.finish(by_updates, "optimizer updates", "evaluation accuracy (%)")
+    style.finish(by_seconds, "wall time (s)", "")
+    style.examples_axis(by_updates)
+    style.examples_axis(by_seconds)
+    labels = [f"{g.label} ({len(g.runs)} runs)" if len(g.runs) > 1 else g.label for g in groups]
+    style.legend_below(figure, style.run_handles(labels))
+    style.save(figure, path)
+    return figure
+
+
+def _row(group: Group) -> ComparisonRow:
+    accuracies = [a for a in (_final(run, "final_accuracy", "eval_accuracy") for run in group.runs) if a == a]
+    return ComparisonRow(
+        settings=group.label,
+        runs=len(group.runs),
+        accuracy=_mean(accuracies),
+        accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else math.nan,
+        updates=_mean(_final(run, "updates", "updates") for run in group.runs),
+        examples=_mean(_final(run, "examples", "examples") for run in group.runs),
+        seconds=_mean(_seconds(run) for run in group.runs),
+        peak_memory_mib=_largest(number(run.summary, "peak_memory_mib") for run in group.runs),
+        largest_batch=_largest(_largest_batch(run) for run in group.runs),
+        finished=sum(run.summary.get("status") == "finished" for run in group.runs),
+    )
+
+
+def _final(run: Run, in_summary: str, in_epochs: str) -> float:
+    value = number(run.summary, in_summary)
+    epochs = run.of_kind("epoch")
+    return number(epochs[-1], in_epochs) if math.isnan(value) and epochs else value
+
+
+def _seconds(run: Run) -> float:
+    value = number(run.summary, "wall_seconds")
+    epochs = column(run.of_kind("epoch"), "seconds")
+    return float(epochs.sum()) if math.isnan(value) and len(epochs) else value
+
+
+def _largest_batch(run: Run) -> float:
+    return _largest([number(run.summary, "largest_batch"), *column(run.of_kind("epoch"), "batch_size")])
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _largest(values: Iterable[float]) -> float:
+    return max((v for v in values if not math.isnan(v)), default=math.nan)
+
+
+def _markdown_line(row: ComparisonRow) -> str:
+    accuracy = _cell(100 * row.accuracy, ".2f")
+    if not math.isnan(row.accuracy_std):
+        accuracy += f" ± {100 * row.accuracy_std:.2f}"
+    unfinished = row.runs - row.finished
+    settings = row.settings.replace("|", "\\|") + (f" ({unfinished} unfinished)" if unfinished else "")
+    whole: Sequence[float] = (row.updates, row.examples)
+    cells = [settings, str(row.runs), accuracy, *(_cell(v, ".0f") for v in whole)]
+    cells += [_cell(row.seconds, ".1f"), _cell(row.peak_memory_mib, ".0f"), _cell(row.largest_batch, ".0f")]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)

@@ -1,0 +1,127 @@
+"""How every figure looks and is saved. Figures are made without pyplot, so no global state is read or left behind."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from hessianflow.interfaces import HessianFlowError
+
+# Okabe and Ito's palette, told apart with any common colour blindness; yellow is left out: too faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+GREY = "#666666"
+DPI = 150
+_MAX_NAME = 48
+
+
+def colour(index: int) -> str:
+    """The colour of the run with this index; they repeat after seven."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def dash(index: int) -> Any:
+    """The line style of the run with this index: changes when the colours repeat."""
+    return ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))[index // len(COLOURS) % 4]
+
+
+def new_figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty figure of this size in inches; "constrained" keeps labels and legends from overlapping."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def finish(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Labels, light grid, open frame."""
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def examples_axis(axes: Axes) -> None:
+    """Counts on the x axis as 50k, 1.5M."""
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(left=0)
+
+
+def epochs_axis(axes: Axes) -> None:
+    """Whole epochs on the x axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
+
+
+def batch_axis(axes: Axes, sizes: Iterable[float]) -> None:
+    """Batch sizes on a base-2 logarithmic y axis, with ticks at the sizes used, as many as are readable."""
+    axes.set_yscale("log", base=2)
+    used = sorted({s for s in sizes if s > 0})
+    ticks: list[float] = []
+    for size in used:
+        if not ticks or math.log2(size / ticks[-1]) >= max(math.log2(used[-1] / used[0]) / 8, 1e-9):
+            ticks.append(size)
+    axes.set_yticks(ticks)
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_minor_locator(NullLocator())
+    if used:
+        axes.set_ylim(used[0] / 1.5, used[-1] * 1.5)
+
+
+def log_axis(axes: Axes, values: Iterable[float]) -> None:
+    """A logarithmic y axis around the positive ones of these values, with plain numbers on short spans."""
+    axes.set_yscale("log")
+    positive = [v for v in values if math.isfinite(v) and v > 0] or [1.0]
+    low, high = min(positive) / 1.3, max(positive) * 1.3
+    if high / low < 10:
+        low, high = low / 2, high * 2
+    axes.set_ylim(low, high)
+    if high / low < 1e4 and low > 1e-4:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def run_handles(names: Sequence[str]) -> list[Line2D]:
+    """One legend entry for each run; long names keep their end, which tells them apart."""
+    short = [name if len(name) <= _MAX_NAME else "…" + name[1 - _MAX_NAME :] for name in names]
+    return [Line2D([], [], color=colour(i), linestyle=dash(i), linewidth=2, label=n) for i, n in enumerate(short)]
+
+
+def legend_columns(handles: Sequence[Line2D]) -> int:
+    """How many legend columns fit side by side below a figure nine inches wide."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    return max(1, min(4, len(handles), 110 // (longest + 8)))
+
+
+def legend_below(figure: Figure, handles: list[Line2D]) -> None:
+    """One legend for the whole figure, outside all axes (constrained layout makes room for it)."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(handles), frameon=False, fontsize=9)
+
+
+def _plain(value: float, _position: int) -> str:
+    return f"{value:g}"
+
+
+def save(figure: Figure, path: str | Path | None) -> None:
+    """Write a PNG so that a reader sees the old file or the new one, never half of it; None: do nothing.
+
+    Raises:
+        HessianFlowError: the folder does not exist or cannot be written.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=DPI)
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise HessianFlowError(f"cannot write plot {target}: {error.strerror or error}") from None

@@ -1,0 +1,95 @@
+"""The usual curves of training: loss, accuracy, learning rate and batch size."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from hessianflow.plots import style
+from hessianflow.plots.records import Run, RunSource, batch_steps, column, read_runs
+
+# A quantity that spans more than this factor is easier to read on a logarithmic axis.
+_LOG_SPAN = 30.0
+
+
+def training_curves(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
+    """Loss and accuracy over epochs and over updates, learning rate and batch size over epochs.
+
+    Args:
+        runs: one or several run directories or objects with `.records`, drawn over each other.
+        path: where to write a PNG; None: nowhere.
+
+    Returns:
+        The figure, not bound to pyplot.
+
+    Raises:
+        HessianFlowError: as :func:`curvature_trajectory`.
+    """
+    read = read_runs(runs)
+    figure = style.new_figure(9.0, 9.0)
+    axes = figure.subplots(3, 2)
+    _draw_measure(axes[0, 0], read, "epoch", "loss")
+    _draw_measure(axes[0, 1], read, "updates", "loss")
+    _draw_measure(axes[1, 0], read, "epoch", "accuracy")
+    _draw_measure(axes[1, 1], read, "updates", "accuracy")
+    _draw_learning_rate(axes[2, 0], read)
+    _draw_batch_by_epoch(axes[2, 1], read)
+    kinds = [
+        Line2D([], [], color=style.GREY, linestyle="-", label="evaluation"),
+        Line2D([], [], color=style.GREY, linestyle="--", linewidth=1, label="training"),
+    ]
+    style.legend_below(figure, [*style.run_handles([run.name for run in read]), *kinds])
+    style.save(figure, path)
+    return figure
+
+
+def _draw_measure(axes: Axes, runs: Sequence[Run], x_key: str, measure: str) -> None:
+    values: list[float] = []
+    for index, run in enumerate(runs):
+        rows = run.of_kind("epoch")
+        x = column(rows, x_key)
+        for part, width, line in (("eval", 1.6, "-"), ("train", 1.0, "--")):
+            y = column(rows, f"{part}_{measure}") * (100 if measure == "accuracy" else 1)
+            marker = "." if len(rows) < 3 else ""
+            axes.plot(x, y, color=style.colour(index), marker=marker, linewidth=width, linestyle=line)
+            values.extend(y[np.isfinite(y)])
+    unit = "accuracy (%)" if measure == "accuracy" else "loss"
+    style.finish(axes, "epochs" if x_key == "epoch" else "optimizer updates", unit)
+    if measure == "loss" and values and min(values) > 0 and max(values) > _LOG_SPAN * min(values):
+        style.log_axis(axes, values)
+    if x_key == "epoch":
+        style.epochs_axis(axes)
+    else:
+        style.examples_axis(axes)
+
+
+def _draw_learning_rate(axes: Axes, runs: Sequence[Run]) -> None:
+    values: list[float] = []
+    for index, run in enumerate(runs):
+        rows = run.of_kind("epoch")
+        x, y = column(rows, "epoch"), column(rows, "lr")
+        # A row tells the rate its epoch ended with: hold it over that epoch, the first from epoch 0 on.
+        x, y = np.append(np.zeros(len(rows[:1])), x), np.append(y[:1], y)
+        axes.step(x, y, where="pre", color=style.colour(index), linewidth=1.4)
+        values.extend(y[np.isfinite(y) & (y > 0)])
+    style.finish(axes, "epochs", "learning rate")
+    style.epochs_axis(axes)
+    if values and max(values) > _LOG_SPAN * min(values):
+        style.log_axis(axes, values)
+
+
+def _draw_batch_by_epoch(axes: Axes, runs: Sequence[Run]) -> None:
+    sizes: list[float] = []
+    for index, run in enumerate(runs):
+        x, y = batch_steps(run)
+        per_epoch = run.examples_per_epoch
+        if math.isfinite(per_epoch):
+            axes.step(x / per_epoch, y, where="post", color=style.colour(index), linewidth=1.4)
+            sizes.extend(y[np.isfinite(y)])
+    style.finish(axes, "epochs", "batch size (examples)")
+    style.batch_axis(axes, sizes)
+    style.epochs_axis(axes)
