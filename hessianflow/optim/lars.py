@@ -1,0 +1,173 @@
+"""LARS: layer-wise adaptive rate scaling.
+
+You, Gitman, Ginsburg, "Large batch training of convolutional networks", arXiv:1708.03888.
+
+With w a weight tensor, g its gradient, b the weight decay, m the momentum, lr the rate and eta the trust coefficient,
+the paper's step is
+
+    ratio = eta * ||w|| / (||g|| + b * ||w||),    v = m * v + lr * ratio * (g + b * w),    w = w - v.
+
+Published variants, by the name of `form`; d = g + b * w:
+
+    form          ratio                                    step
+    "paper"       eta ||w|| / (||g|| + b ||w||)            v = m v + lr ratio d;  w -= v
+    "tensorflow"  eta ||w|| / ||d||                        v = m v + lr ratio d;  w -= v
+    "outside"     eta ||w|| / (||g|| + b ||w||)            v = m v + ratio d;     w -= lr v
+    "larc"        min(eta ||w|| / (||g|| + b ||w||) / lr, 1)   v = m v + ratio d;  w -= lr v
+    "late"        eta ||w|| / ||d||                        v = m v + d;           w -= lr ratio v
+
+"tensorflow" is the classic momentum of the TensorFlow models classes, "outside" the order of timm, "larc" the clipped
+rate of apex, "late" that of the official CLARS code. All agree on the first step up to the denominator and differ once
+the learning rate changes. `eps` is added to every denominator.
+
+Deviations: ratio 1 where a norm is 0 (the paper says nothing); tensors that are not adapted take the step of
+`torch.optim.SGD`, rate outside the buffer, in every form.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.optim.checks import check_choice, check_number, check_parameters, check_rate
+from hessianflow.optim.foreach import Factor, Tensors, add_scaled_, buckets, evaluate, norms, scaled, state_tensors
+
+Form = Literal["paper", "tensorflow", "outside", "larc", "late"]
+
+Loss = TypeVar("Loss")
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose rate in each layer is proportional to ||w|| / ||g||.
+
+    Works on lists of tensors: the number of kernel launches does not grow with the number of tensors, and nothing is
+    read back to the host. Half-precision norms are taken in single precision.
+
+    Args:
+        params: parameters or parameter groups; every option below may differ by group.
+        lr: learning rate; a tensor only with `capturable`.
+        momentum: m (0.9 in the paper).
+        weight_decay: b.
+        trust_coefficient: eta (0.001 in the paper).
+        eps: added to the denominator of the ratio (ours: 0, as in the paper).
+        form: which published form, see the module.
+        nesterov: step along (scaled gradient) + momentum * buffer, as `torch.optim.SGD`.
+        adapt_vectors: also adapt tensors of at most one dimension (biases, normalisation). Default: plain SGD for them.
+        decay_vectors: also apply weight decay to them. Default: none.
+        capturable: `lr` is kept as a device tensor, so that a captured CUDA graph reads the rate of the day.
+
+    Raises:
+        HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is complex or sparse.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        eps: float = 0.0,
+        form: Form = "paper",
+        nesterov: bool = False,
+        adapt_vectors: bool = False,
+        decay_vectors: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "form": form,
+            "nesterov": nesterov,
+            "adapt_vectors": adapt_vectors,
+            "decay_vectors": decay_vectors,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own options, checked like the constructor's."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check(group)
+        except HessianFlowError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check_parameters(group["params"], type(self).__name__)
+        check_rate(group["lr"], group["capturable"])
+        check_number("momentum", group["momentum"], below=1)
+        for name in ("weight_decay", "trust_coefficient", "eps"):
+            check_number(name, group[name])
+        check_choice("form", group["form"], get_args(Form))
+        if group["nesterov"] and group["momentum"] == 0:
+            raise HessianFlowError("momentum must be > 0 with nesterov, got 0")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the gradients and returns the loss.
+
+        Raises:
+            HessianFlowError: the closure returned None, a gradient is sparse, or a parameter changed its shape.
+        """
+        loss: Loss | None = None if closure is None else evaluate(closure)
+        for group in self.param_groups:
+            for (_, _, is_matrix), params in buckets(group["params"], type(self).__name__).items():
+                self._update(group, params, is_matrix)
+        return loss
+
+    def _update(self, group: dict[str, Any], params: Tensors, is_matrix: bool) -> None:
+        grads = [parameter.grad for parameter in params if parameter.grad is not None]
+        decay = group["weight_decay"] if is_matrix or group["decay_vectors"] else 0.0
+        decayed = torch._foreach_add(grads, params, alpha=decay) if decay else grads
+        inner: Factor = 1.0
+        outer: Factor = group["lr"]
+        if is_matrix or group["adapt_vectors"]:
+            inner, outer = _placed(group["form"], self._ratios(group, params, grads, decayed, decay), group["lr"])
+        direction = self._direction(group, params, decayed, inner)
+        add_scaled_(params, direction, outer, sign=-1.0)
+
+    def _direction(self, group: dict[str, Any], params: Tensors, decayed: Tensors, inner: Factor) -> Tensors:
+        momentum = group["momentum"]
+        if momentum == 0:
+            return scaled(decayed, inner)
+        velocity = state_tensors(self.state, params, "momentum_buffer")
+        torch._foreach_mul_(velocity, momentum)
+        if not group["nesterov"]:
+            add_scaled_(velocity, decayed, inner)
+            return velocity
+        current = scaled(decayed, inner)
+        torch._foreach_add_(velocity, current)
+        return torch._foreach_add(current, velocity, alpha=momentum)
+
+    def _ratios(self, group: dict[str, Any], params: Tensors, grads: Tensors, decayed: Tensors, decay: float) -> Tensor:
+        """The ratio of every tensor, shape [len(params)]."""
+        weight = norms(params)
+        if group["form"] in ("tensorflow", "late"):
+            gradient = denominator = norms(decayed)
+        else:
+            gradient = norms(grads)
+            denominator = gradient + decay * weight
+        ratio = group["trust_coefficient"] * weight / (denominator + group["eps"])
+        if group["form"] == "larc":
+            ratio = (ratio / group["lr"]).clamp(max=1.0)
+        return torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
+
+
+def _placed(form: Form, ratio: Tensor, lr: float | Tensor) -> tuple[Factor, Factor]:
+    """Factors of the gradient as it enters the buffer, and of the step that leaves it."""
+    if form in ("paper", "tensorflow"):
+        return lr * ratio, 1.0
+    return (1.0, lr * ratio) if form == "late" else (ratio, lr)

@@ -1,0 +1,285 @@
+"""Gradient observers: what microbatch gradients tell an optimizer or a controller, gathered without a host sync.
+
+- :class:`MicrobatchNorms`: mean gradient norm of the microbatches, tensor by tensor, for CLARS; free with accumulation.
+- :class:`ExtraBatchNorms`: the same from extra small batches, or true per-example norms, at a chosen frequency.
+- :class:`GradientMoments`: squared norms of small and large gradients, for the noise scale, CABS and DiveBatch.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import mean_loss, num_examples
+from hessianflow.interfaces import NO_SIGNALS, Batch, HessianFlowError, LossFn, NormMode
+from hessianflow.measuring import measuring
+from hessianflow.optim.checks import check_number
+from hessianflow.optim.foreach import norms
+
+
+class _NormTable:
+    """Mean norms by parameter, whatever the order they are asked for in."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.params = [parameter for parameter in params if parameter.requires_grad]
+        if not self.params:
+            raise HessianFlowError("params must hold at least one trainable parameter, got none")
+        self._position = {parameter: index for index, parameter in enumerate(self.params)}
+        self._orders: dict[tuple[int, ...], Tensor] = {}
+        self._sum: Tensor | None = None
+        self._examples = 0
+
+    def _add(self, gradient_norms: Tensor, examples: int) -> None:
+        weighted = gradient_norms * examples
+        self._sum = weighted if self._sum is None else self._sum + weighted
+        self._examples += examples
+
+    def _clear(self) -> None:
+        self._sum, self._examples = None, 0
+
+    def mean_norms(self, params: Sequence[Tensor]) -> Tensor:
+        """The mean norm of each of `params`, weighted by examples, shape [len(params)].
+
+        Raises:
+            HessianFlowError: nothing was measured, or a parameter is not among those watched.
+        """
+        if self._sum is None:
+            raise HessianFlowError(
+                f"{type(self).__name__} has seen no gradient: attach it to the training loop as a gradient observer"
+            )
+        unknown = [parameter for parameter in params if parameter not in self._position]
+        if unknown:
+            raise HessianFlowError(
+                f"params must be among the {len(self.params)} watched, got another of shape {[*unknown[0].shape]}"
+            )
+        order = tuple(self._position[parameter] for parameter in params)
+        if order not in self._orders:
+            self._orders[order] = torch.tensor(order, device=self._sum.device)
+        return self._sum[self._orders[order]] / self._examples
+
+
+class MicrobatchNorms(_NormTable):
+    """Mean over the microbatches of the current step of ||gradient||, weighted by examples, for every parameter.
+
+    Args:
+        params: the model's parameters, in the order of the gradients it will be shown; frozen ones are left out.
+
+    Raises:
+        HessianFlowError: no trainable parameter.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params)
+        self._complete = False
+
+    def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
+        """Add one microbatch; the first one after a step starts afresh.
+
+        Raises:
+            HessianFlowError: not one gradient a watched parameter.
+        """
+        if len(gradients) != len(self.params):
+            raise HessianFlowError(
+                f"gradients must match the {len(self.params)} watched parameters, got {len(gradients)}"
+            )
+        if self._complete:
+            self._clear()
+            self._complete = False
+        self._add(norms(list(gradients)), examples)
+
+    def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:  # noqa: ARG002
+        """The microbatches so far make up this step."""
+        self._complete = True
+
+    def signals(self) -> Mapping[str, float]:
+        """None: the optimizer reads the norms on the device."""
+        return NO_SIGNALS
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing outlives a step."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class ExtraBatchNorms(_NormTable):
+    """Mean gradient norm over extra small batches (or single examples), measured before every `every`-th step.
+
+    The model is measured in evaluation mode and left as found; see :func:`hessianflow.measuring.measuring`.
+
+    Args:
+        model: the model; its trainable parameters are the ones watched.
+        loss_fn: as in training.
+        draw: called at each measurement, returns the small batches (64 of 8 examples in the official CLARS code); the
+            caller owns the sampling and its generator.
+        every: steps between measurements (1 in the official code).
+        per_sample: norms of the gradients of single examples (the paper's sum) instead of small batches. Batch
+            normalisation then uses running statistics.
+        norm_mode: statistics of batch normalisation for small batches; "batch" as in the official code.
+
+    Raises:
+        HessianFlowError: `every` is below 1, or `per_sample` with batch statistics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        draw: Callable[[], Iterable[Batch]],
+        *,
+        every: int = 1,
+        per_sample: bool = False,
+        norm_mode: NormMode = "eval",
+    ) -> None:
+        super().__init__(model.parameters())
+        check_number("every", every, low=1)
+        if per_sample and norm_mode == "batch":
+            raise HessianFlowError('norm_mode must be "eval" with per_sample: a single example has no batch statistics')
+        self.model, self.loss_fn, self.draw = model, loss_fn, draw
+        self.every, self.per_sample, self.norm_mode = every, per_sample, norm_mode
+        self._steps = 0
+
+    def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
+        """Not used: the gradients come from the extra batches."""
+
+    def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:  # noqa: ARG002
+        """Measure when it is time, at the weights that this step starts from."""
+        if self._steps % self.every == 0:
+            self.measure()
+        self._steps += 1
+
+    def measure(self) -> None:
+        """Draw the extra batches and replace the mean norms.
+
+        Raises:
+            HessianFlowError: no batch was drawn.
+        """
+        self._clear()
+        with measuring(self.model, self.norm_mode) as model:
+            for inputs, targets in self.draw():
+                examples = num_examples(inputs)
+                self._add(self._norms(model, inputs, targets), examples)
+        if self._sum is None:
+            raise HessianFlowError("draw must return at least one batch, got none")
+
+    def _norms(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+        if self.per_sample:
+            return self._per_sample_norms(model, inputs, targets)
+        loss = mean_loss(self.loss_fn, model(inputs), targets)
+        return norms(torch.autograd.grad(loss, self.params, materialize_grads=True))
+
+    def _per_sample_norms(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+        def loss_of_one(values: tuple[Tensor, ...], one_input: Any, one_target: Any) -> Tensor:
+            outputs = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (one_input,))
+            return mean_loss(self.loss_fn, outputs, one_target)
+
+        pair = torch.utils._pytree.tree_map(lambda tensor: tensor.unsqueeze(1), (inputs, targets))
+        values = tuple(parameter.detach() for parameter in self.params)
+        gradients = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))(values, *pair)
+        return torch.stack([gradient.flatten(1).norm(dim=1).mean() for gradient in gradients])
+
+    def signals(self) -> Mapping[str, float]:
+        """None: the optimizer reads the norms on the device."""
+        return NO_SIGNALS
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms in force and the steps seen."""
+        return {"sum": self._sum, "examples": self._examples, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        device = self.params[0].device
+        self._sum = None if state["sum"] is None else state["sum"].to(device)
+        self._examples, self._steps = state["examples"], state["steps"]
+
+
+class GradientMoments:
+    """Squared gradient norms at two batch sizes, averaged between two calls of :meth:`signals`.
+
+    With G the true gradient and S the trace of the covariance of one example's gradient, a mean gradient over b
+    examples has E||g||^2 = ||G||^2 + S / b. Sizes are therefore reported as harmonic means, which keeps this exact
+    when microbatches or steps differ in size.
+
+    Signals (none before the first step):
+        small_gradient_sq: mean of ||g||^2 over microbatches.
+        small_batch_size: harmonic mean of their sizes.
+        large_gradient_sq: mean of ||g||^2 over whole optimization batches.
+        large_batch_size: harmonic mean of their sizes.
+        gradient_sum_sq, gradient_examples: only with `accumulate`: ||sum of example gradients||^2, and how many.
+
+    One microbatch a step tells nothing (both sizes are the same): set a smaller microbatch. On several ranks the
+    microbatches of any one of them suffice; every rank's mean has the same expectation.
+
+    Args:
+        accumulate: also sum the gradients (one more copy of the parameters), for DiveBatch.
+    """
+
+    def __init__(self, *, accumulate: bool = False) -> None:
+        self.accumulate = accumulate
+        self._sums = _Sums()
+
+    def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
+        """Add one microbatch."""
+        self._sums.small = _plus(self._sums.small, gradients)
+        self._sums.small_count += 1
+        self._sums.small_inverse += 1 / examples
+
+    def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:
+        """Add one optimization batch."""
+        sums = self._sums
+        sums.large = _plus(sums.large, gradients)
+        sums.large_count += 1
+        sums.large_inverse += 1 / examples
+        sums.examples += examples
+        if self.accumulate:
+            sums.total = sums.total or [torch.zeros_like(gradient) for gradient in gradients]
+            torch._foreach_add_(sums.total, list(gradients), alpha=examples)
+
+    def signals(self) -> Mapping[str, float]:
+        """The figures since the last call (the one synchronisation); starts afresh."""
+        sums = self._sums
+        if sums.small is None or sums.large is None:
+            return NO_SIGNALS
+        found = {
+            "small_gradient_sq": float(sums.small) / sums.small_count,
+            "small_batch_size": sums.small_count / sums.small_inverse,
+            "large_gradient_sq": float(sums.large) / sums.large_count,
+            "large_batch_size": sums.large_count / sums.large_inverse,
+        }
+        if self.accumulate:
+            found["gradient_sum_sq"] = float(norms(sums.total).square().sum())
+            found["gradient_examples"] = float(sums.examples)
+        self._sums = _Sums()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far."""
+        return dict(vars(self._sums))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self._sums = _Sums(**state)
+
+
+@dataclass
+class _Sums:
+    """What GradientMoments has added up since its last report: device tensors and plain numbers."""
+
+    small: Tensor | None = None
+    small_count: int = 0
+    small_inverse: float = 0.0
+    large: Tensor | None = None
+    large_count: int = 0
+    large_inverse: float = 0.0
+    examples: int = 0
+    total: list[Tensor] = field(default_factory=list)
+
+
+def _plus(total: Tensor | None, gradients: Sequence[Tensor]) -> Tensor:
+    squared = norms(list(gradients)).square().sum()
+    return squared if total is None else total.to(squared.device) + squared

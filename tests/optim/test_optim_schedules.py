@@ -1,0 +1,75 @@
+"""Schedules against hand-worked tables."""
+
+import math
+
+import pytest
+import torch
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.optim import lars_recipe, legw, linear_warmup, polynomial_decay
+
+
+def test_polynomial_decay_of_a_published_run() -> None:
+    """Batch 16384: 78 updates an epoch, warm-up 390, 7020 in all, peak 8.192, end 1e-4."""
+    factor = polynomial_decay(7020, 390, end_factor=1e-4 / 8.192)
+    rates = [8.192 * factor(step) for step in (0, 195, 390, 3705, 7019)]
+    assert rates == pytest.approx([0, 4.096, 8.189529, 2.048693, 0.000101], abs=5e-7)
+    assert factor(10_000) == pytest.approx(1e-4 / 8.192)
+
+
+def test_polynomial_decay_drives_a_scheduler() -> None:
+    """Three steps without warm-up, S = 4: factors (3/4)^2, (3/4)^2, (2/4)^2, as step 0 counts as 1."""
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], 16.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, polynomial_decay(3))
+    rates = []
+    for _ in range(3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [9, 9, 4]
+
+
+def test_linear_warmup() -> None:
+    assert [linear_warmup(4)(step) for step in (0, 1, 4, 9)] == [0, 0.25, 1, 1]
+    assert linear_warmup(0)(0) == 1
+
+
+def test_legw() -> None:
+    """Sixteen times the batch: four times the rate, sixteen times the warm-up."""
+    assert legw(4096, 256, 0.1, 0.3125) == pytest.approx((0.4, 5.0))
+    assert legw(256, 256, 0.1, 1) == (0.1, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "expected"),
+    [(256, (5, 5)), (8191, (5, 5)), (8192, (10, 5)), (16384, (25, 5)), (32768, (32, 14)), (65536, (32, 14))],
+)
+def test_published_table(batch_size: int, expected: tuple[float, float]) -> None:
+    assert lars_recipe(batch_size) == expected
+
+
+def test_published_table_long_warmup() -> None:
+    assert lars_recipe(32768, "long") == (31.2, 25)
+    assert lars_recipe(8192, "long") == (10, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: polynomial_decay(0), "total_steps must be a finite number >= 1, got 0"),
+        (lambda: polynomial_decay(10, -1), "warmup_steps must be a finite number >= 0, got -1"),
+        (lambda: polynomial_decay(10, 10), "warmup_steps must be < total_steps 10, got 10"),
+        (lambda: polynomial_decay(10, power=-1), "power must be a finite number >= 0, got -1"),
+        (lambda: polynomial_decay(10, end_factor=math.nan), "end_factor must be a finite number >= 0, got nan"),
+        (lambda: linear_warmup(-1), "warmup_steps must be a finite number >= 0, got -1"),
+        (lambda: legw(0, 1, 1, 1), "batch_size must be a finite number >= 1, got 0"),
+        (lambda: legw(1, 0, 1, 1), "base_batch_size must be a finite number >= 1, got 0"),
+        (lambda: legw(1, 1, -1, 1), "base_lr must be a finite number >= 0, got -1"),
+        (lambda: legw(1, 1, 1, -1), "base_warmup_epochs must be a finite number >= 0, got -1"),
+        (lambda: lars_recipe(0), "batch_size must be a finite number >= 1, got 0"),
+        (lambda: lars_recipe(1, "medium"), "variant must be short or long, got 'medium'"),
+    ],
+)
+def test_bad_arguments(make: object, message: str) -> None:
+    with pytest.raises(HessianFlowError, match=message):
+        make()  # type: ignore[operator]
