@@ -1,7 +1,19 @@
 """Figures, tables and reports from what runs left behind: records are read, live objects never."""
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
+from hessianflow.plots.landscape import landscape
+from hessianflow.plots.report import report
+from hessianflow.plots.spectra import spectral_density
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
 
-__all__ = ["ComparisonTable", "compare", "compare_table", "curvature_trajectory", "training_curves"]
+__all__ = [
+    "ComparisonTable",
+    "compare",
+    "compare_table",
+    "curvature_trajectory",
+    "landscape",
+    "report",
+    "spectral_density",
+    "training_curves",
+]

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,7 +71,7 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
     if not sources:
         raise HessianFlowError("runs must name at least one run directory, got none")
     read = [_read_folder(Path(s)) if isinstance(s, (str, Path)) else _from_object(s) for s in sources]
-    return [Run(name, r.records, r.config, r.summary, r.folder) for name, r in zip(_names(read), read, strict=True)]
+    return [replace(run, name=name) for name, run in zip(_names(read), read, strict=True)]
 
 
 def number(row: Row, key: str) -> float:
@@ -137,7 +137,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _from_object(source: HasRecords) -> Run:
-    folder = getattr(source, "run_dir", None)
+    folder = getattr(source, "run_dir", None) or getattr(source, "folder", None)
     config, summary = getattr(source, "config", {}), getattr(source, "summary", {})
     return Run("", list(source.records), config, summary, None if folder is None else Path(folder))
 

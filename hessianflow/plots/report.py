@@ -1,0 +1,178 @@
+"""One self-contained HTML page about one run or several: no network, readable on a phone and at night."""
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
+from hessianflow.plots.records import Run, RunSource, number, read_runs
+from hessianflow.plots.settings import flatten
+from hessianflow.plots.spectra import Quadrature, spectral_density
+from hessianflow.plots.training_curves import training_curves
+from hessianflow.plots.trajectory import curvature_trajectory
+
+SPECTRUM = "spectrum.json"
+"""Where a run directory keeps its spectral density: {"nodes": [[..], ..], "weights": [[..], ..]}."""
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5d5d5; --mild: #5c5c5c; --mark: #fff3cd; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --page: #171717; --line: #3d3d3d; --mild: #a8a8a8; --mark: #4a3d10; }
+  img { filter: invert(0.91) hue-rotate(180deg); }
+}
+body { color: var(--text); background: var(--page); font: 16px/1.5 system-ui, sans-serif; max-width: 62rem;
+  margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+p { color: var(--mild); } img { width: 100%; height: auto; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+tr.differs td { background: var(--mark); }
+summary { cursor: pointer; }
+"""
+
+
+def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None, *, title: str | None = None) -> str:
+    """Summary table, curvature and batch trajectory, training curves, spectra, decisions and settings as one page.
+
+    Args:
+        runs: run directories or objects with `.records`.
+        path: where to write the page; None: nowhere.
+        title: heading; None: the names of the runs.
+
+    Returns:
+        The HTML text.
+
+    Raises:
+        HessianFlowError: no run, a folder that is not a run directory, a damaged file, an unwritable path.
+    """
+    read = read_runs(runs)
+    heading = title or ("Run " if len(read) == 1 else "Runs ") + ", ".join(run.name for run in read)
+    sections = [
+        _section("Summary", _summary(compare_table(read))),
+        _section("Curvature and batch size", _image(curvature_trajectory(read), "top eigenvalue and batch size")),
+        _section("Training", _image(training_curves(read), "loss, accuracy, learning rate and batch size")),
+    ]
+    if len(read) > 1:
+        sections.append(_section("Comparison", _image(compare(read), "accuracy against updates and against time")))
+    spectra = {run.name: density for run in read if (density := read_spectrum(run)) is not None}
+    if spectra:
+        sections.append(_section("Spectral density", _image(spectral_density(spectra), "density of eigenvalues")))
+    sections += [_section("Decisions", _decisions(read)), _section("Settings", _settings(read))]
+    page = _page(heading, "\n".join(sections))
+    if path is not None:
+        _write(Path(path), page)
+    return page
+
+
+def read_spectrum(run: Run) -> Quadrature | None:
+    """The spectral density kept in the run directory, if there is one.
+
+    Raises:
+        HessianFlowError: a spectrum file that does not hold nodes and weights.
+    """
+    file = None if run.folder is None else run.folder / SPECTRUM
+    if file is None or not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+        return SimpleNamespace(nodes=stored["nodes"], weights=stored["weights"])
+    except (ValueError, KeyError, TypeError):
+        raise HessianFlowError(f"{file} must hold an object with nodes and weights: the file is damaged") from None
+
+
+def _page(heading: str, body: str) -> str:
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    title = escape(heading)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>{head}\n<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
+        f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
+
+
+def _image(figure: Figure, description: str) -> str:
+    buffer = io.BytesIO()
+    # A fixed salt and no date: the same records give the same page.
+    with mpl.rc_context({"svg.hashsalt": "hessianflow"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def _summary(table: ComparisonTable) -> str:
+    lines = [line.strip("| ").split(" | ") for line in table.to_markdown().splitlines()]
+    return _table(lines[0], [[cell.replace("\\|", "|") for cell in line] for line in lines[2:]])
+
+
+def _decisions(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        for row in run.of_kind("batch"):
+            change = f"{_number(number(row, 'from'))} → {_number(number(row, 'to'))}"
+            where = [_number(number(row, key)) for key in ("epoch", "examples")]
+            factors = [_number(number(row, key)) for key in ("lr_factor", "adversarial_share")]
+            rows.append([run.name, *where, change, *factors, str(row.get("reason", ""))])
+    if not rows:
+        return "<p>The settings never changed.</p>"
+    head = ["run", "epoch", "examples", "batch size", "learning-rate factor", "adversarial share", "reason"]
+    return _table(head, rows)
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    flat = [flatten(run.config) for run in runs]
+    keys = list(dict.fromkeys(key for setting in flat for key in setting))
+    if not keys:
+        return "<p>No config.json beside the records.</p>"
+    rows = [[key, *(_plain(setting.get(key)) for setting in flat)] for key in keys]
+    differing = {i for i, row in enumerate(rows) if len(set(row[1:])) > 1}
+    table = _table(["setting", *(run.name for run in runs)], rows, differing)
+    seeds = ", ".join(f"{run.name}: {_plain(run.config.get('seed'))}" for run in runs)
+    return f"<p>Seeds: {escape(seeds)}</p>\n<details open><summary>All settings</summary>\n{table}\n</details>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> str:
+    marks = set(marked)
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "\n".join(
+        ('<tr class="differs">' if i in marks else "<tr>") + "".join(map(_cell, row)) + "</tr>"
+        for i, row in enumerate(rows)
+    )
+    return f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    numeric = bool(text) and text[0].isdigit() and " " not in text
+    return ('<td class="number">' if numeric else "<td>") + f"{escape(text)}</td>"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.10g}"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else "-" if value is None else json.dumps(value, default=str)
+
+
+def _write(target: Path, text: str) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise HessianFlowError(f"cannot write report {target}: {error.strerror or error}") from None
