@@ -3,5 +3,6 @@
 from hessianflow.data.augment import Augmentation
 from hessianflow.data.datasets import ImageSet, load, names
 from hessianflow.data.device_batches import DeviceBatches
+from hessianflow.data.sampling import AdaptiveBatches
 
-__all__ = ["Augmentation", "DeviceBatches", "ImageSet", "load", "names"]
+__all__ = ["AdaptiveBatches", "Augmentation", "DeviceBatches", "ImageSet", "load", "names"]

@@ -119,7 +119,8 @@ def _take_rows(rows: Tensor, tops: Tensor, height: int) -> Tensor:
     n, planes, padded_height, length = rows.shape
     firsts = torch.arange(n * planes, device=rows.device).view(n, planes, 1) * padded_height
     window = tops[:, None] + torch.arange(height, device=rows.device)
-    return rows.reshape(-1, length).index_select(0, (firsts + window[:, None, :]).view(-1)).view(n, planes, height, -1)
+    taken = rows.reshape(-1, length).index_select(0, (firsts + window[:, None, :]).view(-1))
+    return taken.view(n, planes, height, length)
 
 
 def _columns(draws: Draws, n: int, width: int, device: torch.device) -> Tensor | None:
