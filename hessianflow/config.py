@@ -54,7 +54,7 @@ class TrainConfig:
         augment: random crops and flips where the data set's preset has them.
         precision: float32, or autocast in bf16 or fp16.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
-        threads: processor threads of torch; default: torch's own choice.
+        threads: processor threads of torch; default: torch's own choice, 1 for digits.
         seed: of initialisation, data order, augmentation, attack and probe, each in a stream of its own.
         checkpoint_examples: also save a checkpoint every so many examples within an epoch.
         run_dir: folder for records, checkpoints and plots; default: a new one below runs/.
@@ -156,6 +156,7 @@ PRESETS: Mapping[str, dict[str, Any]] = {
         "schedule": "multistep",
         "milestones": (20, 26),
         "patience": 5,
+        "threads": 1,  # the network is too small to share
     },
     "fake": {**_SMALL_IMAGES, "model": "c1", "max_batch_size": 512, "epochs": 4, "lr": 0.02, "milestones": (3,)},
     "cifar10": _SMALL_IMAGES,

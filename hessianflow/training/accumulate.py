@@ -88,7 +88,7 @@ class GradientAccumulator:
             self.scaler.scale(loss * weight).backward()  # type: ignore[no-untyped-call]
             return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(self.scaler.scale(loss), parameters, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(self.scaler.scale(loss), parameters, allow_unused=True)
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         for observer in self.observers:

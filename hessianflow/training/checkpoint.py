@@ -42,9 +42,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise HessianFlowError(
-            f"cannot write checkpoint {path}: {_one_line(error)}; the one before it is intact"
-        ) from None
+        raise HessianFlowError(f"cannot write checkpoint {path}: {_one_line(error)}; older ones are intact") from None
 
 
 def load(path: Path) -> dict[str, Any]:

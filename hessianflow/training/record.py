@@ -51,7 +51,7 @@ class History:
         path = folder / HISTORY
         if not path.is_file():
             raise HessianFlowError(f"{folder} is not a run directory: it holds no {HISTORY}")
-        return cls(read_records(path), _read_json(folder / CONFIG), _read_json(folder / SUMMARY), folder)
+        return cls(read_records(path), read_json(folder / CONFIG), read_json(folder / SUMMARY), folder)
 
     def of_kind(self, kind: str) -> list[Record]:
         """All rows of one kind: "epoch", "curvature", "batch" or "event"."""
@@ -143,7 +143,7 @@ class RunRecord:
             raise HessianFlowError(f"{path} has {size} bytes, at the checkpoint it had {history_bytes}: damaged")
         os.truncate(path, history_bytes)
         self.run_dir = run_dir
-        self._config = _read_json(run_dir / CONFIG)
+        self._config = read_json(run_dir / CONFIG)
         self.records = read_records(path)
 
     def last_checkpoint(self) -> str:
@@ -236,7 +236,12 @@ def _revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _read_json(path: Path) -> Record:
+def read_json(path: Path) -> Record:
+    """A JSON object from a file, {} if there is none.
+
+    Raises:
+        HessianFlowError: the file holds something else.
+    """
     if not path.is_file():
         return {}
     try:

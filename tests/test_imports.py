@@ -1,0 +1,100 @@
+"""The arrows of the design: who may import whom, read from the source, not from what happens to run."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hessianflow
+
+PACKAGE = Path(hessianflow.__file__).parent
+SHARED = {"interfaces", "batches", "measuring"}
+ALLOWED: dict[str, set[str]] = {
+    **{
+        room: SHARED | {room} for room in ("curvature", "control", "adversarial", "optim", "models", "data", "training")
+    },
+    "plots": SHARED | {"plots"},
+    "distributed": SHARED | {"distributed", "curvature"},
+    "interfaces": set(),
+    "batches": {"interfaces"},
+    "measuring": {"interfaces"},
+    "config": {"interfaces"},
+    "__init__": {"interfaces"},
+    "__main__": {"cli"},
+}
+ROOMS_OF_BUILD = {
+    *("curvature", "control", "adversarial", "optim", "models", "data", "training", "distributed"),
+    *("config", "build", *SHARED),
+}
+ALLOWED["build"] = ROOMS_OF_BUILD
+ALLOWED["cli"] = {"config", "build", "plots", "training", "control", "curvature", *SHARED}
+
+
+def imported_rooms(source: str) -> set[str]:
+    """Rooms of the package that a module imports, at the top or inside a function, type-checking blocks apart."""
+    tree = ast.parse(source)
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    rooms = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports inside the package are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "hessianflow" else []
+            names += [node.module or ""]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("hessianflow.")}
+    return rooms
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path: Path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    room = parts[0]
+    wrong = imported_rooms(path.read_text()) - ALLOWED[room]
+    assert not wrong, f"{path.relative_to(PACKAGE)} may not import {sorted(wrong)}"
+
+
+def test_control_uses_no_tensors():
+    for path in (PACKAGE / "control").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert "torch" not in names, path.name
+
+
+def test_the_parser_sees_every_way_to_import():
+    inside = "def f():\n    from hessianflow.optim.lars import LARS\n"
+    source = "import hessianflow.models\nfrom hessianflow import data\n" + inside
+    assert imported_rooms(source) == {"models", "data", "optim"}
+
+
+def test_import_is_light():
+    """Heavy libraries must not come in with the package; counted, not timed."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import hessianflow; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(sorted(new & {'sklearn', 'matplotlib', 'scipy', 'PIL', 'ray', 'pyhessian', 'jsonargparse', 'pandas'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_exists():
+    for name in hessianflow.__all__:
+        assert getattr(hessianflow, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hessianflow.nothing

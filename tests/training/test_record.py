@@ -1,0 +1,102 @@
+"""The run directory: what is written, what is read back, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.training.record import History, RunRecord
+
+
+def test_rows_are_standard_json_and_come_back(tmp_path: Path):
+    record = RunRecord(tmp_path / "run")
+    record.start({"settings": {"lr": 0.1}})
+    record.write({"kind": "curvature", "eigenvalue": float("nan"), "list": [1.0, float("inf")]})
+    record.write({"kind": "batch", "from": 128, "to": 256})
+    record.write({"kind": "batch", "from": 256, "to": 256})
+    record.finish({"status": "finished"})
+    history = History.load(tmp_path / "run")
+    assert history.curvature == [{"kind": "curvature", "eigenvalue": None, "list": [1.0, None]}]
+    assert history.growths == [{"kind": "batch", "from": 128, "to": 256}]
+    assert history.config["settings"] == {"lr": 0.1}
+    assert history.config["environment"]["packages"]["torch"]
+    assert history.summary == {"status": "finished"}
+    assert record.history().records == history.records
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path):
+    (tmp_path / "history.jsonl").write_text('{"kind":"epoch","epoch":1}\n{"kind":"epoch","epo')
+    assert History.load(tmp_path).epochs == [{"kind": "epoch", "epoch": 1}]
+
+
+def test_a_damaged_line_in_the_middle_is_reported(tmp_path: Path):
+    (tmp_path / "history.jsonl").write_text('{"kind":"epoch"}\nrubbish\n{"kind":"epoch"}\n{"kind":"epoch"}\n')
+    with pytest.raises(HessianFlowError, match="line 2 is not JSON"):
+        History.load(tmp_path)
+
+
+def test_no_run_there(tmp_path: Path):
+    with pytest.raises(HessianFlowError, match="not a run directory"):
+        History.load(tmp_path)
+
+
+def test_a_used_directory_is_refused_and_untouched(tmp_path: Path):
+    (tmp_path / "history.jsonl").write_text('{"kind":"epoch"}\n')
+    with pytest.raises(HessianFlowError, match=r"already holds a run .*--run-dir.*`hessianflow resume"):
+        RunRecord(tmp_path).start({})
+    assert (tmp_path / "history.jsonl").read_text() == '{"kind":"epoch"}\n'
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_an_unwritable_directory_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HessianFlowError, match="cannot write run directory"):
+        RunRecord(tmp_path / "file" / "run").start({})
+
+
+def test_reopen_cuts_rows_made_after_the_checkpoint(tmp_path: Path):
+    record = RunRecord(tmp_path)
+    record.start({"a": 1})
+    record.write({"kind": "epoch", "epoch": 1})
+    at_checkpoint = record.history_bytes
+    record.write({"kind": "epoch", "epoch": 2})
+    again = RunRecord(None)
+    again.reopen(tmp_path, at_checkpoint)
+    again.write({"kind": "epoch", "epoch": "two"})
+    assert [row["epoch"] for row in History.load(tmp_path).epochs] == [1, "two"]
+    assert again.history().config["a"] == 1
+    with pytest.raises(HessianFlowError, match="at the checkpoint it had 9999: damaged"):
+        RunRecord(None).reopen(tmp_path, 9999)
+
+
+def test_damaged_config_is_named(tmp_path: Path):
+    (tmp_path / "history.jsonl").write_text("")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(HessianFlowError, match=r"config.json is not JSON"):
+        History.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(HessianFlowError, match="must hold a JSON object, found a list"):
+        History.load(tmp_path)
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.closed = False
+
+    def write(self, record):
+        self.rows.append(dict(record))
+
+    def close(self):
+        self.closed = True
+
+
+def test_sinks_get_every_row_and_the_end():
+    sink = Sink()
+    record = RunRecord(None, [sink])
+    record.start({})
+    record.write({"kind": "epoch"})
+    record.finish({})
+    assert sink.rows == [{"kind": "epoch"}]
+    assert sink.closed

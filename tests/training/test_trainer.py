@@ -1,0 +1,402 @@
+"""The loop against bare PyTorch, hand-counted steps, and itself interrupted."""
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hessianflow import AdaptiveBatchTrainer, CurvatureReading, Decision, HessianFlowError, History
+from hessianflow.data import DeviceBatches
+
+N = 50
+
+
+def data(batch_size: int = 8, seed: int = 0, count: int = N, shuffle: bool = True) -> DeviceBatches:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    targets = images.float().mean((1, 2, 3)).gt(127).long()
+    return DeviceBatches(images, targets, batch_size, seed=seed, shuffle=shuffle)
+
+
+def network(dropout: float = 0.0, norm: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12) if norm else nn.Identity(), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(12, 2))
+
+
+class Script:
+    """A controller that follows a script: {examples: decision}; due after every step."""
+
+    def __init__(self, start: Decision, script: Mapping[int, Decision], needs: frozenset[str] = frozenset()) -> None:
+        self.decision, self.script, self.needs = start, dict(script), needs
+        self.readings: list[CurvatureReading | None] = []
+
+    def is_due(self, progress):
+        return progress.examples in self.script
+
+    def update(self, progress, reading=None, signals=None):
+        self.readings.append(reading)
+        self.decision = self.script[progress.examples]
+        return self.decision
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decision": dict(vars(self.decision))}
+
+    def load_state_dict(self, state):
+        self.decision = Decision(**state["decision"])
+
+
+class Probe:
+    """Counts its calls and reads 1/calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> CurvatureReading:
+        self.calls += 1
+        return CurvatureReading(1 / self.calls, 0.0, 3, True)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def trainer(model: nn.Module, batches: DeviceBatches, evaluation: Any = None, **options: Any) -> AdaptiveBatchTrainer:
+    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return AdaptiveBatchTrainer(model, batches, evaluation, **(settings | options))
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([v.flatten().double() for v in model.state_dict().values()])
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "rmsprop", "adagrad"])
+def test_fixed_batch_is_the_bare_loop_bit_for_bit(name: str):
+    """Off switch equals baseline, for optimizers the published code could not run."""
+    make = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-4),
+        "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        "adam": lambda p: torch.optim.AdamW(p, lr=0.01),
+        "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+        "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    }[name]
+    bare, ours = network(norm=True), network(norm=True)
+    optimizer = make(bare.parameters())
+    stream = data()
+    for _ in range(3):
+        for x, y in stream:
+            optimizer.zero_grad()
+            F.cross_entropy(bare(x), y).backward()
+            optimizer.step()
+    history = trainer(ours, data(), optimizer=make(ours.parameters())).fit()
+    assert torch.equal(weights(ours), weights(bare))
+    assert history.summary["updates"] == 3 * math.ceil(N / 8)
+    assert history.summary["examples"] == 3 * N
+
+
+def test_every_example_is_used_once_an_epoch_and_the_tail_is_kept():
+    seen: list[torch.Tensor] = []
+
+    def watch(inputs, targets, progress):
+        seen.append(inputs.flatten(1))
+        return inputs, targets
+
+    trainer(network(), data(), transform=watch, epochs=2).fit()
+    sizes = [len(x) for x in seen]
+    assert sizes == [8] * 6 + [2] + [8] * 6 + [2]
+    full, _ = data().examples(torch.arange(N))
+    for epoch in (torch.cat(seen[:7]), torch.cat(seen[7:])):
+        assert torch.equal(epoch.sort(0).values, full.flatten(1).sort(0).values)
+
+
+def test_a_decision_takes_effect_on_the_very_next_batch_with_its_rate():
+    sizes: list[int] = []
+    rates: list[float] = []
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def watch(inputs, targets, progress):
+        sizes.append(len(inputs))
+        rates.append(optimizer.param_groups[0]["lr"])
+        return inputs, targets
+
+    script = Script(Decision(8), {16: Decision(24, 3.0, reason="test"), 40: Decision(5, 0.5, reason="down")})
+    history = trainer(model, data(), optimizer=optimizer, controller=script, transform=watch, epochs=1).fit()
+    assert sizes == [8, 8, 24, 5, 5]
+    assert rates == pytest.approx([0.1, 0.1, 0.3, 0.05, 0.05])
+    rows = history.of_kind("batch")
+    assert [(r["from"], r["to"], r["examples"], r["lr_factor"], r["reason"]) for r in rows] == [
+        (8, 24, 16, 3.0, "test"),
+        (24, 5, 40, 0.5, "down"),
+    ]
+    assert len(history.growths) == 1
+
+
+def test_growth_inside_an_epoch_keeps_every_weight_sum_at_one():
+    """No gradient is carried over a change of the batch: each step is the plain mean over exactly its examples."""
+    model = network()
+    script = Script(Decision(8), {24: Decision(20, 1.0, reason="grow")})
+    seen = []
+
+    def watch(inputs, targets, progress):
+        seen.append((inputs, targets))
+        return inputs, targets
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer(model, data(), optimizer=optimizer, controller=script, transform=watch, epochs=2, microbatch_size=3).fit()
+    bare = network()
+    plain = torch.optim.SGD(bare.parameters(), lr=0.1)
+    for x, y in seen:
+        plain.zero_grad()
+        F.cross_entropy(bare(x), y).backward()
+        plain.step()
+    torch.testing.assert_close(weights(model), weights(bare), rtol=1e-5, atol=1e-6)
+
+
+def test_curvature_is_measured_once_an_epoch_or_only_when_needed():
+    needing = frozenset({"eigenvalue"})
+    for schedule, needs, expected in (("epoch", needing, 3), ("needed", needing, 1), ("needed", frozenset(), 0)):
+        probe = Probe()
+        script = Script(Decision(8), {N: Decision(8)}, needs)
+        history = trainer(network(), data(), controller=script, probe=probe, curvature=schedule).fit()
+        assert probe.calls == expected
+        assert len(history.curvature) == expected
+        if expected:
+            assert history.curvature[0]["epoch"] == 1
+            assert script.readings[0].eigenvalue == 1.0
+
+
+def test_adversary_sees_the_share_and_each_step():
+    calls: list[tuple[float, int]] = []
+
+    class Adversary:
+        steps = 0
+
+        def perturb(self, model, inputs, targets, share, microbatch_size=None):
+            calls.append((share, microbatch_size))
+            return inputs + 1
+
+        def after_step(self, model):
+            self.steps += 1
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    adversary = Adversary()
+    script = Script(Decision(10, adversarial_share=0.5), {20: Decision(10, adversarial_share=0.0, reason="off")})
+    trainer(network(), data(), controller=script, adversary=adversary, epochs=1).fit()
+    assert calls == [(0.5, 10), (0.5, 10)]
+    assert adversary.steps == 5
+
+
+def test_epoch_rows_hold_what_the_run_did():
+    model = network()
+    evaluation = data(7, count=21, shuffle=False)
+    history = trainer(model, data(), evaluation, epochs=2).fit()
+    assert [r["epoch"] for r in history.epochs] == [1, 2]
+    assert [r["updates"] for r in history.epochs] == [7, 14]
+    last = history.epochs[-1]
+    x, y = evaluation.examples(torch.arange(21))
+    outputs = model.eval()(x)
+    assert last["eval_accuracy"] == (outputs.argmax(1) == y).double().mean().item()
+    assert last["eval_loss"] == pytest.approx(F.cross_entropy(outputs, y).item(), rel=1e-6)
+    assert last["seconds"] >= last["seconds_training"] + last["seconds_evaluation"] > 0
+    assert history.summary["final_accuracy"] == last["eval_accuracy"]
+
+
+def test_regression_has_no_accuracy():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    x = torch.rand(N, 1, 4, 4)
+    batches = DeviceBatches(x, x.mean((1, 2, 3))[:, None], 8)
+    history = trainer(model, batches, batches.examples(torch.arange(N)), loss_fn=nn.MSELoss()).fit()
+    assert history.epochs[-1]["train_accuracy"] is None
+    assert history.epochs[-1]["eval_accuracy"] is None
+    assert history.epochs[-1]["eval_loss"] < history.epochs[0]["eval_loss"]
+
+
+def resumable(run_dir: Path | None, model: nn.Module, **options: Any) -> AdaptiveBatchTrainer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], gamma=0.2)
+    decisions = {24: Decision(12, 1.5, reason="a"), 2 * N: Decision(20, 2.5, reason="b")}
+    script = Script(Decision(8), decisions, frozenset({"eigenvalue"}))
+    return trainer(
+        model,
+        data(),
+        data(11, count=21, shuffle=False),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        controller=script,
+        probe=Probe(),
+        epochs=4,
+        run_dir=run_dir,
+        **options,
+    )
+
+
+def comparable(history: History) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if "second" not in k} for row in history.records if row["kind"] != "event"]
+
+
+@pytest.mark.parametrize("stop_at", [8, 36, N, 2 * N, 117])
+def test_resumed_run_is_bit_equal(tmp_path: Path, stop_at: int):
+    """Stop after any step, in or at the end of an epoch, with dropout and batch norm: same weights, same records."""
+    whole = network(dropout=0.3, norm=True)
+    expected = resumable(tmp_path / "whole", whole).fit()
+    first = network(dropout=0.3, norm=True)
+    interrupted: AdaptiveBatchTrainer
+
+    def stop(inputs, targets, progress):
+        if progress.examples + len(inputs) >= stop_at:
+            interrupted.request_stop()
+        return inputs, targets
+
+    interrupted = resumable(tmp_path / "run", first, transform=stop)
+    history = interrupted.fit()
+    assert history.summary["status"] == "preempted"
+    assert history.summary["examples"] < 4 * N
+    torch.manual_seed(99)  # a new process would not have the generators where they were
+    second = network(dropout=0.3, norm=True)
+    for parameter in second.parameters():
+        parameter.data.zero_()
+    resumed = resumable(None, second).resume(tmp_path / "run")
+    assert torch.equal(weights(second), weights(whole))
+    assert comparable(resumed) == comparable(expected)
+    assert comparable(History.load(tmp_path / "run")) == comparable(expected)
+    assert resumed.summary["status"] == "finished"
+
+
+def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path):
+    whole = network()
+    expected = resumable(tmp_path / "whole", whole).fit()
+    model = network()
+    broken = resumable(tmp_path / "run", model)
+    save = type(broken)._save
+    saves = []
+
+    def die_before_the_third(self, *names):
+        saves.append(names)
+        if not names and sum(not n for n in saves) == 3:
+            raise KeyboardInterrupt
+        save(self, *names)
+
+    broken._save = die_before_the_third.__get__(broken)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    assert len(History.load(tmp_path / "run").epochs) == 3
+    again = network()
+    resumed = resumable(None, again).resume(tmp_path / "run")
+    assert torch.equal(weights(again), weights(whole))
+    assert comparable(resumed) == comparable(expected)
+
+
+def test_checkpoints_within_an_epoch(tmp_path: Path):
+    from hessianflow.training import checkpoint
+
+    cursors = []
+
+    def watch(inputs, targets, progress):
+        path = tmp_path / "run" / "checkpoints" / "last.pt"
+        cursors.append(checkpoint.load(path)["examples"] if path.exists() else 0)
+        return inputs, targets
+
+    trainer(network(), data(), run_dir=tmp_path / "run", transform=watch, checkpoint_examples=16, epochs=1).fit()
+    assert cursors == [0, 0, 16, 16, 32, 32, 48]
+
+
+def test_resume_refuses_another_model_and_a_missing_probe(tmp_path: Path):
+    resumable(tmp_path / "run", network()).fit()
+    with pytest.raises(HessianFlowError, match="is of another model"):
+        resumable(None, nn.Sequential(nn.Flatten(), nn.Linear(16, 2))).resume(tmp_path / "run")
+    other = trainer(network(), data(), epochs=4)
+    with pytest.raises(HessianFlowError, match="was made with a controller"):
+        other.resume(tmp_path / "run")
+
+
+def test_resume_after_a_damaged_checkpoint_says_so(tmp_path: Path):
+    whole = network()
+    expected = resumable(tmp_path / "run", whole).fit()
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:3000])
+    again = network()
+    resumed = resumable(None, again).resume(tmp_path / "run")
+    assert torch.equal(weights(again), weights(whole))
+    assert comparable(resumed) == comparable(expected)
+    [event] = resumed.of_kind("event")
+    assert event["event"] == "fallback"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path: Path):
+    model = network()
+
+    def poison(inputs, targets, progress):
+        return (inputs * float("nan") if progress.updates == 9 else inputs), targets
+
+    with pytest.raises(HessianFlowError, match=r"epoch 2 at update 10 .* last good checkpoint is .*last.pt"):
+        trainer(model, data(), run_dir=tmp_path / "run", transform=poison).fit()
+    history = History.load(tmp_path / "run")
+    assert [row["epoch"] for row in history.epochs] == [1]
+    assert history.of_kind("event")[0]["event"] == "diverged"
+    from hessianflow.training import checkpoint
+
+    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_model_mode_is_left_as_found():
+    model = network().eval()
+    trainer(model, data(), epochs=1).fit()
+    assert not model.training
+
+
+def test_schedule_counted_in_reference_batches_survives_growth():
+    """The rate of a step-wise schedule depends on examples alone, whatever the batch size."""
+    rates = []
+    for script in ({}, {8: Decision(24, 1.0, reason="grow")}):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        trainer(
+            model,
+            data(count=48),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            schedule_unit="reference_batch",
+            controller=Script(Decision(8), script),
+            epochs=2,
+        ).fit()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1e-3 * 0.9**12)
+    assert rates[1] == pytest.approx(rates[0])
+
+
+def test_bad_arguments():
+    model = network()
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.raises(HessianFlowError, match="no trainable parameter: nothing to train"):
+        trainer(frozen, data(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(HessianFlowError, match="holds no trainable parameter of the model"):
+        trainer(network(), data(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(HessianFlowError, match="epochs must be at least 1, got 0"):
+        trainer(model, data(), epochs=0)
+    with pytest.raises(HessianFlowError, match="batch size 51 must lie between 1 and the 50"):
+        trainer(model, data(), controller=Script(Decision(51), {}))
+
+
+def test_used_run_directory_is_refused(tmp_path: Path):
+    trainer(network(), data(), run_dir=tmp_path / "run", epochs=1).fit()
+    before = (tmp_path / "run" / "history.jsonl").read_bytes()
+    with pytest.raises(HessianFlowError, match="already holds a run"):
+        trainer(network(), data(), run_dir=tmp_path / "run", epochs=1).fit()
+    assert (tmp_path / "run" / "history.jsonl").read_bytes() == before
