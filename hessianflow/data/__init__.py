@@ -1,8 +1,22 @@
-"""Image sets, and resumable batches of them whose size may change at any time."""
+"""Data sets by name, and resumable batches of them whose size may change at any time."""
 
 from hessianflow.data.augment import Augmentation
 from hessianflow.data.datasets import ImageSet, load, names
 from hessianflow.data.device_batches import DeviceBatches
+from hessianflow.data.fetch import FileReport, fetch, verify
+from hessianflow.data.images import ImageFolder, Normalise
 from hessianflow.data.sampling import AdaptiveBatches
 
-__all__ = ["AdaptiveBatches", "Augmentation", "DeviceBatches", "ImageSet", "load", "names"]
+__all__ = [
+    "AdaptiveBatches",
+    "Augmentation",
+    "DeviceBatches",
+    "FileReport",
+    "ImageFolder",
+    "ImageSet",
+    "Normalise",
+    "fetch",
+    "load",
+    "names",
+    "verify",
+]

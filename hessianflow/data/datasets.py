@@ -1,7 +1,13 @@
-"""Image sets by name, as one frozen record each: uint8 pixels and what is needed to normalise and augment them."""
+"""Data sets by name, as one frozen record each: uint8 pixels and what is needed to normalise and augment them.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+Means and standard deviations are those of the training pixels: digits computed here, CIFAR, SVHN and ImageNet as in
+general use, Tiny-ImageNet with ImageNet's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +16,12 @@ import torch
 from torch import Tensor
 
 from hessianflow.data.augment import Augmentation
+from hessianflow.data.cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
+from hessianflow.data.device_batches import DeviceBatches
+from hessianflow.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, read_folder
+from hessianflow.data.sources import default_root
+from hessianflow.data.svhn import read_svhn
+from hessianflow.data.tiny_imagenet import read_tiny_imagenet
 from hessianflow.interfaces import HessianFlowError
 
 Split = Literal["train", "test", "extra"]
@@ -20,7 +32,7 @@ _FAKE_CLASSES, _FAKE_SIDE = 10, 16
 _FAKE_EXAMPLES: Mapping[str, int] = {"train": 2048, "test": 512}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """One split of a classification set held in memory.
 
@@ -58,28 +70,78 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, count: int) -> "ImageSet":
+        """The first `count` examples only (all, if there are fewer); for runs at reduced scale."""
+        return replace(self, images=self.images[:count], targets=self.targets[:count])
 
-def load(name: str, root: str | Path | None = None, split: Split = "train") -> ImageSet:
-    """Read one split of a data set.
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        num_workers: int = 0,
+    ) -> DeviceBatches:
+        """The whole set on `device`; shuffled and augmented if `train`, else plain and in the stored order.
+
+        `num_workers` is there for the sake of :meth:`ImageFolder.batches`: nothing is left to load here.
+        """
+        del num_workers
+        return DeviceBatches(
+            self.images,
+            self.targets,
+            batch_size,
+            seed=seed,
+            device=device,
+            augment=self.augment if train else None,
+            mean=self.mean,
+            std=self.std,
+            value_scale=self.value_scale,
+            num_classes=self.num_classes,
+            shuffle=train,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+
+
+def load(
+    name: str, root: str | Path | None = None, split: Split = "train", *, image_size: int = 224
+) -> ImageSet | ImageFolder:
+    """Read one split of a data set: into memory, or, for "imagenet" and "folder", as a list of image files.
 
     Args:
-        name: one of :func:`names`.
-        root: where the files are: their own folder, the folder above it, or one that holds the official archive.
-        split: "train" or "test".
+        name: one of :func:`names`; "folder" is any tree of class folders below train and val (or test).
+        root: where the files are: their own folder, the folder above it, or one that holds the official archive. None:
+            $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits" and "fake" need none.
+        split: "train" or "test"; "svhn" also has "extra".
+        image_size: side of the images cut from the files of a class-folder tree; the other sets have a size of their
+            own.
 
     Raises:
         HessianFlowError: an unknown name or split, or files that are missing or damaged (the message names the file).
     """
-    if name not in _LOADERS:
-        raise HessianFlowError(f"unknown data set {name!r}; known: {', '.join(names())}")
-    if split not in ("train", "test"):
-        raise HessianFlowError(f"split must be 'train' or 'test', got {split!r}")
-    return _LOADERS[name](Path(root or "."), split)
+    if name not in names():
+        raise HessianFlowError(f"unknown data set {name!r}{_close(name)}; known: {', '.join(names())}")
+    splits = ("train", "test", "extra") if name == "svhn" else ("train", "test")
+    if split not in splits:
+        raise HessianFlowError(f"split of {name} must be one of {', '.join(splits)}, got {split!r}")
+    folder = Path(root).expanduser() if root is not None else default_root()
+    if name in FOLDER_SETS:
+        return read_folder(name, folder, split, size=image_size)
+    return _LOADERS[name](folder, split)
 
 
 def names() -> list[str]:
     """Every name that :func:`load` knows, sorted."""
-    return sorted(_LOADERS)
+    return sorted([*_LOADERS, *FOLDER_SETS])
+
+
+def _close(name: str) -> str:
+    close = get_close_matches(name.lower(), names(), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _digits(_: Path, split: Split) -> ImageSet:
@@ -125,4 +187,37 @@ def _fake(_: Path, split: Split) -> ImageSet:
     )
 
 
-_LOADERS: Mapping[str, Callable[[Path, Split], ImageSet]] = {"digits": _digits, "fake": _fake}
+def _cifar(layout: CifarLayout, mean: Sequence[float], std: Sequence[float], root: Path, split: Split) -> ImageSet:
+    images, targets, classes = read_cifar(layout, root, split)
+    return ImageSet(layout.name, images, targets, classes, tuple(mean), tuple(std), augment=CIFAR_AUGMENTATION)
+
+
+def _svhn(root: Path, split: Split) -> ImageSet:
+    images, targets = read_svhn(root, split)
+    digits = tuple(str(label) for label in range(10))
+    # No flips: a mirrored digit is no digit.
+    augment = Augmentation(crop_padding=4)
+    return ImageSet(
+        "svhn", images, targets, digits, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), augment=augment
+    )
+
+
+def _tiny_imagenet(root: Path, split: Split) -> ImageSet:
+    images, targets, classes = read_tiny_imagenet(root, split)
+    augment = Augmentation(crop_padding=8, flip=True)
+    return ImageSet("tiny-imagenet", images, targets, classes, IMAGENET_MEAN, IMAGENET_STD, augment=augment)
+
+
+CIFAR_AUGMENTATION = Augmentation(crop_padding=4, flip=True)
+"""He et al., 2015, arXiv:1512.03385, section 4.2."""
+
+FOLDER_SETS = ("imagenet", "folder")
+
+_LOADERS: Mapping[str, Callable[[Path, Split], ImageSet]] = {
+    "digits": _digits,
+    "fake": _fake,
+    "cifar10": partial(_cifar, CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": partial(_cifar, CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": _svhn,
+    "tiny-imagenet": _tiny_imagenet,
+}

@@ -1,0 +1,191 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from their official archives, unpacked or not.
+
+The binary version is read as it is: records of one or two label bytes and 3072 pixel bytes (planes R, G, B of 32 x 32,
+row by row), after a check of sizes and labels. The Python version is a pickle: it is read only if its MD5 is the
+official one, and then by :mod:`hessianflow.data.unpickle`, which runs nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import md5
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hessianflow.data.archives import read_members
+from hessianflow.data.sources import damaged, remedy
+from hessianflow.data.unpickle import load_arrays
+from hessianflow.interfaces import HessianFlowError
+
+PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class CifarLayout:
+    """What tells the two sets, and a set from a small one made for a test, apart.
+
+    Attributes:
+        name: of the data set.
+        num_classes: labels lie below it.
+        label_bytes: in a binary record; the last one is the label used.
+        records: in one binary file of each split.
+        binary_folder: folder in the binary archive; its files by split; its file of class names.
+        python_folder: folder in the Python archive; its files and their MD5 by split.
+    """
+
+    name: str
+    num_classes: int
+    label_bytes: int
+    records: Mapping[str, int]
+    binary_folder: str
+    binary_archive: str
+    binary_files: Mapping[str, tuple[str, ...]]
+    class_file: str
+    python_folder: str
+    python_archive: str
+    python_files: Mapping[str, Mapping[str, str]]
+    label_key: str
+
+
+CIFAR10 = CifarLayout(
+    name="cifar10",
+    num_classes=10,
+    label_bytes=1,
+    records={"train": 10_000, "test": 10_000},
+    binary_folder="cifar-10-batches-bin",
+    binary_archive="cifar-10-binary.tar.gz",
+    binary_files={"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)},
+    class_file="batches.meta.txt",
+    python_folder="cifar-10-batches-py",
+    python_archive="cifar-10-python.tar.gz",
+    python_files={
+        "train": {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        },
+        "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
+    },
+    label_key="labels",
+)
+CIFAR100 = CifarLayout(
+    name="cifar100",
+    num_classes=100,
+    label_bytes=2,
+    records={"train": 50_000, "test": 10_000},
+    binary_folder="cifar-100-binary",
+    binary_archive="cifar-100-binary.tar.gz",
+    binary_files={"train": ("train.bin",), "test": ("test.bin",)},
+    class_file="fine_label_names.txt",
+    python_folder="cifar-100-python",
+    python_archive="cifar-100-python.tar.gz",
+    python_files={
+        "train": {"train": "16019d7e3df5f24257cddd939b257f8d"},
+        "test": {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+    },
+    label_key="fine_labels",
+)
+
+
+def read_cifar(layout: CifarLayout, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Images uint8 [N, 3, 32, 32], targets int64 [N] and class names of one split.
+
+    `root` is the folder of the files, the folder above it, or holds the archive; the binary version is preferred.
+    Class names are numbers where their file is missing.
+
+    Raises:
+        HessianFlowError: a file that is missing, damaged, or has a label out of range.
+    """
+    records = layout.records[split]
+    names, record_bytes = layout.binary_files[split], layout.label_bytes + PIXELS
+    wanted, limit = [*names, layout.class_file], records * record_bytes
+    binary = _read_files(root, layout.binary_folder, layout.binary_archive, wanted, limit)
+    if binary:
+        parts = [_binary_part(layout, name, binary.get(name), records) for name in names]
+        return (*_stacked(parts), _class_names(binary.get(layout.class_file), layout.num_classes))
+    checksums = layout.python_files[split]
+    pickled = _read_files(root, layout.python_folder, layout.python_archive, list(checksums), 2 * limit)
+    if not pickled:
+        raise HessianFlowError(
+            f"no {layout.name} under {root}: neither {layout.binary_folder} nor {layout.binary_archive} is there "
+            f"(nor the Python version, {layout.python_folder}); {remedy(layout.name)}"
+        )
+    parts = [_python_part(layout, name, pickled.get(name), checksum) for name, checksum in checksums.items()]
+    return (*_stacked(parts), _class_names(None, layout.num_classes))
+
+
+def _read_files(root: Path, folder: str, archive: str, names: Sequence[str], limit: int) -> dict[str, bytes]:
+    """Contents of those of `names` that are found, all from the same place; at most one byte more than `limit`."""
+    for place in (root / folder, root):
+        found = {name: place / name for name in names if (place / name).is_file()}
+        if found:
+            return {name: _head(path, limit + 1) for name, path in found.items()}
+    for packed in (root / archive, root):
+        if packed.name == archive and packed.is_file():
+            members = read_members(packed, {f"{folder}/{name}" for name in names}, max_bytes=limit)
+            return {name.removeprefix(f"{folder}/"): content for name, content in members.items()}
+    return {}
+
+
+def _head(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def _binary_part(
+    layout: CifarLayout, name: str, content: bytes | None, records: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    record_bytes = layout.label_bytes + PIXELS
+    if content is None:
+        raise damaged(layout.name, f"{layout.binary_folder}/{name}", "missing")
+    if len(content) != records * record_bytes:
+        found = f"{'at least ' if len(content) > records * record_bytes else ''}{len(content)} bytes"
+        expected = f"{records * record_bytes} bytes ({records} records of {record_bytes})"
+        raise damaged(layout.name, f"{layout.binary_folder}/{name}", f"found {found}, expected {expected}")
+    table = np.frombuffer(content, dtype=np.uint8).reshape(records, record_bytes)
+    labels = table[:, layout.label_bytes - 1].astype(np.int64)
+    _check_labels(layout, f"{layout.binary_folder}/{name}", labels)
+    return table[:, layout.label_bytes :], labels
+
+
+def _python_part(
+    layout: CifarLayout, name: str, content: bytes | None, checksum: str
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    file = f"{layout.python_folder}/{name}"
+    if content is None:
+        raise damaged(layout.name, file, "missing")
+    found = md5(content, usedforsecurity=False).hexdigest()
+    if found != checksum:
+        raise damaged(
+            layout.name, file, f"MD5 is {found}, expected {checksum}; not opened, since a pickle can run code"
+        )
+    record = load_arrays(content, file)
+    pixels, labels = np.asarray(record["data"]), np.asarray(record[layout.label_key], dtype=np.int64)
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
+        raise damaged(
+            layout.name, file, f"pixels are {pixels.dtype} {pixels.shape}, expected uint8 ({len(labels)}, {PIXELS})"
+        )
+    _check_labels(layout, file, labels)
+    return pixels, labels
+
+
+def _check_labels(layout: CifarLayout, file: str, labels: NDArray[np.int64]) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= layout.num_classes))
+    if len(wrong):
+        what = f"label {labels[wrong[0]]} in record {wrong[0]}, expected 0 to {layout.num_classes - 1}"
+        raise damaged(layout.name, file, what)
+
+
+def _stacked(parts: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> tuple[Tensor, Tensor]:
+    pixels, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return torch.from_numpy(pixels).view(-1, 3, 32, 32), torch.from_numpy(labels)
+
+
+def _class_names(content: bytes | None, num_classes: int) -> tuple[str, ...]:
+    names = content.decode("latin-1").split() if content else []
+    return tuple(names) if len(names) == num_classes else tuple(str(label) for label in range(num_classes))

@@ -1,0 +1,114 @@
+"""Tiny-ImageNet: 200 classes of 64x64 JPEGs, 500 each for training and 50 each for validation.
+
+Read from the official zip file as it is, or from the folder it unpacks to. The validation images are used as the test
+split (the official test images have no labels). Class index = rank of the class's identifier in sorted order.
+"""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hessianflow.data.images import decode_all
+from hessianflow.data.sources import damaged, remedy
+from hessianflow.interfaces import HessianFlowError
+
+NAME, FOLDER, ARCHIVE = "tiny-imagenet", "tiny-imagenet-200", "tiny-imagenet-200.zip"
+MAX_IMAGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TinyLayout:
+    """How many classes, and images a class, are expected; smaller in tests."""
+
+    num_classes: int = 200
+    train_per_class: int = 500
+    test_images: int = 10_000
+
+
+def read_tiny_imagenet(
+    root: Path, split: str, *, layout: TinyLayout = TinyLayout()
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Images uint8 [N, 3, 64, 64], targets int64 [N] and class identifiers of one split; needs Pillow.
+
+    Raises:
+        HessianFlowError: files that are missing or damaged, or a number of classes or images that is not as published.
+    """
+    with _Files(root) as files:
+        classes = sorted(files.text("wnids.txt").split())
+        if len(classes) != layout.num_classes:
+            raise damaged(NAME, "wnids.txt", f"found {len(classes)} classes, expected {layout.num_classes}")
+        labelled = _train_files(files) if split == "train" else _test_files(files)
+        ranks = {wnid: rank for rank, wnid in enumerate(classes)}
+        unknown = sorted({wnid for _, wnid in labelled} - ranks.keys())
+        if unknown:
+            raise damaged(NAME, split, f"class {unknown[0]!r} is not in wnids.txt")
+        expected = layout.train_per_class * layout.num_classes if split == "train" else layout.test_images
+        if len(labelled) != expected:
+            raise damaged(NAME, split, f"found {len(labelled)} images, expected {expected}")
+        images = decode_all([(path, files.content(path)) for path, _ in labelled], side=64)
+    return images, torch.tensor([ranks[wnid] for _, wnid in labelled]), tuple(classes)
+
+
+class _Files:
+    """The members of the unpacked folder or of the zip file, by path below `tiny-imagenet-200`."""
+
+    def __init__(self, root: Path) -> None:
+        folders = [place for place in (root / FOLDER, root) if (place / "wnids.txt").is_file()]
+        archives = [path for path in (root / ARCHIVE, root) if path.name == ARCHIVE and path.is_file()]
+        if not folders and not archives:
+            raise HessianFlowError(f"no {NAME} under {root}: neither {FOLDER} nor {ARCHIVE} is there; {remedy(NAME)}")
+        self._folder = folders[0] if folders else None
+        try:
+            self._zip = None if folders else zipfile.ZipFile(archives[0])
+        except zipfile.BadZipFile as error:
+            raise damaged(NAME, archives[0], f"damaged archive ({error})") from error
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._zip is not None:
+            self._zip.close()
+
+    def paths(self, below: str) -> list[str]:
+        """Every JPEG below a folder, sorted."""
+        if self._zip is not None:
+            names = (name.removeprefix(f"{FOLDER}/") for name in self._zip.namelist())
+            return sorted(name for name in names if name.startswith(f"{below}/") and name.endswith(".JPEG"))
+        assert self._folder is not None
+        return sorted(path.relative_to(self._folder).as_posix() for path in (self._folder / below).rglob("*.JPEG"))
+
+    def content(self, path: str) -> bytes:
+        """The bytes of one member."""
+        try:
+            if self._zip is not None:
+                if self._zip.getinfo(f"{FOLDER}/{path}").file_size > MAX_IMAGE_BYTES:
+                    raise damaged(NAME, path, f"larger than {MAX_IMAGE_BYTES} bytes")
+                return self._zip.read(f"{FOLDER}/{path}")
+            assert self._folder is not None
+            return (self._folder / path).read_bytes()
+        except (FileNotFoundError, KeyError) as error:
+            raise damaged(NAME, path, "missing") from error
+        except zipfile.BadZipFile as error:
+            raise damaged(NAME, path, f"damaged in the archive ({error})") from error
+
+    def text(self, path: str) -> str:
+        """The text of one member."""
+        return self.content(path).decode("utf-8", errors="replace")
+
+
+def _train_files(files: _Files) -> list[tuple[str, str]]:
+    """(path, class identifier) of every training image."""
+    return [(path, path.split("/")[1]) for path in files.paths("train")]
+
+
+def _test_files(files: _Files) -> list[tuple[str, str]]:
+    """(path, class identifier) of every validation image, in the order of the annotation file."""
+    rows = [line.split("\t") for line in files.text("val/val_annotations.txt").splitlines() if line.strip()]
+    short = [row for row in rows if len(row) < 2]
+    if short:
+        raise damaged(NAME, "val/val_annotations.txt", f"line {short[0]!r} has no tab between file and class")
+    return [(f"val/images/{row[0]}", row[1]) for row in rows]
