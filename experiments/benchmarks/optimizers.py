@@ -1,0 +1,131 @@
+"""Time one optimizer step: ours on lists of tensors, the same rule tensor by tensor, and torch's own foreach SGD.
+
+    OMP_NUM_THREADS=1 python experiments/benchmarks/optimizers.py [--tensors 60] [--shrink 1] [--rounds 300]
+
+Every round times each optimizer once, in an order that rotates; what is printed is the median over rounds of the ratio
+within a round, with its quartiles, so that a slow spell of the machine hits both sides of a ratio.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hessianflow.optim import CLARS, LAMB, LARS, MicrobatchNorms
+
+
+class LoopLARS(torch.optim.Optimizer):
+    """LARS as it is commonly written: one tensor after another, asking the host whether a norm is zero."""
+
+    def __init__(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """One update of every parameter."""
+        for group in self.param_groups:
+            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+            for p in group["params"]:
+                d, ratio = p.grad, lr
+                if p.ndim > 1:
+                    weight, gradient = torch.norm(p), torch.norm(p.grad)
+                    if weight > 0 and gradient > 0:
+                        ratio = lr * 0.001 * weight / (gradient + decay * weight)
+                    d = d.add(p, alpha=decay)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"].mul_(momentum).add_(ratio * d)
+                p.sub_(state["momentum_buffer"])
+
+
+def parameters(tensors: int, kind: str, shrink: int, device: str) -> list[Tensor]:
+    """`tensors` tensors with gradients. "network": convolution, scale and shift in turn, as in ResNet-20.
+
+    Widths are those of ResNet-20 divided by `shrink`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for index in range(tensors):
+        width = (16, 32, 64)[index * 3 // tensors] // shrink
+        shape = (width, width, 3, 3) if kind == "matrices" or index % 3 == 0 else (width,)
+        parameter = torch.randn(shape, generator=generator).to(device).requires_grad_()
+        parameter.grad = torch.randn(shape, generator=generator).to(device)
+        found.append(parameter)
+    return found
+
+
+def contenders(tensors: int, kind: str, shrink: int, device: str) -> dict[str, Callable[[], object]]:
+    """A step function by name, each on its own copy of the same parameters."""
+    options = {"momentum": 0.9, "weight_decay": 1e-4}
+    make = lambda: parameters(tensors, kind, shrink, device)  # noqa: E731
+    clars_params = make()
+    norms = MicrobatchNorms(clars_params)
+    norms.on_microbatch([p.grad for p in clars_params if p.grad is not None], 1)
+    return {
+        "torch SGD, foreach": torch.optim.SGD(make(), 1e-3, foreach=True, **options).step,
+        "LARS": LARS(make(), 1e-3, **options).step,
+        "LARS, tensor by tensor": LoopLARS(make(), 1e-3, **options).step,
+        "CLARS": CLARS(clars_params, 1e-3, norms=norms, **options).step,
+        "torch AdamW, foreach": torch.optim.AdamW(make(), 1e-3, foreach=True).step,
+        "LAMB": LAMB(make(), 1e-3, weight_decay=1e-2).step,
+    }
+
+
+def measure(steps: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of one step, by name, one entry a round."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    names, seconds = list(steps), {name: [] for name in steps}
+    for index in range(rounds + 10):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            wait()
+            start = time.perf_counter()
+            steps[name]()
+            wait()
+            if index >= 10:  # the first rounds make buffers
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def show(seconds: dict[str, list[float]], kind: str) -> None:
+    """Print medians and the ratios that the goals are stated in."""
+    print(f"\n{kind}\n| optimizer | median step, us |\n| --- | --- |")
+    for name, values in seconds.items():
+        print(f"| {name} | {statistics.median(values) * 1e6:.0f} |")
+    print("| paired ratio | median | quartiles |\n| --- | --- | --- |")
+    for top, bottom in (
+        ("LARS", "torch SGD, foreach"),
+        ("LARS, tensor by tensor", "LARS"),
+        ("CLARS", "torch SGD, foreach"),
+        ("LAMB", "torch AdamW, foreach"),
+    ):
+        ratios = [a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"| {top} / {bottom} | {middle:.2f} | {low:.2f}-{high:.2f} |")
+
+
+def main() -> None:
+    """Time both kinds of parameter list."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensors", type=int, default=60)
+    parser.add_argument("--shrink", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, {arguments.rounds} rounds"
+    )
+    for kind in ("network", "matrices"):
+        steps = contenders(arguments.tensors, kind, arguments.shrink, arguments.device)
+        show(
+            measure(steps, arguments.rounds, arguments.device),
+            f"{arguments.tensors} tensors, {kind}, widths / {arguments.shrink}",
+        )
+
+
+if __name__ == "__main__":
+    main()
