@@ -2,6 +2,26 @@
 
 from hessianflow.adversarial.adversaries import FGSM, PGD
 from hessianflow.adversarial.attacks import fgsm, pgd
+from hessianflow.adversarial.input_hessian import InputHessian
 from hessianflow.adversarial.mixing import perturbed_rows
+from hessianflow.adversarial.robustness import OverfittingAlarm, RobustAccuracy, robust_accuracy, wilson_interval
+from hessianflow.adversarial.sam import SAM, sam_perturbation
+from hessianflow.adversarial.split_norm import clean_rows, merge_batch_norm, split_batch_norm
 
-__all__ = ["FGSM", "PGD", "fgsm", "perturbed_rows", "pgd"]
+__all__ = [
+    "FGSM",
+    "PGD",
+    "SAM",
+    "InputHessian",
+    "OverfittingAlarm",
+    "RobustAccuracy",
+    "clean_rows",
+    "fgsm",
+    "merge_batch_norm",
+    "perturbed_rows",
+    "pgd",
+    "robust_accuracy",
+    "sam_perturbation",
+    "split_batch_norm",
+    "wilson_interval",
+]

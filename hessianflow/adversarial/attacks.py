@@ -1,9 +1,9 @@
 """Adversarial attacks as pure functions: model, inputs and targets in, perturbed inputs out.
 
 FGSM (Goodfellow, Shlens, Szegedy, arXiv 1412.6572, section 4):  x' = x + eps * sign(dL/dx).
-FGSM with random start (Wong, Rice, Kolter, arXiv 2001.03994, algorithm 3):  start at x + U(-eps, eps), step 1.25 eps,
+FGSM with random start (Wong, Rice, Kolter, arXiv 2001.03994):  start at x + U(-eps, eps), step 1.25 eps,
 project back.
-PGD (Madry et al., arXiv 1706.06083, section 2.1):  repeat x' = project(x' + step * ascent direction), where the
+PGD (Madry et al., arXiv 1706.06083):  repeat x' = project(x' + step * ascent direction), where the
 direction is the sign of the gradient in l_inf and the normalised gradient in l_2.
 
 All are one loop; they differ in start, step and number of steps. Choices of ours: the valid range is given by the user
@@ -29,7 +29,7 @@ from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import measuring
 
 FAST_RANDOM_STEP = 1.25
-"""Step of FGSM with random start, in units of eps (Wong et al., section 4)."""
+"""Step of FGSM with random start, in units of eps (Wong et al.)."""
 
 
 def fgsm(

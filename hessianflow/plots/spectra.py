@@ -1,8 +1,8 @@
 """The spectral density of a Hessian, from the nodes and weights of stochastic Lanczos quadrature.
 
 Each probe k gives nodes theta_kj and weights w_kj (summing to 1). They are broadened by Gaussians of width sigma,
-phi_k(t) = sum_j w_kj N(t; theta_kj, sigma^2), and averaged over probes (Ghorbani, Krishnan, Xiao, arXiv 1901.10159,
-section 2); the band is one standard error of that mean.
+phi_k(t) = sum_j w_kj N(t; theta_kj, sigma^2), and averaged over probes (Ghorbani, Krishnan, Xiao, arXiv 1901.10159);
+the band is one standard error of that mean.
 """
 
 import math
