@@ -81,6 +81,7 @@ class AdaptiveBatches(ExampleStream):
             num_workers=num_workers,
             collate_fn=self._collate,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # else the loader draws from the global one
             persistent_workers=num_workers > 0,
             prefetch_factor=max(2, -(-prefetch_examples // (chunk_size * num_workers))) if num_workers else None,
         )
