@@ -23,6 +23,7 @@ from hessianflow.training.record import CONFIG, read_json
 T = TypeVar("T")
 
 EVALUATION_BATCH = 1000
+_BUNDLED = ("digits", "fake")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
 def build_parts(config: TrainConfig) -> Parts:
     """Model, training and test batches of a resolved configuration, on its device."""
     device = find_device(config.device)
+    if config.data_dir is None and config.data not in _BUNDLED:
+        raise HessianFlowError(
+            f"--data {config.data} needs --data-dir, the folder of its official files "
+            f"(`hessianflow data fetch {config.data} DIR` gets them)"
+        )
     train, test = (load(config.data, config.data_dir, split) for split in ("train", "test"))
     batch, cap = _given(config.batch_size), _given(config.max_batch_size)
     for name, size in (("--batch-size", batch), ("--max-batch-size", cap)):

@@ -1,0 +1,239 @@
+"""The command as a user meets it: exit status, one clear line, files on disk; interrupted and resumed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hessianflow import History
+from hessianflow.cli import main
+
+QUICK = ["--epochs", "2", "--plots", "false"]
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error of one command in this process."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
+    """>= 97 % on the test digits, at least three growths, each with its reason, and the plots."""
+    status, out, _ = run("train", capsys=capsys)
+    assert status == 0
+    [run_dir] = (tmp_path / "runs").iterdir()
+    history = History.load(run_dir)
+    assert history.summary["final_accuracy"] >= 0.97
+    assert len(history.growths) >= 3
+    assert all(row["reason"] for row in history.growths)
+    assert history.summary["updates"] * 2 <= 30 * 45  # 45 updates an epoch at the fixed batch of 32
+    assert run_dir.name in out
+    assert {p.name for p in (run_dir / "plots").iterdir()} == {"curvature_trajectory.png", "training_curves.png"}
+    names = {"config.json", "history.jsonl", "summary.json", "checkpoints", "plots"}
+    assert {p.name for p in run_dir.iterdir()} == names
+    assert torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)["updates"] == history.summary["updates"]
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["settings"]["batch_size"] == 32
+    assert config["environment"]["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "mnist"], ["--data", "'digits'", "mnist"]),
+        (["--model", "resnet21"], ["unknown model 'resnet21'", "resnet20"]),
+        (["--controller", "magic"], ["--controller", "'absa'", "magic"]),
+        (["--nonsense", "1"], ["unknown option", "--nonsense"]),
+        (["--batch-size", "many"], ["--batch-size", "int", "many"]),
+        (["--batch-size", "0"], ["--batch-size", "at least 1", "0"]),
+        (["--batch-size", "2000"], ["--batch-size 2000", "1438 training examples"]),
+        (["--max-batch-size", "1439"], ["--max-batch-size 1439", "1438 training examples"]),
+        (["--batch-size", "64", "--max-batch-size", "32"], ["--max-batch-size 32", "below --batch-size 64"]),
+        (["--max-batch-size", "16"], ["--max-batch-size 16", "32", "digits"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--lr", "-1"], ["--lr", "at least 0", "-1"]),
+        (["--growth-factor", "1"], ["--growth-factor", "greater than 1"]),
+        (["--adversarial-share", "1.5"], ["--adversarial-share", "at most 1", "1.5"]),
+        (["--milestones", "[5, 2]"], ["--milestones", "increasing"]),
+        (["--curvature", "off"], ["--controller absa needs curvature"]),
+        (["--device", "cuda:77"], ["--device cuda:77"]),
+        (["--device", "toaster"], ["--device toaster"]),
+        (["--data", "cifar10"], ["--data-dir"]),
+        (["--data", "cifar10", "--data-dir", "nowhere"], ["nowhere"]),
+        (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml"]),
+        (["--run-dir", "file/run"], ["cannot write run directory file/run"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], words: list[str], tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
+    status, out, err = run("train", *arguments, capsys=capsys)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("hessianflow train: error: ")
+    for word in words:
+        assert word in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"], "nothing may be written"
+
+
+def test_truncated_data_file_is_named_with_its_size(tmp_path: Path, capsys):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        (folder / name).write_bytes(b"\0" * 3073)
+    status, _, err = run("train", "--data", "cifar10", "--data-dir", str(tmp_path), capsys=capsys)
+    assert status == 2
+    assert err.count("\n") == 1
+    for word in ("data_batch_1.bin", "3073", "30730000"):
+        assert word in err.replace(",", "")
+
+
+def test_config_file_gives_settings_and_refuses_unknown_keys(tmp_path: Path, capsys):
+    (tmp_path / "good.yaml").write_text("epochs: 2\nbatch_size: 48\nplots: false\nmilestones: [1]\n")
+    status, _, _ = run("train", "--config", "good.yaml", "--run-dir", "run", "--lr", "0.02", capsys=capsys)
+    assert status == 0
+    settings = History.load("run").config["settings"]
+    assert (settings["epochs"], settings["batch_size"], settings["lr"], settings["milestones"]) == (2, 48, 0.02, [1])
+    (tmp_path / "bad.yaml").write_text("epochs: 2\nbatchsize: 48\n")
+    status, _, err = run("train", "--config", "bad.yaml", capsys=capsys)
+    assert status == 2
+    assert "batchsize" in err
+    assert err.count("\n") == 1
+
+
+def test_used_run_directory_is_refused(capsys):
+    assert run("train", *QUICK, "--run-dir", "run", capsys=capsys)[0] == 0
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    status, _, err = run("train", *QUICK, "--run-dir", "run", capsys=capsys)
+    assert status == 2
+    assert "already holds a run" in err
+    assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["resume", "plot"])
+def test_no_run_there(command: str, tmp_path: Path, capsys):
+    (tmp_path / "empty").mkdir()
+    status, _, err = run(command, "empty", capsys=capsys)
+    assert status == 2
+    assert err == f"hessianflow {command}: error: empty is not a run directory: it holds no " + (
+        "config.json\n" if command == "resume" else "history.jsonl\n"
+    )
+
+
+def test_corrupt_and_foreign_checkpoints_are_refused(capsys):
+    assert run("train", *QUICK, "--run-dir", "run", capsys=capsys)[0] == 0
+    checkpoints = Path("run/checkpoints")
+    (checkpoints / "previous.pt").unlink()
+    history = Path("run/history.jsonl").read_bytes()
+    (checkpoints / "last.pt").write_bytes(b"rubbish")
+    status, _, err = run("resume", "run", capsys=capsys)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "last.pt (7 bytes) cannot be read: damaged or foreign" in err
+    torch.save({"weights": torch.ones(1)}, checkpoints / "last.pt")
+    status, _, err = run("resume", "run", capsys=capsys)
+    assert status == 2
+    assert "not a hessianflow checkpoint" in err
+    assert Path("run/history.jsonl").read_bytes() == history
+
+
+def test_divergence_names_epoch_step_and_checkpoint(capsys):
+    status, _, err = run("train", *QUICK, "--lr", "1e30", "--run-dir", "run", capsys=capsys)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "not finite in epoch 1 at update" in err
+    assert "no checkpoint was made yet" in err
+    assert History.load("run").of_kind("event")[0]["event"] == "diverged"
+
+
+def test_plot_overlays_runs(capsys):
+    for seed in ("0", "1"):
+        assert run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0
+    status, out, _ = run("plot", "run0", "run1", "--out", "pictures", capsys=capsys)
+    assert status == 0
+    assert Path("pictures/curvature_trajectory.png").stat().st_size > 10_000
+    assert "pictures/training_curves.png" in out
+
+
+def test_help_and_no_command(capsys):
+    assert "train" in run(capsys=capsys)[1]
+    status, out, _ = run("train", "--help", capsys=capsys)
+    assert status == 0
+    assert "examples per optimizer step at the start" in " ".join(out.split())
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "hessianflow", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def final_weights(run_dir: str) -> dict[str, torch.Tensor]:
+    return torch.load(Path(run_dir) / "checkpoints" / "last.pt", weights_only=True)["model"]
+
+
+def wait_for_epochs(run_dir: str, epochs: int) -> None:
+    """Until history.jsonl holds so many completed epochs (the process under test writes it)."""
+    deadline = time.monotonic() + 60
+    path = Path(run_dir) / "history.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text().count('"kind": "epoch"') >= epochs:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {epochs} epochs within 60 s")
+
+
+def test_killed_at_a_random_moment_and_resumed_is_bit_equal(capsys):
+    """SIGKILL twice, at moments nobody chose; weights and records end as in the uninterrupted run."""
+    options = ["--epochs", "8", "--plots", "false", "--checkpoint-examples", "200"]
+    assert run("train", *options, "--run-dir", "whole", capsys=capsys)[0] == 0
+    moment = random.Random(os.getpid())
+    process = start("train", *options, "--run-dir", "run")
+    wait_for_epochs("run", 1)
+    time.sleep(moment.uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    process = start("resume", "run")
+    wait_for_epochs("run", 3)
+    time.sleep(moment.uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    assert run("resume", "run", capsys=capsys)[0] == 0
+    expected = final_weights("whole")
+    for name, value in final_weights("run").items():
+        assert torch.equal(value, expected[name]), name
+
+    def rows(folder: str):
+        return [{k: v for k, v in r.items() if "second" not in k} for r in History.load(folder).records]
+
+    assert rows("run") == rows("whole")
+
+
+def test_sigterm_saves_and_exits_0_as_preempted(capsys):
+    process = start("train", "--epochs", "200", "--plots", "false", "--run-dir", "run")
+    wait_for_epochs("run", 1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "preempted" in out
+    history = History.load("run")
+    assert history.summary["status"] == "preempted"
+    assert torch.load("run/checkpoints/last.pt", weights_only=True)["examples"] == history.summary["examples"]
