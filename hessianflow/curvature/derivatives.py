@@ -73,16 +73,12 @@ def _advice(error: RuntimeError | MemoryError, loss: Tensor | None, num_examples
         )
     missing = _MISSING.search(text)
     if missing:
-        return (
-            f"the loss has no second derivative: '{missing.group(1)}' cannot be differentiated; replace that operation"
-        )
+        return f"the loss has no second derivative: '{missing.group(1)}' has none; replace that operation"
     if _ONCE in text:
         names = ", ".join(_once_differentiable(loss)) or "a custom autograd function"
-        return (
-            f"the loss has no second derivative: {names} is marked once_differentiable; write a differentiable backward"
-        )
+        return f"the loss has no second derivative: {names} is once_differentiable; make its backward differentiable"
     if _COMPILED in text:
-        return "the loss has no second derivative: part of the model is compiled; pass the module without torch.compile"
+        return "the loss has no second derivative: a part of the model is compiled; pass it uncompiled"
     return None
 
 

@@ -47,8 +47,7 @@ def top_eigenpairs(
         met the tolerance. Fewer pairs come back if `max_matvecs` allows no more.
 
     Raises:
-        HessianFlowError: an argument out of range; :class:`~hessianflow.curvature.operator.NonFiniteError` for a product
-            with nan or inf.
+        HessianFlowError: an argument out of range, or (NonFiniteError) a product with nan or inf.
     """
     budget = _check(operator, k, method, which, tol, max_matvecs)
     source = generator(seed, operator.device)

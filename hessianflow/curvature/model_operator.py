@@ -194,9 +194,7 @@ class ModelOperator(Operator):
         loss = self._forward_loss(model, batch)
         check_finite(loss)
         if not loss.requires_grad:
-            raise HessianFlowError(
-                "the loss does not depend on the selected parameters; is it detached, or computed in NumPy?"
-            )
+            raise HessianFlowError("the loss does not depend on the selected parameters; is it detached?")
         return loss
 
     def _check_repeats(self, state: "_State", loss: Tensor) -> None:
@@ -223,7 +221,7 @@ class _State:
     def of(cls, model: nn.Module, batch: Any) -> "_State":
         weights = [p.detach() for p in model.parameters()]
         watched = [*model.parameters(), *model.buffers()]
-        map_tensors(watched.append, batch)
+        map_tensors(lambda t: watched.append(t) or t, batch)  # type: ignore[func-returns-value]
         # Writes through `.data` leave the version as it is, so the norms are compared too.
         norms = torch.stack([norm.to(weights[0].device, torch.float64) for norm in torch._foreach_norm(weights)])
         return cls(tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in watched), norms)
@@ -241,9 +239,7 @@ def check_finite(loss: Tensor) -> None:
     """
     # One synchronisation per graph built, so that no time goes into products of nan.
     if not bool(torch.isfinite(loss.detach()).all()):
-        raise NonFiniteError(
-            "the loss is not finite (nan or inf); look at the weights, the inputs and the learning rate"
-        )
+        raise NonFiniteError("the loss is not finite (nan or inf); look at the weights and the inputs")
 
 
 def _split(batch: Any, size: int | None) -> Iterator[Any]:

@@ -19,6 +19,9 @@ class NonFiniteError(HessianFlowError):
     """A loss or a product came out as nan or infinite: the weights, the data or the loss hold such values."""
 
 
+NON_FINITE_PRODUCT = "a product with the operator is not finite (nan or inf); look at the weights and the data"
+
+
 class Operator(ABC):
     """A symmetric matrix known by its products.
 
@@ -42,7 +45,7 @@ class Operator(ABC):
     def _product(self, vector: Tensor) -> Tensor:
         """The product with a vector that is known to fit."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - nothing to free is the usual case
         """Free whatever is kept between products (a graph); the next product makes it anew."""
 
     def __matmul__(self, other: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 v <- A v / ||A v||, theta = v^T A v; pairs found before are projected out of operator and vectors.
 
-Deviations: the stopping rule is the residual ||A v - theta v|| <= tol |theta| instead of the change of theta, which is no
-error bound (12x above its tolerance on a small MLP); `stopping="change"` gives the rule of the ABSA code, and the result
-still says `converged` only if the residual allows it. The newest value is reported, with no epsilon in the norm.
+Deviations: the stopping rule is the residual ||A v - theta v|| <= tol |theta| instead of the change of theta, which is
+no error bound (12x above its tolerance on a small MLP); `stopping="change"` gives the rule of the ABSA code, and the
+result still says `converged` only if the residual allows it. The newest value is reported, with no epsilon in the norm.
 The largest and smallest algebraic eigenvalues come from a shift by the largest magnitude; reported are value and
 residual of the operator itself.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hessianflow.curvature.operator import NonFiniteError
+from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
 from hessianflow.interfaces import LinearOperator
 
@@ -71,7 +71,7 @@ class _Pair:
 def _iterate(
     operator: LinearOperator, start: Tensor, found: Tensor, shift: float, tol: float, budget: int, stopping: Stopping
 ) -> _Pair:
-    following, history = start, []
+    following, history = start, list[float]()
     while True:
         following = following - found @ (found.T @ following)
         unit = following / following.norm()
@@ -82,9 +82,7 @@ def _iterate(
         # One transfer per product: the stopping rule needs these numbers.
         value, residual, deflated = torch.stack([theta, remainder.norm(), within.norm()]).tolist()
         if not math.isfinite(residual):
-            raise NonFiniteError(
-                "a product with the operator is not finite (nan or inf); look at the weights and the data"
-            )
+            raise NonFiniteError(NON_FINITE_PRODUCT)
         changed = abs(value - history[-1]) >= tol * abs(history[-1]) if history else True
         history.append(value)
         accurate = deflated <= tol * abs(value)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hessianflow.interfaces import HessianFlowError
 
 Selection = str | Sequence[str] | Sequence[Tensor] | None
-"""All trainable parameters (None), name patterns ("layer1", "*.bias", ["head", "layer4.*"]), or the tensors themselves."""
+"""All trainable parameters (None), name patterns ("layer1", ["head", "*.bias"]), or the tensors themselves."""
 
 
 def select_parameters(model: nn.Module, params: Selection) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:

@@ -39,7 +39,7 @@ def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: tor
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of the flat vector with the shapes (and types) of `like`."""
-    pieces = vector.split([p.numel() for p in like])
+    pieces = torch.split(vector, [p.numel() for p in like])
     return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, like, strict=True)]
 
 
@@ -54,12 +54,4 @@ def check_vector(operator: LinearOperator, vector: Tensor, name: str = "vector")
     if vector.dtype != operator.dtype:
         raise HessianFlowError(f"{name} must be {operator.dtype}, got {vector.dtype}; convert with .to(operator.dtype)")
     if vector.device.type != operator.device.type:
-        raise HessianFlowError(
-            f"{name} must be on {operator.device}, got {vector.device}; convert with .to(operator.device)"
-        )
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the span of the columns [size, m], by QR."""
-    basis, _ = torch.linalg.qr(columns)
-    return basis
+        raise HessianFlowError(f"{name} must be on {operator.device}, got {vector.device}; move it there")
