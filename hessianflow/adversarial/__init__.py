@@ -2,9 +2,11 @@
 
 from hessianflow.adversarial.adversaries import FGSM, PGD
 from hessianflow.adversarial.attacks import fgsm, pgd
+from hessianflow.adversarial.concurrent import ConcurrentAdversary, Pair, PairLoss, pair_loss
 from hessianflow.adversarial.input_hessian import InputHessian
 from hessianflow.adversarial.mixing import perturbed_rows
 from hessianflow.adversarial.robustness import OverfittingAlarm, RobustAccuracy, robust_accuracy, wilson_interval
+from hessianflow.adversarial.runners import AttackRunner, Interleaved, SecondStream
 from hessianflow.adversarial.sam import SAM, sam_perturbation
 from hessianflow.adversarial.split_norm import clean_rows, merge_batch_norm, split_batch_norm
 
@@ -12,12 +14,19 @@ __all__ = [
     "FGSM",
     "PGD",
     "SAM",
+    "AttackRunner",
+    "ConcurrentAdversary",
     "InputHessian",
+    "Interleaved",
     "OverfittingAlarm",
+    "Pair",
+    "PairLoss",
     "RobustAccuracy",
+    "SecondStream",
     "clean_rows",
     "fgsm",
     "merge_batch_norm",
+    "pair_loss",
     "perturbed_rows",
     "pgd",
     "robust_accuracy",

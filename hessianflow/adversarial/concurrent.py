@@ -1,0 +1,241 @@
+"""ConAdv: adversarial examples from weights a few steps old, so that attack and training run at the same time.
+
+Liu, Chen, Cheng, Hsieh, You, "Concurrent adversarial learning for large-batch training", arXiv 2106.00221, algorithm 1.
+With staleness tau, step t trains on batch t and its twin made with theta_{t-tau}, while batch t + tau is attacked at
+theta_t; the loss is the mean over the clean examples plus the mean over their twins (a sum of two means). Staleness 0
+is the synchronous method.
+
+Where the paper's text leaves a choice: the first tau batches have no twin and are trained clean (`first="clean"`) or
+attacked at the moment they are used (`first="synchronous"`); with split batch normalisation the attack goes through the
+adversarial set by default. A change of the batch size drains the queue: batches already drawn are used as they are, so
+each keeps its twin and the change arrives tau steps later.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.adversarial.runners import AttackRunner, Interleaved
+from hessianflow.adversarial.split_norm import SplitBatchNorm, clean_rows
+from hessianflow.batches import mean_loss
+from hessianflow.interfaces import Adversary, HessianFlowError, LossFn
+from hessianflow.measuring import unwrap
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A clean batch and its adversarial twin.
+
+    Attributes:
+        inputs: shape [N, ...], exactly the tensor that was fed.
+        targets: shape [N, ...].
+        adversarial: shape [N, ...]; None where no twin was prepared (the first steps).
+        attacked_at: the step whose weights made the twin; None without one.
+        step: the step this pair is for.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    adversarial: Tensor | None
+    attacked_at: int | None
+    step: int
+
+    def concatenated(self) -> tuple[Tensor, Tensor]:
+        """(inputs, targets), clean rows first, then their twins: one forward pass for both."""
+        if self.adversarial is None:
+            return self.inputs, self.targets
+        return torch.cat([self.inputs, self.adversarial]), torch.cat([self.targets, self.targets])
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Losses of a pair, scalars on the device.
+
+    Attributes:
+        total: what to differentiate.
+        clean: mean over the clean examples, detached.
+        gain: mean loss of the twins minus `clean`, detached; positive unless the twins are too stale to be harder.
+            nan without a twin.
+    """
+
+    total: Tensor
+    clean: Tensor
+    gain: Tensor
+
+
+@dataclass
+class _Queued:
+    inputs: Tensor
+    targets: Tensor
+    twin: Callable[[], Tensor] | None = None  # waits for the result
+    attacked_at: int | None = None
+
+
+class ConcurrentAdversary:
+    """A queue of batches between the data and the training step, attacked `staleness` steps before their use.
+
+    Args:
+        adversary: makes the twins, such as `FGSM(eps, value_range=(0, 1))`.
+        staleness: steps between attack and use; 0: none. Default (ours): 1, the smallest concurrent value.
+        first: what to do with the first `staleness` batches, which nobody attacked ahead of time (ours: "clean").
+        attack_set: batch-normalisation set of a split model that the attack goes through; ignored for other models.
+        microbatch_size: most rows attacked in one forward pass; None: all.
+        runner: where attacks run; None: :class:`~hessianflow.adversarial.runners.Interleaved`.
+
+    Raises:
+        HessianFlowError: a negative staleness.
+
+    Example:
+        >>> from hessianflow.adversarial import FGSM
+        >>> ahead = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=1)
+        >>> batches = [(torch.zeros(2, 3), torch.tensor([0, 1])) for _ in range(3)]
+        >>> [(pair.step, pair.attacked_at) for pair in ahead.pairs(nn.Linear(3, 2), batches)]
+        [(0, None), (1, 0), (2, 1)]
+    """
+
+    def __init__(
+        self,
+        adversary: Adversary,
+        *,
+        staleness: int = 1,
+        first: Literal["clean", "synchronous"] = "clean",
+        attack_set: Literal["adversarial", "main"] = "adversarial",
+        microbatch_size: int | None = None,
+        runner: AttackRunner | None = None,
+    ) -> None:
+        if staleness < 0:
+            raise HessianFlowError(f"staleness must be at least 0 steps, got {staleness}")
+        self._adversary = adversary
+        self._staleness = staleness
+        self._first = first
+        self._attack_set = attack_set
+        self._microbatch_size = microbatch_size
+        self._runner: AttackRunner = Interleaved() if runner is None else runner
+        self._queue: deque[_Queued] = deque()
+        self._step = 0
+
+    def pairs(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Pair]:
+        """One pair a batch, in order, for a whole run; step the optimizer between two pairs.
+
+        Batches are drawn `staleness` ahead. Chain the epochs into one iterable, so that the queue crosses their ends.
+
+        Raises:
+            HessianFlowError: the run is not longer than `staleness`, so that no twin made ahead would ever be used.
+        """
+        for batch in batches:
+            if len(self._queue) < self._staleness:
+                self.prime(*batch)
+            else:
+                yield self.step(model, *batch)
+        if self._step == 0 and self._staleness > 0:
+            raise HessianFlowError(
+                f"staleness must be smaller than the number of steps, got {self._staleness} for a run of "
+                f"{len(self._queue)} steps"
+            )
+        yield from self.drain(model)
+
+    def prime(self, inputs: Tensor, targets: Tensor) -> None:
+        """Queue one of the first `staleness` batches, which is not attacked ahead of time.
+
+        Raises:
+            HessianFlowError: the queue is full already.
+        """
+        if len(self._queue) >= self._staleness:
+            raise HessianFlowError(
+                f"the queue of {self._staleness} batches is full: use step(model, inputs, targets) from now on"
+            )
+        self._queue.append(_Queued(inputs, targets))
+
+    def step(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Pair:
+        """Start the attack on the batch of `staleness` steps ahead with the weights of now; hand out that of now.
+
+        Call it before the optimizer changes the weights.
+
+        Raises:
+            HessianFlowError: fewer than `staleness` batches are queued.
+        """
+        if len(self._queue) < self._staleness:
+            raise HessianFlowError(
+                f"staleness {self._staleness} needs as many batches queued, got {len(self._queue)}: call prime first"
+            )
+        ahead = _Queued(inputs, targets)
+        self._attack(model, ahead)
+        self._queue.append(ahead)
+        return self._take(model)
+
+    def drain(self, model: nn.Module) -> Iterator[Pair]:
+        """The pairs left in the queue at the end of a run; nothing new is attacked ahead."""
+        while self._queue:
+            yield self._take(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The queued batches with their twins (waits for those under way), the step, and the adversary's state."""
+        queue = [
+            {
+                "inputs": entry.inputs,
+                "targets": entry.targets,
+                "adversarial": None if entry.twin is None else entry.twin(),
+                "attacked_at": entry.attacked_at,
+            }
+            for entry in self._queue
+        ]
+        return {"step": self._step, "queue": queue, "adversary": self._adversary.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; the data must go on with the batch after the last one queued."""
+        self._step = int(state["step"])
+        self._adversary.load_state_dict(state["adversary"])
+        self._queue = deque(
+            _Queued(e["inputs"], e["targets"], _ready(e["adversarial"]), e["attacked_at"]) for e in state["queue"]
+        )
+
+    def _take(self, model: nn.Module) -> Pair:
+        entry = self._queue.popleft()
+        if entry.twin is None and self._first == "synchronous":
+            self._attack(model, entry)
+        twin = None if entry.twin is None else entry.twin()
+        pair = Pair(entry.inputs, entry.targets, twin, entry.attacked_at, self._step)
+        self._step += 1
+        return pair
+
+    def _attack(self, model: nn.Module, entry: _Queued) -> None:
+        def attack(weights: nn.Module) -> Tensor:
+            inner = unwrap(weights)
+            split = any(isinstance(module, SplitBatchNorm) for module in inner.modules())
+            with clean_rows(inner, 0 if self._attack_set == "adversarial" else None) if split else nullcontext():
+                return self._adversary.perturb(inner, entry.inputs, entry.targets, 1.0, self._microbatch_size)
+
+        entry.twin = self._runner.submit(model, attack)
+        entry.attacked_at = self._step
+
+
+def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Literal["sum", "average"] = "sum") -> PairLoss:
+    """The loss of a pair from one concatenated forward pass.
+
+    Args:
+        model: called in the mode it is in; split batch normalisation is told which rows are clean.
+        pair: from :meth:`ConcurrentAdversary.pairs`. Without a twin the clean loss alone is used, whatever `combine`.
+        loss_fn: a mean over examples (or a sum or a vector: see `LossFn`).
+        combine: "sum" of the two means, as in the paper, or their "average", which keeps the scale of the gradient.
+    """
+    rows = len(pair.inputs)
+    inputs, targets = pair.concatenated()
+    split = any(isinstance(module, SplitBatchNorm) for module in unwrap(model).modules())
+    with clean_rows(model, rows) if split else nullcontext():
+        outputs = model(inputs)
+    clean = mean_loss(loss_fn, outputs[:rows], targets[:rows])
+    if pair.adversarial is None:
+        return PairLoss(clean, clean.detach(), torch.full_like(clean.detach(), float("nan")))
+    adversarial = mean_loss(loss_fn, outputs[rows:], targets[rows:])
+    total = clean + adversarial
+    gain = (adversarial - clean).detach()
+    return PairLoss(total / 2 if combine == "average" else total, clean.detach(), gain)
+
+
+def _ready(twin: Tensor | None) -> Callable[[], Tensor] | None:
+    return None if twin is None else lambda: twin

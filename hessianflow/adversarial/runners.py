@@ -1,0 +1,81 @@
+"""Where the attacks of :class:`concurrent.ConcurrentAdversary` run: here and now, or on a second CUDA stream."""
+
+import copy
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.measuring import unwrap
+
+
+class AttackRunner(Protocol):
+    """Starts an attack with the weights of this moment and hands out its result later."""
+
+    def submit(self, model: nn.Module, attack: Callable[[nn.Module], Tensor]) -> Callable[[], Tensor]:
+        """Start `attack(model)`; the callable returned waits for the result.
+
+        Whatever happens to the weights afterwards must not change it.
+        """
+        ...
+
+
+class Interleaved:
+    """Runs each attack at once: no speed gain, the reference for every other runner."""
+
+    def submit(self, model: nn.Module, attack: Callable[[nn.Module], Tensor]) -> Callable[[], Tensor]:
+        """The result is ready when this returns."""
+        result = attack(model)
+        return lambda: result
+
+
+class SecondStream:
+    """Runs attacks on a CUDA stream of their own, on a copy of the weights, while the main stream trains.
+
+    The copy costs the memory of one model; it keeps running statistics and weights of the moment, which the training
+    step changes meanwhile. The host never waits.
+    """
+
+    def __init__(self) -> None:
+        self._replica: nn.Module | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def submit(self, model: nn.Module, attack: Callable[[nn.Module], Tensor]) -> Callable[[], Tensor]:
+        """Copy the weights on the current stream, then attack on the other.
+
+        Raises:
+            HessianFlowError: the model is not on a CUDA device.
+        """
+        inner = unwrap(model)
+        device = next(inner.parameters()).device
+        if device.type != "cuda":
+            raise HessianFlowError(f"SecondStream needs a model on a CUDA device, got {device}: use Interleaved()")
+        main = torch.cuda.current_stream(device)
+        stream = self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        main.wait_stream(stream)  # the attack before may still read the replica
+        replica = self._snapshot(inner)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            result = attack(replica)
+        done = stream.record_event()
+
+        def wait() -> Tensor:
+            taker = torch.cuda.current_stream(device)
+            taker.wait_event(done)
+            result.record_stream(taker)
+            return result
+
+        return wait
+
+    @torch.no_grad()
+    def _snapshot(self, model: nn.Module) -> nn.Module:
+        if self._replica is None:
+            self._replica = copy.deepcopy(model)
+            return self._replica
+        for ours, theirs in zip(self._replica.modules(), model.modules(), strict=True):
+            ours.training = theirs.training
+        targets = [*self._replica.parameters(), *self._replica.buffers()]
+        torch._foreach_copy_(targets, [*model.parameters(), *model.buffers()])
+        return self._replica
