@@ -3,7 +3,7 @@
 from hessianflow.data.augment import Augmentation
 from hessianflow.data.datasets import ImageSet, load, names
 from hessianflow.data.device_batches import DeviceBatches
-from hessianflow.data.fetch import FileReport, fetch, verify
+from hessianflow.data.download import FileReport, fetch, verify
 from hessianflow.data.images import ImageFolder, Normalise
 from hessianflow.data.sampling import AdaptiveBatches
 

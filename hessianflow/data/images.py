@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hessianflow.data.sampling import AdaptiveBatches
+from hessianflow.data.sources import one_line
 from hessianflow.interfaces import Batch, HessianFlowError
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm"})
@@ -193,10 +194,12 @@ def _opened(content: bytes, origin: str) -> Any:
         if image.width * image.height > MAX_PIXELS:
             raise HessianFlowError(f"{origin}: {image.width}x{image.height} pixels, more than the {MAX_PIXELS} allowed")
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, HessianFlowError):
             raise
-        raise HessianFlowError(f"{origin}: cannot be decoded as an image ({error}); replace the file") from error
+        raise HessianFlowError(
+            f"{origin}: cannot be decoded as an image ({one_line(error)}); replace the file"
+        ) from error
 
 
 def _pixels(image: Any) -> Tensor:

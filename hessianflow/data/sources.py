@@ -77,3 +77,8 @@ def remedy(name: str) -> str:
 def damaged(name: str, file: object, what: str) -> HessianFlowError:
     """The error for a file of data set `name` that is not as it should be, with the way out."""
     return HessianFlowError(f"{file}: {what}; {remedy(name)}")
+
+
+def one_line(error: Exception) -> str:
+    """Kind and words of an error, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

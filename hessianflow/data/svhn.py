@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessianflow.data.sources import SOURCES, damaged, remedy
+from hessianflow.data.sources import SOURCES, damaged, one_line, remedy
 from hessianflow.interfaces import HessianFlowError
 
 RECORDS: Mapping[str, int] = {"train": 73_257, "test": 26_032, "extra": 531_131}
@@ -48,4 +48,4 @@ def _arrays(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
         return contents["X"], contents["y"]
     # SciPy answers damaged files with many kinds of error: whichever it is, the file cannot be read.
     except Exception as error:
-        raise damaged(name, path, f"cannot be read ({type(error).__name__}: {error})") from error
+        raise damaged(name, path, f"cannot be read ({one_line(error)})") from error

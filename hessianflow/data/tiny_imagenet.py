@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hessianflow.data.archives import DAMAGE
 from hessianflow.data.images import decode_all
-from hessianflow.data.sources import damaged, remedy
+from hessianflow.data.sources import damaged, one_line, remedy
 from hessianflow.interfaces import HessianFlowError
 
 NAME, FOLDER, ARCHIVE = "tiny-imagenet", "tiny-imagenet-200", "tiny-imagenet-200.zip"
@@ -64,7 +65,7 @@ class _Files:
         try:
             self._zip = None if folders else zipfile.ZipFile(archives[0])
         except zipfile.BadZipFile as error:
-            raise damaged(NAME, archives[0], f"damaged archive ({error})") from error
+            raise damaged(NAME, archives[0], f"damaged archive ({one_line(error)})") from error
 
     def __enter__(self) -> "_Files":
         return self
@@ -92,8 +93,8 @@ class _Files:
             return (self._folder / path).read_bytes()
         except (FileNotFoundError, KeyError) as error:
             raise damaged(NAME, path, "missing") from error
-        except zipfile.BadZipFile as error:
-            raise damaged(NAME, path, f"damaged in the archive ({error})") from error
+        except DAMAGE as error:
+            raise damaged(NAME, path, f"damaged in the archive ({one_line(error)})") from error
 
     def text(self, path: str) -> str:
         """The text of one member."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hessianflow.data.sources import one_line
 from hessianflow.interfaces import HessianFlowError
 
 # NumPy moved this function between versions; an array tells where it is.
@@ -37,7 +38,7 @@ def load_arrays(content: bytes, origin: str) -> Any:
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         if isinstance(error, HessianFlowError):
             raise
-        raise HessianFlowError(f"{origin}: damaged pickle ({type(error).__name__}: {error}); get it again") from error
+        raise HessianFlowError(f"{origin}: damaged pickle ({one_line(error)}); get it again") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):

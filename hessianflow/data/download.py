@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from hessianflow.data.archives import unpack
-from hessianflow.data.sources import SOURCES, Source, default_root
+from hessianflow.data.sources import SOURCES, Source, default_root, one_line
 from hessianflow.interfaces import HessianFlowError
 
 Progress = Callable[[str, int, int], None]
@@ -72,7 +72,7 @@ def fetch(
                 _unpack(path, folder / source.unpacks_to)
         except (OSError, HTTPException) as error:
             raise HessianFlowError(
-                f"fetching {source.url} to {path} failed: {error}; run the command again to continue"
+                f"fetching {source.url} to {path} failed ({one_line(error)}); run the command again to continue"
             ) from error
     return folder
 
