@@ -27,10 +27,10 @@ def check_number(
     """
     finite = isinstance(value, (int, float)) and math.isfinite(value)
     if not finite or not low <= value <= high or (above is not None and value <= above):
-        bounds = [f"> {above:g}"] if above is not None else []
-        bounds += [f">= {low:g}"] if low > -math.inf else []
-        bounds += [f"<= {high:g}"] if high < math.inf else []
-        raise HessianFlowError(f"{name} must be a finite number {' and '.join(bounds)}, got {value!r}")
+        bounds = [f" > {above:g}"] if above is not None else []
+        bounds += [f" >= {low:g}"] if low > -math.inf else []
+        bounds += [f" <= {high:g}"] if high < math.inf else []
+        raise HessianFlowError(f"{name} must be a finite number{' and'.join(bounds)}, got {value!r}")
     return value
 
 

@@ -1,0 +1,107 @@
+"""CABS: the batch that couples with the learning rate.
+
+Balles, Romero, Hennig, "Coupling adaptive batch sizes with learning rates", UAI 2017, arXiv:1612.05086.
+
+    batch = scale * learning_rate * S / (loss - loss_floor)
+
+with S the trace of the covariance of one example's gradient. S and loss are moving averages that start at 0 and 1,
+without bias correction, as in the published code. Meant for plain SGD; the learning rate does not follow the batch.
+
+Deviation: S comes from gradient norms at two batch sizes (see :mod:`hessianflow.control.noise_scale`), not from second
+moments of every coordinate; the published code decides after every update and has no hysteresis (every_updates=1,
+hysteresis=1).
+"""
+
+import math
+from dataclasses import dataclass
+
+from hessianflow.control.bounded import BoundedController
+from hessianflow.control.checks import check_count, check_number, check_signals
+from hessianflow.control.controller import ControllerState, Measured
+from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_estimate
+from hessianflow.interfaces import Progress
+
+
+@dataclass
+class CABSState(ControllerState):
+    """Adds the moving averages of variance and loss, and the updates counted at the last decision."""
+
+    variance: float = 0.0
+    loss: float = 1.0
+    updates: int = 0
+
+
+class CABS(BoundedController[CABSState]):
+    """Set the batch to learning rate times gradient variance over loss.
+
+    Signals used, every `every_updates` updates:
+        learning_rate: the rate in force.
+        train_loss: mean training loss since the last decision.
+        small_gradient_sq, small_batch_size, large_gradient_sq, large_batch_size: as for `NoiseScale`.
+
+    Args:
+        batch_size: examples per step at the start.
+        max_batch_size: the cap (2048 in the published code).
+        min_batch_size: the floor (16 in the published code).
+        smoothing: weight of the past in the moving averages (0.95 in the published code).
+        scale: constant factor (c; 1 in the paper).
+        loss_floor: a known lower bound of the loss, as with label smoothing (0 in the paper).
+        every_updates: updates between decisions (ours: 10; every decision reads the device).
+        hysteresis: a change by less than this factor is not made (ours: 1.25).
+        adversarial_share: share of each batch made adversarial, in [0, 1].
+
+    Raises:
+        HessianFlowError: an argument is out of its bounds.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_batch_size: int = 2048,
+        *,
+        min_batch_size: int = 16,
+        smoothing: float = 0.95,
+        scale: float = 1.0,
+        loss_floor: float = 0.0,
+        every_updates: int = 10,
+        hysteresis: float = 1.25,
+        adversarial_share: float = 0.0,
+    ) -> None:
+        super().__init__(
+            CABSState(batch_size, adversarial_share=adversarial_share),
+            max_batch_size,
+            min_batch_size=min_batch_size,
+            hysteresis=hysteresis,
+            lr_rule="none",
+            max_lr_factor=None,
+        )
+        self.smoothing = check_number("smoothing", smoothing, low=0, high=1)
+        self.scale = check_number("scale", scale, above=0)
+        self.loss_floor = check_number("loss_floor", loss_floor)
+        self.every_updates = check_count("every_updates", every_updates)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Learning rate, loss and the four gradient moments."""
+        return MOMENT_SIGNALS | {"learning_rate", "train_loss"}
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether `every_updates` updates were made since the last decision."""
+        return progress.updates >= self._state.updates + self.every_updates
+
+    def _decide(self, measured: Measured, /) -> str:
+        check_signals(self.needs, measured.signals)
+        state, signals = self._state, measured.signals
+        state.updates = measured.progress.updates
+        if unusable := defect(signals):
+            return f"variance unknown: {unusable}"
+        if not math.isfinite(signals["train_loss"] * signals["learning_rate"]):
+            return f"batch unknown: loss {signals['train_loss']}, rate {signals['learning_rate']} must be finite"
+        past = self.smoothing
+        state.variance = past * state.variance + (1 - past) * two_batch_estimate(signals)[1]
+        state.loss = past * state.loss + (1 - past) * (signals["train_loss"] - self.loss_floor)
+        if not state.loss > 0:
+            return f"batch undefined: loss above its floor is {state.loss:.4g}, must be positive"
+        rate = signals["learning_rate"]
+        why = f"rate {rate:.4g} * variance {state.variance:.4g} / loss {state.loss:.4g}"
+        return self._move_to(self.scale * rate * state.variance / state.loss, why)
