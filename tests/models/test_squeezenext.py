@@ -169,3 +169,26 @@ def test_counting_restores_the_model_when_the_pass_fails() -> None:
         models.count_multiply_adds(model, (5, 32, 32))
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("name", "other"), [("1.0-23", "sqnxt23_w1"), ("1.0-23v5", "sqnxt23v5_w1")])
+def test_pytorchcv_style_computes_what_that_library_computes(name: str, other: str) -> None:
+    """The library itself as oracle: the same weights, layer by layer in the order they run, give the same outputs."""
+    library = pytest.importorskip("pytorchcv.models.squeezenext", reason="pytorchcv is not installed")
+    ours = models.create(f"squeezenext-{name}@pytorchcv", 1000, 224, "imagenet").eval()
+    theirs = getattr(library, other)().eval()
+    images = torch.randn(2, 3, 224, 224)
+
+    def layers_in_order(model: nn.Module) -> list[nn.Module]:
+        order: list[nn.Module] = []
+        kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+        layers = [module for module in model.modules() if isinstance(module, kinds)]
+        hooks = [layer.register_forward_hook(lambda layer, *_: order.append(layer)) for layer in layers]
+        model(images[:1])
+        for hook in hooks:
+            hook.remove()
+        return order
+
+    for mine, its in zip(layers_in_order(ours), layers_in_order(theirs), strict=True):
+        mine.load_state_dict(its.state_dict())
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5 * float(theirs(images).abs().max()))
