@@ -94,9 +94,9 @@ class DeviceBatches(ExampleStream):
 
     @property
     def value_range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest valid input of every channel after normalisation, each [C, 1, 1], to clamp attacks."""
+        """Lowest and highest valid input of every channel after normalisation, each [C], to clamp attacks."""
         ends = (self._shift, self._value_scale * self._gain + self._shift)
-        low, high = (end.to(self.device, self._dtype) for end in ends)
+        low, high = (end.flatten().to(self.device, self._dtype) for end in ends)
         return low, high
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -128,8 +128,9 @@ class Normalise:
 
     @property
     def value_range(self) -> tuple[Tensor, Tensor]:
-        """What pixels 0 and `value_scale` become, each [C, 1, 1]."""
-        return -self._mean / self._std, (self._scale - self._mean) / self._std
+        """What pixels 0 and `value_scale` become, each [C]."""
+        low, high = -self._mean / self._std, (self._scale - self._mean) / self._std
+        return low.flatten(), high.flatten()
 
     def __call__(self, batch: Batch) -> Batch:
         """(uint8 images, targets) -> (normalised images, the same targets)."""

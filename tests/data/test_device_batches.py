@@ -200,8 +200,8 @@ def test_value_range_is_what_black_and_white_become() -> None:
     batches = DeviceBatches(images, torch.arange(2), 2, mean=mean, std=std, shuffle=False)
     inputs, _ = next(iter(batches))
     for end, picture in zip(batches.value_range, inputs, strict=True):
-        assert end.shape == (3, 1, 1)
-        torch.testing.assert_close(end.expand(3, 2, 2), picture)
+        assert end.shape == (3,)
+        torch.testing.assert_close(end[:, None, None].expand(3, 2, 2), picture)
 
 
 def test_a_sample_is_fixed_plain_and_leaves_no_trace() -> None:
