@@ -3,19 +3,34 @@
 from hessianflow.control.absa import ABSA
 from hessianflow.control.cabs import CABS
 from hessianflow.control.diversity import DiveBatch
+from hessianflow.control.dual_batch import DualBatchPlan, Worker, WorkerPlan, dual_batch_plan, plan_workers
 from hessianflow.control.lr_scaling import lr_factor, momentum_correction
 from hessianflow.control.noise_scale import NoiseScale
+from hessianflow.control.resolution import Level, ProgressiveResolution, Stage, resolution_stages, stage_at
 from hessianflow.control.schedules import AdaBatch, FixedBatch, GrowInsteadOfDecay, Warmup
+from hessianflow.control.time_model import TimeModel, fit_time_model
 
 __all__ = [
     "ABSA",
     "CABS",
     "AdaBatch",
     "DiveBatch",
+    "DualBatchPlan",
     "FixedBatch",
     "GrowInsteadOfDecay",
+    "Level",
     "NoiseScale",
+    "ProgressiveResolution",
+    "Stage",
+    "TimeModel",
     "Warmup",
+    "Worker",
+    "WorkerPlan",
+    "dual_batch_plan",
+    "fit_time_model",
     "lr_factor",
     "momentum_correction",
+    "plan_workers",
+    "resolution_stages",
+    "stage_at",
 ]
