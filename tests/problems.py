@@ -107,7 +107,7 @@ def train(
 
 
 def dense_hessian(problem: Problem) -> Tensor:
-    """The Hessian of the mean loss by `torch.func.hessian` on flat weights: forward over reverse, no code of ours."""
+    """The Hessian of the mean loss by `torch.autograd.functional.hessian` on flat weights: no code of ours."""
     names = [name for name, p in problem.model.named_parameters() if p.requires_grad]
     tensors = [p.detach() for p in problem.model.parameters() if p.requires_grad]
     was_training = problem.model.training
@@ -118,6 +118,6 @@ def dense_hessian(problem: Problem) -> Tensor:
         weights = {name: piece.view_as(t) for name, piece, t in zip(names, pieces, tensors, strict=True)}
         return problem.loss_fn(torch.func.functional_call(problem.model, weights, (problem.inputs,)), problem.targets)
 
-    matrix = torch.func.hessian(loss)(torch.cat([t.reshape(-1) for t in tensors]))
+    matrix = torch.autograd.functional.hessian(loss, torch.cat([t.reshape(-1) for t in tensors]))
     problem.model.train(was_training)
     return matrix

@@ -1,19 +1,43 @@
 """Curvature: Hessian, Gauss-Newton and Fisher products, and what can be estimated from products alone."""
 
+from hessianflow.curvature.density import SmoothedDensity, SpectralDensity, spectral_density
 from hessianflow.curvature.eigenpairs import top_eigenpairs
+from hessianflow.curvature.fisher import FisherOperator
+from hessianflow.curvature.ggn import GGNOperator
 from hessianflow.curvature.hessian import HessianOperator
+from hessianflow.curvature.landscape import LandscapeSlice, gradient_overlap, loss_landscape
 from hessianflow.curvature.operator import CallableOperator, NonFiniteError, Operator
 from hessianflow.curvature.probe import CurvatureProbe
+from hessianflow.curvature.report import LayerSpectrum, SpectrumReport, spectrum_report
 from hessianflow.curvature.results import DiagonalResult, EigenResult, TraceResult
+from hessianflow.curvature.second_opinion import Comparison, SecondOpinion, second_opinion
+from hessianflow.curvature.trace import diagonal, frobenius_norm, trace
 
 __all__ = [
     "CallableOperator",
+    "Comparison",
     "CurvatureProbe",
     "DiagonalResult",
     "EigenResult",
+    "FisherOperator",
+    "GGNOperator",
     "HessianOperator",
+    "LandscapeSlice",
+    "LayerSpectrum",
     "NonFiniteError",
     "Operator",
+    "SecondOpinion",
+    "SmoothedDensity",
+    "SpectralDensity",
+    "SpectrumReport",
     "TraceResult",
+    "diagonal",
+    "frobenius_norm",
+    "gradient_overlap",
+    "loss_landscape",
+    "second_opinion",
+    "spectral_density",
+    "spectrum_report",
     "top_eigenpairs",
+    "trace",
 ]

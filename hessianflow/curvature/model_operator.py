@@ -79,6 +79,7 @@ class ModelOperator(Operator):
         self.size = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
         self.dtype = _vector_dtype(self.parameters)
+        self._position = 0  # examples of this pass before the piece at hand
         self._kept: tuple[Piece, int, _State] | None = None
         self._last_loss: tuple[_State, float] | None = None
 
@@ -174,9 +175,11 @@ class ModelOperator(Operator):
             yield
 
     def _pieces(self) -> Iterator[Any]:
+        self._position = 0
         for batch in checked_batches(self._batches):
             for piece in _split(batch, self.microbatch_size):
                 yield self._local(piece)
+                self._position += num_examples(piece)
 
     def _fits(self, batch: Any) -> bool:
         return self.microbatch_size is None or num_examples(batch) <= self.microbatch_size

@@ -3,8 +3,8 @@
 Each call measures the Hessian of the mean loss over the probe batch at the current weights. The start is the last
 call's leading vector, `RUNNER_UP_WEIGHT` times each of its other Ritz vectors, and a random part (`RANDOM_SHARE` in
 eigenpairs.py). From the old leading vector alone an iteration settles on what may now be the second eigenvalue, low by
-4-8 %, with a small residual; as long as the new leading vector is among the old Ritz vectors, the sum finds it. One that
-was not is found by the cold start of every `cold_every`-th call.
+4-8 %, with a small residual; as long as the new leading vector is among the old Ritz vectors, the sum finds it. One
+that was not is found by the cold start of every `cold_every`-th call.
 
 Choices of ours: the batch of 64 to 128 examples is fixed by default (batch-to-batch spread is 8-10 %); readings that
 are not finite or not converged are returned as such and never enter the smoothed value or the next start.
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import num_examples
@@ -200,7 +201,8 @@ class CurvatureProbe:
 def _combined(vectors: Tensor) -> Tensor:
     weights = torch.full((vectors.shape[1],), RUNNER_UP_WEIGHT, dtype=vectors.dtype, device=vectors.device)
     weights[0] = 1
-    return vectors @ weights
+    start: Tensor = vectors @ weights
+    return start
 
 
 def _smoothed(values: list[float], smoothing: Smoothing, window: int) -> float:

@@ -1,0 +1,78 @@
+"""The Fisher matrix, F = 1/N sum_n g_n g_n^T, g_n the gradient of one example's loss.
+
+With the labels of the data this is the empirical Fisher (the uncentred covariance of the gradients), with labels
+sampled from the model's own softmax an unbiased estimate of the Fisher information (Kunstner, Hennig, Balles,
+Limitations of the empirical Fisher approximation, 2019, for the difference). Rows g_n^T form a Jacobian J, so
+F v = J^T (J v) / N.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import map_tensors, mean_loss
+from hessianflow.curvature.ggn import forward_pair
+from hessianflow.curvature.jacobian import KeptJacobian
+from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
+from hessianflow.curvature.selection import Selection
+from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+
+Labels = Literal["data", "model"]
+
+
+class FisherOperator(ModelOperator):
+    """The Fisher matrix of a model over some data, positive semi-definite.
+
+    Further arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`.
+
+    Args:
+        labels: "data": empirical Fisher. "model": one label per example drawn from softmax(outputs); the targets must
+            be class indices and the loss the cross-entropy. The labels are the same in every product and for any
+            microbatch size.
+        seed: of those labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        data: Any,
+        *,
+        params: Selection = None,
+        microbatch_size: int | None = None,
+        norm_mode: NormMode = "eval",
+        labels: Labels = "data",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, loss_fn, data, params=params, microbatch_size=microbatch_size, norm_mode=norm_mode)
+        if labels not in get_args(Labels):
+            raise HessianFlowError(f"labels must be one of {', '.join(get_args(Labels))}, got {labels!r}")
+        self._labels, self._seed = labels, seed
+
+    def _prepare(self, model: nn.Module, batch: Any) -> Piece:
+        outputs, targets = forward_pair(model, batch, "FisherOperator")
+        loss = mean_loss(self.loss_fn, outputs, targets).detach()
+        if self._labels == "model":
+            targets = self._sampled(outputs.detach(), targets)
+        losses = torch.stack([self._example_loss(outputs, targets, n) for n in range(len(outputs))])
+        check_finite(losses)
+        jacobian = KeptJacobian(losses, self.parameters, self.dtype)
+
+        def product(vector: Tensor) -> Tensor:
+            return jacobian.transposed(jacobian.forward(vector) / len(losses))
+
+        return Piece(loss, product)
+
+    def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Tensor:
+        return mean_loss(self.loss_fn, outputs[n : n + 1], map_tensors(lambda t: t[n : n + 1], targets))
+
+    def _sampled(self, outputs: Tensor, targets: Any) -> Tensor:
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.ndim != 2 or targets.ndim != 1:
+            raise HessianFlowError("labels='model' needs outputs [N, classes] and class indices [N]; use labels='data'")
+        source = torch.Generator().manual_seed(self._seed)
+        stop = self._position + len(outputs)
+        # On the CPU and from the first example on: example n draws the same number whatever device or microbatch.
+        draws = torch.rand(stop, generator=source, dtype=torch.float64)[self._position :].to(outputs.device)
+        cumulative = torch.softmax(outputs.double(), dim=1).cumsum(dim=1)
+        return torch.searchsorted(cumulative, draws[:, None]).squeeze(1).clamp(max=outputs.shape[1] - 1)

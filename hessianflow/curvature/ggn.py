@@ -1,0 +1,57 @@
+"""The generalized Gauss-Newton matrix (Schraudolph, Fast curvature matrix-vector products, 2002).
+
+G = 1/N sum_n J_n^T (d^2 loss / d f^2) J_n with J_n the Jacobian of the outputs: the Hessian without the curvature of
+the network itself; positive semi-definite for a convex loss. For cross-entropy it equals the Fisher information.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import mean_loss
+from hessianflow.curvature.jacobian import KeptJacobian
+from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
+from hessianflow.interfaces import HessianFlowError
+
+
+class GGNOperator(ModelOperator):
+    """The generalized Gauss-Newton matrix of the mean loss.
+
+    Arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`. The data must be pairs,
+    and the model must return one tensor, since the matrix splits loss and network there.
+    """
+
+    def _prepare(self, model: nn.Module, batch: Any) -> Piece:
+        outputs, targets = forward_pair(model, batch, "GGNOperator")
+        loss = mean_loss(self.loss_fn, outputs, targets)
+        check_finite(loss)
+        (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        jacobian = KeptJacobian(outputs, self.parameters, self.dtype)
+
+        def product(vector: Tensor) -> Tensor:
+            if not slope.requires_grad:  # a loss linear in the outputs has no curvature
+                return torch.zeros_like(vector)
+            (curved,) = torch.autograd.grad(
+                slope, outputs, jacobian.forward(vector), retain_graph=True, materialize_grads=True
+            )
+            return jacobian.transposed(curved)
+
+        return Piece(loss.detach(), product)
+
+
+def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:
+    """Outputs and targets of a pair.
+
+    Raises:
+        HessianFlowError: a dict batch, or outputs that are not one tensor that depends on the weights.
+    """
+    if isinstance(batch, dict):
+        raise HessianFlowError(f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts")
+    outputs = model(batch[0])
+    if not isinstance(outputs, Tensor) or not outputs.requires_grad:
+        raise HessianFlowError(
+            f"{name} needs a model that returns one tensor depending on the selected parameters, "
+            f"got {type(outputs).__name__}; wrap the model"
+        )
+    return outputs, batch[1]

@@ -1,0 +1,46 @@
+"""Jacobian products on a kept graph, forwards by differentiating twice (no forward-mode support needed from any layer).
+
+J^T u is linear in u, so the derivative of (J^T u)^T v by u is J v.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hessianflow.curvature.vectors import flatten, unflatten
+
+
+class KeptJacobian:
+    """J = d outputs / d parameters for one graph, for any number of products.
+
+    Args:
+        outputs: a tensor with a graph.
+        parameters: what to differentiate by.
+        dtype: of the flat vectors.
+    """
+
+    def __init__(self, outputs: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._outputs, self._parameters, self._dtype = outputs, parameters, dtype
+        self._dummy = torch.zeros_like(outputs, requires_grad=True)
+        transposed = torch.autograd.grad(outputs, parameters, self._dummy, create_graph=True, allow_unused=True)
+        self._linear = [(i, t) for i, t in enumerate(transposed) if t is not None and t.requires_grad]
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """J v, of the shape of the outputs."""
+        if not self._linear:
+            return torch.zeros_like(self._outputs)
+        pieces = unflatten(vector, self._parameters)
+        (product,) = torch.autograd.grad(
+            [t for _, t in self._linear],
+            self._dummy,
+            [pieces[i] for i, _ in self._linear],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return product
+
+    def transposed(self, cotangent: Tensor) -> Tensor:
+        """J^T u, flat."""
+        grads = torch.autograd.grad(self._outputs, self._parameters, cotangent, retain_graph=True, allow_unused=True)
+        return flatten(grads, self._parameters, self._dtype)
