@@ -32,8 +32,14 @@ class CifarLayout:
         num_classes: labels lie below it.
         label_bytes: in a binary record; the last one is the label used.
         records: in one binary file of each split.
-        binary_folder: folder in the binary archive; its files by split; its file of class names.
-        python_folder: folder in the Python archive; its files and their MD5 by split.
+        binary_folder: top folder of the binary archive.
+        binary_archive: its file name.
+        binary_files: record files of each split.
+        class_file: class names, one a line, beside them.
+        python_folder: top folder of the Python archive.
+        python_archive: its file name.
+        python_files: pickles of each split, with their MD5.
+        label_key: of the labels in a pickle.
     """
 
     name: str

@@ -16,12 +16,14 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from hessianflow.data.archives import unpack
+from hessianflow.data.datasets import load
 from hessianflow.data.sources import SOURCES, Source, default_root, one_line
 from hessianflow.interfaces import HessianFlowError
 
 Progress = Callable[[str, int, int], None]
 """progress(file, bytes so far, bytes in all or 0 if unknown)"""
 
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 BLOCK = 1 << 18
 TIMEOUT_SECONDS = 30.0
 MAX_DOWNLOAD_BYTES = 2 << 30
@@ -33,7 +35,7 @@ class FileReport:
     """What :func:`verify` found about one official file.
 
     Attributes:
-        path: where it was looked for.
+        path: of the file, or of the folder it was unpacked to.
         state: "ok", "missing", or "damaged" (another size or MD5).
         detail: size and MD5 found and expected, in words.
     """
@@ -82,11 +84,13 @@ def verify(
 ) -> list[FileReport]:
     """Compare every official file of a data set under `root` with its published size and MD5; changes nothing.
 
+    Where an archive is gone but its contents are there, both splits are read instead: sizes, counts and labels.
+
     Raises:
         HessianFlowError: a name without published files.
     """
     folder = Path(root or default_root())
-    return [_report(folder / source.file, source) for source in _sources(name, sources)]
+    return [_report(name, folder / source.file, source) for source in _sources(name, sources)]
 
 
 def _sources(name: str, sources: Mapping[str, Sequence[Source]]) -> Sequence[Source]:
@@ -100,9 +104,9 @@ def _sources(name: str, sources: Mapping[str, Sequence[Source]]) -> Sequence[Sou
     return sources[name]
 
 
-def _report(path: Path, source: Source) -> FileReport:
+def _report(name: str, path: Path, source: Source) -> FileReport:
     if not path.is_file():
-        return FileReport(path, "missing", f"get it from {source.url}")
+        return _report_unpacked(name, path, source)
     size = path.stat().st_size
     if source.size and size != source.size:
         return FileReport(path, "damaged", f"{size} bytes, expected {source.size}")
@@ -110,6 +114,17 @@ def _report(path: Path, source: Source) -> FileReport:
     if found != source.md5:
         return FileReport(path, "damaged", f"MD5 {found} ({size} bytes), expected {source.md5}")
     return FileReport(path, "ok", f"{size} bytes, MD5 {found}")
+
+
+def _report_unpacked(name: str, path: Path, source: Source) -> FileReport:
+    if not (source.unpacks_to and (path.parent / source.unpacks_to).is_dir()):
+        return FileReport(path, "missing", f"get it from {source.url}")
+    folder = path.parent / source.unpacks_to
+    try:
+        counts = [len(load(name, path.parent, split)) for split in SPLITS]
+    except HessianFlowError as error:
+        return FileReport(folder, "damaged", str(error))
+    return FileReport(folder, "ok", f"unpacked, {counts[0]} examples for training and {counts[1]} for testing")
 
 
 def _download(source: Source, path: Path, progress: Progress | None) -> None:

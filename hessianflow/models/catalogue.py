@@ -95,6 +95,8 @@ def _check(num_classes: int, input_size: int, variant: str, in_channels: int | N
         raise HessianFlowError(f"num_classes must be at least 1, got {num_classes}")
     if input_size < 1:
         raise HessianFlowError(f"input_size must be at least 1 pixel, got {input_size}")
+    if variant == "imagenet" and input_size < 32:
+        raise HessianFlowError(f"variant 'imagenet' needs images of 32 pixels or more, got {input_size}: use 'cifar'")
     if in_channels is not None and in_channels < 1:
         raise HessianFlowError(f"in_channels must be at least 1, got {in_channels}")
     if variant not in get_args(Variant):

@@ -10,9 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from layouts import pack_tar
+from layouts import SMALL, pack_tar, write_cifar_binary
 
-from hessianflow.data import fetch, verify
+from hessianflow.data import datasets, fetch, verify
+from hessianflow.data.cifar import read_cifar
 from hessianflow.data.download import MAX_DOWNLOAD_BYTES
 from hessianflow.data.sources import SOURCES, Source, default_root
 from hessianflow.interfaces import HessianFlowError
@@ -173,6 +174,16 @@ def test_verify_says_what_is_missing_and_what_is_damaged(tmp_path: Path) -> None
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"abc")
     (report,) = verify("cifar10", tmp_path)
     assert (report.state, report.detail) == ("damaged", "3 bytes, expected 170052171")
+
+
+def test_verify_reads_unpacked_files_where_the_archive_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar_binary(SMALL["cifar10"], tmp_path)
+    (report,) = verify("cifar10", tmp_path)
+    assert (report.state, report.path.name) == ("damaged", "cifar-10-batches-bin")
+    assert "data_batch_1.bin: found 30730 bytes, expected 30730000 bytes" in report.detail
+    monkeypatch.setattr(datasets, "read_cifar", lambda layout, *rest: read_cifar(SMALL[layout.name], *rest))
+    (report,) = verify("cifar10", tmp_path)
+    assert (report.state, report.detail) == ("ok", "unpacked, 50 examples for training and 10 for testing")
 
 
 def test_sets_without_files_to_get_are_named(tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ def test_forward_shape_and_a_gradient_for_every_parameter(name: str) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+def test_imagenet_variants_take_32_pixels() -> None:
+    for name in ("resnet18", "squeezenext-1.0-23", "squeezenext-1.0-23v5", "squeezenext-1.0-23@pytorchcv"):
+        assert models.create(name, 5, 32, "imagenet").eval()(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "squeezenext-1.0-23", "squeezenext-1.0-23v5", "squeezenext-1.0-g-23"])
 def test_imagenet_variant_takes_images_of_224_pixels(name: str) -> None:
     model = models.create(name, 1000, 224, "imagenet").eval()
@@ -149,6 +154,11 @@ def test_digits_cnn_learns_the_digits_quickly() -> None:
         (("resnet20", 0), {}, "num_classes must be at least 1, got 0"),
         (("resnet20", 10, 0), {}, "input_size must be at least 1 pixel, got 0"),
         (("resnet20", 10, 32, "tiny"), {}, "variant must be 'cifar' or 'imagenet', got 'tiny'"),
+        (
+            ("resnet18", 10, 28, "imagenet"),
+            {},
+            "variant 'imagenet' needs images of 32 pixels or more, got 28: use 'cifar'",
+        ),
         (("resnet20",), {"in_channels": 0}, "in_channels must be at least 1, got 0"),
         (("resnet20",), {"shortcut": "C"}, "shortcut must be 'A' or 'B', got 'C'"),
         (("c2", 10, 8), {}, "c2 needs images of at least 16 pixels a side, got input_size=8"),
