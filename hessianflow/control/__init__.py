@@ -6,6 +6,7 @@ from hessianflow.control.diversity import DiveBatch
 from hessianflow.control.dual_batch import DualBatchPlan, Worker, WorkerPlan, dual_batch_plan, plan_workers
 from hessianflow.control.lr_scaling import lr_factor, momentum_correction
 from hessianflow.control.noise_scale import NoiseScale
+from hessianflow.control.replay import Replay, ReplayStep, replay
 from hessianflow.control.resolution import Level, ProgressiveResolution, Stage, resolution_stages, stage_at
 from hessianflow.control.schedules import AdaBatch, FixedBatch, GrowInsteadOfDecay, Warmup
 from hessianflow.control.time_model import TimeModel, fit_time_model
@@ -21,6 +22,8 @@ __all__ = [
     "Level",
     "NoiseScale",
     "ProgressiveResolution",
+    "Replay",
+    "ReplayStep",
     "Stage",
     "TimeModel",
     "Warmup",
@@ -31,6 +34,7 @@ __all__ = [
     "lr_factor",
     "momentum_correction",
     "plan_workers",
+    "replay",
     "resolution_stages",
     "stage_at",
 ]

@@ -144,7 +144,7 @@ def test_no_extra_time_makes_all_batches_equal(workers: int, batch: int, line: t
 
 
 def test_workers_of_different_speed() -> None:
-    """Rates 100, 50 and 50 examples/s: t0 = 1000 / 200 = 5 s; with k = 1.2 the large one takes 600, the others 200, in 6 s.
+    """Rates 100, 50, 50 examples/s: t0 = 1000 / 200 = 5 s; with k = 1.2 the large one takes 600, the others 200 each.
 
     A small worker of line 0.01 B + 0.5 (rate 50 at batch 50) needs 0.01 * 200 + 0.5 * 200 / B = 6: B = 25.
     """

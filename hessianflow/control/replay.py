@@ -1,0 +1,125 @@
+"""What another controller would have done with the measurements of a recorded run.
+
+A replay changes only the decisions: the measurements stay those of the run as it was trained, under its own batch
+sizes. It answers when a rule would have fired, not what the accuracy would have been.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hessianflow.control.checks import check_count
+from hessianflow.interfaces import BatchController, CurvatureReading, Decision, HessianFlowError, Progress
+
+_MEASURING_KINDS = ("epoch", "curvature", "signals")
+
+
+@dataclass(frozen=True)
+class ReplayStep:
+    """One decision of the replayed controller.
+
+    Attributes:
+        epoch: epochs completed.
+        examples: examples used.
+        updates: updates made so far with the batch sizes of the replayed controller.
+        decision: what it decided.
+        changed: whether that differs from the setting before.
+    """
+
+    epoch: int
+    examples: int
+    updates: int
+    decision: Decision
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Replay:
+    """All decisions, and the updates that the whole run would have taken."""
+
+    steps: tuple[ReplayStep, ...]
+    updates: int
+
+    @property
+    def changes(self) -> tuple[ReplayStep, ...]:
+        """The decisions that changed something."""
+        return tuple(step for step in self.steps if step.changed)
+
+
+def replay(
+    rows: Iterable[Mapping[str, Any]],
+    controller: BatchController,
+    *,
+    examples_per_epoch: int | None = None,
+    total_epochs: int | None = None,
+) -> Replay:
+    """Feed the rows of a history.jsonl to a fresh controller.
+
+    Rows of kind "epoch", "curvature" and "signals" are gathered by their number of examples, each such moment being one
+    opportunity to decide. The curvature row becomes the reading; every number in the rows of that moment is a signal
+    under its own name, and `lr` of the epoch row also under "learning_rate". Updates are counted anew from the batch
+    sizes decided here, every started batch as one.
+
+    Args:
+        rows: the records, in any order.
+        controller: changed by the replay; its `decision` before is the setting that the run starts with.
+        examples_per_epoch: size of the training set; None: read off the records.
+        total_epochs: planned epochs; None: the last epoch recorded.
+
+    Raises:
+        HessianFlowError: no record of an epoch, or a signal that the controller needs was not recorded.
+    """
+    moments = _moments(rows)
+    last = max((moment["epoch"] for moment in moments), default=0)
+    if last < 1:
+        raise HessianFlowError("rows must hold at least one record of a completed epoch, got none")
+    size = examples_per_epoch or max(m["examples"] // m["epoch"] for m in moments if m["epoch"])
+    check_count("examples_per_epoch", size)
+    total = check_count("total_epochs", last if total_epochs is None else total_epochs)
+    steps: list[ReplayStep] = []
+    decision, used, updates = controller.decision, 0, 0
+    for moment in moments:
+        updates += math.ceil((moment["examples"] - used) / decision.batch_size)
+        used = moment["examples"]
+        progress = Progress(moment["epoch"], used, updates, size, total)
+        if not controller.is_due(progress):
+            continue
+        before, decision = decision, controller.update(progress, _reading(moment), _signals(moment))
+        steps.append(ReplayStep(progress.epoch, used, updates, decision, _settings(decision) != _settings(before)))
+    return Replay(tuple(steps), updates)
+
+
+def _moments(rows: Iterable[Mapping[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The measurements made after the same number of examples, merged; in the order of training."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if row.get("kind") in _MEASURING_KINDS:
+            found.setdefault(row["examples"], {}).update(row)
+    return [found[examples] for examples in sorted(found)]
+
+
+def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
+    if "eigenvalue" not in moment:
+        return None
+    return CurvatureReading(
+        eigenvalue=_number(moment["eigenvalue"]),
+        residual=_number(moment.get("residual")),
+        matvecs=int(moment.get("matvecs", 0)),
+        converged=bool(moment.get("converged", True)),
+        norm_mode=moment.get("norm_mode", "eval"),
+    )
+
+
+def _signals(moment: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {k: float(v) for k, v in moment.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {**numbers, "learning_rate": numbers["lr"]} if "lr" in numbers else numbers
+
+
+def _number(value: Any) -> float:
+    # JSON has no NaN: what was not finite may be recorded as null.
+    return math.nan if value is None else float(value)
+
+
+def _settings(decision: Decision) -> tuple[int, float, float]:
+    return decision.batch_size, decision.lr_factor, decision.adversarial_share

@@ -1,0 +1,78 @@
+"""Replays of hand-written records, checked against the same controllers fed directly."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from hessianflow.control import ABSA, FixedBatch, NoiseScale, Warmup, replay
+from hessianflow.interfaces import HessianFlowError
+
+EIGENVALUES = [100, 80, 50, 49, 25, 30, 12, 11]
+
+
+def history(eigenvalues: list[Any], examples: int = 1024) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for epoch, value in enumerate(eigenvalues, 1):
+        at = {"epoch": epoch, "examples": epoch * examples}
+        rows.append({"kind": "curvature", **at, "eigenvalue": value, "residual": 0.1, "matvecs": 5, "converged": True})
+        rows.append({"kind": "batch", **at, "from": 128, "to": 999, "lr_factor": 7.0, "reason": "of another rule"})
+        rows.append({"kind": "epoch", **at, "updates": 5, "batch_size": 128, "lr": 0.1, "train_loss": 2.0})
+    return json.loads(json.dumps(rows))
+
+
+def test_worked_trace_and_its_updates() -> None:
+    """Batches 128 for 3 epochs of 1024, 256 for 2, 512 for 2 and 1024 for 1: 24 + 8 + 4 + 1 updates."""
+    result = replay(history(EIGENVALUES), ABSA(128, 1024))
+    assert [(step.epoch, step.decision.batch_size) for step in result.changes] == [
+        (3, 256),
+        (4, 256),
+        (5, 512),
+        (7, 1024),
+    ]
+    assert result.changes[0].decision.reason == "eigenvalue fell from 100 to 50 (<= 1/2)"
+    assert result.changes[0].updates == 24
+    assert result.updates == 24 + 8 + 4 + 1
+    assert len(result.steps) == 8
+
+
+def test_an_epoch_that_does_not_divide_counts_its_last_batch() -> None:
+    assert replay(history([1.0, 1.0], examples=1000), FixedBatch(128)).updates == 16
+
+
+def test_planned_epochs_and_size_may_be_given() -> None:
+    """Eight recorded epochs of a plan of 40: the share is not yet switched off at the fourth."""
+    result = replay(history(EIGENVALUES), ABSA(128, 1024), total_epochs=40)
+    assert [step.epoch for step in result.changes] == [3, 5, 7]
+    with pytest.raises(HessianFlowError, match="max_batch_size must be <= the 512 training examples"):
+        replay(history(EIGENVALUES), ABSA(128, 1024), examples_per_epoch=512)
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_a_reading_that_was_not_finite_stays_unusable(value: float | None) -> None:
+    result = replay(history([100, value, 50]), ABSA(128, 1024))
+    assert result.steps[1].decision.reason == "eigenvalue not used: not finite (nan)"
+    assert result.steps[2].decision.batch_size == 256
+
+
+def test_signals_are_read_from_any_row_of_the_moment() -> None:
+    rows = history([1.0])
+    moments = {"small_gradient_sq": 17.0, "small_batch_size": 16, "large_gradient_sq": 5.0, "large_batch_size": 64}
+    rows.append({"kind": "signals", "epoch": 1, "examples": 1024, **moments})
+    result = replay(rows, NoiseScale(64, 1024))
+    assert result.changes[0].decision.batch_size == 256
+    with pytest.raises(HessianFlowError, match="signals must hold large_batch_size, large_gradient_sq"):
+        replay(history([1.0]), NoiseScale(64, 1024))
+
+
+def test_rates_by_progress_are_replayed_at_the_recorded_moments() -> None:
+    result = replay(history([1.0] * 4), Warmup(512, 128, warmup_epochs=2))
+    assert [step.decision.lr_factor for step in result.steps] == [2.5, 4]
+
+
+def test_a_record_without_an_epoch_is_refused() -> None:
+    with pytest.raises(HessianFlowError, match="rows must hold at least one record of a completed epoch, got none"):
+        replay([{"kind": "batch", "epoch": 1, "examples": 5}], FixedBatch(1))
+    with pytest.raises(HessianFlowError, match="total_epochs must be a whole number >= 1, got 0"):
+        replay(history([1.0]), FixedBatch(1), total_epochs=0)
