@@ -175,8 +175,11 @@ def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
     Raises:
         HessianFlowError: no path leads from the loss back to the inputs.
     """
-    # clone: a tensor made in inference mode cannot take part in a graph.
-    leaf = x.detach().clone().requires_grad_()
+    # clone: a tensor made in inference mode cannot take part in a graph. On a CPU, convolutions run faster on images
+    # with the channels last, whatever the layout of the weights.
+    images_on_cpu = x.ndim == 4 and x.device.type == "cpu"
+    layout = torch.channels_last if images_on_cpu else torch.preserve_format
+    leaf = x.detach().clone(memory_format=layout).requires_grad_()
     loss = mean_loss(loss_fn, frozen(leaf), y) * len(x)
     gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:

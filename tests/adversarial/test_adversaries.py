@@ -82,11 +82,13 @@ def test_model_and_global_generator_are_as_found():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_memory_layout_is_kept():
-    model, x, y = problem()
-    x = x.repeat(1, 2, 1, 1)[:, :1].contiguous(memory_format=torch.channels_last)
-    result = FGSM(0.05, value_range=(0, 1)).perturb(model, x, y, 0.25)
-    assert result.stride() == x.stride()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_memory_layout_is_kept(layout):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(8, 3, 5, 5, generator=generator).contiguous(memory_format=layout)
+    model, y = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 10)), torch.arange(8)
+    assert FGSM(0.05, value_range=(0, 1)).perturb(model, x, y, 0.25).stride() == x.stride()
+    assert fgsm(model, x, y, 0.05, value_range=(0, 1)).stride() == x.stride()
 
 
 def test_range_is_checked_on_the_first_batch():

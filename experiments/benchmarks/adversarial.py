@@ -1,0 +1,122 @@
+"""Time of a training step with adversarial examples, as a ratio to the same step without.
+
+    OMP_NUM_THREADS=1 python experiments/benchmarks/adversarial.py [--rounds 40] [--batch-size 128] [--device cpu]
+
+Every round times each kind of step once, in an order that rotates; what is printed is the median over rounds of the
+ratio to the clean step of the same round, with its quartiles, so that a slow spell of the machine hits both sides of a
+ratio.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import hessianflow as hf
+
+EPS, RANGE = 0.005, (0.0, 1.0)
+
+
+def training_step(model: nn.Module) -> Callable[[Tensor, Tensor], None]:
+    """Forward, backward, SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def naive_fgsm(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """FGSM as it is commonly written: backward() also computes every weight gradient, to be thrown away."""
+    leaf = x.clone().requires_grad_()
+    model.eval()
+    cross_entropy(model(leaf), y).backward()
+    model.train()
+    assert leaf.grad is not None
+    return (x + EPS * leaf.grad.sign()).clamp(*RANGE)
+
+
+def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
+    """A step function by name, each on its own copy of the same model."""
+
+    def with_share(share: float) -> Callable[[], object]:
+        net = copy.deepcopy(model)
+        step, adversary = training_step(net), hf.adversarial.FGSM(EPS, value_range=RANGE)
+        return lambda: step(adversary.perturb(net, x, y, share), y)
+
+    def naive(rows: int) -> Callable[[], object]:
+        net = copy.deepcopy(model)
+        step = training_step(net)
+        return lambda: step(torch.cat([naive_fgsm(net, x[:rows], y[:rows]), x[rows:]]), y)
+
+    def pair() -> Callable[[], object]:
+        net = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+        adversary = hf.adversarial.FGSM(EPS, value_range=RANGE)
+
+        def step() -> None:
+            (twins,) = hf.adversarial.ConcurrentAdversary(adversary, staleness=0).pairs(net, [(x, y)])
+            optimizer.zero_grad()
+            hf.adversarial.pair_loss(net, twins, cross_entropy).total.backward()
+            optimizer.step()
+
+        return step
+
+    return {
+        "clean": with_share(0.0),
+        "FGSM, share 0.2": with_share(0.2),
+        "FGSM, share 0.2, naive": naive(len(x) // 5),
+        "FGSM, every example": with_share(1.0),
+        "FGSM, every example, naive": naive(len(x)),
+        "clean and twin (sum of two means)": pair(),
+    }
+
+
+def measure(steps: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of one step, by name, one entry a round."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for index in range(-2, rounds):  # two rounds to warm up
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            wait()
+            started = time.perf_counter()
+            steps[name]()
+            wait()
+            if index >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options = parser.parse_args()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(options.batch_size, 3, 32, 32, generator=generator).to(options.device)
+    y = torch.randint(0, 10, (options.batch_size,), generator=generator).to(options.device)
+    model = hf.models.create("resnet20", num_classes=10).to(options.device).train()
+    seconds = measure(contenders(model, x, y), options.rounds, options.device)
+    threads = f"{torch.get_num_threads()} thread(s)"
+    print(
+        f"torch {torch.__version__}, {options.device}, {threads}, batch {options.batch_size}, {options.rounds} rounds\n"
+    )
+    print("| step | median ms | ratio to clean (quartiles) |\n| --- | --- | --- |")
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds["clean"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"| {name} | {1000 * statistics.median(values):.1f} | {middle:.2f} ({low:.2f}-{high:.2f}) |")
+
+
+if __name__ == "__main__":
+    main()
