@@ -11,6 +11,10 @@ E||g||^2 = ||G||^2 + S / b. From two sizes b < B follow unbiased estimates
 which are smoothed apart (their ratio is biased) and then divided: noise scale = S / ||G||^2, the size beyond which more
 examples help little. A ||G||^2 that is not positive is normal for single estimates: it stays in the average, and while
 the average is not positive the noise scale is undefined and nothing changes.
+
+Deviation: both estimates enter the averages relative to their sum ||G||^2 + S, the mean squared gradient norm of one
+example. Gradients shrink by orders of magnitude during training; averages of the raw figures would go on describing the
+first epochs long after.
 """
 
 import math
@@ -58,10 +62,9 @@ def goodput(batch_size: int, seconds: float, noise_scale: float, reference_batch
 
 @dataclass
 class NoiseScaleState(ControllerState):
-    """Adds the moving averages of ||G||^2 and S (None before the first estimate)."""
+    """Adds the moving average of ||G||^2 / (||G||^2 + S); that of S / (||G||^2 + S) is the rest to 1."""
 
-    gradient_sq: float | None = None
-    noise: float | None = None
+    signal_share: float | None = None
 
 
 class NoiseScale(BoundedController[NoiseScaleState]):
@@ -135,12 +138,17 @@ class NoiseScale(BoundedController[NoiseScaleState]):
     def _decide(self, measured: Measured, /) -> str:
         if unusable := defect(measured.signals):
             return f"noise scale unknown: {unusable}"
-        state, estimate = self._state, two_batch_estimate(measured.signals)
-        state.gradient_sq = self._averaged(state.gradient_sq, estimate[0])
-        state.noise = self._averaged(state.noise, estimate[1])
-        if not (state.gradient_sq > 0 and state.noise > 0):
-            return f"noise scale undefined: ||G||^2 {state.gradient_sq:.4g}, S {state.noise:.4g} must be positive"
-        scale = state.noise / state.gradient_sq
+        gradient_sq, noise = two_batch_estimate(measured.signals)
+        if not gradient_sq + noise > 0:
+            return (
+                f"noise scale unknown: squared gradient norm of one example {gradient_sq + noise:.4g}, must be positive"
+            )
+        past, share = self._state.signal_share, gradient_sq / (gradient_sq + noise)
+        share = share if past is None else self.smoothing * past + (1 - self.smoothing) * share
+        self._state.signal_share = share
+        if not 0 < share < 1:
+            return f"noise scale undefined: ||G||^2 is {share:.4g} of ||G||^2 + S, must be between 0 and 1"
+        scale = (1 - share) / share
         if not self.seconds_per_batch:
             return self._move_to(scale, f"noise scale {scale:.4g}")
         return self._move_to(*self._best(scale))
@@ -149,7 +157,3 @@ class NoiseScale(BoundedController[NoiseScaleState]):
         values = {b: goodput(b, t, scale, self.initial_batch_size) for b, t in self.seconds_per_batch.items()}
         best = max(values, key=lambda size: (values[size], -size))
         return best, f"best goodput {values[best]:.4g} examples/s at {best}, noise scale {scale:.4g}"
-
-    def _averaged(self, average: float | None, value: float) -> float:
-        # A plain start instead of zero: the bias of a start at zero would cancel in the ratio anyway.
-        return value if average is None else self.smoothing * average + (1 - self.smoothing) * value

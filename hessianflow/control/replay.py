@@ -86,7 +86,7 @@ def replay(
         if not controller.is_due(progress):
             continue
         before, decision = decision, controller.update(progress, _reading(moment), _signals(moment))
-        steps.append(ReplayStep(progress.epoch, used, updates, decision, _settings(decision) != _settings(before)))
+        steps.append(ReplayStep(progress.epoch, used, updates, decision, decision.setting != before.setting))
     return Replay(tuple(steps), updates)
 
 
@@ -119,7 +119,3 @@ def _signals(moment: Mapping[str, Any]) -> dict[str, float]:
 def _number(value: Any) -> float:
     # JSON has no NaN: what was not finite may be recorded as null.
     return math.nan if value is None else float(value)
-
-
-def _settings(decision: Decision) -> tuple[int, float, float]:
-    return decision.batch_size, decision.lr_factor, decision.adversarial_share

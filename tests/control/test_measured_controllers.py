@@ -49,10 +49,20 @@ def test_noise_scale_sets_the_batch() -> None:
 
 
 def test_noise_scale_averages_numerator_and_denominator_apart() -> None:
-    """Estimates (1, 100) then (3, 500), halves: 300 / 2 = 150, not the mean of 100 and 166.7."""
-    controller = NoiseScale(64, 1024, hysteresis=1)
+    """Shares 1/101 and 1/11 of ||G||^2: their mean 56/1111 gives 1055/56 = 18.84, not the mean of 100 and 10."""
+    controller = NoiseScale(64, 1024, min_batch_size=1, hysteresis=1)
     controller.update(progress(), signals=moments(1, 100))
-    assert controller.update(progress(2), signals=moments(3, 500)).batch_size == 150
+    assert controller.update(progress(2), signals=moments(1, 10)).batch_size == 19
+
+
+def test_noise_scale_does_not_depend_on_the_size_of_the_gradients() -> None:
+    """Gradients a thousand times smaller in the second epoch: the same decisions as with the same size."""
+    decisions = []
+    for factor in (1, 1e-6):
+        controller = NoiseScale(64, 1024, hysteresis=1)
+        controller.update(progress(), signals=moments(1, 100))
+        decisions.append(controller.update(progress(2), signals=moments(factor, 400 * factor)))
+    assert decisions[0] == decisions[1]
 
 
 def test_goodput_chooses_among_the_measured_sizes() -> None:
@@ -63,12 +73,12 @@ def test_goodput_chooses_among_the_measured_sizes() -> None:
 
 
 def test_undefined_noise_scale_keeps_the_batch_and_the_average() -> None:
-    """-3 then 9: averages -3 and 3; the negative estimate takes part in the second."""
-    controller = NoiseScale(64, 1024)
+    """Shares -3/297 then 12/300: the average 0.01495 contains the negative estimate; (1 - 0.01495) / 0.01495 = 65.9."""
+    controller = NoiseScale(64, 1024, hysteresis=1)
     first = controller.update(progress(), signals=moments(-3, 300))
     assert first.batch_size == 64
-    assert first.reason == "noise scale undefined: ||G||^2 -3, S 300 must be positive"
-    assert controller.update(progress(2), signals=moments(9, 300)).batch_size == 100
+    assert first.reason == "noise scale undefined: ||G||^2 is -0.0101 of ||G||^2 + S, must be between 0 and 1"
+    assert controller.update(progress(2), signals=moments(12, 288)).batch_size == 66
 
 
 @pytest.mark.parametrize(
@@ -79,6 +89,10 @@ def test_undefined_noise_scale_keeps_the_batch_and_the_average() -> None:
             r"noise scale unknown: microbatches are as large as the batch \(64\), use smaller ones",
         ),
         (moments(math.nan, 256), "noise scale unknown: gradient moments are not finite"),
+        (
+            moments(1, -2, 1, 4),
+            "noise scale unknown: squared gradient norm of one example -1, must be positive",
+        ),
     ],
 )
 def test_unusable_moments_change_nothing(signals: dict[str, float], reason: str) -> None:
