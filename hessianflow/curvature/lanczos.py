@@ -11,13 +11,15 @@ is compressed to its best Ritz vectors, at no product (thick restart).
 
 Choices of ours:
 - Stopping: residual r, and gap to the nearest other Ritz value less that one's residual. A pair is accepted when
-  min(r, r^2/gap) <= tol |value| and r <= cap max|value|, cap = max(tol, min(0.01, sqrt(tol/10))). The bound r is a
+  min(r, r^2/gap) <= tol |value| and r <= cap |value|, cap = max(tol, min(0.01, sqrt(tol/10))). The bound r is a
   theorem; r^2/gap is its quadratic refinement (Temple, Kato); the cap keeps it from trusting a gap estimated too early
   (with 0.03 instead of 0.01, values 17 % low were accepted on a spectrum with three close outliers).
 - Breakdown (a residual at rounding level): the space found is invariant. A fresh random direction orthogonal to it
   continues the search as long as pairs are missing.
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,7 +29,9 @@ from hessianflow.curvature.vectors import gaussian
 from hessianflow.interfaces import LinearOperator
 
 RESIDUAL_CAP = 0.01
-"""Largest residual, relative to the largest value, for which the quadratic bound is trusted. Ours, measured."""
+"""Largest residual, relative to its value, for which the quadratic bound is trusted. Ours, measured."""
+
+Array = npt.NDArray[np.float64]
 
 TIE = 1e-6
 """Magnitudes that differ by less than this share of the largest count as equal. Ours: rounding of float32 products."""
@@ -79,7 +83,7 @@ class _RitzSpace:
         self._operator, self._which, self._k, self._capacity = operator, which, k, capacity
         self._basis = torch.empty(min(8, capacity), operator.size, dtype=operator.dtype, device=operator.device)
         self._products = torch.empty_like(self._basis)
-        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._projected = np.zeros((capacity, capacity))
         self.size = 0
         self.matvecs = 0
 
@@ -98,25 +102,23 @@ class _RitzSpace:
         m, self.size, self.matvecs = self.size, self.size + 1, self.matvecs + 1
         self._basis[m], self._products[m] = unit, product
         # The one transfer to the host per product: m + 1 numbers, on which the stopping rule depends.
-        column = (self._basis[: m + 1] @ product).to("cpu", torch.float64)
-        if not bool(torch.isfinite(column).all()):
+        column = (self._basis[: m + 1] @ product).to("cpu", torch.float64).numpy()
+        if not np.isfinite(column).all():
             raise NonFiniteError(NON_FINITE_PRODUCT)
         self._projected[: m + 1, m] = self._projected[m, : m + 1] = column
         return True
 
     def solve(self) -> None:
         """Ritz values in the wanted order, the vectors' coordinates, and residuals of the k wanted pairs."""
-        theta, coordinates = torch.linalg.eigh(self._projected[: self.size, : self.size])
+        theta, coordinates = np.linalg.eigh(self._projected[: self.size, : self.size])
         order = _order(theta, self._which)
         self.values, self._coordinates = theta[order], coordinates[:, order]
         wanted = min(self._k, self.size)
         columns = [*range(wanted), *(j for j in _neighbours(self.values, wanted) if j >= wanted)]
         self._residual_vectors = self._residuals_of(columns)
-        norms = self._residual_vectors.norm(dim=1).to("cpu", torch.float64)
-        known = torch.full_like(self.values, float("inf"))
-        known[columns] = norms
+        norms = self._norms_of(self._residual_vectors)
         self.residuals = norms[:wanted]
-        self.bounds = _error_bounds(self.values, known, wanted)
+        self.bounds = _error_bounds(self.values, columns, norms, wanted)
 
     def is_accurate(self, tol: float) -> bool:
         """Whether all k wanted pairs are found and meet the tolerance."""
@@ -124,51 +126,57 @@ class _RitzSpace:
 
     def direction(self, tol: float) -> Tensor:
         """Where the space is wrong: the residual of the first wanted pair that is not accurate yet."""
-        first = int(torch.argmin(self._accurate(tol).int()))  # the first False; 0 when only pairs are missing
+        first = int(np.argmin(self._accurate(tol)))  # the first False; 0 when only pairs are missing
         return self._residual_vectors[first]
 
     def compress(self, keep: int) -> None:
         """Thick restart: keep the best Ritz vectors and as many again, for the sake of convergence."""
         keep = min(self.size - 1, max(keep, self._capacity // 2))
-        mix = self._coordinates[:, :keep].to(self._basis)
-        self._basis[:keep] = mix.T @ self._basis[: self.size]
-        self._products[:keep] = mix.T @ self._products[: self.size]
-        self._projected.zero_()
-        self._projected[:keep, :keep] = torch.diag(self.values[:keep])
+        mix = self._on_device(self._coordinates[:, :keep]).T
+        self._basis[:keep] = mix @ self._basis[: self.size]
+        self._products[:keep] = mix @ self._products[: self.size]
+        self._projected[:] = 0
+        self._projected[:keep, :keep] = np.diag(self.values[:keep])
         self.size = keep
 
     def result(self, count: int, tol: float, history: tuple[float, ...]) -> EigenResult:
         """The first `count` pairs; converged refers to the k wanted ones."""
         count = min(count, self.size)
-        norms = self._residuals_of(list(range(count))).norm(dim=1).to("cpu", torch.float64)
-        bounds = norms.clone()
+        norms = self._norms_of(self._residuals_of(list(range(count))))
+        bounds = norms.copy()
         bounds[: len(self.bounds)] = self.bounds
-        vectors = self._coordinates[:, :count].to(self._basis).T @ self._basis[: self.size]
-        like = self._basis
         return EigenResult(
-            values=self.values[:count].to(like),
-            vectors=vectors.T,
-            residuals=norms.to(like),
-            error_bounds=bounds.to(like),
+            values=self._on_device(self.values[:count]),
+            vectors=(self._on_device(self._coordinates[:, :count]).T @ self._basis[: self.size]).T,
+            residuals=self._on_device(norms),
+            error_bounds=self._on_device(bounds),
             matvecs=self.matvecs,
             converged=self.is_accurate(tol),
             history=history,
         )
 
-    def _accurate(self, tol: float) -> Tensor:
-        scale = float(self.values.abs().max())
+    def _accurate(self, tol: float) -> npt.NDArray[np.bool_]:
         # Products carry rounding errors of this size; no residual can be asked to fall below.
-        noise = 50 * torch.finfo(self._operator.dtype).eps * scale
-        allowed = (tol * self.values[: len(self.bounds)].abs()).clamp(min=noise)
-        cap = max(tol, min(RESIDUAL_CAP, (tol / 10) ** 0.5)) * scale
-        accurate: Tensor = (self.bounds <= allowed) & (self.residuals <= max(cap, noise))
+        noise = 50 * torch.finfo(self._operator.dtype).eps * np.abs(self.values).max()
+        magnitudes = np.abs(self.values[: len(self.bounds)])
+        cap = max(tol, min(RESIDUAL_CAP, (tol / 10) ** 0.5))
+        within = self.bounds <= np.maximum(tol * magnitudes, noise)
+        accurate: npt.NDArray[np.bool_] = within & (self.residuals <= np.maximum(cap * magnitudes, noise))
         return accurate
 
     def _residuals_of(self, columns: list[int]) -> Tensor:
-        mix = self._coordinates[:, columns].to(self._basis)
-        values = self.values[columns].to(self._basis)
-        residuals: Tensor = mix.T @ self._products[: self.size] - (mix * values).T @ self._basis[: self.size]
+        coordinates = self._coordinates[:, columns]
+        mix = self._on_device(coordinates).T
+        scaled = self._on_device(coordinates * self.values[columns]).T
+        residuals: Tensor = torch.addmm(mix @ self._products[: self.size], scaled, self._basis[: self.size], alpha=-1)
         return residuals
+
+    def _norms_of(self, rows: Tensor) -> Array:
+        norms: Array = torch.linalg.vector_norm(rows, dim=1).to("cpu", torch.float64).numpy()
+        return norms
+
+    def _on_device(self, array: Array) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._basis)
 
     def _grow(self) -> None:
         if self.size < len(self._basis):
@@ -194,33 +202,33 @@ def _orthogonal_part(direction: Tensor, basis: Tensor) -> Tensor | None:
     return unit
 
 
-def _order(theta: Tensor, which: Which) -> Tensor:
+def _order(theta: Array, which: Which) -> npt.NDArray[np.intp]:
     """Indices from the most to the least wanted of ascending `theta`."""
     if which == "SA":
-        return torch.arange(len(theta))
-    descending = torch.arange(len(theta) - 1, -1, -1)
+        return np.arange(len(theta))
     if which == "LA":
-        return descending
+        return np.arange(len(theta))[::-1]
+    magnitudes = np.abs(theta)
     # Of a tie (+3 and -3, up to rounding) the positive one comes first, so that the answer does not hang on the seed.
-    magnitude = theta.abs() + (theta > 0) * (TIE * theta.abs().max())
-    return torch.argsort(magnitude, descending=True)
+    return np.argsort(-magnitudes - (theta > 0) * (TIE * magnitudes.max()), kind="stable")
 
 
-def _neighbours(values: Tensor, wanted: int) -> list[int]:
+def _neighbours(values: Array, wanted: int) -> list[int]:
     """Indices of the values next above and next below each of the first `wanted`."""
-    by_value = torch.argsort(values).tolist()
+    by_value = np.argsort(values).tolist()
     place = {index: position for position, index in enumerate(by_value)}
     found = {by_value[p] for i in range(wanted) for p in (place[i] - 1, place[i] + 1) if 0 <= p < len(by_value)}
     return sorted(found)
 
 
-def _error_bounds(values: Tensor, residuals: Tensor, wanted: int) -> Tensor:
-    """min(r, r^2/gap) of the first `wanted` values; residuals not computed are infinite and lie farther away."""
-    distances = (values[:wanted, None] - values[None, :]).abs() - residuals[None, :]
-    distances[torch.arange(wanted), torch.arange(wanted)] = float("inf")
-    unknown = torch.isinf(residuals)[None, :].expand_as(distances)
-    gap = distances.masked_fill(unknown, float("inf")).min(dim=1).values.clamp(min=0)
-    r = residuals[:wanted]
+def _error_bounds(values: Array, known: list[int], residuals: Array, wanted: int) -> Array:
+    """min(r, r^2/gap) of the first `wanted` values; `known` are those with a residual, the nearest ones among them."""
+    distances = np.abs(values[:wanted, None] - values[None, known]) - residuals[None, :]
+    distances[np.arange(wanted), np.arange(wanted)] = np.inf
     # One Ritz value alone has no neighbour to take a gap from: only the linear bound is known.
-    gap = torch.where(torch.isinf(gap), torch.zeros_like(gap), gap)
-    return torch.minimum(r, r * r / gap.clamp(min=torch.finfo(gap.dtype).tiny))
+    gap = distances.min(axis=1)
+    gap = np.where(np.isinf(gap) | (gap < 0), 0.0, gap)
+    r = residuals[:wanted]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bounds: Array = np.where(gap > 0, np.minimum(r, r * r / gap), r)
+    return bounds

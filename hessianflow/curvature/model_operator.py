@@ -132,7 +132,7 @@ class ModelOperator(Operator):
         return total.div_(count)
 
     def _kept_piece(self, batch: Any) -> tuple[Piece, int]:
-        state = _State.of(self._model, batch)
+        state = _State(self._model, batch)
         if self._kept is None or not self._kept[2].matches(state):
             self._kept = None  # the old graph goes before the new one comes
             count = num_examples(batch)
@@ -152,7 +152,7 @@ class ModelOperator(Operator):
     def _rebuilt_product(self, vector: Tensor) -> tuple[Tensor, int]:
         total, count = torch.zeros_like(vector), 0
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        state = _State.of(self._model, self._single)
+        state = _State(self._model, self._single)
         with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
             for batch in self._pieces():
                 examples = num_examples(batch)
@@ -214,24 +214,21 @@ class ModelOperator(Operator):
 
 
 class _State:
-    """What a graph was built from: the versions and values of weights and buffers, and the version of the batch."""
+    """What a graph was built from: places, versions and norms of weights and buffers, and versions of the batch."""
 
-    def __init__(self, versions: tuple[tuple[int, int], ...], norms: Tensor) -> None:
-        self.versions = versions
-        self.norms = norms
-
-    @classmethod
-    def of(cls, model: nn.Module, batch: Any) -> "_State":
-        weights = [p.detach() for p in model.parameters()]
-        watched = [*model.parameters(), *model.buffers()]
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        weights: list[Tensor] = list(model.parameters())
+        watched = [*weights, *model.buffers()]
         map_tensors(lambda t: watched.append(t) or t, batch)  # type: ignore[func-returns-value]
-        # Writes through `.data` leave the version as it is, so the norms are compared too.
-        norms = torch.stack([norm.to(weights[0].device, torch.float64) for norm in torch._foreach_norm(weights)])
-        return cls(tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in watched), norms)
+        self._versions = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in watched]
+        with torch.no_grad():
+            # Writes through `.data` leave the version as it is, so the norms are compared too.
+            self._norms = torch._foreach_norm(weights)
 
     def matches(self, other: "_State") -> bool:
         # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
-        return self.versions == other.versions and bool(torch.equal(self.norms, other.norms))
+        same = self._versions == other._versions
+        return same and all(torch.equal(a, b) for a, b in zip(self._norms, other._norms, strict=True))
 
 
 def check_finite(loss: Tensor) -> None:

@@ -35,7 +35,7 @@ GRADIENTS_PER_PRODUCT = 2.65
 SPARE_VECTORS = 2
 """Ritz vectors remembered beyond the k tracked ones. Ours."""
 
-RUNNER_UP_WEIGHT = 0.4
+RUNNER_UP_WEIGHT = 0.3
 """Weight of the other Ritz vectors beside the leading one in a warm start. Ours: 0.3 to 0.5 found every swap of two
 eigenvalues 3 to 20 % apart in 1,000 dimensions, 0.2 missed some."""
 

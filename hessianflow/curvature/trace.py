@@ -4,7 +4,7 @@ References: Hutchinson 1989; Meyer, Musco, Musco, Woodruff, Hutch++: Optimal sto
 (algorithm 1); Bekas, Kokiopoulou, Saad, An estimator for the diagonal of a matrix, 2007.
 
 Deviation from Hutch++: a third of the products goes into the sketch A S, as in the paper; then the share of A's energy
-that the sketch misses is estimated from held-out columns. If it is a third or more, the low-rank part cannot pay for
+that the sketch misses is estimated from held-out columns. If it is a fifth or more, the low-rank part cannot pay for
 itself and all remaining products go to plain probes (those of the sketch count as well). So a flat spectrum costs
 nothing and a spectrum with outliers gains all.
 """
@@ -17,6 +17,9 @@ from torch import Tensor
 from hessianflow.curvature.results import DiagonalResult, TraceResult
 from hessianflow.curvature.vectors import generator, rademacher
 from hessianflow.interfaces import HessianFlowError, LinearOperator
+
+MISSED_ENERGY = 0.2
+"""Share of energy outside the sketch from which on plain probes are better. Break-even is 1/3; ours, to be safe."""
 
 TraceMethod = Literal["hutchpp", "hutchinson"]
 
@@ -56,7 +59,7 @@ def _hutchpp(operator: LinearOperator, num_matvecs: int, source: torch.Generator
     width = min(num_matvecs // 3, operator.size)
     probes = rademacher(operator, source, width)
     sketch = _product(operator, probes)
-    if _missed_energy(sketch) >= 1 / 3 and width < operator.size:
+    if _missed_energy(sketch) >= MISSED_ENERGY and width < operator.size:
         plain = (probes * sketch).sum(dim=0)
         more = [_quadratic_form(operator, rademacher(operator, source)) for _ in range(num_matvecs - width)]
         return _averaged(torch.cat([plain, torch.stack(more)]), 0.0, num_matvecs)
