@@ -1,6 +1,6 @@
 """Time of a training step with adversarial examples, as a ratio to the same step without.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/adversarial.py [--rounds 40] [--batch-size 128] [--device cpu]
+    OMP_NUM_THREADS=1 python experiments/benchmarks/adversarial.py [--rounds 40] [--batch-size 128] [--channels-last]
 
 Every round times each kind of step once, in an order that rotates; what is printed is the median over rounds of the
 ratio to the clean step of the same round, with its quartiles, so that a slow spell of the machine hits both sides of a
@@ -100,12 +100,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--channels-last", action="store_true", help="images and model in that memory layout")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(options.batch_size, 3, 32, 32, generator=generator).to(options.device)
     y = torch.randint(0, 10, (options.batch_size,), generator=generator).to(options.device)
     model = hf.models.create("resnet20", num_classes=10).to(options.device).train()
+    if options.channels_last:
+        x, model = x.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
     seconds = measure(contenders(model, x, y), options.rounds, options.device)
     threads = f"{torch.get_num_threads()} thread(s)"
     print(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.records import Run, RunSource, number, read_runs
-from hessianflow.plots.settings import flatten
+from hessianflow.plots.settings import flatten, seed_of
 from hessianflow.plots.spectra import Quadrature, spectral_density
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
@@ -142,7 +142,7 @@ def _settings(runs: Sequence[Run]) -> str:
     rows = [[key, *(_plain(setting.get(key)) for setting in flat)] for key in keys]
     differing = {i for i, row in enumerate(rows) if len(set(row[1:])) > 1}
     table = _table(["setting", *(run.name for run in runs)], rows, differing)
-    seeds = ", ".join(f"{run.name}: {_plain(run.config.get('seed'))}" for run in runs)
+    seeds = ", ".join(f"{run.name}: {_plain(seed_of(run.config))}" for run in runs)
     return f"<p>Seeds: {escape(seeds)}</p>\n<details open><summary>All settings</summary>\n{table}\n</details>"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from hessianflow.plots.records import Run
 
 # Settings that do not change what is computed on average, by the last part of their name.
-_IGNORED = frozenset({"seed", "run_dir", "data_dir", "show_progress", "config"})
+_IGNORED = frozenset({"seed", "run_dir", "data_dir", "plots", "tensorboard", "keep_checkpoints"})
 _IGNORED_SECTIONS = ("environment.", "versions.")
 # A label with more settings than this is longer than what it labels.
 _MAX_LABEL_PARTS = 4
@@ -53,6 +53,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif key not in _IGNORED and not name.startswith(_IGNORED_SECTIONS):
             flat[name] = value
     return flat
+
+
+def seed_of(config: Mapping[str, Any]) -> Any:
+    """The seed, wherever in the nested settings it stands; None without one."""
+    if "seed" in config:
+        return config["seed"]
+    found = (seed_of(value) for value in config.values() if isinstance(value, Mapping))
+    return next((seed for seed in found if seed is not None), None)
 
 
 def _text(setting: Mapping[str, Any], key: str) -> str:

@@ -18,7 +18,7 @@ from hessianflow.interfaces import HessianFlowError
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#666666"
 DPI = 150
-_MAX_NAME = 48
+_MAX_NAME = 90
 
 
 def colour(index: int) -> str:

@@ -9,7 +9,7 @@ from run_dirs import epoch, in_memory, write_run
 
 from hessianflow.plots import compare_table
 from hessianflow.plots.records import read_runs
-from hessianflow.plots.settings import flatten, group_runs
+from hessianflow.plots.settings import flatten, group_runs, seed_of
 
 
 @pytest.fixture
@@ -79,6 +79,12 @@ def test_runs_without_anything_recorded():
 def test_settings_that_say_where_and_when_do_not_part_groups():
     flat = flatten({"seed": 1, "lr": 0.1, "trainer": {"epochs": 3, "run_dir": "x"}, "environment": {"python": "3"}})
     assert flat == {"lr": 0.1, "trainer.epochs": 3}
+
+
+def test_seed_is_found_where_it_stands():
+    assert seed_of({"settings": {"lr": 0.1, "seed": 4}, "trainer": {}}) == 4
+    assert seed_of({"seed": 0}) == 0
+    assert seed_of({"settings": {}}) is None
 
 
 def test_labels_cut_short_stay_distinct(tmp_path):
