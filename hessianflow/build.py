@@ -1,26 +1,31 @@
 """The only place that joins the parts: from a resolved configuration to a trainer."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor, nn
 
-from hessianflow.adversarial import FGSM, PGD
+from hessianflow.choices import (
+    build_adversary,
+    build_controller,
+    build_observers,
+    build_optimizer,
+    build_scheduler,
+    given,
+    microbatch_default,
+)
 from hessianflow.config import TrainConfig, from_dict, resolve, to_dict
-from hessianflow.control import ABSA, AdaBatch, FixedBatch, GrowInsteadOfDecay, Warmup
 from hessianflow.curvature import CurvatureProbe
-from hessianflow.data import DeviceBatches, ImageSet, load
-from hessianflow.interfaces import Adversary, BatchController, HessianFlowError, RecordSink
+from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
+from hessianflow.interfaces import HessianFlowError, RecordSink
 from hessianflow.models import create
+from hessianflow.models.catalogue import Variant
 from hessianflow.training import AdaptiveBatchTrainer, checkpoint
+from hessianflow.training.accumulate import Precision
 from hessianflow.training.record import CONFIG, read_json
-
-T = TypeVar("T")
 
 EVALUATION_BATCH = 1000
 _BUNDLED = ("digits", "fake")
@@ -28,13 +33,19 @@ _BUNDLED = ("digits", "fake")
 
 @dataclass(frozen=True)
 class Parts:
-    """A model and its data, before anything trains."""
+    """A model and its data, before anything trains.
+
+    Attributes:
+        model: on its device.
+        train: shuffled and augmented.
+        test: plain, in the stored order.
+        spread: standard deviation per channel that the pixels were divided by: an eps in pixel units is, too.
+    """
 
     model: nn.Module
-    train: DeviceBatches
-    test: DeviceBatches
+    train: DeviceBatches | AdaptiveBatches
+    test: DeviceBatches | AdaptiveBatches
     spread: tuple[float, ...]
-    """Standard deviation per channel that the inputs were divided by: an eps in pixel units is divided by it too."""
 
 
 def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> AdaptiveBatchTrainer:
@@ -44,114 +55,75 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         HessianFlowError: data that is missing or damaged, a name that is unknown, sizes that do not fit.
     """
     config = resolve(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     parts = build_parts(config)
     optimizer = build_optimizer(config, parts.model)
-    loss_fn = nn.CrossEntropyLoss()
+    examples = parts.train.num_examples
+    scheduler, unit = build_scheduler(config, optimizer, examples)
+    model = torch.compile(parts.model, dynamic=True) if config.compile else parts.model
+    assert isinstance(model, nn.Module)
     return AdaptiveBatchTrainer(
-        parts.model,
+        model,
         parts.train,
         parts.test,
         optimizer=optimizer,
-        loss_fn=loss_fn,
+        loss_fn=nn.CrossEntropyLoss(),
         controller=build_controller(config),
-        adversary=build_adversary(config, parts),
-        epochs=_given(config.epochs),
-        scheduler=build_scheduler(config, optimizer),
+        adversary=build_adversary(config, parts.spread, _value_range(parts.train)),
+        epochs=given(config.epochs),
+        scheduler=scheduler,
+        schedule_unit=unit,
         probe=build_probe(config, parts),
         curvature="needed" if config.curvature == "needed" else "epoch",
-        microbatch_size=config.microbatch_size,
-        precision=config.precision,
+        microbatch_size=microbatch_default(config) if config.microbatch_size is None else config.microbatch_size,
+        norm_batch_size=config.norm_batch_size,
+        observers=build_observers(config, optimizer),
+        precision=_precision(config),
         run_dir=config.run_dir,
         config={"settings": to_dict(config)},
         sinks=sinks,
         checkpoint_examples=config.checkpoint_examples,
+        checkpoint_minutes=config.checkpoint_minutes,
+        keep_checkpoints=config.keep_checkpoints,
+        on_divergence=config.on_divergence,
+        max_rollbacks=config.max_rollbacks,
     )
+
+
+def prepare(config: TrainConfig) -> TrainConfig:
+    """Resolve `config` for this machine, device and precision included, and set what torch keeps globally."""
+    config = resolve(config)
+    device = find_device(config.device)
+    config = replace(config, precision=_precision(config))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+    return replace(config, device=str(device))
 
 
 def build_parts(config: TrainConfig) -> Parts:
     """Model, training and test batches of a resolved configuration, on its device."""
     device = find_device(config.device)
-    if config.data_dir is None and config.data not in _BUNDLED:
-        raise HessianFlowError(
-            f"--data {config.data} needs --data-dir, the folder of its official files "
-            f"(`hessianflow data fetch {config.data} DIR` gets them)"
-        )
-    train, test = (load(config.data, config.data_dir, split) for split in ("train", "test"))
-    batch, cap = _given(config.batch_size), _given(config.max_batch_size)
+    train, test = _read(config, "train"), _read(config, "test")
+    batch, cap = given(config.batch_size), given(config.max_batch_size)
     for name, size in (("--batch-size", batch), ("--max-batch-size", cap)):
         if size > len(train):
             raise HessianFlowError(f"{name} {size} is larger than the {len(train)} training examples of {config.data}")
     torch.manual_seed(config.seed)  # the stream of initialisation; all others have generators of their own
     channels, side, _ = train.input_shape
-    model = create(config.model or "", train.num_classes, side, in_channels=channels)
-    shared = {"device": device, "mean": train.mean, "std": train.std, "value_scale": train.value_scale}
+    variant: Variant = "imagenet" if side > 64 else "cifar"
+    model = create(config.model or "", train.num_classes, side, variant, in_channels=channels).to(device)
+    layout = bool(config.channels_last)
+    if layout:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shared: dict[str, Any] = {"device": device, "channels_last": layout, "num_workers": config.workers}
     return Parts(
-        model.to(device),
-        _batches(train, batch, seed=config.seed, augment=train.augment if config.augment else None, **shared),
-        _batches(test, EVALUATION_BATCH, shuffle=False, **shared),
+        model,
+        train.batches(batch, train=True, seed=config.seed, **shared),
+        test.batches(EVALUATION_BATCH, train=False, **shared),
         train.std,
     )
-
-
-def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
-    """The optimizer by name, over all trainable parameters."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rate, decay = _given(config.lr), config.weight_decay
-    if config.optimizer == "sgd":
-        return SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=decay)
-    if config.optimizer == "adam":
-        return Adam(parameters, lr=rate, weight_decay=decay)
-    return AdamW(parameters, lr=rate, weight_decay=decay)
-
-
-def build_scheduler(config: TrainConfig, optimizer: Optimizer) -> LRScheduler | None:
-    """The schedule below the controller's factor, one step an epoch."""
-    epochs = _given(config.epochs)
-    if config.schedule == "multistep":
-        milestones = list(config.milestones or ())
-        return lr_scheduler.MultiStepLR(optimizer, milestones, gamma=config.lr_decay)
-    if config.schedule == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    if config.schedule == "polynomial":
-        return lr_scheduler.PolynomialLR(optimizer, total_iters=epochs, power=2.0)
-    return None
-
-
-def build_controller(config: TrainConfig) -> BatchController:
-    """The controller by name."""
-    batch, cap = _given(config.batch_size), _given(config.max_batch_size)
-    share = 0.0 if config.adversary == "none" else config.adversarial_share
-    if config.controller == "absa":
-        return ABSA(
-            batch,
-            cap,
-            decay_factor=config.decay_factor,
-            growth_factor=config.growth_factor,
-            patience=config.patience or None,
-            adversarial_share=share,
-            share_decay=config.share_decay,
-        )
-    if config.controller == "warmup":
-        return Warmup(cap, batch, adversarial_share=share)
-    if config.controller == "adabatch":
-        return AdaBatch(batch, cap, growth_factor=config.growth_factor, adversarial_share=share)
-    if config.controller == "grow-instead-of-decay":
-        milestones = config.milestones or ()
-        return GrowInsteadOfDecay(
-            batch, cap, milestones=milestones, decay_factor=1 / config.lr_decay, adversarial_share=share
-        )
-    return FixedBatch(batch, adversarial_share=share)
-
-
-def build_adversary(config: TrainConfig, parts: Parts) -> Adversary | None:
-    """The attack by name, its size and bounds in the units of the normalised inputs."""
-    if config.adversary == "none":
-        return None
-    eps = config.eps / torch.tensor(parts.spread).view(-1, 1, 1)
-    attack = FGSM if config.adversary == "fgsm" else PGD
-    return attack(eps, value_range=parts.train.value_range, seed=config.seed)
 
 
 def build_probe(config: TrainConfig, parts: Parts) -> CurvatureProbe | None:
@@ -191,22 +163,22 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
     Raises:
         HessianFlowError: neither.
     """
-    given = Path(path)
-    if given.is_dir():
-        return given, given / checkpoint.FOLDER / checkpoint.LAST
-    if given.is_file() and given.parent.name == checkpoint.FOLDER:
-        return given.parent.parent, given
-    raise HessianFlowError(f"{given} is neither a run directory nor a checkpoint inside one")
+    given_path = Path(path)
+    if given_path.is_dir():
+        return given_path, given_path / checkpoint.FOLDER / checkpoint.LAST
+    if given_path.is_file() and given_path.parent.name == checkpoint.FOLDER:
+        return given_path.parent.parent, given_path
+    raise HessianFlowError(f"{given_path} is neither a run directory nor a checkpoint inside one")
 
 
-def load_parts(path: str | Path) -> tuple[TrainConfig, Parts, dict[str, Any]]:
-    """Settings, model with trained weights, data, and checkpoint of a run directory or a checkpoint inside one."""
+def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
+    """Settings, data, and the model with its trained weights, of a run directory or a checkpoint inside one."""
     run_dir, file = find_checkpoint(path)
     config = load_config(run_dir)
-    parts = build_parts(config)
     state = checkpoint.load(file)
+    parts = build_parts(config)
     checkpoint.load_model(parts.model, state["model"], str(file))
-    return config, parts, state
+    return config, parts
 
 
 def find_device(name: str) -> torch.device:
@@ -226,10 +198,34 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _batches(images: ImageSet, batch_size: int, **options: Any) -> DeviceBatches:
-    return DeviceBatches(images.images, images.targets, batch_size, num_classes=images.num_classes, **options)
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has arithmetic units for bfloat16: anything else emulates it, slowly."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _given(value: T | None) -> T:
-    assert value is not None, "only resolved configurations are built"
-    return value
+def _precision(config: TrainConfig) -> Precision:
+    if config.precision is None or config.precision == "auto":
+        return "bf16" if computes_in_bf16(find_device(config.device)) else "float32"
+    return config.precision
+
+
+def _read(config: TrainConfig, split: Any) -> ImageSet | ImageFolder:
+    if config.data_dir is None and config.data not in _BUNDLED:
+        raise HessianFlowError(
+            f"--data {config.data} needs --data-dir, the folder of its official files "
+            f"(`hessianflow data fetch {config.data} --data-dir DIR` gets them)"
+        )
+    images = load(config.data, config.data_dir, split)
+    count = config.train_examples if split == "train" else config.test_examples
+    if isinstance(images, ImageSet) and not config.augment:
+        images = replace(images, augment=Augmentation())
+    return images if count is None else images.take(count)
+
+
+def _value_range(batches: DeviceBatches | AdaptiveBatches) -> tuple[Tensor, Tensor]:
+    limits = batches.value_range
+    assert limits is not None, "image sets know their valid range"
+    return limits

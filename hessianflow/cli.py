@@ -4,7 +4,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
@@ -49,23 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Namespace) -> int:
-    from hessianflow.build import build_trainer
-    from hessianflow.config import resolve
+    from hessianflow.build import build_trainer, prepare
 
     settings = {field.name: arguments[field.name] for field in fields(TrainConfig)}
-    config = resolve(TrainConfig(**settings))
+    config = prepare(TrainConfig(**settings))
     if config.run_dir is None:
-        from dataclasses import replace
-
         config = replace(config, run_dir=_new_run_dir(config))
     trainer = build_trainer(config)
     return _run(trainer, trainer.fit, draw=config.plots)
 
 
 def _resume(arguments: Namespace) -> int:
-    from hessianflow.build import build_trainer, load_config
+    from hessianflow.build import build_trainer, load_config, prepare
 
-    config = load_config(arguments.run_dir)
+    config = prepare(load_config(arguments.run_dir))
     trainer = build_trainer(config)
     return _run(trainer, lambda: trainer.resume(arguments.run_dir), draw=config.plots)
 

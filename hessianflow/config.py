@@ -5,19 +5,32 @@ from there on only resolved values are used, and config.json holds them.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from hessianflow.interfaces import HessianFlowError, NormMode
 
-DataName = Literal["digits", "fake", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet"]
-ControllerName = Literal["absa", "fixed", "warmup", "adabatch", "grow-instead-of-decay"]
+DataName = Literal["digits", "fake", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet", "folder"]
+ControllerName = Literal[
+    "absa",
+    "abs",
+    "fixed",
+    "warmup",
+    "adabatch",
+    "grow-instead-of-decay",
+    "noise-scale",
+    "cabs",
+    "divebatch",
+]
 AdversaryName = Literal["fgsm", "pgd", "none"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lars", "clars", "lamb"]
 ScheduleName = Literal["constant", "multistep", "cosine", "polynomial"]
 CurvatureName = Literal["epoch", "needed", "off"]
-PrecisionName = Literal["float32", "bf16", "fp16"]
+PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
+LRRuleName = Literal["linear", "sqrt", "none"]
+DivergenceName = Literal["stop", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +39,14 @@ class TrainConfig:
 
     Attributes:
         data: data set by name; digits comes with scikit-learn, fake is made up, all others are read from data_dir.
-        data_dir: folder that holds the data set's official files.
-        model: network by name (see hf.models.names()); default: digits-cnn for digits, resnet20 otherwise.
-        controller: who decides the batch size.
+        data_dir: folder that holds the data set's official files, or their archive; folder: any tree of class folders
+            below train and val.
+        train_examples: use only so many training examples; default: all.
+        test_examples: use only so many test examples; default: all.
+        workers: processes that load images from a tree of folders; the other sets are held on the device.
+        model: network by name (see hf.models.names()), or package.module:function of your own; default: digits-cnn for
+            digits, resnet20 or resnet18 otherwise.
+        controller: who decides the batch size; abs is absa without the adversary.
         adversary: attack on a share of every batch.
         optimizer: how a step is taken.
         batch_size: examples per optimizer step at the start; the learning rate is stated for it.
@@ -40,6 +58,9 @@ class TrainConfig:
         schedule: of the learning rate, below the controller's factor.
         milestones: epochs after which the multistep schedule multiplies the rate by lr_decay.
         lr_decay: factor of the multistep schedule (0.2 in the published ABSA runs).
+        warmup_epochs: epochs over which the rate rises linearly from 0 to the schedule's.
+        lr_rule: how the rate follows the batch; default: as the controller has it (linear for absa).
+        max_lr_factor: cap on what the rate is multiplied by, with lr_rule.
         decay_factor: absa grows the batch when the eigenvalue has fallen by this factor.
         growth_factor: absa and adabatch multiply the batch by this.
         patience: absa grows after this many epochs without growth; 0 never does.
@@ -50,19 +71,31 @@ class TrainConfig:
         probe_examples: training examples the curvature is measured on.
         probe_tolerance: relative residual at which an eigenvalue counts as converged.
         norm_mode: statistics of batch normalisation in curvature measurements.
-        microbatch_size: examples per forward pass; default: batch_size, so that batch normalisation sees what it saw.
+        microbatch_size: examples per forward pass; auto finds the fastest; default: auto on a GPU, else batch_size.
+        norm_batch_size: examples batch normalisation sees at once in training; default: batch_size; 0: the microbatch.
         augment: random crops and flips where the data set's preset has them.
-        precision: float32, or autocast in bf16 or fp16.
+        precision: float32, or autocast in bf16 or fp16; auto takes bf16 where the device computes in it.
+        channels_last: memory layout of images and convolutions; the faster one on most devices.
+        compile: compile the model with torch.compile, for batches of any size.
+        deterministic: only algorithms that repeat bit for bit on a GPU; an error where torch has none.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         threads: processor threads of torch; default: torch's own choice, 1 for digits.
         seed: of initialisation, data order, augmentation, attack and probe, each in a stream of its own.
         checkpoint_examples: also save a checkpoint every so many examples within an epoch.
+        checkpoint_minutes: also save a checkpoint every so many minutes.
+        keep_checkpoints: how many of the newest checkpoints are kept.
+        on_divergence: stop, or rollback to the last checkpoint, with the last growth undone and the batch held there.
+        max_rollbacks: how often to roll back before stopping.
         run_dir: folder for records, checkpoints and plots; default: a new one below runs/.
+        tensorboard: write TensorBoard files too, into the run directory.
         plots: draw the plots at the end.
     """
 
     data: DataName = "digits"
     data_dir: str | None = None
+    train_examples: int | None = None
+    test_examples: int | None = None
+    workers: int = 0
     model: str | None = None
     controller: ControllerName = "absa"
     adversary: AdversaryName = "fgsm"
@@ -76,6 +109,9 @@ class TrainConfig:
     schedule: ScheduleName | None = None
     milestones: tuple[int, ...] | None = None
     lr_decay: float = 0.2
+    warmup_epochs: float = 0.0
+    lr_rule: LRRuleName | None = None
+    max_lr_factor: float | None = None
     decay_factor: float = 2.0
     growth_factor: float = 2.0
     patience: int | None = None
@@ -86,20 +122,29 @@ class TrainConfig:
     probe_examples: int = 128
     probe_tolerance: float = 1e-2
     norm_mode: NormMode = "eval"
-    microbatch_size: int | None = None
+    microbatch_size: int | Literal["auto"] | None = None
+    norm_batch_size: int | None = None
     augment: bool = True
-    precision: PrecisionName = "float32"
+    precision: PrecisionName | None = None
+    channels_last: bool | None = None
+    compile: bool = False
+    deterministic: bool = False
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
     checkpoint_examples: int | None = None
+    checkpoint_minutes: float | None = None
+    keep_checkpoints: int = 2
+    on_divergence: DivergenceName = "stop"
+    max_rollbacks: int = 3
     run_dir: str | None = None
+    tensorboard: bool = False
     plots: bool = True
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value not in (None, "auto") and not (math.isfinite(value) and low <= value <= high):
                 upper = "" if high == math.inf else f" and at most {high:g}"
                 raise HessianFlowError(f"{option(name)} must be at least {low:g}{upper}, got {value}")
         for name in ("decay_factor", "growth_factor"):
@@ -111,8 +156,10 @@ class TrainConfig:
             )
         if self.milestones is not None and list(self.milestones) != sorted(set(self.milestones)):
             raise HessianFlowError(f"--milestones must be increasing epochs, got {list(self.milestones)}")
-        if self.controller == "absa" and self.curvature == "off":
-            raise HessianFlowError("--controller absa needs curvature: use --curvature epoch or needed")
+        if self.controller in ("absa", "abs") and self.curvature == "off":
+            raise HessianFlowError(f"--controller {self.controller} needs curvature: use --curvature epoch or needed")
+        if self.max_lr_factor is not None and self.lr_rule is None:
+            raise HessianFlowError(f"--max-lr-factor {self.max_lr_factor:g} needs --lr-rule")
 
 
 _BOUNDS: Mapping[str, tuple[float, float]] = {
@@ -120,6 +167,15 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "max_batch_size": (1, math.inf),
     "epochs": (1, math.inf),
     "lr": (0, math.inf),
+    "train_examples": (1, math.inf),
+    "test_examples": (1, math.inf),
+    "workers": (0, math.inf),
+    "warmup_epochs": (0, math.inf),
+    "max_lr_factor": (1e-6, math.inf),
+    "norm_batch_size": (0, math.inf),
+    "checkpoint_minutes": (0, math.inf),
+    "keep_checkpoints": (1, math.inf),
+    "max_rollbacks": (0, math.inf),
     "momentum": (0, 1),
     "weight_decay": (0, math.inf),
     "lr_decay": (0, 1),
@@ -144,6 +200,8 @@ _SMALL_IMAGES: dict[str, Any] = {
     "schedule": "multistep",
     "milestones": (30, 60, 80),
     "patience": 10,
+    "precision": "auto",
+    "channels_last": True,
 }
 # CIFAR: the published ABSA settings for residual networks. Others: ours.
 PRESETS: Mapping[str, dict[str, Any]] = {
@@ -156,34 +214,45 @@ PRESETS: Mapping[str, dict[str, Any]] = {
         "schedule": "multistep",
         "milestones": (20, 26),
         "patience": 5,
+        "precision": "float32",
+        "channels_last": False,
         "threads": 1,  # the network is too small to share
     },
-    "fake": {**_SMALL_IMAGES, "model": "c1", "max_batch_size": 512, "epochs": 4, "lr": 0.02, "milestones": (3,)},
+    "fake": {
+        **_SMALL_IMAGES,
+        "model": "c1",
+        "precision": "float32",
+        "max_batch_size": 512,
+        "epochs": 4,
+        "lr": 0.02,
+        "milestones": (3,),
+    },
     "cifar10": _SMALL_IMAGES,
     "cifar100": _SMALL_IMAGES,
     "svhn": _SMALL_IMAGES,
     "tiny-imagenet": {**_SMALL_IMAGES, "model": "resnet18"},
     "imagenet": {**_SMALL_IMAGES, "model": "resnet18", "batch_size": 256},
+    "folder": {**_SMALL_IMAGES, "model": "resnet18"},
 }
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill every field that the data set's preset knows and the user left open.
 
-    A cap left open is never below a batch size given, and milestones left open apply only within the epochs.
+    A cap left open is never below a batch size given nor above the `train_examples` given, and milestones left open
+    keep their place in the run.
     """
     preset = PRESETS[config.data]
     filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
     batch = config.batch_size or filled["batch_size"]
     if "max_batch_size" in filled:
-        filled["max_batch_size"] = max(filled["max_batch_size"], batch)
+        filled["max_batch_size"] = max(min(filled["max_batch_size"], config.train_examples or sys.maxsize), batch)
     elif config.max_batch_size is not None and config.max_batch_size < batch:
         raise HessianFlowError(
             f"--max-batch-size {config.max_batch_size} is below the batch size {batch} that {config.data} runs start "
             "with: raise the cap or set --batch-size"
         )
     if "milestones" in filled:
-        # Milestones keep their place in the run when only the number of epochs was given.
         epochs = config.epochs or preset["epochs"]
         scaled = (milestone * epochs // preset["epochs"] for milestone in filled["milestones"])
         filled["milestones"] = tuple(sorted({m for m in scaled if 0 < m < epochs}))

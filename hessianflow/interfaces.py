@@ -96,6 +96,11 @@ class Decision:
     adversarial_share: float = 0.0
     reason: str = ""
 
+    @property
+    def setting(self) -> tuple[int, float, float]:
+        """What is set, without the reason: two decisions with equal settings ask for the same."""
+        return self.batch_size, self.lr_factor, self.adversarial_share
+
 
 @runtime_checkable
 class Stateful(Protocol):

@@ -26,9 +26,9 @@ ALLOWED: dict[str, set[str]] = {
 }
 ROOMS_OF_BUILD = {
     *("curvature", "control", "adversarial", "optim", "models", "data", "training", "distributed"),
-    *("config", "build", *SHARED),
+    *("config", "build", "choices", *SHARED),
 }
-ALLOWED["build"] = ROOMS_OF_BUILD
+ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
 ALLOWED["cli"] = {"config", "build", "plots", "training", "control", "curvature", *SHARED}
 
 

@@ -35,14 +35,12 @@ class GradientAccumulator:
     Attributes:
         model: in the mode the caller set.
         loss_fn: see :data:`hessianflow.interfaces.LossFn`.
-        microbatch_size: examples per forward pass; None runs the whole batch at once.
         observers: shown the gradient of each microbatch and the whole.
         precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
     """
 
     model: nn.Module
     loss_fn: LossFn
-    microbatch_size: int | None = None
     observers: Sequence[GradientObserver] = ()
     precision: Precision = "float32"
     scaler: torch.amp.GradScaler = field(init=False)
@@ -55,8 +53,12 @@ class GradientAccumulator:
             nullcontext if dtype is None else lambda: torch.autocast(device, dtype=dtype)
         )
 
-    def __call__(self, batch: Batch) -> BatchResult:
+    def __call__(self, batch: Batch, microbatch_size: int | None = None) -> BatchResult:
         """Replace every `.grad` by the gradient of the mean loss over `batch` (times the loss scale under fp16).
+
+        Args:
+            batch: (inputs, targets), on the model's device.
+            microbatch_size: most examples in one forward pass; None runs the whole batch at once.
 
         Raises:
             HessianFlowError: the batch is empty.
@@ -67,7 +69,7 @@ class GradientAccumulator:
         self.model.zero_grad(set_to_none=True)
         loss_sum: Tensor | None = None
         correct: Tensor | None = None
-        for inputs, targets in split(batch, self.microbatch_size):
+        for inputs, targets in split(batch, microbatch_size):
             count = num_examples(targets)
             with self._autocast():
                 outputs = self.model(inputs)

@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ FORMAT, VERSION = "hessianflow-checkpoint", 1
 FOLDER, LAST, PREVIOUS, BEST = "checkpoints", "last.pt", "previous.pt", "best.pt"
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `path` atomically; an existing file there moves to `previous.pt` when `path` is `last.pt`.
+def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
+    """Write `state` to `path` atomically.
+
+    An existing `last.pt` stays as `previous.pt`, that one as `previous-2.pt`, and so on, `keep` files in all.
 
     Raises:
         HessianFlowError: the disk is full or the folder cannot be written; the file that was there stays.
@@ -35,8 +38,8 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.name == LAST and path.exists():
-            _keep_previous(path)
+        if path.name == LAST and path.exists() and keep > 1:
+            _keep_previous(path, keep)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
@@ -123,10 +126,14 @@ def load_model(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
     model.load_state_dict(state)
 
 
-def _keep_previous(path: Path) -> None:
+def _keep_previous(path: Path, keep: int) -> None:
+    names = [PREVIOUS, *(f"{Path(PREVIOUS).stem}-{number}.pt" for number in range(2, keep))]
+    for newer, older in reversed(list(pairwise(names))):
+        if path.with_name(newer).exists():
+            os.replace(path.with_name(newer), path.with_name(older))
     link = path.with_name(PREVIOUS + ".tmp")
     link.unlink(missing_ok=True)
-    os.link(path, link)
+    os.link(path, link)  # last.pt itself stays until the new one takes its name
     os.replace(link, path.with_name(PREVIOUS))
 
 

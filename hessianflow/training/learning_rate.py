@@ -26,6 +26,7 @@ class LearningRate:
         self._scheduler = scheduler
         self._scheduled = [_get(group) for group in optimizer.param_groups]
         self.factor = 1.0
+        self._fraction = 0.0
 
     @property
     def value(self) -> float:
@@ -50,14 +51,26 @@ class LearningRate:
         self._scheduled = [_get(group) for group in self._optimizer.param_groups]
         self._apply()
 
+    def advance(self, steps: float) -> None:
+        """Let the scheduler take as many steps as have become whole: for schedules counted in reference batches."""
+        self._fraction += steps
+        for _ in range(int(self._fraction + 1e-9)):
+            self.step()
+            self._fraction -= 1
+
     def state_dict(self) -> dict[str, Any]:
         """Factor, scheduled rates and the scheduler's own state."""
         scheduler = None if self._scheduler is None else self._scheduler.state_dict()
-        return {"factor": self.factor, "scheduled": list(self._scheduled), "scheduler": scheduler}
+        return {
+            "factor": self.factor,
+            "scheduled": list(self._scheduled),
+            "scheduler": scheduler,
+            "fraction": self._fraction,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`; the optimizer's state must have been loaded before."""
-        self.factor = state["factor"]
+        self.factor, self._fraction = state["factor"], state["fraction"]
         self._scheduled = list(state["scheduled"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])

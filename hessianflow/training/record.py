@@ -162,8 +162,11 @@ class RunRecord:
         row = finite(record)
         self.records.append(row)
         if self.run_dir is not None:
-            with open(self.run_dir / HISTORY, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            try:
+                with open(self.run_dir / HISTORY, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, allow_nan=False) + "\n")
+            except OSError as error:
+                raise HessianFlowError(f"cannot write {self.run_dir / HISTORY}: {error.strerror or error}") from None
         for sink in self._sinks:
             sink.write(row)
 

@@ -4,16 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hessianflow.interfaces import Decision, Progress
 from hessianflow.training.accumulate import BatchResult
 from hessianflow.training.evaluate import Evaluation
 
 _NEVER = 2**62
+EXPLODED = 100.0
+"""A loss of this many times the run's first loss (or times 1, if that is smaller) counts as diverged. Ours."""
 
 
 class RunningTotals:
-    """Loss, hits and the first update with a non-finite loss; adding to them never waits for the device.
+    """Loss, hits and the first update whose loss diverged; adding to them never waits for the device.
+
+    Diverged: not finite, or above :data:`EXPLODED` times the first loss of the run.
 
     Args:
         device: where the sums live.
@@ -22,8 +27,14 @@ class RunningTotals:
 
     def __init__(self, device: torch.device, seconds: Mapping[str, float]) -> None:
         self._device = device
-        self._first_bad = torch.full((), _NEVER, dtype=torch.int64, device=device)
+        self.forget_divergence()
+        self._limit: Tensor | None = None
+        self._last = torch.zeros((), device=device)
         self.start_epoch(seconds)
+
+    def forget_divergence(self) -> None:
+        """Start to watch afresh, after a rollback."""
+        self._first_bad = torch.full((), _NEVER, dtype=torch.int64, device=self._device)
 
     def start_epoch(self, seconds: Mapping[str, float]) -> None:
         """Forget the epoch before; `seconds`: the stopwatch's totals now."""
@@ -36,13 +47,16 @@ class RunningTotals:
 
     def add(self, result: BatchResult, update: int, decision: Decision, rate: float) -> None:
         """Count one optimization batch, trained under `decision` at learning rate `rate`."""
+        self._last = result.loss
         self._loss += result.loss * result.examples
         if result.correct is None:
             self._classified = False
         else:
             self._correct += result.correct
-        # A device-side minimum: the update at which the loss first was not finite, without reading it now.
-        bad = torch.where(torch.isfinite(result.loss), _NEVER, update)
+        if self._limit is None:
+            self._limit = EXPLODED * result.loss.abs().clamp(min=1)
+        # A device-side minimum: the update at which the loss first diverged, without reading it now.
+        bad = torch.where(result.loss <= self._limit, _NEVER, update)
         self._first_bad = torch.minimum(self._first_bad, bad)
         self._examples += result.examples
         self._setting = {
@@ -51,13 +65,17 @@ class RunningTotals:
             "adversarial_share": decision.adversarial_share,
         }
 
+    def last_loss(self) -> float:
+        """Mean loss of the latest optimization batch (waits for the device)."""
+        return float(self._last.item())
+
     def means(self) -> tuple[float, float | None]:
         """Mean loss and accuracy since the epoch began (waits for the device)."""
         count = max(self._examples, 1)
         return self._loss.item() / count, self._correct.item() / count if self._classified else None
 
     def first_bad_update(self) -> int | None:
-        """The first update whose loss was not finite, or None (waits for the device)."""
+        """The first update whose loss diverged, or None (waits for the device)."""
         update = int(self._first_bad.item())
         return None if update == _NEVER else update
 
@@ -94,6 +112,7 @@ class RunningTotals:
             "examples": self._examples,
             "setting": dict(self._setting),
             "seconds": dict(self._seconds),
+            "limit": None if self._limit is None else self._limit.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,3 +121,4 @@ class RunningTotals:
         self._correct = state["correct"].to(self._device)
         self._classified, self._examples = state["classified"], state["examples"]
         self._setting, self._seconds = dict(state["setting"]), dict(state["seconds"])
+        self._limit = None if state["limit"] is None else state["limit"].to(self._device)

@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from hessianflow.batches import move
 from hessianflow.interfaces import (
     Adversary,
     Batch,
@@ -24,22 +23,31 @@ from hessianflow.interfaces import (
     CurvatureReading,
     Decision,
     GradientObserver,
-    HessianFlowError,
     LossFn,
     Progress,
     RecordSink,
     ResizableBatches,
 )
+from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint, rows
-from hessianflow.training.accumulate import BatchResult, GradientAccumulator, Precision
+from hessianflow.training.accumulate import GradientAccumulator, Precision
+from hessianflow.training.checks import check_run
+from hessianflow.training.divergence import DivergenceError, DivergencePolicy, OnDivergence, hold
 from hessianflow.training.evaluate import evaluate
+from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
+from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.progress import ProgressBar
 from hessianflow.training.record import History, RunRecord
+from hessianflow.training.saving import Saver
+from hessianflow.training.state import RunState
+from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
 from hessianflow.training.totals import RunningTotals
 
 CurvatureSchedule = Literal["epoch", "needed"]
+AUTO_START = 128
+"""Where the search for a microbatch size begins. Ours."""
 
 
 class AdaptiveBatchTrainer:
@@ -60,8 +68,10 @@ class AdaptiveBatchTrainer:
             examples (the batch size the run starts with), so that a schedule counted in steps keeps its meaning when
             the batch grows.
         probe: measures curvature, when the controller needs it and, with `curvature="epoch"`, after every epoch.
-        microbatch_size: examples per forward pass on the device. Default (ours): the batch size the run starts with, so
-            that batch normalisation sees the same number of examples all along, as in the published runs.
+        microbatch_size: examples per forward pass on the device; halved for good when memory runs out. "auto" looks for
+            the fastest that fits. None: "auto" on a GPU, elsewhere the batch size the run starts with.
+        norm_batch_size: examples that batch normalisation sees at once in training ("ghost" batch normalisation). None:
+            the batch size the run starts with, as the published runs had in effect. 0: the whole microbatch.
         transform: applied to each whole batch before the adversary.
         observers: shown the gradient of every microbatch; their signals go to the controller.
         precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
@@ -69,6 +79,11 @@ class AdaptiveBatchTrainer:
         config: settings to write to config.json beside the trainer's own.
         sinks: further receivers of every record.
         checkpoint_examples: also save a checkpoint every so many examples within an epoch.
+        checkpoint_minutes: also save one every so many minutes.
+        keep_checkpoints: how many of the newest are kept (the best one is kept besides).
+        on_divergence: when the loss is no longer finite, or explodes: "stop", or "rollback": go back to the last
+            checkpoint, undo the last growth and keep the batch below it from then on.
+        max_rollbacks: how often, before stopping all the same.
         show_progress: True, False, or None: only on a terminal.
 
     Raises:
@@ -90,7 +105,8 @@ class AdaptiveBatchTrainer:
         schedule_unit: ScheduleUnit = "epoch",
         probe: CurvatureProbe | None = None,
         curvature: CurvatureSchedule = "epoch",
-        microbatch_size: int | None = None,
+        microbatch_size: int | Literal["auto"] | None = None,
+        norm_batch_size: int | None = None,
         transform: BatchTransform | None = None,
         observers: Sequence[GradientObserver] = (),
         precision: Precision = "float32",
@@ -98,28 +114,48 @@ class AdaptiveBatchTrainer:
         config: Mapping[str, Any] | None = None,
         sinks: Iterable[RecordSink] = (),
         checkpoint_examples: int | None = None,
+        checkpoint_minutes: float | None = None,
+        keep_checkpoints: int = 2,
+        on_divergence: OnDivergence = "stop",
+        max_rollbacks: int = 3,
         show_progress: bool | None = None,
     ) -> None:
         decision = Decision(train_data.batch_size) if controller is None else controller.decision
-        _check(model, optimizer, decision.batch_size, train_data.num_examples, epochs)
-        self.model, self.train_data, self.eval_data = model, train_data, eval_data
-        self.optimizer, self.loss_fn, self.controller, self.adversary = optimizer, loss_fn, controller, adversary
-        self.epochs, self.schedule_unit, self.probe, self.curvature = epochs, schedule_unit, probe, curvature
-        self.transform, self.observers, self.checkpoint_examples = transform, tuple(observers), checkpoint_examples
-        self.show_progress = show_progress
+        check_run(model, optimizer, decision.batch_size, train_data.num_examples, epochs)
+        self.model, self.train_data, self.eval_data, self.loss_fn = model, train_data, eval_data, loss_fn
+        self.controller, self.observers, self.probe, self.curvature = controller, tuple(observers), probe, curvature
+        self.epochs, self.schedule_unit, self.show_progress = epochs, schedule_unit, show_progress
+        self._saver = Saver(checkpoint_examples, checkpoint_minutes, keep_checkpoints)
+        self._policy = DivergencePolicy(on_divergence, max_rollbacks)
         self.reference_batch_size = decision.batch_size
-        size = decision.batch_size if microbatch_size is None else microbatch_size
-        self._accumulate = GradientAccumulator(model, loss_fn, size, self.observers, precision)
+        self.norm_batch_size = decision.batch_size if norm_batch_size is None else norm_batch_size or None
+        device = next(model.parameters()).device
+        self._watch = Stopwatch(device)
+        self._totals = RunningTotals(device, self._watch.totals())
         self._rate = LearningRate(optimizer, scheduler)
-        self._device = next(model.parameters()).device
-        self._watch = Stopwatch(self._device)
-        self._totals = RunningTotals(self._device, self._watch.totals())
+        accumulate = GradientAccumulator(model, loss_fn, self.observers, precision)
+        if microbatch_size is None:
+            microbatch_size = "auto" if device.type == "cuda" else decision.batch_size
+        self._microbatch = MicrobatchSize(microbatch_size, min(AUTO_START, decision.batch_size), device)
+        self._step = TrainingStep(
+            model, optimizer, accumulate, self._microbatch, adversary, transform, self._watch, device
+        )
+        parts: dict[str, Any] = {
+            "train_data": train_data,
+            "controller": controller,
+            "adversary": adversary,
+            "probe": probe,
+            "learning rate": self._rate,
+            "loss scale": accumulate.scaler,
+            "totals": self._totals,
+            "microbatch": self._microbatch,
+        }
+        parts |= {f"observer {number}": observer for number, observer in enumerate(self.observers)}
+        self._state = RunState(model, optimizer, parts, self._watch)
         self._record = RunRecord(run_dir, sinks)
         self._config = dict(config or {})
         self._decision = decision
         self._reading: CurvatureReading | None = None
-        self._examples = self._updates = self._saved_at = 0
-        self._best: float | None = None
         self._stop_requested = False
 
     def fit(self) -> History:
@@ -142,7 +178,7 @@ class AdaptiveBatchTrainer:
         """
         folder = Path(run_dir)
         state, warning = checkpoint.load_newest(folder / checkpoint.FOLDER)
-        self.load_state_dict(state, f"checkpoint in {folder}")
+        self.load_state_dict(state, f"the checkpoint in {folder}")
         self._record.reopen(folder, state["history_bytes"])
         if warning is not None:
             self._event("fallback", warning)
@@ -155,68 +191,53 @@ class AdaptiveBatchTrainer:
     @property
     def progress(self) -> Progress:
         """How far the run has come."""
-        per_epoch = self.train_data.num_examples
-        return Progress(self._examples // per_epoch, self._examples, self._updates, per_epoch, self.epochs)
+        per_epoch, counters = self.train_data.num_examples, self._state.counters
+        return Progress(counters.examples // per_epoch, counters.examples, counters.updates, per_epoch, self.epochs)
 
     def _run(self) -> History:
         was_training = self.model.training
         total = self.epochs * self.train_data.num_examples
-        bar = ProgressBar(total, self._examples, show=self.show_progress)
+        bar = ProgressBar(total, self._state.counters.examples, show=self.show_progress)
         try:
-            while self._examples < total and not self._stop_requested:
-                self.model.train()
-                self._train_epoch(bar)
+            with ghost_normalisation(self.model, self.norm_batch_size):
+                while self._state.counters.examples < total and not self._stop_requested:
+                    self.model.train()
+                    try:
+                        self._train_epoch(bar)
+                    except DivergenceError as error:
+                        self._roll_back(error)
         finally:
             bar.close()
             self.model.train(was_training)
-        if self._examples < total:
+        if self._state.counters.examples < total:
             self._event("preempted", "stopped on request before the last epoch; `hessianflow resume` continues")
             self._save()
-        history, seconds = self._record.history(), self._watch.totals()
-        self._record.finish(rows.summary(history, self.progress, self._decision, seconds, self._device))
+        device, seconds = self._step.device, self._watch.totals()
+        self._record.finish(rows.summary(self._record.history(), self.progress, self._decision, seconds, device))
         return self._record.history()
 
     def _train_epoch(self, bar: ProgressBar) -> None:
+        counters = self._state.counters
         for batch in self.train_data:
-            result = self._step(batch)
+            result = self._step(batch, self._decision, self.progress)
+            counters.examples += result.examples
+            counters.updates += 1
+            self._totals.add(result, counters.updates, self._decision, self._rate.value)
+            if self.schedule_unit == "reference_batch":
+                self._rate.advance(result.examples / self.reference_batch_size)
             if bar.advance(result.examples):
                 self._show(bar)
-            at_end = self._examples % self.train_data.num_examples == 0
-            if at_end:
-                self._check_finite()
+            at_end = counters.examples % self.train_data.num_examples == 0
+            save = at_end or self._saver.is_due(counters.examples - counters.saved_at)
+            if save:
+                self._check_divergence()
             self._control(at_end)
             if at_end:
                 self._finish_epoch()
-            since = self._examples - self._saved_at
-            if at_end or (self.checkpoint_examples is not None and since >= self.checkpoint_examples):
-                self._check_finite()
+            if save:
                 self._save()
             if self._stop_requested:
                 return
-
-    def _step(self, batch: Batch) -> BatchResult:
-        with self._watch.part("training"):
-            inputs, targets = move(batch, self._device, non_blocking=True)
-            if self.transform is not None:
-                inputs, targets = self.transform(inputs, targets, self.progress)
-            share = self._decision.adversarial_share
-            if self.adversary is not None and share > 0:
-                with self._watch.part("adversary"):
-                    size = self._accumulate.microbatch_size
-                    inputs = self.adversary.perturb(self.model, inputs, targets, share, size)
-            result = self._accumulate((inputs, targets))
-            self._accumulate.scaler.step(self.optimizer)
-            self._accumulate.scaler.update()
-            if self.adversary is not None:
-                self.adversary.after_step(self.model)
-        steps_before = self._examples // self.reference_batch_size
-        self._examples += result.examples
-        self._updates += 1
-        self._totals.add(result, self._updates, self._decision, self._rate.value)
-        if self.schedule_unit == "reference_batch":
-            for _ in range(self._examples // self.reference_batch_size - steps_before):
-                self._rate.step()
-        return result
 
     def _control(self, at_end: bool) -> None:
         controller, progress = self.controller, self.progress
@@ -229,8 +250,11 @@ class AdaptiveBatchTrainer:
         decision = self._decision
         if due and controller is not None:
             signals = {name: value for observer in self.observers for name, value in observer.signals().items()}
-            decision = controller.update(progress, reading, signals)
-        changed = _settings(decision) != _settings(self._decision)
+            if "train_loss" in controller.needs:
+                signals["train_loss"] = self._totals.last_loss()
+            signals["learning_rate"] = self._rate.value
+            decision = hold(controller.update(progress, reading, signals), self._state.counters.batch_cap)
+        changed = decision.setting != self._decision.setting
         if reading is not None:
             self._record.write(rows.reading_row(progress, reading, "" if changed else decision.reason))
         if changed:
@@ -252,13 +276,13 @@ class AdaptiveBatchTrainer:
         self._totals.start_epoch(self._watch.totals())
         if self.schedule_unit == "epoch":
             self._rate.step(row["train_loss"] if evaluation is None else evaluation.loss)
-        accuracy = row["eval_accuracy"]
-        if accuracy is not None and (self._best is None or accuracy > self._best):
-            self._best = accuracy
+        accuracy, counters = row["eval_accuracy"], self._state.counters
+        if accuracy is not None and (counters.best is None or accuracy > counters.best):
+            counters.best = accuracy
             self._save(checkpoint.BEST)
 
     def _show(self, bar: ProgressBar) -> None:
-        self._check_finite()  # the figures leave the device here anyway
+        self._check_divergence()  # the figures leave the device here anyway
         loss, accuracy = self._totals.means()
         bar.show(
             f"epoch {min(self.progress.epoch + 1, self.epochs)}/{self.epochs}",
@@ -269,100 +293,64 @@ class AdaptiveBatchTrainer:
             eig=None if self._reading is None else self._reading.eigenvalue,
         )
 
-    def _check_finite(self) -> None:
+    def _check_divergence(self) -> None:
         update = self._totals.first_bad_update()
         if update is None:
             return
-        self._event("diverged", f"the training loss was not finite at update {update}")
-        epoch = (self._examples - 1) // self.train_data.num_examples + 1
-        raise HessianFlowError(
-            f"the training loss was not finite in epoch {epoch} at update {update} (learning rate "
-            f"{self._rate.value:g}, batch {self._decision.batch_size}): lower the rate or the largest batch; "
-            f"{self._record.last_checkpoint()}"
+        epoch = (self._state.counters.examples - 1) // self.train_data.num_examples + 1
+        where = f"the training loss was not finite, or exploded, in epoch {epoch} at update {update}"
+        self._event("diverged", where)
+        raise DivergenceError(
+            f"{where} (learning rate {self._rate.value:g}, batch {self._decision.batch_size}): lower the rate or the "
+            f"largest batch; {self._record.last_checkpoint()}"
         )
+
+    def _roll_back(self, error: DivergenceError) -> None:
+        """Go back to the last checkpoint with the last growth undone, or raise the error where that is not possible."""
+        counters, folder = self._state.counters, self._record.run_dir
+        cap = self._policy.cap(self._record.history().growths, counters.rollbacks, counters.batch_cap)
+        if cap is None or folder is None:
+            raise error
+        rollbacks = counters.rollbacks + 1
+        state, _ = checkpoint.load_newest(folder / checkpoint.FOLDER)
+        self.load_state_dict(state, f"the checkpoint in {folder}")
+        self._totals.forget_divergence()
+        self._state.counters.rollbacks, self._state.counters.batch_cap = rollbacks, cap
+        self._event("rollback", f"back to {self.progress.examples} examples; batch held at {cap} from now on")
+        held = hold(self._decision, cap)
+        self._record.write(rows.decision_row(self.progress, self._decision, held))
+        self._apply(held)
 
     def _event(self, event: str, message: str) -> None:
         self._record.write(rows.event_row(self.progress, event, message))
 
     def _save(self, name: str = checkpoint.LAST) -> None:
         if name == checkpoint.LAST:
-            self._saved_at = self._examples
+            self._state.counters.saved_at = self._state.counters.examples
         if self._record.run_dir is not None:
             with self._watch.part("checkpoint"):
-                checkpoint.save(self._record.run_dir / checkpoint.FOLDER / name, self.state_dict())
+                self._saver.save(self._record.run_dir, self.state_dict(), name)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue as if it had never stopped: tensors and plain values."""
-        parts = {name: getattr(self, name) for name in _STATEFUL}
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            **{name: None if part is None else part.state_dict() for name, part in parts.items()},
-            "rate": self._rate.state_dict(),
-            "observers": [observer.state_dict() for observer in self.observers],
-            "scaler": self._accumulate.scaler.state_dict(),
-            "totals": self._totals.state_dict(),
-            "generators": checkpoint.generator_states(),
-            "examples": self._examples,
-            "updates": self._updates,
-            "saved_at": self._saved_at,
-            "best": self._best,
-            "decision": dict(vars(self._decision)),
-            "seconds": self._watch.totals(),
-            "history_bytes": self._record.history_bytes,
-        }
+        return self._state.capture(self._decision, self._record.history_bytes)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
         """Continue from :meth:`state_dict` of a trainer of the same settings; `source` names it in errors."""
-        checkpoint.load_model(self.model, state["model"], source)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in _STATEFUL:
-            part = getattr(self, name)
-            if (part is None) != (state[name] is None):
-                raise HessianFlowError(f"{source} was made {'with' if part is None else 'without'} a {name}")
-            if part is not None:
-                part.load_state_dict(state[name])
-        self._rate.load_state_dict(state["rate"])
-        for observer, inner in zip(self.observers, state["observers"], strict=True):
-            observer.load_state_dict(inner)
-        self._accumulate.scaler.load_state_dict(state["scaler"])
-        self._totals.load_state_dict(state["totals"])
-        self._examples, self._updates, self._best = state["examples"], state["updates"], state["best"]
-        self._saved_at = state["saved_at"]
-        self._watch.load(state["seconds"])
-        self._apply(Decision(**state["decision"]))
-        checkpoint.restore_generators(state["generators"])
+        self._apply(self._state.restore(state, source))
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "model": type(self.model).__name__,
+            "model": type(unwrap(self.model)).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": type(self._step.optimizer).__name__,
             "controller": None if self.controller is None else type(self.controller).__name__,
-            "adversary": None if self.adversary is None else type(self.adversary).__name__,
+            "adversary": None if self._step.adversary is None else type(self._step.adversary).__name__,
             "epochs": self.epochs,
             "examples_per_epoch": self.train_data.num_examples,
             "reference_batch_size": self.reference_batch_size,
-            "microbatch_size": self._accumulate.microbatch_size,
-            "precision": self._accumulate.precision,
-            "device": str(self._device),
+            "microbatch_size": self._microbatch.size,
+            "norm_batch_size": self.norm_batch_size,
+            "precision": self._step.accumulate.precision,
+            "device": str(self._step.device),
         }
-
-
-_STATEFUL = ("train_data", "controller", "adversary", "probe")
-
-
-def _settings(decision: Decision) -> tuple[int, float, float]:
-    return decision.batch_size, decision.lr_factor, decision.adversarial_share
-
-
-def _check(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examples: int, epochs: int) -> None:
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if not trained:
-        raise HessianFlowError("the model has no trainable parameter: nothing to train")
-    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
-        raise HessianFlowError("the optimizer holds no trainable parameter of the model: build it from this model")
-    if epochs < 1:
-        raise HessianFlowError(f"epochs must be at least 1, got {epochs}")
-    if not 1 <= batch_size <= num_examples:
-        raise HessianFlowError(f"batch size {batch_size} must lie between 1 and the {num_examples} training examples")

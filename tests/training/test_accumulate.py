@@ -26,7 +26,7 @@ def one_pass(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> list
 @pytest.mark.parametrize("microbatch_size", [None, 1, 3, 16, 1000])
 def test_accumulated_gradient_is_the_one_pass_gradient(examples: int, microbatch_size: int | None):
     model, batch = problem(examples)
-    result = GradientAccumulator(model, F.cross_entropy, microbatch_size)(batch)
+    result = GradientAccumulator(model, F.cross_entropy)(batch, microbatch_size)
     for parameter, expected in zip(model.parameters(), one_pass(model, batch), strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-14)
     assert result.loss.item() == pytest.approx(F.cross_entropy(model(batch[0]), batch[1]).item(), rel=1e-6)
@@ -46,7 +46,7 @@ def test_accumulated_gradient_is_the_one_pass_gradient(examples: int, microbatch
 )
 def test_every_reduction_gives_the_mean(loss_fn):
     model, batch = problem(10)
-    GradientAccumulator(model, loss_fn, 4)(batch)
+    GradientAccumulator(model, loss_fn)(batch, 4)
     for parameter, expected in zip(model.parameters(), one_pass(model, batch), strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-14)
 
@@ -55,7 +55,7 @@ def test_old_gradients_never_enter():
     model, batch = problem(10)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e6)
-    GradientAccumulator(model, F.cross_entropy, 4)(batch)
+    GradientAccumulator(model, F.cross_entropy)(batch, 4)
     torch.testing.assert_close(next(model.parameters()).grad, one_pass(model, batch)[0], rtol=1e-12, atol=1e-14)
 
 
@@ -79,9 +79,9 @@ class Recorder:
 def test_observers_see_every_microbatch_and_the_whole():
     model, batch = problem(10)
     plain, _ = problem(10)
-    GradientAccumulator(plain, F.cross_entropy, 4)(batch)
+    GradientAccumulator(plain, F.cross_entropy)(batch, 4)
     recorder = Recorder()
-    GradientAccumulator(model, F.cross_entropy, 4, observers=[recorder])(batch)
+    GradientAccumulator(model, F.cross_entropy, observers=[recorder])(batch, 4)
     assert [count for _, count in recorder.parts] == [3, 3, 4]
     for (gradients, _), micro in zip(recorder.parts, split(batch, 4), strict=True):
         for got, expected in zip(gradients, one_pass(model, micro), strict=True):
@@ -97,7 +97,7 @@ def test_observers_see_zeros_for_an_unused_parameter():
     model, batch = problem(6)
     model.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
     recorder = Recorder()
-    GradientAccumulator(model, F.cross_entropy, 3, observers=[recorder])(batch)
+    GradientAccumulator(model, F.cross_entropy, observers=[recorder])(batch, 3)
     names = [name for name, _ in model.named_parameters()]
     assert torch.equal(recorder.parts[0][0][names.index("unused")], torch.zeros(2, dtype=torch.float64))
     assert model.unused.grad is None
@@ -106,7 +106,7 @@ def test_observers_see_zeros_for_an_unused_parameter():
 def test_frozen_parameters_get_no_gradient():
     model, batch = problem(6)
     model[0].weight.requires_grad_(False)
-    GradientAccumulator(model, F.cross_entropy, 3, observers=[Recorder()])(batch)
+    GradientAccumulator(model, F.cross_entropy, observers=[Recorder()])(batch, 3)
     assert model[0].weight.grad is None
     assert model[2].weight.grad is not None
 
@@ -123,7 +123,7 @@ def test_bf16_stays_close_to_float32():
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
     batch = (torch.randn(64, 20), torch.randint(4, (64,)))
     exact = torch.cat([g.flatten() for g in one_pass(model, batch)])
-    GradientAccumulator(model, F.cross_entropy, 16, precision="bf16")(batch)
+    GradientAccumulator(model, F.cross_entropy, precision="bf16")(batch, 16)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert 0 < (got - exact).norm() / exact.norm() < 0.03
 

@@ -1,0 +1,149 @@
+"""What the names in a configuration stand for: optimizer, schedule, controller, attack, observers."""
+
+import math
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from hessianflow.adversarial import FGSM, PGD
+from hessianflow.config import TrainConfig
+from hessianflow.control import ABSA, CABS, AdaBatch, DiveBatch, FixedBatch, GrowInsteadOfDecay, NoiseScale, Warmup
+from hessianflow.control.rate_rule import RateRule
+from hessianflow.interfaces import Adversary, BatchController, GradientObserver
+from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorms, polynomial_decay
+
+T = TypeVar("T")
+
+
+def given(value: T | None) -> T:
+    """A field that resolving has filled."""
+    assert value is not None, "only resolved configurations are built"
+    return value
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
+    """The optimizer by name, over all trainable parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rate, momentum, decay = given(config.lr), config.momentum, config.weight_decay
+    makers: dict[str, Callable[[], Optimizer]] = {
+        "sgd": lambda: SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay),
+        "adam": lambda: Adam(parameters, lr=rate, weight_decay=decay),
+        "adamw": lambda: AdamW(parameters, lr=rate, weight_decay=decay),
+        "lars": lambda: LARS(parameters, rate, momentum=momentum, weight_decay=decay),
+        "clars": lambda: CLARS(parameters, rate, momentum=momentum, weight_decay=decay),
+        "lamb": lambda: LAMB(parameters, rate, weight_decay=decay),
+    }
+    return makers[config.optimizer]()
+
+
+def build_scheduler(
+    config: TrainConfig, optimizer: Optimizer, examples: int
+) -> tuple[LRScheduler | None, Literal["epoch", "reference_batch"]]:
+    """The schedule below the controller's factor, and what it counts.
+
+    Without warm-up it takes one step an epoch. With warm-up it takes one a reference batch of examples, so that the
+    rate rises smoothly.
+    """
+    epochs, milestones = given(config.epochs), list(config.milestones or ())
+    if config.warmup_epochs > 0:
+        steps_per_epoch = examples / given(config.batch_size)
+        shape = _shape(config, epochs, milestones)
+        warmup = config.warmup_epochs
+
+        def factor(step: int) -> float:
+            epoch = step / steps_per_epoch
+            return min((step + 1) / (steps_per_epoch * warmup), 1.0) * shape(epoch)
+
+        return lr_scheduler.LambdaLR(optimizer, factor), "reference_batch"
+    if config.schedule == "multistep":
+        return lr_scheduler.MultiStepLR(optimizer, milestones, gamma=config.lr_decay), "epoch"
+    if config.schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs), "epoch"
+    if config.schedule == "polynomial":
+        return lr_scheduler.LambdaLR(optimizer, polynomial_decay(epochs)), "epoch"
+    return None, "epoch"
+
+
+def _shape(config: TrainConfig, epochs: int, milestones: list[int]) -> Callable[[float], float]:
+    """The schedule's factor after a fractional number of epochs."""
+    shapes: dict[str | None, Callable[[float], float]] = {
+        "constant": lambda _epoch: 1.0,
+        "multistep": lambda epoch: float(config.lr_decay ** sum(epoch >= m for m in milestones)),
+        "cosine": lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1))),
+        "polynomial": lambda epoch: max(1 - epoch / epochs, 0.0) ** 2,
+    }
+    return shapes[config.schedule]
+
+
+def build_controller(config: TrainConfig) -> BatchController:
+    """The controller by name, under the learning-rate rule if one was asked for."""
+    batch, cap = given(config.batch_size), given(config.max_batch_size)
+    share = 0.0 if config.adversary == "none" or config.controller == "abs" else config.adversarial_share
+
+    def absa() -> BatchController:
+        return ABSA(
+            batch,
+            cap,
+            decay_factor=config.decay_factor,
+            growth_factor=config.growth_factor,
+            patience=config.patience or None,
+            adversarial_share=share,
+            share_decay=config.share_decay,
+        )
+
+    def grow_instead() -> BatchController:
+        factor = 1 / config.lr_decay
+        milestones = config.milestones or ()
+        return GrowInsteadOfDecay(batch, cap, milestones=milestones, decay_factor=factor, adversarial_share=share)
+
+    makers: dict[str, Callable[[], BatchController]] = {
+        "absa": absa,
+        "abs": absa,
+        "fixed": lambda: FixedBatch(batch, share),
+        "warmup": lambda: Warmup(cap, batch, adversarial_share=share),
+        "adabatch": lambda: AdaBatch(batch, cap, growth_factor=config.growth_factor, adversarial_share=share),
+        "grow-instead-of-decay": grow_instead,
+        "noise-scale": lambda: NoiseScale(batch, cap, adversarial_share=share),
+        "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch), adversarial_share=share),
+        "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
+    }
+    controller = makers[config.controller]()
+    if config.lr_rule is None:
+        return controller
+    return RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)
+
+
+def build_adversary(
+    config: TrainConfig, spread: tuple[float, ...], value_range: tuple[Tensor, Tensor]
+) -> Adversary | None:
+    """The attack by name, its size and bounds in the units of the normalised inputs.
+
+    Args:
+        spread: standard deviation per channel that the pixels were divided by.
+        value_range: lowest and highest valid input per channel.
+    """
+    if config.adversary == "none" or config.controller == "abs":
+        return None
+    eps = config.eps / torch.tensor(spread).view(-1, 1, 1)
+    attack = FGSM if config.adversary == "fgsm" else PGD
+    return attack(eps, value_range=value_range, seed=config.seed)
+
+
+def build_observers(config: TrainConfig, optimizer: Optimizer) -> list[GradientObserver]:
+    """What the controller and the optimizer want to know of the microbatch gradients."""
+    observers: list[GradientObserver] = []
+    if isinstance(optimizer, CLARS) and isinstance(optimizer.norms, MicrobatchNorms):
+        observers.append(optimizer.norms)
+    if config.controller in ("noise-scale", "cabs", "divebatch"):
+        observers.append(GradientMoments(accumulate=config.controller == "divebatch"))
+    return observers
+
+
+def microbatch_default(config: TrainConfig) -> int | None:
+    """Methods that compare microbatch gradients need several a step: a quarter of the batch. Others: None."""
+    compares = config.optimizer == "clars" or config.controller in ("noise-scale", "cabs", "divebatch")
+    return max(1, given(config.batch_size) // 4) if compares else None

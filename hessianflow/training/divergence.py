@@ -1,0 +1,48 @@
+"""What to do when the training loss is no longer finite, or explodes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from hessianflow.interfaces import Decision, HessianFlowError
+
+OnDivergence = Literal["stop", "rollback"]
+
+
+class DivergenceError(HessianFlowError):
+    """The training loss stopped being finite, or exploded."""
+
+
+@dataclass(frozen=True)
+class DivergencePolicy:
+    """Stop, or go back to the last checkpoint, undo the last growth and hold the batch below it.
+
+    Attributes:
+        mode: "stop" or "rollback".
+        max_rollbacks: how often to go back before stopping all the same.
+    """
+
+    mode: OnDivergence = "stop"
+    max_rollbacks: int = 3
+
+    def cap(self, growths: Sequence[dict[str, Any]], rollbacks: int, cap: int | None) -> int | None:
+        """The largest batch to allow from now on; None: stop.
+
+        Args:
+            growths: rows of the growths so far.
+            rollbacks: how often the run went back before.
+            cap: the largest batch allowed so far, if limited.
+        """
+        if self.mode == "stop" or not growths or rollbacks >= self.max_rollbacks:
+            return None
+        before = int(growths[-1]["from"])
+        return before if cap is None else min(before, max(1, cap // 2))
+
+
+def hold(decision: Decision, cap: int | None) -> Decision:
+    """The decision with batch and learning rate held at `cap` examples, in proportion."""
+    if cap is None or decision.batch_size <= cap:
+        return decision
+    factor = decision.lr_factor * cap / decision.batch_size
+    reason = f"{decision.reason} (held at {cap} since a divergence)".strip()
+    return replace(decision, batch_size=cap, lr_factor=factor, reason=reason)

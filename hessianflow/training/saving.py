@@ -1,0 +1,33 @@
+"""When a run saves checkpoints, and how many it keeps."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hessianflow.training import checkpoint
+
+
+class Saver:
+    """Decides when a checkpoint is due within an epoch and writes checkpoints of a run.
+
+    Args:
+        every_examples: due after so many examples since the last one; None: never.
+        every_minutes: due after so many minutes; None: never.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, every_examples: int | None, every_minutes: float | None, keep: int) -> None:
+        self._every_examples, self._every_minutes, self._keep = every_examples, every_minutes, keep
+        self._time = time.monotonic()
+
+    def is_due(self, examples_since: int) -> bool:
+        """Whether a checkpoint within the epoch is due, `examples_since` the last one."""
+        if self._every_examples is not None and examples_since >= self._every_examples:
+            return True
+        return self._every_minutes is not None and time.monotonic() - self._time >= 60 * self._every_minutes
+
+    def save(self, run_dir: Path, state: Mapping[str, Any], name: str) -> None:
+        """Write `state` under `name` into the run's folder of checkpoints."""
+        checkpoint.save(run_dir / checkpoint.FOLDER / name, state, self._keep)
+        self._time = time.monotonic()

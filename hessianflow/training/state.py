@@ -1,0 +1,96 @@
+"""The whole state of a run, for checkpoints: collected here, put back here."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hessianflow.interfaces import Decision, HessianFlowError
+from hessianflow.measuring import unwrap
+from hessianflow.training import checkpoint
+
+
+@dataclass
+class Counters:
+    """The plain values of a run.
+
+    Attributes:
+        examples: trained so far.
+        updates: optimizer steps so far.
+        saved_at: `examples` at the last checkpoint.
+        best: best evaluation accuracy so far.
+        batch_cap: largest batch allowed since a divergence; None: no cap.
+        rollbacks: divergences rolled back.
+    """
+
+    examples: int = 0
+    updates: int = 0
+    saved_at: int = 0
+    best: float | None = None
+    batch_cap: int | None = None
+    rollbacks: int = 0
+
+
+class _Clock(Protocol):
+    def totals(self) -> dict[str, float]: ...
+
+    def load(self, totals: Mapping[str, float]) -> None: ...
+
+
+@dataclass
+class RunState:
+    """Everything that must survive an interruption.
+
+    Attributes:
+        model: weights and buffers of the unwrapped module are kept.
+        optimizer: its state.
+        parts: by name, whatever else has `state_dict` and `load_state_dict`; None where this run has no such part.
+        watch: seconds so far.
+        counters: plain values.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    parts: Mapping[str, Any]
+    watch: _Clock
+    counters: Counters = field(default_factory=Counters)
+
+    def capture(self, decision: Decision, history_bytes: int) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        return {
+            "model": unwrap(self.model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "parts": {name: None if part is None else part.state_dict() for name, part in self.parts.items()},
+            "generators": checkpoint.generator_states(),
+            "counters": asdict(self.counters),
+            "examples": self.counters.examples,
+            "updates": self.counters.updates,
+            "decision": dict(vars(decision)),
+            "seconds": self.watch.totals(),
+            "history_bytes": history_bytes,
+        }
+
+    def restore(self, state: Mapping[str, Any], source: str) -> Decision:
+        """Put everything back; returns the decision in force.
+
+        Raises:
+            HessianFlowError: the state is of another model, or of a run with other parts; `source` names it.
+        """
+        for name, part in self.parts.items():
+            saved = state["parts"].get(name)
+            if (part is None) != (saved is None):
+                raise HessianFlowError(f"{source} was made {'with' if part is None else 'without'} a {name}")
+        checkpoint.load_model(unwrap(self.model), state["model"], source)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise HessianFlowError(f"{source} has an optimizer with other parameter groups: {error}") from None
+        for name, part in self.parts.items():
+            if part is not None:
+                part.load_state_dict(state["parts"][name])
+        self.counters = Counters(**state["counters"])
+        self.watch.load(state["seconds"])
+        checkpoint.restore_generators(state["generators"])
+        return Decision(**state["decision"])

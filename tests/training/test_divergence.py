@@ -1,0 +1,91 @@
+"""A diverged run goes back, undoes its last growth and stays below it; or stops, as asked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError, History
+from hessianflow.control import AdaBatch
+from hessianflow.data import DeviceBatches
+from hessianflow.training.divergence import DivergencePolicy, hold
+
+
+def trainer(run_dir: Path | None, poison_above: int, stop_at: int = 0, **options) -> AdaptiveBatchTrainer:
+    """The batch doubles after every epoch; one above `poison_above` makes the loss explode; may stop at a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    images = torch.randint(256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 4)
+
+    steps = []
+
+    def poison(inputs, targets, progress):
+        steps.append(1)
+        if len(steps) == stop_at:
+            made.request_stop()
+        return (inputs * 1e9 if len(inputs) > poison_above else inputs), targets
+
+    made = AdaptiveBatchTrainer(
+        model,
+        batches,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        loss_fn=F.cross_entropy,
+        controller=AdaBatch(4, 32, every_epochs=1, lr_decay=1),
+        transform=poison,
+        epochs=5,
+        run_dir=run_dir,
+        **options,
+    )
+    return made
+
+
+def test_rollback_undoes_the_growth_and_holds_the_batch(tmp_path: Path):
+    history = trainer(tmp_path / "run", 8, on_divergence="rollback").fit()
+    assert history.summary["status"] == "finished"
+    assert history.summary["examples"] == 5 * 64
+    sizes = [(r["from"], r["to"]) for r in history.of_kind("batch") if r["from"] != r["to"]]
+    assert sizes == [(4, 8), (8, 16), (16, 8)]
+    assert [e["event"] for e in history.of_kind("event")] == ["diverged", "rollback"]
+    assert "held at 8" in history.of_kind("batch")[-1]["reason"]
+    assert [r["batch_size"] for r in history.epochs] == [4, 8, 8, 8, 8]
+    assert all(r["train_loss"] < 10 for r in history.epochs)
+    # In proportion: the factor of the batch it is held at.
+    assert [r["lr"] for r in history.epochs] == pytest.approx([0.01, 0.01, 0.005, 0.0025, 0.00125])
+
+
+def test_resume_keeps_the_cap(tmp_path: Path):
+    # 16 + 8 steps to the growth that diverges, 1 that does, 4 in the epoch that is trained again.
+    first = trainer(tmp_path / "run", 8, stop_at=16 + 8 + 1 + 4, on_divergence="rollback")
+    assert first.fit().summary["status"] == "preempted"
+    history = trainer(None, 8, on_divergence="rollback").resume(tmp_path / "run")
+    assert history.summary["largest_batch"] == 8
+    assert len([e for e in history.of_kind("event") if e["event"] == "diverged"]) == 1
+
+
+def test_stops_when_asked_or_when_there_is_nothing_to_undo(tmp_path: Path):
+    with pytest.raises(HessianFlowError, match="exploded, in epoch 3"):
+        trainer(tmp_path / "a", 8).fit()
+    with pytest.raises(HessianFlowError, match="exploded, in epoch 1"):
+        trainer(tmp_path / "b", 3, on_divergence="rollback").fit()
+    with pytest.raises(HessianFlowError, match="exploded, in epoch 3"):
+        trainer(None, 8, on_divergence="rollback").fit()
+    assert History.load(tmp_path / "a").of_kind("event")[-1]["event"] == "diverged"
+
+
+def test_policy_counts_and_halves_what_it_cannot_undo():
+    policy = DivergencePolicy("rollback", 2)
+    growths = [{"from": 4, "to": 8}, {"from": 8, "to": 16}]
+    assert policy.cap(growths, 0, None) == 8
+    assert policy.cap(growths, 1, 8) == 4
+    assert policy.cap(growths, 2, 4) is None
+    assert policy.cap([], 0, None) is None
+    assert DivergencePolicy().cap(growths, 0, None) is None
+
+
+def test_hold_keeps_the_proportion():
+    assert hold(Decision(16, 4.0, 0.1, "grew"), 8).setting == (8, 2.0, 0.1)
+    assert hold(Decision(8, 4.0), 8) == Decision(8, 4.0)
+    assert hold(Decision(8, 4.0), None) == Decision(8, 4.0)
