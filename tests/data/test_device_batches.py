@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hessianflow.data import Augmentation, DeviceBatches
+from hessianflow.data.streams import Stream, stream_seed
 from hessianflow.interfaces import HessianFlowError, ResizableBatches
 
+STREAMS = get_args(Stream)
 EVERYTHING = Augmentation(crop_padding=2, flip=True, cutout=3)
 
 
@@ -167,6 +170,18 @@ def test_each_augmentation_has_a_stream_of_its_own() -> None:
     assert second is not None
     assert torch.equal(first, second)
     assert torch.equal(epoch(make(augment=None))[1], epoch(make())[1])
+
+
+def test_every_stream_is_new_each_epoch_and_unlike_the_others() -> None:
+    seeds = {stream_seed(s, name, e) for s in (0, 1) for name in STREAMS for e in (0, 1)}
+    assert len(seeds) == 2 * 2 * len(STREAMS)
+    epochs = [EVERYTHING.draw(50, 5, 5, seed=0, epoch=e) for e in (0, 1)]
+    for name in ("offsets", "flips", "centres"):
+        assert not torch.equal(*(getattr(draws, name) for draws in epochs))
+    square = Augmentation(crop_padding=2, cutout=1).draw(50, 5, 5, seed=0, epoch=0)
+    assert square.offsets is not None
+    assert square.centres is not None
+    assert not torch.equal(square.offsets[:, 0], square.centres[:, 0])
 
 
 @pytest.mark.parametrize(
