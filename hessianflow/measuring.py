@@ -49,7 +49,7 @@ def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Mod
     modules = [(m, m.training, getattr(m, "track_running_stats", None)) for m in inner.modules()]
     # Versions tell whether a buffer was written to; restoring one that was not would invalidate graphs that saved it.
     buffers = [
-        (m, name, b, b._version, b.detach().clone())
+        (m, name, b, _version(b), b.detach().clone())
         for m in inner.modules()
         for name, b in m._buffers.items()
         if b is not None
@@ -67,12 +67,17 @@ def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Mod
                 module.track_running_stats = tracks
         for module, name, buffer, version, value in buffers:
             module._buffers[name] = buffer
-            if buffer._version != version:
+            if _version(buffer) != version:
                 with torch.no_grad():
                     buffer.copy_(value)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         _restore_generators(generators)
+
+
+def _version(tensor: Tensor) -> int:
+    # A tensor made in inference mode keeps no version, and cannot be written to where gradients are on.
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _set_evaluation(model: nn.Module, norm_mode: NormMode) -> None:
