@@ -5,6 +5,7 @@ Fused kernels (attention, recurrent nets) and compiled graphs have no second der
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -29,7 +30,8 @@ def second_order(model: nn.Module) -> Iterator[None]:
             # Fused recurrent kernels have no second derivative. Only here: without cuDNN convolutions are slow.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6: covers compiled parts inside the model too
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            # Parts of the model may be compiled (only then is dynamo loaded): run them uncompiled (torch >= 2.6).
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 

@@ -33,8 +33,8 @@ RESIDUAL_CAP = 0.01
 """Largest residual, relative to its value, for which the quadratic bound is trusted. Ours, measured."""
 
 RESIDUAL_CAP_SEVERAL = 0.002
-"""The same for more than one pair, where an inner one may still be hidden: with 0.01, 3 of 24 runs for the top five of a
-small MLP missed one of two values 1.5 % apart, with 0.002 one of 24, for 5 % more products. Ours, measured."""
+"""The same for more than one pair, where an inner one may still be hidden: with 0.01, 3 of 24 runs for the top five of
+a small MLP missed one of two values 1.5 % apart, with 0.002 one of 24, for 5 % more products. Ours, measured."""
 
 Array = npt.NDArray[np.float64]
 
