@@ -1,0 +1,89 @@
+"""Curvature over the examples of all ranks: each multiplies with the matrix of its own, one sum a product.
+
+With A_r the curvature matrix of the mean loss over the n_r examples of rank r, that over all N examples is
+A = sum_r (n_r / N) A_r. Every rank gets bitwise the same product, and so, from the same start (same seed), the same
+eigenpairs after the same number of products, provided the ranks are of one kind of machine.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hessianflow.batches import map_tensors, num_examples
+from hessianflow.curvature.operator import Operator
+from hessianflow.interfaces import Batch, HessianFlowError, LinearOperator, Reducer
+
+
+class MeanLossOperator(LinearOperator, Protocol):
+    """The curvature of a mean loss over some examples, such as a HessianOperator."""
+
+    @property
+    def num_examples(self) -> int:
+        """Of this rank."""
+        ...
+
+    def release(self) -> None:
+        """Free what is kept between products."""
+        ...
+
+
+class AllReducedOperator(Operator):
+    """The curvature over the examples of all ranks, from each rank's operator over its own.
+
+    Must be made, and every product asked for, by all ranks together.
+
+    Args:
+        base: the operator of this rank's examples.
+        reducer: of the group.
+        num_examples: what this rank counts for; default `base.num_examples`. 0: the rank has none of its own, `base` is
+            never asked for a product.
+
+    Attributes:
+        total_examples: over all ranks.
+
+    Raises:
+        HessianFlowError: no examples on any rank. At a product, what the base raises, on the rank that raises it; the
+            others receive nan, so that no rank waits for another.
+    """
+
+    def __init__(self, base: MeanLossOperator, reducer: Reducer, *, num_examples: int | None = None) -> None:
+        self._base, self._reducer = base, reducer
+        self.size, self.device, self.dtype = base.size, base.device, base.dtype
+        self._examples = base.num_examples if num_examples is None else num_examples
+        # One wait for the device, when the operator is made.
+        self.total_examples = int(reducer.sum(torch.tensor(self._examples)).item())
+        if self.total_examples < 1:
+            raise HessianFlowError("no rank has an example to measure the curvature on: give the probe a batch")
+
+    def release(self) -> None:
+        """Free what the base keeps."""
+        self._base.release()
+
+    def _product(self, vector: Tensor) -> Tensor:
+        failure: HessianFlowError | None = None
+        share = self._examples / self.total_examples
+        product = torch.zeros_like(vector)
+        if self._examples > 0:
+            try:
+                product = self._base.matvec(vector) * share
+            except HessianFlowError as error:
+                failure = error
+                product.fill_(float("nan"))
+        total = self._reducer.sum(product)
+        if failure is not None:
+            raise failure
+        return total
+
+
+def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
+    """This rank's contiguous part of a batch that all ranks hold, and its number of examples.
+
+    Rank r of w gets rows n*r//w to n*(r+1)//w. Where that is none, the first row comes back with the count 0, so that
+    an operator can still be built on it.
+    """
+    examples, rank, world_size = num_examples(batch), reducer.rank, reducer.world_size
+    start, stop = examples * rank // world_size, examples * (rank + 1) // world_size
+    rows = slice(start, stop) if stop > start else slice(0, 1)
+    part: Batch = map_tensors(lambda t: t[rows], batch)
+    return part, stop - start

@@ -1,0 +1,51 @@
+"""Do all ranks run the same program? Asked once, at the start, instead of found out by wrong weights."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hessianflow.distributed.reducers import GroupReducer
+from hessianflow.interfaces import HessianFlowError
+
+
+def code_fingerprint(files: Sequence[str | Path] = ()) -> str:
+    """A hash of this package's sources, of torch's version, and of further files (the script that is run)."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in [*sorted(package.rglob("*.py")), *map(Path, files)]:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same_program(reducer: GroupReducer, settings: Mapping[str, Any], code: str) -> None:
+    """Refuse ranks that differ, on all of them, before anything is trained.
+
+    Args:
+        reducer: of the group.
+        settings: everything that decides the run, by name; plain values, without what may differ (rank, device index).
+        code: from :func:`code_fingerprint`.
+
+    Raises:
+        HessianFlowError: on every rank alike, naming the first rank that differs from rank 0 and in what.
+    """
+    everyone = reducer.gather((dict(settings), code))
+    reference, reference_code = everyone[0]
+    for rank, (theirs, their_code) in enumerate(everyone):
+        for name in [*reference, *theirs]:
+            if reference.get(name, _ABSENT) != theirs.get(name, _ABSENT):
+                raise HessianFlowError(
+                    f"all ranks must have the same settings: {name} is {reference.get(name, _ABSENT)!r} on rank 0 but "
+                    f"{theirs.get(name, _ABSENT)!r} on rank {rank}; start every rank with the same command"
+                )
+        if their_code != reference_code:
+            raise HessianFlowError(
+                f"all ranks must run the same code: rank 0 has {reference_code} but rank {rank} has {their_code}; "
+                "install the same versions of hessianflow, torch and the script everywhere"
+            )
+
+
+_ABSENT = "absent"

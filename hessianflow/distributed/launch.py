@@ -1,0 +1,114 @@
+"""Start ranks on this machine from Python: what torchrun does for a command, for a function."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from hessianflow.distributed.process_group import Generation, abort, enter, leave, local_device
+from hessianflow.interfaces import HessianFlowError
+
+_PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "hessianflow.distributed.launch"]
+
+
+def run_local(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    device: str = "cpu",
+    timeout_seconds: float = 60.0,
+) -> list[Any]:
+    """Run `function(reducer, *arguments)` as every rank of a new group, and return what each returned.
+
+    Processes come from a server that has imported torch already: the first call takes seconds, later ones a fraction of
+    a second. If one rank fails the others are ended.
+
+    Args:
+        function: importable by name from a module.
+        world_size: number of processes.
+        arguments: anything that can be pickled.
+        device: "cpu" (gloo), or "cuda" (NCCL, one device a process).
+        timeout_seconds: for the whole run, and for each collective in it.
+
+    Returns:
+        The results in the order of ranks.
+
+    Raises:
+        HessianFlowError: a rank failed (its traceback is in the message's cause), or time was up.
+    """
+    if world_size < 1:
+        raise HessianFlowError(f"world_size must be at least 1, got {world_size}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, pipes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        job = (function, Generation(0, rank, world_size, rank), store.port, arguments, device, timeout_seconds, theirs)
+        process = context.Process(target=_run_rank, args=job, daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    try:
+        return _collect(pipes, time.monotonic() + timeout_seconds)
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            process.kill()  # those of a failed run, which may wait for ever
+            process.join()
+
+
+def _collect(pipes: list[Any], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            left = [rank for rank in range(len(pipes)) if rank not in results]
+            raise HessianFlowError(f"ranks {left} did not finish in time: raise timeout_seconds, or look for a hang")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            results[rank] = _received(pipe, rank)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _received(pipe: Any, rank: int) -> Any:
+    try:
+        succeeded, value = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        raise HessianFlowError(f"rank {rank} died without a word (killed, or out of memory)") from None
+    if not succeeded:
+        last = value.strip().splitlines()[-1]
+        raise HessianFlowError(f"rank {rank} failed: {last}") from RuntimeError(value)
+    return value
+
+
+def _run_rank(
+    function: Callable[..., Any],
+    generation: Generation,
+    port: int,
+    arguments: tuple[Any, ...],
+    device: str,
+    timeout_seconds: float,
+    pipe: Any,
+) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // generation.world_size))
+    try:
+        store = TCPStore("127.0.0.1", port, is_master=False)
+        place = local_device(device, generation.local_rank)
+        result = function(enter(generation, store, place, timeout_seconds=timeout_seconds), *arguments)
+        leave(collect=True)
+        # Plain bytes: tensors must not share memory with a process that is about to end.
+        pipe.send_bytes(pickle.dumps((True, result)))
+    except BaseException:
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))  # before the others fail on our account
+        abort()
+    pipe.close()

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import LOCAL, data, network
+
+from hessianflow.curvature import CallableOperator, HessianOperator, NonFiniteError, top_eigenpairs
+from hessianflow.distributed.curvature import AllReducedOperator, shard
+from hessianflow.distributed.launch import run_local
+
+EXAMPLES = 31  # 15 + 16 on two ranks
+
+
+def measure(reducer):
+    model, (inputs, targets) = network(), data()
+    part, count = shard((inputs[:EXAMPLES], targets[:EXAMPLES]), reducer)
+    base = HessianOperator(model, F.cross_entropy, part)
+    operator = AllReducedOperator(base, reducer, num_examples=count)
+    result = top_eigenpairs(operator, 2, tol=1e-10, seed=5)
+    operator.release()
+    return result.values, result.vectors, result.matvecs, operator.total_examples
+
+
+def dense_eigenvalues():
+    """By numpy from the dense Hessian of `torch.autograd.functional`: neither our products nor our Lanczos."""
+    model, (inputs, targets) = network(), data()
+    names = [name for name, _ in model.named_parameters()]
+    tensors = [p.detach() for p in model.parameters()]
+
+    def loss(flat):
+        pieces = torch.split(flat, [t.numel() for t in tensors])
+        weights = {n: piece.view_as(t) for n, piece, t in zip(names, pieces, tensors, strict=True)}
+        outputs = torch.func.functional_call(model, weights, (inputs[:EXAMPLES],))
+        return F.cross_entropy(outputs, targets[:EXAMPLES])
+
+    matrix = torch.autograd.functional.hessian(loss, torch.cat([t.reshape(-1) for t in tensors]))
+    values = np.linalg.eigvalsh(matrix.numpy())
+    return values[np.argsort(-np.abs(values))][:2]
+
+
+def test_two_ranks_find_the_eigenvalues_of_one_process():
+    first, second = run_local(measure, 2)
+    assert first[0].numpy() == pytest.approx(dense_eigenvalues(), abs=1e-8)
+    assert first[2:] == second[2:], "every rank must take the same decisions"
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert first[3] == EXAMPLES
+    alone = measure(LOCAL)
+    assert alone[0].numpy() == pytest.approx(first[0].numpy(), abs=1e-8)
+
+
+def nan_on_rank_one(reducer):
+    matrix = torch.eye(3) * (float("nan") if reducer.rank else 1.0)
+
+    def product(vector):
+        if reducer.rank:
+            raise NonFiniteError("the loss is not finite")
+        return matrix @ vector
+
+    operator = AllReducedOperator(CallableOperator(product, 3), reducer, num_examples=2)
+    try:
+        top_eigenpairs(operator, seed=0)
+    except NonFiniteError as error:
+        return str(error)
+
+
+def test_a_failure_on_one_rank_reaches_all():
+    first, second = run_local(nan_on_rank_one, 2, timeout_seconds=30)
+    assert "product with the operator is not finite" in first
+    assert second == "the loss is not finite"
+
+
+class Pretend:
+    """A rank of a larger world, for the arithmetic of shares."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size = rank, world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_shards_make_up_the_batch(world_size):
+    batch = torch.arange(5), torch.arange(5)
+    parts = [shard(batch, Pretend(rank, world_size)) for rank in range(world_size)]
+    assert sum(count for _, count in parts) == 5
+    held = [row for (inputs, _), count in parts if count for row in inputs.tolist()]
+    assert held == [0, 1, 2, 3, 4]
+    assert all(len(inputs) >= 1 for (inputs, _), _ in parts)
+
+
+def empty_rank(reducer):
+    matrix = torch.diag(torch.tensor([1.0, 2.0])) if reducer.rank else torch.full((2, 2), float("nan"))
+    operator = AllReducedOperator(CallableOperator(lambda v: matrix @ v, 2), reducer, num_examples=reducer.rank * 4)
+    return operator.matvec(torch.ones(2)).tolist()
+
+
+def test_a_rank_without_examples_adds_nothing():
+    assert run_local(empty_rank, 2) == [[1.0, 2.0]] * 2
+
+
+def test_no_examples_at_all():
+    with pytest.raises(ValueError, match="no rank has an example"):
+        AllReducedOperator(CallableOperator(lambda v: v, 2), LOCAL, num_examples=0)

@@ -1,0 +1,180 @@
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore
+
+from hessianflow.distributed.launch import run_local
+from hessianflow.distributed.process_group import (
+    Generation,
+    abort,
+    enter,
+    from_environment,
+    leave,
+    local_device,
+    process_group,
+)
+from hessianflow.distributed.reducers import LocalReducer
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+CPU = torch.device("cpu")
+
+
+def agree(reducer):
+    total = reducer.sum(torch.full((2, 3), float(reducer.rank + 1)).T)  # not contiguous
+    word = reducer.broadcast({"rank": reducer.rank})
+    everyone = reducer.gather(reducer.rank * 10)
+    tensor = torch.full((2,), reducer.rank + 7)
+    reducer.broadcast_tensor(tensor)
+    flat = torch.tensor([1.0, 2.0])
+    wait = reducer.start_sum(flat)
+    wait()
+    return total, word, everyone, tensor, flat
+
+
+def test_ranks_agree():
+    for total, word, everyone, tensor, flat in run_local(agree, 2):
+        assert torch.equal(total, torch.full((3, 2), 3.0))
+        assert word == {"rank": 0}
+        assert everyone == [0, 10]
+        assert tensor.tolist() == [7, 7]
+        assert flat.tolist() == [2.0, 4.0]
+
+
+def test_one_process_agrees_with_itself():
+    total, word, everyone, tensor, flat = agree(LocalReducer())
+    assert torch.equal(total, torch.ones(3, 2))
+    assert (word, everyone, tensor.tolist(), flat.tolist()) == ({"rank": 0}, [0], [7, 7], [1.0, 2.0])
+
+
+def generations(reducer, port):
+    """World sizes 2, 1, 2, 1, 2 in the same two processes; rank 1 sits out the generations of one."""
+    rank = reducer.rank
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    sums, seconds = [], []
+    leave()
+    for number, world_size in enumerate([1, 2, 1, 2], start=1):
+        if rank < world_size:
+            began = time.perf_counter()
+            again = enter(Generation(number, rank, world_size), store, CPU)
+            seconds.append(time.perf_counter() - began)
+            sums.append(float(again.sum(torch.tensor(float(rank + 1)))))
+            if number < 4:
+                leave()
+    return sums, seconds
+
+
+def test_generations_follow_each_other_in_place():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (sums, _), (others, _) = run_local(generations, 2, store.port)
+    assert sums == [1.0, 3.0, 1.0, 3.0]
+    assert others == [3.0, 3.0]
+
+
+def one_dies(reducer, port):
+    if reducer.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RuntimeError):
+        reducer.sum(torch.ones(1000))
+    abort()
+    survivor = enter(Generation(1, 0, 1), TCPStore("127.0.0.1", port, is_master=False), CPU)
+    raise KeyError(f"alone with a sum of {float(survivor.sum(torch.ones(1)))}")
+
+
+def test_a_survivor_goes_on_alone():
+    """The survivor reports by its error, since the run as such has failed: whichever pipe is read first says so."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(ValueError, match=r"alone with a sum of 1\.0|rank 1 died without a word"):
+        run_local(one_dies, 2, store.port)
+
+
+def too_early(reducer, port):
+    with pytest.raises(ValueError, match="in a process group already"):
+        enter(Generation(1, 0, 1), TCPStore("127.0.0.1", port, is_master=False), CPU)
+    leave()
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    if reducer.rank == 0:  # rank 1 never comes
+        with pytest.raises(ValueError, match=r"could not meet the 2 ranks of generation 1 within 0\.5 s"):
+            enter(Generation(1, 0, 2), store, CPU, timeout_seconds=0.5)
+    enter(Generation(2, reducer.rank, 2), store, CPU)
+    return True
+
+
+def test_entering_twice_or_alone_is_refused():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert run_local(too_early, 2, store.port) == [True, True]
+
+
+def fail_on_rank_one(reducer):
+    if reducer.rank == 1:
+        raise KeyError("a bug of the user's")
+    reducer.sum(torch.ones(1))
+
+
+def test_a_failing_rank_ends_the_run():
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match='rank 1 failed: KeyError: "a bug of the user\'s"'):
+        run_local(fail_on_rank_one, 2)
+    assert time.perf_counter() - began < 20
+
+
+def sleep(reducer):
+    time.sleep(60)
+
+
+def test_launch_refuses_and_gives_up():
+    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+        run_local(agree, 0)
+    with pytest.raises(ValueError, match=r"ranks \[0\] did not finish in time"):
+        run_local(sleep, 1, timeout_seconds=1.5)
+
+
+def test_environment():
+    assert from_environment({}) is None
+    assert from_environment(TORCHRUN) == Generation(0, 1, 4, 1)
+    assert from_environment({k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"}) == Generation(0, 1, 4, 0)
+    with pytest.raises(ValueError, match="MASTER_PORT is not: start with torchrun"):
+        from_environment({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"})
+    with pytest.raises(ValueError, match="WORLD_SIZE must be a whole number, got 'many'"):
+        from_environment({**TORCHRUN, "WORLD_SIZE": "many"})
+    with pytest.raises(ValueError, match="got rank 4 of 4"):
+        from_environment({**TORCHRUN, "RANK": "4"})
+
+
+def test_local_device():
+    assert local_device("cpu", 3) == CPU
+    with pytest.raises(ValueError, match="has no CUDA device of its own"):
+        local_device("cuda", 99)
+
+
+def one_rank(environment, fails):
+    """What a script started by torchrun does; ends the process with its status."""
+    os.environ.update(environment)
+    place = from_environment()
+    with process_group(place, CPU, timeout_seconds=20) as reducer:
+        if fails and reducer.rank == 1:
+            raise SystemExit(3)
+        if reducer.sum(torch.tensor(1.0)) != 2.0:
+            raise SystemExit(4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_under_a_launchers_environment(fails, capfd):
+    """The environment of torchrun, without its ten seconds: rank 0 serves the store."""
+    port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port  # a port that is free again
+    places = [{**TORCHRUN, "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_PORT": str(port)} for rank in range(2)]
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=one_rank, args=(place, fails)) for place in places]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+    assert [rank.exitcode for rank in ranks] == ([1, 3] if fails else [0, 0]), capfd.readouterr()
+
+
+def test_no_group_is_left_behind():
+    assert not dist.is_initialized()
