@@ -15,8 +15,8 @@ Choices of ours:
   (0.002 in place of 0.01 for more than one pair). The bound r is a
   theorem; r^2/gap is its quadratic refinement (Temple, Kato); the cap keeps it from trusting a gap estimated too early
   (with 0.03 instead of 0.01, values 17 % low were accepted on a spectrum with three close outliers).
-- Breakdown (a residual at rounding level): the space found is invariant. A fresh random direction orthogonal to it
-  continues the search as long as pairs are missing.
+- Breakdown (all residuals at rounding level): the space found is invariant. Fresh random directions continue the search
+  until pairs are complete and such a direction, followed to its own breakdown, has changed none of them.
 """
 
 import numpy as np
@@ -65,19 +65,28 @@ def lanczos(
     capacity = min(operator.size, max(max_basis or max(2 * k + 20, 40), k + extra + 2))
     space = _RitzSpace(operator, which, k, capacity)
     history: list[float] = []
-    seeds = list(start.unbind(1))
-    while space.matvecs < max_matvecs:
+    seeds, settled = list(start.unbind(1)), None
+    while space.matvecs < max_matvecs and space.size < operator.size:
         if seeds:
             extended = space.extend(seeds.pop(0))
         else:
             if space.is_full:
                 space.compress(k + extra)
-            extended = space.extend(space.direction(tol)) or space.extend(gaussian(operator, source))
+            direction = space.direction(tol) if settled is None else space.worst_direction()
+            extended = space.extend(direction) or space.extend(gaussian(operator, source))
         if extended:
             space.solve()
             history.append(float(space.values[0]))
-        if not seeds and (space.size == operator.size or space.is_accurate(tol)):
+        if seeds or (settled is None and not space.is_accurate(tol)):
+            continue
+        if not space.is_invariant():
+            if settled is None:
+                break
+            continue
+        # Invariant, so blind to what the start had no part in (the second of two equal eigenvalues): look outside.
+        if settled is not None and np.allclose(settled, space.values[:k], rtol=tol, atol=space.noise):
             break
+        settled, seeds = space.values[:k].copy(), [gaussian(operator, source)]
     return space.result(k + extra, tol, tuple(history))
 
 
@@ -89,6 +98,7 @@ class _RitzSpace:
         self._basis = torch.empty(min(8, capacity), operator.size, dtype=operator.dtype, device=operator.device)
         self._products = torch.empty_like(self._basis)
         self._projected = np.zeros((capacity, capacity))
+        self._scale = 0.0  # largest magnitude seen, also of values that a restart has dropped
         self.size = 0
         self.matvecs = 0
 
@@ -116,6 +126,7 @@ class _RitzSpace:
     def solve(self) -> None:
         """Ritz values in the wanted order, the vectors' coordinates, and residuals of the k wanted pairs."""
         theta, coordinates = np.linalg.eigh(self._projected[: self.size, : self.size])
+        self._scale = max(self._scale, float(np.abs(theta).max()))
         order = _order(theta, self._which)
         self.values, self._coordinates = theta[order], coordinates[:, order]
         wanted = min(self._k, self.size)
@@ -133,6 +144,23 @@ class _RitzSpace:
         """Where the space is wrong: the residual of the first wanted pair that is not accurate yet."""
         first = int(np.argmin(self._accurate(tol)))  # the first False; 0 when only pairs are missing
         return self._residual_vectors[first]
+
+    def is_invariant(self) -> bool:
+        """Whether all pairs are exact up to rounding, so that products lead nowhere new."""
+        limit = 20 * self.noise  # rounding errors of a few steps
+        if float(self.residuals.max()) > limit:
+            return False
+        return float(self._norms_of(self._residuals_of(list(range(self.size)))).max()) <= limit
+
+    def worst_direction(self) -> Tensor:
+        """The residual of the least accurate of all pairs."""
+        residuals = self._residuals_of(list(range(self.size)))
+        return residuals[int(self._norms_of(residuals).argmax())]
+
+    @property
+    def noise(self) -> float:
+        """Rounding errors of a product; no residual can be asked to fall below."""
+        return 50 * torch.finfo(self._operator.dtype).eps * self._scale
 
     def compress(self, keep: int) -> None:
         """Thick restart: keep the best Ritz vectors and as many again, for the sake of convergence."""
@@ -161,12 +189,10 @@ class _RitzSpace:
         )
 
     def _accurate(self, tol: float) -> npt.NDArray[np.bool_]:
-        # Products carry rounding errors of this size; no residual can be asked to fall below.
-        noise = 50 * torch.finfo(self._operator.dtype).eps * np.abs(self.values).max()
         magnitudes = np.abs(self.values[: len(self.bounds)])
         cap = max(tol, min(RESIDUAL_CAP if self._k == 1 else RESIDUAL_CAP_SEVERAL, (tol / 10) ** 0.5))
-        within = self.bounds <= np.maximum(tol * magnitudes, noise)
-        accurate: npt.NDArray[np.bool_] = within & (self.residuals <= np.maximum(cap * magnitudes, noise))
+        within = self.bounds <= np.maximum(tol * magnitudes, self.noise)
+        accurate: npt.NDArray[np.bool_] = within & (self.residuals <= np.maximum(cap * magnitudes, self.noise))
         return accurate
 
     def _residuals_of(self, columns: list[int]) -> Tensor:

@@ -40,7 +40,7 @@ def power_iteration(
         stopping: "residual", or "change": |theta_new - theta_old| < tol |theta_old| (ABSA).
     """
     shift, spent = 0.0, 0
-    if which != "LM":
+    if which != "LM" and max_matvecs > 1:
         # Shifted by its spectral radius, the operator is definite and its largest magnitude is the wanted end.
         radius = _iterate(operator, start[:, 0], start[:, :0], 0.0, 0.1, max(1, max_matvecs // 4), "residual")
         shift = 1.1 * abs(radius.value) * (1 if which == "LA" else -1)

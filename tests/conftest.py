@@ -1,0 +1,1 @@
+"""pytest puts the folder of a conftest on the path: so every test can import `problems.py` beside this file."""

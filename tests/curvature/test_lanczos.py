@@ -1,0 +1,205 @@
+"""Lanczos on prescribed spectra: values, residuals, orthonormality, counts, and what makes others fail."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import clustered, operator_of, symmetric
+
+from hessianflow.curvature import CallableOperator, NonFiniteError, top_eigenpairs
+from hessianflow.interfaces import HessianFlowError
+
+SPECTRA = {
+    "clustered": clustered(),
+    "indefinite": torch.linspace(-7, 5, 40).tolist(),
+    "rank-deficient": [4.0, -2.0, 1.0] + [0.0] * 30,
+    "tiny scale": [1e-12 * v for v in clustered()],
+    "definite": [0.7**i for i in range(30)],
+}
+
+
+def wanted(spectrum, which, k):
+    key = {"LM": abs, "LA": lambda v: v, "SA": lambda v: -v}[which]
+    return sorted(spectrum, key=key, reverse=True)[:k]
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA"])
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("k", [1, 4])
+def test_finds_the_wanted_end_of_any_spectrum(name, which, k):
+    spectrum = SPECTRA[name]
+    matrix = symmetric(spectrum)
+    result = top_eigenpairs(operator_of(matrix), k, which=which, tol=1e-6, seed=3)
+    truth = torch.tensor(wanted(spectrum, which, k), dtype=torch.float64)
+    scale = max(abs(v) for v in spectrum)
+    assert result.converged
+    assert (result.values - truth).abs().max() <= 1e-6 * scale
+    # residuals are those of the matrix itself, and vectors orthonormal to rounding
+    residuals = (matrix @ result.vectors - result.vectors * result.values).norm(dim=0)
+    torch.testing.assert_close(residuals, result.residuals, rtol=1e-6, atol=1e-13 * scale)
+    gram = result.vectors.T @ result.vectors
+    assert (gram - torch.eye(k, dtype=torch.float64)).abs().max() < 1e-12
+
+
+def test_every_value_lies_within_its_residual_of_an_eigenvalue():
+    spectrum = torch.tensor(SPECTRA["indefinite"], dtype=torch.float64)
+    for products in range(2, 30, 3):
+        result = top_eigenpairs(operator_of(symmetric(spectrum.tolist())), 2, tol=1e-9, max_matvecs=products, seed=0)
+        distance = (result.values[:, None] - spectrum[None, :]).abs().min(dim=1).values
+        assert (distance <= result.residuals + 1e-12).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=25), st.integers(0, 100))
+def test_any_small_spectrum_is_found_exactly_when_the_space_is_exhausted(spectrum, seed):
+    k = min(3, len(spectrum))
+    result = top_eigenpairs(operator_of(symmetric(spectrum, seed)), k, tol=1e-14, seed=seed)
+    found = result.values.abs().tolist()
+    truth = [abs(v) for v in wanted(spectrum, "LM", k)]
+    # eigenvalues closer than the tie share may come in either order; their magnitudes agree to it
+    assert found == pytest.approx(truth, abs=1e-5 * max(1e-300, *map(abs, spectrum)))
+
+
+def test_no_ghost_copies_after_many_steps():
+    """Without reorthogonalisation the top value 100 x above the bulk comes back again and again."""
+    spectrum = [100.0, *torch.linspace(0, 1, 199).tolist()]
+    result = top_eigenpairs(operator_of(symmetric(spectrum)), 10, tol=1e-8, seed=0)
+    assert int((result.values > 50).sum()) == 1
+    assert result.values[1:] == pytest.approx(torch.linspace(1, 0, 199)[:9].tolist(), abs=1e-6)
+
+
+def test_restarts_keep_converging_in_bounded_memory():
+    from hessianflow.curvature.lanczos import lanczos
+
+    spectrum = torch.linspace(0, 1, 300).tolist()
+    operator, source = operator_of(symmetric(spectrum)), torch.Generator().manual_seed(0)
+    start = torch.randn(300, 1, generator=source, dtype=torch.float64)
+    options = {"which": "LA", "tol": 1e-8, "max_matvecs": 2000, "start": start, "source": source}
+    result = lanczos(operator, 2, max_basis=12, **options)
+    assert result.converged
+    assert result.matvecs > 24  # it did restart
+    assert result.values == pytest.approx([1.0, 298 / 299], abs=1e-8)
+
+
+def test_a_tie_of_signs_gives_the_positive_one_first():
+    spectrum = [3.0, -3.0, *torch.linspace(-1, 1, 30).tolist()]
+    for seed in range(5):
+        result = top_eigenpairs(operator_of(symmetric(spectrum, seed)), 2, seed=seed, tol=1e-8)
+        assert result.values == pytest.approx([3.0, -3.0], abs=1e-6)
+        assert result.converged
+
+
+def test_repeated_eigenvalues_are_counted():
+    """A Krylov space holds one vector of each eigenspace; the other must come from outside it."""
+    result = top_eigenpairs(operator_of(symmetric([5.0, 5.0, 3.0] + [0.0] * 20)), 2, seed=0)
+    assert result.values == pytest.approx([5.0, 5.0])
+    result = top_eigenpairs(operator_of(torch.eye(6, dtype=torch.float64)), 3, seed=0)
+    assert result.values == pytest.approx([1.0, 1.0, 1.0])
+    assert result.converged
+
+
+def test_zero_matrix_and_size_one():
+    zero = top_eigenpairs(operator_of(torch.zeros(5, 5, dtype=torch.float64)), 2, seed=0)
+    assert zero.converged
+    assert zero.values.tolist() == [0.0, 0.0]
+    one = top_eigenpairs(operator_of(torch.tensor([[-4.0]], dtype=torch.float64)), seed=0)
+    assert (one.values.item(), one.matvecs, one.converged) == (-4.0, 1, True)
+
+
+def test_few_products_are_not_called_converged():
+    """A step count tied to k (two steps for one pair) is 50-90 % off on nets; here the result must say so."""
+    operator = operator_of(symmetric(SPECTRA["indefinite"]))
+    result = top_eigenpairs(operator, max_matvecs=2, seed=0)
+    assert result.matvecs == 2
+    assert not result.converged
+    assert top_eigenpairs(operator, 5, max_matvecs=3, seed=0).values.shape == (3,)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+@pytest.mark.parametrize("budget", [1, 2, 5, 17])
+@pytest.mark.parametrize("which", ["LM", "SA"])
+def test_never_more_products_than_allowed(method, budget, which):
+    count = 0
+    matrix = symmetric(SPECTRA["indefinite"])
+
+    def product(vector):
+        nonlocal count
+        count += 1
+        return matrix @ vector
+
+    operator = CallableOperator(product, len(matrix), torch.float64)
+    result = top_eigenpairs(operator, 3, method=method, which=which, tol=1e-10, max_matvecs=budget, seed=0)
+    assert result.matvecs == count <= budget
+    assert not result.converged
+
+
+def test_an_outlier_takes_few_products_and_the_gap_decides():
+    far = [10.0, *torch.linspace(0, 1, 199).tolist()]
+    near = [1.02, *torch.linspace(0, 1, 199).tolist()]
+    first = top_eigenpairs(operator_of(symmetric(far)), seed=0)
+    second = top_eigenpairs(operator_of(symmetric(near)), seed=0)
+    assert first.matvecs <= 7
+    assert second.matvecs > first.matvecs
+    assert second.values.item() == pytest.approx(1.02, rel=1e-3)
+
+
+def test_a_start_on_the_second_eigenvector_does_not_hide_the_first():
+    """Breakdown at the first step: the start is an exact eigenvector of a smaller eigenvalue."""
+    matrix = torch.diag(torch.tensor([1.0, 5.0, 0.5, 0.2, 0.1, 0.0], dtype=torch.float64))
+    start = torch.zeros(6, dtype=torch.float64)
+    start[0] = 1
+    assert top_eigenpairs(operator_of(matrix), v0=start, seed=0).values.item() == pytest.approx(5.0, rel=1e-3)
+
+
+def test_an_accurate_start_saves_products():
+    operator = operator_of(symmetric(SPECTRA["definite"]))
+    cold = top_eigenpairs(operator, seed=0)
+    warm = top_eigenpairs(operator, v0=cold.vectors[:, 0], seed=1)
+    assert warm.matvecs < cold.matvecs
+    block = top_eigenpairs(operator, 2, v0=top_eigenpairs(operator, 2, seed=0).vectors, seed=1)
+    assert block.values == pytest.approx([1.0, 0.7], rel=1e-3)
+
+
+def test_extra_pairs_come_at_no_product():
+    operator = operator_of(symmetric(clustered()))
+    plain, more = (top_eigenpairs(operator, 1, seed=0, extra=extra) for extra in (0, 2))
+    assert plain.matvecs == more.matvecs
+    assert more.vectors.shape == (60, 3)
+    assert more.values[0] == plain.values[0]
+
+
+def test_seeds_repeat_and_none_does_not():
+    operator = operator_of(symmetric(SPECTRA["indefinite"]))
+    state = torch.get_rng_state()
+    first, again, other, fresh, fresh2 = (
+        top_eigenpairs(operator, seed=seed, max_matvecs=3).values.item() for seed in (0, 0, 1, None, None)
+    )
+    assert first == again
+    assert len({first, other, fresh, fresh2}) == 4
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_products_of_nan_stop_at_once(method):
+    operator = CallableOperator(lambda v: v * float("nan"), 5)
+    with pytest.raises(NonFiniteError, match="a product with the operator is not finite"):
+        top_eigenpairs(operator, method=method)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k must be between 1 and the operator's size 60, got 0"),
+        ({"k": 61}, "k must be between 1 and the operator's size 60, got 61"),
+        ({"method": "qr"}, "method must be one of lanczos, power, got 'qr'"),
+        ({"which": "XX"}, "which must be one of LM, LA, SA, got 'XX'"),
+        ({"tol": 0.0}, "tol must be positive, got 0.0"),
+        ({"max_matvecs": 0}, "max_matvecs must be at least 1 or None, got 0"),
+        ({"v0": torch.ones(3)}, r"v0 must have shape \[60\] or \[60, m\], got \[3\]"),
+        ({"v0": torch.zeros(60)}, "v0 must be finite with no zero vector"),
+        ({"v0": torch.full((60,), float("nan"))}, "v0 must be finite with no zero vector"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(HessianFlowError, match=message):
+        top_eigenpairs(operator_of(symmetric(clustered())), **options)
