@@ -52,7 +52,7 @@ def reference(weights: list[Tensor], gradients: list[list[Tensor]], clip: float 
     return out
 
 
-@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("clip", [None, 0.5, 50.0])
 def test_lists_equal_the_per_tensor_loop(clip: float | None) -> None:
     weights, gradients = draws([(4,), (3, 5), (2, 3, 2, 2), ()], 5)
     params = [w.clone().requires_grad_() for w in weights]
