@@ -5,7 +5,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
 
 SPECTRUM = "spectrum.json"
-"""Where a run directory keeps its spectral density: {"nodes": [[..], ..], "weights": [[..], ..]}."""
+"""Where `hessianflow spectrum` keeps what it measured: eigenvalues, residuals, trace, density (nodes and weights)."""
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5d5d5; --mild: #5c5c5c; --mark: #fff3cd; }
@@ -67,9 +68,7 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
     ]
     if len(read) > 1:
         sections.append(_section("Comparison", _image(compare(read), "accuracy against updates and against time")))
-    spectra = {run.name: density for run in read if (density := read_spectrum(run)) is not None}
-    if spectra:
-        sections.append(_section("Spectral density", _image(spectral_density(spectra), "density of eigenvalues")))
+    sections += _spectra({run.name: spectrum for run in read if (spectrum := read_spectrum(run)) is not None})
     sections += [_section("Decisions", _decisions(read)), _section("Settings", _settings(read))]
     page = _page(heading, "\n".join(sections))
     if path is not None:
@@ -77,20 +76,55 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
     return page
 
 
-def read_spectrum(run: Run) -> Quadrature | None:
-    """The spectral density kept in the run directory, if there is one.
+@dataclass(frozen=True)
+class Spectrum:
+    """What is kept of a run's spectrum.
+
+    Attributes:
+        eigenvalues: the leading ones.
+        residuals: ||H v - eigenvalue v|| of each.
+        density: nodes and weights, shape [num_probes, steps] each; None if it was not measured.
+    """
+
+    eigenvalues: Sequence[float]
+    residuals: Sequence[float]
+    density: Quadrature | None
+
+
+def read_spectrum(run: Run) -> Spectrum | None:
+    """The spectrum kept in the run directory, if there is one.
 
     Raises:
-        HessianFlowError: a spectrum file that does not hold nodes and weights.
+        HessianFlowError: a spectrum file without eigenvalues, or with a density without nodes and weights.
     """
     file = None if run.folder is None else run.folder / SPECTRUM
     if file is None or not file.is_file():
         return None
     try:
         stored = json.loads(file.read_text("utf-8"))
-        return SimpleNamespace(nodes=stored["nodes"], weights=stored["weights"])
+        kept = stored["density"]
+        density = None if kept is None else SimpleNamespace(nodes=kept["nodes"], weights=kept["weights"])
+        return Spectrum(list(stored["eigenvalues"]), list(stored["residuals"]), density)
     except (ValueError, KeyError, TypeError):
-        raise HessianFlowError(f"{file} must hold an object with nodes and weights: the file is damaged") from None
+        raise HessianFlowError(
+            f"{file} must hold eigenvalues, residuals and density: make it anew with "
+            f"`hessianflow spectrum {run.folder}`"
+        ) from None
+
+
+def _spectra(spectra: Mapping[str, Spectrum]) -> list[str]:
+    if not spectra:
+        return []
+    rows = [
+        [name, str(i), f"{value:.6g}", f"{residual:.2g}"]
+        for name, spectrum in spectra.items()
+        for i, (value, residual) in enumerate(zip(spectrum.eigenvalues, spectrum.residuals, strict=True), start=1)
+    ]
+    densities = {name: spectrum.density for name, spectrum in spectra.items() if spectrum.density is not None}
+    content = _table(["run", "rank", "eigenvalue", "residual"], rows)
+    if densities:
+        content = _image(spectral_density(densities), "density of eigenvalues") + "\n" + content
+    return [_section("Spectrum at the end", content)]
 
 
 def _page(heading: str, body: str) -> str:
@@ -157,7 +191,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[
 
 
 def _cell(text: str) -> str:
-    numeric = bool(text) and text[0].isdigit() and " " not in text
+    numeric = text.lstrip("-")[:1].isdigit() and " " not in text
     return ('<td class="number">' if numeric else "<td>") + f"{escape(text)}</td>"
 
 

@@ -65,8 +65,14 @@ def test_two_runs_are_compared_and_differences_marked(folder, tmp_path):
 
 
 def test_spectrum_is_shown_where_there_is_one(folder):
-    (folder / "spectrum.json").write_text(json.dumps({"nodes": [[0.0, 5.0]], "weights": [[0.9, 0.1]]}))
-    assert "Spectral density" in Page(report(folder)).words
+    stored = {"eigenvalues": [5.0, -2.5], "residuals": [1e-3, 2e-3], "density": None, "size": 10}
+    (folder / "spectrum.json").write_text(json.dumps(stored))
+    page = Page(report(folder))
+    assert {"Spectrum at the end", "-2.5", "0.001"} <= set(page.words)
+    assert len(page.images) == 2
+    stored["density"] = {"nodes": [[0.0, 5.0]], "weights": [[0.9, 0.1]]}
+    (folder / "spectrum.json").write_text(json.dumps(stored))
+    assert len(Page(report(folder)).images) == 3
 
 
 def test_same_records_same_page(folder):
@@ -79,10 +85,12 @@ def test_run_in_memory_without_settings():
     assert "No config.json beside the records." in words
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"nodes": []}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"eigenvalues": [1], "residuals": [1], "density": {}}'])
 def test_damaged_spectrum_is_refused(folder, content):
     (folder / "spectrum.json").write_text(content)
-    with pytest.raises(ValueError, match=r"spectrum.json must hold an object with nodes and weights"):
+    with pytest.raises(
+        ValueError, match=r"spectrum.json must hold eigenvalues, residuals and density: make it anew with"
+    ):
         report(folder)
 
 
