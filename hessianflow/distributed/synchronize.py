@@ -101,7 +101,9 @@ class GradientSynchronizer:
     @contextmanager
     def last_backward(self) -> Iterator[None]:
         """Within it every gradient is final as soon as it is computed, so that buckets may leave."""
-        self._overlapping = self._reducer.world_size > 1
+        if self._reducer.world_size > 1:
+            self._total()  # waited for here, not in a hook, where the engine's thread would stand still
+            self._overlapping = True
         try:
             yield
         finally:
