@@ -174,7 +174,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
 def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
     """Settings, data, and the model with its trained weights, of a run directory or a checkpoint inside one."""
     run_dir, file = find_checkpoint(path)
-    config = load_config(run_dir)
+    config = prepare(load_config(run_dir))
     state = checkpoint.load(file)
     parts = build_parts(config)
     checkpoint.load_model(parts.model, state["model"], str(file))

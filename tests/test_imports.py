@@ -29,7 +29,10 @@ ROOMS_OF_BUILD = {
     *("config", "build", "choices", *SHARED),
 }
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
-ALLOWED["cli"] = {"config", "build", "plots", "training", "control", "curvature", *SHARED}
+ALLOWED["cli"] = {"commands", "interfaces"}
+ALLOWED["commands"] = {
+    *("commands", "config", "build", "choices", "plots", "training", "control", "curvature", "data", *SHARED)
+}
 
 
 def imported_rooms(source: str) -> set[str]:

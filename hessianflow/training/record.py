@@ -20,7 +20,7 @@ import torch
 
 from hessianflow.interfaces import HessianFlowError, RecordSink
 
-CONFIG, HISTORY, SUMMARY = "config.json", "history.jsonl", "summary.json"
+CONFIG, HISTORY, SUMMARY, SETTINGS = "config.json", "history.jsonl", "summary.json", "settings.yaml"
 Record = dict[str, Any]
 
 
@@ -127,6 +127,8 @@ class RunRecord:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.run_dir / CONFIG, self._config)
+            if "settings" in config:
+                write_yaml(self.run_dir / SETTINGS, config["settings"])
             (self.run_dir / HISTORY).touch()
         except OSError as error:
             raise HessianFlowError(f"cannot write run directory {self.run_dir}: {error.strerror or error}") from None
@@ -188,6 +190,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(finite(dict(value)), indent=2, allow_nan=False, default=str) + "\n", "utf-8")
     os.replace(temporary, path)
+
+
+def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write settings as the YAML that `hessianflow train --config` reads; the run directory is not among them."""
+    import yaml
+
+    kept = {key: value for key, value in settings.items() if key != "run_dir"}
+    path.write_text(yaml.safe_dump(kept, sort_keys=False), "utf-8")
 
 
 def finite(value: Any) -> Any:

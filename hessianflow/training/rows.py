@@ -1,5 +1,6 @@
 """The rows of history.jsonl and the summary: plain dicts made from what was measured and decided."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> dic
     if note:
         row["note"] = note
     return row
+
+
+def signals_row(progress: Progress, signals: Mapping[str, float]) -> dict[str, Any]:
+    """The row of what gradient observers measured for the controller."""
+    return {**_where("signals", progress), **signals}
 
 
 def decision_row(progress: Progress, before: Decision, after: Decision) -> dict[str, Any]:

@@ -252,13 +252,17 @@ class AdaptiveBatchTrainer:
             signals = {name: value for observer in self.observers for name, value in observer.signals().items()}
             if "train_loss" in controller.needs:
                 signals["train_loss"] = self._totals.last_loss()
+            if signals:
+                self._record.write(rows.signals_row(progress, signals))
             signals["learning_rate"] = self._rate.value
             decision = hold(controller.update(progress, reading, signals), self._state.counters.batch_cap)
         changed = decision.setting != self._decision.setting
         if reading is not None:
             self._record.write(rows.reading_row(progress, reading, "" if changed else decision.reason))
         if changed:
-            self._record.write(rows.decision_row(progress, self._decision, decision))
+            # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
+            if at_end or decision.setting[::2] != self._decision.setting[::2]:
+                self._record.write(rows.decision_row(progress, self._decision, decision))
             self._apply(decision)
 
     def _apply(self, decision: Decision) -> None:

@@ -1,0 +1,141 @@
+"""`hessianflow spectrum` and `hessianflow second-opinion`: the curvature of a trained run, after the fact."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+from hessianflow.commands.parser import add_command
+from hessianflow.interfaces import HessianFlowError, NormMode
+
+if TYPE_CHECKING:
+    from hessianflow.curvature import SpectrumReport
+
+
+def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
+    """Add the parsers; returns what runs each command."""
+    spectrum = add_command(
+        commands, "spectrum", "measure the Hessian's eigenvalues, trace and density at a run's weights"
+    )
+    spectrum.add_argument("run", type=str, help="run directory, or a checkpoint inside one")
+    spectrum.add_argument("--k", type=int, default=5, help="leading eigenvalues")
+    spectrum.add_argument("--density", type=bool, default=False, help="spectral density too, with a picture")
+    spectrum.add_argument("--trace", type=bool, default=False, help="trace too")
+    spectrum.add_argument(
+        "--layers", type=str | None, default=None, help="single layers by name, e.g. 'layer1.*' or '*'"
+    )
+    spectrum.add_argument("--out", type=str | None, default=None, help="folder for spectrum.json and pictures")
+    second = add_command(commands, "second-opinion", "print our eigenvalues, trace and density beside PyHessian's")
+    second.add_argument("run", type=str, help="run directory, or a checkpoint inside one")
+    second.add_argument("--k", type=int, default=2, help="leading eigenvalues")
+    for parser in (spectrum, second):
+        parser.add_argument("--examples", type=int, default=256, help="training examples the loss is averaged over")
+        parser.add_argument("--seed", type=int, default=0, help="of the examples and of all random starts")
+    spectrum.add_argument(
+        "--microbatch-size",
+        type=int | None,
+        default=None,
+        help="examples per pass; default: all in one graph, the fastest; set it when memory runs out",
+    )
+    spectrum.add_argument(
+        "--norm-mode", type=NormMode, default="eval", help="statistics of batch normalisation: eval or batch"
+    )
+    return {"spectrum": _spectrum, "second-opinion": _second_opinion}
+
+
+def _spectrum(arguments: Namespace) -> int:
+    from tqdm import tqdm
+
+    from hessianflow.curvature import spectrum_report
+
+    model, loss_fn, batch = _load(arguments)
+    with tqdm(disable=None, unit=" products") as bar:
+
+        def progress(stage: str, _done: int) -> None:
+            bar.set_description(stage, refresh=False)
+            bar.update()
+
+        report = spectrum_report(
+            model,
+            loss_fn,
+            batch,
+            k=arguments.k,
+            density=arguments.density,
+            trace=arguments.trace,
+            layers=arguments.layers,
+            microbatch_size=arguments.microbatch_size,
+            norm_mode=arguments.norm_mode,
+            seed=arguments.seed,
+            progress=progress,
+        )
+    print(_table(report))
+    _write(report, _folder(arguments))
+    return 0
+
+
+def _second_opinion(arguments: Namespace) -> int:
+    from hessianflow.curvature import second_opinion
+
+    model, loss_fn, batch = _load(arguments)
+    print(second_opinion(model, loss_fn, batch, k=arguments.k, seed=arguments.seed).table())
+    return 0
+
+
+def _load(arguments: Namespace) -> tuple[Any, Any, Any]:
+    from torch.nn import CrossEntropyLoss
+
+    from hessianflow.build import load_parts
+
+    if arguments.k < 1 or arguments.examples < 1:
+        raise HessianFlowError(f"--k and --examples must be at least 1, got {arguments.k} and {arguments.examples}")
+    _, parts = load_parts(arguments.run)
+    count = min(arguments.examples, parts.train.num_examples)
+    return parts.model, CrossEntropyLoss(), parts.train.sample(count, arguments.seed)
+
+
+def _table(report: "SpectrumReport") -> str:
+    lines = [
+        f"{report.size} weights, {report.num_examples} examples, batch normalisation: {report.norm_mode}, "
+        f"loss {report.loss:.4g}, {report.matvecs} products",
+        f"{'':<24}{'value':>14}{'+-':>12}{'gradient':>10}",
+    ]
+    rows = zip(report.eigen.values, report.eigen.residuals, report.gradient_overlap, strict=True)
+    for number, (value, residual, overlap) in enumerate(rows, start=1):
+        lines.append(f"{f'eigenvalue {number}':<24}{value:>14.6g}{residual:>12.1e}{overlap:>10.1%}")
+    if not report.eigen.converged:
+        lines.append("not converged: the residuals above bound the errors")
+    if report.trace is not None:
+        lines.append(f"{'trace':<24}{report.trace.value:>14.6g}{report.trace.stderr:>12.1e}")
+    if report.density is not None:
+        negative = report.density.mass_below(0.0)
+        lines.append(f"{'share of negative mass':<24}{negative.value:>14.4f}{negative.stderr:>12.1e}")
+    for layer in report.layers:
+        mark = "" if layer.converged else "  not converged"
+        lines.append(
+            f"{layer.name:<24}{layer.eigenvalue:>14.6g}{layer.residual:>12.1e}   trace {layer.trace:.4g} "
+            f"+- {layer.trace_stderr:.1g}, {layer.size} weights{mark}"
+        )
+    return "\n".join(lines)
+
+
+def _write(report: "SpectrumReport", folder: Path) -> None:
+    from hessianflow import plots
+    from hessianflow.training.record import write_json
+
+    try:
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "spectrum.json", report.to_dict())
+    except OSError as error:
+        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
+    print(f"  {folder / 'spectrum.json'}")
+    if report.density is not None:
+        path = folder / "plots" / "spectral_density.png"
+        plots.spectral_density(report.density, path=path)
+        print(f"  {path}")
+
+
+def _folder(arguments: Namespace) -> Path:
+    from hessianflow.build import find_checkpoint
+
+    return Path(arguments.out) if arguments.out else find_checkpoint(arguments.run)[0]

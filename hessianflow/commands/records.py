@@ -1,0 +1,123 @@
+"""Commands that only read what runs left behind: plot, compare, report, replay."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from jsonargparse import Namespace
+
+from hessianflow.commands.parser import add_command
+from hessianflow.config import ControllerName
+from hessianflow.interfaces import HessianFlowError
+
+PLOTS = "plots"
+
+
+def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
+    """Add the parsers; returns what runs each command."""
+    plot = add_command(commands, "plot", "draw curvature trajectory and training curves of one or several runs")
+    plot.add_argument("run_dirs", type=str, nargs="+", help="run directories, drawn over each other")
+    plot.add_argument("--out", type=str, default=None, help="folder for the pictures; default: RUN_DIR/plots or plots")
+    compare = add_command(commands, "compare", "print and draw who needs how many updates at which accuracy")
+    compare.add_argument(
+        "run_dirs", type=str, nargs="+", help="run directories; those that differ in seed are averaged"
+    )
+    compare.add_argument("--out", type=str, default=None, help="folder for compare.md, compare.csv and compare.png")
+    report = add_command(commands, "report", "write one self-contained HTML page about one or several runs")
+    report.add_argument("run_dirs", type=str, nargs="+", help="run directories")
+    report.add_argument("--out", type=str, default=None, help="file; default: RUN_DIR/report.html or report.html")
+    replay = add_command(commands, "replay", "print what another controller would have done with a run's measurements")
+    replay.add_argument("run_dir", type=str, help="run directory")
+    replay.add_argument(
+        "--controller", type=ControllerName, default="absa", help=f"one of {', '.join(get_args(ControllerName))}"
+    )
+    replay.add_argument("--max-batch-size", type=int | None, default=None, help="its cap; default: the run's")
+    replay.add_argument("--patience", type=int | None, default=None, help="of absa; default: the run's")
+    return {"plot": _plot, "compare": _compare, "report": _report, "replay": _replay}
+
+
+def draw(runs: list[Path], folder: Path) -> None:
+    """Draw both pictures of `runs` into `folder` and print their paths."""
+    from hessianflow import plots
+
+    _make(folder)
+    for picture in (plots.curvature_trajectory, plots.training_curves):
+        path = folder / f"{picture.__name__}.png"
+        picture(runs, path=path)
+        print(f"  {path}")
+
+
+def _plot(arguments: Namespace) -> int:
+    runs = _runs(arguments)
+    out = Path(arguments.out) if arguments.out else runs[0] / PLOTS if len(runs) == 1 else Path(PLOTS)
+    draw(runs, out)
+    return 0
+
+
+def _compare(arguments: Namespace) -> int:
+    from hessianflow import plots
+
+    runs = _runs(arguments)
+    table = plots.compare_table(runs)
+    print(table.to_markdown())
+    if arguments.out:
+        folder = Path(arguments.out)
+        _make(folder)
+        (folder / "compare.md").write_text(table.to_markdown() + "\n", "utf-8")
+        (folder / "compare.csv").write_text(table.to_csv(), "utf-8")
+        plots.compare(runs, path=folder / "compare.png")
+        print(f"  {folder}/compare.md, compare.csv, compare.png")
+    return 0
+
+
+def _report(arguments: Namespace) -> int:
+    from hessianflow import plots
+
+    runs = _runs(arguments)
+    out = Path(arguments.out) if arguments.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    _make(out.parent)
+    plots.report(runs, path=out)
+    print(f"  {out}")
+    return 0
+
+
+def _replay(arguments: Namespace) -> int:
+    from dataclasses import replace
+
+    from hessianflow.build import load_config
+    from hessianflow.choices import build_controller
+    from hessianflow.control.replay import replay
+    from hessianflow.training import History
+
+    history = History.load(arguments.run_dir)
+    config = replace(load_config(arguments.run_dir), controller=arguments.controller)
+    for name in ("max_batch_size", "patience"):
+        if arguments[name] is not None:
+            config = replace(config, **{name: arguments[name]})
+    examples = history.config["trainer"]["examples_per_epoch"]
+    result = replay(history.records, build_controller(config), examples_per_epoch=examples, total_epochs=config.epochs)
+    for step in result.changes:
+        decision = step.decision
+        print(
+            f"epoch {step.epoch:>3}: batch {decision.batch_size}, rate x {decision.lr_factor:g}, "
+            f"adversarial share {decision.adversarial_share:g}: {decision.reason}"
+        )
+    print(f"{arguments.controller}: {result.updates} updates; the run itself took {history.epochs[-1]['updates']}")
+    return 0
+
+
+def _runs(arguments: Namespace) -> list[Path]:
+    from hessianflow.training import History
+
+    runs = [Path(run) for run in arguments.run_dirs]
+    for run in runs:
+        if not History.load(run).epochs:
+            raise HessianFlowError(f"{run} holds no completed epoch yet: nothing to show")
+    return runs
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -1,0 +1,102 @@
+"""`hessianflow train` and `hessianflow resume`."""
+
+import signal
+from collections.abc import Callable
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from jsonargparse import Namespace
+
+from hessianflow.commands.parser import add_command
+from hessianflow.config import TrainConfig, option
+
+if TYPE_CHECKING:
+    from hessianflow.training import AdaptiveBatchTrainer, History
+
+
+def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
+    """Add the parsers; returns what runs each command."""
+    train = add_command(commands, "train", "train a network; no argument needed")
+    train.add_argument("--config", action="config", help="YAML file of settings, spelled as in settings.yaml of a run")
+    texts, hints = _field_texts(), get_type_hints(TrainConfig)
+    for field in fields(TrainConfig):
+        train.add_argument(
+            option(field.name), dest=field.name, type=hints[field.name], default=field.default, help=texts[field.name]
+        )
+    resume = add_command(commands, "resume", "continue an interrupted run from its newest checkpoint")
+    resume.add_argument("run_dir", type=str, help="run directory")
+    return {"train": _train, "resume": _resume}
+
+
+def _train(arguments: Namespace) -> int:
+    from hessianflow.build import build_trainer, prepare
+
+    config = prepare(TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)}))
+    if config.run_dir is None:
+        config = replace(config, run_dir=_new_run_dir(config))
+    trainer = build_trainer(config)
+    return _run(trainer, trainer.fit, config)
+
+
+def _resume(arguments: Namespace) -> int:
+    from hessianflow.build import build_trainer, load_config, prepare
+
+    config = prepare(load_config(arguments.run_dir))
+    trainer = build_trainer(config)
+    return _run(trainer, lambda: trainer.resume(arguments.run_dir), config)
+
+
+def _run(trainer: "AdaptiveBatchTrainer", work: "Callable[[], History]", config: TrainConfig) -> int:
+    stopped_by: list[int] = []
+
+    def stop(number: int, _frame: Any) -> None:
+        stopped_by.append(number)
+        trainer.request_stop()
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        history = work()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    _print_summary(history)
+    if config.plots and history.epochs and history.run_dir is not None:
+        from hessianflow.commands.records import draw
+
+        draw([history.run_dir], history.run_dir / "plots")
+    return 130 if signal.SIGINT in stopped_by else 0
+
+
+def _print_summary(history: "History") -> None:
+    summary, seconds = history.summary, history.summary["seconds"]
+    accuracy = ""
+    if summary["final_accuracy"] is not None:
+        accuracy = f"test accuracy {summary['final_accuracy']:.2%} (best {summary['best_accuracy']:.2%}); "
+    print(
+        f"{summary['status']}: {accuracy}{summary['epochs']} epochs, {summary['updates']} updates, "
+        f"largest batch {summary['largest_batch']}; {summary['wall_seconds']:.1f} s, of which "
+        f"{seconds['curvature']:.1f} s curvature and {seconds['adversary']:.1f} s adversary"
+    )
+    for row in history.growths:
+        print(f"  epoch {row['epoch']:>3}: batch {row['from']} -> {row['to']}: {row['reason']}")
+    print(f"  {history.run_dir}")
+
+
+def _new_run_dir(config: TrainConfig) -> str:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    model = (config.model or "").replace(":", "-")
+    base = Path("runs") / f"{config.data}-{model}-{config.controller}-seed{config.seed}-{stamp}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return str(path)
+
+
+def _field_texts() -> dict[str, str]:
+    """Help texts from the one place that documents the settings: the docstring of TrainConfig."""
+    from docstring_parser import parse
+
+    return {p.arg_name: " ".join((p.description or "").split()) for p in parse(TrainConfig.__doc__ or "").params}
