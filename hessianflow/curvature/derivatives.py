@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hessianflow.interfaces import HessianFlowError
 
 _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
-_ONCE = "marked with @once_differentiable"
 _COMPILED = "does not currently support double backward"
 
 
@@ -29,7 +28,6 @@ def second_order(model: nn.Module) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # Fused recurrent kernels have no second derivative. Only here: without cuDNN convolutions are slow.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             # Parts of the model may be compiled (only then is dynamo loaded): run them uncompiled (torch >= 2.6).
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -48,11 +46,10 @@ def full_precision() -> Iterator[None]:
 
 
 @contextmanager
-def explained(loss: Tensor | None, num_examples: int) -> Iterator[None]:
+def explained(num_examples: int) -> Iterator[None]:
     """Turn the two failures that users meet into one line that says what to do.
 
     Args:
-        loss: the loss whose graph is differentiated, to name an operation in it.
         num_examples: examples in the forward pass, for the advice on memory.
 
     Raises:
@@ -61,13 +58,28 @@ def explained(loss: Tensor | None, num_examples: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        advice = _advice(error, loss, num_examples)
+        advice = _advice(error, num_examples)
         if advice is None:
             raise
         raise HessianFlowError(advice) from error
 
 
-def _advice(error: RuntimeError | MemoryError, loss: Tensor | None, num_examples: int) -> str | None:
+def check_twice_differentiable(loss: Tensor) -> None:
+    """Refuse a loss whose graph holds a function with a once_differentiable backward.
+
+    Where its incoming gradient is constant, autograd would silently leave its curvature out instead of raising.
+
+    Raises:
+        HessianFlowError: with the names of such functions.
+    """
+    names = ", ".join(_once_differentiable(loss))
+    if names:
+        raise HessianFlowError(
+            f"the loss has no second derivative: {names} is once_differentiable; make its backward differentiable"
+        )
+
+
+def _advice(error: RuntimeError | MemoryError, num_examples: int) -> str | None:
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return (
@@ -76,17 +88,14 @@ def _advice(error: RuntimeError | MemoryError, loss: Tensor | None, num_examples
     missing = _MISSING.search(text)
     if missing:
         return f"the loss has no second derivative: '{missing.group(1)}' has none; replace that operation"
-    if _ONCE in text:
-        names = ", ".join(_once_differentiable(loss)) or "a custom autograd function"
-        return f"the loss has no second derivative: {names} is once_differentiable; make its backward differentiable"
     if _COMPILED in text:
         return "the loss has no second derivative: a part of the model is compiled; pass it uncompiled"
     return None
 
 
-def _once_differentiable(loss: Tensor | None) -> list[str]:
+def _once_differentiable(loss: Tensor) -> list[str]:
     """Names of the custom functions in the graph whose backward may be run once only."""
-    pending, seen, names = [None if loss is None else loss.grad_fn], set(), set()
+    pending, seen, names = [loss.grad_fn], set(), set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:

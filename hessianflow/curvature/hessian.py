@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import num_examples
-from hessianflow.curvature.derivatives import explained
+from hessianflow.curvature.derivatives import check_twice_differentiable, explained
 from hessianflow.curvature.model_operator import ModelOperator, Piece
 from hessianflow.curvature.vectors import flatten, unflatten
 
@@ -27,8 +27,9 @@ class HessianOperator(ModelOperator):
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         loss = self._checked_loss(model, batch)
+        check_twice_differentiable(loss)
         count = num_examples(batch)
-        with explained(loss, count):
+        with explained(count):
             gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         # Where the gradient does not depend on any weight, the Hessian is zero: nothing to differentiate.
         curved = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
@@ -38,7 +39,7 @@ class HessianOperator(ModelOperator):
             if not outputs:
                 return torch.zeros_like(vector)
             pieces = unflatten(vector, self.parameters)
-            with explained(loss, count):
+            with explained(count):
                 second = torch.autograd.grad(
                     outputs, self.parameters, [pieces[i] for i in curved], retain_graph=True, allow_unused=True
                 )

@@ -94,7 +94,7 @@ class ModelOperator(Operator):
             vector = vector.clone() if vector.is_inference() else vector
             if self._single is not None and self._fits(self._single):
                 piece, count = self._kept_piece(self._single)
-                with explained(None, count):
+                with explained(count):
                     return piece.product(vector) * count, count
             return self._rebuilt_product(vector)
 
@@ -109,12 +109,8 @@ class ModelOperator(Operator):
 
     def mean_loss(self) -> float:
         """The loss whose curvature this is, at the current weights."""
-        total, count = 0.0, 0
-        with measuring(self._model, self.norm_mode) as model, full_precision(), torch.no_grad():
-            for batch in self._pieces():
-                total += float(self._forward_loss(model, batch)) * num_examples(batch)
-                count += num_examples(batch)
-        return total / count
+        with measuring(self._model, self.norm_mode) as model, full_precision():
+            return float(self._mean_loss(model))
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss by the selected parameters, shape [size]."""
@@ -138,13 +134,9 @@ class ModelOperator(Operator):
             count = num_examples(batch)
             with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
                 local = self._local(batch)
-                with explained(None, count):
+                with explained(count):
                     piece = self._prepare(model, local)
-                if (
-                    self._check_deterministic and self._last_loss is None
-                ):  # once: a kept graph would hide that the loss is random
-                    with torch.no_grad():
-                        self._check_repeats(state, self._forward_loss(model, local))
+                self._check_deterministic_once(model, state)
             self._check_repeats(state, piece.loss)
             self._kept = (piece, count, state)
         return self._kept[0], self._kept[1]
@@ -154,12 +146,13 @@ class ModelOperator(Operator):
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         state = _State(self._model, self._single)
         with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
+            self._check_deterministic_once(model, state)
             for batch in self._pieces():
                 examples = num_examples(batch)
-                with explained(None, examples):
+                with explained(examples):
                     piece = self._prepare(model, batch)
                     total.add_(piece.product(vector), alpha=examples)
-                loss += piece.loss * examples
+                loss += piece.loss.double() * examples
                 count += examples
         self._check_repeats(state, loss / count)
         return total, count
@@ -199,6 +192,21 @@ class ModelOperator(Operator):
         if not loss.requires_grad:
             raise HessianFlowError("the loss does not depend on the selected parameters; is it detached?")
         return loss
+
+    def _mean_loss(self, model: nn.Module) -> Tensor:
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        with torch.no_grad():
+            for batch in self._pieces():
+                with explained(num_examples(batch)):
+                    total += self._forward_loss(model, batch).double() * num_examples(batch)
+                count += num_examples(batch)
+        return total / count
+
+    def _check_deterministic_once(self, model: nn.Module, state: "_State") -> None:
+        # Products repeat each other's random numbers (measuring restores the generators), a kept graph its own: only a
+        # second pass within one product shows that the loss is random.
+        if self._check_deterministic and self._last_loss is None:
+            self._check_repeats(state, self._mean_loss(model))
 
     def _check_repeats(self, state: "_State", loss: Tensor) -> None:
         # One number from the device per graph built: without it a random operator would pass for a matrix.

@@ -28,9 +28,7 @@ def select_parameters(model: nn.Module, params: Selection) -> tuple[tuple[str, .
         raise HessianFlowError(_nothing_chosen(model, params))
     names, tensors = zip(*chosen.values(), strict=True)
     if any(tensor.is_complex() for tensor in tensors):
-        raise HessianFlowError(
-            f"parameters must be real, got complex ones among {', '.join(names[:3])}; use view_as_real"
-        )
+        raise HessianFlowError("parameters must be real, got a complex one; hold it as view_as_real")
     return names, tensors
 
 
@@ -76,7 +74,7 @@ def single_batch(data: Any) -> Any | None:
     """The one batch the data consists of, if it can be told without reading a data set."""
     if _is_single(data):
         return data
-    return data[0] if isinstance(data, list) and len(data) == 1 else None
+    return next(checked_batches(data)) if isinstance(data, list) and len(data) == 1 else None
 
 
 def _is_single(data: Any) -> bool:
