@@ -99,6 +99,26 @@ def test_plain_networks_follow_the_input_size(name: str, size: int) -> None:
     assert model(torch.randn(2, 2, size, size)).shape == (2, 10)
 
 
+def test_residual_block_ends_with_relu_of_the_sum() -> None:
+    """Oracle: two convolutions and the shortcut written out; normalisation is fresh and in eval mode."""
+    block = models.create("resnet8").double().eval()[2]
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    first, second = (m for m in block.body.modules() if isinstance(m, nn.Conv2d))
+    scale = (1 + 1e-5) ** -0.5
+    inner = (nn.functional.conv2d(x, first.weight, padding=1) * scale).clamp(min=0)
+    outer = nn.functional.conv2d(inner, second.weight, padding=1) * scale
+    torch.testing.assert_close(block(x), (outer + x).clamp(min=0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wrn-16-4"])
+def test_convolutions_start_with_the_fan_out_deviation(name: str) -> None:
+    """sqrt(2 / (k^2 out)) within 5 standard errors, std / sqrt(2n), of every convolution."""
+    torch.manual_seed(0)
+    for conv in (m for m in models.create(name).modules() if isinstance(m, nn.Conv2d)):
+        expected = (2 / (conv.kernel_size[0] ** 2 * conv.out_channels)) ** 0.5
+        assert abs(conv.weight.std().item() / expected - 1) < 5 / (2 * conv.weight.numel()) ** 0.5
+
+
 def test_option_a_subsamples_and_pads_with_zeros() -> None:
     from hessianflow.models.resnet import PaddedShortcut
 
