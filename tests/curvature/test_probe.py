@@ -1,0 +1,222 @@
+"""The probe in a training loop: right values, warm starts that cannot be fooled, bit-identical resumption, no trace."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from problems import classification, conv_net, dense_hessian, mlp, operator_of, train
+
+from hessianflow.curvature import CurvatureProbe, top_eigenpairs
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, _combined, _smoothed
+from hessianflow.interfaces import HessianFlowError
+
+
+def small(seed=0):
+    problem = classification(mlp((5, 8, 4), seed), (5,), 64, 4)
+    train(problem, 5)
+    return problem
+
+
+def probe_of(problem, **options):
+    return CurvatureProbe(problem.model, problem.loss_fn, problem.pair, **options)
+
+
+def spectrum(problem):
+    values = torch.linalg.eigvalsh(dense_hessian(problem))
+    return values[values.abs().argsort(descending=True)]
+
+
+def test_follows_the_leading_eigenvalues_through_training():
+    problem = small()
+    probe = probe_of(problem, k=2, tol=1e-4)
+    for step in range(6):
+        reading = probe()
+        truth = spectrum(problem)[:2].tolist()
+        assert reading.eigenvalue == pytest.approx(truth[0], rel=1e-4)
+        assert reading.eigenvalues == pytest.approx(truth, rel=1e-4)
+        assert reading.converged
+        assert reading.residual <= 0.01 * abs(reading.eigenvalue)
+        assert (reading.num_examples, reading.norm_mode) == (64, "eval")
+        train(problem, 5, seed=step)
+
+
+def test_warm_starts_save_products():
+    problem = small()
+    warm, cold = probe_of(problem), probe_of(problem, warm_start=False)
+    counts = []
+    for step in range(6):
+        counts.append((warm().matvecs, cold().matvecs))
+        train(problem, 3, lr=0.01, seed=step)
+    assert counts[0][0] == counts[0][1]
+    assert sum(w for w, _ in counts[1:]) < 0.8 * sum(c for _, c in counts[1:])
+
+
+@pytest.mark.parametrize("gap", [0.03, 0.08, 0.2])
+@pytest.mark.parametrize("rival", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_eigenvalues_that_changed_places_do_not_fool_it(gap, rival, seed):
+    """From the old leading vector alone the search settles on what is now the second value, low by the gap."""
+    n = 1000
+    before = torch.cat([torch.tensor([1.0, 0.96, 0.9, 0.5, 0.4, 0.3, 0.2]), torch.linspace(-0.05, 0.1, n - 7)]).double()
+    old = torch.eye(n, 3, dtype=torch.float64)
+    after = before.clone()
+    after[rival] = 1 + gap
+    operator = operator_of(torch.diag(after))
+    safe = top_eigenpairs(operator, tol=1e-2, v0=_combined(old), seed=seed)
+    fooled = top_eigenpairs(operator, tol=1e-2, v0=old[:, 0], seed=seed)
+    assert safe.values.item() == pytest.approx(1 + gap, rel=1e-2)
+    assert fooled.values.item() == pytest.approx(1.0, rel=1e-2)  # the trap is real
+    assert fooled.residuals.item() < 0.02
+
+
+def test_a_vector_that_no_memory_holds_is_found_by_the_next_cold_start():
+    problem = small()
+    probe = probe_of(problem, cold_every=2)
+    probe()
+    truth = float(spectrum(problem)[0])
+    # Whatever the stored vectors are worth, the third call (number 2) does not read them.
+    probe()
+    probe._vectors = torch.eye(probe._vectors.shape[0], 3, dtype=torch.float64)
+    assert probe().eigenvalue == pytest.approx(truth, rel=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 2, "smoothing": "ema"}, {"microbatch_size": 20}])
+def test_a_resumed_probe_reads_the_same_bits(options):
+    problem = small()
+    first = probe_of(problem, **options)
+    for step in range(3):
+        first()
+        train(problem, 2, seed=step)
+    state = copy.deepcopy(first.state_dict())
+    second = probe_of(problem, **options)
+    second.load_state_dict(state)
+    for step in range(3):
+        a, b = first(), second()
+        assert (a.eigenvalue, a.residual, a.matvecs, a.eigenvalues) == (
+            b.eigenvalue,
+            b.residual,
+            b.matvecs,
+            b.eigenvalues,
+        )
+        assert a.details == b.details
+        train(problem, 2, seed=10 + step)
+
+
+def test_the_state_is_loadable_without_running_code(tmp_path):
+    problem = small()
+    probe = probe_of(problem)
+    probe()
+    torch.save(probe.state_dict(), tmp_path / "probe.pt")
+    state = torch.load(tmp_path / "probe.pt", weights_only=True)
+    assert torch.equal(state["vectors"], probe.state_dict()["vectors"])
+
+
+def test_a_fresh_batch_each_time():
+    problem = small()
+    drawn = []
+
+    def draw():
+        drawn.append(len(drawn))
+        rows = slice(16 * (len(drawn) % 4), 16 * (len(drawn) % 4) + 16)
+        return problem.inputs[rows], problem.targets[rows]
+
+    probe = CurvatureProbe(problem.model, problem.loss_fn, draw)
+    values = {probe().eigenvalue for _ in range(4)}
+    assert drawn == [0, 1, 2, 3]
+    assert len(values) == 4
+
+
+@pytest.mark.parametrize("where", ["weights", "loss"])
+def test_what_is_not_finite_is_reported_and_forgotten(where):
+    problem = small()
+    probe = probe_of(problem, smoothing="median")
+    good = probe()
+    weights = problem.model[0].weight.detach().clone()
+    with torch.no_grad():
+        problem.model[0].weight.fill_(float("nan") if where == "weights" else 1e308)
+    bad = probe()
+    assert math.isnan(bad.eigenvalue)
+    assert math.isnan(bad.residual)
+    assert not bad.converged
+    with torch.no_grad():
+        problem.model[0].weight.copy_(weights)
+    again = probe()
+    assert again.eigenvalue == pytest.approx(good.eigenvalue, rel=1e-2)
+    assert again.details["smoothed"] == pytest.approx(good.eigenvalue, rel=1e-2)
+
+
+def test_too_few_products_are_reported_and_not_smoothed():
+    reading = probe_of(small(), max_matvecs=1, smoothing="median")()
+    assert not reading.converged
+    assert math.isfinite(reading.eigenvalue)
+    assert reading.details == {}
+
+
+def test_smoothing_against_hand_worked_values():
+    values = [4.0, 1.0, 10.0]
+    assert _smoothed(values, "median", 3) == 4.0
+    # weight 2 / (3 + 1) = 1/2: 4 -> 2.5 -> 6.25
+    assert _smoothed(values, "ema", 3) == 6.25
+
+
+def test_the_budget_spaces_itself_out_without_a_clock():
+    problem = small()
+    probe = probe_of(problem, budget=0.01)
+    assert probe.is_affordable(0)
+    reading = probe()
+    cost = (1 + GRADIENTS_PER_PRODUCT * reading.matvecs) * 64
+    assert not probe.is_affordable(int(2 * cost / 0.01) - 1)
+    assert probe.is_affordable(math.ceil(2 * cost / 0.01))
+    assert probe_of(problem).is_affordable(0)
+
+
+@pytest.mark.parametrize("norm_mode", ["eval", "batch"])
+def test_no_trace_on_model_or_generators(norm_mode):
+    problem = classification(conv_net(), (1, 8, 8), 12)
+    train(problem, 2)
+    before, rng = copy.deepcopy(problem.model), torch.get_rng_state()
+    reading = CurvatureProbe(problem.model, problem.loss_fn, problem.pair, norm_mode=norm_mode)()
+    assert reading.norm_mode == norm_mode
+    after = problem.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.state_dict().items())
+    assert [m.training for m in problem.model.modules()] == [m.training for m in before.modules()]
+    assert all(p.grad is None for p in problem.model.parameters())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_repeated_probes_do_not_grow():
+    """Resident memory of the process: 150 probes after 50 to warm up; one leaked graph a call would be 15 MB in all."""
+    from pathlib import Path
+
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("needs /proc")
+    problem = classification(mlp((64, 64, 10)), (64,), 128)
+    probe = probe_of(problem)
+    sizes = []
+    for _ in range(200):
+        probe()
+        sizes.append(int(statm.read_text().split()[1]) * 4096)
+    assert sizes[-1] - sizes[49] < 3e6
+
+
+def test_microbatches_give_the_same_reading():
+    problem = small()
+    whole, split = probe_of(problem)(), probe_of(problem, microbatch_size=10)()
+    assert split.eigenvalue == pytest.approx(whole.eigenvalue, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"smoothing": "mean"}, "smoothing must be one of none, median, ema, got 'mean'"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"cold_every": 0}, "cold_every must be at least 1"),
+        ({"budget": 0.0}, "budget must be a positive share of the training cost, e.g. 0.01, got 0.0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(HessianFlowError, match=message):
+        probe_of(small(), **options)
