@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,25 +290,28 @@ def repeated(probes: int = 200) -> list[Row]:
     return [("mlp-50k", f"{probes} probes, growth in MiB after the 20th", "ours", f"{sizes[-1] - sizes[19]:.1f}")]
 
 
-def measure(name: str, seeds: int) -> list[Row]:
+def measure(name: str, seeds: int) -> Iterator[list[Row]]:
+    """All rows of one problem, each group as soon as it is measured."""
     problem = problem_of(name)
     small = name.startswith("mlp")
-    rows = product_cost(name, problem, 41 if small else 5)
-    operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
-    reference = hf.curvature.top_eigenpairs(operator, 5, tol=1e-5, seed=77).values.tolist()
+    yield product_cost(name, problem, 41 if small else 5)
     exact = None
     if name == "mlp-3k":
-        double = Problem(
-            copy.deepcopy(problem.model).double(), problem.loss_fn, problem.inputs.double(), problem.targets
-        )
+        twin = copy.deepcopy(problem.model).double()
+        double = Problem(twin, problem.loss_fn, problem.inputs.double(), problem.targets)
         exact = torch.linalg.eigvalsh(dense_hessian(double)).numpy()
         reference = sorted(exact.tolist(), key=abs, reverse=True)[:5]
-        rows += density(name, problem, exact, 10)
-    rows += eigenvalues(name, problem, 1, seeds, reference[:1])
-    rows += eigenvalues(name, problem, 5, seeds if small else 1, reference)
-    rows += warm(name, problem, seeds)
-    rows += traces(name, problem, None if exact is None else float(exact.sum()), 40 if small else 4)
-    return rows
+        yield density(name, problem, exact, 10)
+    else:
+        operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
+        reference = hf.curvature.top_eigenpairs(operator, 5, tol=1e-5, seed=77).values.tolist()
+        operator.release()
+    yield eigenvalues(name, problem, 1, seeds, reference[:1])
+    yield eigenvalues(name, problem, 5, seeds if small else 1, reference)
+    yield warm(name, problem, seeds)
+    if not small:
+        yield memory(name)
+    yield traces(name, problem, None if exact is None else float(exact.sum()), 40 if small else 4)
 
 
 def main() -> None:
@@ -324,10 +327,9 @@ def main() -> None:
         return
     print("| problem | quantity | library | measured |\n|---|---|---|---|")
     for name in options.problems:
-        rows = measure(name, options.seeds)
-        rows += [] if name.startswith("mlp") else memory(name)
-        for row in rows:
-            print("| " + " | ".join(row) + " |", flush=True)
+        for rows in measure(name, options.seeds):
+            for row in rows:
+                print("| " + " | ".join(row) + " |", flush=True)
     for row in repeated():
         print("| " + " | ".join(row) + " |")
 

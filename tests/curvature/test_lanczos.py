@@ -50,13 +50,13 @@ def test_every_value_lies_within_its_residual_of_an_eigenvalue():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=25), st.integers(0, 100))
-def test_any_small_spectrum_is_found_exactly_when_the_space_is_exhausted(spectrum, seed):
+@given(st.lists(st.integers(-50, 50), unique=True, min_size=1, max_size=25), st.integers(0, 100))
+def test_any_small_spectrum_of_distinct_values_is_found(spectrum, seed):
     k = min(3, len(spectrum))
     result = top_eigenpairs(operator_of(symmetric(spectrum, seed)), k, tol=1e-14, seed=seed)
     found = result.values.abs().tolist()
     truth = [abs(v) for v in wanted(spectrum, "LM", k)]
-    # eigenvalues closer than the tie share may come in either order; their magnitudes agree to it
+    # +v and -v may come in either order; their magnitudes agree
     assert found == pytest.approx(truth, abs=1e-5 * max(1e-300, *map(abs, spectrum)))
 
 

@@ -1,7 +1,6 @@
 """The probe in a training loop: right values, warm starts that cannot be fooled, bit-identical resumption, no trace."""
 
 import copy
-import dataclasses
 import math
 
 import pytest
