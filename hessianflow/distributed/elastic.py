@@ -1,0 +1,203 @@
+"""Elastic training on Ray: workers come, go and fail while the run goes on.
+
+Ray places worker processes, watches them and asks the cluster for room; torch.distributed moves gradients. The members
+of one generation train a stretch of updates, report, and train the next, without ending their processes. Between two
+stretches the world may change: members leave the group (milliseconds), a new one is formed under the next generation's
+prefix in the same key-value store, and newcomers receive the state by broadcast. Newcomers start, import and build
+their job while the others train; a cluster that is slow or has no room is waited for in the same way, without waiting.
+
+Faults: a member that dies makes the others fail in their next sum; one that hangs, after `timeout_seconds`. The
+survivors leave that generation, the most advanced becomes rank 0, and all go on from its last complete update; the
+batch that was under way is trained again and counted once. Without survivors the run goes on from the last snapshot.
+When this process itself ends, the job's own checkpoints are what is left.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hessianflow.distributed.elastic_cluster import Cluster
+from hessianflow.distributed.elastic_member import ElasticJob, JobReport
+from hessianflow.distributed.elastic_policy import Sample, slow_workers
+from hessianflow.distributed.elastic_settings import ElasticSettings
+from hessianflow.distributed.ray_session import connect
+from hessianflow.interfaces import HessianFlowError
+
+EventKind = Literal["started", "requested", "refused", "joined", "left", "died", "hung", "slow", "restored", "finished"]
+
+MAX_FAILURES = 5
+"""Failures in a row, without an update completed in between, after which a run gives up. Ours."""
+
+
+@dataclass(frozen=True)
+class ElasticEvent:
+    """One change of the world, or a reason for one.
+
+    Attributes:
+        kind: what happened.
+        seconds: since the run began.
+        updates: completed by then.
+        workers: in the world after it.
+        message: in words.
+        pause: seconds for which training stood still.
+    """
+
+    kind: EventKind
+    seconds: float
+    updates: int
+    workers: int
+    message: str
+    pause: float = 0.0
+
+
+Policy = Callable[[JobReport, Sequence[Sample]], int]
+"""policy(report, samples) -> workers wanted from the next boundary on; clipped to the settings' bounds."""
+
+
+@dataclass
+class ElasticRun:
+    """Trains a job on a changing number of workers.
+
+    Args:
+        build: makes the job, in each worker's process.
+        policy: how many workers to have; such as one made of
+            :func:`~hessianflow.distributed.elastic_policy.workers_for`.
+        settings: see :class:`ElasticSettings`.
+        on_event: called with each event as it happens.
+
+    Attributes:
+        events: all of them.
+        samples: throughput of every stretch.
+
+    Raises:
+        HessianFlowError: no Ray; no room for `min_workers`; too many failures in a row. A worker's own error comes as
+            Ray's exception of it.
+    """
+
+    build: Callable[[], ElasticJob]
+    policy: Policy
+    settings: ElasticSettings
+    on_event: Callable[[ElasticEvent], None] | None = None
+    events: list[ElasticEvent] = field(default_factory=list, init=False)
+    samples: list[Sample] = field(default_factory=list, init=False)
+
+    def run(self) -> JobReport:
+        """Train to the end; returns the last report."""
+        ray = connect(self.settings.address)
+        self._began = time.monotonic()
+        self._cluster = Cluster(ray, self.build, self.settings)
+        self._slow: set[int] = set()
+        try:
+            self._start()
+            while not self._report.done:
+                self._train_stretch()
+            self._record("finished", f"{self._report.examples} examples in {self._report.updates} updates")
+            return self._report
+        finally:
+            self._cluster.close()
+
+    def _start(self) -> None:
+        self._cluster.request(self.settings.min_workers)
+        self._cluster.await_all(self.settings.start_seconds)
+        report = self._cluster.regroup(share_state=True)
+        if report is None:
+            raise HessianFlowError(f"the first workers could not form a group: {self._cluster.last_error}")
+        self._report = report
+        self._cluster.take_snapshot()
+        self._failures, self._stretch = 0, 1
+        self._record("started", f"{len(self._cluster.members)} workers")
+
+    def _train_stretch(self) -> None:
+        began = time.monotonic()
+        expected = 10 * self.settings.stretch_seconds + self.settings.timeout_seconds
+        outcome = self._cluster.run_until(self._report.updates + self._stretch, expected)
+        if outcome is None:
+            self._recover()
+            return
+        report, busy = outcome
+        self._measure(report, time.monotonic() - began)
+        self._note_slow(busy)
+        self._failures = 0
+        if not report.done:
+            self._resize()
+            self._cluster.snapshot_if_due()
+
+    def _measure(self, report: JobReport, seconds: float) -> None:
+        updates, examples = report.updates - self._report.updates, report.examples - self._report.examples
+        batch_size, self._report = self._report.batch_size, report
+        if updates > 0:
+            now, workers = time.monotonic() - self._began, len(self._cluster.members)
+            self.samples.append(Sample(now, workers, batch_size, report.examples, examples / seconds))
+            per_update = seconds / updates
+            # At most double: one short stretch says little about the next, whose batch may have grown.
+            self._stretch = max(1, min(2 * self._stretch, int(self.settings.stretch_seconds / per_update)))
+
+    def _resize(self) -> None:
+        wanted = self.policy(self._report, self.samples)
+        wanted = min(self.settings.max_workers, max(self.settings.min_workers, wanted))
+        present, coming = len(self._cluster.members), len(self._cluster.pending)
+        if wanted > present + coming:
+            self._cluster.request(wanted - present - coming)
+            self._record("requested", f"{wanted - present - coming} more for a batch of {self._report.batch_size}")
+        elif wanted < present + coming:
+            self._cluster.cancel(min(coming, present + coming - wanted))
+        for _ in range(self._cluster.newly_overdue()):
+            self._record("refused", f"no new worker after {self.settings.start_seconds:g} s; training goes on without")
+        leaving = max(0, present - wanted)
+        if leaving or self._cluster.arrived():
+            self._change_world(leaving)
+
+    def _change_world(self, leaving: int) -> None:
+        began, before = time.monotonic(), len(self._cluster.members)
+        if not self._cluster.part(leaving):
+            self._recover()
+            return
+        joined = self._cluster.admit()
+        if not self._reform(share_state=joined > 0):
+            return
+        pause, after = time.monotonic() - began, len(self._cluster.members)
+        self._record("joined" if joined else "left", f"{before} -> {after} workers", pause)
+
+    def _recover(self) -> None:
+        """Go on with whoever is left, or from the last snapshot."""
+        began = time.monotonic()
+        self._failures += 1
+        for kind, what in self._cluster.bury():
+            self._record(kind, what)
+        if self._failures > MAX_FAILURES:
+            raise HessianFlowError(
+                f"{self._failures} failures in a row at update {self._report.updates}, the last: "
+                f"{self._cluster.last_error}; look at the workers' logs"
+            )
+        if not self._cluster.members:
+            self._cluster.request(max(0, self.settings.min_workers - len(self._cluster.pending)))
+            self._cluster.await_all(self.settings.start_seconds)
+            self._cluster.restore()
+        if self._reform(share_state=True):
+            workers = len(self._cluster.members)
+            message = f"{workers} workers go on from update {self._report.updates}"
+            self._record("restored", message, time.monotonic() - began)
+
+    def _reform(self, *, share_state: bool) -> bool:
+        """Form the next generation; False when that failed and was recovered from."""
+        report = self._cluster.regroup(share_state=share_state)
+        if report is None:
+            self._recover()
+            return False
+        self._report = report
+        self._slow.clear()
+        return True
+
+    def _note_slow(self, busy: Sequence[float]) -> None:
+        slow = set(slow_workers(busy))
+        for rank in sorted(slow - self._slow):
+            self._record("slow", f"rank {rank} computed {busy[rank]:.2f} s, the others {sorted(busy)[0]:.2f} s or more")
+        self._slow = slow
+
+    def _record(self, kind: EventKind, message: str, pause: float = 0.0) -> None:
+        now, workers = time.monotonic() - self._began, len(self._cluster.members)
+        event = ElasticEvent(kind, now, self._report.updates, workers, message, pause)
+        self.events.append(event)
+        if self.on_event is not None:
+            self.on_event(event)

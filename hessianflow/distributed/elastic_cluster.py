@@ -1,0 +1,239 @@
+"""The worker processes of an elastic run, as Ray actors: asked for, awaited, grouped, and buried."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from hessianflow.distributed.elastic_member import ElasticJob, JobReport, Member
+from hessianflow.distributed.elastic_settings import ElasticSettings
+from hessianflow.distributed.process_group import Generation
+from hessianflow.interfaces import HessianFlowError
+
+GRACE_SECONDS = 5.0
+"""How long members that have not answered are waited for once another has failed. Ours."""
+
+
+@dataclass
+class _Pending:
+    """A worker that has been asked for; `ready` is answered once its job is built."""
+
+    actor: Any
+    ready: Any
+    asked_at: float
+    overdue: bool = False
+
+
+class Cluster:
+    """The members of the current generation, in the order of ranks, and the newcomers that are still starting.
+
+    Args:
+        ray: the module, connected.
+        build: makes the job, in each worker's process.
+        settings: of the run.
+
+    Attributes:
+        members: actors of the current generation.
+        pending: newcomers.
+        last_error: what the last failure said.
+    """
+
+    def __init__(self, ray: Any, build: Callable[[], ElasticJob], settings: ElasticSettings) -> None:
+        self._ray, self._settings = ray, settings
+        remote = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(Member)
+        device = "cuda" if settings.num_gpus > 0 else "cpu"
+        self._new_member: Callable[[], Any] = lambda: remote.remote(build, device)
+        # The store lives here, where no worker's death can take it away.
+        self._address = "127.0.0.1" if settings.address is None else ray.util.get_node_ip_address()
+        self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+        self._generation = 0
+        self._fates: dict[Any, Literal["died", "hung"]] = {}
+        self._snapshot: Any = None
+        self._snapshot_at = 0.0
+        self.members: list[Any] = []
+        self.pending: list[_Pending] = []
+        self.last_error = ""
+
+    def request(self, count: int) -> None:
+        """Ask for so many new workers; returns at once.
+
+        Raises:
+            HessianFlowError: a local cluster that can never have room for the smallest world.
+        """
+        for _ in range(count):
+            actor = self._new_member()
+            self.pending.append(_Pending(actor, actor.process_id.remote(), time.monotonic()))
+        settings = self._settings
+        if settings.address is not None:
+            from ray.autoscaler.sdk import request_resources
+
+            bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
+            wanted = {name: amount for name, amount in bundle.items() if amount > 0}
+            request_resources(bundles=[wanted] * (len(self.members) + len(self.pending)))
+        else:
+            room = self._ray.cluster_resources().get("CPU", 0.0)
+            if settings.min_workers * settings.num_cpus > room:
+                raise HessianFlowError(
+                    f"{settings.min_workers} workers of {settings.num_cpus:g} CPUs need more than the {room:g} CPUs of "
+                    "this machine: lower --min-workers, or give the address of a cluster"
+                )
+
+    def cancel(self, count: int) -> None:
+        """Give up the newcomers that were asked for last."""
+        for _ in range(count):
+            self._ray.kill(self.pending.pop().actor)
+
+    def await_all(self, seconds: float) -> None:
+        """Wait for all newcomers and make them members.
+
+        Raises:
+            HessianFlowError: they did not come in time.
+        """
+        refs = [p.ready for p in self.pending]
+        ready, late = self._ray.wait(refs, num_returns=len(refs), timeout=seconds)
+        if late:
+            raise HessianFlowError(
+                f"{len(ready)} of {len(refs)} workers came within {seconds:g} s; the cluster has "
+                f"{self._ray.available_resources()} free: lower --min-workers, or wait for nodes"
+            )
+        self.admit()
+
+    def arrived(self) -> bool:
+        """Whether a newcomer is ready."""
+        refs = [p.ready for p in self.pending]
+        return bool(refs) and bool(self._ray.wait(refs, timeout=0)[0])
+
+    def newly_overdue(self) -> int:
+        """Newcomers that have become late since the last call; they are still taken when they come."""
+        now = time.monotonic()
+        late = [p for p in self.pending if not p.overdue and now - p.asked_at > self._settings.start_seconds]
+        for newcomer in late:
+            newcomer.overdue = True
+        return len(late)
+
+    def admit(self) -> int:
+        """Make the newcomers that are ready members; returns how many. An error of their `build` is raised."""
+        if not self.pending:
+            return 0
+        refs = [p.ready for p in self.pending]
+        ready = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        self._ray.get(list(ready))
+        self.members += [p.actor for p in self.pending if p.ready in ready]
+        self.pending = [p for p in self.pending if p.ready not in ready]
+        return len(ready)
+
+    def part(self, leaving: int) -> bool:
+        """All members leave their generation, the last `leaving` for good; False when some member failed."""
+        if self._ask("leave") is None:
+            return False
+        keep = len(self.members) - leaving
+        for actor in self.members[keep:]:
+            self._ray.kill(actor)
+        del self.members[keep:]
+        return True
+
+    def regroup(self, *, share_state: bool) -> JobReport | None:
+        """Form the next generation of all members; None when some member failed."""
+        self._generation += 1
+        timeout = self._settings.timeout_seconds
+        size = len(self.members)
+        arguments = [
+            (Generation(self._generation, rank, size), self._address, self._store.port, share_state, timeout)
+            for rank in range(size)
+        ]
+        reports: list[JobReport] | None = self._ask("enter", arguments, recoverable=(RuntimeError, HessianFlowError))
+        return None if reports is None else reports[0]
+
+    def run_until(self, updates: int, seconds: float) -> tuple[JobReport, list[float]] | None:
+        """Train all members until so many updates; None when one failed, or took longer than `seconds`."""
+        answers = self._ask("run_until", [(updates,)] * len(self.members), seconds=seconds)
+        return None if answers is None else (answers[0][0], [busy for _, busy in answers])
+
+    def bury(self) -> list[tuple[Literal["died", "hung"], str]]:
+        """Let the survivors of a failure leave their generation, the most advanced first; end the others."""
+        aborted = {actor: actor.abort.remote() for actor in self.members if actor not in self._fates}
+        answered = self._answers(aborted, time.monotonic() + GRACE_SECONDS, GRACE_SECONDS)
+        survivors = sorted((a for a in aborted if a in answered), key=lambda actor: -answered[actor])
+        lost = [(self._fates[a], rank) for rank, a in enumerate(self.members) if a in self._fates]
+        for actor in self._fates:
+            self._ray.kill(actor)
+        self.members = survivors
+        self._fates.clear()
+        return [(fate, f"rank {rank} of generation {self._generation} {fate}") for fate, rank in lost]
+
+    def take_snapshot(self) -> None:
+        """Keep rank 0's state in the object store; the one before stays if rank 0 is in trouble."""
+        source = self.members[0]
+        taken, snapshot = source.snapshot.options(num_returns=2).remote()
+        answers = self._answers({source: taken}, time.monotonic() + self._settings.timeout_seconds, 0.0)
+        self._snapshot_at = time.monotonic()
+        if source in answers:
+            self._snapshot = snapshot
+
+    def snapshot_if_due(self) -> None:
+        """Take one when the last is old enough."""
+        if self.members and time.monotonic() - self._snapshot_at > self._settings.snapshot_seconds:
+            self.take_snapshot()
+
+    def restore(self) -> None:
+        """Give the last snapshot to rank 0."""
+        self._ray.get(self.members[0].restore.remote(self._snapshot))
+
+    def close(self) -> None:
+        """End all workers and withdraw the request for room."""
+        for actor in [*self.members, *(p.actor for p in self.pending)]:
+            self._ray.kill(actor)
+        if self._settings.address is not None:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[])
+
+    def _ask(
+        self,
+        method: str,
+        arguments: list[Any] | None = None,
+        *,
+        seconds: float | None = None,
+        recoverable: tuple[type[Exception], ...] = (RuntimeError,),
+    ) -> list[Any] | None:
+        """Call a method of all members at once; None when a member died, hung or failed recoverably.
+
+        Any other error of a member is its job's own and is raised.
+        """
+        given = [()] * len(self.members) if arguments is None else arguments
+        refs = {a: getattr(a, method).remote(*args) for a, args in zip(self.members, given, strict=True)}
+        patience = self._settings.timeout_seconds + GRACE_SECONDS if seconds is None else seconds
+        answers = self._answers(refs, time.monotonic() + patience, GRACE_SECONDS, recoverable)
+        return [answers[a] for a in self.members] if len(answers) == len(refs) else None
+
+    def _answers(
+        self,
+        refs: dict[Any, Any],
+        deadline: float,
+        grace: float,
+        recoverable: tuple[type[Exception], ...] = (RuntimeError,),
+    ) -> dict[Any, Any]:
+        """The answers that came; who died or hung is noted in `_fates`."""
+        actors = {ref: actor for actor, ref in refs.items()}
+        answers: dict[Any, Any] = {}
+        left = list(actors)
+        while left:
+            done, left = self._ray.wait(left, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                self._fates.update((actors[ref], "hung") for ref in left)
+                self.last_error = f"{len(left)} members did not answer"
+                break
+            try:
+                answers[actors[done[0]]] = self._ray.get(done[0])
+                continue
+            except self._ray.exceptions.RayActorError as error:
+                self._fates[actors[done[0]]] = "died"
+                self.last_error = str(error).splitlines()[0]
+            except self._ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, recoverable):
+                    raise
+                self.last_error = str(error.cause).splitlines()[0]
+            deadline = min(deadline, time.monotonic() + grace)
+        return answers

@@ -1,0 +1,18 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray():
+    """A local Ray of two CPUs for all tests that need one; workers can import the modules of this folder."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hessianflow[ray]'")
+    from hessianflow.distributed.ray_session import connect
+
+    paths = [str(Path(__file__).parent), *sys.path]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    module = connect(num_cpus=8)
+    yield module
+    module.shutdown()
