@@ -192,6 +192,8 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise HessianFlowError(f"--device {name} cannot be used here: {reason}; use cpu or auto") from None

@@ -1,8 +1,10 @@
 """The `hessianflow` command: every mistake or bad input is one line on standard error and exit status 2."""
 
+import os
 import sys
 from collections.abc import Sequence
 
+from hessianflow import __version__
 from hessianflow.commands import curvature, data, records, training
 from hessianflow.commands.parser import Parser
 from hessianflow.interfaces import HessianFlowError
@@ -14,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
     runs = {name: run for room in (training, records, curvature, data) for name, run in room.add(commands).items()}
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if given == ["--version"]:
+        print(f"hessianflow {__version__}")
+        return 0
     parsed = parser.parse_args(["--print_config" if word == "--print-config" else word for word in given])
     if parsed.subcommand is None:
         parser.print_help()
@@ -21,6 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = runs[parsed.subcommand](parsed[parsed.subcommand])
         return status
+    except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(parsed.subcommand, f"{error.strerror or error}{where}")
     except HessianFlowError as error:
-        sys.stderr.write(f"hessianflow {parsed.subcommand}: error: {' '.join(str(error).split())}\n")
-        return 2
+        return _fail(parsed.subcommand, str(error))
+
+
+def _fail(command: str, message: str) -> int:
+    sys.stderr.write(f"hessianflow {command}: error: {' '.join(message.split())}\n")
+    return 2

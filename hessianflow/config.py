@@ -46,7 +46,10 @@ class TrainConfig:
         workers: processes that load images from a tree of folders; the other sets are held on the device.
         model: network by name (see hf.models.names()), or package.module:function of your own; default: digits-cnn for
             digits, resnet20 or resnet18 otherwise.
-        controller: who decides the batch size; abs is absa without the adversary.
+        controller: who decides the batch size. absa: the top eigenvalue, or patience; abs: the same without adversary;
+            fixed: batch_size throughout; warmup: max_batch_size from the start, with a rate that rises to linear
+            scaling; adabatch: growth every 20 epochs; grow-instead-of-decay: growth by 1/lr_decay at the milestones;
+            noise-scale, cabs, divebatch: from the variance of the gradients.
         adversary: attack on a share of every batch.
         optimizer: how a step is taken.
         batch_size: examples per optimizer step at the start; the learning rate is stated for it.
@@ -56,7 +59,7 @@ class TrainConfig:
         momentum: of sgd, lars and clars.
         weight_decay: of the optimizer (0 in the published ABSA runs).
         schedule: of the learning rate, below the controller's factor.
-        milestones: epochs after which the multistep schedule multiplies the rate by lr_decay.
+        milestones: epochs after which the multistep schedule multiplies the rate by lr_decay, e.g. "[30, 60]".
         lr_decay: factor of the multistep schedule (0.2 in the published ABSA runs).
         warmup_epochs: epochs over which the rate rises linearly from 0 to the schedule's.
         lr_rule: how the rate follows the batch; default: as the controller has it (linear for absa).
@@ -158,6 +161,13 @@ class TrainConfig:
             raise HessianFlowError(f"--milestones must be increasing epochs, got {list(self.milestones)}")
         if self.controller in ("absa", "abs") and self.curvature == "off":
             raise HessianFlowError(f"--controller {self.controller} needs curvature: use --curvature epoch or needed")
+        if self.controller == "grow-instead-of-decay":
+            if self.schedule not in (None, "constant"):
+                raise HessianFlowError(
+                    f"--controller {self.controller} replaces --schedule {self.schedule}: leave it out"
+                )
+            if not 0 < self.lr_decay < 1:
+                raise HessianFlowError(f"--lr-decay must lie between 0 and 1 here, got {self.lr_decay}")
         if self.max_lr_factor is not None and self.lr_rule is None:
             raise HessianFlowError(f"--max-lr-factor {self.max_lr_factor:g} needs --lr-rule")
 
@@ -187,7 +197,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "probe_tolerance": (1e-7, 1),
     "microbatch_size": (1, math.inf),
     "threads": (1, math.inf),
-    "seed": (0, 2**63 - 1),
+    "seed": (0, 2**32 - 1),
     "checkpoint_examples": (1, math.inf),
 }
 
@@ -236,13 +246,19 @@ PRESETS: Mapping[str, dict[str, Any]] = {
 }
 
 
+_OWN_SCHEDULES = ("adabatch", "grow-instead-of-decay")
+"""Controllers that move the learning rate themselves, where a schedule would decay it."""
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill every field that the data set's preset knows and the user left open.
 
     A cap left open is never below a batch size given nor above the `train_examples` given, and milestones left open
-    keep their place in the run.
+    keep their place in the run. Controllers that move the rate themselves get a constant schedule.
     """
-    preset = PRESETS[config.data]
+    preset = dict(PRESETS[config.data])
+    if config.controller in _OWN_SCHEDULES:
+        preset["schedule"] = "constant"
     filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
     batch = config.batch_size or filled["batch_size"]
     if "max_batch_size" in filled:
@@ -275,7 +291,10 @@ def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
     if unknown:
         raise HessianFlowError(f"{source} has unknown settings {', '.join(unknown)}: made by another release?")
     tuples = {k: tuple(v) for k, v in settings.items() if isinstance(v, list)}
-    return TrainConfig(**{**settings, **tuples})
+    try:
+        return TrainConfig(**{**settings, **tuples})
+    except TypeError as error:
+        raise HessianFlowError(f"{source} holds a setting of the wrong type: {error}") from None
 
 
 def option(name: str) -> str:

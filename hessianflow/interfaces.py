@@ -178,6 +178,7 @@ class GradientObserver(Stateful, Protocol):
         ...
 
 
+@runtime_checkable
 class ResizableBatches(Stateful, Protocol):
     """Training data as a resumable stream of batches whose size may change between any two of them.
 
@@ -224,6 +225,7 @@ class RecordSink(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
 class LinearOperator(Protocol):
     """All that curvature algorithms see of a symmetric matrix."""
 

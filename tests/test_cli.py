@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
     assert history.summary["updates"] * 2 <= 30 * 45  # 45 updates an epoch at the fixed batch of 32
     assert run_dir.name in out
     assert {p.name for p in (run_dir / "plots").iterdir()} == {"curvature_trajectory.png", "training_curves.png"}
-    names = {"config.json", "history.jsonl", "summary.json", "checkpoints", "plots"}
+    names = {"config.json", "settings.yaml", "history.jsonl", "summary.json", "checkpoints", "plots"}
     assert {p.name for p in run_dir.iterdir()} == names
     assert torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)["updates"] == history.summary["updates"]
     config = json.loads((run_dir / "config.json").read_text())
@@ -130,6 +131,122 @@ def test_used_run_directory_is_refused(capsys):
     assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
 
 
+def test_resume_of_a_finished_run_changes_nothing(capsys):
+    assert run("train", *QUICK, "--run-dir", "run", capsys=capsys)[0] == 0
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    status, out, _ = run("resume", "run", capsys=capsys)
+    assert (status, out) == (0, "run has finished already: nothing to resume\n")
+    assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
+
+
+def test_settings_of_a_run_are_a_config_file(capsys):
+    assert run("train", *QUICK, "--lr", "0.03", "--run-dir", "run", capsys=capsys)[0] == 0
+    again = ["--config", "run/settings.yaml", "--run-dir", "again"]
+    assert run("train", *again, capsys=capsys)[0] == 0
+    first, second = (History.load(name).config["settings"] for name in ("run", "again"))
+    assert {k: v for k, v in first.items() if k != "run_dir"} == {k: v for k, v in second.items() if k != "run_dir"}
+    assert History.load("run").epochs[-1]["train_loss"] == History.load("again").epochs[-1]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--controller", "abs"],
+        ["--controller", "warmup", "--max-batch-size", "64"],
+        ["--controller", "adabatch"],
+        ["--controller", "grow-instead-of-decay", "--milestones", "[1]"],
+        ["--controller", "noise-scale"],
+        ["--controller", "cabs"],
+        ["--controller", "divebatch"],
+        ["--optimizer", "adam", "--lr", "0.001"],
+        ["--optimizer", "adamw", "--lr", "0.001"],
+        ["--optimizer", "lars"],
+        ["--optimizer", "clars"],
+        ["--optimizer", "lamb", "--lr", "0.01"],
+        ["--adversary", "pgd"],
+        ["--schedule", "cosine", "--warmup-epochs", "1"],
+        ["--schedule", "polynomial", "--lr-rule", "sqrt", "--max-lr-factor", "3"],
+        ["--precision", "bf16", "--channels-last", "true"],
+        ["--train-examples", "500", "--test-examples", "100", "--max-batch-size", "400"],
+    ],
+    ids=" ".join,
+)
+def test_every_choice_trains_under_its_own_name(arguments: list[str], capsys):
+    status, _, err = run("train", *QUICK, *arguments, "--run-dir", "run", capsys=capsys)
+    assert status == 0, err
+    history = History.load("run")
+    assert history.summary["final_accuracy"] > 0.3
+    trainer = history.config["trainer"]
+    if arguments[0] == "--optimizer":
+        assert trainer["optimizer"].lower() == arguments[1]
+    if arguments[0] == "--controller" and arguments[1] != "abs":
+        assert trainer["controller"].lower() in arguments[1].replace("-", "") + "batch"
+
+
+def test_grow_instead_of_decay_does_not_decay_too(capsys):
+    options = ["--controller", "grow-instead-of-decay", "--milestones", "[1]", *QUICK]
+    assert run("train", *options, "--run-dir", "run", capsys=capsys)[0] == 0
+    assert [(r["batch_size"], r["lr"]) for r in History.load("run").epochs] == [(32, 0.05), (160, 0.05)]
+    status, _, err = run("train", *options, "--schedule", "multistep", capsys=capsys)
+    assert status == 2
+    assert "replaces --schedule multistep" in err
+
+
+def test_commands_that_read_runs(capsys):
+    for seed in ("0", "1"):
+        assert run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0
+    status, out, _ = run("compare", "run0", "run1", "--out", "cmp", capsys=capsys)
+    assert status == 0
+    assert out.startswith("| settings | runs |")
+    assert {p.name for p in Path("cmp").iterdir()} == {"compare.md", "compare.csv", "compare.png"}
+    status, out, _ = run("report", "run0", capsys=capsys)
+    assert status == 0
+    assert Path("run0/report.html").read_text().startswith("<!doctype html>")
+    status, out, _ = run("replay", "run0", "--patience", "1", capsys=capsys)
+    assert status == 0
+    assert "epoch   1: batch 64, rate x 2" in out
+    assert "no growth for 1 estimates" in out
+    status, out, _ = run(
+        "spectrum", "run0", "--k", "2", "--trace", "true", "--density", "true", "--examples", "64", capsys=capsys
+    )
+    assert status == 0
+    found = json.loads(Path("run0/spectrum.json").read_text())
+    assert len(found["eigenvalues"]) == 2
+    assert found["num_examples"] == 64
+    assert Path("run0/plots/spectral_density.png").exists()
+    status, out, _ = run(
+        "spectrum",
+        "run0/checkpoints/best.pt",
+        "--k",
+        "1",
+        "--layers",
+        "0",
+        "--examples",
+        "64",
+        "--out",
+        "s",
+        capsys=capsys,
+    )
+    assert status == 0
+    assert "eigenvalue 1" in out
+    status, _, err = run("spectrum", "nowhere", capsys=capsys)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "neither a run directory nor a checkpoint" in err
+
+
+def test_data_verify(tmp_path: Path, capsys):
+    status, out, _ = run("data", "verify", "cifar10", "--data-dir", str(tmp_path), capsys=capsys)
+    assert status == 2
+    assert out.startswith("missing")
+    status, _, err = run("data", "fetch", "nothing", "--data-dir", str(tmp_path), capsys=capsys)
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_version(capsys):
+    status, out, _ = run("--version", capsys=capsys)
+    assert (status, out.split()[0]) == (0, "hessianflow")
+
+
 @pytest.mark.parametrize("command", ["resume", "plot"])
 def test_no_run_there(command: str, tmp_path: Path, capsys):
     (tmp_path / "empty").mkdir()
@@ -144,6 +261,7 @@ def test_corrupt_and_foreign_checkpoints_are_refused(capsys):
     assert run("train", *QUICK, "--run-dir", "run", capsys=capsys)[0] == 0
     checkpoints = Path("run/checkpoints")
     (checkpoints / "previous.pt").unlink()
+    Path("run/summary.json").unlink()  # as if it had been interrupted
     history = Path("run/history.jsonl").read_bytes()
     (checkpoints / "last.pt").write_bytes(b"rubbish")
     status, _, err = run("resume", "run", capsys=capsys)
@@ -159,8 +277,8 @@ def test_corrupt_and_foreign_checkpoints_are_refused(capsys):
 def test_divergence_names_epoch_step_and_checkpoint(capsys):
     status, _, err = run("train", *QUICK, "--lr", "1e30", "--run-dir", "run", capsys=capsys)
     assert (status, err.count("\n")) == (2, 1)
-    assert "not finite in epoch 1 at update" in err
-    assert "no checkpoint was made yet" in err
+    assert re.search(r"not finite, or exploded, in epoch 1 at update \d", err)
+    assert "last good checkpoint is run/checkpoints/last.pt" in err
     assert History.load("run").of_kind("event")[0]["event"] == "diverged"
 
 

@@ -29,7 +29,7 @@ ROOMS_OF_BUILD = {
     *("config", "build", "choices", *SHARED),
 }
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
-ALLOWED["cli"] = {"commands", "interfaces"}
+ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
     *("commands", "config", "build", "choices", "plots", "training", "control", "curvature", "data", *SHARED)
 }

@@ -1,5 +1,6 @@
 """Commands that only read what runs left behind: plot, compare, report, replay."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -43,7 +44,9 @@ def draw(runs: list[Path], folder: Path) -> None:
     _make(folder)
     for picture in (plots.curvature_trajectory, plots.training_curves):
         path = folder / f"{picture.__name__}.png"
-        picture(runs, path=path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a run's name may hold what the font lacks
+            picture(runs, path=path)
         print(f"  {path}")
 
 

@@ -1,6 +1,7 @@
 """`hessianflow train` and `hessianflow resume`."""
 
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import datetime
@@ -34,7 +35,7 @@ def _train(arguments: Namespace) -> int:
     from hessianflow.build import build_trainer, prepare
 
     config = prepare(TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)}))
-    if config.run_dir is None:
+    if not config.run_dir:
         config = replace(config, run_dir=_new_run_dir(config))
     trainer = build_trainer(config)
     return _run(trainer, trainer.fit, config)
@@ -42,7 +43,12 @@ def _train(arguments: Namespace) -> int:
 
 def _resume(arguments: Namespace) -> int:
     from hessianflow.build import build_trainer, load_config, prepare
+    from hessianflow.training.record import SUMMARY, read_json
 
+    summary = read_json(Path(arguments.run_dir) / SUMMARY)
+    if summary.get("status") == "finished":
+        print(f"{arguments.run_dir} has finished already: nothing to resume")
+        return 0
     config = prepare(load_config(arguments.run_dir))
     trainer = build_trainer(config)
     return _run(trainer, lambda: trainer.resume(arguments.run_dir), config)
@@ -62,6 +68,9 @@ def _run(trainer: "AdaptiveBatchTrainer", work: "Callable[[], History]", config:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    for event in history.of_kind("event"):
+        if event["event"] == "fallback":
+            sys.stderr.write(f"hessianflow: {event['message']}\n")
     _print_summary(history)
     if config.plots and history.epochs and history.run_dir is not None:
         from hessianflow.commands.records import draw

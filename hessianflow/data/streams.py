@@ -121,10 +121,16 @@ class ExampleStream:
         """This rank's [start, stop) in the order of each batch left in the epoch; then enter the next epoch.
 
         The cursor moves before the places are handed out, so a state taken while a batch is in use lies behind it.
+        Without shuffling every call starts at the first example. A single example that would be left over at the end of
+        a shuffled epoch joins the batch before it: batch normalisation cannot train on one.
         """
+        if not self._shuffle:
+            self._cursor = 0
         while self._cursor < self._num_examples:
             start = self._cursor
-            size = min(self._batch_size, self._num_examples - start)
+            left = self._num_examples - start
+            alone = self._shuffle and left - self._batch_size == 1 and self._batch_size > 1
+            size = left if alone else min(self._batch_size, left)
             self._cursor = start + size
             first, last = (size * r // self._world_size for r in (self._rank, self._rank + 1))
             yield start + first, start + last

@@ -1,7 +1,8 @@
 """The gradient of the mean loss over one optimization batch, in as many microbatches as it takes.
 
 Each microbatch counts by its examples: with n_i of n examples its mean loss enters with weight n_i / n, so that the sum
-of the weights is 1 for every split, a ragged tail and a batch size that has just changed included.
+of the weights is 1 for every split, a ragged tail and a batch size that has just changed included. Where a loss divides
+by something else (class weights, ignored targets), so do the weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import mean_loss, num_examples, split
+from hessianflow.batches import loss_weight, mean_loss, num_examples, split
 from hessianflow.interfaces import Batch, GradientObserver, HessianFlowError, LossFn
 from hessianflow.training.evaluate import count_correct
 
@@ -35,21 +36,23 @@ class GradientAccumulator:
     Attributes:
         model: in the mode the caller set.
         loss_fn: see :data:`hessianflow.interfaces.LossFn`.
+        parameters: what is trained: gradients of these are made, and no others looked at.
         observers: shown the gradient of each microbatch and the whole.
         precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
     """
 
     model: nn.Module
     loss_fn: LossFn
+    parameters: Sequence[nn.Parameter]
     observers: Sequence[GradientObserver] = ()
     precision: Precision = "float32"
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
-        device = next(self.model.parameters()).device.type
+        device = self.parameters[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        self._autocast: Callable[[], AbstractContextManager[Any]] = (
+        self.autocast: Callable[[], AbstractContextManager[Any]] = (
             nullcontext if dtype is None else lambda: torch.autocast(device, dtype=dtype)
         )
 
@@ -66,16 +69,17 @@ class GradientAccumulator:
         total = num_examples(batch[1])
         if total == 0:
             raise HessianFlowError("a batch of 0 examples has no mean loss: check the training data")
-        self.model.zero_grad(set_to_none=True)
+        self.clear()
+        whole = loss_weight(self.loss_fn, batch[1])
         loss_sum: Tensor | None = None
         correct: Tensor | None = None
         for inputs, targets in split(batch, microbatch_size):
-            count = num_examples(targets)
-            with self._autocast():
+            with self.autocast():
                 outputs = self.model(inputs)
                 loss = mean_loss(self.loss_fn, outputs, targets)
-            weight = count / total
-            self._backward(loss, weight, count)
+            weight = loss_weight(self.loss_fn, targets) / whole
+            weight = weight.to(loss.dtype) if isinstance(weight, Tensor) else weight
+            self._backward(loss, weight, num_examples(targets))
             part = loss.detach().float() * weight
             loss_sum = part if loss_sum is None else loss_sum + part
             hits = count_correct(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
@@ -85,28 +89,32 @@ class GradientAccumulator:
             self._show_whole(total)
         return BatchResult(loss_sum, correct, total)
 
-    def _backward(self, loss: Tensor, weight: float, count: int) -> None:
+    def clear(self) -> None:
+        """Drop every gradient."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _backward(self, loss: Tensor, weight: float | Tensor, count: int) -> None:
         if not self.observers:
             self.scaler.scale(loss * weight).backward()  # type: ignore[no-untyped-call]
             return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(self.scaler.scale(loss), parameters, allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        scaled = self.scaler.scale(loss)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
         for observer in self.observers:
-            observer.on_microbatch(filled if scale == 1.0 else list(torch._foreach_div(filled, scale)), count)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+            observer.on_microbatch(self._unscaled(filled), count)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None:
                 continue
             part = gradient * weight
             parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
 
     def _show_whole(self, total: int) -> None:
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad / scale if scale != 1.0 else p.grad
-            for p in self.model.parameters()
-            if p.requires_grad
-        ]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         for observer in self.observers:
-            observer.on_step(gradients, total)
+            observer.on_step(self._unscaled(gradients), total)
+
+    def _unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
+        # Waits for the device, but only under fp16 with observers: the scale lives there.
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        return gradients if scale == 1.0 else list(torch._foreach_div(gradients, scale))

@@ -45,7 +45,9 @@ def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise HessianFlowError(f"cannot write checkpoint {path}: {_one_line(error)}; older ones are intact") from None
+        # torch wraps what went wrong on disk in an error of its own.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise HessianFlowError(f"cannot write checkpoint {path}: {_one_line(cause)}; older ones are intact") from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -69,18 +71,35 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_newest(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Read `last.pt`, or `previous.pt` when that one is damaged.
+def load_newest(folder: Path, history_bytes: int) -> tuple[dict[str, Any], str | None]:
+    """Read `last.pt`, or an older one when that is damaged or later than the history.
+
+    Args:
+        folder: of the checkpoints.
+        history_bytes: length of history.jsonl; a checkpoint made when it was longer cannot be continued.
 
     Returns:
-        The state, and a warning when the older file had to be used.
+        The state, and a warning when an older file had to be used.
+
+    Raises:
+        HessianFlowError: none of the files can be used; what is wrong with the newest.
     """
-    try:
-        return load(folder / LAST), None
-    except HessianFlowError as error:
-        if not (folder / PREVIOUS).is_file():
-            raise
-        return load(folder / PREVIOUS), f"{error}; continuing from {PREVIOUS}"
+    first: HessianFlowError | None = None
+    older = sorted(folder.glob(f"{Path(PREVIOUS).stem}*.pt"), key=lambda path: (len(path.name), path.name))
+    for name in [LAST, *(path.name for path in older)]:
+        try:
+            state = load(folder / name)
+            if state["history_bytes"] > history_bytes:
+                raise HessianFlowError(
+                    f"{folder / name} was made when the history had {state['history_bytes']} bytes; "
+                    f"it has {history_bytes} now: damaged"
+                )
+        except HessianFlowError as error:
+            first = first or error
+        else:
+            return state, None if first is None else f"{first}; continuing from {name}"
+    assert first is not None
+    raise first
 
 
 def generator_states() -> dict[str, Any]:
@@ -107,6 +126,24 @@ def restore_generators(states: Mapping[str, Any]) -> None:
     random.setstate((kind, tuple(words), gauss))
 
 
+def plain(value: Any) -> Any:
+    """The same structure with NumPy scalars as Python numbers: reading a checkpoint admits no other types."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return type(value)({key: plain(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether every weight and floating-point buffer is finite (waits for the device)."""
+    tensors = [t.detach() for t in [*model.parameters(), *model.buffers()] if t.is_floating_point() and t.numel()]
+    norms = torch._foreach_norm(tensors, float("inf"))
+    return not tensors or bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
+
+
 def load_model(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
     """Load weights and buffers.
 
@@ -118,6 +155,8 @@ def load_model(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
         if name not in state or name not in own:
             where = "the model" if name in own else "the checkpoint"
             raise HessianFlowError(f"{source} is of another model: only {where} has {name!r}")
+        if not isinstance(own[name], torch.Tensor) or not isinstance(state[name], torch.Tensor):
+            continue  # a module's own extra state: its business
         if own[name].shape != state[name].shape:
             raise HessianFlowError(
                 f"{source} is of another model: {name!r} has shape {list(state[name].shape)} there, "

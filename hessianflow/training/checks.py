@@ -1,9 +1,41 @@
 """What must hold before a run can start."""
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import BatchController, HessianFlowError, ResizableBatches
+
+
+def check_data(train_data: object) -> None:
+    """Refuse training data that cannot change their batch size.
+
+    Raises:
+        HessianFlowError: with what to wrap them in.
+    """
+    if not isinstance(train_data, ResizableBatches):
+        raise HessianFlowError(
+            f"train_data must be batches whose size can change, got a {type(train_data).__name__}: use "
+            "hf.data.DeviceBatches(inputs, targets, batch_size) or hf.data.AdaptiveBatches(dataset, batch_size)"
+        )
+
+
+def check_signals(controller: BatchController | None, has_probe: bool, num_examples: int) -> None:
+    """Refuse a controller that cannot work here.
+
+    Raises:
+        HessianFlowError: it needs eigenvalues and there is no probe; its largest batch exceeds the data.
+    """
+    if controller is None:
+        return
+    if "eigenvalue" in controller.needs and not has_probe:
+        raise HessianFlowError(
+            f"{type(controller).__name__} decides by the top eigenvalue: pass "
+            "probe=hf.curvature.CurvatureProbe(model, loss_fn, train_data.sample(128))"
+        )
+    cap = getattr(controller, "max_batch_size", None)
+    if cap is not None and cap > num_examples:
+        raise HessianFlowError(f"max_batch_size {cap} is larger than the {num_examples} training examples")
 
 
 def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examples: int, epochs: int) -> None:
@@ -13,6 +45,8 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
         HessianFlowError: no trainable parameter, an optimizer of another model, no epochs, or a batch size outside
             1 to `num_examples`.
     """
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise HessianFlowError("the model has lazy layers: run it once on a batch before training it")
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not trained:
         raise HessianFlowError("the model has no trainable parameter: nothing to train")

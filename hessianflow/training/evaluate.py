@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import mean_loss, move, num_examples
-from hessianflow.interfaces import Batch, LossFn
+from hessianflow.batches import as_batches, loss_weight, mean_loss, move, num_examples
+from hessianflow.interfaces import Batch, HessianFlowError, LossFn
 from hessianflow.measuring import measuring
 
 
@@ -30,10 +30,14 @@ def evaluate(model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn) -
         loss_fn: as in training.
 
     Returns:
-        Figures weighted by examples, so that a short last batch counts for what it holds.
+        Figures weighted by what each batch's mean divides by, so that a short last batch counts for what it holds.
+
+    Raises:
+        HessianFlowError: the data hold no example, or were used up by an iteration before.
     """
     device = next(model.parameters()).device
-    loss_sum = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    loss_sum = torch.zeros((), dtype=float64_on(device), device=device)
+    weight_sum = torch.zeros_like(loss_sum)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     examples, classified = 0, True
     with measuring(model) as inner, torch.no_grad():
@@ -41,22 +45,26 @@ def evaluate(model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn) -
             inputs, targets = move(inputs, device), move(targets, device)
             outputs = inner(inputs)
             count = num_examples(targets)
-            loss_sum += mean_loss(loss_fn, outputs, targets).to(loss_sum) * count
+            weight = loss_weight(loss_fn, targets)
+            loss_sum += mean_loss(loss_fn, outputs, targets).to(loss_sum) * weight
+            weight_sum += weight
             hits = count_correct(outputs, targets)
             if hits is None:
                 classified = False
             else:
                 correct += hits
             examples += count
+    if examples == 0:
+        raise HessianFlowError(
+            "the evaluation data hold no example: pass data that can be iterated again, and not the training data"
+        )
     # The one wait for the device: the figures leave it here.
-    return Evaluation(loss_sum.item() / examples, correct.item() / examples if classified else None, examples)
+    return Evaluation((loss_sum / weight_sum).item(), correct.item() / examples if classified else None, examples)
 
 
-def as_batches(data: Batch | Iterable[Batch]) -> Iterable[Batch]:
-    """A pair as a one-element list; an iterable of pairs as it is."""
-    if isinstance(data, tuple) and len(data) == 2 and not _is_pair(data[0]):
-        return [data]
-    return data
+def float64_on(device: torch.device) -> torch.dtype:
+    """float64 for sums over many batches, float32 where the device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def count_correct(outputs: Any, targets: Any) -> Tensor | None:
@@ -70,7 +78,3 @@ def count_correct(outputs: Any, targets: Any) -> Tensor | None:
     if outputs.ndim != 2 or targets.ndim != 1 or targets.dtype.is_floating_point:
         return None
     return (outputs.argmax(dim=1) == targets).sum()
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2

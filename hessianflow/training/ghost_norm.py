@@ -26,10 +26,9 @@ class _Ghost(_BatchNorm):
 
     @classmethod
     def of(cls, layer: _BatchNorm, group_size: int) -> "_Ghost":
-        ghost = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        ghost = cls(layer.num_features)
+        ghost.__dict__.update(layer.__dict__)  # parameters, buffers and hooks are the very same objects
         ghost.group_size = group_size
-        ghost.training = layer.training
-        ghost._parameters, ghost._buffers = layer._parameters, layer._buffers
         return ghost
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def ghost_normalisation(model: nn.Module, group_size: int | None) -> Iterator[No
     places = [
         (parent, name, layer)
         for parent in (unwrap(model).modules() if group_size is not None else ())
-        for name, layer in parent.named_children()
+        for name, layer in parent._modules.items()  # all places of a layer, also those that share it
         if isinstance(layer, _BatchNorm) and type(layer) in _FORMS
     ]
     for parent, name, layer in places:

@@ -1,11 +1,14 @@
 """The learning rate of a run: a schedule of the user's, times the controller's factor."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from hessianflow.interfaces import HessianFlowError
 
 ScheduleUnit = Literal["epoch", "reference_batch"]
 
@@ -38,14 +41,24 @@ class LearningRate:
         self.factor = factor
         self._apply()
 
-    def step(self, metric: float | None = None) -> None:
-        """Let the scheduler take one step; `metric` is what ReduceLROnPlateau watches."""
+    def step(self, loss: float = math.inf, accuracy: float | None = None) -> None:
+        """Let the scheduler take one step.
+
+        Args:
+            loss: what a ReduceLROnPlateau of mode "min" watches.
+            accuracy: what one of mode "max" watches.
+
+        Raises:
+            HessianFlowError: mode "max" without an accuracy.
+        """
         if self._scheduler is None:
             return
         for group, rate in zip(self._optimizer.param_groups, self._scheduled, strict=True):
             _set(group, rate)
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(metric if metric is not None else float("inf"))
+            if self._scheduler.mode == "max" and accuracy is None:
+                raise HessianFlowError('ReduceLROnPlateau(mode="max") needs evaluation data with an accuracy')
+            self._scheduler.step(accuracy if self._scheduler.mode == "max" and accuracy is not None else loss)
         else:
             self._scheduler.step()
         self._scheduled = [_get(group) for group in self._optimizer.param_groups]
@@ -72,7 +85,10 @@ class LearningRate:
         """Continue from :meth:`state_dict`; the optimizer's state must have been loaded before."""
         self.factor, self._fraction = state["factor"], state["fraction"]
         self._scheduled = list(state["scheduled"])
-        if self._scheduler is not None and state["scheduler"] is not None:
+        if (self._scheduler is None) != (state["scheduler"] is None):
+            had, has = ("a", "no") if self._scheduler is None else ("no", "a")
+            raise HessianFlowError(f"the checkpoint had {had} learning-rate scheduler, this run has {has}")
+        if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         self._apply()
 

@@ -19,7 +19,12 @@ class ProgressBar:
     def __init__(self, total_examples: int, done: int, *, show: bool | None, refresh_seconds: float = 0.5) -> None:
         disable = None if show is None else not show
         self._bar: tqdm[Any] = tqdm(
-            total=total_examples, initial=done, disable=disable, unit="ex", unit_scale=True, dynamic_ncols=True
+            total=total_examples,
+            initial=done,
+            disable=disable,
+            unit_scale=True,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}{postfix}",
         )
         self._refresh_seconds = refresh_seconds
         self._next = time.monotonic() + refresh_seconds

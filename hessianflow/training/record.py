@@ -90,8 +90,16 @@ def read_records(path: Path) -> list[Record]:
             if number >= len(lines) - 1:  # the last line, with or without its newline: cut short by a crash
                 continue
             raise HessianFlowError(f"{path} line {number} is not JSON: the file is damaged") from None
+        if not isinstance(row, dict) or "kind" not in row:
+            raise HessianFlowError(f"{path} line {number} is not a record: the file is damaged")
         rows.append(row)
     return rows
+
+
+def history_length(run_dir: Path) -> int:
+    """Bytes of a run directory's history.jsonl; 0 if there is none."""
+    path = run_dir / HISTORY
+    return path.stat().st_size if path.is_file() else 0
 
 
 class RunRecord:
@@ -118,13 +126,14 @@ class RunRecord:
         self._config = {**config, "environment": environment()}
         if self.run_dir is None:
             return
-        for name in (HISTORY, CONFIG):
-            if (self.run_dir / name).exists():
-                raise HessianFlowError(
-                    f"run directory {self.run_dir} already holds a run ({name}): name another with --run-dir, "
-                    f"or continue it with `hessianflow resume {self.run_dir}`"
-                )
         try:
+            if (self.run_dir / HISTORY).exists():
+                raise HessianFlowError(
+                    f"run directory {self.run_dir} already holds a run: name another, or continue that one with "
+                    f"`hessianflow resume {self.run_dir}` (from Python: trainer.resume)"
+                )
+            if self.run_dir.is_dir() and any(self.run_dir.iterdir()):
+                raise HessianFlowError(f"run directory {self.run_dir} is not empty: name a new or an empty one")
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.run_dir / CONFIG, self._config)
             if "settings" in config:
@@ -134,15 +143,8 @@ class RunRecord:
             raise HessianFlowError(f"cannot write run directory {self.run_dir}: {error.strerror or error}") from None
 
     def reopen(self, run_dir: Path, history_bytes: int) -> None:
-        """Take over a run directory at its checkpoint: rows written after it are cut off, to be made again.
-
-        Raises:
-            HessianFlowError: the history is shorter than it was at the checkpoint.
-        """
+        """Take over a run directory at its checkpoint: rows written after it are cut off, to be made again."""
         path = run_dir / HISTORY
-        size = path.stat().st_size if path.is_file() else 0
-        if size < history_bytes:
-            raise HessianFlowError(f"{path} has {size} bytes, at the checkpoint it had {history_bytes}: damaged")
         os.truncate(path, history_bytes)
         self.run_dir = run_dir
         self._config = read_json(run_dir / CONFIG)
@@ -154,10 +156,13 @@ class RunRecord:
             return "no checkpoint was made yet"
         return f"the last good checkpoint is {self.run_dir / 'checkpoints' / 'last.pt'}"
 
-    @property
-    def history_bytes(self) -> int:
-        """Bytes of history.jsonl written so far."""
-        return 0 if self.run_dir is None else (self.run_dir / HISTORY).stat().st_size
+    def sync(self) -> int:
+        """Make sure that the history is on the disk; returns its length in bytes."""
+        if self.run_dir is None:
+            return 0
+        with open(self.run_dir / HISTORY, "rb") as file:
+            os.fsync(file.fileno())
+        return (self.run_dir / HISTORY).stat().st_size
 
     def write(self, record: Record) -> None:
         """Append one row and hand it to every sink."""
@@ -173,10 +178,16 @@ class RunRecord:
             sink.write(row)
 
     def finish(self, summary: Record) -> None:
-        """Write summary.json and close the sinks."""
+        """Write summary.json."""
         self._summary = finite(summary)
         if self.run_dir is not None:
-            write_json(self.run_dir / SUMMARY, self._summary)
+            try:
+                write_json(self.run_dir / SUMMARY, self._summary)
+            except OSError as error:
+                raise HessianFlowError(f"cannot write {self.run_dir / SUMMARY}: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        """Close the sinks, whether the run ended well or not."""
         for sink in self._sinks:
             sink.close()
 

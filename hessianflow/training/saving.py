@@ -20,6 +20,7 @@ class Saver:
     def __init__(self, every_examples: int | None, every_minutes: float | None, keep: int) -> None:
         self._every_examples, self._every_minutes, self._keep = every_examples, every_minutes, keep
         self._time = time.monotonic()
+        self._proven = False
 
     def is_due(self, examples_since: int) -> bool:
         """Whether a checkpoint within the epoch is due, `examples_since` the last one."""
@@ -29,5 +30,9 @@ class Saver:
 
     def save(self, run_dir: Path, state: Mapping[str, Any], name: str) -> None:
         """Write `state` under `name` into the run's folder of checkpoints."""
-        checkpoint.save(run_dir / checkpoint.FOLDER / name, state, self._keep)
+        path = run_dir / checkpoint.FOLDER / name
+        checkpoint.save(path, state, self._keep)
+        if not self._proven:
+            checkpoint.load(path)  # better now than at a resume: something in the state may be unreadable
+            self._proven = True
         self._time = time.monotonic()

@@ -61,8 +61,11 @@ class RunState:
         """Tensors and plain values only."""
         return {
             "model": unwrap(self.model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "parts": {name: None if part is None else part.state_dict() for name, part in self.parts.items()},
+            "optimizer_class": type(self.optimizer).__name__,
+            "optimizer": checkpoint.plain(self.optimizer.state_dict()),
+            "parts": checkpoint.plain(
+                {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
+            ),
             "generators": checkpoint.generator_states(),
             "counters": asdict(self.counters),
             "examples": self.counters.examples,
@@ -82,6 +85,11 @@ class RunState:
             saved = state["parts"].get(name)
             if (part is None) != (saved is None):
                 raise HessianFlowError(f"{source} was made {'with' if part is None else 'without'} a {name}")
+        own = type(self.optimizer).__name__
+        if state["optimizer_class"] != own:
+            raise HessianFlowError(
+                f"{source} was made with the optimizer {state['optimizer_class']}, this run has {own}"
+            )
         checkpoint.load_model(unwrap(self.model), state["model"], source)
         try:
             self.optimizer.load_state_dict(state["optimizer"])

@@ -1,8 +1,8 @@
 """One optimizer step on one batch: transform, attack, gradient in microbatches, update; out of memory is survived."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -33,19 +33,25 @@ class TrainingStep:
     transform: BatchTransform | None
     watch: Stopwatch
     device: torch.device
+    max_grad_norm: float | None = None
 
     def __call__(self, batch: Batch, decision: Decision, progress: Progress) -> BatchResult:
         """Take the step; `decision` and `progress` are those before it."""
         with self.watch.part("training"):
             inputs, targets = move(batch, self.device, non_blocking=True)
+            drawn = num_examples(targets)
             if self.transform is not None:
                 inputs, targets = self.transform(inputs, targets, progress)
             result = self._gradient((inputs, targets), decision.adversarial_share)
+            if self.max_grad_norm is not None:
+                self.accumulate.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.accumulate.parameters, self.max_grad_norm)
             self.accumulate.scaler.step(self.optimizer)
             self.accumulate.scaler.update()
             if self.adversary is not None:
                 self.adversary.after_step(self.model)
-        return result
+        # Progress counts examples drawn from the data, whatever the transform made of them.
+        return replace(result, examples=drawn)
 
     def _gradient(self, batch: Batch, share: float) -> BatchResult:
         count = num_examples(batch[1])
@@ -61,7 +67,7 @@ class TrainingStep:
                 self.microbatch.end(count)
                 return result
             # Outside the handler, where the error no longer holds the failed pass's tensors.
-            self.model.zero_grad(set_to_none=True)
+            self.accumulate.clear()
             self.microbatch.out_of_memory(count)
             if undo is not None:
                 undo()
@@ -71,22 +77,23 @@ class TrainingStep:
     def _try_gradient(self, batch: Batch, share: float, size: int) -> BatchResult:
         inputs, targets = batch
         if self.adversary is not None and share > 0:
-            with self.watch.part("adversary"):
+            with self.watch.part("adversary"), self.accumulate.autocast():
                 inputs = self.adversary.perturb(self.model, inputs, targets, share, size)
         return self.accumulate((inputs, targets), size)
 
     def _remember(self) -> Callable[[], None]:
         buffers = [(b, b.detach().clone()) for b in unwrap(self.model).buffers()]
         generators = checkpoint.generator_states()
-        attack: dict[str, Any] | None = None if self.adversary is None else self.adversary.state_dict()
+        stateful = [*self.accumulate.observers, *([] if self.adversary is None else [self.adversary])]
+        states = [(part, copy.deepcopy(part.state_dict())) for part in stateful]
 
         def undo() -> None:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
             checkpoint.restore_generators(generators)
-            if self.adversary is not None and attack is not None:
-                self.adversary.load_state_dict(attack)
+            for part, state in states:
+                part.load_state_dict(state)
 
         return undo
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PARTS = ("training", "adversary", "curvature", "evaluation", "checkpoint")
+PARTS = ("training", "data", "adversary", "curvature", "evaluation", "checkpoint")
 
 
 class Stopwatch:

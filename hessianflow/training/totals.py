@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hessianflow.interfaces import Decision, Progress
 from hessianflow.training.accumulate import BatchResult
-from hessianflow.training.evaluate import Evaluation
+from hessianflow.training.evaluate import Evaluation, float64_on
 
 _NEVER = 2**62
 EXPLODED = 100.0
@@ -39,7 +39,7 @@ class RunningTotals:
     def start_epoch(self, seconds: Mapping[str, float]) -> None:
         """Forget the epoch before; `seconds`: the stopwatch's totals now."""
         self._seconds = dict(seconds)
-        self._loss = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._loss = torch.zeros((), dtype=float64_on(self._device), device=self._device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
         self._classified = True
         self._examples = 0
@@ -96,8 +96,9 @@ class RunningTotals:
             "eval_loss": None if evaluation is None else evaluation.loss,
             "eval_accuracy": None if evaluation is None else evaluation.accuracy,
             "seconds": spent["wall"],
-            "images_per_second": self._examples / max(spent["training"], 1e-9),
+            "images_per_second": self._examples / max(spent["training"] + spent["data"], 1e-9),
             "seconds_training": spent["training"] - spent["adversary"],
+            "seconds_data": spent["data"],
             "seconds_adversary": spent["adversary"],
             "seconds_curvature": spent["curvature"],
             "seconds_evaluation": spent["evaluation"],

@@ -6,7 +6,7 @@ transform -> adversary -> gradient in microbatches, each weighted by its example
 `controller.update` -> decision applied and recorded.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ from hessianflow.interfaces import (
     BatchController,
     BatchTransform,
     CurvatureProbe,
-    CurvatureReading,
     Decision,
     GradientObserver,
     LossFn,
@@ -31,21 +30,21 @@ from hessianflow.interfaces import (
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.accumulate import GradientAccumulator, Precision
-from hessianflow.training.checks import check_run
+from hessianflow.training.checks import check_data, check_run, check_signals
+from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
 from hessianflow.training.divergence import DivergenceError, DivergencePolicy, OnDivergence, hold
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.progress import ProgressBar
-from hessianflow.training.record import History, RunRecord
+from hessianflow.training.record import History, RunRecord, history_length
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
 from hessianflow.training.totals import RunningTotals
 
-CurvatureSchedule = Literal["epoch", "needed"]
 AUTO_START = 128
 """Where the search for a microbatch size begins. Ours."""
 
@@ -74,6 +73,7 @@ class AdaptiveBatchTrainer:
             the batch size the run starts with, as the published runs had in effect. 0: the whole microbatch.
         transform: applied to each whole batch before the adversary.
         observers: shown the gradient of every microbatch; their signals go to the controller.
+        max_grad_norm: clip the gradient of each step to this norm.
         precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
         run_dir: where config, history, checkpoints and summary go; None keeps records in memory.
         config: settings to write to config.json beside the trainer's own.
@@ -109,6 +109,7 @@ class AdaptiveBatchTrainer:
         norm_batch_size: int | None = None,
         transform: BatchTransform | None = None,
         observers: Sequence[GradientObserver] = (),
+        max_grad_norm: float | None = None,
         precision: Precision = "float32",
         run_dir: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
@@ -120,10 +121,12 @@ class AdaptiveBatchTrainer:
         max_rollbacks: int = 3,
         show_progress: bool | None = None,
     ) -> None:
+        check_data(train_data)
         decision = Decision(train_data.batch_size) if controller is None else controller.decision
+        check_signals(controller, probe is not None, train_data.num_examples)
         check_run(model, optimizer, decision.batch_size, train_data.num_examples, epochs)
         self.model, self.train_data, self.eval_data, self.loss_fn = model, train_data, eval_data, loss_fn
-        self.controller, self.observers, self.probe, self.curvature = controller, tuple(observers), probe, curvature
+        self.controller = controller
         self.epochs, self.schedule_unit, self.show_progress = epochs, schedule_unit, show_progress
         self._saver = Saver(checkpoint_examples, checkpoint_minutes, keep_checkpoints)
         self._policy = DivergencePolicy(on_divergence, max_rollbacks)
@@ -131,14 +134,15 @@ class AdaptiveBatchTrainer:
         self.norm_batch_size = decision.batch_size if norm_batch_size is None else norm_batch_size or None
         device = next(model.parameters()).device
         self._watch = Stopwatch(device)
+        self._control = ControlPoint(controller, probe, tuple(observers), curvature, self._watch)
         self._totals = RunningTotals(device, self._watch.totals())
         self._rate = LearningRate(optimizer, scheduler)
-        accumulate = GradientAccumulator(model, loss_fn, self.observers, precision)
+        accumulate = GradientAccumulator(model, loss_fn, _trained(model, optimizer), observers, precision)
         if microbatch_size is None:
             microbatch_size = "auto" if device.type == "cuda" else decision.batch_size
         self._microbatch = MicrobatchSize(microbatch_size, min(AUTO_START, decision.batch_size), device)
         self._step = TrainingStep(
-            model, optimizer, accumulate, self._microbatch, adversary, transform, self._watch, device
+            model, optimizer, accumulate, self._microbatch, adversary, transform, self._watch, device, max_grad_norm
         )
         parts: dict[str, Any] = {
             "train_data": train_data,
@@ -149,13 +153,13 @@ class AdaptiveBatchTrainer:
             "loss scale": accumulate.scaler,
             "totals": self._totals,
             "microbatch": self._microbatch,
+            "loss": loss_fn if isinstance(loss_fn, nn.Module) else None,
         }
-        parts |= {f"observer {number}": observer for number, observer in enumerate(self.observers)}
+        parts |= {f"observer {number}": observer for number, observer in enumerate(observers)}
         self._state = RunState(model, optimizer, parts, self._watch)
         self._record = RunRecord(run_dir, sinks)
         self._config = dict(config or {})
         self._decision = decision
-        self._reading: CurvatureReading | None = None
         self._stop_requested = False
 
     def fit(self) -> History:
@@ -166,6 +170,7 @@ class AdaptiveBatchTrainer:
         """
         self._record.start({**self._config, "trainer": self._settings()})
         self._apply(self._decision)
+        self._save()
         return self._run()
 
     def resume(self, run_dir: str | Path) -> History:
@@ -177,7 +182,7 @@ class AdaptiveBatchTrainer:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
         """
         folder = Path(run_dir)
-        state, warning = checkpoint.load_newest(folder / checkpoint.FOLDER)
+        state, warning = checkpoint.load_newest(folder / checkpoint.FOLDER, history_length(folder))
         self.load_state_dict(state, f"the checkpoint in {folder}")
         self._record.reopen(folder, state["history_bytes"])
         if warning is not None:
@@ -195,30 +200,31 @@ class AdaptiveBatchTrainer:
         return Progress(counters.examples // per_epoch, counters.examples, counters.updates, per_epoch, self.epochs)
 
     def _run(self) -> History:
-        was_training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         total = self.epochs * self.train_data.num_examples
         bar = ProgressBar(total, self._state.counters.examples, show=self.show_progress)
         try:
+            if not self.model.training:  # in training mode already: layers that the user froze stay as they are
+                self.model.train()
             with ghost_normalisation(self.model, self.norm_batch_size):
                 while self._state.counters.examples < total and not self._stop_requested:
-                    self.model.train()
                     try:
                         self._train_epoch(bar)
                     except DivergenceError as error:
                         self._roll_back(error)
         finally:
             bar.close()
-            self.model.train(was_training)
-        if self._state.counters.examples < total:
-            self._event("preempted", "stopped on request before the last epoch; `hessianflow resume` continues")
-            self._save()
+            self._record.close()
+            for module, training in modes:
+                module.training = training
+        self._stop_requested = False
         device, seconds = self._step.device, self._watch.totals()
         self._record.finish(rows.summary(self._record.history(), self.progress, self._decision, seconds, device))
         return self._record.history()
 
     def _train_epoch(self, bar: ProgressBar) -> None:
         counters = self._state.counters
-        for batch in self.train_data:
+        for batch in self._timed(self.train_data):
             result = self._step(batch, self._decision, self.progress)
             counters.examples += result.examples
             counters.updates += 1
@@ -228,46 +234,49 @@ class AdaptiveBatchTrainer:
             if bar.advance(result.examples):
                 self._show(bar)
             at_end = counters.examples % self.train_data.num_examples == 0
-            save = at_end or self._saver.is_due(counters.examples - counters.saved_at)
+            stop = self._stop_requested
+            save = at_end or stop or self._saver.is_due(counters.examples - counters.saved_at)
             if save:
                 self._check_divergence()
-            self._control(at_end)
+            self._decide(at_end)
             if at_end:
                 self._finish_epoch()
+            if stop and self.progress.epoch < self.epochs:
+                self._event("preempted", "stopped on request before the last epoch; `hessianflow resume` continues")
             if save:
                 self._save()
-            if self._stop_requested:
+            if stop:
                 return
 
-    def _control(self, at_end: bool) -> None:
-        controller, progress = self.controller, self.progress
-        due = controller is not None and controller.is_due(progress)
-        needed = due and controller is not None and "eigenvalue" in controller.needs
-        reading = None
-        if self.probe is not None and (needed or (at_end and self.curvature == "epoch")):
-            with self._watch.part("curvature"):
-                reading = self._reading = self.probe()
-        decision = self._decision
-        if due and controller is not None:
-            signals = {name: value for observer in self.observers for name, value in observer.signals().items()}
-            if "train_loss" in controller.needs:
-                signals["train_loss"] = self._totals.last_loss()
-            if signals:
-                self._record.write(rows.signals_row(progress, signals))
-            signals["learning_rate"] = self._rate.value
-            decision = hold(controller.update(progress, reading, signals), self._state.counters.batch_cap)
-        changed = decision.setting != self._decision.setting
-        if reading is not None:
-            self._record.write(rows.reading_row(progress, reading, "" if changed else decision.reason))
+    def _timed(self, batches: ResizableBatches) -> Iterator[Batch]:
+        iterator = iter(batches)
+        while True:
+            with self._watch.part("data"):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _decide(self, at_end: bool) -> None:
+        progress, before = self.progress, self._decision
+        figures = {"train_loss": self._totals.last_loss, "learning_rate": lambda: self._rate.value}
+        outcome = self._control(progress, at_end, figures)
+        after = before if outcome.decision is None else hold(outcome.decision, self._state.counters.batch_cap)
+        changed = after.setting != before.setting
+        if outcome.signals:
+            self._record.write(rows.signals_row(progress, outcome.signals))
+        if outcome.reading is not None:
+            self._record.write(rows.reading_row(progress, outcome.reading, "" if changed else after.reason))
+        # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
+        if changed and (at_end or after.setting[::2] != before.setting[::2]):
+            self._record.write(rows.decision_row(progress, before, after))
         if changed:
-            # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
-            if at_end or decision.setting[::2] != self._decision.setting[::2]:
-                self._record.write(rows.decision_row(progress, self._decision, decision))
-            self._apply(decision)
+            self._apply(after)
 
     def _apply(self, decision: Decision) -> None:
         self._decision = decision
-        self.train_data.set_batch_size(decision.batch_size)
+        if decision.batch_size != self.train_data.batch_size:
+            self.train_data.set_batch_size(decision.batch_size)
         self._rate.set_factor(decision.lr_factor)
 
     def _finish_epoch(self) -> None:
@@ -279,7 +288,7 @@ class AdaptiveBatchTrainer:
         self._record.write(row)
         self._totals.start_epoch(self._watch.totals())
         if self.schedule_unit == "epoch":
-            self._rate.step(row["train_loss"] if evaluation is None else evaluation.loss)
+            self._rate.step(row["train_loss"] if evaluation is None else evaluation.loss, row["eval_accuracy"])
         accuracy, counters = row["eval_accuracy"], self._state.counters
         if accuracy is not None and (counters.best is None or accuracy > counters.best):
             counters.best = accuracy
@@ -294,15 +303,16 @@ class AdaptiveBatchTrainer:
             lr=self._rate.value,
             loss=loss,
             acc=accuracy,
-            eig=None if self._reading is None else self._reading.eigenvalue,
+            eig=None if self._control.last_reading is None else self._control.last_reading.eigenvalue,
         )
 
     def _check_divergence(self) -> None:
         update = self._totals.first_bad_update()
-        if update is None:
+        if update is None and checkpoint.all_finite(self.model):
             return
+        update = update or self._state.counters.updates
         epoch = (self._state.counters.examples - 1) // self.train_data.num_examples + 1
-        where = f"the training loss was not finite, or exploded, in epoch {epoch} at update {update}"
+        where = f"the training loss or a weight was not finite, or exploded, in epoch {epoch} at update {update}"
         self._event("diverged", where)
         raise DivergenceError(
             f"{where} (learning rate {self._rate.value:g}, batch {self._decision.batch_size}): lower the rate or the "
@@ -316,7 +326,7 @@ class AdaptiveBatchTrainer:
         if cap is None or folder is None:
             raise error
         rollbacks = counters.rollbacks + 1
-        state, _ = checkpoint.load_newest(folder / checkpoint.FOLDER)
+        state, _ = checkpoint.load_newest(folder / checkpoint.FOLDER, self._record.sync())
         self.load_state_dict(state, f"the checkpoint in {folder}")
         self._totals.forget_divergence()
         self._state.counters.rollbacks, self._state.counters.batch_cap = rollbacks, cap
@@ -337,7 +347,7 @@ class AdaptiveBatchTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue as if it had never stopped: tensors and plain values."""
-        return self._state.capture(self._decision, self._record.history_bytes)
+        return self._state.capture(self._decision, self._record.sync())
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
         """Continue from :meth:`state_dict` of a trainer of the same settings; `source` names it in errors."""
@@ -358,3 +368,9 @@ class AdaptiveBatchTrainer:
             "precision": self._step.accumulate.precision,
             "device": str(self._step.device),
         }
+
+
+def _trained(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+    """The model's trainable parameters, then others that the optimizer holds (those of a loss, say)."""
+    held = [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
+    return list(dict.fromkeys(p for p in held if p.requires_grad))

@@ -18,6 +18,10 @@ def problem(examples: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]
     return model, (torch.randn(examples, 5, dtype=torch.float64), torch.randint(3, (examples,)))
 
 
+def accumulator(model: nn.Module, loss_fn, **options) -> GradientAccumulator:
+    return GradientAccumulator(model, loss_fn, [p for p in model.parameters() if p.requires_grad], **options)
+
+
 def one_pass(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
     return list(torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), list(model.parameters())))
 
@@ -26,7 +30,7 @@ def one_pass(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> list
 @pytest.mark.parametrize("microbatch_size", [None, 1, 3, 16, 1000])
 def test_accumulated_gradient_is_the_one_pass_gradient(examples: int, microbatch_size: int | None):
     model, batch = problem(examples)
-    result = GradientAccumulator(model, F.cross_entropy)(batch, microbatch_size)
+    result = accumulator(model, F.cross_entropy)(batch, microbatch_size)
     for parameter, expected in zip(model.parameters(), one_pass(model, batch), strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-14)
     assert result.loss.item() == pytest.approx(F.cross_entropy(model(batch[0]), batch[1]).item(), rel=1e-6)
@@ -46,7 +50,7 @@ def test_accumulated_gradient_is_the_one_pass_gradient(examples: int, microbatch
 )
 def test_every_reduction_gives_the_mean(loss_fn):
     model, batch = problem(10)
-    GradientAccumulator(model, loss_fn)(batch, 4)
+    accumulator(model, loss_fn)(batch, 4)
     for parameter, expected in zip(model.parameters(), one_pass(model, batch), strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-14)
 
@@ -55,7 +59,7 @@ def test_old_gradients_never_enter():
     model, batch = problem(10)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e6)
-    GradientAccumulator(model, F.cross_entropy)(batch, 4)
+    accumulator(model, F.cross_entropy)(batch, 4)
     torch.testing.assert_close(next(model.parameters()).grad, one_pass(model, batch)[0], rtol=1e-12, atol=1e-14)
 
 
@@ -79,9 +83,9 @@ class Recorder:
 def test_observers_see_every_microbatch_and_the_whole():
     model, batch = problem(10)
     plain, _ = problem(10)
-    GradientAccumulator(plain, F.cross_entropy)(batch, 4)
+    accumulator(plain, F.cross_entropy)(batch, 4)
     recorder = Recorder()
-    GradientAccumulator(model, F.cross_entropy, observers=[recorder])(batch, 4)
+    accumulator(model, F.cross_entropy, observers=[recorder])(batch, 4)
     assert [count for _, count in recorder.parts] == [3, 3, 4]
     for (gradients, _), micro in zip(recorder.parts, split(batch, 4), strict=True):
         for got, expected in zip(gradients, one_pass(model, micro), strict=True):
@@ -97,7 +101,7 @@ def test_observers_see_zeros_for_an_unused_parameter():
     model, batch = problem(6)
     model.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
     recorder = Recorder()
-    GradientAccumulator(model, F.cross_entropy, observers=[recorder])(batch, 3)
+    accumulator(model, F.cross_entropy, observers=[recorder])(batch, 3)
     names = [name for name, _ in model.named_parameters()]
     assert torch.equal(recorder.parts[0][0][names.index("unused")], torch.zeros(2, dtype=torch.float64))
     assert model.unused.grad is None
@@ -106,7 +110,7 @@ def test_observers_see_zeros_for_an_unused_parameter():
 def test_frozen_parameters_get_no_gradient():
     model, batch = problem(6)
     model[0].weight.requires_grad_(False)
-    GradientAccumulator(model, F.cross_entropy, observers=[Recorder()])(batch, 3)
+    accumulator(model, F.cross_entropy, observers=[Recorder()])(batch, 3)
     assert model[0].weight.grad is None
     assert model[2].weight.grad is not None
 
@@ -114,7 +118,7 @@ def test_frozen_parameters_get_no_gradient():
 def test_an_empty_batch_is_refused():
     model, _ = problem(4)
     with pytest.raises(HessianFlowError, match="0 examples"):
-        GradientAccumulator(model, F.cross_entropy)((torch.zeros(0, 5).double(), torch.zeros(0, dtype=torch.long)))
+        accumulator(model, F.cross_entropy)((torch.zeros(0, 5).double(), torch.zeros(0, dtype=torch.long)))
 
 
 def test_bf16_stays_close_to_float32():
@@ -123,7 +127,7 @@ def test_bf16_stays_close_to_float32():
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
     batch = (torch.randn(64, 20), torch.randint(4, (64,)))
     exact = torch.cat([g.flatten() for g in one_pass(model, batch)])
-    GradientAccumulator(model, F.cross_entropy, precision="bf16")(batch, 16)
+    accumulator(model, F.cross_entropy, precision="bf16")(batch, 16)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert 0 < (got - exact).norm() / exact.norm() < 0.03
 
@@ -136,3 +140,52 @@ def test_split_makes_the_fewest_and_most_equal_pieces(total: int, size: int, exp
     assert [len(x) for x, _ in pieces] == expected
     assert torch.equal(torch.cat([x for x, _ in pieces]), torch.arange(total))
     assert torch.equal(torch.cat([y["y"] for _, y in pieces]), torch.arange(total))
+
+
+LABELS = torch.tensor([0, 2, 2, -100, 1, 2, 0, 1, 2, 2])
+SKEWED = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.CrossEntropyLoss(weight=SKEWED),
+        nn.CrossEntropyLoss(ignore_index=1),
+        nn.CrossEntropyLoss(),
+        functools.partial(F.cross_entropy, weight=SKEWED),
+        functools.partial(nn.CrossEntropyLoss(weight=SKEWED)),
+        F.cross_entropy,
+    ],
+    ids=["class weights", "ignored class", "padding", "partial", "partial of a module", "function"],
+)
+@pytest.mark.parametrize("microbatch_size", [3, 4, 10])
+def test_losses_that_do_not_divide_by_the_number_of_examples(loss_fn, microbatch_size: int):
+    """Class weights and ignored targets: the oracle is the loss of the whole batch in one pass."""
+    model, (inputs, _) = problem(10)
+    labels = LABELS.clone()
+    if getattr(loss_fn, "ignore_index", -100) == 1:
+        labels[3] = 0
+    expected = torch.autograd.grad(loss_fn(model(inputs), labels), list(model.parameters()))
+    result = accumulator(model, loss_fn)((inputs, labels), microbatch_size)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+    assert result.loss.item() == pytest.approx(loss_fn(model(inputs), labels).item(), rel=1e-6)
+
+
+def test_fp16_scales_the_loss_and_shows_observers_unscaled_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4))
+    batch = (torch.randn(64, 20), torch.randint(4, (64,)))
+    exact = torch.cat([g.flatten() for g in one_pass(model, batch)])
+    recorder = Recorder()
+    accumulate = accumulator(model, F.cross_entropy, observers=[recorder], precision="fp16")
+    accumulate(batch, 16)
+    scale = accumulate.scaler.get_scale()
+    assert scale > 1
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (got / scale - exact).norm() / exact.norm() < 0.01
+    shown = torch.cat([g.flatten() for g in recorder.whole[0][0]])
+    assert 0 < (shown - exact).norm() / exact.norm() < 0.01
+    part = torch.cat([g.flatten() for g in recorder.parts[0][0]])
+    first = torch.cat([g.flatten() for g in one_pass(model, (batch[0][:16], batch[1][:16]))])
+    assert (part - first).norm() / first.norm() < 0.01

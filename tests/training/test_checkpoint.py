@@ -27,15 +27,55 @@ def test_round_trip_is_exact_and_loads_without_code(tmp_path: Path):
 def test_the_one_before_is_kept_and_used_when_the_last_is_damaged(tmp_path: Path):
     last = tmp_path / "last.pt"
     for n in (1, 2, 3):
-        checkpoint.save(last, {"n": n, "x": torch.zeros(1000)})
+        checkpoint.save(last, {"n": n, "x": torch.zeros(1000), "history_bytes": 10 * n})
     assert checkpoint.load(tmp_path / "previous.pt")["n"] == 2
-    state, warning = checkpoint.load_newest(tmp_path)
+    state, warning = checkpoint.load_newest(tmp_path, 100)
     assert (state["n"], warning) == (3, None)
     last.write_bytes(last.read_bytes()[:1500])
-    state, warning = checkpoint.load_newest(tmp_path)
+    state, warning = checkpoint.load_newest(tmp_path, 100)
     assert state["n"] == 2
     assert "last.pt" in warning
     assert "continuing from previous.pt" in warning
+
+
+def test_a_checkpoint_later_than_the_history_is_passed_over(tmp_path: Path):
+    """A power cut may keep the checkpoint and lose the end of the history."""
+    for n in (1, 2, 3):
+        checkpoint.save(tmp_path / "last.pt", {"n": n, "history_bytes": 10 * n}, keep=3)
+    assert checkpoint.load_newest(tmp_path, 30)[0]["n"] == 3
+    assert checkpoint.load_newest(tmp_path, 29)[0]["n"] == 2
+    state, warning = checkpoint.load_newest(tmp_path, 10)
+    assert state["n"] == 1
+    assert "had 30 bytes; it has 10 now: damaged; continuing from previous-2.pt" in warning
+    with pytest.raises(HessianFlowError, match="had 30 bytes; it has 9 now: damaged"):
+        checkpoint.load_newest(tmp_path, 9)
+
+
+def test_so_many_are_kept(tmp_path: Path):
+    for n in range(6):
+        checkpoint.save(tmp_path / "last.pt", {"n": n}, keep=4)
+    kept = {
+        name: checkpoint.load(tmp_path / f"{name}.pt")["n"] for name in ("last", "previous", "previous-2", "previous-3")
+    }
+    assert kept == {"last": 5, "previous": 4, "previous-2": 3, "previous-3": 2}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_numpy_scalars_become_plain_and_readable(tmp_path: Path):
+    state = {"a": np.float64(0.1), "b": [np.int64(3), (np.float32(0.5),)], "c": {"d": np.bool_(True)}}
+    checkpoint.save(tmp_path / "x.pt", {"state": checkpoint.plain(state)})
+    assert checkpoint.load(tmp_path / "x.pt")["state"] == {"a": 0.1, "b": [3, (0.5,)], "c": {"d": True}}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_all_finite_sees_weights_and_buffers(value: float):
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    assert checkpoint.all_finite(model)
+    model[1].running_mean[1] = value
+    assert not checkpoint.all_finite(model)
+    model[1].running_mean[1] = 0
+    model[0].bias.data[0] = -value
+    assert not checkpoint.all_finite(model)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 torn"])
@@ -43,7 +83,7 @@ def test_damaged_file_is_named_with_its_size(tmp_path: Path, content: bytes):
     path = tmp_path / "last.pt"
     path.write_bytes(content)
     with pytest.raises(HessianFlowError, match=rf"last.pt \({len(content)} bytes\) cannot be read: damaged or foreign"):
-        checkpoint.load_newest(tmp_path)
+        checkpoint.load_newest(tmp_path, 100)
 
 
 def test_absent_file(tmp_path: Path):

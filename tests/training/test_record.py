@@ -43,10 +43,17 @@ def test_no_run_there(tmp_path: Path):
 
 def test_a_used_directory_is_refused_and_untouched(tmp_path: Path):
     (tmp_path / "history.jsonl").write_text('{"kind":"epoch"}\n')
-    with pytest.raises(HessianFlowError, match=r"already holds a run .*--run-dir.*`hessianflow resume"):
+    with pytest.raises(HessianFlowError, match=r"already holds a run: .*`hessianflow resume"):
         RunRecord(tmp_path).start({})
     assert (tmp_path / "history.jsonl").read_text() == '{"kind":"epoch"}\n'
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HessianFlowError, match="is not empty: name a new or an empty one"):
+        RunRecord(tmp_path).start({})
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_an_unwritable_directory_is_named(tmp_path: Path):
@@ -59,15 +66,13 @@ def test_reopen_cuts_rows_made_after_the_checkpoint(tmp_path: Path):
     record = RunRecord(tmp_path)
     record.start({"a": 1})
     record.write({"kind": "epoch", "epoch": 1})
-    at_checkpoint = record.history_bytes
+    at_checkpoint = record.sync()
     record.write({"kind": "epoch", "epoch": 2})
     again = RunRecord(None)
     again.reopen(tmp_path, at_checkpoint)
     again.write({"kind": "epoch", "epoch": "two"})
     assert [row["epoch"] for row in History.load(tmp_path).epochs] == [1, "two"]
     assert again.history().config["a"] == 1
-    with pytest.raises(HessianFlowError, match="at the checkpoint it had 9999: damaged"):
-        RunRecord(None).reopen(tmp_path, 9999)
 
 
 def test_damaged_config_is_named(tmp_path: Path):
@@ -98,5 +103,6 @@ def test_sinks_get_every_row_and_the_end():
     record.start({})
     record.write({"kind": "epoch"})
     record.finish({})
+    record.close()
     assert sink.rows == [{"kind": "epoch"}]
     assert sink.closed

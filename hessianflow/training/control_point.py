@@ -1,0 +1,64 @@
+"""Where measuring and deciding meet: is the controller due, what does it need, what does it want now."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hessianflow.interfaces import (
+    BatchController,
+    CurvatureProbe,
+    CurvatureReading,
+    Decision,
+    GradientObserver,
+    Progress,
+)
+from hessianflow.training.timing import Stopwatch
+
+CurvatureSchedule = Literal["epoch", "needed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured and decided at one point; `decision` is None when the controller was not due."""
+
+    reading: CurvatureReading | None
+    signals: Mapping[str, float]
+    decision: Decision | None
+
+
+@dataclass
+class ControlPoint:
+    """Asks the controller after every step, and measures only what it needs.
+
+    Attributes:
+        controller: decides; None never does.
+        probe: measures curvature when the controller needs it and, under "epoch", after every epoch.
+        observers: their signals go to the controller.
+        schedule: "epoch" or "needed".
+        watch: counts the time of the probe.
+        last_reading: the newest reading, for display.
+    """
+
+    controller: BatchController | None
+    probe: CurvatureProbe | None
+    observers: Sequence[GradientObserver]
+    schedule: CurvatureSchedule
+    watch: Stopwatch
+    last_reading: CurvatureReading | None = field(default=None, init=False)
+
+    def __call__(self, progress: Progress, at_end: bool, figures: Mapping[str, Callable[[], float]]) -> Outcome:
+        """Measure and decide; `figures`: what the loop itself can tell by name, read only if needed."""
+        controller = self.controller
+        done = progress.epoch >= progress.total_epochs  # nothing is left that a decision could change
+        if controller is not None and (done or not controller.is_due(progress)):
+            controller = None
+        needs = frozenset[str]() if controller is None else controller.needs
+        reading = None
+        if self.probe is not None and ("eigenvalue" in needs or (at_end and self.schedule == "epoch")):
+            with self.watch.part("curvature"):
+                reading = self.last_reading = self.probe()
+        if controller is None:
+            return Outcome(reading, {}, None)
+        signals = {name: value for observer in self.observers for name, value in observer.signals().items()}
+        signals |= {name: figure() for name, figure in figures.items() if name in needs}
+        return Outcome(reading, signals, controller.update(progress, reading, signals))
