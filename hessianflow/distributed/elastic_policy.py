@@ -38,8 +38,9 @@ def workers_for(
     """As many workers as get a full microbatch each, unless more have been seen not to pay.
 
     The efficiency of n workers is (rate at n / n) / (rate at n0 / n0), n0 being the fewest workers seen at the same
-    batch size and rates medians of the samples. Numbers of workers from the first on that fell below `min_efficiency`
-    are ruled out. What was measured stays measured, so the answer at one batch size does not swing back and forth.
+    batch size and rates medians of the samples. Where it fell below `min_efficiency`, the answer is at most the number
+    of workers that would reach it at the rate then measured. What was measured stays measured, so the answer at one
+    batch size does not swing back and forth.
 
     Args:
         batch_size: examples an update, over all workers.
@@ -59,8 +60,9 @@ def workers_for(
         )
     wanted = min(max_workers, max(min_workers, batch_size // microbatch_size))
     per_worker = _rate_per_worker(samples, batch_size)
-    poor = [n for n, rate in per_worker.items() if rate < min_efficiency * per_worker[min(per_worker)]]
-    return max(min_workers, min([wanted, *(n - 1 for n in poor)]))
+    least = min_efficiency * per_worker[min(per_worker)] if per_worker else 0.0
+    limits = [int(workers * rate / least) for workers, rate in per_worker.items() if rate < least]
+    return max(min_workers, min([wanted, *limits]))
 
 
 def slow_workers(busy_seconds: Sequence[float], *, factor: float = 2.0) -> list[int]:

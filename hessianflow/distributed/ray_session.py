@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from typing import Any
 
 from hessianflow.interfaces import HessianFlowError
@@ -28,6 +29,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
         raise HessianFlowError("elastic runs need Ray: pip install 'hessianflow[ray]'") from None
     if ray.is_initialized():
         return ray
+    _check_reachable(address)
     try:
         if address is None:
             # "local": a stale address file of an earlier cluster must not be believed.
@@ -38,3 +40,13 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise HessianFlowError(f"no Ray cluster answers at {address or 'local'}: {reason}") from error
     return ray
+
+
+def _check_reachable(address: str | None) -> None:
+    """Refuse a host and port where nothing listens: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise HessianFlowError(f"no Ray cluster answers at {address}: {error}") from error

@@ -1,14 +1,16 @@
 """Gradients, losses and counts of all ranks made one, between the last backward pass and the optimizer.
 
 With n_r of N examples on rank r and g_r the gradient of the mean loss over them, every rank gets sum_r (n_r / N) g_r:
-the gradient of the mean loss over all examples, for equal, unequal and empty shares alike. Nothing is exchanged while
-microbatches accumulate.
+the gradient of the mean loss over all examples, for equal, unequal and empty shares alike. Where a loss divides by
+something other than the number of examples (class weights, ignored targets), that takes the place of n_r and N. Nothing
+is exchanged while microbatches accumulate.
 
 Gradients travel in buckets of a few MB, in the reverse order of the parameters. While the last backward pass runs, a
 bucket leaves as soon as its last gradient is there, so that sums overlap with computing; buckets leave in one order on
 all ranks. The model itself is not wrapped: curvature and attacks differentiate it without setting off any exchange.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,23 +86,28 @@ class GradientSynchronizer:
         self._reducer = reducer
         self._launched = 0
 
-    def begin(self, examples: int, *, flag: bool = False) -> None:
+    def begin(self, examples: int, *, weight: float | None = None, flag: bool = False) -> None:
         """Announce this rank's share of the next batch, 0 or more examples; returns at once.
 
         Args:
             examples: of this rank.
+            weight: what this rank's mean loss counts for; default `examples`.
             flag: anything all ranks should know of at this step, such as a request to stop.
         """
-        self._examples = examples
-        self._counts = torch.tensor([examples, int(flag)])
+        self._examples, self._weight = examples, float(examples if weight is None else weight)
+        self._counts = torch.tensor([examples, self._weight, flag], dtype=torch.float64)
         self._await_counts: Callable[[], None] | None = self._reducer.start_sum(self._counts)
         self._launched = 0
-        for bucket in self._buckets:
-            bucket.missing = len(bucket.parameters)
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:
-        """Within it every gradient is final as soon as it is computed, so that buckets may leave."""
+        """Within it every gradient is final as soon as it is computed, so that buckets may leave.
+
+        May be entered again in the same step, when the pass failed (out of memory) and all were repeated: a bucket that
+        had left before the failure holds the same numbers.
+        """
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
         if self._reducer.world_size > 1:
             self._total()  # waited for here, not in a hook, where the engine's thread would stand still
             self._overlapping = True
@@ -119,17 +126,17 @@ class GradientSynchronizer:
         Returns:
             What the batch gave over all ranks, the same on each.
         """
-        total, flags = self._total()
+        examples, share, flags = self._total()
         if self._examples > 0:
             self._counts_hits = correct is not None
         figures = torch.zeros(2, dtype=torch.float64, device=self._device)
         if loss is not None:
-            figures[0] = loss.detach() * (self._examples / total)
+            figures[0] = loss.detach() * share
         if correct is not None:
             figures[1] = correct
         self._exchange(figures)
         hits = figures[1].round().to(torch.int64) if self._counts_hits else None
-        return BatchTotals(figures[0], hits, total, flags)
+        return BatchTotals(figures[0], hits, examples, flags)
 
     def _exchange(self, figures: Tensor) -> None:
         if self._reducer.world_size == 1:
@@ -141,6 +148,8 @@ class GradientSynchronizer:
         for wait in [*(bucket.wait for bucket in self._buckets), *waits]:
             wait()
         self.waited_seconds += time.perf_counter() - began
+        for bucket in self._buckets:
+            bucket.show()
         for parameter, ranks in zip(self._parameters, used.tolist(), strict=True):
             if ranks == 0:
                 parameter.grad = None
@@ -159,20 +168,22 @@ class GradientSynchronizer:
     def _launch(self, stop: int) -> None:
         """Send off the buckets up to `stop` that have not left yet."""
         for bucket in self._buckets[self._launched : stop]:
-            bucket.gather(self._examples / self._total()[0])
+            bucket.gather(self._total()[1])
             bucket.wait = self._reducer.start_sum(bucket.flat)
         self._launched = max(self._launched, stop)
 
-    def _total(self) -> tuple[int, int]:
+    def _total(self) -> tuple[int, float, int]:
+        """Examples over all ranks, this rank's share in the mean loss, and flags raised."""
         if self._await_counts is not None:
             began = time.perf_counter()
             self._await_counts()
             self._await_counts = None
             self.waited_seconds += time.perf_counter() - began
-        total, flags = self._counts.tolist()
-        if total == 0:
+        examples, weight, flags = self._counts.tolist()
+        if examples == 0:
             raise HessianFlowError("a batch of 0 examples over all ranks has no mean loss: check the training data")
-        return total, flags
+        # Where every target is ignored the mean is that of nothing: nan, as in one process.
+        return int(examples), self._weight / weight if weight else math.nan, int(flags)
 
 
 @dataclass
@@ -206,6 +217,10 @@ class _Bucket:
         if targets:
             torch._foreach_copy_(targets, gradients)
         self.flat.mul_(weight)
+        self.show()
+
+    def show(self) -> None:
+        """Let the buffer's views be the gradients."""
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.grad = view
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import LOCAL, train, train_alone
 from torch import nn
 
@@ -56,6 +57,57 @@ def test_a_rank_without_examples_takes_part():
         assert used.tolist() == [2.0, 2.0]
         assert partly.tolist() == [3.0, 3.0]
         assert unused is None, "a parameter no rank used must stay out of weight decay and momentum"
+
+
+def weighted(reducer):
+    """Class weights 1 and 3: rank 0 holds two examples of the first class, rank 1 one of the second."""
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    targets = torch.tensor([[0, 0], [1]][reducer.rank])
+    classes = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    sync = GradientSynchronizer([weight], reducer)
+    sync.begin(len(targets), weight=float(classes[targets].sum()))
+    loss = F.cross_entropy(weight.expand(len(targets), 2) + targets[:, None], targets, weight=classes)
+    with sync.last_backward():
+        loss.backward()
+    return sync.finish(loss, None).loss, weight.grad
+
+
+def test_weighted_losses_keep_their_own_mean():
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    targets = torch.tensor([0, 0, 1])
+    classes = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    expected = F.cross_entropy(weight.expand(3, 2) + targets[:, None], targets, weight=classes)
+    expected.backward()
+    for loss, gradient in run_local(weighted, 2):
+        assert float(loss) == pytest.approx(expected.item(), abs=1e-14)
+        assert torch.allclose(gradient, weight.grad, rtol=0, atol=1e-14)
+
+
+def repeated(reducer):
+    """The last pass fails after its first bucket has left, and is repeated in two parts."""
+    early, late = (nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64)) for _ in range(2))
+    scale = reducer.rank + 1.0
+    sync = GradientSynchronizer([early, late], reducer, bucket_bytes=1)
+    sync.begin(2)
+    with sync.last_backward():
+        (late * scale).sum().backward()  # the bucket of `late` leaves; here the memory ends
+    early.grad = late.grad = None
+    (0.5 * (late + early) * scale).sum().backward()
+    with sync.last_backward():
+        (0.5 * (late + early) * scale).sum().backward()
+    sync.finish(torch.tensor(1.0), None)
+    return early.grad.tolist(), late.grad.tolist()
+
+
+def test_a_repeated_pass():
+    assert run_local(repeated, 2) == [([1.5] * 3, [1.5] * 3)] * 2
+
+
+def test_only_ignored_targets_have_no_mean():
+    weight = nn.Parameter(torch.ones(1))
+    sync = GradientSynchronizer([weight], LOCAL)
+    sync.begin(4, weight=0.0)
+    assert sync.finish(torch.tensor(1.0), None).loss.isnan()
 
 
 def layouts(reducer):
