@@ -11,7 +11,7 @@ is compressed to its best Ritz vectors, at no product (thick restart).
 
 Choices of ours:
 - Stopping: residual r, and gap to the nearest other Ritz value less that one's residual. A pair is accepted when
-  min(r, r^2/gap) <= tol |value| and r <= cap |value|, cap = max(tol, min(0.01, sqrt(tol/10))). The bound r is a theorem;
+  min(r, r^2/gap) <= tol |value| and r <= cap |value|, cap = max(tol, min(0.01, sqrt(tol/10))). r is a theorem;
   r^2/gap is its quadratic refinement (Temple, Kato); the cap keeps it from trusting a gap estimated too early (with
   0.03, values 17 % low were accepted on a spectrum with three close outliers). For several wanted pairs 0.002 stands in
   place of 0.01, and no unwanted pair may reach a wanted one within its residual.
