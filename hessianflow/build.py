@@ -23,11 +23,13 @@ from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, Image
 from hessianflow.interfaces import HessianFlowError, RecordSink
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
-from hessianflow.training import AdaptiveBatchTrainer, checkpoint
+from hessianflow.training import AdaptiveBatchTrainer, TensorBoardSink, checkpoint
 from hessianflow.training.accumulate import Precision
 from hessianflow.training.record import CONFIG, read_json
 
 EVALUATION_BATCH = 1000
+TENSORBOARD = "tensorboard"
+"""Folder of the TensorBoard files in a run directory."""
 _BUNDLED = ("digits", "fake")
 
 
@@ -80,7 +82,7 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         precision=_precision(config),
         run_dir=config.run_dir,
         config={"settings": to_dict(config)},
-        sinks=sinks,
+        sinks=[*sinks, *_tensorboard(config)],
         checkpoint_examples=config.checkpoint_examples,
         checkpoint_minutes=config.checkpoint_minutes,
         keep_checkpoints=config.keep_checkpoints,
@@ -206,6 +208,14 @@ def computes_in_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _tensorboard(config: TrainConfig) -> list[RecordSink]:
+    if not config.tensorboard:
+        return []
+    if config.run_dir is None:
+        raise HessianFlowError("--tensorboard needs --run-dir: the folder its files go to")
+    return [TensorBoardSink(Path(config.run_dir) / TENSORBOARD)]
 
 
 def _precision(config: TrainConfig) -> Precision:

@@ -31,6 +31,7 @@ CurvatureName = Literal["epoch", "needed", "off"]
 PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
 LRRuleName = Literal["linear", "sqrt", "none"]
 DivergenceName = Literal["stop", "rollback"]
+LogLevelName = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ class TrainConfig:
         on_divergence: stop, or rollback to the last checkpoint, with the last growth undone and the batch held there.
         max_rollbacks: how often to roll back before stopping.
         run_dir: folder for records, checkpoints and plots; default: a new one below runs/.
-        tensorboard: write TensorBoard files too, into the run directory.
+        tensorboard: write TensorBoard files too, into the run directory (needs pip install 'hessianflow[tensorboard]').
+        log_level: what to say on standard error while training: debug adds readings to info's line per epoch and per
+            decision; default: info on a terminal, else warning.
         plots: draw the plots at the end.
     """
 
@@ -142,6 +145,7 @@ class TrainConfig:
     max_rollbacks: int = 3
     run_dir: str | None = None
     tensorboard: bool = False
+    log_level: LogLevelName | None = None
     plots: bool = True
 
     def __post_init__(self) -> None:

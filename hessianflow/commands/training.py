@@ -1,7 +1,6 @@
 """`hessianflow train` and `hessianflow resume`."""
 
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import datetime
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jsonargparse import Namespace
 
+from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command
 from hessianflow.config import TrainConfig, option
 
@@ -33,16 +33,18 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 
 def _train(arguments: Namespace) -> int:
     from hessianflow.build import build_trainer, prepare
+    from hessianflow.training import LogSink
 
     config = prepare(TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)}))
     if not config.run_dir:
         config = replace(config, run_dir=_new_run_dir(config))
-    trainer = build_trainer(config)
+    trainer = build_trainer(config, [LogSink()])
     return _run(trainer, trainer.fit, config)
 
 
 def _resume(arguments: Namespace) -> int:
     from hessianflow.build import build_trainer, load_config, prepare
+    from hessianflow.training import LogSink
     from hessianflow.training.record import SUMMARY, read_json
 
     summary = read_json(Path(arguments.run_dir) / SUMMARY)
@@ -50,7 +52,7 @@ def _resume(arguments: Namespace) -> int:
         print(f"{arguments.run_dir} has finished already: nothing to resume")
         return 0
     config = prepare(load_config(arguments.run_dir))
-    trainer = build_trainer(config)
+    trainer = build_trainer(config, [LogSink()])
     return _run(trainer, lambda: trainer.resume(arguments.run_dir), config)
 
 
@@ -64,13 +66,11 @@ def _run(trainer: "AdaptiveBatchTrainer", work: "Callable[[], History]", config:
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        history = work()
+        with logging_to_stderr(config.log_level):
+            history = work()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    for event in history.of_kind("event"):
-        if event["event"] == "fallback":
-            sys.stderr.write(f"hessianflow: {event['message']}\n")
     _print_summary(history)
     if config.plots and history.epochs and history.run_dir is not None:
         from hessianflow.commands.records import draw

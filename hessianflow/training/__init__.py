@@ -2,6 +2,7 @@
 
 from hessianflow.training.evaluate import Evaluation, evaluate
 from hessianflow.training.record import History, RunRecord
+from hessianflow.training.sinks import LogSink, TensorBoardSink
 from hessianflow.training.trainer import AdaptiveBatchTrainer
 
-__all__ = ["AdaptiveBatchTrainer", "Evaluation", "History", "RunRecord", "evaluate"]
+__all__ = ["AdaptiveBatchTrainer", "Evaluation", "History", "LogSink", "RunRecord", "TensorBoardSink", "evaluate"]

@@ -1,0 +1,111 @@
+"""Receivers of a run's records beside history.jsonl: TensorBoard files, and lines of the standard logging module.
+
+Anything with `write(record)` and `close()` is one (:class:`hessianflow.interfaces.RecordSink`).
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hessianflow.interfaces import HessianFlowError
+
+LOGGER = logging.getLogger("hessianflow")
+_PLACE = ("kind", "epoch", "examples", "updates")
+_SPOKEN = ("fallback", "rollback")
+"""Events that the run goes on after: nothing else would tell that they happened."""
+
+
+class TensorBoardSink:
+    """Writes every number of every record as a scalar over training examples, and events and reasons as text.
+
+    Tags are KIND/FIELD, such as "epoch/eval_accuracy", "curvature/eigenvalue", "batch/to". In a resumed run the records
+    made after the checkpoint are made again: TensorBoard shows only the new ones.
+
+    Args:
+        folder: of the files, made at the first record.
+
+    Raises:
+        HessianFlowError: the package `tensorboard` is not installed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise HessianFlowError(
+                "TensorBoard files need the package tensorboard: pip install 'hessianflow[tensorboard]'"
+            ) from None
+        self._make, self._folder = SummaryWriter, Path(folder)
+        self._writer: SummaryWriter | None = None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write one record; the end of an epoch is flushed."""
+        kind, step = record["kind"], record["examples"]
+        if self._writer is None:
+            # Whatever an interrupted run wrote later than this is orphaned. The first record of a resumed run may be an
+            # event at the checkpoint itself, where records from before the checkpoint belong, too.
+            self._writer = self._make(str(self._folder), purge_step=step + (kind == "event"))
+        for name, value in record.items():
+            if name in _PLACE or value is None:
+                continue
+            if isinstance(value, (bool, int, float)):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+            elif isinstance(value, str):
+                self._writer.add_text(f"{kind}/{name}", value, step)
+        if kind == "epoch":
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class LogSink:
+    """Logs one line per epoch and per decision to the logger "hessianflow" at level INFO, readings at DEBUG.
+
+    A fallback to an older checkpoint and a rollback after a divergence are at WARNING, other events at INFO.
+    """
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log one record; kinds that have no line of their own are left out."""
+        kind = record["kind"]
+        if kind == "epoch":
+            LOGGER.info(_epoch_line(record))
+        elif kind == "batch":
+            LOGGER.info(_decision_line(record))
+        elif kind == "curvature":
+            LOGGER.debug(_reading_line(record))
+        elif kind == "event":
+            level = logging.WARNING if record["event"] in _SPOKEN else logging.INFO
+            LOGGER.log(level, f"{record['event']}: {record['message']}")
+
+    def close(self) -> None:
+        """Nothing to close: handlers belong to whoever set them up."""
+
+
+def _epoch_line(row: Mapping[str, Any]) -> str:
+    figures = {
+        "train loss": row["train_loss"],
+        "train accuracy": row["train_accuracy"],
+        "test loss": row["eval_loss"],
+        "test accuracy": row["eval_accuracy"],
+    }
+    known = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
+    speed = f"{row['images_per_second']:.0f} images/s"
+    return f"epoch {row['epoch']}: batch {row['batch_size']}, lr {row['lr']:.4g}, {known}, {speed}"
+
+
+def _decision_line(row: Mapping[str, Any]) -> str:
+    batch = f"{row['from']} -> {row['to']}" if row["from"] != row["to"] else row["to"]
+    settings = f"lr factor {row['lr_factor']:.4g}, adversarial share {row['adversarial_share']:.4g}"
+    return f"epoch {row['epoch']}: batch {batch}, {settings}: {row['reason']}"
+
+
+def _reading_line(row: Mapping[str, Any]) -> str:
+    if row["eigenvalue"] is None:
+        return f"epoch {row['epoch']}: no finite eigenvalue"
+    converged = "converged" if row["converged"] else "not converged"
+    return f"epoch {row['epoch']}: eigenvalue {row['eigenvalue']:.6g} ({converged}, {row['matvecs']} products)"

@@ -1,0 +1,80 @@
+"""What the command says while it trains, and the TensorBoard files it writes when asked."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from hessianflow import History
+from hessianflow.cli import main
+
+QUICK = ["--epochs", "3", "--patience", "1", "--plots", "false", "--run-dir", "run"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def errors(*arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines on standard error of a command that succeeds."""
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().err.splitlines()
+
+
+def test_log_level_info_tells_epochs_and_decisions(capsys):
+    lines = errors("train", *QUICK, "--log-level", "info", capsys=capsys)
+    assert [line.split(",")[0] for line in lines] == [
+        "hessianflow: epoch 1: batch 32 -> 64",
+        "hessianflow: epoch 1: batch 32",
+        "hessianflow: epoch 2: batch 64 -> 128",
+        "hessianflow: epoch 2: batch 64",
+        "hessianflow: epoch 3: batch 128",
+    ]
+
+
+def test_quiet_where_nobody_watches_and_the_logger_is_left_as_found(capsys):
+    assert errors("train", *QUICK, capsys=capsys) == []
+    logger = logging.getLogger("hessianflow")
+    assert (logger.level, logger.handlers, logger.propagate) == (logging.NOTSET, [], True)
+
+
+def test_debug_adds_readings(capsys):
+    lines = errors("train", *QUICK, "--log-level", "debug", capsys=capsys)
+    assert sum("eigenvalue" in line and "products" in line for line in lines) == 3
+
+
+def test_unknown_level_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--log-level", "loud"])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--log-level" in err
+
+
+def test_a_fallback_is_said_on_stderr_whatever_the_place(capsys):
+    """A truncated newest checkpoint: one line names it and the file that was used in its place."""
+    assert errors("train", *QUICK, capsys=capsys) == []
+    Path("run/summary.json").unlink()  # as if it had been interrupted
+    last = Path("run/checkpoints/last.pt")
+    last.write_bytes(last.read_bytes()[:2000])
+    [line] = errors("resume", "run", capsys=capsys)
+    assert line.startswith("hessianflow: fallback: checkpoint run/checkpoints/last.pt (2000 bytes) cannot be read")
+    assert line.endswith("continuing from previous.pt")
+    assert History.load("run").summary["status"] == "finished"
+
+
+def test_tensorboard_files_hold_the_history(capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    errors("train", *QUICK, "--tensorboard", "true", capsys=capsys)
+    events = EventAccumulator("run/tensorboard").Reload()
+    for tag in ("eval_accuracy", "train_loss", "batch_size"):
+        shown = [(e.step, e.value) for e in events.Scalars(f"epoch/{tag}")]
+        assert shown == [(row["examples"], pytest.approx(row[tag])) for row in History.load("run").epochs]
+    assert len(events.Scalars("curvature/eigenvalue")) == 3
