@@ -14,7 +14,8 @@ Choices of ours:
   min(r, r^2/gap) <= tol |value| and r <= cap |value|, cap = max(tol, min(0.01, sqrt(tol/10))). r is a theorem;
   r^2/gap is its quadratic refinement (Temple, Kato); the cap keeps it from trusting a gap estimated too early (with
   0.03, values 17 % low were accepted on a spectrum with three close outliers). For several wanted pairs 0.002 stands in
-  place of 0.01, and no unwanted pair may reach a wanted one within its residual.
+  place of 0.01, and no unwanted pair may reach a wanted one within its residual (else an inner
+  one may be hidden: 11 % off in the top five of a ResNet-20).
 - Breakdown (all residuals at rounding level): the space found is invariant. Fresh random directions continue the search
   until pairs are complete and such a direction, followed to its own breakdown, has changed none of them.
 """
@@ -37,10 +38,6 @@ RESIDUAL_CAP_SEVERAL = 0.002
 a small MLP missed one of two values 1.5 % apart, with 0.002 one of 24, for 5 % more products. Ours, measured."""
 
 Array = npt.NDArray[np.float64]
-
-RIVALS = 3
-"""Unwanted pairs that are watched: none may, within its residual, still outdo a wanted one. For several wanted pairs
-only (an inner one may be hidden: 11 % off in the top five of a ResNet-20 without this). Ours, measured."""
 
 TIE = 1e-6
 """Magnitudes that differ by less than this share of the largest count as equal. Ours: rounding of float32 products."""
@@ -102,6 +99,7 @@ class _RitzSpace:
         self._basis = torch.empty(min(8, capacity), operator.size, dtype=operator.dtype, device=operator.device)
         self._products = torch.empty_like(self._basis)
         self._projected = np.zeros((capacity, capacity))
+        self._gram = np.zeros((capacity, capacity))
         self._scale = 0.0  # largest magnitude seen, also of values that a restart has dropped
         self.size = 0
         self.matvecs = 0
@@ -120,11 +118,13 @@ class _RitzSpace:
         product = self._operator.matvec(unit)
         m, self.size, self.matvecs = self.size, self.size + 1, self.matvecs + 1
         self._basis[m], self._products[m] = unit, product
-        # The one transfer to the host per product: m + 1 numbers, on which the stopping rule depends.
-        column = (self._basis[: m + 1] @ product).to("cpu", torch.float64).numpy()
+        # The one transfer to the host per product: 2 (m + 1) numbers, on which the stopping rule depends.
+        numbers = torch.cat([self._basis[: m + 1] @ product, self._products[: m + 1] @ product])
+        column, gram = numbers.to("cpu", torch.float64).numpy().reshape(2, m + 1)
         if not np.isfinite(column).all():
             raise NonFiniteError(NON_FINITE_PRODUCT)
         self._projected[: m + 1, m] = self._projected[m, : m + 1] = column
+        self._gram[: m + 1, m] = self._gram[m, : m + 1] = gram
         return True
 
     def solve(self) -> None:
@@ -134,13 +134,15 @@ class _RitzSpace:
         order = _order(theta, self._which)
         self.values, self._coordinates = theta[order], coordinates[:, order]
         wanted = min(self._k, self.size)
-        rivals = range(wanted, min(wanted + RIVALS, self.size))
-        columns = sorted({*range(wanted), *rivals, *_neighbours(self.values, wanted)})
+        columns = sorted({*range(wanted), *_neighbours(self.values, wanted)})
         self._residual_vectors = self._residuals_of(columns)
         norms = self._norms_of(self._residual_vectors)
         self.residuals = norms[:wanted]
         self.bounds = _error_bounds(self.values, columns, norms, wanted)
-        self._reach = _wantedness(self.values[columns[wanted:]], self._which) + norms[wanted:]
+        # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2: too rough for stopping, but free for all pairs.
+        squares = ((self._gram[: self.size, : self.size] @ self._coordinates) * self._coordinates).sum(axis=0)
+        rough = np.sqrt(np.maximum(squares - self.values**2, 0))
+        self._reach = (_wantedness(self.values, self._which) + rough)[wanted:]
 
     def is_accurate(self, tol: float) -> bool:
         """Whether all k wanted pairs are found and meet the tolerance."""
@@ -150,7 +152,7 @@ class _RitzSpace:
         """Where the space is wrong: the residual of the first wanted pair that is not accurate yet."""
         accurate = self._accurate(tol)
         if accurate.all() and len(self._reach) > 0:
-            return self._residual_vectors[len(accurate) + int(self._reach.argmax())]
+            return self._residuals_of([len(accurate) + int(self._reach.argmax())])[0]
         return self._residual_vectors[int(np.argmin(accurate))]  # of the first that is not
 
     def is_invariant(self) -> bool:
@@ -173,7 +175,9 @@ class _RitzSpace:
     def compress(self, keep: int) -> None:
         """Thick restart: keep the best Ritz vectors and as many again, for the sake of convergence."""
         keep = min(self.size - 1, max(keep, self._capacity // 2))
-        mix = self._on_device(self._coordinates[:, :keep]).T
+        kept = self._coordinates[:, :keep]
+        self._gram[:keep, :keep] = kept.T @ self._gram[: self.size, : self.size] @ kept
+        mix = self._on_device(kept).T
         self._basis[:keep] = mix @ self._basis[: self.size]
         self._products[:keep] = mix @ self._products[: self.size]
         self._projected[:] = 0
@@ -208,7 +212,8 @@ class _RitzSpace:
         if self._k == 1 or len(self._reach) == 0:
             return False
         last = _wantedness(self.values[self._k - 1 : self._k], self._which)[0]
-        return bool(self._reach.max() > last + max(tol * abs(last), self.noise))
+        rounding = 3 * torch.finfo(self._operator.dtype).eps ** 0.5 * self._scale  # of the square root above
+        return bool(self._reach.max() > last + max(tol * abs(last), rounding))
 
     def _residuals_of(self, columns: list[int]) -> Tensor:
         coordinates = self._coordinates[:, columns]
