@@ -106,6 +106,7 @@ def test_a_repeated_pass():
 def test_only_ignored_targets_have_no_mean():
     weight = nn.Parameter(torch.ones(1))
     sync = GradientSynchronizer([weight], LOCAL)
+    weight.grad = torch.ones(1)
     sync.begin(4, weight=0.0)
     assert sync.finish(torch.tensor(1.0), None).loss.isnan()
 
