@@ -43,7 +43,7 @@ class Cluster:
     def __init__(self, ray: Any, build: Callable[[], ElasticJob], settings: ElasticSettings) -> None:
         self._ray, self._settings = ray, settings
         remote = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(Member)
-        device = "cuda" if settings.num_gpus > 0 else "cpu"
+        device = "cuda:0" if settings.num_gpus > 0 else "cpu"  # Ray shows a worker its own devices only
         self._new_member: Callable[[], Any] = lambda: remote.remote(build, device)
         # The store lives here, where no worker's death can take it away.
         self._address = "127.0.0.1" if settings.address is None else ray.util.get_node_ip_address()

@@ -129,7 +129,7 @@ class GradientSynchronizer:
         counts = [self._examples, self._weight, self._flag, *(p.grad is not None for p in self._parameters)]
         control = torch.tensor(counts, dtype=torch.float64)
         figures = torch.zeros(2, dtype=torch.float64, device=self._device)
-        if loss is not None:
+        if loss is not None and self._weight > 0:  # the mean of nothing is nan, and counts for nothing
             figures[0] = loss.detach() * self._weight
         if correct is not None:
             figures[1] = correct
@@ -206,6 +206,9 @@ class _Bucket:
 
     def gather(self, weight: float) -> None:
         """Copy the gradients times `weight` into the buffer."""
+        if weight == 0:
+            self.flat.zero_()
+            return
         targets, gradients = [], []
         for parameter, view in zip(self.parameters, self.views, strict=True):
             gradient = parameter.grad
@@ -231,7 +234,7 @@ class _Bucket:
 
 
 def _shaped(piece: Tensor, parameter: Tensor) -> Tensor:
-    """The piece in the shape and, where that is channels-last, the memory layout of the parameter: copies are then fast."""
+    """The piece in the parameter's shape and, where that is channels-last, its memory layout: copies are then fast."""
     if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
     return piece.view(parameter.shape)

@@ -56,13 +56,13 @@ def failing_worker(folder, number):
     return local_epoch
 
 
-@pytest.mark.parametrize(("synchrony", "commits"), [("asp", 60), ("bsp", 12)])
-def test_workers_that_die_or_hang_cost_no_commit(ray, tmp_path, synchrony, commits, monkeypatch):
+def test_workers_that_die_or_hang_cost_no_commit(ray, tmp_path, monkeypatch):
+    """In rounds, where everybody waits for the one that is missing."""
     monkeypatch.setattr(ray_server, "START_SECONDS", 20.0)
     run = train_on_ray(
-        partial(make_server, synchrony), partial(failing_worker, str(tmp_path)), commits=commits, timeout_seconds=2
+        partial(make_server, "bsp"), partial(failing_worker, str(tmp_path)), commits=12, timeout_seconds=2
     )
-    assert len(run.timeline) == commits
+    assert len(run.timeline) == 12
     assert len(run.events) == 2
     assert any("worker 1 died" in event for event in run.events)
     assert any("worker 0 hung" in event for event in run.events)
@@ -117,6 +117,6 @@ def broken(number):
 
 def test_what_cannot_go_on_says_so(ray):
     with pytest.raises(ValueError, match=r"too many failures, the last: worker [01] died"):
-        train_on_ray(partial(make_server, "asp"), always_dying, commits=4, max_restarts=1)
+        train_on_ray(partial(make_server, "asp"), always_dying, commits=4, max_restarts=0)
     with pytest.raises(Exception, match="a bug of the user's"):
         train_on_ray(partial(make_server, "asp"), broken, commits=4)

@@ -83,6 +83,22 @@ def test_weighted_losses_keep_their_own_mean():
         assert torch.allclose(gradient, weight.grad, rtol=0, atol=1e-14)
 
 
+def ignoring(reducer):
+    """Every target of rank 1 is ignored: its loss and gradients are nan, and must not reach rank 0's."""
+    weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    sync = GradientSynchronizer([weight], reducer)
+    sync.begin(3, weight=3.0 if reducer.rank == 0 else 0.0)
+    loss = weight.sum() * (2.0 if reducer.rank == 0 else float("nan"))
+    with sync.last_backward():
+        loss.backward()
+    totals = sync.finish(loss, None)
+    return float(totals.loss), weight.grad.tolist(), totals.examples
+
+
+def test_a_rank_whose_targets_are_all_ignored():
+    assert run_local(ignoring, 2) == [(4.0, [2.0, 2.0], 6)] * 2
+
+
 def repeated(reducer):
     """The last pass fails after its first bucket has left, and is repeated in two parts."""
     early, late = (nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64)) for _ in range(2))
