@@ -1,95 +1,259 @@
-"""What the trainer costs over a bare PyTorch loop: paired ratios in one run.
+"""What the trainer costs over a bare PyTorch loop, and what its defaults gain: paired ratios in one run.
 
-Both train ResNet-20 on the same images (the first of CIFAR-10 where `--data-dir` has them, made-up pixels otherwise) with
-the same augmentation, optimizer and batch size; rounds alternate, so that a noisy machine disturbs both alike. The ratio
-of each round is trainer seconds over bare seconds; the table gives the median and the quartiles.
+    OMP_NUM_THREADS=1 python experiments/benchmarks/training.py [--parts loop defaults batches memory resize profile]
 
-    python experiments/benchmarks/training.py --steps 10 --rounds 15
+ResNet-20 at batch 128 on CIFAR-10 images with crops and flips. Whatever is compared runs in turn, round by round, in
+one process; the ratio is taken within each round, and the table gives its median and quartiles. Times are process
+CPU seconds of one thread: on a machine that others use, too, wall clocks measure them.
+
+    loop      trainer, trainer with FGSM on a fifth of each batch, and one curvature reading, against the bare loop
+    defaults  layout and precision
+    batches   images a second as the batch grows at microbatch 128
+    memory    peak resident memory of a process each
+    resize    how long a change of the batch size takes, and whether the very next batch has it
+    profile   where the time goes, before (float32, NCHW) and after (bf16, channels last)
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from pixels import cifar10
+from torch import Tensor, nn
 from torch.optim import SGD
 
 import hessianflow as hf
-from hessianflow.data import Augmentation, DeviceBatches
 
 BATCH = 128
+PARTS = ("loop", "defaults", "batches", "memory", "resize", "profile")
+EPOCHS = (390, 78)
+"""Steps of an epoch that a curvature reading is set against: all of CIFAR-10, and 10,000 images."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """What both sides of a comparison share."""
+
+    precision: str = "bf16"
+    channels_last: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {'channels last' if self.channels_last else 'NCHW'}"
+
+
+class Subject:
+    """A ResNet-20 with its optimizer and its data, new for every way of training it."""
+
+    def __init__(self, path: Path, images: Tensor, targets: Tensor, batch_size: int = BATCH) -> None:
+        torch.manual_seed(0)
+        self.path = path
+        self.model = hf.models.create("resnet20")
+        if path.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.loss_fn = nn.CrossEntropyLoss()
+        self.batches = hf.data.DeviceBatches(
+            images,
+            targets,
+            batch_size,
+            augment=hf.data.Augmentation(crop_padding=4, flip=True),
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            num_classes=10,
+            channels_last=path.channels_last,
+        )
+
+    def bare(self) -> None:
+        """One epoch as written by hand."""
+        self.model.train()
+        for inputs, labels in self.batches:
+            self.optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.path.precision == "bf16"):
+                loss = self.loss_fn(self.model(inputs), labels)
+            loss.backward()
+            self.optimizer.step()
+
+    def trained(self, share: float = 0.0, **options: Any) -> hf.AdaptiveBatchTrainer:
+        """A trainer for one epoch; `share` of each batch is attacked."""
+        if share > 0:
+            options["controller"] = hf.control.FixedBatch(BATCH, share)
+            options["adversary"] = hf.adversarial.FGSM(0.02, value_range=self.batches.value_range)
+        precision: Any = self.path.precision
+        return hf.AdaptiveBatchTrainer(
+            self.model,
+            self.batches,
+            optimizer=self.optimizer,
+            loss_fn=self.loss_fn,
+            precision=precision,
+            epochs=1,
+            microbatch_size=BATCH,
+            **options,
+        )
+
+    def probe(self, examples: int) -> hf.curvature.CurvatureProbe:
+        """A warm-started probe on `examples` fixed images."""
+        return hf.curvature.CurvatureProbe(self.model, self.loss_fn, self.batches.sample(examples))
+
+
+def loop(options: argparse.Namespace) -> None:
+    for path in (Path("float32"), Path("bf16")):
+        pixels = cifar10(options.steps * BATCH, options.data_dir)[:2]
+        subjects = {name: Subject(path, *pixels) for name in ("bare", "trainer", "trainer + FGSM")}
+        ways: dict[str, Callable[[], Any]] = {
+            "bare": subjects["bare"].bare,
+            "trainer": lambda s=subjects["trainer"]: s.trained().fit(),  # type: ignore[misc]
+            "trainer + FGSM": lambda s=subjects["trainer + FGSM"]: s.trained(0.2).fit(),  # type: ignore[misc]
+        }
+        probes = {n: subjects["bare"].probe(n) for n in (128, 64, 32)}
+        ways |= {f"reading of {n}": probe for n, probe in probes.items()}
+        seconds = in_turn(ways, options.rounds)
+        step = [s / options.steps for s in seconds["bare"]]
+        print(f"\n{path}: bare step {1000 * statistics.median(step):.0f} ms\n")
+        print("| against the bare loop | ratio (quartiles) |\n|---|---|")
+        for name in ("trainer", "trainer + FGSM"):
+            print(f"| {name} | {spread(ratios(seconds[name], seconds['bare']), '{:.3f}')} |", flush=True)
+        for n in probes:
+            found = seconds[f"reading of {n}"]
+            shares = [f"{spread(ratios(found, [steps * s for s in step]), '{:.1%}')} of {steps}" for steps in EPOCHS]
+            print(f"| reading of {n} examples | {spread(ratios(found, step), '{:.1f}')} steps; {'; '.join(shares)} |")
+            both = [
+                a / b - 1 + c / (78 * s)
+                for a, b, c, s in zip(seconds["trainer + FGSM"], seconds["bare"], found, step, strict=True)
+            ]
+            print(f"| FGSM and a reading of {n}, 78 steps | +{spread(both, '{:.1%}')} |", flush=True)
+
+
+def defaults(options: argparse.Namespace) -> None:
+    pixels = cifar10(options.steps * BATCH, options.data_dir)[:2]
+    paths = [Path("float32", False), Path("float32"), Path("bf16", False), Path("bf16")]
+    seconds = in_turn({str(path): Subject(path, *pixels).bare for path in paths}, options.rounds)
+    base = seconds[str(paths[0])]
+    print("\n| path | images a CPU second | times the first (quartiles) |\n|---|---|---|")
+    for name, found in seconds.items():
+        speed = options.steps * BATCH / statistics.median(found)
+        print(f"| {name} | {speed:.0f} | {spread(ratios(base, found), '{:.2f}')} |", flush=True)
+
+
+def batches(options: argparse.Namespace) -> None:
+    pixels = cifar10(4096, options.data_dir)[:2]
+    sizes = (128, 256, 512, 1024, 2048, 4096)
+    subjects = {str(size): Subject(Path(), *pixels, batch_size=size) for size in sizes}
+    ways = {name: lambda s=s: s.trained(norm_batch_size=BATCH).fit() for name, s in subjects.items()}
+    seconds = in_turn(ways, max(2, options.rounds // 3))
+    print("\n| batch (microbatch 128) | images a CPU second | times batch 128 (range) |\n|---|---|---|")
+    for name, found in seconds.items():
+        speeds = ratios(seconds["128"], found)
+        text = f"{statistics.median(speeds):.2f} ({min(speeds):.2f}-{max(speeds):.2f})"
+        print(f"| {name} | {4096 / statistics.median(found):.0f} | {text} |", flush=True)
+
+
+def memory(options: argparse.Namespace) -> None:
+    """One process each, so that no peak hides another."""
+    peaks = {}
+    for way in ("bare", "trainer", "128", "64", "32"):
+        command = [sys.executable, __file__, "--peak", way, "--threads", str(options.threads)]
+        command += [] if options.data_dir is None else ["--data-dir", options.data_dir]
+        peaks[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print("\n| way | peak resident MiB | over the bare loop |\n|---|---|---|")
+    for way, peak in peaks.items():
+        name = f"ABSA, FGSM, readings of {way}" if way.isdigit() else way
+        print(f"| {name} | {peak:.0f} | {peak - peaks['bare']:+.0f} |", flush=True)
+
+
+def peak(way: str, options: argparse.Namespace) -> None:
+    """Three epochs of four steps in float32; prints the peak of this process."""
+    subject = Subject(Path("float32"), *cifar10(4 * BATCH, options.data_dir)[:2])
+    for _ in range(3):
+        if way == "bare":
+            subject.bare()
+        elif way == "trainer":
+            subject.trained().fit()
+        else:
+            subject.trained(0.2, probe=subject.probe(int(way))).fit()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def resize(options: argparse.Namespace) -> None:
+    images, targets, _ = cifar10(4096, options.data_dir)
+    dataset = torch.utils.data.TensorDataset(images, targets)
+    print("\n| batches | set_batch_size, median | worst | next batch |\n|---|---|---|---|")
+    for stream in (hf.data.DeviceBatches(images, targets, 1), hf.data.AdaptiveBatches(dataset, 1)):
+        times, sizes = [], range(1, 81)
+        iterator = iter(stream)
+        for size in sizes:
+            started = time.perf_counter()
+            stream.set_batch_size(size)
+            times.append(time.perf_counter() - started)
+            if len(next(iterator)[1]) != size:
+                raise SystemExit(f"the batch after set_batch_size({size}) has another size")
+        row = f"{1e6 * statistics.median(times):.1f} us | {1e6 * max(times):.1f} us | the new size, {len(sizes)} times"
+        print(f"| {type(stream).__name__} | {row} |", flush=True)
+
+
+def profile(options: argparse.Namespace) -> None:
+    pixels = cifar10(2 * BATCH, options.data_dir)[:2]
+    for path in (Path("float32", False), Path("bf16")):
+        subject = Subject(path, *pixels)
+        subject.trained().fit()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            subject.trained().fit()
+        events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        print(f"\n{path}: {total / 2000:.0f} ms a step\n\n| operation | share | calls |\n|---|---|---|")
+        for event in events[:8]:
+            print(f"| `{event.key[:60]}` | {event.self_cpu_time_total / total:.1%} | {event.count} |", flush=True)
+
+
+def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each way in each round, the order reversed every other round; a first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            started = time.process_time()
+            ways[name]()
+            if number > 0:
+                seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    low, middle, high = (form.format(v) for v in statistics.quantiles(values, n=4))
+    return f"{middle} ({low}-{high})"
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    images, targets = pixels(options.steps * BATCH, options.data_dir)
-    ways: dict[str, Callable[[], None]] = {"bare": bare_loop(images, targets), "trainer": trainer(images, targets)}
-    for run in ways.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(options.rounds):
-        for name in sorted(ways, reverse=bool(number % 2)):
-            started = time.perf_counter()
-            ways[name]()
-            seconds[name].append(time.perf_counter() - started)
-    ratios = [a / b for a, b in zip(seconds["trainer"], seconds["bare"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    print(f"ResNet-20, batch {BATCH}, {options.steps} steps a round, {options.rounds} rounds, {options.threads} threads")
-    print(f"bare loop     {1000 * statistics.median(seconds['bare']) / options.steps:8.1f} ms a step (median)")
-    print(f"trainer       {1000 * statistics.median(seconds['trainer']) / options.steps:8.1f} ms a step (median)")
-    print(f"paired ratio  {statistics.median(ratios):8.4f} (quartiles {low:.4f} to {high:.4f})")
-
-
-def bare_loop(images: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
-    model, optimizer, batches = parts(images, targets)
-    loss_fn = nn.CrossEntropyLoss()
-
-    def run() -> None:
-        model.train()
-        for inputs, labels in batches:
-            optimizer.zero_grad()
-            loss_fn(model(inputs), labels).backward()
-            optimizer.step()
-
-    return run
-
-
-def trainer(images: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
-    model, optimizer, batches = parts(images, targets)
-    loss_fn = nn.CrossEntropyLoss()
-
-    def run() -> None:
-        hf.AdaptiveBatchTrainer(model, batches, optimizer=optimizer, loss_fn=loss_fn, epochs=1).fit()
-
-    return run
-
-
-def parts(images: torch.Tensor, targets: torch.Tensor) -> tuple[nn.Module, SGD, DeviceBatches]:
-    torch.manual_seed(0)
-    model = hf.models.create("resnet20")
-    augment = Augmentation(crop_padding=4, flip=True)
-    batches = DeviceBatches(images, targets, BATCH, augment=augment, mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10)
-    return model, SGD(model.parameters(), lr=0.1, momentum=0.9), batches
-
-
-def pixels(count: int, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if data_dir is not None:
-        train = hf.data.load("cifar10", data_dir)
-        return train.images[:count], train.targets[:count]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return images, torch.randint(10, (count,), generator=generator)
+    if options.peak is not None:
+        peak(options.peak, options)
+        return
+    source = cifar10(1, options.data_dir)[2]
+    print(f"ResNet-20, batch {BATCH}, {source}, torch {torch.__version__}, {options.threads} thread(s), ", end="")
+    print(f"{options.steps} steps a round, {options.rounds} rounds", flush=True)
+    works = {f.__name__: f for f in (loop, defaults, batches, memory, resize, profile)}
+    for part in options.parts:
+        works[part](options)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="steps a round")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--steps", type=int, default=5, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-dir", default=None, help="folder with the CIFAR-10 binary archive")
+    parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
