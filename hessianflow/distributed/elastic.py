@@ -29,6 +29,9 @@ EventKind = Literal["started", "requested", "refused", "joined", "left", "died",
 MAX_FAILURES = 5
 """Failures in a row, without an update completed in between, after which a run gives up. Ours."""
 
+SLOW_STRETCHES = 3
+"""Stretches in a row in which a rank must be slow before that is recorded. Ours."""
+
 
 @dataclass(frozen=True)
 class ElasticEvent:
@@ -87,7 +90,8 @@ class ElasticRun:
         ray = connect(self.settings.address)
         self._began = time.monotonic()
         self._cluster = Cluster(ray, self.build, self.settings)
-        self._slow: set[int] = set()
+        self._slow: dict[int, int] = {}
+        self._ask_again_at = self._began
         try:
             self._start()
             while not self._report.done:
@@ -136,14 +140,13 @@ class ElasticRun:
     def _resize(self) -> None:
         wanted = self.policy(self._report, self.samples)
         wanted = min(self.settings.max_workers, max(self.settings.min_workers, wanted))
+        self._note_refusals()
         present, coming = len(self._cluster.members), len(self._cluster.pending)
-        if wanted > present + coming:
+        if wanted > present + coming and time.monotonic() >= self._ask_again_at:
             self._cluster.request(wanted - present - coming)
             self._record("requested", f"{wanted - present - coming} more for a batch of {self._report.batch_size}")
         elif wanted < present + coming:
             self._cluster.cancel(min(coming, present + coming - wanted))
-        for _ in range(self._cluster.newly_overdue()):
-            self._record("refused", f"no new worker after {self.settings.start_seconds:g} s; training goes on without")
         leaving = max(0, present - wanted)
         if leaving or self._cluster.arrived():
             self._change_world(leaving)
@@ -189,11 +192,18 @@ class ElasticRun:
         self._slow.clear()
         return True
 
+    def _note_refusals(self) -> None:
+        for _ in range(self._cluster.newly_overdue()):
+            self._record("refused", f"no new worker after {self.settings.start_seconds:g} s; training goes on without")
+        for reason in self._cluster.drop_failed():
+            self._ask_again_at = time.monotonic() + self.settings.start_seconds
+            self._record("refused", f"a new worker died while it started: {reason}")
+
     def _note_slow(self, busy: Sequence[float]) -> None:
-        slow = set(slow_workers(busy))
-        for rank in sorted(slow - self._slow):
-            self._record("slow", f"rank {rank} computed {busy[rank]:.2f} s, the others {sorted(busy)[0]:.2f} s or more")
-        self._slow = slow
+        self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow_workers(busy)}
+        for rank, stretches in self._slow.items():
+            if stretches == SLOW_STRETCHES:
+                self._record("slow", f"rank {rank} computed {busy[rank]:.2f} s, the fastest {min(busy):.2f} s")
 
     def _record(self, kind: EventKind, message: str, pause: float = 0.0) -> None:
         now, workers = time.monotonic() - self._began, len(self._cluster.members)

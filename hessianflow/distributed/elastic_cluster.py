@@ -113,6 +113,18 @@ class Cluster:
             newcomer.overdue = True
         return len(late)
 
+    def drop_failed(self) -> list[str]:
+        """Forget newcomers that died while they started; returns what Ray says of each."""
+        reasons = []
+        for newcomer in list(self.pending):
+            if self._ray.wait([newcomer.ready], timeout=0)[0]:
+                try:
+                    self._ray.get(newcomer.ready)
+                except self._ray.exceptions.RayActorError as error:
+                    reasons.append(str(error).splitlines()[0])
+                    self.pending.remove(newcomer)
+        return reasons
+
     def admit(self) -> int:
         """Make the newcomers that are ready members; returns how many. An error of their `build` is raised."""
         if not self.pending:

@@ -17,7 +17,7 @@ class ElasticSettings:
         timeout_seconds: a collective, or a stretch beyond its expected time, that takes longer counts as hung. Default:
             that of torch's NCCL groups.
         start_seconds: allowed to the first workers; a later one that takes longer is recorded as refused, and still
-            taken when it comes.
+            taken when it comes; after one that died while starting, none is asked for in this time.
         num_cpus: that each worker asks Ray for.
         num_gpus: that each worker asks Ray for; above 0 the group uses NCCL.
         address: of a Ray cluster; None: a local one.

@@ -107,7 +107,9 @@ def process_group(
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     wait = timedelta(seconds=timeout_seconds)
     store = TCPStore(address, port, is_master=not served and generation.rank == 0, timeout=wait)
-    reducer = enter(generation, PrefixStore("hessianflow", store), device, timeout_seconds=timeout_seconds)
+    # The agent's store outlives workers that it restarts: each attempt meets under keys of its own.
+    attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    reducer = enter(generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds)
     try:
         yield reducer
     except BaseException:

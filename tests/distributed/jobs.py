@@ -83,6 +83,15 @@ class WritingJob(PlainJob):
         return report
 
 
+class PatientJob(WritingJob):
+    """Takes its time while it is alone with a batch for two, so that a newcomer has time to start."""
+
+    def step(self, start: int, stop: int) -> None:
+        alone = self.reducer.world_size == 1 and self.batch_size == 16 and self.updates < 50
+        time.sleep(0.8 if alone else 0.0)
+        super().step(start, stop)
+
+
 class HangingJob(WritingJob):
     """Rank 1 sleeps at update 8, once."""
 
@@ -100,6 +109,16 @@ class SlowJob(WritingJob):
     def step(self, start: int, stop: int) -> None:
         time.sleep(0.05 if self.reducer.rank == 1 else 0.0)
         super().step(start, stop)
+
+
+class DyingNewcomer(WritingJob):
+    """The second process ends while it builds its job."""
+
+    def __init__(self, folder: str, total: int, seconds: float = 0.0) -> None:
+        if len(os.listdir(folder)) == 1:
+            open(os.path.join(folder, "refused"), "w").close()
+            os._exit(1)
+        super().__init__(folder, total, seconds)
 
 
 class BrokenJob(PlainJob):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from jobs import BrokenJob, FailingJob, HangingJob, PlainJob, SlowJob, WritingJob
+from jobs import BrokenJob, DyingNewcomer, FailingJob, HangingJob, PatientJob, PlainJob, SlowJob, WritingJob
 from ranks import LOCAL
 
 from hessianflow.distributed.elastic import ElasticRun
@@ -45,15 +45,16 @@ def test_the_world_follows_the_batch(ray, tmp_path):
 
     seen = []
     settings = ElasticSettings(max_workers=2, **QUICK)
-    run = ElasticRun(partial(WritingJob, str(tmp_path), TOTAL, 0.15), policy, settings, seen.append)
+    run = ElasticRun(partial(PatientJob, str(tmp_path), TOTAL), policy, settings, seen.append)
     check_result(tmp_path, run.run())
-    assert kinds(run) == ["started", "requested", "joined", "left", "finished"]
-    assert [event.workers for event in run.events] == [1, 1, 2, 1, 1]
     assert seen == run.events
-    joined, left = run.events[2:4]
+    events = [event for event in run.events if event.kind != "slow"]  # a busy machine may make it so
+    assert [event.kind for event in events] == ["started", "requested", "joined", "left", "finished"]
+    assert [event.workers for event in events] == [1, 1, 2, 1, 1]
+    joined, left = events[2:4]
     assert joined.pause + left.pause < 1.0
     # The newcomer started while the others trained: updates were made between asking and joining.
-    assert joined.updates > run.events[1].updates
+    assert joined.updates > events[1].updates
     assert {sample.workers for sample in run.samples} == {1, 2}
     assert sum(s.examples_per_second > 0 for s in run.samples) == len(run.samples)
 
@@ -119,6 +120,15 @@ def test_a_cluster_without_room_is_not_waited_for(ray, tmp_path):
     settings = ElasticSettings(max_workers=2, num_cpus=5, start_seconds=0.01, **QUICK)
     with pytest.raises(ValueError, match=r"0 of 1 workers came within 0\.01 s"):
         ElasticRun(partial(WritingJob, str(tmp_path), TOTAL), lambda report, samples: 2, settings).run()
+
+
+def test_a_newcomer_that_dies_is_done_without(ray, tmp_path):
+    settings = ElasticSettings(max_workers=2, start_seconds=30, **QUICK)
+    run = ElasticRun(partial(DyingNewcomer, str(tmp_path), TOTAL, 0.05), lambda report, samples: 2, settings)
+    check_result(tmp_path, run.run())
+    assert kinds(run)[:3] == ["started", "requested", "refused"]
+    assert "died while it started" in run.events[2].message
+    assert kinds(run)[3:] == ["finished"], "asked again only after 30 s"
 
 
 def test_what_cannot_go_on_says_so(ray, tmp_path):
