@@ -10,14 +10,15 @@ loop, step by step in turn. `resize` trains on Ray with 1, 2, 1, 2 workers. `kil
 """
 
 import argparse
-import contextlib
 import gc
 import os
 import random
 import signal
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,10 @@ def ddp_loop(name: str, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
 class PixelsJob:
     """An elastic job on made-up pixels until a number of examples, or of seconds, is reached."""
 
-    def __init__(self, updates: int) -> None:
+    def __init__(self, updates: int, folder: str | None = None) -> None:
         torch.set_num_threads(1)
+        if folder is not None:
+            Path(folder, str(os.getpid())).touch()  # so that somebody can end this process
         self.model = network("resnet20")
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.total, self.updates, self.examples = updates, 0, 0
@@ -193,33 +196,26 @@ def resize(options: argparse.Namespace) -> None:
 
 def kill(options: argparse.Namespace) -> None:
     """Random SIGKILLs of worker processes, at random times, through the whole run."""
-    connect()
     updates = updates_within(options.seconds)
-    dice, killed = random.Random(0), 0
+    dice, killed, folder = random.Random(0), 0, Path(tempfile.mkdtemp())
 
     def policy(report: JobReport, _: Sequence[Sample]) -> int:
         nonlocal killed
         if killed < options.kills and report.updates > (killed + 1) * updates / (options.kills + 2):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(dice.choice(workers_of()), signal.SIGKILL)
+            victim = dice.choice(sorted(folder.iterdir()))
+            os.kill(int(victim.name), signal.SIGKILL)
+            victim.unlink()
             killed += 1
         return 2
 
     settings = ElasticSettings(min_workers=1, max_workers=2, timeout_seconds=20, snapshot_seconds=5)
-    run = ElasticRun(lambda: PixelsJob(updates), policy, settings)
+    run = ElasticRun(lambda: PixelsJob(updates, str(folder)), policy, settings)
     report = run.run()
     for event in run.events:
         print(
             f"{event.seconds:7.1f} s  update {event.updates:6d}  {event.kind:9s} {event.message}  {event.pause:.3f} s"
         )
     print(f"{killed} kills; {report.examples} examples trained, {updates * 2 * BATCH} planned")
-
-
-def workers_of() -> list[int]:
-    """Process ids of the members alive."""
-    from ray.util.state import list_actors
-
-    return [actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "Member")])]
 
 
 def server(options: argparse.Namespace) -> None:
