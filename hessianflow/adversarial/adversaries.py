@@ -91,7 +91,8 @@ class PGD:
 
     def _attack(self, model: nn.Module, x: Tensor, y: Tensor, size: int) -> Tensor:
         budget = place(self._budget, x)
-        if self._calls == 0:
+        first_call = self._calls == 0
+        if first_call:
             check_in_range(budget, x)
         # Drawn for all rows at once: the same whatever the microbatch size.
         start = random_deltas(budget, x, self._generator(x.device)) if self._random_start else None
@@ -110,6 +111,11 @@ class PGD:
                     step=self._step,
                     start=None if start is None else start[part],
                 )
+        if first_call and not self._random_start and torch.equal(perturbed, x) and bool(budget.eps.any()):
+            raise HessianFlowError(
+                "the attack changed nothing: the gradient of its loss by the inputs is zero everywhere; "
+                "give it the loss that is trained on (loss_fn=)"
+            )
         return perturbed
 
     def _generator(self, device: torch.device) -> torch.Generator:
