@@ -34,13 +34,13 @@ class BatchTotals:
         loss: mean over all its examples, a float64 scalar on the device.
         correct: hits over all its examples, an int64 scalar on the device; None where no rank counts them.
         examples: its size.
-        flags: number of ranks that raised their flag.
+        flags: number of ranks that raised each flag.
     """
 
     loss: Tensor
     correct: Tensor | None
     examples: int
-    flags: int
+    flags: tuple[int, ...]
 
 
 class GradientSynchronizer:
@@ -87,16 +87,16 @@ class GradientSynchronizer:
         self._launched = 0
         self._reference = 1.0
 
-    def begin(self, examples: int, *, weight: float | None = None, flag: bool = False) -> None:
+    def begin(self, examples: int, *, weight: float | None = None, flags: Sequence[bool] = ()) -> None:
         """Announce this rank's share of the next batch, 0 or more examples; nothing is exchanged yet.
 
         Args:
             examples: of this rank.
             weight: what this rank's mean loss counts for; default `examples`.
-            flag: anything all ranks should know of at this step, such as a request to stop.
+            flags: what all ranks should know of at this step, such as a request to stop; as many on every rank.
         """
         self._examples, self._weight = examples, float(examples if weight is None else weight)
-        self._flag = flag
+        self._flags = tuple(flags)
         self._launched = 0
 
     @contextmanager
@@ -126,7 +126,7 @@ class GradientSynchronizer:
         """
         if self._examples > 0:
             self._counts_hits = correct is not None
-        counts = [self._examples, self._weight, self._flag, *(p.grad is not None for p in self._parameters)]
+        counts = [self._examples, self._weight, *self._flags, *(p.grad is not None for p in self._parameters)]
         control = torch.tensor(counts, dtype=torch.float64)
         figures = torch.zeros(2, dtype=torch.float64, device=self._device)
         if loss is not None and self._weight > 0:  # the mean of nothing is nan, and counts for nothing
@@ -134,13 +134,14 @@ class GradientSynchronizer:
         if correct is not None:
             figures[1] = correct
         control, figures = self._exchange(control, figures)
-        examples, weight, flags, *used = control.tolist()
+        examples, weight, *rest = control.tolist()
+        flags, used = rest[: len(self._flags)], rest[len(self._flags) :]
         if examples == 0:
             raise HessianFlowError("a batch of 0 examples over all ranks has no mean loss: check the training data")
         # Where every target is ignored the mean is that of nothing: nan, as in one process.
         self._settle(used, weight or math.nan)
         hits = figures[1].round().to(torch.int64) if self._counts_hits else None
-        return BatchTotals(figures[0] / (weight or math.nan), hits, int(examples), int(flags))
+        return BatchTotals(figures[0] / (weight or math.nan), hits, int(examples), tuple(map(int, flags)))
 
     def _exchange(self, control: Tensor, figures: Tensor) -> tuple[Tensor, Tensor]:
         """Sum gradients, counts (on the host) and figures (on the device) over ranks."""
