@@ -118,7 +118,7 @@ def test_a_loss_that_does_not_fit_the_model_is_reported():
     """Cross-entropy over a single output is 0 whatever the input: nothing would be perturbed, and nobody would know."""
     model = torch.nn.Linear(4, 1)
     inputs, targets = torch.rand(6, 4), torch.rand(6, 1)
-    with pytest.raises(HessianFlowError, match="the attack changed nothing: .* give it the loss that is trained on"):
+    with pytest.raises(HessianFlowError, match=r"the attack changed nothing: .* give it the loss that is trained on"):
         FGSM(0.1, value_range=(0.0, 1.0)).perturb(model, inputs, targets, 0.5)
     attacked = FGSM(0.1, value_range=(0.0, 1.0), loss_fn=torch.nn.MSELoss()).perturb(model, inputs, targets, 0.5)
     assert not torch.equal(attacked, inputs)
