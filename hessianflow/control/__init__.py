@@ -2,6 +2,7 @@
 
 from hessianflow.control.absa import ABSA
 from hessianflow.control.cabs import CABS
+from hessianflow.control.critical_batch import CriticalBatch
 from hessianflow.control.diversity import DiveBatch
 from hessianflow.control.dual_batch import DualBatchPlan, Worker, WorkerPlan, dual_batch_plan, plan_workers
 from hessianflow.control.lr_scaling import lr_factor, momentum_correction
@@ -10,11 +11,13 @@ from hessianflow.control.replay import Replay, ReplayStep, replay
 from hessianflow.control.resolution import Level, ProgressiveResolution, Stage, resolution_stages, stage_at
 from hessianflow.control.schedules import AdaBatch, FixedBatch, GrowInsteadOfDecay, Warmup
 from hessianflow.control.time_model import TimeModel, fit_time_model
+from hessianflow.control.timed import TimedSchedule
 
 __all__ = [
     "ABSA",
     "CABS",
     "AdaBatch",
+    "CriticalBatch",
     "DiveBatch",
     "DualBatchPlan",
     "FixedBatch",
@@ -26,6 +29,7 @@ __all__ = [
     "ReplayStep",
     "Stage",
     "TimeModel",
+    "TimedSchedule",
     "Warmup",
     "Worker",
     "WorkerPlan",

@@ -1,0 +1,166 @@
+"""The cells of the controller study: problems times methods, every method with one setting for all problems.
+
+The rate of every problem is stated at its first batch size, and batch normalisation sees groups of that size whatever
+the batch, so that only the size of a step differs between methods.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments.runner import Cell, Scale
+
+WITH_CONTROLLER = "experiments.controllers.with_controller"
+Settings = dict[str, Any]
+
+_CIFAR: Settings = {
+    "data": "cifar10",
+    "train_examples": 10_000,
+    "test_examples": 5_000,
+    "batch_size": 128,
+    "max_batch_size": 2048,
+    "epochs": 24,
+    "lr": 0.1,
+    "milestones": [8, 16, 21],
+    "lr_decay": 0.2,
+    "augment": False,
+    "precision": "bf16",
+    "channels_last": True,
+    "microbatch_size": 128,
+    "norm_batch_size": 128,
+}
+_DIGITS: Settings = {
+    "data": "digits",
+    "batch_size": 32,
+    "max_batch_size": 512,
+    "epochs": 30,
+    "lr": 0.05,
+    "milestones": [20, 26],
+    "lr_decay": 0.2,
+    "microbatch_size": 32,
+    "norm_batch_size": 32,
+}
+PROBLEMS: Mapping[str, Settings] = {
+    "cifar-resnet8": {**_CIFAR, "model": "resnet8"},
+    "digits": _DIGITS,
+    "cifar-plain": {**_CIFAR, "model": "experiments.controllers.networks:plain", "lr": 0.02},
+    "cifar-resnet8-augmented": {**_CIFAR, "model": "resnet8", "augment": True},
+    "cifar-resnet8-hard": {**_CIFAR, "model": "resnet8", "train_examples": 4_000},
+    "fake": {
+        "data": "fake",
+        "train_examples": 256,
+        "test_examples": 64,
+        "model": "resnet8",
+        "batch_size": 32,
+        "max_batch_size": 128,
+        "epochs": 4,
+        "lr": 0.02,
+        "milestones": [2],
+        "microbatch_size": 32,
+        "norm_batch_size": 32,
+        "precision": "float32",
+    },
+}
+MAIN = ("fixed", "timed", "absa", "critical")
+"""The methods that matter, run on every problem."""
+
+
+def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
+    """The grid, seed by seed, in the order of usefulness.
+
+    smoke: the main four once on made-up data. cpu: all methods on the first problem, then the main four on the others.
+    gpu, full: the same on all of CIFAR-10 with the published 90 epochs, ResNet-20.
+    """
+    if scale == "smoke":
+        return [cell("fake", PROBLEMS["fake"], method, 0) for method in MAIN]
+    if scale != "cpu":
+        return [cell("cifar-resnet20", _whole(scale), method, seed) for seed in seeds for method in METHODS]
+    first, *others = [name for name in PROBLEMS if name != "fake"]
+    found = [cell(first, PROBLEMS[first], method, seed) for seed in seeds for method in MAIN]
+    rest = [method for method in METHODS if method not in MAIN]
+    found += [cell(name, PROBLEMS[name], method, seed) for name in others for seed in seeds for method in MAIN]
+    return found + [cell(first, PROBLEMS[first], method, seed) for seed in seeds for method in rest]
+
+
+def _whole(scale: Scale) -> Settings:
+    """ResNet-20 on all 50,000 images; the cap of the published runs on the full scale."""
+    whole = {key: value for key, value in _CIFAR.items() if key not in ("train_examples", "test_examples")}
+    cap = 16_384 if scale == "full" else 4_096
+    longer = {"epochs": 90, "milestones": [30, 60, 80], "augment": True, "max_batch_size": cap}
+    return {**whole, **longer, "model": "resnet20", "microbatch_size": "auto"}
+
+
+def cell(problem: str, settings: Settings, method: str, seed: int) -> Cell:
+    """One cell."""
+    common = {"controller": "fixed", "adversary": "none", "curvature": "off", "plots": False, "threads": 1}
+    changes = METHODS[method](settings)
+    built = changes.pop("built", None)
+    chosen = {**common, **settings, **changes}
+    if built is None:
+        return Cell(problem, method, seed, chosen)
+    return Cell(problem, method, seed, chosen, WITH_CONTROLLER, {"built": built})
+
+
+def _timed(base: Settings) -> Settings:
+    """Twice, four and eight times the batch after a twelfth, a sixth and a third of the run, as first set by hand."""
+    batch, cap, epochs = base["batch_size"], base["max_batch_size"], base["epochs"]
+    plan = [(-(-epochs // 12), 2), (-(-epochs // 6), 4), (-(-epochs // 3), 8)]
+    stages = [[epoch, size] for epoch, size in {epoch: min(factor * batch, cap) for epoch, factor in plan}.items()]
+    decay_from = stages[-1][0]
+    built = {"class": "TimedSchedule", "batch_size": batch, "stages": stages, "decay_from": decay_from}
+    return {"schedule": "constant", "built": built}
+
+
+def _critical(base: Settings, schedule: str = "cosine", **changes: Any) -> Settings:
+    sizes = {"batch_size": base["batch_size"], "max_batch_size": base["max_batch_size"]}
+    built = {"class": "CriticalBatch", **sizes, **changes}
+    measured = {"curvature": "needed", "norm_mode": "batch", "probe_examples": 64}
+    return {"schedule": schedule, **measured, "built": built}
+
+
+def _large(base: Settings, **changes: Any) -> Settings:
+    """The cap from the start, with the rate scaled linearly."""
+    cap = base["max_batch_size"]
+    return {"batch_size": cap, "lr": base["lr"] * cap / base["batch_size"], **changes}
+
+
+def _absa(base: Settings, **changes: Any) -> Settings:  # noqa: ARG001
+    """The published setting: fast gradient sign attack on a fifth, patience 10, running statistics, 128 examples."""
+    return {"controller": "absa", "adversary": "fgsm", "patience": 10, "curvature": "needed", **changes}
+
+
+def _adabatch(base: Settings) -> Settings:
+    """Twice the batch and 0.75 times the rate after every fifth of the run, as in the published 100 epochs."""
+    sizes = {"batch_size": base["batch_size"], "max_batch_size": base["max_batch_size"]}
+    every = max(1, round(base["epochs"] / 5))
+    return {"schedule": "constant", "built": {"class": "AdaBatch", **sizes, "every_epochs": every}}
+
+
+METHODS: Mapping[str, Callable[[Settings], Settings]] = {
+    "fixed": lambda _: {},
+    "timed": _timed,
+    "absa": _absa,
+    "critical": _critical,
+    "fixed, linear decay": lambda base: {
+        "schedule": "constant",
+        "built": {
+            "class": "TimedSchedule",
+            "batch_size": base["batch_size"],
+            "stages": [],
+            "decay_from": -(-base["epochs"] // 3),
+        },
+    },
+    "fixed-max": _large,
+    "fixed-max, warm-up": lambda _: {"controller": "warmup"},
+    "lars, warm-up": lambda _: {"controller": "warmup", "optimizer": "lars"},
+    "clars, no warm-up": lambda base: _large(base, optimizer="clars"),
+    "noise-scale": lambda base: {"controller": "noise-scale", "microbatch_size": base["batch_size"] // 4},
+    "adabatch": _adabatch,
+    "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
+    "abs": lambda base: _absa(base, controller="abs", adversary="none"),
+    "absa, patience only": lambda base: _absa(base, decay_factor=1e9),
+    "absa, eigenvalue only": lambda base: _absa(base, patience=0),
+    "critical, edge only, steps": lambda base: _critical(base, schedule="multistep", loss_power=None),
+    "critical, loss only": lambda base: _critical(base, edge_share=None),
+    "fixed, cosine": lambda _: {"schedule": "cosine"},
+}
+"""What each method changes in a problem's settings; "built": a controller written out, see with_controller.py."""

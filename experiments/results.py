@@ -1,0 +1,168 @@
+"""results.jsonl: one row per finished cell of a grid; and the tables and figures made from it alone.
+
+Every row carries its `format`. Rows of another format are left in the file, reported and not used, so their cells run
+again; a last line cut short by a crash is cut off. Of several rows of one cell the last counts.
+"""
+
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hessianflow.interfaces import HessianFlowError
+
+FORMAT = 1
+RESULTS = "results.jsonl"
+Row = dict[str, Any]
+_COLUMNS = ("problem", "method", "seeds", "accuracy", "spread", "updates", "largest batch", "seconds")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The usable rows of a results file, the newest per (problem, method, seed); none where there is no file.
+
+    Raises:
+        HessianFlowError: a line before the last is not a JSON object: the file is damaged.
+    """
+    found: dict[tuple[str, str, int], Row] = {}
+    foreign = 0
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise HessianFlowError(f"{path} line {number} is not a JSON object: mend it or move the file away")
+        if row.get("format") != FORMAT:
+            foreign += 1
+            continue
+        found[row["problem"], row["method"], row["seed"]] = row
+    if foreign:
+        sys.stderr.write(
+            f"{path}: {foreign} rows of another format than {FORMAT} are not used; their cells run again\n"
+        )
+    return list(found.values())
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one row; what a crash left of an unfinished line is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        whole = "".join(line + "\n" for line in _whole_lines(path))
+        if path.read_text("utf-8") != whole:
+            path.write_text(whole, "utf-8")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"format": FORMAT, **row}, allow_nan=False) + "\n")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file; the last one only if it is whole: valid JSON, or ended."""
+    if not path.is_file():
+        return []
+    text = path.read_text("utf-8")
+    lines = [line for line in text.split("\n") if line.strip()]
+    if lines and not text.endswith("\n"):
+        try:
+            json.loads(lines[-1])
+        except ValueError:
+            return lines[:-1]
+    return lines
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method on one problem.
+
+    Attributes:
+        problem, method: of the grid.
+        rows: one a seed.
+    """
+
+    problem: str
+    method: str
+    rows: Sequence[Row]
+
+    def values(self, name: str) -> list[float]:
+        """One figure of every row."""
+        return [float(row[name]) for row in sorted(self.rows, key=lambda row: int(row["seed"]))]
+
+    def cells(self) -> dict[str, str]:
+        """The line of the table, as text by column."""
+        accuracies = [100 * value for value in self.values("accuracy")]
+        spread = f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+        return {
+            "problem": self.problem,
+            "method": self.method,
+            "seeds": " ".join(f"{value:.2f}" for value in accuracies),
+            "accuracy": f"{statistics.mean(accuracies):.2f}",
+            "spread": spread,
+            "updates": f"{statistics.mean(self.values('updates')):.0f}",
+            "largest batch": f"{max(self.values('largest_batch')):.0f}",
+            "seconds": f"{statistics.mean(self.values('seconds')):.0f}",
+        }
+
+
+def groups(rows: Sequence[Row]) -> list[Group]:
+    """Rows by problem and method, problems and methods in the order of their first row."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["problem"], row["method"]), []).append(row)
+    problems = list(dict.fromkeys(problem for problem, _ in found))
+    ordered = sorted(found, key=lambda key: problems.index(key[0]))
+    return [Group(problem, method, found[problem, method]) for problem, method in ordered]
+
+
+def write_reports(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write table.md, table.tex, table.csv and results.png; returns their paths, none without rows."""
+    if not rows:
+        return []
+    lines = [group.cells() for group in groups(rows)]
+    markdown = [_markdown_line(_COLUMNS), _markdown_line(["---"] * len(_COLUMNS))]
+    markdown += [_markdown_line(line.values()) for line in lines]
+    table_md, table_tex, table_csv = (folder / f"table.{suffix}" for suffix in ("md", "tex", "csv"))
+    table_md.write_text("\n".join(markdown) + "\n", "utf-8")
+    body = [" & ".join(map(_latex, line.values())) + r" \\" for line in lines]
+    header = " & ".join(_COLUMNS) + r" \\ \hline"
+    table_tex.write_text("\n".join([r"\begin{tabular}{lllrrrrr}", header, *body, r"\end{tabular}"]) + "\n", "utf-8")
+    with open(table_csv, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    figure = folder / "results.png"
+    draw(rows, figure)
+    return [table_md, table_tex, table_csv, figure]
+
+
+def _markdown_line(values: Any) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _latex(text: str) -> str:
+    return text.replace("_", r"\_").replace("%", r"\%")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A PNG: for every problem, final accuracy against updates, and the batch size by epoch."""
+    from hessianflow.plots import style
+
+    found = groups(rows)
+    problems = list(dict.fromkeys(group.problem for group in found))
+    methods = list(dict.fromkeys(group.method for group in found))
+    figure = style.new_figure(9.0, 3.6 * len(problems))
+    axes = figure.subplots(len(problems), 2, squeeze=False)
+    for index, problem in enumerate(problems):
+        left, right = axes[index]
+        for group in (group for group in found if group.problem == problem):
+            colour = style.colour(methods.index(group.method))
+            accuracies = [100 * value for value in group.values("accuracy")]
+            left.plot(group.values("updates"), accuracies, "o", markersize=4, color=colour, label=group.method)
+            for row in group.rows:
+                sizes = [epoch["batch_size"] for epoch in row["epochs"]]
+                right.step(range(1, len(sizes) + 1), sizes, where="post", linewidth=1.1, color=colour, alpha=0.8)
+        left.set(xscale="log", title=problem, xlabel="optimizer updates", ylabel="test accuracy (%)")
+        right.set(yscale="log", title=problem, xlabel="epoch", ylabel="batch size")
+        left.legend(fontsize=6)
+    figure.savefig(path, dpi=110)

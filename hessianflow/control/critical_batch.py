@@ -1,0 +1,152 @@
+"""The batch as large as the loss makes it useful and the curvature makes its learning rate stable.
+
+Ours. A schedule gives the rate r of the first batch size B0. Batch and rate grow together, B = k B0 at rate k r. That
+changes neither the noise of the steps, which follows rate over batch, nor the distance travelled per epoch, as long as
+k stays below two bounds, each measured once per epoch.
+
+1. Useful. The critical batch size, beyond which more examples a step help little, grows as the loss L falls, as a power
+   of it: B* / L^(1 / 0.21) (Kaplan et al., "Scaling laws for neural language models", arXiv:2001.08361, section 5.1;
+   that it depends on the loss: McCandlish et al., arXiv:1812.06162). B0 being right for the first epoch, of mean
+   training loss L1,
+
+       k <= (L1 / L)^loss_power.
+
+   Only ratios of losses enter, so no B* has to be known. Growing too early slows the loss down, and with it the growth.
+
+2. Stable. With momentum m and leading Hessian eigenvalue lambda, a quadratic is stable up to the rate
+   2 (1 + m) / lambda. With u the share of that rate in use, the stationary variance of momentum SGD along the leading
+   direction is 1 / (1 - u) times that of the limit of small rates. So, to keep it below 1 / (1 - edge_share),
+
+       k <= edge_share * 2 (1 + m) / (r lambda).
+
+Both bounds are read off the path of the smaller batch: one growth is at most `max_growth`, then both are read again. A
+schedule that lowers r raises the second bound: growth instead of decay follows without a rule of its own, and the
+rate itself falls once the cap is reached.
+
+The eigenvalue must be that of the function being trained: with batch normalisation, measured in batch statistics
+(`norm_mode="batch"`). Running statistics give values tens of times larger, which say nothing of stability.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+
+from hessianflow.control.bounded import BoundedController
+from hessianflow.control.checks import check_count, check_number, check_signals
+from hessianflow.control.controller import ControllerState, Measured
+from hessianflow.interfaces import CurvatureReading, HessianFlowError
+
+
+@dataclass
+class CriticalState(ControllerState):
+    """Adds the loss of the first epoch and the newest usable eigenvalues, oldest first."""
+
+    first_loss: float | None = None
+    eigenvalues: list[float] = field(default_factory=list)
+
+
+class CriticalBatch(BoundedController[CriticalState]):
+    """Grow the batch to what the fall of the loss makes useful and the top eigenvalue leaves stable.
+
+    Signals used, once per epoch, both supplied by the trainer:
+        epoch_loss: mean training loss of the epoch.
+        learning_rate: the rate in force.
+
+    A reading that is missing, not finite, not positive or not converged is passed over, and the decision rests on the
+    ones before. A loss that is not finite and positive allows no growth.
+
+    Args:
+        batch_size: examples per step at the start; the learning rate belongs to this size.
+        max_batch_size: the cap.
+        momentum: of the optimizer, in [0, 1).
+        loss_power: power of the loss that the useful batch follows (1 / 0.21, measured on language models by Kaplan et
+            al.). None: the first bound is left out.
+        edge_share: share of the stable rate to be used, in (0, 1) (ours: 0.5, noise along the leading direction at most
+            doubled). None: the second bound is left out, and no eigenvalue asked for.
+        window: readings the median is taken over (ours: 3).
+        hysteresis: a growth by less than this factor is not made (ours: 1.25).
+        max_growth: the largest factor of one growth (ours: 2; on digits, growths by 10 after one low eigenvalue cost a
+            point of accuracy).
+        adversarial_share: share of each batch made adversarial, in [0, 1].
+
+    Raises:
+        HessianFlowError: an argument is out of its bounds, or both bounds are left out.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_batch_size: int,
+        *,
+        momentum: float = 0.9,
+        loss_power: float | None = 1 / 0.21,
+        edge_share: float | None = 0.5,
+        window: int = 3,
+        hysteresis: float = 1.25,
+        max_growth: float = 2,
+        adversarial_share: float = 0.0,
+    ) -> None:
+        super().__init__(
+            CriticalState(batch_size, adversarial_share=adversarial_share),
+            max_batch_size,
+            min_batch_size=None,
+            hysteresis=hysteresis,
+            lr_rule="linear",
+            max_lr_factor=None,
+        )
+        if loss_power is None and edge_share is None:
+            raise HessianFlowError("loss_power and edge_share must not both be None: nothing would bound the growth")
+        self.momentum = check_number("momentum", momentum, low=0, high=1)
+        self.loss_power = None if loss_power is None else check_number("loss_power", loss_power, above=0)
+        self.edge_share = None if edge_share is None else check_number("edge_share", edge_share, above=0, high=1)
+        if 1 in (momentum, edge_share):
+            raise HessianFlowError(f"momentum and edge_share must be < 1, got {momentum!r} and {edge_share!r}")
+        self.window = check_count("window", window)
+        self.max_growth = check_number("max_growth", max_growth, above=1)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the bounds in force are made of, while the batch can still grow; then nothing."""
+        if self._state.batch_size == self.max_batch_size:
+            return frozenset()
+        loss = {"epoch_loss"} if self.loss_power is not None else set[str]()
+        edge = {"eigenvalue", "learning_rate"} if self.edge_share is not None else set[str]()
+        return frozenset(loss | edge)
+
+    def _decide(self, measured: Measured, /) -> str:
+        if not self.needs:
+            return ""
+        check_signals(self.needs - {"eigenvalue"}, measured.signals)
+        bounds = []
+        if self.loss_power is not None:
+            bounds.append(self._useful(measured.signals["epoch_loss"], self.loss_power))
+        if self.edge_share is not None:
+            rate = measured.signals["learning_rate"] / self._state.lr_factor
+            bounds.append(self._stable(measured.reading, rate, self.edge_share))
+        factor, why = min(bounds)
+        target = min(factor * self.initial_batch_size, self.max_growth * self._state.batch_size)
+        return self._move_to(target, why) if target > self._state.batch_size else ""
+
+    def _useful(self, loss: float, power: float) -> tuple[float, str]:
+        """The first bound, and what it rests on."""
+        if not 0 < loss < math.inf:
+            return 0.0, f"loss {loss} is not positive and finite"
+        if self._state.first_loss is None:
+            self._state.first_loss = loss
+        first = self._state.first_loss
+        # The logarithm keeps a vanishing loss from overflowing.
+        exponent = min(power * math.log(first / loss), math.log(2) * 64)
+        return math.exp(exponent), f"loss fell from {first:.4g} to {loss:.4g}"
+
+    def _stable(self, reading: CurvatureReading | None, rate: float, share: float) -> tuple[float, str]:
+        """The second bound for the scheduled `rate`, and what it rests on."""
+        state = self._state
+        if reading is not None and reading.converged and 0 < reading.eigenvalue < math.inf:
+            state.eigenvalues = [*state.eigenvalues, reading.eigenvalue][-self.window :]
+        if not state.eigenvalues:
+            return 0.0, "no usable eigenvalue"
+        if not rate > 0:
+            return math.inf, "the schedule's rate is 0"
+        eigenvalue = statistics.median(state.eigenvalues)
+        edge = 2 * (1 + self.momentum) / eigenvalue
+        return share * edge / rate, f"eigenvalue {eigenvalue:.4g} is stable up to a rate of {edge:.4g}"

@@ -1,0 +1,66 @@
+"""A batch size set by hand: sizes by epoch, the learning rate scaled with them and, if wanted, run down to 0.
+
+Ours: the plainest thing a controller that measures has to beat. Linear scaling is that of Goyal et al.,
+arXiv:1706.02677, section 2.1.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from hessianflow.control.checks import check_count, check_number
+from hessianflow.control.controller import Controller, ControllerState, Measured
+from hessianflow.interfaces import HessianFlowError, Progress
+
+
+class TimedSchedule(Controller[ControllerState]):
+    """Batch sizes by epoch, written down beforehand.
+
+    From stage epoch e on: batch = its size, lr_factor = batch / batch_size. With `decay_from` = d and E epochs in all,
+    after t > d epochs, fractions of one included, the factor is multiplied by (E - t) / (E - d), changed after every
+    update.
+
+    Args:
+        batch_size: examples per step at the start; the learning rate belongs to this size.
+        stages: (epochs completed, batch size from then on), the epochs increasing.
+        decay_from: epochs after which the rate falls linearly, to 0 at the end of the run; use a constant schedule
+            with it. None: it does not.
+        adversarial_share: share of each batch made adversarial, in [0, 1].
+
+    Raises:
+        HessianFlowError: an argument is out of its bounds.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        stages: Sequence[tuple[int, int]],
+        *,
+        decay_from: float | None = None,
+        adversarial_share: float = 0.0,
+    ) -> None:
+        self.stages = tuple((check_count("stages epochs", e), check_count("stages sizes", b)) for e, b in stages)
+        if any(later <= earlier for (earlier, _), (later, _) in pairwise(self.stages)):
+            raise HessianFlowError(f"stages must have increasing epochs, got {[epoch for epoch, _ in self.stages]}")
+        self.decay_from = None if decay_from is None else check_number("decay_from", decay_from, low=0)
+        self.initial_batch_size = check_count("batch_size", batch_size)
+        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
+        largest = max([batch_size, *(size for _, size in self.stages)])
+        super().__init__(ControllerState(batch_size, adversarial_share=share), largest)
+
+    def is_due(self, progress: Progress) -> bool:
+        """After every epoch, and after every update while the rate falls."""
+        return super().is_due(progress) or self._decay(progress) < 1
+
+    def _decide(self, measured: Measured, /) -> str:
+        progress, before = measured.progress, self._state.batch_size
+        reached = [size for epoch, size in self.stages if epoch <= progress.epoch]
+        self._state.batch_size = reached[-1] if reached else self.initial_batch_size
+        self._state.lr_factor = self._state.batch_size / self.initial_batch_size * self._decay(progress)
+        return "" if self._state.batch_size == before else f"planned for epoch {progress.epoch}"
+
+    def _decay(self, progress: Progress) -> float:
+        """What is left of the rate, from 1 down to 0."""
+        if self.decay_from is None or progress.total_epochs <= self.decay_from:
+            return 1.0
+        epochs = progress.examples / progress.examples_per_epoch
+        return min(1.0, max(0.0, (progress.total_epochs - epochs) / (progress.total_epochs - self.decay_from)))

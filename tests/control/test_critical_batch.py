@@ -1,0 +1,131 @@
+"""The two bounds of the critical batch, worked by hand."""
+
+import math
+from typing import Any
+
+import pytest
+
+from hessianflow.control import CriticalBatch
+from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
+
+
+def reading(eigenvalue: float, *, converged: bool = True) -> CurvatureReading:
+    return CurvatureReading(eigenvalue, 0.0, 5, converged, norm_mode="batch")
+
+
+def step(
+    controller: CriticalBatch, epoch: int, eigenvalue: float | None, loss: float, rate: float = 0.1, **changes: Any
+) -> Decision:
+    """One update; `rate`: the scheduled one, which the trainer multiplies by the factor in force."""
+    signals = {"epoch_loss": loss, "learning_rate": rate * controller.decision.lr_factor}
+    measured = None if eigenvalue is None else reading(eigenvalue, **changes)
+    return controller.update(Progress(epoch, epoch * 10_000, 0, 10_000, 24), measured, signals)
+
+
+def test_the_loss_bound_follows_the_power_of_its_fall() -> None:
+    """Power 2: the loss halved is four times the batch; 0.1 of it, a hundred times, is capped."""
+    controller = CriticalBatch(128, 2048, loss_power=2, edge_share=None, max_growth=100)
+    assert controller.needs == {"epoch_loss"}
+    assert step(controller, 1, None, 2.0) == Decision(128)
+    decision = step(controller, 2, None, 1.0)
+    assert (decision.batch_size, decision.lr_factor) == (512, 4.0)
+    assert decision.reason == "loss fell from 2 to 1"
+    assert step(controller, 3, None, 0.2).reason == "loss fell from 2 to 0.2, capped"
+    assert controller.decision.batch_size == 2048
+    assert controller.needs == frozenset()
+    assert step(controller, 4, None, 0.1) == Decision(2048, 16.0)
+
+
+def test_the_edge_bound_is_a_share_of_the_stable_rate() -> None:
+    """2 * 1.9 / 3.8 = 1; half of it over 0.1 is 5 times the batch; with a rate of 0.02, 25 times, capped."""
+    controller = CriticalBatch(128, 2048, loss_power=None, max_growth=100)
+    assert controller.needs == {"eigenvalue", "learning_rate"}
+    decision = step(controller, 1, 3.8, 1.0)
+    assert (decision.batch_size, decision.lr_factor) == (640, 5.0)
+    assert decision.reason == "eigenvalue 3.8 is stable up to a rate of 1"
+    assert step(controller, 2, 3.8, 1.0) == Decision(640, 5.0)
+    assert step(controller, 3, 3.8, 1.0, rate=0.02).batch_size == 2048
+
+
+def test_the_smaller_bound_decides() -> None:
+    controller = CriticalBatch(128, 2048, loss_power=1, max_growth=100)
+    step(controller, 1, 3.8, 2.0)
+    assert step(controller, 2, 3.8, 1.0).reason == "loss fell from 2 to 1"
+    assert controller.decision.batch_size == 256
+    assert step(controller, 3, 3.8, 0.1).reason.startswith("eigenvalue 3.8")
+    assert controller.decision.batch_size == 640
+
+
+def test_the_median_of_the_window_counts() -> None:
+    controller = CriticalBatch(128, 2048, loss_power=None, window=3, hysteresis=1, max_growth=100)
+    assert step(controller, 1, 19.0, 1.0).batch_size == 128
+    assert step(controller, 2, 0.001, 1.0).batch_size == 256  # median 9.5005: 2 * 1.9 / 9.5 / 2 / 0.1 = 2
+    assert step(controller, 3, 19.0, 1.0).batch_size == 256
+
+
+def test_one_growth_is_at_most_a_doubling() -> None:
+    controller = CriticalBatch(128, 2048, loss_power=None)
+    assert [step(controller, epoch, 0.001, 1.0).batch_size for epoch in range(1, 6)] == [256, 512, 1024, 2048, 2048]
+
+
+def test_growth_needs_the_hysteresis_and_never_turns_back() -> None:
+    controller = CriticalBatch(100, 2000, loss_power=1, edge_share=None, hysteresis=1.25)
+    step(controller, 1, None, 1.25)
+    assert step(controller, 2, None, 1.01).batch_size == 100
+    assert step(controller, 3, None, 1.0).batch_size == 125
+    assert step(controller, 4, None, 5.0).batch_size == 125
+
+
+@pytest.mark.parametrize("eigenvalue", [math.nan, math.inf, -3.0, 0.0, None])
+def test_unusable_readings_are_passed_over(eigenvalue: float | None) -> None:
+    controller = CriticalBatch(128, 2048, loss_power=None, max_growth=100)
+    assert step(controller, 1, eigenvalue, 1.0).batch_size == 128
+    assert step(controller, 2, 3.8, 1.0, converged=False).batch_size == 128
+    assert step(controller, 3, 3.8, 1.0).batch_size == 640
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -1.0])
+def test_a_loss_without_a_meaning_allows_no_growth(loss: float) -> None:
+    controller = CriticalBatch(128, 2048, max_growth=100)
+    assert step(controller, 1, 0.01, loss).batch_size == 128
+    step(controller, 2, 0.01, 2.0)
+    assert step(controller, 3, 0.01, loss).batch_size == 128
+    assert step(controller, 4, 0.01, 1e-320).batch_size == 2048
+
+
+def test_a_rate_of_zero_leaves_the_loss_to_decide() -> None:
+    controller = CriticalBatch(128, 2048, loss_power=1)
+    step(controller, 1, 3.8, 2.0)
+    assert step(controller, 2, 3.8, 1.0, rate=0.0).batch_size == 256
+
+
+def test_continues_from_its_state() -> None:
+    first, second = CriticalBatch(128, 2048), CriticalBatch(128, 2048)
+    step(first, 1, 6.0, 1.9)
+    step(first, 2, 5.0, 1.6)
+    second.load_state_dict(first.state_dict())
+    assert second.decision == first.decision
+    assert step(second, 3, 4.0, 1.4) == step(first, 3, 4.0, 1.4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_power": None, "edge_share": None}, "loss_power and edge_share must not both be None"),
+        ({"edge_share": 1}, "momentum and edge_share must be < 1, got 0.9 and 1"),
+        ({"momentum": 1}, "momentum and edge_share must be < 1, got 1 and 0.5"),
+        ({"edge_share": 0}, "edge_share must be a finite number > 0 and <= 1, got 0"),
+        ({"loss_power": -2}, "loss_power must be a finite number > 0, got -2"),
+        ({"window": 0}, "window must be a whole number >= 1, got 0"),
+        ({"max_growth": 1}, "max_growth must be a finite number > 1, got 1"),
+        ({"hysteresis": 0.5}, "hysteresis must be a finite number >= 1, got 0.5"),
+    ],
+)
+def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(HessianFlowError, match=message):
+        CriticalBatch(128, 2048, **arguments)
+
+
+def test_a_missing_signal_is_named() -> None:
+    with pytest.raises(HessianFlowError, match="signals must hold epoch_loss, got"):
+        CriticalBatch(128, 2048).update(Progress(1, 1000, 0, 10_000, 24), reading(1.0), {"learning_rate": 0.1})
