@@ -127,18 +127,9 @@ class RunRecord:
         if self.run_dir is None:
             return
         try:
-            if (self.run_dir / HISTORY).exists():
-                raise HessianFlowError(
-                    f"run directory {self.run_dir} already holds a run: name another, or continue that one with "
-                    f"`hessianflow resume {self.run_dir}` (from Python: trainer.resume)"
-                )
-            if self.run_dir.is_dir() and any(self.run_dir.iterdir()):
-                raise HessianFlowError(f"run directory {self.run_dir} is not empty: name a new or an empty one")
+            _refuse_used(self.run_dir)
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(self.run_dir / CONFIG, self._config)
-            if "settings" in config:
-                write_yaml(self.run_dir / SETTINGS, config["settings"])
-            (self.run_dir / HISTORY).touch()
+            _write_first(self.run_dir, self._config, config.get("settings"))
         except OSError as error:
             raise HessianFlowError(f"cannot write run directory {self.run_dir}: {error.strerror or error}") from None
 
@@ -198,9 +189,7 @@ class RunRecord:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(finite(dict(value)), indent=2, allow_nan=False, default=str) + "\n", "utf-8")
-    os.replace(temporary, path)
+    _write_whole(path, json.dumps(finite(dict(value)), indent=2, allow_nan=False, default=str) + "\n")
 
 
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
@@ -208,7 +197,40 @@ def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
     import yaml
 
     kept = {key: value for key, value in settings.items() if key != "run_dir"}
-    path.write_text(yaml.safe_dump(kept, sort_keys=False), "utf-8")
+    _write_whole(path, yaml.safe_dump(kept, sort_keys=False))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / HISTORY).exists():
+        raise HessianFlowError(
+            f"run directory {folder} already holds a run: name another, or continue that one with "
+            f"`hessianflow resume {folder}` (from Python: trainer.resume)"
+        )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise HessianFlowError(f"run directory {folder} is not empty: name a new or an empty one")
+
+
+def _write_first(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any] | None) -> None:
+    """The files a run begins with, or none of them: a full disk must not leave a directory that counts as used."""
+    try:
+        write_json(folder / CONFIG, config)
+        if settings is not None:
+            write_yaml(folder / SETTINGS, settings)
+        (folder / HISTORY).touch()
+    except OSError:
+        for name in (CONFIG, SETTINGS, HISTORY):
+            (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def finite(value: Any) -> Any:
