@@ -1,9 +1,10 @@
-"""The Fisher matrix, F = 1/N sum_n g_n g_n^T, g_n the gradient of one example's loss.
+"""The Fisher matrix, F = sum_n w_n g_n g_n^T / sum_n w_n, g_n the gradient of one example's loss.
 
 With the labels of the data this is the empirical Fisher (the uncentred covariance of the gradients), with labels
 sampled from the model's own softmax an unbiased estimate of the Fisher information (Kunstner, Hennig, Balles,
-Limitations of the empirical Fisher approximation, 2019, for the difference). Rows g_n^T form a Jacobian J, so
-F v = J^T (J v) / N.
+Limitations of the empirical Fisher approximation, 2019, for the difference). The weights are those of the mean loss: 1,
+or with class weights that of the example's own target, and 0 where it is ignored. Rows g_n^T form a Jacobian J, so
+F v = J^T (w * J v) / sum w.
 """
 
 from typing import Any, Literal, get_args
@@ -53,14 +54,19 @@ class FisherOperator(ModelOperator):
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         outputs, targets = forward_pair(model, batch, "FisherOperator")
         loss = mean_loss(self.loss_fn, outputs, targets).detach()
+        # Of the data's own targets: drawn labels are no less ignored, and then the mean is that of the Gauss-Newton.
+        weights = [self._weight(map_tensors(lambda t, n=n: t[n : n + 1], batch)) for n in range(len(outputs))]
         if self._labels == "model":
             targets = self._sampled(outputs.detach(), targets)
-        losses = torch.stack([self._example_loss(outputs, targets, n) for n in range(len(outputs))])
+        counted = [n for n in range(len(outputs)) if weights[n] > 0]
+        losses = torch.stack([self._example_loss(outputs, targets, n) for n in counted])
         check_finite(losses)
+        shares = losses.new_tensor([weights[n] for n in counted])
+        shares /= shares.sum()
         jacobian = KeptJacobian(losses, self.parameters, self.dtype)
 
         def product(vector: Tensor) -> Tensor:
-            return jacobian.transposed(jacobian.forward(vector) / len(losses))
+            return jacobian.transposed(shares * jacobian.forward(vector))
 
         return Piece(loss, product)
 

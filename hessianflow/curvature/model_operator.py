@@ -1,7 +1,8 @@
 """What the Hessian, the Gauss-Newton and the Fisher operator of a model share: data, weights, averages, care.
 
 The operator is that of the mean loss over all examples, L(w) = 1/N sum_n loss(f(x_n; w), y_n): every piece that is
-forwarded enters with the number of its examples, so unequal batches and any microbatch size give the same matrix.
+forwarded enters with what its mean divides by (`batches.loss_weight`: its examples; with class weights or ignored
+targets their sum), so unequal batches and any microbatch size give the same matrix.
 
 One batch in one pass: its graph is built once and kept for all products (`release()` frees it), and built anew as soon
 as a weight, a buffer or the batch has changed. Several batches, or microbatches: the graph of each piece is rebuilt in
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, mean_loss, move, num_examples, split
+from hessianflow.batches import loss_weight, map_tensors, mean_loss, move, num_examples, split
 from hessianflow.curvature.derivatives import explained, full_precision, second_order
 from hessianflow.curvature.operator import NonFiniteError, Operator
 from hessianflow.curvature.selection import Selection, batches_of, checked_batches, select_parameters, single_batch
@@ -40,7 +41,7 @@ class ModelOperator(Operator):
         loss_fn: loss_fn(outputs, targets). Mean, sum (said by a `reduction` attribute) and per-example losses count
             alike, as the mean over examples. For a batch that is a dict it is called as loss_fn(model, batch).
         data: one pair (inputs, targets), one dict, or a re-iterable of them (a list, a DataLoader without shuffled
-            augmentation). The model is called as model(inputs).
+            augmentation); told apart as in `batches.as_batches`. The model is called as model(inputs).
         params: trainable parameters to differentiate by: None for all, name patterns ("layer1", "*.bias"), or tensors.
         microbatch_size: examples per forward pass; None for whole batches with a kept graph.
         norm_mode: batch normalisation by running statistics ("eval") or by those of each batch ("batch").
@@ -74,28 +75,28 @@ class ModelOperator(Operator):
         self.microbatch_size = microbatch_size
         self._check_deterministic = check_deterministic
         self._batches = batches_of(data)
-        self._single = single_batch(data)
+        self._single = single_batch(self._batches)
         _check_options(self._model, microbatch_size, norm_mode)
         self.size = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
         self.dtype = _vector_dtype(self.parameters)
         self._position = 0  # examples of this pass before the piece at hand
-        self._kept: tuple[Piece, int, _State] | None = None
+        self._kept: tuple[Piece, float, _State] | None = None
         self._last_loss: tuple[_State, float] | None = None
 
     @abstractmethod
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         """Run the model on one batch and return its loss and what multiplies with its matrix."""
 
-    def weighted_product(self, vector: Tensor) -> tuple[Tensor, int]:
-        """(N A v, N) over the N examples held here: what microbatches add up, and ranks before they divide."""
+    def weighted_product(self, vector: Tensor) -> tuple[Tensor, float]:
+        """(W A v, W), W the :attr:`loss_weight` of the data held here: what microbatches add up, and ranks divide."""
         with full_precision():
             # A tensor made in inference mode cannot enter a graph.
             vector = vector.clone() if vector.is_inference() else vector
             if self._single is not None and self._fits(self._single):
-                piece, count = self._kept_piece(self._single)
-                with explained(count):
-                    return piece.product(vector) * count, count
+                piece, weight = self._kept_piece(self._single)
+                with explained(num_examples(self._single)):
+                    return piece.product(vector) * weight, weight
             return self._rebuilt_product(vector)
 
     def release(self) -> None:
@@ -107,6 +108,11 @@ class ModelOperator(Operator):
         """Examples the loss is averaged over (reads the data once)."""
         return sum(num_examples(batch) for batch in checked_batches(self._batches))
 
+    @property
+    def loss_weight(self) -> float:
+        """What the mean loss divides by (reads the data once): examples, or the sum of their class weights."""
+        return sum(self._weight(self._local(batch)) for batch in checked_batches(self._batches))
+
     def mean_loss(self) -> float:
         """The loss whose curvature this is, at the current weights."""
         with measuring(self._model, self.norm_mode) as model, full_precision():
@@ -114,48 +120,46 @@ class ModelOperator(Operator):
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss by the selected parameters, shape [size]."""
-        total, count = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0
+        total, whole = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0.0
         with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
-            for batch in self._pieces():
+            for batch, weight in self._pieces():
                 loss = self._checked_loss(model, batch)
                 grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-                total.add_(flatten(grads, self.parameters, self.dtype), alpha=num_examples(batch))
-                count += num_examples(batch)
-        return total.div_(count)
+                total.add_(flatten(grads, self.parameters, self.dtype), alpha=weight)
+                whole += weight
+        return total.div_(whole)
 
     def _product(self, vector: Tensor) -> Tensor:
-        total, count = self.weighted_product(vector)
-        return total.div_(count)
+        total, weight = self.weighted_product(vector)
+        return total.div_(weight)
 
-    def _kept_piece(self, batch: Any) -> tuple[Piece, int]:
+    def _kept_piece(self, batch: Any) -> tuple[Piece, float]:
         state = _State(self._model, batch)
         if self._kept is None or not self._kept[2].matches(state):
             self._kept = None  # the old graph goes before the new one comes
-            count = num_examples(batch)
             with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
-                local = self._local(batch)
-                with explained(count):
+                local, weight = next(self._pieces())
+                with explained(num_examples(batch)):
                     piece = self._prepare(model, local)
                 self._check_deterministic_once(model, state)
             self._check_repeats(state, piece.loss)
-            self._kept = (piece, count, state)
+            self._kept = (piece, weight, state)
         return self._kept[0], self._kept[1]
 
-    def _rebuilt_product(self, vector: Tensor) -> tuple[Tensor, int]:
-        total, count = torch.zeros_like(vector), 0
+    def _rebuilt_product(self, vector: Tensor) -> tuple[Tensor, float]:
+        total, whole = torch.zeros_like(vector), 0.0
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         state = _State(self._model, self._single)
         with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
             self._check_deterministic_once(model, state)
-            for batch in self._pieces():
-                examples = num_examples(batch)
-                with explained(examples):
+            for batch, weight in self._pieces():
+                with explained(num_examples(batch)):
                     piece = self._prepare(model, batch)
-                    total.add_(piece.product(vector), alpha=examples)
-                loss += piece.loss.double() * examples
-                count += examples
-        self._check_repeats(state, loss / count)
-        return total, count
+                    total.add_(piece.product(vector), alpha=weight)
+                loss += piece.loss.double() * weight
+                whole += weight
+        self._check_repeats(state, loss / whole)
+        return total, whole
 
     @contextmanager
     def _differentiating(self, model: nn.Module) -> Iterator[None]:
@@ -167,12 +171,27 @@ class ModelOperator(Operator):
         with second_order(model):
             yield
 
-    def _pieces(self) -> Iterator[Any]:
-        self._position = 0
+    def _pieces(self) -> Iterator[tuple[Any, float]]:
+        """What is forwarded at once, and its weight; pieces whose targets are all ignored have no mean and are left out.
+
+        Raises:
+            HessianFlowError: no target counts at all.
+        """
+        self._position, counted = 0, False
         for batch in checked_batches(self._batches):
             for piece in _split(batch, self.microbatch_size):
-                yield self._local(piece)
+                local = self._local(piece)
+                weight = self._weight(local)
+                if weight > 0:
+                    counted = True
+                    yield local, weight
                 self._position += num_examples(piece)
+        if not counted:
+            raise HessianFlowError("no target counts: all are ignored or of weight 0; look at ignore_index and weight")
+
+    def _weight(self, batch: Any) -> float:
+        # A weight on the device is awaited: a piece without one must not be forwarded.
+        return float(loss_weight(self.loss_fn, batch if isinstance(batch, dict) else batch[1]))
 
     def _fits(self, batch: Any) -> bool:
         return self.microbatch_size is None or num_examples(batch) <= self.microbatch_size
@@ -194,13 +213,13 @@ class ModelOperator(Operator):
         return loss
 
     def _mean_loss(self, model: nn.Module) -> Tensor:
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        total, whole = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
         with torch.no_grad():
-            for batch in self._pieces():
+            for batch, weight in self._pieces():
                 with explained(num_examples(batch)):
-                    total += self._forward_loss(model, batch).double() * num_examples(batch)
-                count += num_examples(batch)
-        return total / count
+                    total += self._forward_loss(model, batch).double() * weight
+                whole += weight
+        return total / whole
 
     def _check_deterministic_once(self, model: nn.Module, state: "_State") -> None:
         # Products repeat each other's random numbers (measuring restores the generators), a kept graph its own: only a

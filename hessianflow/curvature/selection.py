@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hessianflow.batches import as_batches
 from hessianflow.interfaces import HessianFlowError
 
 Selection = str | Sequence[str] | Sequence[Tensor] | None
@@ -51,13 +52,11 @@ def _nothing_chosen(model: nn.Module, params: Selection) -> str:
 
 
 def batches_of(data: Any) -> Iterable[Any]:
-    """The data as a re-iterable of batches: a tuple (inputs, targets) and a dict are one batch, anything else is many.
+    """The data as a re-iterable of batches; :func:`hessianflow.batches.as_batches` says what one batch is.
 
     Raises:
         HessianFlowError: an iterator that can be read only once, or something that cannot be iterated.
     """
-    if _is_single(data):
-        return [data]
     if isinstance(data, Iterator):
         raise HessianFlowError(
             f"data must be one pair or a re-iterable of pairs, got a {type(data).__name__} that ends after one pass; "
@@ -67,22 +66,12 @@ def batches_of(data: Any) -> Iterable[Any]:
         raise HessianFlowError(
             f"data must be a pair (inputs, targets) or a re-iterable of pairs, got {type(data).__name__}"
         )
-    return data
+    return as_batches(data)
 
 
-def single_batch(data: Any) -> Any | None:
+def single_batch(batches: Iterable[Any]) -> Any | None:
     """The one batch the data consists of, if it can be told without reading a data set."""
-    if _is_single(data):
-        return data
-    return next(checked_batches(data)) if isinstance(data, list) and len(data) == 1 else None
-
-
-def _is_single(data: Any) -> bool:
-    if isinstance(data, dict):
-        return True
-    if isinstance(data, list):
-        return len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor)
-    return isinstance(data, tuple) and len(data) == 2
+    return next(checked_batches(batches)) if isinstance(batches, list) and len(batches) == 1 else None
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:

@@ -1,0 +1,130 @@
+"""Losses that do not divide by the number of examples: class weights and ignored targets, in parts or in one pass."""
+
+from functools import partial
+
+import pytest
+import torch
+from problems import classification, mlp
+from torch import nn
+from torch.nn import functional
+
+from hessianflow.curvature import FisherOperator, GGNOperator, HessianOperator
+from hessianflow.interfaces import HessianFlowError
+
+WEIGHT = torch.tensor([0.2, 1.0, 3.0, 0.7], dtype=torch.float64)
+LOSSES = {
+    "class weights": nn.CrossEntropyLoss(weight=WEIGHT),
+    "ignored": nn.CrossEntropyLoss(ignore_index=2),
+    "both, as a function": partial(functional.cross_entropy, weight=WEIGHT, ignore_index=1),
+}
+BY_HAND = {"class weights": (WEIGHT, -100), "ignored": (torch.ones(4), 2), "both, as a function": (WEIGHT, 1)}
+OPERATORS = [HessianOperator, GGNOperator, FisherOperator]
+
+
+def small():
+    return classification(mlp((5, 6, 4)), (5,), 30, 4)
+
+
+def by_hand(problem, loss_name, kind):
+    """Dense float64 autograd on sum_n w_n loss_n / sum_n w_n, the weights written out."""
+    weight, ignored = BY_HAND[loss_name]
+    weights = weight[problem.targets] * (problem.targets != ignored)
+    names, tensors = zip(*problem.model.named_parameters(), strict=True)
+    sizes = [t.numel() for t in tensors]
+
+    def losses(flat):
+        pieces = [p.view_as(t) for p, t in zip(torch.split(flat, sizes), tensors, strict=True)]
+        outputs = torch.func.functional_call(problem.model, dict(zip(names, pieces, strict=True)), (problem.inputs,))
+        return functional.cross_entropy(outputs, problem.targets, reduction="none")
+
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+    if kind is HessianOperator:
+        return torch.autograd.functional.hessian(lambda w: (weights * losses(w)).sum() / weights.sum(), flat)
+    rows = torch.autograd.functional.jacobian(losses, flat)
+    return rows.T @ (rows * weights[:, None]) / weights.sum()
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 1, 7])
+@pytest.mark.parametrize("kind", [HessianOperator, FisherOperator])
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_the_matrix_is_that_of_the_weighted_mean(loss_name, kind, microbatch_size):
+    problem = small()
+    found = kind(problem.model, LOSSES[loss_name], problem.pair, microbatch_size=microbatch_size).dense()
+    torch.testing.assert_close(found, by_hand(problem, loss_name, kind), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("loss_fn", LOSSES.values(), ids=LOSSES)
+def test_microbatches_and_uneven_batches_equal_one_pass(loss_fn, kind):
+    problem = small()
+    whole = kind(problem.model, loss_fn, problem.pair)
+    pairs = list(zip(problem.inputs.split([4, 26]), problem.targets.split([4, 26]), strict=True))
+    v = torch.randn(whole.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for data, microbatch_size in ((problem.pair, 7), (pairs, None), (pairs, 3)):
+        parts = kind(problem.model, loss_fn, data, microbatch_size=microbatch_size)
+        torch.testing.assert_close(parts @ v, whole @ v, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(parts.gradient(), whole.gradient(), rtol=1e-12, atol=1e-12)
+        assert parts.mean_loss() == pytest.approx(whole.mean_loss(), rel=1e-12)
+        assert parts.loss_weight == pytest.approx(whole.loss_weight, rel=1e-12)
+
+
+def test_gauss_newton_and_sampled_fisher_weigh_alike():
+    """For cross-entropy they agree in expectation over the labels drawn: 400 draws, five standard errors."""
+    problem = small()
+    arguments = (problem.model, LOSSES["class weights"], problem.pair)
+    v = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    forms = torch.stack([v @ (FisherOperator(*arguments, labels="model", seed=s) @ v) for s in range(400)])
+    expected = v @ (GGNOperator(*arguments) @ v)
+    assert abs(forms.mean() - expected) <= 5 * forms.std() / 20
+
+
+def test_products_are_weighted_by_what_the_mean_divides_by():
+    problem, loss_fn = small(), LOSSES["class weights"]
+    v = torch.ones(64, dtype=torch.float64)
+    parts = [
+        HessianOperator(problem.model, loss_fn, (problem.inputs[rows], problem.targets[rows]))
+        for rows in (slice(0, 11), slice(11, 30))
+    ]
+    sums, weights = zip(*(part.weighted_product(v) for part in parts), strict=True)
+    expected = [float(WEIGHT[problem.targets[rows]].sum()) for rows in (slice(0, 11), slice(11, 30))]
+    assert weights == pytest.approx(expected)
+    whole = HessianOperator(problem.model, loss_fn, problem.pair)
+    torch.testing.assert_close(sum(sums) / sum(weights), whole @ v, rtol=1e-12, atol=1e-12)
+
+
+def test_labels_drawn_do_not_hang_on_what_was_asked_before():
+    problem = small()
+    first, second = (
+        FisherOperator(problem.model, functional.cross_entropy, problem.pair, labels="model") for _ in "ab"
+    )
+    second.gradient()
+    assert torch.equal(first.dense(), second.dense())
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 7])
+def test_no_counted_target_at_all_is_refused(microbatch_size):
+    problem = small()
+    targets = torch.full_like(problem.targets, -100)
+    operator = HessianOperator(
+        problem.model, functional.cross_entropy, (problem.inputs, targets), microbatch_size=microbatch_size
+    )
+    with pytest.raises(HessianFlowError, match="no target counts: all are ignored or of weight 0"):
+        operator @ torch.ones(64, dtype=torch.float64)
+
+
+def test_nested_inputs_are_one_pair():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp((5, 6, 4))
+
+        def forward(self, inputs):
+            return self.body(inputs[0] + inputs[1])
+
+    problem, v = small(), torch.ones(64, dtype=torch.float64)
+    whole = HessianOperator(Two().body, functional.cross_entropy, problem.pair) @ v
+    halves = (problem.inputs / 2, problem.inputs / 2)
+    nested = HessianOperator(Two(), functional.cross_entropy, (halves, problem.targets))
+    torch.testing.assert_close(nested @ v, whole)
+    listed = [(halves, problem.targets), (halves, problem.targets)]
+    torch.testing.assert_close(HessianOperator(Two(), functional.cross_entropy, listed) @ v, whole)
