@@ -132,7 +132,7 @@ def build_probe(config: TrainConfig, parts: Parts) -> CurvatureProbe | None:
     """A probe on a fixed, un-augmented sample of the training set."""
     if config.curvature == "off":
         return None
-    count = min(config.probe_examples, parts.train.num_examples)
+    count = min(given(config.probe_examples), parts.train.num_examples)
     return CurvatureProbe(
         parts.model,
         nn.CrossEntropyLoss(),

@@ -78,3 +78,9 @@ def test_tensorboard_files_hold_the_history(capsys):
         shown = [(e.step, e.value) for e in events.Scalars(f"epoch/{tag}")]
         assert shown == [(row["examples"], pytest.approx(row[tag])) for row in History.load("run").epochs]
     assert len(events.Scalars("curvature/eigenvalue")) == 3
+
+
+def test_curvature_is_measured_on_fewer_examples_where_it_costs_more(capsys):
+    errors("train", "--data", "fake", *QUICK, "--train-examples", "256", "--epochs", "1", capsys=capsys)
+    assert History.load("run").config["settings"]["probe_examples"] == 64
+    assert History.load("run").curvature[0]["num_examples"] == 64
