@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
 
 if TYPE_CHECKING:
-    from hessianflow import adversarial, control, curvature, data, models, optim, plots, training
+    from hessianflow import adversarial, control, curvature, data, distributed, models, optim, plots, training
     from hessianflow.training.record import History
     from hessianflow.training.trainer import AdaptiveBatchTrainer
 
@@ -25,6 +25,7 @@ __all__ = [
     "control",
     "curvature",
     "data",
+    "distributed",
     "models",
     "optim",
     "plots",
