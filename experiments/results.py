@@ -6,14 +6,18 @@ again; a last line cut short by a crash is cut off. Of several rows of one cell 
 
 import csv
 import json
+import os
+import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.training import History
 
 FORMAT = 1
 RESULTS = "results.jsonl"
@@ -41,10 +45,48 @@ def read_rows(path: Path) -> list[Row]:
             continue
         found[row["problem"], row["method"], row["seed"]] = row
     if foreign:
-        sys.stderr.write(
-            f"{path}: {foreign} rows of another format than {FORMAT} are not used; their cells run again\n"
-        )
+        sys.stderr.write(f"{path}: {foreign} rows of a format other than {FORMAT} not used; their cells run again\n")
     return list(found.values())
+
+
+def row_of(problem: str, method: str, settings: Mapping[str, Any], history: History) -> Row:
+    """The row of a finished run, but for its format; `settings`: all of them, the seed among them."""
+    summary = history.summary
+    curvature = {row["examples"]: row["eigenvalue"] for row in history.curvature}
+    return {
+        "problem": problem,
+        "method": method,
+        "seed": settings["seed"],
+        "accuracy": summary["final_accuracy"],
+        "best_accuracy": summary["best_accuracy"],
+        "updates": summary["updates"],
+        "examples": summary["examples"],
+        "largest_batch": summary["largest_batch"],
+        "seconds": summary["wall_seconds"],
+        "seconds_by_part": summary["seconds"],
+        "peak_memory_mib": summary["peak_memory_mib"],
+        "growths": [{key: row[key] for key in ("epoch", "from", "to", "reason")} for row in history.growths],
+        "epochs": [
+            {key: row[key] for key in ("batch_size", "lr", "updates", "train_loss", "eval_accuracy")}
+            | {"eigenvalue": curvature.get(row["examples"])}
+            for row in history.epochs
+        ],
+        "settings": dict(settings),
+        "environment": history.config["environment"],
+        "hardware": hardware(),
+        "date": date.today().isoformat(),
+    }
+
+
+def hardware() -> str:
+    """The processor and how many of its cores there are."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

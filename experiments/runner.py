@@ -8,7 +8,6 @@ below experiments/) says what the cells are and calls :func:`main`.
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -16,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from experiments.results import RESULTS, Row, append_row, read_rows, write_reports
+from experiments.results import RESULTS, Row, append_row, read_rows, row_of, write_reports
 from hessianflow.config import from_dict, resolve
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.training import History
@@ -163,47 +162,7 @@ class Job:
         history = History.load(self.run_dir)
         if history.summary.get("status") != "finished":
             return Outcome(self.cell, None, "stopped before the last epoch; run again to continue")
-        return Outcome(self.cell, row_of(self.cell, history))
-
-
-def row_of(cell: Cell, history: History) -> Row:
-    """The row of results.jsonl that a finished run gives."""
-    summary = history.summary
-    curvature = {row["examples"]: row["eigenvalue"] for row in history.curvature}
-    return {
-        "problem": cell.problem,
-        "method": cell.method,
-        "seed": cell.seed,
-        "accuracy": summary["final_accuracy"],
-        "best_accuracy": summary["best_accuracy"],
-        "updates": summary["updates"],
-        "examples": summary["examples"],
-        "largest_batch": summary["largest_batch"],
-        "seconds": summary["wall_seconds"],
-        "seconds_by_part": summary["seconds"],
-        "peak_memory_mib": summary["peak_memory_mib"],
-        "growths": [{key: row[key] for key in ("epoch", "from", "to", "reason")} for row in history.growths],
-        "epochs": [
-            {key: row[key] for key in ("batch_size", "lr", "updates", "train_loss", "eval_accuracy")}
-            | {"eigenvalue": curvature.get(row["examples"])}
-            for row in history.epochs
-        ],
-        "settings": cell.all_settings,
-        "environment": history.config["environment"],
-        "hardware": hardware(),
-        "date": date.today().isoformat(),
-    }
-
-
-def hardware() -> str:
-    """The processor and how many of its cores there are."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+        return Outcome(self.cell, row_of(self.cell.problem, self.cell.method, self.cell.all_settings, history))
 
 
 def unfinished(cells: Sequence[Cell], results: Path) -> list[Cell]:
@@ -254,7 +213,10 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     runs = Path(options.runs or ROOT / "runs" / study.name)
     smoke = scale == "smoke"  # made-up data: their figures are kept apart
     folder = Path(options.out or (runs / "smoke" if smoke else study.folder))
-    cells = [cell for cell in study.cells(scale, options.seeds) if options.only in f"{cell.problem}/{cell.method}"]
+    cells = [cell for cell in study.cells(scale, options.seeds) if _wanted(cell, options.only)]
+    if not cells:
+        sys.stderr.write(f"{study.name}: no cell of the {scale} grid fits --only {' '.join(options.only)}\n")
+        return 2
     place = Workplace(runs / "smoke" / "runs" if smoke else runs, options.data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     previous = signal.signal(signal.SIGTERM, _stop)
@@ -292,6 +254,10 @@ def _run(cells: Sequence[Cell], results: Path, place: Workplace, jobs: int) -> l
     return failed
 
 
+def _wanted(cell: Cell, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(f"{cell.problem}/{cell.method}", pattern) for pattern in patterns)
+
+
 def _stop(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -302,7 +268,9 @@ def _parser(study: Study) -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="--scale smoke: seconds, on made-up data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once; default: 1")
-    parser.add_argument("--only", default="", help="only cells whose PROBLEM/METHOD holds this text")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="only cells whose PROBLEM/METHOD fits"
+    )
     parser.add_argument("--data-dir", help="folder of the data sets' official files")
     parser.add_argument("--runs", help=f"folder of the run directories; default: runs/{study.name}")
     parser.add_argument("--out", help="folder of results.jsonl, tables and figures; default: the study's own")

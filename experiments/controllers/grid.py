@@ -91,7 +91,8 @@ def _whole(scale: Scale) -> Settings:
 
 def cell(problem: str, settings: Settings, method: str, seed: int) -> Cell:
     """One cell."""
-    common = {"controller": "fixed", "adversary": "none", "curvature": "off", "plots": False, "threads": 1}
+    common = {"controller": "fixed", "adversary": "none", "curvature": "off", "probe_examples": 64}
+    common |= {"plots": False, "threads": 1}
     changes = METHODS[method](settings)
     built = changes.pop("built", None)
     chosen = {**common, **settings, **changes}
@@ -113,8 +114,7 @@ def _timed(base: Settings) -> Settings:
 def _critical(base: Settings, schedule: str = "cosine", **changes: Any) -> Settings:
     sizes = {"batch_size": base["batch_size"], "max_batch_size": base["max_batch_size"]}
     built = {"class": "CriticalBatch", **sizes, **changes}
-    measured = {"curvature": "needed", "norm_mode": "batch", "probe_examples": 64}
-    return {"schedule": schedule, **measured, "built": built}
+    return {"schedule": schedule, "curvature": "needed", "norm_mode": "batch", "built": built}
 
 
 def _large(base: Settings, **changes: Any) -> Settings:
@@ -125,7 +125,8 @@ def _large(base: Settings, **changes: Any) -> Settings:
 
 def _absa(base: Settings, **changes: Any) -> Settings:  # noqa: ARG001
     """The published setting: fast gradient sign attack on a fifth, patience 10, running statistics, 128 examples."""
-    return {"controller": "absa", "adversary": "fgsm", "patience": 10, "curvature": "needed", **changes}
+    published = {"controller": "absa", "adversary": "fgsm", "patience": 10, "probe_examples": 128}
+    return {**published, "curvature": "needed", **changes}
 
 
 def _adabatch(base: Settings) -> Settings:
@@ -136,11 +137,11 @@ def _adabatch(base: Settings) -> Settings:
 
 
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
-    "fixed": lambda _: {},
+    "fixed": lambda _: {"curvature": "epoch", "norm_mode": "batch"},  # recorded for replays
     "timed": _timed,
     "absa": _absa,
     "critical": _critical,
-    "fixed, linear decay": lambda base: {
+    "fixed-linear": lambda base: {
         "schedule": "constant",
         "built": {
             "class": "TimedSchedule",
@@ -150,17 +151,20 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
         },
     },
     "fixed-max": _large,
-    "fixed-max, warm-up": lambda _: {"controller": "warmup"},
-    "lars, warm-up": lambda _: {"controller": "warmup", "optimizer": "lars"},
-    "clars, no warm-up": lambda base: _large(base, optimizer="clars"),
+    "fixed-max-warmup": lambda _: {"controller": "warmup"},
+    "lars-warmup": lambda _: {"controller": "warmup", "optimizer": "lars"},
+    "clars": lambda base: _large(base, optimizer="clars"),
     "noise-scale": lambda base: {"controller": "noise-scale", "microbatch_size": base["batch_size"] // 4},
     "adabatch": _adabatch,
     "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
     "abs": lambda base: _absa(base, controller="abs", adversary="none"),
-    "absa, patience only": lambda base: _absa(base, decay_factor=1e9),
-    "absa, eigenvalue only": lambda base: _absa(base, patience=0),
-    "critical, edge only, steps": lambda base: _critical(base, schedule="multistep", loss_power=None),
-    "critical, loss only": lambda base: _critical(base, edge_share=None),
-    "fixed, cosine": lambda _: {"schedule": "cosine"},
+    "absa-patience-only": lambda base: _absa(base, decay_factor=1e9),
+    "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
+    "critical-edge-only-jumps": lambda base: _critical(
+        base, schedule="multistep", loss_power=None, max_growth=base["max_batch_size"] / base["batch_size"]
+    ),
+    "critical-edge-only": lambda base: _critical(base, loss_power=None),
+    "critical-loss-only": lambda base: _critical(base, edge_share=None),
+    "fixed-cosine": lambda _: {"schedule": "cosine"},
 }
 """What each method changes in a problem's settings; "built": a controller written out, see with_controller.py."""

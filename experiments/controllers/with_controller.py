@@ -22,6 +22,7 @@ from hessianflow.choices import build_optimizer, build_scheduler, given
 from hessianflow.config import TrainConfig, from_dict, to_dict
 from hessianflow.interfaces import GradientObserver
 from hessianflow.optim import GradientMoments
+from hessianflow.training.record import SUMMARY, read_json
 
 MOMENTS, EPOCH_LOSS = "small_gradient_sq", "epoch_loss"
 
@@ -92,8 +93,11 @@ def main(settings_file: str, run_dir: str) -> int:
     """Train or continue; 0 on success."""
     settings = json.loads(Path(settings_file).read_text("utf-8"))
     built = settings.pop("built")
+    folder = Path(run_dir)
+    if read_json(folder / SUMMARY).get("status") == "finished":
+        return 0
     trainer = trainer_for(from_dict({**settings, "run_dir": run_dir}, settings_file), built)
-    if (Path(run_dir) / "checkpoints").is_dir():
+    if (folder / "checkpoints").is_dir():
         trainer.resume(run_dir)
     else:
         trainer.fit()

@@ -1,0 +1,263 @@
+"""The grid runner: what is run, what is not, what is left behind; on runs that take milliseconds."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from experiments.controllers.grid import METHODS, PROBLEMS, cells  # noqa: E402
+from experiments.results import FORMAT, append_row, groups, read_rows, write_reports  # noqa: E402
+from experiments.runner import Cell, Outcome, Scale, Study, Workplace, main, run_grid  # noqa: E402
+from hessianflow.interfaces import HessianFlowError  # noqa: E402
+
+STAND_IN = "tests.experiments.stand_in"
+
+
+def cell(method: str = "fixed", seed: int = 0, behaviour: str = "finish", **settings: Any) -> Cell:
+    return Cell("toy", method, seed, {"data": "fake", **settings}, STAND_IN, {"behaviour": behaviour})
+
+
+def run(tmp_path: Path, found: Sequence[Cell], jobs: int = 1) -> list[Outcome]:
+    return list(run_grid(found, tmp_path / "results.jsonl", Workplace(tmp_path / "runs"), jobs))
+
+
+def starts(tmp_path: Path, method: str = "fixed") -> list[str]:
+    return (tmp_path / "runs" / "toy" / method / "starts.txt").read_text().split()
+
+
+def test_each_finished_cell_gives_one_row(tmp_path: Path) -> None:
+    outcomes = run(tmp_path, [cell(seed=0), cell(seed=1)], jobs=2)
+    assert all(outcome.error == "" for outcome in outcomes)
+    rows = sorted(read_rows(tmp_path / "results.jsonl"), key=lambda row: int(row["seed"]))
+    assert [row["updates"] for row in rows] == [4, 5]
+    row = rows[0]
+    assert (row["accuracy"], row["largest_batch"], row["seconds"], row["format"]) == (0.5, 64, 1.5, FORMAT)
+    assert row["growths"] == [{"epoch": 1, "from": 32, "to": 64, "reason": "why"}]
+    assert row["epochs"][0]["eigenvalue"] == 2.5
+    assert row["settings"] == {"data": "fake", "behaviour": "finish", "seed": 0}
+    assert "cores" in row["hardware"]
+    assert row["environment"]["python"] == "3"
+
+
+def test_a_finished_cell_is_not_repeated(tmp_path: Path) -> None:
+    run(tmp_path, [cell()])
+    assert run(tmp_path, [cell()]) == []
+    assert starts(tmp_path) == ["started"]
+
+
+def test_changed_settings_run_afresh(tmp_path: Path) -> None:
+    run(tmp_path, [cell()])
+    run(tmp_path, [cell(lr=0.5)])
+    assert starts(tmp_path) == ["started", "started"]
+    assert [row["settings"].get("lr") for row in read_rows(tmp_path / "results.jsonl")] == [0.5]
+
+
+def test_an_interrupted_cell_is_continued(tmp_path: Path) -> None:
+    first = run(tmp_path, [cell(behaviour="die")])
+    assert first[0].error == "exit status -9: no message"
+    second = run(tmp_path, [cell(behaviour="die")])
+    assert second[0].error == ""
+    assert starts(tmp_path) == ["started", "continued"]
+
+
+def test_a_failure_is_reported_and_the_others_run(tmp_path: Path) -> None:
+    outcomes = run(tmp_path, [cell("bad", behaviour="fail"), cell("late", behaviour="preempted"), cell("good")])
+    errors = {outcome.cell.method: outcome.error for outcome in outcomes}
+    assert errors["bad"] == "exit status 3: it broke"
+    assert errors["late"] == "stopped before the last epoch; run again to continue"
+    assert errors["good"] == ""
+    assert [row["method"] for row in read_rows(tmp_path / "results.jsonl")] == ["good"]
+
+
+def test_an_impossible_cell_is_reported_and_the_others_run(tmp_path: Path) -> None:
+    impossible = [cell("a", batch_size=64, max_batch_size=32), cell("b", no_such=1), cell("c", lr=-1.0)]
+    outcomes = run(tmp_path, [*impossible, cell("good")])
+    errors = {outcome.cell.method: outcome.error for outcome in outcomes}
+    assert "--max-batch-size 32 is below --batch-size 64" in errors["a"]
+    assert "unknown settings no_such" in errors["b"]
+    assert "--lr must be at least 0" in errors["c"]
+    assert errors["good"] == ""
+
+
+def test_stopping_ends_the_running_processes(tmp_path: Path) -> None:
+    grid = run_grid([cell(), cell("long", behaviour="hang")], tmp_path / "r.jsonl", Workplace(tmp_path / "runs"), 2)
+    assert next(grid).cell.method == "fixed"
+    began = time.monotonic()
+    grid.close()
+    assert time.monotonic() - began < 60
+
+
+def test_rows_that_were_cut_short_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    run(tmp_path, [cell()])
+    whole = path.read_text()
+    path.write_text(whole + '{"format": 1, "prob')
+    assert len(read_rows(path)) == 1
+    append_row(path, {"problem": "toy", "method": "other", "seed": 0})
+    assert path.read_text().startswith(whole)
+    assert [row["method"] for row in read_rows(path)] == ["fixed", "other"]
+
+
+def test_a_last_row_without_a_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"format": FORMAT, "problem": "toy", "method": "a", "seed": 0}))
+    append_row(path, {"problem": "toy", "method": "b", "seed": 0})
+    assert [row["method"] for row in read_rows(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", "3"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{line}\n{{}}\n")
+    with pytest.raises(HessianFlowError, match=r"results\.jsonl line 1 is not a JSON object"):
+        read_rows(path)
+
+
+def test_rows_of_an_older_format_are_left_and_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    old = json.dumps({"format": FORMAT - 1, "problem": "toy", "method": "fixed", "seed": 0})
+    path.write_text(old + "\n")
+    assert len(run(tmp_path, [cell()])) == 1
+    assert f"1 rows of a format other than {FORMAT} not used" in capsys.readouterr().err
+    assert path.read_text().startswith(old)
+    assert len(read_rows(path)) == 1
+
+
+def test_of_two_rows_of_a_cell_the_last_counts(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for updates in (1, 2):
+        append_row(path, {"problem": "toy", "method": "a", "seed": 0, "updates": updates})
+    assert [row["updates"] for row in read_rows(path)] == [2]
+
+
+def rows_of_two_methods() -> list[dict[str, Any]]:
+    epochs = [{"batch_size": 32}, {"batch_size": 64}]
+    common = {"problem": "toy", "largest_batch": 64, "seconds": 2.0, "epochs": epochs}
+    return [
+        {**common, "method": "a_1", "seed": 1, "accuracy": 0.62, "updates": 10},
+        {**common, "method": "a_1", "seed": 0, "accuracy": 0.6, "updates": 20},
+        {**common, "method": "b", "seed": 0, "accuracy": 0.7, "updates": 5},
+    ]
+
+
+def test_tables_hold_mean_and_spread_over_seeds(tmp_path: Path) -> None:
+    """60 and 62 %: mean 61, sample standard deviation sqrt(2)."""
+    paths = write_reports(rows_of_two_methods(), tmp_path)
+    assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv", "results.png"]
+    markdown = (tmp_path / "table.md").read_text().splitlines()
+    assert markdown[2] == "| toy | a_1 | 60.00 62.00 | 61.00 | 1.41 | 15 | 64 | 2 |"
+    assert markdown[3] == "| toy | b | 70.00 | 70.00 |  | 5 | 64 | 2 |"
+    assert r"toy & a\_1 & 60.00 62.00 & 61.00" in (tmp_path / "table.tex").read_text()
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "toy,a_1,60.00 62.00,61.00,1.41,15,64,2"
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_groups_keep_the_order_of_the_grid() -> None:
+    assert [(group.problem, group.method) for group in groups(rows_of_two_methods())] == [("toy", "a_1"), ("toy", "b")]
+    assert write_reports([], Path("nowhere")) == []
+
+
+def toy_study(folder: Path) -> Study:
+    def grid(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
+        return [cell(f"{scale}-{name}", seed, behaviour=name) for seed in seeds for name in ("finish", "fail once")]
+
+    return Study("toy", folder, grid)
+
+
+def test_the_command_reports_progress_failures_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, options = toy_study(tmp_path / "study"), ["--seeds", "0", "--runs", str(tmp_path / "runs")]
+    assert main(study, options) == 1
+    told = capsys.readouterr()
+    assert "2 cells, 0 of them in" in told.out
+    assert "toy cpu-finish seed 0: 50.00%, 4 updates" in told.out
+    assert "failed: toy cpu-fail once seed 0: exit status 3: it broke" in told.err
+    assert main(study, options) == 0
+    told = capsys.readouterr()
+    assert "2 cells, 1 of them in" in told.out
+    assert len(read_rows(tmp_path / "study" / "results.jsonl")) == 2
+    assert main(study, [*options, "--report"]) == 0
+    assert "table.md" in capsys.readouterr().out
+
+
+def test_only_picks_cells_and_smoke_stays_out_of_the_study(tmp_path: Path) -> None:
+    study = toy_study(tmp_path / "study")
+    assert main(study, ["--smoke", "--only", "toy/smoke-fin*", "--seeds", "0", "--runs", str(tmp_path / "runs")]) == 0
+    assert [row["method"] for row in read_rows(tmp_path / "runs" / "smoke" / "results.jsonl")] == ["smoke-finish"]
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_pattern_that_fits_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(toy_study(tmp_path), ["--only", "typo/*"]) == 2
+    assert capsys.readouterr().err == "toy: no cell of the cpu grid fits --only typo/*\n"
+
+
+def test_a_damaged_results_file_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.jsonl").write_text("?\n\n")
+    assert main(toy_study(tmp_path), ["--runs", str(tmp_path / "runs")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_signal_stops_the_grid_and_it_goes_on_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def grid(_scale: Scale, _seeds: Sequence[int]) -> list[Cell]:
+        return [cell("long", behaviour="hang")]
+
+    def stop_once_started() -> None:
+        while not (tmp_path / "runs" / "toy" / "long" / "starts.txt").is_file():
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=stop_once_started).start()
+    assert main(Study("toy", tmp_path, grid), ["--runs", str(tmp_path / "runs")]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "gpu", "full"])
+def test_every_cell_of_the_controller_study_can_be(scale: Scale) -> None:
+    found = cells(scale, [0, 1])
+    assert len({(c.problem, c.method, c.seed) for c in found}) == len(found)
+    for one in found:
+        one.check()
+
+
+def test_every_method_has_settings_for_every_problem() -> None:
+    from experiments.controllers.grid import cell as made
+
+    for problem, settings in PROBLEMS.items():
+        for method in METHODS:
+            made(problem, settings, method, 0).check()
+
+
+def test_the_controller_study_runs_both_ways(tmp_path: Path) -> None:
+    """Two real runs, one of a controller that the settings spell out; about 15 s of a core."""
+    options = ["--smoke", "--runs", str(tmp_path), "--only", "fake/critical"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.controllers", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = read_rows(tmp_path / "smoke" / "results.jsonl")[0]
+    assert (row["method"], row["largest_batch"] > 32) == ("critical", True)
+    assert all(epoch["eigenvalue"] for epoch in row["epochs"][:2])
+    again = subprocess.run(
+        [sys.executable, "experiments/controllers/run.py", *options, "--report"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
