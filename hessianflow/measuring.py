@@ -1,7 +1,7 @@
 """Measure a model and leave no trace on it: the one context manager that curvature, attacks and evaluation share."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,33 +46,71 @@ def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Mod
         The unwrapped model.
     """
     inner = unwrap(model)
-    modules = [(m, m.training, getattr(m, "track_running_stats", None)) for m in inner.modules()]
-    # Versions tell whether a buffer was written to; restoring one that was not would invalidate graphs that saved it.
-    buffers = [
-        (m, name, b, _version(b), b.detach().clone())
-        for m in inner.modules()
-        for name, b in m._buffers.items()
-        if b is not None
-    ]
-    trainable = [(p, p.requires_grad) for p in inner.parameters()]
-    generators = _generator_states(inner)
+    modules = list(inner.modules())
+    modes = [(m, m.training, m.__dict__.get("track_running_stats")) for m in modules]
+    buffers = [(m, dict(m._buffers)) for m in modules]
+    copies = _copies(b for _, found in buffers for b in found.values() if b is not None)
+    trainable = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
+    generators = _generator_states({p.device for p, _ in trainable if p.device.type == "cuda"})
     try:
-        _set_evaluation(inner, norm_mode)
+        _set_evaluation(modules, norm_mode)
         with torch.inference_mode(False), torch.enable_grad():
             yield inner
     finally:
-        for module, training, tracks in modules:
-            module.training = training
+        for module, training, tracks in modes:
+            _set(module, "training", training)
             if tracks is not None:
-                module.track_running_stats = tracks
-        for module, name, buffer, version, value in buffers:
-            module._buffers[name] = buffer
-            if _version(buffer) != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
+                _set(module, "track_running_stats", tracks)
+        for module, found in buffers:
+            for name in module._buffers.keys() - found.keys():
+                del module._buffers[name]
+            for name, buffer in found.items():
+                if name not in module._buffers or module._buffers[name] is not buffer:
+                    module._buffers[name] = buffer
+        for group, versions, flat in copies:
+            _put_back(group, versions, flat)
         for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
         _restore_generators(generators)
+
+
+_Copy = tuple[list[Tensor], list[int], Tensor]
+
+
+def _copies(buffers: Iterable[Tensor]) -> list[_Copy]:
+    """Tensors of one type and device, their versions, and all their values in one: few kernels for many buffers."""
+    groups: dict[Any, list[Tensor]] = {}
+    for buffer in buffers:
+        strided = buffer.layout == torch.strided
+        groups.setdefault((buffer.dtype, buffer.device) if strided else id(buffer), []).append(buffer)
+    with torch.no_grad():
+        return [
+            (group, [_version(b) for b in group], torch.cat([b.reshape(-1) for b in group]))
+            if group[0].layout == torch.strided
+            else (group, [_version(group[0])], group[0].clone())
+            for group in groups.values()
+        ]
+
+
+def _put_back(group: list[Tensor], versions: list[int], flat: Tensor) -> None:
+    # Writing to a buffer that nobody wrote to would invalidate graphs that saved it.
+    if [_version(b) for b in group] == versions:
+        return
+    strided = flat.layout == torch.strided
+    values = torch.split(flat, [b.numel() for b in group]) if strided else (flat,)
+    with torch.no_grad():
+        for buffer, version, value in zip(group, versions, values, strict=True):
+            if _version(buffer) != version:
+                buffer.copy_(value.view(buffer.shape) if strided else value)
+
+
+def _set(module: nn.Module, name: str, value: bool) -> None:
+    # This runs at every attacked step, and nn.Module's own way to set an attribute is slow; scripted modules need it.
+    if name in module.__dict__:
+        module.__dict__[name] = value
+    else:
+        setattr(module, name, value)
 
 
 def _version(tensor: Tensor) -> int:
@@ -80,18 +118,17 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _set_evaluation(model: nn.Module, norm_mode: NormMode) -> None:
+def _set_evaluation(modules: list[nn.Module], norm_mode: NormMode) -> None:
     # Set flags directly: an overridden train() of the user's may do more than set them.
-    for module in model.modules():
-        module.training = False
+    for module in modules:
+        _set(module, "training", False)
         if norm_mode == "batch" and isinstance(module, _BATCH_NORM):
             # In training mode without tracking, the layer normalises by the batch and writes to no buffer.
-            module.training = True
-            module.track_running_stats = False
+            _set(module, "training", True)
+            _set(module, "track_running_stats", False)
 
 
-def _generator_states(model: nn.Module) -> tuple[Tensor, dict[torch.device, Tensor], Any, Any]:
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+def _generator_states(devices: set[torch.device]) -> tuple[Tensor, dict[torch.device, Tensor], Any, Any]:
     cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 

@@ -100,3 +100,49 @@ def test_wrappers_are_looked_through_however_nested():
     model = nn.Linear(2, 2)
     assert unwrap(nn.DataParallel(torch.compile(model))) is model
     assert unwrap(model) is model
+
+
+def test_buffers_that_were_none_replaced_or_added_are_as_found():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[0].register_buffer("cache", None)
+    mean, flag = model[1].running_mean, torch.tensor([True, False])
+    model[0].register_buffer("flag", flag)
+    with measuring(model) as inner:
+        inner[0].cache = torch.ones(3)
+        inner[0].register_buffer("late", torch.ones(1))
+        del inner[1].num_batches_tracked
+        inner[1].running_mean = torch.ones(2)
+        inner[0].flag.logical_not_()
+    assert model[0].cache is None
+    assert "late" not in model[0]._buffers
+    assert model[1].running_mean is mean
+    assert int(model[1].num_batches_tracked) == 0
+    assert flag.tolist() == [True, False]
+
+
+def test_a_buffer_nobody_wrote_to_keeps_its_version():
+    """Restoring it would invalidate every graph that saved it, such as one kept for further products."""
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    before = [buffer._version for buffer in model.buffers()]
+    with measuring(model) as inner:
+        inner[1].running_var.add_(1)
+    after = [buffer._version for buffer in model.buffers()]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, True, True, False, True]
+    assert model[1].running_var.tolist() == [1.0, 1.0]
+
+
+def test_a_sparse_buffer_is_put_back():
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.eye(2).to_sparse())
+    with measuring(model) as inner:
+        inner.mask.mul_(3)
+    assert torch.equal(model.mask.to_dense(), torch.eye(2))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_modules_are_measured_too():
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))).train()
+    with measuring(model) as inner:
+        assert not inner.training
+        assert torch.equal(inner(torch.ones(1, 2)), inner(torch.ones(1, 2)))
+    assert all(module.training for module in model.modules())
