@@ -138,6 +138,7 @@ def build_probe(config: TrainConfig, parts: Parts) -> CurvatureProbe | None:
         nn.CrossEntropyLoss(),
         parts.train.sample(count, config.seed),
         tol=config.probe_tolerance,
+        budget=config.curvature_budget,
         norm_mode=config.norm_mode,
         seed=config.seed,
     )

@@ -75,6 +75,8 @@ class TrainConfig:
         probe_examples: training examples the curvature is measured on; default: 128 for digits, 64 otherwise (the
             published ABSA runs took 128: at least twice the cost, a spread of 8 instead of 10 % between samples).
         probe_tolerance: relative residual at which an eigenvalue counts as converged.
+        curvature_budget: largest share of the training cost that readings may take, e.g. 0.01; an epoch whose reading
+            would exceed it goes without, and counts for patience; default: no limit.
         norm_mode: statistics of batch normalisation in curvature measurements.
         microbatch_size: examples per forward pass; auto finds the fastest; default: auto on a GPU, else batch_size.
         norm_batch_size: examples batch normalisation sees at once in training; default: batch_size; 0: the microbatch.
@@ -128,6 +130,7 @@ class TrainConfig:
     curvature: CurvatureName = "epoch"
     probe_examples: int | None = None
     probe_tolerance: float = 1e-2
+    curvature_budget: float | None = None
     norm_mode: NormMode = "eval"
     microbatch_size: int | Literal["auto"] | None = None
     norm_batch_size: int | None = None
@@ -200,6 +203,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "eps": (0, 1),
     "probe_examples": (1, math.inf),
     "probe_tolerance": (1e-7, 1),
+    "curvature_budget": (1e-6, 1),
     "microbatch_size": (1, math.inf),
     "threads": (1, math.inf),
     "seed": (0, 2**32 - 1),

@@ -32,7 +32,8 @@ class ControlPoint:
 
     Attributes:
         controller: decides; None never does.
-        probe: measures curvature when the controller needs it and, under "epoch", after every epoch.
+        probe: measures curvature when the controller needs it and, under "epoch", after every epoch. One that has an
+            `is_affordable(examples)` is asked first; where it says no, the controller decides without a reading.
         observers: their signals go to the controller.
         schedule: "epoch" or "needed".
         watch: counts the time of the probe.
@@ -54,7 +55,8 @@ class ControlPoint:
             controller = None
         needs = frozenset[str]() if controller is None else controller.needs
         reading = None
-        if self.probe is not None and ("eigenvalue" in needs or (at_end and self.schedule == "epoch")):
+        wanted = "eigenvalue" in needs or (at_end and self.schedule == "epoch")
+        if self.probe is not None and wanted and _is_affordable(self.probe, progress.examples):
             with self.watch.part("curvature"):
                 reading = self.last_reading = self.probe()
         if controller is None:
@@ -62,3 +64,8 @@ class ControlPoint:
         signals = {name: value for observer in self.observers for name, value in observer.signals().items()}
         signals |= {name: figure() for name, figure in figures.items() if name in needs}
         return Outcome(reading, signals, controller.update(progress, reading, signals))
+
+
+def _is_affordable(probe: CurvatureProbe, examples: int) -> bool:
+    ask = getattr(probe, "is_affordable", None)  # a budget is the probe's own affair, and optional
+    return ask is None or bool(ask(examples))
