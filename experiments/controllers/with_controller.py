@@ -30,6 +30,9 @@ MOMENTS, EPOCH_LOSS = "small_gradient_sq", "epoch_loss"
 class MeanLoss(nn.CrossEntropyLoss):
     """Cross-entropy that, as an observer, tells its mean over all training examples since it was last asked."""
 
+    total: Tensor
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros(()))
@@ -37,7 +40,7 @@ class MeanLoss(nn.CrossEntropyLoss):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of one batch; those of evaluation, without gradients, are not counted."""
-        loss = super().forward(outputs, targets)
+        loss: Tensor = super().forward(outputs, targets)
         if torch.is_grad_enabled():
             self.total += loss.detach().float() * len(targets)
             self.count += len(targets)

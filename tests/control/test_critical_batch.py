@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hessianflow.control import CriticalBatch
@@ -129,3 +130,19 @@ def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> No
 def test_a_missing_signal_is_named() -> None:
     with pytest.raises(HessianFlowError, match="signals must hold epoch_loss, got"):
         CriticalBatch(128, 2048).update(Progress(1, 1000, 0, 10_000, 24), reading(1.0), {"learning_rate": 0.1})
+
+
+@pytest.mark.parametrize("used", [0.01, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_noise_near_the_edge_is_amplified_as_documented(used: float, momentum: float) -> None:
+    """The stationary covariance of momentum SGD on one parabola, P = A P A' + b b', solved exactly.
+
+    v <- m v + lambda x + noise, x <- x - rate v. The limit of small rates is rate / (2 lambda (1 - m)).
+    """
+    eigenvalue = 3.0
+    rate = used * 2 * (1 + momentum) / eigenvalue
+    a = np.array([[1 - rate * eigenvalue, -rate * momentum], [eigenvalue, momentum]])
+    b = np.array([[-rate], [1.0]])
+    covariance = np.linalg.solve(np.eye(4) - np.kron(a, a), (b @ b.T).reshape(4))
+    small_rates = rate / (2 * eigenvalue * (1 - momentum))
+    assert covariance[0] / small_rates == pytest.approx(1 / (1 - used), rel=1e-9)
