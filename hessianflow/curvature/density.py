@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import TraceResult
-from hessianflow.curvature.vectors import gaussian, generator
+from hessianflow.curvature.vectors import gaussian, generator, norm
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 
@@ -135,7 +135,7 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Te
         for _ in range(2):
             product = product - known.T @ (known @ product)
         # One transfer per product: breakdown must be seen before the division.
-        diagonal[taken], beside[taken] = torch.stack([alpha, product.norm()]).tolist()
+        diagonal[taken], beside[taken] = torch.stack([alpha, norm(product)]).tolist()
         taken += 1
         if not bool(torch.isfinite(beside[taken - 1])):
             raise NonFiniteError(NON_FINITE_PRODUCT)

@@ -55,7 +55,7 @@ class FisherOperator(ModelOperator):
         outputs, targets = forward_pair(model, batch, "FisherOperator")
         loss = mean_loss(self.loss_fn, outputs, targets).detach()
         # Of the data's own targets: drawn labels are no less ignored, and then the mean is that of the Gauss-Newton.
-        weights = [self._weight(map_tensors(lambda t, n=n: t[n : n + 1], batch)) for n in range(len(outputs))]
+        weights = [self._weight(_example(batch, n)) for n in range(len(outputs))]
         if self._labels == "model":
             targets = self._sampled(outputs.detach(), targets)
         counted = [n for n in range(len(outputs)) if weights[n] > 0]
@@ -71,7 +71,7 @@ class FisherOperator(ModelOperator):
         return Piece(loss, product)
 
     def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Tensor:
-        return mean_loss(self.loss_fn, outputs[n : n + 1], map_tensors(lambda t: t[n : n + 1], targets))
+        return mean_loss(self.loss_fn, outputs[n : n + 1], _example(targets, n))
 
     def _sampled(self, outputs: Tensor, targets: Any) -> Tensor:
         if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.ndim != 2 or targets.ndim != 1:
@@ -82,3 +82,7 @@ class FisherOperator(ModelOperator):
         draws = torch.rand(stop, generator=source, dtype=torch.float64)[self._position :].to(outputs.device)
         cumulative = torch.softmax(outputs.double(), dim=1).cumsum(dim=1)
         return torch.searchsorted(cumulative, draws[:, None]).squeeze(1).clamp(max=outputs.shape[1] - 1)
+
+
+def _example(batch: Any, n: int) -> Any:
+    return map_tensors(lambda t: t[n : n + 1], batch)

@@ -172,7 +172,7 @@ class ModelOperator(Operator):
             yield
 
     def _pieces(self) -> Iterator[tuple[Any, float]]:
-        """What is forwarded at once, and its weight; pieces whose targets are all ignored have no mean and are left out.
+        """What is forwarded at once, and its weight; pieces of weight 0 (all targets ignored) have no mean: left out.
 
         Raises:
             HessianFlowError: no target counts at all.

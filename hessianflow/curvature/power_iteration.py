@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
+from hessianflow.curvature.vectors import norm
 from hessianflow.interfaces import LinearOperator
 
 Stopping = Literal["residual", "change"]
@@ -74,13 +75,13 @@ def _iterate(
     following, history = start, list[float]()
     while True:
         following = following - found @ (found.T @ following)
-        unit = following / following.norm()
+        unit = following / norm(following)
         product = operator.matvec(unit)
         theta = unit @ product
         remainder = product - theta * unit
         within = remainder - found @ (found.T @ remainder)
         # One transfer per product: the stopping rule needs these numbers.
-        value, residual, deflated = torch.stack([theta, remainder.norm(), within.norm()]).tolist()
+        value, residual, deflated = torch.stack([theta, norm(remainder), norm(within)]).tolist()
         if not math.isfinite(residual):
             raise NonFiniteError(NON_FINITE_PRODUCT)
         changed = abs(value - history[-1]) >= tol * abs(history[-1]) if history else True

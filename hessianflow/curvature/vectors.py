@@ -31,6 +31,13 @@ def rademacher(operator: LinearOperator, source: torch.Generator, columns: int |
     return bits.to(operator.dtype).mul_(2).sub_(1)
 
 
+def norm(vector: Tensor) -> Tensor:
+    """The Euclidean norm, also where squares of the entries leave the range of the type."""
+    scale = vector.abs().amax().clamp_min(torch.finfo(vector.dtype).tiny)
+    length: Tensor = torch.linalg.vector_norm(vector / scale) * scale
+    return length
+
+
 def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One flat vector; None stands for zeros of the shape of its neighbour in `like`."""
     pieces = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)]

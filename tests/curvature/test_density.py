@@ -109,3 +109,10 @@ def test_bad_arguments_are_refused():
         spectral_density(CallableOperator(lambda v: v * float("inf"), 4), num_probes=1, steps=2)
     with pytest.raises(HessianFlowError, match="points must be at least 2 and width positive, got 1 and None"):
         spectral_density(operator, num_probes=1, steps=2, seed=0).smoothed(1)
+
+
+def test_nodes_of_a_tiny_float32_matrix():
+    """Squares of its entries are 0 in float32: a norm of 0 would pass for a breakdown after one step."""
+    matrix = symmetric([3.0, 2.0, 1.0])
+    found = spectral_density(operator_of((1e-25 * matrix).float()), num_probes=1, steps=3, seed=0)
+    assert (1e25 * found.nodes[0]) == pytest.approx([1.0, 2.0, 3.0], rel=1e-4)

@@ -1,5 +1,7 @@
 """Lanczos on prescribed spectra: values, residuals, orthonormality, counts, and what makes others fail."""
 
+import statistics
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,6 +81,72 @@ def test_restarts_keep_converging_in_bounded_memory():
     assert result.converged
     assert result.matvecs > 24  # it did restart
     assert result.values == pytest.approx([1.0, 298 / 299], abs=1e-8)
+
+
+CROWDED = {
+    "outliers and close ones": [1000.0, 600, 400, 192, 191, 189, -188, 172, 171, 100, 80, -50],
+    "a wide range": [3310.0, 1004, 377, 248.6, 192.2, 171.6, 101, -82.9, 73.8, -70.2],
+    "three equal, then two": [5.0, 5, 5, 3, 3, 2.9, -3],
+    "1 % apart": [1.0 - 0.01 * n for n in range(12)],
+    "indefinite pairs": [4.0, -4, 3, -3, 2.5, -2.4],
+}
+
+
+@pytest.mark.parametrize("name", CROWDED)
+def test_no_wrong_value_among_several_is_called_converged(name):
+    """Eigenvalue by eigenvalue against the diagonal, from 25 starts: one start may have no part in one of them."""
+    outliers = torch.tensor(CROWDED[name], dtype=torch.float64)
+    bulk = outliers.abs().max() * 0.03 * torch.linspace(-0.5, 1, 2000, dtype=torch.float64) ** 3
+    diagonal = torch.cat([outliers, bulk])
+    truth = diagonal.abs().sort(descending=True).values[:5]
+    operator = CallableOperator(lambda v: diagonal * v, len(diagonal), torch.float64)
+    converged = 0
+    for seed in range(25):
+        result = top_eigenpairs(operator, 5, seed=seed)
+        if result.converged:
+            converged += 1
+            assert result.values.abs() == pytest.approx(truth, rel=1e-3)
+    assert converged >= 24
+
+
+def test_the_top_five_of_a_resnet_like_spectrum_take_few_products():
+    """The spectrum measured on a trained ResNet-20; the budget includes the check."""
+    diagonal = torch.cat([torch.tensor(CROWDED["a wide range"]), 50 * torch.linspace(-0.5, 1, 20000) ** 3])
+    operator = CallableOperator(lambda v: diagonal * v, len(diagonal))
+    assert statistics.median(top_eigenpairs(operator, 5, seed=s).matvecs for s in range(15)) <= 21
+
+
+def test_a_check_that_the_budget_cuts_short_is_not_converged():
+    operator = operator_of(symmetric([9.0, 7.0, 5.0, *torch.linspace(-0.1, 0.1, 200).tolist()]))
+    needed = top_eigenpairs(operator, 2, seed=0).matvecs
+    short = top_eigenpairs(operator, 2, seed=0, max_matvecs=needed - 1)
+    assert short.values == pytest.approx([9.0, 7.0], rel=1e-3)
+    assert not short.converged
+
+
+@pytest.mark.parametrize("width", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("tol", [1e-2, 1e-3])
+def test_near_a_multiple_of_the_identity_one_product_is_no_evidence(width, tol):
+    """Every vector has a residual of a few per mille there; the leading value is 17 % higher."""
+    diagonal = torch.cat([torch.tensor([3.0]), 2.5 + width * torch.linspace(-1, 1, 999)]).double()
+    operator = CallableOperator(lambda v: diagonal * v, 1000, torch.float64)
+    for seed in range(20):
+        result = top_eigenpairs(operator, tol=tol, seed=seed)
+        assert result.converged
+        assert result.values.item() == pytest.approx(3.0, rel=tol)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_squares_beyond_the_range_of_float32_do_no_harm(scale, method):
+    matrix = (symmetric([4.0, 2.0, -1.0, *[0.1] * 20]) * scale).float()
+    result = top_eigenpairs(operator_of(matrix), 2, method=method, tol=1e-4, seed=0)
+    assert result.converged
+    assert (result.values / scale) == pytest.approx([4.0, 2.0], rel=1e-4)
+    residuals = (matrix.double() @ result.vectors.double() - result.vectors.double() * result.values.double()).norm(
+        dim=0
+    )
+    assert (residuals / scale) == pytest.approx((result.residuals / scale).double(), rel=1e-2, abs=1e-5)
 
 
 def test_a_tie_of_signs_gives_the_positive_one_first():
