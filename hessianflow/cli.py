@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from hessianflow import __version__
-from hessianflow.commands import curvature, data, records, training
+from hessianflow.commands import curvature, data, records, robustness, training
 from hessianflow.commands.parser import Parser
 from hessianflow.interfaces import HessianFlowError
 
@@ -14,7 +14,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = Parser(prog="hessianflow", description="Train with a batch size that the curvature of the loss drives.")
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
-    runs = {name: run for room in (training, records, curvature, data) for name, run in room.add(commands).items()}
+    runs = {
+        name: run
+        for room in (training, records, curvature, robustness, data)
+        for name, run in room.add(commands).items()
+    }
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given == ["--version"]:
         print(f"hessianflow {__version__}")

@@ -234,6 +234,23 @@ def test_commands_that_read_runs(capsys):
     assert "neither a run directory nor a checkpoint" in err
 
 
+def test_robustness(capsys):
+    assert run("train", *QUICK, "--run-dir", "run", capsys=capsys)[0] == 0
+    options = ["--attack", "fgsm", "pgd3", "--eps", "0", "0.3", "--examples", "100"]
+    status, out, err = run("robustness", "run", *options, capsys=capsys)
+    assert status == 0, err
+    found = json.loads(Path("run/robustness.json").read_text())["accuracy"]
+    clean = found["clean"][0][0]
+    assert found["fgsm"][0][0] == found["pgd3"][0][0] == found["clean"][1][0] == clean  # eps 0 changes nothing
+    assert found["worst"][1][0] <= min(found["fgsm"][1][0], found["pgd3"][1][0]) < clean - 0.2
+    assert f"{clean:.2%}" in out
+    assert Path("run/plots/robustness.png").stat().st_size > 5000
+    for bad, words in ((["--attack", "pgd"], "such as pgd20"), (["--eps", "2"], "--eps must lie between 0 and 1")):
+        status, _, err = run("robustness", "run", *bad, capsys=capsys)
+        assert (status, err.count("\n")) == (2, 1)
+        assert words in err
+
+
 def test_data_verify(tmp_path: Path, capsys):
     status, out, _ = run("data", "verify", "cifar10", "--data-dir", str(tmp_path), capsys=capsys)
     assert status == 2

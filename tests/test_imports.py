@@ -31,7 +31,7 @@ ROOMS_OF_BUILD = {
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
-    *("commands", "config", "build", "choices", "plots", "training", "control", "curvature", "data", *SHARED)
+    *("commands", "config", "build", "choices", "plots", "training", "control", "curvature", "adversarial", "data", *SHARED)
 }
 
 

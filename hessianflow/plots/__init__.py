@@ -3,6 +3,7 @@
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.landscape import landscape
 from hessianflow.plots.report import report
+from hessianflow.plots.robustness import robustness
 from hessianflow.plots.spectra import spectral_density
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
@@ -14,6 +15,7 @@ __all__ = [
     "curvature_trajectory",
     "landscape",
     "report",
+    "robustness",
     "spectral_density",
     "training_curves",
 ]

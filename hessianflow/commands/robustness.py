@@ -1,0 +1,87 @@
+"""`hessianflow robustness`: accuracy of a trained run under attack, after the fact."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from hessianflow.commands.parser import add_command
+from hessianflow.interfaces import HessianFlowError
+
+
+def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
+    """Add the parser; returns what runs the command."""
+    parser = add_command(commands, "robustness", "measure a run's test accuracy under attack")
+    parser.add_argument("run", type=str, help="run directory, or a checkpoint inside one")
+    parser.add_argument("--attack", type=str, nargs="+", default=["fgsm", "pgd20"], help="fgsm, or pgd and its steps")
+    parser.add_argument(
+        "--eps", type=float, nargs="+", default=[0.005, 0.02, 0.06], help="perturbations, in pixels scaled to [0, 1]"
+    )
+    parser.add_argument("--examples", type=int, default=1000, help="test examples, from the first")
+    parser.add_argument("--seed", type=int, default=0, help="of the random starts of pgd")
+    parser.add_argument("--out", type=str | None, default=None, help="folder for robustness.json and the picture")
+    return {"robustness": _robustness}
+
+
+def _robustness(arguments: Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from hessianflow.adversarial import robust_accuracy
+    from hessianflow.build import find_checkpoint, load_parts
+
+    if arguments.examples < 1:
+        raise HessianFlowError(f"--examples must be at least 1, got {arguments.examples}")
+    makers = {name: _maker(name) for name in arguments.attack}
+    for size in arguments.eps:
+        if not 0 <= size <= 1:
+            raise HessianFlowError(f"--eps must lie between 0 and 1 (pixels scaled to [0, 1]), got {size}")
+    _, parts = load_parts(arguments.run)
+    batch = parts.test.examples(torch.arange(min(arguments.examples, parts.test.num_examples)))
+    spread = torch.tensor(parts.spread)
+    rows = []
+    for size in tqdm(arguments.eps, disable=None, desc="eps"):
+        generator = torch.Generator(device=batch[0].device).manual_seed(arguments.seed)
+        attacks = {n: make(size / spread, parts.train.value_range, generator) for n, make in makers.items()}
+        rows.append(robust_accuracy(parts.model, batch, attacks))
+    _show(arguments.eps, rows)
+    _write(arguments, rows, Path(arguments.out) if arguments.out else find_checkpoint(arguments.run)[0])
+    return 0
+
+
+def _maker(name: str) -> Callable[..., Callable[..., Any]]:
+    """How to make the attack called `name` from eps, the valid range and a generator."""
+    from hessianflow.adversarial import fgsm, pgd
+
+    steps = re.fullmatch(r"pgd(\d+)", name)
+    if name == "fgsm":
+        return lambda eps, limits, _generator: partial(fgsm, eps=eps, value_range=limits)
+    if steps and int(steps[1]) > 0:
+        return lambda eps, limits, generator: partial(
+            pgd, eps=eps, value_range=limits, steps=int(steps[1]), generator=generator
+        )
+    raise HessianFlowError(f"--attack must be fgsm or pgd and a number of steps, such as pgd20, got {name!r}")
+
+
+def _show(sizes: list[float], rows: list[dict[str, Any]]) -> None:
+    names = list(rows[0])
+    print(f"{'eps':>8}" + "".join(f"{name:>24}" for name in names))
+    for size, row in zip(sizes, rows, strict=True):
+        cells = (f"{r.value:7.2%} ({r.low:.1%}-{r.high:.1%})" for r in row.values())
+        print(f"{size:>8g}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+def _write(arguments: Namespace, rows: list[dict[str, Any]], folder: Path) -> None:
+    from hessianflow import plots
+    from hessianflow.training.record import write_json
+
+    curves = {name: [(row[name].value, row[name].low, row[name].high) for row in rows] for name in rows[0]}
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    values = {"eps": arguments.eps, "examples": rows[0]["clean"].total, "seed": arguments.seed, "accuracy": curves}
+    write_json(folder / "robustness.json", values)
+    path = folder / "plots" / "robustness.png"
+    plots.robustness(arguments.eps, curves, path=path)
+    print(f"  {folder / 'robustness.json'}\n  {path}")

@@ -1,0 +1,44 @@
+"""Accuracy under attack over the size of the perturbation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.plots import style
+
+
+def robustness(
+    eps: Sequence[float], accuracies: Mapping[str, Sequence[tuple[float, float, float]]], path: str | Path | None = None
+) -> Figure:
+    """One line an attack, with its confidence interval as a band.
+
+    Args:
+        eps: sizes of the perturbation, in the units of pixels scaled to [0, 1].
+        accuracies: by name of the attack, (value, lower end, upper end) for every size, as shares of 1.
+        path: where to write a PNG; None: nowhere.
+
+    Returns:
+        The figure, not bound to pyplot.
+
+    Raises:
+        HessianFlowError: an attack without one triple a size, or no attack.
+    """
+    if not accuracies or any(len(triples) != len(eps) for triples in accuracies.values()):
+        raise HessianFlowError(f"accuracies must hold {len(eps)} triples for each of one or more attacks")
+    figure = style.new_figure(6.5, 4.2)
+    axes = figure.subplots()
+    order = np.argsort(eps)
+    sizes = np.asarray(eps, dtype=float)[order]
+    for index, (name, triples) in enumerate(accuracies.items()):
+        value, low, high = 100 * np.asarray(triples, dtype=float)[order].T
+        axes.plot(sizes, value, marker="o", color=style.colour(index), linestyle=style.dash(index), label=name)
+        axes.fill_between(sizes, low, high, color=style.colour(index), alpha=0.2, linewidth=0)
+    axes.set_ylim(0, 100)
+    style.finish(axes, "perturbation (pixel units, 1 = white)", "test accuracy (%)")
+    axes.set_title("Accuracy under attack (band: 95 % confidence)", loc="left", fontsize=11)
+    axes.legend(frameon=False)
+    style.save(figure, path)
+    return figure
