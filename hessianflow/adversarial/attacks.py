@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow.adversarial.budget import Budget, Norm, PerChannel, ValueRange, check_in_range, make_budget, place
+from hessianflow.adversarial.fixed_norm import fixed_normalisation
 from hessianflow.batches import mean_loss
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import measuring
@@ -139,7 +140,8 @@ def attacking(model: nn.Module, norm_mode: NormMode) -> Iterator[nn.Module]:
     with measuring(model, norm_mode) as inner:
         for parameter in inner.parameters():
             parameter.requires_grad_(False)
-        yield inner
+        with fixed_normalisation(inner):
+            yield inner
 
 
 def ascend(

@@ -23,6 +23,7 @@ class _Ghost(_BatchNorm):
     """A batch-normalisation layer that trains on groups; its parameters and buffers are another layer's own."""
 
     group_size: int
+    is_torchs_in_evaluation = True  # an attack may run it in a faster form there
 
     @classmethod
     def of(cls, layer: _BatchNorm, group_size: int) -> "_Ghost":
