@@ -25,7 +25,7 @@ class _Fixed(_BatchNorm):
     def of(cls, layer: _BatchNorm) -> "_Fixed":
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        made = cls(layer.num_features, affine=False)
+        made = cls.__new__(cls)  # without the cost of fresh parameters: an attack is made at every step
         made.__dict__.update(layer.__dict__)
         with torch.no_grad():
             scale = torch.rsqrt(layer.running_var + layer.eps)
