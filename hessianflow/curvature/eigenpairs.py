@@ -8,6 +8,7 @@ from torch import Tensor
 from hessianflow.curvature.lanczos import lanczos
 from hessianflow.curvature.power_iteration import power_iteration
 from hessianflow.curvature.results import EigenResult, Which
+from hessianflow.curvature.ritz_space import COLD, WARM
 from hessianflow.curvature.vectors import gaussian, generator
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
@@ -25,6 +26,7 @@ def top_eigenpairs(
     v0: Tensor | None = None,
     seed: int | None = None,
     extra: int = 0,
+    warm: bool = False,
 ) -> EigenResult:
     """The k leading eigenpairs of a symmetric operator, from products alone.
 
@@ -41,6 +43,8 @@ def top_eigenpairs(
             to the first, so that an eigenvector given as start cannot hide a larger eigenvalue.
         seed: of the random start; None: fresh entropy, every call starts elsewhere.
         extra: further pairs that Lanczos should return after the k wanted ones, at no product and however accurate.
+        warm: whether `v0` sums up several vectors of a recent, similar operator, as CurvatureProbe makes it. Lanczos
+            then accepts a larger residual where the estimated error allows it.
 
     Returns:
         values [k], vectors [size, k], residuals [k] (with `extra`, up to k + extra), products spent, and whether all k
@@ -57,10 +61,20 @@ def top_eigenpairs(
             more = max(0, k - start.shape[1])
             start = torch.cat([start, gaussian(operator, source, more)], dim=1)
             return power_iteration(operator, k, which=which, tol=tol, max_matvecs=budget, start=start)
-        return lanczos(operator, k, which=which, tol=tol, max_matvecs=budget, start=start, source=source, extra=extra)
+        return lanczos(
+            operator,
+            k,
+            which=which,
+            tol=tol,
+            max_matvecs=budget,
+            start=start,
+            source=source,
+            extra=extra,
+            evidence=WARM if warm else COLD,
+        )
 
 
-RANDOM_SHARE = 0.2
+RANDOM_SHARE = 0.1
 """Length of the random part added to a given start vector, relative to it. Ours."""
 
 

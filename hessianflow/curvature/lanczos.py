@@ -22,7 +22,7 @@ Choices of ours:
   in the complement of the space until its largest Ritz value plus REACH residuals stays below the last wanted value.
   If the wanted values change on the way, the search goes on, and is checked again. For k = 1 such a check would double
   the cost where a few products suffice; there the residual must be small beside the gap to the next Ritz value
-  (SINGLE_ANGLE). Both are evidence, not proof; experiments/benchmarks/curvature.md has the failures counted.
+  (Evidence.angle). Both are evidence, not proof; experiments/benchmarks/curvature.md has the failures counted.
 - Breakdown (all residuals at rounding level): the space is invariant, and the check is made for k = 1 too.
 """
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hessianflow.curvature.results import EigenResult, Which
-from hessianflow.curvature.ritz_space import RitzSpace
+from hessianflow.curvature.ritz_space import COLD, Evidence, RitzSpace
 from hessianflow.curvature.vectors import gaussian
 from hessianflow.interfaces import LinearOperator
 
@@ -50,6 +50,7 @@ def lanczos(
     source: torch.Generator,
     extra: int = 0,
     max_basis: int | None = None,
+    evidence: Evidence = COLD,
 ) -> EigenResult:
     """The k most wanted eigenpairs; see :func:`~hessianflow.curvature.eigenpairs.top_eigenpairs` for the arguments.
 
@@ -58,9 +59,10 @@ def lanczos(
         source: generator of the directions tried after a breakdown.
         extra: further Ritz pairs to return after the wanted ones, however accurate (for a later warm start).
         max_basis: vectors kept at once (and as many products); default max(2k + 20, 40). Ours.
+        evidence: what is asked of a residual.
     """
     least = k + extra + CHECK_STEPS[0] + 1
-    space = RitzSpace(operator, which, k, k + extra, max(max_basis or max(2 * k + 20, 40), least))
+    space = RitzSpace(operator, which, k, k + extra, max(max_basis or max(2 * k + 20, 40), least), evidence)
     seeds = list(start.unbind(1))
     while True:
         accurate = not seeds and space.is_accurate(tol)

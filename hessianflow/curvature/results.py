@@ -22,6 +22,7 @@ class EigenResult:
         matvecs: products spent.
         converged: whether all wanted pairs met the tolerance.
         history: the leading value after each product.
+        direction: where the search would have gone on, the residual of the leading pair, shape [size]; Lanczos only.
     """
 
     values: Tensor
@@ -31,6 +32,7 @@ class EigenResult:
     matvecs: int
     converged: bool
     history: tuple[float, ...] = ()
+    direction: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A basis V with its products W = A V is kept, so projections, Ritz pairs and resi
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +17,31 @@ from hessianflow.interfaces import LinearOperator
 
 Array = npt.NDArray[np.float64]
 
-RESIDUAL_CAP = 0.01
-"""Largest residual, relative to its value, for which the quadratic bound is trusted. Ours, measured."""
+
+class Evidence(NamedTuple):
+    """How small a residual must be before a gap between Ritz values is trusted. Ours, measured.
+
+    Attributes:
+        cap: largest residual relative to its value.
+        angle: for one pair, largest residual relative to the gap to the next Ritz value: a bound on the sine of the
+            angle to the eigenvector.
+    """
+
+    cap: float
+    angle: float
+
+
+COLD = Evidence(0.01, 0.015)
+"""Of 150 random starts on a net's spectrum with leading values 3.5 % apart, 9 settled on the second without the rule on
+the angle, 2 with it. Where the gap is wide (ResNet-20, SqueezeNext) it is free; on small nets it adds 1 to 3."""
+
+WARM = Evidence(0.015, 0.04)
+"""From the sum of remembered vectors that the probe makes. Larger ones were tried: an angle of 0.05 gave one reading
+9 % low in 72 on small nets, a cap of 0.02 missed leading values that had changed places 3 % apart."""
 
 SPREAD_SHARE = 0.1
 """Largest residual relative to the spread of the Ritz values. Ours: in nets the spread is about the leading value, and
-RESIDUAL_CAP is the stricter of the two by far."""
-
-SINGLE_ANGLE = 0.015
-"""For one pair: largest residual relative to the gap to the next Ritz value, a bound on the sine of the angle to the
-eigenvector. Ours: of 150 starts on a net's spectrum whose leading values lie 3.5 % apart, 9 settled on the second
-without this rule, 2 with it; where the gap is wide (ResNet-20, SqueezeNext) it costs nothing, on small nets 1 to 3
-products."""
+the cap on the residual is the stricter of the two by far."""
 
 REACH = 3.0
 """Residuals by which a Ritz value of the check may still grow. Ours: of 160 runs for the top five of small nets with
@@ -43,7 +57,9 @@ class RitzSpace:
     All numbers are in units of a power of two near the first product, so that squares neither vanish nor overflow.
     """
 
-    def __init__(self, operator: LinearOperator, which: Which, k: int, keep: int, capacity: int) -> None:
+    def __init__(
+        self, operator: LinearOperator, which: Which, k: int, keep: int, capacity: int, evidence: Evidence
+    ) -> None:
         self._operator, self._which, self._k, self._keep = operator, which, k, keep
         self._capacity = min(operator.size, capacity)
         rows = min(8, self._capacity)
@@ -51,6 +67,7 @@ class RitzSpace:
         self._products = torch.empty_like(self._basis)
         self._projected = np.zeros((self._capacity, self._capacity))
         self._gram = np.zeros((self._capacity, self._capacity))
+        self._evidence = evidence
         self._unit = 0.0
         self._scale = 0.0  # largest magnitude seen, also of values that a restart has dropped
         self._history: list[float] = []
@@ -169,6 +186,7 @@ class RitzSpace:
             matvecs=self.matvecs,
             converged=converged,
             history=tuple(value * self._unit for value in self._history),
+            direction=self._residual_vectors[0] * self._unit,
         )
 
     def _scaled(self, product: Tensor) -> Tensor:
@@ -195,7 +213,7 @@ class RitzSpace:
 
     def _accurate(self, tol: float) -> npt.NDArray[np.bool_]:
         magnitudes = np.abs(self.values[: len(self.bounds)])
-        cap = max(tol, min(RESIDUAL_CAP, (tol / 10) ** 0.5))
+        cap = max(tol, min(self._evidence.cap, (tol / 10) ** 0.5))
         within = self.bounds <= np.maximum(tol * magnitudes, self.noise)
         spread = SPREAD_SHARE * float(self.values.max() - self.values.min())
         limit = np.maximum(np.minimum(cap * magnitudes, spread), self.noise)
@@ -207,7 +225,7 @@ class RitzSpace:
         # A value that agrees within the tolerance is as good an answer.
         others = distances[distances > tol * abs(self.values[0])]
         gap = float(others.min()) if len(others) else math.inf
-        return bool(self.residuals[0] <= max(SINGLE_ANGLE * gap, self.noise))
+        return bool(self.residuals[0] <= max(self._evidence.angle * gap, self.noise))
 
     def _is_rivalled(self, tol: float) -> bool:
         """Whether an unwanted pair might, within its residual, still outdo the last of several wanted ones."""
