@@ -124,7 +124,7 @@ class Subject:
 
 
 def loop(options: argparse.Namespace) -> None:
-    for path in (Path("float32"), Path("bf16")):
+    for path in map(Path, options.precisions):
         pixels = cifar10((options.steps + 2) * BATCH, options.data_dir)[:2]
         bare, plain, attacked = (Subject(path, *pixels) for _ in range(3))
         probes = {n: bare.probe(n) for n in (128, 64, 32)}
@@ -139,7 +139,7 @@ def loop(options: argparse.Namespace) -> None:
                 if number > 0:  # the first round warms up
                     steps[name].append(subject.batches.step_seconds())
             for n, probe in probes.items():
-                if n < 128 or number % 3 == 0:  # the largest takes long
+                if n < 128 or number % 2 == 0:  # the largest takes long
                     found = timed(probe)
                     if number > 0:
                         readings[n].append(found)
@@ -237,7 +237,7 @@ def profile(options: argparse.Namespace) -> None:
             subject.trained().fit()
         events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
-        print(f"\n{path}: {total / 2000:.0f} ms a step\n\n| operation | share | calls |\n|---|---|---|")
+        print(f"\n{path}, two steps\n\n| operation | share of the time | calls |\n|---|---|---|")
         for event in events[:8]:
             print(f"| `{event.key[:60]}` | {event.self_cpu_time_total / total:.1%} | {event.count} |", flush=True)
 
@@ -285,6 +285,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=("float32", "bf16"))
     parser.add_argument("--steps", type=int, default=5, help="steps a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
