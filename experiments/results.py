@@ -193,18 +193,33 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     found = groups(rows)
     problems = list(dict.fromkeys(group.problem for group in found))
     methods = list(dict.fromkeys(group.method for group in found))
-    figure = style.new_figure(9.0, 3.6 * len(problems))
+    figure = style.new_figure(9.5, 3.4 * len(problems))
     axes = figure.subplots(len(problems), 2, squeeze=False)
-    for index, problem in enumerate(problems):
-        left, right = axes[index]
-        for group in (group for group in found if group.problem == problem):
-            colour = style.colour(methods.index(group.method))
-            accuracies = [100 * value for value in group.values("accuracy")]
-            left.plot(group.values("updates"), accuracies, "o", markersize=4, color=colour, label=group.method)
-            for row in group.rows:
-                sizes = [epoch["batch_size"] for epoch in row["epochs"]]
-                right.step(range(1, len(sizes) + 1), sizes, where="post", linewidth=1.1, color=colour, alpha=0.8)
-        left.set(xscale="log", title=problem, xlabel="optimizer updates", ylabel="test accuracy (%)")
-        right.set(yscale="log", title=problem, xlabel="epoch", ylabel="batch size")
-        left.legend(fontsize=6)
+    for (left, right), problem in zip(axes, problems, strict=True):
+        here = [group for group in found if group.problem == problem]
+        for group in here:
+            _draw_group(left, right, group, methods.index(group.method))
+        left.set(xscale="log", title=problem)
+        left.xaxis.set_major_formatter("{x:.0f}")
+        left.xaxis.set_minor_formatter("{x:.0f}")
+        left.tick_params(axis="x", which="both", labelsize=7)
+        style.batch_axis(
+            right, [epoch["batch_size"] for group in here for row in group.rows for epoch in row["epochs"]]
+        )
+        style.finish(left, "optimizer updates", "test accuracy (%)")
+        style.finish(right, "epoch", "batch size")
+        right.legend(*left.get_legend_handles_labels(), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
+
+
+def _draw_group(left: Any, right: Any, group: Group, index: int) -> None:
+    """Every run of a group: a point and a line, in the colour and the marker of its method on all problems."""
+    from hessianflow.plots import style
+
+    colour, marker = style.colour(index), "os^v"[index // len(style.COLOURS) % 4]
+    accuracies = [100 * value for value in group.values("accuracy")]
+    left.plot(group.values("updates"), accuracies, marker, markersize=5, alpha=0.8, color=colour, label=group.method)
+    for row in group.rows:
+        sizes = [epoch["batch_size"] for epoch in row["epochs"]]
+        dash = style.dash(index)
+        right.step(range(1, len(sizes) + 1), sizes, where="mid", linewidth=1.1, color=colour, alpha=0.8, linestyle=dash)

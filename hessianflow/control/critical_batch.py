@@ -65,8 +65,7 @@ class CriticalBatch(BoundedController[CriticalState]):
             doubled). None: the second bound is left out, and no eigenvalue asked for.
         window: readings the median is taken over (ours: 3).
         hysteresis: a growth by less than this factor is not made (ours: 1.25).
-        max_growth: the largest factor of one growth (ours: 2; on digits, growths by 10 after one low eigenvalue cost a
-            point of accuracy).
+        max_growth: the largest factor of one growth (ours: 2).
         adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
