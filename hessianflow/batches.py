@@ -41,20 +41,33 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     return batch
 
 
-def split(batch: Batch, size: int | None) -> Iterator[Batch]:
+def split(batch: Batch, size: int | None, group: int | None = None) -> Iterator[Batch]:
     """Cut a batch, in order, into the fewest microbatches of at most `size` examples. None: one piece.
 
     The pieces are as equal as can be (130 examples at size 128 make 65 + 65): batch normalisation then never sees a
     microbatch of a few examples next to full ones.
+
+    Args:
+        batch: (inputs, targets).
+        size: most examples a piece.
+        group: the batch is thought of as the fewest equal groups of at most this many, and a piece that can hold one
+            holds whole groups only: what is normalised together does not depend on `size`.
     """
     total = num_examples(batch)
-    pieces = 1 if size is None else max(1, -(-total // size))
-    if pieces == 1:
+    if size is None or size >= total:
         yield batch
         return
-    for piece in range(pieces):
-        start, stop = piece * total // pieces, (piece + 1) * total // pieces
+    unit = group if group is not None and group <= size else size
+    units = -(-total // unit)
+    for first in range(0, units, size // unit):
+        last = min(first + size // unit, units)
+        start, stop = _edge(total, units, first), _edge(total, units, last)
         yield map_tensors(lambda t, a=start, b=stop: t[a:b], batch)  # type: ignore[misc]
+
+
+def _edge(total: int, parts: int, index: int) -> int:
+    """Where part `index` begins when `total` is cut as `torch.tensor_split` does: the first ones are longer by one."""
+    return index * (total // parts) + min(index, total % parts)
 
 
 def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:

@@ -76,6 +76,7 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         schedule_unit=unit,
         probe=build_probe(config, parts),
         curvature="needed" if config.curvature == "needed" else "epoch",
+        reference_batch_size=config.batch_size,
         microbatch_size=microbatch_default(config) if config.microbatch_size is None else config.microbatch_size,
         norm_batch_size=config.norm_batch_size,
         observers=build_observers(config, optimizer),

@@ -12,6 +12,16 @@ from hessianflow.interfaces import HessianFlowError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    try:
+        status = _main(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of our output has gone: nothing is left to say, here or at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(given: list[str]) -> int:
     parser = Parser(prog="hessianflow", description="Train with a batch size that the curvature of the loss drives.")
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
     runs = {
@@ -19,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for room in (training, records, curvature, robustness, data)
         for name, run in room.add(commands).items()
     }
-    given = sys.argv[1:] if arguments is None else list(arguments)
     if given == ["--version"]:
         print(f"hessianflow {__version__}")
         return 0
@@ -30,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = runs[parsed.subcommand](parsed[parsed.subcommand])
         return status
-    except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return 0
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return _fail(parsed.subcommand, f"{error.strerror or error}{where}")

@@ -192,6 +192,19 @@ def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
     return gradient
 
 
+def check_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> None:
+    """Refuse a loss whose gradient by the inputs is zero everywhere: no attack with it could change anything.
+
+    Raises:
+        HessianFlowError: cross-entropy over a single output, for one.
+    """
+    if not bool(input_gradient(frozen, x, y, loss_fn).any()):
+        raise HessianFlowError(
+            "the gradient of the attack's loss by the inputs is zero everywhere, so nothing is perturbed; "
+            "give it the loss that is trained on (loss_fn=)"
+        )
+
+
 def random_deltas(budget: Budget, x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random start within the ball; fresh entropy without a generator."""
     if generator is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hessianflow.batches import loss_weight, mean_loss, num_examples, split
 from hessianflow.interfaces import Batch, GradientObserver, HessianFlowError, LossFn
-from hessianflow.training.evaluate import count_correct
+from hessianflow.training.evaluate import count_correct, weighted
 
 Precision = Literal["float32", "bf16", "fp16"]
 
@@ -27,6 +27,8 @@ class BatchResult:
     loss: Tensor
     correct: Tensor | None
     examples: int
+    trained: int
+    """`examples` were drawn from the data; a transform may have made another number of them."""
 
 
 @dataclass
@@ -38,6 +40,7 @@ class GradientAccumulator:
         loss_fn: see :data:`hessianflow.interfaces.LossFn`.
         parameters: what is trained: gradients of these are made, and no others looked at.
         observers: shown the gradient of each microbatch and the whole.
+        group_size: examples that batch normalisation sees at once; microbatches of that size or more hold whole groups.
         precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
     """
 
@@ -46,6 +49,7 @@ class GradientAccumulator:
     parameters: Sequence[nn.Parameter]
     observers: Sequence[GradientObserver] = ()
     precision: Precision = "float32"
+    group_size: int | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,21 +77,21 @@ class GradientAccumulator:
         whole = loss_weight(self.loss_fn, batch[1])
         loss_sum: Tensor | None = None
         correct: Tensor | None = None
-        for inputs, targets in split(batch, microbatch_size):
+        for inputs, targets in split(batch, microbatch_size, self.group_size):
             with self.autocast():
                 outputs = self.model(inputs)
                 loss = mean_loss(self.loss_fn, outputs, targets)
             weight = loss_weight(self.loss_fn, targets) / whole
             weight = weight.to(loss.dtype) if isinstance(weight, Tensor) else weight
             self._backward(loss, weight, num_examples(targets))
-            part = loss.detach().float() * weight
+            part = weighted(loss.detach().float(), weight)
             loss_sum = part if loss_sum is None else loss_sum + part
             hits = count_correct(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
             correct = hits if correct is None or hits is None else correct + hits
         assert loss_sum is not None
         if self.observers:
             self._show_whole(total)
-        return BatchResult(loss_sum, correct, total)
+        return BatchResult(loss_sum, correct, total, total)
 
     def clear(self) -> None:
         """Drop every gradient."""

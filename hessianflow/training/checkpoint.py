@@ -7,7 +7,8 @@ A checkpoint is one dict of tensors, numbers, strings, lists and dicts, so `torc
 
 import os
 import random
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 from hessianflow.interfaces import HessianFlowError
 
 FORMAT, VERSION = "hessianflow-checkpoint", 1
-FOLDER, LAST, PREVIOUS, BEST = "checkpoints", "last.pt", "previous.pt", "best.pt"
+FOLDER, LAST, PREVIOUS, BEST, SET_ASIDE = "checkpoints", "last.pt", "previous.pt", "best.pt", "last.damaged"
 
 
 def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
@@ -72,7 +73,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(folder: Path, history_bytes: int) -> tuple[dict[str, Any], str | None]:
-    """Read `last.pt`, or an older one when that is damaged or later than the history.
+    """Read `last.pt`, or an older one when that is damaged or later than the history; then it is set aside.
 
     Args:
         folder: of the checkpoints.
@@ -97,7 +98,11 @@ def load_newest(folder: Path, history_bytes: int) -> tuple[dict[str, Any], str |
         except HessianFlowError as error:
             first = first or error
         else:
-            return state, None if first is None else f"{first}; continuing from {name}"
+            if first is None:
+                return state, None
+            if (folder / LAST).exists():  # else the next save would move it over the good one
+                os.replace(folder / LAST, folder / SET_ASIDE)
+            return state, f"{first}; continuing from {name}"
     assert first is not None
     raise first
 
@@ -131,17 +136,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        return type(value)({key: plain(item) for key, item in value.items()})
+        items = {plain(key): plain(item) for key, item in value.items()}
+        return type(value)(items) if type(value) in (OrderedDict, Counter) else items
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(plain(item) for item in value)
     return value
 
 
-def all_finite(model: nn.Module) -> bool:
-    """Whether every weight and floating-point buffer is finite (waits for the device)."""
-    tensors = [t.detach() for t in [*model.parameters(), *model.buffers()] if t.is_floating_point() and t.numel()]
-    norms = torch._foreach_norm(tensors, float("inf"))
-    return not tensors or bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every number in them is finite (waits for the device once)."""
+    present = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+    if not present:
+        return True
+    norms = torch._foreach_norm(present, float("inf"))
+    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
@@ -172,7 +180,10 @@ def _keep_previous(path: Path, keep: int) -> None:
             os.replace(path.with_name(newer), path.with_name(older))
     link = path.with_name(PREVIOUS + ".tmp")
     link.unlink(missing_ok=True)
-    os.link(path, link)  # last.pt itself stays until the new one takes its name
+    try:
+        os.link(path, link)  # last.pt itself stays until the new one takes its name
+    except OSError:  # a file system without hard links: for a moment there is only previous.pt
+        link = path
     os.replace(link, path.with_name(PREVIOUS))
 
 

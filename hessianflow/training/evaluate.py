@@ -46,7 +46,7 @@ def evaluate(model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn) -
             outputs = inner(inputs)
             count = num_examples(targets)
             weight = loss_weight(loss_fn, targets)
-            loss_sum += mean_loss(loss_fn, outputs, targets).to(loss_sum) * weight
+            loss_sum += weighted(mean_loss(loss_fn, outputs, targets).to(loss_sum), weight)
             weight_sum += weight
             hits = count_correct(outputs, targets)
             if hits is None:
@@ -60,6 +60,12 @@ def evaluate(model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn) -
         )
     # The one wait for the device: the figures leave it here.
     return Evaluation((loss_sum / weight_sum).item(), correct.item() / examples if classified else None, examples)
+
+
+def weighted(loss: Tensor, weight: float | Tensor) -> Tensor:
+    """loss * weight, and 0 where a batch weighs nothing: all its targets are ignored, and its mean is 0 / 0."""
+    product = loss * weight
+    return torch.where(weight > 0, product, 0.0) if isinstance(weight, Tensor) else product
 
 
 def float64_on(device: torch.device) -> torch.dtype:

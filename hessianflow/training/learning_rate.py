@@ -22,9 +22,17 @@ class LearningRate:
     Args:
         optimizer: its current rates are the scheduled ones, stated at the reference batch size.
         scheduler: any torch scheduler of that optimizer, or None for a constant rate.
+        unit: what the scheduler's steps count.
+
+    Raises:
+        HessianFlowError: a ReduceLROnPlateau that should step within epochs.
     """
 
-    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None = None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, scheduler: LRScheduler | None = None, unit: ScheduleUnit = "epoch"
+    ) -> None:
+        if unit == "reference_batch" and isinstance(scheduler, ReduceLROnPlateau):
+            raise HessianFlowError('ReduceLROnPlateau watches epochs: use it with schedule_unit="epoch"')
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._scheduled = [_get(group) for group in optimizer.param_groups]
@@ -79,6 +87,7 @@ class LearningRate:
             "scheduled": list(self._scheduled),
             "scheduler": scheduler,
             "fraction": self._fraction,
+            "class": type(self._scheduler).__name__,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -88,6 +97,9 @@ class LearningRate:
         if (self._scheduler is None) != (state["scheduler"] is None):
             had, has = ("a", "no") if self._scheduler is None else ("no", "a")
             raise HessianFlowError(f"the checkpoint had {had} learning-rate scheduler, this run has {has}")
+        if state["class"] != type(self._scheduler).__name__:
+            own = type(self._scheduler).__name__
+            raise HessianFlowError(f"the checkpoint had the scheduler {state['class']}, this run has {own}")
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         self._apply()

@@ -43,7 +43,7 @@ class MicrobatchSize:
         self._limit: int | None = None
         self._candidate: int | None = None
         self._seconds: dict[int, list[float]] = {}
-        self._proven = 0
+        self._proven = self._batch = 0
         self._device = device
         self._started = 0.0
 
@@ -55,11 +55,11 @@ class MicrobatchSize:
     @property
     def is_proven(self) -> bool:
         """Whether a step of this size has already gone through: no out-of-memory error is expected."""
-        return self.size <= self._proven
+        return _largest_piece(self._batch, self.size) <= self._proven
 
     def begin(self, batch_size: int) -> int:
         """The size to run a step of `batch_size` examples with."""
-        self._candidate = None
+        self._candidate, self._batch = None, batch_size
         if self._searching and batch_size >= 2 * self._size and (self._limit is None or 2 * self._size <= self._limit):
             if len(self._seconds.get(self._size, ())) >= TIMED_STEPS:
                 self._candidate = 2 * self._size
@@ -69,7 +69,7 @@ class MicrobatchSize:
     def end(self, batch_size: int) -> None:
         """The step went through; `batch_size` examples."""
         size = self.size
-        self._proven = max(self._proven, min(size, batch_size))
+        self._proven = max(self._proven, _largest_piece(batch_size, size))
         if not self._searching or batch_size < 2 * self._size:
             return
         times = self._seconds.setdefault(size, [])
@@ -90,7 +90,7 @@ class MicrobatchSize:
         self._limit = tried // 2
         self._size = min(self._size, self._limit)
         self._proven = min(self._proven, self._limit)
-        self._candidate = None
+        self._candidate, self._searching = None, False
 
     def state_dict(self) -> dict[str, Any]:
         """What was found so far."""
@@ -105,3 +105,9 @@ class MicrobatchSize:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # only during the few timed steps of a search
         return time.perf_counter()
+
+
+def _largest_piece(batch_size: int, size: int) -> int:
+    """Examples in the largest of the equal pieces that a batch is cut into."""
+    pieces = max(1, -(-batch_size // size))
+    return -(-batch_size // pieces)

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hessianflow.interfaces import HessianFlowError, RecordSink
@@ -136,6 +137,7 @@ class RunRecord:
     def reopen(self, run_dir: Path, history_bytes: int) -> None:
         """Take over a run directory at its checkpoint: rows written after it are cut off, to be made again."""
         path = run_dir / HISTORY
+        path.touch()  # a run killed before its first row may have none
         os.truncate(path, history_bytes)
         self.run_dir = run_dir
         self._config = read_json(run_dir / CONFIG)
@@ -211,13 +213,23 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _refuse_used(folder: Path) -> None:
+    if not folder.is_dir() or _died_at_once(folder):
+        return
     if (folder / HISTORY).exists():
         raise HessianFlowError(
             f"run directory {folder} already holds a run: name another, or continue that one with "
             f"`hessianflow resume {folder}` (from Python: trainer.resume)"
         )
-    if folder.is_dir() and any(folder.iterdir()):
+    if any(folder.iterdir()):
         raise HessianFlowError(f"run directory {folder} is not empty: name a new or an empty one")
+
+
+def _died_at_once(folder: Path) -> bool:
+    """Whether a run began here and ended before it had anything worth keeping: no row, no checkpoint."""
+    known = {CONFIG, SETTINGS, HISTORY, "checkpoints"}
+    ours = all(path.name.removesuffix(".tmp") in known for path in folder.iterdir())
+    checkpoints = any((folder / "checkpoints").glob("*.pt"))
+    return ours and (folder / CONFIG).exists() and not checkpoints and history_length(folder) == 0
 
 
 def _write_first(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any] | None) -> None:
@@ -235,6 +247,8 @@ def _write_first(folder: Path, config: Mapping[str, Any], settings: Mapping[str,
 
 def finite(value: Any) -> Any:
     """The same structure with non-finite floats as None: standard JSON has no NaN."""
+    if isinstance(value, (np.generic, torch.Tensor)):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hessianflow.interfaces import HessianFlowError
 from hessianflow.training import checkpoint
 
 
@@ -20,7 +21,7 @@ class Saver:
     def __init__(self, every_examples: int | None, every_minutes: float | None, keep: int) -> None:
         self._every_examples, self._every_minutes, self._keep = every_examples, every_minutes, keep
         self._time = time.monotonic()
-        self._proven = False
+        self._proven: set[str] = set()
 
     def is_due(self, examples_since: int) -> bool:
         """Whether a checkpoint within the epoch is due, `examples_since` the last one."""
@@ -32,7 +33,15 @@ class Saver:
         """Write `state` under `name` into the run's folder of checkpoints."""
         path = run_dir / checkpoint.FOLDER / name
         checkpoint.save(path, state, self._keep)
-        if not self._proven:
-            checkpoint.load(path)  # better now than at a resume: something in the state may be unreadable
-            self._proven = True
+        # Better now than at a resume: something in the state, which fills with the first steps, may be unreadable.
+        stage = "filled" if state["updates"] > 0 else "new"
+        if stage not in self._proven:
+            self._proven.add(stage)
+            try:
+                checkpoint.load(path)
+            except HessianFlowError as error:
+                raise HessianFlowError(
+                    f"the state of this run cannot be kept: a part of it holds values other than tensors, numbers and "
+                    f"strings ({error})"
+                ) from None
         self._time = time.monotonic()

@@ -70,7 +70,8 @@ class RunState:
             "counters": asdict(self.counters),
             "examples": self.counters.examples,
             "updates": self.counters.updates,
-            "decision": dict(vars(decision)),
+            "classes": {name: type(part).__name__ for name, part in self.parts.items()},
+            "decision": checkpoint.plain(dict(vars(decision))),
             "seconds": self.watch.totals(),
             "history_bytes": history_bytes,
         }
@@ -85,6 +86,9 @@ class RunState:
             saved = state["parts"].get(name)
             if (part is None) != (saved is None):
                 raise HessianFlowError(f"{source} was made {'with' if part is None else 'without'} a {name}")
+            made = state["classes"][name]
+            if made != type(part).__name__:
+                raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {type(part).__name__}")
         own = type(self.optimizer).__name__
         if state["optimizer_class"] != own:
             raise HessianFlowError(

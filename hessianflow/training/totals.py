@@ -42,13 +42,13 @@ class RunningTotals:
         self._loss = torch.zeros((), dtype=float64_on(self._device), device=self._device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
         self._classified = True
-        self._examples = 0
+        self._examples = self._trained = 0
         self._setting: dict[str, float] = {}
 
     def add(self, result: BatchResult, update: int, decision: Decision, rate: float) -> None:
         """Count one optimization batch, trained under `decision` at learning rate `rate`."""
         self._last = result.loss
-        self._loss += result.loss * result.examples
+        self._loss += result.loss * result.trained
         if result.correct is None:
             self._classified = False
         else:
@@ -59,6 +59,7 @@ class RunningTotals:
         bad = torch.where(result.loss <= self._limit, _NEVER, update)
         self._first_bad = torch.minimum(self._first_bad, bad)
         self._examples += result.examples
+        self._trained += result.trained
         self._setting = {
             "batch_size": decision.batch_size,
             "lr": rate,
@@ -71,7 +72,7 @@ class RunningTotals:
 
     def means(self) -> tuple[float, float | None]:
         """Mean loss and accuracy since the epoch began (waits for the device)."""
-        count = max(self._examples, 1)
+        count = max(self._trained, 1)
         return self._loss.item() / count, self._correct.item() / count if self._classified else None
 
     def first_bad_update(self) -> int | None:
@@ -111,6 +112,7 @@ class RunningTotals:
             "correct": self._correct.clone(),
             "classified": self._classified,
             "examples": self._examples,
+            "trained": self._trained,
             "setting": dict(self._setting),
             "seconds": dict(self._seconds),
             "limit": None if self._limit is None else self._limit.clone(),
@@ -120,6 +122,6 @@ class RunningTotals:
         """Continue from :meth:`state_dict`."""
         self._loss = state["loss"].to(self._device)
         self._correct = state["correct"].to(self._device)
-        self._classified, self._examples = state["classified"], state["examples"]
+        self._classified, self._examples, self._trained = state["classified"], state["examples"], state["trained"]
         self._setting, self._seconds = dict(state["setting"]), dict(state["seconds"])
         self._limit = None if state["limit"] is None else state["limit"].to(self._device)

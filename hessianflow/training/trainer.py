@@ -22,6 +22,7 @@ from hessianflow.interfaces import (
     CurvatureProbe,
     Decision,
     GradientObserver,
+    HessianFlowError,
     LossFn,
     Progress,
     RecordSink,
@@ -64,13 +65,14 @@ class AdaptiveBatchTrainer:
         epochs: passes over the training data.
         scheduler: any torch scheduler; the controller's factor multiplies the rate it sets.
         schedule_unit: "epoch": the scheduler steps once an epoch. "reference_batch": once per reference batch of
-            examples (the batch size the run starts with), so that a schedule counted in steps keeps its meaning when
+            examples, so that a schedule counted in steps keeps its meaning when
             the batch grows.
         probe: measures curvature, when the controller needs it and, with `curvature="epoch"`, after every epoch.
+        reference_batch_size: batch size that the learning rate is stated at; None: the one the run starts with.
         microbatch_size: examples per forward pass on the device; halved for good when memory runs out. "auto" looks for
-            the fastest that fits. None: "auto" on a GPU, elsewhere the batch size the run starts with.
+            the fastest that fits. None: "auto" on a GPU, elsewhere the reference batch size.
         norm_batch_size: examples that batch normalisation sees at once in training ("ghost" batch normalisation). None:
-            the batch size the run starts with, as the published runs had in effect. 0: the whole microbatch.
+            the reference batch size, as the published runs had in effect. 0: the whole microbatch.
         transform: applied to each whole batch before the adversary.
         observers: shown the gradient of every microbatch; their signals go to the controller.
         max_grad_norm: clip the gradient of each step to this norm.
@@ -105,6 +107,7 @@ class AdaptiveBatchTrainer:
         schedule_unit: ScheduleUnit = "epoch",
         probe: CurvatureProbe | None = None,
         curvature: CurvatureSchedule = "epoch",
+        reference_batch_size: int | None = None,
         microbatch_size: int | Literal["auto"] | None = None,
         norm_batch_size: int | None = None,
         transform: BatchTransform | None = None,
@@ -130,17 +133,18 @@ class AdaptiveBatchTrainer:
         self.epochs, self.schedule_unit, self.show_progress = epochs, schedule_unit, show_progress
         self._saver = Saver(checkpoint_examples, checkpoint_minutes, keep_checkpoints)
         self._policy = DivergencePolicy(on_divergence, max_rollbacks)
-        self.reference_batch_size = decision.batch_size
-        self.norm_batch_size = decision.batch_size if norm_batch_size is None else norm_batch_size or None
+        self.reference_batch_size = reference_batch_size or decision.batch_size
+        self.norm_batch_size = self.reference_batch_size if norm_batch_size is None else norm_batch_size or None
         device = next(model.parameters()).device
         self._watch = Stopwatch(device)
         self._control = ControlPoint(controller, probe, tuple(observers), curvature, self._watch)
         self._totals = RunningTotals(device, self._watch.totals())
-        self._rate = LearningRate(optimizer, scheduler)
-        accumulate = GradientAccumulator(model, loss_fn, _trained(model, optimizer), observers, precision)
+        self._rate = LearningRate(optimizer, scheduler, schedule_unit)
+        trained = _trained(model, optimizer)
+        accumulate = GradientAccumulator(model, loss_fn, trained, observers, precision, self.norm_batch_size)
         if microbatch_size is None:
-            microbatch_size = "auto" if device.type == "cuda" else decision.batch_size
-        self._microbatch = MicrobatchSize(microbatch_size, min(AUTO_START, decision.batch_size), device)
+            microbatch_size = "auto" if device.type == "cuda" else self.reference_batch_size
+        self._microbatch = MicrobatchSize(microbatch_size, min(AUTO_START, self.reference_batch_size), device)
         self._step = TrainingStep(
             model, optimizer, accumulate, self._microbatch, adversary, transform, self._watch, device, max_grad_norm
         )
@@ -170,6 +174,8 @@ class AdaptiveBatchTrainer:
         """
         self._record.start({**self._config, "trainer": self._settings()})
         self._apply(self._decision)
+        if not checkpoint.all_finite(self._step.accumulate.parameters):
+            raise HessianFlowError("the model's weights are not finite before the first step")
         self._save()
         return self._run()
 
@@ -201,6 +207,9 @@ class AdaptiveBatchTrainer:
 
     def _run(self) -> History:
         modes = [(module, module.training) for module in self.model.modules()]
+        # A buffer may hold infinities of its own (an attention mask): watch what is finite now, and every weight.
+        buffers = [buffer for buffer in self.model.buffers() if checkpoint.all_finite([buffer])]
+        self._watched = [*self._step.accumulate.parameters, *buffers]
         total = self.epochs * self.train_data.num_examples
         bar = ProgressBar(total, self._state.counters.examples, show=self.show_progress)
         try:
@@ -215,9 +224,9 @@ class AdaptiveBatchTrainer:
         finally:
             bar.close()
             self._record.close()
+            self._stop_requested = False
             for module, training in modes:
                 module.training = training
-        self._stop_requested = False
         device, seconds = self._step.device, self._watch.totals()
         self._record.finish(rows.summary(self._record.history(), self.progress, self._decision, seconds, device))
         return self._record.history()
@@ -308,7 +317,7 @@ class AdaptiveBatchTrainer:
 
     def _check_divergence(self) -> None:
         update = self._totals.first_bad_update()
-        if update is None and checkpoint.all_finite(self.model):
+        if update is None and checkpoint.all_finite(self._watched):
             return
         update = update or self._state.counters.updates
         epoch = (self._state.counters.examples - 1) // self.train_data.num_examples + 1
@@ -325,10 +334,13 @@ class AdaptiveBatchTrainer:
         cap = self._policy.cap(self._record.history().growths, counters.rollbacks, counters.batch_cap)
         if cap is None or folder is None:
             raise error
-        rollbacks = counters.rollbacks + 1
-        state, _ = checkpoint.load_newest(folder / checkpoint.FOLDER, self._record.sync())
+        rollbacks, seconds = counters.rollbacks + 1, self._watch.totals()
+        state, warning = checkpoint.load_newest(folder / checkpoint.FOLDER, self._record.sync())
         self.load_state_dict(state, f"the checkpoint in {folder}")
+        self._watch.load(seconds)  # the time is spent all the same
         self._totals.forget_divergence()
+        if warning is not None:
+            self._event("fallback", warning)
         self._state.counters.rollbacks, self._state.counters.batch_cap = rollbacks, cap
         self._event("rollback", f"back to {self.progress.examples} examples; batch held at {cap} from now on")
         held = hold(self._decision, cap)

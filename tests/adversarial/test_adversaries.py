@@ -114,12 +114,24 @@ def test_bad_eps_is_refused_at_construction(adversary):
         adversary(-1.0, value_range=(0, 1))
 
 
-def test_a_loss_that_does_not_fit_the_model_is_reported():
+@pytest.mark.parametrize("attack", [FGSM, PGD])
+def test_a_loss_that_does_not_fit_the_model_is_reported(attack):
     """Cross-entropy over a single output is 0 whatever the input: nothing would be perturbed, and nobody would know."""
     model = torch.nn.Linear(4, 1)
     inputs, targets = torch.rand(6, 4), torch.rand(6, 1)
-    with pytest.raises(HessianFlowError, match=r"the attack changed nothing: .* give it the loss that is trained on"):
-        FGSM(0.1, value_range=(0.0, 1.0)).perturb(model, inputs, targets, 0.5)
-    attacked = FGSM(0.1, value_range=(0.0, 1.0), loss_fn=torch.nn.MSELoss()).perturb(model, inputs, targets, 0.5)
-    assert not torch.equal(attacked, inputs)
-    assert torch.equal(FGSM(0.0, value_range=None).perturb(model, inputs, targets, 0.5), inputs)
+    adversary = attack(0.1, value_range=(0.0, 1.0))
+    for _ in range(2):
+        adversary.perturb(model, inputs, targets, 0.5)
+    with pytest.raises(HessianFlowError, match=r"zero everywhere, .* give it the loss that is trained on"):
+        adversary.perturb(model, inputs, targets, 0.5)
+    adversary = attack(0.1, value_range=(0.0, 1.0), loss_fn=torch.nn.MSELoss())
+    for _ in range(4):
+        assert not torch.equal(adversary.perturb(model, inputs, targets, 0.5), inputs)
+
+
+def test_a_last_layer_that_begins_at_zero_is_no_reason_to_stop():
+    model = torch.nn.Linear(4, 3)
+    torch.nn.init.zeros_(model.weight)
+    adversary = FGSM(0.1, value_range=(0.0, 1.0))
+    inputs, targets = torch.rand(6, 4), torch.randint(3, (6,))
+    assert torch.equal(adversary.perturb(model, inputs, targets, 0.5), inputs)

@@ -43,10 +43,16 @@ def test_a_checkpoint_later_than_the_history_is_passed_over(tmp_path: Path):
     for n in (1, 2, 3):
         checkpoint.save(tmp_path / "last.pt", {"n": n, "history_bytes": 10 * n}, keep=3)
     assert checkpoint.load_newest(tmp_path, 30)[0]["n"] == 3
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert checkpoint.load_newest(tmp_path, 29)[0]["n"] == 2
+    assert (tmp_path / "last.damaged").exists(), "set aside, so that the next save does not move it over a good one"
+    for path, content in files.items():
+        path.write_bytes(content)
     state, warning = checkpoint.load_newest(tmp_path, 10)
     assert state["n"] == 1
     assert "had 30 bytes; it has 10 now: damaged; continuing from previous-2.pt" in warning
+    for path, content in files.items():
+        path.write_bytes(content)
     with pytest.raises(HessianFlowError, match="had 30 bytes; it has 9 now: damaged"):
         checkpoint.load_newest(tmp_path, 9)
 
@@ -70,12 +76,14 @@ def test_numpy_scalars_become_plain_and_readable(tmp_path: Path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_all_finite_sees_weights_and_buffers(value: float):
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    assert checkpoint.all_finite(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert checkpoint.all_finite(tensors)
+    assert checkpoint.all_finite([])
     model[1].running_mean[1] = value
-    assert not checkpoint.all_finite(model)
+    assert not checkpoint.all_finite(tensors)
     model[1].running_mean[1] = 0
     model[0].bias.data[0] = -value
-    assert not checkpoint.all_finite(model)
+    assert not checkpoint.all_finite(tensors)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 torn"])

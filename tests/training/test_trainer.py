@@ -400,3 +400,124 @@ def test_used_run_directory_is_refused(tmp_path: Path):
     with pytest.raises(HessianFlowError, match="already holds a run"):
         trainer(network(), data(), run_dir=tmp_path / "run", epochs=1).fit()
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == before
+
+
+def test_a_weight_that_is_not_finite_under_a_finite_loss_is_never_kept(tmp_path: Path):
+    """The square root has an infinite slope at 0: the loss is finite, the gradient is not."""
+    from hessianflow.training import checkpoint
+
+    model = network()
+    steps = []
+
+    def loss_fn(outputs, targets):
+        steps.append(1)
+        return F.cross_entropy(outputs, targets) + ((outputs.sum() * 0).abs().sqrt() if len(steps) == 10 else 0)
+
+    with pytest.raises(HessianFlowError, match=r"a weight was not finite"):
+        trainer(model, data(), run_dir=tmp_path / "run", loss_fn=loss_fn, checkpoint_examples=8).fit()
+    for name in ("last", "previous"):
+        state = checkpoint.load(tmp_path / "run" / "checkpoints" / f"{name}.pt")
+        assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_mask_of_infinities_is_no_divergence():
+    model = network()
+    model.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+    assert trainer(model, data()).fit().summary["status"] == "finished"
+
+
+def test_a_microbatch_of_ignored_targets_is_no_divergence():
+    model = network()
+    batches = data(16)
+    x, y = batches.examples(torch.arange(N))
+    y[: N // 2] = -100
+    ignoring = DeviceBatches(x, y, 16, shuffle=False, num_classes=2)
+    history = trainer(model, ignoring, (x[:10], y[:10]), microbatch_size=4).fit()
+    assert history.summary["status"] == "finished"
+    assert all(math.isfinite(row["train_loss"]) for row in history.epochs)
+
+
+def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
+    import numpy as np
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.1), weight_decay=np.float64(1e-4))
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [np.int64(1)])
+    options = {"optimizer": optimizer, "scheduler": scheduler}
+    assert trainer(model, data(), run_dir=tmp_path / "numpy", **options).fit().summary["status"] == "finished"
+
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.state["odd"]["array"] = np.zeros(2)
+
+    odd = Odd(model.parameters(), lr=0.1)
+    with pytest.raises(HessianFlowError, match="cannot be kept: a part of it holds values other than tensors"):
+        trainer(model, data(), run_dir=tmp_path / "odd", optimizer=odd, checkpoint_examples=8).fit()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_path: Path):
+    first = trainer(network(), data(), run_dir=tmp_path / "run")
+    first._save = lambda *names: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    assert (tmp_path / "run" / "config.json").exists()
+    assert trainer(network(), data(), run_dir=tmp_path / "run").fit().summary["status"] == "finished"
+
+
+def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
+    resumable(tmp_path / "run", network()).fit()
+    other = resumable(None, network())
+    other._rate._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(other._step.optimizer, 4)
+    with pytest.raises(HessianFlowError, match="had the scheduler MultiStepLR, this run has CosineAnnealingLR"):
+        other.resume(tmp_path / "run")
+
+    class Another(Script):
+        pass
+
+    other = resumable(None, network())
+    other._state.parts["controller"] = Another(Decision(8), {})
+    with pytest.raises(HessianFlowError, match="made with the controller Script, this run has Another"):
+        other.resume(tmp_path / "run")
+
+
+def test_a_transform_may_change_the_number_of_rows():
+    def twice(inputs, targets, progress):
+        return torch.cat([inputs, inputs]), torch.cat([targets, targets])
+
+    history = trainer(network(), data(), transform=twice, epochs=2).fit()
+    assert history.summary["examples"] == 2 * N
+    assert 0 <= history.epochs[-1]["train_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (4, 16), (8, 100), (4, 12)])
+def test_what_is_normalised_together_does_not_depend_on_the_microbatch(sizes: tuple[int, int]):
+    """Ghost batch normalisation over a ragged batch: the same weights for every microbatch size."""
+    models = []
+    for size in sizes:
+        model = network(norm=True).double()
+        batches = DeviceBatches(*data().examples(torch.arange(N)), 15)
+        batches._dtype = torch.float64
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer(model, batches, optimizer=optimizer, microbatch_size=size, norm_batch_size=4).fit()
+        models.append(weights(model))
+    torch.testing.assert_close(models[0], models[1], rtol=1e-10, atol=1e-12)
+
+
+def test_warm_up_of_a_large_batch_keeps_the_schedule_of_the_reference_batch():
+    from hessianflow.control import Warmup
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step >= 12 else 1.0)
+    history = trainer(
+        model,
+        data(count=48),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        schedule_unit="reference_batch",
+        controller=Warmup(24, 8, warmup_epochs=0),
+        reference_batch_size=8,
+        epochs=4,
+    ).fit()
+    assert [row["lr"] for row in history.epochs] == pytest.approx([0.3, 0.3, 0.03, 0.03])

@@ -143,9 +143,7 @@ def test_weights_that_are_not_finite_are_never_saved_whatever_the_loss(tmp_path:
         return inputs, targets
 
     made = trainer(model, run_dir=tmp_path / "run", transform=poison, checkpoint_examples=16)
-    with pytest.raises(
-        HessianFlowError, match=r"or a weight was not finite, .* in epoch 2 at update 1"
-    ):
+    with pytest.raises(HessianFlowError, match=r"or a weight was not finite, .* in epoch 2 at update 1"):
         made.fit()
     for file in (tmp_path / "run" / "checkpoints").iterdir():
         assert all(torch.isfinite(v).all() for v in checkpoint.load(file)["model"].values()), file
