@@ -4,6 +4,7 @@ Only plain files and folders come out, only below the target folder, and never m
 absolute names and names with ".." are refused before anything is written.
 """
 
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -20,7 +21,10 @@ from hessianflow.interfaces import HessianFlowError
 MAX_UNPACKED_BYTES = 4 << 30
 """Largest total that an archive may unpack to by default (ours; the largest of our sets needs 0.6 GB)."""
 
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, BadGzipFile, EOFError, zlib.error, RuntimeError)
+DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, BadGzipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, RuntimeError, ValueError, FileExistsError),
+)
 """What the standard library raises on archives that are broken, encrypted, or of an unknown compression."""
 
 Member = tarfile.TarInfo | zipfile.ZipInfo

@@ -33,7 +33,9 @@ def read_svhn(root: Path, split: str, *, records: Mapping[str, int] = RECORDS) -
     expected = (32, 32, 3, records[split])
     if images.shape != expected or images.dtype != np.uint8:
         raise damaged(name, paths[0], f"X is {images.dtype} {images.shape}, expected uint8 {expected}")
-    if labels.size != records[split] or labels.min() < 1 or labels.max() > 10:
+    if labels.size != records[split] or labels.dtype.kind not in "uif" or not np.isin(labels, range(1, 11)).all():
+        if labels.size == 0 or labels.dtype.kind not in "uif":
+            raise damaged(name, paths[0], f"y holds {labels.size} labels of type {labels.dtype}")
         found = f"{labels.size} labels from {labels.min()} to {labels.max()}"
         raise damaged(name, paths[0], f"y holds {found}, expected {records[split]} from 1 to 10")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))

@@ -112,4 +112,7 @@ def _test_files(files: _Files) -> list[tuple[str, str]]:
     short = [row for row in rows if len(row) < 2]
     if short:
         raise damaged(NAME, "val/val_annotations.txt", f"line {short[0]!r} has no tab between file and class")
+    outside = [row[0] for row in rows if not row[0].strip(".") or set(row[0]) & set("/\\\0")]
+    if outside:
+        raise damaged(NAME, "val/val_annotations.txt", f"{outside[0]!r} is not the name of a file")
     return [(f"val/images/{row[0]}", row[1]) for row in rows]

@@ -179,6 +179,8 @@ def damage_tiny(folder: Path, what: str) -> None:
         (folder / "val/images/val_0.JPEG").unlink()
     elif what == "tabs":
         (folder / "val/val_annotations.txt").write_text("val_0.JPEG n02\n")
+    elif what == "outside":
+        (folder / "val/val_annotations.txt").write_text("../../../secret.JPEG\tn02\t0\t0\t1\t1\n")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +192,7 @@ def damage_tiny(folder: Path, what: str) -> None:
         ("size", "train", "n01_1.JPEG: image is 32x32, expected 64x64"),
         ("val", "test", "val/images/val_0.JPEG: missing"),
         ("tabs", "test", "val_annotations.txt: line .* has no tab between file and class"),
+        ("outside", "test", "'../../../secret.JPEG' is not the name of a file"),
     ],
 )
 @pytest.mark.parametrize("zipped", [False, True])

@@ -50,6 +50,22 @@ def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
         read_svhn(tmp_path, "train", records=SMALL)
 
 
+@pytest.mark.parametrize("label", [1.5, float("nan"), 0.0])
+def test_labels_that_are_no_digits_are_refused(label: float, tmp_path: Path) -> None:
+    labels = np.ones((RECORDS, 1))
+    labels[3] = label
+    savemat(tmp_path / "train_32x32.mat", {"X": np.zeros((32, 32, 3, RECORDS), np.uint8), "y": labels})
+    with pytest.raises(HessianFlowError, match="y holds 10 labels from"):
+        read_svhn(tmp_path, "train", records=SMALL)
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    pictures = np.zeros((32, 32, 3, RECORDS), np.uint8)
+    savemat(tmp_path / "train_32x32.mat", {"X": pictures, "y": np.array(["a"] * RECORDS)})
+    with pytest.raises(HessianFlowError, match="y holds .* labels of type"):
+        read_svhn(tmp_path, "train", records=SMALL)
+
+
 @pytest.mark.parametrize("keep", [0, 100, 5000])
 def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "train_32x32.mat"
