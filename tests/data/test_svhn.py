@@ -62,7 +62,7 @@ def test_labels_that_are_no_digits_are_refused(label: float, tmp_path: Path) -> 
 def test_labels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     pictures = np.zeros((32, 32, 3, RECORDS), np.uint8)
     savemat(tmp_path / "train_32x32.mat", {"X": pictures, "y": np.array(["a"] * RECORDS)})
-    with pytest.raises(HessianFlowError, match="y holds .* labels of type"):
+    with pytest.raises(HessianFlowError, match=r"y holds .* labels of type"):
         read_svhn(tmp_path, "train", records=SMALL)
 
 
