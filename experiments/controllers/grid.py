@@ -166,6 +166,8 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
         base, schedule="multistep", loss_power=None, max_growth=base["max_batch_size"] / base["batch_size"]
     ),
     "critical-edge-only": lambda base: _critical(base, loss_power=None),
+    "critical-third": lambda base: _critical(base, edge_share=1 / 3),
+    "critical-fifth": lambda base: _critical(base, edge_share=1 / 5),
     "critical-loss-only": lambda base: _critical(base, edge_share=None),
     "fixed-cosine": lambda _: {"schedule": "cosine"},
 }
