@@ -1,19 +1,21 @@
 """Curvature beside PyHessian, curvlinops and scipy, in one process: cost, accuracy, memory.
 
-    python experiments/benchmarks/curvature.py [--problems mlp-3k mlp-50k resnet20 squeezenext] [--seeds 3]
+    python experiments/benchmarks/curvature.py [--problems mlp-3k mlp-50k resnet20 squeezenext] [--parts ...]
 
-Prints one Markdown table. Times are process CPU seconds with one thread (`torch.set_num_threads(1)`), medians over
-seeds. Every problem is trained for 50 SGD steps on noisy class templates first. References are Lanczos runs to an
-estimated error of 1e-4, for the small MLP the dense spectrum in float64. Peers that cannot be imported are skipped.
+Prints one Markdown table. Times are process CPU seconds with one thread (`torch.set_num_threads(1)`), which other
+processes on the machine disturb little. The libraries take turns in every round; given are medians and, of three or
+more rounds, [lower..upper quartile]. Every problem is trained for 50 SGD steps on noisy class templates first.
+References are Lanczos runs to an estimated error of 1e-4, for the small MLP the dense spectrum in float64. Peers that
+cannot be imported are skipped.
 """
 
 import argparse
 import copy
-import importlib
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,13 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from curvature_peers import Peers, eigen_routes, importable, replaced, symmetric_eig
 from problems import Problem, classification, dense_hessian, mlp, train
 
 import hessianflow as hf
 
+PARTS = ("product", "density", "top1", "top5", "warm", "trace", "memory", "repeated")
 PROBLEMS = ("mlp-3k", "mlp-50k", "resnet20", "squeezenext")
 Row = tuple[str, str, str, str]
 
@@ -56,35 +59,13 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return answer, time.process_time() - start
 
 
-class Peers:
-    """The other libraries, each on its own copy of the model in evaluation mode."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-
-    def pyhessian(self) -> Any:
-        """Its object, graph built."""
-        from pyhessian import hessian
-
-        model = copy.deepcopy(self.problem.model).eval()
-        return hessian(model, self.problem.loss_fn, data=self.problem.pair, cuda=False)
-
-    def curvlinops(self) -> Any:
-        """Its operator, without the costly checks of its constructor."""
-        from curvlinops import HessianLinearOperator
-
-        model = copy.deepcopy(self.problem.model).eval()
-        return HessianLinearOperator(
-            model, nn.CrossEntropyLoss(), list(model.parameters()), [self.problem.pair], check_deterministic=False
-        )
-
-
-def importable(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
+def spread(values: list[float], digits: str = ".3g") -> str:
+    """Median and, of three or more, quartiles."""
+    middle = f"{statistics.median(values):{digits}}"
+    if len(values) < 3:
+        return middle
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle} [{low:{digits}}..{high:{digits}}]"
 
 
 def product_cost(name: str, problem: Problem, rounds: int) -> list[Row]:
@@ -112,81 +93,27 @@ def product_cost(name: str, problem: Problem, rounds: int) -> list[Row]:
         gradient = timed(lambda: torch.autograd.grad(problem.loss_fn(model(problem.inputs), targets), params))[1]
         for key, route in routes.items():
             ratios[key].append(timed(route)[1] / gradient)
-    return [(name, "one product, gradients", key, f"{statistics.median(r):.2f}") for key, r in ratios.items()]
-
-
-def eigen_routes(problem: Problem, k: int) -> dict[str, Callable[[int], tuple[list[float], int]]]:
-    """Each maps a seed to (eigenvalues, products), set-up included."""
-
-    def ours(seed: int) -> tuple[list[float], int]:
-        operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
-        result = hf.curvature.top_eigenpairs(operator, k, seed=seed)
-        return result.values.tolist(), result.matvecs
-
-    def pyhessian(seed: int) -> tuple[list[float], int]:
-        module = importlib.import_module("pyhessian.hessian")
-        torch.manual_seed(seed)
-        count, original = 0, module.hessian_vector_product
-
-        def counted(*args: Any) -> Any:
-            nonlocal count
-            count += 1
-            return original(*args)
-
-        module.hessian_vector_product = counted
-        try:
-            peer = Peers(problem).pyhessian()
-            values = peer.eigenvalues(maxIter=100, tol=1e-3, top_n=k)[0]
-        finally:
-            module.hessian_vector_product = original
-        for parameter in peer.model.parameters():
-            parameter.grad = None
-        return values, count
-
-    def eigsh_on(operator: Any, seed: int) -> tuple[list[float], int]:
-        from scipy.sparse.linalg import LinearOperator, eigsh
-
-        count = 0
-
-        def product(v: Any) -> Any:
-            nonlocal count
-            count += 1
-            return operator.matvec(v)
-
-        counted = LinearOperator(operator.shape, matvec=product, dtype=np.float32)
-        start = np.random.default_rng(seed).standard_normal(operator.shape[0]).astype(np.float32)
-        values = eigsh(counted, k=k, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)
-        return sorted(values.tolist(), key=abs, reverse=True), count
-
-    def eigsh_ours(seed: int) -> tuple[list[float], int]:
-        operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
-        return eigsh_on(operator.to_scipy(), seed)
-
-    def eigsh_curvlinops(seed: int) -> tuple[list[float], int]:
-        return eigsh_on(Peers(problem).curvlinops().to_scipy(), seed)
-
-    routes = {"ours": ours, "eigsh on ours": eigsh_ours}
-    if importable("pyhessian"):
-        routes["PyHessian"] = pyhessian
-    if importable("curvlinops"):
-        routes["eigsh on curvlinops"] = eigsh_curvlinops
-    return routes
+    return [(name, "one product, gradients", key, spread(r)) for key, r in ratios.items()]
 
 
 def eigenvalues(name: str, problem: Problem, k: int, seeds: int, reference: list[float]) -> list[Row]:
-    rows = []
-    for key, route in eigen_routes(problem, k).items():
-        products, seconds, errors = [], [], []
-        for seed in range(seeds if "eigsh" not in key or name.startswith("mlp") else 1):
+    """Each seed is a round in which all libraries take their turn."""
+    routes = eigen_routes(problem, k)
+    products: dict[str, list[float]] = {key: [] for key in routes}
+    seconds: dict[str, list[float]] = {key: [] for key in routes}
+    errors: dict[str, list[float]] = {key: [] for key in routes}
+    for seed in range(seeds):
+        for key, route in routes.items():
             (values, count), spent = timed(lambda seed=seed, route=route: route(seed))
-            products.append(count)
-            seconds.append(spent)
-            errors.append(max(abs(v - r) / abs(r) for v, r in zip(values, reference, strict=True)))
-        value = (
-            f"{statistics.median(products):g} products, {statistics.median(seconds):.3g} s, "
-            f"error {statistics.median(errors):.1e} / {max(errors):.1e}"
-        )
-        rows.append((name, f"top-{k}", key, value))
+            products[key].append(count)
+            seconds[key].append(spent)
+            errors[key].append(max(abs(v - r) / abs(r) for v, r in zip(values, reference, strict=True)))
+    rows = []
+    for key in routes:
+        ratio = spread([other / own for own, other in zip(seconds["ours"], seconds[key], strict=True)])
+        text = f"{spread(products[key])} products, {spread(seconds[key])} s, {ratio} x ours, error "
+        text += f"{statistics.median(errors[key]):.1e}, worst {max(errors[key]):.1e} of {seeds}"
+        rows.append((name, f"top-{k}", key, text))
     return rows
 
 
@@ -230,21 +157,41 @@ def traces(name: str, problem: Problem, truth: float | None, seeds: int) -> list
 
 
 def density(name: str, problem: Problem, spectrum: np.ndarray, seeds: int) -> list[Row]:
+    """One probe of 40 steps each; PyHessian with a stand-in for the `torch.eig` that torch has removed."""
     from scipy.stats import wasserstein_distance
 
     operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
-    distances, seconds = [], []
-    for seed in range(seeds):
-        found, spent = timed(lambda s=seed: hf.curvature.spectral_density(operator, num_probes=1, steps=40, seed=s))
-        distances.append(wasserstein_distance(found.nodes[0], spectrum, found.weights[0]))
-        seconds.append(spent)
-    text = f"{statistics.median(distances):.1e} (max {max(distances):.1e}), {statistics.median(seconds):.3g} s"
-    return [(name, "density, 40 steps, W1 to exact", "ours", text)]
+
+    def ours(seed: int) -> tuple[Any, Any]:
+        found = hf.curvature.spectral_density(operator, num_probes=1, steps=40, seed=seed)
+        return found.nodes[0], found.weights[0]
+
+    def pyhessian(seed: int) -> tuple[Any, Any]:
+        torch.manual_seed(seed)
+        peer = Peers(problem).pyhessian()
+        nodes, weights = peer.density(iter=40, n_v=1)
+        for parameter in peer.model.parameters():
+            parameter.grad = None
+        return np.real(nodes[0]), np.real(weights[0])
+
+    routes = {"ours": ours} | ({"PyHessian": pyhessian} if importable("pyhessian") else {})
+    distances: dict[str, list[float]] = {key: [] for key in routes}
+    seconds: dict[str, list[float]] = {key: [] for key in routes}
+    with replaced(torch, "eig", symmetric_eig):
+        for seed in range(seeds):
+            for key, route in routes.items():
+                (nodes, weights), spent = timed(lambda seed=seed, route=route: route(seed))
+                distances[key].append(wasserstein_distance(nodes, spectrum, weights))
+                seconds[key].append(spent)
+    return [
+        (name, "density, 40 steps, W1 to exact", key, f"{spread(distances[key], '.1e')}, {spread(seconds[key])} s")
+        for key in routes
+    ]
 
 
-def peak_memory(name: str, route: str) -> float:
+def peak_memory(path: str, route: str) -> float:
     """MiB of resident memory above a warmed-up gradient, four products, in this (fresh) process."""
-    problem = problem_of(name)
+    problem = Problem(*torch.load(path, weights_only=False))
     model = problem.model.eval()
     for _ in range(2):
         torch.autograd.grad(problem.loss_fn(model(problem.inputs), problem.targets), list(model.parameters()))
@@ -267,14 +214,17 @@ def peak_memory(name: str, route: str) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def memory(name: str) -> list[Row]:
+def memory(name: str, problem: Problem) -> list[Row]:
     routes = ["ours, kept graph", "ours, microbatch 32"]
     routes += [peer for peer in ("PyHessian", "curvlinops") if importable(peer.lower())]
     rows = []
-    for route in routes:
-        command = [sys.executable, "-W", "ignore", __file__, "--peak", name, route]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append((name, "peak over a gradient, MiB", route, done.stdout.strip()))
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "problem.pt")
+        torch.save((problem.model, problem.loss_fn, problem.inputs, problem.targets), path)
+        for route in routes:
+            command = [sys.executable, "-W", "ignore", __file__, "--peak", path, route]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append((name, "peak over a gradient, MiB", route, done.stdout.strip()))
     return rows
 
 
@@ -290,35 +240,45 @@ def repeated(probes: int = 200) -> list[Row]:
     return [("mlp-50k", f"{probes} probes, growth in MiB after the 20th", "ours", f"{sizes[-1] - sizes[19]:.1f}")]
 
 
-def measure(name: str, seeds: int) -> Iterator[list[Row]]:
-    """All rows of one problem, each group as soon as it is measured."""
-    problem = problem_of(name)
-    small = name.startswith("mlp")
-    yield product_cost(name, problem, 41 if small else 5)
-    exact = None
+def references(name: str, problem: Problem) -> tuple[list[float], np.ndarray | None]:
+    """The five leading eigenvalues, and the whole spectrum where it is small enough."""
     if name == "mlp-3k":
         twin = copy.deepcopy(problem.model).double()
         double = Problem(twin, problem.loss_fn, problem.inputs.double(), problem.targets)
         exact = torch.linalg.eigvalsh(dense_hessian(double)).numpy()
-        reference = sorted(exact.tolist(), key=abs, reverse=True)[:5]
+        return sorted(exact.tolist(), key=abs, reverse=True)[:5], exact
+    operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
+    return hf.curvature.top_eigenpairs(operator, 5, tol=1e-4, max_matvecs=60, seed=77).values.tolist(), None
+
+
+def measure(name: str, seeds: int, parts: list[str]) -> Iterator[list[Row]]:
+    """All rows of one problem, each group as soon as it is measured."""
+    problem = problem_of(name)
+    small = name.startswith("mlp")
+    needs_truth = {"density", "top1", "top5", "trace"} & set(parts) if small else {"top1", "top5"} & set(parts)
+    values, exact = references(name, problem) if needs_truth else ([], None)
+    if "product" in parts:
+        yield product_cost(name, problem, 41 if small else 5)
+    if "density" in parts and exact is not None:
         yield density(name, problem, exact, 10)
-    else:
-        operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
-        reference = hf.curvature.top_eigenpairs(operator, 5, tol=1e-4, max_matvecs=60, seed=77).values.tolist()
-        operator.release()
-    yield eigenvalues(name, problem, 1, seeds, reference[:1])
-    yield eigenvalues(name, problem, 5, seeds if small else 1, reference)
-    yield warm(name, problem, seeds)
-    if not small:
-        yield memory(name)
-    yield traces(name, problem, None if exact is None else float(exact.sum()), 40 if small else 4)
+    if "top1" in parts:
+        yield eigenvalues(name, problem, 1, seeds, values[:1])
+    if "top5" in parts:
+        yield eigenvalues(name, problem, 5, seeds, values)
+    if "warm" in parts:
+        yield warm(name, problem, seeds, 12 if small else 3)
+    if "trace" in parts:
+        yield traces(name, problem, None if exact is None else float(exact.sum()), 40 if small else 4)
+    if "memory" in parts and not small:
+        yield memory(name, problem)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--peak", nargs=2, metavar=("PROBLEM", "ROUTE"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, metavar=("FILE", "ROUTE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -327,10 +287,10 @@ def main() -> None:
         return
     print("| problem | quantity | library | measured |\n|---|---|---|---|")
     for name in options.problems:
-        for rows in measure(name, options.seeds):
+        for rows in measure(name, options.seeds, options.parts):
             for row in rows:
                 print("| " + " | ".join(row) + " |", flush=True)
-    for row in repeated():
+    for row in repeated() if "repeated" in options.parts else []:
         print("| " + " | ".join(row) + " |")
 
 

@@ -85,7 +85,7 @@ class CurvatureProbe:
         k: int = 1,
         tol: float = 1e-2,
         warm_start: bool = True,
-        cold_every: int = 10,
+        cold_every: int = 20,
         which: Which = "LM",
         params: Selection = None,
         norm_mode: NormMode = "eval",

@@ -113,35 +113,47 @@ class RitzSpace:
         return True
 
     def _solve(self) -> None:
-        """Ritz values in the wanted order, the vectors' coordinates, and residuals of the k wanted pairs."""
+        """Ritz values in the wanted order, the vectors' coordinates, and what can be said of residuals for free."""
         theta, coordinates = np.linalg.eigh(self._projected[: self.size, : self.size])
         self._scale = max(self._scale, float(np.abs(theta).max()))
         order = _order(theta, self._which)
         self.values, self._coordinates = theta[order], coordinates[:, order]
+        # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2: too rough to accept a pair by, but it costs no vectors.
+        squares = ((self._gram[: self.size, : self.size] @ self._coordinates) * self._coordinates).sum(axis=0)
+        self._rough = np.sqrt(np.maximum(squares - self.values**2, 0))
+        self._is_measured = False
+
+    def _measure(self) -> None:
+        """Residuals and error bounds of the wanted pairs, once for each set of Ritz pairs."""
+        if self._is_measured:
+            return
         wanted = min(self._k, self.size)
         columns = sorted({*range(wanted), *_neighbours(self.values, wanted)})
         self._residual_vectors = self._residuals_of(columns)
         norms = self._norms_of(self._residual_vectors)
         self.residuals = norms[:wanted]
         self.bounds = _error_bounds(self.values, columns, norms, wanted)
-        # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2: too rough for stopping, but free for all pairs.
-        squares = ((self._gram[: self.size, : self.size] @ self._coordinates) * self._coordinates).sum(axis=0)
-        rough = np.sqrt(np.maximum(squares - self.values**2, 0))
-        self._reach = (_wantedness(self.values, self._which) + rough)[wanted:]
+        self._is_measured = True
 
     def is_accurate(self, tol: float) -> bool:
         """Whether all k wanted pairs are found and meet the tolerance."""
-        return self.size >= self._k and bool(self._accurate(tol).all()) and not self._is_rivalled(tol)
+        if self.size < self._k or self._surely_inaccurate(tol).any():
+            return False
+        return bool(self._accurate(tol).all()) and not self._is_rivalled(tol)
 
     def direction(self, tol: float) -> Tensor:
-        """Where the space is wrong: the residual of the first wanted pair that is not accurate yet."""
+        """Where the space is wrong: the residual of the first wanted pair that is (surely) not accurate yet."""
+        hopeless = self._surely_inaccurate(tol)
+        if hopeless.any():
+            return self._residuals_of([int(hopeless.argmax())])[0]
         accurate = self._accurate(tol)
-        if accurate.all() and len(self._reach) > 0:
-            return self._residuals_of([len(accurate) + int(self._reach.argmax())])[0]
+        if accurate.all() and self.size > self._k:
+            return self._residuals_of([self._k + int(self._reach().argmax())])[0]
         return self._residual_vectors[int(np.argmin(accurate))]  # of the first that is not
 
     def is_invariant(self) -> bool:
         """Whether all pairs are exact up to rounding, so that products lead nowhere new."""
+        self._measure()
         limit = 20 * self.noise  # rounding errors of a few steps
         if float(self.residuals.max()) > limit:
             return False
@@ -174,6 +186,7 @@ class RitzSpace:
 
     def result(self, *, converged: bool) -> EigenResult:
         """The pairs to keep; converged refers to the k wanted ones."""
+        self._measure()
         count = min(self._keep, self.size)
         norms = self._norms_of(self._residuals_of(list(range(count))))
         bounds = norms.copy()
@@ -211,13 +224,22 @@ class RitzSpace:
         self.size = keep
         self._solve()
 
-    def _accurate(self, tol: float) -> npt.NDArray[np.bool_]:
-        magnitudes = np.abs(self.values[: len(self.bounds)])
+    def _limits(self, tol: float) -> Array:
+        """Largest residuals of the wanted pairs."""
+        magnitudes = np.abs(self.values[: self._k])
         cap = max(tol, min(self._evidence.cap, (tol / 10) ** 0.5))
-        within = self.bounds <= np.maximum(tol * magnitudes, self.noise)
         spread = SPREAD_SHARE * float(self.values.max() - self.values.min())
-        limit = np.maximum(np.minimum(cap * magnitudes, spread), self.noise)
-        accurate: npt.NDArray[np.bool_] = within & (self.residuals <= limit)
+        limits: Array = np.maximum(np.minimum(cap * magnitudes, spread), self.noise)
+        return limits
+
+    def _surely_inaccurate(self, tol: float) -> npt.NDArray[np.bool_]:
+        surely: npt.NDArray[np.bool_] = self._rough[: self._k] - self._roughness > self._limits(tol)
+        return surely
+
+    def _accurate(self, tol: float) -> npt.NDArray[np.bool_]:
+        self._measure()
+        within = self.bounds <= np.maximum(tol * np.abs(self.values[: self._k]), self.noise)
+        accurate: npt.NDArray[np.bool_] = within & (self.residuals <= self._limits(tol))
         return accurate & self._is_single_out(tol) if self._k == 1 else accurate
 
     def _is_single_out(self, tol: float) -> bool:
@@ -229,11 +251,20 @@ class RitzSpace:
 
     def _is_rivalled(self, tol: float) -> bool:
         """Whether an unwanted pair might, within its residual, still outdo the last of several wanted ones."""
-        if self._k == 1 or len(self._reach) == 0:
+        if self._k == 1 or self.size <= self._k:
             return False
         last = _wantedness(self.values[self._k - 1 : self._k], self._which)[0]
-        rounding = 3 * torch.finfo(self._operator.dtype).eps ** 0.5 * self._scale  # of the square root above
-        return bool(self._reach.max() > last + max(tol * abs(last), rounding))
+        return bool(self._reach().max() > last + max(tol * abs(last), self._roughness))
+
+    def _reach(self) -> Array:
+        """How wanted the unwanted pairs might be."""
+        reach: Array = (_wantedness(self.values, self._which) + self._rough)[self._k :]
+        return reach
+
+    @property
+    def _roughness(self) -> float:
+        """Rounding errors of a residual that is the root of a difference of squares."""
+        return float(3 * torch.finfo(self._operator.dtype).eps ** 0.5 * self._scale)
 
     def _residuals_of(self, columns: list[int]) -> Tensor:
         coordinates = self._coordinates[:, columns]

@@ -1,0 +1,120 @@
+"""The other curvature libraries, driven as their documentation does, with the products they spend counted."""
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from problems import Problem
+from torch import nn
+
+import hessianflow as hf
+
+
+class Peers:
+    """The other libraries, each on its own copy of the model in evaluation mode."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def pyhessian(self) -> Any:
+        """Its object, graph built."""
+        from pyhessian import hessian
+
+        model = copy.deepcopy(self.problem.model).eval()
+        return hessian(model, self.problem.loss_fn, data=self.problem.pair, cuda=False)
+
+    def curvlinops(self) -> Any:
+        """Its operator, without the costly checks of its constructor."""
+        from curvlinops import HessianLinearOperator
+
+        model = copy.deepcopy(self.problem.model).eval()
+        return HessianLinearOperator(
+            model, nn.CrossEntropyLoss(), list(model.parameters()), [self.problem.pair], check_deterministic=False
+        )
+
+
+def importable(name: str) -> bool:
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
+def eigen_routes(problem: Problem, k: int) -> dict[str, Callable[[int], tuple[list[float], int]]]:
+    """Each maps a seed to (eigenvalues, products), set-up included."""
+
+    def ours(seed: int) -> tuple[list[float], int]:
+        operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
+        result = hf.curvature.top_eigenpairs(operator, k, seed=seed)
+        return result.values.tolist(), result.matvecs
+
+    def pyhessian(seed: int) -> tuple[list[float], int]:
+        module = importlib.import_module("pyhessian.hessian")
+        torch.manual_seed(seed)
+        count, original = 0, module.hessian_vector_product
+
+        def counted(*args: Any) -> Any:
+            nonlocal count
+            count += 1
+            return original(*args)
+
+        module.hessian_vector_product = counted
+        try:
+            peer = Peers(problem).pyhessian()
+            values = peer.eigenvalues(maxIter=100, tol=1e-3, top_n=k)[0]
+        finally:
+            module.hessian_vector_product = original
+        for parameter in peer.model.parameters():
+            parameter.grad = None
+        return values, count
+
+    def eigsh_on(operator: Any, seed: int) -> tuple[list[float], int]:
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        count = 0
+
+        def product(v: Any) -> Any:
+            nonlocal count
+            count += 1
+            return operator.matvec(v)
+
+        counted = LinearOperator(operator.shape, matvec=product, dtype=np.float32)
+        start = np.random.default_rng(seed).standard_normal(operator.shape[0]).astype(np.float32)
+        values = eigsh(counted, k=k, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)
+        return sorted(values.tolist(), key=abs, reverse=True), count
+
+    def eigsh_ours(seed: int) -> tuple[list[float], int]:
+        operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
+        return eigsh_on(operator.to_scipy(), seed)
+
+    def eigsh_curvlinops(seed: int) -> tuple[list[float], int]:
+        return eigsh_on(Peers(problem).curvlinops().to_scipy(), seed)
+
+    routes = {"ours": ours, "eigsh on ours": eigsh_ours}
+    if importable("pyhessian"):
+        routes["PyHessian"] = pyhessian
+    if importable("curvlinops"):
+        routes["eigsh on curvlinops"] = eigsh_curvlinops
+    return routes
+
+
+def symmetric_eig(matrix: Any, eigenvectors: bool = True) -> tuple[Any, Any]:  # noqa: ARG001 - the signature of `torch.eig`
+    """What `torch.eig` gave for a symmetric matrix: values as (real, imaginary), and vectors."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of another library, for the duration."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
