@@ -140,7 +140,7 @@ def build_probe(config: TrainConfig, parts: Parts) -> CurvatureProbe | None:
         parts.train.sample(count, config.seed),
         tol=config.probe_tolerance,
         budget=config.curvature_budget,
-        norm_mode=config.norm_mode,
+        norm_mode=given(config.norm_mode),
         seed=config.seed,
     )
 

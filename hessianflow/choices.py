@@ -11,7 +11,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hessianflow.adversarial import FGSM, PGD
 from hessianflow.config import TrainConfig
-from hessianflow.control import ABSA, CABS, AdaBatch, DiveBatch, FixedBatch, GrowInsteadOfDecay, NoiseScale, Warmup
+from hessianflow.control import (
+    ABSA,
+    CABS,
+    AdaBatch,
+    CriticalBatch,
+    DiveBatch,
+    FixedBatch,
+    GrowInsteadOfDecay,
+    NoiseScale,
+    Warmup,
+)
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.interfaces import Adversary, BatchController, GradientObserver
 from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorms, polynomial_decay
@@ -109,6 +119,7 @@ def build_controller(config: TrainConfig) -> BatchController:
         "grow-instead-of-decay": grow_instead,
         "noise-scale": lambda: NoiseScale(batch, cap, adversarial_share=share),
         "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch), adversarial_share=share),
+        "critical": lambda: CriticalBatch(batch, cap, momentum=config.momentum, adversarial_share=share),
         "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
     }
     controller = makers[config.controller]()

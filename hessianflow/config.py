@@ -23,6 +23,7 @@ ControllerName = Literal[
     "noise-scale",
     "cabs",
     "divebatch",
+    "critical",
 ]
 AdversaryName = Literal["fgsm", "pgd", "none"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lars", "clars", "lamb"]
@@ -50,7 +51,8 @@ class TrainConfig:
         controller: who decides the batch size. absa: the top eigenvalue, or patience; abs: the same without adversary;
             fixed: batch_size throughout; warmup: max_batch_size from the start, with a rate that rises to linear
             scaling; adabatch: growth every 20 epochs; grow-instead-of-decay: growth by 1/lr_decay at the milestones;
-            noise-scale, cabs, divebatch: from the variance of the gradients.
+            noise-scale, cabs, divebatch: from the variance of the gradients; critical: ours, from the loss and the
+            distance to the edge of stability, under a cosine schedule.
         adversary: attack on a share of every batch.
         optimizer: how a step is taken.
         batch_size: examples per optimizer step at the start; the learning rate is stated for it.
@@ -77,7 +79,8 @@ class TrainConfig:
         probe_tolerance: relative residual at which an eigenvalue counts as converged.
         curvature_budget: largest share of the training cost that readings may take, e.g. 0.01; an epoch whose reading
             would exceed it goes without, and counts for patience; default: no limit.
-        norm_mode: statistics of batch normalisation in curvature measurements.
+        norm_mode: statistics of batch normalisation in curvature measurements: the running ones (eval) or those of the
+            batch measured; default: eval, but batch for critical.
         microbatch_size: examples per forward pass; auto finds the fastest; default: auto on a GPU, else batch_size.
         norm_batch_size: examples batch normalisation sees at once in training; default: batch_size; 0: the microbatch.
         augment: random crops and flips where the data set's preset has them.
@@ -131,7 +134,7 @@ class TrainConfig:
     probe_examples: int | None = None
     probe_tolerance: float = 1e-2
     curvature_budget: float | None = None
-    norm_mode: NormMode = "eval"
+    norm_mode: NormMode | None = None
     microbatch_size: int | Literal["auto"] | None = None
     norm_batch_size: int | None = None
     augment: bool = True
@@ -167,7 +170,7 @@ class TrainConfig:
             )
         if self.milestones is not None and list(self.milestones) != sorted(set(self.milestones)):
             raise HessianFlowError(f"--milestones must be increasing epochs, got {list(self.milestones)}")
-        if self.controller in ("absa", "abs") and self.curvature == "off":
+        if self.controller in ("absa", "abs", "critical") and self.curvature == "off":
             raise HessianFlowError(f"--controller {self.controller} needs curvature: use --curvature epoch or needed")
         if self.controller == "grow-instead-of-decay":
             if self.schedule not in (None, "constant"):
@@ -270,6 +273,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     preset = dict(PRESETS[config.data])
     if config.controller in _OWN_SCHEDULES:
         preset["schedule"] = "constant"
+    preset["norm_mode"] = "eval"
+    if config.controller == "critical":
+        preset |= {"schedule": "cosine", "norm_mode": "batch"}
     filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
     batch = config.batch_size or filled["batch_size"]
     if "max_batch_size" in filled:

@@ -158,6 +158,7 @@ def test_settings_of_a_run_are_a_config_file(capsys):
         ["--controller", "noise-scale"],
         ["--controller", "cabs"],
         ["--controller", "divebatch"],
+        ["--controller", "critical"],
         ["--optimizer", "adam", "--lr", "0.001"],
         ["--optimizer", "adamw", "--lr", "0.001"],
         ["--optimizer", "lars"],

@@ -268,7 +268,11 @@ class AdaptiveBatchTrainer:
 
     def _decide(self, at_end: bool) -> None:
         progress, before = self.progress, self._decision
-        figures = {"train_loss": self._totals.last_loss, "learning_rate": lambda: self._rate.value}
+        figures = {
+            "train_loss": self._totals.last_loss,
+            "epoch_loss": lambda: self._totals.means()[0],
+            "learning_rate": lambda: self._rate.value,
+        }
         outcome = self._control(progress, at_end, figures)
         after = before if outcome.decision is None else hold(outcome.decision, self._state.counters.batch_cap)
         changed = after.setting != before.setting
