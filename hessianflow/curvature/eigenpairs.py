@@ -36,7 +36,9 @@ def top_eigenpairs(
         method: "lanczos" (thick restart, full reorthogonalisation) or "power" (deflated power iteration).
         which: "LM" largest magnitude, "LA" largest algebraic, "SA" smallest algebraic.
         tol: allowed relative error of each value. Lanczos judges it by min(r, r^2/gap) for the residual r, power
-            iteration by r itself; neither by the change of a value. Default ours.
+            iteration by r itself; neither by the change of a value. That no more wanted value is hidden, residuals
+            cannot tell: Lanczos checks several pairs from a fresh start and one by its gap, power iteration does not.
+            Default ours.
         max_matvecs: most products to spend; then `converged` is False. Default max(100, 20 k) for Lanczos, ten times as
             many for power iteration. Ours.
         v0: start vector [size] or vectors [size, m], e.g. those of an earlier, similar operator. A random part is added

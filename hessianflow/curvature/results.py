@@ -20,7 +20,8 @@ class EigenResult:
         error_bounds: min(r_i, r_i^2 / gap_i), the estimated distance of each value from a true eigenvalue, shape [k];
             gap_i is taken from the other pairs seen, so the second form is an estimate, the first a theorem.
         matvecs: products spent.
-        converged: whether all wanted pairs met the tolerance.
+        converged: whether all wanted pairs met the tolerance and Lanczos had the evidence it asks for that none more
+            wanted is hidden (lanczos.py says which; evidence, not proof).
         history: the leading value after each product.
         direction: where the search would have gone on, the residual of the leading pair, shape [size]; Lanczos only.
     """

@@ -171,8 +171,8 @@ def test_out_of_memory_says_what_to_try(error):
 
     with refused("out of memory with 30 examples in one pass; try microbatch_size=15"):
         product(problem.model, loss, problem.pair)
-    with refused("out of memory with 7 examples in one pass; try microbatch_size=3"):
-        product(problem.model, loss, problem.pair, microbatch_size=8)
+    with refused("out of memory with 10 examples in one pass; try microbatch_size=5"):
+        product(problem.model, loss, problem.pair, microbatch_size=10)
 
 
 def test_other_errors_pass_unchanged_and_the_model_is_as_found():
