@@ -31,7 +31,8 @@ ROOMS_OF_BUILD = {
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
-    *("commands", "config", "build", "choices", "plots", "training", "control", "curvature", "adversarial", "data", *SHARED)
+    *("commands", "config", "build", "choices", "plots", "training", "control", "curvature"),
+    *("adversarial", "data", *SHARED),
 }
 
 
