@@ -189,13 +189,19 @@ def density(name: str, problem: Problem, spectrum: np.ndarray, seeds: int) -> li
     ]
 
 
+def high_water() -> float:
+    """MiB of resident memory at its highest in this process (`ru_maxrss` would start at that of the parent)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
 def peak_memory(path: str, route: str) -> float:
     """MiB of resident memory above a warmed-up gradient, four products, in this (fresh) process."""
     problem = Problem(*torch.load(path, weights_only=False))
     model = problem.model.eval()
     for _ in range(2):
         torch.autograd.grad(problem.loss_fn(model(problem.inputs), problem.targets), list(model.parameters()))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     if route == "PyHessian":
         from pyhessian.utils import hessian_vector_product
 
@@ -211,7 +217,7 @@ def peak_memory(path: str, route: str) -> float:
         operator = hf.curvature.HessianOperator(model, problem.loss_fn, problem.pair, microbatch_size=size)
         for _ in range(4):
             operator @ torch.randn(operator.size)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return high_water() - before
 
 
 def memory(name: str, problem: Problem) -> list[Row]:
