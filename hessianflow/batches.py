@@ -109,13 +109,13 @@ def loss_weight(loss_fn: LossFn, targets: Any) -> int | Tensor:
 def as_batches(data: Any) -> Iterable[Any]:
     """One pair, or one dict, as a list of one batch; an iterable of batches as it is.
 
-    A tuple or list of two is a pair unless its second member is one itself: ((x1, x2), y) is a pair, [(x, y), (x, y)]
-    two batches.
+    A tuple or list of two is a pair unless its second member is one itself, or both are dicts: ((x1, x2), y) is a pair,
+    [(x, y), (x, y)] and [{...}, {...}] are two batches.
     """
     if isinstance(data, dict):
         return [data]
     if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[1], (tuple, list)):
-        return [data]
+        return data if isinstance(data[0], dict) and isinstance(data[1], dict) else [data]
     return data  # type: ignore[no-any-return]
 
 

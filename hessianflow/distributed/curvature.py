@@ -1,8 +1,9 @@
 """Curvature over the examples of all ranks: each multiplies with the matrix of its own, one sum a product.
 
 With A_r the curvature matrix of the mean loss over the n_r examples of rank r, that over all N examples is
-A = sum_r (n_r / N) A_r. Every rank gets bitwise the same product, and so, from the same start (same seed), the same
-eigenpairs after the same number of products, provided the ranks are of one kind of machine.
+A = sum_r (n_r / N) A_r, with class weights in place of numbers where the loss divides by those. Every rank gets bitwise
+the same product, and so, from the same start (same seed), the same eigenpairs after the same number of products,
+provided the ranks are of one kind of machine.
 """
 
 from typing import Protocol
@@ -19,8 +20,8 @@ class MeanLossOperator(LinearOperator, Protocol):
     """The curvature of a mean loss over some examples, such as a HessianOperator."""
 
     @property
-    def num_examples(self) -> int:
-        """Of this rank."""
+    def loss_weight(self) -> float:
+        """What the mean over this rank's examples divides by."""
         ...
 
     def release(self) -> None:
@@ -36,24 +37,24 @@ class AllReducedOperator(Operator):
     Args:
         base: the operator of this rank's examples.
         reducer: of the group.
-        num_examples: what this rank counts for; default `base.num_examples`. 0: the rank has none of its own, `base` is
-            never asked for a product.
+        weight: what this rank counts for; default `base.loss_weight`, mostly its examples. 0: the rank has none of
+            its own, `base` is never asked for a product.
 
     Attributes:
-        total_examples: over all ranks.
+        total_weight: over all ranks.
 
     Raises:
         HessianFlowError: no examples on any rank. At a product, what the base raises, on the rank that raises it; the
             others receive nan, so that no rank waits for another.
     """
 
-    def __init__(self, base: MeanLossOperator, reducer: Reducer, *, num_examples: int | None = None) -> None:
+    def __init__(self, base: MeanLossOperator, reducer: Reducer, *, weight: float | None = None) -> None:
         self._base, self._reducer = base, reducer
         self.size, self.device, self.dtype = base.size, base.device, base.dtype
-        self._examples = base.num_examples if num_examples is None else num_examples
+        self._weight = float(base.loss_weight if weight is None else weight)
         # One wait for the device, when the operator is made.
-        self.total_examples = int(reducer.sum(torch.tensor(self._examples)).item())
-        if self.total_examples < 1:
+        self.total_weight = float(reducer.sum(torch.tensor(self._weight, dtype=torch.float64)).item())
+        if self.total_weight <= 0:
             raise HessianFlowError("no rank has an example to measure the curvature on: give the probe a batch")
 
     def release(self) -> None:
@@ -62,9 +63,9 @@ class AllReducedOperator(Operator):
 
     def _product(self, vector: Tensor) -> Tensor:
         failure: HessianFlowError | None = None
-        share = self._examples / self.total_examples
+        share = self._weight / self.total_weight
         product = torch.zeros_like(vector)
-        if self._examples > 0:
+        if self._weight > 0:
             try:
                 product = self._base.matvec(vector) * share
             except HessianFlowError as error:

@@ -15,10 +15,10 @@ def measure(reducer):
     model, (inputs, targets) = network(), data()
     part, count = shard((inputs[:EXAMPLES], targets[:EXAMPLES]), reducer)
     base = HessianOperator(model, F.cross_entropy, part)
-    operator = AllReducedOperator(base, reducer, num_examples=count)
+    operator = AllReducedOperator(base, reducer, weight=None if count else 0)
     result = top_eigenpairs(operator, 2, tol=1e-10, seed=5)
     operator.release()
-    return result.values, result.vectors, result.matvecs, operator.total_examples
+    return result.values, result.vectors, result.matvecs, operator.total_weight
 
 
 def dense_eigenvalues():
@@ -57,7 +57,7 @@ def nan_on_rank_one(reducer):
             raise NonFiniteError("the loss is not finite")
         return matrix @ vector
 
-    operator = AllReducedOperator(CallableOperator(product, 3), reducer, num_examples=2)
+    operator = AllReducedOperator(CallableOperator(product, 3), reducer, weight=2)
     try:
         top_eigenpairs(operator, seed=0)
     except NonFiniteError as error:
@@ -89,7 +89,7 @@ def test_shards_make_up_the_batch(world_size):
 
 def empty_rank(reducer):
     matrix = torch.diag(torch.tensor([1.0, 2.0])) if reducer.rank else torch.full((2, 2), float("nan"))
-    operator = AllReducedOperator(CallableOperator(lambda v: matrix @ v, 2), reducer, num_examples=reducer.rank * 4)
+    operator = AllReducedOperator(CallableOperator(lambda v: matrix @ v, 2), reducer, weight=reducer.rank * 4)
     return operator.matvec(torch.ones(2)).tolist()
 
 
@@ -99,4 +99,4 @@ def test_a_rank_without_examples_adds_nothing():
 
 def test_no_examples_at_all():
     with pytest.raises(ValueError, match="no rank has an example"):
-        AllReducedOperator(CallableOperator(lambda v: v, 2), LOCAL, num_examples=0)
+        AllReducedOperator(CallableOperator(lambda v: v, 2), LOCAL, weight=0)
