@@ -188,6 +188,8 @@ def _latex(text: str) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """A PNG: for every problem, final accuracy against updates, and the batch size by epoch."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     from hessianflow.plots import style
 
     found = groups(rows)
@@ -200,8 +202,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for group in here:
             _draw_group(left, right, group, methods.index(group.method))
         left.set(xscale="log", title=problem)
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         left.xaxis.set_major_formatter("{x:.0f}")
-        left.xaxis.set_minor_formatter("{x:.0f}")
+        left.xaxis.set_minor_formatter(NullFormatter())
         left.tick_params(axis="x", which="both", labelsize=7)
         style.batch_axis(
             right, [epoch["batch_size"] for group in here for row in group.rows for epoch in row["epochs"]]
