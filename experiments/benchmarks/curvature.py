@@ -197,6 +197,7 @@ def high_water() -> float:
 
 def peak_memory(path: str, route: str) -> float:
     """MiB of resident memory above a warmed-up gradient, four products, in this (fresh) process."""
+    # A file that this script has just written for its own child process: a whole model, not data from elsewhere.
     problem = Problem(*torch.load(path, weights_only=False))
     model = problem.model.eval()
     for _ in range(2):
