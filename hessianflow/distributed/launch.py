@@ -82,6 +82,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
 
 def _received(pipe: Any, rank: int) -> Any:
     try:
+        # From a process that this one started, through a pipe of its own: not data from elsewhere.
         succeeded, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         raise HessianFlowError(f"rank {rank} died without a word (killed, or out of memory)") from None

@@ -172,6 +172,8 @@ class AdaptiveBatchTrainer:
         Raises:
             HessianFlowError: the run directory is in use or cannot be written; the loss stopped being finite.
         """
+        if self._policy.mode == "rollback" and self._record.run_dir is None:
+            raise HessianFlowError('on_divergence="rollback" goes back to checkpoints: it needs a run_dir')
         self._record.start({**self._config, "trainer": self._settings()})
         self._apply(self._decision)
         if not checkpoint.all_finite(self._step.accumulate.parameters):

@@ -70,7 +70,7 @@ def test_stops_when_asked_or_when_there_is_nothing_to_undo(tmp_path: Path):
         trainer(tmp_path / "a", 8).fit()
     with pytest.raises(HessianFlowError, match="exploded, in epoch 1"):
         trainer(tmp_path / "b", 3, on_divergence="rollback").fit()
-    with pytest.raises(HessianFlowError, match="exploded, in epoch 3"):
+    with pytest.raises(HessianFlowError, match="goes back to checkpoints: it needs a run_dir"):
         trainer(None, 8, on_divergence="rollback").fit()
     assert History.load(tmp_path / "a").of_kind("event")[-1]["event"] == "diverged"
 
