@@ -25,6 +25,7 @@ from hessianflow.control import (
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.interfaces import Adversary, BatchController, GradientObserver
 from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorms, polynomial_decay
+from hessianflow.optim.lars import Form
 
 T = TypeVar("T")
 
@@ -39,11 +40,12 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     """The optimizer by name, over all trainable parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate, momentum, decay = given(config.lr), config.momentum, config.weight_decay
+    form: Form = "outside" if config.momentum_correction else "paper"
     makers: dict[str, Callable[[], Optimizer]] = {
         "sgd": lambda: SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay),
         "adam": lambda: Adam(parameters, lr=rate, weight_decay=decay),
         "adamw": lambda: AdamW(parameters, lr=rate, weight_decay=decay),
-        "lars": lambda: LARS(parameters, rate, momentum=momentum, weight_decay=decay),
+        "lars": lambda: LARS(parameters, rate, momentum=momentum, weight_decay=decay, form=form),
         "clars": lambda: CLARS(parameters, rate, momentum=momentum, weight_decay=decay),
         "lamb": lambda: LAMB(parameters, rate, weight_decay=decay),
     }

@@ -67,6 +67,8 @@ class TrainConfig:
         warmup_epochs: epochs over which the rate rises linearly from 0 to the schedule's.
         lr_rule: how the rate follows the batch; default: as the controller has it (linear for absa).
         max_lr_factor: cap on what the rate is multiplied by, with lr_rule.
+        momentum_correction: lars takes the rate out of its velocity, so that a jump of the rate at once acts on all of
+            it (Goyal et al., arXiv 1706.02677, section 3); the other optimizers always keep it outside.
         decay_factor: absa grows the batch when the eigenvalue has fallen by this factor.
         growth_factor: absa and adabatch multiply the batch by this.
         patience: absa grows after this many epochs without growth; 0 never does.
@@ -124,6 +126,7 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     lr_rule: LRRuleName | None = None
     max_lr_factor: float | None = None
+    momentum_correction: bool = False
     decay_factor: float = 2.0
     growth_factor: float = 2.0
     patience: int | None = None

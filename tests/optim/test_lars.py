@@ -56,6 +56,19 @@ def test_a_change_of_rate_tells_the_forms_apart(form: str, second: tuple[float, 
     assert values(weight) == pytest.approx(second, abs=TOLERANCE)
 
 
+def test_rate_outside_is_the_papers_form_with_momentum_correction() -> None:
+    """Goyal et al., section 3: at a change of rate the paper's buffer is multiplied by the ratio of the rates."""
+    outside, plain = vector_model(form="outside"), vector_model(form="paper")
+    for rate in (10.0, 40.0, 40.0, 5.0):
+        factor = rate / plain[1].param_groups[0]["lr"]
+        for weight, optimizer in (outside, plain):
+            if weight is plain[0] and optimizer.state:
+                optimizer.state[weight]["momentum_buffer"].mul_(factor)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+        assert values(plain[0]) == pytest.approx(values(outside[0]), abs=1e-12)
+
+
 @pytest.mark.parametrize(("lr", "first"), [(10, (2.90190476, 3.99619048)), (0.05, (2.9485, 3.998))])
 def test_clipped_ratio(lr: float, first: tuple[float, float]) -> None:
     """LARC: factor 0.00952381 at rate 10; at rate 0.05 it is clipped to 1."""
