@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from hessianflow import __version__
-from hessianflow.commands import curvature, data, records, robustness, training
+from hessianflow.commands import curvature, data, plan, records, robustness, training
 from hessianflow.commands.parser import Parser
 from hessianflow.interfaces import HessianFlowError
 
@@ -26,7 +26,7 @@ def _main(given: list[str]) -> int:
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
     runs = {
         name: run
-        for room in (training, records, curvature, robustness, data)
+        for room in (training, records, curvature, robustness, data, plan)
         for name, run in room.add(commands).items()
     }
     if given == ["--version"]:

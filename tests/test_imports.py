@@ -32,7 +32,7 @@ ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
     *("commands", "config", "build", "choices", "plots", "training", "control", "curvature"),
-    *("adversarial", "data", *SHARED),
+    *("adversarial", "data", "distributed", *SHARED),
 }
 
 

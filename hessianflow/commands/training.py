@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command
-from hessianflow.config import TrainConfig, option
+from hessianflow.commands.settings import add_settings
+from hessianflow.config import TrainConfig
 
 if TYPE_CHECKING:
     from hessianflow.training import AdaptiveBatchTrainer, History
@@ -21,11 +22,7 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     train = add_command(commands, "train", "train a network; no argument needed")
     train.add_argument("--config", action="config", help="YAML file of settings, spelled as in settings.yaml of a run")
-    texts, hints = _field_texts(), get_type_hints(TrainConfig)
-    for field in fields(TrainConfig):
-        train.add_argument(
-            option(field.name), dest=field.name, type=hints[field.name], default=field.default, help=texts[field.name]
-        )
+    add_settings(train)
     resume = add_command(commands, "resume", "continue an interrupted run from its newest checkpoint")
     resume.add_argument("run_dir", type=str, help="run directory")
     return {"train": _train, "resume": _resume}
@@ -102,10 +99,3 @@ def _new_run_dir(config: TrainConfig) -> str:
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1
     return str(path)
-
-
-def _field_texts() -> dict[str, str]:
-    """Help texts from the one place that documents the settings: the docstring of TrainConfig."""
-    from docstring_parser import parse
-
-    return {p.arg_name: " ".join((p.description or "").split()) for p in parse(TrainConfig.__doc__ or "").params}

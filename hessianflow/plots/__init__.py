@@ -4,6 +4,7 @@ from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.landscape import landscape
 from hessianflow.plots.report import report
 from hessianflow.plots.robustness import robustness
+from hessianflow.plots.scaling import scaling
 from hessianflow.plots.spectra import spectral_density
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
@@ -16,6 +17,7 @@ __all__ = [
     "landscape",
     "report",
     "robustness",
+    "scaling",
     "spectral_density",
     "training_curves",
 ]

@@ -1,0 +1,239 @@
+"""`hessianflow plan`: what a run would take on many workers, before anybody rents them.
+
+Other kinds of plan are subcommands of this one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import Namespace
+
+from hessianflow.commands.parser import add_command
+from hessianflow.commands.settings import add_settings
+from hessianflow.config import TrainConfig, option
+from hessianflow.interfaces import HessianFlowError
+
+if TYPE_CHECKING:
+    from hessianflow.commands.planning import Measured, Run
+    from hessianflow.distributed import PerformanceModel, Phase, Prediction
+
+BANDWIDTH, LATENCY = 1.25e9, 5e-5
+ORIGINS = {
+    "bandwidth": "default, the line rate of 10-gigabit Ethernet (IEEE 802.3ae)",
+    "latency": "default, ours: a round figure for TCP between two machines",
+}
+"""Where the default figures of the all-reduce come from."""
+
+SCHEDULE = (
+    *("data", "train_examples", "model", "controller", "optimizer", "batch_size", "max_batch_size", "epochs"),
+    *("milestones", "lr_decay", "growth_factor", "patience"),
+)
+HERE = ("data_dir", "microbatch_size", "precision", "channels_last", "device", "threads")
+"""Settings that say what is trained, and settings that say how it is measured."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a plan is made from.
+
+    Attributes:
+        model: figures.
+        measured: those of one worker.
+        phases: batches of the run.
+        sources: where each figure comes from, a line each.
+    """
+
+    model: "PerformanceModel"
+    measured: "Measured"
+    phases: "Sequence[Phase]"
+    sources: dict[str, str]
+
+
+def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
+    """Add the parsers; returns what runs each command."""
+    plan = add_command(commands, "plan", "predict time, efficiency and cost of a run on many workers")
+    plan.add_argument("--workers", type=str, default="1..1024", help="1..1024 doubles from 1 to 1024; 1,2,6 is a list")
+    plan.add_argument(
+        "--run", type=str | None, default=None, help="run directory with the settings and batches to plan for"
+    )
+    plan.add_argument(
+        "--measured",
+        type=str | None,
+        default=None,
+        help="JSON file with step times, such as the plan.json of a plan made elsewhere; default: measured here",
+    )
+    for name, text in (
+        ("slope", "seconds an example in forward and backward pass, in place of a measurement"),
+        ("intercept", "seconds a microbatch beside that"),
+        ("update_seconds", "seconds of an optimizer step; default: measured with the rest"),
+    ):
+        plan.add_argument(option(name), type=float | None, default=None, help=text)
+    plan.add_argument("--gradient-bytes", type=int | None, default=None, help="default: those of the model, in float32")
+    plan.add_argument("--bandwidth", type=float | None, default=None, help="bytes a second between two workers")
+    plan.add_argument("--latency", type=float | None, default=None, help="seconds a message between two workers")
+    plan.add_argument(
+        "--membership",
+        type=Literal["fixed", "elastic"],
+        default="fixed",
+        help="fixed: all workers are held throughout; elastic: as many as get a full microbatch each",
+    )
+    plan.add_argument("--price", type=float, default=0.0, help="of one worker for one hour, in any currency")
+    plan.add_argument("--out", type=str | None, default=None, help="folder; default: plan, in the run directory if any")
+    add_settings(plan, (*SCHEDULE, *HERE))
+    return {"plan": _plan}
+
+
+def _plan(arguments: Namespace) -> int:
+    from hessianflow.commands.planning import worker_counts
+    from hessianflow.distributed import predict
+
+    _check(arguments)
+    counts = worker_counts(arguments.workers)
+    run = _run(arguments)
+    basis = _basis(arguments, run)
+    predictions = predict(basis.model, basis.phases, counts, membership=arguments.membership)
+    for name, text in basis.sources.items():
+        print(f"{name:<12}{text}")
+    print(_table(predictions, arguments.price))
+    print(_verdict(predictions))
+    folder = Path(arguments.out or Path(arguments.run or "") / "plan")
+    _write(folder, arguments, basis, predictions)
+    return 0
+
+
+def _check(arguments: Namespace) -> None:
+    for name in ("slope", "bandwidth", "gradient_bytes"):
+        if arguments[name] is not None and not arguments[name] > 0:
+            raise HessianFlowError(f"{option(name)} must be greater than 0, got {arguments[name]:g}")
+    for name in ("intercept", "update_seconds", "latency", "price"):
+        if arguments[name] is not None and not arguments[name] >= 0:
+            raise HessianFlowError(f"{option(name)} must be at least 0, got {arguments[name]:g}")
+    if (arguments.slope is None) != (arguments.intercept is None):
+        raise HessianFlowError("--slope and --intercept belong together: give both, or neither")
+    if arguments.slope is not None and arguments.measured is not None:
+        raise HessianFlowError("--measured and --slope both give step times: leave one out")
+
+
+def _run(arguments: Namespace) -> "Run":
+    from hessianflow.build import load_config, prepare
+    from hessianflow.commands.planning import Run
+    from hessianflow.training import History
+
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    changed = {name: arguments[name] for name in (*SCHEDULE, *HERE) if arguments[name] != defaults[name]}
+    if arguments.run is None:
+        return Run(prepare(TrainConfig(**changed)))
+    for name in SCHEDULE:
+        if name in changed:
+            raise HessianFlowError(f"{option(name)} {changed[name]}: --run {arguments.run} sets that, leave one out")
+    return Run(prepare(replace(load_config(arguments.run), **changed)), History.load(arguments.run))
+
+
+def _basis(arguments: Namespace, run: "Run") -> Basis:
+    from hessianflow.choices import given
+    from hessianflow.commands.planning import planned_phases, recorded_phases
+    from hessianflow.distributed import AllReduceTime, PerformanceModel
+
+    config = run.config
+    by_batch = not isinstance(config.microbatch_size, int)
+    microbatch = config.microbatch_size if isinstance(config.microbatch_size, int) else given(config.batch_size)
+    if run.history is None:
+        phases, how = planned_phases(run)
+    else:
+        phases, how = recorded_phases(run.history, given(config.epochs)), f"recorded in {arguments.run}"
+    measured = _measured(arguments, run, microbatch)
+    update = measured.update_seconds if arguments.update_seconds is None else arguments.update_seconds
+    size = arguments.gradient_bytes or measured.gradient_bytes or run.gradient_bytes
+    bandwidth, latency = arguments.bandwidth or BANDWIDTH, LATENCY if arguments.latency is None else arguments.latency
+    origins = {name: "as given" if arguments[name] is not None else text for name, text in ORIGINS.items()}
+    line = measured.step_time
+    sizes = f"{len(measured.sizes)} sizes up to {max(measured.sizes)}, " if measured.sizes else ""
+    fit = f"; {sizes}at most {line.residual:.0%} off the line" if sizes else ""
+    sources = {
+        "step": f"{1e3 * line.intercept:.3g} ms + {1e3 * line.slope:.3g} ms an example: {measured.source}{fit}",
+        "update": "not counted: unknown" if update is None else f"{1e3 * update:.3g} ms",
+        "gradients": f"{size / 1e6:.3g} MB",
+        "bandwidth": f"{bandwidth / 1e9:.3g} GB/s: {origins['bandwidth']}",
+        "latency": f"{1e6 * latency:.3g} us: {origins['latency']}",
+        "microbatch": f"at most {microbatch} examples: {'the batch size at the start' if by_batch else 'as given'}",
+        "batches": f"{_sizes(phases)} over {sum(p.examples for p in phases)} examples: {how}",
+        "left out": "adversary, curvature, evaluation, data; no sum is hidden behind a backward pass",
+    }
+    model = PerformanceModel(
+        line,
+        AllReduceTime(latency, bandwidth),
+        size,
+        microbatch,
+        update or 0.0,
+        arguments.price,
+        "; ".join(f"{name}: {text}" for name, text in sources.items()),
+    )
+    return Basis(model, replace(measured, update_seconds=update, gradient_bytes=size), phases, sources)
+
+
+def _measured(arguments: Namespace, run: "Run", microbatch: int) -> "Measured":
+    from hessianflow.commands.planning import Measured, measure, read_measured
+    from hessianflow.distributed import StepTime
+
+    if arguments.slope is not None:
+        return Measured(StepTime(arguments.slope, arguments.intercept), source="as given")
+    return measure(run, microbatch) if arguments.measured is None else read_measured(arguments.measured)
+
+
+def _sizes(phases: "Sequence[Phase]") -> str:
+    from hessianflow.commands.planning import merged
+
+    sizes = [phase.batch_size for phase in merged(phases)]
+    shown = sizes if len(sizes) <= 6 else [*sizes[:3], "...", *sizes[-2:]]
+    return " -> ".join(map(str, shown))
+
+
+def _table(predictions: "Sequence[Prediction]", price: float) -> str:
+    head = f"{'workers':>8}{'time':>12}{'speed-up':>10}{'efficiency':>12}{'all-reduce':>12}{'updates':>9}"
+    lines = [f"{head}{'worker hours':>14}{'cost':>11}" if price else f"{head}{'worker hours':>14}"]
+    for p in predictions:
+        line = f"{p.workers:>8}{duration(p.seconds):>12}{p.speedup:>10.4g}{p.efficiency:>12.1%}{p.communication:>12.1%}"
+        line += f"{p.updates:>9}{p.worker_seconds / 3600:>14.4g}"
+        lines.append(f"{line}{p.cost:>11.4g}" if price else line)
+    return "\n".join(lines)
+
+
+def _verdict(predictions: "Sequence[Prediction]") -> str:
+    fastest = min(predictions, key=lambda p: p.seconds)
+    used = [p.workers for p in predictions if p.efficiency >= 0.5]
+    half = f"; at least half of every worker's time is used up to {max(used)}" if used else ""
+    return f"fastest on {fastest.workers}: {duration(fastest.seconds)}{half}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that reads best."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{1e3 * seconds:.4g} ms"
+
+
+def _write(folder: Path, arguments: Namespace, basis: Basis, predictions: "Sequence[Prediction]") -> None:
+    from hessianflow import plots
+    from hessianflow.commands.planning import as_json, merged
+    from hessianflow.training.record import write_json
+
+    plan = {
+        "sources": basis.sources,
+        "measured": as_json(basis.measured),
+        "all_reduce": asdict(basis.model.all_reduce),
+        "microbatch_size": basis.model.microbatch_size,
+        "membership": arguments.membership,
+        "price": arguments.price,
+        "phases": [asdict(phase) for phase in merged(basis.phases)],
+        "predictions": [asdict(prediction) for prediction in predictions],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "plan.json", plan)
+    except OSError as error:
+        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
+    plots.scaling(plan, path=folder / "plan.png")
+    print(f"  {folder / 'plan.json'}\n  {folder / 'plan.png'}")

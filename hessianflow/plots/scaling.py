@@ -1,0 +1,82 @@
+"""What a run is predicted to take on more and more workers."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.plots import style
+from hessianflow.plots.records import Array, column
+
+_SHOWN = ("step", "bandwidth", "latency", "batches")
+"""Sources that stand above the picture: nobody should see a prediction without them."""
+
+_UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+
+
+def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
+    """Predicted time of a run, and how much of the workers' time it uses, over the number of workers.
+
+    Args:
+        plan: what plan.json holds.
+        path: where to write a PNG; None: nowhere.
+
+    Returns:
+        The figure, not bound to pyplot.
+
+    Raises:
+        HessianFlowError: no prediction in it, or an unwritable path.
+    """
+    rows = plan.get("predictions") or []
+    if not rows:
+        raise HessianFlowError("plan must hold at least one prediction, got none")
+    workers, seconds = column(rows, "workers"), column(rows, "seconds")
+    figure = style.new_figure(9.0, 4.2)
+    time_axes, share_axes = figure.subplots(1, 2)
+    _draw_time(time_axes, workers, seconds)
+    lines = [f"{name}: {text}" for name, text in (plan.get("sources") or {}).items() if name in _SHOWN]
+    figure.suptitle("\n".join(fill(line, 150) for line in lines), x=0.01, ha="left", fontsize=7, color=style.GREY)
+    blue, red = style.colour(0), style.colour(1)
+    share_axes.plot(workers, 100 * column(rows, "efficiency"), color=blue, marker="o", markersize=4)
+    share_axes.plot(workers, 100 * column(rows, "communication"), color=red, marker="s", markersize=4)
+    share_axes.set_ylim(0, 105)
+    style.finish(share_axes, "workers", "share (%)")
+    for axes in (time_axes, share_axes):
+        _workers_axis(axes, workers)
+    style.legend_below(
+        figure,
+        [
+            Line2D([], [], color=blue, marker="o", markersize=4, label="predicted time; efficiency"),
+            Line2D([], [], color=style.GREY, linestyle="--", linewidth=1, label="perfect scaling"),
+            Line2D([], [], color=red, marker="s", markersize=4, label="time spent in all-reduces"),
+        ],
+    )
+    style.save(figure, path)
+    return figure
+
+
+def _draw_time(axes: Axes, workers: Array, seconds: Array) -> None:
+    unit, size = next(((name, size) for name, size in _UNITS if seconds.max() >= 2 * size), _UNITS[-1])
+    times, perfect = seconds / size, seconds[0] * workers[0] / workers / size
+    axes.plot(workers, perfect, color=style.GREY, linestyle="--", linewidth=1)
+    axes.plot(workers, times, color=style.colour(0), marker="o", markersize=4)
+    style.finish(axes, "workers", f"time ({unit})")
+    style.log_axis(axes, [*times, *perfect])
+
+
+def _workers_axis(axes: Axes, workers: Array) -> None:
+    axes.set_xscale("log", base=2)
+    span, ticks = math.log2(workers.max() / workers.min()), [float(workers.min())]
+    for count in sorted(workers):
+        if math.log2(count / ticks[-1]) >= max(span / 7, 1e-9):
+            ticks.append(float(count))
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
