@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from hessianflow.control import (
     FixedBatch,
     GrowInsteadOfDecay,
     NoiseScale,
+    TimedSchedule,
     Warmup,
 )
 from hessianflow.control.rate_rule import RateRule
@@ -41,12 +42,13 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate, momentum, decay = given(config.lr), config.momentum, config.weight_decay
     form: Form = "outside" if config.momentum_correction else "paper"
+    trust: dict[str, Any] = {} if config.trust_coefficient is None else {"trust_coefficient": config.trust_coefficient}
     makers: dict[str, Callable[[], Optimizer]] = {
         "sgd": lambda: SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay),
         "adam": lambda: Adam(parameters, lr=rate, weight_decay=decay),
         "adamw": lambda: AdamW(parameters, lr=rate, weight_decay=decay),
-        "lars": lambda: LARS(parameters, rate, momentum=momentum, weight_decay=decay, form=form),
-        "clars": lambda: CLARS(parameters, rate, momentum=momentum, weight_decay=decay),
+        "lars": lambda: LARS(parameters, rate, momentum=momentum, weight_decay=decay, form=form, **trust),
+        "clars": lambda: CLARS(parameters, rate, momentum=momentum, weight_decay=decay, **trust),
         "lamb": lambda: LAMB(parameters, rate, weight_decay=decay),
     }
     return makers[config.optimizer]()
@@ -107,6 +109,23 @@ def build_controller(config: TrainConfig) -> BatchController:
             share_decay=config.share_decay,
         )
 
+    def critical() -> BatchController:
+        return CriticalBatch(
+            batch,
+            cap,
+            momentum=config.momentum,
+            loss_power=config.loss_power or None,
+            edge_share=config.edge_share or None,
+            adversarial_share=share,
+        )
+
+    def adabatch() -> BatchController:
+        every, factor = config.every_epochs, config.growth_factor
+        return AdaBatch(batch, cap, every_epochs=every, growth_factor=factor, adversarial_share=share)
+
+    def timed() -> BatchController:
+        return TimedSchedule(batch, given(config.stages), decay_from=config.decay_from, adversarial_share=share)
+
     def grow_instead() -> BatchController:
         factor = 1 / config.lr_decay
         milestones = config.milestones or ()
@@ -117,12 +136,13 @@ def build_controller(config: TrainConfig) -> BatchController:
         "abs": absa,
         "fixed": lambda: FixedBatch(batch, share),
         "warmup": lambda: Warmup(cap, batch, adversarial_share=share),
-        "adabatch": lambda: AdaBatch(batch, cap, growth_factor=config.growth_factor, adversarial_share=share),
+        "adabatch": adabatch,
         "grow-instead-of-decay": grow_instead,
         "noise-scale": lambda: NoiseScale(batch, cap, adversarial_share=share),
         "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch), adversarial_share=share),
-        "critical": lambda: CriticalBatch(batch, cap, momentum=config.momentum, adversarial_share=share),
+        "critical": critical,
         "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
+        "timed": timed,
     }
     controller = makers[config.controller]()
     if config.lr_rule is None:

@@ -24,6 +24,7 @@ ControllerName = Literal[
     "cabs",
     "divebatch",
     "critical",
+    "timed",
 ]
 AdversaryName = Literal["fgsm", "pgd", "none"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lars", "clars", "lamb"]
@@ -50,9 +51,9 @@ class TrainConfig:
             digits, resnet20 or resnet18 otherwise.
         controller: who decides the batch size. absa: the top eigenvalue, or patience; abs: the same without adversary;
             fixed: batch_size throughout; warmup: max_batch_size from the start, with a rate that rises to linear
-            scaling; adabatch: growth every 20 epochs; grow-instead-of-decay: growth by 1/lr_decay at the milestones;
-            noise-scale, cabs, divebatch: from the variance of the gradients; critical: ours, from the loss and the
-            distance to the edge of stability, under a cosine schedule.
+            scaling; adabatch: growth every so many epochs; grow-instead-of-decay: growth by 1/lr_decay at the
+            milestones; noise-scale, cabs, divebatch: from the variance of the gradients; critical: ours, from the loss
+            and the distance to the edge of stability, under a cosine schedule; timed: as the stages say.
         adversary: attack on a share of every batch.
         optimizer: how a step is taken.
         batch_size: examples per optimizer step at the start; the learning rate is stated for it.
@@ -61,6 +62,7 @@ class TrainConfig:
         lr: learning rate at batch_size.
         momentum: of sgd, lars and clars.
         weight_decay: of the optimizer (0 in the published ABSA runs).
+        trust_coefficient: of lars and clars; default: 0.001 and 0.01, as published.
         schedule: of the learning rate, below the controller's factor.
         milestones: epochs after which the multistep schedule multiplies the rate by lr_decay, e.g. "[30, 60]".
         lr_decay: factor of the multistep schedule (0.2 in the published ABSA runs).
@@ -72,6 +74,13 @@ class TrainConfig:
         decay_factor: absa grows the batch when the eigenvalue has fallen by this factor.
         growth_factor: absa and adabatch multiply the batch by this.
         patience: absa grows after this many epochs without growth; 0 never does.
+        every_epochs: adabatch grows after every so many epochs.
+        edge_share: critical uses this share of the largest stable rate; 0: leaves that bound out.
+        loss_power: critical's useful batch follows this power of the fall of the loss; 0: leaves that bound out.
+        stages: timed has these batch sizes from these epochs on, e.g. "[[2, 256], [4, 512]]", the rate scaled with
+            them; default: twice, 4 and 8 times the batch after 1/12, 1/6 and 1/3 of the epochs.
+        decay_from: epochs after which timed lets the rate fall linearly, to 0 at the end; default: never, but with the
+            stages left open too, after the last of them.
         adversarial_share: share of each batch that is attacked at the start.
         share_decay: absa divides the share by this at each growth.
         eps: size of the perturbation, in the units of pixels scaled to [0, 1].
@@ -120,6 +129,7 @@ class TrainConfig:
     lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
+    trust_coefficient: float | None = None
     schedule: ScheduleName | None = None
     milestones: tuple[int, ...] | None = None
     lr_decay: float = 0.2
@@ -130,6 +140,11 @@ class TrainConfig:
     decay_factor: float = 2.0
     growth_factor: float = 2.0
     patience: int | None = None
+    every_epochs: int = 20
+    edge_share: float = 0.5
+    loss_power: float = 1 / 0.21
+    stages: tuple[tuple[int, int], ...] | None = None
+    decay_from: float | None = None
     adversarial_share: float = 0.2
     share_decay: float = 2.0
     eps: float = 0.005
@@ -171,10 +186,15 @@ class TrainConfig:
             raise HessianFlowError(
                 f"--max-batch-size {self.max_batch_size} is below --batch-size {self.batch_size}: raise the cap"
             )
+        largest = max((size for _, size in self.stages or ()), default=0)
+        if self.max_batch_size is not None and largest > self.max_batch_size:
+            raise HessianFlowError(f"--stages reach {largest}, above --max-batch-size {self.max_batch_size}: raise it")
         if self.milestones is not None and list(self.milestones) != sorted(set(self.milestones)):
             raise HessianFlowError(f"--milestones must be increasing epochs, got {list(self.milestones)}")
         if self.controller in ("absa", "abs", "critical") and self.curvature == "off":
             raise HessianFlowError(f"--controller {self.controller} needs curvature: use --curvature epoch or needed")
+        if self.controller == "critical" and self.edge_share == self.loss_power == 0:
+            raise HessianFlowError("--edge-share and --loss-power must not both be 0: nothing would bound the growth")
         if self.controller == "grow-instead-of-decay":
             if self.schedule not in (None, "constant"):
                 raise HessianFlowError(
@@ -202,8 +222,13 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "max_rollbacks": (0, math.inf),
     "momentum": (0, 1),
     "weight_decay": (0, math.inf),
+    "trust_coefficient": (0, math.inf),
     "lr_decay": (0, 1),
     "patience": (0, math.inf),
+    "every_epochs": (1, math.inf),
+    "edge_share": (0, 1),
+    "loss_power": (0, math.inf),
+    "decay_from": (0, math.inf),
     "adversarial_share": (0, 1),
     "share_decay": (1, math.inf),
     "eps": (0, 1),
@@ -263,7 +288,7 @@ PRESETS: Mapping[str, dict[str, Any]] = {
 }
 
 
-_OWN_SCHEDULES = ("adabatch", "grow-instead-of-decay")
+_OWN_SCHEDULES = ("adabatch", "grow-instead-of-decay", "timed")
 """Controllers that move the learning rate themselves, where a schedule would decay it."""
 
 
@@ -292,12 +317,25 @@ def resolve(config: TrainConfig) -> TrainConfig:
         epochs = config.epochs or preset["epochs"]
         scaled = (milestone * epochs // preset["epochs"] for milestone in filled["milestones"])
         filled["milestones"] = tuple(sorted({m for m in scaled if 0 < m < epochs}))
-    return replace(config, **filled)
+    resolved = replace(config, **filled)
+    return _planned(resolved) if config.controller == "timed" and config.stages is None else resolved
+
+
+def _planned(config: TrainConfig) -> TrainConfig:
+    """With the stages that timed has by default, and the decay that follows them unless another was asked for."""
+    batch, cap, epochs = config.batch_size or 1, config.max_batch_size or 1, config.epochs or 1
+    sizes = {-(-epochs // part): min(factor * batch, cap) for part, factor in ((12, 2), (6, 4), (3, 8))}
+    decay_from = max(sizes) if config.decay_from is None else config.decay_from
+    return replace(config, stages=tuple(sizes.items()), decay_from=decay_from)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain values for config.json."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    return {key: _listed(value) for key, value in asdict(config).items()}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(part) for part in value] if isinstance(value, tuple) else value
 
 
 def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
@@ -310,11 +348,14 @@ def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise HessianFlowError(f"{source} has unknown settings {', '.join(unknown)}: made by another release?")
-    tuples = {k: tuple(v) for k, v in settings.items() if isinstance(v, list)}
     try:
-        return TrainConfig(**{**settings, **tuples})
+        return TrainConfig(**{name: _tupled(value) for name, value in settings.items()})
     except TypeError as error:
         raise HessianFlowError(f"{source} holds a setting of the wrong type: {error}") from None
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(part) for part in value) if isinstance(value, list) else value
 
 
 def option(name: str) -> str:

@@ -75,6 +75,16 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--growth-factor", "1"], ["--growth-factor", "greater than 1"]),
         (["--adversarial-share", "1.5"], ["--adversarial-share", "at most 1", "1.5"]),
         (["--milestones", "[5, 2]"], ["--milestones", "increasing"]),
+        (["--every-epochs", "0"], ["--every-epochs", "at least 1", "0"]),
+        (["--stages", "[[1, 600]]"], ["--stages reach 600", "--max-batch-size 512"]),
+        (["--stages", "[1, 64]"], ["--stages", "[1, 64]"]),
+        (
+            ["--controller", "timed", "--stages", "[[2, 64], [2, 128]]"],
+            ["stages must have increasing epochs, got [2, 2]"],
+        ),
+        (["--controller", "critical", "--edge-share", "1"], ["edge_share must be < 1", "1.0"]),
+        (["--controller", "critical", "--edge-share", "0", "--loss-power", "0"], ["--edge-share and --loss-power"]),
+        (["--optimizer", "lars", "--trust-coefficient", "-1"], ["--trust-coefficient", "at least 0", "-1"]),
         (["--curvature", "off"], ["--controller absa needs curvature"]),
         (["--device", "cuda:77"], ["--device cuda:77"]),
         (["--device", "toaster"], ["--device toaster"]),
@@ -153,7 +163,8 @@ def test_settings_of_a_run_are_a_config_file(capsys):
     [
         ["--controller", "abs"],
         ["--controller", "warmup", "--max-batch-size", "64"],
-        ["--controller", "adabatch"],
+        ["--controller", "adabatch", "--every-epochs", "1"],
+        ["--controller", "timed"],
         ["--controller", "grow-instead-of-decay", "--milestones", "[1]"],
         ["--controller", "noise-scale"],
         ["--controller", "cabs"],
@@ -161,7 +172,7 @@ def test_settings_of_a_run_are_a_config_file(capsys):
         ["--controller", "critical"],
         ["--optimizer", "adam", "--lr", "0.001"],
         ["--optimizer", "adamw", "--lr", "0.001"],
-        ["--optimizer", "lars"],
+        ["--optimizer", "lars", "--trust-coefficient", "0.003"],
         ["--optimizer", "clars"],
         ["--optimizer", "lamb", "--lr", "0.01"],
         ["--adversary", "pgd"],
@@ -181,7 +192,8 @@ def test_every_choice_trains_under_its_own_name(arguments: list[str], capsys):
     if arguments[0] == "--optimizer":
         assert trainer["optimizer"].lower() == arguments[1]
     if arguments[0] == "--controller" and arguments[1] != "abs":
-        assert trainer["controller"].lower() in arguments[1].replace("-", "") + "batch"
+        name = arguments[1].replace("-", "")
+        assert trainer["controller"].lower() in (name, f"{name}batch", f"{name}schedule")
 
 
 def test_grow_instead_of_decay_does_not_decay_too(capsys):
@@ -207,6 +219,14 @@ def test_commands_that_read_runs(capsys):
     assert status == 0
     assert "epoch   1: batch 64, rate x 2" in out
     assert "no growth for 1 estimates" in out
+    for controller, words in (
+        ("critical", "note: the run measured with running statistics"),
+        ("timed", "epoch   1: batch 256, rate x 8, adversarial share 0.2: planned"),
+        ("grow-instead-of-decay", "grow-instead-of-decay: 54 updates; the run itself took"),
+    ):
+        status, out, err = run("replay", "run0", "--controller", controller, capsys=capsys)
+        assert (status, err) == (0, "")
+        assert words in out
     status, out, _ = run(
         "spectrum", "run0", "--k", "2", "--trace", "true", "--density", "true", "--examples", "64", capsys=capsys
     )

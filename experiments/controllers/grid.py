@@ -9,7 +9,6 @@ from typing import Any
 
 from experiments.runner import Cell, Scale
 
-WITH_CONTROLLER = "experiments.controllers.with_controller"
 Settings = dict[str, Any]
 
 _CIFAR: Settings = {
@@ -95,28 +94,11 @@ def cell(problem: str, settings: Settings, method: str, seed: int) -> Cell:
     """One cell."""
     common = {"controller": "fixed", "adversary": "none", "curvature": "off", "probe_examples": 64}
     common |= {"plots": False, "threads": 1}
-    changes = METHODS[method](settings)
-    built = changes.pop("built", None)
-    chosen = {**common, **settings, **changes}
-    if built is None:
-        return Cell(problem, method, seed, chosen)
-    return Cell(problem, method, seed, chosen, WITH_CONTROLLER, {"built": built})
+    return Cell(problem, method, seed, {**common, **settings, **METHODS[method](settings)})
 
 
-def _timed(base: Settings) -> Settings:
-    """Twice, four and eight times the batch after a twelfth, a sixth and a third of the run, as first set by hand."""
-    batch, cap, epochs = base["batch_size"], base["max_batch_size"], base["epochs"]
-    plan = [(-(-epochs // 12), 2), (-(-epochs // 6), 4), (-(-epochs // 3), 8)]
-    stages = [[epoch, size] for epoch, size in {epoch: min(factor * batch, cap) for epoch, factor in plan}.items()]
-    decay_from = stages[-1][0]
-    built = {"class": "TimedSchedule", "batch_size": batch, "stages": stages, "decay_from": decay_from}
-    return {"schedule": "constant", "built": built}
-
-
-def _critical(base: Settings, schedule: str = "cosine", **changes: Any) -> Settings:
-    sizes = {"batch_size": base["batch_size"], "max_batch_size": base["max_batch_size"]}
-    built = {"class": "CriticalBatch", **sizes, **changes}
-    return {"schedule": schedule, "curvature": "needed", "norm_mode": "batch", "built": built}
+def _critical(_base: Settings, **changes: Any) -> Settings:
+    return {"controller": "critical", "schedule": "cosine", "curvature": "needed", "norm_mode": "batch", **changes}
 
 
 def _large(base: Settings, **changes: Any) -> Settings:
@@ -125,7 +107,7 @@ def _large(base: Settings, **changes: Any) -> Settings:
     return {"batch_size": cap, "lr": base["lr"] * cap / base["batch_size"], **changes}
 
 
-def _absa(base: Settings, **changes: Any) -> Settings:  # noqa: ARG001
+def _absa(_base: Settings, **changes: Any) -> Settings:
     """The published setting: fast gradient sign attack on a fifth, patience 10, running statistics, 128 examples."""
     published = {"controller": "absa", "adversary": "fgsm", "patience": 10, "probe_examples": 128}
     return {**published, "curvature": "needed", **changes}
@@ -133,28 +115,21 @@ def _absa(base: Settings, **changes: Any) -> Settings:  # noqa: ARG001
 
 def _adabatch(base: Settings) -> Settings:
     """Twice the batch and 0.75 times the rate after every fifth of the run, as in the published 100 epochs."""
-    sizes = {"batch_size": base["batch_size"], "max_batch_size": base["max_batch_size"]}
-    every = max(1, round(base["epochs"] / 5))
-    return {"schedule": "constant", "built": {"class": "AdaBatch", **sizes, "every_epochs": every}}
+    return {"controller": "adabatch", "schedule": "constant", "every_epochs": max(1, round(base["epochs"] / 5))}
 
+
+_TIMED: Settings = {"controller": "timed", "schedule": "constant"}
 
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed": lambda _: {"curvature": "epoch", "norm_mode": "batch"},  # recorded for replays
-    "timed": _timed,
+    "timed": lambda _: _TIMED,
     "absa": _absa,
     "critical": _critical,
-    "fixed-linear": lambda base: {
-        "schedule": "constant",
-        "built": {
-            "class": "TimedSchedule",
-            "batch_size": base["batch_size"],
-            "stages": [],
-            "decay_from": -(-base["epochs"] // 3),
-        },
-    },
+    "fixed-linear": lambda base: {**_TIMED, "stages": [], "decay_from": -(-base["epochs"] // 3)},
     "fixed-max": _large,
     "fixed-max-warmup": lambda _: {"controller": "warmup"},
     "lars-warmup": lambda _: {"controller": "warmup", "optimizer": "lars"},
+    "lars-warmup-0.003": lambda _: {"controller": "warmup", "optimizer": "lars", "trust_coefficient": 0.003},
     "clars": lambda base: _large(base, optimizer="clars"),
     "noise-scale": lambda base: {"controller": "noise-scale", "microbatch_size": base["batch_size"] // 4},
     "adabatch": _adabatch,
@@ -162,13 +137,10 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "abs": lambda base: _absa(base, controller="abs", adversary="none"),
     "absa-patience-only": lambda base: _absa(base, decay_factor=1e9),
     "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
-    "critical-edge-only-jumps": lambda base: _critical(
-        base, schedule="multistep", loss_power=None, max_growth=base["max_batch_size"] / base["batch_size"]
-    ),
-    "critical-edge-only": lambda base: _critical(base, loss_power=None),
+    "critical-edge-only": lambda base: _critical(base, loss_power=0),
     "critical-third": lambda base: _critical(base, edge_share=1 / 3),
     "critical-fifth": lambda base: _critical(base, edge_share=1 / 5),
-    "critical-loss-only": lambda base: _critical(base, edge_share=None),
+    "critical-loss-only": lambda base: _critical(base, edge_share=0),
     "fixed-cosine": lambda _: {"schedule": "cosine"},
 }
-"""What each method changes in a problem's settings; "built": a controller written out, see with_controller.py."""
+"""What each method changes in a problem's settings."""

@@ -29,10 +29,9 @@ def main(run_dirs: list[str]) -> int:
     for run_dir in run_dirs:
         history = hf.History.load(run_dir)
         settings = history.config["settings"]
-        rows = [{**row, "epoch_loss": row["train_loss"]} if row["kind"] == "epoch" else row for row in history.records]
         print(f"\n{run_dir}: epoch:batch")
         for name, controller in controllers(settings["batch_size"], settings["max_batch_size"]).items():
-            replay = hf.control.replay(rows, controller)
+            replay = hf.control.replay(history.records, controller)
             sizes = ", ".join(f"{step.epoch}:{step.decision.batch_size}" for step in replay.changes)
             print(f"{name:22} {replay.updates:5} updates   {sizes}")
         rates = {row["epoch"]: row["lr"] for row in history.epochs}

@@ -89,14 +89,17 @@ def _replay(arguments: Namespace) -> int:
 
     from hessianflow.build import load_config
     from hessianflow.choices import build_controller
+    from hessianflow.config import resolve
     from hessianflow.control.replay import replay
     from hessianflow.training import History
 
     history = History.load(arguments.run_dir)
-    config = replace(load_config(arguments.run_dir), controller=arguments.controller)
-    for name in ("max_batch_size", "patience"):
-        if arguments[name] is not None:
-            config = replace(config, **{name: arguments[name]})
+    # No rate is set here, and some controllers would refuse the schedule of the run.
+    changes = {"controller": arguments.controller, "schedule": None}
+    changes |= {name: arguments[name] for name in ("max_batch_size", "patience") if arguments[name] is not None}
+    config = resolve(replace(load_config(arguments.run_dir), **changes))
+    if config.controller == "critical" and config.norm_mode == "eval":
+        print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")
     examples = history.config["trainer"]["examples_per_epoch"]
     result = replay(history.records, build_controller(config), examples_per_epoch=examples, total_epochs=config.epochs)
     for step in result.changes:

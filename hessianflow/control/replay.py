@@ -13,6 +13,8 @@ from hessianflow.control.checks import check_count
 from hessianflow.interfaces import BatchController, CurvatureReading, Decision, HessianFlowError, Progress
 
 _MEASURING_KINDS = ("epoch", "curvature", "signals")
+_SIGNALS = {"lr": "learning_rate", "train_loss": "epoch_loss"}
+"""Names in an epoch row, and those of the signals they are."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def replay(
 
     Rows of kind "epoch", "curvature" and "signals" are gathered by their number of examples, each such moment being one
     opportunity to decide. The curvature row becomes the reading; every number in the rows of that moment is a signal
-    under its own name, and `lr` of the epoch row also under "learning_rate". Updates are counted anew from the batch
-    sizes decided here, every started batch as one.
+    under its own name; `lr` and `train_loss` of the epoch row also as "learning_rate" and "epoch_loss", the names the
+    trainer gives them. Updates are counted anew from the batch sizes decided here, every started batch as one.
 
     Args:
         rows: the records, in any order.
@@ -113,7 +115,7 @@ def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
 
 def _signals(moment: Mapping[str, Any]) -> dict[str, float]:
     numbers = {k: float(v) for k, v in moment.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return {**numbers, "learning_rate": numbers["lr"]} if "lr" in numbers else numbers
+    return {signal: numbers[name] for name, signal in _SIGNALS.items() if name in numbers} | numbers
 
 
 def _number(value: Any) -> float:

@@ -52,11 +52,13 @@ class TimedSchedule(Controller[ControllerState]):
         return super().is_due(progress) or self._decay(progress) < 1
 
     def _decide(self, measured: Measured, /) -> str:
-        progress, before = measured.progress, self._state.batch_size
+        progress, before = measured.progress, (self._state.batch_size, self._state.lr_factor)
         reached = [size for epoch, size in self.stages if epoch <= progress.epoch]
         self._state.batch_size = reached[-1] if reached else self.initial_batch_size
         self._state.lr_factor = self._state.batch_size / self.initial_batch_size * self._decay(progress)
-        return "" if self._state.batch_size == before else f"planned for epoch {progress.epoch}"
+        if self._state.batch_size != before[0]:
+            return f"planned for epoch {progress.epoch}"
+        return "" if self._state.lr_factor == before[1] else f"planned decay from epoch {self.decay_from} on"
 
     def _decay(self, progress: Progress) -> float:
         """What is left of the rate, from 1 down to 0."""

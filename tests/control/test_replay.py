@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hessianflow.control import ABSA, FixedBatch, NoiseScale, Warmup, replay
+from hessianflow.control import ABSA, CriticalBatch, FixedBatch, NoiseScale, Warmup, replay
 from hessianflow.interfaces import HessianFlowError
 
 EIGENVALUES = [100, 80, 50, 49, 25, 30, 12, 11]
@@ -64,6 +64,18 @@ def test_signals_are_read_from_any_row_of_the_moment() -> None:
     assert result.changes[0].decision.batch_size == 256
     with pytest.raises(HessianFlowError, match="signals must hold large_batch_size, large_gradient_sq"):
         replay(history([1.0]), NoiseScale(64, 1024))
+
+
+def test_the_epoch_row_serves_as_loss_and_rate() -> None:
+    """Loss 2 then 1: half the loss allows 2^(1 / 0.21) = 27 times the batch, one growth twofold."""
+    rows = [row if row["kind"] != "epoch" else {**row, "train_loss": 2 / row["epoch"]} for row in history([1.0, 1.0])]
+    result = replay(rows, CriticalBatch(128, 1024, edge_share=None))
+    assert [(step.epoch, step.decision.batch_size) for step in result.changes] == [(2, 256)]
+    assert result.changes[0].decision.reason == "loss fell from 2 to 1"
+    signals = {"kind": "signals", "epoch": 2, "examples": 2048, "epoch_loss": 2.0}
+    assert replay([*rows, signals], CriticalBatch(128, 1024, edge_share=None)).changes == (), (
+        "what was recorded as a signal is one"
+    )
 
 
 def test_rates_by_progress_are_replayed_at_the_recorded_moments() -> None:

@@ -24,9 +24,10 @@ def test_sizes_and_rates_by_epoch() -> None:
     assert at(controller, 24).lr_factor == 0
 
 
-def test_only_growths_have_a_reason() -> None:
+def test_every_change_has_a_reason() -> None:
     controller = TimedSchedule(128, STAGES, decay_from=8)
     assert [at(controller, e).reason for e in (1, 2, 9)] == ["", "planned for epoch 2", "planned for epoch 9"]
+    assert at(controller, 10).reason == "planned decay from epoch 8 on"
     assert at(controller, 10).reason == ""
 
 
