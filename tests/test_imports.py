@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "interfaces": set(),
     "batches": {"interfaces"},
     "measuring": {"interfaces"},
-    "config": {"interfaces"},
+    "config": {"interfaces", "presets"},
+    "presets": set(),
     "__init__": {"interfaces"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,50 @@
+"""What a run takes for a data set when nothing else is asked for, by the names of the settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_SMALL_IMAGES: dict[str, Any] = {
+    "model": "resnet20",
+    "batch_size": 128,
+    "max_batch_size": 16384,
+    "epochs": 90,
+    "lr": 0.1,
+    "schedule": "multistep",
+    "milestones": (30, 60, 80),
+    "patience": 10,
+    "probe_examples": 64,
+    "precision": "auto",
+    "channels_last": True,
+}
+# CIFAR: the published ABSA settings for residual networks. Others: ours.
+PRESETS: Mapping[str, dict[str, Any]] = {
+    "digits": {
+        "model": "digits-cnn",
+        "batch_size": 32,
+        "max_batch_size": 512,
+        "epochs": 30,
+        "lr": 0.05,
+        "schedule": "multistep",
+        "milestones": (20, 26),
+        "patience": 5,
+        "probe_examples": 128,
+        "precision": "float32",
+        "channels_last": False,
+        "threads": 1,  # the network is too small to share
+    },
+    "fake": {
+        **_SMALL_IMAGES,
+        "model": "c1",
+        "precision": "float32",
+        "max_batch_size": 512,
+        "epochs": 4,
+        "lr": 0.02,
+        "milestones": (3,),
+    },
+    "cifar10": _SMALL_IMAGES,
+    "cifar100": _SMALL_IMAGES,
+    "svhn": _SMALL_IMAGES,
+    "tiny-imagenet": {**_SMALL_IMAGES, "model": "resnet18"},
+    "imagenet": {**_SMALL_IMAGES, "model": "resnet18", "batch_size": 256},
+    "folder": {**_SMALL_IMAGES, "model": "resnet18"},
+}
