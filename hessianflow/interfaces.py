@@ -9,6 +9,7 @@ one device, progress counts examples. A learning rate is stated at a reference b
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -139,13 +140,67 @@ class BatchController(Stateful, Protocol):
     ) -> Decision: ...
 
 
-class Adversary(Stateful, Protocol):
-    """Perturbs a share of every optimization batch; gradients flow through the input only."""
+class InputAttack(Stateful, Protocol):
+    """Perturbs a share of a batch with the weights of the moment; gradients flow through the input only."""
 
     def perturb(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
     ) -> Tensor:
         """Return the inputs with about `share` of the rows perturbed; the given tensor is not changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What one optimizer step trains on.
+
+    With N rows drawn from the data and M twins the gradient is that of
+
+        (sum of the losses of all N + M rows) / N,   or / (N + M) with `average`:
+
+    for M = N the sum of two means, or their average.
+
+    Attributes:
+        batch: (inputs, targets) of the N rows; some inputs may be perturbed.
+        twins: adversarial (inputs, targets) of M rows that are trained besides, in forward passes of their own.
+        twin_mode: entered around each of those passes (another set of normalisation statistics).
+        average: divide by all rows.
+        on_input_gradient: given the gradient of the step's loss with respect to the N inputs, up to a positive factor
+            per row, shaped like them; None: it is not computed.
+    """
+
+    batch: Batch
+    twins: Batch | None = None
+    twin_mode: Callable[[], AbstractContextManager[Any]] = nullcontext
+    average: bool = False
+    on_input_gradient: Callable[[Tensor], None] | None = None
+
+
+class Adversary(Stateful, Protocol):
+    """Decides what is trained on in place of a clean batch.
+
+    For the batch of step t the trainer calls :meth:`attack` with the weights of step t - `staleness`, :meth:`expose` at
+    step t, and :meth:`after_step` after each step. Batches whose share is 0 are trained as they are.
+    """
+
+    @property
+    def staleness(self) -> int:
+        """Steps between attack and use: so many batches are drawn ahead."""
+        ...
+
+    @property
+    def attacks_late(self) -> bool:
+        """Whether a batch that was not attacked ahead is attacked at its use; if not, it is trained as it is."""
+        ...
+
+    def attack(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+    ) -> Callable[[], Tensor]:
+        """Start the attack on a batch with the weights of now; what is returned waits for the adversarial inputs."""
+        ...
+
+    def expose(self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float) -> Exposure:
+        """What to train on, given the batch and what its attack made of it."""
         ...
 
     def after_step(self, model: nn.Module) -> None:

@@ -6,7 +6,7 @@ the loss is given, and the range is the valid one.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from hessianflow.adversarial.attacks import (
 )
 from hessianflow.adversarial.budget import Norm, PerChannel, ValueRange, check_in_range, make_budget, place
 from hessianflow.adversarial.mixing import perturbed_rows
-from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode
 
 ABSA_EPS = 0.005
 """Perturbation of ABSA's reference implementation, for inputs in [0, 1] that are not normalised."""
@@ -88,8 +88,36 @@ class PGD:
         result[rows] = self._attack(model, result[rows], targets[rows], microbatch_size or len(rows))
         return result
 
+    @property
+    def staleness(self) -> int:
+        """0: the attack is made with the weights that are trained next."""
+        return 0
+
+    @property
+    def attacks_late(self) -> bool:
+        """True: every batch is attacked at its use."""
+        return True
+
+    def attack(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+    ) -> Callable[[], Tensor]:
+        """:meth:`perturb`, at once."""
+        perturbed = self.perturb(model, inputs, targets, share, microbatch_size)
+        return lambda: perturbed
+
+    def expose(
+        self,
+        model: nn.Module,  # noqa: ARG002
+        inputs: Tensor,  # noqa: ARG002
+        targets: Tensor,
+        adversarial: Tensor,
+        share: float,  # noqa: ARG002
+    ) -> Exposure:
+        """The perturbed inputs in place of the clean ones, labels unchanged."""
+        return Exposure((adversarial, targets))
+
     def after_step(self, model: nn.Module) -> None:
-        """Nothing: the attack is made with the weights that are trained next."""
+        """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         """Where the random starts stand."""

@@ -8,23 +8,29 @@ is the synchronous method.
 Where the paper's text leaves a choice: the first tau batches have no twin and are trained clean (`first="clean"`) or
 attacked at the moment they are used (`first="synchronous"`); with split batch normalisation the attack goes through the
 adversarial set by default. A change of the batch size drains the queue: batches already drawn are used as they are, so
-each keeps its twin and the change arrives tau steps later.
+each keeps its twin and the change arrives tau steps later. A share below 1 makes twins of that share of the rows, and
+the sum of two means becomes mean over the clean rows + share x mean over the twins: every row counts alike.
+
+In a training loop of one's own :meth:`ConcurrentAdversary.pairs` holds the queue and :func:`pair_loss` makes one
+concatenated forward pass. In `AdaptiveBatchTrainer` the trainer holds the queue and calls `attack` and `expose`
+(`interfaces.Adversary`); clean rows and twins then go through the network in microbatches of their own.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hessianflow.adversarial.runners import AttackRunner, Interleaved
-from hessianflow.adversarial.split_norm import SplitBatchNorm, clean_rows
+from hessianflow.adversarial.mixing import perturbed_rows
+from hessianflow.adversarial.runners import AttackRunner, Interleaved, TwinAttack
+from hessianflow.adversarial.split_norm import clean_rows, is_split
 from hessianflow.batches import mean_loss
-from hessianflow.interfaces import Adversary, HessianFlowError, LossFn
-from hessianflow.measuring import unwrap
+from hessianflow.interfaces import Exposure, HessianFlowError, InputAttack, LossFn
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ class ConcurrentAdversary:
         staleness: steps between attack and use; 0: none. Default (ours): 1, the smallest concurrent value.
         first: what to do with the first `staleness` batches, which nobody attacked ahead of time (ours: "clean").
         attack_set: batch-normalisation set of a split model that the attack goes through; ignored for other models.
-        microbatch_size: most rows attacked in one forward pass; None: all.
+        combine: "sum" of the two means, as in the paper, or their "average", which keeps the scale of the gradient; for
+            the trainer (:func:`pair_loss` has its own).
+        microbatch_size: most rows attacked in one forward pass; None: all, or what the trainer says.
         runner: where attacks run; None: :class:`~hessianflow.adversarial.runners.Interleaved`.
 
     Raises:
@@ -100,11 +108,12 @@ class ConcurrentAdversary:
 
     def __init__(
         self,
-        adversary: Adversary,
+        adversary: InputAttack,
         *,
         staleness: int = 1,
         first: Literal["clean", "synchronous"] = "clean",
         attack_set: Literal["adversarial", "main"] = "adversarial",
+        combine: Literal["sum", "average"] = "sum",
         microbatch_size: int | None = None,
         runner: AttackRunner | None = None,
     ) -> None:
@@ -113,11 +122,45 @@ class ConcurrentAdversary:
         self._adversary = adversary
         self._staleness = staleness
         self._first = first
-        self._attack_set = attack_set
+        self._attack_set: Literal["adversarial", "main"] = attack_set
+        self._average = combine == "average"
         self._microbatch_size = microbatch_size
         self._runner: AttackRunner = Interleaved() if runner is None else runner
         self._queue: deque[_Queued] = deque()
         self._step = 0
+
+    @property
+    def staleness(self) -> int:
+        """Steps between attack and use."""
+        return self._staleness
+
+    @property
+    def attacks_late(self) -> bool:
+        """Whether a batch without a twin is attacked at its use: always without staleness, else as `first` says."""
+        return self._staleness == 0 or self._first == "synchronous"
+
+    def attack(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+    ) -> Callable[[], Tensor]:
+        """Start to make the twins of `share` of the rows, spread evenly, with the weights of now.
+
+        Raises:
+            HessianFlowError: a share outside [0, 1].
+        """
+        rows = _chosen(inputs, share)
+        size = microbatch_size or self._microbatch_size
+        return self._runner.submit(
+            model, TwinAttack(self._adversary, inputs[rows], targets[rows], size, self._attack_set)
+        )
+
+    def expose(self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float) -> Exposure:
+        """Clean rows and twins; these through the adversarial set where the model is split."""
+        mode = partial(clean_rows, model, 0) if is_split(model) else nullcontext
+        twins = (adversarial, targets[_chosen(inputs, share)])
+        return Exposure((inputs, targets), twins, mode, self._average)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Nothing."""
 
     def pairs(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Pair]:
         """One pair a batch, in order, for a whole run; step the optimizer between two pairs.
@@ -204,13 +247,7 @@ class ConcurrentAdversary:
         return pair
 
     def _attack(self, model: nn.Module, entry: _Queued) -> None:
-        def attack(weights: nn.Module) -> Tensor:
-            inner = unwrap(weights)
-            split = any(isinstance(module, SplitBatchNorm) for module in inner.modules())
-            with clean_rows(inner, 0 if self._attack_set == "adversarial" else None) if split else nullcontext():
-                return self._adversary.perturb(inner, entry.inputs, entry.targets, 1.0, self._microbatch_size)
-
-        entry.twin = self._runner.submit(model, attack)
+        entry.twin = self.attack(model, entry.inputs, entry.targets, 1.0)
         entry.attacked_at = self._step
 
 
@@ -225,8 +262,7 @@ def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Literal
     """
     rows = len(pair.inputs)
     inputs, targets = pair.concatenated()
-    split = any(isinstance(module, SplitBatchNorm) for module in unwrap(model).modules())
-    with clean_rows(model, rows) if split else nullcontext():
+    with clean_rows(model, rows) if is_split(model) else nullcontext():
         outputs = model(inputs)
     clean = mean_loss(loss_fn, outputs[:rows], targets[:rows])
     if pair.adversarial is None:
@@ -235,6 +271,11 @@ def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Literal
     total = clean + adversarial
     gain = (adversarial - clean).detach()
     return PairLoss(total / 2 if combine == "average" else total, clean.detach(), gain)
+
+
+def _chosen(inputs: Tensor, share: float) -> Tensor | slice:
+    """The rows that get a twin; all of them without a copy."""
+    return slice(None) if share == 1 else perturbed_rows(len(inputs), share, inputs.device)
 
 
 def _ready(twin: Tensor | None) -> Callable[[], Tensor] | None:

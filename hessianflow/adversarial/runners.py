@@ -1,20 +1,52 @@
-"""Where the attacks of :class:`concurrent.ConcurrentAdversary` run: here and now, or on a second CUDA stream."""
+"""Where the attacks of :class:`concurrent.ConcurrentAdversary` run: here and now, or on a second CUDA stream.
+
+A third runner, in a second process, has a module of its own (:mod:`worker`).
+"""
 
 import copy
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.adversarial.split_norm import clean_rows, is_split
+from hessianflow.interfaces import HessianFlowError, InputAttack
 from hessianflow.measuring import unwrap
+
+
+@dataclass(frozen=True)
+class TwinAttack:
+    """The attack on one batch, ready to run on any copy of the weights.
+
+    Attributes:
+        adversary: makes the twins.
+        inputs: shape [N, ...].
+        targets: shape [N, ...].
+        microbatch_size: most rows in one forward pass; None: all.
+        attack_set: batch-normalisation set of a split model that the attack goes through.
+    """
+
+    adversary: InputAttack
+    inputs: Tensor
+    targets: Tensor
+    microbatch_size: int | None = None
+    attack_set: Literal["adversarial", "main"] = "adversarial"
+
+    def __call__(self, weights: nn.Module) -> Tensor:
+        """The twins of all rows."""
+        inner = unwrap(weights)
+        through_twins = self.attack_set == "adversarial" and is_split(inner)
+        with clean_rows(inner, 0) if through_twins else nullcontext():
+            return self.adversary.perturb(inner, self.inputs, self.targets, 1.0, self.microbatch_size)
 
 
 class AttackRunner(Protocol):
     """Starts an attack with the weights of this moment and hands out its result later."""
 
-    def submit(self, model: nn.Module, attack: Callable[[nn.Module], Tensor]) -> Callable[[], Tensor]:
+    def submit(self, model: nn.Module, attack: TwinAttack) -> Callable[[], Tensor]:
         """Start `attack(model)`; the callable returned waits for the result.
 
         Whatever happens to the weights afterwards must not change it.
@@ -25,7 +57,7 @@ class AttackRunner(Protocol):
 class Interleaved:
     """Runs each attack at once: no speed gain, the reference for every other runner."""
 
-    def submit(self, model: nn.Module, attack: Callable[[nn.Module], Tensor]) -> Callable[[], Tensor]:
+    def submit(self, model: nn.Module, attack: TwinAttack) -> Callable[[], Tensor]:
         """The result is ready when this returns."""
         result = attack(model)
         return lambda: result
@@ -42,7 +74,7 @@ class SecondStream:
         self._replica: nn.Module | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def submit(self, model: nn.Module, attack: Callable[[nn.Module], Tensor]) -> Callable[[], Tensor]:
+    def submit(self, model: nn.Module, attack: TwinAttack) -> Callable[[], Tensor]:
         """Copy the weights on the current stream, then attack on the other.
 
         Raises:

@@ -5,6 +5,9 @@ Foret, Kleiner, Mobahi, Neyshabur, arXiv 2010.01412, equation 2 and algorithm 1 
     e = rho * g / ||g||,  g the gradient at w over all parameters;  w = base optimizer's step from w along the gradient
     at w + e.
 
+`AdaptiveBatchTrainer` gives every optimizer whose `step` requires a closure one that computes the gradient of the same
+batch anew: the same adversarial examples, with the loss and the hits at the clean weights recorded.
+
 A gradient of zero names no direction: the weights are then not moved (no epsilon in the denominator). Batch
 normalisation's running statistics should see the clean weights only: run the second closure inside
 :func:`frozen_statistics`, which `SAM(..., model=model)` does by itself.
@@ -73,7 +76,7 @@ class SAM(Optimizer):
         self.param_groups = base.param_groups
         self.state = base.state
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         """Two gradients, one step.
 
         Args:
@@ -82,12 +85,7 @@ class SAM(Optimizer):
 
         Returns:
             The loss at the weights themselves.
-
-        Raises:
-            HessianFlowError: no closure.
         """
-        if closure is None:
-            raise HessianFlowError("SAM needs two gradients a step: call step(closure) with one that computes them")
         with torch.enable_grad():
             loss = closure()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

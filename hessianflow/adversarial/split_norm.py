@@ -68,7 +68,7 @@ def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Modu
     Raises:
         HessianFlowError: no batch normalisation in it, or it is split already.
     """
-    if any(isinstance(module, SplitBatchNorm) for module in model.modules()):
+    if is_split(model):
         raise HessianFlowError("the model's batch normalisation is split already")
     layers: dict[nn.Module, nn.Module] = {
         m: SplitBatchNorm(m, share_affine=share_affine) for m in model.modules() if isinstance(m, _BATCH_NORM)
@@ -78,6 +78,11 @@ def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Modu
             "split_batch_norm needs a model with batch normalisation, found none: train this one without splitting"
         )
     return _replace(model, layers)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether :func:`split_batch_norm` has converted the model."""
+    return any(isinstance(module, SplitBatchNorm) for module in unwrap(model).modules())
 
 
 def merge_batch_norm(model: nn.Module) -> nn.Module:

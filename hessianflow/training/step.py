@@ -1,18 +1,20 @@
 """One optimizer step on one batch: transform, attack, gradient in microbatches, update; out of memory is survived."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessianflow.batches import move, num_examples
-from hessianflow.interfaces import Adversary, Batch, BatchTransform, Decision, Progress
+from hessianflow.interfaces import Adversary, Batch, BatchTransform, Exposure, HessianFlowError, Progress
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import BatchResult, GradientAccumulator
+from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.timing import Stopwatch
 
@@ -35,31 +37,60 @@ class TrainingStep:
     device: torch.device
     max_grad_norm: float | None = None
 
-    def __call__(self, batch: Batch, decision: Decision, progress: Progress) -> BatchResult:
-        """Take the step; `decision` and `progress` are those before it."""
+    def __post_init__(self) -> None:
+        self._takes_closure = _requires_closure(self.optimizer)
+        if self._takes_closure and self.accumulate.scaler.is_enabled():
+            raise HessianFlowError(
+                f"{type(self.optimizer).__name__} asks for several gradients a step, which loss scaling cannot follow: "
+                'use precision="bf16" or "float32"'
+            )
+
+    def load(self, batch: Batch, progress: Progress) -> Batch:
+        """A batch as it will be trained: on the device, transformed; `progress` is that at its use."""
         with self.watch.part("training"):
             inputs, targets = move(batch, self.device, non_blocking=True)
-            drawn = num_examples(targets)
-            if self.transform is not None:
-                inputs, targets = self.transform(inputs, targets, progress)
-            result = self._gradient((inputs, targets), decision.adversarial_share)
-            if self.max_grad_norm is not None:
-                self.accumulate.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.accumulate.parameters, self.max_grad_norm)
-            self.accumulate.scaler.step(self.optimizer)
-            self.accumulate.scaler.update()
+            return (inputs, targets) if self.transform is None else self.transform(inputs, targets, progress)
+
+    def __call__(self, now: Planned, ahead: Planned | None) -> BatchResult:
+        """Take the step on `now`; start the attack on `ahead` with the weights before it."""
+        with self.watch.part("training"):
+            result = self._update(lambda: self._clipped_gradient(now, ahead))
             if self.adversary is not None:
                 self.adversary.after_step(self.model)
-        # Progress counts examples drawn from the data, whatever the transform made of them.
-        return replace(result, examples=drawn)
+        # Progress counts examples drawn from the data, whatever the transform or the adversary made of them.
+        return replace(result, examples=now.examples)
 
-    def _gradient(self, batch: Batch, share: float) -> BatchResult:
-        count = num_examples(batch[1])
+    def _update(self, gradient: Callable[[], BatchResult]) -> BatchResult:
+        """Let the optimizer step; `gradient` fills `.grad`, and is called as often as the optimizer wants it."""
+        if not self._takes_closure:
+            result = gradient()
+            self.accumulate.scaler.step(self.optimizer)
+            self.accumulate.scaler.update()
+            return result
+        results: list[BatchResult] = []
+
+        def closure() -> Tensor:
+            results.append(gradient())
+            return results[-1].loss
+
+        self.optimizer.step(closure)  # type: ignore[arg-type]
+        return results[0]
+
+    def _clipped_gradient(self, now: Planned, ahead: Planned | None) -> BatchResult:
+        result = self._gradient(now, ahead)
+        if self.max_grad_norm is not None:
+            self.accumulate.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.accumulate.parameters, self.max_grad_norm)
+        return result
+
+    def _gradient(self, now: Planned, ahead: Planned | None) -> BatchResult:
+        count = num_examples(now.batch[1])
+        clean = [entry for entry in (now, ahead) if entry is not None and entry.attacked is None]
         while True:
             size = self.microbatch.begin(count)
             undo = None if self.microbatch.is_proven else self._remember()
             try:
-                result = self._try_gradient(batch, share, size)
+                result = self.accumulate.expose(self._expose(now, ahead, size), size)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -69,17 +100,31 @@ class TrainingStep:
             # Outside the handler, where the error no longer holds the failed pass's tensors.
             self.accumulate.clear()
             self.microbatch.out_of_memory(count)
+            for entry in clean:
+                entry.attacked = None
             if undo is not None:
                 undo()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _try_gradient(self, batch: Batch, share: float, size: int) -> BatchResult:
-        inputs, targets = batch
-        if self.adversary is not None and share > 0:
-            with self.watch.part("adversary"), self.accumulate.autocast():
-                inputs = self.adversary.perturb(self.model, inputs, targets, share, size)
-        return self.accumulate((inputs, targets), size)
+    def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
+        """What to train on; attacks that are due are started, those made before are waited for."""
+        adversary, share = self.adversary, now.decision.adversarial_share
+        if adversary is None:
+            return Exposure(now.batch)
+        with self.watch.part("adversary"), self.accumulate.autocast():
+            if ahead is not None:
+                self._attack(adversary, ahead, size)
+            if adversary.attacks_late:
+                self._attack(adversary, now, size)
+            if now.attacked is None:
+                return Exposure(now.batch)
+            return adversary.expose(self.model, *now.batch, now.attacked(), share)
+
+    def _attack(self, adversary: Adversary, entry: Planned, size: int) -> None:
+        share = entry.decision.adversarial_share
+        if entry.attacked is None and share > 0:
+            entry.attacked = adversary.attack(self.model, *entry.batch, share, size)
 
     def _remember(self) -> Callable[[], None]:
         buffers = [(b, b.detach().clone()) for b in unwrap(self.model).buffers()]
@@ -96,6 +141,12 @@ class TrainingStep:
                 part.load_state_dict(state)
 
         return undo
+
+
+def _requires_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` cannot do without a function that computes the gradient anew: SAM, LBFGS."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

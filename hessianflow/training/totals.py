@@ -42,7 +42,8 @@ class RunningTotals:
         self._loss = torch.zeros((), dtype=float64_on(self._device), device=self._device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
         self._classified = True
-        self._examples = self._trained = 0
+        self._examples = self._trained = self._with_twins = 0
+        self._gain = torch.zeros_like(self._loss)
         self._setting: dict[str, float] = {}
 
     def add(self, result: BatchResult, update: int, decision: Decision, rate: float) -> None:
@@ -53,6 +54,9 @@ class RunningTotals:
             self._classified = False
         else:
             self._correct += result.correct
+        if result.twin_loss is not None:
+            self._gain += (result.twin_loss - result.loss) * result.trained
+            self._with_twins += result.trained
         if self._limit is None:
             self._limit = EXPLODED * result.loss.abs().clamp(min=1)
         # A device-side minimum: the update at which the loss first diverged, without reading it now.
@@ -96,6 +100,7 @@ class RunningTotals:
             "train_accuracy": accuracy,
             "eval_loss": None if evaluation is None else evaluation.loss,
             "eval_accuracy": None if evaluation is None else evaluation.accuracy,
+            **self._adversarial_gain(),
             "seconds": spent["wall"],
             "images_per_second": self._examples / max(spent["training"] + spent["data"], 1e-9),
             "seconds_training": spent["training"] - spent["adversary"],
@@ -105,6 +110,10 @@ class RunningTotals:
             "seconds_evaluation": spent["evaluation"],
         }
 
+    def _adversarial_gain(self) -> dict[str, float]:
+        """By how much the twins' mean loss exceeds that of the clean rows: below 0 they are too stale to be harder."""
+        return {"adversarial_gain": self._gain.item() / self._with_twins} if self._with_twins else {}
+
     def state_dict(self) -> dict[str, Any]:
         """The sums, for a checkpoint in the middle of an epoch."""
         return {
@@ -113,6 +122,8 @@ class RunningTotals:
             "classified": self._classified,
             "examples": self._examples,
             "trained": self._trained,
+            "gain": self._gain.clone(),
+            "with_twins": self._with_twins,
             "setting": dict(self._setting),
             "seconds": dict(self._seconds),
             "limit": None if self._limit is None else self._limit.clone(),
@@ -123,5 +134,6 @@ class RunningTotals:
         self._loss = state["loss"].to(self._device)
         self._correct = state["correct"].to(self._device)
         self._classified, self._examples, self._trained = state["classified"], state["examples"], state["trained"]
+        self._gain, self._with_twins = state["gain"].to(self._device), state["with_twins"]
         self._setting, self._seconds = dict(state["setting"]), dict(state["seconds"])
         self._limit = None if state["limit"] is None else state["limit"].to(self._device)

@@ -6,7 +6,7 @@ transform -> adversary -> gradient in microbatches, each weighted by its example
 `controller.update` -> decision applied and recorded.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from hessianflow.training.divergence import DivergenceError, DivergencePolicy, O
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
+from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.progress import ProgressBar
 from hessianflow.training.record import History, RunRecord, history_length
@@ -58,10 +59,12 @@ class AdaptiveBatchTrainer:
         train_data: a :class:`~hessianflow.interfaces.ResizableBatches`, such as `hf.data.DeviceBatches` (tensors) or
             `hf.data.AdaptiveBatches` (any map-style Dataset).
         eval_data: one (inputs, targets) pair or a re-iterable of pairs, evaluated after every epoch.
-        optimizer: any torch optimizer; stepped by its own `step()`.
+        optimizer: any torch optimizer; stepped by its own `step()`, with a closure where that requires one (SAM,
+            LBFGS).
         loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see `LossFn`).
         controller: decides the batch size; None keeps that of `train_data`.
-        adversary: perturbs the share of each batch that the controller asks for.
+        adversary: perturbs the share of each batch that the controller asks for, or trains on adversarial twins of it
+            (:class:`~hessianflow.adversarial.ConcurrentAdversary`); progress counts the examples drawn from the data.
         epochs: passes over the training data.
         scheduler: any torch scheduler; the controller's factor multiplies the rate it sets.
         schedule_unit: "epoch": the scheduler steps once an epoch. "reference_batch": once per reference batch of
@@ -148,8 +151,12 @@ class AdaptiveBatchTrainer:
         self._step = TrainingStep(
             model, optimizer, accumulate, self._microbatch, adversary, transform, self._watch, device, max_grad_norm
         )
+        depth = 0 if adversary is None else adversary.staleness
+        self._ahead = Lookahead(train_data, depth, self._step.load, device, self._watch)
         parts: dict[str, Any] = {
             "train_data": train_data,
+            # Before the adversary: its attacks under way end first, when states are taken as when they are put back.
+            "look-ahead": self._ahead if depth else None,
             "controller": controller,
             "adversary": adversary,
             "probe": probe,
@@ -220,7 +227,7 @@ class AdaptiveBatchTrainer:
             with ghost_normalisation(self.model, self.norm_batch_size):
                 while self._state.counters.examples < total and not self._stop_requested:
                     try:
-                        self._train_epoch(bar)
+                        self._train(bar)
                     except DivergenceError as error:
                         self._roll_back(error)
         finally:
@@ -233,13 +240,15 @@ class AdaptiveBatchTrainer:
         self._record.finish(rows.summary(self._record.history(), self.progress, self._decision, seconds, device))
         return self._record.history()
 
-    def _train_epoch(self, bar: ProgressBar) -> None:
+    def _train(self, bar: ProgressBar) -> None:
+        """The steps from here to the end of the run, or to a stop."""
         counters = self._state.counters
-        for batch in self._timed(self.train_data):
-            result = self._step(batch, self._decision, self.progress)
+        for now, ahead in self._ahead.plan(lambda: (self.progress, self._decision)):
+            self._rate.set_factor(now.decision.lr_factor)
+            result = self._step(now, ahead)
             counters.examples += result.examples
             counters.updates += 1
-            self._totals.add(result, counters.updates, self._decision, self._rate.value)
+            self._totals.add(result, counters.updates, now.decision, self._rate.value)
             if self.schedule_unit == "reference_batch":
                 self._rate.advance(result.examples / self.reference_batch_size)
             if bar.advance(result.examples):
@@ -258,15 +267,6 @@ class AdaptiveBatchTrainer:
                 self._save()
             if stop:
                 return
-
-    def _timed(self, batches: ResizableBatches) -> Iterator[Batch]:
-        iterator = iter(batches)
-        while True:
-            with self._watch.part("data"):
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch
 
     def _decide(self, at_end: bool) -> None:
         progress, before = self.progress, self._decision

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, CurvatureReading, Decision, HessianFlowError, History
 from hessianflow.data import DeviceBatches
+from hessianflow.interfaces import Exposure
 
 N = 50
 
@@ -179,11 +180,14 @@ def test_adversary_sees_the_share_and_each_step():
     calls: list[tuple[float, int]] = []
 
     class Adversary:
-        steps = 0
+        steps, staleness, attacks_late = 0, 0, True
 
-        def perturb(self, model, inputs, targets, share, microbatch_size=None):
+        def attack(self, model, inputs, targets, share, microbatch_size=None):
             calls.append((share, microbatch_size))
-            return inputs + 1
+            return lambda: inputs + 1
+
+        def expose(self, model, inputs, targets, adversarial, share):
+            return Exposure((adversarial, targets))
 
         def after_step(self, model):
             self.steps += 1
