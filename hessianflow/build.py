@@ -1,33 +1,42 @@
 """The only place that joins the parts: from a resolved configuration to a trainer."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hessianflow.batches import split
 from hessianflow.choices import (
     build_adversary,
     build_controller,
     build_observers,
     build_optimizer,
     build_scheduler,
+    build_stages,
     given,
     microbatch_default,
 )
 from hessianflow.config import TrainConfig, from_dict, resolve, to_dict
+from hessianflow.control import Stage, stage_at
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
-from hessianflow.interfaces import HessianFlowError, RecordSink
+from hessianflow.interfaces import Batch, HessianFlowError, RecordSink
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
+from hessianflow.models.dropout import with_head_dropout
 from hessianflow.training import AdaptiveBatchTrainer, TensorBoardSink, checkpoint
 from hessianflow.training.accumulate import Precision
+from hessianflow.training.progressive import ProgressiveResize, check_resolutions
+from hessianflow.training.recalibrate import recalibrate
 from hessianflow.training.record import CONFIG, read_json
 
 EVALUATION_BATCH = 1000
+RECALIBRATION_EXAMPLES = 1024
+"""Training examples that statistics of normalisation are measured on before an evaluation. Ours."""
 TENSORBOARD = "tensorboard"
 """Folder of the TensorBoard files in a run directory."""
 _BUNDLED = ("digits", "fake")
@@ -61,6 +70,8 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
     optimizer = build_optimizer(config, parts.model)
     examples = parts.train.num_examples
     scheduler, unit = build_scheduler(config, optimizer, examples)
+    stages = build_stages(config)
+    transform = build_transform(parts, stages)
     model = torch.compile(parts.model, dynamic=True) if config.compile else parts.model
     assert isinstance(model, nn.Module)
     return AdaptiveBatchTrainer(
@@ -74,7 +85,9 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         epochs=given(config.epochs),
         scheduler=scheduler,
         schedule_unit=unit,
-        probe=build_probe(config, parts),
+        probe=build_probe(config, parts, transform),
+        transform=transform,
+        before_evaluation=None if transform is None else build_recalibration(config, parts),
         curvature="needed" if config.curvature == "needed" else "epoch",
         reference_batch_size=config.batch_size,
         microbatch_size=microbatch_default(config) if config.microbatch_size is None else config.microbatch_size,
@@ -82,7 +95,7 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         observers=build_observers(config, optimizer),
         precision=_precision(config),
         run_dir=config.run_dir,
-        config={"settings": to_dict(config)},
+        config={"settings": to_dict(config), **resolution_record(stages)},
         sinks=[*sinks, *_tensorboard(config)],
         checkpoint_examples=config.checkpoint_examples,
         checkpoint_minutes=config.checkpoint_minutes,
@@ -117,10 +130,12 @@ def build_parts(config: TrainConfig) -> Parts:
     channels, side, _ = train.input_shape
     variant: Variant = "imagenet" if side > 64 else "cifar"
     model = create(config.model or "", train.num_classes, side, variant, in_channels=channels).to(device)
+    if config.dropouts is not None:
+        model = with_head_dropout(model)
     layout = bool(config.channels_last)
     if layout:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shared: dict[str, Any] = {"device": device, "channels_last": layout, "num_workers": config.workers}
+    shared: dict[str, Any] = {"device": device, "channels_last": layout, "num_workers": config.loader_workers}
     return Parts(
         model,
         train.batches(batch, train=True, seed=config.seed, **shared),
@@ -129,15 +144,41 @@ def build_parts(config: TrainConfig) -> Parts:
     )
 
 
-def build_probe(config: TrainConfig, parts: Parts) -> CurvatureProbe | None:
-    """A probe on a fixed, un-augmented sample of the training set."""
+def resolution_record(stages: tuple[Stage, ...]) -> dict[str, Any]:
+    """The stages for config.json; nothing where the resolution never changes."""
+    return {"resolution_stages": [asdict(stage) for stage in stages]} if stages else {}
+
+
+def build_transform(parts: Parts, stages: tuple[Stage, ...]) -> ProgressiveResize | None:
+    """What resizes the batches; None where the resolution never changes.
+
+    Raises:
+        HessianFlowError: the model takes images of one size only.
+    """
+    if not stages:
+        return None
+    image, _ = parts.train.sample(1)
+    check_resolutions(parts.model, image, sorted({stage.level.resolution for stage in stages}))
+    return ProgressiveResize(parts.model, lambda epoch: stage_at(stages, epoch).level)
+
+
+def build_recalibration(config: TrainConfig, parts: Parts) -> Callable[[], None]:
+    """Measures the statistics of normalisation at full resolution, on batches of the first size."""
+    count = min(RECALIBRATION_EXAMPLES, parts.train.num_examples)
+    sample = list(split(parts.train.sample(count, config.seed), config.batch_size))
+    return partial(recalibrate, parts.model, sample)
+
+
+def build_probe(config: TrainConfig, parts: Parts, transform: ProgressiveResize | None = None) -> CurvatureProbe | None:
+    """A probe on a fixed, un-augmented sample of the training set, at the resolution that training is at."""
     if config.curvature == "off":
         return None
     count = min(given(config.probe_examples), parts.train.num_examples)
+    sample: Batch = parts.train.sample(count, config.seed)
     return CurvatureProbe(
         parts.model,
         nn.CrossEntropyLoss(),
-        parts.train.sample(count, config.seed),
+        sample if transform is None else partial(transform.at_hand, sample),
         tol=config.probe_tolerance,
         budget=config.curvature_budget,
         norm_mode=given(config.norm_mode),
@@ -226,14 +267,15 @@ def _precision(config: TrainConfig) -> Precision:
     return config.precision
 
 
-def _read(config: TrainConfig, split: Any) -> ImageSet | ImageFolder:
+def _read(config: TrainConfig, part: Any) -> ImageSet | ImageFolder:
     if config.data_dir is None and config.data not in _BUNDLED:
         raise HessianFlowError(
             f"--data {config.data} needs --data-dir, the folder of its official files "
             f"(`hessianflow data fetch {config.data} --data-dir DIR` gets them)"
         )
-    images = load(config.data, config.data_dir, split)
-    count = config.train_examples if split == "train" else config.test_examples
+    size = {} if config.resolutions is None else {"image_size": config.resolutions[-1]}
+    images = load(config.data, config.data_dir, part, **size)
+    count = config.train_examples if part == "train" else config.test_examples
     if isinstance(images, ImageSet) and not config.augment:
         images = replace(images, augment=Augmentation())
     return images if count is None else images.take(count)

@@ -19,12 +19,16 @@ from hessianflow.control import (
     DiveBatch,
     FixedBatch,
     GrowInsteadOfDecay,
+    Level,
     NoiseScale,
+    ProgressiveResolution,
+    Stage,
     TimedSchedule,
     Warmup,
+    resolution_stages,
 )
 from hessianflow.control.rate_rule import RateRule
-from hessianflow.interfaces import Adversary, BatchController, GradientObserver
+from hessianflow.interfaces import Adversary, BatchController, GradientObserver, HessianFlowError
 from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorms, polynomial_decay
 from hessianflow.optim.lars import Form
 
@@ -93,8 +97,41 @@ def _shape(config: TrainConfig, epochs: int, milestones: list[int]) -> Callable[
     return shapes[config.schedule]
 
 
+def build_stages(config: TrainConfig) -> tuple[Stage, ...]:
+    """The resolutions over a run; none where it keeps the full one.
+
+    Raises:
+        HessianFlowError: a stretch of constant rate has fewer epochs than there are resolutions.
+    """
+    if config.resolution is None:
+        return ()
+    epochs, resolutions = given(config.epochs), given(config.resolutions)
+    milestones = (config.milestones or ()) if config.schedule == "multistep" else ()
+    ends = [*(milestone for milestone in milestones if milestone < epochs), epochs]
+    sizes = config.resolution_batch_sizes or (given(config.batch_size),) * len(resolutions)
+    dropouts = config.dropouts or (0.0,) * len(resolutions)
+    levels = [Level(*level) for level in zip(resolutions, sizes, dropouts, strict=True)]
+    try:
+        return resolution_stages(ends, levels, config.resolution)
+    except HessianFlowError as error:
+        raise HessianFlowError(f"--resolution {config.resolution}: {error}; see --milestones and --epochs") from None
+
+
 def build_controller(config: TrainConfig) -> BatchController:
-    """The controller by name, under the learning-rate rule if one was asked for."""
+    """The controller by name, under the learning-rate rule and with the resolutions that were asked for.
+
+    Raises:
+        HessianFlowError: dual-batch, which plans its batches beforehand.
+    """
+    if config.controller == "dual-batch":
+        raise HessianFlowError("--controller dual-batch plans its batches before a run: it decides nothing during one")
+    controller, stages = _named_controller(config), build_stages(config)
+    if config.lr_rule is not None:
+        controller = RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)
+    return ProgressiveResolution(controller, stages) if stages else controller
+
+
+def _named_controller(config: TrainConfig) -> BatchController:
     batch, cap = given(config.batch_size), given(config.max_batch_size)
     share = 0.0 if config.adversary == "none" or config.controller == "abs" else config.adversarial_share
 
@@ -144,10 +181,7 @@ def build_controller(config: TrainConfig) -> BatchController:
         "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
         "timed": timed,
     }
-    controller = makers[config.controller]()
-    if config.lr_rule is None:
-        return controller
-    return RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)
+    return makers[config.controller]()
 
 
 def build_adversary(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from hessianflow.interfaces import HessianFlowError, NormMode
 from hessianflow.presets import PRESETS
+from hessianflow.settings import DualBatchSettings, ResolutionSettings
 
 DataName = Literal["digits", "fake", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet", "folder"]
 ControllerName = Literal[
@@ -26,6 +27,7 @@ ControllerName = Literal[
     "divebatch",
     "critical",
     "timed",
+    "dual-batch",
 ]
 AdversaryName = Literal["fgsm", "pgd", "none"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lars", "clars", "lamb"]
@@ -38,8 +40,8 @@ LogLevelName = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Every setting of `hessianflow train`.
+class TrainConfig(DualBatchSettings, ResolutionSettings):
+    """Every setting of `hessianflow train`, beside those of the classes it extends.
 
     Attributes:
         data: data set by name; digits comes with scikit-learn, fake is made up, all others are read from data_dir.
@@ -47,14 +49,16 @@ class TrainConfig:
             below train and val.
         train_examples: use only so many training examples; default: all.
         test_examples: use only so many test examples; default: all.
-        workers: processes that load images from a tree of folders; the other sets are held on the device.
+        loader_workers: processes that load images from a tree of folders; the other sets are held on the device.
         model: network by name (see hf.models.names()), or package.module:function of your own; default: digits-cnn for
             digits, resnet20 or resnet18 otherwise.
         controller: who decides the batch size. absa: the top eigenvalue, or patience; abs: the same without adversary;
             fixed: batch_size throughout; warmup: max_batch_size from the start, with a rate that rises to linear
             scaling; adabatch: growth every so many epochs; grow-instead-of-decay: growth by 1/lr_decay at the
             milestones; noise-scale, cabs, divebatch: from the variance of the gradients; critical: ours, from the loss
-            and the distance to the edge of stability, under a cosine schedule; timed: as the stages say.
+            and the distance to the edge of stability, under a cosine schedule; timed: as the stages say;
+            dual-batch: some workers with a small batch and some with batch_size, on a parameter server, without
+            adversary.
         adversary: attack on a share of every batch.
         optimizer: how a step is taken.
         batch_size: examples per optimizer step at the start; the learning rate is stated for it.
@@ -119,7 +123,7 @@ class TrainConfig:
     data_dir: str | None = None
     train_examples: int | None = None
     test_examples: int | None = None
-    workers: int = 0
+    loader_workers: int = 0
     model: str | None = None
     controller: ControllerName = "absa"
     adversary: AdversaryName = "fgsm"
@@ -203,6 +207,8 @@ class TrainConfig:
                 )
             if not 0 < self.lr_decay < 1:
                 raise HessianFlowError(f"--lr-decay must lie between 0 and 1 here, got {self.lr_decay}")
+        self.check_resolution()
+        self.check_dual_batch(wanted=self.controller == "dual-batch")
         if self.max_lr_factor is not None and self.lr_rule is None:
             raise HessianFlowError(f"--max-lr-factor {self.max_lr_factor:g} needs --lr-rule")
 
@@ -214,7 +220,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "lr": (0, math.inf),
     "train_examples": (1, math.inf),
     "test_examples": (1, math.inf),
-    "workers": (0, math.inf),
+    "loader_workers": (0, math.inf),
     "warmup_epochs": (0, math.inf),
     "max_lr_factor": (1e-6, math.inf),
     "norm_batch_size": (0, math.inf),
@@ -258,6 +264,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     preset["norm_mode"] = "eval"
     if config.controller == "critical":
         preset |= {"schedule": "cosine", "norm_mode": "batch"}
+    if config.resolution is not None:
+        preset["resolutions"] = config.resolutions_of(config.data)
+    if config.controller == "dual-batch":
+        preset |= _dual_batch(config)
     filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
     batch = config.batch_size or filled["batch_size"]
     if "max_batch_size" in filled:
@@ -272,7 +282,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
         scaled = (milestone * epochs // preset["epochs"] for milestone in filled["milestones"])
         filled["milestones"] = tuple(sorted({m for m in scaled if 0 < m < epochs}))
     resolved = replace(config, **filled)
+    if config.controller == "dual-batch":
+        resolved.check_plan()
     return _planned(resolved) if config.controller == "timed" and config.stages is None else resolved
+
+
+def _dual_batch(config: TrainConfig) -> dict[str, Any]:
+    workers = config.workers or 4
+    plan = {"workers": workers, "small_workers": workers - 1, "extra_time": 1.05, "min_small_batch_size": 1}
+    return {**plan, "server": "simulated", "synchrony": "asp"}
 
 
 def _planned(config: TrainConfig) -> TrainConfig:

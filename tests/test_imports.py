@@ -20,8 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "interfaces": set(),
     "batches": {"interfaces"},
     "measuring": {"interfaces"},
-    "config": {"interfaces", "presets"},
     "presets": set(),
+    "settings": {"interfaces"},
+    "config": {"interfaces", "presets", "settings"},
     "__init__": {"interfaces"},
     "__main__": {"cli"},
 }

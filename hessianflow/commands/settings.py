@@ -11,7 +11,8 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
     """Add one option for each field of TrainConfig, or for those in `names`."""
     texts, hints = _field_texts(), get_type_hints(TrainConfig)
     chosen = None if names is None else set(names)
-    for field in fields(TrainConfig):
+    # The fields of the classes that TrainConfig extends come after its own.
+    for field in sorted(fields(TrainConfig), key=lambda f: f.name not in TrainConfig.__annotations__):
         if chosen is None or field.name in chosen:
             parser.add_argument(
                 option(field.name),
@@ -23,7 +24,8 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
 
 
 def _field_texts() -> dict[str, str]:
-    """Help texts from the docstring of TrainConfig."""
+    """Help texts from the docstrings of TrainConfig and of the classes it extends."""
     from docstring_parser import parse
 
-    return {p.arg_name: " ".join((p.description or "").split()) for p in parse(TrainConfig.__doc__ or "").params}
+    documented = [p for part in TrainConfig.__mro__[:-1] for p in parse(part.__doc__ or "").params]
+    return {p.arg_name: " ".join((p.description or "").split()) for p in documented}

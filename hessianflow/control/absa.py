@@ -83,6 +83,10 @@ class ABSA(Controller[ABSAState]):
         """The eigenvalue while the batch can still grow, then nothing."""
         return frozenset({"eigenvalue"} if self._can_grow else ())
 
+    def forget_reference(self) -> None:
+        """The next usable eigenvalue becomes the reference: the loss is another one from here on."""
+        self._state.reference = None
+
     def _decide(self, measured: Measured, /) -> str:
         reasons = self._consider_growth(measured.reading) if self._can_grow else []
         return "; ".join(reasons + self._consider_half_way(measured.progress))

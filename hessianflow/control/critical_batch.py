@@ -112,6 +112,10 @@ class CriticalBatch(BoundedController[CriticalState]):
         edge = {"eigenvalue", "learning_rate"} if self.edge_share is not None else set[str]()
         return frozenset(loss | edge)
 
+    def forget_reference(self) -> None:
+        """Eigenvalues of another loss say nothing about the stability of this one."""
+        self._state.eigenvalues = []
+
     def _decide(self, measured: Measured, /) -> str:
         if not self.needs:
             return ""

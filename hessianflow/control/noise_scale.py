@@ -135,6 +135,10 @@ class NoiseScale(BoundedController[NoiseScaleState]):
         """The four gradient moments."""
         return MOMENT_SIGNALS
 
+    def forget_reference(self) -> None:
+        """The moving average starts again: the loss is another one from here on."""
+        self._state.signal_share = None
+
     def _decide(self, measured: Measured, /) -> str:
         if unusable := defect(measured.signals):
             return f"noise scale unknown: {unusable}"

@@ -36,6 +36,10 @@ class RateRule:
         """The controller's, with the factor of the rule."""
         return self._ruled(self.controller.decision)
 
+    def forget_reference(self) -> None:
+        """The controller's, if it has one."""
+        getattr(self.controller, "forget_reference", lambda: None)()
+
     def is_due(self, progress: Progress) -> bool:
         """As the controller says."""
         return self.controller.is_due(progress)

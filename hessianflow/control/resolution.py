@@ -12,14 +12,20 @@ Training is cut into phases of constant learning rate. With resolutions r_1 < ..
 The last stage always has the highest resolution. The learning rate does not follow the batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hessianflow.control.checks import check_count, check_number
-from hessianflow.control.controller import Controller, ControllerState, Measured
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import (
+    NO_SIGNALS,
+    BatchController,
+    CurvatureReading,
+    Decision,
+    HessianFlowError,
+    Progress,
+)
 
 Schedule = Literal["cyclic", "once", "uniform"]
 
@@ -78,33 +84,77 @@ def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
     return next((stage for stage in stages if epoch < stage.end), stages[-1])
 
 
-class ProgressiveResolution(Controller[ControllerState]):
-    """Sets the batch size that goes with the resolution of the day; the images are resized by a batch transform.
+class ProgressiveResolution:
+    """Any controller, its batch size in step with the resolution of the day; a batch transform resizes the images.
 
-    The transform, and whoever sets the dropout, reads :func:`stage_at` with the same stages.
+    The controller's sizes are those at the highest resolution; at another one they are multiplied by that level's batch
+    size over the last level's, rounded, and never more than the training set. The learning rate does not follow. At a
+    change of resolution a controller that has a `forget_reference()` is told to forget what it measured: the loss is
+    another one from there on.
 
     Args:
-        stages: from :func:`resolution_stages`.
-        adversarial_share: share of each batch made adversarial, in [0, 1].
+        controller: decides everything else.
+        stages: from :func:`resolution_stages`; the transform, and whoever sets the dropout, reads :func:`stage_at`.
 
     Raises:
-        HessianFlowError: no stage, or the share is out of its bounds.
+        HessianFlowError: no stage.
     """
 
-    def __init__(self, stages: Sequence[Stage], *, adversarial_share: float = 0.0) -> None:
+    def __init__(self, controller: BatchController, stages: Sequence[Stage]) -> None:
         if not stages:
             raise HessianFlowError("stages must hold at least one stage, got none")
-        self.stages = tuple(stages)
-        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
-        largest = max(stage.level.batch_size for stage in stages)
-        super().__init__(ControllerState(stages[0].level.batch_size, adversarial_share=share), largest)
+        self.controller, self.stages = controller, tuple(stages)
+        self._epoch, self._reason = 0, ""
+        self._largest: int | None = None
 
-    def _decide(self, measured: Measured, /) -> str:
-        stage = stage_at(self.stages, measured.progress.epoch)
-        if stage.level.batch_size == self._state.batch_size:
-            return ""
-        self._state.batch_size = stage.level.batch_size
-        return f"resolution {stage.level.resolution} from epoch {stage.start} on"
+    @property
+    def needs(self) -> frozenset[str]:
+        """The controller's."""
+        return self.controller.needs
+
+    @property
+    def decision(self) -> Decision:
+        """The controller's, with the batch that goes with the resolution."""
+        decision = self.controller.decision
+        size = self._scaled(decision.batch_size, stage_at(self.stages, self._epoch))
+        return replace(decision, batch_size=size, reason=self._reason)
+
+    def is_due(self, progress: Progress) -> bool:
+        """When the controller is, and where the resolution changes."""
+        return self.controller.is_due(progress) or self._changes(progress)
+
+    def update(
+        self, progress: Progress, reading: CurvatureReading | None = None, signals: Mapping[str, float] = NO_SIGNALS
+    ) -> Decision:
+        """The controller's decision where it is due, at the batch size of the resolution from now on."""
+        reasons = []
+        if self.controller.is_due(progress):
+            reasons.append(self.controller.update(progress, reading, signals).reason)
+        if self._changes(progress):
+            stage = stage_at(self.stages, progress.epoch)
+            reasons.append(f"resolution {stage.level.resolution} from epoch {stage.start} on")
+            getattr(self.controller, "forget_reference", lambda: None)()
+        self._epoch, self._reason = progress.epoch, "; ".join(filter(None, reasons))
+        self._largest = progress.examples_per_epoch
+        return self.decision
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's state, and the last epoch seen."""
+        own = {"epoch": self._epoch, "reason": self._reason, "largest": self._largest}
+        return {**own, "controller": self.controller.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._epoch, self._reason, self._largest = state["epoch"], state["reason"], state["largest"]
+        self.controller.load_state_dict(state["controller"])
+
+    def _changes(self, progress: Progress) -> bool:
+        before, after = (stage_at(self.stages, epoch).level for epoch in (self._epoch, progress.epoch))
+        return before.resolution != after.resolution
+
+    def _scaled(self, batch_size: int, stage: Stage) -> int:
+        size = max(1, round(batch_size * stage.level.batch_size / self.stages[-1].level.batch_size))
+        return size if self._largest is None else min(size, self._largest)
 
 
 def _cut(start: int, end: int, levels: Sequence[Level]) -> list[tuple[int, int, Level]]:

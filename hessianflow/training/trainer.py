@@ -6,7 +6,7 @@ transform -> adversary -> gradient in microbatches, each weighted by its example
 `controller.update` -> decision applied and recorded.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class AdaptiveBatchTrainer:
         norm_batch_size: examples that batch normalisation sees at once in training ("ghost" batch normalisation). None:
             the reference batch size, as the published runs had in effect. 0: the whole microbatch.
         transform: applied to each whole batch before the adversary.
+        before_evaluation: called after every epoch, before the model is evaluated and saved: may set its buffers.
         observers: shown the gradient of every microbatch; their signals go to the controller.
         max_grad_norm: clip the gradient of each step to this norm.
         precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
@@ -114,6 +115,7 @@ class AdaptiveBatchTrainer:
         microbatch_size: int | Literal["auto"] | None = None,
         norm_batch_size: int | None = None,
         transform: BatchTransform | None = None,
+        before_evaluation: Callable[[], None] | None = None,
         observers: Sequence[GradientObserver] = (),
         max_grad_norm: float | None = None,
         precision: Precision = "float32",
@@ -132,7 +134,7 @@ class AdaptiveBatchTrainer:
         check_signals(controller, probe is not None, train_data.num_examples)
         check_run(model, optimizer, decision.batch_size, train_data.num_examples, epochs)
         self.model, self.train_data, self.eval_data, self.loss_fn = model, train_data, eval_data, loss_fn
-        self.controller = controller
+        self.controller, self.before_evaluation = controller, before_evaluation
         self.epochs, self.schedule_unit, self.show_progress = epochs, schedule_unit, show_progress
         self._saver = Saver(checkpoint_examples, checkpoint_minutes, keep_checkpoints)
         self._policy = DivergencePolicy(on_divergence, max_rollbacks)
@@ -296,8 +298,10 @@ class AdaptiveBatchTrainer:
 
     def _finish_epoch(self) -> None:
         evaluation = None
-        if self.eval_data is not None:
-            with self._watch.part("evaluation"):
+        with self._watch.part("evaluation"):
+            if self.before_evaluation is not None:
+                self.before_evaluation()
+            if self.eval_data is not None:
                 evaluation = evaluate(self.model, self.eval_data, self.loss_fn)
         row = self._totals.epoch_row(self.progress, evaluation, self._watch.totals())
         self._record.write(row)

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from hessianflow.control import Level, ProgressiveResolution, Stage, resolution_stages, stage_at
-from hessianflow.interfaces import HessianFlowError, Progress
+from hessianflow.control import ABSA, FixedBatch, Level, ProgressiveResolution, Stage, resolution_stages, stage_at
+from hessianflow.control.rate_rule import RateRule
+from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
 
 CIFAR = [Level(24, 600, 0.1), Level(32, 560, 0.2)]
 IMAGENET = [Level(160, 2330, 0.1), Level(224, 1110, 0.2), Level(288, 740, 0.3)]
@@ -52,29 +53,63 @@ def test_stages_cover_training_and_end_at_the_highest(schedule: str) -> None:
 def test_one_level_is_full_resolution_throughout() -> None:
     stages = resolution_stages([10], [Level(32, 128)], "cyclic")
     assert stages == (Stage(0, 10, 0, Level(32, 128)),)
-    controller = ProgressiveResolution(stages)
+    controller = ProgressiveResolution(FixedBatch(128), stages)
     for epoch in range(1, 11):
         assert controller.update(Progress(epoch, 0, 0, 50_000, 10)).reason == ""
 
 
 def test_controller_follows_the_stages() -> None:
-    controller = ProgressiveResolution(resolution_stages([80, 120, 140], CIFAR, "cyclic"), adversarial_share=0.1)
+    stages = resolution_stages([80, 120, 140], CIFAR, "cyclic")
+    controller = ProgressiveResolution(FixedBatch(560, 0.1), stages)
     assert (controller.decision.batch_size, controller.decision.adversarial_share) == (600, 0.1)
+    assert controller.needs == frozenset()
     changes = {}
     for epoch in range(1, 141):
-        decision = controller.update(Progress(epoch, 0, 0, 50_000, 140))
+        progress = Progress(epoch, 0, 0, 50_000, 140)
+        if not controller.is_due(progress):
+            continue
+        decision = controller.update(progress)
         assert decision.lr_factor == 1
-        if decision.reason:
-            changes[epoch] = decision.batch_size
-    assert changes == {40: 560, 80: 600, 100: 560, 120: 600, 130: 560}
-    again = ProgressiveResolution(controller.stages)
+        changes[epoch] = decision.batch_size, decision.reason
+    assert changes == {
+        40: (560, "resolution 32 from epoch 40 on"),
+        80: (600, "resolution 24 from epoch 80 on"),
+        100: (560, "resolution 32 from epoch 100 on"),
+        120: (600, "resolution 24 from epoch 120 on"),
+        130: (560, "resolution 32 from epoch 130 on"),
+    }
+    again = ProgressiveResolution(FixedBatch(560, 0.1), stages)
     again.load_state_dict(controller.state_dict())
     assert again.decision == controller.decision
 
 
-def test_reason_names_the_resolution() -> None:
-    controller = ProgressiveResolution(resolution_stages([4], CIFAR, "cyclic"))
-    assert controller.update(Progress(2, 0, 0, 50_000, 4)).reason == "resolution 32 from epoch 2 on"
+def test_absa_takes_a_new_reference_at_every_resolution() -> None:
+    """Without it, the fall from 100 to 30 at epoch 2, where the resolution changes, would count as a decay."""
+    stages = resolution_stages([4], [Level(24, 64), Level(32, 32)], "cyclic")
+    controller = ProgressiveResolution(RateRule(ABSA(100, 400, patience=None, adversarial_share=0), "sqrt"), stages)
+    assert controller.needs == {"eigenvalue"}
+    sizes = [controller.decision.batch_size]
+    for epoch, eigenvalue in enumerate([100.0, 90.0, 30.0, 14.0], start=1):
+        reading = CurvatureReading(eigenvalue, 0.0, 1, True)
+        progress = Progress(epoch, 0, 0, 50_000, 5)
+        assert controller.is_due(progress)
+        decision = controller.update(progress, reading)
+        sizes.append(decision.batch_size)
+    assert sizes == [200, 200, 100, 100, 200], "twice the controller's size at the low resolution"
+    assert decision.reason == "eigenvalue fell from 30 to 14 (<= 1/2)"
+    assert decision.lr_factor == pytest.approx(2**0.5)
+
+
+def test_the_batch_is_never_more_than_the_training_set() -> None:
+    controller = ProgressiveResolution(FixedBatch(70), resolution_stages([2, 4], [Level(8, 2), Level(9, 1)], "cyclic"))
+    assert controller.decision.batch_size == 140
+    assert controller.update(Progress(2, 0, 0, 100, 4)).batch_size == 100
+
+
+def test_a_controller_without_memory_needs_no_method_for_it() -> None:
+    stages = resolution_stages([2], CIFAR, "cyclic")
+    for controller in (RateRule(FixedBatch(560), "sqrt"), FixedBatch(560)):
+        assert ProgressiveResolution(controller, stages).update(Progress(1, 0, 0, 50_000, 2)).batch_size == 560
 
 
 @pytest.mark.parametrize(
@@ -91,7 +126,7 @@ def test_reason_names_the_resolution() -> None:
         (lambda: resolution_stages([9], [Level(0, 1)], "cyclic"), "resolution must be a whole number >= 1, got 0"),
         (lambda: resolution_stages([9], [Level(1, 0)], "cyclic"), "batch_size must be a whole number >= 1, got 0"),
         (lambda: resolution_stages([9], [Level(1, 1, 2)], "cyclic"), "dropout must be a finite number >= 0 and <= 1"),
-        (lambda: ProgressiveResolution([]), "stages must hold at least one stage, got none"),
+        (lambda: ProgressiveResolution(FixedBatch(1), []), "stages must hold at least one stage, got none"),
     ],
 )
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:

@@ -1,0 +1,155 @@
+"""Settings of methods that need several: parts of :class:`hessianflow.config.TrainConfig`, with their own checks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from hessianflow.interfaces import HessianFlowError
+
+ResolutionName = Literal["cyclic", "once", "uniform"]
+ServerName = Literal["simulated", "ray"]
+SynchronyName = Literal["asp", "bsp", "ssp"]
+
+SIDES: Mapping[str, int] = {"digits": 8, "fake": 16, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
+"""Pixels a side of the images of each data set; those of image files are cut to any size."""
+FILE_SIDE = 224
+"""Side that image files are cut to, unless resolutions say otherwise."""
+
+
+@dataclass(frozen=True)
+class ResolutionSettings:
+    """The resolution over training time.
+
+    Attributes:
+        resolution: lower resolutions first. cyclic: from low to high within every stretch of constant learning rate;
+            once: one resolution a stretch; uniform: in equal parts, whatever the rate; default: full resolution.
+        resolutions: pixels a side, increasing, e.g. "[24, 32]"; the last is that of the data; default: three quarters
+            of it, then all.
+        resolution_batch_sizes: examples per step that go with each resolution, e.g. "[600, 560]": the controller's size
+            is taken times the size here over the last one; default: the same at every resolution.
+        dropouts: dropout before the last linear layer at each resolution, e.g. "[0.1, 0.2]"; default: none.
+    """
+
+    resolution: ResolutionName | None = None
+    resolutions: tuple[int, ...] | None = None
+    resolution_batch_sizes: tuple[int, ...] | None = None
+    dropouts: tuple[float, ...] | None = None
+
+    def check_resolution(self) -> None:
+        """Refuse resolutions without a schedule, not increasing, or with lists of different lengths.
+
+        Raises:
+            HessianFlowError: naming the option.
+        """
+        for name in ("resolutions", "resolution_batch_sizes", "dropouts"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if self.resolution is None:
+                raise HessianFlowError(f"{_option(name)} needs --resolution cyclic, once or uniform")
+            if name != "resolutions" and self.resolutions is not None and len(values) != len(self.resolutions):
+                raise HessianFlowError(
+                    f"{_option(name)} must hold one value for each of the {len(self.resolutions)} resolutions, "
+                    f"got {len(values)}"
+                )
+        sizes = self.resolutions
+        if sizes is not None and (not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes))):
+            raise HessianFlowError(f"--resolutions must be one or more increasing sizes in pixels, got {list(sizes)}")
+        if self.resolution_batch_sizes is not None and min(self.resolution_batch_sizes) < 1:
+            raise HessianFlowError(
+                f"--resolution-batch-sizes must be 1 or more, got {list(self.resolution_batch_sizes)}"
+            )
+        if self.dropouts is not None and not all(0 <= value < 1 for value in self.dropouts):
+            raise HessianFlowError(f"--dropouts must lie in [0, 1), got {list(self.dropouts)}")
+
+    def resolutions_of(self, data: str) -> tuple[int, ...]:
+        """The resolutions given, or the default ones for the images of `data`.
+
+        Raises:
+            HessianFlowError: the images do not have the highest of them.
+        """
+        side = SIDES.get(data)
+        if self.resolutions is None:
+            full = side or FILE_SIDE
+            return (full * 3 // 4, full)
+        if side is not None and self.resolutions[-1] != side:
+            raise HessianFlowError(
+                f"--resolutions must end with {side}, the pixels a side of {data}, got {list(self.resolutions)}"
+            )
+        return self.resolutions
+
+
+@dataclass(frozen=True)
+class DualBatchSettings:
+    """Dual-batch learning on a parameter server.
+
+    Attributes:
+        workers: of dual-batch; default: 4.
+        small_workers: how many of them use the small batch; default: all but one.
+        extra_time: what an epoch may take, relative to one with large batches only; default: 1.05, as published.
+        slope: seconds an example, one value or one for each resolution; default: measured at the start.
+        intercept: seconds a step; as slope.
+        min_small_batch_size: floor of the small batch; default: 1.
+        server: simulated: in one process, on a clock that follows slope and intercept; ray: one process a worker;
+            default: simulated.
+        synchrony: of the server. asp: every push is mixed at once; bsp: rounds; ssp: asp until a worker is too far
+            ahead; default: asp, as published.
+        ray_address: of a Ray cluster; default: a local one.
+    """
+
+    workers: int | None = None
+    small_workers: int | None = None
+    extra_time: float | None = None
+    slope: float | tuple[float, ...] | None = None
+    intercept: float | tuple[float, ...] | None = None
+    min_small_batch_size: int | None = None
+    server: ServerName | None = None
+    synchrony: SynchronyName | None = None
+    ray_address: str | None = None
+
+    def check_dual_batch(self, *, wanted: bool) -> None:
+        """Refuse settings out of their bounds, and any of them where the controller is another.
+
+        Raises:
+            HessianFlowError: naming the option.
+        """
+        names = [field.name for field in fields(DualBatchSettings) if getattr(self, field.name) is not None]
+        if names and not wanted:
+            hint = "; processes that load images are --loader-workers" if names[0] == "workers" else ""
+            raise HessianFlowError(f"{_option(names[0])} is a setting of --controller dual-batch{hint}")
+        for name, low in (("workers", 1), ("small_workers", 0), ("min_small_batch_size", 1), ("extra_time", 1)):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= low):
+                raise HessianFlowError(f"{_option(name)} must be at least {low}, got {value}")
+        for name in ("slope", "intercept"):
+            value = getattr(self, name)
+            if value is not None and not all(math.isfinite(v) and v > 0 for v in as_tuple(value)):
+                raise HessianFlowError(f"{_option(name)} must be greater than 0, got {value}")
+        if (self.slope is None) != (self.intercept is None):
+            raise HessianFlowError("--slope and --intercept make a line together: give both or neither")
+
+    def check_plan(self) -> None:
+        """Refuse more small workers than workers, and an extra time that leaves the small ones no example.
+
+        Raises:
+            HessianFlowError: naming the option and the bound.
+        """
+        workers, small, extra = self.workers or 1, self.small_workers or 0, self.extra_time or 1.0
+        large = workers - small
+        if large < 0:
+            raise HessianFlowError(f"--small-workers {small} is more than --workers {workers}")
+        if small and large and extra >= workers / large:
+            raise HessianFlowError(
+                f"--extra-time must be less than {workers / large:.4g} (workers / large workers) with {large} large of "
+                f"{workers} workers, got {extra:g}: they would take all examples"
+            )
+
+
+def as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    """One value, or several, as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
