@@ -1,0 +1,16 @@
+"""Does ABSA save updates on CIFAR? `python -m experiments.absa_cifar`, or this file."""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(FOLDER.parents[1]))
+
+from experiments.absa_cifar.grid import cells  # noqa: E402  (found by the line above when run as a file)
+from experiments.runner import Study, main  # noqa: E402
+
+STUDY = Study("absa_cifar", FOLDER, cells)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

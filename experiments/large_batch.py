@@ -1,0 +1,91 @@
+"""The methods of the large-batch literature as changes of a problem's settings, for the studies that compare them.
+
+The rate of every problem is stated at its first batch size, and batch normalisation sees groups of that size whatever
+the batch, so that only the size of a step differs between methods.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.runner import Cell
+
+Settings = dict[str, Any]
+PUBLISHED_EPOCHS, PUBLISHED_PATIENCE = 90, 10
+
+PUBLISHED: Settings = {
+    "batch_size": 128,
+    "epochs": PUBLISHED_EPOCHS,
+    "lr": 0.1,
+    "milestones": [30, 60, 80],
+    "lr_decay": 0.2,
+    "microbatch_size": "auto",
+    "norm_batch_size": 128,
+    "probe_examples": 128,
+    "precision": "bf16",
+    "channels_last": True,
+}
+"""The published ABSA runs on CIFAR (arXiv:1810.01021 and its code): momentum 0.9, no weight decay."""
+
+
+def shortened(settings: Settings, part: int) -> Settings:
+    """A `part`-th of the epochs, with the milestones at their places in the run."""
+    milestones = sorted({milestone // part for milestone in settings["milestones"]})
+    return {**settings, "epochs": settings["epochs"] // part, "milestones": milestones}
+
+
+def _absa(base: Settings, **changes: Any) -> Settings:
+    """The published settings, the patience being the same part of the run: 10 of 90 epochs."""
+    patience = max(1, round(base["epochs"] * PUBLISHED_PATIENCE / PUBLISHED_EPOCHS))
+    return {"controller": "absa", "adversary": "fgsm", "patience": patience, "curvature": "needed", **changes}
+
+
+METHODS: Mapping[str, Callable[[Settings], Settings]] = {
+    "fixed": lambda _: {"curvature": "epoch"},  # in running statistics, for replays of ABSA
+    "absa": _absa,
+    "critical": lambda _: {"controller": "critical", "curvature": "needed"},
+    "abs": lambda base: _absa(base, controller="abs", adversary="none"),
+    "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
+    "warmup": lambda _: {"controller": "warmup"},
+    "lars": lambda _: {"controller": "warmup", "optimizer": "lars"},
+    "clars": lambda base: {
+        "batch_size": base["max_batch_size"],
+        "lr": base["lr"] * base["max_batch_size"] / base["batch_size"],
+        "optimizer": "clars",
+    },
+    "fixed-fgsm": lambda _: {"adversary": "fgsm"},
+    "fixed-cosine": lambda _: {"schedule": "cosine"},
+    "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
+    "absa-patience-only": lambda base: _absa(base, decay_factor=1e9),
+}
+"""What each method changes in a problem's settings, the most useful first."""
+MAIN = ("fixed", "absa", "critical")
+ONE_SIZE = ("fixed", "fixed-fgsm", "fixed-cosine")
+"""Those that do not know the cap: run once, not once a cap."""
+
+
+def cells(
+    problems: Mapping[str, Settings], caps: Sequence[int], seeds: Sequence[int], methods: Iterable[str]
+) -> list[Cell]:
+    """Every method on every problem under every cap, seed by seed; named METHOD, or METHOD-CAP where there are caps.
+
+    Args:
+        problems: their settings by name.
+        caps: largest batch sizes; none: the problem's own.
+        seeds: of the runs.
+        methods: of METHODS.
+    """
+    found = []
+    for problem, base in problems.items():
+        for seed in seeds:
+            for method in methods:
+                for cap in caps or [base["max_batch_size"]]:
+                    name = f"{method}-{cap}" if caps and method not in ONE_SIZE else method
+                    found.append(_cell(problem, {**base, "max_batch_size": cap}, method, name, seed))
+    return list({(cell.problem, cell.method, cell.seed): cell for cell in found}.values())
+
+
+def _cell(problem: str, base: Settings, method: str, name: str, seed: int) -> Cell:
+    common = {"controller": "fixed", "adversary": "none", "curvature": "off", "plots": False, "threads": 1}
+    if method in ONE_SIZE:
+        base = {**base, "max_batch_size": base["batch_size"]}
+    return Cell(problem, name, seed, {**common, **base, **METHODS[method](base)})

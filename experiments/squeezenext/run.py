@@ -1,0 +1,16 @@
+"""Does ABSA save updates on SqueezeNext? `python -m experiments.squeezenext`, or this file."""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(FOLDER.parents[1]))
+
+from experiments.runner import Study, main  # noqa: E402
+from experiments.squeezenext.grid import cells  # noqa: E402  (found by the line above when run as a file)
+
+STUDY = Study("squeezenext", FOLDER, cells)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))
