@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -157,35 +157,6 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     return [Group(problem, method, found[problem, method]) for problem, method in ordered]
 
 
-def write_reports(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write table.md, table.tex, table.csv and results.png; returns their paths, none without rows."""
-    if not rows:
-        return []
-    lines = [group.cells() for group in groups(rows)]
-    markdown = [_markdown_line(_COLUMNS), _markdown_line(["---"] * len(_COLUMNS))]
-    markdown += [_markdown_line(line.values()) for line in lines]
-    table_md, table_tex, table_csv = (folder / f"table.{suffix}" for suffix in ("md", "tex", "csv"))
-    table_md.write_text("\n".join(markdown) + "\n", "utf-8")
-    body = [" & ".join(map(_latex, line.values())) + r" \\" for line in lines]
-    header = " & ".join(_COLUMNS) + r" \\ \hline"
-    table_tex.write_text("\n".join([r"\begin{tabular}{lllrrrrr}", header, *body, r"\end{tabular}"]) + "\n", "utf-8")
-    with open(table_csv, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(lines)
-    figure = folder / "results.png"
-    draw(rows, figure)
-    return [table_md, table_tex, table_csv, figure]
-
-
-def _markdown_line(values: Any) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def _latex(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%")
-
-
 def draw(rows: Sequence[Row], path: Path) -> None:
     """A PNG: for every problem, final accuracy against updates, and the batch size by epoch."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -226,3 +197,32 @@ def _draw_group(left: Any, right: Any, group: Group, index: int) -> None:
         sizes = [epoch["batch_size"] for epoch in row["epochs"]]
         dash = style.dash(index)
         right.step(range(1, len(sizes) + 1), sizes, where="mid", linewidth=1.1, color=colour, alpha=0.8, linestyle=dash)
+
+
+def write_reports(rows: Sequence[Row], folder: Path, draw: Callable[[Sequence[Row], Path], None] = draw) -> list[Path]:
+    """Write table.md, table.tex, table.csv, and results.png by `draw`; returns their paths, none without rows."""
+    if not rows:
+        return []
+    lines = [group.cells() for group in groups(rows)]
+    markdown = [_markdown_line(_COLUMNS), _markdown_line(["---"] * len(_COLUMNS))]
+    markdown += [_markdown_line(line.values()) for line in lines]
+    table_md, table_tex, table_csv = (folder / f"table.{suffix}" for suffix in ("md", "tex", "csv"))
+    table_md.write_text("\n".join(markdown) + "\n", "utf-8")
+    body = [" & ".join(map(_latex, line.values())) + r" \\" for line in lines]
+    header = " & ".join(_COLUMNS) + r" \\ \hline"
+    table_tex.write_text("\n".join([r"\begin{tabular}{lllrrrrr}", header, *body, r"\end{tabular}"]) + "\n", "utf-8")
+    with open(table_csv, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    figure = folder / "results.png"
+    draw(rows, figure)
+    return [table_md, table_tex, table_csv, figure]
+
+
+def _markdown_line(values: Any) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _latex(text: str) -> str:
+    return "".join("\\" + sign if sign in "_%&#$" else sign for sign in text)

@@ -1,8 +1,8 @@
 """Runs a grid of training runs over seeds, and keeps what came out of each.
 
 A cell is one `hessianflow train` in a process of its own. One whose row is in results.jsonl is not repeated, an
-interrupted one is continued from its checkpoint, one that fails is reported and the others go on. A study (a folder
-below experiments/) says what the cells are and calls :func:`main`.
+interrupted one is continued from its checkpoint, one that fails is reported and the others go on. Where there are GPUs,
+every process sees one of them. A study (a folder below experiments/) says what the cells are and calls :func:`main`.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from experiments.results import RESULTS, Row, append_row, read_rows, row_of, write_reports
+from experiments.devices import least_used, visible_devices
+from experiments.results import RESULTS, Row, append_row, draw, read_rows, row_of, write_reports
 from hessianflow.config import from_dict, resolve
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.training import History
@@ -27,6 +28,8 @@ from hessianflow.training import History
 Scale = Literal["smoke", "cpu", "gpu", "full"]
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
+MEASURED = "measured.json"
+"""What a cell's own program leaves in the run directory beside the records of training."""
 _NEEDS_NO_FILES = ("digits", "fake")
 
 
@@ -40,7 +43,7 @@ class Cell:
         seed: of the run.
         settings: of `hessianflow train`, by their names in a settings file; without seed, data_dir and run_dir.
         program: None: `hessianflow train`. Or a module that is run as `python -m MODULE SETTINGS.json RUN_DIR` and
-            trains, or continues what it finds in RUN_DIR.
+            trains, or continues what it finds in RUN_DIR; a measured.json that it leaves there goes into the row.
         extra: further settings of that module.
     """
 
@@ -78,11 +81,13 @@ class Study:
         name: of the study.
         folder: where results.jsonl, tables and figures are kept.
         cells: the grid at a scale, for the given seeds, in the order of usefulness.
+        draw: makes the figure, a PNG at the given path, from the rows alone.
     """
 
     name: str
     folder: Path
     cells: Callable[[Scale, Sequence[int]], list[Cell]]
+    draw: Callable[[Sequence[Row], Path], None] = draw
 
 
 @dataclass(frozen=True)
@@ -102,18 +107,23 @@ class Workplace:
         runs: folder of the run directories.
         data_dir: of the data sets; None: only data that need no files.
         python: the interpreter.
+        devices: GPUs by the names of CUDA_VISIBLE_DEVICES; none: the processor.
     """
 
     runs: Path
     data_dir: str | None = None
     python: str = sys.executable
+    devices: Sequence[str] = ()
 
     def run_dir(self, cell: Cell) -> Path:
         """Of one cell."""
         return self.runs / cell.problem / cell.method / f"seed{cell.seed}"
 
-    def start(self, cell: Cell) -> "Job":
-        """Start the process of a cell, or of the rest of it; a run of other settings in its place is deleted."""
+    def start(self, cell: Cell, beside: Sequence["Job"] = ()) -> "Job":
+        """Start the process of a cell, or of the rest of it; a run of other settings in its place is deleted.
+
+        It gets the device that the fewest of the jobs `beside` it use.
+        """
         run_dir, file = self.run_dir(cell), self.run_dir(cell).with_suffix(".json")
         file.parent.mkdir(parents=True, exist_ok=True)
         settings = cell.all_settings
@@ -123,15 +133,19 @@ class Workplace:
         if not (same and (run_dir / "checkpoints" / "last.pt").is_file()):
             shutil.rmtree(run_dir, ignore_errors=True)
         file.write_text(json.dumps(settings, indent=1), "utf-8")
+        device = least_used(self.devices, [job.device for job in beside])
+        environment = {**os.environ, "OMP_NUM_THREADS": str(settings.get("threads") or 1)}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
         with open(run_dir.with_suffix(".log"), "w", encoding="utf-8") as log:
             process = subprocess.Popen(
                 self._command(cell, file, run_dir),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": str(settings.get("threads") or 1)},
+                env=environment,
             )
-        return Job(cell, run_dir, process)
+        return Job(cell, run_dir, process, device)
 
     def _command(self, cell: Cell, settings: Path, run_dir: Path) -> list[str]:
         if cell.program is not None:
@@ -152,6 +166,7 @@ class Job:
     cell: Cell
     run_dir: Path
     process: "subprocess.Popen[bytes]"
+    device: str | None
 
     def outcome(self) -> Outcome:
         """What the ended process left."""
@@ -162,7 +177,11 @@ class Job:
         history = History.load(self.run_dir)
         if history.summary.get("status") != "finished":
             return Outcome(self.cell, None, "stopped before the last epoch; run again to continue")
-        return Outcome(self.cell, row_of(self.cell.problem, self.cell.method, self.cell.all_settings, history))
+        row = row_of(self.cell.problem, self.cell.method, self.cell.all_settings, history)
+        measured = self.run_dir / MEASURED
+        if measured.is_file():
+            row["measured"] = json.loads(measured.read_text("utf-8"))
+        return Outcome(self.cell, row)
 
 
 def unfinished(cells: Sequence[Cell], results: Path) -> list[Cell]:
@@ -191,7 +210,7 @@ def run_grid(cells: Sequence[Cell], results: Path, place: Workplace, jobs: int =
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(place.start(waiting.pop(0)))
+                running.append(place.start(waiting.pop(0), running))
             time.sleep(POLL_SECONDS)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
@@ -217,12 +236,14 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     if not cells:
         sys.stderr.write(f"{study.name}: no cell of the {scale} grid fits --only {' '.join(options.only)}\n")
         return 2
-    place = Workplace(runs / "smoke" / "runs" if smoke else runs, options.data_dir)
+    devices = visible_devices()
+    place = Workplace(runs / "smoke" / "runs" if smoke else runs, options.data_dir, devices=devices)
     folder.mkdir(parents=True, exist_ok=True)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        failed = [] if options.report else _run(cells, folder / RESULTS, place, options.jobs)
-        for path in write_reports(read_rows(folder / RESULTS), folder):
+        jobs = options.jobs or max(1, len(devices))
+        failed = [] if options.report else _run(cells, folder / RESULTS, place, jobs)
+        for path in write_reports(read_rows(folder / RESULTS), folder, study.draw):
             print(path)
     except HessianFlowError as error:
         sys.stderr.write(f"{study.name}: {error}\n")
@@ -267,7 +288,7 @@ def _parser(study: Study) -> argparse.ArgumentParser:
     parser.add_argument("--scale", choices=get_args(Scale), default="cpu", help="size of the grid; default: cpu")
     parser.add_argument("--smoke", action="store_true", help="--scale smoke: seconds, on made-up data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once; default: 1")
+    parser.add_argument("--jobs", type=int, help="processes at once; default: one a GPU, or one without GPUs")
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="only cells whose PROBLEM/METHOD fits"
     )

@@ -20,6 +20,9 @@ def main(settings_file: str, run_dir: str) -> int:
     checkpoint.touch()
     with open(folder.parent / "starts.txt", "a") as file:
         file.write("continued\n" if continued else "started\n")
+    if behaviour == "tell device":
+        (folder / "measured.json").write_text(json.dumps({"device": os.environ.get("CUDA_VISIBLE_DEVICES")}))
+        time.sleep(1)
     if behaviour == "fail" or (behaviour == "fail once" and not continued):
         sys.stderr.write("some text\nit broke\n")
         return 3

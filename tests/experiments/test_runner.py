@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from experiments.controllers.grid import METHODS, PROBLEMS, cells  # noqa: E402
+from experiments.devices import least_used, visible_devices  # noqa: E402
 from experiments.results import FORMAT, append_row, groups, read_rows, write_reports  # noqa: E402
 from experiments.runner import Cell, Outcome, Scale, Study, Workplace, main, run_grid  # noqa: E402
 from hessianflow.interfaces import HessianFlowError  # noqa: E402
@@ -87,6 +88,23 @@ def test_an_impossible_cell_is_reported_and_the_others_run(tmp_path: Path) -> No
     assert "unknown settings no_such" in errors["b"]
     assert "--lr must be at least 0" in errors["c"]
     assert errors["good"] == ""
+
+
+def test_every_process_gets_a_device_and_what_it_measured_goes_into_its_row(tmp_path: Path) -> None:
+    place = Workplace(tmp_path / "runs", devices=("0", "3"))
+    found = [cell(seed=seed, behaviour="tell device") for seed in (0, 1)]
+    rows = [outcome.row for outcome in run_grid(found, tmp_path / "results.jsonl", place, jobs=2)]
+    assert sorted(row["measured"]["device"] for row in rows if row) == ["0", "3"]
+
+
+def test_devices_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_devices() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab")
+    assert visible_devices() == ["4", "GPU-ab"]
+    assert least_used(["4", "GPU-ab"], ["4", None]) == "GPU-ab"
+    assert least_used([], []) is None
 
 
 def test_stopping_ends_the_running_processes(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Every study: the cells of all its scales can be, and its smallest grid runs from a shell."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from experiments import large_batch  # noqa: E402
+from experiments.absa_cifar.grid import FIFTH  # noqa: E402
+from experiments.results import read_rows  # noqa: E402
+from experiments.runner import Cell, Scale, Study  # noqa: E402
+
+STUDIES = ("absa_cifar", "squeezenext", "lars_clars", "spectra")
+
+
+def study(name: str) -> Study:
+    found: Study = import_module(f"experiments.{name}.run").STUDY
+    return found
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "gpu", "full"])
+def test_every_cell_can_be_and_no_two_are_the_same(name: str, scale: Scale) -> None:
+    found = study(name).cells(scale, [0, 1])
+    assert len({(cell.problem, cell.method, cell.seed) for cell in found}) == len(found) > 0
+    for cell in found:
+        cell.check()
+
+
+def cells(caps: Sequence[int]) -> dict[str, Cell]:
+    found = large_batch.cells({"toy": {**FIFTH, "model": "resnet20"}}, caps, [0], large_batch.METHODS)
+    return {cell.method: cell for cell in found}
+
+
+def test_what_knows_no_cap_runs_once() -> None:
+    found = cells([512, 1024])
+    assert {"fixed", "absa-512", "absa-1024"} <= found.keys()
+    assert "fixed-512" not in found
+    assert found["absa-512"].settings["max_batch_size"] == 512
+    assert found["fixed"].settings["max_batch_size"] == found["fixed"].settings["batch_size"] == 128
+
+
+def test_a_fifth_of_the_published_run_keeps_its_proportions() -> None:
+    """90 epochs, milestones 30, 60, 80 and patience 10, divided by 5."""
+    settings = cells([])["absa"].settings
+    assert (settings["epochs"], settings["milestones"], settings["patience"]) == (18, [6, 12, 16], 2)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_smallest_grid_runs(name: str, tmp_path: Path) -> None:
+    """About 20 s of a core each: the real command, on made-up data, in processes of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--smoke", "--jobs", "2", "--runs", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_rows(tmp_path / "smoke" / "results.jsonl")
+    assert len(rows) == len(study(name).cells("smoke", [0]))
+    assert (tmp_path / "smoke" / "results.png").read_bytes().startswith(b"\x89PNG")
