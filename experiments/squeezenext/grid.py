@@ -18,10 +18,10 @@ SMALL: Settings = {
     **shortened(CIFAR10, 5),
     **_FASTEST,
     "train_examples": 5_000,
-    "test_examples": 3_000,
+    "test_examples": 2_000,
     "max_batch_size": 1024,
     "microbatch_size": 128,
-    "probe_examples": 64,
+    "probe_examples": 32,
 }
 """A tenth of the images, a fifth of the epochs, milestones and patience, and about a tenth of the batches."""
 _TINY: Settings = {"train_examples": 64, "max_batch_size": 64, "epochs": 3, "probe_examples": 8}
