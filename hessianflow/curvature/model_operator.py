@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hessianflow.batches import loss_weight, map_tensors, mean_loss, move, num_examples, split
 from hessianflow.curvature.derivatives import explained, full_precision, second_order
+from hessianflow.curvature.double_backward import CheapDoubleBackward
 from hessianflow.curvature.operator import NonFiniteError, Operator
 from hessianflow.curvature.selection import Selection, batches_of, checked_batches, select_parameters, single_batch
 from hessianflow.curvature.vectors import flatten
@@ -168,7 +169,7 @@ class ModelOperator(Operator):
         for parameter in model.parameters():
             if id(parameter) not in selected:
                 parameter.requires_grad_(False)
-        with second_order(model):
+        with second_order(model), CheapDoubleBackward():
             yield
 
     def _pieces(self) -> Iterator[tuple[Any, float]]:

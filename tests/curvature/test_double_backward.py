@@ -1,0 +1,155 @@
+"""Oracles: torch's own second derivatives of the same layers in float64, and finite differences (gradgradcheck)."""
+
+import pytest
+import torch
+from problems import classification, conv_net, train
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from hessianflow.curvature import HessianOperator
+from hessianflow.curvature.double_backward import CheapDoubleBackward
+
+
+def second_gradients(layer, x, mode):
+    """The derivatives by everything of a random direction's slope along the gradient of a curved function."""
+    torch.manual_seed(1)
+    leaves = [x.clone().requires_grad_(), *layer.parameters()]
+    with mode:
+        output = layer(leaves[0])
+        loss = (output.sin() * torch.randn_like(output)).sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+    second = torch.autograd.grad(first, leaves, [torch.randn(g.shape).to(g) for g in first])
+    return output, first, second
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d(2, 3, 3), (4, 2, 7)),
+    (nn.Conv2d(2, 3, 3), (4, 2, 6, 5)),
+    (nn.Conv2d(2, 3, (3, 1), stride=(2, 1), padding=(1, 0), bias=False), (4, 2, 6, 5)),
+    (nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2), (3, 4, 5, 5)),
+    (nn.Conv2d(3, 3, 3, padding=1, groups=3, padding_mode="circular"), (3, 3, 5, 5)),
+    (nn.Conv2d(2, 3, 3, padding="same"), (2, 2, 5, 5)),
+    (nn.Conv2d(2, 3, 3), (2, 5, 5)),
+    (nn.Conv3d(2, 3, 2, stride=2), (2, 2, 4, 4, 5)),
+    (nn.ConvTranspose2d(2, 3, 3), (2, 2, 4, 4)),
+]
+NORMALISATIONS = [
+    (nn.BatchNorm1d(3), (5, 3)),
+    (nn.BatchNorm2d(3, eps=0.1), (4, 3, 2, 2)),
+    (nn.BatchNorm3d(2), (4, 2, 2, 1, 3)),
+    (nn.BatchNorm2d(3, affine=False), (4, 3, 2, 2)),
+    (nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS + NORMALISATIONS, ids=lambda value: str(value))
+def test_all_second_derivatives_are_torchs(layer, shape):
+    torch.manual_seed(0)
+    layer = layer.double().eval()
+    for tensor in layer.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2)
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = second_gradients(layer, x, torch.enable_grad())
+    found = second_gradients(layer, x, CheapDoubleBackward())
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_second_derivatives_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    x, w, s = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((2, 2, 3, 3), (2, 2, 2, 2), 2))
+    mean, var = torch.randn(2, dtype=torch.float64), torch.rand(2, dtype=torch.float64) + 0.5
+
+    def function(x, w, s):
+        with CheapDoubleBackward():
+            return functional.batch_norm(functional.conv2d(x, w, s, padding=1), mean, var, s, s)
+
+    assert torch.autograd.gradgradcheck(function, (x, w, s))
+
+
+def nodes(output):
+    """Names of all functions in a graph."""
+    pending, found = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None:
+            found.add(node.name())
+            pending += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def test_plain_layers_are_replaced_and_only_while_it_is_active():
+    model, x = conv_net().eval(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    torchs = {"ConvolutionBackward0", "NativeBatchNormBackward0"}
+    ours = {"_ConvolutionBackward", "_NormalisationBackward"}
+    with CheapDoubleBackward():
+        inside = nodes(model(x))
+    outside = nodes(model(x))
+    assert not inside & torchs
+    assert inside >= ours
+    assert outside >= torchs
+    assert not outside & ours
+
+
+def test_images_in_float32_go_with_the_channels_last():
+    x = torch.randn(2, 3, 8, 8)
+    with CheapDoubleBackward():
+        outputs = nn.BatchNorm2d(4).eval()(nn.Conv2d(3, 4, 3)(x))
+        double = nn.Conv2d(3, 4, 3).double()(x.double())
+    assert outputs.is_contiguous(memory_format=torch.channels_last)
+    assert double.is_contiguous()
+
+
+def test_the_hessian_in_float32_is_that_in_float64():
+    """Without kinks: a sign that flips with rounding would be no error of the product."""
+    problem = classification(conv_net(), (1, 8, 8), 20)
+    train(problem, 10)
+    layers = [nn.Tanh() if isinstance(layer, nn.ReLU) else layer for layer in problem.model]
+    double = HessianOperator(nn.Sequential(*layers), problem.loss_fn, problem.pair)
+    v = torch.randn(double.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = double @ v
+    single = HessianOperator(nn.Sequential(*layers).float(), problem.loss_fn, (problem.inputs.float(), problem.targets))
+    error = (single @ v.float()).double() - expected
+    assert error.norm() < 1e-5 * expected.norm()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+def test_a_checkpointed_part_is_left_to_torch():
+    """Its graph is built again in every product, outside of the mode, and must come out the same."""
+    problem = classification(conv_net(), (1, 8, 8), 20)
+    train(problem, 10)
+    model = problem.model.eval()
+    plain = HessianOperator(model, problem.loss_fn, problem.pair)
+    operator = HessianOperator(nn.Sequential(Checkpointed(model[:6]), model[6:]), problem.loss_fn, problem.pair)
+    v = torch.randn(plain.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(operator @ v, plain @ v)
+
+
+def test_a_model_that_uses_transforms_is_left_to_torch():
+    weight = nn.Conv2d(1, 2, 3).double()
+
+    class Slopes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = weight
+
+        def forward(self, x):
+            return torch.func.vmap(torch.func.grad(lambda one: self.layer(one[None]).sin().sum()))(x).flatten(1)
+
+    x, y = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 3, 5])
+    operator = HessianOperator(Slopes(), functional.cross_entropy, (x, y))
+    v = torch.ones(operator.size, dtype=torch.float64)
+    parameters = list(operator.parameters)
+    first = torch.autograd.grad(functional.cross_entropy(Slopes()(x), y), parameters, create_graph=True)
+    slope = sum(g.sum() for g in first)
+    expected = torch.autograd.grad(slope, parameters)
+    torch.testing.assert_close(operator @ v, torch.cat([g.flatten() for g in expected]))
