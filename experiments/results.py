@@ -63,6 +63,7 @@ def row_of(problem: str, method: str, settings: Mapping[str, Any], history: Hist
         "examples": summary["examples"],
         "largest_batch": summary["largest_batch"],
         "seconds": summary["wall_seconds"],
+        "clock_seconds": summary.get("clock_seconds"),
         "seconds_by_part": summary["seconds"],
         "peak_memory_mib": summary["peak_memory_mib"],
         "growths": [{key: row[key] for key in ("epoch", "from", "to", "reason")} for row in history.growths],

@@ -93,10 +93,10 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         microbatch_size=microbatch_default(config) if config.microbatch_size is None else config.microbatch_size,
         norm_batch_size=config.norm_batch_size,
         observers=build_observers(config, optimizer),
-        precision=_precision(config),
+        precision=resolved_precision(config),
         run_dir=config.run_dir,
         config={"settings": to_dict(config), **resolution_record(stages)},
-        sinks=[*sinks, *_tensorboard(config)],
+        sinks=[*sinks, *tensorboard_sinks(config)],
         checkpoint_examples=config.checkpoint_examples,
         checkpoint_minutes=config.checkpoint_minutes,
         keep_checkpoints=config.keep_checkpoints,
@@ -109,7 +109,7 @@ def prepare(config: TrainConfig) -> TrainConfig:
     """Resolve `config` for this machine, device and precision included, and set what torch keeps globally."""
     config = resolve(config)
     device = find_device(config.device)
-    config = replace(config, precision=_precision(config))
+    config = replace(config, precision=resolved_precision(config))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.deterministic:
@@ -253,7 +253,8 @@ def computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _tensorboard(config: TrainConfig) -> list[RecordSink]:
+def tensorboard_sinks(config: TrainConfig) -> list[RecordSink]:
+    """The TensorBoard files of a run, if it is to have them."""
     if not config.tensorboard:
         return []
     if config.run_dir is None:
@@ -261,7 +262,8 @@ def _tensorboard(config: TrainConfig) -> list[RecordSink]:
     return [TensorBoardSink(Path(config.run_dir) / TENSORBOARD)]
 
 
-def _precision(config: TrainConfig) -> Precision:
+def resolved_precision(config: TrainConfig) -> Precision:
+    """The precision asked for; auto: bf16 where the device computes in it."""
     if config.precision is None or config.precision == "auto":
         return "bf16" if computes_in_bf16(find_device(config.device)) else "float32"
     return config.precision

@@ -69,7 +69,7 @@ def build_scheduler(
     epochs, milestones = given(config.epochs), list(config.milestones or ())
     if config.warmup_epochs > 0:
         steps_per_epoch = examples / given(config.batch_size)
-        shape = _shape(config, epochs, milestones)
+        shape = schedule_shape(config)
         warmup = config.warmup_epochs
 
         def factor(step: int) -> float:
@@ -86,8 +86,9 @@ def build_scheduler(
     return None, "epoch"
 
 
-def _shape(config: TrainConfig, epochs: int, milestones: list[int]) -> Callable[[float], float]:
-    """The schedule's factor after a fractional number of epochs."""
+def schedule_shape(config: TrainConfig) -> Callable[[float], float]:
+    """The schedule's factor after a fractional number of epochs, warm-up apart."""
+    epochs, milestones = given(config.epochs), list(config.milestones or ())
     shapes: dict[str | None, Callable[[float], float]] = {
         "constant": lambda _epoch: 1.0,
         "multistep": lambda epoch: float(config.lr_decay ** sum(epoch >= m for m in milestones)),

@@ -31,9 +31,10 @@ ROOMS_OF_BUILD = {
     *("config", "build", "choices", *SHARED),
 }
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
+ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch", "settings"}
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
-    *("commands", "config", "build", "choices", "plots", "training", "control", "curvature"),
+    *("commands", "config", "build", "choices", "dual_batch", "plots", "training", "control", "curvature"),
     *("adversarial", "data", "distributed", *SHARED),
 }
 

@@ -15,6 +15,7 @@ from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig
 
 if TYPE_CHECKING:
+    from hessianflow.dual_batch import DualBatchTrainer
     from hessianflow.training import AdaptiveBatchTrainer, History
 
 
@@ -29,19 +30,17 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 
 
 def _train(arguments: Namespace) -> int:
-    from hessianflow.build import build_trainer, prepare
-    from hessianflow.training import LogSink
+    from hessianflow.build import prepare
 
     config = prepare(TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)}))
     if not config.run_dir:
         config = replace(config, run_dir=_new_run_dir(config))
-    trainer = build_trainer(config, [LogSink()])
+    trainer = _trainer(config)
     return _run(trainer, trainer.fit, config)
 
 
 def _resume(arguments: Namespace) -> int:
-    from hessianflow.build import build_trainer, load_config, prepare
-    from hessianflow.training import LogSink
+    from hessianflow.build import load_config, prepare
     from hessianflow.training.record import SUMMARY, read_json
 
     summary = read_json(Path(arguments.run_dir) / SUMMARY)
@@ -49,11 +48,23 @@ def _resume(arguments: Namespace) -> int:
         print(f"{arguments.run_dir} has finished already: nothing to resume")
         return 0
     config = prepare(load_config(arguments.run_dir))
-    trainer = build_trainer(config, [LogSink()])
+    trainer = _trainer(config)
     return _run(trainer, lambda: trainer.resume(arguments.run_dir), config)
 
 
-def _run(trainer: "AdaptiveBatchTrainer", work: "Callable[[], History]", config: TrainConfig) -> int:
+def _trainer(config: TrainConfig) -> "AdaptiveBatchTrainer | DualBatchTrainer":
+    from hessianflow.training import LogSink
+
+    if config.controller == "dual-batch":
+        from hessianflow.dual_batch import build_dual_batch
+
+        return build_dual_batch(config, [LogSink()])
+    from hessianflow.build import build_trainer
+
+    return build_trainer(config, [LogSink()])
+
+
+def _run(trainer: "AdaptiveBatchTrainer | DualBatchTrainer", work: "Callable[[], History]", config: TrainConfig) -> int:
     stopped_by: list[int] = []
 
     def stop(number: int, _frame: Any) -> None:

@@ -55,8 +55,8 @@ class WorkerPlan:
 
     @property
     def steps(self) -> int:
-        """Whole batches an epoch, as the published code counts them."""
-        return round(self.examples / self.batch_size)
+        """Whole batches an epoch, as the published code counts them; at least one."""
+        return max(1, round(self.examples / self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ class DualBatchPlan:
     def large(self) -> WorkerPlan | None:
         """The first large worker's plan."""
         return next((worker for worker in self.workers if not worker.small), None)
+
+    @property
+    def one_device_seconds(self) -> float:
+        """Predicted epoch on one device on which the workers take turns (dual batch on a single device)."""
+        return sum(worker.seconds for worker in self.workers)
 
     @property
     def imbalance(self) -> float:

@@ -57,6 +57,8 @@ def train_on_ray(
     on_snapshot: Callable[[Mapping[str, Any]], None] | None = None,
     resume_from: Mapping[str, Any] | None = None,
     on_commit: Callable[[Commit], None] | None = None,
+    on_event: Callable[[str, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> ServerRun:
     """Run workers against a server, each in a process of its own, until it has had so many commits.
 
@@ -72,12 +74,15 @@ def train_on_ray(
         on_snapshot: given each snapshot, to be written to disk.
         resume_from: a snapshot to start from.
         on_commit: called after each push.
+        on_event: given every event as it happens, and the commits that count from there on (fewer where a server died).
+        should_stop: asked after each push; a last snapshot is taken.
 
     Raises:
         HessianFlowError: no Ray, or too many restarts.
     """
     ray = connect(address)
     run = _Run(ray, make_server, make_worker, resources or Resources(), timeout_seconds, max_restarts, resume_from)
+    run.on_event = on_event
     try:
         while run.commits < commits:
             commit = run.advance()
@@ -85,8 +90,11 @@ def train_on_ray(
                 continue
             if on_commit is not None:
                 on_commit(commit)
-            if run.commits % snapshot_commits == 0:
+            stop = should_stop is not None and should_stop()
+            if stop or run.commits % snapshot_commits == 0:
                 run.take_snapshot(on_snapshot)
+            if stop:
+                break
         return ServerRun(ray.get(run.server.weights.remote()), run.timeline, run.events)
     finally:
         run.close()
@@ -134,9 +142,10 @@ class WorkerActor:
     def __init__(self, make_worker: Callable[[int], LocalEpoch], number: int) -> None:
         self._local_epoch = make_worker(number)
 
-    def train(self, weights: Weights, epoch: int) -> tuple[bool, Weights]:
-        """One local epoch; the first value lets the caller see success without fetching the weights."""
-        return True, self._local_epoch(weights.copy(), epoch)  # arrays from the object store are read-only
+    def train(self, weights: Weights, epoch: int) -> tuple[dict[str, float], Weights]:
+        """One local epoch; its figures let the caller see success without fetching the weights."""
+        made = self._local_epoch(weights.copy(), epoch)  # arrays from the object store are read-only
+        return dict(getattr(self._local_epoch, "figures", {})), made
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,7 @@ class _Run:
         self._running: dict[Any, _Training] = {}
         self.server: Any = None
         self.events: list[str] = []
+        self.on_event: Callable[[str, int], None] | None = None
         self.timeline: list[Commit] = []
         self._start_server()
         self._resumed_at = self.commits
@@ -182,7 +192,7 @@ class _Run:
             return None
         training = self._running.pop(done[0])
         try:
-            self._ray.get(done[0])
+            figures: dict[str, float] = self._ray.get(done[0])
         except self._ray.exceptions.RayActorError:
             self._replace(training.worker, "died")
             return None
@@ -191,7 +201,7 @@ class _Run:
         except self._ray.exceptions.RayActorError:
             self._restore_server()
             return None
-        return self._account(training, receipt)
+        return self._account(training, receipt, figures)
 
     def take_snapshot(self, on_snapshot: Callable[[Mapping[str, Any]], None] | None) -> None:
         """Keep the server's state where it outlives the server."""
@@ -204,12 +214,12 @@ class _Run:
         for actor in [self.server, *self._workers.values()]:
             self._ray.kill(actor)
 
-    def _account(self, training: _Training, receipt: Receipt) -> Commit:
+    def _account(self, training: _Training, receipt: Receipt, figures: Mapping[str, float]) -> Commit:
         now = self._now()
         self.commits += 1
         self._last[training.worker] = len(self.timeline)
         self.timeline.append(
-            Commit(training.worker, training.started, now, math.nan, receipt.staleness, training.epoch)
+            Commit(training.worker, training.started, now, math.nan, receipt.staleness, training.epoch, figures)
         )
         self._release(receipt.released, now)
         return self.timeline[self._last[training.worker]]
@@ -252,8 +262,9 @@ class _Run:
             self._train(worker)
 
     def _restore_server(self) -> None:
-        self._count_restart(f"server died after {self.commits} commits")
+        died_at = self.commits
         self._start_server()
+        self._count_restart(f"server died after {died_at} commits; back to {self.commits}")
         del self.timeline[self.commits - self._resumed_at :]
         self._last = {commit.worker: index for index, commit in enumerate(self.timeline)}
 
@@ -268,6 +279,8 @@ class _Run:
 
     def _count_restart(self, event: str) -> None:
         self.events.append(f"{self._now():.1f} s: {event}")
+        if self.on_event is not None:
+            self.on_event(self.events[-1], self.commits)
         self._restarts_left -= 1
         if self._restarts_left < 0:
             raise HessianFlowError(

@@ -1,0 +1,16 @@
+"""Do small batches on some workers pay? Run as `python -m experiments.dual_batch`, or as a file."""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(FOLDER.parents[1]))
+
+from experiments.dual_batch.grid import cells  # noqa: E402  (found by the line above when run as a file)
+from experiments.runner import Study, main  # noqa: E402
+
+STUDY = Study("dual_batch", FOLDER, cells)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

@@ -1,0 +1,191 @@
+"""What one worker of a parameter server does: pull weights, train its share in its batch size, hand weights back.
+
+Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed training",
+arXiv:2509.26092. As in the published code, a local epoch draws its examples from a fresh shuffle of the whole training
+set and takes round(d / B) whole batches.
+
+Deviation: a worker keeps its momentum when the resolution changes (the published code recompiles, and loses it).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hessianflow.batches import move
+from hessianflow.control import WorkerPlan
+from hessianflow.distributed.parameter_server import Weights
+from hessianflow.interfaces import BatchTransform, Progress, ResizableBatches
+from hessianflow.training import checkpoint
+from hessianflow.training.accumulate import BatchResult, GradientAccumulator
+from hessianflow.training.ghost_norm import ghost_normalisation
+
+
+class FlatWeights:
+    """All floating-point weights and buffers of a model as one array on the host, in the order of its state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        state = model.state_dict(keep_vars=True).values()
+        self._tensors = [t for t in state if isinstance(t, Tensor) and t.is_floating_point()]
+
+    def read(self) -> Weights:
+        """A copy."""
+        flat: Weights = torch.cat([t.detach().reshape(-1) for t in self._tensors]).cpu().numpy()
+        return flat
+
+    def write(self, weights: Weights) -> None:
+        """Put them into the model, in place."""
+        device = self._tensors[0].device
+        parts = torch.split(torch.from_numpy(weights).to(device), [t.numel() for t in self._tensors])
+        with torch.no_grad():
+            for tensor, part in zip(self._tensors, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run asks of a worker at each epoch.
+
+    Attributes:
+        plan_at: its examples and batch size.
+        rate_at: the learning rate.
+        worker: its number.
+        workers: how many there are.
+        epochs: of the run.
+    """
+
+    plan_at: Callable[[int], WorkerPlan]
+    rate_at: Callable[[int], float]
+    worker: int
+    workers: int
+    epochs: int
+
+
+class LocalTraining:
+    """One worker's local epochs; a :data:`~hessianflow.distributed.simulated_server.LocalEpoch`.
+
+    Several workers of a simulation may share a model and its data: every local epoch begins with the weights given and
+    with a place in the data that follows from the worker's number and its count of local epochs alone.
+
+    Args:
+        model: trained in place.
+        data: the whole training set; an order for every epoch number.
+        optimizer: the worker's own, over the model's parameters.
+        accumulate: gradients of that model.
+        transform: resizes the batches; None: full resolution throughout.
+        course: what to do when.
+        microbatch_size: examples a forward pass; None: the whole batch.
+        norm_batch_size: examples that batch normalisation sees at once; None: the forward pass.
+
+    Attributes:
+        figures: of the last local epoch: loss (mean), correct, examples, steps, batch_size, seconds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ResizableBatches,
+        optimizer: Optimizer,
+        accumulate: GradientAccumulator,
+        transform: BatchTransform | None,
+        course: Course,
+        *,
+        microbatch_size: int | None = None,
+        norm_batch_size: int | None = None,
+    ) -> None:
+        self._model, self._data, self._optimizer, self._accumulate = model, data, optimizer, accumulate
+        self._transform, self._course = transform, course
+        self._microbatch_size, self._norm_batch_size = microbatch_size, norm_batch_size
+        self._flat = FlatWeights(model)
+        self._device = next(model.parameters()).device
+        self._next = 0
+        self.figures: Mapping[str, float] = {}
+
+    def __call__(self, weights: Weights, epoch: int) -> Weights:
+        """Train from `weights` at the rate, share, batch size and resolution of `epoch`."""
+        began, plan = time.perf_counter(), self._course.plan_at(epoch)
+        self._flat.write(weights)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._course.rate_at(epoch)
+        local, self._next = max(self._next, epoch), max(self._next, epoch) + 1
+        results = list(self._steps(epoch, local * self._course.workers + self._course.worker, plan))
+        trained = sum(result.examples for result in results)
+        loss = torch.stack([result.loss.double() * result.examples for result in results]).sum()
+        hits = [result.correct for result in results if result.correct is not None]
+        made = self._flat.read()  # waits for the device, so that the clock may be read and the sums may leave it
+        self.figures = {
+            "loss": loss.item() / trained,
+            "correct": int(torch.stack(hits).sum().item()) if hits else -1,
+            "examples": trained,
+            "steps": len(results),
+            "batch_size": plan.batch_size,
+            "seconds": time.perf_counter() - began,
+        }
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and count of local epochs; the weights are the server's."""
+        return {"next": self._next, "optimizer": checkpoint.plain(self._optimizer.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._next = state["next"]
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def measure(self, epoch: int, batch_size: int, steps: int) -> list[float]:
+        """Seconds of each of `steps` steps of `batch_size` examples at the resolution of `epoch`; trains the model."""
+        seconds: list[float] = []
+        plan = WorkerPlan(False, steps * batch_size, batch_size, 1.0, 0.0)
+        began = time.perf_counter()
+        for result in self._steps(epoch, epoch, plan):
+            result.loss.item()  # waits for the device: this is a measurement
+            now = time.perf_counter()
+            seconds.append(now - began)
+            began = now
+        return seconds
+
+    def _steps(self, epoch: int, order: int, plan: WorkerPlan) -> Iterator[BatchResult]:
+        """Train on the first batches of the shuffle numbered `order`."""
+        place = {"epoch": order, "cursor": 0, "batch_size": plan.batch_size}
+        self._data.load_state_dict({**self._data.state_dict(), **place})
+        progress = Progress(epoch, 0, 0, self._data.num_examples, self._course.epochs)
+        self._model.train()
+        with ghost_normalisation(self._model, self._norm_batch_size):
+            for batch in islice(self._data, plan.steps):
+                inputs, targets = move(batch, self._device, non_blocking=True)
+                if self._transform is not None:
+                    inputs, targets = self._transform(inputs, targets, progress)
+                result = self._accumulate((inputs, targets), self._microbatch_size)
+                self._accumulate.scaler.step(self._optimizer)
+                self._accumulate.scaler.update()
+                yield result
+
+
+def checkable(state: Any) -> Any:
+    """A nested state with tensors in place of arrays: what a checkpoint may hold."""
+    if isinstance(state, np.ndarray):
+        return torch.from_numpy(state.copy())
+    return _mapped(checkable, state)
+
+
+def with_arrays(state: Any) -> Any:
+    """The state that :func:`checkable` was made of; optimizer states keep their tensors."""
+    if isinstance(state, Mapping) and "optimizer" in state:
+        return state
+    if isinstance(state, Tensor):
+        return state.numpy()
+    return _mapped(with_arrays, state)
+
+
+def _mapped(function: Callable[[Any], Any], state: Any) -> Any:
+    if isinstance(state, Mapping):
+        return {key: function(value) for key, value in state.items()}
+    if isinstance(state, Sequence) and not isinstance(state, str):
+        return type(state)(function(value) for value in state)  # type: ignore[call-arg]
+    return state

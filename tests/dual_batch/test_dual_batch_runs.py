@@ -1,0 +1,161 @@
+"""Whole dual-batch runs: what they leave behind, interrupted and resumed, in a simulation."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hessianflow import History
+from hessianflow.build import load_config, load_parts, prepare
+from hessianflow.config import TrainConfig
+from hessianflow.dual_batch import DualBatchTrainer, build_dual_batch
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.training import checkpoint
+from hessianflow.training.evaluate import evaluate
+
+SETTINGS = TrainConfig(
+    data="fake",
+    model="resnet8",
+    controller="dual-batch",
+    train_examples=400,
+    test_examples=100,
+    batch_size=25,
+    epochs=4,
+    milestones=(2,),
+    lr=0.02,
+    slope=(1e-3, 2e-3),
+    intercept=(0.02, 0.02),
+    resolution="cyclic",
+    dropouts=(0.1, 0.2),
+    workers=4,
+    small_workers=2,
+    extra_time=1.1,
+    device="cpu",
+    threads=1,
+)
+
+
+def trainer(run_dir: Path | str, **changes: object) -> DualBatchTrainer:
+    return build_dual_batch(prepare(replace(SETTINGS, run_dir=str(run_dir), **changes)))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> History:
+    return trainer(tmp_path_factory.mktemp("runs") / "whole").fit()
+
+
+def test_the_records_of_a_run(whole: History) -> None:
+    """Stages 12, 16, 12, 16 pixels of one epoch each; times by hand from the plan, which its own tests check."""
+    config = json.loads((whole.run_dir / "config.json").read_text())  # type: ignore[operator]
+    plans = config["dual_batch"]["plans"]
+    assert [row["resolution"] for row in whole.epochs] == [12, 16, 12, 16]
+    assert [row["lr"] for row in whole.epochs] == pytest.approx([0.02, 0.02, 0.004, 0.004])
+    assert [row["batch_size"] for row in whole.epochs] == [25] * 4
+    for row in whole.epochs:
+        small = next(w for w in plans[str(row["resolution"])]["workers"] if w["small"])
+        assert row["small_batch_size"] == small["batch_size"] < 25
+    targets = [plans[str(resolution)]["target_seconds"] for resolution in (12, 16, 12, 16)]
+    assert [row["predicted_seconds"] for row in whole.epochs] == pytest.approx(np.cumsum(targets))
+    last = max(row["finished"] for row in whole.of_kind("commit"))
+    assert last == whole.summary["clock_seconds"] == pytest.approx(sum(targets), rel=0.03), "rounding apart"
+    commits = whole.of_kind("commit")
+    assert [row["commits"] for row in commits] == list(range(1, 17))
+    assert sorted(row["worker"] for row in commits[:4]) == [0, 1, 2, 3]
+    assert whole.summary["status"] == "finished"
+    assert whole.summary["updates"] == sum(row["steps"] for row in commits) == whole.epochs[-1]["updates"]
+    assert whole.epochs[-1]["train_loss"] == pytest.approx(
+        sum(row["loss"] * row["steps"] * row["batch_size"] for row in commits[12:])
+        / sum(row["steps"] * row["batch_size"] for row in commits[12:])
+    )
+
+
+def test_the_checkpoint_holds_the_model_that_was_evaluated(whole: History) -> None:
+    assert whole.run_dir is not None
+    _, parts = load_parts(whole.run_dir)
+    found = evaluate(parts.model, parts.test, torch.nn.CrossEntropyLoss())
+    assert found.accuracy == whole.epochs[-1]["eval_accuracy"]
+    assert found.loss == pytest.approx(whole.epochs[-1]["eval_loss"], rel=1e-6)
+    best = checkpoint.load(whole.run_dir / "checkpoints" / "best.pt")
+    accuracies = [row["eval_accuracy"] for row in whole.epochs]
+    assert best["counters"]["commits"] == 4 * (accuracies.index(max(accuracies)) + 1)
+
+
+class StopAfter:
+    """A sink that asks the trainer to stop at a commit."""
+
+    def __init__(self, commits: int) -> None:
+        self.commits, self.trainer = commits, None
+
+    def write(self, record: dict) -> None:  # type: ignore[type-arg]
+        if record["kind"] == "commit" and record["commits"] == self.commits:
+            self.trainer.request_stop()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.mark.parametrize("commits", [3, 8])
+def test_interrupted_and_resumed_is_bit_equal(commits: int, whole: History, tmp_path: Path) -> None:
+    """Stopped within an epoch or at its end, with momentum, dropout and workers under way."""
+    config, sink = prepare(replace(SETTINGS, run_dir=str(tmp_path / "cut"))), StopAfter(commits)
+    sink.trainer = build_dual_batch(config, [sink])
+    stopped = sink.trainer.fit()
+    assert stopped.summary["status"] == "preempted"
+    assert stopped.of_kind("commit")[-1]["commits"] == commits
+    assert stopped.of_kind("event")[-1]["event"] == "preempted"
+    torch.manual_seed(99)
+    resumed = build_dual_batch(prepare(load_config(tmp_path / "cut"))).resume(tmp_path / "cut")
+    assert whole.run_dir is not None
+    ends = [checkpoint.load(folder / "checkpoints" / "last.pt") for folder in (whole.run_dir, tmp_path / "cut")]
+    for name, tensor in ends[0]["model"].items():
+        assert torch.equal(tensor, ends[1]["model"][name]), name
+    assert np.array_equal(*(end["dual_batch"]["server"]["weights"] for end in ends))
+    timings = {"seconds", "images_per_second", "seconds_training", "seconds_evaluation"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in timings} for row in history.records if row["kind"] != "event"]
+        for history in (whole, resumed)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(whole: History, tmp_path: Path) -> None:
+    for seed, same in ((0, True), (1, False)):
+        again = trainer(tmp_path / str(seed), seed=seed, epochs=2, milestones=())
+        losses = [row["loss"] for row in again.fit().of_kind("commit")[:4]]
+        assert (losses == [row["loss"] for row in whole.of_kind("commit")[:4]]) is same
+
+
+def test_the_time_model_is_measured_once_and_kept(tmp_path: Path) -> None:
+    made = {"slope": None, "intercept": None, "resolution": None, "dropouts": None, "epochs": 1, "milestones": ()}
+    settings = {**made, "batch_size": 32, "train_examples": 400}
+    config = prepare(replace(SETTINGS, run_dir=str(tmp_path / "a"), **settings))  # type: ignore[arg-type]
+    sink = StopAfter(2)
+    sink.trainer = build_dual_batch(config, [sink])
+    sink.trainer.fit()
+    times = json.loads((tmp_path / "a" / "config.json").read_text())["dual_batch"]["times"]
+    assert times.keys() == {"16"}
+    assert times["16"]["slope"] > 0
+    assert (times["16"]["smallest"], times["16"]["largest"]) == (4, 32)
+    build_dual_batch(prepare(load_config(tmp_path / "a"))).resume(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dual_batch"]["times"] == times
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(HessianFlowError, match="--batch-size 200 is more than the 110 examples that a worker takes"):
+        trainer(tmp_path / "a", batch_size=200)
+    with pytest.raises(HessianFlowError, match=r"--slope must hold one value for each of the resolutions \[12, 16\]"):
+        trainer(tmp_path / "b", slope=0.1)
+    with pytest.raises(HessianFlowError, match=r"layer '9' .* takes no images of 12 pixels"):
+        trainer(tmp_path / "c", model="c1", dropouts=None)
+    with pytest.raises(HessianFlowError, match="is of a run without a parameter server"):
+        checkpoint.save(tmp_path / "d" / "checkpoints" / "last.pt", {"history_bytes": 0, "model": {}})
+        trainer(tmp_path / "d").resume(tmp_path / "d")
+    with pytest.raises(
+        HessianFlowError, match="the training loss of worker . was not finite in epoch 1: lower the rat"
+    ):
+        trainer(tmp_path / "e", lr=1e30).fit()
+    with pytest.raises(HessianFlowError, match="no checkpoint at"):
+        trainer(tmp_path / "f").resume(tmp_path / "f")
