@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hessianflow.batches import split
 from hessianflow.choices import (
@@ -19,6 +19,7 @@ from hessianflow.choices import (
     build_stages,
     given,
     microbatch_default,
+    split_for_twins,
 )
 from hessianflow.config import TrainConfig, from_dict, resolve, to_dict
 from hessianflow.control import Stage, stage_at
@@ -81,7 +82,7 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         optimizer=optimizer,
         loss_fn=nn.CrossEntropyLoss(),
         controller=build_controller(config),
-        adversary=build_adversary(config, parts.spread, _value_range(parts.train)),
+        adversary=build_adversary(config, parts.train, parts.spread),
         epochs=given(config.epochs),
         scheduler=scheduler,
         schedule_unit=unit,
@@ -129,7 +130,8 @@ def build_parts(config: TrainConfig) -> Parts:
     torch.manual_seed(config.seed)  # the stream of initialisation; all others have generators of their own
     channels, side, _ = train.input_shape
     variant: Variant = "imagenet" if side > 64 else "cifar"
-    model = create(config.model or "", train.num_classes, side, variant, in_channels=channels).to(device)
+    model = create(config.model or "", train.num_classes, side, variant, in_channels=channels)
+    model = split_for_twins(config, model).to(device)
     if config.dropouts is not None:
         model = with_head_dropout(model)
     layout = bool(config.channels_last)
@@ -281,9 +283,3 @@ def _read(config: TrainConfig, part: Any) -> ImageSet | ImageFolder:
     if isinstance(images, ImageSet) and not config.augment:
         images = replace(images, augment=Augmentation())
     return images if count is None else images.take(count)
-
-
-def _value_range(batches: DeviceBatches | AdaptiveBatches) -> tuple[Tensor, Tensor]:
-    limits = batches.value_range
-    assert limits is not None, "image sets know their valid range"
-    return limits

@@ -5,11 +5,22 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from hessianflow.adversarial import FGSM, PGD
+from hessianflow.adversarial import (
+    FGSM,
+    PGD,
+    SAM,
+    AttackRunner,
+    ConcurrentAdversary,
+    GradientReuse,
+    Interleaved,
+    SecondStream,
+    WorkerProcess,
+    split_batch_norm,
+)
 from hessianflow.config import TrainConfig
 from hessianflow.control import (
     ABSA,
@@ -28,6 +39,7 @@ from hessianflow.control import (
     resolution_stages,
 )
 from hessianflow.control.rate_rule import RateRule
+from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.interfaces import Adversary, BatchController, GradientObserver, HessianFlowError
 from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorms, polynomial_decay
 from hessianflow.optim.lars import Form
@@ -42,7 +54,12 @@ def given(value: T | None) -> T:
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
-    """The optimizer by name, over all trainable parameters."""
+    """The optimizer by name, over all trainable parameters; within sharpness-aware minimisation if wanted."""
+    base = _base_optimizer(config, model)
+    return SAM(base, rho=config.sam_rho, model=model) if config.sam_rho > 0 else base
+
+
+def _base_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate, momentum, decay = given(config.lr), config.momentum, config.weight_decay
     form: Form = "outside" if config.momentum_correction else "paper"
@@ -134,7 +151,7 @@ def build_controller(config: TrainConfig) -> BatchController:
 
 def _named_controller(config: TrainConfig) -> BatchController:
     batch, cap = given(config.batch_size), given(config.max_batch_size)
-    share = 0.0 if config.adversary == "none" or config.controller == "abs" else config.adversarial_share
+    share = 0.0 if config.adversary == "none" or config.controller == "abs" else given(config.adversarial_share)
 
     def absa() -> BatchController:
         return ABSA(
@@ -186,24 +203,53 @@ def _named_controller(config: TrainConfig) -> BatchController:
 
 
 def build_adversary(
-    config: TrainConfig, spread: tuple[float, ...], value_range: tuple[Tensor, Tensor]
+    config: TrainConfig, batches: DeviceBatches | AdaptiveBatches, spread: tuple[float, ...]
 ) -> Adversary | None:
-    """The attack by name, its size and bounds in the units of the normalised inputs.
+    """The adversary by name, its size and bounds in the units of the normalised inputs.
 
     Args:
+        batches: the training data, which know their valid range.
         spread: standard deviation per channel that the pixels were divided by.
-        value_range: lowest and highest valid input per channel.
     """
     if config.adversary == "none" or config.controller == "abs":
         return None
-    eps = config.eps / torch.tensor(spread).view(-1, 1, 1)
-    attack = FGSM if config.adversary == "fgsm" else PGD
-    return attack(eps, value_range=value_range, seed=config.seed)
+    eps, limits = config.eps / torch.tensor(spread).view(-1, 1, 1), batches.value_range
+    assert limits is not None, "image sets know their valid range"
+    makers: dict[str, Callable[[], FGSM | PGD]] = {
+        "fgsm": lambda: FGSM(eps, value_range=limits, seed=config.seed),
+        "pgd": lambda: PGD(eps, value_range=limits, seed=config.seed),
+    }
+    if config.adversary == "reuse":
+        return GradientReuse(batches, eps, value_range=limits)  # type: ignore[arg-type]
+    if config.adversary == "conadv":
+        attack = makers[config.conadv_attack]()
+        runner = build_runner(config, batches.device)
+        return ConcurrentAdversary(attack, staleness=config.staleness, combine=config.combine, runner=runner)
+    return makers[config.adversary]()
+
+
+def build_runner(config: TrainConfig, device: torch.device) -> AttackRunner:
+    """Where the attacks of conadv run."""
+    automatic = "stream" if device.type == "cuda" else "interleaved"
+    makers: dict[str, Callable[[], AttackRunner]] = {
+        "interleaved": Interleaved,
+        "process": WorkerProcess,
+        "stream": SecondStream,
+    }
+    return makers[automatic if config.attack_runner == "auto" else config.attack_runner]()
+
+
+def split_for_twins(config: TrainConfig, model: nn.Module) -> nn.Module:
+    """The model, with batch-normalisation statistics of their own for the twins of conadv if it is to have them."""
+    normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    wanted = normalises if config.split_norm is None else config.split_norm
+    return split_batch_norm(model) if config.adversary == "conadv" and wanted else model
 
 
 def build_observers(config: TrainConfig, optimizer: Optimizer) -> list[GradientObserver]:
     """What the controller and the optimizer want to know of the microbatch gradients."""
     observers: list[GradientObserver] = []
+    optimizer = optimizer.base if isinstance(optimizer, SAM) else optimizer
     if isinstance(optimizer, CLARS) and isinstance(optimizer.norms, MicrobatchNorms):
         observers.append(optimizer.norms)
     if config.controller in ("noise-scale", "cabs", "divebatch"):

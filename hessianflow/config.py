@@ -29,7 +29,10 @@ ControllerName = Literal[
     "timed",
     "dual-batch",
 ]
-AdversaryName = Literal["fgsm", "pgd", "none"]
+AdversaryName = Literal["fgsm", "pgd", "conadv", "reuse", "none"]
+AttackName = Literal["fgsm", "pgd"]
+RunnerName = Literal["auto", "interleaved", "process", "stream"]
+CombineName = Literal["sum", "average"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lars", "clars", "lamb"]
 ScheduleName = Literal["constant", "multistep", "cosine", "polynomial"]
 CurvatureName = Literal["epoch", "needed", "off"]
@@ -59,8 +62,12 @@ class TrainConfig(DualBatchSettings, ResolutionSettings):
             and the distance to the edge of stability, under a cosine schedule; timed: as the stages say;
             dual-batch: some workers with a small batch and some with batch_size, on a parameter server, without
             adversary.
-        adversary: attack on a share of every batch.
+        adversary: what is done to a share of every batch. fgsm, pgd: attacked in place; conadv: trained on besides its
+            adversarial twins, made staleness steps ahead; reuse: moved along the gradients of its last visit, which
+            cost no pass of their own (not for folder).
         optimizer: how a step is taken.
+        sam_rho: sharpness-aware minimisation around that optimizer, with this radius (usually 0.05): two gradients a
+            step; 0: none.
         batch_size: examples per optimizer step at the start; the learning rate is stated for it.
         max_batch_size: cap for growing batches.
         epochs: passes over the training data.
@@ -86,9 +93,16 @@ class TrainConfig(DualBatchSettings, ResolutionSettings):
             them; default: twice, 4 and 8 times the batch after 1/12, 1/6 and 1/3 of the epochs.
         decay_from: epochs after which timed lets the rate fall linearly, to 0 at the end; default: never, but with the
             stages left open too, after the last of them.
-        adversarial_share: share of each batch that is attacked at the start.
+        adversarial_share: share of each batch that is attacked at the start; default: 0.2, for conadv 1.
         share_decay: absa divides the share by this at each growth.
         eps: size of the perturbation, in the units of pixels scaled to [0, 1].
+        staleness: conadv attacks so many steps before use; 0: at the step itself.
+        conadv_attack: how conadv makes its twins.
+        attack_runner: where conadv attacks; in a second process (CPU), on a second stream (GPU), or in turn with
+            training; auto: stream on a GPU, else interleaved.
+        combine: conadv trains on the sum of the mean losses of clean examples and twins, or on their average.
+        split_norm: conadv gives the twins batch-normalisation statistics and parameters of their own; default: where
+            the model has batch normalisation.
         curvature: when the top Hessian eigenvalue is measured; every epoch, when the controller needs it, or never.
         probe_examples: training examples the curvature is measured on; default: 128 for digits, 64 otherwise (the
             published ABSA runs took 128: at least twice the cost, a spread of 8 instead of 10 % between samples).
@@ -128,6 +142,7 @@ class TrainConfig(DualBatchSettings, ResolutionSettings):
     controller: ControllerName = "absa"
     adversary: AdversaryName = "fgsm"
     optimizer: OptimizerName = "sgd"
+    sam_rho: float = 0.0
     batch_size: int | None = None
     max_batch_size: int | None = None
     epochs: int | None = None
@@ -150,9 +165,14 @@ class TrainConfig(DualBatchSettings, ResolutionSettings):
     loss_power: float = 1 / 0.21
     stages: tuple[tuple[int, int], ...] | None = None
     decay_from: float | None = None
-    adversarial_share: float = 0.2
+    adversarial_share: float | None = None
     share_decay: float = 2.0
     eps: float = 0.005
+    staleness: int = 1
+    conadv_attack: AttackName = "fgsm"
+    attack_runner: RunnerName = "auto"
+    combine: CombineName = "sum"
+    split_norm: bool | None = None
     curvature: CurvatureName = "epoch"
     probe_examples: int | None = None
     probe_tolerance: float = 1e-2
@@ -239,6 +259,8 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "adversarial_share": (0, 1),
     "share_decay": (1, math.inf),
     "eps": (0, 1),
+    "staleness": (0, math.inf),
+    "sam_rho": (0, math.inf),
     "probe_examples": (1, math.inf),
     "probe_tolerance": (1e-7, 1),
     "curvature_budget": (1e-6, 1),
@@ -261,7 +283,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     preset = dict(PRESETS[config.data])
     if config.controller in _OWN_SCHEDULES:
         preset["schedule"] = "constant"
-    preset["norm_mode"] = "eval"
+    preset |= {"norm_mode": "eval", "adversarial_share": 1.0 if config.adversary == "conadv" else 0.2}
     if config.controller == "critical":
         preset |= {"schedule": "cosine", "norm_mode": "batch"}
     if config.resolution is not None:

@@ -74,6 +74,11 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--lr", "-1"], ["--lr", "at least 0", "-1"]),
         (["--growth-factor", "1"], ["--growth-factor", "greater than 1"]),
         (["--adversarial-share", "1.5"], ["--adversarial-share", "at most 1", "1.5"]),
+        (["--eps", "-0.1"], ["--eps", "at least 0", "-0.1"]),
+        (["--staleness", "-1"], ["--staleness", "at least 0", "-1"]),
+        (["--adversary", "conadv", "--staleness", "9999"], ["staleness must be smaller than the number of steps"]),
+        (["--sam-rho", "-1"], ["--sam-rho", "at least 0", "-1"]),
+        (["--sam-rho", "0.1", "--precision", "fp16"], ["SAM", "bf16"]),
         (["--milestones", "[5, 2]"], ["--milestones", "increasing"]),
         (["--every-epochs", "0"], ["--every-epochs", "at least 1", "0"]),
         (["--stages", "[[1, 600]]"], ["--stages reach 600", "--max-batch-size 512"]),
@@ -105,6 +110,20 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], words: list[st
     for word in words:
         assert word in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"], "nothing may be written"
+
+
+def test_only_a_model_with_batch_normalisation_can_be_split(tmp_path: Path, capsys, monkeypatch):
+    layers = "nn.Sequential(nn.Flatten(), nn.Linear(input_size**2, num_classes))"
+    code = f"from torch import nn\n\ndef net(num_classes=10, input_size=8, in_channels=1):\n    return {layers}\n"
+    (tmp_path / "unnormalised.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--adversary", "conadv", "--model", "unnormalised:net", *QUICK]
+    status, _, err = run("train", *options, "--split-norm", "true", capsys=capsys)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "needs a model with batch normalisation, found none" in err
+    status, _, err = run("train", *options, capsys=capsys)  # left open: split only where that is possible
+    assert status == 0, err
 
 
 def test_truncated_data_file_is_named_with_its_size(tmp_path: Path, capsys):
@@ -176,6 +195,11 @@ def test_settings_of_a_run_are_a_config_file(capsys):
         ["--optimizer", "clars"],
         ["--optimizer", "lamb", "--lr", "0.01"],
         ["--adversary", "pgd"],
+        ["--adversary", "conadv", "--staleness", "2", "--combine", "average"],
+        ["--adversary", "conadv", "--conadv-attack", "pgd", "--split-norm", "false"],
+        ["--adversary", "conadv", "--attack-runner", "process"],
+        ["--adversary", "reuse"],
+        ["--sam-rho", "0.05"],
         ["--schedule", "cosine", "--warmup-epochs", "1"],
         ["--schedule", "polynomial", "--lr-rule", "sqrt", "--max-lr-factor", "3"],
         ["--precision", "bf16", "--channels-last", "true"],

@@ -5,10 +5,12 @@ from hessianflow.adversarial.attacks import fgsm, pgd
 from hessianflow.adversarial.concurrent import ConcurrentAdversary, Pair, PairLoss, pair_loss
 from hessianflow.adversarial.input_hessian import InputHessian
 from hessianflow.adversarial.mixing import perturbed_rows
+from hessianflow.adversarial.reuse import GradientReuse
 from hessianflow.adversarial.robustness import OverfittingAlarm, RobustAccuracy, robust_accuracy, wilson_interval
 from hessianflow.adversarial.runners import AttackRunner, Interleaved, SecondStream
 from hessianflow.adversarial.sam import SAM, sam_perturbation
 from hessianflow.adversarial.split_norm import clean_rows, merge_batch_norm, split_batch_norm
+from hessianflow.adversarial.worker import WorkerProcess
 
 __all__ = [
     "FGSM",
@@ -16,6 +18,7 @@ __all__ = [
     "SAM",
     "AttackRunner",
     "ConcurrentAdversary",
+    "GradientReuse",
     "InputHessian",
     "Interleaved",
     "OverfittingAlarm",
@@ -23,6 +26,7 @@ __all__ = [
     "PairLoss",
     "RobustAccuracy",
     "SecondStream",
+    "WorkerProcess",
     "clean_rows",
     "fgsm",
     "merge_batch_norm",

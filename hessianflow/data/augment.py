@@ -43,6 +43,15 @@ class Draws:
         """The draws of examples start..stop-1."""
         return replace(self, **{name: value[start:stop] for name, value in self._present().items()})
 
+    def inverse(self, padding: int) -> "Draws":
+        """Draws whose crop and flip bring pixels back to where these took them from; no cutout."""
+        if self.offsets is None:
+            return Draws(None, self.flips, None)
+        back = 2 * padding - self.offsets
+        if self.flips is not None:  # the mirror comes after the crop, so its own offset undoes it
+            back = torch.stack([back[:, 0], torch.where(self.flips, self.offsets[:, 1], back[:, 1])], dim=1)
+        return Draws(back, self.flips, None)
+
     def _present(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
 

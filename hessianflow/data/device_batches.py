@@ -76,6 +76,7 @@ class DeviceBatches(ExampleStream):
         self._num_classes = num_classes or (0 if targets.is_floating_point() else int(targets.max()) + 1)
         self._dtype = dtype
         self._plan: tuple[int, Tensor, Draws] | None = None
+        self._latest = torch.zeros(0, dtype=torch.int64, device=self.device), Draws(None, None, None)
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +103,27 @@ class DeviceBatches(ExampleStream):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start, stop in self._next_places():
             order, draws = self._epoch_plan()
-            yield self._batch(order[start:stop], draws.rows(start, stop))
+            self._latest = order[start:stop], draws.rows(start, stop)
+            yield self._batch(*self._latest)
+
+    @property
+    def latest(self) -> Tensor:
+        """Indices of the examples of the batch handed out last, int64 [n]."""
+        return self._latest[0]
+
+    def as_in_latest(self, maps: Tensor) -> Tensor:
+        """Maps of its examples in the frame of the stored images, [n, C, H, W] of any type, cropped and flipped alike.
+
+        What the crop padded is zero.
+        """
+        return self._augment.crop_and_flip(maps, self._latest[1])
+
+    def as_stored(self, maps: Tensor) -> Tensor:
+        """Maps in the frame of the batch handed out last, brought back to that of the stored images.
+
+        Zero where the crop had cut something off.
+        """
+        return self._augment.crop_and_flip(maps, self._latest[1].inverse(self._augment.crop_padding))
 
     def examples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The examples stored at `indices` (int64 [n]), normalised but not augmented; the stream does not move."""

@@ -65,9 +65,6 @@ class Lookahead:
 
         Args:
             now: progress and decision at the moment.
-
-        Raises:
-            HessianFlowError: the run has no more than `depth` steps.
         """
         drawn = self._drawn(now)
         if now()[0].updates == 0:
@@ -77,11 +74,6 @@ class Lookahead:
             ahead = next(drawn, None)
             if ahead is not None:
                 self._queue.append(ahead)
-            elif self._depth > 0 and now()[0].updates == 0:
-                raise HessianFlowError(
-                    f"staleness must be smaller than the number of steps, got {self._depth} for a run of "
-                    f"{len(self._queue)} steps"
-                )
             if not self._queue:
                 return
             yield self._queue.popleft(), ahead
@@ -135,3 +127,16 @@ class Lookahead:
             adversarial = move(entry["adversarial"], self._device)
             planned.attacked = lambda: adversarial
         return planned
+
+
+def check_staleness(staleness: int, batch_size: int, examples: int, epochs: int) -> None:
+    """Refuse a run in which no batch would be attacked ahead of its use.
+
+    Raises:
+        HessianFlowError: the run has no more than `staleness` steps.
+    """
+    steps = epochs * -(-examples // batch_size)
+    if 0 < steps <= staleness:
+        raise HessianFlowError(
+            f"staleness must be smaller than the number of steps, got {staleness} for a run of {steps} steps"
+        )

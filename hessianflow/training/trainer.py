@@ -37,7 +37,7 @@ from hessianflow.training.divergence import DivergenceError, DivergencePolicy, O
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
-from hessianflow.training.lookahead import Lookahead
+from hessianflow.training.lookahead import Lookahead, check_staleness
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.progress import ProgressBar
 from hessianflow.training.record import History, RunRecord, history_length
@@ -93,7 +93,8 @@ class AdaptiveBatchTrainer:
         show_progress: True, False, or None: only on a terminal.
 
     Raises:
-        HessianFlowError: no trainable parameter; a batch larger than the data; no epochs.
+        HessianFlowError: no trainable parameter; a batch larger than the data; no epochs; an adversary that is staler
+            than the run is long.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class AdaptiveBatchTrainer:
             model, optimizer, accumulate, self._microbatch, adversary, transform, self._watch, device, max_grad_norm
         )
         depth = 0 if adversary is None else adversary.staleness
+        check_staleness(depth, decision.batch_size, train_data.num_examples, epochs)
         self._ahead = Lookahead(train_data, depth, self._step.load, device, self._watch)
         parts: dict[str, Any] = {
             "train_data": train_data,

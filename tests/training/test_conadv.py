@@ -293,7 +293,6 @@ def test_out_of_memory_repeats_step_and_attack(tmp_path: Path):
 
 
 def test_staleness_must_fit_in_the_run():
-    made = trainer(network(), ConcurrentAdversary(attack(), staleness=14))
     with pytest.raises(HessianFlowError, match="staleness must be smaller than the number of steps, got 14 for a run"):
-        made.fit()
+        trainer(network(), ConcurrentAdversary(attack(), staleness=14))
     trainer(network(), ConcurrentAdversary(attack(), staleness=13)).fit()

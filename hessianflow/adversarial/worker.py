@@ -1,0 +1,153 @@
+"""A process that only attacks, while the process that started it trains: ConAdv on a machine with several cores.
+
+The weights go through shared memory: :meth:`WorkerProcess.submit` waits for the attack before, copies weights, buffers
+and the batch into memory that both processes see, and returns; the worker attacks from there. One attack is under way
+at a time, so the copy is never written to while it is read. The state of the adversary (its random starts) comes back
+with each result, so a checkpoint holds what an attack in this process would have left.
+
+For models on a processor; a GPU has a second stream for this (:class:`runners.SecondStream`). The process is started
+afresh, not forked: a script that uses it needs `if __name__ == "__main__":` around what it runs.
+"""
+
+import copy
+import pickle
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch import Tensor, multiprocessing, nn
+
+from hessianflow.adversarial.runners import TwinAttack
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.measuring import unwrap
+
+GOODBYE_SECONDS = 5.0
+"""How long a worker may take to end before it is killed. Ours."""
+
+
+class WorkerProcess:
+    """Runs attacks in a process of its own, started at the first one.
+
+    Args:
+        threads: of torch in that process; None: as many as this one has.
+
+    Raises:
+        HessianFlowError: threads below 1.
+    """
+
+    def __init__(self, *, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise HessianFlowError(f"threads must be at least 1, got {threads}")
+        self._threads = threads
+        self._replica: nn.Module | None = None
+        self._line: Connection | None = None
+        self._pending: _Answer | None = None
+
+    def submit(self, model: nn.Module, attack: TwinAttack) -> Callable[[], Tensor]:
+        """Copy the weights, start the attack, return; the callable returned waits for the twins.
+
+        Raises:
+            HessianFlowError: the model is not on a processor, or cannot be sent to another process; an error in the
+                attack (from the callable).
+        """
+        inner = unwrap(model)
+        device = next(inner.parameters()).device
+        if device.type != "cpu":
+            raise HessianFlowError(f"WorkerProcess needs a model on a processor, got {device}: use SecondStream()")
+        if self._pending is not None:
+            self._pending()  # it reads the replica, and its adversary's state is what this attack goes on from
+        line = self._line or self._start(inner)
+        self._snapshot(inner)
+        batch = replace(attack, inputs=_shared(attack.inputs), targets=_shared(attack.targets))
+        autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+        modes = [module.training for module in inner.modules()]
+        line.send((batch, modes, autocast))
+        self._pending = _Answer(line, attack)
+        return self._pending
+
+    def close(self) -> None:
+        """End the process; a later attack starts another."""
+        if self._line is not None:
+            self._end()
+        self._line = self._replica = self._pending = None
+
+    def _start(self, model: nn.Module) -> Connection:
+        self._replica = copy.deepcopy(model).share_memory()
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+        self._line, theirs = context.Pipe()
+        process = context.Process(
+            target=_serve, args=(theirs, self._replica, self._threads or torch.get_num_threads()), daemon=True
+        )
+        try:
+            process.start()
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise HessianFlowError(
+                f"the model or the attack cannot be sent to another process ({error}): define its classes and "
+                "functions at the top of a module, or use Interleaved()"
+            ) from None
+        theirs.close()
+        self._end = weakref.finalize(self, _end, process, self._line)
+        return self._line
+
+    @torch.no_grad()
+    def _snapshot(self, model: nn.Module) -> None:
+        assert self._replica is not None
+        targets = [*self._replica.parameters(), *self._replica.buffers()]
+        torch._foreach_copy_(targets, [*model.parameters(), *model.buffers()])
+
+
+class _Answer:
+    """Waits for one result, once, and puts the adversary where the attack left it."""
+
+    def __init__(self, line: Connection, attack: TwinAttack) -> None:
+        self._line, self._adversary = line, attack.adversary
+        self._twins: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._twins is None:
+            try:
+                twins, outcome = self._line.recv()
+            except (EOFError, ConnectionResetError):
+                raise HessianFlowError("the process that attacks has ended: was it killed for memory?") from None
+            if twins is None:
+                raise HessianFlowError(f"the attack failed in its process: {outcome}")
+            self._twins = twins
+            self._adversary.load_state_dict(outcome)
+        return self._twins
+
+
+def _serve(line: Connection, replica: nn.Module, threads: int) -> None:
+    """The life of the worker: attack until the line is closed."""
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            attack, modes, (enabled, dtype) = line.recv()
+        except EOFError:
+            return
+        for module, training in zip(replica.modules(), modes, strict=True):
+            module.training = training
+        answer: tuple[Tensor | None, Any]
+        try:
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                answer = _shared(attack(replica)), attack.adversary.state_dict()
+        except Exception as error:
+            answer = None, f"{type(error).__name__}: {error}"
+        line.send(answer)
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """In memory that another process can see; a slice of something larger is copied out of it first."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    shared: Tensor = (tensor if whole else tensor.clone()).share_memory_()  # type: ignore[no-untyped-call]
+    return shared
+
+
+def _end(process: BaseProcess, line: Connection) -> None:
+    line.close()
+    process.join(GOODBYE_SECONDS)
+    if process.is_alive():
+        process.kill()

@@ -1,0 +1,112 @@
+"""The attacking process must change nothing but where the work is done: interleaving is the oracle, bit for bit."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hessianflow import AdaptiveBatchTrainer
+from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProcess, pair_loss, split_batch_norm
+from hessianflow.control import FixedBatch
+from hessianflow.data import DeviceBatches
+
+RANGE = (0.0, 1.0)
+
+
+@pytest.fixture
+def worker():
+    made = WorkerProcess(threads=1)
+    yield made
+    made.close()
+
+
+def data() -> DeviceBatches:
+    images = torch.randint(256, (40, 1, 6, 6), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return split_batch_norm(
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    )
+
+
+def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrainer:
+    model = network()
+    adversary = ConcurrentAdversary(PGD(0.1, value_range=RANGE, steps=2), staleness=2, runner=runner)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options: dict[str, Any] = {"epochs": 3, "controller": FixedBatch(8, 0.5), "precision": "bf16"}
+    made = AdaptiveBatchTrainer(
+        model, data(), optimizer=optimizer, loss_fn=cross_entropy, adversary=adversary, run_dir=run_dir, **options
+    )
+    if stop_at:
+        decide = made._decide
+        made._decide = lambda at_end: (decide(at_end), made.request_stop() if made.progress.updates == stop_at else 0)
+    return made
+
+
+def test_training_resumed_through_another_process_ends_as_interleaved(worker: WorkerProcess, tmp_path: Path):
+    """Random starts, shares, split statistics, autocast; stopped in mid-epoch with attacks under way."""
+    whole = train(None, tmp_path / "whole")
+    whole.fit()
+    train(worker, tmp_path / "run", stop_at=7).fit()
+    again = train(worker, tmp_path / "other")
+    again.resume(tmp_path / "run")
+    for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert whole._step.adversary.state_dict() == again._step.adversary.state_dict()
+
+
+class Failing(FGSM):
+    """Fails in the other process, not while it is sent there."""
+
+    def perturb(self, model, inputs, targets, share, microbatch_size=None):
+        raise ArithmeticError("no attack today")
+
+
+def test_what_goes_wrong_there_is_told_here(worker: WorkerProcess):
+    model, (x, y) = network(), next(iter(data()))
+    wait = ConcurrentAdversary(Failing(0.1, value_range=RANGE), runner=worker).attack(model, x, y, 1.0)
+    with pytest.raises(ValueError, match="the attack failed in its process: ArithmeticError: no attack today"):
+        wait()
+
+
+def test_a_worker_that_was_killed_is_named(worker: WorkerProcess):
+    model, (x, y) = network(), next(iter(data()))
+    ahead = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), runner=worker)
+    ahead.attack(model, x, y, 1.0)()
+    worker._end.peek()[2][0].kill()
+    with pytest.raises(ValueError, match="the process that attacks has ended"):
+        ahead.attack(model, x, y, 1.0)()
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        WorkerProcess(threads=0)
+
+    class Local(nn.Linear):
+        """Cannot be found by its name in another process."""
+
+    x, y = torch.zeros(2, 3), torch.tensor([0, 1])
+    ahead = ConcurrentAdversary(FGSM(0.1, value_range=None), runner=WorkerProcess())
+    with pytest.raises(ValueError, match="cannot be sent to another process"):
+        ahead.attack(Local(3, 2), x, y, 1.0)
+
+
+def test_a_loop_of_ones_own_may_use_it(worker: WorkerProcess):
+    ends = []
+    for runner in (None, worker):
+        model = network().train()
+        ahead = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), staleness=1, runner=runner)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for pair in ahead.pairs(model, [*data()]):
+            optimizer.zero_grad()
+            pair_loss(model, pair, cross_entropy).total.backward()
+            optimizer.step()
+        ends.append(copy.deepcopy(model.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
