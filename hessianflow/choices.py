@@ -222,21 +222,20 @@ def build_adversary(
     if config.adversary == "reuse":
         return GradientReuse(batches, eps, value_range=limits)  # type: ignore[arg-type]
     if config.adversary == "conadv":
-        attack = makers[config.conadv_attack]()
-        runner = build_runner(config, batches.device)
-        return ConcurrentAdversary(attack, staleness=config.staleness, combine=config.combine, runner=runner)
+        attack, runner = makers[config.conadv_attack or "fgsm"](), build_runner(config, batches.device)
+        staleness = 1 if config.staleness is None else config.staleness
+        return ConcurrentAdversary(attack, staleness=staleness, combine=config.combine or "sum", runner=runner)
     return makers[config.adversary]()
 
 
 def build_runner(config: TrainConfig, device: torch.device) -> AttackRunner:
     """Where the attacks of conadv run."""
-    automatic = "stream" if device.type == "cuda" else "interleaved"
     makers: dict[str, Callable[[], AttackRunner]] = {
         "interleaved": Interleaved,
         "process": WorkerProcess,
         "stream": SecondStream,
     }
-    return makers[automatic if config.attack_runner == "auto" else config.attack_runner]()
+    return makers[config.attack_runner or ("stream" if device.type == "cuda" else "interleaved")]()
 
 
 def split_for_twins(config: TrainConfig, model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hessianflow.interfaces import HessianFlowError, NormMode
 from hessianflow.presets import PRESETS
-from hessianflow.settings import DualBatchSettings, ResolutionSettings
+from hessianflow.settings import DualBatchSettings, ResolutionSettings, TwinSettings
 
 DataName = Literal["digits", "fake", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet", "folder"]
 ControllerName = Literal[
@@ -30,9 +30,6 @@ ControllerName = Literal[
     "dual-batch",
 ]
 AdversaryName = Literal["fgsm", "pgd", "conadv", "reuse", "none"]
-AttackName = Literal["fgsm", "pgd"]
-RunnerName = Literal["auto", "interleaved", "process", "stream"]
-CombineName = Literal["sum", "average"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lars", "clars", "lamb"]
 ScheduleName = Literal["constant", "multistep", "cosine", "polynomial"]
 CurvatureName = Literal["epoch", "needed", "off"]
@@ -43,7 +40,7 @@ LogLevelName = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True)
-class TrainConfig(DualBatchSettings, ResolutionSettings):
+class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
     """Every setting of `hessianflow train`, beside those of the classes it extends.
 
     Attributes:
@@ -96,13 +93,6 @@ class TrainConfig(DualBatchSettings, ResolutionSettings):
         adversarial_share: share of each batch that is attacked at the start; default: 0.2, for conadv 1.
         share_decay: absa divides the share by this at each growth.
         eps: size of the perturbation, in the units of pixels scaled to [0, 1].
-        staleness: conadv attacks so many steps before use; 0: at the step itself.
-        conadv_attack: how conadv makes its twins.
-        attack_runner: where conadv attacks; in a second process (CPU), on a second stream (GPU), or in turn with
-            training; auto: stream on a GPU, else interleaved.
-        combine: conadv trains on the sum of the mean losses of clean examples and twins, or on their average.
-        split_norm: conadv gives the twins batch-normalisation statistics and parameters of their own; default: where
-            the model has batch normalisation.
         curvature: when the top Hessian eigenvalue is measured; every epoch, when the controller needs it, or never.
         probe_examples: training examples the curvature is measured on; default: 128 for digits, 64 otherwise (the
             published ABSA runs took 128: at least twice the cost, a spread of 8 instead of 10 % between samples).
@@ -168,11 +158,6 @@ class TrainConfig(DualBatchSettings, ResolutionSettings):
     adversarial_share: float | None = None
     share_decay: float = 2.0
     eps: float = 0.005
-    staleness: int = 1
-    conadv_attack: AttackName = "fgsm"
-    attack_runner: RunnerName = "auto"
-    combine: CombineName = "sum"
-    split_norm: bool | None = None
     curvature: CurvatureName = "epoch"
     probe_examples: int | None = None
     probe_tolerance: float = 1e-2
@@ -228,6 +213,7 @@ class TrainConfig(DualBatchSettings, ResolutionSettings):
             if not 0 < self.lr_decay < 1:
                 raise HessianFlowError(f"--lr-decay must lie between 0 and 1 here, got {self.lr_decay}")
         self.check_resolution()
+        self.check_twins(wanted=self.adversary == "conadv")
         self.check_dual_batch(wanted=self.controller == "dual-batch")
         if self.max_lr_factor is not None and self.lr_rule is None:
             raise HessianFlowError(f"--max-lr-factor {self.max_lr_factor:g} needs --lr-rule")
@@ -259,7 +245,6 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "adversarial_share": (0, 1),
     "share_decay": (1, math.inf),
     "eps": (0, 1),
-    "staleness": (0, math.inf),
     "sam_rho": (0, math.inf),
     "probe_examples": (1, math.inf),
     "probe_tolerance": (1e-7, 1),

@@ -11,6 +11,10 @@ ResolutionName = Literal["cyclic", "once", "uniform"]
 ServerName = Literal["simulated", "ray"]
 SynchronyName = Literal["asp", "bsp", "ssp"]
 
+AttackName = Literal["fgsm", "pgd"]
+CombineName = Literal["sum", "average"]
+RunnerName = Literal["interleaved", "process", "stream"]
+
 SIDES: Mapping[str, int] = {"digits": 8, "fake": 16, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
 """Pixels a side of the images of each data set; those of image files are cut to any size."""
 FILE_SIDE = 224
@@ -144,6 +148,40 @@ class DualBatchSettings:
                 f"--extra-time must be less than {workers / large:.4g} (workers / large workers) with {large} large of "
                 f"{workers} workers, got {extra:g}: they would take all examples"
             )
+
+
+@dataclass(frozen=True)
+class TwinSettings:
+    """Concurrent adversarial learning: every clean example and its adversarial twin.
+
+    Attributes:
+        staleness: conadv attacks so many steps before use; 0: at the step itself; default: 1.
+        conadv_attack: how conadv makes its twins; default: fgsm.
+        attack_runner: where conadv attacks; in a second process (CPU), on a second stream (GPU), or in turn with
+            training; default: stream on a GPU, else interleaved.
+        combine: conadv trains on the sum of the mean losses of clean examples and twins, or on their average; default:
+            sum, as published.
+        split_norm: whether conadv gives the twins batch-normalisation statistics and parameters of their own; default:
+            where the model has batch normalisation.
+    """
+
+    staleness: int | None = None
+    conadv_attack: AttackName | None = None
+    attack_runner: RunnerName | None = None
+    combine: CombineName | None = None
+    split_norm: bool | None = None
+
+    def check_twins(self, *, wanted: bool) -> None:
+        """Refuse a negative staleness, and any of these settings where the adversary is another.
+
+        Raises:
+            HessianFlowError: naming the option.
+        """
+        names = [field.name for field in fields(TwinSettings) if getattr(self, field.name) is not None]
+        if names and not wanted:
+            raise HessianFlowError(f"{_option(names[0])} is a setting of --adversary conadv")
+        if self.staleness is not None and self.staleness < 0:
+            raise HessianFlowError(f"--staleness must be at least 0, got {self.staleness}")
 
 
 def as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
