@@ -26,21 +26,24 @@ from hessianflow.plots.trajectory import curvature_trajectory
 SPECTRUM = "spectrum.json"
 """Where `hessianflow spectrum` keeps what it measured: eigenvalues, residuals, trace, density (nodes and weights)."""
 
+_LONG = 40
+"""Characters from which on a cell is text to be broken, not a value."""
+
 _STYLE = """
-:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5d5d5; --mild: #5c5c5c; --mark: #fff3cd; }
+:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5d5d5; --mild: #5c5c5c; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6e6e6; --page: #171717; --line: #3d3d3d; --mild: #a8a8a8; --mark: #4a3d10; }
+  :root { --text: #e6e6e6; --page: #171717; --line: #3d3d3d; --mild: #a8a8a8; }
   img { filter: invert(0.91) hue-rotate(180deg); }
 }
 body { color: var(--text); background: var(--page); font: 16px/1.5 system-ui, sans-serif; max-width: 62rem;
   margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-p { color: var(--mild); } img { width: 100%; height: auto; }
+p { color: var(--mild); } img { width: 100%; min-width: 38rem; height: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
+  vertical-align: top; white-space: nowrap; }
+td.text { white-space: normal; min-width: 18rem; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-tr.differs td { background: var(--mark); }
 summary { cursor: pointer; }
 """
 
@@ -84,11 +87,13 @@ class Spectrum:
         eigenvalues: the leading ones.
         residuals: ||H v - eigenvalue v|| of each.
         density: nodes and weights, shape [num_probes, steps] each; None if it was not measured.
+        measured_on: weights, examples, batch normalisation, and the trace, as far as the file says.
     """
 
     eigenvalues: Sequence[float]
     residuals: Sequence[float]
     density: Quadrature | None
+    measured_on: str
 
 
 def read_spectrum(run: Run) -> Spectrum | None:
@@ -104,12 +109,21 @@ def read_spectrum(run: Run) -> Spectrum | None:
         stored = json.loads(file.read_text("utf-8"))
         kept = stored["density"]
         density = None if kept is None else SimpleNamespace(nodes=kept["nodes"], weights=kept["weights"])
-        return Spectrum(list(stored["eigenvalues"]), list(stored["residuals"]), density)
+        return Spectrum(list(stored["eigenvalues"]), list(stored["residuals"]), density, _measured_on(stored))
     except (ValueError, KeyError, TypeError):
         raise HessianFlowError(
             f"{file} must hold eigenvalues, residuals and density: make it anew with "
             f"`hessianflow spectrum {run.folder}`"
         ) from None
+
+
+def _measured_on(stored: Mapping[str, Any]) -> str:
+    facts = {"weights": stored.get("size"), "examples": stored.get("num_examples")}
+    said = [f"{value} {name}" for name, value in facts.items() if value is not None]
+    said += [f"norm mode: {stored['norm_mode']}"] if "norm_mode" in stored else []
+    trace = stored.get("trace")
+    said += [f"trace {trace['value']:.4g} ± {trace['stderr']:.1g}"] if trace else []
+    return ", ".join(said)
 
 
 def _spectra(spectra: Mapping[str, Spectrum]) -> list[str]:
@@ -121,7 +135,8 @@ def _spectra(spectra: Mapping[str, Spectrum]) -> list[str]:
         for i, (value, residual) in enumerate(zip(spectrum.eigenvalues, spectrum.residuals, strict=True), start=1)
     ]
     densities = {name: spectrum.density for name, spectrum in spectra.items() if spectrum.density is not None}
-    content = _table(["run", "rank", "eigenvalue", "residual"], rows)
+    notes = [f"<p>{escape(f'{name}: {spectrum.measured_on}')}</p>" for name, spectrum in spectra.items()]
+    content = "\n".join([*notes, _table(["run", "rank", "eigenvalue", "residual"], rows)])
     if densities:
         content = _image(spectral_density(densities), "density of eigenvalues") + "\n" + content
     return [_section("Spectrum at the end", content)]
@@ -146,7 +161,8 @@ def _image(figure: Figure, description: str) -> str:
     with mpl.rc_context({"svg.hashsalt": "hessianflow"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'
+    image = f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'
+    return f'<div class="scroll">{image}</div>'
 
 
 def _summary(table: ComparisonTable) -> str:
@@ -174,25 +190,36 @@ def _settings(runs: Sequence[Run]) -> str:
     if not keys:
         return "<p>No config.json beside the records.</p>"
     rows = [[key, *(_plain(setting.get(key)) for setting in flat)] for key in keys]
-    differing = {i for i, row in enumerate(rows) if len(set(row[1:])) > 1}
-    table = _table(["setting", *(run.name for run in runs)], rows, differing)
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    head = ["setting", *(run.name for run in runs)]
     seeds = ", ".join(f"{run.name}: {_plain(seed_of(run.config))}" for run in runs)
-    return f"<p>Seeds: {escape(seeds)}</p>\n<details open><summary>All settings</summary>\n{table}\n</details>"
+    parts = [f"<p>Seeds: {escape(seeds)}</p>"]
+    if differing:
+        parts.append("<p>Where the runs differ:</p>\n" + _table(head, differing, align=False))
+    every = _table(head, rows, align=False)
+    return "\n".join([*parts, f"<details><summary>All settings</summary>\n{every}\n</details>"])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> str:
-    marks = set(marked)
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "\n".join(
-        ('<tr class="differs">' if i in marks else "<tr>") + "".join(map(_cell, row)) + "</tr>"
-        for i, row in enumerate(rows)
-    )
-    return f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, align: bool = True) -> str:
+    """Columns of numbers are set to the right with `align`; columns of long text may break their lines."""
+    columns = [_column_class([row[i] for row in rows], align=align) for i in range(len(head))]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        pairs = zip(columns, cells, strict=True)
+        return "<tr>" + "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in pairs) + "</tr>"
+
+    body = "\n".join(line("td", row) for row in rows)
+    return f'<div class="scroll"><table>\n<thead>{line("th", head)}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _cell(text: str) -> str:
-    numeric = text.lstrip("-")[:1].isdigit() and " " not in text
-    return ('<td class="number">' if numeric else "<td>") + f"{escape(text)}</td>"
+def _column_class(cells: Sequence[str], *, align: bool) -> str:
+    if max(map(len, cells), default=0) > _LONG:
+        return ' class="text"'
+    return ' class="number"' if align and all(map(_is_number, cells)) else ""
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or (text.lstrip("-")[:1].isdigit() and " " not in text)
 
 
 def _number(value: float) -> str:

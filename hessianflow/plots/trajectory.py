@@ -29,7 +29,8 @@ def curvature_trajectory(runs: RunSource | Iterable[RunSource], path: str | Path
 
     Readings that did not converge are drawn hollow; negative ones as a triangle at their magnitude; those that are
     zero or not finite as a cross at the lower edge. Every change of the batch size is marked by a number whose reason
-    stands below.
+    stands below. How batch normalisation was treated stands at the axis, or beside each run where runs differ in it:
+    their eigenvalues cannot be compared then.
 
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
@@ -45,7 +46,10 @@ def curvature_trajectory(runs: RunSource | Iterable[RunSource], path: str | Path
     events = sorted((e for i, r in enumerate(read) for e in growths(r, style.colour(i))), key=lambda e: e.examples)
     marks = [_marks(run) for run in read]
     present = {name for found in marks for name, (x, _) in found.items() if len(x)}
-    handles = [*style.run_handles([run.name for run in read]), *_mark_handles(present)]
+    modes = [_norm_mode(run) for run in read]
+    shared = len(set(modes)) == 1
+    names = [run.name if shared else run.name + mode for run, mode in zip(read, modes, strict=True)]
+    handles = [*style.run_handles(names), *_mark_handles(present)]
     figure, axes = _layout(events, handles)
     batch_axes = axes.twinx()
     for index, (run, found) in enumerate(zip(read, marks, strict=True)):
@@ -55,7 +59,7 @@ def curvature_trajectory(runs: RunSource | Iterable[RunSource], path: str | Path
     batch_axes.set_ylabel("batch size (examples)")
     batch_axes.spines["top"].set_visible(False)
     batch_axes.spines["right"].set_visible(True)
-    style.finish(axes, "training examples", "top Hessian eigenvalue")
+    style.finish(axes, "training examples", "top Hessian eigenvalue" + (modes[0] if shared else ""))
     style.log_axis(axes, [y for found in marks for name in _MARKS if name != "missing" for y in found[name][1]])
     style.examples_axis(axes)
     mark(axes, events, (_WIDTH - 2 * _SIDE) * 72)
@@ -77,6 +81,12 @@ def _layout(events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Ax
     figure.text(_SIDE / _WIDTH, 1 - 0.1 / height, "Curvature and batch size", fontsize=11, va="top")
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
     return figure, axes
+
+
+def _norm_mode(run: Run) -> str:
+    """The batch normalisation of the run's readings, as an addition to a label; empty where they do not say."""
+    found = dict.fromkeys(row["norm_mode"] for row in run.of_kind("curvature") if "norm_mode" in row)
+    return f" (norm mode: {', '.join(found)})" if found else ""
 
 
 def _marks(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:

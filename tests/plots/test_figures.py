@@ -104,6 +104,16 @@ def test_trajectory_shows_every_kind_of_reading():
     assert {"not converged", "negative: magnitude shown", "zero or not finite"} <= set(words)
 
 
+def test_trajectory_says_how_batch_normalisation_was_treated():
+    """At the axis where all runs agree, beside each run where they do not."""
+    one, other = (in_memory([{**curvature(1, 5.0), "norm_mode": mode}]) for mode in ("eval", "batch"))
+    alike = [t.get_text() for t in texts(curvature_trajectory([one, one]))]
+    assert "top Hessian eigenvalue (norm mode: eval)" in alike
+    mixed = [t.get_text() for t in texts(curvature_trajectory([one, other]))]
+    assert "top Hessian eigenvalue" in mixed
+    assert [word.split(" (")[1] for word in mixed if "norm mode" in word] == ["norm mode: eval)", "norm mode: batch)"]
+
+
 def test_trajectory_of_ordinary_readings_has_no_special_legend():
     words = [t.get_text() for t in texts(curvature_trajectory(in_memory([curvature(1, 5.0), curvature(2, 4.0)])))]
     assert "not converged" not in words

@@ -3,10 +3,13 @@
 import base64
 import json
 import re
+import shutil
+import subprocess
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
-from run_dirs import in_memory, write_run
+from run_dirs import RECORDS, growth, in_memory, write_run
 
 from hessianflow.plots import report
 
@@ -61,14 +64,19 @@ def test_two_runs_are_compared_and_differences_marked(folder, tmp_path):
     text = report([folder, other], title="A & B")
     assert len(Page(text).images) == 3
     assert "<h1>A &amp; B</h1>" in text
-    assert text.count('<tr class="differs">') == 2
+    differing = text.split("Where the runs differ:")[1].split("</table>")[0]
+    assert differing.count("<tr>") == 1 + 2
+    assert "<td>controller</td><td>absa</td><td>fixed</td>" in differing
+    assert "Where the runs differ:" not in report(folder)
 
 
 def test_spectrum_is_shown_where_there_is_one(folder):
     stored = {"eigenvalues": [5.0, -2.5], "residuals": [1e-3, 2e-3], "density": None, "size": 10}
+    stored |= {"num_examples": 64, "norm_mode": "batch", "trace": {"value": 2.5, "stderr": 0.125}}
     (folder / "spectrum.json").write_text(json.dumps(stored))
     page = Page(report(folder))
     assert {"Spectrum at the end", "-2.5", "0.001"} <= set(page.words)
+    assert "absa: 10 weights, 64 examples, norm mode: batch, trace 2.5 ± 0.1" in page.words
     assert len(page.images) == 2
     stored["density"] = {"nodes": [[0.0, 5.0]], "weights": [[0.9, 0.1]]}
     (folder / "spectrum.json").write_text(json.dumps(stored))
@@ -97,3 +105,50 @@ def test_damaged_spectrum_is_refused(folder, content):
 def test_unwritable_path_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"cannot write report .*absent/r.html"):
         report(folder, tmp_path / "absent" / "r.html")
+
+
+def test_numbers_are_set_to_the_right_and_long_text_may_break(folder):
+    text = report(folder)
+    assert '<th class="number">updates</th>' in text
+    assert "<th>reason</th>" in text
+    long = [growth(2000, 128, 256, "a reason that is longer than what stands on one line of a phone")]
+    assert '<th class="text">reason</th>' in report(in_memory([*RECORDS, *long]))
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars"
+)
+
+# A window has a least width, a frame has none.
+FRAME = """<!doctype html><meta charset="utf-8"><title>-</title>
+<iframe srcdoc="{page}" width="{width}" height="800" style="border: 0"></iframe>
+<script>addEventListener("load", () => {{
+  const inside = document.querySelector("iframe").contentWindow, page = inside.document;
+  const drawn = [...page.images].map((image) => image.naturalWidth > 0);
+  const background = inside.getComputedStyle(page.body).backgroundColor;
+  document.title = [inside.innerWidth, page.documentElement.scrollWidth, background, ...drawn].join("; ");
+}})</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium installed: the page is not shown in a browser")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_a_browser_shows_it_on_a_phone_and_on_a_desk(folder, tmp_path, width, scheme):
+    """Every picture is drawn, nothing but tables and pictures needs scrolling sideways, and the night is dark."""
+    stored = {"eigenvalues": [5.0], "residuals": [1e-3], "density": {"nodes": [[0.0, 5.0]], "weights": [[0.9, 0.1]]}}
+    (folder / "spectrum.json").write_text(json.dumps(stored))
+    file = tmp_path / "frame.html"
+    file.write_text(FRAME.format(page=escape(report(folder)), width=width), "utf-8")
+    scheme_flag = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
+    flags = [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", scheme_flag]
+    done = subprocess.run(
+        [str(BROWSER), *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    seen = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert seen is not None, done.stderr
+    inner, scroll, background, *drawn = seen[1].split("; ")
+    assert (int(inner), int(scroll)) == (width, width)
+    assert background == ("rgb(23, 23, 23)" if scheme == "dark" else "rgb(255, 255, 255)")
+    assert drawn == ["true"] * 3
