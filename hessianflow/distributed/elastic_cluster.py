@@ -62,23 +62,23 @@ class Cluster:
         Raises:
             HessianFlowError: a local cluster that can never have room for the smallest world.
         """
-        for _ in range(count):
-            actor = self._new_member()
-            self.pending.append(_Pending(actor, actor.process_id.remote(), time.monotonic()))
         settings = self._settings
-        if settings.address is not None:
-            from ray.autoscaler.sdk import request_resources
-
-            bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
-            wanted = {name: amount for name, amount in bundle.items() if amount > 0}
-            request_resources(bundles=[wanted] * (len(self.members) + len(self.pending)))
-        else:
+        if settings.address is None:
             room = self._ray.cluster_resources().get("CPU", 0.0)
             if settings.min_workers * settings.num_cpus > room:
                 raise HessianFlowError(
                     f"{settings.min_workers} workers of {settings.num_cpus:g} CPUs need more than the {room:g} CPUs of "
                     "this machine: lower --min-workers, or give the address of a cluster"
                 )
+        for _ in range(count):
+            actor = self._new_member()
+            self.pending.append(_Pending(actor, actor.process_id.remote(), time.monotonic()))
+        if settings.address is not None:
+            from ray.autoscaler.sdk import request_resources
+
+            bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
+            wanted = {name: amount for name, amount in bundle.items() if amount > 0}
+            request_resources(bundles=[wanted] * (len(self.members) + len(self.pending)))
 
     def cancel(self, count: int) -> None:
         """Give up the newcomers that were asked for last."""

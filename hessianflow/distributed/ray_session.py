@@ -21,6 +21,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
         HessianFlowError: Ray is not installed, or does not run at `address`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A local cluster would run workers at the lowest priority but four: anything else on the machine would starve them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Keep Ray's next behaviour for actors without GPUs, without its warning about the change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

@@ -1,7 +1,9 @@
 """An elastic job as a plain loop, for tests: its numbers do not depend on the world, so any run has one answer."""
 
 import os
+import signal
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,10 @@ from hessianflow.distributed.synchronize import GradientSynchronizer
 
 
 class PlainJob:
-    """SGD over `total` updates; the batch doubles half-way. Leaves its process id in a folder."""
+    """SGD over `total` updates; the batch doubles half-way. `faults`: at which update which rank has which, once."""
 
-    def __init__(self, folder: str, total: int, seconds: float = 0.0) -> None:
-        with open(os.path.join(folder, str(os.getpid())), "w"):
-            pass
-        self.folder, self.total, self.seconds = folder, total, seconds
+    def __init__(self, folder: str, total: int, faults: dict[int, tuple[int, str]] | None = None) -> None:
+        self.folder, self.total, self.faults = folder, total, faults or {}
         self.model, (self.inputs, self.targets) = network(), data()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.updates = self.examples = 0
@@ -47,7 +47,9 @@ class PlainJob:
         return self.report()
 
     def step(self, start: int, stop: int) -> None:
-        time.sleep(self.seconds)
+        rank, fault = self.faults.get(self.updates, (-1, ""))
+        if self.reducer.rank == rank and self.is_first(fault):
+            FAULTS[fault]()
         first, last = share(start, stop, self.reducer)
         self.optimizer.zero_grad()
         self.sync.begin(last - first)
@@ -59,6 +61,14 @@ class PlainJob:
         totals = self.sync.finish(loss, None)
         self.optimizer.step()
         self.updates, self.examples = self.updates + 1, self.examples + totals.examples
+
+    def is_first(self, mark: str) -> bool:
+        """Whether no process of this run has left this mark before."""
+        try:
+            Path(self.folder, mark).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def state(self) -> dict:
         return {
@@ -83,42 +93,21 @@ class WritingJob(PlainJob):
         return report
 
 
-class PatientJob(WritingJob):
-    """Takes its time while it is alone with a batch for two, so that a newcomer has time to start."""
+class UnevenJob(WritingJob):
+    """Rank 0 says that it does nothing but wait, rank 1 that it never waits."""
 
-    def step(self, start: int, stop: int) -> None:
-        alone = self.reducer.world_size == 1 and self.batch_size == 16 and self.updates < 50
-        time.sleep(0.8 if alone else 0.0)
-        super().step(start, stop)
-
-
-class HangingJob(WritingJob):
-    """Rank 1 sleeps at update 8, once."""
-
-    def step(self, start: int, stop: int) -> None:
-        flag = os.path.join(self.folder, "hung")
-        if self.updates == 8 and self.reducer.rank == 1 and not os.path.exists(flag):
-            open(flag, "w").close()
-            time.sleep(600)
-        super().step(start, stop)
-
-
-class SlowJob(WritingJob):
-    """Rank 1 takes its time."""
-
-    def step(self, start: int, stop: int) -> None:
-        time.sleep(0.05 if self.reducer.rank == 1 else 0.0)
-        super().step(start, stop)
+    @property
+    def waited_seconds(self) -> float:
+        return time.perf_counter() if self.reducer.rank == 0 else 0.0
 
 
 class DyingNewcomer(WritingJob):
     """The second process ends while it builds its job."""
 
-    def __init__(self, folder: str, total: int, seconds: float = 0.0) -> None:
-        if len(os.listdir(folder)) == 1:
-            open(os.path.join(folder, "refused"), "w").close()
+    def __init__(self, folder: str, total: int, faults: dict[int, tuple[int, str]]) -> None:
+        super().__init__(folder, total, faults)
+        if not self.is_first("built") and self.is_first("refused"):
             os._exit(1)
-        super().__init__(folder, total, seconds)
 
 
 class BrokenJob(PlainJob):
@@ -129,3 +118,14 @@ class BrokenJob(PlainJob):
 class FailingJob(PlainJob):
     def step(self, start: int, stop: int) -> None:
         raise RuntimeError("device-side assert")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    time.sleep(3600)
+
+
+FAULTS = {"dies": die, "hangs": hang}
