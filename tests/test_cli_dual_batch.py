@@ -68,3 +68,89 @@ def test_bad_resolutions_are_one_line(arguments: list[str], words: str, capsys):
     assert err.startswith("hessianflow train: error: ")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_plan_prints_a_line_for_each_number_of_small_workers(capsys):
+    """The published CIFAR-100 setting; 7.0025 s and 243 are the reference's own figures."""
+    status, out, err = run("plan", "dual-batch", "--preset", "cifar100", "--extra-time", "1.05", capsys=capsys)
+    assert (status, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert ["3", "243", "12292", "0.9365", "560", "13125", "7.0025", "0.02%", "28.009"] in lines
+    assert ["0", "-", "-", "-", "600", "12500", "4.7166", "0.00%", "18.866"] in lines
+    assert "140 epochs with 0 small workers: 933.5 s at 32 pixels, 796.9 s cyclic (0.8537 of it)" in out
+
+
+def test_plan_from_figures_shows_which_lines_cannot_be(capsys):
+    figures = ["--examples", "50000", "--batch-size", "500", "--slope", "0.0005", "--intercept", "0.01"]
+    status, out, _ = run("plan", "dual-batch", *figures, "--extra-time", "1.4", capsys=capsys)
+    assert status == 0
+    assert "extra_time_ratio must be < 1.333 with 3 large of 4 workers, got 1.4" in out
+    status, out, _ = run("plan", "dual-batch", *figures, "--small-workers", "2", "--workers", "8", capsys=capsys)
+    assert status == 0
+    assert len(out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--examples", "9"], "--batch-size is needed, or --preset cifar100, imagenet, compsac"),
+        (["--preset", "cifar100", "--slope", "1"], "--slope and --preset cifar100 both give it: leave one out"),
+        (["--preset", "cifar100", "--small-workers", "5"], "--small-workers 5 is more than --workers 4"),
+        (
+            ["--examples", "9", "--batch-size", "4", "--slope", "-1", "--intercept", "1"],
+            "slope must be a finite number > 0, got -1.0",
+        ),
+        (["--preset", "mnist"], "--preset"),
+    ],
+)
+def test_bad_plans_are_one_line(arguments: list[str], words: str, capsys):
+    status, _, err = run("plan", "dual-batch", *arguments, capsys=capsys)
+    assert status == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+DUAL = [*FAKE, "--controller", "dual-batch", "--slope", "0.001", "--intercept", "0.02", "--batch-size", "16"]
+
+
+def test_dual_batch_trains_stops_and_resumes(capsys):
+    """The command of the README; resumed it has nothing to do."""
+    plan = ["--workers", "4", "--small-workers", "3", "--extra-time", "1.05", "--epochs", "2", "--milestones", "[]"]
+    status, out, err = run("train", *DUAL, *plan, "--run-dir", "r", capsys=capsys)
+    assert (status, err) == (0, "")
+    assert "finished: test accuracy" in out
+    history = History.load("r")
+    assert len(history.of_kind("commit")) == 8
+    assert history.summary["predicted_seconds"] == pytest.approx(2 * 1.05 * (0.001 + 0.02 / 16) * 64)
+    assert run("resume", "r", capsys=capsys)[1] == "r has finished already: nothing to resume\n"
+    assert run("spectrum", "r", "--k", "1", capsys=capsys)[0] == 0
+    assert run("replay", "r", "--controller", "dual-batch", capsys=capsys)[2].startswith(
+        "hessianflow replay: error: --controller dual-batch plans its batches before a run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--small-workers", "5"], "--small-workers 5 is more than --workers 4"),
+        (
+            ["--small-workers", "1", "--extra-time", "1.4"],
+            "--extra-time must be less than 1.333 (workers / large workers) with 3 large of 4 workers, got 1.4",
+        ),
+        (["--extra-time", "0.9"], "--extra-time must be at least 1, got 0.9"),
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--slope", "0"], "--slope must be greater than 0, got 0.0"),
+        (["--intercept", "[0.1, -0.1]"], "--intercept must be greater than 0, got (0.1, -0.1)"),
+        (["--slope", "[0.1, 0.1]"], "--slope must hold one value for each of the resolutions [16], got [0.1, 0.1]"),
+        (["--slope", "null"], "--slope and --intercept make a line together: give both or neither"),
+        (["--batch-size", "128"], "a batch of 86 is more than the 63 examples"),
+        (["--model", "c1", "--resolution", "once"], "layer '9' (Linear(in_features=1024"),
+        (["--server", "ray", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
+    ],
+)
+def test_bad_dual_batch_settings_are_one_line(arguments: list[str], words: str, capsys):
+    status, _, err = run("train", *DUAL, *arguments, capsys=capsys)
+    assert status == 2
+    assert err.startswith("hessianflow train: error: ")
+    assert words in err
+    assert err.count("\n") == 1

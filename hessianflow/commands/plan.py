@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
+from hessianflow.commands import plan_dual_batch
 from hessianflow.commands.parser import add_command
 from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig, option
@@ -82,10 +83,13 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     plan.add_argument("--price", type=float, default=0.0, help="of one worker for one hour, in any currency")
     plan.add_argument("--out", type=str | None, default=None, help="folder; default: plan, in the run directory if any")
     add_settings(plan, (*SCHEDULE, *HERE))
+    plan_dual_batch.add(plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND"))
     return {"plan": _plan}
 
 
 def _plan(arguments: Namespace) -> int:
+    if arguments.subcommand is not None:
+        return plan_dual_batch.run(arguments[arguments.subcommand])
     from hessianflow.commands.planning import worker_counts
     from hessianflow.distributed import predict
 

@@ -7,6 +7,7 @@ from hessianflow.control.diversity import DiveBatch
 from hessianflow.control.dual_batch import DualBatchPlan, Worker, WorkerPlan, dual_batch_plan, plan_workers
 from hessianflow.control.lr_scaling import lr_factor, momentum_correction
 from hessianflow.control.noise_scale import NoiseScale
+from hessianflow.control.published import PUBLISHED, Published
 from hessianflow.control.replay import Replay, ReplayStep, replay
 from hessianflow.control.resolution import Level, ProgressiveResolution, Stage, resolution_stages, stage_at
 from hessianflow.control.schedules import AdaBatch, FixedBatch, GrowInsteadOfDecay, Warmup
@@ -16,6 +17,7 @@ from hessianflow.control.timed import TimedSchedule
 __all__ = [
     "ABSA",
     "CABS",
+    "PUBLISHED",
     "AdaBatch",
     "CriticalBatch",
     "DiveBatch",
@@ -25,6 +27,7 @@ __all__ = [
     "Level",
     "NoiseScale",
     "ProgressiveResolution",
+    "Published",
     "Replay",
     "ReplayStep",
     "Stage",

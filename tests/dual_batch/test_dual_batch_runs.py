@@ -144,7 +144,7 @@ def test_the_time_model_is_measured_once_and_kept(tmp_path: Path) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(HessianFlowError, match="--batch-size 200 is more than the 110 examples that a worker takes"):
+    with pytest.raises(HessianFlowError, match="a batch of 200 is more than the 110 examples that a worker takes"):
         trainer(tmp_path / "a", batch_size=200)
     with pytest.raises(HessianFlowError, match=r"--slope must hold one value for each of the resolutions \[12, 16\]"):
         trainer(tmp_path / "b", slope=0.1)

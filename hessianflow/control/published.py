@@ -1,0 +1,88 @@
+"""The published settings of dual-batch learning, as numbers to plan with.
+
+Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed training",
+arXiv:2509.26092, and its official code: ResNet-18, four workers, journal rounding; times of a GTX 1080 (CIFAR-100) and
+of an RTX 3090 with mixed precision (ImageNet). COMPSAC 2022: CIFAR-100, one resolution, times of a GTX 1080,
+truncation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hessianflow.control.dual_batch import DualBatchPlan, Rounding, dual_batch_plan
+from hessianflow.control.resolution import Level, Schedule, Stage, resolution_stages
+from hessianflow.control.time_model import TimeModel
+
+
+@dataclass(frozen=True)
+class Published:
+    """One setting.
+
+    Attributes:
+        data: data set, by the name it has here.
+        examples: of an epoch.
+        levels: resolution, largest batch and dropout, from low to high.
+        times: seconds per step at each level.
+        phase_ends: epochs at which the rate is multiplied by `lr_decay`; the last one ends the run.
+        lr: learning rate at the start, at every batch size.
+        lr_decay: factor of the rate.
+        rounding: of the plans.
+    """
+
+    data: str
+    examples: int
+    levels: tuple[Level, ...]
+    times: tuple[TimeModel, ...]
+    phase_ends: tuple[int, ...]
+    lr: float
+    lr_decay: float
+    rounding: Rounding = "nearest"
+
+    def plan(self, level: int, num_workers: int, num_small: int, extra_time_ratio: float) -> DualBatchPlan:
+        """The plan at a level, counted from 0 for the lowest resolution."""
+        time, batch = self.times[level], self.levels[level].batch_size
+        lines = time.slope, time.intercept
+        return dual_batch_plan(
+            num_workers, num_small, self.examples, batch, *lines, extra_time_ratio, rounding=self.rounding
+        )
+
+    def stages(self, schedule: Schedule | None) -> tuple[Stage, ...]:
+        """The stages of a run; None: all of it at the highest resolution."""
+        levels = self.levels if schedule is not None else self.levels[-1:]
+        return resolution_stages(self.phase_ends, levels, schedule or "uniform")
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "cifar100": Published(
+        "cifar100",
+        50_000,
+        (Level(24, 600, 0.1), Level(32, 560, 0.2)),
+        (TimeModel(3.5268e-4, 0.0147888), TimeModel(5.05636e-4, 0.0155621)),
+        (80, 120, 140),
+        0.2,
+        0.1,
+    ),
+    "imagenet": Published(
+        "imagenet",
+        1_281_167,
+        (Level(160, 2330, 0.1), Level(224, 1110, 0.2), Level(288, 740, 0.3)),
+        (
+            TimeModel(3.01354e-4, 0.0120368),
+            TimeModel(5.68377e-4, 0.0170509),
+            TimeModel(9.38717e-4, 0.0166600),
+        ),
+        (60, 90, 105),
+        0.2,
+        0.1,
+    ),
+    "compsac": Published(
+        "cifar100",
+        50_000,
+        (Level(32, 500),),
+        (TimeModel(0.00056607, 0.014041204118),),
+        (80, 120, 140),
+        0.1,
+        0.2,
+        "down",
+    ),
+}

@@ -1,0 +1,49 @@
+"""The settings of the dual-batch study against the published ones."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.dual_batch.grid import cells
+from hessianflow.config import from_dict, resolve
+from hessianflow.control import PUBLISHED, dual_batch_plan
+
+FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "dual_batch"
+
+
+@pytest.mark.parametrize("name", ["cifar100", "imagenet"])
+def test_the_files_of_settings_are_the_published_ones(name: str) -> None:
+    config = resolve(from_dict(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()), name))
+    setting = PUBLISHED[name]
+    assert config.resolutions == tuple(level.resolution for level in setting.levels)
+    assert config.resolution_batch_sizes == tuple(level.batch_size for level in setting.levels)
+    assert config.dropouts == tuple(level.dropout for level in setting.levels)
+    assert (config.slope, config.intercept) == tuple(zip(*((t.slope, t.intercept) for t in setting.times), strict=True))
+    assert (*(config.milestones or ()), config.epochs) == setting.phase_ends
+    assert (config.lr, config.lr_decay) == (setting.lr, setting.lr_decay)
+
+
+def test_the_cluster_of_the_study_is_the_published_one_at_a_fifth() -> None:
+    found = cells("cpu", [0, 1, 2])
+    assert len({(cell.problem, cell.method, cell.seed) for cell in found}) == 54
+    setting = PUBLISHED["cifar100"]
+    for cell in found:
+        cell.check()
+        s = cell.settings
+        lines = s["slope"], s["intercept"]
+        slopes, intercepts = lines if isinstance(s["slope"], list) else ([lines[0]], [lines[1]])
+        batches = s.get("resolution_batch_sizes", [s["batch_size"]])
+        for level, (slope, intercept, batch) in enumerate(
+            zip(slopes, intercepts, batches, strict=True), 2 - len(slopes)
+        ):
+            here = dual_batch_plan(4, s["small_workers"], 10_000, batch, slope, intercept, s["extra_time"])
+            there = setting.plan(level, 4, s["small_workers"], s["extra_time"])
+            assert here.target_seconds == pytest.approx(there.target_seconds / 5)
+            for mine, theirs in zip(here.workers, there.workers, strict=True):
+                assert mine.batch_size == pytest.approx(theirs.batch_size / 5, abs=0.6)
+
+
+def test_every_scale_has_a_grid() -> None:
+    assert len(cells("smoke", [0])) == 4
+    assert {cell.settings["data"] for cell in cells("full", [0])} == {"cifar100"}
