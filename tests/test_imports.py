@@ -35,7 +35,7 @@ ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch", "settings"}
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
     *("commands", "config", "build", "choices", "dual_batch", "plots", "training", "control", "curvature"),
-    *("adversarial", "data", "distributed", *SHARED),
+    *("adversarial", "data", "distributed", "settings", *SHARED),
 }
 
 

@@ -147,8 +147,8 @@ def plan_schedule(
         for worker in plan.workers:
             if worker.batch_size > worker.examples:
                 raise HessianFlowError(
-                    f"a batch of {worker.batch_size} is more than the {worker.examples} examples that a worker takes in "
-                    f"an epoch: use a --batch-size below {level.batch_size}, or fewer --workers"
+                    f"a batch of {worker.batch_size} is more than the {worker.examples} examples that a worker takes "
+                    f"in an epoch: use a --batch-size below {level.batch_size}, or fewer --workers"
                 )
         plans[level.resolution] = plan
     return Schedule(stages, times, plans)
