@@ -23,9 +23,11 @@ from hessianflow.choices import (
 )
 from hessianflow.config import TrainConfig, from_dict, resolve, to_dict
 from hessianflow.control import Stage, stage_at
-from hessianflow.curvature import CurvatureProbe
+from hessianflow.curvature import CurvatureProbe, HessianOperator
+from hessianflow.curvature.probe import ProbeOperator
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
-from hessianflow.interfaces import Batch, HessianFlowError, RecordSink
+from hessianflow.distributed.curvature import sharded
+from hessianflow.interfaces import Batch, HessianFlowError, RecordSink, World
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
 from hessianflow.models.dropout import with_head_dropout
@@ -34,6 +36,7 @@ from hessianflow.training.accumulate import Precision
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.recalibrate import recalibrate
 from hessianflow.training.record import CONFIG, read_json
+from hessianflow.training.world import LocalWorld
 
 EVALUATION_BATCH = 1000
 RECALIBRATION_EXAMPLES = 1024
@@ -60,13 +63,16 @@ class Parts:
     spread: tuple[float, ...]
 
 
-def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> AdaptiveBatchTrainer:
-    """A trainer for `config`, which is resolved first.
+def build_trainer(
+    config: TrainConfig, sinks: Iterable[RecordSink] = (), world: World | None = None
+) -> AdaptiveBatchTrainer:
+    """A trainer for `config`, which is resolved first; `world`: the ranks it trains with, None for one process.
 
     Raises:
         HessianFlowError: data that is missing or damaged, a name that is unknown, sizes that do not fit.
     """
     config = resolve(config)
+    world = LocalWorld() if world is None else world
     parts = build_parts(config)
     optimizer = build_optimizer(config, parts.model)
     examples = parts.train.num_examples
@@ -86,7 +92,7 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         epochs=given(config.epochs),
         scheduler=scheduler,
         schedule_unit=unit,
-        probe=build_probe(config, parts, transform),
+        probe=build_probe(config, parts, transform, sharded(world)),
         transform=transform,
         before_evaluation=None if transform is None else build_recalibration(config, parts),
         curvature="needed" if config.curvature == "needed" else "epoch",
@@ -103,6 +109,7 @@ def build_trainer(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Adap
         keep_checkpoints=config.keep_checkpoints,
         on_divergence=config.on_divergence,
         max_rollbacks=config.max_rollbacks,
+        world=world,
     )
 
 
@@ -171,7 +178,12 @@ def build_recalibration(config: TrainConfig, parts: Parts) -> Callable[[], None]
     return partial(recalibrate, parts.model, sample)
 
 
-def build_probe(config: TrainConfig, parts: Parts, transform: ProgressiveResize | None = None) -> CurvatureProbe | None:
+def build_probe(
+    config: TrainConfig,
+    parts: Parts,
+    transform: ProgressiveResize | None = None,
+    operator: Callable[..., ProbeOperator] = HessianOperator,
+) -> CurvatureProbe | None:
     """A probe on a fixed, un-augmented sample of the training set, at the resolution that training is at."""
     if config.curvature == "off":
         return None
@@ -185,6 +197,7 @@ def build_probe(config: TrainConfig, parts: Parts, transform: ProgressiveResize 
         budget=config.curvature_budget,
         norm_mode=given(config.norm_mode),
         seed=config.seed,
+        operator=operator,
     )
 
 

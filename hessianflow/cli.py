@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hessianflow import __version__
 from hessianflow.commands import curvature, data, plan, records, robustness, training
 from hessianflow.commands.parser import Parser
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import AgreedError, HessianFlowError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,10 +44,19 @@ def _main(given: list[str]) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return _fail(parsed.subcommand, f"{error.strerror or error}{where}")
+    except AgreedError as error:
+        return _fail(parsed.subcommand, str(error)) if _rank() == 0 else 2
     except HessianFlowError as error:
         return _fail(parsed.subcommand, str(error))
 
 
 def _fail(command: str, message: str) -> int:
-    sys.stderr.write(f"hessianflow {command}: error: {' '.join(message.split())}\n")
+    where = f"rank {_rank()}: " if _rank() > 0 else ""
+    sys.stderr.write(f"hessianflow {command}: error: {where}{' '.join(message.split())}\n")
     return 2
+
+
+def _rank() -> int:
+    """Of this process among those that torchrun started; 0 for one alone."""
+    given = os.environ.get("RANK", "0")
+    return int(given) if given.isdecimal() else 0

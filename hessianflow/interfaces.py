@@ -35,6 +35,10 @@ class HessianFlowError(ValueError):
     """An input or a state that the user can put right; the message says how. The command prints it on one line."""
 
 
+class AgreedError(HessianFlowError):
+    """Raised on every rank alike: it is enough if rank 0 says it."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come.
@@ -217,7 +221,9 @@ class BatchTransform(Protocol):
 class GradientObserver(Stateful, Protocol):
     """Sees the gradient of every microbatch, and the whole gradient before each step; changes neither.
 
-    Tensors are on the device; an observer keeps them there and synchronises only in :meth:`signals`.
+    Tensors are on the device; an observer keeps them there and synchronises only in :meth:`signals`. Each rank sees its
+    own microbatches; one that is to be used on several ranks has a `join(reducer: Reducer)`, called before training,
+    and in `on_step`, which all ranks call together, adds up over them what its microbatches gave.
     """
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
@@ -269,6 +275,86 @@ class Reducer(Protocol):
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's plain value, on every rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """One optimization batch over all ranks.
+
+    Attributes:
+        loss: mean over all its examples, a scalar on the device.
+        correct: hits over all its examples, an int64 scalar on the device; None where no rank counts them.
+        examples: its size.
+        counts: sums over ranks of what each was asked to count.
+        means: further means over ranks, each with its whole weight.
+        weight: what the mean that `.grad` belongs to divides by.
+    """
+
+    loss: Tensor
+    correct: Tensor | None
+    examples: int
+    counts: tuple[int, ...] = ()
+    means: tuple[tuple[Tensor, float | Tensor], ...] = ()
+    weight: float | Tensor = 1.0
+
+
+class World(Reducer, Protocol):
+    """The ranks that train one model together, as a trainer sees them. One process: a world that does nothing.
+
+    For each gradient: `begin`; backward passes that leave in `.grad` that of a mean over this rank's own examples, the
+    last of them within `last_backward`; `finish`, after which `.grad` is that of the mean over all. Every rank takes
+    part, also one without examples; every method but `attach`, `shard`, `begin` and `last_backward` must be called by
+    all ranks together. Plain values are nested dicts, lists and tuples of numbers, strings and tensors.
+    """
+
+    def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Take over the gradients of `parameters`, those of the model and others; no rank is met yet."""
+        ...
+
+    def meet(self, settings: Mapping[str, Any]) -> None:
+        """Refuse ranks that differ in their settings, then give all ranks rank 0's weights."""
+        ...
+
+    def shard(self, data: Any) -> None:
+        """Let a rank's training data hand out this rank's part of every batch."""
+        ...
+
+    def begin(self, examples: int) -> None:
+        """Announce this rank's share of the next batch."""
+        ...
+
+    def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
+        """Within it every gradient is final as soon as it is computed; may be entered again if the pass failed.
+
+        Args:
+            weight: what the mean that this rank differentiates divides by; it counts for that among the ranks.
+        """
+        ...
+
+    def finish(
+        self,
+        loss: Tensor,
+        correct: Tensor | None,
+        counts: Sequence[int] = (),
+        means: Sequence[tuple[Tensor, float | Tensor]] = (),
+    ) -> BatchTotals:
+        """Wait until all gradients are those of the whole batch.
+
+        Args:
+            loss: the mean that was differentiated.
+            correct: hits; None without examples, or where they are not counted.
+            counts: what else to sum over ranks, as many on every rank.
+            means: (mean, weight) of what else to average over ranks, as many on every rank.
+        """
+        ...
+
+    def average_buffers(self) -> None:
+        """Give all ranks the same buffers: running statistics averaged, others as on rank 0."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain value, in the order of ranks, on every rank."""
         ...
 
 

@@ -23,7 +23,7 @@ from hessianflow.adversarial.attacks import (
 )
 from hessianflow.adversarial.budget import Norm, PerChannel, ValueRange, check_in_range, make_budget, place
 from hessianflow.adversarial.mixing import perturbed_rows
-from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode
+from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode, Reducer
 
 ABSA_EPS = 0.005
 """Perturbation of ABSA's reference implementation, for inputs in [0, 1] that are not normalised."""
@@ -36,7 +36,7 @@ class PGD:
     """Projected gradient ascent on a share of each batch; see :func:`attacks.pgd` for the arguments.
 
     Random starts come from `seed` and the number of calls so far, so a resumed run repeats them on any device, and
-    they do not depend on the microbatch size. Give each rank its own seed.
+    they do not depend on the microbatch size. On several ranks (`join`) each has random starts of its own.
 
     Args:
         seed: of the random starts.
@@ -66,6 +66,11 @@ class PGD:
         self._norm_mode: NormMode = norm_mode
         self._seed = seed
         self._calls = 0
+        self._reducer: Reducer | None = None
+
+    def join(self, reducer: Reducer) -> None:
+        """Draw the random starts of this rank from now on."""
+        self._reducer = reducer
 
     def perturb(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
@@ -153,8 +158,9 @@ class PGD:
         return perturbed
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        # Hashed, so that seeds 0, 1, 2 of several ranks do not share streams one call apart.
-        digest = hashlib.blake2b(f"{self._seed}:{self._calls}".encode(), digest_size=8).digest()
+        # Hashed, so that neighbouring seeds do not share streams one call apart.
+        rank = f":{self._reducer.rank}" if self._reducer is not None and self._reducer.rank > 0 else ""
+        digest = hashlib.blake2b(f"{self._seed}:{self._calls}{rank}".encode(), digest_size=8).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little"))
 
 

@@ -13,9 +13,11 @@ from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command
 from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig
+from hessianflow.interfaces import HessianFlowError
 
 if TYPE_CHECKING:
     from hessianflow.dual_batch import DualBatchTrainer
+    from hessianflow.interfaces import World
     from hessianflow.training import AdaptiveBatchTrainer, History
 
 
@@ -31,40 +33,47 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 
 def _train(arguments: Namespace) -> int:
     from hessianflow.build import prepare
+    from hessianflow.commands.ranks import launched
+    from hessianflow.training.world import on_first_rank
 
-    config = prepare(TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)}))
-    if not config.run_dir:
-        config = replace(config, run_dir=_new_run_dir(config))
-    trainer = _trainer(config)
-    return _run(trainer, trainer.fit, config)
+    def settings() -> TrainConfig:
+        return prepare(TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)}))
+
+    with launched(settings) as (world, given):
+        run_dir = on_first_rank(world, lambda: given.run_dir or _new_run_dir(given))
+        config = replace(given, run_dir=run_dir)
+        status, history = _run(world, config, lambda trainer: trainer.fit())
+    return _shown(world, config, history, status)
 
 
 def _resume(arguments: Namespace) -> int:
     from hessianflow.build import load_config, prepare
+    from hessianflow.commands.ranks import launched
+
+    with launched(lambda: prepare(load_config(arguments.run_dir))) as (world, config):
+        if _has_finished(world, arguments.run_dir):
+            return 0
+        status, history = _run(world, config, lambda trainer: trainer.resume(arguments.run_dir))
+    return _shown(world, config, history, status)
+
+
+def _has_finished(world: "World", run_dir: str) -> bool:
     from hessianflow.training.record import SUMMARY, read_json
+    from hessianflow.training.world import on_first_rank
 
-    summary = read_json(Path(arguments.run_dir) / SUMMARY)
-    if summary.get("status") == "finished":
-        print(f"{arguments.run_dir} has finished already: nothing to resume")
-        return 0
-    config = prepare(load_config(arguments.run_dir))
-    trainer = _trainer(config)
-    return _run(trainer, lambda: trainer.resume(arguments.run_dir), config)
+    finished = on_first_rank(world, lambda: read_json(Path(run_dir) / SUMMARY)).get("status") == "finished"
+    if finished and world.rank == 0:
+        print(f"{run_dir} has finished already: nothing to resume")
+    return finished
 
 
-def _trainer(config: TrainConfig) -> "AdaptiveBatchTrainer | DualBatchTrainer":
-    from hessianflow.training import LogSink
+def _run(
+    world: "World", config: TrainConfig, work: "Callable[[AdaptiveBatchTrainer | DualBatchTrainer], History]"
+) -> tuple[int, "History"]:
+    """Build a trainer and let it work; returns the exit status and the records. A signal stops all ranks alike."""
+    from hessianflow.training.world import on_all_ranks
 
-    if config.controller == "dual-batch":
-        from hessianflow.dual_batch import build_dual_batch
-
-        return build_dual_batch(config, [LogSink()])
-    from hessianflow.build import build_trainer
-
-    return build_trainer(config, [LogSink()])
-
-
-def _run(trainer: "AdaptiveBatchTrainer | DualBatchTrainer", work: "Callable[[], History]", config: TrainConfig) -> int:
+    trainer = on_all_ranks(world, lambda: _trainer(config, world))
     stopped_by: list[int] = []
 
     def stop(number: int, _frame: Any) -> None:
@@ -75,16 +84,36 @@ def _run(trainer: "AdaptiveBatchTrainer | DualBatchTrainer", work: "Callable[[],
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with logging_to_stderr(config.log_level):
-            history = work()
+            history = work(trainer)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    _print_summary(history)
-    if config.plots and history.epochs and history.run_dir is not None:
-        from hessianflow.commands.records import draw
+    return 130 if signal.SIGINT in stopped_by else 0, history
 
-        draw([history.run_dir], history.run_dir / "plots")
-    return 130 if signal.SIGINT in stopped_by else 0
+
+def _trainer(config: TrainConfig, world: "World") -> "AdaptiveBatchTrainer | DualBatchTrainer":
+    from hessianflow.training import LogSink
+
+    if config.controller == "dual-batch":
+        from hessianflow.dual_batch import build_dual_batch
+
+        if world.world_size > 1:
+            raise HessianFlowError("--controller dual-batch has workers of its own: start it without torchrun")
+        return build_dual_batch(config, [LogSink()])
+    from hessianflow.build import build_trainer
+
+    return build_trainer(config, [LogSink()], world)
+
+
+def _shown(world: "World", config: TrainConfig, history: "History", status: int) -> int:
+    """Rank 0 says what came of it, when the others need no longer wait."""
+    if world.rank == 0:
+        _print_summary(history)
+        if config.plots and history.epochs and history.run_dir is not None:
+            from hessianflow.commands.records import draw
+
+            draw([history.run_dir], history.run_dir / "plots")
+    return status
 
 
 def _print_summary(history: "History") -> None:

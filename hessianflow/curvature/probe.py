@@ -18,7 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.operator import NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
 from hessianflow.curvature.selection import Selection
-from hessianflow.interfaces import CurvatureReading, HessianFlowError, LossFn, NormMode
+from hessianflow.interfaces import CurvatureReading, HessianFlowError, LinearOperator, LossFn, NormMode
 
 Smoothing = Literal["none", "median", "ema"]
 
@@ -47,6 +47,14 @@ eigenvalues 3 to 20 % apart in 1,000 dimensions, 0.3 missed 6."""
 DIRECTION_WEIGHT = 0.3
 """Weight of the direction in which the last search would have gone on. Ours: without it a new leading value outside the
 remembered vectors went unnoticed for up to ten calls, with it for one to three."""
+
+
+class ProbeOperator(LinearOperator, Protocol):
+    """What a probe measures; made anew for each reading."""
+
+    def release(self) -> None:
+        """Free what is kept between products."""
+        ...
 
 
 class CurvatureProbe:
@@ -70,6 +78,8 @@ class CurvatureProbe:
         window: readings the median is taken over; the average's decay is 2 / (window + 1).
         budget: largest share of the training cost to be spent, for :meth:`is_affordable`; None: no limit.
         seed: of the random parts of all starts.
+        operator: makes what is measured, called as HessianOperator is; on several ranks
+            `hessianflow.distributed.sharded(world)`.
 
     Raises:
         HessianFlowError: an option out of range; at a call: what HessianOperator raises, except that weights or a loss
@@ -95,6 +105,7 @@ class CurvatureProbe:
         window: int = 5,
         budget: float | None = None,
         seed: int = 0,
+        operator: Callable[..., ProbeOperator] = HessianOperator,
     ) -> None:
         if smoothing not in get_args(Smoothing):
             raise HessianFlowError(f"smoothing must be one of {', '.join(get_args(Smoothing))}, got {smoothing!r}")
@@ -109,6 +120,7 @@ class CurvatureProbe:
         self._warm_start, self._cold_every, self._seed = warm_start, cold_every, seed
         self._smoothing, self._window, self._budget = smoothing, window, budget
         self._params, self._norm_mode, self._microbatch_size = params, norm_mode, microbatch_size
+        self._operator = operator
         self._vectors: Tensor | None = None
         self._recent: list[float] = []
         self._calls, self._spent, self._last_cost = 0, 0.0, 0.0
@@ -118,7 +130,7 @@ class CurvatureProbe:
         began = time.perf_counter()
         batch = self._batch() if callable(self._batch) else self._batch
         # A new operator each time: no graph and no batch outlives the call. The loss is checked to repeat once.
-        operator = HessianOperator(
+        operator = self._operator(
             self._model,
             self._loss_fn,
             batch,
@@ -163,7 +175,7 @@ class CurvatureProbe:
         self._recent = list(state["recent"])
         self._vectors = None if state["vectors"] is None else state["vectors"].clone()
 
-    def _measure(self, operator: HessianOperator) -> EigenResult:
+    def _measure(self, operator: LinearOperator) -> EigenResult:
         cold = self._calls % self._cold_every == 0
         start = None if cold or self._vectors is None else _combined(self._vectors)
         return top_eigenpairs(

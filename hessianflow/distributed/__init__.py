@@ -1,6 +1,6 @@
 """From one process to a cluster: process groups, synchronised gradients and curvature, elastic runs, dry runs."""
 
-from hessianflow.distributed.curvature import AllReducedOperator, shard
+from hessianflow.distributed.curvature import AllReducedOperator, shard, sharded
 from hessianflow.distributed.elastic import ElasticEvent, ElasticRun
 from hessianflow.distributed.elastic_member import ElasticJob, JobReport
 from hessianflow.distributed.elastic_policy import Sample, workers_for
@@ -32,12 +32,12 @@ from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.simulated import run_simulated
 from hessianflow.distributed.simulated_server import Commit, simulate
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
-from hessianflow.distributed.synchronize import BatchTotals, GradientSynchronizer
+from hessianflow.distributed.synchronize import GradientSynchronizer
+from hessianflow.distributed.world import GroupWorld
 
 __all__ = [
     "AllReduceTime",
     "AllReducedOperator",
-    "BatchTotals",
     "Commit",
     "ElasticEvent",
     "ElasticJob",
@@ -46,6 +46,7 @@ __all__ = [
     "Generation",
     "GradientSynchronizer",
     "GroupReducer",
+    "GroupWorld",
     "JobReport",
     "LocalReducer",
     "ParameterServer",
@@ -71,6 +72,7 @@ __all__ = [
     "run_local",
     "run_simulated",
     "shard",
+    "sharded",
     "simulate",
     "train_on_ray",
     "workers_for",

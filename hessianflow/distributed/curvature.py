@@ -6,14 +6,16 @@ the same product, and so, from the same start (same seed), the same eigenpairs a
 provided the ranks are of one kind of machine.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessianflow.batches import map_tensors, num_examples
+from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.operator import Operator
-from hessianflow.interfaces import Batch, HessianFlowError, LinearOperator, Reducer
+from hessianflow.interfaces import Batch, HessianFlowError, LinearOperator, LossFn, Reducer
 
 
 class MeanLossOperator(LinearOperator, Protocol):
@@ -88,3 +90,22 @@ def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
     rows = slice(start, stop) if stop > start else slice(0, 1)
     part: Batch = map_tensors(lambda t: t[rows], batch)
     return part, stop - start
+
+
+def sharded(reducer: Reducer, make: Callable[..., MeanLossOperator] = HessianOperator) -> Callable[..., Operator]:
+    """The `operator` of a :class:`~hessianflow.curvature.CurvatureProbe` that measures on all ranks at once.
+
+    Each rank multiplies with the matrix of its part of the probe batch, which all must hold alike, and products are
+    summed. Where batch normalisation uses the statistics of the batch (`norm_mode="batch"`), the whole batch is needed
+    for them, so every rank measures all of it.
+
+    Args:
+        reducer: of the group, or the trainer's world.
+        make: makes a rank's own operator from (model, loss_fn, batch) and options.
+    """
+
+    def operator(model: nn.Module, loss_fn: LossFn, batch: Batch, **options: Any) -> Operator:
+        part, count = (batch, 1) if options.get("norm_mode") == "batch" else shard(batch, reducer)
+        return AllReducedOperator(make(model, loss_fn, part, **options), reducer, weight=None if count else 0)
+
+    return operator

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hessianflow.distributed.reducers import GroupReducer
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import AgreedError
 
 
 def code_fingerprint(files: Sequence[str | Path] = ()) -> str:
@@ -30,19 +30,19 @@ def check_same_program(reducer: GroupReducer, settings: Mapping[str, Any], code:
         code: from :func:`code_fingerprint`.
 
     Raises:
-        HessianFlowError: on every rank alike, naming the first rank that differs from rank 0 and in what.
+        AgreedError: on every rank alike, naming the first rank that differs from rank 0 and in what.
     """
     everyone = reducer.gather((dict(settings), code))
     reference, reference_code = everyone[0]
     for rank, (theirs, their_code) in enumerate(everyone):
         for name in [*reference, *theirs]:
             if reference.get(name, _ABSENT) != theirs.get(name, _ABSENT):
-                raise HessianFlowError(
+                raise AgreedError(
                     f"all ranks must have the same settings: {name} is {reference.get(name, _ABSENT)!r} on rank 0 but "
                     f"{theirs.get(name, _ABSENT)!r} on rank {rank}; start every rank with the same command"
                 )
         if their_code != reference_code:
-            raise HessianFlowError(
+            raise AgreedError(
                 f"all ranks must run the same code: rank 0 has {reference_code} but rank {rank} has {their_code}; "
                 "install the same versions of hessianflow, torch and the script everywhere"
             )

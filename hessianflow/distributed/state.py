@@ -77,14 +77,18 @@ def average_buffers(reducer: GroupReducer, module: nn.Module) -> None:
     """
     if reducer.world_size == 1:
         return
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for buffer in module.buffers():
+        kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
     with torch.no_grad():
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(reducer.sum(buffer.clone()) / reducer.world_size)
+        for (dtype, _), buffers in kinds.items():
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            if dtype.is_floating_point:
+                flat = reducer.sum(flat) / reducer.world_size
             else:
-                carrier = buffer.contiguous().clone()
-                reducer.broadcast_tensor(carrier)
-                buffer.copy_(carrier)
+                reducer.broadcast_tensor(flat)
+            for buffer, value in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(value.view(buffer.shape))
 
 
 def _emptied(value: Any, found: list[tuple[TensorSlot, Tensor]]) -> Any:

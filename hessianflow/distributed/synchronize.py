@@ -20,27 +20,10 @@ import torch
 from torch import Tensor
 
 from hessianflow.distributed.reducers import GroupReducer
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import BatchTotals, HessianFlowError
 
 BUCKET_BYTES = 25 * 2**20
 """Largest bucket, unless one parameter is larger. Default of torch's DistributedDataParallel."""
-
-
-@dataclass(frozen=True)
-class BatchTotals:
-    """One optimization batch over all ranks.
-
-    Attributes:
-        loss: mean over all its examples, a float64 scalar on the device.
-        correct: hits over all its examples, an int64 scalar on the device; None where no rank counts them.
-        examples: its size.
-        flags: number of ranks that raised each flag.
-    """
-
-    loss: Tensor
-    correct: Tensor | None
-    examples: int
-    flags: tuple[int, ...]
 
 
 class GradientSynchronizer:
@@ -87,25 +70,28 @@ class GradientSynchronizer:
         self._launched = 0
         self._reference = 1.0
 
-    def begin(self, examples: int, *, weight: float | None = None, flags: Sequence[bool] = ()) -> None:
+    def begin(self, examples: int, *, weight: float | Tensor | None = None) -> None:
         """Announce this rank's share of the next batch, 0 or more examples; nothing is exchanged yet.
 
         Args:
             examples: of this rank.
             weight: what this rank's mean loss counts for; default `examples`.
-            flags: what all ranks should know of at this step, such as a request to stop; as many on every rank.
         """
-        self._examples, self._weight = examples, float(examples if weight is None else weight)
-        self._flags = tuple(flags)
+        self._examples, self._read_weight = examples, _number(examples if weight is None else weight)
         self._launched = 0
 
     @contextmanager
-    def last_backward(self) -> Iterator[None]:
+    def last_backward(self, weight: float | Tensor | None = None) -> Iterator[None]:
         """Within it every gradient is final as soon as it is computed, so that buckets may leave.
 
         May be entered again in the same step, when the pass failed (out of memory) and all were repeated: a bucket that
         had left before the failure holds the same numbers.
+
+        Args:
+            weight: in place of the one that was announced; a tensor on a GPU is not waited for here.
         """
+        if weight is not None:
+            self._read_weight = _number(weight)
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
         self._overlapping = self._reducer.world_size > 1
@@ -114,34 +100,54 @@ class GradientSynchronizer:
         finally:
             self._overlapping = False
 
-    def finish(self, loss: Tensor | None, correct: Tensor | None) -> BatchTotals:
+    def finish(
+        self,
+        loss: Tensor | None,
+        correct: Tensor | None,
+        counts: Sequence[int] = (),
+        means: Sequence[tuple[Tensor, float | Tensor]] = (),
+    ) -> BatchTotals:
         """Wait until all gradients are those of the whole batch.
 
         Args:
             loss: mean over this rank's examples, a scalar; None without examples.
             correct: hits among this rank's examples; None without examples, or where they are not counted.
+            counts: what else to sum over ranks, such as 1 for a request to stop; as many on every rank.
+            means: (mean, weight) of what else to average over ranks, as many on every rank.
 
         Returns:
             What the batch gave over all ranks, the same on each.
         """
         if self._examples > 0:
             self._counts_hits = correct is not None
-        counts = [self._examples, self._weight, *self._flags, *(p.grad is not None for p in self._parameters)]
-        control = torch.tensor(counts, dtype=torch.float64)
-        figures = torch.zeros(2, dtype=torch.float64, device=self._device)
-        if loss is not None and self._weight > 0:  # the mean of nothing is nan, and counts for nothing
-            figures[0] = loss.detach() * self._weight
+        own = self._read_weight()
+        used_here = (p.grad is not None for p in self._parameters)
+        control = torch.tensor([self._examples, own, *counts, *used_here], dtype=torch.float64)
+        figures = torch.zeros(2 + 2 * len(means), dtype=torch.float64, device=self._device)
+        if loss is not None and own > 0:  # the mean of nothing is nan, and counts for nothing
+            figures[0] = loss.detach() * own
         if correct is not None:
             figures[1] = correct
+        for number, (mean, weight_of_mean) in enumerate(means, start=1):
+            figures[2 * number] = _counted(mean, weight_of_mean)
+            figures[2 * number + 1] = weight_of_mean
         control, figures = self._exchange(control, figures)
         examples, weight, *rest = control.tolist()
-        flags, used = rest[: len(self._flags)], rest[len(self._flags) :]
+        summed, used = rest[: len(counts)], rest[len(counts) :]
         if examples == 0:
             raise HessianFlowError("a batch of 0 examples over all ranks has no mean loss: check the training data")
         # Where every target is ignored the mean is that of nothing: nan, as in one process.
         self._settle(used, weight or math.nan)
         hits = figures[1].round().to(torch.int64) if self._counts_hits else None
-        return BatchTotals(figures[0] / (weight or math.nan), hits, int(examples), tuple(map(int, flags)))
+        pairs = figures[2:].view(-1, 2)
+        return BatchTotals(
+            figures[0] / (weight or math.nan),
+            hits,
+            int(examples),
+            tuple(map(int, summed)),
+            tuple((pair[0] / pair[1], pair[1]) for pair in pairs),
+            weight,
+        )
 
     def _exchange(self, control: Tensor, figures: Tensor) -> tuple[Tensor, Tensor]:
         """Sum gradients, counts (on the host) and figures (on the device) over ranks."""
@@ -184,7 +190,7 @@ class GradientSynchronizer:
         """Send off the buckets up to `stop` that have not left yet."""
         for bucket in self._buckets[self._launched : stop]:
             # The weight of all ranks is not known yet; that of the batch before is, and it is mostly the same.
-            bucket.gather(self._weight / self._reference)
+            bucket.gather(self._read_weight() / self._reference)
             bucket.wait = self._reducer.start_sum(bucket.flat)
         self._launched = max(self._launched, stop)
 
@@ -232,6 +238,30 @@ class _Bucket:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
         torch._foreach_copy_([p.grad for p in self.parameters], self.views)  # type: ignore[misc]
+
+
+def _counted(mean: Tensor, weight: float | Tensor) -> Tensor | float:
+    """mean * weight, and 0 for the mean of nothing, which may be nan."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, mean * weight, 0.0)
+    return mean * weight if weight > 0 else 0.0
+
+
+def _number(value: float | Tensor) -> Callable[[], float]:
+    """Reads a number; one on a GPU starts to travel now, behind the work in its queue, and is waited for then."""
+    if not isinstance(value, Tensor) or value.device.type != "cuda":
+        number = float(value)
+        return lambda: number
+    landed = torch.empty((), dtype=value.dtype, pin_memory=True)
+    landed.copy_(value, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def read() -> float:
+        arrived.synchronize()
+        return float(landed)
+
+    return read
 
 
 def _shaped(piece: Tensor, parameter: Tensor) -> Tensor:

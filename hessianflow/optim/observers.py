@@ -3,6 +3,8 @@
 - :class:`MicrobatchNorms`: mean gradient norm of the microbatches, tensor by tensor, for CLARS; free with accumulation.
 - :class:`ExtraBatchNorms`: the same from extra small batches, or true per-example norms, at a chosen frequency.
 - :class:`GradientMoments`: squared norms of small and large gradients, for the noise scale, CABS and DiveBatch.
+
+On several ranks (`join`) all of them average over the microbatches of all ranks: one small sum a step.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import mean_loss, num_examples
-from hessianflow.interfaces import NO_SIGNALS, Batch, HessianFlowError, LossFn, NormMode
+from hessianflow.interfaces import NO_SIGNALS, Batch, HessianFlowError, LossFn, NormMode, Reducer
 from hessianflow.measuring import measuring
 from hessianflow.optim.checks import check_number
 from hessianflow.optim.foreach import norms
@@ -29,7 +31,24 @@ class _NormTable:
         self._position = {parameter: index for index, parameter in enumerate(self.params)}
         self._orders: dict[tuple[int, ...], Tensor] = {}
         self._sum: Tensor | None = None
-        self._examples = 0
+        self._examples: int | Tensor = 0
+        self._reducer: Reducer | None = None
+
+    def join(self, reducer: Reducer) -> None:
+        """Average over the gradients of all ranks from now on."""
+        self._reducer = reducer
+
+    def _sum_over_ranks(self) -> None:
+        if self._reducer is None or self._reducer.world_size == 1:
+            return
+        own = torch.zeros(len(self.params) + 1, dtype=self._dtype(), device=self.params[0].device)
+        if self._sum is not None:  # a rank may have had no examples
+            own[:-1], own[-1] = self._sum, self._examples
+        total = self._reducer.sum(own)
+        self._sum, self._examples = total[:-1], total[-1]
+
+    def _dtype(self) -> torch.dtype:
+        return norms([self.params[0].detach()]).dtype
 
     def _add(self, gradient_norms: Tensor, examples: int) -> None:
         weighted = gradient_norms * examples
@@ -91,6 +110,9 @@ class MicrobatchNorms(_NormTable):
 
     def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:  # noqa: ARG002
         """The microbatches so far make up this step."""
+        if self._complete:  # this rank had none
+            self._clear()
+        self._sum_over_ranks()
         self._complete = True
 
     def signals(self) -> Mapping[str, float]:
@@ -101,8 +123,10 @@ class MicrobatchNorms(_NormTable):
         """Nothing outlives a step."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """Begin a step."""
+        self._clear()
+        self._complete = False
 
 
 class ExtraBatchNorms(_NormTable):
@@ -162,6 +186,7 @@ class ExtraBatchNorms(_NormTable):
             for inputs, targets in self.draw():
                 examples = num_examples(inputs)
                 self._add(self._norms(model, inputs, targets), examples)
+        self._sum_over_ranks()
         if self._sum is None:
             raise HessianFlowError("draw must return at least one batch, got none")
 
@@ -212,8 +237,7 @@ class GradientMoments:
         large_batch_size: harmonic mean of their sizes.
         gradient_sum_sq, gradient_examples: only with `accumulate`: ||sum of example gradients||^2, and how many.
 
-    One microbatch a step tells nothing (both sizes are the same): set a smaller microbatch. On several ranks the
-    microbatches of any one of them suffice; every rank's mean has the same expectation.
+    One microbatch a step tells nothing (both sizes are the same): set a smaller microbatch, or train on several ranks.
 
     Args:
         accumulate: also sum the gradients (one more copy of the parameters), for DiveBatch.
@@ -222,16 +246,23 @@ class GradientMoments:
     def __init__(self, *, accumulate: bool = False) -> None:
         self.accumulate = accumulate
         self._sums = _Sums()
+        self._reducer: Reducer | None = None
+
+    def join(self, reducer: Reducer) -> None:
+        """Count the microbatches of all ranks from now on."""
+        self._reducer = reducer
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
         """Add one microbatch."""
-        self._sums.small = _plus(self._sums.small, gradients)
-        self._sums.small_count += 1
-        self._sums.small_inverse += 1 / examples
+        sums = self._sums
+        sums.step_small = _plus(sums.step_small, gradients)
+        sums.step_count += 1
+        sums.step_inverse += 1 / examples
 
     def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:
         """Add one optimization batch."""
         sums = self._sums
+        self._close_step(gradients[0].device)
         sums.large = _plus(sums.large, gradients)
         sums.large_count += 1
         sums.large_inverse += 1 / examples
@@ -240,14 +271,29 @@ class GradientMoments:
             sums.total = sums.total or [torch.zeros_like(gradient) for gradient in gradients]
             torch._foreach_add_(sums.total, list(gradients), alpha=examples)
 
+    def _close_step(self, device: torch.device) -> None:
+        """Add this step's microbatches, of all ranks, to those before."""
+        sums = self._sums
+        small = torch.zeros((), device=device) if sums.step_small is None else sums.step_small
+        count: float | Tensor = sums.step_count
+        inverse: float | Tensor = sums.step_inverse
+        if self._reducer is not None and self._reducer.world_size > 1:
+            own = torch.tensor([0.0, count, inverse], dtype=torch.float64, device=device)
+            own[0] = small
+            small, count, inverse = self._reducer.sum(own)
+        sums.small = small if sums.small is None else sums.small + small
+        sums.small_count = sums.small_count + count
+        sums.small_inverse = sums.small_inverse + inverse
+        sums.step_small, sums.step_count, sums.step_inverse = None, 0, 0.0
+
     def signals(self) -> Mapping[str, float]:
         """The figures since the last call (the one synchronisation); starts afresh."""
         sums = self._sums
         if sums.small is None or sums.large is None:
             return NO_SIGNALS
         found = {
-            "small_gradient_sq": float(sums.small) / sums.small_count,
-            "small_batch_size": sums.small_count / sums.small_inverse,
+            "small_gradient_sq": float(sums.small) / float(sums.small_count),
+            "small_batch_size": float(sums.small_count) / float(sums.small_inverse),
             "large_gradient_sq": float(sums.large) / sums.large_count,
             "large_batch_size": sums.large_count / sums.large_inverse,
         }
@@ -270,9 +316,12 @@ class GradientMoments:
 class _Sums:
     """What GradientMoments has added up since its last report: device tensors and plain numbers."""
 
+    step_small: Tensor | None = None
+    step_count: int = 0
+    step_inverse: float = 0.0
     small: Tensor | None = None
-    small_count: int = 0
-    small_inverse: float = 0.0
+    small_count: float | Tensor = 0
+    small_inverse: float | Tensor = 0.0
     large: Tensor | None = None
     large_count: int = 0
     large_inverse: float = 0.0

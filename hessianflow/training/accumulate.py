@@ -7,22 +7,42 @@ by something else (class weights, ignored targets), so do the weights.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import loss_weight, mean_loss, num_examples, split
-from hessianflow.interfaces import Batch, Exposure, GradientObserver, HessianFlowError, LossFn
+from hessianflow.interfaces import Batch, Exposure, GradientObserver, HessianFlowError, LossFn, World
 from hessianflow.training.evaluate import count_correct, weighted
+from hessianflow.training.world import LocalWorld
 
 Precision = Literal["float32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
+class OwnResult:
+    """What one rank's part of a batch gave, or its twins; tensors stay on the device.
+
+    Attributes:
+        loss: mean over its rows.
+        weight: what that mean divides by; 0 where there is no row.
+        correct: hits; None where they are not counted.
+        rows: how many.
+        twins: the same of adversarial twins.
+    """
+
+    loss: Tensor
+    weight: float | Tensor
+    correct: Tensor | None
+    rows: int
+    twins: "OwnResult | None" = None
+
+
+@dataclass(frozen=True)
 class BatchResult:
-    """What one optimization batch gave; tensors stay on the device."""
+    """What one optimization batch gave over all ranks; tensors stay on the device."""
 
     loss: Tensor
     correct: Tensor | None
@@ -31,6 +51,8 @@ class BatchResult:
     """`examples` were drawn from the data; a transform may have made another number of them."""
     twin_loss: Tensor | None = None
     """Mean loss over adversarial twins, where there are any; `loss` and `correct` are those of the batch itself."""
+    flags: tuple[bool, ...] = ()
+    """What any rank raised during the step."""
 
 
 @dataclass
@@ -42,6 +64,7 @@ class GradientAccumulator:
         loss_fn: see :data:`hessianflow.interfaces.LossFn`.
         parameters: what is trained: gradients of these are made, and no others looked at.
         observers: shown the gradient of each microbatch and the whole.
+        world: told which backward pass is the last.
         group_size: examples that batch normalisation sees at once; microbatches of that size or more hold whole groups.
         precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
     """
@@ -52,6 +75,7 @@ class GradientAccumulator:
     observers: Sequence[GradientObserver] = ()
     precision: Precision = "float32"
     group_size: int | None = None
+    world: World = field(default_factory=LocalWorld)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,52 +86,61 @@ class GradientAccumulator:
             nullcontext if dtype is None else lambda: torch.autocast(device, dtype=dtype)
         )
 
-    def __call__(self, batch: Batch, microbatch_size: int | None = None) -> BatchResult:
+    def __call__(self, batch: Batch, microbatch_size: int | None = None) -> OwnResult:
         """Replace every `.grad` by the gradient of the mean loss over `batch` (times the loss scale under fp16).
 
         Args:
             batch: (inputs, targets), on the model's device.
             microbatch_size: most examples in one forward pass; None runs the whole batch at once.
-
-        Raises:
-            HessianFlowError: the batch is empty.
         """
         return self.expose(Exposure(batch), microbatch_size)
 
-    def expose(self, exposure: Exposure, microbatch_size: int | None = None) -> BatchResult:
+    def expose(self, exposure: Exposure, microbatch_size: int | None = None) -> OwnResult:
         """Replace every `.grad` by the gradient that `exposure` asks for; rows drawn and twins never share a pass.
 
+        Without a row there is no gradient.
+
         Raises:
-            HessianFlowError: the batch is empty; a gradient by the inputs is wanted and there is none.
+            HessianFlowError: a gradient by the inputs is wanted and there is none.
         """
-        total = num_examples(exposure.batch[1])
-        if total == 0:
-            raise HessianFlowError("a batch of 0 examples has no mean loss: check the training data")
         self.clear()
-        if exposure.twins is None:
-            loss, correct = self._add(exposure.batch, 1.0, microbatch_size, nullcontext, exposure.on_input_gradient)
-            if self.observers:
-                self._show_whole(total)
-            return BatchResult(loss, correct, total, total)
-        ours, theirs = loss_weight(self.loss_fn, exposure.batch[1]), loss_weight(self.loss_fn, exposure.twins[1])
-        divisor = ours + theirs if exposure.average else ours
-        loss, correct = self._add(
-            exposure.batch, ours / divisor, microbatch_size, nullcontext, exposure.on_input_gradient
-        )
-        twin_loss, _ = self._add(exposure.twins, theirs / divisor, microbatch_size, exposure.twin_mode)
-        if self.observers:
-            self._show_whole(total + num_examples(exposure.twins[1]), (ours + theirs) / divisor)
-        return BatchResult(loss, correct, total, total, twin_loss)
+        batch, twins = exposure.batch, exposure.twins
+        if num_examples(batch[1]) == 0:
+            return OwnResult(torch.zeros((), device=self.parameters[0].device), 0, None, 0)
+        ours = loss_weight(self.loss_fn, batch[1])
+        if twins is None or num_examples(twins[1]) == 0:
+            return self._add(batch, ours, microbatch_size, nullcontext, exposure.on_input_gradient, is_last=True)
+        divisor = ours + loss_weight(self.loss_fn, twins[1]) if exposure.average else ours
+        own = self._add(batch, divisor, microbatch_size, nullcontext, exposure.on_input_gradient)
+        return replace(own, twins=self._add(twins, divisor, microbatch_size, exposure.twin_mode, is_last=True))
+
+    def share(self, own: OwnResult, flags: Sequence[bool] = ()) -> BatchResult:
+        """Make every `.grad` that of the rows of all ranks, and show it to the observers.
+
+        Raises:
+            HessianFlowError: no rank has a row.
+        """
+        twins = own.twins or OwnResult(torch.zeros_like(own.loss), 0, None, 0)
+        means = [(own.loss, own.weight), (twins.loss, twins.weight)]
+        totals = self.world.finish(own.loss, own.correct, [own.rows, twins.rows, *flags], means)
+        rows, twin_rows, *raised = totals.counts
+        (loss, weight), (twin_loss, twin_weight) = totals.means
+        self._show_whole(rows + twin_rows, (weight + twin_weight) / totals.weight if twin_rows else None)
+        gain = twin_loss.float() if twin_rows else None
+        return BatchResult(loss.float(), totals.correct, totals.examples, rows, gain, tuple(map(bool, raised)))
 
     def _add(
         self,
         batch: Batch,
-        factor: float | Tensor,
+        divisor: float | Tensor,
         size: int | None,
         mode: Callable[[], AbstractContextManager[Any]],
         on_input_gradient: Callable[[Tensor], None] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add `factor` times the gradient of the mean loss over `batch`; its mean loss and number of hits."""
+        *,
+        is_last: bool = False,
+    ) -> OwnResult:
+        """Add the gradient of (sum of the losses over `batch`) / divisor; `is_last`: nothing is added after it."""
+        total, done = num_examples(batch[1]), 0
         whole = loss_weight(self.loss_fn, batch[1])
         loss_sum: Tensor | None = None
         correct: Tensor | None = None
@@ -117,9 +150,11 @@ class GradientAccumulator:
             with self.autocast(), mode():
                 outputs = self.model(inputs if leaf is None else leaf)
                 loss = mean_loss(self.loss_fn, outputs, targets)
-            weight = loss_weight(self.loss_fn, targets) / whole
-            self._backward(loss, _like(weight * factor, loss), num_examples(targets), leaf)
-            weight = _like(weight, loss)
+            count, part_weight = num_examples(targets), loss_weight(self.loss_fn, targets)
+            done += count
+            with self.world.last_backward(divisor) if is_last and done == total else nullcontext():
+                self._backward(loss, _like(part_weight / divisor, loss), count, leaf)
+            weight = _like(part_weight / whole, loss)
             slopes.append(None if leaf is None else leaf.grad)
             part = weighted(loss.detach().float(), weight)
             loss_sum = part if loss_sum is None else loss_sum + part
@@ -131,7 +166,7 @@ class GradientAccumulator:
             if not found:
                 raise HessianFlowError("the loss does not depend on the inputs: there is no gradient by them to keep")
             on_input_gradient(torch.cat(found))
-        return loss_sum, correct
+        return OwnResult(loss_sum, whole, correct, total)
 
     def clear(self) -> None:
         """Drop every gradient."""
@@ -159,6 +194,8 @@ class GradientAccumulator:
 
     def _show_whole(self, total: int, factor: float | Tensor | None = None) -> None:
         """Show the gradient of the mean loss over all rows; `.grad` holds `factor` times that (None: once)."""
+        if not self.observers:
+            return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         if factor is not None:
             gradients = [gradient / factor for gradient in gradients]

@@ -1,10 +1,19 @@
 """What must hold before a run can start."""
 
+from collections.abc import Sequence
+
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from hessianflow.interfaces import BatchController, HessianFlowError, ResizableBatches
+from hessianflow.interfaces import (
+    Adversary,
+    BatchController,
+    GradientObserver,
+    HessianFlowError,
+    ResizableBatches,
+    World,
+)
 
 
 def check_data(train_data: object) -> None:
@@ -56,3 +65,25 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
         raise HessianFlowError(f"epochs must be at least 1, got {epochs}")
     if not 1 <= batch_size <= num_examples:
         raise HessianFlowError(f"batch size {batch_size} must lie between 1 and the {num_examples} training examples")
+
+
+def join_parts(world: World, observers: Sequence[GradientObserver], adversary: Adversary | None) -> None:
+    """Tell the parts that work on one rank's examples which of how many ranks this is, if they have a `join(reducer)`.
+
+    Raises:
+        HessianFlowError: on several ranks, an observer that has none: its figures would be those of one; or twins made
+            ahead of time, which are held for later steps as one rank's share.
+    """
+    if world.world_size > 1 and adversary is not None and adversary.staleness > 0:
+        raise HessianFlowError(
+            f"staleness {adversary.staleness} holds batches of one process: use staleness 0 on {world.world_size} ranks"
+        )
+    for part in (*observers, adversary):
+        join = getattr(part, "join", None)
+        if join is not None:
+            join(world)
+        elif part is not adversary and world.world_size > 1:
+            raise HessianFlowError(
+                f"{type(part).__name__} sees the gradients of one rank only: give it a join(reducer) and let it add up "
+                f"over ranks in on_step, or train with one process instead of {world.world_size}"
+            )

@@ -11,6 +11,7 @@ from hessianflow.interfaces import (
     Decision,
     GradientObserver,
     Progress,
+    World,
 )
 from hessianflow.training.timing import Stopwatch
 
@@ -30,6 +31,8 @@ class Outcome:
 class ControlPoint:
     """Asks the controller after every step, and measures only what it needs.
 
+    All ranks measure together. The controllers of all ranks are shown rank 0's figures, and rank 0's decision counts.
+
     Attributes:
         controller: decides; None never does.
         probe: measures curvature when the controller needs it and, under "epoch", after every epoch. One that has an
@@ -37,6 +40,7 @@ class ControlPoint:
         observers: their signals go to the controller.
         schedule: "epoch" or "needed".
         watch: counts the time of the probe.
+        world: the ranks that decide together.
         last_reading: the newest reading, for display.
     """
 
@@ -45,6 +49,7 @@ class ControlPoint:
     observers: Sequence[GradientObserver]
     schedule: CurvatureSchedule
     watch: Stopwatch
+    world: World
     last_reading: CurvatureReading | None = field(default=None, init=False)
 
     def __call__(self, progress: Progress, at_end: bool, figures: Mapping[str, Callable[[], float]]) -> Outcome:
@@ -58,12 +63,14 @@ class ControlPoint:
         wanted = "eigenvalue" in needs or (at_end and self.schedule == "epoch")
         if self.probe is not None and wanted and _is_affordable(self.probe, progress.examples):
             with self.watch.part("curvature"):
-                reading = self.last_reading = self.probe()
+                self.world.average_buffers()
+                reading = self.last_reading = self.world.broadcast(self.probe())
         if controller is None:
             return Outcome(reading, {}, None)
         signals = {name: value for observer in self.observers for name, value in observer.signals().items()}
         signals |= {name: figure() for name, figure in figures.items() if name in needs}
-        return Outcome(reading, signals, controller.update(progress, reading, signals))
+        signals = self.world.broadcast(signals) if signals else signals
+        return Outcome(reading, signals, self.world.broadcast(controller.update(progress, reading, signals)))
 
 
 def _is_affordable(probe: CurvatureProbe, examples: int) -> bool:

@@ -4,13 +4,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from hessianflow.interfaces import Decision, HessianFlowError
+from torch import Tensor, nn
+
+from hessianflow.interfaces import AgreedError, Decision, World
+from hessianflow.training import checkpoint
+from hessianflow.training.totals import RunningTotals
 
 OnDivergence = Literal["stop", "rollback"]
 
 
-class DivergenceError(HessianFlowError):
+class DivergenceError(AgreedError):
     """The training loss stopped being finite, or exploded."""
+
+
+class DivergenceWatch:
+    """Looks for a loss that diverged, a weight that is not finite, and a buffer that no longer is, on any rank.
+
+    Args:
+        weights: what is trained.
+        model: a buffer of its may hold infinities of its own (an attention mask): those finite now are watched.
+        totals: know the losses.
+        world: the ranks that look together.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], model: nn.Module, totals: RunningTotals, world: World) -> None:
+        buffers = [buffer for buffer in model.buffers() if checkpoint.all_finite([buffer])]
+        self._tensors: list[Tensor] = [*weights, *buffers]
+        self._totals, self._world = totals, world
+
+    def first_bad_update(self, updates: int) -> int | None:
+        """The first update that diverged, at the latest the last of `updates`; None: none did."""
+        found = self._totals.first_bad_update()
+        if found is None and not checkpoint.all_finite(self._tensors):
+            found = updates
+        return min((update for update in self._world.gather(found) if update is not None), default=None)
 
 
 @dataclass(frozen=True)

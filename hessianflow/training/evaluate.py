@@ -1,5 +1,6 @@
 """Evaluation that does not disturb training."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import as_batches, loss_weight, mean_loss, move, num_examples
-from hessianflow.interfaces import Batch, HessianFlowError, LossFn
+from hessianflow.interfaces import Batch, HessianFlowError, LossFn, Reducer
 from hessianflow.measuring import measuring
+from hessianflow.training.world import LocalWorld
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,16 @@ class Evaluation:
     examples: int
 
 
-def evaluate(model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn) -> Evaluation:
+def evaluate(
+    model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn, *, reducer: Reducer | None = None
+) -> Evaluation:
     """Mean loss and accuracy of the model in evaluation mode; mode, buffers and random generators are left as found.
 
     Args:
         model: any module.
         data: one (inputs, targets) pair or a re-iterable of pairs, of any sizes.
         loss_fn: as in training.
+        reducer: of several ranks, which hold the same model and data: each takes its turn of the batches.
 
     Returns:
         Figures weighted by what each batch's mean divides by, so that a short last batch counts for what it holds.
@@ -36,30 +41,31 @@ def evaluate(model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn) -
         HessianFlowError: the data hold no example, or were used up by an iteration before.
     """
     device = next(model.parameters()).device
-    loss_sum = torch.zeros((), dtype=float64_on(device), device=device)
-    weight_sum = torch.zeros_like(loss_sum)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    examples, classified = 0, True
+    ranks = LocalWorld() if reducer is None else reducer
+    # Sums of loss, of what it divides by, of hits, examples, and batches without classes.
+    sums = torch.zeros(5, dtype=float64_on(device), device=device)
     with measuring(model) as inner, torch.no_grad():
-        for inputs, targets in as_batches(data):
-            inputs, targets = move(inputs, device), move(targets, device)
-            outputs = inner(inputs)
-            count = num_examples(targets)
-            weight = loss_weight(loss_fn, targets)
-            loss_sum += weighted(mean_loss(loss_fn, outputs, targets).to(loss_sum), weight)
-            weight_sum += weight
-            hits = count_correct(outputs, targets)
-            if hits is None:
-                classified = False
-            else:
-                correct += hits
-            examples += count
+        for number, (inputs, targets) in enumerate(as_batches(data)):
+            if number % ranks.world_size == ranks.rank:
+                inputs, targets = move(inputs, device), move(targets, device)
+                sums += _figures(inner(inputs), targets, loss_fn, sums)
+    # The one wait for the device: the figures leave it here.
+    loss, weight, correct, examples, unclassified = ranks.sum(sums).tolist()
     if examples == 0:
         raise HessianFlowError(
             "the evaluation data hold no example: pass data that can be iterated again, and not the training data"
         )
-    # The one wait for the device: the figures leave it here.
-    return Evaluation((loss_sum / weight_sum).item(), correct.item() / examples if classified else None, examples)
+    accuracy = None if unclassified else correct / examples
+    return Evaluation(loss / weight if weight else math.nan, accuracy, int(examples))
+
+
+def _figures(outputs: Any, targets: Any, loss_fn: LossFn, like: Tensor) -> Tensor:
+    weight = loss_weight(loss_fn, targets)
+    loss = weighted(mean_loss(loss_fn, outputs, targets).to(like), weight)
+    hits = count_correct(outputs, targets)
+    count = num_examples(targets)
+    figures = [loss, weight, 0 if hits is None else hits, count, 1 if hits is None else 0]
+    return torch.stack([torch.as_tensor(figure, dtype=like.dtype, device=like.device) for figure in figures])
 
 
 def weighted(loss: Tensor, weight: float | Tensor) -> Tensor:

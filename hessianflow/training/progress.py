@@ -30,16 +30,18 @@ class ProgressBar:
         self._next = time.monotonic() + refresh_seconds
         self._pending = 0
 
-    def advance(self, examples: int) -> bool:
-        """Count examples; True when it is time to read figures and :meth:`show` them."""
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to read figures and :meth:`show` them."""
+        return time.monotonic() >= self._next
+
+    def advance(self, examples: int) -> None:
+        """Count examples."""
         self._pending += examples
-        if time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + self._refresh_seconds
-        return True
 
     def show(self, title: str, **figures: float | int | None) -> None:
         """Move the bar on and display figures that are not None."""
+        self._next = time.monotonic() + self._refresh_seconds
         self._bar.update(self._pending)
         self._pending = 0
         self._bar.set_description(title, refresh=False)

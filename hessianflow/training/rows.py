@@ -53,7 +53,12 @@ def event_row(progress: Progress, event: str, message: str) -> dict[str, Any]:
 
 
 def summary(
-    history: History, progress: Progress, decision: Decision, seconds: dict[str, float], device: torch.device
+    history: History,
+    progress: Progress,
+    decision: Decision,
+    seconds: dict[str, float],
+    device: torch.device,
+    world_size: int,
 ) -> dict[str, Any]:
     """What summary.json holds."""
     last = history.epochs[-1] if history.epochs else {}
@@ -73,7 +78,7 @@ def summary(
         # The attack runs inside the step, so the step's own time is what is left.
         "seconds": {p: seconds[p] - (seconds["adversary"] if p == "training" else 0.0) for p in PARTS},
         "peak_memory_mib": _peak_memory_mib(device),
-        "world_size": 1,
+        "world_size": world_size,
     }
 
 

@@ -24,9 +24,12 @@ class Saver:
         self._proven: set[str] = set()
 
     def is_due(self, examples_since: int) -> bool:
-        """Whether a checkpoint within the epoch is due, `examples_since` the last one."""
-        if self._every_examples is not None and examples_since >= self._every_examples:
-            return True
+        """Whether a checkpoint within the epoch is due by count, `examples_since` the last one."""
+        return self._every_examples is not None and examples_since >= self._every_examples
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether one is due by the clock of this process."""
         return self._every_minutes is not None and time.monotonic() - self._time >= 60 * self._every_minutes
 
     def save(self, run_dir: Path, state: Mapping[str, Any], name: str) -> None:

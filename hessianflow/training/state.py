@@ -1,9 +1,11 @@
 """The whole state of a run, for checkpoints: collected here, put back here."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,6 +25,7 @@ class Counters:
         best: best evaluation accuracy so far.
         batch_cap: largest batch allowed since a divergence; None: no cap.
         rollbacks: divergences rolled back.
+        settled: updates after which everything that follows an update has been done, too.
     """
 
     examples: int = 0
@@ -31,6 +34,7 @@ class Counters:
     best: float | None = None
     batch_cap: int | None = None
     rollbacks: int = 0
+    settled: int = 0
 
 
 class _Clock(Protocol):
@@ -76,8 +80,8 @@ class RunState:
             "history_bytes": history_bytes,
         }
 
-    def restore(self, state: Mapping[str, Any], source: str) -> Decision:
-        """Put everything back; returns the decision in force.
+    def restore(self, state: Mapping[str, Any], source: str, rank: int = 0) -> Decision:
+        """Put everything back, on `rank` of a world of any size; returns the decision in force.
 
         Raises:
             HessianFlowError: the state is of another model, or of a run with other parts; `source` names it.
@@ -102,7 +106,18 @@ class RunState:
         for name, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(state["parts"][name])
-        self.counters = Counters(**state["counters"])
+        # Checkpoints from before counters had `settled` were all made after everything was done.
+        self.counters = Counters(**{"settled": state["updates"], **state["counters"]})
         self.watch.load(state["seconds"])
-        checkpoint.restore_generators(state["generators"])
+        every = state.get("rank_generators", [state["generators"]])
+        checkpoint.restore_generators(every[rank] if rank < len(every) else state["generators"])
+        if rank >= len(every):
+            separate_generators(rank)
         return Decision(**state["decision"])
+
+
+def separate_generators(rank: int) -> None:
+    """Give a rank above 0 random numbers of its own where it has those of rank 0: its dropout must differ."""
+    if rank > 0:
+        seed = int.from_bytes(hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).digest(), "big")
+        torch.manual_seed((seed + rank) % 2**63)

@@ -2,18 +2,18 @@
 
 import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessianflow.batches import move, num_examples
-from hessianflow.interfaces import Adversary, Batch, BatchTransform, Exposure, HessianFlowError, Progress
+from hessianflow.interfaces import Adversary, Batch, BatchTransform, Exposure, HessianFlowError, Progress, World
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint
-from hessianflow.training.accumulate import BatchResult, GradientAccumulator
+from hessianflow.training.accumulate import BatchResult, GradientAccumulator, OwnResult
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.timing import Stopwatch
@@ -21,7 +21,7 @@ from hessianflow.training.timing import Stopwatch
 
 @dataclass
 class TrainingStep:
-    """The parts of a step, and their order.
+    """The parts of a step, and their order. All ranks take a step together, each on its part of the batch.
 
     An out-of-memory error halves the microbatch and repeats the step as if it had not been tried: buffers, random
     generators and the adversary go back to where they were (they are kept only while a size has not yet gone through).
@@ -35,6 +35,7 @@ class TrainingStep:
     transform: BatchTransform | None
     watch: Stopwatch
     device: torch.device
+    world: World
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
@@ -49,16 +50,20 @@ class TrainingStep:
         """A batch as it will be trained: on the device, transformed; `progress` is that at its use."""
         with self.watch.part("training"):
             inputs, targets = move(batch, self.device, non_blocking=True)
-            return (inputs, targets) if self.transform is None else self.transform(inputs, targets, progress)
+            if self.transform is None or num_examples(targets) == 0:
+                return inputs, targets
+            return self.transform(inputs, targets, progress)
 
-    def __call__(self, now: Planned, ahead: Planned | None) -> BatchResult:
-        """Take the step on `now`; start the attack on `ahead` with the weights before it."""
+    def __call__(self, now: Planned, ahead: Planned | None, flags: Callable[[], Sequence[bool]] = tuple) -> BatchResult:
+        """Take the step on `now`; start the attack on `ahead` with the weights before it.
+
+        `flags` is asked at the end; in the result are raised those that any rank raised.
+        """
         with self.watch.part("training"):
-            result = self._update(lambda: self._clipped_gradient(now, ahead))
+            result = self._update(lambda: self._clipped_gradient(now, ahead, flags))
             if self.adversary is not None:
                 self.adversary.after_step(self.model)
-        # Progress counts examples drawn from the data, whatever the transform or the adversary made of them.
-        return replace(result, examples=now.examples)
+        return result
 
     def _update(self, gradient: Callable[[], BatchResult]) -> BatchResult:
         """Let the optimizer step; `gradient` fills `.grad`, and is called as often as the optimizer wants it."""
@@ -76,14 +81,19 @@ class TrainingStep:
         self.optimizer.step(closure)  # type: ignore[arg-type]
         return results[0]
 
-    def _clipped_gradient(self, now: Planned, ahead: Planned | None) -> BatchResult:
-        result = self._gradient(now, ahead)
+    def _clipped_gradient(
+        self, now: Planned, ahead: Planned | None, flags: Callable[[], Sequence[bool]]
+    ) -> BatchResult:
+        # Progress counts examples drawn from the data, whatever the transform or the adversary made of them.
+        self.world.begin(now.examples)
+        own = self._gradient(now, ahead)
+        result = self.accumulate.share(own, flags())
         if self.max_grad_norm is not None:
             self.accumulate.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.accumulate.parameters, self.max_grad_norm)
         return result
 
-    def _gradient(self, now: Planned, ahead: Planned | None) -> BatchResult:
+    def _gradient(self, now: Planned, ahead: Planned | None) -> OwnResult:
         count = num_examples(now.batch[1])
         clean = [entry for entry in (now, ahead) if entry is not None and entry.attacked is None]
         while True:
@@ -123,7 +133,7 @@ class TrainingStep:
 
     def _attack(self, adversary: Adversary, entry: Planned, size: int) -> None:
         share = entry.decision.adversarial_share
-        if entry.attacked is None and share > 0:
+        if entry.attacked is None and share > 0 and num_examples(entry.batch[1]) > 0:
             entry.attacked = adversary.attack(self.model, *entry.batch, share, size)
 
     def _remember(self) -> Callable[[], None]:

@@ -40,20 +40,20 @@ def unequal(reducer):
     used, partly, unused = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3))
     sync = GradientSynchronizer([used, partly, unused], reducer)
     if reducer.rank == 0:
-        sync.begin(0, flags=[True, False])
-        totals = sync.finish(None, None)
+        sync.begin(0)
+        totals = sync.finish(None, None, [1, 0])
     else:
-        sync.begin(3, flags=[True, False])
+        sync.begin(3)
         loss = (used * 2).sum() + (partly * 3).sum()
         with sync.last_backward():
             loss.backward()
-        totals = sync.finish(loss, torch.tensor(2))
+        totals = sync.finish(loss, torch.tensor(2), [1, 0])
     return totals, used.grad, partly.grad, unused.grad
 
 
 def test_a_rank_without_examples_takes_part():
     for totals, used, partly, unused in run_local(unequal, 2):
-        assert (float(totals.loss), int(totals.correct), totals.examples, totals.flags) == (10.0, 2, 3, (2, 0))
+        assert (float(totals.loss), int(totals.correct), totals.examples, totals.counts) == (10.0, 2, 3, (2, 0))
         assert used.tolist() == [2.0, 2.0]
         assert partly.tolist() == [3.0, 3.0]
         assert unused is None, "a parameter no rank used must stay out of weight decay and momentum"

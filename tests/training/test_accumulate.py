@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hessianflow.batches import split
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.training.accumulate import GradientAccumulator
+from hessianflow.training.world import LocalWorld
 
 
 def problem(examples: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
@@ -85,7 +86,9 @@ def test_observers_see_every_microbatch_and_the_whole():
     plain, _ = problem(10)
     accumulator(plain, F.cross_entropy)(batch, 4)
     recorder = Recorder()
-    accumulator(model, F.cross_entropy, observers=[recorder])(batch, 4)
+    accumulate = accumulator(model, F.cross_entropy, observers=[recorder])
+    accumulate.world.begin(10)
+    accumulate.share(accumulate(batch, 4))
     assert [count for _, count in recorder.parts] == [4, 3, 3]
     for (gradients, _), micro in zip(recorder.parts, split(batch, 4), strict=True):
         for got, expected in zip(gradients, one_pass(model, micro), strict=True):
@@ -115,10 +118,16 @@ def test_frozen_parameters_get_no_gradient():
     assert model[2].weight.grad is not None
 
 
-def test_an_empty_batch_is_refused():
-    model, _ = problem(4)
+def test_no_examples_give_no_gradient():
+    """On one of several ranks; a world of one refuses them."""
+    model, batch = problem(4)
+    accumulate = accumulator(model, F.cross_entropy)
+    accumulate(batch)
+    result = accumulate((torch.zeros(0, 5).double(), torch.zeros(0, dtype=torch.long)))
+    assert (result.loss.item(), result.correct, result.rows) == (0.0, None, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(HessianFlowError, match="0 examples"):
-        accumulator(model, F.cross_entropy)((torch.zeros(0, 5).double(), torch.zeros(0, dtype=torch.long)))
+        LocalWorld().begin(0)
 
 
 def test_bf16_stays_close_to_float32():
@@ -179,7 +188,8 @@ def test_fp16_scales_the_loss_and_shows_observers_unscaled_gradients():
     exact = torch.cat([g.flatten() for g in one_pass(model, batch)])
     recorder = Recorder()
     accumulate = accumulator(model, F.cross_entropy, observers=[recorder], precision="fp16")
-    accumulate(batch, 16)
+    accumulate.world.begin(64)
+    accumulate.share(accumulate(batch, 16))
     scale = accumulate.scaler.get_scale()
     assert scale > 1
     got = torch.cat([p.grad.flatten() for p in model.parameters()])

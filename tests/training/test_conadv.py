@@ -164,8 +164,8 @@ def test_a_growth_arrives_staleness_steps_late_and_brings_its_rate(staleness: in
     model = network()
     made = trainer(model, ConcurrentAdversary(attack(), staleness=staleness), controller=Growing(8), epochs=1)
     steps: list[tuple[int, float]] = []
-    rates = made._totals.add
-    made._totals.add = lambda result, update, decision, rate: (
+    rates = made._loop.totals.add
+    made._loop.totals.add = lambda result, update, decision, rate: (
         steps.append((result.examples, rate)),
         rates(result, update, decision, rate),
     )
@@ -199,7 +199,10 @@ def test_resumed_in_mid_epoch_it_ends_bit_for_bit_the_same(staleness: int, tmp_p
     make(None, whole, observers=[GradientMoments()]).fit()
     made: list[AdaptiveBatchTrainer] = []
     made.append(make(tmp_path / "run", broken, observers=[stopping(made, 70)]))
-    made[0]._state.parts = {**made[0]._state.parts, "observer 0": GradientMoments()}  # the stop is none of the run's
+    made[0]._loop.state.parts = {
+        **made[0]._loop.state.parts,
+        "observer 0": GradientMoments(),
+    }  # the stop is none of the run's
     assert made[0].fit().summary["status"] == "preempted"
     with torch.no_grad():
         for parameter in again.parameters():
@@ -227,16 +230,16 @@ def test_a_share_makes_twins_of_that_share_and_every_row_counts_alike():
     controller = FixedBatch(BATCH, 0.5)
     made = trainer(ours, ConcurrentAdversary(attack(), staleness=0), controller=controller, epochs=1)
     x, y = next(iter(data()))
-    gradient = made._step._clipped_gradient
+    gradient = made._loop.step._clipped_gradient
     seen: list[Tensor] = []
 
-    def first_gradient(now: Any, ahead: Any) -> Any:
-        result = gradient(now, ahead)
-        seen.append(torch.cat([p.grad.flatten() for p in ours.parameters()]))
+    def first_gradient(*step: Any) -> Any:
         made.request_stop()
+        result = gradient(*step)
+        seen.append(torch.cat([p.grad.flatten() for p in ours.parameters()]))
         return result
 
-    made._step._clipped_gradient = first_gradient
+    made._loop.step._clipped_gradient = first_gradient
     theirs.train()
     twins = fgsm(theirs, x, y, 0.1, value_range=RANGE)[1::2]
     made.fit()

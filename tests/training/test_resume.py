@@ -77,7 +77,7 @@ def trainer(model: nn.Module, run_dir: Path | None, **options: Any) -> AdaptiveB
     if "optimizer" not in options:
         settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     made = AdaptiveBatchTrainer(model, data(), **(settings | options))
-    made._step.accumulate.scaler._growth_interval = 4  # else the loss scale never moves in so short a run
+    made._loop.step.accumulate.scaler._growth_interval = 4  # else the loss scale never moves in so short a run
     return made
 
 
@@ -213,7 +213,7 @@ def test_stopped_and_fitted_again_without_a_run_directory_goes_on():
     assert made[0].fit().summary["examples"] == 0
     first = made[0].fit()
     assert (first.summary["status"], first.summary["examples"]) == ("preempted", 50 + 3 * 8)
-    made[0]._step.transform = None
+    made[0]._loop.step.transform = None
     last = made[0].fit()
     assert last.summary["status"] == "finished"
     assert [row["epoch"] for row in last.epochs] == [1, 2, 3]

@@ -286,7 +286,7 @@ def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path):
     expected = resumable(tmp_path / "whole", whole).fit()
     model = network()
     broken = resumable(tmp_path / "run", model)
-    save = type(broken)._save
+    save = type(broken._loop).save
     saves = []
 
     def die_before_the_third(self, *names):
@@ -295,7 +295,7 @@ def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path):
             raise KeyboardInterrupt
         save(self, *names)
 
-    broken._save = die_before_the_third.__get__(broken)
+    broken._loop.save = die_before_the_third.__get__(broken._loop)
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     assert len(History.load(tmp_path / "run").epochs) == 3
@@ -462,7 +462,7 @@ def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
 
 def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_path: Path):
     first = trainer(network(), data(), run_dir=tmp_path / "run")
-    first._save = lambda *names: (_ for _ in ()).throw(KeyboardInterrupt)
+    first._loop.save = lambda *names: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         first.fit()
     assert (tmp_path / "run" / "config.json").exists()
@@ -472,7 +472,7 @@ def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_pa
 def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
     resumable(tmp_path / "run", network()).fit()
     other = resumable(None, network())
-    other._rate._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(other._step.optimizer, 4)
+    other._loop.rate._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(other._loop.step.optimizer, 4)
     with pytest.raises(HessianFlowError, match="had the scheduler MultiStepLR, this run has CosineAnnealingLR"):
         other.resume(tmp_path / "run")
 
@@ -480,7 +480,7 @@ def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
         pass
 
     other = resumable(None, network())
-    other._state.parts["controller"] = Another(Decision(8), {})
+    other._loop.state.parts["controller"] = Another(Decision(8), {})
     with pytest.raises(HessianFlowError, match="made with the controller Script, this run has Another"):
         other.resume(tmp_path / "run")
 

@@ -1,0 +1,112 @@
+"""The trainer's world of several ranks: one process group that shares gradients, buffers and decisions."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
+from hessianflow.distributed.reducers import GroupReducer
+from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
+from hessianflow.distributed.synchronize import GradientSynchronizer
+from hessianflow.interfaces import BatchTotals, HessianFlowError
+from hessianflow.measuring import unwrap
+
+
+class GroupWorld:
+    """A rank of several, for `AdaptiveBatchTrainer(..., world=GroupWorld(reducer))`; see `interfaces.World`.
+
+    Args:
+        reducer: of the group; from :func:`process_group` under torchrun.
+
+    Raises:
+        HessianFlowError: at the start: ranks that differ in code or settings, a model in DistributedDataParallel,
+            training data that cannot be shared out; at a step: see :class:`GradientSynchronizer`.
+    """
+
+    def __init__(self, reducer: GroupReducer) -> None:
+        self._reducer = reducer
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self._reducer.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._reducer.world_size
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time spent waiting for other ranks at the ends of steps, in all."""
+        return self._synchronizer.waited_seconds
+
+    def rejoin(self, reducer: GroupReducer) -> None:
+        """Go on, between two steps, in another generation of the group; state is shared separately."""
+        self._reducer = reducer
+        self._synchronizer.rejoin(reducer)
+
+    def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients of `parameters` over ranks from now on."""
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise HessianFlowError(
+                f"the model is wrapped in {type(model).__name__}: pass the bare module, its gradients are summed here"
+            )
+        self._module, self._parameters = unwrap(model), parameters
+        self._synchronizer = GradientSynchronizer(parameters, self._reducer)
+
+    def meet(self, settings: Mapping[str, Any]) -> None:
+        """Check that all ranks run the same program, then give all of them rank 0's weights."""
+        shapes = {f"parameter {number}": list(p.shape) for number, p in enumerate(self._parameters)}
+        check_same_program(self._reducer, {**settings, **shapes}, code_fingerprint())
+        broadcast_module(self._reducer, self._module)
+        held = {id(p) for p in self._module.parameters()}
+        broadcast_module(self._reducer, nn.ParameterList(p for p in self._parameters if id(p) not in held))
+
+    def shard(self, data: Any) -> None:
+        """Have the training data hand out this rank's contiguous part of every batch."""
+        set_shard = getattr(data, "set_shard", None)
+        if set_shard is None:
+            raise HessianFlowError(
+                f"{type(data).__name__} cannot be shared out to {self.world_size} ranks: it lacks "
+                "set_shard(rank, world_size); use hf.data.DeviceBatches or hf.data.AdaptiveBatches"
+            )
+        set_shard(self.rank, self.world_size)
+
+    def begin(self, examples: int) -> None:
+        """Announce this rank's share; see :meth:`GradientSynchronizer.begin`."""
+        self._synchronizer.begin(examples, weight=0)
+
+    def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
+        """See :meth:`GradientSynchronizer.last_backward`."""
+        return self._synchronizer.last_backward(weight)
+
+    def finish(
+        self,
+        loss: Tensor,
+        correct: Tensor | None,
+        counts: Sequence[int] = (),
+        means: Sequence[tuple[Tensor, float | Tensor]] = (),
+    ) -> BatchTotals:
+        """See :meth:`GradientSynchronizer.finish`."""
+        return self._synchronizer.finish(loss, correct, counts, means)
+
+    def average_buffers(self) -> None:
+        """See :func:`hessianflow.distributed.average_buffers`."""
+        average_buffers(self._reducer, self._module)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        with torch.no_grad():
+            return self._reducer.sum(tensor)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank; its tensors on the CPU on all ranks but rank 0."""
+        return broadcast_state(self._reducer, value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain value, in the order of ranks."""
+        return self._reducer.gather(value)

@@ -1,0 +1,286 @@
+"""What happens from the first batch to the last: steps, decisions, evaluation, checkpoints, and what goes wrong.
+
+On several ranks every rank runs this loop on its part of every batch. What depends on a clock, a signal or one rank's
+numbers is agreed on through the world before anybody acts on it; rank 0 alone writes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hessianflow.interfaces import Batch, Decision, LossFn, Progress, ResizableBatches, World
+from hessianflow.training import checkpoint, rows
+from hessianflow.training.control_point import ControlPoint
+from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold
+from hessianflow.training.evaluate import evaluate
+from hessianflow.training.ghost_norm import ghost_normalisation
+from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
+from hessianflow.training.lookahead import Lookahead
+from hessianflow.training.progress import ProgressBar
+from hessianflow.training.record import RunRecord
+from hessianflow.training.saving import Saver
+from hessianflow.training.state import RunState
+from hessianflow.training.step import TrainingStep
+from hessianflow.training.timing import Stopwatch
+from hessianflow.training.totals import RunningTotals
+from hessianflow.training.world import on_first_rank
+
+
+@dataclass
+class TrainingLoop:
+    """The parts of a run, put together by the trainer, and the order in which they act.
+
+    Attributes:
+        model: in training mode while it runs.
+        train_data: batches of changing size.
+        ahead: the queue between data and step.
+        eval_data: evaluated after every epoch, if given.
+        before_evaluation: called before that.
+        loss_fn: as in the step.
+        epochs: passes over the training data.
+        schedule_unit: see :class:`LearningRate`.
+        reference_batch_size: examples that count as one step of a schedule in reference batches.
+        norm_batch_size: examples that batch normalisation sees at once; None: the microbatch.
+        step: takes one optimizer step.
+        control: measures and asks the controller.
+        totals: of the epoch under way.
+        rate: learning rate.
+        state: everything a checkpoint holds.
+        record: what the run leaves behind; rank 0's alone has a folder and sinks.
+        saver: knows when to save, and how.
+        policy: what to do after a divergence.
+        watch: seconds by part.
+        world: the ranks that train together.
+        decision: in force.
+        run_dir: folder of the run, on all ranks; None: nothing is written.
+        show_progress: see :class:`ProgressBar`.
+        stop_requested: set from anywhere on any rank; all stop after the step under way.
+    """
+
+    model: nn.Module
+    train_data: ResizableBatches
+    ahead: Lookahead
+    eval_data: Batch | Iterable[Batch] | None
+    before_evaluation: Callable[[], None] | None
+    loss_fn: LossFn
+    epochs: int
+    schedule_unit: ScheduleUnit
+    reference_batch_size: int
+    norm_batch_size: int | None
+    step: TrainingStep
+    control: ControlPoint
+    totals: RunningTotals
+    rate: LearningRate
+    state: RunState
+    record: RunRecord
+    saver: Saver
+    policy: DivergencePolicy
+    watch: Stopwatch
+    world: World
+    decision: Decision
+    run_dir: Path | None
+    show_progress: bool | None
+    stop_requested: bool = field(default=False, init=False)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        per_epoch, counters = self.train_data.num_examples, self.state.counters
+        return Progress(counters.examples // per_epoch, counters.examples, counters.updates, per_epoch, self.epochs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to continue as if it had never stopped: tensors and plain values."""
+        return self.state.capture(self.decision, self.record.sync())
+
+    def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
+        """Continue from :meth:`state_dict`; `source` names it in errors."""
+        self.apply(self.state.restore(state, source, self.world.rank))
+
+    def run_until(self, updates: int | None = None) -> None:
+        """Train until so many updates have been made in all, or to the end; the records stay open for more.
+
+        Raises:
+            DivergenceError: the loss stopped being finite.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        self._watcher = DivergenceWatch(self.step.accumulate.parameters, self.model, self.totals, self.world)
+        total, counters = self.epochs * self.train_data.num_examples, self.state.counters
+        self._bar = ProgressBar(total, counters.examples, show=self.show_progress)
+        try:
+            if not self.model.training:  # in training mode already: layers that the user froze stay as they are
+                self.model.train()
+            with ghost_normalisation(self.model, self.norm_batch_size):
+                while self.state.counters.examples < total and not self._reached(updates):
+                    try:
+                        self._train(updates)
+                    except DivergenceError as error:
+                        self._roll_back(error)
+        finally:
+            self._bar.close()
+            self.stop_requested = False
+            for module, training in modes:
+                module.training = training
+
+    def _reached(self, updates: int | None) -> bool:
+        if any(self.world.gather(self.stop_requested)):
+            self.stop_requested = True
+        return self.stop_requested or (updates is not None and self.state.counters.updates >= updates)
+
+    def _train(self, updates: int | None) -> None:
+        """The steps from here to the end of the run, to so many updates, or to a stop."""
+        counters = self.state.counters
+        if counters.settled < counters.updates:  # another rank failed between an update and what follows it
+            self._settle(stop=False, save=False)
+        for now, ahead in self.ahead.plan(lambda: (self.progress, self.decision)):
+            self.rate.set_factor(now.decision.lr_factor)
+            result = self.step(now, ahead, self._flags)
+            counters.examples += result.examples
+            counters.updates += 1
+            self.totals.add(result, counters.updates, now.decision, self.rate.value)
+            if self.schedule_unit == "reference_batch":
+                self.rate.advance(result.examples / self.reference_batch_size)
+            self._bar.advance(result.examples)
+            stop, save, show = result.flags
+            if show:
+                self._show()
+            self._settle(stop=stop, save=save or self.saver.is_due(counters.examples - counters.saved_at))
+            if stop or counters.updates == updates:
+                return
+
+    def _flags(self) -> Sequence[bool]:
+        """Whether to stop, to save, to show figures: whatever a signal or a clock told this rank."""
+        return self.stop_requested, self.saver.time_is_up, self._bar.is_due
+
+    def _settle(self, *, stop: bool, save: bool) -> None:
+        """What follows an update: decide, evaluate, save."""
+        counters = self.state.counters
+        self.stop_requested |= stop
+        at_end = counters.examples % self.train_data.num_examples == 0
+        save = save or stop or at_end
+        if save:
+            self._check_divergence()
+            self.world.average_buffers()
+        self._decide(at_end)
+        if at_end:
+            self._finish_epoch()
+        counters.settled = counters.updates
+        if stop and self.progress.epoch < self.epochs:
+            self.event("preempted", "stopped on request before the last epoch; `hessianflow resume` continues")
+        if save:
+            self.save()
+
+    def _decide(self, at_end: bool) -> None:
+        progress, before = self.progress, self.decision
+        figures = {
+            "train_loss": self.totals.last_loss,
+            "epoch_loss": lambda: self.totals.means()[0],
+            "learning_rate": lambda: self.rate.value,
+        }
+        outcome = self.control(progress, at_end, figures)
+        after = before if outcome.decision is None else hold(outcome.decision, self.state.counters.batch_cap)
+        changed = after.setting != before.setting
+        if outcome.signals:
+            self.record.write(rows.signals_row(progress, outcome.signals))
+        if outcome.reading is not None:
+            self.record.write(rows.reading_row(progress, outcome.reading, "" if changed else after.reason))
+        # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
+        if changed and (at_end or after.setting[::2] != before.setting[::2]):
+            self.record.write(rows.decision_row(progress, before, after))
+        if changed:
+            self.apply(after)
+
+    def apply(self, decision: Decision) -> None:
+        """Train under `decision` from the very next batch on."""
+        self.decision = decision
+        if decision.batch_size != self.train_data.batch_size:
+            self.train_data.set_batch_size(decision.batch_size)
+        self.rate.set_factor(decision.lr_factor)
+
+    def _finish_epoch(self) -> None:
+        evaluation = None
+        with self.watch.part("evaluation"):
+            if self.before_evaluation is not None:
+                self.before_evaluation()
+            if self.eval_data is not None:
+                evaluation = evaluate(self.model, self.eval_data, self.loss_fn, reducer=self.world)
+        row = self.totals.epoch_row(self.progress, evaluation, self.watch.totals())
+        self.record.write(row)
+        self.totals.start_epoch(self.watch.totals())
+        if self.schedule_unit == "epoch":
+            self.rate.step(row["train_loss"] if evaluation is None else evaluation.loss, row["eval_accuracy"])
+        accuracy, counters = row["eval_accuracy"], self.state.counters
+        if accuracy is not None and (counters.best is None or accuracy > counters.best):
+            counters.best = accuracy
+            self.save(checkpoint.BEST)
+
+    def _show(self) -> None:
+        self._check_divergence()  # the figures leave the device here anyway
+        loss, accuracy = self.totals.means()
+        self._bar.show(
+            f"epoch {min(self.progress.epoch + 1, self.epochs)}/{self.epochs}",
+            batch=self.decision.batch_size,
+            lr=self.rate.value,
+            loss=loss,
+            acc=accuracy,
+            eig=None if self.control.last_reading is None else self.control.last_reading.eigenvalue,
+        )
+
+    def _check_divergence(self) -> None:
+        update = self._watcher.first_bad_update(self.state.counters.updates)
+        if update is None:
+            return
+        epoch = (self.state.counters.examples - 1) // self.train_data.num_examples + 1
+        where = f"the training loss or a weight was not finite, or exploded, in epoch {epoch} at update {update}"
+        self.event("diverged", where)
+        kept = self.world.broadcast(self.record.last_checkpoint())
+        raise DivergenceError(
+            f"{where} (learning rate {self.rate.value:g}, batch {self.decision.batch_size}): lower the rate or the "
+            f"largest batch; {kept}"
+        )
+
+    def _roll_back(self, error: DivergenceError) -> None:
+        """Go back to the last checkpoint with the last growth undone, or raise the error where that is not possible."""
+        counters, history = self.state.counters, self.record.history()
+        cap = self.world.broadcast(self.policy.cap(history.growths, counters.rollbacks, counters.batch_cap))
+        if cap is None:
+            raise error
+        rollbacks, seconds = counters.rollbacks + 1, self.watch.totals()
+        state, warning = self.newest_checkpoint(self.record.sync)
+        self.load_state_dict(state, f"the checkpoint in {self.run_dir}")
+        self.watch.load(seconds)  # the time is spent all the same
+        self.totals.forget_divergence()
+        if warning is not None:
+            self.event("fallback", warning)
+        self.state.counters.rollbacks, self.state.counters.batch_cap = rollbacks, cap
+        self.event("rollback", f"back to {self.progress.examples} examples; batch held at {cap} from now on")
+        held = hold(self.decision, cap)
+        self.record.write(rows.decision_row(self.progress, self.decision, held))
+        self.apply(held)
+
+    def newest_checkpoint(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
+        """The state and a warning, if any; read by rank 0, whose disk the others need not see."""
+        assert self.run_dir is not None
+        folder = self.run_dir / checkpoint.FOLDER
+        return on_first_rank(self.world, lambda: checkpoint.load_newest(folder, history_bytes()))
+
+    def event(self, event: str, message: str) -> None:
+        """Record that something happened."""
+        self.record.write(rows.event_row(self.progress, event, message))
+
+    def save(self, name: str = checkpoint.LAST) -> None:
+        """Write a checkpoint, if the run has a folder; what all ranks share is rank 0's."""
+        if name == checkpoint.LAST:
+            self.state.counters.saved_at = self.state.counters.examples
+        folder = self.run_dir
+        if folder is None:
+            return
+        with self.watch.part("checkpoint"):
+            generators = self.world.gather(checkpoint.generator_states())
+
+            def save() -> None:
+                self.saver.save(folder, {**self.state_dict(), "rank_generators": generators}, name)
+
+            on_first_rank(self.world, save)

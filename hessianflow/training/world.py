@@ -1,0 +1,108 @@
+"""The world of one process, and how ranks agree on what one of them did."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError, World
+
+T = TypeVar("T")
+
+
+class LocalWorld:
+    """One process: every gradient, buffer and word is that of all."""
+
+    rank = 0
+    world_size = 1
+
+    def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """The gradients are whole as they are."""
+
+    def meet(self, settings: Mapping[str, Any]) -> None:
+        """Nobody to differ from."""
+
+    def shard(self, data: Any) -> None:
+        """The data stay whole."""
+
+    def begin(self, examples: int) -> None:
+        """Remember the size of the batch.
+
+        Raises:
+            HessianFlowError: the batch is empty.
+        """
+        if examples == 0:
+            raise HessianFlowError("a batch of 0 examples has no mean loss: check the training data")
+        self._examples = examples
+
+    def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
+        """Nothing leaves."""
+        self._weight = weight
+        return nullcontext()
+
+    def finish(
+        self,
+        loss: Tensor,
+        correct: Tensor | None,
+        counts: Sequence[int] = (),
+        means: Sequence[tuple[Tensor, float | Tensor]] = (),
+    ) -> BatchTotals:
+        """The figures as they are."""
+        return BatchTotals(loss, correct, self._examples, tuple(counts), tuple(means), self._weight)
+
+    def average_buffers(self) -> None:
+        """They are those of all."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """A list of this one value."""
+        return [value]
+
+
+def on_first_rank(world: World, action: Callable[[], T]) -> T:
+    """Rank 0 acts; what it returns (plain values) reaches every rank.
+
+    Raises:
+        HessianFlowError: what the action raised, on every rank.
+    """
+    value, failure = None, None
+    if world.rank == 0:
+        try:
+            value = action()
+        except HessianFlowError as error:
+            failure = error
+    value, message = world.broadcast((value, None if failure is None else str(failure)))
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise AgreedError(message)
+    return value  # type: ignore[no-any-return]
+
+
+def on_all_ranks(world: World, action: Callable[[], T]) -> T:
+    """Every rank acts; if one of them fails, all do, so that none waits for it.
+
+    Raises:
+        HessianFlowError: what the action raised on the first rank where it did, on every rank.
+    """
+    failure: HessianFlowError | None = None
+    try:
+        value = action()
+    except HessianFlowError as error:
+        failure = error
+    messages = world.gather(None if failure is None else str(failure))
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if not failed:
+        return value
+    if failure is not None and world.rank == 0:
+        raise failure
+    where = "" if failed[0] == 0 else f"on rank {failed[0]}: "
+    raise AgreedError(f"{where}{messages[failed[0]]}") from failure

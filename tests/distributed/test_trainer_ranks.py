@@ -1,0 +1,127 @@
+"""The trainer on two gloo ranks against the trainer in one process, which other tests hold against plain loops."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainers import (
+    accumulating,
+    clipped,
+    compared,
+    growing,
+    measured,
+    normalised,
+    plain,
+    poisoned,
+    preempted,
+    refused,
+    resumed,
+    run,
+    skewed,
+    tiny,
+    untimed,
+)
+
+from hessianflow import History
+from hessianflow.distributed.launch import run_local
+
+
+def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """float64 and 20 steps of momentum: rounding differs by the order of sums only."""
+    assert torch.allclose(found["weights"], expected["weights"], rtol=0, atol=1e-10)
+    assert [row["kind"] for row in found["rows"]] == [row["kind"] for row in expected["rows"]]
+    for row, other in zip(found["rows"], expected["rows"], strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            close = pytest.approx(other[key], abs=1e-8, rel=1e-6) if isinstance(value, float) else other[key]
+            assert value == close, (key, row, other)
+
+
+@pytest.mark.parametrize("options", [plain, accumulating, clipped, growing, tiny, skewed], ids=lambda o: o.__name__)
+def test_two_ranks_equal_one_process(options):
+    expected = run(None, options)
+    first, second = run_local(run, 2, options)
+    check_equal(first, expected)
+    assert torch.equal(first["weights"], second["weights"]), "ranks must stay bitwise together"
+    assert first["rows"] == second["rows"], "every rank gets rank 0's records"
+    assert (first["summary"]["world_size"], expected["summary"]["world_size"]) == (2, 1)
+    assert first["summary"]["updates"] == expected["summary"]["updates"]
+
+
+def test_the_batch_grew_on_the_eigenvalue():
+    """Else the comparison above would say nothing about decisions."""
+    rows = run(None, growing)["rows"]
+    growths = [row for row in rows if row["kind"] == "batch"]
+    assert [row["to"] for row in growths] == [32, 64]
+    assert "eigenvalue fell" in growths[0]["reason"]
+    assert rows[-1]["updates"] >= 16
+
+
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (2, 3)])
+def test_a_run_goes_on_at_another_world_size(tmp_path: Path, worlds: tuple[int, int]):
+    """Stopped in the midst of the second epoch; shards and decisions go on as if the world had always been one."""
+    folder = str(tmp_path / "run")
+    before, after = worlds
+    summary = run_local(preempted, before, folder, 8, before - 1)[0]
+    assert (summary["status"], summary["updates"]) == ("preempted", 8)
+    results = run_local(resumed, after, folder)
+    expected = run(None, growing)
+    assert torch.allclose(results[0]["weights"], expected["weights"], rtol=0, atol=1e-10)
+    assert all(torch.equal(results[0]["weights"], other["weights"]) for other in results)
+    kept = [row for row in results[0]["rows"] if row["kind"] != "event"]
+    check_equal({**results[0], "rows": kept}, expected)
+    assert untimed(History.load(folder).records) == results[0]["rows"]
+
+
+@pytest.mark.parametrize("where", ["batch", "buffer"])
+def test_what_diverges_on_one_rank_ends_all_at_the_same_step(where: str):
+    """In the second epoch of 5 steps, found when that ends at the latest."""
+    first, second = run_local(poisoned, 2, where, None)
+    assert first == second
+    assert "not finite, or exploded, in epoch 2" in first[0]
+    assert ("at update 8" in first[0]) == (where == "batch")
+
+
+def test_all_ranks_go_back_together(tmp_path: Path):
+    """Nothing has grown, so there is nothing to undo and the run ends: decided by rank 0, which holds the records."""
+    first, second = run_local(poisoned, 2, "batch", str(tmp_path / "run"))
+    assert first == second
+    assert "the last good checkpoint is" in first[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("observer", "Alone sees the gradients of one rank only: give it a join"),
+        ("staleness", "staleness 2 holds batches of one process: use staleness 0 on 2 ranks"),
+        ("wrapped", "wrapped in DistributedDataParallel: pass the bare module"),
+        ("data", "list cannot be shared out to 2 ranks: it lacks set_shard"),
+        ("settings", "epochs is 2 on rank 0 but 3 on rank 1"),
+        ("disk", "cannot write run directory /proc/nowhere"),
+    ],
+)
+def test_refusals_reach_every_rank(what: str, message: str):
+    assert [message in said for said in run_local(refused, 2, what)] == [True, True]
+
+
+def test_moments_mean_the_same_at_any_world_size():
+    """Two steps of 16 in microbatches of 4 on one process; on ranks of 8 examples with microbatches of 4 the same."""
+    alone, (first, second) = measured(None, (4,)), run_local(measured, 2, (4, 4))
+    assert first == second == pytest.approx(alone, rel=1e-10)
+    uneven = run_local(measured, 2, (8, 2))[0]  # 1 of 8 and 4 of 2 a step: harmonic mean 5 / (1/8 + 4/2)
+    assert uneven["small_batch_size"] == pytest.approx(5 / (1 / 8 + 4 / 2))
+    assert uneven["gradient_sum_sq"] == pytest.approx(alone["gradient_sum_sq"], rel=1e-10)
+
+
+def test_norms_of_microbatches_are_those_of_all_ranks():
+    first, second = run_local(compared, 2)
+    assert torch.equal(first, second)
+    assert torch.allclose(first, compared(None), rtol=0, atol=1e-10)
+
+
+def test_statistics_are_averaged_and_dropout_differs():
+    (buffers, noise, losses), (others, other_noise, _) = run_local(normalised, 2)
+    assert torch.equal(buffers, others)
+    assert not torch.equal(noise, other_noise), "ranks must not drop the same units"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12), "evaluated as it was left"
