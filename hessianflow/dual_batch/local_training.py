@@ -23,7 +23,7 @@ from hessianflow.control import WorkerPlan
 from hessianflow.distributed.parameter_server import Weights
 from hessianflow.interfaces import BatchTransform, Progress, ResizableBatches
 from hessianflow.training import checkpoint
-from hessianflow.training.accumulate import BatchResult, GradientAccumulator
+from hessianflow.training.accumulate import GradientAccumulator, OwnResult
 from hessianflow.training.ghost_norm import ghost_normalisation
 
 
@@ -115,8 +115,8 @@ class LocalTraining:
             group["lr"] = self._course.rate_at(epoch)
         local, self._next = max(self._next, epoch), max(self._next, epoch) + 1
         results = list(self._steps(epoch, local * self._course.workers + self._course.worker, plan))
-        trained = sum(result.examples for result in results)
-        loss = torch.stack([result.loss.double() * result.examples for result in results]).sum()
+        trained = sum(result.rows for result in results)
+        loss = torch.stack([result.loss.double() * result.rows for result in results]).sum()
         hits = [result.correct for result in results if result.correct is not None]
         made = self._flat.read()  # waits for the device, so that the clock may be read and the sums may leave it
         self.figures = {
@@ -150,7 +150,7 @@ class LocalTraining:
             began = now
         return seconds
 
-    def _steps(self, epoch: int, order: int, plan: WorkerPlan) -> Iterator[BatchResult]:
+    def _steps(self, epoch: int, order: int, plan: WorkerPlan) -> Iterator[OwnResult]:
         """Train on the first batches of the shuffle numbered `order`."""
         place = {"epoch": order, "cursor": 0, "batch_size": plan.batch_size}
         self._data.load_state_dict({**self._data.state_dict(), **place})

@@ -58,7 +58,7 @@ def summary(
     decision: Decision,
     seconds: dict[str, float],
     device: torch.device,
-    world_size: int,
+    world_size: int = 1,
 ) -> dict[str, Any]:
     """What summary.json holds."""
     last = history.epochs[-1] if history.epochs else {}

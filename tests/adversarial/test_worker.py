@@ -45,8 +45,8 @@ def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrain
         model, data(), optimizer=optimizer, loss_fn=cross_entropy, adversary=adversary, run_dir=run_dir, **options
     )
     if stop_at:
-        decide = made._decide
-        made._decide = lambda at_end: (decide(at_end), made.request_stop() if made.progress.updates == stop_at else 0)
+        loop, decide = made._loop, made._loop._decide
+        loop._decide = lambda at_end: (decide(at_end), made.request_stop() if made.progress.updates == stop_at else 0)
     return made
 
 
@@ -59,7 +59,7 @@ def test_training_resumed_through_another_process_ends_as_interleaved(worker: Wo
     again.resume(tmp_path / "run")
     for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert whole._step.adversary.state_dict() == again._step.adversary.state_dict()
+    assert whole._loop.step.adversary.state_dict() == again._loop.step.adversary.state_dict()
 
 
 class Failing(FGSM):

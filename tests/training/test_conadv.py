@@ -199,10 +199,8 @@ def test_resumed_in_mid_epoch_it_ends_bit_for_bit_the_same(staleness: int, tmp_p
     make(None, whole, observers=[GradientMoments()]).fit()
     made: list[AdaptiveBatchTrainer] = []
     made.append(make(tmp_path / "run", broken, observers=[stopping(made, 70)]))
-    made[0]._loop.state.parts = {
-        **made[0]._loop.state.parts,
-        "observer 0": GradientMoments(),
-    }  # the stop is none of the run's
+    state = made[0]._loop.state
+    state.parts = {**state.parts, "observer 0": GradientMoments()}  # the stop is none of the run's
     assert made[0].fit().summary["status"] == "preempted"
     with torch.no_grad():
         for parameter in again.parameters():
