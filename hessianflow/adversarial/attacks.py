@@ -140,8 +140,8 @@ def attacking(model: nn.Module, norm_mode: NormMode) -> Iterator[nn.Module]:
     with measuring(model, norm_mode) as inner:
         for parameter in inner.parameters():
             parameter.requires_grad_(False)
-        with fixed_normalisation(inner):
-            yield inner
+        with fixed_normalisation(inner) as fixed:
+            yield fixed
 
 
 def ascend(
