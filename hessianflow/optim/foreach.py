@@ -62,8 +62,24 @@ def scaled(tensors: Tensors, factor: Factor) -> Tensors:
     if isinstance(factor, float) and factor == 1:
         return tensors
     if isinstance(factor, Tensor) and factor.ndim == 1:
-        return torch._foreach_mul(tensors, _spread(factor, tensors))
+        return torch._foreach_mul(tensors, spread(factor, tensors))
     return torch._foreach_mul(tensors, factor)
+
+
+def scale_(tensors: Tensors, factor: float) -> None:
+    """tensor *= factor for every tensor, in place."""
+    torch._foreach_mul_(tensors, number(factor, tensors))
+
+
+def number(value: float, tensors: Tensors) -> Factor:
+    """`value` in the form that an operation of these tensors with one number for all takes fastest.
+
+    On a processor a number would be wrapped into a tensor anew for every tensor of the list, which takes longer than
+    the operation itself where tensors are small; one 0-dim tensor for all gives the same results.
+    """
+    if tensors[0].is_cuda:
+        return value
+    return torch.tensor(value, dtype=torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)
 
 
 def add_scaled_(targets: Tensors, tensors: Tensors, factor: Factor, sign: float = 1.0) -> None:
@@ -73,10 +89,11 @@ def add_scaled_(targets: Tensors, tensors: Tensors, factor: Factor, sign: float 
     elif factor.ndim == 0:
         torch._foreach_add_(targets, torch._foreach_mul(tensors, factor), alpha=sign)
     else:
-        torch._foreach_addcmul_(targets, tensors, _spread(factor, tensors), value=sign)
+        torch._foreach_addcmul_(targets, tensors, spread(factor, tensors), value=sign)
 
 
-def _spread(factors: Tensor, tensors: Tensors) -> Tensors:
+def spread(factors: Tensor, tensors: Tensors) -> Tensors:
+    """The factors as a list that operations on two lists take, one for each tensor."""
     factors = factors.to(tensors[0].dtype)
     if not tensors[0].is_cuda:
         return factors.unbind()

@@ -19,7 +19,19 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.optim.checks import check_number, check_parameters, check_rate
-from hessianflow.optim.foreach import Factor, Tensors, add_scaled_, buckets, evaluate, norms, scaled, state_tensors
+from hessianflow.optim.foreach import (
+    Factor,
+    Tensors,
+    add_scaled_,
+    buckets,
+    evaluate,
+    norms,
+    number,
+    scale_,
+    scaled,
+    spread,
+    state_tensors,
+)
 
 Loss = TypeVar("Loss")
 
@@ -134,12 +146,12 @@ class LAMB(Optimizer):
         first = state_tensors(self.state, params, "exp_avg")
         second = state_tensors(self.state, params, "exp_avg_sq")
         torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
+        scale_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
         steps = self._advance(params, group["capturable"])
         denominator = torch._foreach_sqrt(second)
         _multiply_(denominator, (1 - beta2**steps).rsqrt())
-        torch._foreach_add_(denominator, eps)
+        torch._foreach_add_(denominator, number(eps, params))
         direction = torch._foreach_div(first, denominator)
         _multiply_(direction, (1 - beta1**steps).reciprocal())
         return direction
@@ -160,8 +172,8 @@ def _gradients(params: Tensors) -> list[Tensor]:
 
 
 def _multiply_(tensors: Tensors, factors: Tensor) -> None:
-    """tensor *= its factor; factors on the host become numbers, which needs no device synchronisation."""
-    if factors.is_cuda:
-        torch._foreach_copy_(tensors, scaled(tensors, factors))
+    """tensor *= its factor; those on the host become numbers for a GPU, which needs no synchronisation."""
+    if factors.device == tensors[0].device:
+        torch._foreach_mul_(tensors, spread(factors, tensors))
     else:
         torch._foreach_mul_(tensors, factors.tolist())

@@ -33,7 +33,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.optim.checks import check_choice, check_number, check_parameters, check_rate
-from hessianflow.optim.foreach import Factor, Tensors, add_scaled_, buckets, evaluate, norms, scaled, state_tensors
+from hessianflow.optim.foreach import (
+    Factor,
+    Tensors,
+    add_scaled_,
+    buckets,
+    evaluate,
+    norms,
+    scale_,
+    scaled,
+    state_tensors,
+)
 
 Form = Literal["paper", "tensorflow", "outside", "larc", "late"]
 
@@ -144,7 +154,7 @@ class LARS(Optimizer):
         if momentum == 0:
             return scaled(decayed, inner)
         velocity = state_tensors(self.state, params, "momentum_buffer")
-        torch._foreach_mul_(velocity, momentum)
+        scale_(velocity, momentum)
         if not group["nesterov"]:
             add_scaled_(velocity, decayed, inner)
             return velocity
@@ -154,16 +164,17 @@ class LARS(Optimizer):
 
     def _ratios(self, group: dict[str, Any], params: Tensors, grads: Tensors, decayed: Tensors, decay: float) -> Tensor:
         """The ratio of every tensor, shape [len(params)]."""
-        weight = norms(params)
-        if group["form"] in ("tensorflow", "late"):
-            gradient = denominator = norms(decayed)
-        else:
-            gradient = norms(grads)
-            denominator = gradient + decay * weight
-        ratio = group["trust_coefficient"] * weight / (denominator + group["eps"])
+        of_decayed = group["form"] in ("tensorflow", "late")
+        both = norms([*params, *(decayed if of_decayed else grads)]).view(2, -1)
+        weight, denominator = both.unbind()
+        if decay and not of_decayed:
+            denominator = torch.add(denominator, weight, alpha=decay)
+        if group["eps"]:
+            denominator = denominator + group["eps"]
+        ratio = group["trust_coefficient"] * weight / denominator
         if group["form"] == "larc":
             ratio = (ratio / group["lr"]).clamp(max=1.0)
-        return torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
+        return torch.where((both > 0).all(0), ratio, 1.0)
 
 
 def _placed(form: Form, ratio: Tensor, lr: float | Tensor) -> tuple[Factor, Factor]:
