@@ -68,12 +68,12 @@ class _NormTable:
             raise HessianFlowError(
                 f"{type(self).__name__} has seen no gradient: attach it to the training loop as a gradient observer"
             )
-        unknown = [parameter for parameter in params if parameter not in self._position]
-        if unknown:
+        order = tuple(self._position.get(parameter, -1) for parameter in params)
+        if -1 in order:
             raise HessianFlowError(
-                f"params must be among the {len(self.params)} watched, got another of shape {[*unknown[0].shape]}"
+                f"params must be among the {len(self.params)} watched, "
+                f"got another of shape {[*params[order.index(-1)].shape]}"
             )
-        order = tuple(self._position[parameter] for parameter in params)
         if order not in self._orders:
             self._orders[order] = torch.tensor(order, device=self._sum.device)
         return self._sum[self._orders[order]] / self._examples
