@@ -8,12 +8,12 @@ import numpy as np
 
 from experiments.results import Row
 
-FLOOR = 1e-7
-"""Densities below this are not drawn."""
+LEAST = 1e-4
+"""The smallest eigenvalue that is drawn."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """For the first seed of the last problem: densities through training above; eigenvalue and slices below."""
+    """For the first seed of the last problem: spectra through training above; top eigenvalue and slices below."""
     from hessianflow.plots import style
 
     problem = rows[-1]["problem"]
@@ -21,10 +21,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     shown = [row for row in here if row["seed"] == min(row["seed"] for row in here)]
     figure = style.new_figure(10.5, 6.4)
     above, below = figure.subplots(2, 3)
-    low = min(_nodes(row).min() for row in shown)
-    high = max(_nodes(row).max() for row in shown)
     for axes, row in zip(above, shown, strict=False):
-        _densities(axes, row, low, high)
+        _spectra(axes, row)
     for index, row in enumerate(shown):
         look = {"color": style.colour(index), "linestyle": style.dash(index), "label": row["method"], "linewidth": 1.4}
         below[0].plot(range(1, len(row["epochs"]) + 1), [epoch["eigenvalue"] for epoch in row["epochs"]], **look)
@@ -40,25 +38,22 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _nodes(row: Row) -> Any:
-    return np.concatenate([np.ravel(one["nodes"]) for one in row["measured"]["densities"]])
-
-
-def _densities(axes: Any, row: Row, low: float, high: float) -> None:
-    """One line an epoch, darker the later."""
+def _spectra(axes: Any, row: Row) -> None:
+    """The share of eigenvalues that are larger than what the axis says, one line an epoch, darker the later."""
     import matplotlib as mpl
 
     from hessianflow.plots import style
-    from hessianflow.plots.spectra import broaden
 
-    width = 0.01 * (high - low)
-    grid = np.linspace(low - 5 * width, high + 5 * width, 1000)
     found = row["measured"]["densities"]
     for place, one in enumerate(found):
-        mean, _ = broaden(np.asarray(one["nodes"]), np.asarray(one["weights"]), grid, width)
+        nodes, weights = np.ravel(one["nodes"]), np.ravel(one["weights"]) / len(one["nodes"])
+        order = np.argsort(-nodes)
+        values, shares = nodes[order], np.cumsum(weights[order])
+        shown = values > LEAST
         colour = mpl.colormaps["viridis_r"](0.15 + 0.85 * place / max(len(found) - 1, 1))
-        axes.plot(grid, mean, color=colour, linewidth=1.2, label=f"epoch {one['epoch']}: top {one['top']:.3g}")
-    axes.set(yscale="log", ylim=(FLOOR, None), title=row["method"])
+        label = f"epoch {one['epoch']}: top {one['top']:.2g}"
+        axes.step(values[shown], shares[shown], where="post", color=colour, linewidth=1.2, label=label)
+    axes.set(xscale="log", yscale="log", xlim=(LEAST, 100), ylim=(1e-6, 1), title=row["method"])
     axes.title.set_fontsize(9)
-    style.finish(axes, "eigenvalue", "density")
-    axes.legend(fontsize=7)
+    style.finish(axes, "eigenvalue", "share of eigenvalues above")
+    axes.legend(fontsize=7, loc="lower left")

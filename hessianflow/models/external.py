@@ -50,7 +50,9 @@ def _attribute(name: str, module: str, attribute: str) -> Callable[..., Any]:
         found = getattr(import_module(module), attribute, None) if module and attribute else None
     # A broken torchvision raises RuntimeError; whatever the import raises is the user's answer.
     except Exception as error:
-        raise HessianFlowError(f"model {name!r}: importing {module!r} failed: {_first_line(error)}") from error
+        library, slash, _ = name.partition("/")
+        way_out = f"; pip install {library}" if slash and isinstance(error, ModuleNotFoundError) else ""
+        raise HessianFlowError(f"model {name!r}: importing {module!r} failed: {_first_line(error)}{way_out}") from error
     if not callable(found):
         raise HessianFlowError(
             f"model {name!r}: {module!r} has no function {attribute!r}; write it as package.module:function"

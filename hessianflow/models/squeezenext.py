@@ -142,7 +142,8 @@ class SqueezeNextBlock(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C, H/stride, W/stride]."""
         shortcut = self.shortcut(inputs)
-        return relu(self.body(shortcut if self.reads_shortcut else inputs) + shortcut)
+        total = self.body(shortcut if self.reads_shortcut else inputs) + shortcut
+        return relu(total, inplace=True)
 
 
 def squeezenext(
