@@ -3,22 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from hessianflow.config import TrainConfig, to_dict
-from hessianflow.distributed import (
-    GroupWorld,
-    check_same_program,
-    code_fingerprint,
-    from_environment,
-    local_device,
-    process_group,
-)
+from hessianflow.distributed import from_environment, launched_world
 from hessianflow.interfaces import AgreedError, HessianFlowError, World
 from hessianflow.training.world import LocalWorld
-
-_OWN = ("run_dir",)
-"""Settings that ranks need not have alike: rank 0's is used."""
 
 
 @contextmanager
@@ -29,10 +17,10 @@ def launched(make: Callable[[], TrainConfig]) -> Iterator[tuple[World, TrainConf
         make: the prepared settings; what is wrong with them, the first process of each machine says.
 
     Yields:
-        The world, and the settings.
+        The world, and the settings, `run_dir` apart the same on all ranks.
 
     Raises:
-        HessianFlowError: ranks with different code or settings, or no device for this one; within: another rank failed.
+        HessianFlowError: ranks with different code or settings, and what :func:`launched_world` raises.
     """
     place = from_environment()
     try:
@@ -44,15 +32,6 @@ def launched(make: Callable[[], TrainConfig]) -> Iterator[tuple[World, TrainConf
     if place is None:
         yield LocalWorld(), config
         return
-    device = torch.device(config.device)
-    if device.index is not None and place.world_size > 1:
-        raise AgreedError(f"--device {config.device} is one device for {place.world_size} processes: use {device.type}")
-    with process_group(place, local_device(config.device, place.local_rank)) as reducer:
-        settings = {name: value for name, value in to_dict(config).items() if name not in _OWN}
-        check_same_program(reducer, settings, code_fingerprint())
-        try:
-            yield GroupWorld(reducer), config
-        except RuntimeError as error:
-            if not any(name in str(error) for name in ("gloo", "NCCL", "ncclR")):
-                raise
-            raise HessianFlowError(f"another rank failed or was ended: {str(error).splitlines()[0]}") from None
+    with launched_world(config.device) as world:
+        world.compare({name: value for name, value in to_dict(config).items() if name != "run_dir"})
+        yield world, config

@@ -33,7 +33,7 @@ from hessianflow.distributed.simulated import run_simulated
 from hessianflow.distributed.simulated_server import Commit, simulate
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.distributed.world import GroupWorld
+from hessianflow.distributed.world import GroupWorld, launched_world
 
 __all__ = [
     "AllReduceTime",
@@ -64,6 +64,7 @@ __all__ = [
     "fit_all_reduce",
     "fit_step_time",
     "from_environment",
+    "launched_world",
     "local_device",
     "measure_all_reduce",
     "measure_steps",

@@ -1,17 +1,18 @@
 """The trainer's world of several ranks: one process group that shares gradients, buffers and decisions."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
-from hessianflow.distributed.reducers import GroupReducer
+from hessianflow.distributed.process_group import from_environment, local_device, process_group
+from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.interfaces import BatchTotals, HessianFlowError
+from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError
 from hessianflow.measuring import unwrap
 
 
@@ -19,15 +20,17 @@ class GroupWorld:
     """A rank of several, for `AdaptiveBatchTrainer(..., world=GroupWorld(reducer))`; see `interfaces.World`.
 
     Args:
-        reducer: of the group; from :func:`process_group` under torchrun.
+        reducer: of the group. Under torchrun :func:`launched_world` makes the world.
+        device: where this rank's model and data belong.
 
     Raises:
         HessianFlowError: at the start: ranks that differ in code or settings, a model in DistributedDataParallel,
             training data that cannot be shared out; at a step: see :class:`GradientSynchronizer`.
     """
 
-    def __init__(self, reducer: GroupReducer) -> None:
+    def __init__(self, reducer: GroupReducer, device: torch.device | str = "cpu") -> None:
         self._reducer = reducer
+        self.device = torch.device(device)
 
     @property
     def rank(self) -> int:
@@ -58,10 +61,13 @@ class GroupWorld:
         self._module, self._parameters = unwrap(model), parameters
         self._synchronizer = GradientSynchronizer(parameters, self._reducer)
 
+    def compare(self, settings: Mapping[str, Any]) -> None:
+        """Refuse ranks with different code or settings; see :func:`check_same_program`."""
+        check_same_program(self._reducer, settings, code_fingerprint())
+
     def meet(self, settings: Mapping[str, Any]) -> None:
         """Check that all ranks run the same program, then give all of them rank 0's weights."""
-        shapes = {f"parameter {number}": list(p.shape) for number, p in enumerate(self._parameters)}
-        check_same_program(self._reducer, {**settings, **shapes}, code_fingerprint())
+        self.compare({**settings, **{f"parameter {n}": list(p.shape) for n, p in enumerate(self._parameters)}})
         broadcast_module(self._reducer, self._module)
         held = {id(p) for p in self._module.parameters()}
         broadcast_module(self._reducer, nn.ParameterList(p for p in self._parameters if id(p) not in held))
@@ -110,3 +116,32 @@ class GroupWorld:
     def gather(self, value: Any) -> list[Any]:
         """Every rank's plain value, in the order of ranks."""
         return self._reducer.gather(value)
+
+
+@contextmanager
+def launched_world(device: str = "cpu") -> Iterator[GroupWorld]:
+    """The world of the processes that torchrun started, or of this one alone; left together at the end.
+
+    Args:
+        device: "cpu", or "cuda", which becomes a device of its own for each process of a machine.
+
+    Raises:
+        HessianFlowError: no device for this process, one device named for several, or another rank that failed.
+    """
+    place = from_environment()
+    if place is None:
+        yield GroupWorld(LocalReducer(), device)
+        return
+    named = torch.device(device)
+    if named.index is not None and place.world_size > 1:
+        raise AgreedError(
+            f"device {device} is one for {place.world_size} processes: use {named.type}, each takes its own"
+        )
+    own = local_device(device, place.local_rank)
+    try:
+        with process_group(place, own) as reducer:
+            yield GroupWorld(reducer, own)
+    except RuntimeError as error:
+        if not any(backend in str(error) for backend in ("gloo", "NCCL")):
+            raise
+        raise HessianFlowError(f"another rank failed or was ended: {str(error).splitlines()[0]}") from error

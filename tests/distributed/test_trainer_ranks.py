@@ -1,5 +1,9 @@
 """The trainer on two gloo ranks against the trainer in one process, which other tests hold against plain loops."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from trainers import (
     preempted,
     refused,
     resumed,
+    rolled_back,
     run,
     skewed,
     tiny,
@@ -84,7 +89,14 @@ def test_what_diverges_on_one_rank_ends_all_at_the_same_step(where: str):
 
 
 def test_all_ranks_go_back_together(tmp_path: Path):
-    """Nothing has grown, so there is nothing to undo and the run ends: decided by rank 0, which holds the records."""
+    first, second = run_local(rolled_back, 2, str(tmp_path / "two"))
+    assert torch.equal(first["weights"], second["weights"])
+    check_equal(first, rolled_back(None, str(tmp_path / "one")))
+    assert [row["event"] for row in first["rows"] if row["kind"] == "event"] == ["diverged", "rollback"]
+
+
+def test_all_ranks_end_where_there_is_nothing_to_undo(tmp_path: Path):
+    """Decided by rank 0, which alone holds the records."""
     first, second = run_local(poisoned, 2, "batch", str(tmp_path / "run"))
     assert first == second
     assert "the last good checkpoint is" in first[0]
@@ -125,3 +137,37 @@ def test_statistics_are_averaged_and_dropout_differs():
     assert torch.equal(buffers, others)
     assert not torch.equal(noise, other_noise), "ranks must not drop the same units"
     assert losses[0] == pytest.approx(losses[1], rel=1e-12), "evaluated as it was left"
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hessianflow", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_torchrun_trains_one_process_goes_on(tmp_path: Path):
+    folder = str(tmp_path / "run")
+    options = ["--device", "cpu", "--epochs", "1", "--train-examples", "200", "--plots", "false"]
+    done = torchrun("train", *options, "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished: test accuracy") == 1, "one rank speaks"
+    summary = History.load(folder).summary
+    assert (summary["world_size"], summary["examples"], summary["updates"]) == (2, 200, 7)
+
+
+def apart(rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
+    """One rank by hand: torchrun would start all with the same command."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **place, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hessianflow", "train", "--device", "cpu", *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_ranks_with_other_settings_are_refused_in_one_line():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [apart(rank, port, "--lr", f"0.{rank + 1}") for rank in range(2)]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "lr is 0.1 on rank 0 but 0.2 on rank 1" in said[0]
+    assert (said[0].count("\n"), said[1]) == (1, "")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.adversarial import FGSM, ConcurrentAdversary
-from hessianflow.control import ABSA
+from hessianflow.control import ABSA, AdaBatch
 from hessianflow.curvature import CurvatureProbe, HessianOperator
 from hessianflow.data import DeviceBatches
 from hessianflow.distributed import GroupReducer, GroupWorld, sharded
@@ -214,3 +214,17 @@ def normalised(reducer: GroupReducer) -> tuple[Tensor, Tensor, list[float]]:
     row = made.fit().epochs[-1]
     losses = [evaluate(model, evaluation, F.cross_entropy).loss, row["eval_loss"]]
     return torch.cat([b.double().reshape(-1) for b in model.buffers()]), noise[0], losses
+
+
+def rolled_back(reducer: GroupReducer | None, run_dir: str) -> dict[str, Any]:
+    """The batch doubles every epoch; one of more than 16 explodes, and is undone."""
+
+    def grow(_: nn.Module, world: GroupWorld | None) -> dict[str, Any]:
+        def poison(inputs: Tensor, targets: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+            limit = 16 if world is None else 16 // world.world_size
+            return (inputs * torch.nan if len(inputs) > limit else inputs), targets
+
+        controller = AdaBatch(8, 64, every_epochs=1, lr_decay=1)
+        return {"controller": controller, "transform": poison, "train_data": pixels(8, 64), "epochs": 4}
+
+    return run(reducer, grow, run_dir=run_dir, on_divergence="rollback")
