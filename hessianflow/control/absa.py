@@ -24,7 +24,7 @@ Deviations from the published code:
 import math
 from dataclasses import dataclass
 
-from hessianflow.control.checks import check_cap, check_count, check_number
+from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.interfaces import CurvatureReading, Progress
 
@@ -67,16 +67,13 @@ class ABSA(Controller[ABSAState]):
         share_decay: float = 2,
         total_epochs: int | None = None,
     ) -> None:
-        check_count("batch_size", batch_size)
-        check_cap(batch_size, max_batch_size)
+        super().__init__(ABSAState(batch_size, adversarial_share=adversarial_share), max_batch_size)
         self.decay_factor = check_number("decay_factor", decay_factor, above=1)
         self.growth_factor = check_number("growth_factor", growth_factor, above=1)
         self.patience = None if patience is None else check_count("patience", patience)
         self.share_decay = check_number("share_decay", share_decay, low=1)
         self.total_epochs = None if total_epochs is None else check_count("total_epochs", total_epochs)
         self.initial_batch_size = batch_size
-        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
-        super().__init__(ABSAState(batch_size, adversarial_share=share), max_batch_size)
 
     @property
     def needs(self) -> frozenset[str]:

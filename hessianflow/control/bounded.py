@@ -3,7 +3,7 @@
 import math
 from typing import TypeVar
 
-from hessianflow.control.checks import check_cap, check_count, check_number
+from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState
 from hessianflow.control.lr_scaling import LRRule, check_rule, lr_factor
 from hessianflow.interfaces import HessianFlowError
@@ -36,9 +36,8 @@ class BoundedController(Controller[S]):
         lr_rule: LRRule,
         max_lr_factor: float | None,
     ) -> None:
-        batch_size = check_count("batch_size", state.batch_size)
-        check_number("adversarial_share", state.adversarial_share, low=0, high=1)
-        super().__init__(state, check_cap(batch_size, max_batch_size))
+        super().__init__(state, max_batch_size)
+        batch_size = state.batch_size
         self.min_batch_size = batch_size if min_batch_size is None else check_count("min_batch_size", min_batch_size)
         if self.min_batch_size > batch_size:
             raise HessianFlowError(f"min_batch_size must be <= batch_size {batch_size}, got {min_batch_size}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from hessianflow.control.checks import check_fits
+from hessianflow.control.checks import check_cap, check_count, check_fits, check_number
 from hessianflow.interfaces import NO_SIGNALS, CurvatureReading, Decision, HessianFlowError, Progress
 
 
@@ -43,11 +43,20 @@ class Controller(ABC, Generic[S]):
     """A state machine that decides once per completed epoch.
 
     A subclass adds `_decide`, which changes the state and returns the reason, and `needs` if it measures something.
+
+    Args:
+        state: the setting to start with.
+        max_batch_size: the cap.
+
+    Raises:
+        HessianFlowError: a size is not a whole number >= 1, the share not in [0, 1], or the cap below the first size.
     """
 
     def __init__(self, state: S, max_batch_size: int) -> None:
+        check_count("batch_size", state.batch_size)
+        check_number("adversarial_share", state.adversarial_share, low=0, high=1)
         self._state = state
-        self.max_batch_size = max_batch_size
+        self.max_batch_size = check_cap(state.batch_size, max_batch_size)
 
     @property
     def needs(self) -> frozenset[str]:

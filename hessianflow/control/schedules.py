@@ -13,7 +13,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hessianflow.control.checks import check_cap, check_count, check_number
+from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.interfaces import HessianFlowError, Progress
 
@@ -30,9 +30,7 @@ class FixedBatch(Controller[ControllerState]):
     """
 
     def __init__(self, batch_size: int, adversarial_share: float = 0.0) -> None:
-        check_count("batch_size", batch_size)
-        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
-        super().__init__(ControllerState(batch_size, adversarial_share=share), batch_size)
+        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), batch_size)
 
     def is_due(self, progress: Progress) -> bool:  # noqa: ARG002
         """Never."""
@@ -61,12 +59,11 @@ class Warmup(Controller[ControllerState]):
     def __init__(
         self, batch_size: int, reference_batch_size: int, *, warmup_epochs: float = 5, adversarial_share: float = 0.0
     ) -> None:
-        check_count("batch_size", batch_size)
+        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), batch_size)
         self.scale = batch_size / check_count("reference_batch_size", reference_batch_size)
         self.warmup_epochs = check_number("warmup_epochs", warmup_epochs, low=0)
-        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
-        start = 1.0 if warmup_epochs > 0 else self.scale
-        super().__init__(ControllerState(batch_size, start, share), batch_size)
+        if warmup_epochs == 0:
+            self._state.lr_factor = self.scale
 
     def is_due(self, progress: Progress) -> bool:
         """After every update, until the full rate is reached."""
@@ -108,13 +105,10 @@ class AdaBatch(Controller[ControllerState]):
         lr_decay: float = 0.75,
         adversarial_share: float = 0.0,
     ) -> None:
-        check_count("batch_size", batch_size)
-        check_cap(batch_size, max_batch_size)
+        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), max_batch_size)
         self.every_epochs = check_count("every_epochs", every_epochs)
         self.growth_factor = check_number("growth_factor", growth_factor, above=1)
         self.lr_decay = check_number("lr_decay", lr_decay, above=0)
-        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
-        super().__init__(ControllerState(batch_size, adversarial_share=share), max_batch_size)
 
     def _decide(self, measured: Measured, /) -> str:
         epoch, before = measured.progress.epoch, self._state.batch_size
@@ -155,15 +149,12 @@ class GrowInsteadOfDecay(Controller[ControllerState]):
         decay_factor: float = 5,
         adversarial_share: float = 0.0,
     ) -> None:
-        check_count("batch_size", batch_size)
-        check_cap(batch_size, max_batch_size)
+        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), max_batch_size)
         self.decay_factor = check_number("decay_factor", decay_factor, above=1)
         self.milestones = tuple(check_count("milestones", epoch) for epoch in milestones)
         if not self.milestones or any(b <= a for a, b in pairwise(self.milestones)):
             raise HessianFlowError(f"milestones must be one or more increasing epochs, got {list(milestones)}")
         self.initial_batch_size = batch_size
-        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
-        super().__init__(ControllerState(batch_size, adversarial_share=share), max_batch_size)
 
     def _decide(self, measured: Measured, /) -> str:
         state, before = self._state, (self._state.batch_size, self._state.lr_factor)

@@ -38,14 +38,13 @@ class TimedSchedule(Controller[ControllerState]):
         decay_from: float | None = None,
         adversarial_share: float = 0.0,
     ) -> None:
+        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), batch_size)
         self.stages = tuple((check_count("stages epochs", e), check_count("stages sizes", b)) for e, b in stages)
         if any(later <= earlier for (earlier, _), (later, _) in pairwise(self.stages)):
             raise HessianFlowError(f"stages must have increasing epochs, got {[epoch for epoch, _ in self.stages]}")
         self.decay_from = None if decay_from is None else check_number("decay_from", decay_from, low=0)
-        self.initial_batch_size = check_count("batch_size", batch_size)
-        share = check_number("adversarial_share", adversarial_share, low=0, high=1)
-        largest = max([batch_size, *(size for _, size in self.stages)])
-        super().__init__(ControllerState(batch_size, adversarial_share=share), largest)
+        self.initial_batch_size = batch_size
+        self.max_batch_size = max([batch_size, *(size for _, size in self.stages)])
 
     def is_due(self, progress: Progress) -> bool:
         """After every epoch, and after every update while the rate falls."""

@@ -1,12 +1,33 @@
 """Argument checks shared by the optimizers: each names the parameter, the value received and the bound."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from hessianflow.interfaces import HessianFlowError
+
+
+class CheckedOptimizer(Optimizer):
+    """An optimizer that keeps no parameter group which its `_check` refuses."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own options, checked like the constructor's."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check(group)
+        except HessianFlowError:
+            self.param_groups.pop()
+            raise
+
+    @abstractmethod
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise a HessianFlowError for an option out of its bounds."""
 
 
 def check_number(name: str, value: float, *, low: float = 0.0, below: float = math.inf) -> None:
@@ -18,6 +39,18 @@ def check_number(name: str, value: float, *, low: float = 0.0, below: float = ma
     if not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value < below:
         bound = f" and < {below:g}" if below < math.inf else ""
         raise HessianFlowError(f"{name} must be a finite number >= {low:g}{bound}, got {value!r}")
+
+
+def check_limit(name: str, value: float | None, none: str) -> None:
+    """Refuse a limit that is neither None, which means `none`, nor a finite number > 0.
+
+    Raises:
+        HessianFlowError: it is neither.
+    """
+    if value is not None:
+        check_number(name, value)
+    if value == 0:
+        raise HessianFlowError(f"{name} must be > 0, got 0: use None for {none}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import check_number
+from hessianflow.optim.checks import check_limit
 from hessianflow.optim.foreach import Tensors, norms
 from hessianflow.optim.lars import LARS, Form
 from hessianflow.optim.observers import MicrobatchNorms
@@ -84,10 +83,7 @@ class CLARS(LARS):
         decay_vectors: bool = False,
         capturable: bool = False,
     ) -> None:
-        if max_rate is not None:
-            check_number("max_rate", max_rate)
-            if max_rate == 0:
-                raise HessianFlowError("max_rate must be > 0, got 0: use None for no cap")
+        check_limit("max_rate", max_rate, "no cap")
         super().__init__(
             params,
             lr,

@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import check_number, check_parameters, check_rate
+from hessianflow.optim.checks import CheckedOptimizer, check_limit, check_number, check_parameters, check_rate
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,
@@ -36,7 +35,7 @@ from hessianflow.optim.foreach import (
 Loss = TypeVar("Loss")
 
 
-class LAMB(Optimizer):
+class LAMB(CheckedOptimizer):
     """Adam whose step in each layer has the length lr * ||w||.
 
     Args:
@@ -67,10 +66,7 @@ class LAMB(Optimizer):
         decay_vectors: bool = False,
         capturable: bool = False,
     ) -> None:
-        if max_grad_norm is not None:
-            check_number("max_grad_norm", max_grad_norm)
-            if max_grad_norm == 0:
-                raise HessianFlowError("max_grad_norm must be > 0, got 0: use None for no clipping")
+        check_limit("max_grad_norm", max_grad_norm, "no clipping")
         self.max_grad_norm = max_grad_norm
         defaults = {
             "lr": lr,
@@ -82,16 +78,6 @@ class LAMB(Optimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with their own options, checked like the constructor's."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check(group)
-        except HessianFlowError:
-            self.param_groups.pop()
-            raise
 
     def _check(self, group: dict[str, Any]) -> None:
         check_parameters(group["params"], type(self).__name__)

@@ -29,10 +29,10 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import check_choice, check_number, check_parameters, check_rate
+from hessianflow.optim.checks import CheckedOptimizer, check_choice, check_number, check_parameters, check_rate
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,
@@ -50,7 +50,7 @@ Form = Literal["paper", "tensorflow", "outside", "larc", "late"]
 Loss = TypeVar("Loss")
 
 
-class LARS(Optimizer):
+class LARS(CheckedOptimizer):
     """SGD with momentum whose rate in each layer is proportional to ||w|| / ||g||.
 
     Works on lists of tensors: the number of kernel launches does not grow with the number of tensors, and nothing is
@@ -101,16 +101,6 @@ class LARS(Optimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with their own options, checked like the constructor's."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check(group)
-        except HessianFlowError:
-            self.param_groups.pop()
-            raise
 
     def _check(self, group: dict[str, Any]) -> None:
         check_parameters(group["params"], type(self).__name__)
