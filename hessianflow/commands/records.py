@@ -38,15 +38,25 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 
 
 def draw(runs: list[Path], folder: Path) -> None:
-    """Draw both pictures of `runs` into `folder` and print their paths."""
+    """Draw the pictures of `runs` into `folder` and print their paths; a run with a server or with stages has more."""
     from hessianflow import plots
+    from hessianflow.training import History
 
     _make(folder)
-    for picture in (plots.curvature_trajectory, plots.training_curves):
+    histories = [History.load(run) for run in runs]
+    has_server = any(history.of_kind("commit") for history in histories)
+    pictures: list[tuple[Callable[..., Any], Any]] = [(plots.curvature_trajectory, runs), (plots.training_curves, runs)]
+    if has_server:
+        pictures.append((plots.accuracy_over_time, runs))
+    if len(runs) == 1 and has_server:
+        pictures.append((plots.commit_timeline, runs[0]))
+    if len(runs) == 1 and (has_server or "resolution_stages" in histories[0].config):
+        pictures.append((plots.batch_and_resolution, runs[0]))
+    for picture, source in pictures:
         path = folder / f"{picture.__name__}.png"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # a run's name may hold what the font lacks
-            picture(runs, path=path)
+            picture(source, path=path)
         print(f"  {path}")
 
 

@@ -70,7 +70,7 @@ class ParameterServer:
         staleness: with "ssp", how many commits a worker may be ahead of another. Default of the papers' settings file.
 
     Attributes:
-        commits: pushes received since the start; a learning-rate schedule counts commits // workers as its epoch.
+        commits: pushes received since the start; as many as there are workers make an epoch.
 
     Raises:
         HessianFlowError: no worker, a factor that is not positive, an unknown rule; at a push: an unknown worker, one

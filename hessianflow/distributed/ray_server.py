@@ -240,7 +240,7 @@ class _Run:
         if worker not in self._workers:
             self._workers[worker] = self._new_worker(worker)
             deadline += START_SECONDS
-        epoch = self.commits // self._size
+        epoch = (self.commits + len(self._running)) // self._size
         actor = self._workers[worker]
         succeeded, weights = actor.train.options(num_returns=2).remote(self.server.pull.remote(worker), epoch)
         self._running[succeeded] = _Training(worker, now, deadline, epoch, weights)

@@ -17,6 +17,9 @@ from hessianflow.interfaces import HessianFlowError
 LocalEpoch = Callable[[Weights, int], Weights]
 """local_epoch(weights, epoch) -> weights: train from the pulled weights; `epoch` for the learning-rate schedule.
 
+`epoch` is (commits + local epochs under way) // workers: that of the push to come, if all keep pace. (The papers take
+commits // workers, by which workers that finish almost together train all but one a second time in epoch 0.)
+
 One that is an object may have an attribute `figures` (named numbers about the last local epoch, which the commit
 carries), and a `state_dict` and `load_state_dict`, which a simulation's snapshots include."""
 
@@ -108,7 +111,7 @@ class _Simulation:
 
     def start(self, worker: int, now: float) -> None:
         """Pull, and finish later."""
-        epoch = self._server.commits // len(self._workers)
+        epoch = (self._server.commits + len(self._running)) // len(self._workers)
         duration = self._seconds(worker, epoch)
         if not duration > 0:
             raise HessianFlowError(f"a local epoch must take a positive time, got {duration} s for worker {worker}")

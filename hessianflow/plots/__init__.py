@@ -1,6 +1,7 @@
 """Figures, tables and reports from what runs left behind: records are read, live objects never."""
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
+from hessianflow.plots.dual_batch import accuracy_over_time, batch_and_resolution, commit_timeline
 from hessianflow.plots.landscape import landscape
 from hessianflow.plots.report import report
 from hessianflow.plots.robustness import robustness
@@ -11,6 +12,9 @@ from hessianflow.plots.trajectory import curvature_trajectory
 
 __all__ = [
     "ComparisonTable",
+    "accuracy_over_time",
+    "batch_and_resolution",
+    "commit_timeline",
     "compare",
     "compare_table",
     "curvature_trajectory",

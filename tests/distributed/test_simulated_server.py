@@ -23,7 +23,7 @@ def test_the_clock_alone_decides_the_order():
     timeline = simulate(server, workers, lambda worker, epoch: (2.0, 5.0)[worker], commits=7)
     assert [(c.worker, c.finished) for c in timeline] == [(0, 2), (0, 4), (1, 5), (0, 6), (0, 8), (0, 10), (1, 10)]
     assert [c.staleness for c in timeline] == [0, 0, 2, 1, 0, 0, 3]
-    assert [c.epoch for c in timeline] == [0, 0, 0, 1, 2, 2, 1], "commits // workers when it pulled"
+    assert [c.epoch for c in timeline] == [0, 1, 0, 1, 2, 3, 2], "(commits + under way) // workers when it pulled"
     assert all(c.released == c.finished for c in timeline)
 
 
@@ -71,6 +71,52 @@ def test_every_push_is_reported():
     seen = []
     timeline = simulate(server, workers, lambda w, e: 1.0, commits=4, on_commit=seen.append)
     assert [c.worker for c in seen] == [c.worker for c in timeline] == [0, 1, 0, 1]
+
+
+def test_workers_that_keep_pace_train_every_epoch_once():
+    server, workers = two("asp")
+    timeline = simulate(server, workers, lambda w, e: 1.0 + 0.001 * w, commits=8)
+    assert sorted((c.worker, c.epoch) for c in timeline) == [(w, e) for w in (0, 1) for e in range(4)]
+
+
+class Counting:
+    """A local epoch with a memory and figures: adds its count."""
+
+    def __init__(self):
+        self.count, self.figures = 0, {}
+
+    def __call__(self, weights, epoch):
+        self.count += 1
+        self.figures = {"count": self.count}
+        return weights + self.count
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize("synchrony", ["asp", "bsp", "ssp"])
+def test_stopped_and_resumed_is_bit_equal(synchrony):
+    def start():
+        return ParameterServer(np.zeros(3), {0: 1.0, 1: 0.7}, synchrony), {0: Counting(), 1: Counting()}
+
+    def seconds(worker, epoch):
+        return 1.0 + 0.6 * worker
+
+    server, workers = start()
+    whole = simulate(server, workers, seconds, commits=10)
+    cut, snapshots = start(), []
+    stops = iter([False] * 4 + [True])
+    options = {"snapshot_commits": 4, "on_snapshot": snapshots.append}
+    first = simulate(*cut, seconds, commits=10, should_stop=lambda: next(stops), **options)
+    assert [s["server"]["commits"] for s in snapshots] == [4, 5], "after four commits, and when stopped"
+    again, others = start()
+    rest = simulate(again, others, seconds, commits=10, resume_from=snapshots[-1])
+    assert np.array_equal(again.weights, server.weights)
+    key = [(c.worker, c.finished, c.epoch, c.figures["count"]) for c in first + rest]
+    assert key == [(c.worker, c.finished, c.epoch, c.figures["count"]) for c in whole]
 
 
 def test_bad_input():

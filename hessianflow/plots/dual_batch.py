@@ -1,0 +1,155 @@
+"""Runs on a parameter server, and runs that change the resolution: when who pushed, and what it cost in seconds."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.plots import style
+from hessianflow.plots.records import Array, Row, Run, RunSource, batch_steps, column, number, read_runs
+
+SMALL, LARGE, WAITING = style.COLOURS[1], style.COLOURS[0], "#dddddd"
+SHOWN_EPOCHS = 6
+"""Epochs of the timeline: more bars than these cannot be told apart."""
+
+
+def accuracy_over_time(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
+    """Evaluation accuracy against the server's clock (predicted, in a simulation) and against the wall's.
+
+    Args:
+        runs: one or several; those without a server are drawn in the second panel only.
+        path: where to write a PNG; None: nowhere.
+
+    Raises:
+        HessianFlowError: as :func:`~hessianflow.plots.curvature_trajectory`.
+    """
+    read = read_runs(runs)
+    figure = style.new_figure(9.0, 3.8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for index, run in enumerate(read):
+        rows = run.of_kind("epoch")
+        accuracy = 100 * column(rows, "eval_accuracy")
+        look = {"color": style.colour(index), "linestyle": style.dash(index), "marker": ".", "linewidth": 1.4}
+        left.plot(column(rows, "clock_seconds"), accuracy, **look)
+        right.plot(np.cumsum(column(rows, "seconds")), accuracy, **look)
+    style.finish(left, "seconds on the server's clock (simulated: predicted)", "test accuracy (%)")
+    style.finish(right, "seconds of this machine", "")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+    style.legend_below(figure, style.run_handles([run.name for run in read]))
+    style.save(figure, path)
+    return figure
+
+
+def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: int = SHOWN_EPOCHS) -> Figure:
+    """Every local epoch as a bar, one line a worker, from pull to push; grey where a worker waited for others.
+
+    Args:
+        run: on a parameter server.
+        path: where to write a PNG; None: nowhere.
+        epochs: how many are shown, from the first.
+
+    Raises:
+        HessianFlowError: the run has no commit.
+    """
+    [read] = read_runs([run])
+    commits = _last_of_each(read.of_kind("commit"))
+    if not commits:
+        raise HessianFlowError(f"{read.name} holds no commit: it had no parameter server")
+    workers = sorted({int(number(row, "worker")) for row in commits})
+    shown = commits[: epochs * len(workers)]
+    small = _small_workers(read)
+    figure = style.new_figure(9.0, 1.6 + 0.45 * len(workers))
+    axes = figure.subplots()
+    free = dict.fromkeys(workers, 0.0)
+    for row in shown:
+        worker, began, ended = (number(row, name) for name in ("worker", "started", "finished"))
+        if began > free[int(worker)]:
+            axes.barh(worker, began - free[int(worker)], left=free[int(worker)], height=0.6, color=WAITING)
+        colour = SMALL if worker in small else LARGE
+        axes.barh(worker, ended - began, left=began, height=0.6, color=colour, edgecolor="white")
+        free[int(worker)] = ended
+    style.finish(axes, "seconds on the server's clock", "worker")
+    axes.set_yticks(workers)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    total = math.ceil(len(commits) / len(workers))
+    axes.set_title(f"first {min(epochs, total)} of {total} epochs; a bar ends with a push", fontsize=9, loc="left")
+    looks = (("small batch", SMALL), ("large batch", LARGE), ("waiting for others", WAITING))
+    handles = [Patch(color=colour, label=name) for name, colour in looks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    style.save(figure, path)
+    return figure
+
+
+def batch_and_resolution(run: RunSource, path: str | Path | None = None) -> Figure:
+    """Batch sizes (of both kinds of workers, where there are two) and resolution over epochs.
+
+    Args:
+        run: on a parameter server, or with a schedule of resolutions.
+        path: where to write a PNG; None: nowhere.
+
+    Raises:
+        HessianFlowError: the run tells no resolution.
+    """
+    [read] = read_runs([run])
+    rows = read.of_kind("epoch")
+    edges, sides = _resolutions(read, rows)
+    figure = style.new_figure(9.0, 4.6)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    _draw_batches(top, read, rows)
+    bottom.step(edges, sides, where="post", color=style.COLOURS[2], linewidth=1.6)
+    style.finish(bottom, "epochs", "resolution (pixels)")
+    bottom.set_yticks(sorted(set(sides)))
+    bottom.set_ylim(min(sides) * 0.9, max(sides) * 1.05)
+    style.epochs_axis(bottom)
+    style.save(figure, path)
+    return figure
+
+
+def _draw_batches(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
+    small = column(rows, "small_batch_size")
+    if np.isfinite(small).any():
+        epochs, large = np.append(0, column(rows, "epoch")), column(rows, "batch_size")
+        lines = [("large batch", large, LARGE), ("small batch", small, SMALL)]
+    else:
+        examples, sizes = batch_steps(run)
+        epochs, lines = examples / run.examples_per_epoch, [("batch", sizes[:-1], LARGE)]
+    for _, values, colour in lines:
+        axes.step(epochs, np.append(values, values[-1]), where="post", color=colour, linewidth=1.6)
+    style.finish(axes, "", "batch size (examples)")
+    style.batch_axis(axes, [value for _, values, _ in lines for value in values if math.isfinite(value)])
+    handles = [Line2D([], [], color=colour, label=name) for name, _, colour in lines]
+    axes.legend(handles=handles, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _resolutions(run: Run, rows: Sequence[Row]) -> tuple[Array, list[float]]:
+    """Epochs at which the resolution was set, the end of the run among them, and the resolution from there on."""
+    stages = run.config.get("resolution_stages") or []
+    if stages:
+        done = max((number(row, "epoch") for row in rows), default=0.0)
+        kept = [stage for stage in stages if stage["start"] < done]
+        sides = [float(stage["level"]["resolution"]) for stage in kept]
+        return np.array([*(float(stage["start"]) for stage in kept), done]), [*sides, sides[-1]]
+    sides = [value for value in column(rows, "resolution") if math.isfinite(value)]
+    if not sides:
+        raise HessianFlowError(f"{run.name} tells no resolution: it kept that of its data")
+    return np.append(0, column(rows, "epoch")), [*sides, sides[-1]]
+
+
+def _last_of_each(commits: Sequence[Row]) -> list[Row]:
+    """In order; of commits that a server's death caused to be made again, the last."""
+    return list({number(row, "commits"): row for row in commits}.values())
+
+
+def _small_workers(run: Run) -> set[int]:
+    plans = run.config.get("dual_batch", {}).get("plans", {})
+    return {index for plan in plans.values() for index, worker in enumerate(plan["workers"]) if worker["small"]}
