@@ -205,9 +205,15 @@ class _Run:
 
     def take_snapshot(self, on_snapshot: Callable[[Mapping[str, Any]], None] | None) -> None:
         """Keep the server's state where it outlives the server."""
-        self._snapshot = self.server.state.remote()
+        state = self.server.state.remote()
+        try:
+            value = self._ray.get(state)
+        except self._ray.exceptions.RayActorError:  # the last snapshot is still there
+            self._restore_server()
+            return
+        self._snapshot = state
         if on_snapshot is not None:
-            on_snapshot(self._ray.get(self._snapshot))
+            on_snapshot(value)
 
     def close(self) -> None:
         """End all actors."""

@@ -42,7 +42,8 @@ class FlatWeights:
     def write(self, weights: Weights) -> None:
         """Put them into the model, in place."""
         device = self._tensors[0].device
-        parts = torch.split(torch.from_numpy(weights).to(device), [t.numel() for t in self._tensors])
+        # A copy: arrays from an object store cannot be written to, and torch warns of those.
+        parts = torch.split(torch.tensor(weights, device=device), [t.numel() for t in self._tensors])
         with torch.no_grad():
             for tensor, part in zip(self._tensors, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
