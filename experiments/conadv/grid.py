@@ -1,0 +1,85 @@
+"""The cells of the study: one large batch, trained clean, on adversarial examples made in several ways, and with SAM.
+
+The published runs sum the two means, under LARS, whose steps do not depend on the size of the gradient. Here the
+optimizer is SGD, so twins are averaged in: the rate means the same for every method.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.runner import Cell, Scale
+
+PROGRAM = "experiments.conadv.attacked"
+Settings = dict[str, Any]
+
+EPS = 2 / 255
+"""The reference leaves it open (1/255 to 4/255 to start with); the same for every method."""
+CIFAR: Settings = {
+    "data": "cifar10",
+    "model": "resnet8",
+    "train_examples": 10_000,
+    "test_examples": 2_000,
+    "batch_size": 2048,
+    "max_batch_size": 2048,
+    "epochs": 6,
+    "lr": 1.6,  # 0.1 for 128 examples, scaled linearly
+    "warmup_epochs": 1,
+    "schedule": "cosine",
+    "microbatch_size": 128,
+    "norm_batch_size": 128,
+    "precision": "bf16",
+    "channels_last": True,
+    "eps": EPS,
+}
+FAKE: Settings = {
+    **CIFAR,
+    "data": "fake",
+    "train_examples": 256,
+    "test_examples": 64,
+    "batch_size": 64,
+    "max_batch_size": 64,
+    "epochs": 2,
+    "lr": 0.02,
+    "warmup_epochs": 0,
+    "microbatch_size": 32,
+    "norm_batch_size": 32,
+    "precision": "float32",
+}
+METHODS: Mapping[str, Settings] = {
+    "clean": {"adversary": "none"},
+    "fgsm-0.2": {"adversary": "fgsm", "adversarial_share": 0.2},
+    "synchronous": {"adversary": "conadv", "staleness": 0, "combine": "average"},
+    "conadv-1": {"adversary": "conadv", "staleness": 1, "combine": "average"},
+    "conadv-2": {"adversary": "conadv", "staleness": 2, "combine": "average"},
+    "reuse-0.2": {"adversary": "reuse", "adversarial_share": 0.2},
+    "reuse-1.0": {"adversary": "reuse", "adversarial_share": 1.0},
+    "sam-0.05": {"adversary": "none", "sam_rho": 0.05},
+}
+"""What each method changes."""
+
+
+def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
+    """The grid, seed by seed.
+
+    smoke: every method once on made-up data.
+    cpu: a fifth of CIFAR-10, ResNet-8, 6 epochs.
+    gpu: all of CIFAR-10, ResNet-20, 90 epochs; full: the same at batch 8192.
+    """
+    if scale == "smoke":
+        attack = {"attack_eps": [EPS], "attack_steps": 2, "attack_examples": 32}
+        return [_cell("fake", FAKE, method, 0, attack) for method in METHODS]
+    attack = {"attack_eps": [EPS, 2 * EPS], "attack_steps": 20, "attack_examples": 1000}
+    problem, base = ("cifar-resnet8-fifth", CIFAR) if scale == "cpu" else ("cifar-resnet20", _whole(scale))
+    return [_cell(problem, base, method, seed, attack) for seed in seeds for method in METHODS]
+
+
+def _whole(scale: Scale) -> Settings:
+    batch = 8192 if scale == "full" else 2048
+    whole = {name: value for name, value in CIFAR.items() if name not in ("train_examples", "test_examples")}
+    sizes = {"batch_size": batch, "max_batch_size": batch, "lr": 0.1 * batch / 128}
+    return {**whole, **sizes, "model": "resnet20", "epochs": 90, "warmup_epochs": 5, "microbatch_size": "auto"}
+
+
+def _cell(problem: str, base: Settings, method: str, seed: int, attack: Mapping[str, Any]) -> Cell:
+    common = {"controller": "fixed", "curvature": "off", "plots": False, "threads": 1}
+    return Cell(problem, method, seed, {**common, **base, **METHODS[method]}, PROGRAM, attack)

@@ -1,0 +1,67 @@
+"""The table and the figure of the study, from its rows alone."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.results import Group, Row, groups
+
+HEADER = ("method", "test accuracy", "FGSM", "PGD", "PGD, twice eps", "CPU seconds", "ratio to clean")
+
+
+def report(rows: Sequence[Row], path: Path) -> None:
+    """Write robustness.md beside `path`, and the figure to `path`."""
+    attacked = [row for row in rows if "measured" in row]
+    lines = [HEADER, ["---"] * len(HEADER)]
+    for problem in dict.fromkeys(row["problem"] for row in attacked):
+        found = [group for group in groups(attacked) if group.problem == problem]
+        clean = {row["seed"]: row["measured"]["cpu_seconds"] for g in found if g.method == "clean" for row in g.rows}
+        lines += [_line(group, clean) for group in found]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    (path.parent / "robustness.md").write_text(text, "utf-8")
+    _draw(groups(attacked), path)
+
+
+def _line(group: Group, clean: dict[int, float]) -> list[str]:
+    """Mean and standard deviation over seeds, in %; seconds and their ratio to clean training of the same seed."""
+    seconds = [row["measured"]["cpu_seconds"] for row in group.rows]
+    ratios = [row["measured"]["cpu_seconds"] / clean[row["seed"]] for row in group.rows if row["seed"] in clean]
+    attacks = [_accuracies(group, name, index) for name, index in (("fgsm", 0), ("pgd", 0), ("pgd", -1))]
+    return [
+        group.method,
+        _spread([100 * row["accuracy"] for row in group.rows]),
+        *(_spread(values) for values in attacks),
+        f"{statistics.mean(seconds):.0f}",
+        f"{statistics.mean(ratios):.2f}" if ratios else "",
+    ]
+
+
+def _accuracies(group: Group, attack: str, index: int) -> list[float]:
+    """Accuracy in % under the attack whose name begins so, at one of the perturbations; one value a seed."""
+    found = (row["measured"]["robustness"]["accuracy"] for row in group.rows)
+    return [100 * next(curve for name, curve in each.items() if name.startswith(attack))[index][0] for each in found]
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _draw(found: Sequence[Group], path: Path) -> None:
+    """Accuracy under PGD against clean accuracy, every seed a point; and what a method costs."""
+    from hessianflow.plots import style
+
+    figure = style.new_figure(9, 3.4)
+    left, right = figure.subplots(1, 2)
+    for index, group in enumerate(found):
+        clean = [100 * row["accuracy"] for row in group.rows]
+        options: dict[str, Any] = {"color": style.colour(index), "label": group.method}
+        left.plot(clean, _accuracies(group, "pgd", 0), "os^v"[index % 4], markersize=5, **options)
+        seconds = statistics.mean(row["measured"]["cpu_seconds"] for row in group.rows)
+        right.barh(group.method, seconds, color=style.colour(index))
+    left.legend(fontsize=7)
+    right.invert_yaxis()
+    style.finish(left, "test accuracy (%)", "accuracy under PGD (%)")
+    style.finish(right, "processor seconds of training", "")
+    figure.savefig(path, dpi=100)
