@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessianflow.adversarial import InputCurvature, RobustnessWatch
 from hessianflow.batches import split
 from hessianflow.choices import (
     build_adversary,
@@ -23,11 +24,11 @@ from hessianflow.choices import (
 )
 from hessianflow.config import TrainConfig, from_dict, resolve, to_dict
 from hessianflow.control import Stage, stage_at
-from hessianflow.curvature import CurvatureProbe, HessianOperator
+from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
 from hessianflow.curvature.probe import ProbeOperator
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
 from hessianflow.distributed.curvature import sharded
-from hessianflow.interfaces import Batch, HessianFlowError, RecordSink, World
+from hessianflow.interfaces import Batch, EpochMeasurement, HessianFlowError, LinearOperator, RecordSink, World
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
 from hessianflow.models.dropout import with_head_dropout
@@ -41,6 +42,8 @@ from hessianflow.training.world import LocalWorld
 EVALUATION_BATCH = 1000
 RECALIBRATION_EXAMPLES = 1024
 """Training examples that statistics of normalisation are measured on before an evaluation. Ours."""
+WATCHED_EXAMPLES, INPUT_CURVATURE_EXAMPLES, MOST_PRODUCTS = 256, 16, 60
+"""Sizes of the measurements after an epoch, and the most products that one eigenvalue may take. Ours."""
 TENSORBOARD = "tensorboard"
 """Folder of the TensorBoard files in a run directory."""
 _BUNDLED = ("digits", "fake")
@@ -95,6 +98,7 @@ def build_trainer(
         probe=build_probe(config, parts, transform, sharded(world)),
         transform=transform,
         before_evaluation=None if transform is None else build_recalibration(config, parts),
+        measurements=build_measurements(config, parts),
         curvature="needed" if config.curvature == "needed" else "epoch",
         reference_batch_size=config.batch_size,
         microbatch_size=microbatch_default(config) if config.microbatch_size is None else config.microbatch_size,
@@ -199,6 +203,25 @@ def build_probe(
         seed=config.seed,
         operator=operator,
     )
+
+
+def build_measurements(config: TrainConfig, parts: Parts) -> list[EpochMeasurement]:
+    """What is measured after every epoch, on the first test examples."""
+    found: list[EpochMeasurement] = []
+    if config.overfitting_alarm:
+        eps = config.eps / torch.tensor(parts.spread)
+        batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
+        found.append(RobustnessWatch(parts.model, batch, eps, value_range=parts.train.value_range, seed=config.seed))
+    if config.input_curvature:
+        batch = parts.test.examples(torch.arange(min(INPUT_CURVATURE_EXAMPLES, parts.test.num_examples)))
+
+        def solve(operator: LinearOperator) -> dict[str, float]:
+            result = top_eigenpairs(operator, tol=config.probe_tolerance, max_matvecs=MOST_PRODUCTS, seed=config.seed)
+            value, residual = float(result.values[0]), float(result.residuals[0])
+            return {"eigenvalue": value, "residual": residual, "matvecs": result.matvecs}
+
+        found.append(InputCurvature(parts.model, batch, solve))
+    return found
 
 
 def load_config(run_dir: str | Path) -> TrainConfig:

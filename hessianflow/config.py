@@ -93,6 +93,9 @@ class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
         adversarial_share: share of each batch that is attacked at the start; default: 0.2, for conadv 1.
         share_decay: absa divides the share by this at each growth.
         eps: size of the perturbation, in the units of pixels scaled to [0, 1].
+        overfitting_alarm: after every epoch record the accuracy under fgsm and pgd at eps on 256 test examples, and
+            warn when that under pgd collapses while that under fgsm does not.
+        input_curvature: after every epoch record the top eigenvalue of the Hessian by the inputs, on 16 test examples.
         curvature: when the top Hessian eigenvalue is measured; every epoch, when the controller needs it, or never.
         probe_examples: training examples the curvature is measured on; default: 128 for digits, 64 otherwise (the
             published ABSA runs took 128: at least twice the cost, a spread of 8 instead of 10 % between samples).
@@ -158,6 +161,8 @@ class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
     adversarial_share: float | None = None
     share_decay: float = 2.0
     eps: float = 0.005
+    overfitting_alarm: bool = False
+    input_curvature: bool = False
     curvature: CurvatureName = "epoch"
     probe_examples: int | None = None
     probe_tolerance: float = 1e-2

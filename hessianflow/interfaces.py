@@ -278,6 +278,19 @@ class Reducer(Protocol):
         ...
 
 
+class EpochMeasurement(Stateful, Protocol):
+    """Measures something of the model after each epoch, and leaves no trace on it."""
+
+    @property
+    def kind(self) -> str:
+        """What its records are called."""
+        ...
+
+    def __call__(self) -> tuple[Mapping[str, float], str]:
+        """Named figures for the record, and a warning; empty where there is nothing to warn of."""
+        ...
+
+
 @dataclass(frozen=True)
 class BatchTotals:
     """One optimization batch over all ranks.

@@ -127,6 +127,21 @@ def test_only_a_model_with_batch_normalisation_can_be_split(tmp_path: Path, caps
     assert status == 0, err
 
 
+def test_robustness_and_input_curvature_are_recorded_when_asked_for(capsys):
+    status, _, err = run("train", *QUICK, "--overfitting-alarm", "true", "--input-curvature", "true", capsys=capsys)
+    assert status == 0, err
+    (folder,) = Path("runs").iterdir()
+    history = History.load(folder)
+    epochs = [row["epoch"] for row in history.epochs]
+    robustness, curvature = history.of_kind("robustness"), history.of_kind("input-curvature")
+    assert [row["epoch"] for row in robustness] == [row["epoch"] for row in curvature] == epochs
+    assert all(0 <= row["pgd_accuracy"] <= row["fgsm_accuracy"] + 0.1 for row in robustness)
+    assert all(row["eigenvalue"] > 0 and 0 < row["matvecs"] <= 60 for row in curvature)
+    assert run("train", *QUICK, "--run-dir", "plain", capsys=capsys)[0] == 0
+    assert not History.load("plain").of_kind("robustness")
+    assert not History.load("plain").of_kind("input-curvature")
+
+
 def test_truncated_data_file_is_named_with_its_size(tmp_path: Path, capsys):
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()

@@ -5,6 +5,7 @@ from hessianflow.adversarial.attacks import fgsm, pgd
 from hessianflow.adversarial.concurrent import ConcurrentAdversary, Pair, PairLoss, pair_loss
 from hessianflow.adversarial.input_hessian import InputHessian
 from hessianflow.adversarial.mixing import perturbed_rows
+from hessianflow.adversarial.monitors import InputCurvature, RobustnessWatch
 from hessianflow.adversarial.reuse import GradientReuse
 from hessianflow.adversarial.robustness import OverfittingAlarm, RobustAccuracy, robust_accuracy, wilson_interval
 from hessianflow.adversarial.runners import AttackRunner, Interleaved, SecondStream
@@ -19,12 +20,14 @@ __all__ = [
     "AttackRunner",
     "ConcurrentAdversary",
     "GradientReuse",
+    "InputCurvature",
     "InputHessian",
     "Interleaved",
     "OverfittingAlarm",
     "Pair",
     "PairLoss",
     "RobustAccuracy",
+    "RobustnessWatch",
     "SecondStream",
     "WorkerProcess",
     "clean_rows",

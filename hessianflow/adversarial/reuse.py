@@ -10,8 +10,7 @@ an FGSM example that is one epoch stale. The relatives are "free" adversarial tr
 1904.12843), which replays one batch several times, and ATTA (Zheng et al., arXiv 1912.11969), which keeps perturbations
 between epochs and attacks once more from there; this one never makes a pass of its own.
 
-Pixels that the last visit cropped away have no gradient and are not moved; on its first visit an example is clean. With
-several ranks an example's gradient is known only to the rank that visited it.
+Pixels that the last visit cropped away have no gradient and are not moved; on its first visit an example is clean.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from hessianflow.adversarial.adversaries import ABSA_EPS
 from hessianflow.adversarial.budget import PerChannel, ValueRange, check_in_range, make_budget, place
 from hessianflow.adversarial.mixing import perturbed_rows
-from hessianflow.interfaces import Exposure, HessianFlowError
+from hessianflow.interfaces import Exposure, HessianFlowError, Reducer
 
 
 class TracedBatches(Protocol):
@@ -123,6 +122,18 @@ class GradientReuse:
     ) -> Exposure:
         """The moved inputs in place of the clean ones; the gradient of the step by them is kept."""
         return Exposure((adversarial, targets), on_input_gradient=self._keep)
+
+    def join(self, reducer: Reducer) -> None:
+        """Take this process's place among the ranks.
+
+        Raises:
+            HessianFlowError: there are several.
+        """
+        if reducer.world_size > 1:
+            raise HessianFlowError(
+                f"reuse keeps the gradients of one process's examples, which go to other ranks in the next epoch: use "
+                f"another adversary on {reducer.world_size} ranks"
+            )
 
     def after_step(self, model: nn.Module) -> None:
         """Nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hessianflow.interfaces import Batch, Decision, LossFn, Progress, ResizableBatches, World
+from hessianflow.interfaces import Batch, Decision, EpochMeasurement, LossFn, Progress, ResizableBatches, World
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold
@@ -39,6 +39,7 @@ class TrainingLoop:
         ahead: the queue between data and step.
         eval_data: evaluated after every epoch, if given.
         before_evaluation: called before that.
+        measurements: made and recorded after that.
         loss_fn: as in the step.
         epochs: passes over the training data.
         schedule_unit: see :class:`LearningRate`.
@@ -65,6 +66,7 @@ class TrainingLoop:
     ahead: Lookahead
     eval_data: Batch | Iterable[Batch] | None
     before_evaluation: Callable[[], None] | None
+    measurements: Sequence[EpochMeasurement]
     loss_fn: LossFn
     epochs: int
     schedule_unit: ScheduleUnit
@@ -208,6 +210,7 @@ class TrainingLoop:
                 evaluation = evaluate(self.model, self.eval_data, self.loss_fn, reducer=self.world)
         row = self.totals.epoch_row(self.progress, evaluation, self.watch.totals())
         self.record.write(row)
+        self._measure()
         self.totals.start_epoch(self.watch.totals())
         if self.schedule_unit == "epoch":
             self.rate.step(row["train_loss"] if evaluation is None else evaluation.loss, row["eval_accuracy"])
@@ -215,6 +218,14 @@ class TrainingLoop:
         if accuracy is not None and (counters.best is None or accuracy > counters.best):
             counters.best = accuracy
             self.save(checkpoint.BEST)
+
+    def _measure(self) -> None:
+        for measurement in self.measurements:
+            with self.watch.part("evaluation"):
+                figures, warning = measurement()
+            self.record.write(rows.measurement_row(self.progress, measurement.kind, figures))
+            if warning:
+                self.event("alarm", warning)
 
     def _show(self) -> None:
         self._check_divergence()  # the figures leave the device here anyway

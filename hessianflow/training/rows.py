@@ -47,6 +47,11 @@ def decision_row(progress: Progress, before: Decision, after: Decision) -> dict[
     }
 
 
+def measurement_row(progress: Progress, kind: str, figures: Mapping[str, float]) -> dict[str, Any]:
+    """The row of what was measured after an epoch."""
+    return {**_where(kind, progress), **figures}
+
+
 def event_row(progress: Progress, event: str, message: str) -> dict[str, Any]:
     """The row of anything else worth knowing later: a divergence, a fallback, a preemption."""
     return {**_where("event", progress), "event": event, "message": message}

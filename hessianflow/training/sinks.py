@@ -12,7 +12,7 @@ from hessianflow.interfaces import HessianFlowError
 
 LOGGER = logging.getLogger("hessianflow")
 _PLACE = ("kind", "epoch", "examples", "updates")
-_SPOKEN = ("fallback", "rollback")
+_SPOKEN = ("fallback", "rollback", "alarm")
 """Events that the run goes on after: nothing else would tell that they happened."""
 
 

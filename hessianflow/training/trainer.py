@@ -25,6 +25,7 @@ from hessianflow.interfaces import (
     BatchTransform,
     CurvatureProbe,
     Decision,
+    EpochMeasurement,
     GradientObserver,
     LossFn,
     Progress,
@@ -81,6 +82,7 @@ class AdaptiveBatchTrainer:
             the reference batch size, as the published runs had in effect. 0: the whole microbatch.
         transform: applied to each whole batch before the adversary.
         before_evaluation: called after every epoch, before the model is evaluated and saved: may set its buffers.
+        measurements: made and recorded after every epoch, such as :class:`~hessianflow.adversarial.RobustnessWatch`.
         observers: shown the gradient of every microbatch; their signals go to the controller.
         max_grad_norm: clip the gradient of each step to this norm.
         precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
@@ -122,6 +124,7 @@ class AdaptiveBatchTrainer:
         norm_batch_size: int | None = None,
         transform: BatchTransform | None = None,
         before_evaluation: Callable[[], None] | None = None,
+        measurements: Sequence[EpochMeasurement] = (),
         observers: Sequence[GradientObserver] = (),
         max_grad_norm: float | None = None,
         precision: Precision = "float32",
@@ -175,6 +178,7 @@ class AdaptiveBatchTrainer:
             "loss": loss_fn if isinstance(loss_fn, nn.Module) else None,
         }
         parts |= {f"observer {number}": observer for number, observer in enumerate(observers)}
+        parts |= {f"measurement {number}": measurement for number, measurement in enumerate(measurements)}
         first, folder = self.world.rank == 0, None if run_dir is None else Path(run_dir)
         self._loop = TrainingLoop(
             model,
@@ -182,6 +186,7 @@ class AdaptiveBatchTrainer:
             ahead,
             eval_data,
             before_evaluation,
+            measurements,
             loss_fn,
             epochs,
             schedule_unit,

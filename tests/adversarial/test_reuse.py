@@ -122,6 +122,14 @@ def test_bad_input_is_named():
         adversary.attack(network(), x, y, 2.0)
 
 
+def test_several_ranks_are_refused():
+    class Two:
+        rank, world_size = 0, 2
+
+    with pytest.raises(ValueError, match="reuse keeps the gradients of one process's examples"):
+        GradientReuse(data(), EPS, value_range=(0, 1)).join(Two())
+
+
 def test_a_loss_without_input_gradient_is_named():
     class Blind(nn.Module):
         def __init__(self) -> None:
