@@ -29,7 +29,7 @@ def read_rows(path: Path) -> list[Row]:
     """The usable rows of a results file, the newest per (problem, method, seed); none where there is no file.
 
     Raises:
-        HessianFlowError: a line before the last is not a JSON object: the file is damaged.
+        HessianFlowError: a line before the last is not a JSON object, or does not say which cell it is of.
     """
     found: dict[tuple[str, str, int], Row] = {}
     foreign = 0
@@ -43,6 +43,9 @@ def read_rows(path: Path) -> list[Row]:
         if row.get("format") != FORMAT:
             foreign += 1
             continue
+        lacking = [name for name in ("problem", "method", "seed") if name not in row]
+        if lacking:
+            raise HessianFlowError(f"{path} line {number} has no {', '.join(lacking)}: mend it or delete the line")
         found[row["problem"], row["method"], row["seed"]] = row
     if foreign:
         sys.stderr.write(f"{path}: {foreign} rows of a format other than {FORMAT} not used; their cells run again\n")
@@ -129,7 +132,15 @@ class Group:
     rows: Sequence[Row]
 
     def values(self, name: str) -> list[float]:
-        """One figure of every row."""
+        """One figure of every row.
+
+        Raises:
+            HessianFlowError: a row without it.
+        """
+        if any(name not in row for row in self.rows):
+            raise HessianFlowError(
+                f"a row of {self.problem} {self.method} has no {name}: delete it, its cell runs again"
+            )
         return [float(row[name]) for row in sorted(self.rows, key=lambda row: int(row["seed"]))]
 
     def cells(self) -> dict[str, str]:

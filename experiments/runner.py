@@ -174,13 +174,16 @@ class Job:
         if self.process.returncode != 0:
             last = lines[-1] if lines else "no message"
             return Outcome(self.cell, None, f"exit status {self.process.returncode}: {last}")
-        history = History.load(self.run_dir)
-        if history.summary.get("status") != "finished":
-            return Outcome(self.cell, None, "stopped before the last epoch; run again to continue")
-        row = row_of(self.cell.problem, self.cell.method, self.cell.all_settings, history)
-        measured = self.run_dir / MEASURED
-        if measured.is_file():
-            row["measured"] = json.loads(measured.read_text("utf-8"))
+        try:
+            history = History.load(self.run_dir)
+            if history.summary.get("status") != "finished":
+                return Outcome(self.cell, None, "stopped before the last epoch; run again to continue")
+            row = row_of(self.cell.problem, self.cell.method, self.cell.all_settings, history)
+            measured = self.run_dir / MEASURED
+            if measured.is_file():
+                row["measured"] = json.loads(measured.read_text("utf-8"))
+        except (ValueError, KeyError, OSError) as error:  # a run directory that cannot be read stops no other cell
+            return Outcome(self.cell, None, f"{self.run_dir}: {type(error).__name__}: {error}")
         return Outcome(self.cell, row)
 
 

@@ -41,6 +41,8 @@ def main(settings_file: str, run_dir: str) -> int:
     summary |= {"largest_batch": 64, "wall_seconds": 1.5, "seconds": {"training": 1.0}, "peak_memory_mib": 1.0}
     summary |= {"status": "preempted" if behaviour == "preempted" else "finished"}
     (folder / "summary.json").write_text(json.dumps(summary))
+    if behaviour == "leave a damaged summary":
+        (folder / "summary.json").write_text("{")
     (folder / "config.json").write_text(json.dumps({"environment": {"python": "3", "packages": {}}}))
     return 0
 

@@ -141,6 +141,22 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         read_rows(path)
 
 
+def test_rows_that_lack_something_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    append_row(path, {"problem": "toy", "method": "a", "seed": 0})
+    assert main(toy_study(tmp_path), ["--report"]) == 2
+    assert "a row of toy a has no accuracy: delete it" in capsys.readouterr().err
+    append_row(path, {"problem": "toy", "method": "a"})
+    with pytest.raises(HessianFlowError, match=r"results\.jsonl line 2 has no seed"):
+        read_rows(path)
+
+
+def test_a_run_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
+    outcomes = run(tmp_path, [cell("odd", behaviour="leave a damaged summary"), cell("good")])
+    assert "summary.json" in outcomes[0].error
+    assert outcomes[1].error == ""
+
+
 def test_rows_of_an_older_format_are_left_and_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
     old = json.dumps({"format": FORMAT - 1, "problem": "toy", "method": "fixed", "seed": 0})
