@@ -9,7 +9,8 @@ from hessianflow.plots.records import Run
 
 # Settings that do not change what is computed on average, by the last part of their name.
 _IGNORED = frozenset({"seed", "run_dir", "data_dir", "plots", "tensorboard", "keep_checkpoints"})
-_IGNORED_SECTIONS = ("environment.", "versions.")
+# What says where and when, and what follows from other settings.
+_IGNORED_SECTIONS = ("environment.", "versions.", "dual_batch.", "resolution_stages")
 # A label with more settings than this is longer than what it labels.
 _MAX_LABEL_PARTS = 4
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from experiments.dual_batch.grid import cells
+from experiments.dual_batch.tables import table
 from hessianflow.config import from_dict, resolve
 from hessianflow.control import PUBLISHED, dual_batch_plan
 
@@ -47,3 +48,17 @@ def test_the_cluster_of_the_study_is_the_published_one_at_a_fifth() -> None:
 def test_every_scale_has_a_grid() -> None:
     assert len(cells("smoke", [0])) == 4
     assert {cell.settings["data"] for cell in cells("full", [0])} == {"cifar100"}
+
+
+def test_the_table_pairs_seeds_and_kinds() -> None:
+    def row(method: str, kind: str, seed: int, accuracy: float, seconds: float) -> dict[str, object]:
+        return {"method": method, "problem": f"p-{kind}", "seed": seed, "accuracy": accuracy, "clock_seconds": seconds}
+
+    rows = [
+        row("s3-k1.05", "fixed", 1, 0.52, 11.0),
+        row("s0", "fixed", 1, 0.50, 10.0),
+        row("s0", "fixed", 0, 0.40, 10.0),
+    ]
+    lines = table([*rows, row("s0", "cyclic", 0, 0.41, 8.5)]).splitlines()[2:]
+    assert lines[0] == "| s0 | 45.00 ± 7.07 (2) |  | 10.000 | 41.00 (1) |  | 8.500 | -15.0 % |"
+    assert lines[1] == "| s3-k1.05 | 52.00 (1) | +2.00 | 11.000 | not run |  |  |  |"

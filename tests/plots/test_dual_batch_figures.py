@@ -8,6 +8,7 @@ from run_dirs import epoch, growth, in_memory, write_run
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import accuracy_over_time, batch_and_resolution, commit_timeline
 from hessianflow.plots.dual_batch import LARGE, SMALL, WAITING
+from hessianflow.plots.settings import flatten
 
 
 def commit(number, worker, started, finished, *, batch=10):
@@ -67,6 +68,11 @@ def test_the_batch_of_any_run_with_stages(tmp_path):
     assert list(top.lines[0].get_ydata()) == [128, 256, 256]
     assert list(top.lines[0].get_xdata()) == [0, 1, 2]
     assert list(bottom.lines[0].get_ydata()) == [12, 16, 16], "the third stage was never reached"
+
+
+def test_what_follows_from_other_settings_does_not_tell_runs_apart():
+    config = {"settings": {"epochs": 2}, "dual_batch": {"times": {"32": {"slope": 0.1}}}, "resolution_stages": [1]}
+    assert flatten(config) == {"settings.epochs": 2}
 
 
 def test_runs_without_either_are_refused():
