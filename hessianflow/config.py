@@ -302,7 +302,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def _dual_batch(config: TrainConfig) -> dict[str, Any]:
     workers = config.workers or 4
     plan = {"workers": workers, "small_workers": workers - 1, "extra_time": 1.05, "min_small_batch_size": 1}
-    return {**plan, "server": "simulated", "synchrony": "asp"}
+    no_growth = {"max_batch_size": 1}  # raised to the batch size, as for every preset
+    return {**plan, **no_growth, "server": "simulated", "synchrony": "asp"}
 
 
 def _planned(config: TrainConfig) -> TrainConfig:

@@ -24,7 +24,7 @@ def table(rows: Sequence[Row]) -> str:
     """A line a plan: accuracy (mean and standard deviation in %, seeds) and predicted seconds, fixed and cyclic."""
     found = by_method(rows)
     lines = [
-        "| small workers, k | accuracy, full resolution | gain | predicted s | accuracy, cyclic | gain | predicted s | time |",
+        "| plan | accuracy, full resolution | gain | predicted s | accuracy, cyclic | gain | predicted s | time |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in sorted({method for method, _ in found}, key=lambda m: (m != "s0", m.partition("-")[2], m)):

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from hessianflow import History
-from hessianflow.build import load_config, load_parts, prepare
-from hessianflow.config import TrainConfig
+from hessianflow.build import build_parts, load_config, load_parts, prepare
+from hessianflow.config import TrainConfig, resolve
+from hessianflow.control import TimeModel
 from hessianflow.dual_batch import DualBatchTrainer, build_dual_batch
+from hessianflow.dual_batch.build import all_stages, plan_schedule, worker_of
+from hessianflow.dual_batch.local_training import FlatWeights
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.training import checkpoint
 from hessianflow.training.evaluate import evaluate
@@ -141,6 +144,27 @@ def test_the_time_model_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert (times["16"]["smallest"], times["16"]["largest"]) == (4, 32)
     build_dual_batch(prepare(load_config(tmp_path / "a"))).resume(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["dual_batch"]["times"] == times
+
+
+def test_rounds_of_equal_workers_are_plain_averaging_of_weights(tmp_path: Path) -> None:
+    """Bit for bit, against a loop without server or clock: train every worker from the mean, then take the mean."""
+    same = {"resolution": None, "dropouts": None, "slope": 1e-3, "intercept": 0.02, "epochs": 2, "milestones": ()}
+    config = prepare(replace(SETTINGS, synchrony="bsp", small_workers=0, workers=2, **same))  # type: ignore[arg-type]
+    build_dual_batch(replace(config, run_dir=str(tmp_path / "run"))).fit()
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"]["weights"]
+    parts = build_parts(config)
+    stages = all_stages(config, parts)
+    schedule = plan_schedule(config, stages, parts.train.num_examples, {16: TimeModel(1e-3, 0.02)})
+    workers = [worker_of(config, parts, schedule, number) for number in range(2)]
+    mean = FlatWeights(parts.model).read()
+    for epoch in range(2):
+        made = [worker(mean, epoch) for worker in workers]
+        mean = (made[0] + made[1]) / 2
+    assert np.array_equal(saved.numpy(), mean)
+
+
+def test_the_cap_for_growing_batches_plays_no_role() -> None:
+    assert resolve(TrainConfig(data="folder", controller="dual-batch", batch_size=16)).max_batch_size == 16
 
 
 def test_bad_input(tmp_path: Path) -> None:
