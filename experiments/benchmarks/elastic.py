@@ -1,12 +1,14 @@
 """What many ranks cost: synchronisation against DDP, pauses of a resize, a parameter server's push and pull.
 
     python experiments/benchmarks/elastic.py sync --rounds 60
+    python experiments/benchmarks/elastic.py trainer --rounds 40
     python experiments/benchmarks/elastic.py resize --seconds 300
     python experiments/benchmarks/elastic.py server --rounds 30
     python experiments/benchmarks/elastic.py kill --kills 10 --seconds 120
 
 `sync` pairs, on two gloo ranks, our GradientSynchronizer with torch's DistributedDataParallel in otherwise the same
-loop, step by step in turn. `resize` trains on Ray with 1, 2, 1, 2 workers. `kill` ends random workers while it trains.
+loop, step by step in turn. `trainer` pairs the whole trainer with a hand-written loop around DDP on the same batches, a
+few steps at a time in turn. `resize` trains on Ray with 1, 2, 1, 2 workers. `kill` ends random workers while it trains.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessianflow import models
-from hessianflow.distributed import run_local
+from hessianflow import AdaptiveBatchTrainer, models
+from hessianflow.data import DeviceBatches
+from hessianflow.distributed import GroupWorld, run_local
 from hessianflow.distributed.elastic import ElasticRun
 from hessianflow.distributed.elastic_member import JobReport
 from hessianflow.distributed.elastic_policy import Sample
@@ -38,26 +42,35 @@ from hessianflow.distributed.ray_session import connect
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
 
-BATCH = 32
+BATCH, STEPS = 32, 4
+"""Examples a rank and step; steps of the trainer between two looks at the clock."""
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    {"sync": sync, "resize": resize, "server": server, "kill": kill}[options.what](options)
+    {"sync": sync, "trainer": trainer, "resize": resize, "server": server, "kill": kill}[options.what](options)
 
 
 def sync(options: argparse.Namespace) -> None:
     for name in ("resnet20", "wide"):
         ours, ddp = run_local(compare, 2, name, options.rounds, timeout_seconds=600)[0]
-        megabytes = sum(p.numel() for p in network(name).parameters()) * 4 / 1e6
-        print(f"{name}, {megabytes:.1f} MB of gradients, batch {BATCH} a rank")
-        for clock, mine, theirs in zip(
-            ("wall", "processor"), zip(*ours, strict=True), zip(*ddp, strict=True), strict=True
-        ):
-            low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, theirs, strict=True)], n=4)
-            medians = f"ours {1e3 * statistics.median(mine):6.1f} ms, DDP {1e3 * statistics.median(theirs):6.1f} ms"
-            print(f"  {clock:9s} {medians}, ours / DDP {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+        show(f"{name}, gradients", name, ours, ddp)
+
+
+def trainer(options: argparse.Namespace) -> None:
+    for name in ("resnet20", "wide"):
+        ours, ddp = run_local(compare_trainer, 2, name, options.rounds, timeout_seconds=600)[0]
+        show(f"{name}, trainer", name, ours, ddp)
+
+
+def show(title: str, name: str, ours: "Times", ddp: "Times") -> None:
+    megabytes = sum(p.numel() for p in network(name).parameters()) * 4 / 1e6
+    print(f"{title}, {megabytes:.1f} MB of gradients, batch {BATCH} a rank")
+    for clock, mine, theirs in zip(("wall", "processor"), zip(*ours, strict=True), zip(*ddp, strict=True), strict=True):
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, theirs, strict=True)], n=4)
+        medians = f"ours {1e3 * statistics.median(mine):6.1f} ms, DDP {1e3 * statistics.median(theirs):6.1f} ms"
+        print(f"  {clock:9s} {medians}, ours / DDP {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
 
 
 Times = list[tuple[float, float]]
@@ -68,7 +81,19 @@ def compare(reducer: GroupReducer, name: str, rounds: int) -> tuple[Times, Times
     """The steps of ours and of DDP, in turn."""
     torch.set_num_threads(1)
     inputs, targets = pixels(BATCH, seed=reducer.rank)
-    ours, ddp = our_loop(reducer, name, inputs, targets), ddp_loop(name, inputs, targets)
+    return in_turn(reducer, our_loop(reducer, name, inputs, targets), ddp_loop(name, inputs, targets), rounds)
+
+
+def compare_trainer(reducer: GroupReducer, name: str, rounds: int) -> tuple[Times, Times]:
+    """Stretches of a few steps of the trainer and of DDP, in turn; the time of one step."""
+    torch.set_num_threads(1)
+    ours, ddp = in_turn(reducer, trainer_loop(reducer, name), ddp_on_batches(reducer, name), rounds)
+    return [(a / STEPS, b / STEPS) for a, b in ours], [(a / STEPS, b / STEPS) for a, b in ddp]
+
+
+def in_turn(
+    reducer: GroupReducer, ours: Callable[[], None], ddp: Callable[[], None], rounds: int
+) -> tuple[Times, Times]:
     seconds: dict[Callable[[], None], Times] = {ours: [], ddp: []}
     for number in range(rounds + 5):
         for step in (ours, ddp) if number % 2 else (ddp, ours):
@@ -99,6 +124,46 @@ def our_loop(reducer: GroupReducer, name: str, inputs: Tensor, targets: Tensor) 
         optimizer.step()
 
     return step
+
+
+def trainer_loop(reducer: GroupReducer, name: str) -> Callable[[], None]:
+    model = network(name)
+    made = AdaptiveBatchTrainer(
+        model,
+        batches(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
+        loss_fn=F.cross_entropy,
+        epochs=10_000,
+        norm_batch_size=0,  # as DDP: the whole share of a rank
+        show_progress=False,
+        world=GroupWorld(reducer),
+    )
+    return lambda: made.run_until(made.progress.updates + STEPS)
+
+
+def ddp_on_batches(reducer: GroupReducer, name: str) -> Callable[[], None]:
+    model = nn.parallel.DistributedDataParallel(network(name))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    data = batches()
+    data.set_shard(reducer.rank, reducer.world_size)
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from data
+
+    stream = endless()
+
+    def steps() -> None:
+        for inputs, targets in islice(stream, STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+
+    return steps
+
+
+def batches() -> DeviceBatches:
+    return DeviceBatches(*pixels(100 * BATCH, seed=0), 2 * BATCH)
 
 
 def ddp_loop(name: str, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
@@ -274,7 +339,7 @@ def network(name: str) -> nn.Module:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sync", "resize", "server", "kill"])
+    parser.add_argument("what", choices=["sync", "trainer", "resize", "server", "kill"])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--kills", type=int, default=10)

@@ -1,5 +1,6 @@
 """What to do when the training loss is no longer finite, or explodes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -66,10 +67,24 @@ class DivergencePolicy:
         return before if cap is None else min(before, max(1, cap // 2))
 
 
-def hold(decision: Decision, cap: int | None) -> Decision:
-    """The decision with batch and learning rate held at `cap` examples, in proportion."""
+def rate_power(decisions: Sequence[dict[str, Any]]) -> float:
+    """p, in [0, 1], where the learning rate went with batch^p in the last growth: 1 linear, 1/2 square root, 0 none.
+
+    Args:
+        decisions: rows of all changes so far, the last growth among them.
+    """
+    last = max(index for index, row in enumerate(decisions) if row["to"] > row["from"])
+    row, factor_before = decisions[last], decisions[last - 1]["lr_factor"] if last > 0 else 1.0
+    if min(row["lr_factor"], factor_before) <= 0:
+        return 1.0
+    power = math.log(row["lr_factor"] / factor_before) / math.log(row["to"] / row["from"])
+    return min(1.0, max(0.0, power))
+
+
+def hold(decision: Decision, cap: int | None, power: float = 1.0) -> Decision:
+    """The decision with the batch held at `cap` examples, and the learning rate with it, as batch^power."""
     if cap is None or decision.batch_size <= cap:
         return decision
-    factor = decision.lr_factor * cap / decision.batch_size
+    factor = decision.lr_factor * (cap / decision.batch_size) ** power
     reason = f"{decision.reason} (held at {cap} since a divergence)".strip()
     return replace(decision, batch_size=cap, lr_factor=factor, reason=reason)

@@ -14,7 +14,7 @@ from torch import nn
 from hessianflow.interfaces import Batch, Decision, EpochMeasurement, LossFn, Progress, ResizableBatches, World
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.control_point import ControlPoint
-from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold
+from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_power
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
@@ -182,7 +182,7 @@ class TrainingLoop:
             "learning_rate": lambda: self.rate.value,
         }
         outcome = self.control(progress, at_end, figures)
-        after = before if outcome.decision is None else hold(outcome.decision, self.state.counters.batch_cap)
+        after = before if outcome.decision is None else self._held(outcome.decision)
         changed = after.setting != before.setting
         if outcome.signals:
             self.record.write(rows.signals_row(progress, outcome.signals))
@@ -258,6 +258,7 @@ class TrainingLoop:
         cap = self.world.broadcast(self.policy.cap(history.growths, counters.rollbacks, counters.batch_cap))
         if cap is None:
             raise error
+        power = on_first_rank(self.world, lambda: rate_power(history.of_kind("batch")))
         rollbacks, seconds = counters.rollbacks + 1, self.watch.totals()
         state, warning = self.newest_checkpoint(self.record.sync)
         self.load_state_dict(state, f"the checkpoint in {self.run_dir}")
@@ -265,11 +266,15 @@ class TrainingLoop:
         self.totals.forget_divergence()
         if warning is not None:
             self.event("fallback", warning)
-        self.state.counters.rollbacks, self.state.counters.batch_cap = rollbacks, cap
+        counters = self.state.counters
+        counters.rollbacks, counters.batch_cap, counters.cap_power = rollbacks, cap, power
         self.event("rollback", f"back to {self.progress.examples} examples; batch held at {cap} from now on")
-        held = hold(self.decision, cap)
+        held = self._held(self.decision)
         self.record.write(rows.decision_row(self.progress, self.decision, held))
         self.apply(held)
+
+    def _held(self, decision: Decision) -> Decision:
+        return hold(decision, self.state.counters.batch_cap, self.state.counters.cap_power)
 
     def newest_checkpoint(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
         """The state and a warning, if any; read by rank 0, whose disk the others need not see."""

@@ -24,6 +24,7 @@ class Counters:
         saved_at: `examples` at the last checkpoint.
         best: best evaluation accuracy so far.
         batch_cap: largest batch allowed since a divergence; None: no cap.
+        cap_power: the learning rate goes with batch ^ cap_power where the cap holds it.
         rollbacks: divergences rolled back.
         settled: updates after which everything that follows an update has been done, too.
     """
@@ -33,6 +34,7 @@ class Counters:
     saved_at: int = 0
     best: float | None = None
     batch_cap: int | None = None
+    cap_power: float = 1.0
     rollbacks: int = 0
     settled: int = 0
 

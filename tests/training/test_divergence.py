@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError, History
 from hessianflow.control import AdaBatch
 from hessianflow.data import DeviceBatches
-from hessianflow.training.divergence import DivergencePolicy, hold
+from hessianflow.training.divergence import DivergencePolicy, hold, rate_power
 
 
 def trainer(run_dir: Path | None, poison_above: int, stop_at: int = 0, **options) -> AdaptiveBatchTrainer:
@@ -52,8 +52,8 @@ def test_rollback_undoes_the_growth_and_holds_the_batch(tmp_path: Path):
     assert "held at 8" in history.of_kind("batch")[-1]["reason"]
     assert [r["batch_size"] for r in history.epochs] == [4, 8, 8, 8, 8]
     assert all(r["train_loss"] < 10 for r in history.epochs)
-    # In proportion: the factor of the batch it is held at.
-    assert [r["lr"] for r in history.epochs] == pytest.approx([0.01, 0.01, 0.005, 0.0025, 0.00125])
+    # This controller grows the batch at the same rate, so holding it leaves the rate alone; at 32 it halves the rate.
+    assert [r["lr"] for r in history.epochs] == pytest.approx([0.01] * 4 + [0.005])
 
 
 def test_resume_keeps_the_cap(tmp_path: Path):
@@ -87,5 +87,17 @@ def test_policy_counts_and_halves_what_it_cannot_undo():
 
 def test_hold_keeps_the_proportion():
     assert hold(Decision(16, 4.0, 0.1, "grew"), 8).setting == (8, 2.0, 0.1)
+    assert hold(Decision(32, 4.0), 8, power=0.5).setting == (8, 2.0, 0.0)
+    assert hold(Decision(32, 4.0), 8, power=0.0).setting == (8, 4.0, 0.0)
     assert hold(Decision(8, 4.0), 8) == Decision(8, 4.0)
     assert hold(Decision(8, 4.0), None) == Decision(8, 4.0)
+
+
+def test_the_rate_rule_is_read_off_the_last_growth():
+    """Worked by hand: 4 -> 16 at factors 1 -> 4, 1 -> 2 and 1 -> 1; then a growth after a step of the factor."""
+    for factor, power in ((4.0, 1.0), (2.0, 0.5), (1.0, 0.0), (0.5, 0.0), (9.0, 1.0)):
+        assert rate_power([{"from": 4, "to": 16, "lr_factor": factor}]) == pytest.approx(power)
+    rows = [{"from": 4, "to": 4, "lr_factor": 3.0}, {"from": 4, "to": 16, "lr_factor": 6.0}]
+    later = {"from": 16, "to": 16, "lr_factor": 0.1}
+    assert rate_power([*rows, later]) == pytest.approx(0.5)
+    assert rate_power([{"from": 4, "to": 16, "lr_factor": 0.0}]) == 1.0
