@@ -50,8 +50,8 @@ class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
         train_examples: use only so many training examples; default: all.
         test_examples: use only so many test examples; default: all.
         loader_workers: processes that load images from a tree of folders; the other sets are held on the device.
-        model: network by name (see hf.models.names()), or package.module:function of your own; default: digits-cnn for
-            digits, resnet20 or resnet18 otherwise.
+        model: network by name (see hf.models.names()), package.module:function of your own, or timm/NAME or
+            torchvision/NAME where that is installed; default: digits-cnn for digits, resnet20 or resnet18 otherwise.
         controller: who decides the batch size. absa: the top eigenvalue, or patience; abs: the same without adversary;
             fixed: batch_size throughout; warmup: max_batch_size from the start, with a rate that rises to linear
             scaling; adabatch: growth every so many epochs; grow-instead-of-decay: growth by 1/lr_decay at the

@@ -16,7 +16,7 @@ from experiments.absa_cifar.grid import FIFTH  # noqa: E402
 from experiments.results import read_rows  # noqa: E402
 from experiments.runner import Cell, Scale, Study  # noqa: E402
 
-STUDIES = ("absa_cifar", "squeezenext", "lars_clars", "spectra", "conadv")
+STUDIES = ("absa_cifar", "squeezenext", "lars_clars", "spectra", "conadv", "dual_batch")
 
 
 def study(name: str) -> Study:
