@@ -23,6 +23,7 @@ from hessianflow.curvature.double_backward import CheapDoubleBackward
 from hessianflow.curvature.operator import NonFiniteError, Operator
 from hessianflow.curvature.selection import Selection, batches_of, checked_batches, select_parameters, single_batch
 from hessianflow.curvature.vectors import flatten
+from hessianflow.folding import folded_normalisation
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import measuring, unwrap
 
@@ -122,7 +123,7 @@ class ModelOperator(Operator):
     def gradient(self) -> Tensor:
         """The gradient of the mean loss by the selected parameters, shape [size]."""
         total, whole = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0.0
-        with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
+        with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             for batch, weight in self._pieces():
                 loss = self._checked_loss(model, batch)
                 grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
@@ -138,7 +139,7 @@ class ModelOperator(Operator):
         state = _State(self._model, batch)
         if self._kept is None or not self._kept[2].matches(state):
             self._kept = None  # the old graph goes before the new one comes
-            with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
+            with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
                 local, weight = next(self._pieces())
                 with explained(num_examples(batch)):
                     piece = self._prepare(model, local)
@@ -151,7 +152,7 @@ class ModelOperator(Operator):
         total, whole = torch.zeros_like(vector), 0.0
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         state = _State(self._model, self._single)
-        with measuring(self._model, self.norm_mode) as model, self._differentiating(model):
+        with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             self._check_deterministic_once(model, state)
             for batch, weight in self._pieces():
                 with explained(num_examples(batch)):
@@ -163,14 +164,18 @@ class ModelOperator(Operator):
         return total, whole
 
     @contextmanager
-    def _differentiating(self, model: nn.Module) -> Iterator[None]:
-        """Second-order kernels on, everything not selected a constant; to be used inside measuring()."""
+    def _differentiating(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Second-order kernels on, everything not selected a constant; to be used inside measuring().
+
+        Yields:
+            What to call.
+        """
         selected = {id(p) for p in self.parameters}
         for parameter in model.parameters():
             if id(parameter) not in selected:
                 parameter.requires_grad_(False)
-        with second_order(model), CheapDoubleBackward():
-            yield
+        with second_order(model), folded_normalisation(model) as folded, CheapDoubleBackward():
+            yield folded
 
     def _pieces(self) -> Iterator[tuple[Any, float]]:
         """What is forwarded at once, and its weight; pieces of weight 0 (all targets ignored) have no mean: left out.
