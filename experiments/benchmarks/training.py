@@ -58,11 +58,10 @@ class TickingBatches(hf.data.DeviceBatches):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches."""
-        ticks = []
+        self.ticks = ()
         for batch in super().__iter__():
-            ticks.append(time.process_time())
+            self.ticks = (*self.ticks, time.process_time())
             yield batch
-        self.ticks = tuple(ticks)
 
     def step_seconds(self) -> float:
         """Median over the last epoch, without its first step (which warms up) and its last (which closes the epoch)."""

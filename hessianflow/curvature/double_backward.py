@@ -11,8 +11,8 @@ statistics apart into a dozen passes over the activations. Here each is a pair o
 
 all of them torch's own forward and backward kernels. Images in float32 on a processor go with the channels last,
 whatever the layout of the weights; from there on the kernels keep it. Measured on one core: a product with ResNet-20
-1.6 gradients instead of 2.7, SqueezeNext 1.9 instead of 2.9, and with normalisation folded (../folding.py) 1.3 and 1.4. The values are those
-of torch up to rounding.
+1.6 gradients instead of 2.7, SqueezeNext 1.9 instead of 2.9, and with normalisation folded (../folding.py) 1.3 and 1.4.
+The values are those of torch up to rounding.
 """
 
 from collections.abc import Callable
