@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
 
 if TYPE_CHECKING:
-    from hessianflow import adversarial, control, curvature, data, distributed, models, optim, plots, training
+    from hessianflow import (
+        adversarial,
+        control,
+        curvature,
+        data,
+        distributed,
+        dual_batch,
+        models,
+        optim,
+        plots,
+        training,
+    )
     from hessianflow.training.record import History
     from hessianflow.training.trainer import AdaptiveBatchTrainer
 
@@ -26,6 +37,7 @@ __all__ = [
     "curvature",
     "data",
     "distributed",
+    "dual_batch",
     "models",
     "optim",
     "plots",

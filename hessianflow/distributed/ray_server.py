@@ -142,6 +142,10 @@ class WorkerActor:
     def __init__(self, make_worker: Callable[[int], LocalEpoch], number: int) -> None:
         self._local_epoch = make_worker(number)
 
+    def ready(self) -> bool:
+        """Answers once the worker is built."""
+        return True
+
     def train(self, weights: Weights, epoch: int) -> tuple[dict[str, float], Weights]:
         """One local epoch; its figures let the caller see success without fetching the weights."""
         made = self._local_epoch(weights.copy(), epoch)  # arrays from the object store are read-only
@@ -280,8 +284,17 @@ class _Run:
         self.server = self._new_server(self._snapshot)
         self.commits, workers, waiting = self._ray.get(self.server.members.remote())
         self._size = len(workers)
+        if not self._workers:
+            self._start_workers(workers)
         for worker in set(workers) - set(waiting):
             self._train(worker)
+
+    def _start_workers(self, workers: Iterable[int]) -> None:
+        """Let all build what they need before the clock starts; one that fails is noticed at its first local epoch."""
+        self._workers = {worker: self._new_worker(worker) for worker in workers}
+        ready = [actor.ready.remote() for actor in self._workers.values()]
+        self._ray.wait(ready, num_returns=len(ready), timeout=START_SECONDS)
+        self._began = time.monotonic()
 
     def _count_restart(self, event: str) -> None:
         self.events.append(f"{self._now():.1f} s: {event}")

@@ -65,7 +65,7 @@ def simulate(
         server: with exactly these workers; it is changed.
         workers: the local training of each, by number.
         seconds: seconds(worker, epoch): how long a local epoch takes, push and pull included.
-        commits: pushes in all; the papers use epochs times workers.
+        commits: pushes that the server is to have had in all; the papers use epochs times workers.
         on_commit: called after each push; the clock does not see it.
         snapshot_commits: `on_snapshot` is called after every so many commits. None: only when stopped.
         on_snapshot: given the state of everything: numbers, lists, dicts and arrays.

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -93,15 +92,16 @@ class OnRay:
         """See :class:`Transport`."""
         with _own_signal_handlers():
             connect(self.address)
-        before = 0.0 if resume_from is None else float(resume_from["clock"])
-        began = time.monotonic()
+        before = clock = 0.0 if resume_from is None else float(resume_from["clock"])
 
         def shifted(commit: Commit) -> None:
+            nonlocal clock
             times = {name: getattr(commit, name) + before for name in ("started", "finished", "released")}
+            clock = times["finished"]
             listener.on_commit(replace(commit, **times))
 
         def snapshot(state: Mapping[str, Any]) -> None:
-            listener.on_snapshot({"server": state, "clock": before + time.monotonic() - began})
+            listener.on_snapshot({"server": state, "clock": clock})
 
         train_on_ray(
             self.make_server,

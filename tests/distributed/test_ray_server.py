@@ -79,7 +79,7 @@ def test_a_server_that_dies_goes_on_from_its_snapshot(ray, tmp_path):
     half, whole = make_server(""), make_server("")
     simulate(half, workers, seconds, commits=4)
     simulate(whole, workers, seconds, commits=8)
-    simulate(whole, workers, seconds, commits=COMMITS - 8)
+    simulate(whole, workers, seconds, commits=COMMITS)
     run = train_on_ray(
         partial(make_server, folder),
         make_worker,
