@@ -103,7 +103,7 @@ def build_trainer(
         curvature="needed" if config.curvature == "needed" else "epoch",
         reference_batch_size=config.batch_size,
         microbatch_size=microbatch_default(config) if config.microbatch_size is None else config.microbatch_size,
-        norm_batch_size=config.norm_batch_size,
+        norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
         observers=build_observers(config, optimizer),
         precision=resolved_precision(config),
         run_dir=config.run_dir,
@@ -146,6 +146,8 @@ def build_parts(config: TrainConfig) -> Parts:
     model = split_for_twins(config, model).to(device)
     if config.dropouts is not None:
         model = with_head_dropout(model)
+    if config.norm_batch_size == "ranks":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     layout = bool(config.channels_last)
     if layout:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

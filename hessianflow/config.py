@@ -105,7 +105,8 @@ class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
         norm_mode: statistics of batch normalisation in curvature measurements: the running ones (eval) or those of the
             batch measured; default: eval, but batch for critical.
         microbatch_size: examples per forward pass; auto finds the fastest; default: auto on a GPU, else batch_size.
-        norm_batch_size: examples batch normalisation sees at once in training; default: batch_size; 0: the microbatch.
+        norm_batch_size: examples batch normalisation sees at once in training; default: batch_size; 0: the microbatch;
+            ranks: those of all ranks (torch's SyncBatchNorm, on GPUs).
         augment: random crops and flips where the data set's preset has them.
         precision: float32, or autocast in bf16 or fp16; auto takes bf16 where the device computes in it.
         channels_last: memory layout of images and convolutions; the faster one on most devices.
@@ -169,7 +170,7 @@ class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
     curvature_budget: float | None = None
     norm_mode: NormMode | None = None
     microbatch_size: int | Literal["auto"] | None = None
-    norm_batch_size: int | None = None
+    norm_batch_size: int | Literal["ranks"] | None = None
     augment: bool = True
     precision: PrecisionName | None = None
     channels_last: bool | None = None
@@ -191,7 +192,7 @@ class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if value not in (None, "auto") and not (math.isfinite(value) and low <= value <= high):
+            if value not in (None, "auto", "ranks") and not (math.isfinite(value) and low <= value <= high):
                 upper = "" if high == math.inf else f" and at most {high:g}"
                 raise HessianFlowError(f"{option(name)} must be at least {low:g}{upper}, got {value}")
         for name in ("decay_factor", "growth_factor"):

@@ -360,6 +360,15 @@ def test_divergence_names_epoch_step_and_checkpoint(capsys):
     assert History.load("run").of_kind("event")[0]["event"] == "diverged"
 
 
+def test_statistics_of_all_ranks_are_those_of_one_alone(capsys):
+    """Without torchrun the synchronised layers see the microbatch, as plain ones do."""
+    options = [*QUICK, "--train-examples", "200", "--microbatch-size", "32"]
+    for name, group in (("synchronised", "ranks"), ("plain", "0")):
+        assert run("train", *options, "--norm-batch-size", group, "--run-dir", name, capsys=capsys)[0] == 0
+    losses = [[row["train_loss"] for row in History.load(name).epochs] for name in ("synchronised", "plain")]
+    assert losses[0] == losses[1]
+
+
 def test_plot_overlays_runs(capsys):
     for seed in ("0", "1"):
         assert run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0

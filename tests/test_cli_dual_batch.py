@@ -59,6 +59,7 @@ def test_resolution_under_any_controller(capsys):
         (["--resolution", "once", "--dropouts", "[0.1, 1.0]"], "--dropouts must lie in [0, 1), got [0.1, 1.0]"),
         (["--resolution", "once", "--resolution-batch-sizes", "[0, 1]"], "--resolution-batch-sizes must be 1 or more"),
         (["--workers", "2"], "--workers is a setting of --controller dual-batch; processes that load images are"),
+        (["--controller", "dual-batch", "--norm-batch-size", "ranks"], "--norm-batch-size ranks: dual batches train"),
         (["--extra-time", "1.1"], "--extra-time is a setting of --controller dual-batch"),
     ],
 )

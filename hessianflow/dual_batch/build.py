@@ -176,6 +176,8 @@ def worker_of(config: TrainConfig, parts: Parts, schedule: Schedule, number: int
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     model = torch.compile(parts.model, dynamic=True) if config.compile else parts.model
     assert isinstance(model, nn.Module)
+    if config.norm_batch_size == "ranks":
+        raise HessianFlowError("--norm-batch-size ranks: dual batches train apart, give a number of examples")
     group = config.norm_batch_size or None
     return LocalTraining(
         parts.model,

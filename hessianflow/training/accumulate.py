@@ -65,6 +65,7 @@ class GradientAccumulator:
         parameters: what is trained: gradients of these are made, and no others looked at.
         observers: shown the gradient of each microbatch and the whole.
         world: told which backward pass is the last.
+        paired: a rank without rows runs the model all the same: its layers exchange statistics.
         group_size: examples that batch normalisation sees at once; microbatches of that size or more hold whole groups.
         precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
     """
@@ -76,6 +77,7 @@ class GradientAccumulator:
     precision: Precision = "float32"
     group_size: int | None = None
     world: World = field(default_factory=LocalWorld)
+    paired: bool = False
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,14 +107,24 @@ class GradientAccumulator:
         """
         self.clear()
         batch, twins = exposure.batch, exposure.twins
+        if self.paired and twins is not None:
+            raise HessianFlowError("adversarial twins cannot be trained with SyncBatchNorm: use norm_batch_size")
         if num_examples(batch[1]) == 0:
-            return OwnResult(torch.zeros((), device=self.parameters[0].device), 0, None, 0)
+            return self._nothing(batch)
         ours = loss_weight(self.loss_fn, batch[1])
         if twins is None or num_examples(twins[1]) == 0:
             return self._add(batch, ours, microbatch_size, nullcontext, exposure.on_input_gradient, is_last=True)
         divisor = ours + loss_weight(self.loss_fn, twins[1]) if exposure.average else ours
         own = self._add(batch, divisor, microbatch_size, nullcontext, exposure.on_input_gradient)
         return replace(own, twins=self._add(twins, divisor, microbatch_size, exposure.twin_mode, is_last=True))
+
+    def _nothing(self, batch: Batch) -> OwnResult:
+        if self.paired:
+            with self.autocast():
+                outputs = self.model(batch[0])
+            with self.world.last_backward(0):
+                (outputs.sum() * 0).backward()
+        return OwnResult(torch.zeros((), device=self.parameters[0].device), 0, None, 0)
 
     def share(self, own: OwnResult, flags: Sequence[bool] = ()) -> BatchResult:
         """Make every `.grad` that of the rows of all ranks, and show it to the observers.

@@ -67,6 +67,25 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
         raise HessianFlowError(f"batch size {batch_size} must lie between 1 and the {num_examples} training examples")
 
 
+def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
+    """Whether layers exchange statistics in every forward pass (SyncBatchNorm), so that all ranks must make the same.
+
+    Raises:
+        HessianFlowError: they cannot run on this device, or microbatches that ranks may cut differently.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    if not layers or world.world_size == 1:
+        return False
+    if isinstance(microbatch_size, int):
+        raise HessianFlowError(
+            f"microbatch_size {microbatch_size} may cut the parts of ranks differently, and SyncBatchNorm would wait: "
+            "leave it out, each part is one pass then"
+        )
+    if next(model.parameters()).device.type == "cpu":
+        raise HessianFlowError("torch's SyncBatchNorm runs on GPUs only, this model is on the cpu: use norm_batch_size")
+    return True
+
+
 def join_parts(world: World, observers: Sequence[GradientObserver], adversary: Adversary | None) -> None:
     """Tell the parts that work on one rank's examples which of how many ranks this is, if they have a `join(reducer)`.
 

@@ -102,8 +102,8 @@ class TrainingStep:
             try:
                 result = self.accumulate.expose(self._expose(now, ahead, size), size)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
+                if not _is_out_of_memory(error) or self.accumulate.paired:
+                    raise  # where passes are paired, the other ranks wait for this one
             else:
                 self.microbatch.end(count)
                 return result

@@ -27,6 +27,7 @@ from hessianflow.interfaces import (
     Decision,
     EpochMeasurement,
     GradientObserver,
+    HessianFlowError,
     LossFn,
     Progress,
     RecordSink,
@@ -36,7 +37,7 @@ from hessianflow.interfaces import (
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.accumulate import GradientAccumulator, Precision
-from hessianflow.training.checks import check_data, check_run, check_signals, join_parts
+from hessianflow.training.checks import check_data, check_run, check_signals, join_parts, must_pair
 from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
 from hessianflow.training.divergence import DivergencePolicy, OnDivergence
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
@@ -150,12 +151,15 @@ class AdaptiveBatchTrainer:
         self.norm_batch_size = self.reference_batch_size if norm_batch_size is None else norm_batch_size or None
         device = next(model.parameters()).device
         watch = Stopwatch(device)
+        paired = must_pair(model, self.world, microbatch_size)
+        if paired:
+            microbatch_size = train_data.num_examples
         if microbatch_size is None:
             microbatch_size = "auto" if device.type == "cuda" else self.reference_batch_size
         microbatch = MicrobatchSize(microbatch_size, min(AUTO_START, self.reference_batch_size), device)
         trained = _trained(model, optimizer)
         accumulate = GradientAccumulator(
-            model, loss_fn, trained, observers, precision, self.norm_batch_size, self.world
+            model, loss_fn, trained, observers, precision, self.norm_batch_size, self.world, paired
         )
         step = TrainingStep(
             model, optimizer, accumulate, microbatch, adversary, transform, watch, device, self.world, max_grad_norm
@@ -260,6 +264,8 @@ class AdaptiveBatchTrainer:
 
     def rejoin(self) -> None:
         """Take this rank's place in the world, which may have changed since the last update."""
+        if must_pair(self.model, self.world, None) and not self._loop.step.accumulate.paired:
+            raise HessianFlowError("SyncBatchNorm needs all ranks from the start: use norm_batch_size where ranks come")
         self.world.shard(self.train_data)
         join_parts(self.world, self._loop.control.observers, self._loop.step.adversary)
 

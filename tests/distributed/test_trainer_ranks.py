@@ -16,6 +16,7 @@ from trainers import (
     growing,
     measured,
     normalised,
+    paired,
     plain,
     poisoned,
     preempted,
@@ -109,6 +110,9 @@ def test_all_ranks_end_where_there_is_nothing_to_undo(tmp_path: Path):
         ("staleness", "staleness 2 holds batches of one process: use staleness 0 on 2 ranks"),
         ("wrapped", "wrapped in DistributedDataParallel: pass the bare module"),
         ("data", "list cannot be shared out to 2 ranks: it lacks set_shard"),
+        ("cut", "microbatch_size 8 may cut the parts of ranks differently"),
+        ("cpu", "SyncBatchNorm runs on GPUs only, this model is on the cpu"),
+        ("late", "SyncBatchNorm needs all ranks from the start"),
         ("settings", "epochs is 2 on rank 0 but 3 on rank 1"),
         ("disk", "cannot write run directory /proc/nowhere"),
     ],
@@ -137,6 +141,17 @@ def test_statistics_are_averaged_and_dropout_differs():
     assert torch.equal(buffers, others)
     assert not torch.equal(noise, other_noise), "ranks must not drop the same units"
     assert losses[0] == pytest.approx(losses[1], rel=1e-12), "evaluated as it was left"
+
+
+def test_layers_that_exchange_statistics_run_as_often_on_every_rank():
+    """By hand: rows x of [0, 1, 4, 9, 16, 25] less their mean, weights 1, loss mean(sum(x)^2)."""
+    (passes, gradient, message), (others, same, _) = run_local(paired, 2)
+    rows = torch.tensor([[0.0, 1.0], [4.0, 9.0], [16.0, 25.0]])
+    rows = rows - rows.mean(0)
+    assert (passes, others) == (1, 1)
+    assert torch.equal(gradient, same)
+    assert torch.allclose(gradient, (2 * rows.sum(1, keepdim=True) * rows).mean(0, keepdim=True))
+    assert "twins cannot be trained with SyncBatchNorm" in message
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:

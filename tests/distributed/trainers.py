@@ -15,10 +15,12 @@ from hessianflow.adversarial import FGSM, ConcurrentAdversary
 from hessianflow.control import ABSA, AdaBatch
 from hessianflow.curvature import CurvatureProbe, HessianOperator
 from hessianflow.data import DeviceBatches
-from hessianflow.distributed import GroupReducer, GroupWorld, sharded
-from hessianflow.interfaces import HessianFlowError, Progress
+from hessianflow.distributed import GroupReducer, GroupWorld, LocalReducer, sharded
+from hessianflow.interfaces import Exposure, HessianFlowError, Progress
 from hessianflow.optim import CLARS, GradientMoments
 from hessianflow.training import evaluate
+from hessianflow.training.accumulate import GradientAccumulator
+from hessianflow.training.checks import must_pair
 
 EXAMPLES, BATCH, EPOCHS = 75, 16, 4  # 20 steps: batches of 16, and tails of 11 that make 5 + 6 on two ranks
 
@@ -170,6 +172,16 @@ def refused(reducer: GroupReducer, what: str) -> str:
             world.attach(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), [])
         elif what == "data":
             world.shard([1, 2])
+        elif what in ("cpu", "cut"):
+            model = nn.Sequential(nn.SyncBatchNorm(2), nn.Linear(2, 2))
+            must_pair(model, world, 8 if what == "cut" else None)
+        elif what == "late":
+            growing_world = GroupWorld(LocalReducer())
+            made = build(growing_world)
+            made.model.add_module("late", nn.SyncBatchNorm(4))
+            made.model.to("meta")
+            growing_world.rejoin(reducer)
+            made.rejoin()
         elif what == "settings":
             build(world, epochs=2 + world.rank).fit()
         elif what == "disk":
@@ -228,3 +240,36 @@ def rolled_back(reducer: GroupReducer | None, run_dir: str) -> dict[str, Any]:
         return {"controller": controller, "transform": poison, "train_data": pixels(8, 64), "epochs": 4}
 
     return run(reducer, grow, run_dir=run_dir, on_divergence="rollback")
+
+
+class Centred(nn.Module):
+    """Subtracts the mean over the rows of all ranks: stands for SyncBatchNorm, which needs a GPU."""
+
+    def __init__(self, world: GroupWorld) -> None:
+        super().__init__()
+        self.world, self.passes = world, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.passes += 1
+        sums = self.world.sum(torch.cat([inputs.detach().sum(0), torch.tensor([float(len(inputs))])]))
+        return inputs - sums[:-1] / sums[-1]
+
+
+def paired(reducer: GroupReducer) -> tuple[int, Tensor, str]:
+    """Rank 0 holds no row, rank 1 three."""
+    world = GroupWorld(reducer)
+    model = nn.Sequential(Centred(world), nn.Linear(2, 1, bias=False))
+    nn.init.ones_(model[1].weight)
+    rows = 3 * reducer.rank
+    batch = (torch.arange(2.0 * rows).view(rows, 2) ** 2, torch.zeros(rows, 1))
+    parameters = list(model.parameters())
+    world.attach(model, parameters)
+    accumulate = GradientAccumulator(model, nn.MSELoss(), parameters, world=world, paired=True)
+    world.begin(rows)
+    accumulate.share(accumulate(batch))
+    gradient = parameters[0].grad.clone()
+    try:
+        accumulate.expose(Exposure(batch, twins=batch))
+    except HessianFlowError as error:
+        return model[0].passes, gradient, str(error)
+    return model[0].passes, gradient, ""
