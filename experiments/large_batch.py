@@ -51,6 +51,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
         "batch_size": base["max_batch_size"],
         "lr": base["lr"] * base["max_batch_size"] / base["batch_size"],
         "optimizer": "clars",
+        "microbatch_size": base["batch_size"],  # it compares the gradients of several a step
     },
     "fixed-fgsm": lambda _: {"adversary": "fgsm"},
     "fixed-cosine": lambda _: {"schedule": "cosine"},
