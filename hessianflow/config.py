@@ -280,7 +280,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.resolution is not None:
         preset["resolutions"] = config.resolutions_of(config.data)
     if config.controller == "dual-batch":
-        preset |= _dual_batch(config)
+        preset |= config.dual_batch_defaults()
     filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
     batch = config.batch_size or filled["batch_size"]
     if "max_batch_size" in filled:
@@ -298,13 +298,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.controller == "dual-batch":
         resolved.check_plan()
     return _planned(resolved) if config.controller == "timed" and config.stages is None else resolved
-
-
-def _dual_batch(config: TrainConfig) -> dict[str, Any]:
-    workers = config.workers or 4
-    plan = {"workers": workers, "small_workers": workers - 1, "extra_time": 1.05, "min_small_batch_size": 1}
-    no_growth = {"max_batch_size": 1}  # raised to the batch size, as for every preset
-    return {**plan, **no_growth, "server": "simulated", "synchrony": "asp"}
 
 
 def _planned(config: TrainConfig) -> TrainConfig:

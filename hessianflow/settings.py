@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from hessianflow.interfaces import HessianFlowError
 
@@ -15,6 +15,8 @@ AttackName = Literal["fgsm", "pgd"]
 CombineName = Literal["sum", "average"]
 RunnerName = Literal["interleaved", "process", "stream"]
 
+NOT_ON_A_SERVER = ("checkpoint_examples", "checkpoint_minutes", "on_divergence", "lr_rule", "curvature_budget")
+"""Settings of runs without a parameter server."""
 SIDES: Mapping[str, int] = {"digits": 8, "fake": 16, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
 """Pixels a side of the images of each data set; those of image files are cut to any size."""
 FILE_SIDE = 224
@@ -113,7 +115,7 @@ class DualBatchSettings:
     ray_address: str | None = None
 
     def check_dual_batch(self, *, wanted: bool) -> None:
-        """Refuse settings out of their bounds, and any of them where the controller is another.
+        """Refuse settings out of bounds, any of them where the controller is another, and others where it is this one.
 
         Raises:
             HessianFlowError: naming the option.
@@ -122,6 +124,9 @@ class DualBatchSettings:
         if names and not wanted:
             hint = "; processes that load images are --loader-workers" if names[0] == "workers" else ""
             raise HessianFlowError(f"{_option(names[0])} is a setting of --controller dual-batch{hint}")
+        for field in fields(self):
+            if wanted and field.name in NOT_ON_A_SERVER and getattr(self, field.name) != field.default:
+                raise HessianFlowError(f"{_option(field.name)} does nothing with --controller dual-batch: leave it out")
         for name, low in (("workers", 1), ("small_workers", 0), ("min_small_batch_size", 1), ("extra_time", 1)):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= low):
@@ -132,6 +137,12 @@ class DualBatchSettings:
                 raise HessianFlowError(f"{_option(name)} must be greater than 0, got {value}")
         if (self.slope is None) != (self.intercept is None):
             raise HessianFlowError("--slope and --intercept make a line together: give both or neither")
+
+    def dual_batch_defaults(self) -> dict[str, Any]:
+        """What is left open, filled; the cap for growing batches plays no role and is raised to the batch size."""
+        workers = self.workers or 4
+        plan = {"workers": workers, "small_workers": workers - 1, "extra_time": 1.05, "min_small_batch_size": 1}
+        return {**plan, "max_batch_size": 1, "server": "simulated", "synchrony": "asp"}
 
     def check_plan(self) -> None:
         """Refuse more small workers than workers, and an extra time that leaves the small ones no example.

@@ -144,6 +144,7 @@ def test_dual_batch_trains_stops_and_resumes(capsys):
         (["--intercept", "[0.1, -0.1]"], "--intercept must be greater than 0, got (0.1, -0.1)"),
         (["--slope", "[0.1, 0.1]"], "--slope must hold one value for each of the resolutions [16], got [0.1, 0.1]"),
         (["--slope", "null"], "--slope and --intercept make a line together: give both or neither"),
+        (["--on-divergence", "rollback"], "--on-divergence does nothing with --controller dual-batch: leave it out"),
         (["--batch-size", "128"], "a batch of 86 is more than the 63 examples"),
         (["--model", "c1", "--resolution", "once"], "layer '9' (Linear(in_features=1024"),
         (["--server", "ray", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
