@@ -126,7 +126,7 @@ def _serve(line: Connection, replica: nn.Module, threads: int) -> None:
     while True:
         try:
             attack, modes, (enabled, dtype) = line.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         for module, training in zip(replica.modules(), modes, strict=True):
             module.training = training
