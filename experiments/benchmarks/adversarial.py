@@ -123,6 +123,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--channels-last", action="store_true", help="images and model in that memory layout")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORDS", help="clean, and steps whose name holds them"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
@@ -131,7 +134,9 @@ def main() -> None:
     model = hf.models.create("resnet20", num_classes=10).to(options.device).train()
     if options.channels_last:
         x, model = x.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
-    seconds = measure(contenders(model, x, y), options.rounds, options.device)
+    steps = contenders(model, x, y)
+    chosen = {name: step for name, step in steps.items() if name == "clean" or any(w in name for w in options.only)}
+    seconds = measure(chosen, options.rounds, options.device)
     threads = f"{torch.get_num_threads()} thread(s)"
     print(
         f"torch {torch.__version__}, {options.device}, {threads}, batch {options.batch_size}, {options.rounds} rounds\n"

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.results import Group, Row, groups
 
-HEADER = ("method", "test accuracy", "FGSM", "PGD", "PGD, twice eps", "CPU seconds", "ratio to clean")
+HEADER = ("problem", "method", "test accuracy", "FGSM", "PGD", "PGD, twice eps", "CPU seconds", "ratio to clean")
 
 
 def report(rows: Sequence[Row], path: Path) -> None:
@@ -29,6 +29,7 @@ def _line(group: Group, clean: dict[int, float]) -> list[str]:
     ratios = [row["measured"]["cpu_seconds"] / clean[row["seed"]] for row in group.rows if row["seed"] in clean]
     attacks = [_accuracies(group, name, index) for name, index in (("fgsm", 0), ("pgd", 0), ("pgd", -1))]
     return [
+        group.problem,
         group.method,
         _spread([100 * row["accuracy"] for row in group.rows]),
         *(_spread(values) for values in attacks),
@@ -49,19 +50,23 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _draw(found: Sequence[Group], path: Path) -> None:
-    """Accuracy under PGD against clean accuracy, every seed a point; and what a method costs."""
+    """A line a problem: accuracy under PGD against clean accuracy, every seed a point; and what a method costs."""
     from hessianflow.plots import style
 
-    figure = style.new_figure(9, 3.4)
-    left, right = figure.subplots(1, 2)
-    for index, group in enumerate(found):
-        clean = [100 * row["accuracy"] for row in group.rows]
-        options: dict[str, Any] = {"color": style.colour(index), "label": group.method}
-        left.plot(clean, _accuracies(group, "pgd", 0), "os^v"[index % 4], markersize=5, **options)
-        seconds = statistics.mean(row["measured"]["cpu_seconds"] for row in group.rows)
-        right.barh(group.method, seconds, color=style.colour(index))
-    left.legend(fontsize=7)
-    right.invert_yaxis()
-    style.finish(left, "test accuracy (%)", "accuracy under PGD (%)")
-    style.finish(right, "processor seconds of training", "")
+    problems = list(dict.fromkeys(group.problem for group in found))
+    methods = list(dict.fromkeys(group.method for group in found))
+    figure = style.new_figure(9, 3.2 * len(problems))
+    for (left, right), problem in zip(figure.subplots(len(problems), 2, squeeze=False), problems, strict=True):
+        for group in (each for each in found if each.problem == problem):
+            index = methods.index(group.method)
+            options: dict[str, Any] = {"color": style.colour(index), "label": group.method}
+            clean = [100 * row["accuracy"] for row in group.rows]
+            left.plot(clean, _accuracies(group, "pgd", 0), "os^v"[index % 4], markersize=5, **options)
+            seconds = statistics.mean(row["measured"]["cpu_seconds"] for row in group.rows)
+            right.barh(group.method, seconds, color=style.colour(index))
+        left.set_title(problem)
+        left.legend(fontsize=7)
+        right.invert_yaxis()
+        style.finish(left, "test accuracy (%)", "accuracy under PGD (%)")
+        style.finish(right, "processor seconds of training", "")
     figure.savefig(path, dpi=100)
