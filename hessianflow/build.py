@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessianflow.adversarial import InputCurvature, RobustnessWatch
+from hessianflow.adversarial import InputCurvature, RobustnessWatch, is_split, merge_batch_norm
 from hessianflow.batches import split
 from hessianflow.choices import (
     build_adversary,
@@ -258,13 +258,16 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
 
 
 def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
-    """Settings, data, and the model with its trained weights, of a run directory or a checkpoint inside one."""
+    """Settings, data, and the model with its trained weights, of a run directory or a checkpoint inside one.
+
+    Of a model with split batch normalisation, the main set.
+    """
     run_dir, file = find_checkpoint(path)
     config = prepare(load_config(run_dir))
     state = checkpoint.load(file)
     parts = build_parts(config)
     checkpoint.load_model(parts.model, state["model"], str(file))
-    return config, parts
+    return config, replace(parts, model=merge_batch_norm(parts.model)) if is_split(parts.model) else parts
 
 
 def find_device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hessianflow import History
+from hessianflow.build import load_parts
 from hessianflow.cli import main
 
 QUICK = ["--epochs", "2", "--plots", "false"]
@@ -125,6 +126,19 @@ def test_only_a_model_with_batch_normalisation_can_be_split(tmp_path: Path, caps
     assert "needs a model with batch normalisation, found none" in err
     status, _, err = run("train", *options, capsys=capsys)  # left open: split only where that is possible
     assert status == 0, err
+
+
+def test_what_was_trained_with_twins_is_measured_with_the_main_set_alone(capsys):
+    options = ["--adversary", "conadv", "--staleness", "0", "--run-dir", "twins", *QUICK]
+    assert run("train", *options, capsys=capsys)[0] == 0
+    _, parts = load_parts("twins")
+    assert not any("adversarial" in name for name, _ in parts.model.named_parameters())
+    batch = parts.test.examples(torch.arange(parts.test.num_examples))
+    accuracy = (parts.model.eval()(batch[0]).argmax(1) == batch[1]).double().mean().item()
+    assert accuracy == pytest.approx(History.load("twins").summary["final_accuracy"])
+    status, out, _ = run("second-opinion", "twins", capsys=capsys)
+    assert status == 0
+    assert "eigenvalues() failed" not in out  # as it would with parameters that the loss does not depend on
 
 
 def test_robustness_and_input_curvature_are_recorded_when_asked_for(capsys):

@@ -10,7 +10,7 @@ from hessianflow.adversarial.reuse import GradientReuse
 from hessianflow.adversarial.robustness import OverfittingAlarm, RobustAccuracy, robust_accuracy, wilson_interval
 from hessianflow.adversarial.runners import AttackRunner, Interleaved, SecondStream
 from hessianflow.adversarial.sam import SAM, sam_perturbation
-from hessianflow.adversarial.split_norm import clean_rows, merge_batch_norm, split_batch_norm
+from hessianflow.adversarial.split_norm import clean_rows, is_split, merge_batch_norm, split_batch_norm
 from hessianflow.adversarial.worker import WorkerProcess
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "WorkerProcess",
     "clean_rows",
     "fgsm",
+    "is_split",
     "merge_batch_norm",
     "pair_loss",
     "perturbed_rows",
