@@ -110,6 +110,7 @@ class LocalTraining:
 
     def __call__(self, weights: Weights, epoch: int) -> Weights:
         """Train from `weights` at the rate, share, batch size and resolution of `epoch`."""
+        epoch = min(epoch, self._course.epochs - 1)  # some are under way when the last push has come
         began, plan = time.perf_counter(), self._course.plan_at(epoch)
         self._flat.write(weights)
         for group in self._optimizer.param_groups:

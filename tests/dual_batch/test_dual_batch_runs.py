@@ -100,6 +100,23 @@ class StopAfter:
         """Nothing to close."""
 
 
+class Crash(StopAfter):
+    """A sink that lets the process die at a commit."""
+
+    def write(self, record: dict) -> None:  # type: ignore[type-arg]
+        if record["kind"] == "commit" and record["commits"] == self.commits:
+            raise KeyboardInterrupt
+
+
+def test_killed_within_the_first_epoch_and_resumed(whole: History, tmp_path: Path) -> None:
+    """Nothing but the checkpoint of the beginning is there: the run begins again, and ends the same."""
+    with pytest.raises(KeyboardInterrupt):
+        build_dual_batch(prepare(replace(SETTINGS, run_dir=str(tmp_path / "cut"))), [Crash(2)]).fit()
+    resumed = build_dual_batch(prepare(load_config(tmp_path / "cut"))).resume(tmp_path / "cut")
+    losses = [[row["loss"] for row in history.of_kind("commit")] for history in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("commits", [3, 8])
 def test_interrupted_and_resumed_is_bit_equal(commits: int, whole: History, tmp_path: Path) -> None:
     """Stopped within an epoch or at its end, with momentum, dropout and workers under way."""
