@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hessianflow import History
+from hessianflow.build import build_trainer
 from hessianflow.cli import main
+from hessianflow.config import TrainConfig
 
 FAKE = ["--data", "fake", "--model", "resnet8", "--train-examples", "256", "--test-examples", "64", "--plots", "false"]
 CYCLIC = ["--resolution", "cyclic", "--epochs", "4", "--milestones", "[2]", "--curvature", "off"]
@@ -45,6 +47,30 @@ def test_resolution_under_any_controller(capsys):
     assert stages == [(0, 1, 12, 0.1), (1, 2, 16, 0.2), (2, 3, 12, 0.1), (3, 4, 16, 0.2)]
     assert history.of_kind("batch")[0]["reason"] == "resolution 16 from epoch 1 on"
     assert run("spectrum", "r", "--k", "1", capsys=capsys)[0] == 0, "the model is built with its dropout again"
+
+
+def test_absa_measures_at_the_resolution_it_trains_at_and_forgets_it_at_a_change():
+    config = TrainConfig(
+        data="fake",
+        model="resnet8",
+        train_examples=128,
+        test_examples=32,
+        batch_size=32,
+        max_batch_size=64,
+        epochs=2,
+        milestones=(),
+        resolution="cyclic",
+        probe_examples=16,
+        adversary="none",
+    )
+    trainer, sides = build_trainer(config), []
+    trainer.model[0].register_forward_pre_hook(lambda _, inputs: sides.append((len(inputs[0]), inputs[0].shape[-1])))
+    history = trainer.fit()
+    assert len(history.curvature) == 2
+    assert {side for count, side in sides if count == 16} == {12, 16}, "one reading at each"
+    state = trainer.controller.state_dict()["controller"]
+    assert state["reference"] is None
+    assert state["estimates"] == 1
 
 
 @pytest.mark.parametrize(
