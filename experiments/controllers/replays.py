@@ -19,7 +19,7 @@ def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
         "ABSA": hf.control.ABSA(batch, cap),
         "critical batch": hf.control.CriticalBatch(batch, cap),
         "edge only": hf.control.CriticalBatch(batch, cap, loss_power=None),
-        "edge only, a quarter": hf.control.CriticalBatch(batch, cap, loss_power=None, edge_share=0.25),
+        "critical batch, three quarters": hf.control.CriticalBatch(batch, cap, edge_share=0.75),
         "loss only": hf.control.CriticalBatch(batch, cap, edge_share=None),
     }
 
@@ -33,7 +33,7 @@ def main(run_dirs: list[str]) -> int:
         for name, controller in controllers(settings["batch_size"], settings["max_batch_size"]).items():
             replay = hf.control.replay(history.records, controller)
             sizes = ", ".join(f"{step.epoch}:{step.decision.batch_size}" for step in replay.changes)
-            print(f"{name:22} {replay.updates:5} updates   {sizes}")
+            print(f"{name:30} {replay.updates:5} updates   {sizes}")
         rates = {row["epoch"]: row["lr"] for row in history.epochs}
         momentum = settings["momentum"]
         used = [r["eigenvalue"] * rates[r["epoch"]] / (2 * (1 + momentum)) for r in history.curvature]
