@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hessianflow.interfaces import HessianFlowError, NormMode
 from hessianflow.presets import PRESETS
-from hessianflow.settings import DualBatchSettings, ResolutionSettings, TwinSettings
+from hessianflow.settings import DualBatchSettings, ResolutionSettings, TwinSettings, WorkerSettings
 
 DataName = Literal["digits", "fake", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet", "folder"]
 ControllerName = Literal[
@@ -40,7 +40,7 @@ LogLevelName = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True)
-class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
+class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSettings):
     """Every setting of `hessianflow train`, beside those of the classes it extends.
 
     Attributes:
@@ -220,7 +220,14 @@ class TrainConfig(DualBatchSettings, ResolutionSettings, TwinSettings):
                 raise HessianFlowError(f"--lr-decay must lie between 0 and 1 here, got {self.lr_decay}")
         self.check_resolution()
         self.check_twins(wanted=self.adversary == "conadv")
-        self.check_dual_batch(wanted=self.controller == "dual-batch")
+        self.check_dual_batch(wanted=self.controller == "dual-batch", elastic=self.elastic)
+        self.check_workers(
+            {
+                "--adversary conadv": self.adversary == "conadv",
+                "--controller dual-batch": self.controller == "dual-batch",
+                "--on-divergence rollback": self.on_divergence == "rollback",
+            }
+        )
         if self.max_lr_factor is not None and self.lr_rule is None:
             raise HessianFlowError(f"--max-lr-factor {self.max_lr_factor:g} needs --lr-rule")
 

@@ -101,7 +101,7 @@ class DualBatchSettings:
             default: simulated.
         synchrony: of the server. asp: every push is mixed at once; bsp: rounds; ssp: asp until a worker is too far
             ahead; default: asp, as published.
-        ray_address: of a Ray cluster; default: a local one.
+        ray_address: of a Ray cluster, also for elastic; default: a local one.
     """
 
     workers: int | None = None
@@ -114,13 +114,15 @@ class DualBatchSettings:
     synchrony: SynchronyName | None = None
     ray_address: str | None = None
 
-    def check_dual_batch(self, *, wanted: bool) -> None:
+    def check_dual_batch(self, *, wanted: bool, elastic: bool = False) -> None:
         """Refuse settings out of bounds, any of them where the controller is another, and others where it is this one.
 
         Raises:
             HessianFlowError: naming the option.
         """
         names = [field.name for field in fields(DualBatchSettings) if getattr(self, field.name) is not None]
+        if elastic and "ray_address" in names:
+            names.remove("ray_address")
         if names and not wanted:
             hint = "; processes that load images are --loader-workers" if names[0] == "workers" else ""
             raise HessianFlowError(f"{_option(names[0])} is a setting of --controller dual-batch{hint}")
@@ -193,6 +195,43 @@ class TwinSettings:
             raise HessianFlowError(f"{_option(names[0])} is a setting of --adversary conadv")
         if self.staleness is not None and self.staleness < 0:
             raise HessianFlowError(f"--staleness must be at least 0, got {self.staleness}")
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How many processes train.
+
+    Attributes:
+        elastic: train on Ray, with as many workers as the batch deserves, between min_workers and max_workers.
+        min_workers: of an elastic run; default: 1.
+        max_workers: of an elastic run; default: 8.
+    """
+
+    elastic: bool = False
+    min_workers: int | None = None
+    max_workers: int | None = None
+
+    def check_workers(self, refused: Mapping[str, bool]) -> None:
+        """Refuse bounds that contradict each other, bounds without `elastic`, and what an elastic run cannot do.
+
+        Args:
+            refused: options that do not go with `elastic`, and whether they are in use.
+
+        Raises:
+            HessianFlowError: naming the option.
+        """
+        for name in ("min_workers", "max_workers"):
+            value = getattr(self, name)
+            if value is not None and not self.elastic:
+                raise HessianFlowError(f"{_option(name)} is a setting of --elastic runs: add --elastic")
+            if value is not None and value < 1:
+                raise HessianFlowError(f"{_option(name)} must be at least 1, got {value}")
+        low, high = self.min_workers or 1, self.max_workers or 8
+        if low > high:
+            raise HessianFlowError(f"--max-workers {high} is below --min-workers {low}: raise it")
+        for words, used in refused.items():
+            if used and self.elastic:
+                raise HessianFlowError(f"--elastic does not go with {words}: leave one out")
 
 
 def as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:

@@ -32,10 +32,11 @@ ROOMS_OF_BUILD = {
     *("config", "build", "choices", *SHARED),
 }
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
+ALLOWED["elastic"] = ROOMS_OF_BUILD | {"elastic"}
 ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch", "settings"}
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
-    *("commands", "config", "build", "choices", "dual_batch", "plots", "training", "control", "curvature"),
+    *("commands", "config", "build", "choices", "dual_batch", "elastic", "plots", "training", "control", "curvature"),
     *("adversarial", "data", "distributed", "settings", *SHARED),
 }
 

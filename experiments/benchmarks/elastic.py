@@ -223,6 +223,14 @@ class PixelsJob:
             self.updates += 1
         return self.report()
 
+    def rows(self, start: int) -> list[dict[str, Any]]:  # noqa: ARG002
+        """Nothing is recorded."""
+        return []
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing to say."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Weights, momentum and counts."""
         done = [self.updates, self.examples]

@@ -58,6 +58,11 @@ def draw(runs: list[Path], folder: Path) -> None:
             warnings.filterwarnings("ignore", message="Glyph")  # a run's name may hold what the font lacks
             picture(source, path=path)
         print(f"  {path}")
+    elastic = [run for run in runs if plots.has_workers(run)]
+    for run in elastic:
+        path = folder / ("workers.png" if len(runs) == 1 else f"workers-{run.name}.png")
+        plots.workers(run, path=path)
+        print(f"  {path}")
 
 
 def _plot(arguments: Namespace) -> int:

@@ -20,6 +20,7 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
                 type=hints[field.name],
                 default=field.default,
                 help=texts[field.name],
+                **({"nargs": "?", "const": True} if field.default is False else {}),  # --elastic is --elastic true
             )
 
 

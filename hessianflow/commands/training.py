@@ -12,13 +12,16 @@ from jsonargparse import Namespace
 from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command
 from hessianflow.commands.settings import add_settings
-from hessianflow.config import TrainConfig
+from hessianflow.config import TrainConfig, resolve
 from hessianflow.interfaces import HessianFlowError
 
 if TYPE_CHECKING:
     from hessianflow.dual_batch import DualBatchTrainer
+    from hessianflow.elastic import ElasticTrainer
     from hessianflow.interfaces import World
     from hessianflow.training import AdaptiveBatchTrainer, History
+
+    AnyTrainer = AdaptiveBatchTrainer | DualBatchTrainer | ElasticTrainer
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -37,7 +40,8 @@ def _train(arguments: Namespace) -> int:
     from hessianflow.training.world import on_first_rank
 
     def settings() -> TrainConfig:
-        return prepare(TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)}))
+        given = TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)})
+        return resolve(given) if given.elastic else prepare(given)  # workers prepare themselves, where they are
 
     with launched(settings) as (world, given):
         run_dir = on_first_rank(world, lambda: given.run_dir or _new_run_dir(given))
@@ -50,7 +54,11 @@ def _resume(arguments: Namespace) -> int:
     from hessianflow.build import load_config, prepare
     from hessianflow.commands.ranks import launched
 
-    with launched(lambda: prepare(load_config(arguments.run_dir))) as (world, config):
+    def settings() -> TrainConfig:
+        given = load_config(arguments.run_dir)
+        return given if given.elastic else prepare(given)
+
+    with launched(settings) as (world, config):
         if _has_finished(world, arguments.run_dir):
             return 0
         status, history = _run(world, config, lambda trainer: trainer.resume(arguments.run_dir))
@@ -67,9 +75,7 @@ def _has_finished(world: "World", run_dir: str) -> bool:
     return finished
 
 
-def _run(
-    world: "World", config: TrainConfig, work: "Callable[[AdaptiveBatchTrainer | DualBatchTrainer], History]"
-) -> tuple[int, "History"]:
+def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], History]") -> tuple[int, "History"]:
     """Build a trainer and let it work; returns the exit status and the records. A signal stops all ranks alike."""
     from hessianflow.training.world import on_all_ranks
 
@@ -91,7 +97,7 @@ def _run(
     return 130 if signal.SIGINT in stopped_by else 0, history
 
 
-def _trainer(config: TrainConfig, world: "World") -> "AdaptiveBatchTrainer | DualBatchTrainer":
+def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
     from hessianflow.training import LogSink
 
     if config.controller == "dual-batch":
@@ -100,6 +106,12 @@ def _trainer(config: TrainConfig, world: "World") -> "AdaptiveBatchTrainer | Dua
         if world.world_size > 1:
             raise HessianFlowError("--controller dual-batch has workers of its own: start it without torchrun")
         return build_dual_batch(config, [LogSink()])
+    if config.elastic:
+        from hessianflow.elastic import build_elastic
+
+        if world.world_size > 1:
+            raise HessianFlowError("--elastic has workers of its own: start it without torchrun")
+        return build_elastic(config, [LogSink()])
     from hessianflow.build import build_trainer
 
     return build_trainer(config, [LogSink()], world)

@@ -15,16 +15,17 @@ When this process itself ends, the job's own checkpoints are what is left.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hessianflow.distributed.elastic_cluster import Cluster
-from hessianflow.distributed.elastic_member import ElasticJob, JobReport
+from hessianflow.distributed.elastic_member import ElasticJob, JobReport, Row
 from hessianflow.distributed.elastic_policy import Sample, slow_workers
 from hessianflow.distributed.elastic_settings import ElasticSettings
 from hessianflow.distributed.ray_session import connect
 from hessianflow.interfaces import HessianFlowError
 
-EventKind = Literal["started", "requested", "refused", "joined", "left", "died", "hung", "slow", "restored", "finished"]
+Trouble = Literal["died", "hung", "slow", "restored", "refused"]
+EventKind = Trouble | Literal["started", "requested", "joined", "left", "snapshot", "stopped", "finished"]
 
 MAX_FAILURES = 5
 """Failures in a row, without an update completed in between, after which a run gives up. Ours."""
@@ -41,6 +42,7 @@ class ElasticEvent:
         kind: what happened.
         seconds: since the run began.
         updates: completed by then.
+        examples: trained by then, over all ranks.
         workers: in the world after it.
         message: in words.
         pause: seconds for which training stood still.
@@ -49,6 +51,7 @@ class ElasticEvent:
     kind: EventKind
     seconds: float
     updates: int
+    examples: int
     workers: int
     message: str
     pause: float = 0.0
@@ -68,8 +71,13 @@ class ElasticRun:
             :func:`~hessianflow.distributed.elastic_policy.workers_for`.
         settings: see :class:`ElasticSettings`.
         on_event: called with each event as it happens.
+        on_rows: on_rows(start, rows): the job's records from number `start` on, whose number it may have had before: a
+            run that goes on from a snapshot makes them again.
+        on_snapshot: called with the job's state whenever a snapshot was taken, at the end too; to be written to disk.
+        start_from: a state to go on from.
 
     Attributes:
+        description: what rank 0's job said of itself, at the start and then at the end.
         events: all of them.
         samples: throughput of every stretch.
 
@@ -82,11 +90,22 @@ class ElasticRun:
     policy: Policy
     settings: ElasticSettings
     on_event: Callable[[ElasticEvent], None] | None = None
+    on_rows: Callable[[int, Sequence[Row]], None] | None = None
+    on_snapshot: Callable[[Any], None] | None = None
+    start_from: Any = None
+    description: Row = field(default_factory=dict, init=False)
     events: list[ElasticEvent] = field(default_factory=list, init=False)
     samples: list[Sample] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        self._stopping = False
+
+    def request_stop(self) -> None:
+        """Let `run` return at the next boundary, after a snapshot (safe in a signal handler)."""
+        self._stopping = True
+
     def run(self) -> JobReport:
-        """Train to the end; returns the last report."""
+        """Train to the end, or until asked to stop; returns the last report."""
         ray = connect(self.settings.address)
         self._began = time.monotonic()
         self._cluster = Cluster(ray, self.build, self.settings)
@@ -94,9 +113,10 @@ class ElasticRun:
         self._ask_again_at = self._began
         try:
             self._start()
-            while not self._report.done:
+            while not self._ended():
                 self._train_stretch()
-            self._record("finished", f"{self._report.examples} examples in {self._report.updates} updates")
+            kind: EventKind = "finished" if self._report.done else "stopped"
+            self._record(kind, f"{self._report.examples} examples in {self._report.updates} updates")
             return self._report
         finally:
             self._cluster.close()
@@ -104,28 +124,55 @@ class ElasticRun:
     def _start(self) -> None:
         self._cluster.request(self.settings.min_workers)
         self._cluster.await_all(self.settings.start_seconds)
+        if self.start_from is not None:
+            self._cluster.keep(self.start_from)
+            self._cluster.restore()
         report = self._cluster.regroup(share_state=True)
         if report is None:
             raise HessianFlowError(f"the first workers could not form a group: {self._cluster.last_error}")
-        self._report = report
-        self._cluster.take_snapshot()
+        self._report, self._rows = report, report.rows
         self._failures, self._stretch = 0, 1
+        self.description = self._cluster.describe() or {}
         self._record("started", f"{len(self._cluster.members)} workers")
+        self._take_snapshot()
 
     def _train_stretch(self) -> None:
         began = time.monotonic()
         expected = 10 * self.settings.stretch_seconds + self.settings.timeout_seconds
-        outcome = self._cluster.run_until(self._report.updates + self._stretch, expected)
+        outcome = self._cluster.run_until(self._report.updates + self._stretch, self._rows, expected)
         if outcome is None:
             self._recover()
             return
-        report, busy = outcome
+        report, busy, rows = outcome
+        if rows and self.on_rows is not None:
+            self.on_rows(self._rows, rows)
+        self._rows += len(rows)
         self._measure(report, time.monotonic() - began)
         self._note_slow(busy)
         self._failures = 0
         if not report.done:
+            if report.keep or self._cluster.snapshot_is_due:
+                self._take_snapshot()
             self._resize()
-            self._cluster.snapshot_if_due()
+
+    def _ended(self) -> bool:
+        """Whether nothing is left to do, the last snapshot included; when a member fails at that, go on without it."""
+        if not (self._report.done or self._stopping):
+            return False
+        found = self._cluster.describe()
+        if found is None or not self._take_snapshot():
+            self._recover()
+            return False
+        self.description = found
+        return True
+
+    def _take_snapshot(self) -> bool:
+        taken = self._cluster.take_snapshot()
+        if taken and self.on_snapshot is not None:
+            self.on_snapshot(self._cluster.snapshot())
+            if not self._report.keep:  # what is kept at the end of every epoch is no event
+                self._record("snapshot", "state written")
+        return taken
 
     def _measure(self, report: JobReport, seconds: float) -> None:
         updates, examples = report.updates - self._report.updates, report.examples - self._report.examples
@@ -188,7 +235,7 @@ class ElasticRun:
         if report is None:
             self._recover()
             return False
-        self._report = report
+        self._report, self._rows = report, min(self._rows, report.rows)
         self._slow.clear()
         return True
 
@@ -197,7 +244,7 @@ class ElasticRun:
             self._record("refused", f"no new worker after {self.settings.start_seconds:g} s; training goes on without")
         for reason in self._cluster.drop_failed():
             self._ask_again_at = time.monotonic() + self.settings.start_seconds
-            self._record("refused", f"a new worker died while it started: {reason}")
+            self._record("refused", f"a new worker {reason}")
 
     def _note_slow(self, busy: Sequence[float]) -> None:
         self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow_workers(busy)}
@@ -207,7 +254,8 @@ class ElasticRun:
 
     def _record(self, kind: EventKind, message: str, pause: float = 0.0) -> None:
         now, workers = time.monotonic() - self._began, len(self._cluster.members)
-        event = ElasticEvent(kind, now, self._report.updates, workers, message, pause)
+        report = self._report
+        event = ElasticEvent(kind, now, report.updates, report.examples, workers, message, pause)
         self.events.append(event)
         if self.on_event is not None:
             self.on_event(event)

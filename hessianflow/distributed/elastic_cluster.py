@@ -1,15 +1,16 @@
 """The worker processes of an elastic run, as Ray actors: asked for, awaited, grouped, and buried."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from hessianflow.distributed.elastic_member import ElasticJob, JobReport, Member
+from hessianflow.distributed.elastic_member import ElasticJob, JobReport, Member, Row
 from hessianflow.distributed.elastic_settings import ElasticSettings
 from hessianflow.distributed.process_group import Generation
+from hessianflow.distributed.state import pack, unpack
 from hessianflow.interfaces import HessianFlowError
 
 GRACE_SECONDS = 5.0
@@ -49,6 +50,7 @@ class Cluster:
         self._address = "127.0.0.1" if settings.address is None else ray.util.get_node_ip_address()
         self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
         self._generation = 0
+        self._program = ""
         self._fates: dict[Any, Literal["died", "hung"]] = {}
         self._snapshot: Any = None
         self._snapshot_at = 0.0
@@ -64,15 +66,16 @@ class Cluster:
         """
         settings = self._settings
         if settings.address is None:
-            room = self._ray.cluster_resources().get("CPU", 0.0)
-            if settings.min_workers * settings.num_cpus > room:
-                raise HessianFlowError(
-                    f"{settings.min_workers} workers of {settings.num_cpus:g} CPUs need more than the {room:g} CPUs of "
-                    "this machine: lower --min-workers, or give the address of a cluster"
-                )
+            for name, each in (("CPU", settings.num_cpus), ("GPU", settings.num_gpus)):
+                room = self._ray.cluster_resources().get(name, 0.0)
+                if settings.min_workers * each > room:
+                    raise HessianFlowError(
+                        f"{settings.min_workers} workers of {each:g} {name}s need more than the {room:g} {name}s of "
+                        "this machine: lower --min-workers, or give the address of a cluster"
+                    )
         for _ in range(count):
             actor = self._new_member()
-            self.pending.append(_Pending(actor, actor.process_id.remote(), time.monotonic()))
+            self.pending.append(_Pending(actor, actor.program.remote(), time.monotonic()))
         if settings.address is not None:
             from ray.autoscaler.sdk import request_resources
 
@@ -114,15 +117,20 @@ class Cluster:
         return len(late)
 
     def drop_failed(self) -> list[str]:
-        """Forget newcomers that died while they started; returns what Ray says of each."""
+        """Forget newcomers that died while they started, or run other code; returns what is known of each."""
         reasons = []
         for newcomer in list(self.pending):
             if self._ray.wait([newcomer.ready], timeout=0)[0]:
                 try:
-                    self._ray.get(newcomer.ready)
+                    program = self._ray.get(newcomer.ready)
                 except self._ray.exceptions.RayActorError as error:
-                    reasons.append(str(error).splitlines()[0])
+                    reasons.append(f"died while it started: {str(error).splitlines()[0]}")
                     self.pending.remove(newcomer)
+                else:
+                    if program != self._program:
+                        reasons.append(f"runs other code ({program}) than the others ({self._program})")
+                        self._ray.kill(newcomer.actor)
+                        self.pending.remove(newcomer)
         return reasons
 
     def admit(self) -> int:
@@ -131,7 +139,14 @@ class Cluster:
             return 0
         refs = [p.ready for p in self.pending]
         ready = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
-        self._ray.get(list(ready))
+        programs = self._ray.get([p.ready for p in self.pending if p.ready in ready])
+        for program in programs:
+            if program != (self._program or programs[0]):
+                raise HessianFlowError(
+                    f"all workers must run the same code: one has {self._program or programs[0]}, another {program}; "
+                    "install the same versions of hessianflow and torch everywhere"
+                )
+            self._program = program
         self.members += [p.actor for p in self.pending if p.ready in ready]
         self.pending = [p for p in self.pending if p.ready not in ready]
         return len(ready)
@@ -158,10 +173,21 @@ class Cluster:
         reports: list[JobReport] | None = self._ask("enter", arguments, recoverable=(RuntimeError, HessianFlowError))
         return None if reports is None else reports[0]
 
-    def run_until(self, updates: int, seconds: float) -> tuple[JobReport, list[float]] | None:
-        """Train all members until so many updates; None when one failed, or took longer than `seconds`."""
-        answers = self._ask("run_until", [(updates,)] * len(self.members), seconds=seconds)
-        return None if answers is None else (answers[0][0], [busy for _, busy in answers])
+    def run_until(
+        self, updates: int, start: int, seconds: float
+    ) -> tuple[JobReport, list[float], Sequence[Row]] | None:
+        """Train all members until so many updates; None when one failed, or took longer than `seconds`.
+
+        Returns:
+            The report, each rank's seconds spent computing, and the records from number `start` on.
+        """
+        answers = self._ask("run_until", [(updates, start)] * len(self.members), seconds=seconds)
+        return None if answers is None else (answers[0][0], [busy for _, busy, _ in answers], answers[0][2])
+
+    def describe(self) -> Row | None:
+        """What rank 0's job says of itself; None when some member failed."""
+        answers = self._ask("describe")
+        return None if answers is None else answers[0]
 
     def bury(self) -> list[tuple[Literal["died", "hung"], str]]:
         """Let the survivors of a failure leave their generation, the most advanced first; end the others."""
@@ -175,19 +201,28 @@ class Cluster:
         self._fates.clear()
         return [(fate, f"rank {rank} of generation {self._generation} {fate}") for fate, rank in lost]
 
-    def take_snapshot(self) -> None:
-        """Keep rank 0's state in the object store; the one before stays if rank 0 is in trouble."""
+    def take_snapshot(self) -> bool:
+        """Keep rank 0's state in the object store; False, and the one before stays, if rank 0 is in trouble."""
         source = self.members[0]
         taken, snapshot = source.snapshot.options(num_returns=2).remote()
         answers = self._answers({source: taken}, time.monotonic() + self._settings.timeout_seconds, 0.0)
         self._snapshot_at = time.monotonic()
         if source in answers:
             self._snapshot = snapshot
+        return source in answers
 
-    def snapshot_if_due(self) -> None:
-        """Take one when the last is old enough."""
-        if self.members and time.monotonic() - self._snapshot_at > self._settings.snapshot_seconds:
-            self.take_snapshot()
+    @property
+    def snapshot_is_due(self) -> bool:
+        """Whether the last one is old enough."""
+        return bool(self.members) and time.monotonic() - self._snapshot_at > self._settings.snapshot_seconds
+
+    def snapshot(self) -> Any:
+        """The state last kept."""
+        return unpack(*self._ray.get(self._snapshot))
+
+    def keep(self, state: Any) -> None:
+        """Take `state` for the last snapshot."""
+        self._snapshot = self._ray.put(pack(state))
 
     def restore(self) -> None:
         """Give the last snapshot to rank 0."""
@@ -244,6 +279,8 @@ class Cluster:
                 self._fates[actors[done[0]]] = "died"
                 self.last_error = str(error).splitlines()[0]
             except self._ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, HessianFlowError) and not isinstance(error.cause, recoverable):
+                    raise error.cause from None
                 if not isinstance(error.cause, recoverable):
                     raise
                 self.last_error = str(error.cause).splitlines()[0]

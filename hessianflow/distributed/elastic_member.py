@@ -1,17 +1,20 @@
 """One worker of an elastic run: a job in a process of its own that enters and leaves generations of the group."""
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from hessianflow.distributed.fingerprint import code_fingerprint
 from hessianflow.distributed.process_group import Generation, ProcessGroupReducer, abort, enter, leave
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.state import ByteArray, broadcast_state, pack, unpack
+
+Row = Mapping[str, Any]
+"""One record of a run."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class JobReport:
         batch_size: of the next update, over all ranks.
         microbatch_size: the largest that fits one worker.
         done: nothing is left to train.
+        rows: records made so far.
+        keep: this is a good moment for a snapshot, such as the end of an epoch.
     """
 
     updates: int
@@ -31,6 +36,8 @@ class JobReport:
     batch_size: int
     microbatch_size: int
     done: bool
+    rows: int = 0
+    keep: bool = False
 
 
 class ElasticJob(Protocol):
@@ -45,7 +52,15 @@ class ElasticJob(Protocol):
         ...
 
     def run_until(self, updates: int) -> JobReport:
-        """Train until so many updates have been made in all, or to the end."""
+        """Train until so many updates have been made in all, or to the end; may return earlier, at a `keep`."""
+        ...
+
+    def rows(self, start: int) -> Sequence[Row]:
+        """The records made so far, the same on every rank, from number `start` on."""
+        ...
+
+    def describe(self) -> Row:
+        """Whatever whoever started the run wants to know at its start and at its end."""
         ...
 
     def report(self) -> JobReport:
@@ -73,14 +88,15 @@ class Member:
         self._job = build()
         self._device = torch.device(device)
 
-    def process_id(self) -> int:
-        """The answer says that the job is built."""
-        return os.getpid()
+    def program(self) -> str:
+        """A hash of the code this process runs; the answer says that the job is built."""
+        return code_fingerprint()
 
     def enter(
         self, generation: Generation, address: str, port: int, share_state: bool, timeout_seconds: float
     ) -> JobReport:
         """Become a rank of a generation; with `share_state`, go on from rank 0's state."""
+        self._rank = generation.rank
         store = TCPStore(address, port, is_master=False)
         reducer = enter(generation, store, self._device, timeout_seconds=timeout_seconds)
         if share_state:
@@ -88,11 +104,16 @@ class Member:
         self._job.join(reducer)
         return self._job.report()
 
-    def run_until(self, updates: int) -> tuple[JobReport, float]:
-        """The report, and the seconds spent computing rather than waiting for other ranks."""
+    def run_until(self, updates: int, start: int) -> tuple[JobReport, float, Sequence[Row]]:
+        """The report, the seconds spent computing rather than waiting for others, and rank 0's records from `start`."""
         began, waited = time.perf_counter(), self._job.waited_seconds
         report = self._job.run_until(updates)
-        return report, time.perf_counter() - began - (self._job.waited_seconds - waited)
+        busy = time.perf_counter() - began - (self._job.waited_seconds - waited)
+        return report, busy, self._job.rows(start) if self._rank == 0 else ()
+
+    def describe(self) -> Row:
+        """See :class:`ElasticJob`."""
+        return self._job.describe()
 
     def leave(self) -> None:
         """Together with all other ranks of the generation."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from hessianflow.interfaces import HessianFlowError
 
+MIN_SAMPLES = 3
+"""Samples of a world at a batch size that it takes to judge it: one stretch may hold an evaluation. Ours."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -38,9 +41,9 @@ def workers_for(
     """As many workers as get a full microbatch each, unless more have been seen not to pay.
 
     The efficiency of n workers is (rate at n / n) / (rate at n0 / n0), n0 being the fewest workers seen at the same
-    batch size and rates medians of the samples. Where it fell below `min_efficiency`, the answer is at most the number
-    of workers that would reach it at the rate then measured. What was measured stays measured, so the answer at one
-    batch size does not swing back and forth.
+    batch size and rates medians of the samples, of which there must be :data:`MIN_SAMPLES` at n. Where it fell below
+    `min_efficiency`, the answer is at most the number of workers that would reach it at the rate then measured. What
+    was measured stays measured, so the answer at one batch size does not swing back and forth.
 
     Args:
         batch_size: examples an update, over all workers.
@@ -59,9 +62,10 @@ def workers_for(
             f"{batch_size}, microbatch_size {microbatch_size}, min_workers {min_workers}, max_workers {max_workers}"
         )
     wanted = min(max_workers, max(min_workers, batch_size // microbatch_size))
-    per_worker = _rate_per_worker(samples, batch_size)
-    least = min_efficiency * per_worker[min(per_worker)] if per_worker else 0.0
-    limits = [int(workers * rate / least) for workers, rate in per_worker.items() if rate < least]
+    rates = _rates_per_worker(samples, batch_size)
+    least = min_efficiency * statistics.median(rates[min(rates)]) if rates else 0.0
+    judged = {workers: statistics.median(found) for workers, found in rates.items() if len(found) >= MIN_SAMPLES}
+    limits = [int(workers * rate / least) for workers, rate in judged.items() if rate < least]
     return max(min_workers, min([wanted, *limits]))
 
 
@@ -75,9 +79,9 @@ def slow_workers(busy_seconds: Sequence[float], *, factor: float = 2.0) -> list[
     return found
 
 
-def _rate_per_worker(samples: Iterable[Sample], batch_size: int) -> dict[int, float]:
+def _rates_per_worker(samples: Iterable[Sample], batch_size: int) -> dict[int, list[float]]:
     rates: dict[int, list[float]] = {}
     for sample in samples:
         if sample.batch_size == batch_size:
             rates.setdefault(sample.workers, []).append(sample.examples_per_second / sample.workers)
-    return {workers: statistics.median(values) for workers, values in rates.items()}
+    return rates

@@ -9,6 +9,7 @@ from hessianflow.plots.scaling import scaling
 from hessianflow.plots.spectra import spectral_density
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
+from hessianflow.plots.workers import has_workers, workers
 
 __all__ = [
     "ComparisonTable",
@@ -18,10 +19,12 @@ __all__ = [
     "compare",
     "compare_table",
     "curvature_trajectory",
+    "has_workers",
     "landscape",
     "report",
     "robustness",
     "scaling",
     "spectral_density",
     "training_curves",
+    "workers",
 ]

@@ -115,7 +115,7 @@ class TrainingLoop:
             if not self.model.training:  # in training mode already: layers that the user froze stay as they are
                 self.model.train()
             with ghost_normalisation(self.model, self.norm_batch_size):
-                while self.state.counters.examples < total and not self._reached(updates):
+                while self._is_unfinished(total) and not self._reached(updates):
                     try:
                         self._train(updates)
                     except DivergenceError as error:
@@ -126,10 +126,15 @@ class TrainingLoop:
             for module, training in modes:
                 module.training = training
 
+    def _is_unfinished(self, total: int) -> bool:
+        return self.state.counters.examples < total or self.state.counters.settled < self.state.counters.updates
+
     def _reached(self, updates: int | None) -> bool:
         if any(self.world.gather(self.stop_requested)):
             self.stop_requested = True
-        return self.stop_requested or (updates is not None and self.state.counters.updates >= updates)
+        counters = self.state.counters
+        settled = counters.settled == counters.updates
+        return self.stop_requested or (updates is not None and settled and counters.updates >= updates)
 
     def _train(self, updates: int | None) -> None:
         """The steps from here to the end of the run, to so many updates, or to a stop."""

@@ -128,7 +128,7 @@ class RunRecord:
         if self.run_dir is None:
             return
         try:
-            _refuse_used(self.run_dir)
+            refuse_used(self.run_dir)
             self.run_dir.mkdir(parents=True, exist_ok=True)
             _write_first(self.run_dir, self._config, config.get("settings"))
         except OSError as error:
@@ -169,6 +169,12 @@ class RunRecord:
                 raise HessianFlowError(f"cannot write {self.run_dir / HISTORY}: {error.strerror or error}") from None
         for sink in self._sinks:
             sink.write(row)
+
+    def replace(self, records: Sequence[Record]) -> None:
+        """Put these rows in the place of all that were written; sinks have seen those already."""
+        self.records = list(records)
+        if self.run_dir is not None:
+            _write_whole(self.run_dir / HISTORY, "".join(json.dumps(row, allow_nan=False) + "\n" for row in records))
 
     def finish(self, summary: Record) -> None:
         """Write summary.json."""
@@ -212,7 +218,12 @@ def _write_whole(path: Path, text: str) -> None:
         raise
 
 
-def _refuse_used(folder: Path) -> None:
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder that holds a run, or anything else, before a new run begins in it.
+
+    Raises:
+        HessianFlowError: saying what to do.
+    """
     if not folder.is_dir() or _died_at_once(folder):
         return
     if (folder / HISTORY).exists():

@@ -13,7 +13,7 @@ from hessianflow.training.timing import PARTS
 def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> dict[str, Any]:
     """The row of one curvature reading; `note`: what the controller made of it when it changed nothing."""
     row: dict[str, Any] = {
-        **_where("curvature", progress),
+        **place("curvature", progress),
         "eigenvalue": reading.eigenvalue,
         "residual": reading.residual,
         "matvecs": reading.matvecs,
@@ -32,13 +32,13 @@ def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> dic
 
 def signals_row(progress: Progress, signals: Mapping[str, float]) -> dict[str, Any]:
     """The row of what gradient observers measured for the controller."""
-    return {**_where("signals", progress), **signals}
+    return {**place("signals", progress), **signals}
 
 
 def decision_row(progress: Progress, before: Decision, after: Decision) -> dict[str, Any]:
     """The row of a decision that changed a setting."""
     return {
-        **_where("batch", progress),
+        **place("batch", progress),
         "from": before.batch_size,
         "to": after.batch_size,
         "lr_factor": after.lr_factor,
@@ -54,7 +54,7 @@ def measurement_row(progress: Progress, kind: str, figures: Mapping[str, float])
 
 def event_row(progress: Progress, event: str, message: str) -> dict[str, Any]:
     """The row of anything else worth knowing later: a divergence, a fallback, a preemption."""
-    return {**_where("event", progress), "event": event, "message": message}
+    return {**place("event", progress), "event": event, "message": message}
 
 
 def summary(
@@ -87,7 +87,8 @@ def summary(
     }
 
 
-def _where(kind: str, progress: Progress) -> dict[str, Any]:
+def place(kind: str, progress: Progress) -> dict[str, Any]:
+    """What every row begins with."""
     return {"kind": kind, "epoch": progress.epoch, "examples": progress.examples, "updates": progress.updates}
 
 

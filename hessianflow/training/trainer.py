@@ -44,7 +44,7 @@ from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
 from hessianflow.training.lookahead import Lookahead, check_staleness
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.microbatch import MicrobatchSize
-from hessianflow.training.record import History, RunRecord, history_length
+from hessianflow.training.record import History, Record, RunRecord, history_length
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState, separate_generators
 from hessianflow.training.step import TrainingStep
@@ -223,14 +223,22 @@ class AdaptiveBatchTrainer:
         loop = self._loop
         if loop.policy.mode == "rollback" and loop.run_dir is None:
             raise AgreedError('on_divergence="rollback" goes back to checkpoints: it needs a run_dir')
-        self.world.meet(self._settings())
-        on_first_rank(self.world, lambda: loop.record.start({**self._config, "trainer": self._settings()}))
+        self.world.meet(self.settings())
+        on_first_rank(self.world, lambda: loop.record.start({**self._config, "trainer": self.settings()}))
         separate_generators(self.world.rank)
-        loop.apply(loop.decision)
-        if not checkpoint.all_finite(loop.step.accumulate.parameters):
-            raise AgreedError("the model's weights are not finite before the first step")
+        self.begin()
         loop.save()
         return self._run()
+
+    def begin(self) -> None:
+        """Put the controller's first setting in force, before any training with :meth:`run_until`.
+
+        Raises:
+            HessianFlowError: weights that are not finite.
+        """
+        self._loop.apply(self._loop.decision)
+        if not checkpoint.all_finite(self._loop.step.accumulate.parameters):
+            raise AgreedError("the model's weights are not finite before the first step")
 
     def resume(self, run_dir: str | Path) -> History:
         """Continue an interrupted run of the same settings from its newest checkpoint to the end, at any world size.
@@ -240,7 +248,7 @@ class AdaptiveBatchTrainer:
         Raises:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
         """
-        self.world.meet(self._settings())
+        self.world.meet(self.settings())
         loop, folder = self._loop, Path(run_dir)
         loop.run_dir = folder
         state, warning = loop.newest_checkpoint(lambda: history_length(folder))
@@ -261,6 +269,27 @@ class AdaptiveBatchTrainer:
     def progress(self) -> Progress:
         """How far the run has come."""
         return self._loop.progress
+
+    @property
+    def decision(self) -> Decision:
+        """The setting in force."""
+        return self._loop.decision
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that follows the last update (decision, evaluation) was done; not so when a rank failed there."""
+        counters = self._loop.state.counters
+        return counters.settled == counters.updates
+
+    @property
+    def microbatch_size(self) -> int:
+        """Examples a forward pass, as far as is known by now."""
+        return self._loop.step.microbatch.size
+
+    @property
+    def records(self) -> list[Record]:
+        """All rows made so far: those of every rank on rank 0, and the same ones on the others."""
+        return self._loop.record.records
 
     def rejoin(self) -> None:
         """Take this rank's place in the world, which may have changed since the last update."""
@@ -291,12 +320,18 @@ class AdaptiveBatchTrainer:
             loop.run_until()
         finally:
             loop.record.close()
-        history, seconds = loop.record.history(), loop.watch.totals()
-        summary = rows.summary(history, self.progress, loop.decision, seconds, loop.step.device, self.world.world_size)
+        summary = self.summary()
         on_first_rank(self.world, lambda: loop.record.finish(summary))
         return on_first_rank(self.world, loop.record.history)
 
-    def _settings(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
+        """What summary.json would hold if the run ended now."""
+        loop = self._loop
+        seconds, size = loop.watch.totals(), self.world.world_size
+        return rows.summary(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
+
+    def settings(self) -> dict[str, Any]:
+        """What config.json holds of the trainer itself."""
         step = self._loop.step
         return {
             "model": type(unwrap(self.model)).__name__,

@@ -34,7 +34,8 @@ class PlainJob:
         self.sync.rejoin(reducer)
 
     def report(self) -> JobReport:
-        return JobReport(self.updates, self.examples, self.batch_size, 8, self.updates >= self.total)
+        done = self.updates >= self.total
+        return JobReport(self.updates, self.examples, self.batch_size, 8, done, self.updates, self.updates == 18)
 
     @property
     def batch_size(self) -> int:
@@ -61,6 +62,12 @@ class PlainJob:
         totals = self.sync.finish(loss, None)
         self.optimizer.step()
         self.updates, self.examples = self.updates + 1, self.examples + totals.examples
+
+    def rows(self, start: int) -> list[dict]:
+        return [{"kind": "update", "number": number} for number in range(start, self.updates)]
+
+    def describe(self) -> dict:
+        return {"updates": self.updates}
 
     def is_first(self, mark: str) -> bool:
         """Whether no process of this run has left this mark before."""

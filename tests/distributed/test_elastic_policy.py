@@ -24,27 +24,29 @@ def test_bounds():
 
 def test_workers_that_do_not_pay_are_let_go():
     """Rates 100, 180, 190 at 1, 2, 4 workers: 100, 90 and 47.5 a worker; the last is below half, so 3 at most."""
-    samples = [sample(1, 512, 100.0), sample(2, 512, 180.0), sample(4, 512, 190.0)]
-    assert workers_for(512, 128, samples[:2], max_workers=8) == 4
+    samples = 3 * [sample(1, 512, 100.0), sample(2, 512, 180.0), sample(4, 512, 190.0)]
+    assert workers_for(512, 128, samples[:8], max_workers=8) == 4, "two samples at 4 workers are too few"
     assert workers_for(512, 128, samples, max_workers=8) == 3
     assert workers_for(512, 128, samples, max_workers=8, min_efficiency=0.4) == 4
     assert workers_for(512, 128, samples, min_workers=4, max_workers=8) == 4
 
 
 def test_another_batch_size_is_another_question():
-    samples = [sample(1, 512, 100.0), sample(4, 512, 110.0)]
+    samples = 3 * [sample(1, 512, 100.0), sample(4, 512, 110.0)]
+    assert workers_for(512, 128, samples, max_workers=8) < 4
     assert workers_for(1024, 128, samples, max_workers=8) == 8
 
 
 def test_one_bad_stretch_changes_nothing():
-    samples = [sample(1, 512, 100.0), sample(2, 512, 180.0), sample(2, 512, 10.0), sample(2, 512, 185.0)]
+    samples = 3 * [sample(1, 512, 100.0)]
+    samples += [sample(2, 512, 180.0), sample(2, 512, 10.0), sample(2, 512, 185.0)]
     assert workers_for(512, 128, samples, max_workers=8) == 4
 
 
 def test_the_answer_does_not_swing():
     """Asked again with what its own answers lead to (the rate does not grow beyond two workers), it settles."""
     samples, workers, answers = [], 1, []
-    for _ in range(12):
+    for _ in range(24):
         samples.append(sample(workers, 2048, 100.0 * min(workers, 2)))
         workers = workers_for(2048, 128, samples, max_workers=16)
         answers.append(workers)

@@ -1,0 +1,49 @@
+"""From a configuration to an elastic run of it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+from hessianflow.build import build_trainer, prepare, tensorboard_sinks
+from hessianflow.config import TrainConfig, resolve, to_dict
+from hessianflow.distributed import ElasticSettings
+from hessianflow.distributed.ray_session import connect
+from hessianflow.elastic.trainer import ElasticTrainer
+from hessianflow.interfaces import HessianFlowError, RecordSink, World
+from hessianflow.training import AdaptiveBatchTrainer
+
+
+def build_elastic(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> ElasticTrainer:
+    """An elastic run of `config`; connects to Ray.
+
+    Each worker asks for `threads` processors (1 by default), and for a GPU where the run is to use one.
+
+    Raises:
+        HessianFlowError: no Ray; a setting that an elastic run does not support.
+    """
+    config = resolve(config)
+    if config.run_dir is None:
+        raise HessianFlowError("an elastic run needs --run-dir, the folder of its records")
+    gpus = connect(config.ray_address).cluster_resources().get("GPU", 0.0)
+    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and gpus > 0)
+    settings = ElasticSettings(
+        config.min_workers or 1,
+        config.max_workers or 8,
+        num_cpus=config.threads or 1,
+        num_gpus=float(on_gpu),
+        address=config.ray_address,
+    )
+    own = replace(config, run_dir=None, tensorboard=False, device="cuda" if on_gpu else "cpu")
+    return ElasticTrainer(
+        partial(make_trainer, replace(own, threads=config.threads or 1)),
+        settings,
+        run_dir=config.run_dir,
+        config={"settings": to_dict(config)},
+        sinks=[*sinks, *tensorboard_sinks(config)],
+        keep_checkpoints=config.keep_checkpoints,
+    )
+
+
+def make_trainer(config: TrainConfig, world: World) -> AdaptiveBatchTrainer:
+    """One rank's trainer, in its own process."""
+    return build_trainer(prepare(config), world=world)

@@ -1,0 +1,175 @@
+"""The process that starts an elastic run and keeps its records: config, history, checkpoints and summary.
+
+Workers come and go, so none of them owns the run directory. They hand their records over at every boundary, and their
+state at the end of every epoch and every so many seconds. When a run goes on from a snapshot, the records that will be
+made again are taken back; those of the world's changes stay.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hessianflow.distributed import ElasticEvent, ElasticRun, ElasticSettings, JobReport, Sample, workers_for
+from hessianflow.elastic.job import TrainerJob
+from hessianflow.interfaces import Progress, RecordSink, World
+from hessianflow.training import AdaptiveBatchTrainer, History, checkpoint, rows
+from hessianflow.training.record import Record, RunRecord, history_length, refuse_used
+from hessianflow.training.saving import Saver
+
+THROUGHPUT_SHARE = 0.01
+"""A row of throughput is written when the run is older by this share, and by a second, than at the last. Ours."""
+
+
+class ElasticTrainer:
+    """Trains on Ray with as many workers as the batch deserves.
+
+    Args:
+        make: builds a trainer for a world, in each worker's process: importable there, and with `run_dir=None`.
+        settings: how many workers, and what each asks for.
+        run_dir: folder of the records, on this machine.
+        config: settings to write to config.json beside the trainer's own.
+        sinks: further receivers of every record.
+        keep_checkpoints: how many of the newest are kept.
+        min_efficiency: see :func:`hessianflow.distributed.workers_for`.
+
+    Raises:
+        HessianFlowError: see :class:`hessianflow.distributed.ElasticRun`; the run directory is in use.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[World], AdaptiveBatchTrainer],
+        settings: ElasticSettings,
+        *,
+        run_dir: str | Path,
+        config: Mapping[str, Any] | None = None,
+        sinks: Iterable[RecordSink] = (),
+        keep_checkpoints: int = 2,
+        min_efficiency: float = 0.5,
+    ) -> None:
+        self._settings, self._config, self._min_efficiency = settings, dict(config or {}), min_efficiency
+        self._record, self._folder = RunRecord(run_dir, sinks), Path(run_dir)
+        self._saver = Saver(None, None, keep_checkpoints)
+        self._run = ElasticRun(partial(TrainerJob, make), self._workers, settings, self._on_event, self._on_rows)
+        self._run.on_snapshot = self._on_snapshot
+        self._from_job: list[bool] = []
+        self._best: float | None = None
+        self._warning: str | None = None
+        self._written = Sample(0.0, 0, 0, 0, 0.0)
+
+    def fit(self) -> History:
+        """Train for all epochs and return the records."""
+        refuse_used(self._folder)
+        return self._train()
+
+    def resume(self, run_dir: str | Path) -> History:
+        """Continue an interrupted run of the same settings, elastic or not, from its newest checkpoint.
+
+        Raises:
+            HessianFlowError: no usable checkpoint there, or one of another model or data set.
+        """
+        self._folder = Path(run_dir)
+        state, warning = checkpoint.load_newest(self._folder / checkpoint.FOLDER, history_length(self._folder))
+        self._record.reopen(self._folder, state["history_bytes"])
+        self._from_job, self._best = [True] * len(self._record.records), state["counters"]["best"]
+        self._run.start_from = {"trainer": state, "rows": list(self._record.records)}
+        self._warning = warning
+        return self._train()
+
+    def request_stop(self) -> None:
+        """Save and return within about a second (safe in a signal handler)."""
+        self._run.request_stop()
+
+    def _train(self) -> History:
+        try:
+            self._run.run()
+        finally:
+            self._record.close()
+        events = self._run.events
+        self._record.finish(
+            {
+                **self._run.description["summary"],
+                "world_size": max(event.workers for event in events),
+                "world_changes": sum(event.kind in ("joined", "left", "restored") for event in events),
+                "workers_lost": sum(event.kind in ("died", "hung") for event in events),
+                "seconds_paused": sum(event.pause for event in events),
+            }
+        )
+        return self._record.history()
+
+    def _workers(self, report: JobReport, samples: Sequence[Sample]) -> int:
+        self._write_throughput(report, samples)
+        return workers_for(
+            report.batch_size,
+            report.microbatch_size,
+            samples,
+            min_workers=self._settings.min_workers,
+            max_workers=self._settings.max_workers,
+            min_efficiency=self._min_efficiency,
+        )
+
+    def _write_throughput(self, report: JobReport, samples: Sequence[Sample]) -> None:
+        """A row now and then, and whenever the world or the batch is another one."""
+        new = [sample for sample in samples if sample.seconds > self._written.seconds]
+        if not new:
+            return
+        last, first = new[-1], self._written
+        same = (last.workers, last.batch_size) == (first.workers, first.batch_size)
+        if same and last.seconds - first.seconds < 1 + THROUGHPUT_SHARE * last.seconds:
+            return
+        row = {
+            "elapsed": last.seconds,
+            "workers": last.workers,
+            "batch_size": last.batch_size,
+            "examples_per_second": last.examples_per_second,
+        }
+        self._write({**self._place("throughput", report.updates, report.examples), **row})
+        self._written = last
+
+    def _on_event(self, event: ElasticEvent) -> None:
+        trainer = self._run.description["trainer"]
+        if event.kind == "started" and not self._record.records and self._run.start_from is None:
+            self._record.start({**self._config, "trainer": trainer})
+        progress = self._progress(event.updates, event.examples)
+        if event.kind == "started" and self._warning is not None:
+            self._write(rows.event_row(progress, "fallback", self._warning))
+        row = rows.event_row(progress, event.kind, event.message)
+        self._write({**row, "elapsed": event.seconds, "workers": event.workers, "pause": event.pause})
+
+    def _on_rows(self, start: int, made: Sequence[Mapping[str, Any]]) -> None:
+        if start < sum(self._from_job):
+            self._take_back(start)
+        for row in made:
+            self._write(dict(row), from_job=True)
+
+    def _take_back(self, start: int) -> None:
+        """Drop the job's rows from number `start` on: they are made again."""
+        numbers, number = [], 0
+        for from_job in self._from_job:
+            numbers.append(number if from_job else -1)
+            number += from_job
+        kept = [index for index, number in enumerate(numbers) if number < start]
+        self._record.replace([self._record.records[index] for index in kept])
+        self._from_job = [self._from_job[index] for index in kept]
+
+    def _on_snapshot(self, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, and the best one too when the accuracy has never been higher."""
+        trainer = {**state["trainer"], "history_bytes": self._record.sync()}
+        best = trainer["counters"]["best"]
+        self._saver.save(self._folder, trainer, checkpoint.LAST)
+        if best is not None and (self._best is None or best > self._best):
+            self._best = best
+            self._saver.save(self._folder, trainer, checkpoint.BEST)
+
+    def _write(self, row: Record, *, from_job: bool = False) -> None:
+        self._from_job.append(from_job)
+        self._record.write(row)
+
+    def _place(self, kind: str, updates: int, examples: int) -> Record:
+        return rows.place(kind, self._progress(updates, examples))
+
+    def _progress(self, updates: int, examples: int) -> Progress:
+        trainer = self._run.description["trainer"]
+        per_epoch = trainer["examples_per_epoch"]
+        return Progress(examples // per_epoch, examples, updates, per_epoch, trainer["epochs"])
