@@ -221,13 +221,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         self.check_resolution()
         self.check_twins(wanted=self.adversary == "conadv")
         self.check_dual_batch(wanted=self.controller == "dual-batch", elastic=self.elastic)
-        self.check_workers(
-            {
-                "--adversary conadv": self.adversary == "conadv",
-                "--controller dual-batch": self.controller == "dual-batch",
-                "--on-divergence rollback": self.on_divergence == "rollback",
-            }
-        )
+        self.check_workers(adversary=self.adversary, controller=self.controller, on_divergence=self.on_divergence)
         if self.max_lr_factor is not None and self.lr_rule is None:
             raise HessianFlowError(f"--max-lr-factor {self.max_lr_factor:g} needs --lr-rule")
 

@@ -17,6 +17,9 @@ RunnerName = Literal["interleaved", "process", "stream"]
 
 NOT_ON_A_SERVER = ("checkpoint_examples", "checkpoint_minutes", "on_divergence", "lr_rule", "curvature_budget")
 """Settings of runs without a parameter server."""
+_NOT_ELASTIC = (("adversary", "conadv"), ("controller", "dual-batch"), ("on_divergence", "rollback"))
+"""Settings of runs that keep batches of their own, have workers of their own, or go back to files."""
+
 SIDES: Mapping[str, int] = {"digits": 8, "fake": 16, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
 """Pixels a side of the images of each data set; those of image files are cut to any size."""
 FILE_SIDE = 224
@@ -211,11 +214,11 @@ class WorkerSettings:
     min_workers: int | None = None
     max_workers: int | None = None
 
-    def check_workers(self, refused: Mapping[str, bool]) -> None:
+    def check_workers(self, **others: str) -> None:
         """Refuse bounds that contradict each other, bounds without `elastic`, and what an elastic run cannot do.
 
         Args:
-            refused: options that do not go with `elastic`, and whether they are in use.
+            others: further settings, of which some do not go with `elastic`.
 
         Raises:
             HessianFlowError: naming the option.
@@ -229,9 +232,9 @@ class WorkerSettings:
         low, high = self.min_workers or 1, self.max_workers or 8
         if low > high:
             raise HessianFlowError(f"--max-workers {high} is below --min-workers {low}: raise it")
-        for words, used in refused.items():
-            if used and self.elastic:
-                raise HessianFlowError(f"--elastic does not go with {words}: leave one out")
+        for name, value in others.items():
+            if self.elastic and (name, value) in _NOT_ELASTIC:
+                raise HessianFlowError(f"--elastic does not go with {_option(name)} {value}: leave one out")
 
 
 def as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:

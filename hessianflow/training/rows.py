@@ -49,7 +49,7 @@ def decision_row(progress: Progress, before: Decision, after: Decision) -> dict[
 
 def measurement_row(progress: Progress, kind: str, figures: Mapping[str, float]) -> dict[str, Any]:
     """The row of what was measured after an epoch."""
-    return {**_where(kind, progress), **figures}
+    return {**place(kind, progress), **figures}
 
 
 def event_row(progress: Progress, event: str, message: str) -> dict[str, Any]:

@@ -94,7 +94,12 @@ def test_members_that_die_or_hang_are_replaced(ray, tmp_path, monkeypatch):
 
 
 def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, tmp_path):
-    """Snapshots are taken at every boundary: the run goes on from the one before update 12."""
+    """Snapshots are taken at every boundary: the run goes on from the one before update 12. Records come once each."""
+    rows, snapshots = [], []
+
+    def on_rows(start, made):
+        del rows[start:]
+        rows.extend(made)
 
     def policy(report, samples):
         settle(ray, run)
@@ -102,9 +107,14 @@ def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, 
 
     settings = ElasticSettings(max_workers=2, snapshot_seconds=0.0, **STEPWISE)
     run = ElasticRun(partial(DyingNewcomer, str(tmp_path), TOTAL, {12: (0, "dies")}), policy, settings)
+    run.on_rows, run.on_snapshot = on_rows, snapshots.append
     check_result(tmp_path, run.run())
-    assert changes(run) == ["started", "requested", "refused", "died", "restored", "finished"]
-    _, _, refused, died, restored, _ = run.events
+    told = [event for event in run.events if event.kind not in ("slow", "snapshot")]
+    assert [e.kind for e in told] == ["started", "requested", "refused", "died", "restored", "finished"]
+    _, _, refused, died, restored, _ = told
+    assert [row["number"] for row in rows] == list(range(TOTAL))
+    assert snapshots[-1]["done"] == [TOTAL, told[-1].examples]
+    assert run.description == {"updates": TOTAL}
     assert "died while it started" in refused.message
     assert died.updates == restored.updates == 12
 
