@@ -106,3 +106,9 @@ def join_parts(world: World, observers: Sequence[GradientObserver], adversary: A
                 f"{type(part).__name__} sees the gradients of one rank only: give it a join(reducer) and let it add up "
                 f"over ranks in on_step, or train with one process instead of {world.world_size}"
             )
+
+
+def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+    """The model's trainable parameters, then others that the optimizer holds (those of a loss, say)."""
+    held = [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
+    return list(dict.fromkeys(p for p in held if p.requires_grad))

@@ -37,7 +37,7 @@ from hessianflow.interfaces import (
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.accumulate import GradientAccumulator, Precision
-from hessianflow.training.checks import check_data, check_run, check_signals, join_parts, must_pair
+from hessianflow.training.checks import check_data, check_run, check_signals, join_parts, must_pair, trained_parameters
 from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
 from hessianflow.training.divergence import DivergencePolicy, OnDivergence
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
@@ -157,7 +157,7 @@ class AdaptiveBatchTrainer:
         if microbatch_size is None:
             microbatch_size = "auto" if device.type == "cuda" else self.reference_batch_size
         microbatch = MicrobatchSize(microbatch_size, min(AUTO_START, self.reference_batch_size), device)
-        trained = _trained(model, optimizer)
+        trained = trained_parameters(model, optimizer)
         accumulate = GradientAccumulator(
             model, loss_fn, trained, observers, precision, self.norm_batch_size, self.world, paired
         )
@@ -347,9 +347,3 @@ class AdaptiveBatchTrainer:
             "precision": step.accumulate.precision,
             "device": step.device.type if self.world.world_size > 1 else str(step.device),
         }
-
-
-def _trained(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's trainable parameters, then others that the optimizer holds (those of a loss, say)."""
-    held = [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
-    return list(dict.fromkeys(p for p in held if p.requires_grad))
