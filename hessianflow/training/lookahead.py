@@ -99,6 +99,11 @@ class Lookahead:
             )
             yield Planned(self._load(batch, at_use), num_examples(batch[1]), decision)
 
+    def revise(self, change: Callable[[Decision], Decision]) -> None:
+        """Train what is queued under other decisions: at another rate, that is, for its size is given."""
+        for entry in self._queue:
+            entry.decision = change(entry.decision)
+
     def state_dict(self) -> dict[str, Any]:
         """The queued batches with their adversarial inputs; waits for attacks under way."""
         return {

@@ -274,6 +274,7 @@ class TrainingLoop:
         counters = self.state.counters
         counters.rollbacks, counters.batch_cap, counters.cap_power = rollbacks, cap, power
         self.event("rollback", f"back to {self.progress.examples} examples; batch held at {cap} from now on")
+        self.ahead.revise(self._held)
         held = self._held(self.decision)
         self.record.write(rows.decision_row(self.progress, self.decision, held))
         self.apply(held)

@@ -209,6 +209,37 @@ def test_resumed_in_mid_epoch_it_ends_bit_for_bit_the_same(staleness: int, tmp_p
     assert_same(again, whole)
 
 
+def test_after_a_divergence_the_queue_goes_back_and_is_held_too(tmp_path: Path):
+    """The weights are ruined once, while batches drawn at twice the rate are queued: they get the held rate."""
+
+    class Glitch(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure=None):
+            Glitch.steps += 1
+            super().step(closure)
+            if Glitch.steps == 6:
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0].fill_(float("nan"))
+
+    model = network(split=True)
+    options = {"run_dir": tmp_path / "run", "on_divergence": "rollback", "checkpoint_examples": 8, "epochs": 3}
+    optimizer, adversary = Glitch(model.parameters(), lr=0.1), ConcurrentAdversary(attack(), staleness=2)
+    made = trainer(model, adversary, controller=Growing(8), optimizer=optimizer, **options)
+    steps: list[tuple[int, float]] = []
+    add = made._loop.totals.add
+    made._loop.totals.add = lambda result, update, decision, rate: (
+        steps.append((result.examples, rate)),
+        add(result, update, decision, rate),
+    )
+    history = made.fit()
+    assert [row["event"] for row in history.of_kind("event")] == ["diverged", "rollback"]
+    assert steps[5:9] == [(10, 0.2), (10, 0.1), (16, 0.1), (8, 0.1)]  # ruined; it and the other queued one; new
+    assert all(rate == 0.1 for _, rate in steps[6:])
+    assert sum(examples for examples, _ in steps) == 3 * N + 10
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
 def test_the_gain_of_the_twins_is_recorded():
     """Fixed weights, one batch: the loss of the twins minus that of the clean rows, each by hand."""
     model, whole = network(), data(N)
