@@ -42,7 +42,7 @@ from hessianflow.distributed.ray_session import connect
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
 
-BATCH, STEPS = 32, 4
+BATCH, STEPS = 32, 8
 """Examples a rank and step; steps of the trainer between two looks at the clock."""
 
 
@@ -53,13 +53,13 @@ def main() -> None:
 
 
 def sync(options: argparse.Namespace) -> None:
-    for name in ("resnet20", "wide"):
+    for name in options.nets:
         ours, ddp = run_local(compare, 2, name, options.rounds, timeout_seconds=600)[0]
         show(f"{name}, gradients", name, ours, ddp)
 
 
 def trainer(options: argparse.Namespace) -> None:
-    for name in ("resnet20", "wide"):
+    for name in options.nets:
         ours, ddp = run_local(compare_trainer, 2, name, options.rounds, timeout_seconds=600)[0]
         show(f"{name}, trainer", name, ours, ddp)
 
@@ -348,6 +348,7 @@ def network(name: str) -> nn.Module:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sync", "trainer", "resize", "server", "kill"])
+    parser.add_argument("--nets", nargs="+", choices=["resnet20", "wide"], default=["resnet20", "wide"])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--kills", type=int, default=10)

@@ -168,7 +168,7 @@ class TrainingLoop:
         at_end = counters.examples % self.train_data.num_examples == 0
         save = save or stop or at_end
         if save:
-            self._check_divergence()
+            self._check(self._watcher.first_bad_update(counters.updates))
             self.world.average_buffers()
         self._decide(at_end)
         if at_end:
@@ -233,7 +233,7 @@ class TrainingLoop:
                 self.event("alarm", warning)
 
     def _show(self) -> None:
-        self._check_divergence()  # the figures leave the device here anyway
+        self._check(self.totals.first_bad_update())  # the figures leave the device here anyway, alike on all ranks
         loss, accuracy = self.totals.means()
         self._bar.show(
             f"epoch {min(self.progress.epoch + 1, self.epochs)}/{self.epochs}",
@@ -244,8 +244,8 @@ class TrainingLoop:
             eig=None if self.control.last_reading is None else self.control.last_reading.eigenvalue,
         )
 
-    def _check_divergence(self) -> None:
-        update = self._watcher.first_bad_update(self.state.counters.updates)
+    def _check(self, update: int | None) -> None:
+        """Refuse to go on when training diverged at `update`."""
         if update is None:
             return
         epoch = (self.state.counters.examples - 1) // self.train_data.num_examples + 1
