@@ -92,7 +92,10 @@ def test_what_diverges_on_one_rank_ends_all_at_the_same_step(where: str):
 def test_all_ranks_go_back_together(tmp_path: Path):
     first, second = run_local(rolled_back, 2, str(tmp_path / "two"))
     assert torch.equal(first["weights"], second["weights"])
-    check_equal(first, rolled_back(None, str(tmp_path / "one")))
+    one = rolled_back(None, str(tmp_path / "one"))
+    for result in (first, one):  # when it is seen depends on the clock, what is done about it does not
+        result["kept"] = {**result, "rows": [row for row in result["rows"] if row["kind"] != "event"]}
+    check_equal(first["kept"], one["kept"])
     assert [row["event"] for row in first["rows"] if row["kind"] == "event"] == ["diverged", "rollback"]
 
 
