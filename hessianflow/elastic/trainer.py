@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hessianflow.distributed import ElasticEvent, ElasticRun, ElasticSettings, JobReport, Sample, workers_for
+from hessianflow.distributed.elastic import Policy
 from hessianflow.elastic.job import TrainerJob
 from hessianflow.interfaces import Progress, RecordSink, World
 from hessianflow.training import AdaptiveBatchTrainer, History, checkpoint, rows
@@ -31,7 +32,7 @@ class ElasticTrainer:
         config: settings to write to config.json beside the trainer's own.
         sinks: further receivers of every record.
         keep_checkpoints: how many of the newest are kept.
-        min_efficiency: see :func:`hessianflow.distributed.workers_for`.
+        policy: policy(report, samples) -> workers wanted; None: :func:`hessianflow.distributed.workers_for`.
 
     Raises:
         HessianFlowError: see :class:`hessianflow.distributed.ElasticRun`; the run directory is in use.
@@ -46,9 +47,9 @@ class ElasticTrainer:
         config: Mapping[str, Any] | None = None,
         sinks: Iterable[RecordSink] = (),
         keep_checkpoints: int = 2,
-        min_efficiency: float = 0.5,
+        policy: Policy | None = None,
     ) -> None:
-        self._settings, self._config, self._min_efficiency = settings, dict(config or {}), min_efficiency
+        self._settings, self._config, self._policy = settings, dict(config or {}), policy or self._by_batch
         self._record, self._folder = RunRecord(run_dir, sinks), Path(run_dir)
         self._saver = Saver(None, None, keep_checkpoints)
         self._run = ElasticRun(partial(TrainerJob, make), self._workers, settings, self._on_event, self._on_rows)
@@ -100,13 +101,15 @@ class ElasticTrainer:
 
     def _workers(self, report: JobReport, samples: Sequence[Sample]) -> int:
         self._write_throughput(report, samples)
+        return self._policy(report, samples)
+
+    def _by_batch(self, report: JobReport, samples: Sequence[Sample]) -> int:
         return workers_for(
             report.batch_size,
             report.microbatch_size,
             samples,
             min_workers=self._settings.min_workers,
             max_workers=self._settings.max_workers,
-            min_efficiency=self._min_efficiency,
         )
 
     def _write_throughput(self, report: JobReport, samples: Sequence[Sample]) -> None:

@@ -145,8 +145,8 @@ def test_workers_that_are_killed_change_no_number(ray, tmp_path):
         return 2
 
     settings = ElasticSettings(2, 2, snapshot_seconds=1e9, **STEPWISE)
-    trainer = ElasticTrainer(partial(build, options=mortal(str(tmp_path), 6, 12)), settings, run_dir=tmp_path / "run")
-    trainer._run.policy = policy
+    make = partial(build, options=mortal(str(tmp_path), 6, 12))
+    trainer = ElasticTrainer(make, settings, run_dir=tmp_path / "run", policy=policy)
     history = trainer.fit()
     assert history.summary["status"] == "preempted"
     assert history.summary["workers_lost"] >= 2
