@@ -163,7 +163,9 @@ def rate_at(config: TrainConfig, epoch: int) -> float:
 def make_worker(config: TrainConfig, schedule: Schedule, number: int) -> LocalTraining:
     """One worker with a model and data of its own, in a process of its own."""
     prepared = prepare(config)
-    return worker_of(prepared, build_parts(prepared), schedule, number)
+    parts = build_parts(prepared)  # the same weights in every process
+    torch.manual_seed(config.seed + 1 + number)  # but dropout of its own
+    return worker_of(prepared, parts, schedule, number)
 
 
 def worker_of(config: TrainConfig, parts: Parts, schedule: Schedule, number: int) -> LocalTraining:
