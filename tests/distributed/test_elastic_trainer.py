@@ -5,6 +5,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from trainers import EPOCHS, build, growing, pixels, plain, untimed, weights
 
 from hessianflow import History
 from hessianflow.cli import main
+from hessianflow.commands import training
+from hessianflow.config import TrainConfig
 from hessianflow.distributed import ElasticSettings, run_simulated
 from hessianflow.distributed.state import pack, unpack
-from hessianflow.elastic import ElasticTrainer, TrainerJob
+from hessianflow.elastic import ElasticTrainer, TrainerJob, build_elastic
 
 RAY_LEAVES_SOCKETS = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -226,3 +229,14 @@ def test_no_ray_at_the_address_and_no_ray_at_all(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "pip install 'hessianflow[ray]'" in err
     assert err.count("\n") == 1
+
+
+def test_what_is_refused_before_ray_is_asked(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    trainer = ElasticTrainer(build, ElasticSettings(), run_dir=tmp_path)
+    with pytest.raises(ValueError, match="is not empty: name a new or an empty one"):
+        trainer.fit()
+    with pytest.raises(ValueError, match="an elastic run needs --run-dir"):
+        build_elastic(TrainConfig(elastic=True))
+    with pytest.raises(ValueError, match="start it without torchrun"):
+        training._trainer(TrainConfig(elastic=True, run_dir="run"), SimpleNamespace(world_size=2))
