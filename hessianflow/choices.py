@@ -229,13 +229,21 @@ def build_adversary(
 
 
 def build_runner(config: TrainConfig, device: torch.device) -> AttackRunner:
-    """Where the attacks of conadv run."""
+    """Where the attacks of conadv run.
+
+    Raises:
+        HessianFlowError: a second stream without a GPU, or a second process with one.
+    """
+    on_gpu = device.type == "cuda"
+    if config.attack_runner == ("process" if on_gpu else "stream"):
+        other = "stream" if on_gpu else "process"
+        raise HessianFlowError(f"--attack-runner {config.attack_runner} cannot attack on {device}: use {other}")
     makers: dict[str, Callable[[], AttackRunner]] = {
         "interleaved": Interleaved,
         "process": WorkerProcess,
         "stream": SecondStream,
     }
-    return makers[config.attack_runner or ("stream" if device.type == "cuda" else "interleaved")]()
+    return makers[config.attack_runner or ("stream" if on_gpu else "interleaved")]()
 
 
 def split_for_twins(config: TrainConfig, model: nn.Module) -> nn.Module:

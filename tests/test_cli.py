@@ -77,6 +77,7 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--adversarial-share", "1.5"], ["--adversarial-share", "at most 1", "1.5"]),
         (["--eps", "-0.1"], ["--eps", "at least 0", "-0.1"]),
         (["--adversary", "conadv", "--staleness", "-1"], ["--staleness", "at least 0", "-1"]),
+        (["--adversary", "conadv", "--attack-runner", "stream", "--device", "cpu"], ["stream cannot attack on cpu"]),
         (["--staleness", "1"], ["--staleness is a setting of --adversary conadv"]),
         (["--adversary", "conadv", "--staleness", "9999"], ["staleness must be smaller than the number of steps"]),
         (["--sam-rho", "-1"], ["--sam-rho", "at least 0", "-1"]),
