@@ -12,7 +12,8 @@ afresh, not forked: a script that uses it needs `if __name__ == "__main__":` aro
 import copy
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -65,7 +66,8 @@ class WorkerProcess:
         batch = replace(attack, inputs=_shared(attack.inputs), targets=_shared(attack.targets))
         autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         modes = [module.training for module in inner.modules()]
-        line.send((batch, modes, autocast))
+        with _telling_what_cannot_be_sent():
+            line.send((batch, modes, autocast))
         self._pending = _Answer(line, attack)
         return self._pending
 
@@ -78,20 +80,16 @@ class WorkerProcess:
     def _start(self, model: nn.Module) -> Connection:
         self._replica = copy.deepcopy(model).share_memory()
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-        self._line, theirs = context.Pipe()
+        ours, theirs = context.Pipe()
         process = context.Process(
             target=_serve, args=(theirs, self._replica, self._threads or torch.get_num_threads()), daemon=True
         )
-        try:
+        with _telling_what_cannot_be_sent():
             process.start()
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise HessianFlowError(
-                f"the model or the attack cannot be sent to another process ({error}): define its classes and "
-                "functions at the top of a module, or use Interleaved()"
-            ) from None
         theirs.close()
-        self._end = weakref.finalize(self, _end, process, self._line)
-        return self._line
+        self._end = weakref.finalize(self, _end, process, ours)
+        self._line = ours
+        return ours
 
     @torch.no_grad()
     def _snapshot(self, model: nn.Module) -> None:
@@ -137,6 +135,17 @@ def _serve(line: Connection, replica: nn.Module, threads: int) -> None:
         except Exception as error:
             answer = None, f"{type(error).__name__}: {error}"
         line.send(answer)
+
+
+@contextmanager
+def _telling_what_cannot_be_sent() -> Iterator[None]:
+    try:
+        yield
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise HessianFlowError(
+            f"the model or the attack cannot be sent to another process ({error}): define its classes and functions at "
+            "the top of a module, or use Interleaved()"
+        ) from None
 
 
 def _shared(tensor: Tensor) -> Tensor:

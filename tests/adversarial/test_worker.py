@@ -96,6 +96,13 @@ def test_bad_input_is_named():
     ahead = ConcurrentAdversary(FGSM(0.1, value_range=None), runner=WorkerProcess())
     with pytest.raises(ValueError, match="cannot be sent to another process"):
         ahead.attack(Local(3, 2), x, y, 1.0)
+    runner = WorkerProcess(threads=1)
+    unnamed = FGSM(0.1, value_range=None, loss_fn=lambda outputs, targets: cross_entropy(outputs, targets))
+    with pytest.raises(ValueError, match="cannot be sent to another process"):
+        ConcurrentAdversary(unnamed, runner=runner).attack(nn.Linear(3, 2), x, y, 1.0)
+    twins = ConcurrentAdversary(FGSM(0.1, value_range=None), runner=runner).attack(nn.Linear(3, 2), x, y, 1.0)
+    assert twins().shape == x.shape  # it goes on
+    runner.close()
 
 
 def test_a_loop_of_ones_own_may_use_it(worker: WorkerProcess):
