@@ -1,6 +1,6 @@
 """Time of a training step with adversarial examples, as a ratio to the same step without.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/adversarial.py [--rounds 40] [--batch-size 128] [--channels-last]
+    OMP_NUM_THREADS=1 python experiments/benchmarks/adversarial.py [--rounds 40] [--channels-last] [--bf16]
 
 Every round times each kind of step once, in an order that rotates; what is printed is the median over rounds of the
 ratio to the clean step of the same round, with its quartiles, so that a slow spell of the machine hits both sides of a
@@ -127,6 +127,7 @@ def main() -> None:
         "--only", nargs="+", default=[""], metavar="WORDS", help="clean, and steps whose name holds them"
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--bf16", action="store_true", help="steps and attacks under autocast")
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(options.batch_size, 3, 32, 32, generator=generator).to(options.device)
@@ -136,7 +137,8 @@ def main() -> None:
         x, model = x.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
     steps = contenders(model, x, y)
     chosen = {name: step for name, step in steps.items() if name == "clean" or any(w in name for w in options.only)}
-    seconds = measure(chosen, options.rounds, options.device)
+    with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
+        seconds = measure(chosen, options.rounds, options.device)
     threads = f"{torch.get_num_threads()} thread(s)"
     print(
         f"torch {torch.__version__}, {options.device}, {threads}, batch {options.batch_size}, {options.rounds} rounds\n"
@@ -145,7 +147,7 @@ def main() -> None:
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds["clean"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {name} | {1000 * statistics.median(values):.1f} | {middle:.2f} ({low:.2f}-{high:.2f}) |")
+        print(f"| {name} | {1000 * statistics.median(values):.1f} | {middle:.3f} ({low:.3f}-{high:.3f}) |")
 
 
 if __name__ == "__main__":
