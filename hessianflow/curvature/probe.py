@@ -35,8 +35,7 @@ from hessianflow.interfaces import CurvatureReading, HessianFlowError, LinearOpe
 Smoothing = Literal["none", "median", "ema"]
 
 GRADIENTS_PER_PRODUCT = 1.5
-"""Cost of one product on a kept graph, in gradients of the same batch (measured: ResNet-20, CPU, 1.3 where the gradient
-is computed in NCHW, 1.6 where with the channels last)."""
+"""Cost of one product on a kept graph, in gradients of the same batch (measured: ResNet-20, CPU, 1.3 to 1.7)."""
 
 SPARE_VECTORS = 2
 """Ritz vectors remembered beyond the k tracked ones. Ours."""
