@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from hessianflow.adversarial import fgsm
+from hessianflow.curvature import HessianOperator
 from hessianflow.folding import FoldedSequence, folded_normalisation
 
 
@@ -154,6 +157,67 @@ def test_a_class_of_its_own_keeps_its_type_and_methods():
         assert isinstance(folded, Own)
         assert isinstance(folded, FoldedSequence)
         torch.testing.assert_close(folded.twice(inputs), expected)
+
+
+class Sliced(nn.Module):
+    """Runs its sequence in two halves; the cut is between a convolution and its normalisation, or behind them."""
+
+    def __init__(self, kind, cut):
+        super().__init__()
+        self.body = kind(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Conv1d(4, 2, 3), nn.BatchNorm1d(2))
+        self.cut = cut
+
+    def forward(self, x):
+        return self.body[self.cut :](self.body[: self.cut](x)).sum(-1)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Own])
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_a_sequence_may_be_sliced(kind, cut):
+    torch.manual_seed(0)
+    model, inputs = Sliced(kind, cut).double().eval(), torch.randn(3, 2, 6).double()
+    for norm in (model.body[1], model.body[4]):
+        nn.init.uniform_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    expected = model(inputs)
+    with folded_normalisation(model):
+        assert isinstance(model.body, FoldedSequence)
+        assert isinstance(model.body[:cut], kind)
+        torch.testing.assert_close(model(inputs), expected, rtol=1e-12, atol=1e-12)
+    check_attack_and_product(model, inputs)
+
+
+def check_attack_and_product(model, inputs, reference=None):
+    """Against the sign of the gradient and differences of gradients, of the layers as they are."""
+    reference, targets = reference or model, torch.tensor([0, 1, 1])
+    leaf = inputs.clone().requires_grad_()
+    [slope] = torch.autograd.grad(F.cross_entropy(reference(leaf), targets), leaf)
+    found = fgsm(model, inputs, targets, 0.125, value_range=None)
+    torch.testing.assert_close(found, inputs + 0.125 * slope.sign())
+
+    parameters = list(reference.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+    slopes = []
+    for step in (1e-5, -2e-5, 1e-5):  # ahead, behind, back
+        with torch.no_grad():
+            torch._foreach_add_(parameters, direction, alpha=step)
+        slopes.append(flat(torch.autograd.grad(F.cross_entropy(reference(inputs), targets), parameters)))
+    product = HessianOperator(model, F.cross_entropy, (inputs, targets)).matvec(flat(direction))
+    torch.testing.assert_close(product, (slopes[0] - slopes[1]) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_a_compiled_model_may_be_attacked_and_measured(way):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
+    layers, inputs = layers.double().eval(), torch.randn(3, 2, 6).double()
+    model = torch.jit.script(layers) if way == "script" else torch.jit.trace(layers, inputs)
+    check_attack_and_product(model, inputs, layers)
 
 
 def test_a_checkpointed_sequence_is_run_layer_by_layer():
