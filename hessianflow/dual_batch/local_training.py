@@ -10,7 +10,7 @@ Deviation: a worker keeps its momentum when the resolution changes (the publishe
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from hessianflow.batches import move
 from hessianflow.control import WorkerPlan
 from hessianflow.distributed.parameter_server import Weights
-from hessianflow.interfaces import BatchTransform, Progress, ResizableBatches
+from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator, OwnResult
 from hessianflow.training.ghost_norm import ghost_normalisation
@@ -132,25 +132,51 @@ class LocalTraining:
         return made
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer and count of local epochs; the weights are the server's."""
-        return {"next": self._next, "optimizer": checkpoint.plain(self._optimizer.state_dict())}
+        """Optimizer, loss scale (fp16) and count of local epochs; the weights are the server's."""
+        return {
+            "next": self._next,
+            "optimizer": checkpoint.plain(self._optimizer.state_dict()),
+            "loss_scale": self._accumulate.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self._next = state["next"]
         self._optimizer.load_state_dict(state["optimizer"])
+        if "loss_scale" in state:  # states of earlier versions hold none
+            self._accumulate.scaler.load_state_dict(state["loss_scale"])
 
     def measure(self, epoch: int, batch_size: int, steps: int) -> list[float]:
-        """Seconds of each of `steps` steps of `batch_size` examples at the resolution of `epoch`; trains the model."""
+        """Seconds of each of `steps` steps of `batch_size` examples at the resolution of `epoch`; trains the model.
+
+        Goes through as many shuffles as that takes; a last batch of another size is trained on, and not counted.
+
+        Raises:
+            HessianFlowError: a shuffle gives no batch of that size.
+        """
         seconds: list[float] = []
-        plan = WorkerPlan(False, steps * batch_size, batch_size, 1.0, 0.0)
+        for order in count(epoch):
+            plan = WorkerPlan(False, (steps - len(seconds)) * batch_size, batch_size, 1.0, 0.0)
+            found = list(self._timed(self._steps(epoch, order, plan), batch_size))
+            if not found:
+                raise HessianFlowError(
+                    f"{self._data.num_examples} examples give no batch of {batch_size} to time: "
+                    "use another --batch-size"
+                )
+            seconds += found
+            if len(seconds) == steps:
+                break
+        return seconds
+
+    def _timed(self, results: Iterator[OwnResult], batch_size: int) -> Iterator[float]:
+        """Seconds that each step took, where it was one of `batch_size` examples."""
         began = time.perf_counter()
-        for result in self._steps(epoch, epoch, plan):
+        for result in results:
             result.loss.item()  # waits for the device: this is a measurement
             now = time.perf_counter()
-            seconds.append(now - began)
+            if result.rows == batch_size:
+                yield now - began
             began = now
-        return seconds
 
     def _steps(self, epoch: int, order: int, plan: WorkerPlan) -> Iterator[OwnResult]:
         """Train on the first batches of the shuffle numbered `order`."""

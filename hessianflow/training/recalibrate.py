@@ -13,10 +13,13 @@ from hessianflow.measuring import measuring, unwrap
 
 
 def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
-    """Replace every running mean and variance by the average over the batches of `data`.
+    """Replace the running means and variances that evaluation uses by the average over the batches of `data`.
 
     The forward passes normalise by the batch, everything else (dropout) is in evaluation mode. Flags, other buffers and
-    random generators are left as found; a model without such layers is not run at all.
+    random generators are left as found; a model without such layers is not run at all. Layers that these passes do not
+    reach (the adversarial half of a split layer, heads that run in training only) keep their statistics, and so do
+    frozen ones: those in evaluation mode inside a model in training mode. In a model that is in evaluation mode as a
+    whole no layer counts as frozen.
 
     Args:
         model: wrapped or not.
@@ -25,7 +28,7 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
     Raises:
         HessianFlowError: no batch.
     """
-    layers = [m for m in unwrap(model).modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    layers = _layers(unwrap(model))
     if not layers:
         return
     device, batches = next(model.parameters()).device, 0
@@ -35,9 +38,16 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
             batches += 1
         if batches == 0:
             raise HessianFlowError("recalibration needs at least one batch, got none")
-        measured = [(_statistics(layer), [t.clone() for t in _statistics(layer)]) for layer in layers]
+        reached = [layer for layer in layers if layer.num_batches_tracked]
+        measured = [(_statistics(layer), [t.clone() for t in _statistics(layer)]) for layer in reached]
     for statistics, values in measured:
         torch._foreach_copy_(statistics, values)
+
+
+def _layers(model: nn.Module) -> list[_BatchNorm]:
+    """All with running statistics that are not frozen."""
+    found = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [layer for layer in found if layer.training] if model.training else found
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Whole dual-batch runs: what they leave behind, interrupted and resumed, in a simulation."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from hessianflow.config import TrainConfig, resolve
 from hessianflow.control import TimeModel
 from hessianflow.dual_batch import DualBatchTrainer, build_dual_batch
 from hessianflow.dual_batch.build import all_stages, plan_schedule, worker_of
-from hessianflow.dual_batch.local_training import FlatWeights
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.dual_batch.local_training import FlatWeights, LocalTraining, checkable, with_arrays
+from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.training import checkpoint
+from hessianflow.training.accumulate import OwnResult
 from hessianflow.training.evaluate import evaluate
 
 SETTINGS = TrainConfig(
@@ -161,6 +163,45 @@ def test_the_time_model_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert (times["16"]["smallest"], times["16"]["largest"]) == (4, 32)
     build_dual_batch(prepare(load_config(tmp_path / "a"))).resume(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["dual_batch"]["times"] == times
+
+
+def one_worker(**changes: object) -> LocalTraining:
+    """The first of a run at full resolution, with a model of its own."""
+    settings = {"resolution": None, "dropouts": None, "milestones": (), "slope": 1e-3, "intercept": 0.02, **changes}
+    config = prepare(replace(SETTINGS, **settings))  # type: ignore[arg-type]
+    parts = build_parts(config)
+    times = {16: TimeModel(1e-3, 0.02)}
+    return worker_of(config, parts, plan_schedule(config, all_stages(config, parts), 400, times), 0)
+
+
+def test_only_full_batches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 examples are one batch of 300 and one of 100: three times the first of each shuffle, on a clock of rows."""
+    worker, rows = one_worker(), [0]
+    accumulate = worker._accumulate
+
+    def counted(batch: Batch, size: int | None) -> OwnResult:
+        rows[0] += len(batch[1])
+        return OwnResult(torch.zeros(()), len(batch[1]), None, len(batch[1]))
+
+    counted.scaler = accumulate.scaler  # type: ignore[attr-defined]
+    monkeypatch.setattr(worker, "_accumulate", counted)
+    monkeypatch.setattr(accumulate.scaler, "step", lambda _: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(rows[0]))
+    assert worker.measure(0, 300, 3) == [300.0] * 3
+    assert rows == [300 + 100 + 300 + 100 + 300], "no shuffle is gone on with when all are timed"
+    with pytest.raises(HessianFlowError, match="400 examples give no batch of 399 to time: use another --batch-size"):
+        worker.measure(0, 399, 3)  # the one left over joins the batch before it
+
+
+def test_a_worker_goes_on_with_its_loss_scale() -> None:
+    """An overflow at a scale of 2^100 halves it at every step; a new worker starts from torch's 2^16."""
+    worker, again = (one_worker(precision="fp16", epochs=1) for _ in range(2))
+    worker._accumulate.scaler.load_state_dict({**worker._accumulate.scaler.state_dict(), "scale": 2.0**100})
+    worker(worker._flat.read(), 0)
+    scale = worker._accumulate.scaler.get_scale()
+    assert 2.0**16 < scale < 2.0**100
+    again.load_state_dict(with_arrays(checkable(worker.state_dict())))
+    assert again._accumulate.scaler.get_scale() == scale
 
 
 def test_rounds_of_equal_workers_are_plain_averaging_of_weights(tmp_path: Path) -> None:

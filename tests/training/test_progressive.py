@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import hessianflow as hf
+from hessianflow.adversarial import split_batch_norm
 from hessianflow.control import FixedBatch, Level, ProgressiveResolution, resolution_stages, stage_at
 from hessianflow.interfaces import HessianFlowError, Progress
 from hessianflow.models.dropout import with_head_dropout
@@ -106,7 +107,7 @@ def test_recalibration_measures_the_batches_given() -> None:
     """Mean and unbiased variance of the convolution's output, averaged over two batches; nothing else moves."""
     model = network()
     model(images(4, seed=7))  # leaves other running statistics behind
-    model[1].eval()
+    model[5].eval()
     before, momentum = copy.deepcopy(model.state_dict()), model[1].momentum
     state = torch.get_rng_state()
     batches = [(images(6, seed=2), None), (images(6, seed=3), None)]
@@ -119,9 +120,44 @@ def test_recalibration_measures_the_batches_given() -> None:
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"1.running_mean", "1.running_var"}
     assert model[1].momentum == momentum
-    assert not model[1].training
-    assert model[0].training
+    assert [module.training for module in model] == [True] * 5 + [False, True]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def statistics(layer: nn.Module) -> torch.Tensor:
+    return torch.cat([layer.running_mean, layer.running_var])
+
+
+def test_recalibration_leaves_layers_that_evaluation_does_not_use() -> None:
+    """The adversarial half of a split layer, used by twins alone, and a layer that runs in training mode alone."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.head = split_batch_norm(network()), nn.BatchNorm2d(3)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.main(self.head(inputs) if self.training else inputs)
+
+    model = Auxiliary()
+    split = model.main[1]
+    with torch.no_grad():
+        for layer in (split.main, split.adversarial, model.head):
+            layer.running_mean.fill_(7)
+    unused = [statistics(layer).clone() for layer in (split.adversarial, model.head)]
+    recalibrate(model, (images(6), None))
+    assert torch.allclose(split.main.running_mean, model.main[0](images(6)).detach().mean((0, 2, 3)), atol=1e-6)
+    assert all(map(torch.equal, map(statistics, (split.adversarial, model.head)), unused))
+
+
+def test_recalibration_leaves_frozen_layers() -> None:
+    """Frozen is what is in evaluation mode within a model in training mode; a whole model may be."""
+    for frozen in (True, False):
+        model = network()
+        (model[1] if frozen else model).eval()
+        before = statistics(model[1]).clone()
+        recalibrate(model, (images(6), None))
+        assert torch.equal(statistics(model[1]), before) is frozen
 
 
 def test_recalibration_of_nothing() -> None:
