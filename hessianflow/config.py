@@ -219,7 +219,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
             if not 0 < self.lr_decay < 1:
                 raise HessianFlowError(f"--lr-decay must lie between 0 and 1 here, got {self.lr_decay}")
         self.check_resolution()
-        self.check_twins(wanted=self.adversary == "conadv")
+        self.check_twins(wanted=self.adversary == "conadv", dropouts=self.dropouts is not None)
         self.check_dual_batch(wanted=self.controller == "dual-batch", elastic=self.elastic)
         self.check_workers(adversary=self.adversary, controller=self.controller, on_divergence=self.on_divergence)
         if self.max_lr_factor is not None and self.lr_rule is None:

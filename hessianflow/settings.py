@@ -37,7 +37,8 @@ class ResolutionSettings:
             of it, then all.
         resolution_batch_sizes: examples per step that go with each resolution, e.g. "[600, 560]": the controller's size
             is taken times the size here over the last one; default: the same at every resolution.
-        dropouts: dropout before the last linear layer at each resolution, e.g. "[0.1, 0.2]"; default: none.
+        dropouts: dropout before the last linear layer at each resolution, e.g. "[0.1, 0.2]"; conadv takes it with
+            staleness 0 only; default: none.
     """
 
     resolution: ResolutionName | None = None
@@ -187,8 +188,8 @@ class TwinSettings:
     combine: CombineName | None = None
     split_norm: bool | None = None
 
-    def check_twins(self, *, wanted: bool) -> None:
-        """Refuse a negative staleness, and any of these settings where the adversary is another.
+    def check_twins(self, *, wanted: bool, dropouts: bool) -> None:
+        """Refuse a negative staleness, one above 0 with dropouts, and these settings where the adversary is another.
 
         Raises:
             HessianFlowError: naming the option.
@@ -198,6 +199,11 @@ class TwinSettings:
             raise HessianFlowError(f"{_option(names[0])} is a setting of --adversary conadv")
         if self.staleness is not None and self.staleness < 0:
             raise HessianFlowError(f"--staleness must be at least 0, got {self.staleness}")
+        if wanted and dropouts and self.staleness != 0:
+            steps = 1 if self.staleness is None else self.staleness
+            raise HessianFlowError(
+                f"--dropouts needs --staleness 0: dropout is set when a batch is drawn, with staleness {steps} early"
+            )
 
 
 @dataclass(frozen=True)

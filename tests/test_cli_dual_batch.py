@@ -83,6 +83,10 @@ def test_absa_measures_at_the_resolution_it_trains_at_and_forgets_it_at_a_change
         (["--resolutions", "[12, 16]"], "--resolutions needs --resolution cyclic, once or uniform"),
         (["--resolution", "once", "--dropouts", "[0.1]"], "--dropouts must hold one value for each of the 2 resolutio"),
         (["--resolution", "once", "--dropouts", "[0.1, 1.0]"], "--dropouts must lie in [0, 1), got [0.1, 1.0]"),
+        (
+            ["--resolution", "once", "--dropouts", "[0.1, 0.2]", "--adversary", "conadv"],
+            "--dropouts needs --staleness 0: dropout is set when a batch is drawn, with staleness 1 early",
+        ),
         (["--resolution", "once", "--resolution-batch-sizes", "[0, 1]"], "--resolution-batch-sizes must be 1 or more"),
         (["--workers", "2"], "--workers is a setting of --controller dual-batch; processes that load images are"),
         (["--controller", "dual-batch", "--norm-batch-size", "ranks"], "--norm-batch-size ranks: dual batches train"),

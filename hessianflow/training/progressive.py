@@ -36,6 +36,9 @@ class Level(Protocol):
 class ProgressiveResize:
     """Resizes every batch to the resolution of the day, and sets the dropout that goes with it.
 
+    Both happen when a batch is drawn. An adversary with a staleness above 0 draws batches that many steps before they
+    are trained on: dropout would change too early, so give levels without dropout there.
+
     Args:
         model: its `torch.nn.Dropout` layers follow the levels; None: no dropout is set.
         level_at: level_at(epochs completed) -> level; without a memory.
