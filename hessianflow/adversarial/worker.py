@@ -29,6 +29,8 @@ from hessianflow.measuring import unwrap
 GOODBYE_SECONDS = 5.0
 """How long a worker may take to end before it is killed. Ours."""
 
+_ENDED = "the process that attacks has ended: was it killed for memory? After close() another is started"
+
 
 class WorkerProcess:
     """Runs attacks in a process of its own, started at the first one.
@@ -52,21 +54,22 @@ class WorkerProcess:
         """Copy the weights, start the attack, return; the callable returned waits for the twins.
 
         Raises:
-            HessianFlowError: the model is not on a processor, or cannot be sent to another process; an error in the
-                attack (from the callable).
+            HessianFlowError: the model is not on a processor, or cannot be sent to another process; the process has
+                ended; an error in the attack (from the callable, each time that it is asked).
         """
         inner = unwrap(model)
         device = next(inner.parameters()).device
         if device.type != "cpu":
             raise HessianFlowError(f"WorkerProcess needs a model on a processor, got {device}: use SecondStream()")
         if self._pending is not None:
-            self._pending()  # it reads the replica, and its adversary's state is what this attack goes on from
+            self._pending.settle()  # it reads the replica, and its adversary's state is what this attack goes on from
+            self._pending = None
         line = self._line or self._start(inner)
         self._snapshot(inner)
         batch = replace(attack, inputs=_shared(attack.inputs), targets=_shared(attack.targets))
         autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         modes = [module.training for module in inner.modules()]
-        with _telling_what_cannot_be_sent():
+        with _telling_why_not_sent():
             line.send((batch, modes, autocast))
         self._pending = _Answer(line, attack)
         return self._pending
@@ -78,17 +81,22 @@ class WorkerProcess:
         self._line = self._replica = self._pending = None
 
     def _start(self, model: nn.Module) -> Connection:
-        self._replica = copy.deepcopy(model).share_memory()
+        replica = copy.deepcopy(model).share_memory()
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(theirs, self._replica, self._threads or torch.get_num_threads()), daemon=True
+            target=_serve, args=(theirs, replica, self._threads or torch.get_num_threads()), daemon=True
         )
-        with _telling_what_cannot_be_sent():
-            process.start()
-        theirs.close()
+        try:
+            with _telling_why_not_sent():
+                process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         self._end = weakref.finalize(self, _end, process, ours)
-        self._line = ours
+        self._replica, self._line = replica, ours
         return ours
 
     @torch.no_grad()
@@ -104,18 +112,28 @@ class _Answer:
     def __init__(self, line: Connection, attack: TwinAttack) -> None:
         self._line, self._adversary = line, attack.adversary
         self._twins: Tensor | None = None
+        self._failure: str | None = None
 
     def __call__(self) -> Tensor:
+        self.settle()
         if self._twins is None:
-            try:
-                twins, outcome = self._line.recv()
-            except (EOFError, ConnectionResetError):
-                raise HessianFlowError("the process that attacks has ended: was it killed for memory?") from None
-            if twins is None:
-                raise HessianFlowError(f"the attack failed in its process: {outcome}")
-            self._twins = twins
-            self._adversary.load_state_dict(outcome)
+            raise HessianFlowError(str(self._failure))
         return self._twins
+
+    def settle(self) -> None:
+        """Wait; a failure is kept for whoever asks for the twins."""
+        if self._twins is not None or self._failure is not None:
+            return
+        try:
+            twins, outcome = self._line.recv()
+        except (EOFError, ConnectionResetError):
+            self._failure = _ENDED
+            return
+        if twins is None:
+            self._failure = f"the attack failed in its process: {outcome}"
+            return
+        self._twins = twins
+        self._adversary.load_state_dict(outcome)
 
 
 def _serve(line: Connection, replica: nn.Module, threads: int) -> None:
@@ -138,9 +156,11 @@ def _serve(line: Connection, replica: nn.Module, threads: int) -> None:
 
 
 @contextmanager
-def _telling_what_cannot_be_sent() -> Iterator[None]:
+def _telling_why_not_sent() -> Iterator[None]:
     try:
         yield
+    except (BrokenPipeError, ConnectionResetError):
+        raise HessianFlowError(_ENDED) from None
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise HessianFlowError(
             f"the model or the attack cannot be sent to another process ({error}): define its classes and functions at "

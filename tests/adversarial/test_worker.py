@@ -1,6 +1,8 @@
 """The attacking process must change nothing but where the work is done: interleaving is the oracle, bit for bit."""
 
 import copy
+from multiprocessing import Pipe
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +78,48 @@ def test_what_goes_wrong_there_is_told_here(worker: WorkerProcess):
         wait()
 
 
+def test_a_failed_attack_is_told_each_time_and_others_go_on(worker: WorkerProcess):
+    model, (x, y) = network(), next(iter(data()))
+    failing = ConcurrentAdversary(Failing(0.1, value_range=RANGE), runner=worker)
+    fine = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), runner=worker)
+    expected = ConcurrentAdversary(FGSM(0.1, value_range=RANGE)).attack(model, x, y, 1.0)()
+    wait = failing.attack(model, x, y, 1.0)
+    assert torch.equal(fine.attack(model, x, y, 1.0)(), expected)  # nobody has asked for the one before
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no attack today"):
+            wait()
+    assert torch.equal(fine.attack(model, x, y, 1.0)(), expected)
+
+
+def test_a_process_that_cannot_start_leaves_nothing(worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch):
+    model, (x, y) = network(), next(iter(data()))
+    ahead = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), runner=worker)
+
+    def refuse(process: Any) -> None:
+        raise OSError("no more processes")
+
+    ends = Pipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(SpawnContext, "Pipe", lambda context: ends)
+        patch.setattr(SpawnProcess, "_Popen", staticmethod(refuse))
+        with pytest.raises(OSError, match="no more processes"):
+            ahead.attack(model, x, y, 1.0)
+        worker.close()
+    assert all(end.closed for end in ends)
+    assert ahead.attack(model, x, y, 1.0)().shape == x.shape
+
+
 def test_a_worker_that_was_killed_is_named(worker: WorkerProcess):
     model, (x, y) = network(), next(iter(data()))
     ahead = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), runner=worker)
     ahead.attack(model, x, y, 1.0)()
     worker._end.peek()[2][0].kill()
-    with pytest.raises(ValueError, match="the process that attacks has ended"):
-        ahead.attack(model, x, y, 1.0)()
+    for _ in range(2):  # while it ends, or after that
+        with pytest.raises(ValueError, match="the process that attacks has ended"):
+            ahead.attack(model, x, y, 1.0)()
+        worker._end.peek()[2][0].join()
+    worker.close()
+    assert ahead.attack(model, x, y, 1.0)().shape == x.shape
 
 
 def test_bad_input_is_named():
