@@ -20,7 +20,7 @@ from torch import nn
 
 from hessianflow.interfaces import HessianFlowError
 
-FORMAT, VERSION = "hessianflow-checkpoint", 1
+FORMAT, VERSION = "hessianflow-checkpoint", 2
 FOLDER, LAST, PREVIOUS, BEST, SET_ASIDE = "checkpoints", "last.pt", "previous.pt", "best.pt", "last.damaged"
 
 

@@ -108,8 +108,7 @@ class RunState:
         for name, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(state["parts"][name])
-        # Checkpoints from before counters had `settled` were all made after everything was done.
-        self.counters = Counters(**{"settled": state["updates"], **state["counters"]})
+        self.counters = Counters(**state["counters"])
         self.watch.load(state["seconds"])
         every = state.get("rank_generators", [state["generators"]])
         checkpoint.restore_generators(every[rank] if rank < len(every) else state["generators"])

@@ -105,9 +105,10 @@ def test_foreign_file_of_torch(tmp_path: Path):
         checkpoint.load(tmp_path / "last.pt")
 
 
-def test_other_version(tmp_path: Path):
-    torch.save({"format": checkpoint.FORMAT, "version": 99}, tmp_path / "last.pt")
-    with pytest.raises(HessianFlowError, match="version 99, this release reads 1"):
+@pytest.mark.parametrize("version", [1, 99])
+def test_other_version(tmp_path: Path, version: int):
+    torch.save({"format": checkpoint.FORMAT, "version": version}, tmp_path / "last.pt")
+    with pytest.raises(HessianFlowError, match=f"version {version}, this release reads 2"):
         checkpoint.load(tmp_path / "last.pt")
 
 
@@ -118,7 +119,7 @@ class _Bomb:
 
 def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": checkpoint.FORMAT, "version": 1, "bomb": _Bomb()}, tmp_path / "last.pt")
+    torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "bomb": _Bomb()}, tmp_path / "last.pt")
     with pytest.raises(HessianFlowError, match="cannot be read"):
         checkpoint.load(tmp_path / "last.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(_Bomb()))
