@@ -273,6 +273,7 @@ class TrainingLoop:
             self.event("fallback", warning)
         counters = self.state.counters
         counters.rollbacks, counters.batch_cap, counters.cap_power = rollbacks, cap, power
+        self._bar.move_to(counters.examples)
         self.event("rollback", f"back to {self.progress.examples} examples; batch held at {cap} from now on")
         self.ahead.revise(self._held)
         held = self._held(self.decision)
@@ -296,6 +297,7 @@ class TrainingLoop:
         """Write a checkpoint, if the run has a folder; what all ranks share is rank 0's."""
         if name == checkpoint.LAST:
             self.state.counters.saved_at = self.state.counters.examples
+        self.saver.restart_clock()  # on every rank, for any of them may find that time is up
         folder = self.run_dir
         if folder is None:
             return

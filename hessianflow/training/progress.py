@@ -39,6 +39,11 @@ class ProgressBar:
         """Count examples."""
         self._pending += examples
 
+    def move_to(self, examples: int) -> None:
+        """Stand at so many examples, which may be fewer than before."""
+        self._bar.update(examples - self._bar.n)
+        self._pending = 0
+
     def show(self, title: str, **figures: float | int | None) -> None:
         """Move the bar on and display figures that are not None."""
         self._next = time.monotonic() + self._refresh_seconds

@@ -32,6 +32,10 @@ class Saver:
         """Whether one is due by the clock of this process."""
         return self._every_minutes is not None and time.monotonic() - self._time >= 60 * self._every_minutes
 
+    def restart_clock(self) -> None:
+        """A checkpoint is being made: the next is due by the clock so many minutes from now."""
+        self._time = time.monotonic()
+
     def save(self, run_dir: Path, state: Mapping[str, Any], name: str) -> None:
         """Write `state` under `name` into the run's folder of checkpoints."""
         path = run_dir / checkpoint.FOLDER / name
@@ -47,4 +51,3 @@ class Saver:
                     f"the state of this run cannot be kept: a part of it holds values other than tensors, numbers and "
                     f"strings ({error})"
                 ) from None
-        self._time = time.monotonic()

@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from trainers import (
     accumulating,
+    build,
     clipped,
     compared,
     growing,
@@ -30,7 +32,9 @@ from trainers import (
 )
 
 from hessianflow import History
+from hessianflow.distributed import GroupWorld, run_simulated
 from hessianflow.distributed.launch import run_local
+from hessianflow.training import checkpoint, saving
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -80,6 +84,25 @@ def test_a_run_goes_on_at_another_world_size(tmp_path: Path, worlds: tuple[int, 
     kept = [row for row in results[0]["rows"] if row["kind"] != "event"]
     check_equal({**results[0], "rows": kept}, expected)
     assert untimed(History.load(folder).records) == results[0]["rows"]
+
+
+def test_checkpoints_by_the_clock_are_a_minute_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A step takes 20 s: saved after the third of 5 in an epoch, and at its end. Rank 1 writes nothing itself."""
+    seconds, seen = [0.0], []
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+
+    def watch(inputs, targets, progress):
+        seconds[0] += 20
+        seen.append(checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["updates"])
+        return inputs, targets
+
+    def train(reducer) -> None:
+        options = {"transform": watch} if reducer.rank == 0 else {}
+        further = {"run_dir": tmp_path / "run", "checkpoint_minutes": 1, "epochs": 2}
+        build(GroupWorld(reducer), lambda *_: options, **further).fit()
+
+    run_simulated(train, 2)
+    assert seen == [0, 0, 0, 3, 3, 5, 5, 5, 8, 8]
 
 
 @pytest.mark.parametrize("where", ["batch", "buffer"])

@@ -1,5 +1,6 @@
 """A diverged run goes back, undoes its last growth and stays below it; or stops, as asked."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def test_rollback_undoes_the_growth_and_holds_the_batch(tmp_path: Path):
     assert all(r["train_loss"] < 10 for r in history.epochs)
     # This controller grows the batch at the same rate, so holding it leaves the rate alone; at 32 it halves the rate.
     assert [r["lr"] for r in history.epochs] == pytest.approx([0.01] * 4 + [0.005])
+
+
+def test_the_progress_bar_goes_back_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trainer(tmp_path / "run", 8, on_divergence="rollback", show_progress=True).fit()
+    assert re.findall(r"(\d+)%", capsys.readouterr().err)[-1] == "100"
 
 
 def test_resume_keeps_the_cap(tmp_path: Path):
