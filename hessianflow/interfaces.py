@@ -222,8 +222,11 @@ class GradientObserver(Stateful, Protocol):
     """Sees the gradient of every microbatch, and the whole gradient before each step; changes neither.
 
     Tensors are on the device; an observer keeps them there and synchronises only in :meth:`signals`. Each rank sees its
-    own microbatches; one that is to be used on several ranks has a `join(reducer: Reducer)`, called before training,
-    and in `on_step`, which all ranks call together, adds up over them what its microbatches gave.
+    own microbatches; one that is to be used on several ranks has a `join(reducer: Reducer)`, and in `on_step`, which
+    all ranks call together, adds up over them what its microbatches gave. `join` is called before training, and again
+    where the ranks have changed; the microbatches of a step that this interrupted are then to be forgotten.
+
+    Of an optimizer that asks for several gradients a step (SAM) only the first is shown.
     """
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hessianflow.distributed import GroupReducer, GroupWorld, JobReport, LocalReducer
-from hessianflow.interfaces import World
+from hessianflow.interfaces import HessianFlowError, World
 from hessianflow.training import AdaptiveBatchTrainer
 from hessianflow.training.state import separate_generators
 
@@ -18,11 +18,20 @@ class TrainerJob:
 
     Args:
         make: builds the trainer for a world, without a run directory; the records are kept by whoever runs the job.
+
+    Raises:
+        HessianFlowError: an adversary with a staleness: batches drawn ahead would be drawn anew in another world.
     """
 
     def __init__(self, make: Callable[[World], AdaptiveBatchTrainer]) -> None:
         self._world = GroupWorld(LocalReducer())
         self._trainer = make(self._world)
+        adversary = self._trainer.adversary
+        if adversary is not None and adversary.staleness > 0:
+            raise HessianFlowError(
+                f"staleness must be 0 in an elastic run, whose workers hold no batches for later, got "
+                f"{adversary.staleness}: use --staleness 0, or train without --elastic"
+            )
         self._trainer.begin()
         self._copied = False
 

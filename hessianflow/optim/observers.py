@@ -93,6 +93,12 @@ class MicrobatchNorms(_NormTable):
         super().__init__(params)
         self._complete = False
 
+    def join(self, reducer: Reducer) -> None:
+        """Average over the gradients of all ranks from now on; the microbatches of an interrupted step are dropped."""
+        super().join(reducer)
+        if not self._complete:
+            self._clear()
+
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
         """Add one microbatch; the first one after a step starts afresh.
 
@@ -249,8 +255,9 @@ class GradientMoments:
         self._reducer: Reducer | None = None
 
     def join(self, reducer: Reducer) -> None:
-        """Count the microbatches of all ranks from now on."""
+        """Count the microbatches of all ranks from now on; those of an interrupted step are dropped."""
         self._reducer = reducer
+        self._sums.begin_step()
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
         """Add one microbatch."""
@@ -284,7 +291,7 @@ class GradientMoments:
         sums.small = small if sums.small is None else sums.small + small
         sums.small_count = sums.small_count + count
         sums.small_inverse = sums.small_inverse + inverse
-        sums.step_small, sums.step_count, sums.step_inverse = None, 0, 0.0
+        sums.begin_step()
 
     def signals(self) -> Mapping[str, float]:
         """The figures since the last call (the one synchronisation); starts afresh."""
@@ -327,6 +334,10 @@ class _Sums:
     large_inverse: float = 0.0
     examples: int = 0
     total: list[Tensor] = field(default_factory=list)
+
+    def begin_step(self) -> None:
+        """Forget the microbatches since the last whole step."""
+        self.step_small, self.step_count, self.step_inverse = None, 0, 0.0
 
 
 def _plus(total: Tensor | None, gradients: Sequence[Tensor]) -> Tensor:

@@ -145,7 +145,7 @@ class AdaptiveBatchTrainer:
         check_signals(controller, probe is not None, train_data.num_examples)
         check_run(model, optimizer, decision.batch_size, train_data.num_examples, epochs)
         self.model, self.train_data, self.eval_data, self.loss_fn = model, train_data, eval_data, loss_fn
-        self.controller, self.epochs = controller, epochs
+        self.controller, self.adversary, self.epochs = controller, adversary, epochs
         self.world: World = LocalWorld() if world is None else world
         self.reference_batch_size = reference_batch_size or decision.batch_size
         self.norm_batch_size = self.reference_batch_size if norm_batch_size is None else norm_batch_size or None

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import LOCAL
 from test_elastic import STEPWISE, changes, settle
 from trainers import EPOCHS, build, growing, pixels, plain, untimed, weights
 
-from hessianflow import History
+from hessianflow import HessianFlowError, History
+from hessianflow.adversarial import FGSM, ConcurrentAdversary
 from hessianflow.cli import main
 from hessianflow.commands import training
 from hessianflow.config import TrainConfig
 from hessianflow.distributed import ElasticSettings, run_simulated
 from hessianflow.distributed.state import pack, unpack
 from hessianflow.elastic import ElasticTrainer, TrainerJob, build_elastic
+from hessianflow.optim import GradientMoments, MicrobatchNorms
 
 RAY_LEAVES_SOCKETS = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -101,6 +104,43 @@ def test_an_interrupted_update_is_made_again():
     first.join(LOCAL)
     finish(first)
     check(first)
+
+
+def test_microbatches_of_an_interrupted_update_are_observed_once():
+    """The loss fails in the fifth update, the last of the epoch, after one microbatch of 3 examples."""
+    calls, figures = [], []
+
+    def loss(outputs, targets):
+        calls.append(len(targets))
+        if len(calls) == fails_at:
+            raise RuntimeError("device-side assert")
+        return F.cross_entropy(outputs, targets)
+
+    for fails_at in (0, 4 * 6 + 2):  # 16 examples are 6 microbatches
+        calls.clear()
+        seen: list[Any] = []
+
+        def observed(model, world, seen=seen):
+            seen += [GradientMoments(), MicrobatchNorms(model.parameters())]
+            return {"observers": seen, "microbatch_size": 3, "loss_fn": loss}
+
+        made = job(observed)
+        made.join(LOCAL)
+        if fails_at:
+            with pytest.raises(RuntimeError, match="device-side assert"):
+                made.run_until(5)
+            made.join(LOCAL)
+        assert made.run_until(5).updates == 5
+        figures.append((seen[0].signals(), seen[1].mean_norms(seen[1].params)))
+    assert figures[0][0] == pytest.approx(figures[1][0], rel=1e-10)
+    torch.testing.assert_close(figures[0][1], figures[1][1], rtol=1e-10, atol=0)
+
+
+def test_batches_drawn_ahead_are_refused():
+    """Another world would draw them anew."""
+    adversary = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=1)
+    with pytest.raises(HessianFlowError, match="staleness must be 0 in an elastic run"):
+        job(lambda *_: {"adversary": adversary})
 
 
 def test_stretches_end_with_epochs():
