@@ -5,8 +5,8 @@ of the weights is 1 for every split, a ragged tail and a batch size that has jus
 by something else (class weights, ignored targets), so do the weights.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import loss_weight, mean_loss, num_examples, split
-from hessianflow.interfaces import Batch, Exposure, GradientObserver, HessianFlowError, LossFn, World
+from hessianflow.interfaces import AgreedError, Batch, Exposure, GradientObserver, HessianFlowError, LossFn, World
 from hessianflow.training.evaluate import count_correct, weighted
 from hessianflow.training.world import LocalWorld
 
@@ -81,6 +81,7 @@ class GradientAccumulator:
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
+        self._shows_inputs = True
         device = self.parameters[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -107,16 +108,26 @@ class GradientAccumulator:
         """
         self.clear()
         batch, twins = exposure.batch, exposure.twins
+        keep = exposure.on_input_gradient if self._shows_inputs else None
         if self.paired and twins is not None:
             raise HessianFlowError("adversarial twins cannot be trained with SyncBatchNorm: use norm_batch_size")
         if num_examples(batch[1]) == 0:
             return self._nothing(batch)
         ours = loss_weight(self.loss_fn, batch[1])
         if twins is None or num_examples(twins[1]) == 0:
-            return self._add(batch, ours, microbatch_size, nullcontext, exposure.on_input_gradient, is_last=True)
+            return self._add(batch, ours, microbatch_size, nullcontext, keep, is_last=True)
         divisor = ours + loss_weight(self.loss_fn, twins[1]) if exposure.average else ours
-        own = self._add(batch, divisor, microbatch_size, nullcontext, exposure.on_input_gradient)
+        own = self._add(batch, divisor, microbatch_size, nullcontext, keep)
         return replace(own, twins=self._add(twins, divisor, microbatch_size, exposure.twin_mode, is_last=True))
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Within it gradients are shown to nobody, neither to observers nor to whoever wants those by the inputs."""
+        observers, self.observers, self._shows_inputs = self.observers, (), False
+        try:
+            yield
+        finally:
+            self.observers, self._shows_inputs = observers, True
 
     def _nothing(self, batch: Batch) -> OwnResult:
         if self.paired:
@@ -136,6 +147,10 @@ class GradientAccumulator:
         means = [(own.loss, own.weight), (twins.loss, twins.weight)]
         totals = self.world.finish(own.loss, own.correct, [own.rows, twins.rows, *flags], means)
         rows, twin_rows, *raised = totals.counts
+        if rows == 0:
+            raise AgreedError(
+                f"the transform left no row of a batch of {totals.examples} examples: there is no mean loss"
+            )
         (loss, weight), (twin_loss, twin_weight) = totals.means
         self._show_whole(rows + twin_rows, (weight + twin_weight) / totals.weight if twin_rows else None)
         gain = twin_loss.float() if twin_rows else None

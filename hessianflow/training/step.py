@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,9 @@ class TrainingStep:
         results: list[BatchResult] = []
 
         def closure() -> Tensor:
-            results.append(gradient())
+            # The first gradient is that of the step, at its weights: the others are the optimizer's own affair.
+            with self.accumulate.unobserved() if results else nullcontext():
+                results.append(gradient())
             return results[-1].loss
 
         self.optimizer.step(closure)  # type: ignore[arg-type]

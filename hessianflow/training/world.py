@@ -35,6 +35,7 @@ class LocalWorld:
         if examples == 0:
             raise HessianFlowError("a batch of 0 examples has no mean loss: check the training data")
         self._examples = examples
+        self._weight: float | Tensor = 0  # until a row is found
 
     def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
         """Nothing leaves."""

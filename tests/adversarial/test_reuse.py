@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer
-from hessianflow.adversarial import GradientReuse
+from hessianflow.adversarial import SAM, GradientReuse
 from hessianflow.control import FixedBatch
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches
 from hessianflow.optim import GradientMoments
@@ -142,3 +142,15 @@ def test_a_loss_without_input_gradient_is_named():
     batches, model = data(), Blind()
     with pytest.raises(ValueError, match="the loss does not depend on the inputs: there is no gradient by them"):
         train(model, batches, GradientReuse(batches, EPS, value_range=(0, 1))).fit()
+
+
+def test_kept_is_the_gradient_at_the_weights_and_not_where_sam_looks():
+    """At rate 0 the weights stay; the first visit is clean."""
+    model, batches = network(), data()
+    adversary = GradientReuse(batches, EPS, value_range=(0, 1))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=5.0, model=model)
+    train(model, batches, adversary, optimizer=sam, epochs=1).fit()
+    x, y = batches.examples(torch.arange(N))
+    x.requires_grad_()
+    [slope] = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+    assert torch.equal(adversary.state_dict()["signs"], slope.sign().to(torch.int8))

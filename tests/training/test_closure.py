@@ -11,6 +11,7 @@ from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.adversarial import PGD, SAM
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
+from hessianflow.optim import GradientMoments
 
 N = 40
 
@@ -70,6 +71,14 @@ def test_both_gradients_are_of_the_same_adversarial_examples():
     adversary = PGD(0.1, value_range=(0.0, 1.0), steps=1)
     train(model, SAM(sgd(model), rho=0.1, model=model), adversary=adversary, controller=FixedBatch(16, 1.0))
     assert adversary.state_dict()["calls"] == 6
+
+
+def test_observers_see_the_first_gradient_of_a_step_alone():
+    """40 examples in batches of 16, microbatches of 5: 4 + 4 + 2 of them an epoch."""
+    model, seen = network(), GradientMoments(accumulate=True)
+    train(model, SAM(sgd(model), rho=0.1, model=model), microbatch_size=5, observers=[seen])
+    sums = seen.state_dict()
+    assert (sums["small_count"], sums["large_count"], sums["examples"]) == (2 * 10, 2 * 3, 2 * N)
 
 
 def test_lbfgs_gets_its_closure():

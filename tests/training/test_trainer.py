@@ -494,6 +494,11 @@ def test_a_transform_may_change_the_number_of_rows():
     assert 0 <= history.epochs[-1]["train_accuracy"] <= 1
 
 
+def test_a_transform_that_leaves_no_row_is_named():
+    with pytest.raises(HessianFlowError, match="the transform left no row of a batch of 8 examples"):
+        trainer(network(), data(), transform=lambda inputs, targets, _: (inputs[:0], targets[:0])).fit()
+
+
 @pytest.mark.parametrize("sizes", [(4, 8), (4, 16), (8, 100), (4, 12)])
 def test_what_is_normalised_together_does_not_depend_on_the_microbatch(sizes: tuple[int, int]):
     """Ghost batch normalisation over a ragged batch: the same weights for every microbatch size."""
