@@ -45,12 +45,14 @@ def draw(runs: list[Path], folder: Path) -> None:
     _make(folder)
     histories = [History.load(run) for run in runs]
     has_server = any(history.of_kind("commit") for history in histories)
-    pictures: list[tuple[Callable[..., Any], Any]] = [(plots.curvature_trajectory, runs), (plots.training_curves, runs)]
+    pictures: list[tuple[Callable[..., Any], Any]] = [(plots.training_curves, runs)]
+    if any(history.curvature for history in histories):
+        pictures.insert(0, (plots.curvature_trajectory, runs))
     if has_server:
         pictures.append((plots.accuracy_over_time, runs))
     if len(runs) == 1 and has_server:
         pictures.append((plots.commit_timeline, runs[0]))
-    if len(runs) == 1 and (has_server or "resolution_stages" in histories[0].config):
+    if len(runs) == 1 and "resolution_stages" in histories[0].config:
         pictures.append((plots.batch_and_resolution, runs[0]))
     for picture, source in pictures:
         path = folder / f"{picture.__name__}.png"

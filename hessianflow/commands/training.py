@@ -141,6 +141,8 @@ def _print_summary(history: "History") -> None:
     for row in history.growths:
         print(f"  epoch {row['epoch']:>3}: batch {row['from']} -> {row['to']}: {row['reason']}")
     print(f"  {history.run_dir}")
+    if summary["status"] == "preempted":
+        print(f"  hessianflow resume {history.run_dir}  continues")
 
 
 def _new_run_dir(config: TrainConfig) -> str:

@@ -22,7 +22,8 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
     signature names.
 
     Raises:
-        HessianFlowError: the module or function cannot be imported, or what it returns is no `torch.nn.Module`.
+        HessianFlowError: the module or function cannot be imported, the function needs other arguments, or what it
+            returns is no `torch.nn.Module`.
     """
     if name.startswith("timm/"):
         create = _attribute(name, "timm", "create_model")
@@ -32,9 +33,22 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
         return _from_library(name, get_model, weights=None, num_classes=num_classes)
     module, _, function = name.partition(":")
     factory = _attribute(name, module, function)
+    return _checked(name, factory(**_taken(name, factory, num_classes, input_size, in_channels)))
+
+
+def _taken(
+    name: str, factory: Callable[..., Any], num_classes: int, input_size: int, in_channels: int
+) -> dict[str, int]:
+    """What of our arguments the function takes."""
     offered = {"num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
-    wanted = inspect.signature(factory).parameters
-    return _checked(name, factory(**{key: value for key, value in offered.items() if key in wanted}))
+    taken = {key: value for key, value in offered.items() if key in inspect.signature(factory).parameters}
+    try:
+        inspect.signature(factory).bind(**taken)
+    except TypeError as error:
+        raise HessianFlowError(
+            f"model {name!r} cannot be called with {', '.join(offered)} alone ({error}): give the others defaults"
+        ) from None
+    return taken
 
 
 def _from_library(name: str, create: Callable[..., Any], **options: Any) -> nn.Module:

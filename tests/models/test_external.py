@@ -76,3 +76,8 @@ def test_a_name_unknown_to_the_library_is_passed_on(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "timm", timm)
     with pytest.raises(HessianFlowError, match=r"timm cannot build 'resnet0': RuntimeError: Unknown model \(resnet0\)"):
         models.create("timm/resnet0")
+
+
+def test_a_function_that_needs_more_is_refused():
+    with pytest.raises(HessianFlowError, match=r"cannot be called with num_classes.*required argument: 'a'"):
+        models.create("os.path:join")
