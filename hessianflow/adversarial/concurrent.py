@@ -18,7 +18,7 @@ concatenated forward pass. In `AdaptiveBatchTrainer` the trainer holds the queue
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -128,6 +128,7 @@ class ConcurrentAdversary:
         self._runner: AttackRunner = Interleaved() if runner is None else runner
         self._queue: deque[_Queued] = deque()
         self._step = 0
+        self._latest: Callable[[], Tensor] | None = None
 
     @property
     def staleness(self) -> int:
@@ -149,9 +150,10 @@ class ConcurrentAdversary:
         """
         rows = _chosen(inputs, share)
         size = microbatch_size or self._microbatch_size
-        return self._runner.submit(
+        self._latest = self._runner.submit(
             model, TwinAttack(self._adversary, inputs[rows], targets[rows], size, self._attack_set)
         )
+        return self._latest
 
     def expose(self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float) -> Exposure:
         """Clean rows and twins; these through the adversarial set where the model is split."""
@@ -217,7 +219,8 @@ class ConcurrentAdversary:
             yield self._take(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The queued batches with their twins (waits for those under way), the step, and the adversary's state."""
+        """The queued batches with their twins (waits for attacks under way), the step, and the adversary's state."""
+        self._settle()
         queue = [
             {
                 "inputs": entry.inputs,
@@ -231,11 +234,19 @@ class ConcurrentAdversary:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`; the data must go on with the batch after the last one queued."""
+        self._settle()
         self._step = int(state["step"])
         self._adversary.load_state_dict(state["adversary"])
         self._queue = deque(
             _Queued(e["inputs"], e["targets"], _ready(e["adversarial"]), e["attacked_at"]) for e in state["queue"]
         )
+
+    def _settle(self) -> None:
+        """Wait for the attack under way, at whose end its runner may move the adversary's random starts on."""
+        if self._latest is not None:
+            with suppress(Exception):  # told to whoever asks for the twins
+                self._latest()
+        self._latest = None
 
     def _take(self, model: nn.Module) -> Pair:
         entry = self._queue.popleft()

@@ -89,6 +89,8 @@ class SecondStream:
         main.wait_stream(stream)  # the attack before may still read the replica
         replica = self._snapshot(inner)
         stream.wait_stream(main)
+        for tensor in (attack.inputs, attack.targets):  # the caller may free them while the attack reads them
+            tensor.record_stream(stream)
         with torch.cuda.stream(stream):
             result = attack(replica)
         done = stream.record_event()

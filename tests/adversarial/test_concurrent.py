@@ -247,3 +247,21 @@ def test_second_stream_trains_like_interleaving():
         ends.append(model)
     for a, b in zip(ends[0].state_dict().values(), ends[1].state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+class Late(FGSM):
+    """Reads its inputs only after a while."""
+
+    def perturb(self, model, inputs, targets, share, microbatch_size=None):
+        torch.cuda._sleep(10**8)
+        return inputs.clone()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_attacked_on_the_second_stream_are_kept_until_they_are_read():
+    model, (x, y) = net().cuda(), [tensor.cuda() for tensor in batches(1, rows=64)[0]]
+    ahead = ConcurrentAdversary(Late(0.1, value_range=None), runner=SecondStream())
+    wait = ahead.attack(model, x, y, 0.5)
+    others = [torch.full_like(x[:32], -1) for _ in range(8)]  # in the memory of the rows, were that free
+    assert torch.equal(wait(), x[::2])
+    assert len(others) == 8

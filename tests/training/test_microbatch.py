@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError
-from hessianflow.adversarial import PGD
+from hessianflow.adversarial import PGD, ConcurrentAdversary, WorkerProcess
+from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.training import microbatch
 from hessianflow.training.microbatch import MicrobatchSize
@@ -126,4 +127,44 @@ def test_an_out_of_memory_step_is_repeated_as_if_it_had_not_been_tried():
         ).fit()
         assert model.failures == (1 if limit else 0)
         weights.append(torch.cat([v.flatten().double() for v in model.state_dict().values()]))
+    assert torch.equal(weights[0], weights[1])
+
+
+class Growing(FixedBatch):
+    """Doubles the batch after two steps."""
+
+    decision = Decision(8, adversarial_share=1.0)
+
+    def __init__(self) -> None:
+        super().__init__(8)
+
+    def update(self, progress, reading=None, signals=None):
+        self.decision = Decision(16, adversarial_share=1.0) if progress.examples >= 16 else Growing.decision
+        return self.decision
+
+    def is_due(self, progress):
+        return True
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_out_of_memory_with_attacks_under_way_in_another_process(staleness: int):
+    """The random starts of the step repeated, and of all after it, are those of attacks made at once."""
+    weights, worker = [], WorkerProcess(threads=1)
+    for runner in (None, worker):
+        model, attack = Limited(8), PGD(0.1, value_range=(0.0, 1.0), steps=2, relative_step=0.2)
+        images = torch.randint(256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        torch.manual_seed(5)
+        AdaptiveBatchTrainer(
+            model,
+            DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            loss_fn=F.cross_entropy,
+            controller=Growing(),
+            adversary=ConcurrentAdversary(attack, staleness=staleness, runner=runner),
+            epochs=2,
+            microbatch_size=16,
+        ).fit()
+        assert model.failures == 1
+        weights.append(torch.cat([v.flatten().double() for v in model.state_dict().values()]))
+    worker.close()
     assert torch.equal(weights[0], weights[1])
