@@ -29,9 +29,9 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
         import ray
     except ImportError:
         raise HessianFlowError("elastic runs need Ray: pip install 'hessianflow[ray]'") from None
+    _check_reachable(address)  # also beside a connection: the address was meant
     if ray.is_initialized():
         return ray
-    _check_reachable(address)
     try:
         if address is None:
             # "local": a stale address file of an earlier cluster must not be believed.
