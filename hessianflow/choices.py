@@ -178,9 +178,6 @@ def _named_controller(config: TrainConfig) -> BatchController:
         every, factor = config.every_epochs, config.growth_factor
         return AdaBatch(batch, cap, every_epochs=every, growth_factor=factor, adversarial_share=share)
 
-    def timed() -> BatchController:
-        return TimedSchedule(batch, given(config.stages), decay_from=config.decay_from, adversarial_share=share)
-
     def grow_instead() -> BatchController:
         factor = 1 / config.lr_decay
         milestones = config.milestones or ()
@@ -197,7 +194,9 @@ def _named_controller(config: TrainConfig) -> BatchController:
         "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch), adversarial_share=share),
         "critical": critical,
         "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
-        "timed": timed,
+        "timed": lambda: TimedSchedule(
+            batch, given(config.stages), decay_from=config.decay_from, adversarial_share=share
+        ),
     }
     return makers[config.controller]()
 

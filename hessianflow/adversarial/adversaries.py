@@ -45,6 +45,9 @@ class PGD:
         HessianFlowError: as :func:`attacks.pgd`.
     """
 
+    staleness: int = 0  # made with the weights that are trained next,
+    attacks_late: bool = True  # at the use of the batch
+
     def __init__(
         self,
         eps: PerChannel,
@@ -92,16 +95,6 @@ class PGD:
         result = inputs.detach().clone()
         result[rows] = self._attack(model, result[rows], targets[rows], microbatch_size or len(rows))
         return result
-
-    @property
-    def staleness(self) -> int:
-        """0: the attack is made with the weights that are trained next."""
-        return 0
-
-    @property
-    def attacks_late(self) -> bool:
-        """True: every batch is attacked at its use."""
-        return True
 
     def attack(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None

@@ -69,6 +69,9 @@ class GradientReuse:
         HessianFlowError: as :func:`attacks.fgsm`; batches that cannot be traced.
     """
 
+    staleness: int = 0  # nothing is drawn ahead (the gradients themselves are an epoch old),
+    attacks_late: bool = True  # every batch is perturbed at its use
+
     def __init__(self, batches: TracedBatches, eps: PerChannel = ABSA_EPS, *, value_range: ValueRange | None) -> None:
         if not hasattr(batches, "as_in_latest"):
             raise HessianFlowError(
@@ -80,16 +83,6 @@ class GradientReuse:
         shape = (batches.num_examples, *batches.input_shape)
         self._signs = torch.zeros(shape, dtype=torch.int8, device=batches.device)
         self._checked = False
-
-    @property
-    def staleness(self) -> int:
-        """0: nothing is drawn ahead (the gradients themselves are an epoch old)."""
-        return 0
-
-    @property
-    def attacks_late(self) -> bool:
-        """True: every batch is perturbed at its use."""
-        return True
 
     def attack(
         self,
