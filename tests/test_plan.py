@@ -72,6 +72,19 @@ def test_steps_are_measured_here_and_can_be_taken_elsewhere():
     assert again["sources"]["step"].endswith("(here.json); 4 sizes up to 32, at most " + fit(found))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "doubtful"),
+    [([0.012, 0.016, 0.024, 0.04], False), ([0.012, 0.016, 0.024, 0.08], True), ([0.004, 0.008, 0.016, 0.032], True)],
+    ids=["8 ms + 1 ms an example", "one far off", "no fixed cost"],
+)
+def test_step_times_that_make_no_line_are_called_doubtful(seconds: list[float], doubtful: bool, capsys):
+    measured = {"sizes": [4, 8, 16, 32], "seconds": seconds, "update_seconds": 0.001, "gradient_bytes": 8000}
+    Path("times.json").write_text(json.dumps(measured))
+    found = plan("--measured", "times.json", *RUN, "--epochs", "1", "--workers", "1,2")
+    assert ("doubtful" in found["sources"]) == doubtful
+    assert ("make no clean line" in capsys.readouterr().out) == doubtful
+
+
 def torch_model() -> torch.nn.Module:
     from hessianflow import models
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hessianflow.commands.planning import Measured, Run
     from hessianflow.distributed import PerformanceModel, Phase, Prediction
 
+LARGE_RESIDUAL = 0.2
+"""Step times that lie farther off their line than this share are called doubtful. Ours."""
 BANDWIDTH, LATENCY = 1.25e9, 5e-5
 ORIGINS = {
     "bandwidth": "default, the line rate of 10-gigabit Ethernet (IEEE 802.3ae)",
@@ -165,6 +167,10 @@ def _basis(arguments: Namespace, run: "Run") -> Basis:
         "batches": f"{_sizes(phases)} over {sum(p.examples for p in phases)} examples: {how}",
         "left out": "adversary, curvature, evaluation, data; no sum is hidden behind a backward pass",
     }
+    if measured.sizes and (line.residual > LARGE_RESIDUAL or line.intercept == 0):
+        sources["doubtful"] = (
+            "the step times make no clean line (a busy machine?): measure again, or give both --slope and --intercept"
+        )
     model = PerformanceModel(
         line,
         AllReduceTime(latency, bandwidth),
