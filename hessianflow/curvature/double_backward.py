@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -42,9 +42,17 @@ class CheapDoubleBackward(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        replacement = None if is_watched() else _REPLACEMENTS.get(func)
-        made = None if replacement is None else replacement(*args, **(kwargs or {}))
+        replacement = _REPLACEMENTS.get(func)
+        made = None if replacement is None or is_watched() else replacement(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if made is None else made
+
+
+def has_replacements(model: nn.Module) -> bool:
+    """Whether there may be something to replace; if not, the mode would only slow down every call of torch.
+
+    Weights of convolutions have three dimensions and more; running statistics are buffers.
+    """
+    return any(p.ndim > 2 for p in model.parameters()) or any(True for _ in model.buffers())
 
 
 def _convolved(
@@ -196,7 +204,7 @@ def _fixed_backward(
 def _are_plain(*tensors: Tensor | None) -> bool:
     """Whether all are ordinary tensors of one real type: with others, only torch knows what to do."""
     given = [t for t in tensors if t is not None]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == given[0].dtype for t in given)
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype == given[0].dtype for t in given)
     return plain and given[0].is_floating_point()
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import num_examples
-from hessianflow.curvature.derivatives import check_twice_differentiable, explained
+from hessianflow.curvature.derivatives import check_twice_differentiable
 from hessianflow.curvature.model_operator import ModelOperator, Piece
-from hessianflow.curvature.vectors import flatten, unflatten
+from hessianflow.curvature.vectors import flatten
 
 
 class HessianOperator(ModelOperator):
@@ -29,21 +28,14 @@ class HessianOperator(ModelOperator):
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         loss = self._checked_loss(model, batch)
         check_twice_differentiable(loss)
-        count = num_examples(batch)
-        with explained(count):
-            gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-        # Where the gradient does not depend on any weight, the Hessian is zero: nothing to differentiate.
-        curved = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-        outputs = [g for g in gradients if g is not None and g.requires_grad]
+        gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        # One flat tensor with its graph: autograd, not Python, then cuts each vector into pieces.
+        gradient = flatten(gradients, self.parameters, self.dtype)
 
         def product(vector: Tensor) -> Tensor:
-            if not outputs:
+            if not gradient.requires_grad:  # it does not depend on any weight: the Hessian is zero
                 return torch.zeros_like(vector)
-            pieces = unflatten(vector, self.parameters)
-            with explained(count):
-                second = torch.autograd.grad(
-                    outputs, self.parameters, [pieces[i] for i in curved], retain_graph=True, allow_unused=True
-                )
+            second = torch.autograd.grad(gradient, self.parameters, vector, retain_graph=True, allow_unused=True)
             return flatten(second, self.parameters, self.dtype)
 
         return Piece(loss.detach(), product)

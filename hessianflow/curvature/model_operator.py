@@ -11,7 +11,7 @@ every product, and memory does not depend on the number of pieces.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hessianflow.batches import loss_weight, map_tensors, mean_loss, move, num_examples, split
 from hessianflow.curvature.derivatives import explained, full_precision, second_order
-from hessianflow.curvature.double_backward import CheapDoubleBackward
+from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
 from hessianflow.curvature.operator import NonFiniteError, Operator
 from hessianflow.curvature.selection import Selection, batches_of, checked_batches, select_parameters, single_batch
 from hessianflow.curvature.vectors import flatten
@@ -92,14 +92,8 @@ class ModelOperator(Operator):
 
     def weighted_product(self, vector: Tensor) -> tuple[Tensor, float]:
         """(W A v, W), W the :attr:`loss_weight` of the data held here: what microbatches add up, and ranks divide."""
-        with full_precision():
-            # A tensor made in inference mode cannot enter a graph.
-            vector = vector.clone() if vector.is_inference() else vector
-            if self._single is not None and self._fits(self._single):
-                piece, weight = self._kept_piece(self._single)
-                with explained(num_examples(self._single)):
-                    return piece.product(vector) * weight, weight
-            return self._rebuilt_product(vector)
+        product, weight = self._mean_product(vector)
+        return product * weight, weight
 
     def release(self) -> None:
         """Free the kept graph."""
@@ -118,7 +112,7 @@ class ModelOperator(Operator):
     def mean_loss(self) -> float:
         """The loss whose curvature this is, at the current weights."""
         with measuring(self._model, self.norm_mode) as model, full_precision():
-            return float(self._mean_loss(model))
+            return float(self._mean_loss(model, self._pieces()))
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss by the selected parameters, shape [size]."""
@@ -132,8 +126,18 @@ class ModelOperator(Operator):
         return total.div_(whole)
 
     def _product(self, vector: Tensor) -> Tensor:
-        total, weight = self.weighted_product(vector)
-        return total.div_(weight)
+        return self._mean_product(vector)[0]
+
+    def _mean_product(self, vector: Tensor) -> tuple[Tensor, float]:
+        """(A v, W)."""
+        with full_precision():
+            # A tensor made in inference mode cannot enter a graph.
+            vector = vector.clone() if vector.is_inference() else vector
+            if self._single is None or not self._fits(self._single):
+                return self._rebuilt_product(vector)
+            piece, weight = self._kept_piece(self._single)
+            with explained(num_examples(self._single)):
+                return piece.product(vector), weight
 
     def _kept_piece(self, batch: Any) -> tuple[Piece, float]:
         state = _State(self._model, batch)
@@ -143,7 +147,7 @@ class ModelOperator(Operator):
                 local, weight = next(self._pieces())
                 with explained(num_examples(batch)):
                     piece = self._prepare(model, local)
-                self._check_deterministic_once(model, state)
+                self._check_deterministic_once(model, state, [(local, weight)])
             self._check_repeats(state, piece.loss)
             self._kept = (piece, weight, state)
         return self._kept[0], self._kept[1]
@@ -153,7 +157,7 @@ class ModelOperator(Operator):
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         state = _State(self._model, self._single)
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
-            self._check_deterministic_once(model, state)
+            self._check_deterministic_once(model, state, self._pieces())
             for batch, weight in self._pieces():
                 with explained(num_examples(batch)):
                     piece = self._prepare(model, batch)
@@ -161,7 +165,7 @@ class ModelOperator(Operator):
                 loss += piece.loss.double() * weight
                 whole += weight
         self._check_repeats(state, loss / whole)
-        return total, whole
+        return total.div_(whole), whole
 
     @contextmanager
     def _differentiating(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -174,7 +178,8 @@ class ModelOperator(Operator):
         for parameter in model.parameters():
             if id(parameter) not in selected:
                 parameter.requires_grad_(False)
-        with second_order(model), folded_normalisation(model) as folded, CheapDoubleBackward():
+        cheap = CheapDoubleBackward() if has_replacements(model) else nullcontext()
+        with second_order(model), folded_normalisation(model) as folded, cheap:
             yield folded
 
     def _pieces(self) -> Iterator[tuple[Any, float]]:
@@ -218,20 +223,20 @@ class ModelOperator(Operator):
             raise HessianFlowError("the loss does not depend on the selected parameters; is it detached?")
         return loss
 
-    def _mean_loss(self, model: nn.Module) -> Tensor:
+    def _mean_loss(self, model: nn.Module, pieces: Iterable[tuple[Any, float]]) -> Tensor:
         total, whole = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
         with torch.no_grad():
-            for batch, weight in self._pieces():
+            for batch, weight in pieces:
                 with explained(num_examples(batch)):
                     total += self._forward_loss(model, batch).double() * weight
                 whole += weight
         return total / whole
 
-    def _check_deterministic_once(self, model: nn.Module, state: "_State") -> None:
+    def _check_deterministic_once(self, model: nn.Module, state: "_State", pieces: Iterable[tuple[Any, float]]) -> None:
         # Products repeat each other's random numbers (measuring restores the generators), a kept graph its own: only a
         # second pass within one product shows that the loss is random.
         if self._check_deterministic and self._last_loss is None:
-            self._check_repeats(state, self._mean_loss(model))
+            self._check_repeats(state, self._mean_loss(model, pieces))
 
     def _check_repeats(self, state: "_State", loss: Tensor) -> None:
         # One number from the device per graph built: without it a random operator would pass for a matrix.
@@ -250,18 +255,19 @@ class _State:
     """What a graph was built from: places, versions and norms of weights and buffers, and versions of the batch."""
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
-        weights: list[Tensor] = list(model.parameters())
-        watched = [*weights, *model.buffers()]
+        modules = list(model.modules())  # once: the names that parameters() and buffers() make cost more than the rest
+        weights: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
+        watched = weights + [b for module in modules for b in module._buffers.values() if b is not None]
         map_tensors(lambda t: watched.append(t) or t, batch)  # type: ignore[func-returns-value]
         self._versions = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in watched]
         with torch.no_grad():
             # Writes through `.data` leave the version as it is, so the norms are compared too.
-            self._norms = torch._foreach_norm(weights)
+            norms = torch._foreach_norm(weights)
+            self._norms = torch.stack([norm.to(weights[0].device) for norm in norms])  # compared in one transfer
 
     def matches(self, other: "_State") -> bool:
         # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
-        same = self._versions == other._versions
-        return same and all(torch.equal(a, b) for a, b in zip(self._norms, other._norms, strict=True))
+        return self._versions == other._versions and torch.equal(self._norms, other._norms)
 
 
 def check_finite(loss: Tensor) -> None:

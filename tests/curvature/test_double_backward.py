@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from problems import classification, conv_net, train
+from problems import classification, conv_net, mlp, train
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hessianflow.curvature import HessianOperator
-from hessianflow.curvature.double_backward import CheapDoubleBackward
+from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
 
 
 def second_gradients(layer, x, mode):
@@ -90,6 +90,26 @@ def test_plain_layers_are_replaced_and_only_while_it_is_active():
     assert inside >= ours
     assert outside >= torchs
     assert not outside & ours
+
+
+class Functional(nn.Module):
+    """A convolution without a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, 3, 3))
+
+    def forward(self, x):
+        return functional.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [(mlp(), False), (nn.LayerNorm(3), False), (nn.BatchNorm1d(3), True), (conv_net(), True), (Functional(), True)],
+    ids=["mlp", "layer norm", "batch norm", "conv net", "functional"],
+)
+def test_models_without_anything_to_replace_are_told(model, expected):
+    assert has_replacements(model) is expected
 
 
 def test_images_in_float32_go_with_the_channels_last():
