@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
+from hessianflow.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from hessianflow import (
@@ -38,6 +39,7 @@ __all__ = [
     "data",
     "distributed",
     "dual_batch",
+    "keep_freed_memory",
     "models",
     "optim",
     "plots",

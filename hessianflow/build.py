@@ -29,6 +29,7 @@ from hessianflow.curvature.probe import ProbeOperator
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
 from hessianflow.distributed.curvature import sharded
 from hessianflow.interfaces import Batch, EpochMeasurement, HessianFlowError, LinearOperator, RecordSink, World
+from hessianflow.memory import keep_freed_memory
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
 from hessianflow.models.dropout import with_head_dropout
@@ -119,12 +120,14 @@ def build_trainer(
 
 
 def prepare(config: TrainConfig) -> TrainConfig:
-    """Resolve `config` for this machine, device and precision included, and set what torch keeps globally."""
+    """Resolve `config` for this machine, device and precision included, and set what is kept for the whole process."""
     config = resolve(config)
     device = find_device(config.device)
     config = replace(config, precision=resolved_precision(config))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.deterministic:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)

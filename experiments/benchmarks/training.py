@@ -1,16 +1,18 @@
 """What the trainer costs over a bare PyTorch loop, and what its defaults gain: paired ratios in one run.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/training.py [--parts loop defaults batches memory resize profile]
+    OMP_NUM_THREADS=1 python experiments/benchmarks/training.py [--parts loop defaults batches allocation memory resize]
 
 ResNet-20 at batch 128 on CIFAR-10 images with crops and flips. Whatever is compared runs in turn, round by round, in
 one process; the ratio is taken within each round, and the table gives its median and quartiles. Times are process
-CPU seconds of one thread: on a machine that others use, too, wall clocks measure them.
+CPU seconds of one thread: on a machine that others use, too, wall clocks measure them. Freed memory is kept on both
+sides (`hf.keep_freed_memory`), as the command does, unless --give-back is given.
 
 A curvature reading is set against epochs of 390 steps (CIFAR-10) and 78 (10,000 images).
 
     loop      trainer, trainer with FGSM on a fifth of each batch, and one curvature reading, against the bare loop
     defaults  layout and precision
     batches   images a second as the batch grows at microbatch 128
+    allocation  the bare loop with freed memory kept and given back, in two processes that take turns
     memory    peak resident memory of a process each
     resize    how long a change of the batch size takes, and whether the very next batch has it
     profile   where the time goes, before (float32, NCHW) and after (bf16, channels last)
@@ -35,7 +37,7 @@ from torch.optim import SGD
 import hessianflow as hf
 
 BATCH = 128
-PARTS = ("loop", "defaults", "batches", "memory", "resize", "profile")
+PARTS = ("loop", "defaults", "batches", "allocation", "memory", "resize", "profile")
 EPOCHS = (390, 78)
 """Steps of an epoch that a curvature reading is set against: all of CIFAR-10, and 10,000 images."""
 
@@ -184,17 +186,49 @@ def batches(options: argparse.Namespace) -> None:
         print(f"| {name} | {4096 / statistics.median(found):.0f} | {text} |", flush=True)
 
 
+def allocation(options: argparse.Namespace) -> None:
+    """The setting cannot be taken back, so each round is two new processes, one after the other."""
+    found: dict[str, list[list[float]]] = {"given back": [], "kept": []}
+    for _ in range(options.rounds):
+        for name, flags in (("given back", ["--give-back"]), ("kept", [])):
+            found[name].append(in_a_process(["--epoch", *flags], options))
+    print("\n| freed memory | CPU ms a step | times the first (quartiles) | page faults a step | peak MiB |")
+    print("|---|---|---|---|---|")
+    base = [row[0] for row in found["given back"]]
+    for name, rows in found.items():
+        seconds, faults, high = (list(column) for column in zip(*rows, strict=True))
+        speed = spread(ratios(seconds, base), "{:.2f}")
+        text = f"{1000 * statistics.median(seconds):.0f} | {speed} | {statistics.median(faults):.0f}"
+        print(f"| {name} | {text} | {statistics.median(high):.0f} |", flush=True)
+
+
+def epoch(options: argparse.Namespace) -> None:
+    """Seconds and page faults of a bare step, after one epoch to warm up, and the peak of this process in MiB."""
+    subject = Subject(Path("float32"), *cifar10((options.steps + 2) * BATCH, options.data_dir)[:2])
+    subject.bare()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    subject.bare()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    print(subject.batches.step_seconds(), (after.ru_minflt - before) / (options.steps + 2), after.ru_maxrss / 1024)
+
+
 def memory(options: argparse.Namespace) -> None:
     """One process each, so that no peak hides another."""
-    peaks = {}
-    for way in ("bare", "trainer", "128", "64", "32"):
-        command = [sys.executable, __file__, "--peak", way, "--threads", str(options.threads)]
-        command += [] if options.data_dir is None else ["--data-dir", options.data_dir]
-        peaks[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    ways = ("bare", "trainer", "128", "64", "32")
+    flags = ["--give-back"] if options.give_back else []
+    peaks = {way: in_a_process(["--peak", way, *flags], options)[0] for way in ways}
     print("\n| way | peak resident MiB | over the bare loop |\n|---|---|---|")
     for way, peak in peaks.items():
         name = f"ABSA, FGSM, readings of {way}" if way.isdigit() else way
         print(f"| {name} | {peak:.0f} | {peak - peaks['bare']:+.0f} |", flush=True)
+
+
+def in_a_process(flags: Sequence[str], options: argparse.Namespace) -> list[float]:
+    """The numbers that this script prints in a process of its own."""
+    command = [sys.executable, __file__, *flags, "--threads", str(options.threads), "--steps", str(options.steps)]
+    command += [] if options.data_dir is None else ["--data-dir", options.data_dir]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [float(word) for word in done.stdout.split()]
 
 
 def peak(way: str, options: argparse.Namespace) -> None:
@@ -270,13 +304,18 @@ def spread(values: Sequence[float], form: str) -> str:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    if not options.give_back:
+        hf.keep_freed_memory()
     if options.peak is not None:
         peak(options.peak, options)
+        return
+    if options.epoch:
+        epoch(options)
         return
     source = cifar10(1, options.data_dir)[2]
     print(f"ResNet-20, batch {BATCH}, {source}, torch {torch.__version__}, {options.threads} thread(s), ", end="")
     print(f"{options.steps} steps a round, {options.rounds} rounds", flush=True)
-    works = {f.__name__: f for f in (loop, defaults, batches, memory, resize, profile)}
+    works = {f.__name__: f for f in (loop, defaults, batches, allocation, memory, resize, profile)}
     for part in options.parts:
         works[part](options)
 
@@ -289,7 +328,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-dir", default=None, help="folder with the CIFAR-10 binary archive")
+    parser.add_argument("--give-back", action="store_true", help="freed memory goes back to the system, as torch alone")
     parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--epoch", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, multiprocessing, nn
 from hessianflow.adversarial.runners import TwinAttack
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
+from hessianflow.memory import keep_freed_memory
 
 GOODBYE_SECONDS = 5.0
 """How long a worker may take to end before it is killed. Ours."""
@@ -139,6 +140,7 @@ class _Answer:
 def _serve(line: Connection, replica: nn.Module, threads: int) -> None:
     """The life of the worker: attack until the line is closed."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     while True:
         try:
             attack, modes, (enabled, dtype) = line.recv()

@@ -1,0 +1,44 @@
+"""The C library's own counter of page faults is the oracle: memory that was kept needs none."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+import hessianflow as hf
+
+FAULTS = """
+import resource, sys
+import torch, hessianflow as hf
+
+if sys.argv[1] == "kept":
+    print(hf.keep_freed_memory())
+else:
+    print(False)
+for round in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.zeros(16 * 2**20)  # 64 MiB: 16384 pages of 4 KiB
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(way: str) -> tuple[str, int]:
+    """What the setting answered, and the page faults of eight blocks of 64 MiB, the first time left out."""
+    command = [sys.executable, "-c", FAULTS, way]
+    done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return done[0], int(done[-1])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of the GNU C library")
+def test_freed_memory_is_kept() -> None:
+    answer, kept = faults("kept")
+    assert answer == "True"
+    assert kept < 1000, "the same block serves again"
+    assert faults("given back")[1] > 8 * 16384 / 512, "a block is mapped anew each time, even in pages of 2 MiB"
+
+
+def test_a_library_without_the_setting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda _name: object())
+    assert hf.keep_freed_memory() is False
