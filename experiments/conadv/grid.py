@@ -1,7 +1,7 @@
 """The cells of the study: one large batch, trained clean, on adversarial examples made in several ways, and with SAM.
 
-The published runs sum the two means, under LARS, whose steps do not depend on the size of the gradient. Here the
-optimizer is SGD, so twins are averaged in: the rate means the same for every method.
+The published runs sum the two means, under LARS, whose steps do not depend on the size of the gradient. Here twins are
+averaged in, so that the rate means the same for every method under any optimizer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,22 @@ CIFAR: Settings = {
     "data": "cifar10",
     "model": "resnet8",
     "train_examples": 10_000,
-    "test_examples": 2_000,
+    "test_examples": 5_000,
     "batch_size": 2048,
     "max_batch_size": 2048,
-    "epochs": 6,
-    "lr": 1.6,  # 0.1 for 128 examples, scaled linearly
+    "epochs": 8,
+    "optimizer": "adam",
+    "lr": 0.01,
     "warmup_epochs": 1,
     "schedule": "cosine",
     "microbatch_size": 128,
     "norm_batch_size": 128,
-    "precision": "bf16",
+    "precision": "float32",
     "channels_last": True,
     "eps": EPS,
 }
+"""In 40 updates Adam gets farther than SGD: after 3 epochs (15 updates, seed 0) 32.7 % against 24.8 % with the linearly
+scaled rate."""
 DIGITS: Settings = {
     "data": "digits",
     "batch_size": 512,
@@ -46,6 +49,7 @@ DIGITS: Settings = {
 FAKE: Settings = {
     **CIFAR,
     "data": "fake",
+    "optimizer": "sgd",
     "train_examples": 256,
     "test_examples": 64,
     "batch_size": 64,
@@ -74,27 +78,40 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     """The grid, seed by seed.
 
     smoke: every method once on made-up data.
-    cpu: digits (seconds a cell), then a fifth of CIFAR-10, ResNet-8, 6 epochs.
+    cpu: digits (seconds a cell), then a fifth of CIFAR-10, ResNet-8, 8 epochs.
     gpu: all of CIFAR-10, ResNet-20, 90 epochs; full: the same at batch 8192.
     """
     if scale == "smoke":
         attack = {"attack_eps": [EPS], "attack_steps": 2, "attack_examples": 32}
         return [_cell("fake", FAKE, method, 0, attack) for method in METHODS]
-    attack = {"attack_steps": 20, "attack_examples": 1000}
     problems = {"digits": DIGITS, "cifar-resnet8-fifth": CIFAR} if scale == "cpu" else {"cifar-resnet20": _whole(scale)}
     return [
-        _cell(problem, base, method, seed, {**attack, "attack_eps": [base["eps"], 2 * base["eps"]]})
+        _cell(problem, base, method, seed, {**_attack(problem), "attack_eps": [base["eps"], 2 * base["eps"]]})
         for problem, base in problems.items()
         for seed in seeds
         for method in METHODS
     ]
 
 
+def _attack(problem: str) -> Settings:
+    """Half the steps and images where a processor attacks large ones: else it takes as long as the training."""
+    short = problem == "cifar-resnet8-fifth"
+    return {"attack_steps": 10 if short else 20, "attack_examples": 500 if short else 1000}
+
+
 def _whole(scale: Scale) -> Settings:
     batch = 8192 if scale == "full" else 2048
     whole = {name: value for name, value in CIFAR.items() if name not in ("train_examples", "test_examples")}
-    sizes = {"batch_size": batch, "max_batch_size": batch, "lr": 0.1 * batch / 128}
-    return {**whole, **sizes, "model": "resnet20", "epochs": 90, "warmup_epochs": 5, "microbatch_size": "auto"}
+    sizes = {"batch_size": batch, "max_batch_size": batch, "optimizer": "sgd", "lr": 0.1 * batch / 128}
+    return {
+        **whole,
+        **sizes,
+        "precision": "bf16",
+        "model": "resnet20",
+        "epochs": 90,
+        "warmup_epochs": 5,
+        "microbatch_size": "auto",
+    }
 
 
 def _cell(problem: str, base: Settings, method: str, seed: int, attack: Mapping[str, Any]) -> Cell:

@@ -47,7 +47,7 @@ def settings(arguments: argparse.Namespace) -> TrainConfig:
     if arguments.data_dir is None:
         return prepare(TrainConfig(data="fake", train_examples=1024, batch_size=64, precision="float32", **common))
     sizes: dict[str, Any] = {"train_examples": 2000, "test_examples": 100, "batch_size": 64, "augment": False}
-    return prepare(TrainConfig(data="cifar10", data_dir=arguments.data_dir, precision="bf16", **sizes, **common))
+    return prepare(TrainConfig(data="cifar10", data_dir=arguments.data_dir, precision="auto", **sizes, **common))
 
 
 def step_times(config: TrainConfig, number: int) -> Points:
