@@ -52,7 +52,10 @@ def has_replacements(model: nn.Module) -> bool:
 
     Weights of convolutions have three dimensions and more; running statistics are buffers.
     """
-    return any(p.ndim > 2 for p in model.parameters()) or any(True for _ in model.buffers())
+    return any(
+        module._buffers or any(p is not None and p.ndim > 2 for p in module._parameters.values())
+        for module in model.modules()
+    )
 
 
 def _convolved(
