@@ -182,7 +182,7 @@ def traces(name: str, problem: Problem, truth: float | None, seeds: int) -> list
     else:
         note = " (exact reference)"
     rows = []
-    for method in ("hutchinson", "hutchpp"):
+    for method in ("hutchinson", "hutchpp", "krylov"):
         runs = [hf.curvature.trace(operator, num_matvecs=18, method=method, seed=s) for s in range(seeds)]
         rms = statistics.mean(((r.value - truth) / truth) ** 2 for r in runs) ** 0.5
         covered = sum(abs(r.value - truth) <= 2 * r.stderr for r in runs)
@@ -310,7 +310,7 @@ def measure(name: str, seeds: int, parts: list[str]) -> Iterator[list[Row]]:
     if "warm" in parts:
         yield warm(name, problem, seeds, 12 if small else 3)
     if "trace" in parts:
-        yield traces(name, problem, None if exact is None else float(exact.sum()), 40 if small else 4)
+        yield traces(name, problem, None if exact is None else float(exact.sum()), 40 if small else 6)
     if "memory" in parts and not small:
         yield memory(name, problem)
 

@@ -1,17 +1,33 @@
 """Trace, diagonal and Frobenius norm from products with random vectors.
 
 References: Hutchinson 1989; Meyer, Musco, Musco, Woodruff, Hutch++: Optimal stochastic trace estimation, 2021
-(algorithm 1); Bekas, Kokiopoulou, Saad, An estimator for the diagonal of a matrix, 2007.
+(algorithm 1); Chen and Hallman, Krylov-aware stochastic trace estimation, 2023; Bekas, Kokiopoulou, Saad, An estimator
+for the diagonal of a matrix, 2007. XTrace (Epperly, Tropp, Webber 2024) was tried beside them: at 18 products on
+spectra like those of nets it was as accurate as "krylov", on flat ones 1.2 to 1.3 times as inaccurate as plain probes,
+and as its samples depend on each other, two standard errors covered 80 to 90 %.
+
+All but Hutchinson's split tr A = tr(V^T A V) + tr((I - P) A (I - P)) for an orthonormal basis V and P = V V^T. The
+first part is exact, the second is averaged over probes that are independent of V: the sum is unbiased whatever V is.
+
+"krylov", as Chen and Hallman: the products of a Krylov basis are its first part already, where Hutch++ needs another
+product for each of its vectors; and a few vectors with high powers of A hold leading directions better than many with
+one. Deviations, ours:
+- The basis starts from plain probes g_1, g_2, ...; as soon as the images A g_i show outliers (MISSED_OUTLIERS), it is
+  grown to half the products. If a third of the products shows none, all the rest go to plain probes as well, and the
+  estimate is Hutchinson's: a flat spectrum costs nothing. (That choice looks at probes which then count. No bias was
+  seen: within 3 standard errors over 150 to 200 seeds on each of 25 spectra.)
+- The next vector is the left singular vector of R = (I - P) A V with the largest singular value: from one start that
+  is Lanczos, from several the direction in which the known products leave V most.
 
 Deviation from Hutch++: a third of the products goes into the sketch A S, as in the paper; then the share of A's energy
 that the sketch misses is estimated from held-out columns. If it is a fifth or more, the low-rank part cannot pay for
-itself and all remaining products go to plain probes (those of the sketch count as well). So a flat spectrum costs
-nothing and a spectrum with outliers gains all.
+itself and all remaining products go to plain probes (those of the sketch count as well).
 """
 
 from typing import Literal, get_args
 
 import torch
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from hessianflow.curvature.results import DiagonalResult, TraceResult
@@ -19,25 +35,36 @@ from hessianflow.curvature.vectors import generator, rademacher
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 MISSED_ENERGY = 0.2
-"""Share of energy outside the sketch from which on plain probes are better. Break-even is 1/3; ours, to be safe."""
+"""Share of energy outside the sketch of Hutch++ from which on plain probes are better. Break-even is 1/3; ours, to be
+safe."""
 
-TraceMethod = Literal["hutchpp", "hutchinson"]
+MISSED_OUTLIERS = 0.5
+"""The same for the Krylov basis: break-even, as the basis takes half the products. Ours."""
+
+DEPENDENT = 1e-3
+"""Part of a start outside the others, relative to its length, below which it is left out of the basis: its product
+would be a difference of nearly equal ones."""
+
+TraceMethod = Literal["krylov", "hutchpp", "hutchinson"]
 
 
 def trace(
-    operator: LinearOperator, *, num_matvecs: int, method: TraceMethod = "hutchpp", seed: int | None = None
+    operator: LinearOperator, *, num_matvecs: int, method: TraceMethod = "krylov", seed: int | None = None
 ) -> TraceResult:
     """The trace, tr A = E[g^T A g] for random signs g, with its standard error.
 
     Args:
         operator: any symmetric operator.
-        num_matvecs: products to spend; all of them are. At least 2, for Hutch++ 6, or there is no standard error.
-        method: "hutchpp" (default) removes the leading directions first, "hutchinson" averages plain probes.
+        num_matvecs: products to spend; all of them are. "krylov" spends fewer where the size is smaller: one for each
+            row, and the trace is exact. At least 2, for the other two methods 6, or there is no standard error.
+        method: "krylov" (default) takes leading directions from a Krylov basis first, "hutchpp" from a sketch,
+            "hutchinson" averages plain probes. The first two become the third where they find no outliers.
         seed: None: fresh entropy.
 
     Returns:
-        The estimate is unbiased. The standard error comes from the spread of independent probes (for Hutch++ given the
-        sketch), so with few of them it is itself rough: with n probes, relative accuracy about 1 / sqrt(2 n).
+        The estimate is unbiased (but see the module on the choice of "krylov"). The standard error comes from the
+        spread of n independent probes (given the basis), widened by Student's t for n - 1 degrees of freedom, so that
+        two of it cover 95 %; with few probes it is itself rough, relative accuracy about 1 / sqrt(2 n).
 
     Raises:
         HessianFlowError: too few products, or an unknown method.
@@ -50,9 +77,70 @@ def trace(
     source = generator(seed, operator.device)
     with torch.no_grad():
         if method == "hutchinson":
-            samples = [_quadratic_form(operator, rademacher(operator, source)) for _ in range(num_matvecs)]
-            return _averaged(torch.stack(samples), 0.0, num_matvecs)
-        return _hutchpp(operator, num_matvecs, source)
+            return _averaged(_samples(operator, num_matvecs, source), 0.0, num_matvecs)
+        if method == "hutchpp":
+            return _hutchpp(operator, num_matvecs, source)
+        return _krylov(operator, num_matvecs, source)
+
+
+def _krylov(operator: LinearOperator, num_matvecs: int, source: torch.Generator) -> TraceResult:
+    if operator.size <= num_matvecs:
+        rows = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
+        return TraceResult(float(_product(operator, rows).diagonal().double().sum()), 0.0, operator.size)
+    starts, images = _sketched(operator, num_matvecs // 3, source)
+    if _missed_energy(images) >= MISSED_OUTLIERS:
+        more = _samples(operator, num_matvecs - starts.shape[1], source)
+        return _averaged(torch.cat([(starts * images).sum(dim=0), more]), 0.0, num_matvecs)
+    basis, products = _orthonormal(starts, images)
+    spent, room = starts.shape[1], num_matvecs // 2 - starts.shape[1]
+    while room > 0 and (direction := _next_direction(basis, products)) is not None:
+        basis = torch.cat([basis, direction[:, None]], dim=1)
+        products = torch.cat([products, operator.matvec(direction)[:, None]], dim=1)
+        spent, room = spent + 1, room - 1
+    captured = float((basis * products).sum(dim=0).double().sum())
+    return _averaged(_samples(operator, num_matvecs - spent, source, basis), captured, num_matvecs)
+
+
+def _sketched(operator: LinearOperator, most: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Probes and their products, both [size, j] with 2 <= j <= `most`: as many as it takes to see outliers."""
+    starts = rademacher(operator, source, 0)
+    images = starts.clone()
+    while starts.shape[1] < most:
+        start = rademacher(operator, source, 1)
+        starts = torch.cat([starts, start], dim=1)
+        images = torch.cat([images, _product(operator, start)], dim=1)
+        if starts.shape[1] > 1 and _missed_energy(images) < MISSED_OUTLIERS:
+            break
+    return starts, images
+
+
+def _orthonormal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns that span `vectors`, and their products, by the same combinations of `images`."""
+    basis, products = vectors[:, :0], images[:, :0]
+    for vector, image in zip(vectors.unbind(1), images.unbind(1), strict=True):
+        inside = basis.T @ vector
+        outside = vector - basis @ inside
+        length = outside.norm()
+        if length <= DEPENDENT * vector.norm():
+            continue
+        basis = torch.cat([basis, (outside / length)[:, None]], dim=1)
+        products = torch.cat([products, ((image - products @ inside) / length)[:, None]], dim=1)
+    return basis, products
+
+
+def _next_direction(basis: Tensor, products: Tensor) -> Tensor | None:
+    """The unit vector along which the products leave the basis most; None where they do not."""
+    leaving = products - basis @ (basis.T @ products)
+    squares, combinations = torch.linalg.eigh(leaving.T @ leaving)
+    # Rounding of the products, squared: what is left of an invariant space is noise.
+    if not squares[-1] > (10 * torch.finfo(basis.dtype).eps) ** 2 * products.square().sum():
+        return None
+    direction = leaving @ combinations[:, -1]
+    for _ in range(2):  # "twice is enough" (Kahan)
+        direction = direction / direction.norm()
+        direction = direction - basis @ (basis.T @ direction)
+    unit: Tensor = direction / direction.norm()
+    return unit
 
 
 def _hutchpp(operator: LinearOperator, num_matvecs: int, source: torch.Generator) -> TraceResult:
@@ -60,16 +148,11 @@ def _hutchpp(operator: LinearOperator, num_matvecs: int, source: torch.Generator
     probes = rademacher(operator, source, width)
     sketch = _product(operator, probes)
     if _missed_energy(sketch) >= MISSED_ENERGY and width < operator.size:
-        plain = (probes * sketch).sum(dim=0)
-        more = [_quadratic_form(operator, rademacher(operator, source)) for _ in range(num_matvecs - width)]
-        return _averaged(torch.cat([plain, torch.stack(more)]), 0.0, num_matvecs)
+        more = _samples(operator, num_matvecs - width, source)
+        return _averaged(torch.cat([(probes * sketch).sum(dim=0), more]), 0.0, num_matvecs)
     basis, _ = torch.linalg.qr(sketch)
     captured = float((basis * _product(operator, basis)).sum())
-    samples = []
-    for _ in range(num_matvecs - 2 * width):
-        probe = rademacher(operator, source)
-        samples.append(_quadratic_form(operator, probe - basis @ (basis.T @ probe)))
-    return _averaged(torch.stack(samples), captured, num_matvecs)
+    return _averaged(_samples(operator, num_matvecs - 2 * width, source, basis), captured, num_matvecs)
 
 
 def _missed_energy(sketch: Tensor) -> float:
@@ -131,11 +214,20 @@ def _product(operator: LinearOperator, columns: Tensor) -> Tensor:
     return torch.stack([operator.matvec(column.contiguous()) for column in columns.unbind(1)], dim=1)
 
 
-def _quadratic_form(operator: LinearOperator, vector: Tensor) -> Tensor:
-    return torch.dot(vector, operator.matvec(vector))
+def _samples(operator: LinearOperator, count: int, source: torch.Generator, basis: Tensor | None = None) -> Tensor:
+    """g^T A g for `count` random signs g, in the complement of the orthonormal columns `basis` if there are any."""
+    samples = []
+    for _ in range(count):
+        probe = rademacher(operator, source)
+        if basis is not None:
+            probe = probe - basis @ (basis.T @ probe)
+        samples.append(torch.dot(probe, operator.matvec(probe)))
+    return torch.stack(samples)
 
 
 def _averaged(samples: Tensor, offset: float, matvecs: int) -> TraceResult:
     values = samples.double()
-    stderr = float(values.std() / len(values) ** 0.5)
+    # Two standard errors are to cover 95.4 % as for a normal variable, also where few samples tell the spread.
+    widening = float(stdtrit(len(values) - 1, ndtr(2.0))) / 2
+    stderr = widening * float(values.std() / len(values) ** 0.5)
     return TraceResult(offset + float(values.mean()), stderr, matvecs, tuple((offset + values).tolist()))
