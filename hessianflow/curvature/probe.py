@@ -4,7 +4,8 @@ Each call measures the Hessian of the mean loss over the probe batch at the curr
 call's leading vector, RUNNER_UP_WEIGHT times each of its other Ritz vectors, DIRECTION_WEIGHT times the direction in
 which that search would have gone on, and a random part (RANDOM_SHARE in eigenpairs.py). From the old leading vector
 alone an iteration settles on what may now be the second eigenvalue, low by 4-8 %, with a small residual; one whose
-vector is among the old Ritz vectors is found through the sum. A new one outside of them grows in the direction from
+vector is among the old Ritz vectors is found through the sum, unless it was far below: few products leave its Ritz
+vector rough (WARM in ritz_space.py has the count). A new one outside of them grows in the direction from
 call to call, as it would in one longer search: on spectra like those of nets, a new value 20 to 100 % above the old was
 found in the first or second call, in the third at the latest, one 5 % above in the sixth at the latest (12 seeds each).
 Few products cannot do better, so a single warm reading may miss it; every `cold_every`-th call starts at random.
