@@ -118,7 +118,7 @@ def spectrum_report(
         data: one pair or a re-iterable of pairs.
         k: leading eigenpairs (largest magnitude); capped at the number of weights.
         density: also a spectral density (3 probes of 40 steps) with its negative mass.
-        trace: also the trace (Hutch++, 60 products).
+        trace: also the trace (60 products).
         layers: pattern of module names ("layer1.*", "*"): the leading eigenvalue and trace of each that holds weights.
         tol: relative error allowed for the eigenvalues.
         microbatch_size: examples per pass; None keeps one graph when the data are a single pair.
