@@ -4,7 +4,8 @@
 
 Every round times each kind of step once, in an order that rotates; what is printed is the median over rounds of the
 ratio to the clean step of the same round, with its quartiles, so that a slow spell of the machine hits both sides of a
-ratio. On a processor the time is that of the process, which other programs take no part in.
+ratio. On a processor the time is that of the process, which other programs take no part in, and freed memory is kept,
+as the command does (`hf.keep_freed_memory`).
 """
 
 import argparse
@@ -119,6 +120,7 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, device: str) ->
 
 
 def main() -> None:
+    hf.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=128)
