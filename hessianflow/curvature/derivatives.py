@@ -67,18 +67,29 @@ def explained(num_examples: int) -> Iterator[None]:
         raise HessianFlowError(advice) from error
 
 
-def check_twice_differentiable(loss: Tensor) -> None:
-    """Refuse a loss whose graph holds a function with a once_differentiable backward.
+_WRONG = "WeightNormInterfaceBackward"
+"""Node whose second derivative torch (2.13, on a processor) gets wrong; see double_backward.py."""
 
-    Where its incoming gradient is constant, autograd would silently leave its curvature out instead of raising.
+
+def check_twice_differentiable(loss: Tensor) -> None:
+    """Refuse a loss whose graph holds a function with a once_differentiable backward, or a wrong one of torch.
+
+    Where the incoming gradient of the first kind is constant, autograd would silently leave its curvature out instead
+    of raising.
 
     Raises:
         HessianFlowError: with the names of such functions.
     """
-    names = ", ".join(_once_differentiable(loss))
-    if names:
+    once, wrong = _without_second_derivative(loss)
+    if once:
         raise HessianFlowError(
-            f"the loss has no second derivative: {names} is once_differentiable; make its backward differentiable"
+            f"the loss has no second derivative: {', '.join(once)} is once_differentiable; make its backward "
+            "differentiable"
+        )
+    if wrong:
+        raise HessianFlowError(
+            "torch._weight_norm has a wrong second derivative on a processor; use "
+            "torch.nn.utils.parametrizations.weight_norm, which is replaced here, or write g * v / v.norm() out"
         )
 
 
@@ -96,9 +107,9 @@ def _advice(error: RuntimeError | MemoryError, num_examples: int) -> str | None:
     return None
 
 
-def _once_differentiable(loss: Tensor) -> list[str]:
-    """Names of the custom functions in the graph whose backward may be run once only."""
-    pending, seen, names = [loss.grad_fn], set(), set()
+def _without_second_derivative(loss: Tensor) -> tuple[list[str], bool]:
+    """Names of the custom functions in the graph whose backward may be run once only; whether a wrong one is there."""
+    pending, seen, names, wrong = [loss.grad_fn], set(), set(), False
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -107,5 +118,6 @@ def _once_differentiable(loss: Tensor) -> list[str]:
         function = getattr(node, "_forward_cls", None)
         if function is not None and hasattr(function.backward, "__wrapped__"):
             names.add(function.__name__)
+        wrong |= node.name().startswith(_WRONG)
         pending += [parent for parent, _ in node.next_functions]
-    return sorted(names)
+    return sorted(names), wrong

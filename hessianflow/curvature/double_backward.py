@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from hessianflow.folding import is_watched
@@ -35,6 +36,7 @@ Sizes = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation
 class CheapDoubleBackward(TorchFunctionMode):
     """While active, calls of convolution and batch normalisation build the graph described above.
 
+    Weight normalisation does, too: torch's kernel for it (2.13, on a processor) has a wrong second derivative.
     Whatever does not fit (batch statistics, padding given as a word, subclasses of tensors, parts that are checkpointed
     or under a torch.func transform) runs as torch runs it.
     """
@@ -50,10 +52,14 @@ class CheapDoubleBackward(TorchFunctionMode):
 def has_replacements(model: nn.Module) -> bool:
     """Whether there may be something to replace; if not, the mode would only slow down every call of torch.
 
-    Weights of convolutions have three dimensions and more; running statistics are buffers.
+    Weights of convolutions have three dimensions and more, running statistics are buffers, and weights are normalised
+    in a parametrization or a hook.
     """
     return any(
-        module._buffers or any(p is not None and p.ndim > 2 for p in module._parameters.values())
+        module._buffers
+        or module._forward_pre_hooks
+        or isinstance(module, ParametrizationList)
+        or any(p is not None and p.ndim > 2 for p in module._parameters.values())
         for module in model.modules()
     )
 
@@ -94,7 +100,13 @@ def _normalised(
     return output
 
 
+def _weight_normalised(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """The weight g v / ||v||, in operations whose second derivatives are right: those of torch's own are not."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    torch._weight_norm: _weight_normalised,
     torch.conv1d: _convolved,
     torch.conv2d: _convolved,
     torch.conv3d: _convolved,

@@ -201,7 +201,9 @@ def _matching_modules(model: nn.Module, pattern: str) -> list[tuple[str, nn.Modu
 
 def _layer(name: str, operator: CallableOperator, tol: float, seed: int) -> LayerSpectrum:
     leading = top_eigenpairs(operator, 1, tol=tol, seed=seed)
-    traced = estimate_trace(operator, num_matvecs=LAYER_TRACE_MATVECS, seed=seed)
+    # Of few rows the exact trace costs little more, and an estimate would not know its error.
+    products = operator.size if LAYER_TRACE_MATVECS < operator.size <= 2 * LAYER_TRACE_MATVECS else LAYER_TRACE_MATVECS
+    traced = estimate_trace(operator, num_matvecs=products, seed=seed)
     return LayerSpectrum(
         name=name,
         size=operator.size,

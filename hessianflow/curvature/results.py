@@ -43,7 +43,8 @@ class TraceResult:
     Attributes:
         value: the estimate.
         stderr: its standard error over independent probes (trace and Frobenius norm: widened for their small number, so
-            that two cover 95 %); 0 when the value is exact, infinite with a single probe.
+            that two cover 95 % where samples are roughly normal); 0 when the value is exact, infinite with a single
+            probe.
         matvecs: products spent.
         samples: the independent values whose spread gives `stderr`.
     """

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hessianflow.curvature import HessianOperator
 from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
+from hessianflow.interfaces import HessianFlowError
 
 
 def second_gradients(layer, x, mode):
@@ -90,6 +91,65 @@ def test_plain_layers_are_replaced_and_only_while_it_is_active():
     assert inside >= ours
     assert outside >= torchs
     assert not outside & ours
+
+
+def weight_normed(how):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)]
+    layers[0] = how(layers[0])
+    return nn.Sequential(*layers).double()
+
+
+class Raw(nn.Module):
+    """Normalised by hand, where nothing tells it."""
+
+    def __init__(self):
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(3, 4).double()), nn.Parameter(torch.ones(3, 1).double())
+
+    def forward(self, x):
+        return x @ torch._weight_norm(self.v, self.g, 0).T
+
+
+def test_weight_normalisation_against_differences_of_gradients():
+    # The oracle uses first derivatives only: torch's second derivative of this kernel is off by half its size.
+    model = weight_normed(nn.utils.parametrizations.weight_norm)
+    x, y = torch.randn(7, 4).double(), torch.randint(3, (7,))
+    operator = HessianOperator(model, nn.CrossEntropyLoss(), (x, y))
+    found, step, columns = operator.dense(), 1e-5, []
+    flat = torch.cat([p.detach().reshape(-1) for p in operator.parameters])
+    for index in range(operator.size):
+        gradients = []
+        for sign in (1, -1):
+            moved = flat.clone()
+            moved[index] += sign * step
+            nn.utils.vector_to_parameters(moved, operator.parameters)
+            gradients.append(operator.gradient())
+        columns.append((gradients[0] - gradients[1]) / (2 * step))
+    torch.testing.assert_close(found, torch.stack(columns, dim=1), atol=1e-8, rtol=1e-6)
+    assert found.abs().max() > 0.05
+
+
+def test_weight_normalisation_that_cannot_be_replaced_is_refused():
+    operator = HessianOperator(Raw(), nn.CrossEntropyLoss(), (torch.randn(7, 4).double(), torch.randint(3, (7,))))
+    with pytest.raises(HessianFlowError, match="_weight_norm has a wrong second derivative"):
+        operator @ torch.ones(operator.size).double()
+
+
+@pytest.mark.parametrize(("model", "entered"), [(conv_net(), True), (mlp(), False)], ids=["conv net", "mlp"])
+def test_an_operator_uses_the_cheap_kernels_where_there_are_some(model, entered, monkeypatch):
+    made = []
+
+    class Noted(CheapDoubleBackward):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr("hessianflow.curvature.model_operator.CheapDoubleBackward", Noted)
+    problem = classification(model, (1, 8, 8) if entered else (20,), 6)
+    operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
+    operator @ torch.ones(operator.size, dtype=operator.dtype)
+    assert bool(made) is entered
 
 
 class Functional(nn.Module):

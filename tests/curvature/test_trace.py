@@ -4,7 +4,8 @@ import pytest
 import torch
 from problems import clustered, operator_of, symmetric
 
-from hessianflow.curvature import diagonal, frobenius_norm, trace
+from hessianflow.curvature import CallableOperator, diagonal, frobenius_norm, trace
+from hessianflow.curvature.operator import NonFiniteError
 from hessianflow.curvature.trace import _next_direction, _orthonormal
 from hessianflow.interfaces import HessianFlowError
 
@@ -170,3 +171,40 @@ def test_bad_arguments_are_refused():
         diagonal(operator, num_matvecs=1)
     with pytest.raises(HessianFlowError, match="num_matvecs must be at least 2, got 1"):
         frobenius_norm(operator, num_matvecs=1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_the_scale_of_the_operator_plays_no_role(scale):
+    # Powers of ten beyond the roots of the smallest and largest float32: squares vanish or overflow.
+    matrix = symmetric([50.0, -20.0, 15.0, *torch.linspace(-0.5, 1, 57).tolist()], dtype=torch.float32)
+    plain, scaled = (trace(operator_of(m), num_matvecs=18, seed=0) for m in (matrix, matrix * scale))
+    assert scaled.value / scale == pytest.approx(plain.value, rel=1e-3)
+    assert scaled.stderr / scale == pytest.approx(plain.stderr, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutchpp", "krylov"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("call", [1, 4, 8, 18])
+def test_a_product_that_is_not_finite_is_named(method, value, call):
+    calls = 0
+
+    def product(vector):
+        nonlocal calls
+        calls += 1
+        return MATRIX @ vector * (value if calls == call else 1.0)
+
+    with pytest.raises(NonFiniteError, match="product with the operator is not finite"):
+        trace(CallableOperator(product, len(MATRIX), torch.float64), num_matvecs=18, method=method, seed=0)
+
+
+def test_the_exact_trace_of_few_rows_names_a_product_that_is_not_finite():
+    operator = CallableOperator(lambda vector: vector * float("nan"), 5, torch.float64)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        trace(operator, num_matvecs=18)
+
+
+def test_where_an_outlier_is_barely_visible_the_bias_is_small_beside_the_spread():
+    """The documented exception: probes that see no outlier are low, and count where none is seen."""
+    spectrum = [14.0, *[1.0, -1.0] * 50]
+    errors = errors_of("krylov", symmetric(spectrum), 400, 9)
+    assert abs(float(errors.mean())) < 0.5 * float(errors.std())
