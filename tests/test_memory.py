@@ -18,14 +18,14 @@ else:
     print(False)
 for round in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(8):
-        torch.zeros(16 * 2**20)  # 64 MiB: 16384 pages of 4 KiB
+    held = [torch.zeros(4 * 2**20) for _ in range(8)]  # of 16 MiB: 4096 pages of 4 KiB each
+    del held
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def faults(way: str) -> tuple[str, int]:
-    """What the setting answered, and the page faults of eight blocks of 64 MiB, the first time left out."""
+    """What the setting answered, and the page faults of eight blocks of 16 MiB, the first times left out."""
     command = [sys.executable, "-c", FAULTS, way]
     done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return done[0], int(done[-1])
@@ -35,8 +35,8 @@ def faults(way: str) -> tuple[str, int]:
 def test_freed_memory_is_kept() -> None:
     answer, kept = faults("kept")
     assert answer == "True"
-    assert kept < 1000, "the same block serves again"
-    assert faults("given back")[1] > 8 * 16384 / 512, "a block is mapped anew each time, even in pages of 2 MiB"
+    assert kept < 8, "the same memory serves again"
+    assert faults("given back")[1] >= 8 * 8, "it is mapped anew each time, even in pages of 2 MiB"
 
 
 def test_a_library_without_the_setting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
