@@ -35,8 +35,8 @@ def faults(way: str) -> tuple[str, int]:
 def test_freed_memory_is_kept() -> None:
     answer, kept = faults("kept")
     assert answer == "True"
-    assert kept < 8, "the same memory serves again"
-    assert faults("given back")[1] >= 8 * 8, "it is mapped anew each time, even in pages of 2 MiB"
+    # Not 0: a system short of memory may take back pages of its own accord.
+    assert kept < faults("given back")[1] / 4, "the same memory serves again"
 
 
 def test_a_library_without_the_setting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
