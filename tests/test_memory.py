@@ -16,7 +16,7 @@ if sys.argv[1] == "kept":
     print(hf.keep_freed_memory())
 else:
     print(False)
-for round in range(3):
+for round in range(10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     held = [torch.zeros(4 * 2**20) for _ in range(8)]  # of 16 MiB: 4096 pages of 4 KiB each
     del held
@@ -25,7 +25,7 @@ for round in range(3):
 
 
 def faults(way: str) -> tuple[str, int]:
-    """What the setting answered, and the page faults of eight blocks of 16 MiB, the first times left out."""
+    """What the setting answered, and the page faults of eight blocks of 16 MiB, once the heap has settled."""
     command = [sys.executable, "-c", FAULTS, way]
     done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return done[0], int(done[-1])
