@@ -1,6 +1,6 @@
 """What the trainer costs over a bare PyTorch loop, and what its defaults gain: paired ratios in one run.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/training.py [--parts loop defaults batches allocation memory resize]
+    OMP_NUM_THREADS=1 python experiments/benchmarks/training.py [--parts loop defaults ...]
 
 ResNet-20 at batch 128 on CIFAR-10 images with crops and flips. Whatever is compared runs in turn, round by round, in
 one process; the ratio is taken within each round, and the table gives its median and quartiles. Times are process
