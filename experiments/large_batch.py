@@ -11,6 +11,8 @@ from experiments.runner import Cell
 
 Settings = dict[str, Any]
 PUBLISHED_EPOCHS, PUBLISHED_PATIENCE = 90, 10
+NO_LIMIT = 100
+"""Curvature budget of a study on few images: a reading after every epoch, whatever its share of the cost."""
 
 PUBLISHED: Settings = {
     "batch_size": 128,
@@ -86,7 +88,8 @@ def cells(
 
 
 def _cell(problem: str, base: Settings, method: str, name: str, seed: int) -> Cell:
-    common = {"controller": "fixed", "adversary": "none", "curvature": "off", "plots": False, "threads": 1}
+    common = {"controller": "fixed", "adversary": "none", "curvature": "off", "curvature_budget": NO_LIMIT}
+    common |= {"plots": False, "threads": 1}
     if method in ONE_SIZE:
         base = {**base, "max_batch_size": base["batch_size"]}
     return Cell(problem, name, seed, {**common, **base, **METHODS[method](base)})

@@ -13,6 +13,7 @@ _SMALL_IMAGES: dict[str, Any] = {
     "milestones": (30, 60, 80),
     "patience": 10,
     "probe_examples": 64,
+    "curvature_budget": 0.01,
     "precision": "auto",
     "channels_last": True,
 }
@@ -35,6 +36,7 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     "fake": {
         **_SMALL_IMAGES,
         "model": "c1",
+        "curvature_budget": None,
         "precision": "float32",
         "max_batch_size": 512,
         "epochs": 4,

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from typing import Any
 
 from hessianflow.config import TrainConfig, from_dict, resolve, to_dict
 from hessianflow.control import AdaBatch, CriticalBatch
@@ -17,6 +18,16 @@ def test_timed_stages_are_planned_for_the_epochs_and_the_cap() -> None:
     by_hand = resolve(TrainConfig(controller="timed", stages=((3, 64),)))
     assert (by_hand.stages, by_hand.decay_from) == (((3, 64),), None)
     assert resolve(TrainConfig(controller="critical")).stages is None
+
+
+def test_readings_of_real_images_have_a_budget_where_none_is_given() -> None:
+    def budget(**given: Any) -> float | None:
+        return resolve(TrainConfig(**given)).curvature_budget
+
+    assert budget(data="cifar10") == 0.01
+    assert budget(data="cifar10", curvature_budget=100.0) == 100
+    assert budget(data="digits") is budget(data="fake") is None
+    assert budget(data="cifar10", controller="dual-batch") is None
 
 
 def test_settings_survive_being_written_down() -> None:

@@ -35,11 +35,15 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import hessianflow as hf
+import hessianflow.presets
+from hessianflow.build import FLOAT32_PER_16_BIT
 
 BATCH = 128
 PARTS = ("loop", "defaults", "batches", "allocation", "memory", "resize", "profile")
 EPOCHS = (390, 78)
 """Steps of an epoch that a curvature reading is set against: all of CIFAR-10, and 10,000 images."""
+BUDGET = hf.presets.PRESETS["cifar10"]["curvature_budget"]
+"""What the command allows readings by default."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,9 @@ class Subject:
             **options,
         )
 
-    def probe(self, examples: int) -> hf.curvature.CurvatureProbe:
+    def probe(self, examples: int, **options: Any) -> hf.curvature.CurvatureProbe:
         """A warm-started probe on `examples` fixed images."""
-        return hf.curvature.CurvatureProbe(self.model, self.loss_fn, self.batches.sample(examples))
+        return hf.curvature.CurvatureProbe(self.model, self.loss_fn, self.batches.sample(examples), **options)
 
 
 def loop(options: argparse.Namespace) -> None:
@@ -129,6 +133,9 @@ def loop(options: argparse.Namespace) -> None:
         pixels = cifar10((options.steps + 2) * BATCH, options.data_dir)[:2]
         bare, plain, attacked = (Subject(path, *pixels) for _ in range(3))
         probes = {n: bare.probe(n) for n in (128, 64, 32)}
+        cost = FLOAT32_PER_16_BIT if path.precision == "bf16" else 1
+        budgeted = {count: bare.probe(64, budget=BUDGET / cost) for count in EPOCHS}
+        spent: dict[int, list[float]] = {count: [] for count in EPOCHS}
         steps: dict[str, list[float]] = {"bare": [], "trainer": [], "trainer + FGSM": []}
         readings: dict[int, list[float]] = {n: [] for n in probes}
         for number in range(options.rounds + 1):
@@ -144,7 +151,12 @@ def loop(options: argparse.Namespace) -> None:
                     found = timed(probe)
                     if number > 0:
                         readings[n].append(found)
+            for count, probe in budgeted.items():
+                if number > 0:
+                    is_due = probe.is_affordable(number * count * BATCH)
+                    spent[count].append(timed(probe) if is_due else 0.0)
         report(path, steps, readings)
+        report_budget(steps, spent)
 
 
 def report(path: Path, steps: Mapping[str, Sequence[float]], readings: Mapping[int, Sequence[float]]) -> None:
@@ -160,6 +172,18 @@ def report(path: Path, steps: Mapping[str, Sequence[float]], readings: Mapping[i
         print(f"| reading of {n} examples | {spread([s / bare for s in found], '{:.1f}')} steps; {'; '.join(shares)} |")
         both = statistics.median(over["trainer + FGSM"]) - 1 + statistics.median(found) / (EPOCHS[1] * bare)
         print(f"| trainer, FGSM and a reading of {n}, {EPOCHS[1]} steps | +{both:.1%} (of medians) |", flush=True)
+
+
+def report_budget(steps: Mapping[str, Sequence[float]], spent: Mapping[int, Sequence[float]]) -> None:
+    """Each round counts as an epoch; the median step stands for all of its steps."""
+    bare = statistics.median(steps["bare"])
+    trainer = statistics.median(ratios(steps["trainer + FGSM"], steps["bare"])) - 1
+    for count, found in spent.items():
+        share = sum(found) / (len(found) * count * bare)
+        made = f"{sum(seconds > 0 for seconds in found)} readings of 64 in {len(found)} epochs of {count} steps"
+        print(
+            f"| budget {BUDGET:.0%}: {made} | {share:.2%}; trainer, FGSM and these +{trainer + share:.1%} |", flush=True
+        )
 
 
 def defaults(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ the batch, so that only the size of a step differs between methods.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.large_batch import NO_LIMIT
 from experiments.runner import Cell, Scale
 
 Settings = dict[str, Any]
@@ -98,7 +99,7 @@ def _whole(scale: Scale) -> Settings:
 def cell(problem: str, settings: Settings, method: str, seed: int) -> Cell:
     """One cell."""
     common = {"controller": "fixed", "adversary": "none", "curvature": "off", "probe_examples": 64}
-    common |= {"plots": False, "threads": 1}
+    common |= {"curvature_budget": NO_LIMIT, "plots": False, "threads": 1}
     return Cell(problem, method, seed, {**common, **settings, **METHODS[method](settings)})
 
 
@@ -140,6 +141,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "adabatch": _adabatch,
     "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
     "abs": lambda base: _absa(base, controller="abs", adversary="none"),
+    "absa-reuse": lambda base: _absa(base, adversary="reuse"),
     "absa-patience-only": lambda base: _absa(base, decay_factor=1e9),
     "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
     "critical-edge-only": lambda base: _critical(base, loss_power=0),

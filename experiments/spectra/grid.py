@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from experiments.absa_cifar.grid import CIFAR10, SMOKE
-from experiments.large_batch import Settings
+from experiments.large_batch import NO_LIMIT, Settings
 from experiments.runner import Cell, Scale
 
 PROGRAM = "experiments.spectra.measure"
@@ -38,6 +38,7 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     problem, base, epochs = _PROBLEMS[scale]
     extra = {"measured_after": list(epochs), **PRECISION[scale]}
     common: Settings = {"controller": "fixed", "adversary": "none", "curvature": "epoch", "norm_mode": "batch"}
+    common["curvature_budget"] = NO_LIMIT
     common |= {"keep_checkpoints": base["epochs"] + 1, "plots": False, "threads": 1}
     return [
         Cell(problem, method, seed, {**common, **base, **changes}, PROGRAM, extra)

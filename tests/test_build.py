@@ -1,0 +1,21 @@
+"""What the settings of a run become."""
+
+from dataclasses import replace
+
+import pytest
+
+from hessianflow.build import FLOAT32_PER_16_BIT, build_parts, build_probe
+from hessianflow.config import TrainConfig, resolve
+
+
+@pytest.mark.parametrize(("precision", "price"), [("float32", 1.0), ("bf16", FLOAT32_PER_16_BIT)])
+def test_a_reading_is_dearer_beside_training_in_16_bits(precision: str, price: float):
+    """Products are in float32 whatever the precision, so that the same budget allows fewer of them."""
+    config = resolve(TrainConfig(data="fake", train_examples=64, test_examples=8, batch_size=8, probe_examples=8))
+    config = replace(config, precision=precision, curvature_budget=0.1)  # type: ignore[arg-type]
+    probe = build_probe(config, build_parts(config))
+    assert probe is not None
+    cost = (1 + 1.5 * probe().matvecs) * 8
+    edge = 2 * cost * price / 0.1
+    assert not probe.is_affordable(int(edge * 0.99))
+    assert probe.is_affordable(int(edge * 1.01) + 1)
