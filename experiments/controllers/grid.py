@@ -64,16 +64,16 @@ MAIN = ("fixed", "timed", "absa", "critical")
 """The methods that matter, run on every problem."""
 ALL = ("digits", "cifar-resnet8")
 """The problems on which every method runs."""
-SHARES = ("critical-three-quarters", "critical-third", "critical-fifth")
-"""Ours with other shares of the stable rate; on every problem, last."""
+VARIANTS = ("critical-256", "critical-three-quarters", "critical-third", "critical-fifth")
+"""Ours with larger readings, and with other shares of the stable rate; on every problem, last."""
 
 
 def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     """The grid, seed by seed, in the order of usefulness.
 
     smoke: the main four once on made-up data.
-    cpu: the main four on one problem after the other, then all other methods on digits and the first, then ours with
-        other shares of the stable rate on the rest.
+    cpu: the main four on one problem after the other, then all other methods on digits and the first, then variants
+        of ours on the rest.
     gpu, full: the same on all of CIFAR-10 with the published 90 epochs, ResNet-20.
     """
     if scale == "smoke":
@@ -85,7 +85,9 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     rest = [method for method in METHODS if method not in MAIN]
     found += [cell(name, PROBLEMS[name], method, seed) for name in ALL for seed in seeds for method in rest]
     others = [name for name in problems if name not in ALL]
-    return found + [cell(name, PROBLEMS[name], method, seed) for name in others for seed in seeds for method in SHARES]
+    return found + [
+        cell(name, PROBLEMS[name], method, seed) for name in others for seed in seeds for method in VARIANTS
+    ]
 
 
 def _whole(scale: Scale) -> Settings:
@@ -148,6 +150,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "critical-three-quarters": lambda base: _critical(base, edge_share=3 / 4),
     "critical-third": lambda base: _critical(base, edge_share=1 / 3),
     "critical-fifth": lambda base: _critical(base, edge_share=1 / 5),
+    "critical-256": lambda base: _critical(base, probe_examples=256),
     "critical-loss-only": lambda base: _critical(base, edge_share=0),
     "fixed-cosine": lambda _: {"schedule": "cosine"},
 }

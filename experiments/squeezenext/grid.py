@@ -15,7 +15,7 @@ WHOLE: Mapping[str, Settings] = {
     "svhn": {**PUBLISHED, **_NET, "data": "svhn", "augment": False},
 }
 SMALL: Settings = {
-    **shortened(CIFAR10, 10),
+    **shortened(CIFAR10, 5),
     **_FASTEST,
     "train_examples": 5_000,
     "test_examples": 2_000,
@@ -23,7 +23,7 @@ SMALL: Settings = {
     "microbatch_size": 128,
     "probe_examples": 32,
 }
-"""A tenth of the images, epochs, milestones and patience, and about a tenth of the batches."""
+"""A tenth of the images, a fifth of epochs, milestones and patience, and about a tenth of the batches."""
 _TINY: Settings = {"train_examples": 64, "max_batch_size": 64, "epochs": 3, "probe_examples": 8}
 
 
