@@ -6,6 +6,7 @@ import pytest
 
 from hessianflow.build import FLOAT32_PER_16_BIT, build_parts, build_probe
 from hessianflow.config import TrainConfig, resolve
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT
 
 
 @pytest.mark.parametrize(("precision", "price"), [("float32", 1.0), ("bf16", FLOAT32_PER_16_BIT)])
@@ -15,7 +16,7 @@ def test_a_reading_is_dearer_beside_training_in_16_bits(precision: str, price: f
     config = replace(config, precision=precision, curvature_budget=0.1)  # type: ignore[arg-type]
     probe = build_probe(config, build_parts(config))
     assert probe is not None
-    cost = (1 + 1.5 * probe().matvecs) * 8
+    cost = (1 + GRADIENTS_PER_PRODUCT * probe().matvecs) * 8
     edge = 2 * cost * price / 0.1
     assert not probe.is_affordable(int(edge * 0.99))
     assert probe.is_affordable(int(edge * 1.01) + 1)
