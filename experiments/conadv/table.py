@@ -5,22 +5,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.conadv.grid import METHODS
 from experiments.results import Group, Row, groups
 
 HEADER = ("problem", "method", "test accuracy", "FGSM", "PGD", "PGD, twice eps", "CPU seconds", "ratio to clean")
+ORDER = list(METHODS)
+"""Of lines and colours."""
 
 
 def report(rows: Sequence[Row], path: Path) -> None:
     """Write robustness.md beside `path`, and the figure to `path`."""
-    attacked = [row for row in rows if "measured" in row]
+    attacked = groups([row for row in rows if "measured" in row])
+    attacked = sorted(attacked, key=lambda group: ORDER.index(group.method))  # stable: problems stay together below
     lines = [HEADER, ["---"] * len(HEADER)]
-    for problem in dict.fromkeys(row["problem"] for row in attacked):
-        found = [group for group in groups(attacked) if group.problem == problem]
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        found = [group for group in attacked if group.problem == problem]
         clean = {row["seed"]: row["measured"]["cpu_seconds"] for g in found if g.method == "clean" for row in g.rows}
         lines += [_line(group, clean) for group in found]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     (path.parent / "robustness.md").write_text(text, "utf-8")
-    _draw(groups(attacked), path)
+    _draw(attacked, path)
 
 
 def _line(group: Group, clean: dict[int, float]) -> list[str]:
@@ -51,22 +55,31 @@ def _spread(values: Sequence[float]) -> str:
 
 def _draw(found: Sequence[Group], path: Path) -> None:
     """A line a problem: accuracy under PGD against clean accuracy, every seed a point; and what a method costs."""
+    from matplotlib.lines import Line2D
+
     from hessianflow.plots import style
 
     problems = list(dict.fromkeys(group.problem for group in found))
-    methods = list(dict.fromkeys(group.method for group in found))
+    looks = {method: _look(index) for index, method in enumerate(ORDER)}
     figure = style.new_figure(9, 3.2 * len(problems))
     for (left, right), problem in zip(figure.subplots(len(problems), 2, squeeze=False), problems, strict=True):
         for group in (each for each in found if each.problem == problem):
-            index = methods.index(group.method)
-            options: dict[str, Any] = {"color": style.colour(index), "label": group.method}
+            look = looks[group.method]
             clean = [100 * row["accuracy"] for row in group.rows]
-            left.plot(clean, _accuracies(group, "pgd", 0), "os^v"[index % 4], markersize=5, **options)
+            left.plot(clean, _accuracies(group, "pgd", 0), **look)
             seconds = statistics.mean(row["measured"]["cpu_seconds"] for row in group.rows)
-            right.barh(group.method, seconds, color=style.colour(index))
+            right.barh(group.method, seconds, color=look["color"])
         left.set_title(problem)
-        left.legend(fontsize=7)
         right.invert_yaxis()
         style.finish(left, "test accuracy (%)", "accuracy under PGD (%)")
         style.finish(right, "processor seconds of training", "")
+    used = {group.method for group in found}
+    style.legend_below(figure, [Line2D([], [], label=name, **look) for name, look in looks.items() if name in used])
     figure.savefig(path, dpi=100)
+
+
+def _look(index: int) -> dict[str, Any]:
+    from hessianflow.plots import style
+
+    colour = style.colour(index) if index < len(style.COLOURS) else style.GREY
+    return {"color": colour, "marker": "os^v"[index % 4], "markersize": 5, "linestyle": ""}
