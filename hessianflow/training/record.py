@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import subprocess
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -117,6 +118,7 @@ class RunRecord:
         self._sinks = list(sinks)
         self._config: Mapping[str, Any] = {}
         self._summary: Mapping[str, Any] = {}
+        self._release = _nothing
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Make the directory and write config.json.
@@ -131,17 +133,28 @@ class RunRecord:
             refuse_used(self.run_dir)
             self.run_dir.mkdir(parents=True, exist_ok=True)
             _write_first(self.run_dir, self._config, config.get("settings"))
+            self._hold(self.run_dir)
         except OSError as error:
             raise HessianFlowError(f"cannot write run directory {self.run_dir}: {error.strerror or error}") from None
 
     def reopen(self, run_dir: Path, history_bytes: int) -> None:
-        """Take over a run directory at its checkpoint: rows written after it are cut off, to be made again."""
+        """Take over a run directory at its checkpoint: rows written after it are cut off, to be made again.
+
+        Raises:
+            HessianFlowError: another process is writing to it.
+        """
+        self._config = read_json(run_dir / CONFIG)
+        self._hold(run_dir)
         path = run_dir / HISTORY
         path.touch()  # a run killed before its first row may have none
         os.truncate(path, history_bytes)
         self.run_dir = run_dir
-        self._config = read_json(run_dir / CONFIG)
         self.records = read_records(path)
+
+    def _hold(self, run_dir: Path) -> None:
+        claimed = claim(run_dir)
+        if claimed is not None:
+            self._release = weakref.finalize(self, os.close, claimed)  # runs once, at the latest with the object's end
 
     def last_checkpoint(self) -> str:
         """Where the newest checkpoint is, in words."""
@@ -186,7 +199,8 @@ class RunRecord:
                 raise HessianFlowError(f"cannot write {self.run_dir / SUMMARY}: {error.strerror or error}") from None
 
     def close(self) -> None:
-        """Close the sinks, whether the run ended well or not."""
+        """Close the sinks and let go of the directory, whether the run ended well or not."""
+        self._release()
         for sink in self._sinks:
             sink.close()
 
@@ -216,6 +230,42 @@ def _write_whole(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def claim(run_dir: Path) -> int | None:
+    """Hold a run directory for this process, until the file is closed or the process ends, in whatever way.
+
+    Two processes that resume one run would cut off and mix each other's rows. The lock is the process's own (POSIX):
+    worker processes do not inherit it, so none of them can hold it beyond a crash. It is lost when the process opens
+    and closes config.json once more, so whoever reads that file does so before.
+
+    Returns:
+        The descriptor of the locked file; None without such a file, or where files cannot be locked.
+
+    Raises:
+        HessianFlowError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        file = os.open(run_dir / CONFIG, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(file)
+        raise HessianFlowError(f"another process is writing to the run {run_dir}: wait for it, or stop it") from None
+    except OSError:  # some network file systems have no locks
+        os.close(file)
+        return None
+    return file
+
+
+def _nothing() -> None:
+    pass
 
 
 def refuse_used(folder: Path) -> None:

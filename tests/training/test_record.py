@@ -1,6 +1,8 @@
 """The run directory: what is written, what is read back, what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,41 @@ def test_sinks_get_every_row_and_the_end():
     record.close()
     assert sink.rows == [{"kind": "epoch"}]
     assert sink.closed
+
+
+def test_a_run_that_another_process_writes_is_not_taken_over(tmp_path: Path):
+    """The other is killed then: its claim goes with it, as after a crash."""
+    pytest.importorskip("fcntl", reason="files are locked on POSIX systems only")
+    record = RunRecord(tmp_path / "run")
+    record.start({})
+    record.write({"kind": "epoch", "epoch": 1})
+    record.close()
+    code = "import sys\nfrom pathlib import Path\nfrom hessianflow.training.record import claim\n"
+    code += "held = claim(Path(sys.argv[1]))\nprint('held', flush=True)\nsys.stdin.read()\n"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == b"held"
+        with pytest.raises(HessianFlowError, match=r"another process is writing to the run .*: wait for it, or stop"):
+            RunRecord(None).reopen(tmp_path / "run", 0)
+        assert len(History.load(tmp_path / "run").epochs) == 1, "nothing cut off"
+        other.kill()
+    RunRecord(None).reopen(tmp_path / "run", 0)
+    assert not History.load(tmp_path / "run").epochs
+
+
+def test_a_run_is_held_until_it_is_closed(tmp_path: Path):
+    pytest.importorskip("fcntl", reason="files are locked on POSIX systems only")
+    record = RunRecord(tmp_path / "run")
+    record.start({})
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom hessianflow.training.record import claim\nclaim(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    assert b"another process" in subprocess.run(command, capture_output=True, check=False).stderr
+    record.close()
+    again = RunRecord(None)
+    again.reopen(tmp_path / "run", 0)
+    assert b"another process" in subprocess.run(command, capture_output=True, check=False).stderr
+    again.close()
+    subprocess.run(command, check=True)
