@@ -97,5 +97,7 @@ def test_a_curvature_budget_is_kept(capsys):
     for number, row in list(enumerate(history.curvature))[1:]:
         assert sum(spent[:number]) + spent[number - 1] <= 0.5 * row["examples"]
     assert len(history.growths) == 4, "patience goes on counting epochs"
+    told = [row["epoch"] for row in history.of_kind("event") if row["event"] == "budget"]
+    assert told == [min({*range(1, 9)} - {*measured})], "once, where the first reading is missing"
     assert main(["train", "--curvature-budget", "0"]) == 2
     assert "--curvature-budget must be at least 1e-06" in capsys.readouterr().err

@@ -20,11 +20,19 @@ CurvatureSchedule = Literal["epoch", "needed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured and decided at one point; `decision` is None when the controller was not due."""
+    """What was measured and decided at one point.
+
+    Attributes:
+        reading: of the curvature, if one was made.
+        signals: what the controller was shown besides.
+        decision: None when the controller was not due.
+        is_over_budget: whether a reading was wanted, but would have exceeded the probe's budget.
+    """
 
     reading: CurvatureReading | None
     signals: Mapping[str, float]
     decision: Decision | None
+    is_over_budget: bool
 
 
 @dataclass
@@ -59,18 +67,21 @@ class ControlPoint:
         if controller is not None and (done or not controller.is_due(progress)):
             controller = None
         needs = frozenset[str]() if controller is None else controller.needs
-        reading = None
+        reading, over_budget = None, False
         wanted = "eigenvalue" in needs or (at_end and self.schedule == "epoch")
-        if self.probe is not None and wanted and _is_affordable(self.probe, progress.examples):
-            with self.watch.part("curvature"):
-                self.world.average_buffers()
-                reading = self.last_reading = self.world.broadcast(self.probe())
+        if self.probe is not None and wanted:
+            over_budget = not _is_affordable(self.probe, progress.examples)
+            if not over_budget:
+                with self.watch.part("curvature"):
+                    self.world.average_buffers()
+                    reading = self.last_reading = self.world.broadcast(self.probe())
         if controller is None:
-            return Outcome(reading, {}, None)
+            return Outcome(reading, {}, None, over_budget)
         signals = {name: value for observer in self.observers for name, value in observer.signals().items()}
         signals |= {name: figure() for name, figure in figures.items() if name in needs}
         signals = self.world.broadcast(signals) if signals else signals
-        return Outcome(reading, signals, self.world.broadcast(controller.update(progress, reading, signals)))
+        decision = self.world.broadcast(controller.update(progress, reading, signals))
+        return Outcome(reading, signals, decision, over_budget)
 
 
 def _is_affordable(probe: CurvatureProbe, examples: int) -> bool:

@@ -28,6 +28,12 @@ from hessianflow.training.timing import Stopwatch
 from hessianflow.training.totals import RunningTotals
 from hessianflow.training.world import on_first_rank
 
+OVER_BUDGET = (
+    "a reading was left out: it would have exceeded the curvature budget, a share of the training so far; more will be "
+    "(--curvature-budget raises it, 100 reads after every epoch)"
+)
+"""Said once a run: a trajectory with gaps should not be a riddle."""
+
 
 @dataclass
 class TrainingLoop:
@@ -189,6 +195,8 @@ class TrainingLoop:
         outcome = self.control(progress, at_end, figures)
         after = before if outcome.decision is None else self._held(outcome.decision)
         changed = after.setting != before.setting
+        if outcome.is_over_budget and not self.record.has_event("budget"):
+            self.event("budget", OVER_BUDGET)
         if outcome.signals:
             self.record.write(rows.signals_row(progress, outcome.signals))
         if outcome.reading is not None:

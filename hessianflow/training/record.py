@@ -183,6 +183,10 @@ class RunRecord:
         for sink in self._sinks:
             sink.write(row)
 
+    def has_event(self, event: str) -> bool:
+        """Whether such an event was written before, in this process or in the run it continues."""
+        return any(row["kind"] == "event" and row["event"] == event for row in self.records)
+
     def replace(self, records: Sequence[Record]) -> None:
         """Put these rows in the place of all that were written; sinks have seen those already."""
         self.records = list(records)
