@@ -9,7 +9,7 @@ sides (`hf.keep_freed_memory`), as the command does, unless --give-back is given
 
 A curvature reading is set against epochs of 390 steps (CIFAR-10) and 78 (10,000 images).
 
-    loop      trainer, trainer with FGSM on a fifth of each batch, and one curvature reading, against the bare loop
+    loop      trainer, trainer with FGSM or reuse on a fifth of each batch, and readings, against the bare loop
     defaults  layout and precision
     batches   images a second as the batch grows at microbatch 128
     allocation  the bare loop with freed memory kept and given back, in two processes that take turns
@@ -42,6 +42,8 @@ BATCH = 128
 PARTS = ("loop", "defaults", "batches", "allocation", "memory", "resize", "profile")
 EPOCHS = (390, 78)
 """Steps of an epoch that a curvature reading is set against: all of CIFAR-10, and 10,000 images."""
+ATTACKS = {"trainer + FGSM": "fgsm", "trainer + reuse": "reuse"}
+"""Ways to train on a fifth of each batch made adversarial."""
 BUDGET = hf.presets.PRESETS["cifar10"]["curvature_budget"]
 """What the command allows readings by default."""
 
@@ -106,11 +108,18 @@ class Subject:
             loss.backward()
             self.optimizer.step()
 
-    def trained(self, share: float = 0.0, **options: Any) -> hf.AdaptiveBatchTrainer:
-        """A trainer for one epoch; `share` of each batch is attacked."""
-        if share > 0:
-            options["controller"] = hf.control.FixedBatch(BATCH, share)
-            options["adversary"] = hf.adversarial.FGSM(0.02, value_range=self.batches.value_range)
+    def attack(self, name: str) -> Any:
+        """An adversary; reuse keeps what it has learned of the images from one epoch to the next."""
+        limits = {"value_range": self.batches.value_range}
+        if name == "reuse":
+            return hf.adversarial.GradientReuse(self.batches, 0.02, **limits)
+        return hf.adversarial.FGSM(0.02, **limits)
+
+    def trained(self, adversary: Any = None, **options: Any) -> hf.AdaptiveBatchTrainer:
+        """A trainer for one epoch; with an adversary it has a fifth of each batch."""
+        if adversary is not None:
+            options["controller"] = hf.control.FixedBatch(BATCH, 0.2)
+            options["adversary"] = adversary
         precision: Any = self.path.precision
         return hf.AdaptiveBatchTrainer(
             self.model,
@@ -131,39 +140,37 @@ class Subject:
 def loop(options: argparse.Namespace) -> None:
     for path in map(Path, options.precisions):
         pixels = cifar10((options.steps + 2) * BATCH, options.data_dir)[:2]
-        bare, plain, attacked = (Subject(path, *pixels) for _ in range(3))
+        subjects = {name: Subject(path, *pixels) for name in ("bare", "trainer", *ATTACKS)}
+        adversaries = {name: subjects[name].attack(kind) for name, kind in ATTACKS.items()}
+        bare = subjects["bare"]
         probes = {n: bare.probe(n) for n in (128, 64, 32)}
         cost = FLOAT32_PER_16_BIT if path.precision == "bf16" else 1
         budgeted = {count: bare.probe(64, budget=BUDGET / cost) for count in EPOCHS}
-        spent: dict[int, list[float]] = {count: [] for count in EPOCHS}
-        steps: dict[str, list[float]] = {"bare": [], "trainer": [], "trainer + FGSM": []}
+        steps: dict[str, list[float]] = {name: [] for name in subjects}
         readings: dict[int, list[float]] = {n: [] for n in probes}
+        spent: dict[int, list[float]] = {count: [] for count in EPOCHS}
         for number in range(options.rounds + 1):
-            ways = {"bare": (bare, bare.bare), "trainer": (plain, plain.trained().fit)}
-            ways["trainer + FGSM"] = attacked, attacked.trained(0.2).fit
-            for name in list(ways)[:: -1 if number % 2 else 1]:
-                subject, run = ways[name]
+            for name in list(subjects)[:: -1 if number % 2 else 1]:
+                subject = subjects[name]
+                run = subject.bare if name == "bare" else subject.trained(adversaries.get(name)).fit
                 run()
-                if number > 0:  # the first round warms up
-                    steps[name].append(subject.batches.step_seconds())
+                steps[name].append(subject.batches.step_seconds())
             for n, probe in probes.items():
                 if n < 128 or number % 2 == 0:  # the largest takes long
-                    found = timed(probe)
-                    if number > 0:
-                        readings[n].append(found)
+                    readings[n].append(timed(probe))
             for count, probe in budgeted.items():
-                if number > 0:
-                    is_due = probe.is_affordable(number * count * BATCH)
-                    spent[count].append(timed(probe) if is_due else 0.0)
-        report(path, steps, readings)
-        report_budget(steps, spent)
+                is_due = number > 0 and probe.is_affordable(number * count * BATCH)
+                spent[count].append(timed(probe) if is_due else 0.0)
+        measured = {name: found[1:] for name, found in steps.items()}  # the first round warms up
+        report(path, measured, {n: found[1:] for n, found in readings.items()})
+        report_budget(measured, {count: found[1:] for count, found in spent.items()})
 
 
 def report(path: Path, steps: Mapping[str, Sequence[float]], readings: Mapping[int, Sequence[float]]) -> None:
     bare = statistics.median(steps["bare"])
     print(f"\n{path}: bare step {1000 * bare:.0f} ms\n\n| against the bare loop | ratio (quartiles) |\n|---|---|")
     over = {name: ratios(found, steps["bare"]) for name, found in steps.items()}
-    for name in ("trainer", "trainer + FGSM"):
+    for name in ("trainer", *ATTACKS):
         print(f"| {name} | {spread(over[name], '{:.3f}')} |")
     fgsm = ratios(steps["trainer + FGSM"], steps["trainer"])
     print(f"| FGSM over the trainer without | {spread(fgsm, '{:.3f}')} |")
@@ -177,13 +184,12 @@ def report(path: Path, steps: Mapping[str, Sequence[float]], readings: Mapping[i
 def report_budget(steps: Mapping[str, Sequence[float]], spent: Mapping[int, Sequence[float]]) -> None:
     """Each round counts as an epoch; the median step stands for all of its steps."""
     bare = statistics.median(steps["bare"])
-    trainer = statistics.median(ratios(steps["trainer + FGSM"], steps["bare"])) - 1
+    over = {kind: statistics.median(ratios(steps[name], steps["bare"])) - 1 for name, kind in ATTACKS.items()}
     for count, found in spent.items():
         share = sum(found) / (len(found) * count * bare)
         made = f"{sum(seconds > 0 for seconds in found)} readings of 64 in {len(found)} epochs of {count} steps"
-        print(
-            f"| budget {BUDGET:.0%}: {made} | {share:.2%}; trainer, FGSM and these +{trainer + share:.1%} |", flush=True
-        )
+        both = ", ".join(f"with trainer and {kind} {value + share:+.1%}" for kind, value in over.items())
+        print(f"| budget {BUDGET:.0%}: {made} | {share:.2%}; {both} |", flush=True)
 
 
 def defaults(options: argparse.Namespace) -> None:
@@ -264,7 +270,7 @@ def peak(way: str, options: argparse.Namespace) -> None:
         elif way == "trainer":
             subject.trained().fit()
         else:
-            subject.trained(0.2, probe=subject.probe(int(way))).fit()
+            subject.trained(subject.attack("fgsm"), probe=subject.probe(int(way))).fit()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
