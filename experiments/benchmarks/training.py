@@ -10,6 +10,7 @@ sides (`hf.keep_freed_memory`), as the command does, unless --give-back is given
 A curvature reading is set against epochs of 390 steps (CIFAR-10) and 78 (10,000 images).
 
     loop      trainer, trainer with FGSM or reuse on a fifth of each batch, and readings, against the bare loop
+    price     a product with the Hessian, in gradients of as many training examples
     defaults  layout and precision
     batches   images a second as the batch grows at microbatch 128
     allocation  the bare loop with freed memory kept and given back, in two processes that take turns
@@ -39,7 +40,7 @@ import hessianflow.presets
 from hessianflow.build import FLOAT32_PER_16_BIT
 
 BATCH = 128
-PARTS = ("loop", "defaults", "batches", "allocation", "memory", "resize", "profile")
+PARTS = ("loop", "price", "defaults", "batches", "allocation", "memory", "resize", "profile")
 EPOCHS = (390, 78)
 """Steps of an epoch that a curvature reading is set against: all of CIFAR-10, and 10,000 images."""
 ATTACKS = {"trainer + FGSM": "fgsm", "trainer + reuse": "reuse"}
@@ -164,6 +165,25 @@ def loop(options: argparse.Namespace) -> None:
         measured = {name: found[1:] for name, found in steps.items()}  # the first round warms up
         report(path, measured, {n: found[1:] for n, found in readings.items()})
         report_budget(measured, {count: found[1:] for count, found in spent.items()})
+
+
+def price(options: argparse.Namespace) -> None:
+    """What a product costs beside training: least squares over readings of 64 after every few steps."""
+    for path in map(Path, options.precisions):
+        subject = Subject(path, *cifar10((options.steps + 2) * BATCH, options.data_dir)[:2])
+        probe = subject.probe(64)
+        subject.bare()
+        probe()  # starts cold
+        products, costs = [], []
+        for _ in range(options.rounds):
+            subject.bare()
+            step = subject.batches.step_seconds()
+            for _ in range(2):
+                seconds, reading = timed_value(probe)
+                products.append(float(reading.matvecs))
+                costs.append(seconds / step * BATCH / 64)
+        slope, graph = statistics.linear_regression(products, costs)
+        print(f"\n{path}: {slope:.2f} gradients a product, {graph:.2f} a reading ({len(costs)} readings)", flush=True)
 
 
 def report(path: Path, steps: Mapping[str, Sequence[float]], readings: Mapping[int, Sequence[float]]) -> None:
@@ -306,9 +326,13 @@ def profile(options: argparse.Namespace) -> None:
 
 
 def timed(work: Callable[[], Any]) -> float:
+    return timed_value(work)[0]
+
+
+def timed_value(work: Callable[[], Any]) -> tuple[float, Any]:
     started = time.process_time()
-    work()
-    return time.process_time() - started
+    value = work()
+    return time.process_time() - started, value
 
 
 def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -345,7 +369,7 @@ def main() -> None:
     source = cifar10(1, options.data_dir)[2]
     print(f"ResNet-20, batch {BATCH}, {source}, torch {torch.__version__}, {options.threads} thread(s), ", end="")
     print(f"{options.steps} steps a round, {options.rounds} rounds", flush=True)
-    works = {f.__name__: f for f in (loop, defaults, batches, allocation, memory, resize, profile)}
+    works = {f.__name__: f for f in (loop, price, defaults, batches, allocation, memory, resize, profile)}
     for part in options.parts:
         works[part](options)
 
