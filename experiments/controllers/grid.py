@@ -64,8 +64,9 @@ MAIN = ("fixed", "timed", "absa", "critical")
 """The methods that matter, run on every problem."""
 ALL = ("digits", "cifar-resnet8")
 """The problems on which every method runs."""
-VARIANTS = ("critical-256", "critical-three-quarters", "critical-third", "critical-fifth")
-"""Ours with larger readings, and with other shares of the stable rate; on every problem, last."""
+VARIANTS = ("critical-steps", "critical-256", "critical-three-quarters", "critical-third", "critical-fifth")
+"""Ours under the schedule of the first batch size, with larger readings, and with other shares of the stable rate; on
+every problem, last."""
 
 
 def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
@@ -150,6 +151,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "critical-three-quarters": lambda base: _critical(base, edge_share=3 / 4),
     "critical-third": lambda base: _critical(base, edge_share=1 / 3),
     "critical-fifth": lambda base: _critical(base, edge_share=1 / 5),
+    "critical-steps": lambda base: _critical(base, schedule="multistep"),
     "critical-256": lambda base: _critical(base, probe_examples=256),
     "critical-loss-only": lambda base: _critical(base, edge_share=0),
     "fixed-cosine": lambda _: {"schedule": "cosine"},

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
+from hessianflow.curvature.rows import Rows
 from hessianflow.interfaces import LinearOperator
 
 Array = npt.NDArray[np.float64]
@@ -66,9 +67,7 @@ class RitzSpace:
     ) -> None:
         self._operator, self._which, self._k, self._keep = operator, which, k, keep
         self._capacity = min(operator.size, capacity)
-        rows = min(8, self._capacity)
-        self._basis = torch.empty(rows, operator.size, dtype=operator.dtype, device=operator.device)
-        self._products = torch.empty_like(self._basis)
+        self._basis, self._products = (Rows(operator, self._capacity) for _ in range(2))
         self._projected = np.zeros((self._capacity, self._capacity))
         self._gram = np.zeros((self._capacity, self._capacity))
         self._evidence = evidence
@@ -96,17 +95,17 @@ class RitzSpace:
 
     def extend(self, direction: Tensor) -> bool:
         """Add the part of `direction` orthogonal to the basis and its product; False if there is no such part."""
-        unit = _orthogonal_part(direction, self._basis[: self.size])
+        unit = _orthogonal_part(direction, self._basis)
         if unit is None:
             return False
         if self.size == self._capacity:
             self._compress()
-        self._grow()
         product = self._scaled(self._operator.matvec(unit))
         m, self.size, self.matvecs = self.size, self.size + 1, self.matvecs + 1
-        self._basis[m], self._products[m] = unit, product
+        self._basis.append(unit)
+        self._products.append(product)
         # The one transfer to the host per product: 2 (m + 1) numbers, on which the stopping rule depends.
-        numbers = torch.cat([self._basis[: m + 1] @ product, self._products[: m + 1] @ product])
+        numbers = torch.cat([self._basis.dot(product), self._products.dot(product)])
         column, gram = numbers.to("cpu", torch.float64).numpy().reshape(2, m + 1)
         if not np.isfinite(column).all():
             raise NonFiniteError(NON_FINITE_PRODUCT)
@@ -197,7 +196,7 @@ class RitzSpace:
         bounds[: len(self.bounds)] = self.bounds
         return EigenResult(
             values=self._on_device(self.values[:count] * self._unit),
-            vectors=(self._on_device(self._coordinates[:, :count]).T @ self._basis[: self.size]).T,
+            vectors=self._basis.combine(self._on_device(self._coordinates[:, :count]).T).T,
             residuals=self._on_device(norms * self._unit),
             error_bounds=self._on_device(bounds * self._unit),
             matvecs=self.matvecs,
@@ -221,8 +220,8 @@ class RitzSpace:
         kept = self._coordinates[:, :keep]
         self._gram[:keep, :keep] = kept.T @ self._gram[: self.size, : self.size] @ kept
         mix = self._on_device(kept).T
-        self._basis[:keep] = mix @ self._basis[: self.size]
-        self._products[:keep] = mix @ self._products[: self.size]
+        self._basis.replace(mix)
+        self._products.replace(mix)
         self._projected[:] = 0
         self._projected[:keep, :keep] = np.diag(self.values[:keep])
         self.size = keep
@@ -233,8 +232,15 @@ class RitzSpace:
         magnitudes = np.abs(self.values[: self._k])
         cap = max(tol, min(self._evidence.cap, (tol / 10) ** 0.5))
         spread = SPREAD_SHARE * float(self.values.max() - self.values.min())
-        limits: Array = np.maximum(np.minimum(cap * magnitudes, spread), self.noise)
+        angle = self._evidence.angle * self._gap(tol) if self._k == 1 else math.inf
+        limits: Array = np.maximum(np.minimum(cap * magnitudes, min(spread, angle)), self.noise)
         return limits
+
+    def _gap(self, tol: float) -> float:
+        """From the first value to the next that is another answer: not one that agrees with it within the tolerance."""
+        distances = np.abs(self.values[1:] - self.values[0])
+        others = distances[distances > tol * abs(self.values[0])]
+        return float(others.min()) if len(others) else math.inf
 
     def _surely_inaccurate(self, tol: float) -> npt.NDArray[np.bool_]:
         surely: npt.NDArray[np.bool_] = self._rough[: self._k] - self._roughness > self._limits(tol)
@@ -244,14 +250,7 @@ class RitzSpace:
         self._measure()
         within = self.bounds <= np.maximum(tol * np.abs(self.values[: self._k]), self.noise)
         accurate: npt.NDArray[np.bool_] = within & (self.residuals <= self._limits(tol))
-        return accurate & self._is_single_out(tol) if self._k == 1 else accurate
-
-    def _is_single_out(self, tol: float) -> bool:
-        distances = np.abs(self.values[1:] - self.values[0])
-        # A value that agrees within the tolerance is as good an answer.
-        others = distances[distances > tol * abs(self.values[0])]
-        gap = float(others.min()) if len(others) else math.inf
-        return bool(self.residuals[0] <= max(self._evidence.angle * gap, self.noise))
+        return accurate
 
     def _is_rivalled(self, tol: float) -> bool:
         """Whether an unwanted pair might, within its residual, still outdo the last of several wanted ones."""
@@ -272,31 +271,22 @@ class RitzSpace:
 
     def _residuals_of(self, columns: list[int]) -> Tensor:
         coordinates = self._coordinates[:, columns]
-        mix = self._on_device(coordinates).T
-        scaled = self._on_device(coordinates * self.values[columns]).T
-        residuals: Tensor = torch.addmm(mix @ self._products[: self.size], scaled, self._basis[: self.size], alpha=-1)
-        return residuals
+        residuals = self._products.combine(self._on_device(coordinates).T)
+        return residuals.sub_(self._basis.combine(self._on_device(coordinates * self.values[columns]).T))
 
     def _norms_of(self, rows: Tensor) -> Array:
         norms: Array = torch.linalg.vector_norm(rows, dim=1).to("cpu", torch.float64).numpy()
         return norms
 
     def _on_device(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._basis)
-
-    def _grow(self) -> None:
-        if self.size < len(self._basis):
-            return
-        extra = min(len(self._basis), self._capacity - self.size)
-        self._basis = torch.cat([self._basis, torch.empty_like(self._basis[:extra])])
-        self._products = torch.cat([self._products, torch.empty_like(self._products[:extra])])
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._operator.device, self._operator.dtype)
 
 
-def _orthogonal_part(direction: Tensor, basis: Tensor) -> Tensor | None:
+def _orthogonal_part(direction: Tensor, basis: Rows) -> Tensor | None:
     """The unit vector along the part of `direction` outside the span of the orthonormal rows; None without one."""
     unit: Tensor = direction / direction.norm()
     for _ in range(3):
-        unit = unit - basis.T @ (basis @ unit)
+        unit = unit - basis.combine(basis.dot(unit))
         remainder = unit.norm()
         unit = unit / remainder
         # Host synchronisation, on a number the loop depends on. "Twice is enough" (Kahan): no cancellation, no repeat.
