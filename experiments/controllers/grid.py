@@ -140,6 +140,8 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "lars-warmup": lambda _: {"controller": "warmup", "optimizer": "lars"},
     "lars-warmup-0.003": lambda _: {"controller": "warmup", "optimizer": "lars", "trust_coefficient": 0.003},
     "clars": lambda base: _large(base, optimizer="clars"),
+    "clars-0.02": lambda base: _large(base, optimizer="clars", trust_coefficient=0.02),
+    "clars-0.03": lambda base: _large(base, optimizer="clars", trust_coefficient=0.03),
     "noise-scale": lambda base: {"controller": "noise-scale", "microbatch_size": base["batch_size"] // 4},
     "adabatch": _adabatch,
     "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},

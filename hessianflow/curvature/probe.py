@@ -1,7 +1,7 @@
 """The leading eigenvalue during training: small, repeatable, warm-started, and free of side effects.
 
 Each call measures the Hessian of the mean loss over the probe batch at the current weights. The start is the last
-call's leading vector, RUNNER_UP_WEIGHT times each of its other Ritz vectors, DIRECTION_WEIGHT times the direction in
+call's leading vector, each of its other Ritz vectors as RUNNER_UP_WEIGHT says, DIRECTION_WEIGHT times the direction in
 which that search would have gone on, and a random part (RANDOM_SHARE in eigenpairs.py). From the old leading vector
 alone an iteration settles on what may now be the second eigenvalue, low by 4-8 %, with a small residual; one whose
 vector is among the old Ritz vectors is found through the sum, unless it was far below: few products leave its Ritz
@@ -42,9 +42,9 @@ products of 64 examples beside steps of 128 (in gradients of the same batch in e
 SPARE_VECTORS = 2
 """Ritz vectors remembered beyond the k tracked ones. Ours."""
 
-RUNNER_UP_WEIGHT = 0.4
-"""Weight of the other Ritz vectors beside the leading one in a warm start. Ours: 0.4 found all 120 swaps of two
-eigenvalues 3 to 20 % apart in 1,000 dimensions, 0.3 missed 6."""
+RUNNER_UP_WEIGHT = 0.5
+"""Weight of another Ritz vector in a warm start, times its value by the leading one: what is near may soon lead, and a
+large part of what is far costs products. Ours; experiments/benchmarks/warm_start.py compares it with equal weights."""
 
 DIRECTION_WEIGHT = 0.3
 """Weight of the direction in which the last search would have gone on. Ours: without it a new leading value outside the
@@ -179,7 +179,7 @@ class CurvatureProbe:
 
     def _measure(self, operator: LinearOperator) -> EigenResult:
         cold = self._calls % self._cold_every == 0
-        start = None if cold or self._vectors is None else _combined(self._vectors)
+        start = None if cold or self._vectors is None else self._vectors.sum(dim=1)
         return top_eigenpairs(
             operator,
             min(self._k, operator.size),
@@ -223,17 +223,15 @@ class CurvatureProbe:
 
 
 def _remembered(result: EigenResult) -> Tensor:
-    """The Ritz vectors and, last, the unit direction of the search, as columns."""
+    """What a warm start sums up, as columns: the weighted Ritz vectors and, last, the direction of the search."""
     assert result.direction is not None  # Lanczos gives one
-    direction = functional.normalize(result.direction, dim=0, eps=torch.finfo(result.direction.dtype).tiny)
-    return torch.cat([result.vectors, direction[:, None]], dim=1).detach()
-
-
-def _combined(vectors: Tensor) -> Tensor:
-    weights = torch.full((vectors.shape[1],), RUNNER_UP_WEIGHT, dtype=vectors.dtype, device=vectors.device)
-    weights[0], weights[-1] = 1, DIRECTION_WEIGHT
-    start: Tensor = vectors @ weights
-    return start
+    tiny = torch.finfo(result.direction.dtype).tiny
+    direction = functional.normalize(result.direction, dim=0, eps=tiny)
+    # Where negative values lead (which="LA" of a negative matrix), those after them are the larger ones: at most 1.
+    nearness = (result.values.abs() / result.values[0].abs().clamp_min(tiny)).clamp_max(1)
+    weights = RUNNER_UP_WEIGHT * nearness
+    weights[0] = 1
+    return torch.cat([result.vectors * weights, DIRECTION_WEIGHT * direction[:, None]], dim=1).detach()
 
 
 def _mixed(seed: int, call: int) -> int:

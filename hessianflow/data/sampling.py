@@ -143,9 +143,11 @@ class AdaptiveBatches(ExampleStream):
         if self._world_size == 1:
             return torch.arange(start, self._num_examples)
         parts = [torch.arange(start, stop)]
-        for first in range(self._cursor, self._num_examples, self._batch_size):
-            size = min(self._batch_size, self._num_examples - first)
+        first = self._cursor
+        while first < self._num_examples:
+            size = self._next_size(first)
             parts.append(torch.arange(*(first + size * r // self._world_size for r in (self._rank, self._rank + 1))))
+            first += size
         return torch.cat(parts)
 
     def _take(self, count: int) -> Any:

@@ -37,6 +37,12 @@ class ExampleStream:
     [p + n*r//w, p + n*(r+1)//w). All ranks see the same number of batches; where a batch has fewer examples than there
     are ranks, some parts are empty.
 
+    An epoch whose examples are no multiple of the batch size ends in a smaller batch. Were that less than half a batch,
+    it shares its examples evenly with the one before (of 4,000 at 398: nine of 398, then 209 and 209; not ten and one
+    of 20). A few examples would take a step at the rate that belongs to many, with their gradient's noise; a rate that
+    grew with the batch can turn a run over that way. A single example left over by batches of two joins them, as batch
+    normalisation cannot train on one.
+
     Args:
         num_examples: size of the data set.
         batch_size: examples a batch over all ranks, at most `num_examples` when shuffling (an update that asks for more
@@ -121,20 +127,28 @@ class ExampleStream:
         """This rank's [start, stop) in the order of each batch left in the epoch; then enter the next epoch.
 
         The cursor moves before the places are handed out, so a state taken while a batch is in use lies behind it.
-        Without shuffling every call starts at the first example. A single example that would be left over at the end of
-        a shuffled epoch joins the batch before it: batch normalisation cannot train on one.
+        Without shuffling every call starts at the first example.
         """
         if not self._shuffle:
             self._cursor = 0
         while self._cursor < self._num_examples:
             start = self._cursor
-            left = self._num_examples - start
-            alone = self._shuffle and left - self._batch_size == 1 and self._batch_size > 1
-            size = left if alone else min(self._batch_size, left)
+            size = self._next_size(start)
             self._cursor = start + size
             first, last = (size * r // self._world_size for r in (self._rank, self._rank + 1))
             yield start + first, start + last
         self._epoch, self._cursor = self._epoch + 1, 0
+
+    def _next_size(self, start: int) -> int:
+        """Examples of the batch that starts at place `start`."""
+        left = self._num_examples - start
+        tail = left - self._batch_size
+        if tail <= 0:
+            return left
+        if not self._shuffle or self._batch_size == 1 or 2 * tail >= max(self._batch_size, 3):
+            return self._batch_size
+        half = -(-left // 2)
+        return half if left - half > 1 else left
 
     def _order(self) -> Tensor:
         """Which example stands at each place of the current epoch, int64 [num_examples], on the CPU."""

@@ -8,7 +8,7 @@ import torch
 from problems import classification, conv_net, dense_hessian, mlp, operator_of, train
 
 from hessianflow.curvature import CallableOperator, CurvatureProbe, top_eigenpairs
-from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, SPARE_VECTORS, _combined, _mixed, _remembered, _smoothed
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, SPARE_VECTORS, _mixed, _remembered, _smoothed
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -63,7 +63,7 @@ def test_eigenvalues_that_changed_places_do_not_fool_it(gap, rival, seed):
     after = before.clone()
     after[rival] = 1 + gap
     operator = operator_of(torch.diag(after))
-    safe = top_eigenpairs(operator, tol=1e-2, v0=_combined(_remembered(first)), seed=seed, warm=True)
+    safe = top_eigenpairs(operator, tol=1e-2, v0=_remembered(first).sum(dim=1), seed=seed, warm=True)
     old = torch.eye(n, 1, dtype=torch.float64)
     fooled = top_eigenpairs(operator, tol=1e-2, v0=old[:, 0], seed=seed, warm=True)
     assert safe.values.item() == pytest.approx(1 + gap, rel=1e-2)
@@ -94,7 +94,7 @@ def test_a_new_leading_vector_outside_the_memory_is_found_in_a_few_calls(head, g
         diagonal[100] = 1 + gap
         while abs(float(result.values[0]) - 1 - gap) > 0.01 * (1 + gap) and calls < 10:
             calls += 1
-            start = _combined(_remembered(result))
+            start = _remembered(result).sum(dim=1)
             result = top_eigenpairs(operator, tol=1e-2, v0=start, seed=calls, extra=SPARE_VECTORS, warm=True)
         assert calls <= 4
 

@@ -1,6 +1,7 @@
 """Batches cut on the device: order, place, sharding, augmentation against explicit loops, bad input."""
 
 import itertools
+import math
 import time
 from typing import get_args
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hessianflow.data import Augmentation, DeviceBatches
-from hessianflow.data.streams import Stream, stream_seed
+from hessianflow.data.streams import ExampleStream, Stream, stream_seed
 from hessianflow.interfaces import HessianFlowError, ResizableBatches
 
 STREAMS = get_args(Stream)
@@ -45,6 +46,28 @@ def test_an_epoch_visits_every_example_once_and_keeps_the_ragged_tail() -> None:
     orders = [epoch(batches)[1] for _ in range(3)]
     assert all(sorted(order.tolist()) == list(range(23)) for order in orders)
     assert not torch.equal(orders[0], orders[1])
+
+
+@given(examples=st.integers(2, 200), batch_size=st.integers(2, 200))
+def test_no_training_batch_is_less_than_half_of_what_was_asked_for(examples: int, batch_size: int) -> None:
+    batch_size = min(examples, batch_size)
+    sizes = [stop - start for start, stop in ExampleStream(examples, batch_size, seed=0, shuffle=True)._next_places()]
+    assert sum(sizes) == examples
+    assert 2 * min(sizes) >= batch_size
+    assert min(sizes) > 1
+    assert max(sizes) <= max(batch_size, 3)
+    assert all(size == batch_size for size in sizes[:-2])
+    if batch_size > 2:
+        assert len(sizes) == math.ceil(examples / batch_size)
+
+
+def test_a_short_tail_is_shared_in_training_and_stays_in_evaluation() -> None:
+    def sizes_of(shuffle: bool) -> list[int]:
+        places = ExampleStream(4000, 398, seed=0, shuffle=shuffle)._next_places()
+        return [stop - start for start, stop in places]
+
+    assert sizes_of(True) == [398] * 9 + [209, 209]
+    assert sizes_of(False) == [398] * 10 + [20]
 
 
 @given(sizes=st.lists(st.integers(1, 23), min_size=1, max_size=12), seed=st.integers(0, 5))

@@ -175,7 +175,7 @@ def one_worker(**changes: object) -> LocalTraining:
 
 
 def test_only_full_batches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """400 examples are one batch of 300 and one of 100: three times the first of each shuffle, on a clock of rows."""
+    """400 examples are one batch of 250 and one of 150: three times the first of each shuffle, on a clock of rows."""
     worker, rows = one_worker(), [0]
     accumulate = worker._accumulate
 
@@ -187,10 +187,10 @@ def test_only_full_batches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_accumulate", counted)
     monkeypatch.setattr(accumulate.scaler, "step", lambda _: None)
     monkeypatch.setattr(time, "perf_counter", lambda: float(rows[0]))
-    assert worker.measure(0, 300, 3) == [300.0] * 3
-    assert rows == [300 + 100 + 300 + 100 + 300], "no shuffle is gone on with when all are timed"
+    assert worker.measure(0, 250, 3) == [250.0] * 3
+    assert rows == [250 + 150 + 250 + 150 + 250], "no shuffle is gone on with when all are timed"
     with pytest.raises(HessianFlowError, match="400 examples give no batch of 399 to time: use another --batch-size"):
-        worker.measure(0, 399, 3)  # the one left over joins the batch before it
+        worker.measure(0, 399, 3)  # the one left over and those before it are halved
 
 
 def test_a_worker_goes_on_with_its_loss_scale() -> None:
