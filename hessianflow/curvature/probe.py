@@ -6,9 +6,9 @@ which that search would have gone on, and a random part (RANDOM_SHARE in eigenpa
 alone an iteration settles on what may now be the second eigenvalue, low by 4-8 %, with a small residual; one whose
 vector is among the old Ritz vectors is found through the sum, unless it was far below: few products leave its Ritz
 vector rough (WARM in ritz_space.py has the count). A new one outside of them grows in the direction from
-call to call, as it would in one longer search: on spectra like those of nets, a new value 20 to 100 % above the old was
-found in the first or second call, in the third at the latest, one 5 % above in the sixth at the latest (12 seeds each).
-Few products cannot do better, so a single warm reading may miss it; every `cold_every`-th call starts at random.
+call to call, as it would in one longer search: experiments/benchmarks/warm_start.py found those 20 to 100 % above the
+old in the fourth call at the latest, one 5 % above in the fifth. Few products cannot do better, so a single warm
+reading may miss it; every `cold_every`-th call starts at random.
 
 Choices of ours: the batch of 64 to 128 examples is fixed by default (batch-to-batch spread is 8-10 %); readings that
 are not finite or not converged are returned as such and never enter the smoothed value or the next start.

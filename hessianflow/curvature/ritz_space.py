@@ -37,12 +37,10 @@ COLD = Evidence(0.01, 0.015)
 the angle, 2 with it. Where the gap is wide (ResNet-20, SqueezeNext) it is free; on small nets it adds 1 to 3."""
 
 WARM = Evidence(0.015, 0.04)
-"""From the sum of remembered vectors that the probe makes. Larger ones were tried: an angle of 0.05 gave one reading
-9 % low in 72 on small nets, a cap of 0.02 missed leading values that had changed places 3 % apart. That is where the
-products of a warm call go: the value is often within a tenth of the tolerance one or two products before. Laxer rules
-(cap 0.03 to 0.05) for spectra where the gap, remembered or seen, is wide would save them. But of 200 second and third
-values that rose over the leading one in one call (five spectra of 400 values, vectors turned by about a quarter, from
-20 to 96 % of it to 5 or 30 % above it) they missed about half, this rule 17 %."""
+"""From the sum of remembered vectors that the probe makes. That is where the products of a warm call go: the value is
+often within a tenth of the tolerance one or two products before. Ours; laxer ones (a cap of 0.03, an angle of 0.1) save
+up to a tenth of them and miss more than half of the values that rose over the leading one since the last call, this
+one a quarter: experiments/benchmarks/warm_start.py."""
 
 SPREAD_SHARE = 0.1
 """Largest residual relative to the spread of the Ritz values. Ours: in nets the spread is about the leading value, and
