@@ -64,8 +64,15 @@ MAIN = ("fixed", "timed", "absa", "critical")
 """The methods that matter, run on every problem."""
 ALL = ("digits", "cifar-resnet8")
 """The problems on which every method runs."""
-VARIANTS = ("critical-steps", "critical-256", "critical-three-quarters", "critical-third", "critical-fifth")
-"""Ours under the schedule of the first batch size, with larger readings, and with other shares of the stable rate; on
+VARIANTS = (
+    "critical-reuse",
+    "critical-three-quarters",
+    "critical-steps",
+    "critical-256",
+    "critical-third",
+    "critical-fifth",
+)
+"""Ours with an attack, other shares of the stable rate, the schedule of the first batch size, or larger readings; on
 every problem, last."""
 
 
@@ -151,6 +158,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
     "critical-edge-only": lambda base: _critical(base, loss_power=0),
     "critical-three-quarters": lambda base: _critical(base, edge_share=3 / 4),
+    "critical-reuse": lambda base: _critical(base, edge_share=3 / 4, adversary="reuse"),
     "critical-third": lambda base: _critical(base, edge_share=1 / 3),
     "critical-fifth": lambda base: _critical(base, edge_share=1 / 5),
     "critical-steps": lambda base: _critical(base, schedule="multistep"),
