@@ -66,6 +66,8 @@ ALL = ("digits", "cifar-resnet8")
 """The problems on which every method runs."""
 VARIANTS = (
     "critical-reuse",
+    "timed-reuse",
+    "fixed-reuse",
     "critical-three-quarters",
     "critical-steps",
     "critical-256",
@@ -158,6 +160,8 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
     "critical-edge-only": lambda base: _critical(base, loss_power=0),
     "critical-three-quarters": lambda base: _critical(base, edge_share=3 / 4),
+    "fixed-reuse": lambda _: {"adversary": "reuse"},
+    "timed-reuse": lambda _: {**_TIMED, "adversary": "reuse"},
     "critical-reuse": lambda base: _critical(base, edge_share=3 / 4, adversary="reuse"),
     "critical-third": lambda base: _critical(base, edge_share=1 / 3),
     "critical-fifth": lambda base: _critical(base, edge_share=1 / 5),
