@@ -170,7 +170,7 @@ def groups(rows: Sequence[Row]) -> list[Group]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A PNG: for every problem, final accuracy against updates, and the batch size by epoch."""
+    """A PNG: for every problem, accuracy against updates, and the batch size by epoch of each method's first seed."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     from hessianflow.plots import style
@@ -194,21 +194,23 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         )
         style.finish(left, "optimizer updates", "test accuracy (%)")
         style.finish(right, "epoch", "batch size")
-        right.legend(*left.get_legend_handles_labels(), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        columns = -(-len(here) // 14)  # as many names stand beside a panel
+        right.legend(
+            *left.get_legend_handles_labels(), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns
+        )
     figure.savefig(path, dpi=110)
 
 
 def _draw_group(left: Any, right: Any, group: Group, index: int) -> None:
-    """Every run of a group: a point and a line, in the colour and the marker of its method on all problems."""
+    """A point for every run of a group, a line for its first, in the colour and the marker of the method everywhere."""
     from hessianflow.plots import style
 
     colour, marker = style.colour(index), "os^v"[index // len(style.COLOURS) % 4]
     accuracies = [100 * value for value in group.values("accuracy")]
     left.plot(group.values("updates"), accuracies, marker, markersize=5, alpha=0.8, color=colour, label=group.method)
-    for row in group.rows:
-        sizes = [epoch["batch_size"] for epoch in row["epochs"]]
-        dash = style.dash(index)
-        right.step(range(1, len(sizes) + 1), sizes, where="mid", linewidth=1.1, color=colour, alpha=0.8, linestyle=dash)
+    sizes = [epoch["batch_size"] for epoch in min(group.rows, key=lambda row: row["seed"])["epochs"]]
+    dash = style.dash(index)
+    right.step(range(1, len(sizes) + 1), sizes, where="mid", linewidth=1.1, color=colour, alpha=0.8, linestyle=dash)
 
 
 def write_reports(rows: Sequence[Row], folder: Path, draw: Callable[[Sequence[Row], Path], None] = draw) -> list[Path]:
