@@ -74,8 +74,8 @@ VARIANTS = (
     "critical-third",
     "critical-fifth",
 )
-"""Ours with an attack, other shares of the stable rate, the schedule of the first batch size, or larger readings; on
-every problem, last."""
+"""Ours, timed and fixed with an attack; ours with other shares of the stable rate, the schedule of the first batch
+size, or larger readings; on every problem, last."""
 
 
 def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:

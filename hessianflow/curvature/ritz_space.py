@@ -39,7 +39,7 @@ the angle, 2 with it. Where the gap is wide (ResNet-20, SqueezeNext) it is free;
 WARM = Evidence(0.015, 0.04)
 """From the sum of remembered vectors that the probe makes. That is where the products of a warm call go: the value is
 often within a tenth of the tolerance one or two products before. Ours; laxer ones (a cap of 0.03, an angle of 0.1) save
-up to a tenth of them and miss more than half of the values that rose over the leading one since the last call, this
+up to 15 % of them and miss more than half of the values that rose over the leading one since the last call, this
 one a quarter: experiments/benchmarks/warm_start.py."""
 
 SPREAD_SHARE = 0.1
@@ -72,8 +72,12 @@ class RitzSpace:
         self._unit = 0.0
         self._scale = 0.0  # largest magnitude seen, also of values that a restart has dropped
         self._history: list[float] = []
-        self.size = 0
         self.matvecs = 0
+
+    @property
+    def size(self) -> int:
+        """Vectors in the basis."""
+        return self._basis.size
 
     @property
     def is_complete(self) -> bool:
@@ -99,7 +103,7 @@ class RitzSpace:
         if self.size == self._capacity:
             self._compress()
         product = self._scaled(self._operator.matvec(unit))
-        m, self.size, self.matvecs = self.size, self.size + 1, self.matvecs + 1
+        m, self.matvecs = self.size, self.matvecs + 1
         self._basis.append(unit)
         self._products.append(product)
         # The one transfer to the host per product: 2 (m + 1) numbers, on which the stopping rule depends.
@@ -222,7 +226,6 @@ class RitzSpace:
         self._products.replace(mix)
         self._projected[:] = 0
         self._projected[:keep, :keep] = np.diag(self.values[:keep])
-        self.size = keep
         self._solve()
 
     def _limits(self, tol: float) -> Array:

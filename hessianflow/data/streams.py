@@ -145,6 +145,7 @@ class ExampleStream:
         tail = left - self._batch_size
         if tail <= 0:
             return left
+        # A tail of one example is short even beside a batch of two.
         if not self._shuffle or self._batch_size == 1 or 2 * tail >= max(self._batch_size, 3):
             return self._batch_size
         half = -(-left // 2)
