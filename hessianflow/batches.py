@@ -45,7 +45,7 @@ def split(batch: Batch, size: int | None, group: int | None = None) -> Iterator[
     """Cut a batch, in order, into the fewest microbatches of at most `size` examples. None: one piece.
 
     The pieces are as equal as can be (130 examples at size 128 make 65 + 65): batch normalisation then never sees a
-    microbatch of a few examples next to full ones.
+    microbatch of a few examples next to full ones. Of an odd number in twos, one piece has three (:func:`num_parts`).
 
     Args:
         batch: (inputs, targets).
@@ -58,11 +58,21 @@ def split(batch: Batch, size: int | None, group: int | None = None) -> Iterator[
         yield batch
         return
     unit = group if group is not None and group <= size else size
-    units = -(-total // unit)
+    units = num_parts(total, unit)
     for first in range(0, units, size // unit):
         last = min(first + size // unit, units)
         start, stop = _edge(total, units, first), _edge(total, units, last)
         yield map_tensors(lambda t, a=start, b=stop: t[a:b], batch)  # type: ignore[misc]
+
+
+def num_parts(total: int, size: int) -> int:
+    """The fewest parts of at most `size` examples that leave none alone.
+
+    Batch normalisation cannot train on one example. Equal parts hold fewer than two only where an odd number is cut in
+    twos; one part then has three. Parts of one are what was asked for.
+    """
+    parts = -(-total // size)
+    return max(min(parts, total // 2), 1) if size > 1 else parts
 
 
 def _edge(total: int, parts: int, index: int) -> int:

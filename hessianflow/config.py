@@ -84,7 +84,8 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         growth_factor: absa and adabatch multiply the batch by this.
         patience: absa grows after this many epochs without growth; 0 never does.
         every_epochs: adabatch grows after every so many epochs.
-        edge_share: critical uses this share of the largest stable rate; 0: leaves that bound out.
+        edge_share: critical uses this share of the largest stable rate, which is that of SGD with momentum; 0: leaves
+            that bound out, as other optimizers need.
         loss_power: critical's useful batch follows this power of the fall of the loss; 0: leaves that bound out.
         stages: timed has these batch sizes from these epochs on, e.g. "[[2, 256], [4, 512]]", the rate scaled with
             them; default: twice, 4 and 8 times the batch after 1/12, 1/6 and 1/3 of the epochs.

@@ -51,8 +51,10 @@ class BoundedController(Controller[S]):
         """Go to the target within floor and cap; `why` is returned if the batch changes, else an empty string."""
         state = self._state
         # Without the float the rounding of an infinite target would raise.
-        size = math.floor(min(max(target, float(self.min_batch_size)), float(self.max_batch_size)) + 0.5)
-        ratio = max(size / state.batch_size, state.batch_size / size)
+        within = min(max(target, float(self.min_batch_size)), float(self.max_batch_size))
+        size = math.floor(within + 0.5)
+        # A change that is large enough is not refused for the part of an example that rounding takes off it.
+        ratio = max(change for new in (size, within) for change in (new / state.batch_size, state.batch_size / new))
         if size == state.batch_size or ratio < self.hysteresis:
             return ""
         state.batch_size = size

@@ -19,7 +19,7 @@ from hessianflow.control.bounded import BoundedController
 from hessianflow.control.checks import check_count, check_number, check_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_estimate
-from hessianflow.interfaces import Progress
+from hessianflow.interfaces import HessianFlowError, Progress
 
 
 @dataclass
@@ -36,14 +36,14 @@ class CABS(BoundedController[CABSState]):
 
     Signals used, every `every_updates` updates:
         learning_rate: the rate in force.
-        train_loss: mean training loss since the last decision.
+        train_loss: mean training loss of the latest batch.
         small_gradient_sq, small_batch_size, large_gradient_sq, large_batch_size: as for `NoiseScale`.
 
     Args:
         batch_size: examples per step at the start.
         max_batch_size: the cap (2048 in the published code).
         min_batch_size: the floor (16 in the published code).
-        smoothing: weight of the past in the moving averages (0.95 in the published code).
+        smoothing: weight of the past in the moving averages, in [0, 1) (0.95 in the published code).
         scale: constant factor (c; 1 in the paper).
         loss_floor: a known lower bound of the loss, as with label smoothing (0 in the paper).
         every_updates: updates between decisions (ours: 10; every decision reads the device).
@@ -76,6 +76,8 @@ class CABS(BoundedController[CABSState]):
             max_lr_factor=None,
         )
         self.smoothing = check_number("smoothing", smoothing, low=0, high=1)
+        if smoothing == 1:
+            raise HessianFlowError("smoothing must be < 1, got 1: the averages would stay where they start")
         self.scale = check_number("scale", scale, above=0)
         self.loss_floor = check_number("loss_floor", loss_floor)
         self.every_updates = check_count("every_updates", every_updates)

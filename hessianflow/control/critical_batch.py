@@ -23,6 +23,9 @@ Both bounds are read off the path of the smaller batch: one growth is at most `m
 schedule that lowers r raises the second bound: growth instead of decay follows without a rule of its own, and the
 rate itself falls once the cap is reached.
 
+A schedule that raises r, as a warm-up does, lowers the bound again, and the batch never shrinks: nothing grows
+while the rate still rises.
+
 The eigenvalue must be that of the function being trained: with batch normalisation, measured in batch statistics
 (`norm_mode="batch"`). Running statistics give values tens of times larger, which say nothing of stability.
 """
@@ -36,13 +39,17 @@ from hessianflow.control.checks import check_count, check_number, check_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.interfaces import CurvatureReading, HessianFlowError
 
+ROUNDING = 1e-9
+"""Of a rate that was multiplied by a factor and divided by it again."""
+
 
 @dataclass
 class CriticalState(ControllerState):
-    """Adds the loss of the first epoch and the newest usable eigenvalues, oldest first."""
+    """Adds the loss of the first epoch, the newest usable eigenvalues, oldest first, and the latest scheduled rate."""
 
     first_loss: float | None = None
     eigenvalues: list[float] = field(default_factory=list)
+    rate: float | None = None
 
 
 class CriticalBatch(BoundedController[CriticalState]):
@@ -53,7 +60,8 @@ class CriticalBatch(BoundedController[CriticalState]):
         learning_rate: the rate in force.
 
     A reading that is missing, not finite, not positive or not converged is passed over, and the decision rests on the
-    ones before. A loss that is not finite and positive allows no growth.
+    ones before. A loss that is not finite and positive allows no growth, and the second bound none under a
+    scheduled rate that is not finite, is negative, or has risen since the update before.
 
     Args:
         batch_size: examples per step at the start; the learning rate belongs to this size.
@@ -62,10 +70,11 @@ class CriticalBatch(BoundedController[CriticalState]):
         loss_power: power of the loss that the useful batch follows (1 / 0.21, measured on language models by Kaplan et
             al.). None: the first bound is left out.
         edge_share: share of the stable rate to be used, in (0, 1) (ours: 0.5, noise along the leading direction at most
-            doubled). None: the second bound is left out, and no eigenvalue asked for.
+            doubled). None: the second bound is left out, and no eigenvalue asked for. The stable rate is that of SGD
+            with momentum; an optimizer that rescales its gradients (LARS, Adam, LAMB) has another: leave it out there.
         window: readings the median is taken over (ours: 3).
         hysteresis: a growth by less than this factor is not made (ours: 1.25).
-        max_growth: the largest factor of one growth (ours: 2).
+        max_growth: the largest factor of one growth, at least `hysteresis` (ours: 2).
         adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
@@ -102,6 +111,10 @@ class CriticalBatch(BoundedController[CriticalState]):
             raise HessianFlowError(f"momentum and edge_share must be < 1, got {momentum!r} and {edge_share!r}")
         self.window = check_count("window", window)
         self.max_growth = check_number("max_growth", max_growth, above=1)
+        if max_growth < hysteresis:
+            raise HessianFlowError(
+                f"max_growth must be >= hysteresis {hysteresis!r}, got {max_growth!r}: the batch could never grow"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -146,10 +159,15 @@ class CriticalBatch(BoundedController[CriticalState]):
         state = self._state
         if reading is not None and reading.converged and 0 < reading.eigenvalue < math.inf:
             state.eigenvalues = [*state.eigenvalues, reading.eigenvalue][-self.window :]
+        if not 0 <= rate < math.inf:
+            return 0.0, f"rate {rate} is negative or not finite"
+        before, state.rate = state.rate, rate
+        if rate == 0:
+            return math.inf, "the schedule's rate is 0"
+        if before is not None and rate > before * (1 + ROUNDING):
+            return 0.0, f"the schedule's rate rose from {before:.4g} to {rate:.4g}"
         if not state.eigenvalues:
             return 0.0, "no usable eigenvalue"
-        if not rate > 0:
-            return math.inf, "the schedule's rate is 0"
         eigenvalue = statistics.median(state.eigenvalues)
         edge = 2 * (1 + self.momentum) / eigenvalue
         return share * edge / rate, f"eigenvalue {eigenvalue:.4g} is stable up to a rate of {edge:.4g}"

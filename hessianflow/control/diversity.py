@@ -23,7 +23,9 @@ from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_es
 
 
 def gradient_diversity(sum_of_squares: float, square_of_sum: float) -> float:
-    """sum_i ||g_i||^2 / ||sum_i g_i||^2; infinite when the gradients cancel."""
+    """sum_i ||g_i||^2 / ||sum_i g_i||^2; infinite when the gradients cancel, NaN when a figure is."""
+    if math.isnan(square_of_sum):
+        return math.nan
     return sum_of_squares / square_of_sum if square_of_sum > 0 else math.inf
 
 
@@ -84,6 +86,8 @@ class DiveBatch(BoundedController[ControllerState]):
         examples, signals = measured.progress.examples_per_epoch, measured.signals
         sum_of_squares = signals["gradient_examples"] * sum(two_batch_estimate(signals))
         diversity = gradient_diversity(sum_of_squares, signals["gradient_sum_sq"])
+        if not math.isfinite(diversity * examples):
+            return f"gradient diversity unknown: {sum_of_squares:.4g} / {signals['gradient_sum_sq']:.4g} is not finite"
         return self._move_to(
             max(self.delta * diversity * examples, self._state.batch_size), f"gradient diversity {diversity:.4g}"
         )

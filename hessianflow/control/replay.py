@@ -61,7 +61,9 @@ def replay(
     Rows of kind "epoch", "curvature" and "signals" are gathered by their number of examples, each such moment being one
     opportunity to decide. The curvature row becomes the reading; every number in the rows of that moment is a signal
     under its own name; `lr` and `train_loss` of the epoch row also as "learning_rate" and "epoch_loss", the names the
-    trainer gives them. Updates are counted anew from the batch sizes decided here, every started batch as one.
+    trainer gives them. The recorded rate is the schedule's times the factor of the controller that trained; the
+    replayed one is shown the schedule's times its own. Updates are counted anew from the batch sizes decided here,
+    every started batch as one.
 
     Args:
         rows: the records, in any order.
@@ -72,12 +74,15 @@ def replay(
     Raises:
         HessianFlowError: no record of an epoch, or a signal that the controller needs was not recorded.
     """
+    rows = list(rows)
     moments = _moments(rows)
-    last = max((moment["epoch"] for moment in moments), default=0)
-    if last < 1:
+    ends = [row for row in rows if row.get("kind") == "epoch" and row["epoch"] > 0]
+    if not ends:
         raise HessianFlowError("rows must hold at least one record of a completed epoch, got none")
-    size = examples_per_epoch or max(m["examples"] // m["epoch"] for m in moments if m["epoch"])
-    check_count("examples_per_epoch", size)
+    # Only where an epoch ends do the examples used so far tell its size.
+    recorded_size = max(row["examples"] // row["epoch"] for row in ends)
+    size = check_count("examples_per_epoch", recorded_size if examples_per_epoch is None else examples_per_epoch)
+    last = max(moment["epoch"] for moment in moments)
     total = check_count("total_epochs", last if total_epochs is None else total_epochs)
     steps: list[ReplayStep] = []
     decision, used, updates = controller.decision, 0, 0
@@ -87,17 +92,30 @@ def replay(
         progress = Progress(moment["epoch"], used, updates, size, total)
         if not controller.is_due(progress):
             continue
-        before, decision = decision, controller.update(progress, _reading(moment), _signals(moment))
+        signals = _signals(moment, decision.lr_factor / (moment["lr_factor"] or 1.0))
+        before, decision = decision, controller.update(progress, _reading(moment), signals)
         steps.append(ReplayStep(progress.epoch, used, updates, decision, decision.setting != before.setting))
     return Replay(tuple(steps), updates)
 
 
 def _moments(rows: Iterable[Mapping[str, Any]]) -> Sequence[dict[str, Any]]:
-    """The measurements made after the same number of examples, merged; in the order of training."""
+    """The measurements made after the same number of examples, merged; in the order of training.
+
+    `lr_factor` of each is that by which the recorded controller had multiplied the rate until then. Records from before
+    epochs told it have it in their decisions alone, which follow the measurements made at the same place.
+    """
     found: dict[int, dict[str, Any]] = {}
+    decided: dict[int, float] = {}
     for row in rows:
         if row.get("kind") in _MEASURING_KINDS:
             found.setdefault(row["examples"], {}).update(row)
+        elif row.get("kind") == "batch":
+            decided[row["examples"]] = row["lr_factor"]
+    factor = 1.0
+    for examples in sorted(found.keys() | decided.keys()):
+        if examples in found:
+            found[examples].setdefault("lr_factor", factor)
+        factor = decided.get(examples, factor)
     return [found[examples] for examples in sorted(found)]
 
 
@@ -113,9 +131,13 @@ def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
     )
 
 
-def _signals(moment: Mapping[str, Any]) -> dict[str, float]:
+def _signals(moment: Mapping[str, Any], rate_ratio: float) -> dict[str, float]:
+    """The numbers of a moment by name; `rate_ratio`: the replayed rate over the recorded one."""
     numbers = {k: float(v) for k, v in moment.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return {signal: numbers[name] for name, signal in _SIGNALS.items() if name in numbers} | numbers
+    signals = {signal: numbers[name] for name, signal in _SIGNALS.items() if name in numbers} | numbers
+    if "learning_rate" in signals:
+        signals["learning_rate"] *= rate_ratio
+    return signals
 
 
 def _number(value: Any) -> float:

@@ -165,12 +165,14 @@ class ExampleStream:
     def _checked_batch_size(self, batch_size: int) -> int:
         if batch_size < 1:
             raise HessianFlowError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size != int(batch_size):
+            raise HessianFlowError(f"batch_size must be a whole number, got {batch_size!r}")
         if self._shuffle and batch_size > self._num_examples:
             raise HessianFlowError(
                 f"batch_size must not exceed the {self._num_examples} examples of the data set, got {batch_size}: "
                 "choose a smaller batch, or a smaller maximum for the controller"
             )
-        return batch_size
+        return int(batch_size)
 
     @staticmethod
     def _check_same(state: Mapping[str, Any], key: str, what: str, mine: int) -> None:

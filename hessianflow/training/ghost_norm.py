@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hessianflow.batches import num_parts
 from hessianflow.measuring import unwrap
 
 
@@ -33,7 +34,7 @@ class _Ghost(_BatchNorm):
         return ghost
 
     def forward(self, input: Tensor) -> Tensor:
-        groups = -(-len(input) // self.group_size)
+        groups = num_parts(len(input), self.group_size)
         if not self.training or groups == 1:
             return super().forward(input)
         return torch.cat([super(_Ghost, self).forward(part) for part in input.tensor_split(groups)])

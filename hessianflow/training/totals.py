@@ -67,6 +67,7 @@ class RunningTotals:
         self._setting = {
             "batch_size": decision.batch_size,
             "lr": rate,
+            "lr_factor": decision.lr_factor,
             "adversarial_share": decision.adversarial_share,
         }
 

@@ -77,6 +77,27 @@ def test_growth_needs_the_hysteresis_and_never_turns_back() -> None:
     assert step(controller, 4, None, 5.0).batch_size == 125
 
 
+def test_nothing_grows_while_the_rate_rises() -> None:
+    """Edge 1, share 0.5: at a rate of 0.02 25 times the batch, but the full rate of 0.1 carries 5 times alone."""
+    controller = CriticalBatch(128, 2048, loss_power=1)
+    rates = [0.02, 0.06, 0.1, 0.1, 0.1, 0.1]
+    batches = [step(controller, epoch, 3.8, 2.0 / epoch, rate).batch_size for epoch, rate in enumerate(rates, 1)]
+    assert batches == [128, 128, 128, 256, 512, 640]
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
+def test_a_rate_without_a_meaning_allows_no_growth(rate: float) -> None:
+    controller = CriticalBatch(128, 2048, loss_power=None)
+    assert step(controller, 1, 3.8, 1.0, rate).batch_size == 128
+    assert step(controller, 2, 3.8, 1.0).batch_size == 256
+
+
+def test_the_smallest_growth_is_not_lost_to_rounding() -> None:
+    """1.25 times 33 is 41.25, and 41 / 33 less than 1.25."""
+    controller = CriticalBatch(33, 2048, loss_power=None, max_growth=1.25)
+    assert [step(controller, epoch, 0.001, 1.0).batch_size for epoch in (1, 2)] == [41, 51]
+
+
 @pytest.mark.parametrize("eigenvalue", [math.nan, math.inf, -3.0, 0.0, None])
 def test_unusable_readings_are_passed_over(eigenvalue: float | None) -> None:
     controller = CriticalBatch(128, 2048, loss_power=None, max_growth=100)
@@ -119,6 +140,7 @@ def test_continues_from_its_state() -> None:
         ({"loss_power": -2}, "loss_power must be a finite number > 0, got -2"),
         ({"window": 0}, "window must be a whole number >= 1, got 0"),
         ({"max_growth": 1}, "max_growth must be a finite number > 1, got 1"),
+        ({"max_growth": 1.2}, "max_growth must be >= hysteresis 1.25, got 1.2"),
         ({"hysteresis": 0.5}, "hysteresis must be a finite number >= 1, got 0.5"),
     ],
 )

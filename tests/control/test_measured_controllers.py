@@ -195,10 +195,16 @@ def test_divebatch_cap_and_unusable_figures() -> None:
     controller = DiveBatch(128, lr_rule="none")
     assert "not finite" in controller.update(progress(), signals=dive(math.nan, 3, 1)).reason
     assert controller.decision.batch_size == 128
-    decision = controller.update(progress(2), signals=dive(1, 3, 0))
-    assert (decision.batch_size, decision.lr_factor, decision.reason) == (2048, 1, "gradient diversity inf, capped")
+    for square_of_sum, examples in ((0.0, 50_000), (math.nan, 50_000), (1.0, math.inf), (1.0, math.nan)):
+        decision = controller.update(progress(2), signals=dive(1, 3, square_of_sum, examples))
+        assert (decision.batch_size, decision.lr_factor) == (128, 1)
+        assert "is not finite" in decision.reason
+    assert controller.update(progress(3), signals=dive(0, 0, 0)).batch_size == 128
+    decision = controller.update(progress(4), signals=dive(1, 3, 1e-6))
+    assert (decision.batch_size, decision.lr_factor) == (2048, 1)
+    assert decision.reason == "gradient diversity 2e+11, capped"
     assert controller.needs == frozenset()
-    assert controller.update(progress(3)).reason == ""
+    assert controller.update(progress(5)).reason == ""
 
 
 @pytest.mark.parametrize(
@@ -268,6 +274,7 @@ def test_momentum_correction_restores_the_buffer() -> None:
         (lambda: CABS(32, loss_floor=math.nan), "loss_floor must be a finite number, got nan"),
         (lambda: CABS(32, every_updates=0), "every_updates must be a whole number >= 1, got 0"),
         (lambda: CABS(32, smoothing=-1), "smoothing must be a finite number >= 0 and <= 1, got -1"),
+        (lambda: CABS(32, smoothing=1), "smoothing must be < 1, got 1"),
         (lambda: DiveBatch(128, delta=0), "delta must be a finite number > 0, got 0"),
         (lambda: lr_factor(1, 0), "reference_batch_size must be a whole number >= 1, got 0"),
         (lambda: lr_factor(1, 1, "cubic"), "lr_rule must be one of linear, sqrt, none, got 'cubic'"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hessianflow.control import ABSA, CriticalBatch, FixedBatch, NoiseScale, Warmup, replay
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
 
 EIGENVALUES = [100, 80, 50, 49, 25, 30, 12, 11]
 
@@ -78,6 +78,44 @@ def test_the_epoch_row_serves_as_loss_and_rate() -> None:
     )
 
 
+def test_the_rate_is_the_schedules_under_the_replayed_factor() -> None:
+    """Edge 2 * 1.9 / 3.8 = 1, half of it over a scheduled rate of 0.1: five times the batch, whoever recorded the run.
+
+    Fed directly, the trainer shows 0.1 times the controller's own factor.
+    """
+    direct, expected = CriticalBatch(128, 1024, loss_power=None), []
+    for epoch in range(1, 6):
+        signals = {"learning_rate": 0.1 * direct.decision.lr_factor}
+        reading = CurvatureReading(3.8, 0.1, 5, True, norm_mode="batch")
+        expected.append(direct.update(Progress(epoch, epoch * 1024, 0, 1024, 5), reading, signals).batch_size)
+    assert expected == [256, 512, 640, 640, 640]
+    for recorded in (1.0, 4.0):
+        rows = history([3.8] * 5)
+        for row in rows:
+            if row["kind"] == "epoch":
+                row |= {"lr": 0.1 * recorded, "lr_factor": recorded}
+        result = replay(rows, CriticalBatch(128, 1024, loss_power=None))
+        assert [step.decision.batch_size for step in result.steps] == expected
+
+
+def test_old_records_tell_the_factor_by_their_decisions() -> None:
+    """Recorded: factor 1 in the first epoch, 7 from the decision at its end on, as `history` writes it."""
+    rows = history([3.8] * 3)
+    for row in rows:
+        if row["kind"] == "epoch":
+            row["lr"] = 0.1 if row["epoch"] == 1 else 0.7
+    for order in (rows, rows[::-1]):
+        result = replay(order, CriticalBatch(128, 1024, loss_power=None))
+        assert [step.decision.batch_size for step in result.steps] == [256, 512, 640]
+
+
+def test_the_size_of_an_epoch_is_read_where_epochs_end() -> None:
+    rows = history([1.0, 1.0])
+    rows.append({"kind": "signals", "epoch": 1, "examples": 1900, "x": 1.0})
+    with pytest.raises(HessianFlowError, match="max_batch_size must be <= the 1024 training examples"):
+        replay(rows, ABSA(128, 2048))
+
+
 def test_rates_by_progress_are_replayed_at_the_recorded_moments() -> None:
     result = replay(history([1.0] * 4), Warmup(512, 128, warmup_epochs=2))
     assert [step.decision.lr_factor for step in result.steps] == [2.5, 4]
@@ -85,6 +123,6 @@ def test_rates_by_progress_are_replayed_at_the_recorded_moments() -> None:
 
 def test_a_record_without_an_epoch_is_refused() -> None:
     with pytest.raises(HessianFlowError, match="rows must hold at least one record of a completed epoch, got none"):
-        replay([{"kind": "batch", "epoch": 1, "examples": 5}], FixedBatch(1))
+        replay([{"kind": "batch", "epoch": 1, "examples": 5, "lr_factor": 1.0}], FixedBatch(1))
     with pytest.raises(HessianFlowError, match="total_epochs must be a whole number >= 1, got 0"):
         replay(history([1.0]), FixedBatch(1), total_epochs=0)

@@ -295,6 +295,7 @@ def test_foreign_states_are_refused(change: dict[str, int], message: str) -> Non
     [
         ({"batch_size": 24}, "batch_size must not exceed the 23 examples of the data set, got 24: choose a smaller"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"mean": [0.5]}, "mean must hold one value for each of the 3 channels, got 1"),
         ({"std": [0.5] * 2}, "std must hold one value for each of the 3 channels, got 2"),

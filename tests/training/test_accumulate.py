@@ -142,7 +142,17 @@ def test_bf16_stays_close_to_float32():
 
 
 @pytest.mark.parametrize(
-    ("total", "size", "expected"), [(130, 128, [65, 65]), (10, 4, [4, 3, 3]), (5, 5, [5]), (3, 9, [3])]
+    ("total", "size", "expected"),
+    [
+        (130, 128, [65, 65]),
+        (10, 4, [4, 3, 3]),
+        (5, 5, [5]),
+        (3, 9, [3]),
+        (3, 2, [3]),
+        (7, 2, [3, 2, 2]),
+        (3, 1, [1, 1, 1]),
+        (1, 2, [1]),
+    ],
 )
 def test_split_makes_the_fewest_and_most_equal_pieces(total: int, size: int, expected: list[int]):
     pieces = list(split((torch.arange(total), {"y": torch.arange(total)}), size))

@@ -32,6 +32,17 @@ def test_one_pass_is_the_passes_over_its_groups(examples: int, group: int):
         torch.testing.assert_close(ghost.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("examples", "expected"), [(3, [3]), (7, [3, 2, 2]), (2, [2])])
+def test_no_example_is_normalised_alone(examples: int, expected: list[int]):
+    """By twos, which batch normalisation of vectors refuses to train on one of."""
+    ghost, plain = (nn.BatchNorm1d(3).double() for _ in range(2))
+    inputs = torch.randn(examples, 3, dtype=torch.float64)
+    holder = nn.Sequential(ghost)
+    with ghost_normalisation(holder, 2):
+        outputs = holder(inputs)
+    torch.testing.assert_close(outputs, torch.cat([plain(part) for part in inputs.split(expected)]))
+
+
 def test_names_parameters_and_layers_are_the_models_own():
     model = network()
     layers, parameters, names = list(model), list(model.parameters()), list(model.state_dict())
