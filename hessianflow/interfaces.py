@@ -226,6 +226,9 @@ class GradientObserver(Stateful, Protocol):
     all ranks call together, adds up over them what its microbatches gave. `join` is called before training, and again
     where the ranks have changed; the microbatches of a step that this interrupted are then to be forgotten.
 
+    One that must know whose gradients these are has a `watch(parameters: Sequence[nn.Parameter])`, called before
+    training: gradients come in the order of `parameters`, which need not be that of any optimizer's groups.
+
     Of an optimizer that asks for several gradients a step (SAM) only the first is shown.
     """
 

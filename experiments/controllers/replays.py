@@ -1,15 +1,22 @@
 """What each controller would have done with the measurements of a recorded run, and how near the edge the run was.
 
-    python -m experiments.controllers.replays RUN_DIR...
+    python -m experiments.controllers.replays                       # batch 128 on every problem, from results.jsonl
+    python -m experiments.controllers.replays 'digits/critical*'    # other rows, by PROBLEM/METHOD
 
 Only the decisions are replayed: the measurements stay those of the run as it was trained.
 """
 
+import fnmatch
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import hessianflow as hf
 from hessianflow.interfaces import BatchController
+
+RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
@@ -24,20 +31,39 @@ def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
     }
 
 
-def main(run_dirs: list[str]) -> int:
-    """Print one table a run."""
-    for run_dir in run_dirs:
-        history = hf.History.load(run_dir)
-        settings = history.config["settings"]
-        print(f"\n{run_dir}: epoch:batch")
-        for name, controller in controllers(settings["batch_size"], settings["max_batch_size"]).items():
-            replay = hf.control.replay(history.records, controller)
-            sizes = ", ".join(f"{step.epoch}:{step.decision.batch_size}" for step in replay.changes)
-            print(f"{name:30} {replay.updates:5} updates   {sizes}")
-        rates = {row["epoch"]: row["lr"] for row in history.epochs}
-        momentum = settings["momentum"]
-        used = [r["eigenvalue"] * rates[r["epoch"]] / (2 * (1 + momentum)) for r in history.curvature]
-        print("share of the edge used, by epoch: " + " ".join(f"{share:.3f}" for share in used))
+def history(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The records of a run, as far as a row of results.jsonl holds them; readings count as converged."""
+    total, size = len(row["epochs"]), row["examples"] // len(row["epochs"])
+    first = row["settings"]["batch_size"]
+    for number, epoch in enumerate(row["epochs"], 1):
+        place = {"epoch": number, "examples": number * size}
+        if epoch["eigenvalue"] is not None and number < total:
+            yield {"kind": "curvature", **place, "eigenvalue": epoch["eigenvalue"]}
+        # Fixed and critical scale the rate with the batch.
+        yield {"kind": "epoch", **place, **epoch, "lr_factor": epoch["batch_size"] / first}
+
+
+def show(row: Mapping[str, Any]) -> None:
+    """Print what each controller makes of one run."""
+    settings = row["settings"]
+    print(f"\n{row['problem']}/{row['method']} seed {row['seed']}: {row['updates']} updates; epoch:batch")
+    for name, controller in controllers(settings["batch_size"], settings["max_batch_size"]).items():
+        replay = hf.control.replay(history(row), controller)
+        sizes = ", ".join(f"{step.epoch}:{step.decision.batch_size}" for step in replay.changes)
+        print(f"{name:30} {replay.updates:5} updates   {sizes}")
+    edge = 2 * (1 + settings.get("momentum", 0.9))
+    used = [e["eigenvalue"] * e["lr"] / edge for e in row["epochs"] if e["eigenvalue"] is not None]
+    print("share of the edge used, by epoch: " + " ".join(f"{share:.3f}" for share in used))
+
+
+def main(patterns: list[str]) -> int:
+    """Print one table a row that fits."""
+    with RESULTS.open() as lines:
+        rows = [json.loads(line) for line in lines]
+    for row in rows:
+        name = f"{row['problem']}/{row['method']}"
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ["*/fixed"]):
+            show(row)
     return 0
 
 

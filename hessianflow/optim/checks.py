@@ -41,6 +41,16 @@ def check_number(name: str, value: float, *, low: float = 0.0, below: float = ma
         raise HessianFlowError(f"{name} must be a finite number >= {low:g}{bound}, got {value!r}")
 
 
+def check_count(name: str, value: int, low: int = 1) -> None:
+    """Refuse whatever is not a whole number >= `low`.
+
+    Raises:
+        HessianFlowError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise HessianFlowError(f"{name} must be a whole number >= {low}, got {value!r}")
+
+
 def check_limit(name: str, value: float | None, none: str) -> None:
     """Refuse a limit that is neither None, which means `none`, nor a finite number > 0.
 
@@ -64,15 +74,16 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_rate(lr: float | Tensor, capturable: bool) -> None:
-    """Refuse a learning rate that is negative, not finite, or a tensor without `capturable`.
+    """Refuse a learning rate that is negative, not finite, or a tensor with dimensions or without `capturable`.
 
     Raises:
         HessianFlowError: it is one of these.
     """
-    if not isinstance(lr, Tensor):
-        check_number("lr", lr)
-    elif not capturable or lr.numel() != 1:
-        raise HessianFlowError(f"lr as a tensor must hold one value and needs capturable=True, got shape {[*lr.shape]}")
+    if isinstance(lr, Tensor) and not capturable:
+        raise HessianFlowError(f"lr as a tensor needs capturable=True, got {lr!r}: use a number")
+    if isinstance(lr, Tensor) and lr.ndim > 0:
+        raise HessianFlowError(f"lr as a tensor must be 0-dim, got shape {[*lr.shape]}: use lr.squeeze() for one value")
+    check_number("lr", lr.item() if isinstance(lr, Tensor) else lr)
 
 
 def check_parameters(params: Sequence[Tensor], optimizer: str) -> None:

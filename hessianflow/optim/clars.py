@@ -6,7 +6,9 @@ AAAI 2021, arXiv:2002.01576.
 LARS divides by the norm of the mean gradient, which shrinks where the examples disagree. CLARS divides by the mean norm
 A of the gradients of single examples or small batches:
 
-    ratio = min(max_rate, eta * ||w|| / (A + eps)),      step as in LARS with the chosen form.
+    ratio = min(max_rate, eta * ||w|| / (A + eps)),      step as in LARS with the chosen form;
+
+"larc" makes min(ratio / lr, 1) of that ratio.
 
 As ratio_CLARS = ratio_LARS / M with the disagreement M = A / ||mean gradient|| >= 1, layers whose examples disagree
 move less; the paper claims that no warm-up is needed then.
@@ -48,13 +50,14 @@ class CLARS(LARS):
 
     Args:
         params: parameters or parameter groups.
-        lr: learning rate; a tensor only with `capturable`.
+        lr: learning rate; a 0-dim tensor only with `capturable`.
         momentum: as in LARS.
         weight_decay: in the step only.
         trust_coefficient: eta (0.01 in the official code).
         max_rate: cap of the ratio (0.1 in the official code), None: no cap. :meth:`capped_share` says when it binds.
-        norms: where A comes from. None: a :class:`MicrobatchNorms` over these parameters, to be attached as an observer
-            of the training loop: it is the attribute `norms`.
+        norms: where A comes from. None: a :class:`MicrobatchNorms`, to be attached as an observer of the training loop:
+            it is the attribute `norms`. The trainer tells it whose gradients it shows. A loop of one's own shows those
+            of `params` in their order, or, with several groups, first calls `norms.watch(model.parameters())`.
         eps: added to A.
         form: where the rate enters; "late" as in the official code.
         nesterov: as in LARS.
@@ -98,7 +101,9 @@ class CLARS(LARS):
             capturable=capturable,
         )
         self.max_rate = max_rate
-        self.norms = norms or MicrobatchNorms([p for group in self.param_groups for p in group["params"]])
+        # The order of several groups says nothing about that of the gradients: whoever shows them has to tell it.
+        own = self.param_groups[0]["params"] if len(self.param_groups) == 1 else None
+        self.norms = norms or MicrobatchNorms(own)
         self._tally: Tensor | None = None
 
     def capped_share(self) -> float:
@@ -113,12 +118,18 @@ class CLARS(LARS):
         weight = norms(params)
         small = self.norms.mean_norms(params)
         ratio = group["trust_coefficient"] * weight / (small + group["eps"])
-        ratio = torch.where((weight > 0) & (small > 0), ratio, 1.0)
+        has_ratio = (weight > 0) & (small > 0)
+        ratio = self._capped(torch.where(has_ratio, ratio, 1.0))
+        if group["form"] == "larc":  # a ratio of 1 for want of norms is not divided by the rate, as in LARS
+            ratio = torch.where(has_ratio, (ratio / group["lr"]).clamp(max=1.0), ratio)
+        return ratio
+
+    def _capped(self, ratio: Tensor) -> Tensor:
         if self.max_rate is None:
             return ratio
         if self._tally is None:
             self._tally = torch.zeros(2, dtype=torch.float64, device=ratio.device)
         # In place and on the device, so that counting neither synchronises nor leaves a captured graph.
         self._tally[0] += (ratio > self.max_rate).sum()
-        self._tally[1] += len(params)
+        self._tally[1] += len(ratio)
         return ratio.clamp(max=self.max_rate)

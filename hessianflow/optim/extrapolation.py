@@ -6,6 +6,9 @@ Lin, Kong, Stich, Jaggi, "Extrapolation for large-batch training in deep learnin
 
 With several workers the first gradient is each worker's own, of its small batch, without communication; the second is
 averaged as usual. The first gradient may come from other examples than the second.
+
+`AdaptiveBatchTrainer` gives it a closure, as it does to SAM: both gradients are then of the same whole batch, over all
+microbatches and all ranks, so that the steps do not depend on how many there are.
 """
 
 from collections.abc import Callable
@@ -37,6 +40,9 @@ class Extrapolation(Optimizer):
         HessianFlowError: `lookahead_lr` is negative or not finite.
     """
 
+    wants_closure = True
+    """Without a closure a step does not look ahead: a training loop that can give one should."""
+
     def __init__(self, base: Optimizer, lookahead_lr: float) -> None:
         check_number("lookahead_lr", lookahead_lr)
         self.base, self.lookahead_lr = base, lookahead_lr
@@ -63,7 +69,8 @@ class Extrapolation(Optimizer):
         """Return to the origin and step the base optimizer with the gradients at hand.
 
         Args:
-            closure: computes the gradients and returns the loss; called before and after the look-ahead.
+            closure: computes the gradients and returns the loss; called before and after the look-ahead. The weights
+                are put back also when it raises.
 
         Returns:
             The loss at the weights themselves, if a closure was given.
@@ -72,11 +79,13 @@ class Extrapolation(Optimizer):
             HessianFlowError: the closure returned None.
         """
         loss: Loss | None = None
-        if closure is not None:
-            loss = evaluate(closure)
-            self.lookahead()
-            evaluate(closure)
-        self._return()
+        try:
+            if closure is not None:
+                loss = evaluate(closure)
+                self.lookahead()
+                evaluate(closure)
+        finally:
+            self._return()
         self.base.step()
         return loss
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from hessianflow.interfaces import HessianFlowError
 from hessianflow.optim.checks import CheckedOptimizer, check_limit, check_number, check_parameters, check_rate
 from hessianflow.optim.foreach import (
     Factor,
@@ -40,14 +41,15 @@ class LAMB(CheckedOptimizer):
 
     Args:
         params: parameters or parameter groups; every option below but `max_grad_norm` may differ by group.
-        lr: learning rate; a tensor only with `capturable`.
+        lr: learning rate; a 0-dim tensor only with `capturable`.
         betas: decay rates of the moments (b1, b2).
         eps: added to the root of the second moment (1e-6, as in the paper's code).
         weight_decay: wd, inside the norm (0.01 is usual).
         max_grad_norm: clip the gradient to this global norm first, without a host sync. None: do not.
         adapt_vectors: also adapt tensors of at most one dimension. Default: AdamW for them.
         decay_vectors: also apply weight decay to them. Default: none.
-        capturable: steps and `lr` are kept on the device, so that a CUDA graph may be captured.
+        capturable: steps are counted on the device, so that a CUDA graph may be captured. `lr` may be a tensor there,
+            which schedules change in place; a number is captured as it is, as by torch's optimizers.
 
     Raises:
         HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is complex or sparse.
@@ -82,7 +84,10 @@ class LAMB(CheckedOptimizer):
     def _check(self, group: dict[str, Any]) -> None:
         check_parameters(group["params"], type(self).__name__)
         check_rate(group["lr"], group["capturable"])
-        for beta in group["betas"]:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise HessianFlowError(f"betas must be two numbers such as (0.9, 0.999), got {betas!r}")
+        for beta in betas:
             check_number("betas", beta, below=1)
         for name in ("eps", "weight_decay"):
             check_number(name, group[name])

@@ -58,7 +58,7 @@ class LARS(CheckedOptimizer):
 
     Args:
         params: parameters or parameter groups; every option below may differ by group.
-        lr: learning rate; a tensor only with `capturable`.
+        lr: learning rate; a 0-dim tensor only with `capturable`.
         momentum: m (0.9 in the paper).
         weight_decay: b.
         trust_coefficient: eta (0.001 in the paper).
@@ -67,7 +67,8 @@ class LARS(CheckedOptimizer):
         nesterov: step along (scaled gradient) + momentum * buffer, as `torch.optim.SGD`.
         adapt_vectors: also adapt tensors of at most one dimension (biases, normalisation). Default: plain SGD for them.
         decay_vectors: also apply weight decay to them. Default: none.
-        capturable: `lr` is kept as a device tensor, so that a captured CUDA graph reads the rate of the day.
+        capturable: `lr` may be a tensor on the device, which schedules change in place, so that a captured CUDA graph
+            reads the rate of the day; a number is captured as it is, as by torch's optimizers.
 
     Raises:
         HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is complex or sparse.

@@ -7,6 +7,7 @@
 On several ranks (`join`) all of them average over the microbatches of all ranks: one small sum a step.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,22 +18,29 @@ from torch import Tensor, nn
 from hessianflow.batches import mean_loss, num_examples
 from hessianflow.interfaces import NO_SIGNALS, Batch, HessianFlowError, LossFn, NormMode, Reducer
 from hessianflow.measuring import measuring
-from hessianflow.optim.checks import check_number
+from hessianflow.optim.checks import check_count
 from hessianflow.optim.foreach import norms
 
 
 class _NormTable:
     """Mean norms by parameter, whatever the order they are asked for in."""
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self.params = [parameter for parameter in params if parameter.requires_grad]
-        if not self.params:
-            raise HessianFlowError("params must hold at least one trainable parameter, got none")
-        self._position = {parameter: index for index, parameter in enumerate(self.params)}
+    def __init__(self, params: Iterable[Tensor] | None) -> None:
+        self.params: list[Tensor] = []
+        self._position: dict[Tensor, int] = {}
         self._orders: dict[tuple[int, ...], Tensor] = {}
         self._sum: Tensor | None = None
         self._examples: int | Tensor = 0
         self._reducer: Reducer | None = None
+        if params is not None:
+            self._take(params)
+
+    def _take(self, params: Iterable[Tensor]) -> None:
+        trainable = [parameter for parameter in params if parameter.requires_grad]
+        if not trainable:
+            raise HessianFlowError("params must hold at least one trainable parameter, got none")
+        self.params, self._orders = trainable, {}
+        self._position = {parameter: index for index, parameter in enumerate(trainable)}
 
     def join(self, reducer: Reducer) -> None:
         """Average over the gradients of all ranks from now on."""
@@ -83,14 +91,28 @@ class MicrobatchNorms(_NormTable):
     """Mean over the microbatches of the current step of ||gradient||, weighted by examples, for every parameter.
 
     Args:
-        params: the model's parameters, in the order of the gradients it will be shown; frozen ones are left out.
+        params: the model's parameters, in the order of the gradients it will be shown; frozen ones are left out. The
+            trainer tells its own by :meth:`watch`. None: they must be told so.
 
     Raises:
         HessianFlowError: no trainable parameter.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
+    def __init__(self, params: Iterable[Tensor] | None = None) -> None:
         super().__init__(params)
+        self._complete = False
+
+    def watch(self, parameters: Iterable[Tensor]) -> None:
+        """Take the gradients shown from now on as those of `parameters`, in that order; what was seen is forgotten.
+
+        Args:
+            parameters: the model's; frozen ones are left out.
+
+        Raises:
+            HessianFlowError: no trainable parameter.
+        """
+        self._take(parameters)
+        self._clear()
         self._complete = False
 
     def join(self, reducer: Reducer) -> None:
@@ -103,23 +125,42 @@ class MicrobatchNorms(_NormTable):
         """Add one microbatch; the first one after a step starts afresh.
 
         Raises:
-            HessianFlowError: not one gradient a watched parameter.
+            HessianFlowError: not one gradient a watched parameter, of its shape; or it is not known whose they are.
         """
-        if len(gradients) != len(self.params):
-            raise HessianFlowError(
-                f"gradients must match the {len(self.params)} watched parameters, got {len(gradients)}"
-            )
+        self._check(gradients)
         if self._complete:
             self._clear()
             self._complete = False
         self._add(norms(list(gradients)), examples)
 
     def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:  # noqa: ARG002
-        """The microbatches so far make up this step."""
+        """The microbatches so far make up this step.
+
+        Raises:
+            HessianFlowError: as for a microbatch.
+        """
+        self._check(gradients)
         if self._complete:  # this rank had none
             self._clear()
         self._sum_over_ranks()
         self._complete = True
+
+    def _check(self, gradients: Sequence[Tensor]) -> None:
+        if not self.params:
+            raise HessianFlowError(
+                "MicrobatchNorms must know whose gradients it is shown: call watch(parameters) in their order first"
+            )
+        if len(gradients) != len(self.params):
+            raise HessianFlowError(
+                f"gradients must match the {len(self.params)} watched parameters, got {len(gradients)}: "
+                "call watch(parameters) with those shown"
+            )
+        for index, (gradient, parameter) in enumerate(zip(gradients, self.params, strict=True)):
+            if gradient.shape != parameter.shape:
+                raise HessianFlowError(
+                    f"gradients must be in the order of the watched parameters, but number {index} has shape "
+                    f"{[*gradient.shape]}, its parameter {[*parameter.shape]}: call watch(parameters) in their order"
+                )
 
     def signals(self) -> Mapping[str, float]:
         """None: the optimizer reads the norms on the device."""
@@ -151,7 +192,7 @@ class ExtraBatchNorms(_NormTable):
         norm_mode: statistics of batch normalisation for small batches; "batch" as in the official code.
 
     Raises:
-        HessianFlowError: `every` is below 1, or `per_sample` with batch statistics.
+        HessianFlowError: `every` is not a whole number >= 1, or `per_sample` with batch statistics.
     """
 
     def __init__(
@@ -165,7 +206,7 @@ class ExtraBatchNorms(_NormTable):
         norm_mode: NormMode = "eval",
     ) -> None:
         super().__init__(model.parameters())
-        check_number("every", every, low=1)
+        check_count("every", every)
         if per_sample and norm_mode == "batch":
             raise HessianFlowError('norm_mode must be "eval" with per_sample: a single example has no batch statistics')
         self.model, self.loss_fn, self.draw = model, loss_fn, draw
@@ -212,7 +253,8 @@ class ExtraBatchNorms(_NormTable):
         pair = torch.utils._pytree.tree_map(lambda tensor: tensor.unsqueeze(1), (inputs, targets))
         values = tuple(parameter.detach() for parameter in self.params)
         gradients = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))(values, *pair)
-        return torch.stack([gradient.flatten(1).norm(dim=1).mean() for gradient in gradients])
+        # One more dimension, so that there is one to flatten where the parameter has none.
+        return torch.stack([gradient.unsqueeze(-1).flatten(1).norm(dim=1).mean() for gradient in gradients])
 
     def signals(self) -> Mapping[str, float]:
         """None: the optimizer reads the norms on the device."""
@@ -275,7 +317,7 @@ class GradientMoments:
         sums.large_inverse += 1 / examples
         sums.examples += examples
         if self.accumulate:
-            sums.total = sums.total or [torch.zeros_like(gradient) for gradient in gradients]
+            sums.total = _beside(sums.total, gradients)
             torch._foreach_add_(sums.total, list(gradients), alpha=examples)
 
     def _close_step(self, device: torch.device) -> None:
@@ -311,12 +353,12 @@ class GradientMoments:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far."""
-        return dict(vars(self._sums))
+        """The sums so far, as copies: the observer goes on adding to its own."""
+        return copy.deepcopy(vars(self._sums))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
-        self._sums = _Sums(**state)
+        """Continue from what :meth:`state_dict` returned, on the device of the gradients to come."""
+        self._sums = _Sums(**copy.deepcopy(dict(state)))
 
 
 @dataclass
@@ -343,3 +385,10 @@ class _Sums:
 def _plus(total: Tensor | None, gradients: Sequence[Tensor]) -> Tensor:
     squared = norms(list(gradients)).square().sum()
     return squared if total is None else total.to(squared.device) + squared
+
+
+def _beside(total: list[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The total where the gradients are (one from a checkpoint may be elsewhere); zeros where there is none yet."""
+    if not total:
+        return [torch.zeros_like(gradient) for gradient in gradients]
+    return [own.to(gradient.device) for own, gradient in zip(total, gradients, strict=True)]

@@ -108,6 +108,14 @@ def join_parts(world: World, observers: Sequence[GradientObserver], adversary: A
             )
 
 
+def tell_parameters(observers: Sequence[GradientObserver], parameters: Sequence[nn.Parameter]) -> None:
+    """Tell the observers that have a `watch(parameters)` whose gradients they will be shown, and in which order."""
+    for observer in observers:
+        watch = getattr(observer, "watch", None)
+        if watch is not None:
+            watch(parameters)
+
+
 def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
     """The model's trainable parameters, then others that the optimizer holds (those of a loss, say)."""
     held = [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]

@@ -15,6 +15,7 @@ from hessianflow.interfaces import Adversary, Batch, BatchTransform, Exposure, H
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import BatchResult, GradientAccumulator, OwnResult
+from hessianflow.training.checks import tell_parameters
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.timing import Stopwatch
@@ -40,7 +41,8 @@ class TrainingStep:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        self._takes_closure = _requires_closure(self.optimizer)
+        tell_parameters(self.accumulate.observers, self.accumulate.parameters)
+        self._takes_closure = _takes_closure(self.optimizer)
         if self._takes_closure and self.accumulate.scaler.is_enabled():
             raise HessianFlowError(
                 f"{type(self.optimizer).__name__} asks for several gradients a step, which loss scaling cannot follow: "
@@ -156,8 +158,13 @@ class TrainingStep:
         return undo
 
 
-def _requires_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` cannot do without a function that computes the gradient anew: SAM, LBFGS."""
+def _takes_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` gets a function that computes the gradient anew.
+
+    It does where it cannot do without (SAM, LBFGS), or where the optimizer says so by a true `wants_closure`.
+    """
+    if getattr(optimizer, "wants_closure", False):
+        return True
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 

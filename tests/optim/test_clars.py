@@ -12,10 +12,10 @@ from hessianflow.optim import CLARS, LARS, MicrobatchNorms
 F64 = torch.float64
 
 
-def stepped(per_sample: list[tuple[float, float]], **options: object) -> tuple[Tensor, CLARS]:
+def stepped(per_sample: list[tuple[float, float]], lr: float = 1.0, **options: object) -> tuple[Tensor, CLARS]:
     """w = (3, 4) after one step; every element of `per_sample` is the gradient of one microbatch of one example."""
     weight = torch.tensor([[3.0, 4.0]], dtype=F64, requires_grad=True)
-    optimizer = CLARS([weight], 1.0, **options)  # type: ignore[arg-type]
+    optimizer = CLARS([weight], lr, **options)  # type: ignore[arg-type]
     gradients = [torch.tensor([g], dtype=F64) for g in per_sample]
     observer = optimizer.norms
     assert isinstance(observer, MicrobatchNorms)
@@ -51,15 +51,15 @@ def test_disagreement_lowers_the_rate_of_lars() -> None:
     torch.testing.assert_close(ratio, torch.full_like(ratio, 2**0.5), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("form", ["paper", "outside", "late"])
+@pytest.mark.parametrize("form", ["paper", "outside", "larc", "late"])
 def test_identical_samples_are_lars(form: str) -> None:
     """M = 1: the same steps as LARS of the same form without decay, over several steps."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(3, 4, generator=generator, dtype=F64)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
     options = {"trust_coefficient": 0.02, "form": form}
-    clars = CLARS([ours], 1.0, max_rate=None, **options)  # type: ignore[arg-type]
-    lars = LARS([theirs], 1.0, **options)  # type: ignore[arg-type]
+    clars = CLARS([ours], 0.02, max_rate=None, **options)  # type: ignore[arg-type]
+    lars = LARS([theirs], 0.02, **options)  # type: ignore[arg-type]
     for _ in range(6):
         gradient = torch.randn(3, 4, generator=generator, dtype=F64)
         assert isinstance(clars.norms, MicrobatchNorms)
@@ -70,6 +70,27 @@ def test_identical_samples_are_lars(form: str) -> None:
         clars.step()
         lars.step()
     torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("lr", "eta", "moved"),
+    [(0.5, 0.01, 0.05), (0.01, 0.01, 0.01), (0.5, 0.05, 0.1)],
+    ids=["ratio", "clipped", "capped"],
+)
+def test_clipped_ratio(lr: float, eta: float, moved: float) -> None:
+    """LARC with A = 1: the layer's rate lr * min(ratio / lr, 1) is 5 eta, but at most the rate and at most the cap."""
+    weight, _ = stepped([(1, 0)], lr, trust_coefficient=eta, form="larc")
+    assert weight.flatten().tolist() == pytest.approx([3 - moved, 4], abs=1e-12)
+
+
+@pytest.mark.parametrize("form", ["outside", "larc", "late"])
+def test_zero_norms_mean_ratio_one(form: str) -> None:
+    weight = torch.zeros(2, 2, dtype=F64, requires_grad=True)
+    optimizer = CLARS([weight], 5.0, max_rate=None, form=form)  # type: ignore[arg-type]
+    weight.grad = torch.ones_like(weight)
+    optimizer.norms.on_microbatch([weight.grad], 1)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.full((2, 2), -5.0, dtype=F64))
 
 
 def test_the_cap_is_counted() -> None:
@@ -96,6 +117,22 @@ def test_vectors_are_sgd_and_groups_find_their_norms() -> None:
     optimizer.step()
     torch.testing.assert_close(model.bias.detach(), bias - 1)
     torch.testing.assert_close(model.weight.detach(), weight - 0.01 * weight.norm() / 24**0.5 * 2)
+
+
+def test_the_order_of_several_groups_must_be_told() -> None:
+    """Two layers of one shape, the second in the first group: nothing but the caller knows which gradient is whose."""
+    first, second = (torch.ones(2, 2, dtype=F64, requires_grad=True) for _ in range(2))
+    optimizer = CLARS([{"params": [second]}, {"params": [first]}], 1.0, trust_coefficient=0.01, max_rate=None)
+    assert isinstance(optimizer.norms, MicrobatchNorms)
+    first.grad, second.grad = torch.full((2, 2), 4.0, dtype=F64), torch.ones(2, 2, dtype=F64)
+    for show in (optimizer.norms.on_microbatch, optimizer.norms.on_step):
+        with pytest.raises(HessianFlowError, match=r"must know whose gradients it is shown: call watch\(parameters\)"):
+            show([first.grad, second.grad], 1)
+    optimizer.norms.watch([first, second])
+    optimizer.norms.on_microbatch([first.grad, second.grad], 1)
+    optimizer.step()
+    for weight in (first, second):  # ||w|| = 2; the direction has that length, too
+        torch.testing.assert_close(weight.detach(), torch.full((2, 2), 0.99, dtype=F64))
 
 
 def test_saved_loaded_continued_is_the_same() -> None:

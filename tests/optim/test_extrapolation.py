@@ -83,6 +83,23 @@ def test_parameters_without_gradient_stay() -> None:
     assert idle.item() == 5
 
 
+def test_weights_are_put_back_when_the_closure_fails() -> None:
+    """At the point ahead memory runs out, say: the step can be taken again."""
+    weight = scalar()
+    optimizer = Extrapolation(torch.optim.SGD([weight], 0.1), 0.01)
+
+    def failing() -> Tensor:
+        if weight.item() != 1:
+            raise MemoryError
+        return closure_for(weight, optimizer)
+
+    with pytest.raises(MemoryError):
+        optimizer.step(failing)
+    assert weight.item() == 1
+    optimizer.step(lambda: closure_for(weight, optimizer))
+    assert weight.item() == pytest.approx(1 - 0.4 * 0.96**3)
+
+
 def test_misuse_is_refused() -> None:
     weight = scalar()
     optimizer = Extrapolation(torch.optim.SGD([weight], 0.1), 0.01)

@@ -128,7 +128,11 @@ def test_a_late_parameter_has_its_own_bias_correction() -> None:
     ("options", "message"),
     [
         ({"lr": -1}, "lr must be a finite number >= 0, got -1"),
+        ({"lr": torch.ones(1), "capturable": True}, r"lr as a tensor must be 0-dim, got shape \[1\]"),
         ({"betas": (0.9, 1.0)}, "betas must be a finite number >= 0 and < 1, got 1.0"),
+        ({"betas": (0.9,)}, r"betas must be two numbers such as \(0.9, 0.999\), got \(0.9,\)"),
+        ({"betas": (0.9, 0.9, 0.9)}, r"betas must be two numbers .* got \(0.9, 0.9, 0.9\)"),
+        ({"betas": 0.9}, r"betas must be two numbers .* got 0.9"),
         ({"eps": math.nan}, "eps must be a finite number >= 0, got nan"),
         ({"weight_decay": -1}, "weight_decay must be a finite number >= 0, got -1"),
         ({"max_grad_norm": 0}, "max_grad_norm must be > 0, got 0: use None for no clipping"),

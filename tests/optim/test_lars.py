@@ -252,6 +252,18 @@ def test_a_rate_on_the_device_gives_the_same_steps() -> None:
         torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
 
 
+def test_a_rate_on_the_device_is_kept_and_changed_in_place() -> None:
+    """What a captured graph reads; a number stays a number, as in torch's optimizers."""
+    lr = torch.tensor(0.5)
+    _, optimizer = vector_model(lr=lr, capturable=True)  # type: ignore[arg-type]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr == 0.25
+    assert isinstance(vector_model(lr=0.5, capturable=True)[1].param_groups[0]["lr"], float)
+
+
 def test_half_precision_norms_do_not_overflow() -> None:
     """||g|| = 3e4 * 20 = 6e5 is beyond float16; the step 0.1 * ||w|| * g / ||g|| is not."""
     weight = torch.ones(20, 20, dtype=torch.float16, requires_grad=True)
@@ -329,9 +341,12 @@ def test_closure_is_evaluated_with_gradients() -> None:
     ("options", "message"),
     [
         ({"lr": -1}, "lr must be a finite number >= 0, got -1"),
+        ({"lr": "0.1"}, "lr must be a finite number >= 0, got '0.1'"),
         ({"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
-        ({"lr": torch.tensor(1.0)}, r"lr as a tensor must hold one value and needs capturable=True, got shape \[\]"),
-        ({"lr": torch.ones(2), "capturable": True}, r"lr as a tensor must hold one value.*got shape \[2\]"),
+        ({"lr": torch.tensor(1.0)}, r"lr as a tensor needs capturable=True, got tensor\(1\.\)"),
+        ({"lr": torch.ones(1), "capturable": True}, r"lr as a tensor must be 0-dim, got shape \[1\]: use lr.squeeze"),
+        ({"lr": torch.ones(2), "capturable": True}, r"lr as a tensor must be 0-dim, got shape \[2\]"),
+        ({"lr": torch.tensor(-1.0), "capturable": True}, "lr must be a finite number >= 0, got -1"),
         ({"momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
         ({"trust_coefficient": math.inf}, "trust_coefficient must be a finite number >= 0, got inf"),

@@ -48,6 +48,25 @@ def test_frozen_parameters_are_not_watched() -> None:
         MicrobatchNorms([second])
 
 
+def test_gradients_in_another_order_are_refused() -> None:
+    observer = MicrobatchNorms([torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)])
+    message = r"number 0 has shape \[3\], its parameter \[2\]: call watch\(parameters\)"
+    for show in (observer.on_microbatch, observer.on_step):
+        with pytest.raises(HessianFlowError, match=message):
+            show([torch.ones(3), torch.ones(2)], 1)
+
+
+def test_watching_others_forgets_what_was_seen() -> None:
+    first, second = (torch.zeros(2, dtype=F64, requires_grad=True) for _ in range(2))
+    observer = MicrobatchNorms([first, second])
+    observer.on_microbatch([torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64)], 1)
+    observer.watch([second, torch.zeros(2), first])  # a frozen one in between
+    with pytest.raises(HessianFlowError, match="MicrobatchNorms has seen no gradient"):
+        observer.mean_norms([first])
+    observer.on_microbatch([torch.tensor([3.0, 4.0], dtype=F64), torch.zeros(2, dtype=F64)], 1)
+    assert observer.mean_norms([first, second]).tolist() == [0, 5]
+
+
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_extra_batches_equal_a_loop(per_sample: bool) -> None:
     """Per sample: the mean over all examples of the norm of its gradient, in evaluation mode."""
@@ -63,6 +82,25 @@ def test_extra_batches_equal_a_loop(per_sample: bool) -> None:
         torch.stack([g.norm() for g in gradients(model, inputs[c], targets[c])]) * (c.stop - c.start) for c in cuts
     ]
     torch.testing.assert_close(observer.mean_norms(list(model.parameters())), torch.stack(weighted).sum(0) / 12)
+
+
+def test_norms_of_examples_for_parameters_of_any_dimension() -> None:
+    """Loss s * (w . x): the gradient by s is w . x, that by w is s x."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0, dtype=F64))
+            self.weight = nn.Parameter(torch.tensor([1.0, 1.0], dtype=F64))
+            self.empty = nn.Parameter(torch.zeros(2, 0, dtype=F64))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.scale * inputs @ self.weight + self.empty.sum()
+
+    inputs = torch.tensor([[3.0, 4.0], [-6.0, -8.0]], dtype=F64)
+    observer = ExtraBatchNorms(Scaled(), lambda out, _: out.mean(), lambda: [(inputs, inputs)], per_sample=True)
+    observer.measure()
+    assert observer.mean_norms(observer.params).tolist() == pytest.approx([(7 + 14) / 2, 2 * (5 + 10) / 2, 0])
 
 
 @pytest.mark.parametrize("norm_mode", ["eval", "batch"])
@@ -104,8 +142,9 @@ def test_extra_batches_are_measured_every_so_often_and_restored() -> None:
 
 def test_extra_batches_refuse_bad_settings() -> None:
     model, _, _ = problem()
-    with pytest.raises(HessianFlowError, match="every must be a finite number >= 1, got 0"):
-        ExtraBatchNorms(model, nn.CrossEntropyLoss(), list, every=0)
+    for every in (0, 1.5, True):
+        with pytest.raises(HessianFlowError, match=f"every must be a whole number >= 1, got {every}"):
+            ExtraBatchNorms(model, nn.CrossEntropyLoss(), list, every=every)  # type: ignore[arg-type]
     with pytest.raises(HessianFlowError, match='norm_mode must be "eval" with per_sample'):
         ExtraBatchNorms(model, nn.CrossEntropyLoss(), list, per_sample=True, norm_mode="batch")
     with pytest.raises(HessianFlowError, match="draw must return at least one batch, got none"):
@@ -165,3 +204,28 @@ def test_moments_restored_in_the_middle() -> None:
         observer.on_microbatch([torch.tensor([1.0])], 2)
         observer.on_step([torch.tensor([1.0])], 2)
     assert second.signals() == whole.signals()
+
+
+def test_a_saved_state_stays_as_it_was() -> None:
+    """Neither the observer it came from nor the one it went to changes it."""
+    first, second = GradientMoments(accumulate=True), GradientMoments(accumulate=True)
+    first.on_microbatch([torch.tensor([3.0])], 4)
+    first.on_step([torch.tensor([3.0])], 4)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    for observer in (first, second):
+        observer.on_step([torch.tensor([1.0])], 2)
+        assert state["total"][0].item() == 12
+        assert observer.signals()["gradient_sum_sq"] == 14**2
+
+
+def test_restored_sums_go_where_the_gradients_are() -> None:
+    """A checkpoint holds them on the processor; the device without memory stands for a GPU."""
+    saved, restored = GradientMoments(accumulate=True), GradientMoments(accumulate=True)
+    for observer, device in ((saved, "cpu"), (restored, "meta")):
+        observer.on_microbatch([torch.ones(2, device=device)], 1)
+        observer.on_step([torch.ones(2, device=device)], 1)
+        restored.load_state_dict(saved.state_dict())
+    restored.on_microbatch([torch.ones(2, device="meta")], 1)
+    restored.on_step([torch.ones(2, device="meta")], 1)
+    assert restored.state_dict()["total"][0].device.type == "meta"

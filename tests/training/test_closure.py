@@ -1,4 +1,4 @@
-"""Optimizers that ask for several gradients of one batch: SAM against a loop of its own, and torch's LBFGS."""
+"""Optimizers that ask for several gradients of one batch: SAM and extrapolation against loops, and torch's LBFGS."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.adversarial import PGD, SAM
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
-from hessianflow.optim import GradientMoments
+from hessianflow.optim import Extrapolation, GradientMoments
 
 N = 40
 
@@ -40,20 +40,23 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(x, y), name
 
 
-def test_sam_trains_as_in_a_loop_with_its_closure():
+@pytest.mark.parametrize(
+    "make", [lambda model: SAM(sgd(model), rho=0.1, model=model), lambda model: Extrapolation(sgd(model), 0.05)]
+)
+def test_trains_as_in_a_loop_with_its_closure(make):
     ours, theirs = network(), network()
-    history = train(ours, SAM(sgd(ours), rho=0.1, model=ours))
-    sam, batches, losses = SAM(sgd(theirs), rho=0.1, model=theirs), data(), []
+    history = train(ours, make(ours))
+    optimizer, batches, losses = make(theirs), data(), []
     for _ in range(2):
         for x, y in batches:
 
             def closure(x=x, y=y):
-                sam.zero_grad()
+                optimizer.zero_grad()
                 loss = F.cross_entropy(theirs(x), y)
                 loss.backward()
                 return loss.detach()
 
-            losses.append(sam.step(closure).item() * len(y))
+            losses.append(optimizer.step(closure).item() * len(y))
     assert_same(ours, theirs)
     assert history.epochs[-1]["train_loss"] == pytest.approx(sum(losses[3:]) / N, rel=1e-6)
 
@@ -63,6 +66,17 @@ def test_radius_zero_is_the_base_optimizer_bit_for_bit():
     train(ours, SAM(sgd(ours), rho=0.0, model=ours), microbatch_size=5, max_grad_norm=0.5)
     train(theirs, sgd(theirs), microbatch_size=5, max_grad_norm=0.5)
     assert_same(ours, theirs)
+
+
+def test_extrapolation_looks_ahead_along_the_gradient_of_the_whole_batch():
+    """However many microbatches it takes; a look-ahead of its own for each would move elsewhere."""
+    ours, theirs = (nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 2)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    for model, size in ((ours, 5), (theirs, 16)):
+        optimizer = Extrapolation(sgd(model.double()), 0.5)
+        train(model, optimizer, microbatch_size=size, transform=lambda x, y, _: (x.double(), y))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
 def test_both_gradients_are_of_the_same_adversarial_examples():
@@ -87,7 +101,9 @@ def test_lbfgs_gets_its_closure():
     assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
 
 
-def test_loss_scaling_is_refused():
-    model = network()
-    with pytest.raises(HessianFlowError, match="SAM asks for several gradients a step, which loss scaling cannot"):
-        train(model, SAM(sgd(model), rho=0.1), precision="fp16")
+@pytest.mark.parametrize("wrap", [SAM, lambda base: Extrapolation(base, 0.1)])
+def test_loss_scaling_is_refused(wrap):
+    optimizer = wrap(sgd(model := network()))
+    message = f"{type(optimizer).__name__} asks for several gradients a step, which loss scaling cannot"
+    with pytest.raises(HessianFlowError, match=message):
+        train(model, optimizer, precision="fp16")
