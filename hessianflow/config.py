@@ -68,7 +68,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         batch_size: examples per optimizer step at the start; the learning rate is stated for it.
         max_batch_size: cap for growing batches.
         epochs: passes over the training data.
-        lr: learning rate at batch_size.
+        lr: learning rate at batch_size; default: one for sgd, other optimizers need their own.
         momentum: of sgd, lars and clars.
         weight_decay: of the optimizer (0 in the published ABSA runs).
         trust_coefficient: of lars and clars; default: 0.001 and 0.01, as published.
@@ -85,7 +85,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         patience: absa grows after this many epochs without growth; 0 never does.
         every_epochs: adabatch grows after every so many epochs.
         edge_share: critical uses this share of the largest stable rate, which is that of SGD with momentum; 0: leaves
-            that bound out, as other optimizers need.
+            that bound out. Default: 0.5 with sgd, 0 with any other optimizer.
         loss_power: critical's useful batch follows this power of the fall of the loss; 0: leaves that bound out.
         stages: timed has these batch sizes from these epochs on, e.g. "[[2, 256], [4, 512]]", the rate scaled with
             them; default: twice, 4 and 8 times the batch after 1/12, 1/6 and 1/3 of the epochs.
@@ -157,7 +157,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
     growth_factor: float = 2.0
     patience: int | None = None
     every_epochs: int = 20
-    edge_share: float = 0.5
+    edge_share: float | None = None
     loss_power: float = 1 / 0.21
     stages: tuple[tuple[int, int], ...] | None = None
     decay_from: float | None = None
@@ -279,7 +279,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         preset["schedule"] = "constant"
     preset |= {"norm_mode": "eval", "adversarial_share": 1.0 if config.adversary == "conadv" else 0.2}
     if config.controller == "critical":
-        preset |= {"schedule": "cosine", "norm_mode": "batch"}
+        # The stable rate of the bound is SGD's: of an optimizer that rescales its gradients it says nothing.
+        share = 0.5 if config.optimizer == "sgd" else 0.0
+        preset |= {"schedule": "cosine", "norm_mode": "batch", "edge_share": share}
     if config.resolution is not None:
         preset["resolutions"] = config.resolutions_of(config.data)
     if config.controller == "dual-batch":

@@ -33,11 +33,11 @@ def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
 
 def history(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The records of a run, as far as a row of results.jsonl holds them; readings count as converged."""
-    total, size = len(row["epochs"]), row["examples"] // len(row["epochs"])
+    size = row["examples"] // len(row["epochs"])
     first = row["settings"]["batch_size"]
     for number, epoch in enumerate(row["epochs"], 1):
         place = {"epoch": number, "examples": number * size}
-        if epoch["eigenvalue"] is not None and number < total:
+        if epoch["eigenvalue"] is not None:
             yield {"kind": "curvature", **place, "eigenvalue": epoch["eigenvalue"]}
         # Fixed and critical scale the rate with the batch.
         yield {"kind": "epoch", **place, **epoch, "lr_factor": epoch["batch_size"] / first}

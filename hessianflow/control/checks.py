@@ -69,6 +69,6 @@ def check_signals(names: frozenset[str], signals: Mapping[str, float]) -> None:
     missing = sorted(names - signals.keys())
     if missing:
         raise HessianFlowError(
-            f"signals must hold {', '.join(missing)}, got {sorted(signals) or 'none'}: "
-            "attach the GradientObserver that measures it"
+            f"signals must hold {', '.join(missing)}, got {sorted(signals) or 'none'}: pass them to update(progress, "
+            "reading, signals), or attach the GradientObserver that measures them (hf.optim.GradientMoments)"
         )

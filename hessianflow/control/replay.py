@@ -90,9 +90,11 @@ def replay(
         updates += math.ceil((moment["examples"] - used) / decision.batch_size)
         used = moment["examples"]
         progress = Progress(moment["epoch"], used, updates, size, total)
-        if not controller.is_due(progress):
+        # As in training: at the end nothing is left that a decision could change, and nothing was measured for one.
+        if progress.epoch >= total or not controller.is_due(progress):
             continue
         signals = _signals(moment, decision.lr_factor / (moment["lr_factor"] or 1.0))
+        _check_recorded(controller, signals, progress.epoch)
         before, decision = decision, controller.update(progress, _reading(moment), signals)
         steps.append(ReplayStep(progress.epoch, used, updates, decision, decision.setting != before.setting))
     return Replay(tuple(steps), updates)
@@ -138,6 +140,15 @@ def _signals(moment: Mapping[str, Any], rate_ratio: float) -> dict[str, float]:
     if "learning_rate" in signals:
         signals["learning_rate"] *= rate_ratio
     return signals
+
+
+def _check_recorded(controller: BatchController, signals: Mapping[str, float], epoch: int) -> None:
+    missing = sorted(controller.needs - {"eigenvalue"} - signals.keys())
+    if missing:
+        raise HessianFlowError(
+            f"the record holds no {', '.join(missing)} at epoch {epoch}, by which {type(controller).__name__} decides: "
+            "replay a run whose controller measured them (of this name, or one that needs the same)"
+        )
 
 
 def _number(value: Any) -> float:

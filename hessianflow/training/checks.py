@@ -29,14 +29,25 @@ def check_data(train_data: object) -> None:
         )
 
 
-def check_signals(controller: BatchController | None, has_probe: bool, num_examples: int) -> None:
+LOOP_SIGNALS = frozenset({"train_loss", "epoch_loss", "learning_rate"})
+"""What the training loop itself can tell a controller; all else is a probe's or an observer's."""
+
+
+def check_signals(controller: BatchController | None, has_probe: bool, has_observers: bool, num_examples: int) -> None:
     """Refuse a controller that cannot work here.
 
     Raises:
-        HessianFlowError: it needs eigenvalues and there is no probe; its largest batch exceeds the data.
+        HessianFlowError: it needs eigenvalues and there is no probe, or other signals and there is no observer; its
+            largest batch exceeds the data.
     """
     if controller is None:
         return
+    observed = sorted(controller.needs - LOOP_SIGNALS - {"eigenvalue"})
+    if observed and not has_observers:
+        raise HessianFlowError(
+            f"{type(controller).__name__} decides by {', '.join(observed)}: pass observers=[...] that measure them, "
+            "such as hf.optim.GradientMoments() (with accumulate=True for gradient_sum_sq)"
+        )
     if "eigenvalue" in controller.needs and not has_probe:
         raise HessianFlowError(
             f"{type(controller).__name__} decides by the top eigenvalue: pass "

@@ -142,7 +142,7 @@ class AdaptiveBatchTrainer:
     ) -> None:
         check_data(train_data)
         decision = Decision(train_data.batch_size) if controller is None else controller.decision
-        check_signals(controller, probe is not None, train_data.num_examples)
+        check_signals(controller, probe is not None, bool(observers), train_data.num_examples)
         check_run(model, optimizer, decision.batch_size, train_data.num_examples, epochs)
         self.model, self.train_data, self.eval_data, self.loss_fn = model, train_data, eval_data, loss_fn
         self.controller, self.adversary, self.epochs = controller, adversary, epochs

@@ -34,7 +34,7 @@ def test_worked_trace_and_its_updates() -> None:
     assert result.changes[0].decision.reason == "eigenvalue fell from 100 to 50 (<= 1/2)"
     assert result.changes[0].updates == 24
     assert result.updates == 24 + 8 + 4 + 1
-    assert len(result.steps) == 8
+    assert len(result.steps) == 7, "nothing is decided at the end"
 
 
 def test_an_epoch_that_does_not_divide_counts_its_last_batch() -> None:
@@ -51,7 +51,7 @@ def test_planned_epochs_and_size_may_be_given() -> None:
 
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_a_reading_that_was_not_finite_stays_unusable(value: float | None) -> None:
-    result = replay(history([100, value, 50]), ABSA(128, 1024))
+    result = replay(history([100, value, 50]), ABSA(128, 1024), total_epochs=9)
     assert result.steps[1].decision.reason == "eigenvalue not used: not finite (nan)"
     assert result.steps[2].decision.batch_size == 256
 
@@ -60,20 +60,28 @@ def test_signals_are_read_from_any_row_of_the_moment() -> None:
     rows = history([1.0])
     moments = {"small_gradient_sq": 17.0, "small_batch_size": 16, "large_gradient_sq": 5.0, "large_batch_size": 64}
     rows.append({"kind": "signals", "epoch": 1, "examples": 1024, **moments})
-    result = replay(rows, NoiseScale(64, 1024))
+    result = replay(rows, NoiseScale(64, 1024), total_epochs=9)
     assert result.changes[0].decision.batch_size == 256
-    with pytest.raises(HessianFlowError, match="signals must hold large_batch_size, large_gradient_sq"):
-        replay(history([1.0]), NoiseScale(64, 1024))
+    wanted = "the record holds no large_batch_size, large_gradient_sq, .* at epoch 1, by which NoiseScale decides"
+    with pytest.raises(HessianFlowError, match=wanted):
+        replay(history([1.0, 1.0]), NoiseScale(64, 1024))
+
+
+def test_nothing_is_decided_at_the_end() -> None:
+    """The last epoch of a run has no signals: nobody asked for them. A record of half a run goes on to be decided."""
+    rows = history([1.0])
+    assert replay(rows, NoiseScale(64, 1024)).steps == ()
+    assert len(replay(rows, ABSA(128, 1024), total_epochs=2).steps) == 1
 
 
 def test_the_epoch_row_serves_as_loss_and_rate() -> None:
     """Loss 2 then 1: half the loss allows 2^(1 / 0.21) = 27 times the batch, one growth twofold."""
     rows = [row if row["kind"] != "epoch" else {**row, "train_loss": 2 / row["epoch"]} for row in history([1.0, 1.0])]
-    result = replay(rows, CriticalBatch(128, 1024, edge_share=None))
+    result = replay(rows, CriticalBatch(128, 1024, edge_share=None), total_epochs=9)
     assert [(step.epoch, step.decision.batch_size) for step in result.changes] == [(2, 256)]
     assert result.changes[0].decision.reason == "loss fell from 2 to 1"
     signals = {"kind": "signals", "epoch": 2, "examples": 2048, "epoch_loss": 2.0}
-    assert replay([*rows, signals], CriticalBatch(128, 1024, edge_share=None)).changes == (), (
+    assert replay([*rows, signals], CriticalBatch(128, 1024, edge_share=None), total_epochs=9).changes == (), (
         "what was recorded as a signal is one"
     )
 
@@ -94,7 +102,7 @@ def test_the_rate_is_the_schedules_under_the_replayed_factor() -> None:
         for row in rows:
             if row["kind"] == "epoch":
                 row |= {"lr": 0.1 * recorded, "lr_factor": recorded}
-        result = replay(rows, CriticalBatch(128, 1024, loss_power=None))
+        result = replay(rows, CriticalBatch(128, 1024, loss_power=None), total_epochs=9)
         assert [step.decision.batch_size for step in result.steps] == expected
 
 
@@ -105,7 +113,7 @@ def test_old_records_tell_the_factor_by_their_decisions() -> None:
         if row["kind"] == "epoch":
             row["lr"] = 0.1 if row["epoch"] == 1 else 0.7
     for order in (rows, rows[::-1]):
-        result = replay(order, CriticalBatch(128, 1024, loss_power=None))
+        result = replay(order, CriticalBatch(128, 1024, loss_power=None), total_epochs=9)
         assert [step.decision.batch_size for step in result.steps] == [256, 512, 640]
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hessianflow import AdaptiveBatchTrainer, CurvatureReading, Decision, HessianFlowError, History
 from hessianflow.data import DeviceBatches
 from hessianflow.interfaces import Exposure
+from hessianflow.training.checks import LOOP_SIGNALS
 
 N = 50
 
@@ -396,6 +397,29 @@ def test_bad_arguments():
         trainer(model, data(), epochs=0)
     with pytest.raises(HessianFlowError, match="batch size 51 must lie between 1 and the 50"):
         trainer(model, data(), controller=Script(Decision(51), {}))
+
+
+def test_a_controller_that_nobody_measures_for_is_refused_at_the_start():
+    for needs, message in (
+        ({"eigenvalue"}, "Script decides by the top eigenvalue: pass probe="),
+        ({"small_gradient_sq", "epoch_loss"}, r"Script decides by small_gradient_sq: pass observers=\[...\]"),
+    ):
+        with pytest.raises(HessianFlowError, match=message):
+            trainer(network(), data(), controller=Script(Decision(8), {}, needs=frozenset(needs)), epochs=1)
+
+
+def test_what_the_loop_says_it_can_tell_it_tells():
+    seen = {}
+
+    class Listening(Script):
+        def update(self, progress, reading=None, signals=None):
+            seen.update(signals)
+            return super().update(progress, reading, signals)
+
+    controller = Listening(Decision(8), {16: Decision(8)}, needs=LOOP_SIGNALS)
+    trainer(network(), data(), controller=controller, epochs=1).fit()
+    assert seen.keys() == LOOP_SIGNALS
+    assert all(math.isfinite(value) for value in seen.values())
 
 
 def test_used_run_directory_is_refused(tmp_path: Path):
