@@ -1,12 +1,12 @@
 """hessianflow: Hessian-driven batch sizes, adversarial regularization and large-batch training for PyTorch.
 
-Rooms (`hf.curvature`, `hf.control`, ...) are imported when first used, so that `import hessianflow` stays light.
+Rooms (`hf.curvature`, `hf.control`, ...) are imported when first used, so that `import hessianflow` stays light;
+torch, too, so that the command can be interrupted while it loads.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
 from hessianflow.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         plots,
         training,
     )
+    from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
     from hessianflow.training.record import History
     from hessianflow.training.trainer import AdaptiveBatchTrainer
 
@@ -46,7 +47,11 @@ __all__ = [
     "training",
 ]
 
-_CLASSES = {"AdaptiveBatchTrainer": "hessianflow.training.trainer", "History": "hessianflow.training.record"}
+_CLASSES = {
+    "AdaptiveBatchTrainer": "hessianflow.training.trainer",
+    "History": "hessianflow.training.record",
+    **dict.fromkeys(("CurvatureReading", "Decision", "HessianFlowError", "Progress"), "hessianflow.interfaces"),
+}
 
 
 def __getattr__(name: str) -> Any:

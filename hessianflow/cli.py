@@ -1,13 +1,16 @@
-"""The `hessianflow` command: every mistake or bad input is one line on standard error and exit status 2."""
+"""The `hessianflow` command: every mistake or bad input is one line on standard error and exit status 2.
+
+Everything heavy is imported below :func:`main`, so that an interrupt while it loads ends like any other.
+"""
 
 import os
 import sys
 from collections.abc import Sequence
 
-from hessianflow import __version__
-from hessianflow.commands import curvature, data, plan, records, robustness, training
-from hessianflow.commands.parser import Parser
-from hessianflow.interfaces import AgreedError, HessianFlowError
+SETTING = ("train", "plan")
+"""Commands whose options are the settings of a run."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells count."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,9 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say, here or at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:  # while training, a handler of its own ends the run in good order
+        sys.stderr.write("hessianflow: interrupted\n")
+        return INTERRUPTED
 
 
 def _main(given: list[str]) -> int:
+    from hessianflow import __version__
+    from hessianflow.commands import curvature, data, plan, records, robustness, training
+    from hessianflow.commands.parser import Parser
+    from hessianflow.interfaces import AgreedError, HessianFlowError
+
     parser = Parser(prog="hessianflow", description="Train with a batch size that the curvature of the loss drives.")
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
     runs = {
@@ -51,8 +62,11 @@ def _main(given: list[str]) -> int:
 
 
 def _fail(command: str, message: str) -> int:
+    from hessianflow.commands.settings import in_options
+
     where = f"rank {_rank()}: " if _rank() > 0 else ""
-    sys.stderr.write(f"hessianflow {command}: error: {where}{' '.join(message.split())}\n")
+    line = in_options(" ".join(message.split())) if command in SETTING else " ".join(message.split())
+    sys.stderr.write(f"hessianflow {command}: error: {where}{line}\n")
     return 2
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import hessianflow
 from hessianflow import History
 from hessianflow.build import load_parts
 from hessianflow.cli import main
+from hessianflow.commands.curvature import _opinions
+from hessianflow.curvature import Comparison, SecondOpinion
 
 QUICK = ["--epochs", "2", "--plots", "false"]
 
@@ -62,7 +65,7 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
     ("arguments", "words"),
     [
         (["--data", "mnist"], ["--data", "'digits'", "mnist"]),
-        (["--model", "resnet21"], ["unknown model 'resnet21'", "resnet20"]),
+        (["--model", "resnet21"], ["--model: unknown model 'resnet21'", "resnet20"]),
         (["--controller", "magic"], ["--controller", "'absa'", "magic"]),
         (["--nonsense", "1"], ["unknown option", "--nonsense"]),
         (["--batch-size", "many"], ["--batch-size", "int", "many"]),
@@ -79,7 +82,7 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--adversary", "conadv", "--staleness", "-1"], ["--staleness", "at least 0", "-1"]),
         (["--adversary", "conadv", "--attack-runner", "stream", "--device", "cpu"], ["stream cannot attack on cpu"]),
         (["--staleness", "1"], ["--staleness is a setting of --adversary conadv"]),
-        (["--adversary", "conadv", "--staleness", "9999"], ["staleness must be smaller than the number of steps"]),
+        (["--adversary", "conadv", "--staleness", "9999"], ["--staleness must be smaller than the number of steps"]),
         (["--sam-rho", "-1"], ["--sam-rho", "at least 0", "-1"]),
         (["--sam-rho", "0.1", "--precision", "fp16"], ["SAM", "bf16"]),
         (["--milestones", "[5, 2]"], ["--milestones", "increasing"]),
@@ -88,9 +91,9 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--stages", "[1, 64]"], ["--stages", "[1, 64]"]),
         (
             ["--controller", "timed", "--stages", "[[2, 64], [2, 128]]"],
-            ["stages must have increasing epochs, got [2, 2]"],
+            ["--stages must have increasing epochs, got [2, 2]"],
         ),
-        (["--controller", "critical", "--edge-share", "1"], ["edge_share must be < 1", "1.0"]),
+        (["--controller", "critical", "--edge-share", "1"], ["--momentum and --edge-share must be < 1", "1.0"]),
         (["--controller", "critical", "--edge-share", "0", "--loss-power", "0"], ["--edge-share and --loss-power"]),
         (["--optimizer", "lars", "--trust-coefficient", "-1"], ["--trust-coefficient", "at least 0", "-1"]),
         (["--curvature", "off"], ["--controller absa needs curvature"]),
@@ -391,6 +394,107 @@ def test_plot_overlays_runs(capsys):
     assert status == 0
     assert Path("pictures/curvature_trajectory.png").stat().st_size > 10_000
     assert "pictures/training_curves.png" in out
+
+
+def synthetic_run(name: str, *rows: dict, **config: object) -> Path:
+    """A run directory as training from Python leaves one, without weights."""
+    folder = Path(name)
+    folder.mkdir(parents=True)
+    first = {"kind": "epoch", "epoch": 1, "examples": 64, "updates": 2, "batch_size": 32, "eval_accuracy": 0.5}
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, *rows)))
+    (folder / "config.json").write_text(json.dumps({"trainer": {"examples_per_epoch": 64}, **config}))
+    return folder
+
+
+def test_a_run_named_twice_counts_once(capsys):
+    run_dir = synthetic_run("k/fixed")
+    status, out, err = run("compare", "k/fixed", f"{run_dir.resolve()}", "k/../k/fixed/", capsys=capsys)
+    assert status == 0
+    assert "| fixed (1 unfinished) | 1 | 50.00 | 2 | 64 |" in out
+    assert err.count("is named more than once and counts once\n") == err.count("\n") == 2
+
+
+@pytest.mark.parametrize("command", ["replay", "compare", "plot", "report"])
+def test_a_value_that_is_no_number_is_one_line(command: str, capsys):
+    row = {"kind": "curvature", "epoch": 1, "examples": 64, "eigenvalue": "big"}
+    synthetic_run("run", row, settings={})
+    status, _, err = run(command, "run", capsys=capsys)
+    assert status == 2
+    words = 'run/history.jsonl line 2: eigenvalue must be a number, got "big": the file is damaged'
+    assert err == f"hessianflow {command}: error: {words}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "instead"),
+    [
+        (["replay", "run"], "hf.control.replay"),
+        (["spectrum", "run"], "hf.curvature.top_eigenpairs"),
+        (["second-opinion", "run"], "hf.curvature.second_opinion"),
+        (["robustness", "run"], "hf.adversarial.robust_accuracy"),
+        (["plan", "--run", "run"], "hf.distributed.predict"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_run_made_from_python_is_refused_with_what_to_call(command: list[str], instead: str, capsys):
+    synthetic_run("run")
+    status, _, err = run(*command, capsys=capsys)
+    assert (status, err.count("\n")) == (2, 1)
+    needs = f"run/config.json holds no settings: `hessianflow {command[0]}` needs a run of `hessianflow train`"
+    assert f"{needs}; with one made from Python, call {instead}" in err
+    room, name = instead.removeprefix("hf.").split(".")
+    assert callable(getattr(getattr(hessianflow, room), name))
+
+
+def test_second_opinion_has_one_kind_of_difference():
+    """Shares of the larger value; the densities' distance has the unit of an eigenvalue, and a line of its own."""
+    rows = (
+        Comparison("eigenvalue 1", 4.0, 1e-3, 5.0, 0.2),
+        Comparison("trace", 0.0, 0.5, 0.0, 0.0),
+        Comparison("density mean*", 1e-5, float("nan"), 5e-6, 2e-3),
+        Comparison("trace", 1.0, 0.5, None, None),
+    )
+    lines = _opinions(SecondOpinion(rows, ("a finding",), 8)).splitlines()
+    assert [line.split()[-4:] for line in lines[1:5]] == [
+        ["4", "1.0e-03", "5", "2.00e-01"],
+        ["0", "5.0e-01", "0", "0.00e+00"],
+        ["1e-05", "-", "5e-06", "5.00e-01"],
+        ["1", "5.0e-01", "failed", "-"],
+    ]
+    assert "difference: relative to the larger value" in lines[5]
+    assert lines[6].startswith("note: the densities, of one probe each, lie 2.00e-03 apart (Wasserstein distance")
+    assert lines[7:] == ["note: a finding"]
+
+
+def test_a_batch_that_shrank_is_told(capsys):
+    """cabs halves the batch of 32 within the first epoch."""
+    status, out, _ = run("train", *QUICK, "--epochs", "1", "--controller", "cabs", "--run-dir", "run", capsys=capsys)
+    assert status == 0
+    assert "largest batch 32" in out
+    assert re.search(r"\n  epoch   0: batch 32 -> 16: rate ", out)
+
+
+def test_an_interrupt_is_one_line_and_status_130(capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hessianflow.commands.curvature._load", interrupted)
+    status, out, err = run("spectrum", "run", capsys=capsys)
+    assert (status, out, err) == (130, "", "hessianflow: interrupted\n")
+
+
+def test_an_interrupt_while_the_command_loads_is_one_line():
+    """It comes when jsonargparse is looked for, long before there is a parser."""
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'jsonargparse': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from hessianflow.cli import main\n"
+        "sys.exit(main(['train']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "hessianflow: interrupted\n")
 
 
 def test_help_and_no_command(capsys):

@@ -68,6 +68,7 @@ VARIANTS = (
     "critical-reuse",
     "timed-reuse",
     "fixed-reuse",
+    "critical-0.95-reuse",
     "critical-three-quarters",
     "critical-steps",
     "critical-256",
@@ -151,6 +152,9 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "clars": lambda base: _large(base, optimizer="clars"),
     "clars-0.02": lambda base: _large(base, optimizer="clars", trust_coefficient=0.02),
     "clars-0.03": lambda base: _large(base, optimizer="clars", trust_coefficient=0.03),
+    "clars-0.04-quarter-rate": lambda base: _large(
+        {**base, "lr": base["lr"] / 4}, optimizer="clars", trust_coefficient=0.04
+    ),
     "noise-scale": lambda base: {"controller": "noise-scale", "microbatch_size": base["batch_size"] // 4},
     "adabatch": _adabatch,
     "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
@@ -163,6 +167,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed-reuse": lambda _: {"adversary": "reuse"},
     "timed-reuse": lambda _: {**_TIMED, "adversary": "reuse"},
     "critical-reuse": lambda base: _critical(base, edge_share=3 / 4, adversary="reuse"),
+    "critical-0.95-reuse": lambda base: _critical(base, edge_share=0.95, adversary="reuse"),
     "critical-third": lambda base: _critical(base, edge_share=1 / 3),
     "critical-fifth": lambda base: _critical(base, edge_share=1 / 5),
     "critical-steps": lambda base: _critical(base, schedule="multistep"),

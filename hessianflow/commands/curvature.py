@@ -1,5 +1,6 @@
 """`hessianflow spectrum` and `hessianflow second-opinion`: the curvature of a trained run, after the fact."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command
+from hessianflow.commands.runs import require_settings
 from hessianflow.interfaces import HessianFlowError, NormMode
 
 if TYPE_CHECKING:
-    from hessianflow.curvature import SpectrumReport
+    from hessianflow.curvature import SecondOpinion, SpectrumReport
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -49,7 +51,7 @@ def _spectrum(arguments: Namespace) -> int:
 
     from hessianflow.curvature import spectrum_report
 
-    model, loss_fn, batch = _load(arguments)
+    model, loss_fn, batch = _load(arguments, "spectrum", "hf.curvature.top_eigenpairs or hf.curvature.spectrum_report")
     with tqdm(disable=None, unit=" products") as bar:
 
         def progress(stage: str, _done: int) -> None:
@@ -77,18 +79,19 @@ def _spectrum(arguments: Namespace) -> int:
 def _second_opinion(arguments: Namespace) -> int:
     from hessianflow.curvature import second_opinion
 
-    model, loss_fn, batch = _load(arguments)
-    print(second_opinion(model, loss_fn, batch, k=arguments.k, seed=arguments.seed).table())
+    model, loss_fn, batch = _load(arguments, "second-opinion", "hf.curvature.second_opinion")
+    print(_opinions(second_opinion(model, loss_fn, batch, k=arguments.k, seed=arguments.seed)))
     return 0
 
 
-def _load(arguments: Namespace) -> tuple[Any, Any, Any]:
+def _load(arguments: Namespace, command: str, instead: str) -> tuple[Any, Any, Any]:
     from torch.nn import CrossEntropyLoss
 
-    from hessianflow.build import load_parts
+    from hessianflow.build import find_checkpoint, load_parts
 
     if arguments.k < 1 or arguments.examples < 1:
         raise HessianFlowError(f"--k and --examples must be at least 1, got {arguments.k} and {arguments.examples}")
+    require_settings(find_checkpoint(arguments.run)[0], command, instead)
     _, parts = load_parts(arguments.run)
     count = min(arguments.examples, parts.train.num_examples)
     return parts.model, CrossEntropyLoss(), parts.train.sample(count, arguments.seed)
@@ -117,6 +120,26 @@ def _table(report: "SpectrumReport") -> str:
             f"+- {layer.trace_stderr:.1g}, {layer.size} weights{mark}"
         )
     return "\n".join(lines)
+
+
+def _opinions(opinion: "SecondOpinion") -> str:
+    """Both libraries side by side; the difference is relative in every row, that of the densities stands below."""
+    lines, notes = [f"{'quantity':<22}{'hessianflow':>14}{'+-':>11}{'PyHessian':>14}{'difference':>12}"], []
+    for row in opinion.rows:
+        error = "-" if math.isnan(row.ours_error) else f"{row.ours_error:.1e}"
+        theirs, difference = "failed", "-"
+        if row.theirs is not None:
+            scale = max(abs(row.ours), abs(row.theirs))
+            theirs = f"{row.theirs:.6g}"
+            difference = f"{abs(row.ours - row.theirs) / scale if scale > 0 else 0.0:.2e}"
+        lines.append(f"{row.quantity:<22}{row.ours:>14.6g}{error:>11}{theirs:>14}{difference:>12}")
+        if row.quantity.startswith("density") and row.difference is not None:
+            notes.append(
+                f"the densities, of one probe each, lie {row.difference:.2e} apart (Wasserstein distance, in units of "
+                "the eigenvalues)"
+            )
+    lines.append("+-: residual of an eigenvalue, standard error of the trace; difference: relative to the larger value")
+    return "\n".join([*lines, *(f"note: {note}" for note in (*notes, *opinion.notes))])
 
 
 def _write(report: "SpectrumReport", folder: Path) -> None:

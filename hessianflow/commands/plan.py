@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 
 from hessianflow.commands import plan_dual_batch
 from hessianflow.commands.parser import add_command
+from hessianflow.commands.runs import require_settings
 from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig, option
 from hessianflow.interfaces import HessianFlowError
@@ -134,6 +135,7 @@ def _run(arguments: Namespace) -> "Run":
     for name in SCHEDULE:
         if name in changed:
             raise HessianFlowError(f"{option(name)} {changed[name]}: --run {arguments.run} sets that, leave one out")
+    require_settings(arguments.run, "plan", "hf.distributed.predict")
     return Run(prepare(replace(load_config(arguments.run), **changed)), History.load(arguments.run))
 
 

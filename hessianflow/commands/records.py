@@ -8,6 +8,7 @@ from typing import Any, get_args
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command
+from hessianflow.commands.runs import distinct, require_settings
 from hessianflow.config import ControllerName
 from hessianflow.interfaces import HessianFlowError
 
@@ -111,6 +112,7 @@ def _replay(arguments: Namespace) -> int:
     from hessianflow.training import History
 
     history = History.load(arguments.run_dir)
+    require_settings(arguments.run_dir, "replay", "hf.control.replay")
     # No rate is set here, and some controllers would refuse the schedule of the run.
     changes = {"controller": arguments.controller, "schedule": None}
     changes |= {name: arguments[name] for name in ("max_batch_size", "patience") if arguments[name] is not None}
@@ -132,7 +134,7 @@ def _replay(arguments: Namespace) -> int:
 def _runs(arguments: Namespace) -> list[Path]:
     from hessianflow.training import History
 
-    runs = [Path(run) for run in arguments.run_dirs]
+    runs = distinct(arguments.run_dirs)
     for run in runs:
         if not History.load(run).epochs:
             raise HessianFlowError(f"{run} holds no completed epoch yet: nothing to show")

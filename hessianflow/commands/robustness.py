@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command
+from hessianflow.commands.runs import require_settings
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -39,6 +40,7 @@ def _robustness(arguments: Namespace) -> int:
     for size in arguments.eps:
         if not 0 <= size <= 1:
             raise HessianFlowError(f"--eps must lie between 0 and 1 (pixels scaled to [0, 1]), got {size}")
+    require_settings(find_checkpoint(arguments.run)[0], "robustness", "hf.adversarial.robust_accuracy")
     _, parts = load_parts(arguments.run)
     batch = parts.test.examples(torch.arange(min(arguments.examples, parts.test.num_examples)))
     spread = torch.tensor(parts.spread)

@@ -1,5 +1,6 @@
 """Options of the command that are settings of a run, in the words of the one place that documents them."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -22,6 +23,15 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
                 help=texts[field.name],
                 **({"nargs": "?", "const": True} if field.default is False else {}),  # --elastic is --elastic true
             )
+
+
+def in_options(message: str) -> str:
+    """A message about parameters, with options in place of those at its beginning that are settings."""
+    name = f"(?:{'|'.join(field.name for field in fields(TrainConfig))})"
+    begins = re.match(rf"{name}(?: and {name})?(?= (?:\w+ )?must )", message)
+    if begins:
+        return " and ".join(map(option, begins[0].split(" and "))) + message[begins.end() :]
+    return re.sub(rf"^unknown ({name})\b", lambda found: f"{option(found[1])}: {found[0]}", message)
 
 
 def _field_texts() -> dict[str, str]:

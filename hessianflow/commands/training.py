@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     AnyTrainer = AdaptiveBatchTrainer | DualBatchTrainer | ElasticTrainer
 
 
+SHOWN_CHANGES = 20
+"""Lines about the batch size after a run: controllers that decide every few updates would fill the screen."""
+
+
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     train = add_command(commands, "train", "train a network; no argument needed")
@@ -138,8 +142,11 @@ def _print_summary(history: "History") -> None:
         f"largest batch {summary['largest_batch']}; {summary['wall_seconds']:.1f} s, of which "
         f"{seconds['curvature']:.1f} s curvature and {seconds['adversary']:.1f} s adversary"
     )
-    for row in history.growths:
+    changes = [row for row in history.of_kind("batch") if row["from"] != row["to"]]
+    for row in changes[:SHOWN_CHANGES]:
         print(f"  epoch {row['epoch']:>3}: batch {row['from']} -> {row['to']}: {row['reason']}")
+    if len(changes) > SHOWN_CHANGES:
+        print(f"  and {len(changes) - SHOWN_CHANGES} more changes, listed in history.jsonl")
     print(f"  {history.run_dir}")
     if summary["status"] == "preempted":
         print(f"  hessianflow resume {history.run_dir}  continues")

@@ -170,4 +170,5 @@ class CriticalBatch(BoundedController[CriticalState]):
             return 0.0, "no usable eigenvalue"
         eigenvalue = statistics.median(state.eigenvalues)
         edge = 2 * (1 + self.momentum) / eigenvalue
-        return share * edge / rate, f"eigenvalue {eigenvalue:.4g} is stable up to a rate of {edge:.4g}"
+        of = f" (median of {len(state.eigenvalues)})" if len(state.eigenvalues) > 1 else ""
+        return share * edge / rate, f"eigenvalue {eigenvalue:.4g}{of} is stable up to a rate of {edge:.4g}"

@@ -12,8 +12,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hessianflow.plots import style
-from hessianflow.plots.records import Run, RunSource, column, number, read_runs
+from hessianflow.plots.records import Run, RunSource, batch_steps, column, number, read_runs
 from hessianflow.plots.settings import Group, group_runs
+
+_LEGEND = 90
+"""Characters of a label in the legend; tables hold it whole."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +102,24 @@ def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = Non
         for run in group.runs:
             rows = run.of_kind("epoch")
             accuracy = 100 * column(rows, "eval_accuracy")
-            look = {"color": style.colour(index), "linestyle": style.dash(index)}
+            look, end = style.look(index, accuracy), style.marker(index) or "o"
             for axes, x in ((by_updates, column(rows, "updates")), (by_seconds, np.cumsum(column(rows, "seconds")))):
                 axes.plot(x, accuracy, linewidth=1.3, alpha=0.8, **look)
-                axes.plot(x[-1:], accuracy[-1:], "o", markersize=5, color=style.colour(index))
+                axes.plot(x[-1:], accuracy[-1:], end, markersize=5, color=style.colour(index))
     style.finish(by_updates, "optimizer updates", "evaluation accuracy (%)")
     style.finish(by_seconds, "wall time (s)", "")
     style.examples_axis(by_updates)
     style.examples_axis(by_seconds)
-    labels = [f"{g.label} ({len(g.runs)} runs)" if len(g.runs) > 1 else g.label for g in groups]
-    style.legend_below(figure, style.run_handles(labels))
+    style.legend_below(figure, style.run_handles(_legend(groups)))
     style.save(figure, path)
     return figure
+
+
+def _legend(groups: Sequence[Group]) -> list[str]:
+    """What the legend calls the groups: labels short enough for it, still all different."""
+    ends = [f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "" for group in groups]
+    labels = [style.cut(group.label, _LEGEND - len(end)) + end for group, end in zip(groups, ends, strict=True)]
+    return [n if labels.count(n) == 1 else f"{i}: {style.cut(n, _LEGEND - 4)}" for i, n in enumerate(labels, start=1)]
 
 
 def _row(group: Group) -> ComparisonRow:
@@ -142,7 +151,10 @@ def _seconds(run: Run) -> float:
 
 
 def _largest_batch(run: Run) -> float:
-    return _largest([number(run.summary, "largest_batch"), *column(run.of_kind("epoch"), "batch_size")])
+    """Of the summary, the ends of epochs, and the sizes that steps were taken with in between."""
+    examples, sizes = batch_steps(run)
+    used = sizes[:-1][np.diff(examples) > 0]  # neither decided on at the end nor taken back by a rollback
+    return _largest([number(run.summary, "largest_batch"), *column(run.of_kind("epoch"), "batch_size"), *used])
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -36,7 +36,7 @@ def accuracy_over_time(runs: RunSource | Iterable[RunSource], path: str | Path |
     for index, run in enumerate(read):
         rows = run.of_kind("epoch")
         accuracy = 100 * column(rows, "eval_accuracy")
-        look = {"color": style.colour(index), "linestyle": style.dash(index), "marker": ".", "linewidth": 1.4}
+        look = {"color": style.colour(index), "marker": style.marker(index) or ".", "linewidth": 1.4}
         left.plot(column(rows, "clock_seconds"), accuracy, **look)
         right.plot(np.cumsum(column(rows, "seconds")), accuracy, **look)
     style.finish(left, "seconds on the server's clock (simulated: predicted)", "test accuracy (%)")

@@ -64,6 +64,8 @@ class Run:
 def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
     """Read one run or several; names are the shortest ends of their paths that tell them apart.
 
+    A run directory given twice, however spelled, is one run: it would count as two seeds that agree.
+
     Raises:
         HessianFlowError: no run given; a folder without history.jsonl; a damaged line before the last.
     """
@@ -71,6 +73,8 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
     if not sources:
         raise HessianFlowError("runs must name at least one run directory, got none")
     read = [_read_folder(Path(s)) if isinstance(s, (str, Path)) else _from_object(s) for s in sources]
+    places = [f"run {i}" if run.folder is None else run.folder.resolve() for i, run in enumerate(read)]
+    read = [run for i, run in enumerate(read) if places[i] not in places[:i]]
     return [replace(run, name=name) for name, run in zip(_names(read), read, strict=True)]
 
 
@@ -144,9 +148,10 @@ def _from_object(source: HasRecords) -> Run:
 
 def _names(runs: Sequence[Run]) -> list[str]:
     parts = [r.folder.resolve().parts if r.folder else (f"run {i}",) for i, r in enumerate(runs, start=1)]
-    names = ["/".join(p[-1:]) for p in parts]
+    names = [p[-1] for p in parts]
     for depth in range(2, max(map(len, parts)) + 1):
         if len(set(names)) == len(names):
             return names
-        names = [n if names.count(n) == 1 else "/".join(p[-depth:]) for n, p in zip(names, parts, strict=True)]
+        ends = [Path(*p[-depth:]).as_posix() for p in parts]  # joined by hand, the root would give "//"
+        names = [n if names.count(n) == 1 else end for n, end in zip(names, ends, strict=True)]
     return [n if names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(names, start=1)]

@@ -34,7 +34,8 @@ def robustness(
     sizes = np.asarray(eps, dtype=float)[order]
     for index, (name, triples) in enumerate(accuracies.items()):
         value, low, high = 100 * np.asarray(triples, dtype=float)[order].T
-        axes.plot(sizes, value, marker="o", color=style.colour(index), linestyle=style.dash(index), label=name)
+        marker = style.marker(index) or "o"
+        axes.plot(sizes, value, marker=marker, color=style.colour(index), label=name)
         axes.fill_between(sizes, low, high, color=style.colour(index), alpha=0.2, linewidth=0)
     axes.set_ylim(0, 100)
     style.finish(axes, "perturbation (pixel units, 1 = white)", "test accuracy (%)")

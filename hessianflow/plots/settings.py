@@ -11,8 +11,13 @@ from hessianflow.plots.records import Run
 _IGNORED = frozenset({"seed", "run_dir", "data_dir", "plots", "tensorboard", "keep_checkpoints"})
 # What says where and when, and what follows from other settings.
 _IGNORED_SECTIONS = ("environment.", "versions.", "dual_batch.", "resolution_stages")
-# A label with more settings than this is longer than what it labels.
-_MAX_LABEL_PARTS = 4
+# What a user sets on purpose, that which tells runs apart best first; all others follow as config.json has them.
+_FIRST = (
+    *("controller", "optimizer", "adversary", "model", "data", "batch_size", "max_batch_size", "lr", "epochs"),
+    *("schedule", "resolution", "patience", "decay_factor", "growth_factor", "eps", "adversarial_share", "sam_rho"),
+)
+# Settings as given; what other sections hold follows from them.
+_GIVEN = "settings."
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Group:
     """Runs that differ in their seed only.
 
     Attributes:
-        label: the settings in which this group differs from the others; the run's name if there is none.
+        label: the fewest settings that tell this group from the others; the run's name if there is none.
         runs: its members.
     """
 
@@ -36,10 +41,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         identity = json.dumps(setting, sort_keys=True) if setting else f"run {index} {run.name}"
         members.setdefault(identity, []).append(index)
     firsts = [settings[indices[0]] for indices in members.values()]
-    differing = [key for key in dict.fromkeys(k for s in firsts for k in s) if len({_text(s, key) for s in firsts}) > 1]
+    telling = _telling(firsts)
     groups = []
     for indices, setting in zip(members.values(), firsts, strict=True):
-        label = _label(setting, differing) or runs[indices[0]].name
+        label = _label(setting, telling) or runs[indices[0]].name
         groups.append(Group(label, tuple(runs[i] for i in indices)))
     return _distinct(groups)
 
@@ -68,19 +73,47 @@ def _text(setting: Mapping[str, Any], key: str) -> str:
     return json.dumps(setting[key], default=str) if key in setting else ""
 
 
+def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Few keys whose values together tell all of these settings apart, those that a user sets on purpose first.
+
+    Each key is the one that parts most of what those before it leave together, the first of several such; a key that
+    the later ones make superfluous is dropped. What follows from other settings is asked only when those do not do.
+    """
+
+    def parted(keys: Sequence[str]) -> int:
+        return len({tuple(_text(setting, key) for key in keys) for setting in settings})
+
+    every = dict.fromkeys(key for setting in settings for key in setting)
+    known = sorted((key for key in every if parted([key]) > 1), key=_rank)
+    chosen: list[str] = []
+    for level in sorted({_rank(key)[0] for key in known}):
+        candidates = [key for key in known if _rank(key)[0] == level]
+        while candidates:
+            best = max(candidates, key=lambda key: parted([*chosen, key]))  # of equals, the first
+            if parted([*chosen, best]) == parted(chosen):
+                break
+            chosen.append(best)
+    for key in list(reversed(chosen)):
+        fewer = [other for other in chosen if other != key]
+        chosen = fewer if parted(fewer) == parted(chosen) else chosen
+    return sorted(chosen, key=_rank)
+
+
+def _rank(key: str) -> tuple[int, int]:
+    """How early a setting is asked: those named above, other settings as given, what follows from them."""
+    name = key.rsplit(".", 1)[-1]
+    if name in _FIRST:
+        return (0, 2 * _FIRST.index(name) + (not key.startswith(_GIVEN)))
+    return (1 if key.startswith(_GIVEN) else 2, 0)
+
+
 def _label(setting: Mapping[str, Any], keys: Sequence[str]) -> str:
-    parts = []
-    seen: set[str] = set()
-    for key in keys:
-        short = key.rsplit(".", 1)[-1]
-        if key in setting and setting[key] is not None and short not in seen:
-            seen.add(short)
-            parts.append(f"{short}={setting[key]}")
-    more = f", +{len(parts) - _MAX_LABEL_PARTS} more" if len(parts) > _MAX_LABEL_PARTS else ""
-    return ", ".join(parts[:_MAX_LABEL_PARTS]) + more
+    """The values of these keys, each under the last part of its name."""
+    parts = {key.rsplit(".", 1)[-1]: setting[key] for key in reversed(keys) if key in setting}
+    return ", ".join(f"{name}={'default' if value is None else value}" for name, value in reversed(parts.items()))
 
 
 def _distinct(groups: Sequence[Group]) -> list[Group]:
-    """Labels cut short may coincide: add the first run's name to those."""
+    """Settings that look the same may differ where nothing is shown: add the first run's name to those labels."""
     labels = [g.label for g in groups]
     return [g if labels.count(g.label) == 1 else Group(f"{g.label} ({g.runs[0].name})", g.runs) for g in groups]

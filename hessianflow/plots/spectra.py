@@ -68,7 +68,9 @@ def spectral_density(
     for index, (nodes, weights) in enumerate(arrays.values()):
         mean, error = broaden(nodes, weights, grid, width)
         colour = style.colour(index)
-        axes.plot(grid, mean, linewidth=1.4, linestyle=style.dash(index), color=colour, zorder=3)
+        # Far from every node there is nothing to mark: the axis ends above it.
+        seen = np.where(mean > mean.max() * 10**-_DECADES, mean, np.nan)
+        axes.plot(grid, mean, linewidth=1.4, zorder=3, **style.look(index, seen))
         axes.fill_between(grid, np.maximum(mean - error, 1e-300), mean + error, alpha=0.25, linewidth=0, color=colour)
         peak = max(peak, float(mean.max()))
     axes.set_yscale("log")

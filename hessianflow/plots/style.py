@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -18,16 +20,37 @@ from hessianflow.interfaces import HessianFlowError
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#666666"
 DPI = 150
+MARKERS = ("", "s", "^", "D")
+"""Of the first seven runs, the next seven, ...; dashes are left to what a figure's lines mean, such as training."""
+_MARKS = 8
+"""Marks along one line: enough to tell it in a crowd."""
+_DARKER, _BLACKS_LIGHTER = 0.65, "#9A9A9A"
 _MAX_NAME = 90
 
 
 def colour(index: int) -> str:
-    """The colour of the run with this index; they repeat after seven."""
-    return COLOURS[index % len(COLOURS)]
+    """The colour of the run with this index: seven, then a darker shade of each (grey for black), then those again."""
+    plain = COLOURS[index % len(COLOURS)]
+    if index // len(COLOURS) % 2 == 0:
+        return plain
+    red, green, blue = (_DARKER * part for part in to_rgb(plain))
+    return _BLACKS_LIGHTER if plain == "#000000" else to_hex((red, green, blue))
+
+
+def marker(index: int) -> str:
+    """The marker of the run with this index: none for the first seven, another one each time the colours repeat."""
+    return MARKERS[index // len(COLOURS) % len(MARKERS)]
+
+
+def look(index: int, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """Colour and marks of a line through these values; the same as in the legend of :func:`run_handles`."""
+    drawn = np.flatnonzero(np.isfinite(np.asarray(values, dtype=float)))
+    every = drawn[:: max(1, len(drawn) // _MARKS)]
+    return {"color": colour(index), "marker": marker(index), "markersize": 4, "markevery": every}
 
 
 def dash(index: int) -> Any:
-    """The line style of the run with this index: changes when the colours repeat."""
+    """A line style that changes when the colours repeat, for figures in which dashes mean nothing else."""
     return ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))[index // len(COLOURS) % 4]
 
 
@@ -89,9 +112,17 @@ def log_axis(axes: Axes, values: Iterable[float]) -> None:
 
 
 def run_handles(names: Sequence[str]) -> list[Line2D]:
-    """One legend entry for each run; long names keep their end, which tells them apart."""
+    """One legend entry for each run; long names, which are paths, keep their end, which tells them apart."""
     short = [name if len(name) <= _MAX_NAME else "…" + name[1 - _MAX_NAME :] for name in names]
-    return [Line2D([], [], color=colour(i), linestyle=dash(i), linewidth=2, label=n) for i, n in enumerate(short)]
+    return [
+        Line2D([], [], color=colour(i), marker=marker(i), markersize=5, linewidth=2, label=name)
+        for i, name in enumerate(short)
+    ]
+
+
+def cut(label: str, room: int = _MAX_NAME) -> str:
+    """A label of settings, which begin with what matters most, cut on the right to so many characters."""
+    return label if len(label) <= room else label[: room - 1].rstrip(" ,") + "…"
 
 
 def legend_columns(handles: Sequence[Line2D]) -> int:

@@ -54,8 +54,10 @@ def _draw_measure(axes: Axes, runs: Sequence[Run], x_key: str, measure: str) -> 
         x = column(rows, x_key)
         for part, width, line in (("eval", 1.6, "-"), ("train", 1.0, "--")):
             y = column(rows, f"{part}_{measure}") * (100 if measure == "accuracy" else 1)
-            marker = "." if len(rows) < 3 else ""
-            axes.plot(x, y, color=style.colour(index), marker=marker, linewidth=width, linestyle=line)
+            look = style.look(index, y)
+            if len(rows) < 3:
+                look["marker"] = look["marker"] or "."
+            axes.plot(x, y, linewidth=width, linestyle=line, **look)
             values.extend(y[np.isfinite(y)])
     unit = "accuracy (%)" if measure == "accuracy" else "loss"
     style.finish(axes, "epochs" if x_key == "epoch" else "optimizer updates", unit)
@@ -74,7 +76,7 @@ def _draw_learning_rate(axes: Axes, runs: Sequence[Run]) -> None:
         x, y = column(rows, "epoch"), column(rows, "lr")
         # A row tells the rate its epoch ended with: hold it over that epoch, the first from epoch 0 on.
         x, y = np.append(np.zeros(len(rows[:1])), x), np.append(y[:1], y)
-        axes.step(x, y, where="pre", color=style.colour(index), linewidth=1.4)
+        axes.step(x, y, where="pre", linewidth=1.4, **style.look(index, y))
         values.extend(y[np.isfinite(y) & (y > 0)])
     style.finish(axes, "epochs", "learning rate")
     style.epochs_axis(axes)
@@ -88,7 +90,7 @@ def _draw_batch_by_epoch(axes: Axes, runs: Sequence[Run]) -> None:
         x, y = batch_steps(run)
         per_epoch = run.examples_per_epoch
         if math.isfinite(per_epoch):
-            axes.step(x / per_epoch, y, where="post", color=style.colour(index), linewidth=1.4)
+            axes.step(x / per_epoch, y, where="post", linewidth=1.4, **style.look(index, y))
             sizes.extend(y[np.isfinite(y)])
     style.finish(axes, "epochs", "batch size (examples)")
     style.batch_axis(axes, sizes)

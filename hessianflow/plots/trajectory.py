@@ -54,7 +54,8 @@ def curvature_trajectory(runs: RunSource | Iterable[RunSource], path: str | Path
     batch_axes = axes.twinx()
     for index, (run, found) in enumerate(zip(read, marks, strict=True)):
         _draw_eigenvalues(axes, run, found, index)
-        batch_axes.step(*batch_steps(run), where="post", color=style.colour(index), lw=1.2, ls="--", alpha=0.6)
+        examples, sizes = batch_steps(run)
+        batch_axes.step(examples, sizes, where="post", lw=1.2, ls="--", alpha=0.6, **style.look(index, sizes))
     style.batch_axis(batch_axes, [size for run in read for size in batch_steps(run)[1]])
     batch_axes.set_ylabel("batch size (examples)")
     batch_axes.spines["top"].set_visible(False)
@@ -110,10 +111,12 @@ def _draw_eigenvalues(axes: Axes, run: Run, found: dict[str, tuple[np.ndarray, n
     y = column(rows, "eigenvalue")
     # The line is broken where there is no value that a logarithmic axis can show.
     line = np.where(y > 0, y, np.nan)
-    axes.plot(column(rows, "examples"), line, color=colour, linestyle=style.dash(index), linewidth=1.5, zorder=3)
+    axes.plot(column(rows, "examples"), line, color=colour, linewidth=1.5, zorder=3)
     for name, (x, heights) in found.items():
         face = colour if name == "converged" else "white"
         marker = _MARKS[name][0]
+        if marker == "o":  # a reading like any other: the marker is the run's own
+            marker = style.marker(index) or marker
         if name == "missing":
             edge = axes.get_xaxis_transform()
             axes.plot(x, np.full(len(x), 0.02), marker, color=colour, markersize=5, zorder=4, transform=edge)

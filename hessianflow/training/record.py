@@ -25,6 +25,15 @@ from hessianflow.interfaces import HessianFlowError, RecordSink
 CONFIG, HISTORY, SUMMARY, SETTINGS = "config.json", "history.jsonl", "summary.json", "settings.yaml"
 Record = dict[str, Any]
 
+_COUNTS = ("epoch", "examples", "updates")
+_NUMBERS = {
+    "epoch": ("batch_size", "lr", "lr_factor", "train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "seconds"),
+    "curvature": ("eigenvalue", "residual", "matvecs", "seconds"),
+    "batch": ("from", "to", "lr_factor", "adversarial_share"),
+}
+"""Fields of the rows that are computed with, as far as a row has them."""
+_NUMERIC = (int, float, type(None))  # null stands for what was not finite
+
 
 @dataclass(frozen=True)
 class History:
@@ -79,7 +88,7 @@ def read_records(path: Path) -> list[Record]:
     """All complete rows of a history file.
 
     Raises:
-        HessianFlowError: a line other than the last is not a JSON object.
+        HessianFlowError: a line other than the last is not a JSON object, or a number in it is none.
     """
     lines = path.read_bytes().split(b"\n")
     rows = []
@@ -94,8 +103,28 @@ def read_records(path: Path) -> list[Record]:
             raise HessianFlowError(f"{path} line {number} is not JSON: the file is damaged") from None
         if not isinstance(row, dict) or "kind" not in row:
             raise HessianFlowError(f"{path} line {number} is not a record: the file is damaged")
+        wrong = _not_a_number(row)
+        if wrong is not None:
+            raise HessianFlowError(
+                f"{path} line {number}: {wrong} must be a number, got {json.dumps(row[wrong])}: the file is damaged"
+            )
         rows.append(row)
     return rows
+
+
+def _not_a_number(row: Record) -> str | None:
+    """The first field of a row that should hold a number and does not."""
+    kind = row["kind"]
+    names = _NUMBERS.get(kind) if isinstance(kind, str) else None
+    if names is None:
+        return None
+    for name in _COUNTS:
+        if name in row and type(row[name]) not in (int, float):
+            return name
+    for name in names:
+        if name in row and type(row[name]) not in _NUMERIC:
+            return name
+    return None
 
 
 def history_length(run_dir: Path) -> int:

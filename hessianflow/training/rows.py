@@ -77,7 +77,7 @@ def summary(
         "epochs": progress.epoch,
         "updates": progress.updates,
         "examples": progress.examples,
-        "largest_batch": max([row["batch_size"] for row in history.epochs], default=decision.batch_size),
+        "largest_batch": _largest_batch(history, progress, decision),
         "growths": len(history.growths),
         "wall_seconds": seconds["wall"],
         # The attack runs inside the step, so the step's own time is what is left.
@@ -85,6 +85,21 @@ def summary(
         "peak_memory_mib": _peak_memory_mib(device),
         "world_size": world_size,
     }
+
+
+def _largest_batch(history: History, progress: Progress, decision: Decision) -> int:
+    """The largest size that steps were taken with, those that changed again before their epoch ended included.
+
+    A size decided on at the very end, or taken back by a rollback, had no step.
+    """
+    sizes, began = [row["batch_size"] for row in history.epochs], 0
+    for row in history.of_kind("batch"):
+        if row["examples"] > began:
+            sizes.append(row["from"])
+        began = row["examples"]
+    if progress.examples > began or not sizes:
+        sizes.append(decision.batch_size)
+    return int(max(sizes))
 
 
 def place(kind: str, progress: Progress) -> dict[str, Any]:

@@ -5,9 +5,9 @@ import io
 import math
 
 import pytest
-from run_dirs import epoch, in_memory, write_run
+from run_dirs import epoch, growth, in_memory, write_run
 
-from hessianflow.plots import compare_table
+from hessianflow.plots import compare, compare_table
 from hessianflow.plots.records import read_runs
 from hessianflow.plots.settings import flatten, group_runs, seed_of
 
@@ -38,11 +38,7 @@ def folders(tmp_path):
 def test_mean_and_spread_over_seeds(folders):
     """absa: mean of .60 and .62 is .61, sample standard deviation .02/sqrt(2)."""
     absa, fixed, loose = compare_table(folders).rows
-    assert (absa.settings, fixed.settings, loose.settings) == (
-        "controller=absa, lr=0.1",
-        "controller=fixed, lr=0.1",
-        "loose",
-    )
+    assert (absa.settings, fixed.settings, loose.settings) == ("controller=absa", "controller=fixed", "loose")
     assert (absa.runs, absa.finished, absa.updates, absa.seconds, absa.peak_memory_mib) == (2, 2, 12, 30.5, 101)
     assert absa.accuracy == pytest.approx(0.61)
     assert absa.accuracy_std == pytest.approx(0.02 / math.sqrt(2))
@@ -57,14 +53,14 @@ def test_an_unfinished_run_counts_with_its_last_epoch(folders):
 
 def test_markdown(folders):
     lines = compare_table(folders).to_markdown().splitlines()
-    assert lines[2] == "| controller=absa, lr=0.1 | 2 | 61.00 ± 1.41 | 12 | 3000 | 30.5 | 101 | 512 |"
+    assert lines[2] == "| controller=absa | 2 | 61.00 ± 1.41 | 12 | 3000 | 30.5 | 101 | 512 |"
     assert lines[4] == "| loose (1 unfinished) | 1 | 50.00 | 8 | 1000 | 10.0 | - | 128 |"
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_csv_reads_back(folders):
     rows = list(csv.DictReader(io.StringIO(compare_table(folders).to_csv())))
-    assert [row["settings"] for row in rows][1] == "controller=fixed, lr=0.1"
+    assert [row["settings"] for row in rows][1] == "controller=fixed"
     assert float(rows[0]["accuracy"]) == pytest.approx(0.61)
     assert rows[1]["accuracy_std"] == ""
 
@@ -87,10 +83,60 @@ def test_seed_is_found_where_it_stands():
     assert seed_of({"settings": {}}) is None
 
 
-def test_labels_cut_short_stay_distinct(tmp_path):
-    configs = [{f"s{i}": 0 for i in range(6)}, {f"s{i}": 1 for i in range(5)} | {"s5": 1}]
-    configs.append(configs[0] | {"s5": 2})
+def labels(tmp_path, *configs):
     folders = [write_run(tmp_path / f"r{i}", config=config) for i, config in enumerate(configs)]
-    labels = [group.label for group in group_runs(read_runs(folders))]
-    assert len(set(labels)) == 3
-    assert labels[0] == "s0=0, s1=0, s2=0, s3=0, +2 more (r0)"
+    return [group.label for group in group_runs(read_runs(folders))]
+
+
+def test_a_label_holds_the_fewest_settings_that_tell_groups_apart(tmp_path):
+    """The second differs in all six, but the last setting is enough for all three."""
+    configs = [{f"s{i}": 0 for i in range(6)}, {f"s{i}": 1 for i in range(5)} | {"s5": 1}]
+    assert labels(tmp_path, *configs, configs[0] | {"s5": 2}) == ["s5=0", "s5=1", "s5=2"]
+
+
+def test_a_label_holds_what_a_user_sets_before_what_follows_from_it(tmp_path):
+    """As config.json has them: the controller sets schedule and norm mode, and the trainer tells its class."""
+
+    def config(controller, lr, **more):
+        given = {"schedule": f"of {controller}", "norm_mode": f"of {controller}", "controller": controller, "lr": lr}
+        return {"settings": given | more, "trainer": {"controller": controller.upper(), "key": f"{controller}{lr}"}}
+
+    one = labels(tmp_path / "one", config("absa", 0.1), config("fixed", 0.1), config("cabs", 0.1))
+    assert one == ["controller=absa", "controller=fixed", "controller=cabs"]
+    grid = labels(tmp_path / "two", *(config(c, lr) for c in ("absa", "fixed") for lr in (0.1, 0.2)))
+    assert grid == [f"controller={c}, lr={lr}" for c in ("absa", "fixed") for lr in (0.1, 0.2)]
+    odd = labels(tmp_path / "odd", config("absa", 0.1), config("absa", 0.1, probe_examples=8))
+    assert odd == ["r0", "probe_examples=8"]
+    none = labels(tmp_path / "none", *(config("absa", 0.1, microbatch_size=size) for size in (None, 8)))
+    assert none == ["microbatch_size=default", "microbatch_size=8"]
+
+
+def test_the_same_run_twice_counts_once(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (row,) = compare_table([folders[0], "a0", tmp_path / "f0" / ".." / "a0"]).rows
+    assert (row.settings, row.runs) == ("a0", 1)
+    assert math.isnan(row.accuracy_std)
+
+
+def test_a_batch_that_shrank_within_its_first_epoch_was_the_largest():
+    """One that was decided on when training was over, or that a rollback took back at once, was never trained with."""
+    rows = [growth(320, 32, 16), epoch(1, updates=80, batch=16), growth(1000, 16, 64), growth(1000, 64, 16)]
+    rows += [epoch(2, updates=140, batch=16), growth(2000, 16, 128)]
+    assert compare_table(in_memory(rows)).rows[0].largest_batch == 32
+
+
+def test_long_labels_are_cut_on_the_right_in_the_legend_and_nowhere_else(tmp_path):
+    """Models of one's own have long names; here they differ at their end only."""
+    names = ["package.module." + "network_" * 12 + end for end in ("a", "b")]
+    folders = [write_run(tmp_path / n[-1], config={"settings": {"model": n}}) for n in names]
+    (tmp_path / "c").mkdir()
+    folders += [write_run(tmp_path / "c" / str(s), config={"seed": s, "settings": {"model": "c1"}}) for s in (0, 1)]
+    table = compare_table(folders)
+    rows = csv.DictReader(io.StringIO(table.to_csv()))
+    assert [row["settings"] for row in rows] == [f"model={name}" for name in (*names, "c1")]
+    first, second, third = (line.get_label() for line in compare(folders).legends[0].get_lines())
+    assert first.startswith("1: model=package.module.network_")
+    assert second.startswith("2: model=package.module.network_")
+    assert first.endswith("…")
+    assert max(len(first), len(second)) <= 90
+    assert third == "model=c1 (2 runs)"

@@ -12,6 +12,7 @@ from run_dirs import RECORDS, curvature, epoch, growth, in_memory, write_run
 from hessianflow.plots import compare, curvature_trajectory, training_curves
 from hessianflow.plots.events import MAX_KEY_LINES, cluster, growths, key
 from hessianflow.plots.records import read_runs
+from hessianflow.plots.style import COLOURS, colour, marker
 
 FIGURES = [curvature_trajectory, training_curves, compare]
 
@@ -126,6 +127,46 @@ def test_training_curves_show_percent_and_both_parts():
     np.testing.assert_allclose(accuracy.lines[1].get_ydata(), [50, 70, 80])
     assert figure.axes[3].lines[0].get_xdata().tolist() == [8, 16, 20]
     assert figure.axes[5].lines[0].get_xdata().tolist() == [0, 2, 3, 4]
+
+
+def looks(lines):
+    return {(line.get_color(), line.get_marker()) for line in lines}
+
+
+def test_colours_and_markers_tell_28_runs_apart():
+    assert len({(colour(i), marker(i)) for i in range(28)}) == 28
+    assert len({colour(i) for i in range(14)}) == 14
+    assert [colour(i) for i in range(7)] == list(COLOURS)
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_fourteen_runs_look_different_and_as_in_the_legend(draw):
+    """Colour and marker alone: dashes say training in one figure and batch size in another."""
+    names = {(colour(i), marker(i)) for i in range(14)}
+    figure = draw([in_memory() for _ in range(14)])
+    legend = [line for line in figure.legends[0].get_lines() if line.get_label().startswith("run ")]
+    assert len(legend) == 14
+    assert looks(legend) == names
+    assert {line.get_linestyle() for line in legend} == {"-"}
+    for axes in figure.axes:
+        drawn = [line for line in axes.lines if line.get_linestyle() in ("-", "--") and len(line.get_xdata()) > 1]
+        if draw is curvature_trajectory and axes is figure.axes[0]:  # the readings on the line are its marks
+            marks = [line for line in axes.lines if line.get_linestyle() == "None" and line.get_marker() not in "vx"]
+            assert looks(marks) == {(shade, mark or "o") for shade, mark in names}
+        else:
+            assert {(shade, mark.strip(".")) for shade, mark in looks(drawn)} >= names
+
+
+def test_marks_stand_where_something_is_drawn():
+    """Evaluated in every third epoch only, or never."""
+    rows = [epoch(i, updates=i, batch=8, **({} if i % 3 == 0 else {"eval_accuracy": None})) for i in range(1, 61)]
+    never = [row | {"eval_accuracy": None} for row in rows]
+    figure = compare([in_memory(rows)] * 8 + [in_memory(never)])
+    line = figure.axes[0].lines[2 * 7]
+    marked = line.get_markevery()
+    assert 8 <= len(marked) <= 16
+    assert np.isfinite(line.get_ydata()[marked]).all()
+    figure.canvas.draw()
 
 
 def test_compare_counts_seconds_from_the_start():

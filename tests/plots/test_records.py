@@ -1,6 +1,7 @@
 """Reading what runs leave behind, interrupted and old ones included."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,7 +66,12 @@ def test_batch_steps_of_a_run_cut_short_before_its_first_epoch():
 def test_names_are_the_shortest_that_tell_runs_apart(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("x/seed0", "y/seed0", "x/other")]
     assert [run.name for run in read_runs(folders)] == ["x/seed0", "y/seed0", "other"]
-    assert [run.name for run in read_runs([folders[0], folders[0]])][1].endswith("(2)")
+    assert [run.name for run in read_runs([folders[0], str(folders[0])])] == ["seed0"], "one run, given twice"
+
+
+def test_a_name_that_needs_the_whole_path_has_one_slash_in_front():
+    folders = [SimpleNamespace(records=[], run_dir=path) for path in ("/run", "/elsewhere/run")]
+    assert [run.name for run in read_runs(folders)] == ["/run", "elsewhere/run"]
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):

@@ -1,14 +1,18 @@
 """The run directory: what is written, what is read back, what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import Decision, HessianFlowError, Progress
 from hessianflow.training.record import History, RunRecord
+from hessianflow.training.rows import summary
+from hessianflow.training.timing import PARTS
 
 
 def test_rows_are_standard_json_and_come_back(tmp_path: Path):
@@ -36,6 +40,43 @@ def test_a_damaged_line_in_the_middle_is_reported(tmp_path: Path):
     (tmp_path / "history.jsonl").write_text('{"kind":"epoch"}\nrubbish\n{"kind":"epoch"}\n{"kind":"epoch"}\n')
     with pytest.raises(HessianFlowError, match="line 2 is not JSON"):
         History.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"kind":"curvature","epoch":1,"eigenvalue":"big"}', 'eigenvalue must be a number, got "big"'),
+        ('{"kind":"epoch","epoch":1,"train_loss":[1]}', "train_loss must be a number, got [1]"),
+        ('{"kind":"epoch","epoch":null}', "epoch must be a number, got null"),
+        ('{"kind":"batch","from":32,"to":true}', "to must be a number, got true"),
+    ],
+)
+def test_a_value_that_is_no_number_is_reported(tmp_path: Path, row: str, words: str):
+    (tmp_path / "history.jsonl").write_text('{"kind":"epoch","epoch":1,"eval_loss":null}\n' + row + "\n")
+    with pytest.raises(HessianFlowError, match=re.escape(f"history.jsonl line 2: {words}: the file is damaged")):
+        History.load(tmp_path)
+
+
+def batch_row(examples: int, before: int, after: int) -> dict:
+    return {"kind": "batch", "examples": examples, "from": before, "to": after}
+
+
+@pytest.mark.parametrize(
+    ("rows", "examples", "now", "largest"),
+    [
+        ([], 0, 32, 32),
+        ([batch_row(320, 32, 16)], 1438, 16, 32),  # shrank within its first epoch
+        ([batch_row(320, 32, 64)], 500, 64, 64),  # interrupted before the epoch ended
+        ([batch_row(1438, 32, 64)], 1438, 64, 32),  # decided on when training was over
+        ([batch_row(500, 32, 64), batch_row(500, 64, 32)], 1438, 32, 32),  # taken back by a rollback
+    ],
+)
+def test_the_largest_batch_is_one_that_was_trained_with(rows: list[dict], examples: int, now: int, largest: int):
+    rows = [*rows, {"kind": "epoch", "batch_size": 16, "eval_accuracy": None}] if examples == 1438 else rows
+    seconds = dict.fromkeys([*PARTS, "wall"], 0.0)
+    progress = Progress(1, examples, 90, 1438, 1)
+    found = summary(History(rows), progress, Decision(now), seconds, torch.device("cpu"))
+    assert found["largest_batch"] == largest
 
 
 def test_no_run_there(tmp_path: Path):
@@ -72,8 +113,8 @@ def test_reopen_cuts_rows_made_after_the_checkpoint(tmp_path: Path):
     record.write({"kind": "epoch", "epoch": 2})
     again = RunRecord(None)
     again.reopen(tmp_path, at_checkpoint)
-    again.write({"kind": "epoch", "epoch": "two"})
-    assert [row["epoch"] for row in History.load(tmp_path).epochs] == [1, "two"]
+    again.write({"kind": "epoch", "epoch": 2, "lr": 0.5})
+    assert [row.get("lr") for row in History.load(tmp_path).epochs] == [None, 0.5]
     assert again.history().config["a"] == 1
 
 
