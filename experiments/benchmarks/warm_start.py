@@ -23,12 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hessianflow.curvature import CallableOperator
 from hessianflow.curvature.eigenpairs import RANDOM_SHARE
 from hessianflow.curvature.lanczos import lanczos
-from hessianflow.curvature.probe import DIRECTION_WEIGHT, RUNNER_UP_WEIGHT, SPARE_VECTORS
+from hessianflow.curvature.probe import SPARE_VECTORS, by_value, remembered
 from hessianflow.curvature.results import EigenResult
 from hessianflow.curvature.ritz_space import COLD, WARM, Evidence
 from hessianflow.curvature.vectors import gaussian, generator
@@ -38,9 +37,9 @@ Array = npt.NDArray[np.float64]
 
 
 class Rule(NamedTuple):
-    """Weights of the runners-up, from their values by the leading one, [m]; and what is asked of a residual."""
+    """Weights of remembered vectors, from their values by the leading one, [m]; and what is asked of a residual."""
 
-    weights: Callable[[Array], Array]
+    weights: Callable[[Tensor], Tensor]
     evidence: Evidence = WARM
 
 
@@ -68,21 +67,17 @@ HEADS = ([1.0, 0.3, 0.12, 0.08], [1.0, 0.96, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5])
 """Leading values over the bulk that a newcomer rises from."""
 
 
-def _by_value(nearness: Array) -> Array:
-    return RUNNER_UP_WEIGHT * nearness
-
-
 RULES = {
-    "by value, 0.5 (the probe's)": Rule(_by_value),
+    "by value, 0.5 (the probe's)": Rule(by_value),
     "by value, 0.4": Rule(lambda nearness: 0.4 * nearness),
     "by value, 0.6": Rule(lambda nearness: 0.6 * nearness),
     "by the square of the value, 0.6": Rule(lambda nearness: 0.6 * nearness**2),
-    "equal, 0.4 (before)": Rule(lambda nearness: np.full_like(nearness, 0.4)),
-    "equal, 0.2": Rule(lambda nearness: np.full_like(nearness, 0.2)),
-    "leading vector alone": Rule(np.zeros_like),
-    "by value, residual up to 3 %": Rule(_by_value, Evidence(0.03, WARM.angle)),
-    "by value, residual up to 3 %, of the gap 10 %": Rule(_by_value, Evidence(0.03, 0.1)),
-    "by value, as strict as a cold start": Rule(_by_value, COLD),
+    "equal, 0.4 (before)": Rule(lambda nearness: torch.full_like(nearness, 0.4)),
+    "equal, 0.2": Rule(lambda nearness: torch.full_like(nearness, 0.2)),
+    "leading vector alone": Rule(torch.zeros_like),
+    "by value, residual up to 3 %": Rule(by_value, Evidence(0.03, WARM.angle)),
+    "by value, residual up to 3 %, of the gap 10 %": Rule(by_value, Evidence(0.03, 0.1)),
+    "by value, as strict as a cold start": Rule(by_value, COLD),
 }
 
 
@@ -93,15 +88,6 @@ def turned(vectors: Array, random: np.random.Generator) -> Array:
     skew *= TURN / np.linalg.norm(skew[:, 0])
     rotated: Array = vectors @ np.linalg.solve(np.eye(SIZE) - skew / 2, np.eye(SIZE) + skew / 2)
     return rotated
-
-
-def started(result: EigenResult, rule: Rule) -> Tensor:
-    """The start vector that remembers `result`."""
-    assert result.direction is not None
-    values = result.values.double().abs().numpy()
-    weights = torch.from_numpy(np.concatenate([[1.0], rule.weights(values[1:] / values[0])]))
-    start: Tensor = result.vectors @ weights.to(result.vectors)
-    return start + DIRECTION_WEIGHT * functional.normalize(result.direction, dim=0)
 
 
 def searched(
@@ -117,7 +103,7 @@ def searched(
 
 def again(operator: LinearOperator, seed: int, before: EigenResult, rule: Rule) -> EigenResult:
     """A warm call."""
-    return searched(operator, seed, started(before, rule), rule.evidence)
+    return searched(operator, seed, remembered(before, rule.weights), rule.evidence)
 
 
 def is_wrong(result: EigenResult, truth: float) -> bool:

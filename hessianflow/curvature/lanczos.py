@@ -23,6 +23,9 @@ Choices of ours:
   If the wanted values change on the way, the search goes on, and is checked again. For k = 1 such a check would double
   the cost where a few products suffice; there the residual must be small beside the gap to the next Ritz value
   (Evidence.angle). Both are evidence, not proof; experiments/benchmarks/curvature.md has the failures counted.
+- A residual at the rounding of products (RitzSpace.noise) ends the search whatever the tolerance asks: more products
+  could not make it smaller. `converged` then says whether the tolerance was met. The check, too, tells values apart no
+  better than that.
 - Breakdown (all residuals at rounding level): the space is invariant, and the check is made for k = 1 too.
 """
 
@@ -65,14 +68,16 @@ def lanczos(
     space = RitzSpace(operator, which, k, k + extra, max(max_basis or max(2 * k + 20, 40), least), evidence)
     seeds = list(start.unbind(1))
     while True:
+        if space.is_complete:
+            seeds.clear()  # all they could add is there
         accurate = not seeds and space.is_accurate(tol)
         if accurate and (space.is_complete or (k == 1 and not space.is_invariant())):
-            return space.result(converged=True)
+            return space.result(converged=space.meets(tol))
         if space.is_complete or space.matvecs >= max_matvecs:
             return space.result(converged=False)
         if accurate:
             if _is_confirmed(space, tol, max_matvecs, gaussian(operator, source)) and space.is_accurate(tol):
-                return space.result(converged=True)
+                return space.result(converged=space.meets(tol))
         elif seeds:
             space.extend(seeds.pop(0))
         elif not space.extend(space.direction(tol)):

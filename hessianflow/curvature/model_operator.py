@@ -78,7 +78,7 @@ class ModelOperator(Operator):
         self._check_deterministic = check_deterministic
         self._batches = batches_of(data)
         self._single = single_batch(self._batches)
-        _check_options(self._model, microbatch_size, norm_mode)
+        check_options(self._model, microbatch_size, norm_mode)
         self.size = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
         self.dtype = _vector_dtype(self.parameters)
@@ -287,7 +287,12 @@ def _split(batch: Any, size: int | None) -> Iterator[Any]:
     return split((batch[0], batch[1]), size)
 
 
-def _check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
+def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
+    """Refuse a way to run the (unwrapped) model that cannot be.
+
+    Raises:
+        HessianFlowError: an option out of range, or microbatches where each batch has its own statistics.
+    """
     if norm_mode not in get_args(NormMode):
         raise HessianFlowError(f"norm_mode must be one of {', '.join(get_args(NormMode))}, got {norm_mode!r}")
     if microbatch_size is not None and microbatch_size < 1:

@@ -23,15 +23,18 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hessianflow.batches import num_examples
+from hessianflow.curvature.checks import check_count, check_search
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.hessian import HessianOperator
+from hessianflow.curvature.model_operator import check_options
 from hessianflow.curvature.operator import NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
 from hessianflow.curvature.selection import Selection
+from hessianflow.curvature.vectors import normalised
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, LinearOperator, LossFn, NormMode
+from hessianflow.measuring import unwrap
 
 Smoothing = Literal["none", "median", "ema"]
 
@@ -76,8 +79,9 @@ class CurvatureProbe:
         norm_mode: batch-normalisation statistics, recorded with each reading.
         microbatch_size: examples per pass; bounds memory, at about 1.4x the time.
         max_matvecs: most products a call; then the reading says converged=False.
-        smoothing: adds `details["smoothed"]`: median, or exponential moving average, of the good readings.
-        window: readings the median is taken over; the average's decay is 2 / (window + 1).
+        smoothing: adds `details["smoothed"]`: the median of the last `window` good readings, or an exponential moving
+            average of all of them, which each enters with weight 2 / (window + 1) and the first starts.
+        window: see `smoothing`.
         budget: largest share of the training cost to be spent, for :meth:`is_affordable`; None: no limit.
         seed: of the random parts of all starts.
         operator: makes what is measured, called as HessianOperator is; on several ranks
@@ -111,10 +115,10 @@ class CurvatureProbe:
     ) -> None:
         if smoothing not in get_args(Smoothing):
             raise HessianFlowError(f"smoothing must be one of {', '.join(get_args(Smoothing))}, got {smoothing!r}")
-        if cold_every < 1:
-            raise HessianFlowError(f"cold_every must be at least 1 (always cold), got {cold_every}")
-        if window < 1:
-            raise HessianFlowError(f"window must be at least 1, got {window}")
+        check_search(k, which, tol, max_matvecs)
+        check_options(unwrap(model), microbatch_size, norm_mode)
+        check_count("cold_every", cold_every, remark=" (always cold)")
+        check_count("window", window)
         if budget is not None and not budget > 0:
             raise HessianFlowError(f"budget must be a positive share of the training cost, e.g. 0.01, got {budget}")
         self._model, self._loss_fn, self._batch = model, loss_fn, batch
@@ -123,8 +127,9 @@ class CurvatureProbe:
         self._smoothing, self._window, self._budget = smoothing, window, budget
         self._params, self._norm_mode, self._microbatch_size = params, norm_mode, microbatch_size
         self._operator = operator
-        self._vectors: Tensor | None = None
+        self._start: Tensor | None = None
         self._recent: list[float] = []
+        self._average: float | None = None
         self._calls, self._spent, self._last_cost = 0, 0.0, 0.0
 
     def __call__(self) -> CurvatureReading:
@@ -168,18 +173,23 @@ class CurvatureProbe:
             "spent": self._spent,
             "last_cost": self._last_cost,
             "recent": list(self._recent),
-            "vectors": None if self._vectors is None else self._vectors.clone(),
+            "average": self._average,
+            "start": None if self._start is None else self._start.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a probe of the same model and options stopped."""
+        """Continue where a probe of the same model and options stopped.
+
+        In states of before an average was kept, it is that of the readings there, the last `window` ones.
+        """
+        state = _updated(state, self._window)
         self._calls, self._spent, self._last_cost = state["calls"], state["spent"], state["last_cost"]
-        self._recent = list(state["recent"])
-        self._vectors = None if state["vectors"] is None else state["vectors"].clone()
+        self._recent, self._average = list(state["recent"]), state["average"]
+        self._start = None if state["start"] is None else state["start"].clone()
 
     def _measure(self, operator: LinearOperator) -> EigenResult:
         cold = self._calls % self._cold_every == 0
-        start = None if cold or self._vectors is None else self._vectors.sum(dim=1)
+        start = None if cold else self._start
         return top_eigenpairs(
             operator,
             min(self._k, operator.size),
@@ -197,10 +207,12 @@ class CurvatureProbe:
         self._last_cost = (1 + GRADIENTS_PER_PRODUCT * products) * examples
         self._spent += self._last_cost
         if result is None:
-            self._vectors = None
+            self._start = None
         elif result.converged:
-            self._vectors = _remembered(result) if self._warm_start else None
-            self._recent = [*self._recent, float(result.values[0])][-self._window :]
+            self._start = remembered(result) if self._warm_start else None
+            value = float(result.values[0])
+            self._recent = [*self._recent, value][-self._window :]
+            self._average = _averaged(self._average, value, self._window)
 
     def _reading(self, result: EigenResult | None, examples: int, seconds: float) -> CurvatureReading:
         values = [] if result is None else result.values[: self._k].tolist()
@@ -217,21 +229,31 @@ class CurvatureProbe:
         )
 
     def _details(self) -> dict[str, float]:
-        if self._smoothing == "none" or not self._recent:
+        if self._smoothing == "none" or self._average is None:
             return {}
-        return {"smoothed": _smoothed(self._recent, self._smoothing, self._window)}
+        return {"smoothed": self._average if self._smoothing == "ema" else statistics.median(self._recent)}
 
 
-def _remembered(result: EigenResult) -> Tensor:
-    """What a warm start sums up, as columns: the weighted Ritz vectors and, last, the direction of the search."""
+def by_value(nearness: Tensor) -> Tensor:
+    """Weights of remembered Ritz vectors, shape [m], from their values by the leading one."""
+    return RUNNER_UP_WEIGHT * nearness
+
+
+def remembered(result: EigenResult, weigh: Callable[[Tensor], Tensor] = by_value) -> Tensor:
+    """The start vector [size] that sums up a search: the weighted Ritz vectors and the direction it would have gone on.
+
+    Args:
+        result: of Lanczos.
+        weigh: the weights of its Ritz vectors; the leading one counts 1 whatever it says.
+    """
     assert result.direction is not None  # Lanczos gives one
     tiny = torch.finfo(result.direction.dtype).tiny
-    direction = functional.normalize(result.direction, dim=0, eps=tiny)
     # Where negative values lead (which="LA" of a negative matrix), those after them are the larger ones: at most 1.
     nearness = (result.values.abs() / result.values[0].abs().clamp_min(tiny)).clamp_max(1)
-    weights = RUNNER_UP_WEIGHT * nearness
+    weights = weigh(nearness)
     weights[0] = 1
-    return torch.cat([result.vectors * weights, DIRECTION_WEIGHT * direction[:, None]], dim=1).detach()
+    direction = DIRECTION_WEIGHT * normalised(result.direction)
+    return torch.cat([result.vectors * weights, direction[:, None]], dim=1).sum(dim=1).detach()
 
 
 def _mixed(seed: int, call: int) -> int:
@@ -240,10 +262,16 @@ def _mixed(seed: int, call: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _smoothed(values: list[float], smoothing: Smoothing, window: int) -> float:
-    if smoothing == "median":
-        return statistics.median(values)
-    average, weight = values[0], 2 / (window + 1)
-    for value in values[1:]:
-        average += weight * (value - average)
-    return average
+def _averaged(average: float | None, value: float, window: int) -> float:
+    """The exponential moving average after one more value; the first is its seed."""
+    return value if average is None else average + 2 / (window + 1) * (value - average)
+
+
+def _updated(state: Mapping[str, Any], window: int) -> Mapping[str, Any]:
+    """A state in today's form: earlier ones hold the columns that the start sums up, and no average."""
+    if "start" in state:
+        return state
+    columns, average = state["vectors"], None
+    for value in state["recent"]:
+        average = _averaged(average, value, window)
+    return {**state, "start": None if columns is None else columns.sum(dim=1), "average": average}

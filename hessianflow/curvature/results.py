@@ -1,6 +1,6 @@
 """What the estimators return: frozen records, with the shape beside each tensor field."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -11,7 +11,7 @@ Which = Literal["LM", "LA", "SA"]
 
 @dataclass(frozen=True)
 class EigenResult:
-    """Eigenpairs of a symmetric operator, the most wanted first.
+    """Eigenpairs of a symmetric operator, the most wanted first; printed without the vectors.
 
     Attributes:
         values: Rayleigh quotients of the operator itself, shape [k].
@@ -20,20 +20,23 @@ class EigenResult:
         error_bounds: min(r_i, r_i^2 / gap_i), the estimated distance of each value from a true eigenvalue, shape [k];
             gap_i is taken from the other pairs seen, so the second form is an estimate, the first a theorem.
         matvecs: products spent.
-        converged: whether all wanted pairs met the tolerance and Lanczos had the evidence it asks for that none more
-            wanted is hidden (lanczos.py says which; evidence, not proof).
+        converged: whether all wanted pairs met the tolerance, error_bounds_i <= tol |values_i| (Lanczos; for power
+            iteration residuals_i, of the deflated operator), and Lanczos had the evidence it asks for that none more
+            wanted is hidden (lanczos.py says which; evidence, not proof). Of a value within the rounding of products
+            (50 machine epsilons of the largest magnitude) no relative error can be told: it counts as zero, and
+            as met, once its residual is that small as well.
         history: the leading value after each product.
         direction: where the search would have gone on, the residual of the leading pair, shape [size]; Lanczos only.
     """
 
     values: Tensor
-    vectors: Tensor
+    vectors: Tensor = field(repr=False)
     residuals: Tensor
     error_bounds: Tensor
     matvecs: int
     converged: bool
     history: tuple[float, ...] = ()
-    direction: Tensor | None = None
+    direction: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,15 @@ class RitzSpace:
             return False
         return bool(self._accurate(tol).all()) and not self._is_rivalled(tol)
 
+    def meets(self, tol: float) -> bool:
+        """Whether pairs that are accurate enough to stop meet the tolerance itself, not just `noise`.
+
+        A value within that is zero as far as these products can tell; nothing relative to it can be asked.
+        """
+        self._measure()
+        magnitudes = np.abs(self.values[: self._k])
+        return bool(((self.bounds <= tol * magnitudes) | (magnitudes <= self.noise)).all())
+
     def direction(self, tol: float) -> Tensor:
         """Where the space is wrong: the residual of the first wanted pair that is (surely) not accurate yet."""
         hopeless = self._surely_inaccurate(tol)
@@ -186,7 +195,7 @@ class RitzSpace:
 
     @property
     def noise(self) -> float:
-        """Rounding errors of a product; no residual can be asked to fall below."""
+        """Rounding errors of a product; no residual can be asked to fall below. The factor is ours."""
         return 50 * torch.finfo(self._operator.dtype).eps * self._scale
 
     def result(self, *, converged: bool) -> EigenResult:

@@ -38,6 +38,18 @@ def norm(vector: Tensor) -> Tensor:
     return length
 
 
+def normalised(vectors: Tensor) -> Tensor:
+    """A vector, or each column of a matrix, divided by its Euclidean norm, whatever its size; zero stays zero."""
+    tiny = torch.finfo(vectors.dtype).tiny
+    largest = vectors.abs().amax(dim=0).clamp_min(tiny)
+    # The power of two at or below the largest entry: where squares fit the type anyway, no bit of the result changes.
+    # It is found on the host: not every device has frexp, and callers wait for the device in any case.
+    mantissa = torch.frexp(largest.cpu()).mantissa.to(largest)
+    scaled = vectors / (largest / (2 * mantissa))
+    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=0).clamp_min(tiny)
+    return unit
+
+
 def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One flat vector; None stands for zeros of the shape of its neighbour in `like`."""
     pieces = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)]

@@ -136,6 +136,50 @@ def test_near_a_multiple_of_the_identity_one_product_is_no_evidence(width, tol):
         assert result.values.item() == pytest.approx(3.0, rel=tol)
 
 
+NEAR_ROUNDING = {
+    "smallest of values up to 100": ([100.0, -0.01, *torch.linspace(-0.0095, 1, 198).tolist()], 1, "SA", 1e-3),
+    "its neighbours 1 % away": ([100.0, -0.01, *torch.linspace(-0.0099, 1, 198).tolist()], 1, "SA", 1e-3),
+    "top five, four of them small": (
+        [1.0, 1e-4, 9e-5, 8e-5, 7e-5, *torch.linspace(0, 1e-5, 200).tolist()],
+        5,
+        "LM",
+        1e-4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_ROUNDING)
+def test_a_value_that_rounding_keeps_from_its_tolerance_is_not_called_converged(name):
+    """Products in float32 are off by about 6e-6 of the largest value; the search must end there all the same."""
+    spectrum, k, which, tol = NEAR_ROUNDING[name]
+    worst = 0.0
+    for seed in range(4):
+        matrix = symmetric(spectrum, seed).float()
+        truth = torch.tensor(wanted(torch.linalg.eigvalsh(matrix.double()).tolist(), which, k), dtype=torch.float64)
+        result = top_eigenpairs(operator_of(matrix), k, which=which, tol=tol, seed=seed)
+        error = float(((result.values - truth) / truth).abs().max())
+        worst = max(worst, error)
+        assert result.matvecs < 100
+        assert result.converged == bool((result.error_bounds <= tol * result.values.abs()).all())
+        assert error <= tol or not result.converged
+    assert worst > tol  # the trap is real
+
+
+@pytest.mark.parametrize(("which", "k"), [("LM", 6), ("LA", 4), ("SA", 4)])
+def test_values_that_are_zero_up_to_rounding_count_as_converged(which, k):
+    for seed in range(4):
+        matrix = symmetric([4.0, -2.0, 1.0, *[0.0] * 60], seed).float()
+        assert top_eigenpairs(operator_of(matrix), k, which=which, seed=seed).converged
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
+def test_rounding_is_no_matter_to_a_leading_value(tol):
+    for seed in range(10):
+        result = top_eigenpairs(operator_of(symmetric(clustered(), seed).float()), tol=tol, seed=seed)
+        assert result.converged
+        assert result.values.item() == pytest.approx(10.0, rel=tol)
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 @pytest.mark.parametrize("method", ["lanczos", "power"])
 def test_squares_beyond_the_range_of_float32_do_no_harm(scale, method):
@@ -228,6 +272,25 @@ def test_an_accurate_start_saves_products():
     assert block.values == pytest.approx([1.0, 0.7], rel=1e-3)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_more_start_vectors_than_rows_are_no_reason_for_doubt(k):
+    start = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    result = top_eigenpairs(operator_of(torch.diag(torch.tensor([3.0, 2.0, 1.0]))), k, v0=start, seed=0)
+    assert result.values == pytest.approx([3.0, 2.0, 1.0][:k])
+    assert result.matvecs == 3
+    assert result.converged
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
+def test_the_length_of_a_start_is_of_no_account(scale, method):
+    """Also where its square leaves the range of float32."""
+    operator, start = operator_of(symmetric(clustered()).float()), torch.linspace(-1, 1, 60)
+    plain, scaled = (top_eigenpairs(operator, method=method, v0=v0, seed=0) for v0 in (start, scale * start))
+    assert plain.history == scaled.history
+    assert top_eigenpairs(operator, method=method, seed=0).history != plain.history
+
+
 def test_extra_pairs_come_at_no_product():
     operator = operator_of(symmetric(clustered()))
     plain, more = (top_eigenpairs(operator, 1, seed=0, extra=extra) for extra in (0, 2))
@@ -257,12 +320,17 @@ def test_products_of_nan_stop_at_once(method):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k must be between 1 and the operator's size 60, got 0"),
+        ({"k": 0}, "k must be a whole number >= 1, got 0"),
+        ({"k": 2.0}, "k must be a whole number >= 1, got 2.0"),
+        ({"extra": -1}, "extra must be a whole number >= 0, got -1"),
+        ({"extra": -1, "k": 2}, "extra must be a whole number >= 0, got -1"),
+        ({"extra": 1.5}, "extra must be a whole number >= 0, got 1.5"),
         ({"k": 61}, "k must be between 1 and the operator's size 60, got 61"),
         ({"method": "qr"}, "method must be one of lanczos, power, got 'qr'"),
         ({"which": "XX"}, "which must be one of LM, LA, SA, got 'XX'"),
         ({"tol": 0.0}, "tol must be positive, got 0.0"),
         ({"max_matvecs": 0}, "max_matvecs must be at least 1 or None, got 0"),
+        ({"max_matvecs": float("nan")}, "max_matvecs must be at least 1 or None, got nan"),
         ({"v0": torch.ones(3)}, r"v0 must have shape \[60\] or \[60, m\], got \[3\]"),
         ({"v0": torch.zeros(60)}, "v0 must be finite with no zero vector"),
         ({"v0": torch.full((60,), float("nan"))}, "v0 must be finite with no zero vector"),

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from problems import classification, conv_net, dense_hessian, mlp, operator_of, train
+from problems import classification, clustered, conv_net, dense_hessian, mlp, operator_of, symmetric, train
 
 from hessianflow.curvature import CallableOperator, CurvatureProbe, top_eigenpairs
-from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, SPARE_VECTORS, _mixed, _remembered, _smoothed
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, SPARE_VECTORS, _mixed, remembered
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -63,7 +63,7 @@ def test_eigenvalues_that_changed_places_do_not_fool_it(gap, rival, seed):
     after = before.clone()
     after[rival] = 1 + gap
     operator = operator_of(torch.diag(after))
-    safe = top_eigenpairs(operator, tol=1e-2, v0=_remembered(first).sum(dim=1), seed=seed, warm=True)
+    safe = top_eigenpairs(operator, tol=1e-2, v0=remembered(first), seed=seed, warm=True)
     old = torch.eye(n, 1, dtype=torch.float64)
     fooled = top_eigenpairs(operator, tol=1e-2, v0=old[:, 0], seed=seed, warm=True)
     assert safe.values.item() == pytest.approx(1 + gap, rel=1e-2)
@@ -76,9 +76,9 @@ def test_a_vector_that_no_memory_holds_is_found_by_the_next_cold_start():
     probe = probe_of(problem, cold_every=2)
     probe()
     truth = float(spectrum(problem)[0])
-    # Whatever the stored vectors are worth, the third call (number 2) does not read them.
+    # Whatever the stored start is worth, the third call (number 2) does not read it.
     probe()
-    probe._vectors = torch.eye(probe._vectors.shape[0], 3, dtype=torch.float64)
+    probe._start = torch.eye(len(probe._start), dtype=torch.float64)[0]
     assert probe().eigenvalue == pytest.approx(truth, rel=1e-2)
 
 
@@ -94,7 +94,7 @@ def test_a_new_leading_vector_outside_the_memory_is_found_in_a_few_calls(head, g
         diagonal[100] = 1 + gap
         while abs(float(result.values[0]) - 1 - gap) > 0.01 * (1 + gap) and calls < 10:
             calls += 1
-            start = _remembered(result).sum(dim=1)
+            start = remembered(result)
             result = top_eigenpairs(operator, tol=1e-2, v0=start, seed=calls, extra=SPARE_VECTORS, warm=True)
         assert calls <= 4
 
@@ -107,7 +107,7 @@ def test_seeds_of_any_size_differ_from_call_to_call():
     assert all(0 <= _mixed(seed, 3) < 2**63 for seed in (-1, 0, 2**70))
 
 
-@pytest.mark.parametrize("options", [{}, {"k": 2, "smoothing": "ema"}, {"microbatch_size": 20}])
+@pytest.mark.parametrize("options", [{}, {"k": 2, "smoothing": "ema", "window": 2}, {"microbatch_size": 20}])
 def test_a_resumed_probe_reads_the_same_bits(options):
     problem = small()
     first = probe_of(problem, **options)
@@ -135,7 +135,8 @@ def test_the_state_is_loadable_without_running_code(tmp_path):
     probe()
     torch.save(probe.state_dict(), tmp_path / "probe.pt")
     state = torch.load(tmp_path / "probe.pt", weights_only=True)
-    assert torch.equal(state["vectors"], probe.state_dict()["vectors"])
+    assert torch.equal(state["start"], probe.state_dict()["start"])
+    assert state["start"].shape == (84,)  # one vector, however many it sums up
 
 
 def test_a_fresh_batch_each_time():
@@ -158,15 +159,17 @@ def test_what_is_not_finite_is_reported_and_forgotten(where):
     problem = small()
     probe = probe_of(problem, smoothing="median")
     good = probe()
-    weights = problem.model[0].weight.detach().clone()
+    last = problem.model[-1].weight
+    weights = last.detach().clone()
     with torch.no_grad():
-        problem.model[0].weight.fill_(float("nan") if where == "weights" else 1e308)
+        # Sums of eight such outputs overflow in any order of summation; under a tanh infinities would be harmless.
+        last.fill_(float("nan") if where == "weights" else 1e308)
     bad = probe()
     assert math.isnan(bad.eigenvalue)
     assert math.isnan(bad.residual)
     assert not bad.converged
     with torch.no_grad():
-        problem.model[0].weight.copy_(weights)
+        last.copy_(weights)
     again = probe()
     assert again.eigenvalue == pytest.approx(good.eigenvalue, rel=1e-2)
     assert again.details["smoothed"] == pytest.approx(good.eigenvalue, rel=1e-2)
@@ -179,11 +182,56 @@ def test_too_few_products_are_reported_and_not_smoothed():
     assert reading.details == {}
 
 
+class Known(CallableOperator):
+    """What a probe measures, with a leading value known in advance."""
+
+    def __init__(self, value):
+        diagonal = value * torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
+        super().__init__(lambda v: diagonal * v, 4, torch.float64)
+
+    def release(self):
+        pass
+
+
+def smoothed(values, **options):
+    made = iter(values)
+    probe = probe_of(small(), tol=1e-8, operator=lambda *_, **__: Known(next(made)), **options)
+    return [probe().details["smoothed"] for _ in values], probe
+
+
 def test_smoothing_against_hand_worked_values():
-    values = [4.0, 1.0, 10.0]
-    assert _smoothed(values, "median", 3) == 4.0
+    assert smoothed([4.0, 1.0, 10.0], smoothing="median", window=3)[0] == pytest.approx([4.0, 2.5, 4.0])
     # weight 2 / (3 + 1) = 1/2: 4 -> 2.5 -> 6.25
-    assert _smoothed(values, "ema", 3) == 6.25
+    assert smoothed([4.0, 1.0, 10.0], smoothing="ema", window=3)[0] == pytest.approx([4.0, 2.5, 6.25])
+
+
+def test_the_median_forgets_what_left_the_window_and_the_average_fades():
+    values = [100.0, *[1.0] * 7]
+    assert smoothed(values, smoothing="median", window=2)[0] == pytest.approx([100, 50.5, *[1] * 6])
+    # weight 2 / (5 + 1) = 1/3: of the 99 above the others two thirds are left after each
+    assert smoothed(values, smoothing="ema", window=5)[0] == pytest.approx([1 + 99 * (2 / 3) ** n for n in range(8)])
+
+
+def test_a_state_of_before_averages_were_kept_is_read():
+    """It held the readings of the window, and the columns that the start sums up."""
+    _, probe = smoothed([4.0, 1.0, 10.0], smoothing="ema", window=3)
+    state = probe.state_dict()
+    start, average = state.pop("start"), state.pop("average")
+    probe.load_state_dict({**state, "vectors": torch.stack([start - 1, torch.ones_like(start)], dim=1)})
+    assert probe.state_dict()["average"] == average
+    assert probe.state_dict()["start"] == pytest.approx(start)
+    probe.load_state_dict({**state, "recent": [], "vectors": None})
+    assert (probe.state_dict()["average"], probe.state_dict()["start"]) == (None, None)
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_what_is_remembered_does_not_depend_on_the_unit_of_curvature(exponent):
+    """Also where squares leave the range of float32: of the direction only its direction counts."""
+    matrix = symmetric(clustered()).float()
+    plain, scaled = (
+        top_eigenpairs(operator_of(m), tol=1e-2, seed=0, extra=SPARE_VECTORS) for m in (matrix, matrix * 2.0**exponent)
+    )
+    assert torch.equal(remembered(plain), remembered(scaled))
 
 
 def test_the_budget_spaces_itself_out_without_a_clock():
@@ -237,8 +285,16 @@ def test_microbatches_give_the_same_reading():
     ("options", "message"),
     [
         ({"smoothing": "mean"}, "smoothing must be one of none, median, ema, got 'mean'"),
-        ({"window": 0}, "window must be at least 1, got 0"),
-        ({"cold_every": 0}, "cold_every must be at least 1"),
+        ({"window": 0}, "window must be a whole number >= 1, got 0"),
+        ({"window": 2.5}, "window must be a whole number >= 1, got 2.5"),
+        ({"cold_every": 0}, r"cold_every must be a whole number >= 1 \(always cold\), got 0"),
+        ({"cold_every": 1.5}, r"cold_every must be a whole number >= 1 \(always cold\), got 1.5"),
+        ({"k": 0}, "k must be a whole number >= 1, got 0"),
+        ({"tol": -1}, "tol must be positive, got -1"),
+        ({"which": "XX"}, "which must be one of LM, LA, SA, got 'XX'"),
+        ({"max_matvecs": 0}, "max_matvecs must be at least 1 or None, got 0"),
+        ({"norm_mode": "foo"}, "norm_mode must be one of eval, batch, got 'foo'"),
+        ({"microbatch_size": 0}, "microbatch_size must be at least 1 or None, got 0"),
         ({"budget": 0.0}, "budget must be a positive share of the training cost, e.g. 0.01, got 0.0"),
     ],
 )

@@ -1,10 +1,12 @@
 """Random vectors have one width wherever they are drawn, and flat vectors map back to parameters."""
 
+import math
+
 import pytest
 import torch
 from problems import mlp, operator_of, symmetric
 
-from hessianflow.curvature.vectors import flatten, gaussian, generator, rademacher, unflatten
+from hessianflow.curvature.vectors import flatten, gaussian, generator, normalised, rademacher, unflatten
 
 OPERATOR = operator_of(torch.zeros(2000, 2000, dtype=torch.float64))
 
@@ -39,3 +41,20 @@ def test_flatten_and_unflatten_are_inverse():
     gaps = flatten([None, *parameters[1:]], parameters, torch.float32)
     assert gaps.dtype == torch.float32
     assert gaps[:30].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(50,), (50, 3)])
+def test_vectors_of_any_size_are_normalised_to_the_same_bits(shape, dtype):
+    limits = torch.finfo(dtype)
+    plain = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    unit = plain / plain.norm(dim=0)
+    most, least = math.frexp(limits.max)[1] - 4, math.frexp(limits.tiny)[1] + 40
+    for exponent in (0, most, least):  # powers of two change no bit
+        assert torch.equal(normalised(plain * 2.0**exponent), unit)
+    largest = torch.full(shape, limits.max, dtype=dtype)
+    assert normalised(largest).norm(dim=0) == pytest.approx(1.0)  # its norm is beyond the type
+    assert normalised(torch.zeros(shape, dtype=dtype)).abs().max() == 0
+    smallest = torch.zeros(shape, dtype=dtype)
+    smallest[3] = limits.smallest_normal / 2**10
+    assert normalised(smallest)[3].min() == 1
