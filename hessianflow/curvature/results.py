@@ -11,7 +11,7 @@ Which = Literal["LM", "LA", "SA"]
 
 @dataclass(frozen=True)
 class EigenResult:
-    """Eigenpairs of a symmetric operator, the most wanted first; printed without the vectors.
+    """Eigenpairs of a symmetric operator, the most wanted first; printed without vectors and history.
 
     Attributes:
         values: Rayleigh quotients of the operator itself, shape [k].
@@ -35,7 +35,7 @@ class EigenResult:
     error_bounds: Tensor
     matvecs: int
     converged: bool
-    history: tuple[float, ...] = ()
+    history: tuple[float, ...] = field(default=(), repr=False)
     direction: Tensor | None = field(default=None, repr=False)
 
 
