@@ -205,7 +205,7 @@ def _draw_group(left: Any, right: Any, group: Group, index: int) -> None:
     """A point for every run of a group, a line for its first, in the colour and the marker of the method everywhere."""
     from hessianflow.plots import style
 
-    colour, marker = style.colour(index), "os^v"[index // len(style.COLOURS) % 4]
+    colour, marker = style.colour(index), "os^vDPX*"[index // len(style.COLOURS) % 8]
     accuracies = [100 * value for value in group.values("accuracy")]
     left.plot(group.values("updates"), accuracies, marker, markersize=5, alpha=0.8, color=colour, label=group.method)
     sizes = [epoch["batch_size"] for epoch in min(group.rows, key=lambda row: row["seed"])["epochs"]]

@@ -43,6 +43,66 @@ class LoopLARS(torch.optim.Optimizer):
                 p.sub_(state["momentum_buffer"])
 
 
+class FusedLARS(torch.optim.Optimizer):
+    """A trial: torch's fused SGD kernel once a tensor, which reads and writes each of them once. For a processor.
+
+    buffer = momentum * buffer + (1 - dampening) * (gradient + decay * weight), so 1 - dampening is rate times ratio.
+    Only for gradients with the strides of their weights: the kernel does not look.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for p in params:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """One update of every parameter."""
+        for group in self.param_groups:
+            lr, decay, params = group["lr"], group["weight_decay"], group["params"]
+            matrices = [p for p in params if p.ndim > 1]
+            norms = torch.stack(torch._foreach_norm([*matrices, *(p.grad for p in matrices)], 2)).view(2, -1)
+            weight, gradient = norms.unbind()
+            rates = torch.where((norms > 0).all(0), lr * 0.001 * weight / (gradient + decay * weight), lr)
+            for p, rate in zip(matrices, rates.tolist(), strict=True):
+                self._fused([p], group["momentum"], 1 - rate, 1.0, decay)
+            vectors = [p for p in params if p.ndim <= 1]
+            if vectors:
+                self._fused(vectors, group["momentum"], 0.0, lr, 0.0)
+
+    def _fused(self, params: list[Tensor], momentum: float, dampening: float, lr: float, decay: float) -> None:
+        torch._fused_sgd_(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["momentum_buffer"] for p in params],
+            weight_decay=decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=dampening,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+
+
+def peers(make: Callable[[], list[Tensor]], options: dict[str, float]) -> dict[str, Callable[[], object]]:
+    """LARS of pytorch_optimizer, where that is installed; vectors without decay, as ours has them."""
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        return {}
+    found: dict[str, Callable[[], object]] = {}
+    for foreach, name in ((False, "tensor by tensor"), (True, "on lists")):
+        params = make()
+        groups = [
+            {"params": [p for p in params if p.ndim > 1]},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        found[f"pytorch_optimizer, {name}"] = pytorch_optimizer.LARS(groups, 1e-3, foreach=foreach, **options).step
+    return found
+
+
 def parameters(tensors: int, kind: str, shrink: int, device: str) -> list[Tensor]:
     """`tensors` tensors with gradients. "network": convolution, scale and shift in turn, as in ResNet-20.
 
@@ -70,6 +130,8 @@ def contenders(tensors: int, kind: str, shrink: int, device: str) -> dict[str, C
         "torch SGD, foreach": torch.optim.SGD(make(), 1e-3, foreach=True, **options).step,
         "LARS": LARS(make(), 1e-3, **options).step,
         "LARS, tensor by tensor": LoopLARS(make(), 1e-3, **options).step,
+        **({"LARS, fused trial": FusedLARS(make(), 1e-3, **options).step} if device == "cpu" else {}),
+        **peers(make, options),
         "CLARS": CLARS(clars_params, 1e-3, norms=norms, **options).step,
         "torch AdamW, foreach": torch.optim.AdamW(make(), 1e-3, foreach=True).step,
         "LAMB": LAMB(make(), 1e-3, weight_decay=1e-2).step,
@@ -103,10 +165,16 @@ def show(seconds: dict[str, list[float]], kind: str) -> None:
     for top, bottom in (
         ("LARS", "torch SGD, foreach"),
         ("LARS, tensor by tensor", "LARS"),
+        ("LARS, fused trial", "LARS"),
+        ("LARS, tensor by tensor", "LARS, fused trial"),
+        ("pytorch_optimizer, tensor by tensor", "LARS"),
+        ("pytorch_optimizer, on lists", "LARS"),
         ("CLARS", "torch SGD, foreach"),
         ("LARS, tensor by tensor", "torch SGD, foreach"),
         ("LAMB", "torch AdamW, foreach"),
     ):
+        if top not in seconds or bottom not in seconds:
+            continue
         ratios = [a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"| {top} / {bottom} | {middle:.2f} | {low:.2f}-{high:.2f} |")
