@@ -126,6 +126,11 @@ def _large(base: Settings, **changes: Any) -> Settings:
     return {"batch_size": cap, "lr": base["lr"] * cap / base["batch_size"], **changes}
 
 
+def _clars_split(base: Settings, factor: float) -> Settings:
+    """CLARS with `factor` times the rate for layers that are not adapted, and the default's for those that are."""
+    return _large({**base, "lr": factor * base["lr"]}, optimizer="clars", trust_coefficient=0.01 / factor)
+
+
 def _absa(_base: Settings, **changes: Any) -> Settings:
     """The published setting: fast gradient sign attack on a fifth, patience 10, running statistics, 128 examples."""
     published = {"controller": "absa", "adversary": "fgsm", "patience": 10, "probe_examples": 128}
@@ -152,9 +157,9 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "clars": lambda base: _large(base, optimizer="clars"),
     "clars-0.02": lambda base: _large(base, optimizer="clars", trust_coefficient=0.02),
     "clars-0.03": lambda base: _large(base, optimizer="clars", trust_coefficient=0.03),
-    "clars-0.04-quarter-rate": lambda base: _large(
-        {**base, "lr": base["lr"] / 4}, optimizer="clars", trust_coefficient=0.04
-    ),
+    "clars-0.04-quarter-rate": lambda base: _clars_split(base, 1 / 4),
+    "clars-0.005-twice-rate": lambda base: _clars_split(base, 2),
+    "clars-0.0025-four-rate": lambda base: _clars_split(base, 4),
     "noise-scale": lambda base: {"controller": "noise-scale", "microbatch_size": base["batch_size"] // 4},
     "adabatch": _adabatch,
     "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
