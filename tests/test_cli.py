@@ -17,8 +17,6 @@ import hessianflow
 from hessianflow import History
 from hessianflow.build import load_parts
 from hessianflow.cli import main
-from hessianflow.commands.curvature import _opinions
-from hessianflow.curvature import Comparison, SecondOpinion
 
 QUICK = ["--epochs", "2", "--plots", "false"]
 
@@ -443,26 +441,6 @@ def test_a_run_made_from_python_is_refused_with_what_to_call(command: list[str],
     assert f"{needs}; with one made from Python, call {instead}" in err
     room, name = instead.removeprefix("hf.").split(".")
     assert callable(getattr(getattr(hessianflow, room), name))
-
-
-def test_second_opinion_has_one_kind_of_difference():
-    """Shares of the larger value; the densities' distance has the unit of an eigenvalue, and a line of its own."""
-    rows = (
-        Comparison("eigenvalue 1", 4.0, 1e-3, 5.0, 0.2),
-        Comparison("trace", 0.0, 0.5, 0.0, 0.0),
-        Comparison("density mean*", 1e-5, float("nan"), 5e-6, 2e-3),
-        Comparison("trace", 1.0, 0.5, None, None),
-    )
-    lines = _opinions(SecondOpinion(rows, ("a finding",), 8)).splitlines()
-    assert [line.split()[-4:] for line in lines[1:5]] == [
-        ["4", "1.0e-03", "5", "2.00e-01"],
-        ["0", "5.0e-01", "0", "0.00e+00"],
-        ["1e-05", "-", "5e-06", "5.00e-01"],
-        ["1", "5.0e-01", "failed", "-"],
-    ]
-    assert "difference: relative to the larger value" in lines[5]
-    assert lines[6].startswith("note: the densities, of one probe each, lie 2.00e-03 apart (Wasserstein distance")
-    assert lines[7:] == ["note: a finding"]
 
 
 def test_a_batch_that_shrank_is_told(capsys):

@@ -1,6 +1,5 @@
 """`hessianflow spectrum` and `hessianflow second-opinion`: the curvature of a trained run, after the fact."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from hessianflow.commands.runs import require_settings
 from hessianflow.interfaces import HessianFlowError, NormMode
 
 if TYPE_CHECKING:
-    from hessianflow.curvature import SecondOpinion, SpectrumReport
+    from hessianflow.curvature import SpectrumReport
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -80,7 +79,7 @@ def _second_opinion(arguments: Namespace) -> int:
     from hessianflow.curvature import second_opinion
 
     model, loss_fn, batch = _load(arguments, "second-opinion", "hf.curvature.second_opinion")
-    print(_opinions(second_opinion(model, loss_fn, batch, k=arguments.k, seed=arguments.seed)))
+    print(second_opinion(model, loss_fn, batch, k=arguments.k, seed=arguments.seed).table())
     return 0
 
 
@@ -120,26 +119,6 @@ def _table(report: "SpectrumReport") -> str:
             f"+- {layer.trace_stderr:.1g}, {layer.size} weights{mark}"
         )
     return "\n".join(lines)
-
-
-def _opinions(opinion: "SecondOpinion") -> str:
-    """Both libraries side by side; the difference is relative in every row, that of the densities stands below."""
-    lines, notes = [f"{'quantity':<22}{'hessianflow':>14}{'+-':>11}{'PyHessian':>14}{'difference':>12}"], []
-    for row in opinion.rows:
-        error = "-" if math.isnan(row.ours_error) else f"{row.ours_error:.1e}"
-        theirs, difference = "failed", "-"
-        if row.theirs is not None:
-            scale = max(abs(row.ours), abs(row.theirs))
-            theirs = f"{row.theirs:.6g}"
-            difference = f"{abs(row.ours - row.theirs) / scale if scale > 0 else 0.0:.2e}"
-        lines.append(f"{row.quantity:<22}{row.ours:>14.6g}{error:>11}{theirs:>14}{difference:>12}")
-        if row.quantity.startswith("density") and row.difference is not None:
-            notes.append(
-                f"the densities, of one probe each, lie {row.difference:.2e} apart (Wasserstein distance, in units of "
-                "the eigenvalues)"
-            )
-    lines.append("+-: residual of an eigenvalue, standard error of the trace; difference: relative to the larger value")
-    return "\n".join([*lines, *(f"note: {note}" for note in (*notes, *opinion.notes))])
 
 
 def _write(report: "SpectrumReport", folder: Path) -> None:

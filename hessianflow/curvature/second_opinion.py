@@ -9,6 +9,7 @@ has; then the density is our quadrature of its products, and a note says so.
 """
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,13 +72,23 @@ class SecondOpinion:
         return asdict(self)
 
     def table(self) -> str:
-        """A table in plain text, notes below."""
+        """A table in plain text: every difference relative to the larger value, the distance of densities in a note."""
         lines = [f"{'quantity':<22}{'hessianflow':>14}{'+-':>11}{'PyHessian':>14}{'difference':>12}"]
+        notes = []
         for row in self.rows:
+            error = "-" if math.isnan(row.ours_error) else f"{row.ours_error:.1e}"
             theirs = "failed" if row.theirs is None else f"{row.theirs:.6g}"
-            difference = "" if row.difference is None else f"{row.difference:.2e}"
-            lines.append(f"{row.quantity:<22}{row.ours:>14.6g}{row.ours_error:>11.1e}{theirs:>14}{difference:>12}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+            difference = "-" if row.theirs is None else f"{_relative(row.ours, row.theirs):.2e}"
+            lines.append(f"{row.quantity:<22}{row.ours:>14.6g}{error:>11}{theirs:>14}{difference:>12}")
+            if row.quantity.startswith("density") and row.difference is not None:
+                notes.append(
+                    f"the densities, of one probe each, lie {row.difference:.2e} apart (Wasserstein distance, in units "
+                    "of the eigenvalues)"
+                )
+        lines.append(
+            "+-: residual of an eigenvalue, standard error of the trace; difference: relative to the larger value"
+        )
+        return "\n".join([*lines, *(f"note: {note}" for note in (*notes, *self.notes))])
 
 
 def second_opinion(
@@ -195,9 +206,12 @@ def _density_row(ours: SpectralDensity, theirs: tuple[Tensor, Tensor, str] | Non
 
 
 def _row(quantity: str, ours: float, error: float, theirs: float | None) -> Comparison:
-    scale = 0.0 if theirs is None else max(abs(ours), abs(theirs))
-    difference = None if theirs is None else abs(ours - theirs) / scale if scale > 0 else 0.0
-    return Comparison(quantity, ours, error, theirs, difference)
+    return Comparison(quantity, ours, error, theirs, None if theirs is None else _relative(ours, theirs))
+
+
+def _relative(ours: float, theirs: float) -> float:
+    scale = max(abs(ours), abs(theirs))
+    return abs(ours - theirs) / scale if scale > 0 else 0.0
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 from problems import classification, conv_net, mlp, train
 from torch import nn
 
-from hessianflow.curvature import second_opinion
+from hessianflow.curvature import Comparison, SecondOpinion, second_opinion
 from hessianflow.interfaces import HessianFlowError
 
 pytest.importorskip("pyhessian")
@@ -60,6 +60,26 @@ def test_table_and_json(compared):
     assert "hessianflow" in table.splitlines()[0]
     assert "eigenvalue 2" in table
     assert len(json.loads(json.dumps(opinion.to_dict()))["rows"]) == 4
+
+
+def test_the_table_has_one_kind_of_difference():
+    """Shares of the larger value; the densities' distance has the unit of an eigenvalue, and a line of its own."""
+    rows = (
+        Comparison("eigenvalue 1", 4.0, 1e-3, 5.0, 0.2),
+        Comparison("trace", 0.0, 0.5, 0.0, 0.0),
+        Comparison("density mean*", 1e-5, float("nan"), 5e-6, 2e-3),
+        Comparison("trace", 1.0, 0.5, None, None),
+    )
+    lines = SecondOpinion(rows, ("a finding",), 8).table().splitlines()
+    assert [line.split()[-4:] for line in lines[1:5]] == [
+        ["4", "1.0e-03", "5", "2.00e-01"],
+        ["0", "5.0e-01", "0", "0.00e+00"],
+        ["1e-05", "-", "5e-06", "5.00e-01"],
+        ["1", "5.0e-01", "failed", "-"],
+    ]
+    assert "difference: relative to the larger value" in lines[5]
+    assert lines[6].startswith("note: the densities, of one probe each, lie 2.00e-03 apart (Wasserstein distance")
+    assert lines[7:] == ["note: a finding"]
 
 
 def test_what_pyhessian_cannot_do_is_a_note():
