@@ -41,7 +41,7 @@ from hessianflow.control import (
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.interfaces import Adversary, BatchController, GradientObserver, HessianFlowError
-from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorms, polynomial_decay
+from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorms, cooldown, polynomial_decay
 from hessianflow.optim.lars import Form
 
 T = TypeVar("T")
@@ -100,6 +100,8 @@ def build_scheduler(
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs), "epoch"
     if config.schedule == "polynomial":
         return lr_scheduler.LambdaLR(optimizer, polynomial_decay(epochs)), "epoch"
+    if config.schedule == "cooldown":
+        return lr_scheduler.LambdaLR(optimizer, cooldown(epochs, _decay_from(config))), "epoch"
     return None, "epoch"
 
 
@@ -111,8 +113,15 @@ def schedule_shape(config: TrainConfig) -> Callable[[float], float]:
         "multistep": lambda epoch: float(config.lr_decay ** sum(epoch >= m for m in milestones)),
         "cosine": lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1))),
         "polynomial": lambda epoch: max(1 - epoch / epochs, 0.0) ** 2,
+        "cooldown": lambda epoch: cooldown(epochs, _decay_from(config))(epoch),
     }
     return shapes[config.schedule]
+
+
+def _decay_from(config: TrainConfig) -> float:
+    """Where the cooldown begins: by default after a third, where timed has it."""
+    epochs = given(config.epochs)
+    return epochs // 3 if config.decay_from is None else config.decay_from
 
 
 def build_stages(config: TrainConfig) -> tuple[Stage, ...]:

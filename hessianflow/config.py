@@ -31,7 +31,7 @@ ControllerName = Literal[
 ]
 AdversaryName = Literal["fgsm", "pgd", "conadv", "reuse", "none"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lars", "clars", "lamb"]
-ScheduleName = Literal["constant", "multistep", "cosine", "polynomial"]
+ScheduleName = Literal["constant", "multistep", "cosine", "polynomial", "cooldown"]
 CurvatureName = Literal["epoch", "needed", "off"]
 PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
 LRRuleName = Literal["linear", "sqrt", "none"]
@@ -72,7 +72,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         momentum: of sgd, lars and clars.
         weight_decay: of the optimizer (0 in the published ABSA runs).
         trust_coefficient: of lars and clars; default: 0.001 and 0.01, as published.
-        schedule: of the learning rate, below the controller's factor.
+        schedule: of the learning rate, below the controller's factor; cooldown: constant, then linearly to 0.
         milestones: epochs after which the multistep schedule multiplies the rate by lr_decay, e.g. "[30, 60]".
         lr_decay: factor of the multistep schedule (0.2 in the published ABSA runs).
         warmup_epochs: epochs over which the rate rises linearly from 0 to the schedule's.
@@ -89,8 +89,8 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         loss_power: critical's useful batch follows this power of the fall of the loss; 0: leaves that bound out.
         stages: timed has these batch sizes from these epochs on, e.g. "[[2, 256], [4, 512]]", the rate scaled with
             them; default: twice, 4 and 8 times the batch after 1/12, 1/6 and 1/3 of the epochs.
-        decay_from: epochs after which timed lets the rate fall linearly, to 0 at the end; default: never, but with the
-            stages left open too, after the last of them.
+        decay_from: epochs after which timed and the cooldown schedule let the rate fall linearly, to 0 at the end;
+            default: for cooldown a third of them; for timed never, but with the stages left open too, after the last.
         adversarial_share: share of each batch that is attacked at the start; default: 0.2, for conadv 1.
         share_decay: absa divides the share by this at each growth.
         eps: size of the perturbation, in the units of pixels scaled to [0, 1].
@@ -213,6 +213,10 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
             raise HessianFlowError(f"--controller {self.controller} needs curvature: use --curvature epoch or needed")
         if self.controller == "critical" and self.edge_share == self.loss_power == 0:
             raise HessianFlowError("--edge-share and --loss-power must not both be 0: nothing would bound the growth")
+        if self.controller == "timed" and self.schedule == "cooldown":
+            raise HessianFlowError("--controller timed decays by itself: use --decay-from without --schedule cooldown")
+        if self.schedule == "cooldown" and (self.decay_from or 0) >= (self.epochs or math.inf):
+            raise HessianFlowError(f"--decay-from {self.decay_from:g} must lie below --epochs {self.epochs}")
         if self.controller == "grow-instead-of-decay":
             if self.schedule not in (None, "constant"):
                 raise HessianFlowError(

@@ -5,7 +5,7 @@ from hessianflow.optim.extrapolation import Extrapolation
 from hessianflow.optim.lamb import LAMB
 from hessianflow.optim.lars import LARS
 from hessianflow.optim.observers import ExtraBatchNorms, GradientMoments, MicrobatchNorms
-from hessianflow.optim.schedules import RateAndWarmup, lars_recipe, legw, linear_warmup, polynomial_decay
+from hessianflow.optim.schedules import RateAndWarmup, cooldown, lars_recipe, legw, linear_warmup, polynomial_decay
 
 __all__ = [
     "CLARS",
@@ -17,6 +17,7 @@ __all__ = [
     "MicrobatchNorms",
     "NormEstimator",
     "RateAndWarmup",
+    "cooldown",
     "lars_recipe",
     "legw",
     "linear_warmup",

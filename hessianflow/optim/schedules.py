@@ -2,6 +2,8 @@
 
 - :func:`polynomial_decay`: linear warm-up, then polynomial decay (power 2 in the LARS and CLARS recipes).
 - :func:`linear_warmup`: warm-up alone.
+- :func:`cooldown`: constant, then linearly to 0 (Hägele et al., "Scaling laws and compute-optimal training beyond fixed
+  training durations", arXiv:2405.18392).
 - :func:`legw`: You et al., "Large-batch training for LSTM and beyond", arXiv:1901.08256.
 - :func:`lars_recipe`: base rate and warm-up by batch size of the published ResNet-50 LARS schedules.
 """
@@ -61,6 +63,19 @@ def polynomial_decay(
         return float((1 - end_factor) * (1 - done / length) ** power + end_factor)
 
     return factor
+
+
+def cooldown(total_steps: float, decay_from: float) -> Callable[[float], float]:
+    """step -> 1 up to step D = decay_from, then (T - step) / (T - D) down to 0 at T = total_steps, and 0 after it.
+
+    Raises:
+        HessianFlowError: a length is out of its bounds, or `decay_from` not below `total_steps`.
+    """
+    check_number("total_steps", total_steps, low=1)
+    check_number("decay_from", decay_from)
+    if decay_from >= total_steps:
+        raise HessianFlowError(f"decay_from must be < total_steps {total_steps}, got {decay_from}")
+    return lambda step: min(1.0, max(0.0, (total_steps - step) / (total_steps - decay_from)))
 
 
 def legw(batch_size: int, base_batch_size: int, base_lr: float, base_warmup_epochs: float) -> RateAndWarmup:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim import lars_recipe, legw, linear_warmup, polynomial_decay
+from hessianflow.optim import cooldown, lars_recipe, legw, linear_warmup, polynomial_decay
 
 
 def test_polynomial_decay_of_a_published_run() -> None:
@@ -32,6 +32,12 @@ def test_polynomial_decay_drives_a_scheduler() -> None:
 def test_linear_warmup() -> None:
     assert [linear_warmup(4)(step) for step in (0, 1, 4, 9)] == [0, 0.25, 1, 1]
     assert linear_warmup(0)(0) == 1
+
+
+def test_cooldown() -> None:
+    """Constant for 8 of 24 steps, then a sixteenth less a step."""
+    assert [cooldown(24, 8)(step) for step in (0, 8, 9, 16, 23, 24, 30)] == [1, 1, 15 / 16, 0.5, 1 / 16, 0, 0]
+    assert [cooldown(2, 0)(step) for step in (0, 1, 2)] == [1, 0.5, 0]
 
 
 def test_legw() -> None:
@@ -61,6 +67,9 @@ def test_published_table_long_warmup() -> None:
         (lambda: polynomial_decay(10, 10), "warmup_steps must be < total_steps 10, got 10"),
         (lambda: polynomial_decay(10, power=-1), "power must be a finite number >= 0, got -1"),
         (lambda: polynomial_decay(10, end_factor=math.nan), "end_factor must be a finite number >= 0, got nan"),
+        (lambda: cooldown(0, 0), "total_steps must be a finite number >= 1, got 0"),
+        (lambda: cooldown(8, -1), "decay_from must be a finite number >= 0, got -1"),
+        (lambda: cooldown(8, 8), "decay_from must be < total_steps 8, got 8"),
         (lambda: linear_warmup(-1), "warmup_steps must be a finite number >= 0, got -1"),
         (lambda: legw(0, 1, 1, 1), "batch_size must be a finite number >= 1, got 0"),
         (lambda: legw(1, 0, 1, 1), "base_batch_size must be a finite number >= 1, got 0"),
