@@ -56,7 +56,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
             fixed: batch_size throughout; warmup: max_batch_size from the start, with a rate that rises to linear
             scaling; adabatch: growth every so many epochs; grow-instead-of-decay: growth by 1/lr_decay at the
             milestones; noise-scale, cabs, divebatch: from the variance of the gradients; critical: ours, from the loss
-            and the distance to the edge of stability, under a cosine schedule; timed: as the stages say;
+            and the distance to the edge of stability, under a cooldown schedule; timed: as the stages say;
             dual-batch: some workers with a small batch and some with batch_size, on a parameter server, without
             adversary.
         adversary: what is done to a share of every batch. fgsm, pgd: attacked in place; conadv: trained on besides its
@@ -85,7 +85,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         patience: absa grows after this many epochs without growth; 0 never does.
         every_epochs: adabatch grows after every so many epochs.
         edge_share: critical uses this share of the largest stable rate, which is that of SGD with momentum; 0: leaves
-            that bound out. Default: 0.5 with sgd, 0 with any other optimizer.
+            that bound out. Default: 0.75 with sgd, 0 with any other optimizer.
         loss_power: critical's useful batch follows this power of the fall of the loss; 0: leaves that bound out.
         stages: timed has these batch sizes from these epochs on, e.g. "[[2, 256], [4, 512]]", the rate scaled with
             them; default: twice, 4 and 8 times the batch after 1/12, 1/6 and 1/3 of the epochs.
@@ -284,8 +284,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     preset |= {"norm_mode": "eval", "adversarial_share": 1.0 if config.adversary == "conadv" else 0.2}
     if config.controller == "critical":
         # The stable rate of the bound is SGD's: of an optimizer that rescales its gradients it says nothing.
-        share = 0.5 if config.optimizer == "sgd" else 0.0
-        preset |= {"schedule": "cosine", "norm_mode": "batch", "edge_share": share}
+        share = 0.75 if config.optimizer == "sgd" else 0.0
+        preset |= {"schedule": "cooldown", "norm_mode": "batch", "edge_share": share}
     if config.resolution is not None:
         preset["resolutions"] = config.resolutions_of(config.data)
     if config.controller == "dual-batch":

@@ -26,7 +26,7 @@ def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
         "ABSA": hf.control.ABSA(batch, cap),
         "critical batch": hf.control.CriticalBatch(batch, cap),
         "edge only": hf.control.CriticalBatch(batch, cap, loss_power=None),
-        "critical batch, three quarters": hf.control.CriticalBatch(batch, cap, edge_share=0.75),
+        "critical batch, half": hf.control.CriticalBatch(batch, cap, edge_share=0.5),
         "loss only": hf.control.CriticalBatch(batch, cap, edge_share=None),
     }
 

@@ -24,22 +24,31 @@ def step(
 
 
 def test_the_loss_bound_follows_the_power_of_its_fall() -> None:
-    """Power 2: the loss halved is four times the batch; 0.1 of it, a hundred times, is capped."""
+    """Power 2. Means of 4 and 2 are sqrt(2) at the end: 8 times; standing still at 2 gives 4; 2 and 0.5 are 0.25."""
     controller = CriticalBatch(128, 2048, loss_power=2, edge_share=None, max_growth=100)
     assert controller.needs == {"epoch_loss"}
-    assert step(controller, 1, None, 2.0) == Decision(128)
-    decision = step(controller, 2, None, 1.0)
-    assert (decision.batch_size, decision.lr_factor) == (512, 4.0)
-    assert decision.reason == "loss fell from 2 to 1"
-    assert step(controller, 3, None, 0.2).reason == "loss fell from 2 to 0.2, capped"
+    assert step(controller, 1, None, 4.0) == Decision(128)
+    decision = step(controller, 2, None, 2.0)
+    assert (decision.batch_size, decision.lr_factor) == (1024, 8.0)
+    assert decision.reason == "loss fell from 4 to 1.414"
+    assert step(controller, 3, None, 2.0) == Decision(1024, 8.0)
+    assert step(controller, 4, None, 0.5).reason == "loss fell from 4 to 0.25, capped"
     assert controller.decision.batch_size == 2048
     assert controller.needs == frozenset()
-    assert step(controller, 4, None, 0.1) == Decision(2048, 16.0)
+    assert step(controller, 5, None, 0.1) == Decision(2048, 16.0)
+
+
+def test_only_a_fall_below_the_lowest_loss_is_carried_on() -> None:
+    """Power 1: back at 4 after 8 nothing is gained; then 4 and 2.52 are 2 at the end: twice the batch."""
+    controller = CriticalBatch(128, 2048, loss_power=1, edge_share=None)
+    losses = [4.0, 8.0, 4.0, math.nan, 2.52]
+    batches = [step(controller, epoch, None, loss).batch_size for epoch, loss in enumerate(losses, 1)]
+    assert batches == [128, 128, 128, 128, 256]
 
 
 def test_the_edge_bound_is_a_share_of_the_stable_rate() -> None:
     """2 * 1.9 / 3.8 = 1; half of it over 0.1 is 5 times the batch; with a rate of 0.02, 25 times, capped."""
-    controller = CriticalBatch(128, 2048, loss_power=None, max_growth=100)
+    controller = CriticalBatch(128, 2048, loss_power=None, edge_share=0.5, max_growth=100)
     assert controller.needs == {"eigenvalue", "learning_rate"}
     decision = step(controller, 1, 3.8, 1.0)
     assert (decision.batch_size, decision.lr_factor) == (640, 5.0)
@@ -49,16 +58,16 @@ def test_the_edge_bound_is_a_share_of_the_stable_rate() -> None:
 
 
 def test_the_smaller_bound_decides() -> None:
-    controller = CriticalBatch(128, 2048, loss_power=1, max_growth=100)
-    step(controller, 1, 3.8, 2.0)
-    assert step(controller, 2, 3.8, 1.0).reason == "loss fell from 2 to 1"
+    controller = CriticalBatch(128, 2048, loss_power=1, edge_share=0.5, max_growth=100)
+    step(controller, 1, 3.8, 4.0)
+    assert step(controller, 2, 3.8, 2.52).reason == "loss fell from 4 to 2"
     assert controller.decision.batch_size == 256
     assert step(controller, 3, 3.8, 0.1).reason.startswith("eigenvalue 3.8")
     assert controller.decision.batch_size == 640
 
 
 def test_the_median_of_the_window_counts() -> None:
-    controller = CriticalBatch(128, 2048, loss_power=None, window=3, hysteresis=1, max_growth=100)
+    controller = CriticalBatch(128, 2048, loss_power=None, edge_share=0.5, window=3, hysteresis=1, max_growth=100)
     assert step(controller, 1, 19.0, 1.0).batch_size == 128
     assert step(controller, 2, 0.001, 1.0).batch_size == 256  # median 9.5005: 2 * 1.9 / 9.5 / 2 / 0.1 = 2
     assert step(controller, 3, 19.0, 1.0).batch_size == 256
@@ -72,14 +81,15 @@ def test_one_growth_is_at_most_a_doubling() -> None:
 def test_growth_needs_the_hysteresis_and_never_turns_back() -> None:
     controller = CriticalBatch(100, 2000, loss_power=1, edge_share=None, hysteresis=1.25)
     step(controller, 1, None, 1.25)
-    assert step(controller, 2, None, 1.01).batch_size == 100
-    assert step(controller, 3, None, 1.0).batch_size == 125
-    assert step(controller, 4, None, 5.0).batch_size == 125
+    assert step(controller, 2, None, 1.25).batch_size == 100
+    assert step(controller, 3, None, 1.1).batch_size == 100  # 1.1 * sqrt(1.1 / 1.25) = 1.03
+    assert step(controller, 4, None, 1.0).batch_size == 131  # sqrt(1 / 1.1) = 0.953
+    assert step(controller, 5, None, 5.0).batch_size == 131
 
 
 def test_nothing_grows_while_the_rate_rises() -> None:
     """Edge 1, share 0.5: at a rate of 0.02 25 times the batch, but the full rate of 0.1 carries 5 times alone."""
-    controller = CriticalBatch(128, 2048, loss_power=1)
+    controller = CriticalBatch(128, 2048, loss_power=1, edge_share=0.5)
     rates = [0.02, 0.06, 0.1, 0.1, 0.1, 0.1]
     batches = [step(controller, epoch, 3.8, 2.0 / epoch, rate).batch_size for epoch, rate in enumerate(rates, 1)]
     assert batches == [128, 128, 128, 256, 512, 640]
@@ -100,7 +110,7 @@ def test_the_smallest_growth_is_not_lost_to_rounding() -> None:
 
 @pytest.mark.parametrize("eigenvalue", [math.nan, math.inf, -3.0, 0.0, None])
 def test_unusable_readings_are_passed_over(eigenvalue: float | None) -> None:
-    controller = CriticalBatch(128, 2048, loss_power=None, max_growth=100)
+    controller = CriticalBatch(128, 2048, loss_power=None, edge_share=0.5, max_growth=100)
     assert step(controller, 1, eigenvalue, 1.0).batch_size == 128
     assert step(controller, 2, 3.8, 1.0, converged=False).batch_size == 128
     assert step(controller, 3, 3.8, 1.0).batch_size == 640
@@ -117,8 +127,8 @@ def test_a_loss_without_a_meaning_allows_no_growth(loss: float) -> None:
 
 def test_a_rate_of_zero_leaves_the_loss_to_decide() -> None:
     controller = CriticalBatch(128, 2048, loss_power=1)
-    step(controller, 1, 3.8, 2.0)
-    assert step(controller, 2, 3.8, 1.0, rate=0.0).batch_size == 256
+    step(controller, 1, 3.8, 4.0)
+    assert step(controller, 2, 3.8, 2.52, rate=0.0).batch_size == 256
 
 
 def test_continues_from_its_state() -> None:
@@ -135,7 +145,7 @@ def test_continues_from_its_state() -> None:
     [
         ({"loss_power": None, "edge_share": None}, "loss_power and edge_share must not both be None"),
         ({"edge_share": 1}, "momentum and edge_share must be < 1, got 0.9 and 1"),
-        ({"momentum": 1}, "momentum and edge_share must be < 1, got 1 and 0.5"),
+        ({"momentum": 1}, "momentum and edge_share must be < 1, got 1 and 0.75"),
         ({"edge_share": 0}, "edge_share must be a finite number > 0 and <= 1, got 0"),
         ({"loss_power": -2}, "loss_power must be a finite number > 0, got -2"),
         ({"window": 0}, "window must be a whole number >= 1, got 0"),

@@ -75,11 +75,11 @@ def test_nothing_is_decided_at_the_end() -> None:
 
 
 def test_the_epoch_row_serves_as_loss_and_rate() -> None:
-    """Loss 2 then 1: half the loss allows 2^(1 / 0.21) = 27 times the batch, one growth twofold."""
+    """Loss 2 then 1, 0.7071 at the end: 2.83^(1 / 0.21) = 141 times the batch is allowed, one growth is twofold."""
     rows = [row if row["kind"] != "epoch" else {**row, "train_loss": 2 / row["epoch"]} for row in history([1.0, 1.0])]
     result = replay(rows, CriticalBatch(128, 1024, edge_share=None), total_epochs=9)
     assert [(step.epoch, step.decision.batch_size) for step in result.changes] == [(2, 256)]
-    assert result.changes[0].decision.reason == "loss fell from 2 to 1"
+    assert result.changes[0].decision.reason == "loss fell from 2 to 0.7071"
     signals = {"kind": "signals", "epoch": 2, "examples": 2048, "epoch_loss": 2.0}
     assert replay([*rows, signals], CriticalBatch(128, 1024, edge_share=None), total_epochs=9).changes == (), (
         "what was recorded as a signal is one"
@@ -91,7 +91,7 @@ def test_the_rate_is_the_schedules_under_the_replayed_factor() -> None:
 
     Fed directly, the trainer shows 0.1 times the controller's own factor.
     """
-    direct, expected = CriticalBatch(128, 1024, loss_power=None), []
+    direct, expected = CriticalBatch(128, 1024, loss_power=None, edge_share=0.5), []
     for epoch in range(1, 6):
         signals = {"learning_rate": 0.1 * direct.decision.lr_factor}
         reading = CurvatureReading(3.8, 0.1, 5, True, norm_mode="batch")
@@ -102,7 +102,7 @@ def test_the_rate_is_the_schedules_under_the_replayed_factor() -> None:
         for row in rows:
             if row["kind"] == "epoch":
                 row |= {"lr": 0.1 * recorded, "lr_factor": recorded}
-        result = replay(rows, CriticalBatch(128, 1024, loss_power=None), total_epochs=9)
+        result = replay(rows, CriticalBatch(128, 1024, loss_power=None, edge_share=0.5), total_epochs=9)
         assert [step.decision.batch_size for step in result.steps] == expected
 
 
@@ -113,7 +113,7 @@ def test_old_records_tell_the_factor_by_their_decisions() -> None:
         if row["kind"] == "epoch":
             row["lr"] = 0.1 if row["epoch"] == 1 else 0.7
     for order in (rows, rows[::-1]):
-        result = replay(order, CriticalBatch(128, 1024, loss_power=None), total_epochs=9)
+        result = replay(order, CriticalBatch(128, 1024, loss_power=None, edge_share=0.5), total_epochs=9)
         assert [step.decision.batch_size for step in result.steps] == [256, 512, 640]
 
 

@@ -273,7 +273,7 @@ def test_every_method_has_settings_for_every_problem() -> None:
 
 def test_the_controller_study_runs_both_ways(tmp_path: Path) -> None:
     """Two real runs, one of a controller that the settings spell out; about 15 s of a core."""
-    options = ["--smoke", "--runs", str(tmp_path), "--only", "fake/critical"]
+    options = ["--smoke", "--runs", str(tmp_path), "--only", "fake/critical-reuse"]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.controllers", *options],
         cwd=ROOT,
@@ -284,7 +284,7 @@ def test_the_controller_study_runs_both_ways(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     row = read_rows(tmp_path / "smoke" / "results.jsonl")[0]
-    assert (row["method"], row["largest_batch"] > 32) == ("critical", True)
+    assert (row["method"], row["largest_batch"] > 32) == ("critical-reuse", True)
     assert all(epoch["eigenvalue"] for epoch in row["epochs"][:2])
     again = subprocess.run(
         [sys.executable, "experiments/controllers/run.py", *options, "--report"],
