@@ -44,7 +44,13 @@ def _absa(base: Settings, **changes: Any) -> Settings:
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed": lambda _: {"curvature": "epoch"},  # in running statistics, for replays of ABSA
     "absa": _absa,
-    "critical": lambda _: {"controller": "critical", "curvature": "needed"},
+    "critical": lambda _: {
+        "controller": "critical",
+        "schedule": "cooldown",
+        "edge_share": 3 / 4,
+        "norm_mode": "batch",
+        "curvature": "needed",
+    },
     "abs": lambda base: _absa(base, controller="abs", adversary="none"),
     "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
     "warmup": lambda _: {"controller": "warmup"},
@@ -56,13 +62,13 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
         "microbatch_size": base["batch_size"],  # it compares the gradients of several a step
     },
     "fixed-fgsm": lambda _: {"adversary": "fgsm"},
-    "fixed-cosine": lambda _: {"schedule": "cosine"},
+    "fixed-cooldown": lambda _: {"schedule": "cooldown"},
     "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
     "absa-patience-only": lambda base: _absa(base, decay_factor=1e9),
 }
 """What each method changes in a problem's settings, the most useful first."""
 MAIN = ("fixed", "absa", "critical")
-ONE_SIZE = ("fixed", "fixed-fgsm", "fixed-cosine")
+ONE_SIZE = ("fixed", "fixed-fgsm", "fixed-cooldown")
 """Those that do not know the cap: run once, not once a cap."""
 
 

@@ -119,9 +119,9 @@ def schedule_shape(config: TrainConfig) -> Callable[[float], float]:
 
 
 def _decay_from(config: TrainConfig) -> float:
-    """Where the cooldown begins: by default after a third, where timed has it."""
+    """Where the cooldown begins: by default after a third, rounded up, where timed has it."""
     epochs = given(config.epochs)
-    return epochs // 3 if config.decay_from is None else config.decay_from
+    return min(-(-epochs // 3), epochs - 1) if config.decay_from is None else config.decay_from
 
 
 def build_stages(config: TrainConfig) -> tuple[Stage, ...]:

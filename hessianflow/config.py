@@ -72,7 +72,8 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         momentum: of sgd, lars and clars.
         weight_decay: of the optimizer (0 in the published ABSA runs).
         trust_coefficient: of lars and clars; default: 0.001 and 0.01, as published.
-        schedule: of the learning rate, below the controller's factor; cooldown: constant, then linearly to 0.
+        schedule: of the learning rate, below the controller's factor; cooldown: constant, then linearly to 0. Without
+            warmup_epochs the rate is that of the start of the epoch throughout.
         milestones: epochs after which the multistep schedule multiplies the rate by lr_decay, e.g. "[30, 60]".
         lr_decay: factor of the multistep schedule (0.2 in the published ABSA runs).
         warmup_epochs: epochs over which the rate rises linearly from 0 to the schedule's.

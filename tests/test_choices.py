@@ -1,9 +1,11 @@
 """What the names in a configuration stand for."""
 
+from typing import Any
+
 import pytest
 from torch import nn
 
-from hessianflow.choices import build_optimizer
+from hessianflow.choices import build_optimizer, build_scheduler
 from hessianflow.config import TrainConfig, resolve
 
 
@@ -11,3 +13,43 @@ from hessianflow.config import TrainConfig, resolve
 def test_momentum_correction_takes_the_rate_out_of_the_velocity_of_lars(correction: bool, form: str):
     config = resolve(TrainConfig(optimizer="lars", momentum_correction=correction))
     assert build_optimizer(config, nn.Linear(2, 2)).param_groups[0]["form"] == form
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"epochs": 5, "decay_from": 1}, [1, 1, 0.75, 0.5, 0.25]),
+        ({"epochs": 5}, [1, 1, 1, 2 / 3, 1 / 3]),  # a third of 5, rounded up
+        ({"epochs": 1}, [1]),
+        ({"epochs": 4, "decay_from": 0, "controller": "critical", "schedule": None}, [1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_cooldown_is_constant_and_then_falls_by_the_epoch(settings: dict[str, Any], rates: list[float]):
+    config = resolve(TrainConfig(lr=1.0, **{"schedule": "cooldown", **settings}))
+    optimizer = build_optimizer(config, nn.Linear(2, 2))
+    scheduler, unit = build_scheduler(config, optimizer, 1000)
+    assert unit == "epoch"
+    assert scheduler is not None
+    found = []
+    for _ in rates:
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert found == pytest.approx(rates)
+
+
+def test_cooldown_after_a_warmup_falls_by_the_batch():
+    """Two of ten batches an epoch up, then from the middle of 4 epochs on down to the last batch."""
+    settings: dict[str, Any] = {"epochs": 4, "decay_from": 2, "warmup_epochs": 0.2, "batch_size": 10}
+    config = resolve(TrainConfig(lr=1.0, schedule="cooldown", **settings))
+    optimizer = build_optimizer(config, nn.Linear(2, 2))
+    scheduler, unit = build_scheduler(config, optimizer, 100)
+    assert unit == "reference_batch"
+    assert scheduler is not None
+    found = []
+    for _ in range(40):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert found[:3] == pytest.approx([0.5, 1, 1])
+    assert [found[20], found[21], found[39]] == pytest.approx([1, 0.95, 0.05])

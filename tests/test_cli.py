@@ -266,6 +266,16 @@ def test_grow_instead_of_decay_does_not_decay_too(capsys):
     assert "replaces --schedule multistep" in err
 
 
+def test_a_replay_leaves_the_end_of_another_schedule_out(capsys):
+    """A decay that timed never reaches is no error of the controller replayed, which nobody told of it."""
+    options = ["--controller", "timed", "--stages", "[[1, 64]]", "--decay-from", "2", "--run-dir", "run"]
+    assert run("train", *QUICK, *options, capsys=capsys)[0] == 0
+    for controller in ("critical", "timed"):
+        status, out, err = run("replay", "run", "--controller", controller, capsys=capsys)
+        assert (status, err) == (0, "")
+        assert f"{controller}: " in out
+
+
 def test_commands_that_read_runs(capsys):
     for seed in ("0", "1"):
         assert run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0

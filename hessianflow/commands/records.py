@@ -116,7 +116,10 @@ def _replay(arguments: Namespace) -> int:
     # No rate is set here, and some controllers would refuse the schedule of the run.
     changes = {"controller": arguments.controller, "schedule": None}
     changes |= {name: arguments[name] for name in ("max_batch_size", "patience") if arguments[name] is not None}
-    config = resolve(replace(load_config(arguments.run_dir), **changes))
+    recorded = load_config(arguments.run_dir)
+    if arguments.controller != recorded.controller:
+        changes["decay_from"] = None  # it may mean another thing there
+    config = resolve(replace(recorded, **changes))
     if config.controller == "critical" and config.norm_mode == "eval":
         print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")
     examples = history.config["trainer"]["examples_per_epoch"]

@@ -12,7 +12,7 @@ k stays below two bounds, each measured once per epoch.
        k <= (L1 / L)^loss_power.
 
    A mean is the loss of the middle of its epoch, and the decision falls at the end: L is the latest mean, carried on by
-   half of its fall below the lowest before, L_e (L_e / min(L_1 ... L_(e-1)))^(1/2). Only ratios of losses enter, so no
+   half of its change from the lowest before, L_e (L_e / min(L_1 ... L_(e-1)))^(1/2). Only ratios of losses enter, so no
    B* has to be known. Growing too early slows the loss down, and with it the growth.
 
 2. Stable. With momentum m and leading Hessian eigenvalue lambda, a quadratic is stable up to the rate
@@ -34,7 +34,9 @@ The eigenvalue must be that of the function being trained: with batch normalisat
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hessianflow.control.bounded import BoundedController
 from hessianflow.control.checks import check_count, check_number, check_signals
@@ -130,8 +132,17 @@ class CriticalBatch(BoundedController[CriticalState]):
         return frozenset(loss | edge)
 
     def forget_reference(self) -> None:
-        """Eigenvalues of another loss say nothing about the stability of this one."""
+        """Eigenvalues of another loss say nothing about the stability of this one, nor do its means about the fall."""
         self._state.eigenvalues = []
+        self._state.lowest_loss = None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; earlier releases kept no lowest loss.
+
+        Raises:
+            HessianFlowError: the names do not match, as in the state of another controller.
+        """
+        super().load_state_dict({"lowest_loss": None, **state})
 
     def _decide(self, measured: Measured, /) -> str:
         if not self.needs:
@@ -155,10 +166,10 @@ class CriticalBatch(BoundedController[CriticalState]):
         first = state.first_loss = loss if state.first_loss is None else state.first_loss
         lowest = state.lowest_loss or loss
         state.lowest_loss = min(lowest, loss)
-        # Logarithms keep a vanishing loss from overflowing.
-        fall = math.log(first / loss) + math.log(lowest / loss) / 2
-        now = first * math.exp(-fall)
-        return math.exp(min(power * fall, math.log(2) * 64)), f"loss fell from {first:.4g} to {now:.4g}"
+        # Differences of logarithms, as ratios of losses may overflow.
+        now = math.log(loss) + (math.log(loss) - math.log(lowest)) / 2
+        factor = math.exp(min(power * (math.log(first) - now), math.log(2) * 64))
+        return factor, f"loss fell from {first:.4g} to {math.exp(min(now, 700.0)):.4g} at the epoch's end"
 
     def _stable(self, reading: CurvatureReading | None, rate: float, share: float) -> tuple[float, str]:
         """The second bound for the scheduled `rate`, and what it rests on."""

@@ -1,6 +1,7 @@
 """The two bounds of the critical batch, worked by hand."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,45 @@ def test_the_loss_bound_follows_the_power_of_its_fall() -> None:
     assert step(controller, 1, None, 4.0) == Decision(128)
     decision = step(controller, 2, None, 2.0)
     assert (decision.batch_size, decision.lr_factor) == (1024, 8.0)
-    assert decision.reason == "loss fell from 4 to 1.414"
+    assert decision.reason == "loss fell from 4 to 1.414 at the epoch's end"
     assert step(controller, 3, None, 2.0) == Decision(1024, 8.0)
-    assert step(controller, 4, None, 0.5).reason == "loss fell from 4 to 0.25, capped"
+    assert step(controller, 4, None, 0.5).reason == "loss fell from 4 to 0.25 at the epoch's end, capped"
     assert controller.decision.batch_size == 2048
     assert controller.needs == frozenset()
     assert step(controller, 5, None, 0.1) == Decision(2048, 16.0)
 
 
-def test_only_a_fall_below_the_lowest_loss_is_carried_on() -> None:
+@pytest.mark.parametrize("losses", [(1.0, 1e210), (1.0, 1e-300, 1e200), (1e-20, 1e308), (1e308, 5e-324)])
+def test_losses_of_any_size_have_a_bound(losses: tuple[float, ...]) -> None:
+    controller = CriticalBatch(128, 2048, edge_share=None, hysteresis=1.25)
+    batches = [step(controller, epoch, None, loss).batch_size for epoch, loss in enumerate(losses, 1)]
+    grows = any(later < before for before, later in pairwise(losses))
+    assert batches[-1] == (256 if grows else 128)
+
+
+def test_another_loss_is_not_a_fall() -> None:
+    """Power 1: from 3 to 2 is 1.84 times the batch, 3 / (2 * sqrt(2 / 3)); 3 / 2 where the means are of two losses."""
+    for forget, size in ((False, 235), (True, 192)):
+        controller = CriticalBatch(128, 2048, loss_power=1, edge_share=None)
+        step(controller, 1, None, 3.0)
+        if forget:
+            controller.forget_reference()
+        assert step(controller, 2, None, 2.0).batch_size == size
+
+
+def test_states_of_earlier_releases_continue() -> None:
+    """They kept no lowest loss: nothing is carried on in the next epoch. The names of the rest are checked."""
+    first, second = CriticalBatch(128, 2048, loss_power=1), CriticalBatch(128, 2048, loss_power=1)
+    step(first, 1, 0.1, 3.0)
+    state = first.state_dict()
+    del state["lowest_loss"]
+    second.load_state_dict(state)
+    assert step(second, 2, 0.1, 2.0).batch_size == 192
+    with pytest.raises(HessianFlowError, match="state must come from CriticalBatch"):
+        second.load_state_dict({**state, "other": 1})
+
+
+def test_the_loss_is_carried_on_from_the_lowest() -> None:
     """Power 1: back at 4 after 8 nothing is gained; then 4 and 2.52 are 2 at the end: twice the batch."""
     controller = CriticalBatch(128, 2048, loss_power=1, edge_share=None)
     losses = [4.0, 8.0, 4.0, math.nan, 2.52]
@@ -60,7 +91,7 @@ def test_the_edge_bound_is_a_share_of_the_stable_rate() -> None:
 def test_the_smaller_bound_decides() -> None:
     controller = CriticalBatch(128, 2048, loss_power=1, edge_share=0.5, max_growth=100)
     step(controller, 1, 3.8, 4.0)
-    assert step(controller, 2, 3.8, 2.52).reason == "loss fell from 4 to 2"
+    assert step(controller, 2, 3.8, 2.52).reason == "loss fell from 4 to 2 at the epoch's end"
     assert controller.decision.batch_size == 256
     assert step(controller, 3, 3.8, 0.1).reason.startswith("eigenvalue 3.8")
     assert controller.decision.batch_size == 640

@@ -79,7 +79,7 @@ def test_the_epoch_row_serves_as_loss_and_rate() -> None:
     rows = [row if row["kind"] != "epoch" else {**row, "train_loss": 2 / row["epoch"]} for row in history([1.0, 1.0])]
     result = replay(rows, CriticalBatch(128, 1024, edge_share=None), total_epochs=9)
     assert [(step.epoch, step.decision.batch_size) for step in result.changes] == [(2, 256)]
-    assert result.changes[0].decision.reason == "loss fell from 2 to 0.7071"
+    assert result.changes[0].decision.reason == "loss fell from 2 to 0.7071 at the epoch's end"
     signals = {"kind": "signals", "epoch": 2, "examples": 2048, "epoch_loss": 2.0}
     assert replay([*rows, signals], CriticalBatch(128, 1024, edge_share=None), total_epochs=9).changes == (), (
         "what was recorded as a signal is one"
