@@ -161,8 +161,6 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "timed-reuse": lambda _: {**_TIMED, "adversary": "reuse"},
     "critical-reuse": lambda base: _critical(base, adversary="reuse"),
     "critical": _critical,
-    "critical-edge-only": lambda base: _critical(base, loss_power=0),
-    "critical-loss-only": lambda base: _critical(base, edge_share=0),
     "fixed-cosine": lambda _: {"schedule": "cosine"},
 }
 """What each method changes in a problem's settings. Rows of other names were made by code that is no longer here."""
