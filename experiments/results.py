@@ -185,7 +185,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for group in here:
             _draw_group(left, right, group, methods.index(group.method))
         left.set(xscale="log", title=problem)
-        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.xaxis.set_major_formatter("{x:.0f}")
         left.xaxis.set_minor_formatter(NullFormatter())
         left.tick_params(axis="x", which="both", labelsize=7)
