@@ -7,7 +7,7 @@ the batch, so that only the size of a step differs between methods.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.large_batch import NO_LIMIT
+from experiments.large_batch import CRITICAL, NO_LIMIT
 from experiments.runner import Cell, Scale
 
 Settings = dict[str, Any]
@@ -72,8 +72,8 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     """The grid, seed by seed, in the order of usefulness.
 
     smoke: the main four once on made-up data.
-    cpu: the main four on one problem after the other, then all other methods on digits and the first, then variants
-        of ours on the rest.
+    cpu: the main four on one problem after the other, then all other methods on digits and the first, then the
+        variants on the rest.
     gpu, full: the same on all of CIFAR-10 with the published 90 epochs, ResNet-20.
     """
     if scale == "smoke":
@@ -103,12 +103,6 @@ def cell(problem: str, settings: Settings, method: str, seed: int) -> Cell:
     common = {"controller": "fixed", "adversary": "none", "curvature": "off", "probe_examples": 64}
     common |= {"curvature_budget": NO_LIMIT, "plots": False, "threads": 1}
     return Cell(problem, method, seed, {**common, **settings, **METHODS[method](settings)})
-
-
-def _critical(_base: Settings, **changes: Any) -> Settings:
-    """Ours as the command has it by default, but for the attack and for readings at the cap, which it does not use."""
-    defaults = {"schedule": "cooldown", "edge_share": 3 / 4, "curvature": "needed", "norm_mode": "batch"}
-    return {"controller": "critical", **defaults, **changes}
 
 
 def _large(base: Settings, **changes: Any) -> Settings:
@@ -159,8 +153,8 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
     "fixed-reuse": lambda _: {"adversary": "reuse"},
     "timed-reuse": lambda _: {**_TIMED, "adversary": "reuse"},
-    "critical-reuse": lambda base: _critical(base, adversary="reuse"),
-    "critical": _critical,
+    "critical-reuse": lambda _: {**CRITICAL, "adversary": "reuse"},
+    "critical": lambda _: CRITICAL,
     "fixed-cosine": lambda _: {"schedule": "cosine"},
 }
 """What each method changes in a problem's settings. Rows of other names were made by code that is no longer here."""
