@@ -45,6 +45,7 @@ CRITICAL: Settings = {
     "controller": "critical",
     "schedule": "cooldown",
     "edge_share": 3 / 4,
+    "excess_power": 1 / 4,
     "norm_mode": "batch",
     "curvature": "needed",
 }

@@ -101,7 +101,7 @@ def build_scheduler(
     if config.schedule == "polynomial":
         return lr_scheduler.LambdaLR(optimizer, polynomial_decay(epochs)), "epoch"
     if config.schedule == "cooldown":
-        return lr_scheduler.LambdaLR(optimizer, cooldown(epochs, _decay_from(config))), "epoch"
+        return lr_scheduler.LambdaLR(optimizer, cooldown(epochs, given(config.decay_from))), "epoch"
     return None, "epoch"
 
 
@@ -113,15 +113,9 @@ def schedule_shape(config: TrainConfig) -> Callable[[float], float]:
         "multistep": lambda epoch: float(config.lr_decay ** sum(epoch >= m for m in milestones)),
         "cosine": lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1))),
         "polynomial": lambda epoch: max(1 - epoch / epochs, 0.0) ** 2,
-        "cooldown": lambda epoch: cooldown(epochs, _decay_from(config))(epoch),
+        "cooldown": lambda epoch: cooldown(epochs, given(config.decay_from))(epoch),
     }
     return shapes[config.schedule]
-
-
-def _decay_from(config: TrainConfig) -> float:
-    """Where the cooldown begins: by default after a third, rounded up, where timed has it."""
-    epochs = given(config.epochs)
-    return min(-(-epochs // 3), epochs - 1) if config.decay_from is None else config.decay_from
 
 
 def build_stages(config: TrainConfig) -> tuple[Stage, ...]:
@@ -180,6 +174,7 @@ def _named_controller(config: TrainConfig) -> BatchController:
             momentum=config.momentum,
             loss_power=config.loss_power or None,
             edge_share=config.edge_share or None,
+            excess_power=config.excess_power,
             adversarial_share=share,
         )
 

@@ -88,10 +88,12 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         edge_share: critical uses this share of the largest stable rate, which is that of SGD with momentum; 0: leaves
             that bound out. Default: 0.75 with sgd, 0 with any other optimizer.
         loss_power: critical's useful batch follows this power of the fall of the loss; 0: leaves that bound out.
+        excess_power: critical's batch outgrows a rate that stability holds back by this power of the batch that is
+            useful over the one that is stable; 0: never.
         stages: timed has these batch sizes from these epochs on, e.g. "[[2, 256], [4, 512]]", the rate scaled with
             them; default: twice, 4 and 8 times the batch after 1/12, 1/6 and 1/3 of the epochs.
         decay_from: epochs after which timed and the cooldown schedule let the rate fall linearly, to 0 at the end;
-            default: for cooldown a third of them; for timed never, but with the stages left open too, after the last.
+            default: for cooldown two thirds; for timed never, but with the stages left open too, after the last.
         adversarial_share: share of each batch that is attacked at the start; default: 0.2, for conadv 1.
         share_decay: absa divides the share by this at each growth.
         eps: size of the perturbation, in the units of pixels scaled to [0, 1].
@@ -160,6 +162,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
     every_epochs: int = 20
     edge_share: float | None = None
     loss_power: float = 1 / 0.21
+    excess_power: float = 1 / 4
     stages: tuple[tuple[int, int], ...] | None = None
     decay_from: float | None = None
     adversarial_share: float | None = None
@@ -214,6 +217,11 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
             raise HessianFlowError(f"--controller {self.controller} needs curvature: use --curvature epoch or needed")
         if self.controller == "critical" and self.edge_share == self.loss_power == 0:
             raise HessianFlowError("--edge-share and --loss-power must not both be 0: nothing would bound the growth")
+        if self.controller == "critical" and self.edge_share and self.lr_rule is not None:
+            raise HessianFlowError(
+                f"--lr-rule {self.lr_rule} would replace the rate that critical finds stable: leave it out, or that "
+                "bound, with --edge-share 0"
+            )
         if self.controller == "timed" and self.schedule == "cooldown":
             raise HessianFlowError("--controller timed decays by itself: use --decay-from without --schedule cooldown")
         if self.schedule == "cooldown" and (self.decay_from or 0) >= (self.epochs or math.inf):
@@ -255,6 +263,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "every_epochs": (1, math.inf),
     "edge_share": (0, 1),
     "loss_power": (0, math.inf),
+    "excess_power": (0, 1),
     "decay_from": (0, math.inf),
     "adversarial_share": (0, 1),
     "share_decay": (1, math.inf),
@@ -277,7 +286,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill every field that the data set's preset knows and the user left open.
 
     A cap left open is never below a batch size given nor above the `train_examples` given, and milestones left open
-    keep their place in the run. Controllers that move the rate themselves get a constant schedule.
+    keep their place in the run. Controllers that move the rate themselves get a constant schedule. A cooldown begins
+    after two thirds of the run, rounded down.
     """
     preset = dict(PRESETS[config.data])
     if config.controller in _OWN_SCHEDULES:
@@ -306,6 +316,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         scaled = (milestone * epochs // preset["epochs"] for milestone in filled["milestones"])
         filled["milestones"] = tuple(sorted({m for m in scaled if 0 < m < epochs}))
     resolved = replace(config, **filled)
+    if resolved.schedule == "cooldown" and resolved.decay_from is None:
+        resolved = replace(resolved, decay_from=(resolved.epochs or 1) * 2 // 3)
     if config.controller == "dual-batch":
         resolved.check_plan()
     return _planned(resolved) if config.controller == "timed" and config.stages is None else resolved

@@ -38,7 +38,8 @@ def test_settings_survive_being_written_down() -> None:
 def test_defaults_are_those_of_the_controllers() -> None:
     config = resolve(TrainConfig(controller="critical"))
     critical = inspect.signature(CriticalBatch).parameters
-    assert (config.edge_share, config.loss_power) == (critical["edge_share"].default, critical["loss_power"].default)
+    for name in ("edge_share", "loss_power", "excess_power"):
+        assert getattr(config, name) == critical[name].default
     others = resolve(TrainConfig(controller="critical", optimizer="adamw"))
     assert others.edge_share == 0, "the stable rate is that of SGD"
     assert config.every_epochs == inspect.signature(AdaBatch).parameters["every_epochs"].default

@@ -21,12 +21,19 @@ k stays below two bounds, each measured once per epoch.
 
        k <= edge_share * 2 (1 + m) / (r lambda).
 
+The two bind different things: the rate must be stable, the batch useful. So where the loss makes a larger batch useful
+than the curvature lets the rate follow, k_useful > k_stable, the rate stays at k_stable r and the batch grows on
+alone, part of the way in logarithms,
+
+    B = B0 k_stable (k_useful / k_stable)^excess_power.
+
+Its steps have less noise, and an epoch covers less distance: what a falling rate would do, with fewer updates.
+
 Both bounds are read off the path of the smaller batch: one growth is at most `max_growth`, then both are read again. A
 schedule that lowers r raises the second bound: growth instead of decay follows without a rule of its own, and the
-rate itself falls once the cap is reached.
+rate itself falls once the cap is reached. Neither batch nor factor of the rate ever shrinks.
 
-A schedule that raises r, as a warm-up does, lowers the bound again, and the batch never shrinks: nothing grows
-while the rate still rises.
+A schedule that raises r, as a warm-up does, lowers the bound again: nothing grows while the rate still rises.
 
 The eigenvalue must be that of the function being trained: with batch normalisation, measured in batch statistics
 (`norm_mode="batch"`). Running statistics give values tens of times larger, which say nothing of stability.
@@ -78,6 +85,8 @@ class CriticalBatch(BoundedController[CriticalState]):
             most fourfold; experiments/controllers has 0.5 and 0.95 beside it). None: the second bound is left out,
             and no eigenvalue asked for. The stable rate is that of SGD with momentum; an optimizer that rescales its
             gradients (LARS, Adam, LAMB) has another: leave it out there.
+        excess_power: how far the batch outgrows a rate that stability holds back while the loss makes more useful, as
+            a power of the ratio of the two bounds, in [0, 1] (ours: 1/4). 0: batch and rate grow alike.
         window: readings the median is taken over (ours: 3).
         hysteresis: a growth by less than this factor is not made (ours: 1.25).
         max_growth: the largest factor of one growth, at least `hysteresis` (ours: 2).
@@ -95,6 +104,7 @@ class CriticalBatch(BoundedController[CriticalState]):
         momentum: float = 0.9,
         loss_power: float | None = 1 / 0.21,
         edge_share: float | None = 0.75,
+        excess_power: float = 1 / 4,
         window: int = 3,
         hysteresis: float = 1.25,
         max_growth: float = 2,
@@ -115,6 +125,7 @@ class CriticalBatch(BoundedController[CriticalState]):
         self.edge_share = None if edge_share is None else check_number("edge_share", edge_share, above=0, high=1)
         if 1 in (momentum, edge_share):
             raise HessianFlowError(f"momentum and edge_share must be < 1, got {momentum!r} and {edge_share!r}")
+        self.excess_power = check_number("excess_power", excess_power, low=0, high=1)
         self.window = check_count("window", window)
         self.max_growth = check_number("max_growth", max_growth, above=1)
         if max_growth < hysteresis:
@@ -148,15 +159,32 @@ class CriticalBatch(BoundedController[CriticalState]):
         if not self.needs:
             return ""
         check_signals(self.needs - {"eigenvalue"}, measured.signals)
-        bounds = []
+        state = self._state
+        useful, why = math.inf, ""
+        stable, why_stable = math.inf, ""
         if self.loss_power is not None:
-            bounds.append(self._useful(measured.signals["epoch_loss"], self.loss_power))
+            useful, why = self._useful(measured.signals["epoch_loss"], self.loss_power)
         if self.edge_share is not None:
-            rate = measured.signals["learning_rate"] / self._state.lr_factor
-            bounds.append(self._stable(measured.reading, rate, self.edge_share))
-        factor, why = min(bounds)
-        target = min(factor * self.initial_batch_size, self.max_growth * self._state.batch_size)
-        return self._move_to(target, why) if target > self._state.batch_size else ""
+            rate = measured.signals["learning_rate"] / state.lr_factor
+            stable, why_stable = self._stable(measured.reading, rate, self.edge_share)
+        factor = rate_factor = min(useful, stable)
+        if stable < useful:
+            why = why_stable
+            if stable > 0 and useful < math.inf:
+                rate_factor = max(stable, state.lr_factor)
+                factor = rate_factor * max(useful / rate_factor, 1.0) ** self.excess_power
+                why += f", the loss makes {useful:.4g} times the batch useful"
+        return self._grow(factor, rate_factor, why)
+
+    def _grow(self, factor: float, rate_factor: float, why: str) -> str:
+        """To `factor` times the first batch at `rate_factor` times the rate, as far as one growth goes."""
+        state, before = self._state, self._state.lr_factor
+        target = min(factor * self.initial_batch_size, self.max_growth * state.batch_size)
+        grown = self._move_to(target, why) if target > state.batch_size else ""
+        if grown:
+            # The batch may have outgrown the rate before; the rate is to come back to it in growths as small.
+            state.lr_factor = max(before, min(rate_factor, self.max_growth * before, state.lr_factor))
+        return grown
 
     def _useful(self, loss: float, power: float) -> tuple[float, str]:
         """The first bound, and what it rests on."""

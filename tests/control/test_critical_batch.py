@@ -29,9 +29,9 @@ def test_the_loss_bound_follows_the_power_of_its_fall() -> None:
     assert controller.needs == {"epoch_loss"}
     assert step(controller, 1, None, 4.0) == Decision(128)
     decision = step(controller, 2, None, 2.0)
-    assert (decision.batch_size, decision.lr_factor) == (1024, 8.0)
+    assert (decision.batch_size, decision.lr_factor) == (1024, pytest.approx(8.0, rel=1e-12))
     assert decision.reason == "loss fell from 4 to 1.414 at the epoch's end"
-    assert step(controller, 3, None, 2.0) == Decision(1024, 8.0)
+    assert step(controller, 3, None, 2.0).setting == decision.setting
     assert step(controller, 4, None, 0.5).reason == "loss fell from 4 to 0.25 at the epoch's end, capped"
     assert controller.decision.batch_size == 2048
     assert controller.needs == frozenset()
@@ -94,12 +94,40 @@ def test_the_edge_bound_is_a_share_of_the_stable_rate() -> None:
 
 
 def test_the_smaller_bound_decides() -> None:
-    controller = CriticalBatch(128, 2048, loss_power=1, edge_share=0.5, max_growth=100)
+    controller = CriticalBatch(128, 2048, loss_power=1, edge_share=0.5, excess_power=0, max_growth=100)
     step(controller, 1, 3.8, 4.0)
     assert step(controller, 2, 3.8, 2.52).reason == "loss fell from 4 to 2 at the epoch's end"
     assert controller.decision.batch_size == 256
-    assert step(controller, 3, 3.8, 0.1).reason.startswith("eigenvalue 3.8")
-    assert controller.decision.batch_size == 640
+    decision = step(controller, 3, 3.8, 0.1)
+    assert (decision.batch_size, decision.lr_factor) == (640, 5.0)
+    assert decision.reason.startswith("eigenvalue 3.8 (median of 3) is stable up to a rate of 1, the loss makes ")
+
+
+def test_the_batch_outgrows_a_rate_that_stability_holds_back() -> None:
+    """Share 0.5 of the edge at 1 over a rate of 0.1: 5 times; the loss makes 8 times useful, then 16, then 19.
+
+    At power 1/2 the batch goes to sqrt(5 * 8) times the first, the rate to 5 times. Where the eigenvalue has gone up,
+    the rate stays, and the batch goes to sqrt(5 * 16) times. Where it has gone down, both go to 19 times.
+    """
+    controller = CriticalBatch(100, 2000, loss_power=1, edge_share=0.5, excess_power=0.5, max_growth=10, window=1)
+    ends = [8.0, 1.0, 0.5, 8 / 19]  # losses at the end of the epoch, of which an epoch's mean is a part
+    means = [8.0]
+    for end in ends[1:]:
+        means.append((end * means[-1] ** 0.5) ** (2 / 3))
+    expected = [(100, 1.0), (632, 5.0), (894, 5.0), (1900, 19.0)]
+    for epoch, (mean, eigenvalue, setting) in enumerate(zip(means, (3.8, 3.8, 38.0, 0.038), expected, strict=True), 1):
+        decision = step(controller, epoch, eigenvalue, mean)
+        assert (decision.batch_size, decision.lr_factor) == (setting[0], pytest.approx(setting[1], rel=1e-12))
+    assert controller.decision.reason.startswith("loss fell")
+
+
+def test_a_rate_held_back_returns_by_doublings() -> None:
+    """Power 1: the batch is the loss's, the rate waits for the eigenvalue of 38, then goes 2, 4 times."""
+    controller = CriticalBatch(100, 2000, loss_power=1, edge_share=0.5, excess_power=1, window=1)
+    steps = [(38.0, 8.0), (38.0, 2.0), (38.0, 2.0), (0.038, 1.0), (0.038, 0.5)]
+    decisions = [step(controller, epoch, *measured) for epoch, measured in enumerate(steps, 1)]
+    assert [decision.batch_size for decision in decisions] == [100, 200, 400, 800, 1600]
+    assert [decision.lr_factor for decision in decisions] == [1, 1, 1, 2, 4]
 
 
 def test_the_median_of_the_window_counts() -> None:
@@ -125,7 +153,7 @@ def test_growth_needs_the_hysteresis_and_never_turns_back() -> None:
 
 def test_nothing_grows_while_the_rate_rises() -> None:
     """Edge 1, share 0.5: at a rate of 0.02 25 times the batch, but the full rate of 0.1 carries 5 times alone."""
-    controller = CriticalBatch(128, 2048, loss_power=1, edge_share=0.5)
+    controller = CriticalBatch(128, 2048, loss_power=1, edge_share=0.5, excess_power=0)
     rates = [0.02, 0.06, 0.1, 0.1, 0.1, 0.1]
     batches = [step(controller, epoch, 3.8, 2.0 / epoch, rate).batch_size for epoch, rate in enumerate(rates, 1)]
     assert batches == [128, 128, 128, 256, 512, 640]
@@ -184,6 +212,7 @@ def test_continues_from_its_state() -> None:
         ({"momentum": 1}, "momentum and edge_share must be < 1, got 1 and 0.75"),
         ({"edge_share": 0}, "edge_share must be a finite number > 0 and <= 1, got 0"),
         ({"loss_power": -2}, "loss_power must be a finite number > 0, got -2"),
+        ({"excess_power": -0.5}, "excess_power must be a finite number >= 0 and <= 1, got -0.5"),
         ({"window": 0}, "window must be a whole number >= 1, got 0"),
         ({"max_growth": 1}, "max_growth must be a finite number > 1, got 1"),
         ({"max_growth": 1.2}, "max_growth must be >= hysteresis 1.25, got 1.2"),
