@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.runner import Cell
+from hessianflow.config import cooldown_start
 
 Settings = dict[str, Any]
 PUBLISHED_EPOCHS, PUBLISHED_PATIENCE = 90, 10
@@ -41,20 +42,21 @@ def _absa(base: Settings, **changes: Any) -> Settings:
     return {"controller": "absa", "adversary": "fgsm", "patience": patience, "curvature": "needed", **changes}
 
 
-CRITICAL: Settings = {
-    "controller": "critical",
-    "schedule": "cooldown",
-    "edge_share": 3 / 4,
-    "excess_power": 1 / 4,
-    "norm_mode": "batch",
-    "curvature": "needed",
-}
-"""Ours with the command's defaults spelled out, so that rows name what they were made with; no readings at the cap."""
+def cooldown(base: Settings) -> Settings:
+    """The schedule of ours, as the command has it by default: constant for two thirds, then linearly to 0."""
+    return {"schedule": "cooldown", "decay_from": cooldown_start(base["epochs"])}
+
+
+def critical(base: Settings) -> Settings:
+    """Ours with the command's defaults spelled out, so that rows name what they were made with."""
+    bounds = {"loss_power": 1 / 0.21, "edge_share": 3 / 4, "excess_power": 1 / 4, "norm_mode": "batch"}
+    return {"controller": "critical", **cooldown(base), **bounds, "curvature": "needed"}  # no readings at the cap
+
 
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed": lambda _: {"curvature": "epoch"},  # in running statistics, for replays of ABSA
     "absa": _absa,
-    "critical": lambda _: CRITICAL,
+    "critical": critical,
     "abs": lambda base: _absa(base, controller="abs", adversary="none"),
     "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
     "warmup": lambda _: {"controller": "warmup"},
@@ -66,7 +68,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
         "microbatch_size": base["batch_size"],  # it compares the gradients of several a step
     },
     "fixed-fgsm": lambda _: {"adversary": "fgsm"},
-    "fixed-cooldown": lambda _: {"schedule": "cooldown"},
+    "fixed-cooldown": cooldown,
     "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
     "absa-patience-only": lambda base: _absa(base, decay_factor=1e9),
 }

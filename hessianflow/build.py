@@ -253,7 +253,17 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     settings = read_json(path).get("settings")
     if not isinstance(settings, dict):
         raise HessianFlowError(f"{path} holds no settings: a run made from Python is continued from Python")
-    return from_dict({**settings, "run_dir": str(folder)}, str(path))
+    return from_dict({**settings, **_unrecorded(settings), "run_dir": str(folder)}, str(path))
+
+
+def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a run of an earlier release was trained with but does not record: it is to go on so."""
+    if "excess_power" in settings:
+        return {}
+    found: dict[str, Any] = {"excess_power": 0.0} if settings.get("controller") == "critical" else {}
+    if settings.get("schedule") == "cooldown" and settings.get("decay_from") is None:
+        found["decay_from"] = min(-(-settings["epochs"] // 3), settings["epochs"] - 1)
+    return found
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, Path]:

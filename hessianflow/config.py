@@ -89,7 +89,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
             that bound out. Default: 0.75 with sgd, 0 with any other optimizer.
         loss_power: critical's useful batch follows this power of the fall of the loss; 0: leaves that bound out.
         excess_power: critical's batch outgrows a rate that stability holds back by this power of the batch that is
-            useful over the one that is stable; 0: never.
+            useful over the one that is stable, where both bounds are in force; 0: never.
         stages: timed has these batch sizes from these epochs on, e.g. "[[2, 256], [4, 512]]", the rate scaled with
             them; default: twice, 4 and 8 times the batch after 1/12, 1/6 and 1/3 of the epochs.
         decay_from: epochs after which timed and the cooldown schedule let the rate fall linearly, to 0 at the end;
@@ -217,11 +217,6 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
             raise HessianFlowError(f"--controller {self.controller} needs curvature: use --curvature epoch or needed")
         if self.controller == "critical" and self.edge_share == self.loss_power == 0:
             raise HessianFlowError("--edge-share and --loss-power must not both be 0: nothing would bound the growth")
-        if self.controller == "critical" and self.edge_share and self.lr_rule is not None:
-            raise HessianFlowError(
-                f"--lr-rule {self.lr_rule} would replace the rate that critical finds stable: leave it out, or that "
-                "bound, with --edge-share 0"
-            )
         if self.controller == "timed" and self.schedule == "cooldown":
             raise HessianFlowError("--controller timed decays by itself: use --decay-from without --schedule cooldown")
         if self.schedule == "cooldown" and (self.decay_from or 0) >= (self.epochs or math.inf):
@@ -288,6 +283,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     A cap left open is never below a batch size given nor above the `train_examples` given, and milestones left open
     keep their place in the run. Controllers that move the rate themselves get a constant schedule. A cooldown begins
     after two thirds of the run, rounded down.
+
+    Raises:
+        HessianFlowError: settings that do not go together once they are filled.
     """
     preset = dict(PRESETS[config.data])
     if config.controller in _OWN_SCHEDULES:
@@ -317,10 +315,20 @@ def resolve(config: TrainConfig) -> TrainConfig:
         filled["milestones"] = tuple(sorted({m for m in scaled if 0 < m < epochs}))
     resolved = replace(config, **filled)
     if resolved.schedule == "cooldown" and resolved.decay_from is None:
-        resolved = replace(resolved, decay_from=(resolved.epochs or 1) * 2 // 3)
+        resolved = replace(resolved, decay_from=cooldown_start(resolved.epochs or 1))
+    if resolved.controller == "critical" and resolved.edge_share and resolved.lr_rule is not None:
+        raise HessianFlowError(
+            f"--lr-rule {resolved.lr_rule} would replace the rate that critical finds stable: leave it out, or that "
+            "bound, with --edge-share 0"
+        )
     if config.controller == "dual-batch":
         resolved.check_plan()
     return _planned(resolved) if config.controller == "timed" and config.stages is None else resolved
+
+
+def cooldown_start(epochs: int) -> int:
+    """Epochs after which a cooldown begins by default: two thirds, but early enough to lower the last epoch's rate."""
+    return max(0, min(epochs * 2 // 3, epochs - 2))
 
 
 def _planned(config: TrainConfig) -> TrainConfig:

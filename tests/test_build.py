@@ -1,12 +1,29 @@
 """What the settings of a run become."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from hessianflow.build import FLOAT32_PER_16_BIT, build_parts, build_probe
+from hessianflow.build import FLOAT32_PER_16_BIT, build_parts, build_probe, load_config
 from hessianflow.config import TrainConfig, resolve
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [
+        ({"controller": "critical", "schedule": "cooldown", "decay_from": None, "epochs": 10}, (0.0, 4)),
+        ({"controller": "critical", "schedule": "cooldown", "decay_from": 7, "epochs": 10}, (0.0, 7)),
+        ({"controller": "absa", "schedule": "multistep", "epochs": 10}, (0.25, None)),
+        ({"controller": "critical", "schedule": "cooldown", "epochs": 10, "excess_power": 0.5}, (0.5, None)),
+    ],
+)
+def test_runs_of_earlier_releases_go_on_as_they_began(tmp_path, recorded, expected):
+    """Before batch and rate could part, a cooldown began after a third of the run, and nobody wrote that down."""
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"data": "fake", **recorded}}))
+    config = load_config(tmp_path)
+    assert (config.excess_power, config.decay_from) == expected
 
 
 @pytest.mark.parametrize(("precision", "price"), [("float32", 1.0), ("bf16", FLOAT32_PER_16_BIT)])

@@ -20,6 +20,8 @@ def test_momentum_correction_takes_the_rate_out_of_the_velocity_of_lars(correcti
     [
         ({"epochs": 5, "decay_from": 1}, [1, 1, 0.75, 0.5, 0.25]),
         ({"epochs": 5}, [1, 1, 1, 1, 0.5]),  # from two thirds of 5 on, rounded down
+        ({"epochs": 3}, [1, 1, 0.5]),
+        ({"epochs": 2}, [1, 0.5]),
         ({"epochs": 1}, [1]),
         ({"epochs": 4, "decay_from": 0, "controller": "critical", "schedule": None}, [1, 0.75, 0.5, 0.25]),
     ],

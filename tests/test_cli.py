@@ -278,6 +278,14 @@ def test_a_replay_leaves_the_end_of_another_schedule_out(capsys):
         assert f"{controller}: " in out
 
 
+def test_a_replay_leaves_the_rate_rule_of_another_controller_out(capsys):
+    options = ["--controller", "fixed", "--lr-rule", "sqrt", "--curvature", "epoch", "--run-dir", "run"]
+    assert run("train", *QUICK, *options, capsys=capsys)[0] == 0
+    status, out, err = run("replay", "run", "--controller", "critical", capsys=capsys)
+    assert (status, err) == (0, "")
+    assert "critical: " in out
+
+
 def test_commands_that_read_runs(capsys):
     for seed in ("0", "1"):
         assert run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0

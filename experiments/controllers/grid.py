@@ -7,7 +7,7 @@ the batch, so that only the size of a step differs between methods.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.large_batch import CRITICAL, NO_LIMIT
+from experiments.large_batch import NO_LIMIT, cooldown, critical
 from experiments.runner import Cell, Scale
 
 Settings = dict[str, Any]
@@ -64,8 +64,8 @@ MAIN = ("fixed", "timed", "absa", "critical-reuse")
 """The methods that matter, run on every problem."""
 ALL = ("digits", "cifar-resnet8")
 """The problems on which every method runs."""
-VARIANTS = ("critical", "timed-reuse", "fixed-reuse")
-"""Ours without, timed and fixed with an attack; on every problem, last."""
+VARIANTS = ("critical", "fixed-cooldown", "timed-reuse", "fixed-reuse")
+"""Ours without an attack, fixed under the schedule of ours, timed and fixed with an attack; on every problem, last."""
 
 
 def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
@@ -153,8 +153,9 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
     "fixed-reuse": lambda _: {"adversary": "reuse"},
     "timed-reuse": lambda _: {**_TIMED, "adversary": "reuse"},
-    "critical-reuse": lambda _: {**CRITICAL, "adversary": "reuse"},
-    "critical": lambda _: CRITICAL,
+    "critical-reuse": lambda base: {**critical(base), "adversary": "reuse"},
+    "critical": critical,
     "fixed-cosine": lambda _: {"schedule": "cosine"},
+    "fixed-cooldown": cooldown,
 }
 """What each method changes in a problem's settings. Rows of other names were made by code that is no longer here."""

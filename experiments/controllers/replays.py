@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import hessianflow as hf
+from hessianflow.choices import given, schedule_shape
+from hessianflow.config import from_dict, resolve
 from hessianflow.interfaces import BatchController
 
 RESULTS = Path(__file__).with_name("results.jsonl")
+SCHEDULE = ("data", "controller", "epochs", "lr", "schedule", "milestones", "lr_decay", "decay_from")
+"""What the rate of the schedule is made of."""
 
 
 def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
@@ -25,6 +29,7 @@ def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
         "ABSA, no patience": hf.control.ABSA(batch, cap, patience=None),
         "ABSA": hf.control.ABSA(batch, cap),
         "critical batch": hf.control.CriticalBatch(batch, cap),
+        "critical batch, rate alike": hf.control.CriticalBatch(batch, cap, excess_power=0),
         "edge only": hf.control.CriticalBatch(batch, cap, loss_power=None),
         "critical batch, half": hf.control.CriticalBatch(batch, cap, edge_share=0.5),
         "loss only": hf.control.CriticalBatch(batch, cap, edge_share=None),
@@ -34,13 +39,17 @@ def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
 def history(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The records of a run, as far as a row of results.jsonl holds them; readings count as converged."""
     size = row["examples"] // len(row["epochs"])
-    first = row["settings"]["batch_size"]
+    # Of earlier releases some settings are unknown; those that make the schedule are not.
+    known = {name: value for name, value in row["settings"].items() if name in SCHEDULE}
+    config = resolve(from_dict(known, row["method"]))
+    scheduled = schedule_shape(config)
     for number, epoch in enumerate(row["epochs"], 1):
         place = {"epoch": number, "examples": number * size}
         if epoch["eigenvalue"] is not None:
             yield {"kind": "curvature", **place, "eigenvalue": epoch["eigenvalue"]}
-        # Fixed and critical scale the rate with the batch.
-        yield {"kind": "epoch", **place, **epoch, "lr_factor": epoch["batch_size"] / first}
+        # What the controller made of the schedule's rate.
+        factor = epoch["lr"] / (given(config.lr) * scheduled(number - 1))
+        yield {"kind": "epoch", **place, **epoch, "lr_factor": factor}
 
 
 def show(row: Mapping[str, Any]) -> None:

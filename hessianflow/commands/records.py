@@ -118,7 +118,8 @@ def _replay(arguments: Namespace) -> int:
     changes |= {name: arguments[name] for name in ("max_batch_size", "patience") if arguments[name] is not None}
     recorded = load_config(arguments.run_dir)
     if arguments.controller != recorded.controller:
-        changes["decay_from"] = None  # it may mean another thing there
+        # These may mean another thing there, or not go with it.
+        changes |= {"decay_from": None, "lr_rule": None, "max_lr_factor": None}
     config = resolve(replace(recorded, **changes))
     if config.controller == "critical" and config.norm_mode == "eval":
         print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")

@@ -27,11 +27,14 @@ alone, part of the way in logarithms,
 
     B = B0 k_stable (k_useful / k_stable)^excess_power.
 
-Its steps have less noise, and an epoch covers less distance: what a falling rate would do, with fewer updates.
+Its steps have less noise, and an epoch of them covers less distance, as under a lower rate, with fewer updates; how
+near the edge the rate is does not change.
 
 Both bounds are read off the path of the smaller batch: one growth is at most `max_growth`, then both are read again. A
-schedule that lowers r raises the second bound: growth instead of decay follows without a rule of its own, and the
-rate itself falls once the cap is reached. Neither batch nor factor of the rate ever shrinks.
+schedule that lowers r raises the second bound: growth instead of decay follows without a rule of its own. Neither batch
+nor factor of the rate ever shrinks: where the eigenvalue has risen so that the factor in force is above k_stable, it
+stands in for it in the formula. And the factor moves only when the batch does, so from the cap on, where nothing is
+measured any more, or less than `hysteresis` below it, the rate follows the schedule alone.
 
 A schedule that raises r, as a warm-up does, lowers the bound again: nothing grows while the rate still rises.
 
@@ -168,9 +171,10 @@ class CriticalBatch(BoundedController[CriticalState]):
             rate = measured.signals["learning_rate"] / state.lr_factor
             stable, why_stable = self._stable(measured.reading, rate, self.edge_share)
         factor = rate_factor = min(useful, stable)
-        if stable < useful:
+        if stable <= useful:
             why = why_stable
             if stable > 0 and useful < math.inf:
+                # The rate in force may be beyond what is stable by now; it does not fall, and the batch counts from it.
                 rate_factor = max(stable, state.lr_factor)
                 factor = rate_factor * max(useful / rate_factor, 1.0) ** self.excess_power
                 why += f", the loss makes {useful:.4g} times the batch useful"
@@ -178,13 +182,13 @@ class CriticalBatch(BoundedController[CriticalState]):
 
     def _grow(self, factor: float, rate_factor: float, why: str) -> str:
         """To `factor` times the first batch at `rate_factor` times the rate, as far as one growth goes."""
-        state, before = self._state, self._state.lr_factor
-        target = min(factor * self.initial_batch_size, self.max_growth * state.batch_size)
-        grown = self._move_to(target, why) if target > state.batch_size else ""
-        if grown:
-            # The batch may have outgrown the rate before; the rate is to come back to it in growths as small.
-            state.lr_factor = max(before, min(rate_factor, self.max_growth * before, state.lr_factor))
-        return grown
+        state, size, before = self._state, self._state.batch_size, self._state.lr_factor
+        target = min(factor * self.initial_batch_size, self.max_growth * size)
+        reason = self._move_to(target, why) if target > size else ""
+        if state.batch_size > size:
+            # Where the batch had outgrown it, the rate comes back in growths as small as the batch's.
+            state.lr_factor = min(rate_factor, self.max_growth * before, state.lr_factor)
+        return reason
 
     def _useful(self, loss: float, power: float) -> tuple[float, str]:
         """The first bound, and what it rests on."""

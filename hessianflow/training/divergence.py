@@ -67,24 +67,28 @@ class DivergencePolicy:
         return before if cap is None else min(before, max(1, cap // 2))
 
 
-def rate_power(decisions: Sequence[dict[str, Any]]) -> float:
-    """p, in [0, 1], where the learning rate went with batch^p in the last growth: 1 linear, 1/2 square root, 0 none.
+def rate_rule(decisions: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """(p, factor): the learning rate went with batch^p in the last growth, p in [0, 1]; its factor until then.
 
     Args:
         decisions: rows of all changes so far, the last growth among them.
     """
     last = max(index for index, row in enumerate(decisions) if row["to"] > row["from"])
-    row, factor_before = decisions[last], decisions[last - 1]["lr_factor"] if last > 0 else 1.0
-    if min(row["lr_factor"], factor_before) <= 0:
-        return 1.0
-    power = math.log(row["lr_factor"] / factor_before) / math.log(row["to"] / row["from"])
-    return min(1.0, max(0.0, power))
+    row, before = decisions[last], decisions[last - 1]["lr_factor"] if last > 0 else 1.0
+    if min(row["lr_factor"], before) <= 0:
+        return 1.0, math.inf
+    power = math.log(row["lr_factor"] / before) / math.log(row["to"] / row["from"])
+    return min(1.0, max(0.0, power)), before
 
 
-def hold(decision: Decision, cap: int | None, power: float = 1.0) -> Decision:
-    """The decision with the batch held at `cap` examples, and the learning rate with it, as batch^power."""
+def hold(decision: Decision, cap: int | None, power: float = 1.0, max_factor: float = math.inf) -> Decision:
+    """The decision with the batch held at `cap` examples, and the learning rate with it.
+
+    Its factor goes with batch^power, and is never above `max_factor`: a controller whose rate does not follow one power
+    of the batch may have gone far ahead with either.
+    """
     if cap is None or decision.batch_size <= cap:
         return decision
-    factor = decision.lr_factor * (cap / decision.batch_size) ** power
+    factor = min(decision.lr_factor * (cap / decision.batch_size) ** power, max_factor)
     reason = f"{decision.reason} (held at {cap} since a divergence)".strip()
     return replace(decision, batch_size=cap, lr_factor=factor, reason=reason)

@@ -14,7 +14,7 @@ from torch import nn
 from hessianflow.interfaces import Batch, Decision, EpochMeasurement, LossFn, Progress, ResizableBatches, World
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.control_point import ControlPoint
-from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_power
+from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_rule
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
@@ -271,7 +271,7 @@ class TrainingLoop:
         cap = self.world.broadcast(self.policy.cap(history.growths, counters.rollbacks, counters.batch_cap))
         if cap is None:
             raise error
-        power = on_first_rank(self.world, lambda: rate_power(history.of_kind("batch")))
+        power, factor = on_first_rank(self.world, lambda: rate_rule(history.of_kind("batch")))
         rollbacks, seconds = counters.rollbacks + 1, self.watch.totals()
         state, warning = self.newest_checkpoint(self.record.sync)
         self.load_state_dict(state, f"the checkpoint in {self.run_dir}")
@@ -280,7 +280,8 @@ class TrainingLoop:
         if warning is not None:
             self.event("fallback", warning)
         counters = self.state.counters
-        counters.rollbacks, counters.batch_cap, counters.cap_power = rollbacks, cap, power
+        counters.rollbacks, counters.batch_cap = rollbacks, cap
+        counters.cap_power, counters.cap_factor = power, factor
         self._bar.move_to(counters.examples)
         self.event("rollback", f"back to {self.progress.examples} examples; batch held at {cap} from now on")
         self.ahead.revise(self._held)
@@ -289,7 +290,8 @@ class TrainingLoop:
         self.apply(held)
 
     def _held(self, decision: Decision) -> Decision:
-        return hold(decision, self.state.counters.batch_cap, self.state.counters.cap_power)
+        counters = self.state.counters
+        return hold(decision, counters.batch_cap, counters.cap_power, counters.cap_factor)
 
     def newest_checkpoint(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
         """The state and a warning, if any; read by rank 0, whose disk the others need not see."""

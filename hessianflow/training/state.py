@@ -1,6 +1,7 @@
 """The whole state of a run, for checkpoints: collected here, put back here."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ class Counters:
         saved_at: `examples` at the last checkpoint.
         best: best evaluation accuracy so far.
         batch_cap: largest batch allowed since a divergence; None: no cap.
-        cap_power: the learning rate goes with batch ^ cap_power where the cap holds it.
+        cap_power: the learning rate goes with batch ^ cap_power where the cap holds it,
+        cap_factor: and its factor is at most this.
         rollbacks: divergences rolled back.
         settled: updates after which everything that follows an update has been done, too.
     """
@@ -35,6 +37,7 @@ class Counters:
     best: float | None = None
     batch_cap: int | None = None
     cap_power: float = 1.0
+    cap_factor: float = math.inf
     rollbacks: int = 0
     settled: int = 0
 

@@ -1,5 +1,6 @@
 """The two bounds of the critical batch, worked by hand."""
 
+import json
 import math
 from typing import Any
 
@@ -121,6 +122,26 @@ def test_the_batch_outgrows_a_rate_that_stability_holds_back() -> None:
     assert controller.decision.reason.startswith("loss fell")
 
 
+def test_a_state_keeps_a_rate_that_the_batch_has_outgrown() -> None:
+    first, second = CriticalBatch(100, 2000, loss_power=1), CriticalBatch(100, 2000, loss_power=1)
+    for epoch, loss in enumerate((8.0, 2.0, 0.5), 1):
+        step(first, epoch, 38.0, loss)
+    assert first.decision.lr_factor < first.decision.batch_size / 100
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.decision == first.decision
+    assert step(second, 4, 3.8, 0.25) == step(first, 4, 3.8, 0.25)
+
+
+def test_the_rate_stands_still_with_the_batch() -> None:
+    """At the cap, and where the growth left is below the hysteresis: 1700 of 2000."""
+    for size, cap in ((2000, 2000), (1700, 2000)):
+        controller = CriticalBatch(100, cap, loss_power=1, edge_share=0.5, excess_power=1, max_growth=20, window=1)
+        step(controller, 1, 38.0, 8.0)
+        end = 8.0 / size * 100
+        assert step(controller, 2, 38.0, (end * 8.0**0.5) ** (2 / 3)).setting[:2] == (size, 1.0)
+        assert step(controller, 3, 0.38, 1e-3).setting[:2] == (size, 1.0)
+
+
 def test_a_rate_held_back_returns_by_doublings() -> None:
     """Power 1: the batch is the loss's, the rate waits for the eigenvalue of 38, then goes 2, 4 times."""
     controller = CriticalBatch(100, 2000, loss_power=1, edge_share=0.5, excess_power=1, window=1)
@@ -152,11 +173,33 @@ def test_growth_needs_the_hysteresis_and_never_turns_back() -> None:
 
 
 def test_nothing_grows_while_the_rate_rises() -> None:
-    """Edge 1, share 0.5: at a rate of 0.02 25 times the batch, but the full rate of 0.1 carries 5 times alone."""
-    controller = CriticalBatch(128, 2048, loss_power=1, edge_share=0.5, excess_power=0)
+    """Edge 1, share 0.5: at a rate of 0.02 25 times the batch, but the full rate of 0.1 carries 5 times alone.
+
+    The loss makes 2 / (2 / 3) sqrt(3 / 2) times and more useful from the second epoch on.
+    """
+    controller = CriticalBatch(128, 2048, loss_power=2, edge_share=0.5)
     rates = [0.02, 0.06, 0.1, 0.1, 0.1, 0.1]
     batches = [step(controller, epoch, 3.8, 2.0 / epoch, rate).batch_size for epoch, rate in enumerate(rates, 1)]
+    assert batches == [128, 128, 128, 256, 512, 1024]
+    tied = CriticalBatch(128, 2048, loss_power=2, edge_share=0.5, excess_power=0)
+    batches = [step(tied, epoch, 3.8, 2.0 / epoch, rate).batch_size for epoch, rate in enumerate(rates, 1)]
     assert batches == [128, 128, 128, 256, 512, 640]
+
+
+def test_without_an_eigenvalue_no_fall_of_the_loss_lets_the_batch_grow() -> None:
+    controller = CriticalBatch(128, 2048, edge_share=0.5)
+    readings = [None, math.nan, -1.0]
+    assert [step(controller, epoch, value, 2.0 / epoch**2).batch_size for epoch, value in enumerate(readings, 1)] == [
+        128,
+        128,
+        128,
+    ]
+    assert step(controller, 4, 3.8, 0.1).batch_size == 256
+
+
+def test_a_scheduled_rate_of_zero_is_the_reason_where_the_loss_is_left_out() -> None:
+    controller = CriticalBatch(128, 512, loss_power=None)
+    assert step(controller, 1, 3.8, 1.0, rate=0.0) == Decision(256, 2.0, reason="the schedule's rate is 0")
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])

@@ -1,5 +1,6 @@
 """A diverged run goes back, undoes its last growth and stays below it; or stops, as asked."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError, History
 from hessianflow.control import AdaBatch
 from hessianflow.data import DeviceBatches
-from hessianflow.training.divergence import DivergencePolicy, hold, rate_power
+from hessianflow.training.divergence import DivergencePolicy, hold, rate_rule
 
 
 def trainer(run_dir: Path | None, poison_above: int, stop_at: int = 0, **options) -> AdaptiveBatchTrainer:
@@ -96,14 +97,25 @@ def test_hold_keeps_the_proportion():
     assert hold(Decision(32, 4.0), 8, power=0.5).setting == (8, 2.0, 0.0)
     assert hold(Decision(32, 4.0), 8, power=0.0).setting == (8, 4.0, 0.0)
     assert hold(Decision(8, 4.0), 8) == Decision(8, 4.0)
+
+
+def test_a_held_rate_stays_below_that_before_the_growth():
+    """4 -> 8 at the same rate: p is 0, and a controller that then goes 2, 4, 8 times as fast is not followed."""
+    power, factor = rate_rule([{"from": 4, "to": 8, "lr_factor": 1.0}])
+    assert [hold(Decision(8, f), 4, power, factor).lr_factor for f in (0.5, 1.0, 2.0, 8.0)] == [0.5, 1.0, 1.0, 1.0]
+    rows = [{"from": 800, "to": 1600, "lr_factor": 2.0}, {"from": 1600, "to": 2000, "lr_factor": 4.0}]
+    assert hold(Decision(2000, 4.0), 1600, *rate_rule(rows)).lr_factor == 2.0, "the growth is undone, rate and all"
+
+
+def test_nothing_is_held_without_a_cap():
     assert hold(Decision(8, 4.0), None) == Decision(8, 4.0)
 
 
 def test_the_rate_rule_is_read_off_the_last_growth():
     """Worked by hand: 4 -> 16 at factors 1 -> 4, 1 -> 2 and 1 -> 1; then a growth after a step of the factor."""
     for factor, power in ((4.0, 1.0), (2.0, 0.5), (1.0, 0.0), (0.5, 0.0), (9.0, 1.0)):
-        assert rate_power([{"from": 4, "to": 16, "lr_factor": factor}]) == pytest.approx(power)
+        assert rate_rule([{"from": 4, "to": 16, "lr_factor": factor}]) == (pytest.approx(power), 1.0)
     rows = [{"from": 4, "to": 4, "lr_factor": 3.0}, {"from": 4, "to": 16, "lr_factor": 6.0}]
     later = {"from": 16, "to": 16, "lr_factor": 0.1}
-    assert rate_power([*rows, later]) == pytest.approx(0.5)
-    assert rate_power([{"from": 4, "to": 16, "lr_factor": 0.0}]) == 1.0
+    assert rate_rule([*rows, later]) == (pytest.approx(0.5), 3.0)
+    assert rate_rule([{"from": 4, "to": 16, "lr_factor": 0.0}]) == (1.0, math.inf)
