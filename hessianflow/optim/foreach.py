@@ -88,6 +88,10 @@ def add_scaled_(targets: Tensors, tensors: Tensors, factor: Factor, sign: float 
         torch._foreach_add_(targets, tensors, alpha=sign * factor)
     elif factor.ndim == 0:
         torch._foreach_add_(targets, torch._foreach_mul(tensors, factor), alpha=sign)
+    elif factor.device.type == "cpu":
+        # There the kernel takes one number for each tensor; a list of 0-dim tensors takes half as long again to make.
+        one = torch.ones((), dtype=tensors[0].dtype)
+        torch._foreach_addcmul_(targets, tensors, [one] * len(tensors), sign * factor)
     else:
         torch._foreach_addcmul_(targets, tensors, spread(factor, tensors), value=sign)
 
