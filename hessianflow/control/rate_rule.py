@@ -11,8 +11,8 @@ from hessianflow.interfaces import NO_SIGNALS, BatchController, CurvatureReading
 class RateRule:
     """A controller whose learning-rate factor is replaced by a rule of batch / reference batch.
 
-    Not for a controller that finds the rate itself, as CriticalBatch with its stability bound: it takes the rate in force
-    for the schedule's times its own factor.
+    Not for a controller that finds the rate itself, as CriticalBatch with its stability bound: it takes the rate in
+    force for the schedule's times its own factor.
 
     Args:
         controller: decides everything else.
