@@ -316,6 +316,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     resolved = replace(config, **filled)
     if resolved.schedule == "cooldown" and resolved.decay_from is None:
         resolved = replace(resolved, decay_from=cooldown_start(resolved.epochs or 1))
+    if resolved.controller == "critical" and resolved.edge_share and resolved.norm_mode == "eval":
+        raise HessianFlowError(
+            "--norm-mode eval measures another function than the one trained, whose edge critical seeks: leave it out, "
+            "or that bound, with --edge-share 0"
+        )
     if resolved.controller == "critical" and resolved.edge_share and resolved.lr_rule is not None:
         raise HessianFlowError(
             f"--lr-rule {resolved.lr_rule} would replace the rate that critical finds stable: leave it out, or that "

@@ -94,6 +94,7 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--controller", "critical", "--edge-share", "1"], ["--momentum and --edge-share must be < 1", "1.0"]),
         (["--controller", "critical", "--edge-share", "0", "--loss-power", "0"], ["--edge-share and --loss-power"]),
         (["--controller", "critical", "--lr-rule", "sqrt"], ["--lr-rule sqrt", "--edge-share 0"]),
+        (["--controller", "critical", "--norm-mode", "eval"], ["--norm-mode eval", "--edge-share 0"]),
         (["--controller", "critical", "--excess-power", "2"], ["--excess-power", "at most 1", "2"]),
         (["--schedule", "cooldown", "--decay-from", "9", "--epochs", "9"], ["--decay-from 9", "below --epochs 9"]),
         (["--schedule", "cooldown", "--decay-from", "30"], ["--decay-from 30", "below --epochs 30"]),

@@ -119,9 +119,9 @@ def _replay(arguments: Namespace) -> int:
     recorded = load_config(arguments.run_dir)
     if arguments.controller != recorded.controller:
         # These may mean another thing there, or not go with it.
-        changes |= {"decay_from": None, "lr_rule": None, "max_lr_factor": None}
+        changes |= {"decay_from": None, "lr_rule": None, "max_lr_factor": None, "norm_mode": None}
     config = resolve(replace(recorded, **changes))
-    if config.controller == "critical" and config.norm_mode == "eval":
+    if config.controller == "critical" and recorded.norm_mode == "eval":
         print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")
     examples = history.config["trainer"]["examples_per_epoch"]
     result = replay(history.records, build_controller(config), examples_per_epoch=examples, total_epochs=config.epochs)
