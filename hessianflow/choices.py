@@ -156,28 +156,6 @@ def _named_controller(config: TrainConfig) -> BatchController:
     batch, cap = given(config.batch_size), given(config.max_batch_size)
     share = 0.0 if config.adversary == "none" or config.controller == "abs" else given(config.adversarial_share)
 
-    def absa() -> BatchController:
-        return ABSA(
-            batch,
-            cap,
-            decay_factor=config.decay_factor,
-            growth_factor=config.growth_factor,
-            patience=config.patience or None,
-            adversarial_share=share,
-            share_decay=config.share_decay,
-        )
-
-    def critical() -> BatchController:
-        return CriticalBatch(
-            batch,
-            cap,
-            momentum=config.momentum,
-            loss_power=config.loss_power or None,
-            edge_share=config.edge_share or None,
-            excess_power=config.excess_power,
-            adversarial_share=share,
-        )
-
     def adabatch() -> BatchController:
         every, factor = config.every_epochs, config.growth_factor
         return AdaBatch(batch, cap, every_epochs=every, growth_factor=factor, adversarial_share=share)
@@ -188,21 +166,45 @@ def _named_controller(config: TrainConfig) -> BatchController:
         return GrowInsteadOfDecay(batch, cap, milestones=milestones, decay_factor=factor, adversarial_share=share)
 
     makers: dict[str, Callable[[], BatchController]] = {
-        "absa": absa,
-        "abs": absa,
+        "absa": lambda: _absa(config, share),
+        "abs": lambda: _absa(config, share),
         "fixed": lambda: FixedBatch(batch, share),
         "warmup": lambda: Warmup(cap, batch, adversarial_share=share),
         "adabatch": adabatch,
         "grow-instead-of-decay": grow_instead,
         "noise-scale": lambda: NoiseScale(batch, cap, adversarial_share=share),
         "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch), adversarial_share=share),
-        "critical": critical,
+        "critical": lambda: _critical(config, share),
         "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
         "timed": lambda: TimedSchedule(
             batch, given(config.stages), decay_from=config.decay_from, adversarial_share=share
         ),
     }
     return makers[config.controller]()
+
+
+def _absa(config: TrainConfig, share: float) -> ABSA:
+    return ABSA(
+        given(config.batch_size),
+        given(config.max_batch_size),
+        decay_factor=config.decay_factor,
+        growth_factor=config.growth_factor,
+        patience=config.patience or None,
+        adversarial_share=share,
+        share_decay=config.share_decay,
+    )
+
+
+def _critical(config: TrainConfig, share: float) -> CriticalBatch:
+    return CriticalBatch(
+        given(config.batch_size),
+        given(config.max_batch_size),
+        momentum=config.momentum,
+        loss_power=config.loss_power or None,
+        edge_share=config.edge_share or None,
+        excess_power=config.excess_power,
+        adversarial_share=share,
+    )
 
 
 def build_adversary(
