@@ -10,7 +10,7 @@ import pytest
 import hessianflow
 
 PACKAGE = Path(hessianflow.__file__).parent
-SHARED = {"interfaces", "batches", "measuring", "folding", "memory"}
+SHARED = {"interfaces", "batches", "losses", "measuring", "folding", "memory"}
 ALLOWED: dict[str, set[str]] = {
     **{
         room: SHARED | {room} for room in ("curvature", "control", "adversarial", "optim", "models", "data", "training")
@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": SHARED | {"distributed", "curvature"},
     "interfaces": set(),
     "batches": {"interfaces"},
+    "losses": {"losses", "batches", "interfaces", "measuring"},
     "measuring": {"interfaces"},
     "folding": set(),
     "memory": set(),

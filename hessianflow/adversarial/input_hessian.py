@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow.adversarial.attacks import attacking
-from hessianflow.batches import mean_loss
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+from hessianflow.losses import mean_loss
 
 
 class InputHessian:
