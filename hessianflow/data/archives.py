@@ -181,10 +181,9 @@ def _opened(archive: Path, max_bytes: int) -> Iterator[Iterator[Member]]:
 
 def _zip_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     file_type = info.external_attr >> 28  # of the Unix mode; 0 where another system packed it
+    kind = "file" if file_type in (0, 0o10) else "other"
     if info.filename.endswith("/"):
         kind = "folder"
-    else:
-        kind = "file" if file_type in (0, 0o10) else "other"
     return Member(info.filename, info.file_size, kind, lambda: zip_blocks(opened, info))
 
 

@@ -9,9 +9,13 @@ counts, flags and plain values are agreed on without waiting for the device.
 """
 
 import gc
+import ipaddress
+import logging
 import os
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,8 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from hessianflow.distributed.plain import dumps, loads
+from hessianflow.distributed.store import gloo_on_this_machine, serve
 from hessianflow.interfaces import HessianFlowError
 
+LOGGER = logging.getLogger("hessianflow")
+NOTICE_SECONDS = 10.0
+"""How long a rank waits for the others at the start before it says so. Ours."""
 TIMEOUT_SECONDS = 600.0
 """How long a rank waits for the others in one collective. Ours: torch's own default for NCCL."""
 
@@ -55,7 +64,8 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
         None when RANK is not set: an ordinary run of one process.
 
     Raises:
-        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers that do not fit together.
+        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, numbers that do not fit together, or a
+            port that is none.
     """
     found = os.environ if environment is None else environment
     if "RANK" not in found:
@@ -64,6 +74,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
     if missing:
         raise HessianFlowError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
     rank, world_size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
+    _port(found)
     return Generation(0, rank, world_size, _number(found, "LOCAL_RANK") if "LOCAL_RANK" in found else 0)
 
 
@@ -102,20 +113,69 @@ def process_group(
     Yields:
         The reducer of this generation.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent already serves this store; under another launcher rank 0 does.
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    wait = timedelta(seconds=timeout_seconds)
-    store = TCPStore(address, port, is_master=not served and generation.rank == 0, timeout=wait)
-    # The agent's store outlives workers that it restarts: each attempt meets under keys of its own.
-    attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    reducer = enter(generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds)
+    address, port = os.environ["MASTER_ADDR"], _port(os.environ)
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(generation.world_size)
+    with _telling_of_a_long_wait(generation, f"{address}:{port}"):
+        store = _meeting_point(generation, address, port, timeout_seconds, one_machine)
+        # The agent's store outlives workers that it restarts: each attempt meets under keys of its own.
+        attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        with gloo_on_this_machine() if one_machine else nullcontext():
+            reducer = enter(generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds)
     try:
         yield reducer
     except BaseException:
         abort()
         raise
     leave(collect=True)
+
+
+def _meeting_point(
+    generation: Generation, address: str, port: int, timeout_seconds: float, one_machine: bool
+) -> TCPStore:
+    """The store of the launcher's environment: served here, or that of whoever serves it.
+
+    Rank 0 serves on MASTER_ADDR alone, where that is one address of its machine that the others can reach.
+    """
+    wait = timedelta(seconds=timeout_seconds)
+    # torchrun's agent already serves this store; under another launcher rank 0 does.
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        if served or generation.rank > 0:
+            return TCPStore(address, port, is_master=False, timeout=wait)
+        if _is_one_address(address, one_machine):
+            return serve(address, port, timeout=wait)
+        return TCPStore(address, port, is_master=True, timeout=wait)
+    except RuntimeError as error:
+        raise HessianFlowError(f"no store for the ranks at {address}:{port}: {_first_line(error)}") from error
+
+
+def _is_one_address(name: str, one_machine: bool) -> bool:
+    """Whether all ranks reach this machine by the same address; a name may mean others elsewhere."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        return False
+    loopback = any(ipaddress.ip_address(str(number).partition("%")[0]).is_loopback for number in found)
+    return one_machine if loopback else len(found) == 1
+
+
+@contextmanager
+def _telling_of_a_long_wait(generation: Generation, place: str) -> Iterator[None]:
+    """Say what is waited for: the variables may have been left in the environment by something else."""
+    timer = threading.Timer(
+        NOTICE_SECONDS,
+        LOGGER.warning,
+        (
+            f"rank {generation.rank} waits for the {generation.world_size} ranks of RANK and WORLD_SIZE at {place}; "
+            "unset RANK to train alone",
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def enter(
@@ -203,10 +263,13 @@ class ProcessGroupReducer:
         return lambda: _finish(work)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value, on every rank."""
-        carried = [value]
-        dist.broadcast_object_list(carried, src=0)
-        return carried[0]
+        """Rank 0's plain value, on every rank; rank 0 keeps its own object."""
+        content = dumps(value) if self.rank == 0 else b""
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, src=0)
+        carrier = _carrier(content, int(size))
+        dist.broadcast(carrier, src=0)
+        return value if self.rank == 0 else loads(carrier.numpy().tobytes())
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
         """Replace a contiguous tensor by rank 0's, in place."""
@@ -214,9 +277,13 @@ class ProcessGroupReducer:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's plain value, in the order of ranks, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        content = dumps(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(content)]))
+        largest = max(int(size) for size in sizes)
+        carriers = [torch.empty(largest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(carriers, _carrier(content, largest))
+        return [loads(c[: int(size)].numpy().tobytes()) for c, size in zip(carriers, sizes, strict=True)]
 
 
 def _forget_failed_group() -> None:
@@ -230,15 +297,29 @@ def _forget_failed_group() -> None:
     dist.destroy_process_group()
 
 
+def _carrier(content: bytes, size: int) -> Tensor:
+    """A tensor of so many bytes that begins with `content`."""
+    carrier = torch.zeros(size, dtype=torch.uint8)
+    carrier[: len(content)] = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)[: len(content)]
+    return carrier
+
+
 def _finish(work: Any) -> None:
     work.wait()
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environment[name])
-    except ValueError:
-        raise HessianFlowError(f"{name} must be a whole number, got {environment[name]!r}") from None
+    text = environment[name].strip()
+    if len(text) > 9 or not text.removeprefix("-").isdecimal():
+        raise HessianFlowError(f"{name} must be a whole number, got {environment[name][:40]!r}")
+    return int(text)
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    port = _number(environment, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise HessianFlowError(f"MASTER_PORT must lie between 1 and 65535, got {port}")
+    return port
 
 
 def _first_line(error: BaseException) -> str:
