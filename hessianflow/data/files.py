@@ -1,11 +1,16 @@
 """Reading files that are not trusted: plain ones only, never more bytes than allowed, never waiting for a writer."""
 
+import errno
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from hessianflow.interfaces import HessianFlowError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe without a writer opens at once
 
@@ -18,14 +23,13 @@ def open_plain(path: Path) -> BinaryIO:
         OSError: a file that is missing or may not be read.
     """
     _check_plain(path, os.stat(path))  # before it is opened: opening a device can already set it going
-    descriptor = os.open(path, os.O_RDONLY | _NO_WAITING)
-    file = os.fdopen(descriptor, "rb")
+    raw = _Raw(os.open(path, os.O_RDONLY | _NO_WAITING))
     try:
-        _check_plain(path, os.fstat(descriptor))
+        _check_plain(path, os.fstat(raw.fileno()))
     except HessianFlowError:
-        file.close()
+        raw.close()
         raise
-    return file
+    return io.BufferedReader(raw)
 
 
 def read_plain(path: Path, max_bytes: int) -> bytes:
@@ -41,6 +45,17 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
     if max(size, len(content)) > max_bytes:
         raise HessianFlowError(f"{path}: larger than {max_bytes} bytes (it has {size}); replace the file")
     return content
+
+
+class _Raw(io.FileIO):
+    """A file that says so where reading would have to wait: some that the kernel makes up are plain by name only."""
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        """As usual, but never None."""
+        size = super().readinto(buffer)
+        if size is None:
+            raise OSError(errno.EAGAIN, "nothing to be read now")
+        return size
 
 
 def _check_plain(path: Path, found: os.stat_result) -> None:
