@@ -153,6 +153,8 @@ class _Guarded(io.BufferedIOBase):
         return self._file.read(_END if size is None or size < 0 else size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_SET and offset < 0:
+            raise zipfile.BadZipFile("a place before the beginning")
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:

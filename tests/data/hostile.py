@@ -141,7 +141,7 @@ def zips(folder: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
         yield f"hidden zeros by {method}", stream.getvalue().replace(size, (100).to_bytes(4, "little"))
 
 
-def unpacked(_: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+def unpacked(folder: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     """Archives that are unpacked as a whole; those named .zip are zip archives."""
     for number, name in enumerate(NAMES):
         for kind in (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE):
@@ -156,6 +156,9 @@ def unpacked(_: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     good = tar_of("a", content=rng.bytes(3000))[:4096] + tar_of("b/c", content=b"y")
     for number in range(12):
         yield f"damaged {number}", gzipped(damaged(good, rng, number))
+    archive = pack_zip(write_tiny_imagenet(folder / "good"), folder / "good.zip").read_bytes()
+    for number in range(24):
+        yield f"damaged {number}.zip", damaged(archive, rng, number)
 
 
 def pictures(_: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
