@@ -21,6 +21,7 @@ from torch import Tensor
 from hessianflow.interfaces import HessianFlowError
 
 _PACKAGE = __name__.partition(".")[0]
+_NATIVE = frozenset({bool, int, float, str, type(None)})
 
 
 def dumps(value: Any) -> bytes:
@@ -49,10 +50,10 @@ def loads(content: bytes) -> Any:
 
 
 def _encoded(value: Any) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in _NATIVE:
         return value
     if type(value) is dict and all(type(key) is str for key in value):  # the most frequent kind, in its shortest form
-        return {key: _encoded(item) for key, item in value.items()}
+        return {key: item if type(item) in _NATIVE else _encoded(item) for key, item in value.items()}
     for kind, encode in _ENCODERS.items():
         if isinstance(value, kind):
             return encode(value)
@@ -67,7 +68,7 @@ def _encoded(value: Any) -> Any:
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _decoded(item) for key, item in value.items()}
+        return {key: item if type(item) in _NATIVE else _decoded(item) for key, item in value.items()}
     if isinstance(value, list):
         kind, *rest = value
         return _DECODERS[kind](*rest)

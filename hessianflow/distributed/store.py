@@ -2,7 +2,8 @@
 
 Torch's own store listens on every address of the machine and asks nobody for a name, and whoever writes to it can lead
 ranks to another machine. Here it listens on one address: that of this machine alone where all ranks are on it. On a
-cluster the network between the nodes has to be trusted.
+cluster the network between the nodes has to be trusted: a secret among the keys would help little, as the store tells
+its keys to whoever asks, and gloo and NCCL ask nobody either.
 """
 
 import errno
