@@ -10,10 +10,8 @@ counts, flags and plain values are agreed on without waiting for the device.
 
 import gc
 import ipaddress
-import logging
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,9 +27,6 @@ from hessianflow.distributed.plain import dumps, loads
 from hessianflow.distributed.store import gloo_on_this_machine, serve
 from hessianflow.interfaces import HessianFlowError
 
-LOGGER = logging.getLogger("hessianflow")
-NOTICE_SECONDS = 10.0
-"""How long a rank waits for the others at the start before it says so. Ours."""
 TIMEOUT_SECONDS = 600.0
 """How long a rank waits for the others in one collective. Ours: torch's own default for NCCL."""
 
@@ -64,18 +59,25 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
         None when RANK is not set: an ordinary run of one process.
 
     Raises:
-        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, numbers that do not fit together, or a
-            port that is none.
+        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers that do not fit together or
+            cannot be.
     """
     found = os.environ if environment is None else environment
     if "RANK" not in found:
         return None
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in found]
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not found.get(name)]
     if missing:
         raise HessianFlowError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
+    port = _number(found, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise HessianFlowError(
+            f"MASTER_PORT must be a port, 1 to 65535, got {port}: start with torchrun, or unset RANK"
+        )
     rank, world_size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
-    _port(found)
-    return Generation(0, rank, world_size, _number(found, "LOCAL_RANK") if "LOCAL_RANK" in found else 0)
+    local_rank = _number(found, "LOCAL_RANK") if "LOCAL_RANK" in found else 0
+    if local_rank < 0:
+        raise HessianFlowError(f"LOCAL_RANK must be at least 0, got {local_rank}: start with torchrun, or unset RANK")
+    return Generation(0, rank, world_size, local_rank)
 
 
 def local_device(name: str, local_rank: int) -> torch.device:
@@ -113,14 +115,13 @@ def process_group(
     Yields:
         The reducer of this generation.
     """
-    address, port = os.environ["MASTER_ADDR"], _port(os.environ)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(generation.world_size)
-    with _telling_of_a_long_wait(generation, f"{address}:{port}"):
-        store = _meeting_point(generation, address, port, timeout_seconds, one_machine)
-        # The agent's store outlives workers that it restarts: each attempt meets under keys of its own.
-        attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        with gloo_on_this_machine() if one_machine else nullcontext():
-            reducer = enter(generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds)
+    store = _meeting_point(generation, address, port, timeout_seconds, one_machine)
+    # The agent's store outlives workers that it restarts: each attempt meets under keys of its own.
+    attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    with gloo_on_this_machine() if one_machine else nullcontext():
+        reducer = enter(generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds)
     try:
         yield reducer
     except BaseException:
@@ -145,8 +146,13 @@ def _meeting_point(
         if _is_one_address(address, one_machine):
             return serve(address, port, timeout=wait)
         return TCPStore(address, port, is_master=True, timeout=wait)
-    except RuntimeError as error:
-        raise HessianFlowError(f"no store for the ranks at {address}:{port}: {_first_line(error)}") from error
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, HessianFlowError):
+            raise
+        raise HessianFlowError(
+            f"rank {generation.rank} of {generation.world_size} cannot meet the others at {address}:{port}, as "
+            f"MASTER_ADDR and MASTER_PORT say: {_first_line(error)}; start with torchrun, or unset RANK"
+        ) from error
 
 
 def _is_one_address(name: str, one_machine: bool) -> bool:
@@ -157,25 +163,6 @@ def _is_one_address(name: str, one_machine: bool) -> bool:
         return False
     loopback = any(ipaddress.ip_address(str(number).partition("%")[0]).is_loopback for number in found)
     return one_machine if loopback else len(found) == 1
-
-
-@contextmanager
-def _telling_of_a_long_wait(generation: Generation, place: str) -> Iterator[None]:
-    """Say what is waited for: the variables may have been left in the environment by something else."""
-    timer = threading.Timer(
-        NOTICE_SECONDS,
-        LOGGER.warning,
-        (
-            f"rank {generation.rank} waits for the {generation.world_size} ranks of RANK and WORLD_SIZE at {place}; "
-            "unset RANK to train alone",
-        ),
-    )
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def enter(
@@ -309,17 +296,12 @@ def _finish(work: Any) -> None:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment[name].strip()
-    if len(text) > 9 or not text.removeprefix("-").isdecimal():
-        raise HessianFlowError(f"{name} must be a whole number, got {environment[name][:40]!r}")
-    return int(text)
-
-
-def _port(environment: Mapping[str, str]) -> int:
-    port = _number(environment, "MASTER_PORT")
-    if not 0 < port < 1 << 16:
-        raise HessianFlowError(f"MASTER_PORT must lie between 1 and 65535, got {port}")
-    return port
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise HessianFlowError(
+            f"{name} must be a whole number, got {environment[name]!r}: start with torchrun, or unset RANK"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:
