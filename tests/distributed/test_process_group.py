@@ -2,6 +2,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
