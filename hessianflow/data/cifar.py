@@ -201,7 +201,8 @@ def _python_part(
             layout.name, file, f"MD5 is {found}, expected {checksum}; not opened, since a pickle can run code"
         )
     record = load_arrays(content, file)
-    pixels, numbers = record.get("data"), record.get(layout.label_key)
+    pixels = record.get("data")
+    numbers = record.get(layout.label_key)
     if not (isinstance(numbers, list) and all(isinstance(n, int) and abs(n) < 1 << 31 for n in numbers)):
         raise damaged(layout.name, file, f"holds no list of labels named {layout.label_key!r}")
     if not (isinstance(pixels, np.ndarray) and pixels.shape == (len(numbers), PIXELS)):

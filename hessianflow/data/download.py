@@ -220,7 +220,8 @@ def _continue_download(source: Source, file: BinaryIO, progress: Progress | None
     have = _size(file) if _size(file) <= _limit(source) else 0
     response = _request(source, have)
     if response is None:  # the part is longer than the file: start again
-        have, response = 0, _request(source, 0)
+        have = 0
+        response = _request(source, have)
     if response is None:
         raise HTTPException("the server has no such range")
     with response:
@@ -250,7 +251,8 @@ def _request(source: Source, have: int) -> HTTPResponse | None:
 
 def _copy(source: Source, response: HTTPResponse, file: BinaryIO, progress: Progress | None) -> None:
     """Write what comes, as long as it may be part of the file."""
-    have, limit = file.tell(), _limit(source)
+    have = file.tell()
+    limit = _limit(source)
     total = have + _announced(source, response)
     if total > limit:
         raise HessianFlowError(f"{source.url}: would send {total} bytes, at most {limit} are expected; stopped")

@@ -26,7 +26,9 @@ class Inflated:
     """
 
     def __init__(self, file: BinaryIO, kind: Literal["zlib", "gzip"], length: int | None = None) -> None:
-        self._file, self._kind, self._left = file, kind, length
+        self._file = file
+        self._kind = kind
+        self._left = length
         self._machine = zlib.decompressobj(_WINDOW_BITS[kind])
         self._waiting = b""
 
@@ -62,7 +64,8 @@ class Inflated:
             pass  # padding
         if self._kind != "gzip" or not rest:
             return False
-        self._machine, self._waiting = zlib.decompressobj(_WINDOW_BITS[self._kind]), rest.lstrip(b"\0")
+        self._machine = zlib.decompressobj(_WINDOW_BITS[self._kind])
+        self._waiting = rest.lstrip(b"\0")
         return True
 
     def _more(self) -> bytes:

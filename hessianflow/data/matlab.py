@@ -93,7 +93,8 @@ def _matrix(stream: Source, kind: int, order: str) -> MatArray:
     name = _small(stream, order, _MAX_NAME).decode("latin-1")
     if len(flags) != 2 or len(dimensions) < 2 or (dimensions < 0).any():
         raise MatFileError(f"the variable {name!r} has no proper flags or dimensions")
-    shape, which = tuple(int(side) for side in dimensions), int(flags[0]) & 0xFF
+    shape = tuple(int(side) for side in dimensions)
+    which = int(flags[0]) & 0xFF
     if which not in _NUMERIC_CLASSES or int(flags[0]) & _COMPLEX:
         kind_name = "complex" if which in _NUMERIC_CLASSES else _CLASSES.get(which, "unknown")
         return MatArray(name, kind_name, shape, lambda: _not_numbers(name))

@@ -56,7 +56,8 @@ class TarReader:
     """
 
     def __init__(self, stream: Source, max_bytes: int) -> None:
-        self._stream, self._budget = stream, max_bytes
+        self._stream = stream
+        self._budget = max_bytes
         self._left = 0
 
     def __iter__(self) -> Iterator[TarMember]:
@@ -67,7 +68,8 @@ class TarReader:
                 self._drain()
                 return
             _check_sum(header)
-            size, flag = _number(header[124:136]), header[156:157]
+            size = _number(header[124:136])
+            flag = header[156:157]
             if flag in b"LKxg":
                 self._read_extension(flag, size, overrides)
                 continue
@@ -83,7 +85,8 @@ class TarReader:
             yield block
 
     def _member(self, header: bytes, size: int, overrides: dict[str, str]) -> Iterator[TarMember]:
-        flag, name = header[156:157], overrides.get("path") or _name(header)
+        flag = header[156:157]
+        name = overrides.get("path") or _name(header)
         kind: Literal["file", "folder", "other"] = _KINDS.get(flag, "other")
         if flag == b"\0" and name.endswith("/"):  # how the oldest archives store folders
             kind = "folder"
@@ -152,7 +155,8 @@ def _decimal(text: str) -> int:
 
 
 def _name(header: bytes) -> str:
-    name, prefix = _text(header[:100]), _text(header[345:500])
+    name = _text(header[:100])
+    prefix = _text(header[345:500])
     return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
 
 

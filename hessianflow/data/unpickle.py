@@ -115,14 +115,16 @@ class _Machine:
 
     def call(self, _: None) -> None:
         """Make what the named function would make of its arguments."""
-        arguments, function = self._stack.pop(), _of_type(self._stack.pop(), _Function)
+        arguments = self._stack.pop()
+        function = _of_type(self._stack.pop(), _Function)
         if function.make is None:
             raise ValueError("an array that is not made from its bytes")
         self._stack.append(function.make(*_of_type(arguments, tuple)))
 
     def build(self, _: None) -> None:
         """Give an array its content; a dtype has its own already."""
-        state, target = self._stack.pop(), self._stack[-1]
+        state = self._stack.pop()
+        target = self._stack[-1]
         if not isinstance(target, _UInt8):
             _of_type(target, _Array).value = _array(*_of_type(state, tuple))
         elif state != _DTYPE_STATE:

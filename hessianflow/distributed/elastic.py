@@ -137,7 +137,9 @@ class ElasticRun:
             raise HessianFlowError(
                 f"the first workers could not form a group: {self._cluster.last_error}; look at the workers' logs"
             )
-        self._rows, self._failures, self._stretch = self._report.rows, 0, 1
+        self._rows = self._report.rows
+        self._failures = 0
+        self._stretch = 1
         self._record("started", f"{len(self._cluster.members)} workers")
         for reason in lost:
             self._record("refused", f"{reason}; another was asked for")
@@ -152,7 +154,8 @@ class ElasticRun:
         found = None if report is None else cluster.describe()
         if report is None or found is None:
             return False
-        self._report, self.description = report, found
+        self._report = report
+        self.description = found
         return True
 
     def _train_stretch(self) -> None:

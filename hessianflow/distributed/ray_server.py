@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from hessianflow.distributed.parameter_server import ParameterServer, Receipt, Weights
-from hessianflow.distributed.ray_session import connect, endings, told_in_one_line
+from hessianflow.distributed.ray_session import answer, connect, endings, told_in_one_line
 from hessianflow.distributed.simulated_server import Commit, LocalEpoch
 from hessianflow.interfaces import HessianFlowError
 
@@ -108,7 +108,8 @@ class ServerActor:
     """A parameter server in a process of its own."""
 
     def __init__(self, make_server: Callable[[], ParameterServer], state: Mapping[str, Any] | None) -> None:
-        self._make, self._state = make_server, state
+        self._make = make_server
+        self._state = state
 
     def members(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Build the server, before anything else is asked; returns commits so far, all workers, and those that wait."""
@@ -187,6 +188,7 @@ class _Run:
     ) -> None:
         self._ray, self._timeout, self._restarts_left = ray, timeout_seconds, max_restarts
         self._endings = endings(ray)
+        self._answer = partial(answer, ray)
         self._new_server = partial(ray.remote(num_cpus=0)(ServerActor).remote, make_server)
         remote = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
         self._new_worker = partial(remote(WorkerActor).remote, make_worker)
@@ -251,15 +253,6 @@ class _Run:
         for actor in [self.server, *self._workers.values()]:
             if actor is not None:
                 self._ray.kill(actor)
-
-    def _answer(self, ref: Any) -> Any:
-        """What an actor answers; an error of its own that says what to do, as itself."""
-        try:
-            return self._ray.get(ref)
-        except self._ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, HessianFlowError):
-                raise error.cause from None
-            raise
 
     def _account(self, training: _Training, receipt: Receipt, figures: Mapping[str, float]) -> Commit:
         now = self._now()

@@ -55,6 +55,16 @@ def endings(ray: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(ray.exceptions, name) for name in names if hasattr(ray.exceptions, name))
 
 
+def answer(ray: Any, ref: Any) -> Any:
+    """What an actor answers; an error of its own code comes as itself where it says what to do."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, HessianFlowError):
+            raise error.cause from None
+        raise
+
+
 @contextmanager
 def told_in_one_line(ray: Any) -> Iterator[None]:
     """Turn failures of Ray itself into an error of one line; those of the code that it runs pass as they are."""
