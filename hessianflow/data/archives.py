@@ -1,133 +1,246 @@
 """Reading and unpacking archives that are not trusted.
 
 Only plain files and folders come out, only below the target folder, and never more bytes than allowed. Links, devices,
-absolute names and names with ".." are refused before anything is written.
+absolute names, names with ".." and names that cannot be are refused before anything is written. Tar archives may be
+packed with gzip; members of zip archives may be stored or deflated.
 """
 
-import lzma
-import tarfile
+import io
+import os
+import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from gzip import BadGzipFile
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from shutil import copyfileobj
-from typing import IO
+from typing import BinaryIO
 
+from hessianflow.data.files import open_plain
+from hessianflow.data.inflate import Inflated
 from hessianflow.data.sources import one_line
+from hessianflow.data.tar import TarReader
 from hessianflow.interfaces import HessianFlowError
 
 MAX_UNPACKED_BYTES = 4 << 30
 """Largest total that an archive may unpack to by default (ours; the largest of our sets needs 0.6 GB)."""
+MAX_NAME_BYTES, MAX_DEPTH = 255, 64
+"""Longest name of a file or folder (what file systems take), and most folders inside each other (ours)."""
+MAX_MEMBERS = 1 << 18
+"""A zip archive with more members is refused. Ours: twice what the largest of our sets has."""
 
 DAMAGE = (
-    *(tarfile.TarError, zipfile.BadZipFile, BadGzipFile, zlib.error, lzma.LZMAError),
-    *(EOFError, RuntimeError, ValueError, FileExistsError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+    *(RuntimeError, ValueError, LookupError, OverflowError, MemoryError),
 )
-"""What the standard library raises on archives that are broken, encrypted, or of an unknown compression."""
+"""What our readers and the standard library raise on archives that are broken, encrypted, or packed in another way."""
 
-Member = tarfile.TarInfo | zipfile.ZipInfo
+_PIECE = 1 << 20
+_OVERHEAD = 16 << 20  # headers and padding of a tar archive, beside the contents
+_LARGEST_READ = 32 << 20  # the table of contents of the largest of our sets has 14 MB
+_END = 1 << 17  # `zipfile` reads to the end where it looks for the last record, in the last 64 KB
+_FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of an archive.
+
+    Attributes:
+        name: as stored.
+        size: in bytes, as the archive says.
+        kind: "file", "folder", or "other": a link or a device.
+        blocks: gives the content, piece by piece and no more than `size`, while the archive is at this member.
+    """
+
+    name: str
+    size: int
+    kind: str
+    blocks: Callable[[], Iterator[bytes]]
 
 
 def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
-    """Unpack a tar (of any compression) or zip archive below `target`; nothing is written if any member is unsafe.
+    """Unpack a tar (plain or gzip) or zip archive below `target`; nothing is written if any member is unsafe.
+
+    Args:
+        archive: its name ends in .zip where it is one.
+        target: a folder that is empty or not there yet, so that nothing in it can lead elsewhere.
+        max_bytes: that all members may have together.
 
     Raises:
-        HessianFlowError: a damaged archive, an unsafe member, or more than `max_bytes` in all.
+        HessianFlowError: a damaged archive, an unsafe member, more than `max_bytes` in all, or a target in use.
     """
-    with _opened(archive) as opened:
-        members: list[Member] = []
-        total = 0
-        for member in opened if isinstance(opened, tarfile.TarFile) else opened.infolist():
-            _check_member(archive, member)
-            members.append(member)
-            total += _size(member)
-            if total > max_bytes:
-                raise HessianFlowError(f"{archive}: would unpack to more than the {max_bytes} bytes allowed")
-        for member in members:
-            if not _is_folder(member):
-                _write(opened, member, target / _name(member))
+    if target.exists() and any(target.iterdir()):
+        raise HessianFlowError(f"{target}: not empty; unpack {archive} into a new folder")
+    with _damage_named(archive):
+        with _opened(archive, max_bytes) as members:
+            _check_members(archive, members, max_bytes)
+        with _opened(archive, max_bytes) as members:
+            for member in members:
+                _check_member(archive, member)  # once more: a file may change between two readings
+                if member.kind == "file":
+                    _write(archive, member, target / member.name)
 
 
-def read_members(archive: Path, names: Collection[str], *, max_bytes: int) -> dict[str, bytes]:
+def read_members(
+    archive: Path, names: Collection[str], *, max_bytes: int, max_total: int = MAX_UNPACKED_BYTES
+) -> dict[str, bytes]:
     """The contents of those of `names` that a tar archive holds, in one pass, without unpacking.
 
     Args:
-        archive: of any compression.
+        archive: plain or packed with gzip.
         names: full member names; only plain files of exactly these names are read.
         max_bytes: largest size a member may have.
+        max_total: largest size of the whole archive, unpacked.
 
     Raises:
-        HessianFlowError: a damaged archive, a member that is no plain file, or one larger than `max_bytes`.
+        HessianFlowError: a damaged archive, a member that is no plain file, or more bytes than allowed.
     """
     found: dict[str, bytes] = {}
-    with _opened(archive) as opened:
-        assert isinstance(opened, tarfile.TarFile)
-        for member in opened:
-            name = member.name.removeprefix("./")
+    with _damage_named(archive), _opened(archive, max_total) as members:
+        for member in members:
+            name = member.name.removeprefix("./").rstrip("/")
             if name not in names:
                 continue
             _check_member(archive, member)
+            if member.kind != "file":
+                raise HessianFlowError(f"{archive}: {name} is a folder, not a file; get it again")
             if member.size > max_bytes:
                 raise HessianFlowError(f"{archive}: {name} has {member.size} bytes, expected at most {max_bytes}")
-            with _stream(opened, member) as stream:
-                found[name] = stream.read()
+            found[name] = b"".join(member.blocks())
     return found
 
 
 @contextmanager
-def _opened(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
+def open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip archive whose table of contents is of a sensible size.
+
+    Raises:
+        zipfile.BadZipFile: it is no zip archive, or has too large a table or too many members.
+    """
+    with open_plain(archive) as file, zipfile.ZipFile(_Guarded(file)) as opened:
+        if len(opened.infolist()) > MAX_MEMBERS:
+            raise zipfile.BadZipFile(f"more than {MAX_MEMBERS} members")
+        yield opened
+
+
+def zip_blocks(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The content of one member, piece by piece; its checksum is compared at the end.
+
+    Raises:
+        zipfile.BadZipFile: a damaged member, or one packed in a way that cannot be unpacked piece by piece.
+    """
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile(f"{info.filename!r} is packed by method {info.compress_type}, only 0 and 8 are read")
+    with opened.open(info) as stream:
+        left = info.file_size
+        while block := stream.read(min(_PIECE, left)):
+            left -= len(block)
+            yield block
+        if left:
+            raise EOFError(f"{info.filename!r} lacks {left} bytes")
+
+
+class _Guarded(io.BufferedIOBase):
+    """A file that refuses to be read as a whole: `zipfile` asks for as much as an archive tells it to."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGEST_READ:
+            raise zipfile.BadZipFile(f"a table of contents of {size} bytes")
+        return self._file.read(_END if size is None or size < 0 else size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_SET and offset < 0:
+            raise zipfile.BadZipFile("a place before the beginning")
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+
+@contextmanager
+def _opened(archive: Path, max_bytes: int) -> Iterator[Iterator[Member]]:
+    if archive.suffix == ".zip":
+        with open_zip(archive) as opened:
+            yield (_zip_member(opened, info) for info in opened.infolist())
+        return
+    with open_plain(archive) as file:
+        start = file.read(6)
+        file.seek(0)
+        for mark, kind in _FOREIGN.items():
+            if start.startswith(mark):
+                raise HessianFlowError(f"{archive}: packed with {kind}, expected gzip or a plain tar; pack it anew")
+        packed = start.startswith(b"\x1f\x8b")
+        reader = TarReader(Inflated(file, "gzip") if packed else file, max_bytes + _OVERHEAD)
+        yield (Member(member.name, member.size, member.kind, reader.blocks) for member in reader)
+
+
+def _zip_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
+    file_type = info.external_attr >> 28  # of the Unix mode; 0 where another system packed it
+    kind = "file" if file_type in (0, 0o10) else "other"
+    if info.filename.endswith("/"):
+        kind = "folder"
+    return Member(info.filename, info.file_size, kind, lambda: zip_blocks(opened, info))
+
+
+@contextmanager
+def _damage_named(archive: Path) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(archive) if archive.suffix == ".zip" else tarfile.open(archive) as opened:
-            yield opened
-            if isinstance(opened, tarfile.TarFile):
-                _read_to_the_end(opened)
+        yield
+    except HessianFlowError:
+        raise
     except DAMAGE as error:
         raise HessianFlowError(f"{archive}: damaged archive ({one_line(error)}); get it again") from error
 
 
-def _read_to_the_end(opened: tarfile.TarFile) -> None:
-    """The checksum of a compressed stream is checked only where it ends."""
-    while opened.fileobj is not None and opened.fileobj.read(1 << 20):
-        pass
-
-
-def _name(member: Member) -> str:
-    return member.name if isinstance(member, tarfile.TarInfo) else member.filename
-
-
-def _size(member: Member) -> int:
-    return member.size if isinstance(member, tarfile.TarInfo) else member.file_size
-
-
-def _is_folder(member: Member) -> bool:
-    return member.isdir() if isinstance(member, tarfile.TarInfo) else member.is_dir()
+def _check_members(archive: Path, members: Iterator[Member], max_bytes: int) -> None:
+    """Refuse what cannot be unpacked as a whole."""
+    files: set[PurePosixPath] = set()
+    folders: set[PurePosixPath] = set()
+    total = 0
+    for member in members:
+        _check_member(archive, member)
+        total += member.size
+        if total > max_bytes:
+            raise HessianFlowError(f"{archive}: would unpack to more than the {max_bytes} bytes allowed")
+        if member.kind == "file":
+            path = PurePosixPath(member.name)
+            files.add(path)
+            folders.update(path.parents)
+    both = files & folders
+    if both:
+        raise HessianFlowError(f"{archive}: refused, {str(min(both))!r} is a file and a folder; get it again")
 
 
 def _check_member(archive: Path, member: Member) -> None:
-    name = _name(member)
+    name = member.name
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
         raise HessianFlowError(f"{archive}: refused, the member {name!r} would land outside the target folder")
-    if not (_is_folder(member) or _is_plain_file(member)):
+    if member.kind == "other":
         raise HessianFlowError(f"{archive}: refused, the member {name!r} is a link or a device, not a plain file")
+    if member.kind == "file" and not path.parts:
+        raise HessianFlowError(f"{archive}: refused, the member {name!r} is a file without a name")
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > MAX_NAME_BYTES or len(path.parts) > MAX_DEPTH:
+        shown = f"{name[:40]!r}..." if len(name) > 40 else repr(name)
+        raise HessianFlowError(
+            f"{archive}: refused, the member {shown} has a name of {longest} bytes and {len(path.parts)} levels, at "
+            f"most {MAX_NAME_BYTES} and {MAX_DEPTH} are allowed"
+        )
 
 
-def _is_plain_file(member: Member) -> bool:
-    if isinstance(member, tarfile.TarInfo):
-        return member.isreg()
-    kind = member.external_attr >> 28  # the file type bits of the Unix mode; 0 where another system packed it
-    return kind in (0, 0o10)
-
-
-def _stream(opened: tarfile.TarFile | zipfile.ZipFile, member: Member) -> IO[bytes]:
-    stream = opened.extractfile(member) if isinstance(opened, tarfile.TarFile) else opened.open(member)  # type: ignore[arg-type]
-    assert stream is not None  # members that are no plain files were refused
-    return stream
-
-
-def _write(opened: tarfile.TarFile | zipfile.ZipFile, member: Member, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _stream(opened, member) as stream, path.open("wb") as file:
-        copyfileobj(stream, file, 1 << 20)
+def _write(archive: Path, member: Member, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for block in member.blocks():
+                file.write(block)
+    except OSError as error:
+        raise HessianFlowError(f"{archive}: {member.name!r} cannot be written ({one_line(error)})") from error

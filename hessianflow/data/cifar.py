@@ -2,7 +2,7 @@
 
 The binary version is read as it is: records of one or two label bytes and 3072 pixel bytes (planes R, G, B of 32 x 32,
 row by row), after a check of sizes and labels. The Python version is a pickle: it is read only if its MD5 is the
-official one, and then by :mod:`hessianflow.data.unpickle`, which runs nothing.
+official one, and then by :mod:`hessianflow.data.unpickle`, which makes nothing but numbers, strings and uint8 arrays.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hessianflow.data.archives import read_members
+from hessianflow.data.files import open_plain
 from hessianflow.data.sources import damaged, remedy
 from hessianflow.data.unpickle import load_arrays
 from hessianflow.interfaces import HessianFlowError
@@ -54,6 +55,12 @@ class CifarLayout:
     python_archive: str
     python_files: Mapping[str, Mapping[str, str]]
     label_key: str
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all records of both splits."""
+        records = sum(self.records[split] * len(names) for split, names in self.binary_files.items())
+        return records * (self.label_bytes + PIXELS)
 
 
 CIFAR10 = CifarLayout(
@@ -110,13 +117,15 @@ def read_cifar(layout: CifarLayout, root: Path, split: str) -> tuple[Tensor, Ten
     records = layout.records[split]
     names, record_bytes = layout.binary_files[split], layout.label_bytes + PIXELS
     wanted, limit = [*names, layout.class_file], records * record_bytes
-    binary = _read_files(root, layout.binary_folder, layout.binary_archive, wanted, limit)
+    total = 2 * layout.total_bytes
+    binary = _read_files(root, layout.binary_folder, layout.binary_archive, wanted, limit, total)
     if binary:
         parts = [_binary_part(layout, name, binary.get(name), records) for name in names]
         return (*_stacked(parts), _class_names(binary.get(layout.class_file), layout.num_classes))
     checksums = layout.python_files[split]
-    pickled = _read_files(root, layout.python_folder, layout.python_archive, list(checksums), 2 * limit)
+    pickled = _read_files(root, layout.python_folder, layout.python_archive, list(checksums), 2 * limit, total)
     if not pickled:
+        _refuse_empty(layout, root)
         raise HessianFlowError(
             f"no {layout.name} under {root}: neither {layout.binary_folder} nor {layout.binary_archive} is there "
             f"(nor the Python version, {layout.python_folder}); {remedy(layout.name)}"
@@ -125,21 +134,42 @@ def read_cifar(layout: CifarLayout, root: Path, split: str) -> tuple[Tensor, Ten
     return (*_stacked(parts), _class_names(None, layout.num_classes))
 
 
-def _read_files(root: Path, folder: str, archive: str, names: Sequence[str], limit: int) -> dict[str, bytes]:
-    """Contents of those of `names` that are found, all from the same place; at most one byte more than `limit`."""
+def _read_files(
+    root: Path, folder: str, archive: str, names: Sequence[str], limit: int, total: int
+) -> dict[str, bytes]:
+    """Contents of those of `names` that are found, all from the same place; at most one byte more than `limit`.
+
+    An archive may unpack to `total` bytes.
+    """
     for place in (root / folder, root):
         found = {name: place / name for name in names if (place / name).is_file()}
         if found:
             return {name: _head(path, limit + 1) for name, path in found.items()}
-    for packed in (root / archive, root):
-        if packed.name == archive and packed.is_file():
-            members = read_members(packed, {f"{folder}/{name}" for name in names}, max_bytes=limit)
-            return {name.removeprefix(f"{folder}/"): content for name, content in members.items()}
-    return {}
+    packed = _archive(root, archive)
+    if packed is None:
+        return {}
+    members = read_members(packed, {f"{folder}/{name}" for name in names}, max_bytes=limit, max_total=total)
+    return {name.removeprefix(f"{folder}/"): content for name, content in members.items()}
+
+
+def _archive(root: Path, name: str) -> Path | None:
+    """The archive in a folder, or given itself."""
+    return next((path for path in (root / name, root) if path.name == name and path.is_file()), None)
+
+
+def _refuse_empty(layout: CifarLayout, root: Path) -> None:
+    """Say so where an archive is there, but nothing of ours in it."""
+    for name, folder in (
+        (layout.binary_archive, layout.binary_folder),
+        (layout.python_archive, layout.python_folder),
+    ):
+        packed = _archive(root, name)
+        if packed is not None:
+            raise damaged(layout.name, packed, f"holds none of the files expected in its folder {folder}")
 
 
 def _head(path: Path, size: int) -> bytes:
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return file.read(size)
 
 
@@ -171,11 +201,14 @@ def _python_part(
             layout.name, file, f"MD5 is {found}, expected {checksum}; not opened, since a pickle can run code"
         )
     record = load_arrays(content, file)
-    pixels, labels = np.asarray(record["data"]), np.asarray(record[layout.label_key], dtype=np.int64)
-    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
-        raise damaged(
-            layout.name, file, f"pixels are {pixels.dtype} {pixels.shape}, expected uint8 ({len(labels)}, {PIXELS})"
-        )
+    pixels = record.get("data")
+    numbers = record.get(layout.label_key)
+    if not (isinstance(numbers, list) and all(isinstance(n, int) and abs(n) < 1 << 31 for n in numbers)):
+        raise damaged(layout.name, file, f"holds no list of labels named {layout.label_key!r}")
+    if not (isinstance(pixels, np.ndarray) and pixels.shape == (len(numbers), PIXELS)):
+        found = f"uint8 {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise damaged(layout.name, file, f"pixels are {found}, expected uint8 ({len(numbers)}, {PIXELS})")
+    labels = np.asarray(numbers, dtype=np.int64)
     _check_labels(layout, file, labels)
     return pixels, labels
 

@@ -1,9 +1,12 @@
 """Download and check the official files of a data set.
 
-A download goes to NAME.part and is renamed once its MD5 is right; an interrupted one is continued where it stopped.
-Archives are unpacked safely (:mod:`hessianflow.data.archives`). Only called by the user: nothing here runs on its own.
+A download goes to NAME.part and is renamed once its MD5 is right; an interrupted one is continued where it stopped. No
+file of another content is overwritten, and no link is written through. Archives are unpacked safely
+(:mod:`hessianflow.data.archives`). Only called by the user: nothing here runs on its own.
 """
 
+import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import md5
@@ -11,13 +14,14 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
-from typing import Literal
+from typing import BinaryIO, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from hessianflow.data.archives import unpack
 from hessianflow.data.datasets import load
-from hessianflow.data.sources import SOURCES, Source, default_root, one_line
+from hessianflow.data.files import open_plain
+from hessianflow.data.sources import SOURCES, Source, default_root, expanded, one_line
 from hessianflow.interfaces import HessianFlowError
 
 Progress = Callable[[str, int, int], None]
@@ -27,7 +31,7 @@ SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 BLOCK = 1 << 18
 TIMEOUT_SECONDS = 30.0
 MAX_DOWNLOAD_BYTES = 2 << 30
-"""No file of ours is larger; a server that sends more is cut off."""
+"""Largest file where the size is not known beforehand; a server that sends more is cut off."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,20 @@ def fetch(
 
     Args:
         name: of the data set.
-        root: folder to put the files in; None: :func:`hessianflow.data.sources.default_root`.
+        root: folder to put the files in, a leading ~ is a home; None: :func:`hessianflow.data.sources.default_root`.
         progress: called while bytes arrive.
         sources: where files are; the official places unless a mirror is wanted.
 
     Raises:
-        HessianFlowError: an unknown name, a server that does not answer, a file with another MD5, a full disk.
+        HessianFlowError: an unknown name, a server that does not answer, a file with another MD5, a full disk, or
+            something else under the name of a file to get.
     """
-    folder = Path(root or default_root())
+    folder = _folder(root)
     for source in _sources(name, sources):
         path = folder / source.file
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not path.is_file() or _md5(path) != source.md5:
+            if not _is_there(source, path):
                 _download(source, path, progress)
             if source.unpacks_to and not (folder / source.unpacks_to).is_dir():
                 _unpack(path, folder / source.unpacks_to)
@@ -89,8 +94,12 @@ def verify(
     Raises:
         HessianFlowError: a name without published files.
     """
-    folder = Path(root or default_root())
+    folder = _folder(root)
     return [_report(name, folder / source.file, source) for source in _sources(name, sources)]
+
+
+def _folder(root: str | Path | None) -> Path:
+    return expanded(root) if root else default_root()
 
 
 def _sources(name: str, sources: Mapping[str, Sequence[Source]]) -> Sequence[Source]:
@@ -127,48 +136,144 @@ def _report_unpacked(name: str, path: Path, source: Source) -> FileReport:
     return FileReport(folder, "ok", f"unpacked, {counts[0]} examples for training and {counts[1]} for testing")
 
 
+def _is_there(source: Source, path: Path) -> bool:
+    """Whether the file needs no download.
+
+    Raises:
+        HessianFlowError: something else has its name.
+    """
+    if not os.path.lexists(path):
+        return False
+    if not path.is_file():
+        raise HessianFlowError(f"{path}: is in the way of {source.url}, and no file; move it away, or fetch elsewhere")
+    size = path.stat().st_size
+    if source.size and size != source.size:
+        found = f"{size} bytes, expected {source.size}"
+    else:
+        checksum = _md5(path)
+        if checksum == source.md5:
+            return True
+        found = f"MD5 {checksum}, expected {source.md5}"
+    raise HessianFlowError(f"{path}: {found}; not overwritten: move or delete it, then fetch again")
+
+
 def _download(source: Source, path: Path, progress: Progress | None) -> None:
     part = path.with_name(f"{path.name}.part")
-    have = part.stat().st_size if part.exists() else 0
-    if not (have and _md5(part) == source.md5):  # complete, but interrupted before it was renamed
-        _continue_download(source, part, have, progress)
-    found = _md5(part)
+    with _open_part(part) as file:
+        try:
+            whole = _size(file) and _size(file) <= _limit(source)
+            if not (whole and _md5_of(file) == source.md5):  # complete, but interrupted before it was renamed
+                _continue_download(source, file, progress)
+            found = _md5_of(file)
+        finally:
+            if _size(file) == 0:
+                part.unlink(missing_ok=True)
     if found != source.md5:
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise HessianFlowError(f"{source.url}: MD5 is {found}, expected {source.md5}; deleted, fetch it again")
     part.replace(path)
 
 
-def _continue_download(source: Source, part: Path, have: int, progress: Progress | None) -> None:
+def _open_part(part: Path) -> BinaryIO:
+    """Open a download in progress, or begin one; the file is one of our own, reached under no other name.
+
+    Raises:
+        HessianFlowError: a link, or anything else that writing would lead elsewhere.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        file = os.fdopen(os.open(part, flags | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+    except OSError as error:
+        if part.is_symlink() or part.is_dir() or part.exists():
+            raise HessianFlowError(f"{part}: is no file of a download ({one_line(error)}); move it away") from error
+        raise
+    try:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise HessianFlowError(f"{part}: is no file of a download (a device, or a file of two names); move it away")
+        if not _locked(file) or not os.path.samestat(found, os.stat(part)):
+            raise HessianFlowError(f"{part}: another fetch is at work on it; run the command again when it is done")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Whether no other process writes to the file; where files cannot be locked, that is taken for granted."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
+
+
+def _limit(source: Source) -> int:
+    return source.size or MAX_DOWNLOAD_BYTES
+
+
+def _continue_download(source: Source, file: BinaryIO, progress: Progress | None) -> None:
+    have = _size(file) if _size(file) <= _limit(source) else 0
+    response = _request(source, have)
+    if response is None:  # the part is longer than the file: start again
+        have = 0
+        response = _request(source, have)
+    if response is None:
+        raise HTTPException("the server has no such range")
+    with response:
+        file.seek(have if response.status == 206 else 0)
+        file.truncate()
+        _copy(source, response, file, progress)
+
+
+def _request(source: Source, have: int) -> HTTPResponse | None:
+    """The answer with all bytes from number `have` on; None where the server says that there are none.
+
+    Raises:
+        HessianFlowError: an address, of the file or of where the server sends us, that is none.
+    """
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
-        response = urlopen(Request(source.url, headers=headers), timeout=TIMEOUT_SECONDS)
+        answer: HTTPResponse = urlopen(Request(source.url, headers=headers), timeout=TIMEOUT_SECONDS)
     except HTTPError as error:
         error.close()
         if error.code != 416:
             raise
-        part.unlink()  # the part is longer than the file: start again
-        response, have = urlopen(source.url, timeout=TIMEOUT_SECONDS), 0
-    with response:
-        resumed = response.status == 206
-        with part.open("ab" if resumed else "wb") as file:
-            _copy(source, response, file.write, have if resumed else 0, progress)
+        return None
+    except (ValueError, LookupError) as error:  # UnicodeError is one of them
+        raise HessianFlowError(f"{source.url}: it, or where it leads, is no address ({one_line(error)})") from error
+    return answer
 
 
-def _copy(
-    source: Source, response: HTTPResponse, write: Callable[[bytes], int], have: int, progress: Progress | None
-) -> None:
-    length = response.headers.get("Content-Length")
-    total = have + int(length) if length else 0
-    while block := response.read(BLOCK):
-        write(block)
+def _copy(source: Source, response: HTTPResponse, file: BinaryIO, progress: Progress | None) -> None:
+    """Write what comes, as long as it may be part of the file."""
+    have = file.tell()
+    limit = _limit(source)
+    total = have + _announced(source, response)
+    if total > limit:
+        raise HessianFlowError(f"{source.url}: would send {total} bytes, at most {limit} are expected; stopped")
+    while block := response.read(min(BLOCK, limit + 1 - have)):
         have += len(block)
-        if have > MAX_DOWNLOAD_BYTES:
-            raise HessianFlowError(f"{source.url}: sent more than {MAX_DOWNLOAD_BYTES} bytes; stopped")
+        if have > limit:
+            raise HessianFlowError(f"{source.url}: sent more than {limit} bytes; stopped")
+        file.write(block)
         if progress is not None:
             progress(source.file, have, total)
+    file.flush()
     if have < total:
         raise HTTPException(f"the connection closed after {have} of {total} bytes")
+
+
+def _announced(source: Source, response: HTTPResponse) -> int:
+    """The bytes that the server says it will send; 0 where it does not say."""
+    length: str = response.headers.get("Content-Length") or "0"
+    if not (length.isascii() and length.isdigit() and len(length) < 20):
+        raise HessianFlowError(f"{source.url}: the server announces {length[:20]!r} bytes, which is no number; stopped")
+    return int(length)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -184,9 +289,18 @@ def _unpack(archive: Path, folder: Path) -> None:
         rmtree(scratch)
 
 
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
 def _md5(path: Path) -> str:
+    with open_plain(path) as file:
+        return _md5_of(file)
+
+
+def _md5_of(file: BinaryIO) -> str:
     digest = md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+    file.seek(0)
+    while block := file.read(BLOCK):
+        digest.update(block)
     return digest.hexdigest()

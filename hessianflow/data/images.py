@@ -1,11 +1,15 @@
 """Image files: decoding with Pillow (extra `images`), and class-folder trees too large to hold in memory.
 
 A tree has one folder a class below `train` and below `val` (or `test`); a class's index is the rank of its folder's
-name. ImageNet is such a tree with 1000 folders.
+name in `train`, for both splits. ImageNet is such a tree with 1000 folders.
+
+Files are not trusted: only plain ones of a bounded size are read, only as the formats that their suffixes promise
+(Pillow knows others that start programs, as PostScript does), and the size of an image is checked before its pixels.
 """
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from os import fsdecode, fsencode
@@ -18,19 +22,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hessianflow.data.files import read_plain
 from hessianflow.data.sampling import AdaptiveBatches
 from hessianflow.data.sources import one_line
 from hessianflow.interfaces import Batch, HessianFlowError
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm"})
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
+"""Pillow's names of the formats of :data:`SUFFIXES`; a file may be any of them, whatever its suffix."""
 MAX_PIXELS = 1 << 26
 """Images with more pixels are refused before they are decoded."""
+MAX_FILE_BYTES = 4 * MAX_PIXELS
+"""Files with more bytes are refused unread: so much has the largest image where nothing is compressed."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's training images; in general use."""
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 """Random crops for training: share of the area and aspect ratio (Szegedy et al., 2014, arXiv:1409.4842)."""
 RESIZE_TO_CROP = 256 / 224
 """For evaluation, the shorter side becomes this multiple of the central square that is used."""
+
+
+class ImageError(HessianFlowError):
+    """An image file that cannot be used.
+
+    A loader hands on an error of its worker process by making another of the same kind, with the process's whole
+    traceback in the message: of that, what was said at first is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith(f"Caught {ImageError.__name__} in "):
+            message = message.rpartition(f"{__name__}.{ImageError.__name__}: ")[2].strip()
+        super().__init__(message)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +97,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.root / fsdecode(self.files[index])
-        image = _opened(path.read_bytes(), str(path))
+        image = _opened(_content(path), str(path))
         image = _random_crop(image, self.size) if self.train else _central_crop(image, self.size)
         return _pixels(image), int(self.targets[index])
 
@@ -143,8 +165,11 @@ class Normalise:
 def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageFolder:
     """List the images of `root`/`split`; for split "test", `root`/val where there is no `root`/test.
 
+    Where `root`/train is there, its folders are the classes of every split; one without images for testing may lack.
+
     Raises:
-        HessianFlowError: no such folder, no class folders in it, or a class without an image.
+        HessianFlowError: no such folder, no class folders in it, a class without an image, one that is not among those
+            of training, or something that is no file under the name of an image.
     """
     candidates = [root / split] + ([root / "val"] if split == "test" else [])
     folder = next((path for path in candidates if path.is_dir()), None)
@@ -152,55 +177,89 @@ def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageF
         raise HessianFlowError(
             f"no {name} under {root}: expected class folders such as {candidates[-1] / 'CLASS' / 'image.JPEG'}"
         )
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not classes:
+    present = _class_folders(folder)
+    if not present:
         raise HessianFlowError(f"{folder}: no class folders in it; expected {folder / 'CLASS' / 'image.JPEG'}")
+    classes = _class_folders(root / "train") if (root / "train").is_dir() else present
+    strange = sorted(set(present) - set(classes))
+    if strange:
+        raise HessianFlowError(
+            f"{folder}: {len(strange)} of {len(present)} class folders are not among the {len(classes)} of "
+            f"{root / 'train'}, the first is {strange[0]!r}: give both splits folders of the same names"
+        )
     files: list[bytes] = []
     targets: list[int] = []
     for target, label in enumerate(classes):
-        found = sorted(path.name for path in (folder / label).iterdir() if path.suffix.lower() in SUFFIXES)
-        if not found:
-            raise HessianFlowError(f"{folder / label}: no image in this class folder; add some or remove it")
+        found = _image_names(folder / label) if label in present else []
         files += [fsencode(f"{label}/{file}") for file in found]
         targets += [target] * len(found)
     listed = np.array(files, dtype=np.bytes_)
     return ImageFolder(name, folder, listed, torch.tensor(targets), tuple(classes), size, train=split == "train")
 
 
-def decode_all(contents: Sequence[tuple[str, bytes]], side: int) -> Tensor:
-    """Decode encoded images of `side` x `side` pixels, grey ones included, to uint8 [N, 3, side, side], in threads.
+def decode_all(paths: Sequence[str], read: Callable[[str], bytes], side: int) -> Tensor:
+    """Decode images of `side` x `side` pixels, grey ones included, to uint8 [N, 3, side, side], in threads.
+
+    Args:
+        paths: of the images.
+        read: read(path) gives an encoded image; called in the threads, so that few are in memory at a time.
+        side: of all images.
 
     Raises:
         HessianFlowError: an image that cannot be decoded or has another size; the message names it.
     """
-
-    def decode(item: tuple[str, bytes]) -> Tensor:
-        image = _opened(item[1], item[0])
-        if image.size != (side, side):
-            raise HessianFlowError(f"{item[0]}: image is {image.size[0]}x{image.size[1]}, expected {side}x{side}")
-        return _pixels(image)
-
     with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(decode, contents)))
+        return torch.stack(list(pool.map(lambda path: _pixels(_opened(read(path), path, side)), paths)))
 
 
-def _opened(content: bytes, origin: str) -> Any:
-    """A decoded RGB Pillow image."""
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
+def _image_names(folder: Path) -> list[str]:
+    """Names of the images of one class, sorted; where links lead is seen when they are read."""
+    with os.scandir(folder) as entries:
+        images = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
+    for entry in images:
+        if not (entry.is_symlink() or entry.is_file(follow_symlinks=False)):
+            raise HessianFlowError(f"{entry.path}: has the name of an image but is no file; remove or replace it")
+    if not images:
+        raise HessianFlowError(f"{folder}: no image in this class folder; add some or remove it")
+    return sorted(entry.name for entry in images)
+
+
+def _content(path: Path) -> bytes:
     try:
-        from PIL import Image
+        return read_plain(path, MAX_FILE_BYTES)
+    except HessianFlowError as error:
+        raise ImageError(str(error)) from None
+    except (OSError, MemoryError) as error:
+        raise ImageError(f"{path}: cannot be read ({one_line(error)}); replace the file") from error
+
+
+def _opened(content: bytes, origin: str, side: int | None = None) -> Any:
+    """A decoded RGB Pillow image, of `side` x `side` pixels where that is given."""
+    try:
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise HessianFlowError("image files need Pillow: pip install 'hessianflow[images]'") from error
     try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise HessianFlowError(f"{origin}: {image.width}x{image.height} pixels, more than the {MAX_PIXELS} allowed")
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ImageError(f"{origin}: {width}x{height} pixels, more than the {MAX_PIXELS} allowed")
+        if side is not None and (width, height) != (side, side):
+            raise ImageError(f"{origin}: image is {width}x{height}, expected {side}x{side}")
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, HessianFlowError):
-            raise
-        raise HessianFlowError(
-            f"{origin}: cannot be decoded as an image ({one_line(error)}); replace the file"
-        ) from error
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{origin}: cannot be decoded as an image (it is none of {', '.join(FORMATS)}); replace the file"
+        ) from None
+    # Pillow answers damaged files with many kinds of error: whichever it is, the file cannot be used.
+    except Exception as error:
+        raise ImageError(f"{origin}: cannot be decoded as an image ({one_line(error)}); replace the file") from error
 
 
 def _pixels(image: Any) -> Tensor:

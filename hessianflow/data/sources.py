@@ -48,10 +48,10 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
         ),
     ),
     "svhn": (
-        Source(f"{_SVHN}/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
-        Source(f"{_SVHN}/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
+        Source(f"{_SVHN}/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373", 182_040_794),
+        Source(f"{_SVHN}/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", 64_275_384),
     ),
-    "svhn-extra": (Source(f"{_SVHN}/extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7"),),
+    "svhn-extra": (Source(f"{_SVHN}/extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7", 1_329_278_602),),
     "tiny-imagenet": (
         Source(
             "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
@@ -66,7 +66,22 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
 
 def default_root() -> Path:
     """Where data is looked for when no folder is given: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data."""
-    return Path(environ.get("HESSIANFLOW_DATA") or "~/.cache/hessianflow/data").expanduser()
+    return expanded(environ.get("HESSIANFLOW_DATA") or "~/.cache/hessianflow/data")
+
+
+def expanded(folder: str | Path) -> Path:
+    """A folder with a leading ~ or ~USER replaced by that user's home.
+
+    Raises:
+        HessianFlowError: a user without a home, or no path at all.
+    """
+    try:
+        path = Path(folder).expanduser()
+    except RuntimeError as error:
+        raise HessianFlowError(f"data folder {str(folder)!r}: {error}; give the whole path") from error
+    if "\0" in str(path):
+        raise HessianFlowError(f"data folder {str(folder)!r} holds a zero byte: no path can")
+    return path
 
 
 def remedy(name: str) -> str:

@@ -1,15 +1,21 @@
-"""Street View House Numbers, cropped digits (Netzer et al., 2011): MATLAB files, read by SciPy.
+"""Street View House Numbers, cropped digits (Netzer et al., 2011): MATLAB files of version 5.
 
 X is uint8 [32, 32, 3, N], y is [N, 1] with 1 to 10, where 10 stands for the digit 0.
 """
 
+import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hessianflow.data.files import open_plain
+from hessianflow.data.matlab import NUMBERS, MatArray, mat_arrays
 from hessianflow.data.sources import SOURCES, damaged, one_line, remedy
 from hessianflow.interfaces import HessianFlowError
 
@@ -29,25 +35,38 @@ def read_svhn(root: Path, split: str, *, records: Mapping[str, int] = RECORDS) -
     paths = [place / source.file for place in (root, root / "svhn") if (place / source.file).is_file()]
     if not paths:
         raise HessianFlowError(f"no {source.file} under {root}; {remedy(name)}")
-    images, labels = _arrays(name, paths[0])
-    expected = (32, 32, 3, records[split])
-    if images.shape != expected or images.dtype != np.uint8:
-        raise damaged(name, paths[0], f"X is {images.dtype} {images.shape}, expected uint8 {expected}")
-    if labels.size != records[split] or labels.dtype.kind not in "uif" or not np.isin(labels, range(1, 11)).all():
-        if labels.size == 0 or labels.dtype.kind not in "uif":
-            raise damaged(name, paths[0], f"y holds {labels.size} labels of type {labels.dtype}")
+    images, labels = _arrays(name, paths[0], records[split])
+    if not np.isin(labels, range(1, 11)).all():
         found = f"{labels.size} labels from {labels.min()} to {labels.max()}"
         raise damaged(name, paths[0], f"y holds {found}, expected {records[split]} from 1 to 10")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return pixels, torch.from_numpy(labels.reshape(-1).astype(np.int64) % 10)
 
 
-def _arrays(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.io import loadmat
-
+def _arrays(name: str, path: Path, count: int) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """X and y; neither is read before its header says what is expected."""
+    found: dict[str, NDArray[Any]] = {}
     try:
-        contents = loadmat(path, variable_names=["X", "y"])
-        return contents["X"], contents["y"]
-    # SciPy answers damaged files with many kinds of error: whichever it is, the file cannot be read.
-    except Exception as error:
+        with open_plain(path) as file:
+            for array in mat_arrays(file):
+                if array.name in ("X", "y") and array.name not in found:
+                    _check_header(name, path, array, count)
+                    found[array.name] = array.read()
+                if len(found) == 2:
+                    return found["X"], found["y"]
+    except HessianFlowError:
+        raise
+    except (ValueError, EOFError, OverflowError, MemoryError, zlib.error) as error:
         raise damaged(name, path, f"cannot be read ({one_line(error)})") from error
+    raise damaged(name, path, f"holds no array {'y' if 'X' in found else 'X'}")
+
+
+def _check_header(name: str, path: Path, array: MatArray, count: int) -> None:
+    if array.name == "X":
+        expected = (32, 32, 3, count)
+        if array.shape != expected or array.kind != "uint8":
+            raise damaged(name, path, f"X is {array.kind} {array.shape}, expected uint8 {expected}")
+        return
+    size = math.prod(array.shape)
+    if size != count or array.kind not in NUMBERS:
+        raise damaged(name, path, f"y holds {size} labels of type {array.kind}, expected {count} numbers from 1 to 10")

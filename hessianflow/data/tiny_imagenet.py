@@ -4,14 +4,15 @@ Read from the official zip file as it is, or from the folder it unpacks to. The 
 split (the official test images have no labels). Class index = rank of the class's identifier in sorted order.
 """
 
-import zipfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hessianflow.data.archives import DAMAGE
+from hessianflow.data.archives import DAMAGE, open_zip, zip_blocks
+from hessianflow.data.files import read_plain
 from hessianflow.data.images import decode_all
 from hessianflow.data.sources import damaged, one_line, remedy
 from hessianflow.interfaces import HessianFlowError
@@ -49,7 +50,7 @@ def read_tiny_imagenet(
         expected = layout.train_per_class * layout.num_classes if split == "train" else layout.test_images
         if len(labelled) != expected:
             raise damaged(NAME, split, f"found {len(labelled)} images, expected {expected}")
-        images = decode_all([(path, files.content(path)) for path, _ in labelled], side=64)
+        images = decode_all([path for path, _ in labelled], files.content, side=64)
     return images, torch.tensor([ranks[wnid] for _, wnid in labelled]), tuple(classes)
 
 
@@ -62,17 +63,19 @@ class _Files:
         if not folders and not archives:
             raise HessianFlowError(f"no {NAME} under {root}: neither {FOLDER} nor {ARCHIVE} is there; {remedy(NAME)}")
         self._folder = folders[0] if folders else None
+        self._to_close = ExitStack()
         try:
-            self._zip = None if folders else zipfile.ZipFile(archives[0])
-        except zipfile.BadZipFile as error:
+            self._zip = None if folders else self._to_close.enter_context(open_zip(archives[0]))
+        except HessianFlowError:
+            raise
+        except DAMAGE as error:
             raise damaged(NAME, archives[0], f"damaged archive ({one_line(error)})") from error
 
     def __enter__(self) -> "_Files":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._zip is not None:
-            self._zip.close()
+        self._to_close.close()
 
     def paths(self, below: str) -> list[str]:
         """Every JPEG below a folder, sorted."""
@@ -80,19 +83,28 @@ class _Files:
             names = (name.removeprefix(f"{FOLDER}/") for name in self._zip.namelist())
             return sorted(name for name in names if name.startswith(f"{below}/") and name.endswith(".JPEG"))
         assert self._folder is not None
-        return sorted(path.relative_to(self._folder).as_posix() for path in (self._folder / below).rglob("*.JPEG"))
+        try:
+            found = [path.relative_to(self._folder).as_posix() for path in (self._folder / below).rglob("*.JPEG")]
+        except RecursionError:
+            raise damaged(NAME, self._folder / below, "folders are nested too deep") from None
+        return sorted(found)
 
     def content(self, path: str) -> bytes:
         """The bytes of one member."""
         try:
             if self._zip is not None:
-                if self._zip.getinfo(f"{FOLDER}/{path}").file_size > MAX_IMAGE_BYTES:
+                member = self._zip.getinfo(f"{FOLDER}/{path}")
+                if member.file_size > MAX_IMAGE_BYTES:
                     raise damaged(NAME, path, f"larger than {MAX_IMAGE_BYTES} bytes")
-                return self._zip.read(f"{FOLDER}/{path}")
+                return b"".join(zip_blocks(self._zip, member))
             assert self._folder is not None
-            return (self._folder / path).read_bytes()
+            return read_plain(self._folder / path, MAX_IMAGE_BYTES)
+        except HessianFlowError:
+            raise
         except (FileNotFoundError, KeyError) as error:
             raise damaged(NAME, path, "missing") from error
+        except OSError as error:
+            raise damaged(NAME, path, f"cannot be read ({one_line(error)})") from error
         except DAMAGE as error:
             raise damaged(NAME, path, f"damaged in the archive ({one_line(error)})") from error
 

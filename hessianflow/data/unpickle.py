@@ -1,62 +1,235 @@
-"""Load pickled NumPy arrays without running what is in the file.
+"""Read the pickles of the CIFAR archives without running them.
 
-A pickle names the functions that rebuild its objects; `pickle.load` calls whatever is named. This reader knows five
-names, those that arrays of numbers need, and refuses all others.
+A pickle is a program: its instructions call whatever function they name, with whatever arguments. This reader carries
+out the few instructions that such a file needs, on objects of its own: numbers, strings, lists, dicts, and arrays of
+uint8 that are made from their shape and their bytes. Everything else is refused.
 """
 
-import io
-import pickle
+import math
+import pickletools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hessianflow.data.sources import one_line
 from hessianflow.interfaces import HessianFlowError
 
-# NumPy moved this function between versions; an array tells where it is.
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
+_DTYPE_STATE = (3, "|", None, None, None, -1, -1, 0)
+"""What NumPy writes of a plain one-byte type: version, byte order, and the absence of fields and alignment."""
 
 
-def load_arrays(content: bytes, origin: str) -> Any:
-    """Unpickle dicts, lists, numbers, strings and NumPy arrays; text of Python 2 is read as latin-1.
+def load_arrays(content: bytes, origin: str) -> dict[str, Any]:
+    """Read a dict of integers, strings, lists of them, and uint8 arrays; text of Python 2 is read as latin-1.
 
     Args:
-        content: the pickle.
+        content: the pickle, of protocol 1 or 2.
         origin: names the file in errors.
 
+    Returns:
+        Keys are strings. A value is an int, a str, bytes, a list of one of these, or a uint8 array of two dimensions,
+        which cannot be written to.
+
     Raises:
-        HessianFlowError: the pickle asks for any other object, or is damaged.
+        HessianFlowError: the pickle holds anything else, or is damaged.
     """
     try:
-        return _ArrayUnpickler(io.BytesIO(content), origin).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        if isinstance(error, HessianFlowError):
-            raise
+        return _values(_Machine(origin).run(content))
+    except HessianFlowError:
+        raise
+    # Of pickletools, which decodes the instructions, and of instructions that find other objects than they need.
+    except (ValueError, TypeError, LookupError, OverflowError, MemoryError, RecursionError) as error:
         raise HessianFlowError(f"{origin}: damaged pickle ({one_line(error)}); get it again") from error
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, origin: str) -> None:
-        super().__init__(file, encoding="latin1")
+class _Function:
+    """A function or class that the pickle names; it is never called."""
+
+    def __init__(self, make: Callable[..., Any] | None) -> None:
+        self.make = make
+
+
+class _UInt8:
+    """The one dtype there is."""
+
+
+class _Array:
+    """An array, once its state has been seen."""
+
+    value: NDArray[np.uint8] | None = None
+
+
+class _Mark:
+    """Where on the stack the arguments of an instruction begin."""
+
+
+class _Machine:
+    """A stack, a memo, and one method for each kind of instruction."""
+
+    def __init__(self, origin: str) -> None:
         self._origin = origin
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The object of an allowed name."""
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
-        if (module, name) not in _ALLOWED:
-            raise HessianFlowError(f"{self._origin}: refused, the pickle would run {module}.{name}")
-        return _ALLOWED[module, name]
+    def run(self, content: bytes) -> Any:
+        """The object that the pickle describes."""
+        for instruction, argument, _ in pickletools.genops(content):
+            if instruction.name == "PROTO":
+                continue
+            if instruction.name == "STOP":
+                return self._stack.pop()
+            carry_out = _INSTRUCTIONS.get(instruction.name)
+            if carry_out is None:
+                raise HessianFlowError(f"{self._origin}: refused, the pickle holds the instruction {instruction.name}")
+            carry_out(self, argument)
+        raise ValueError("it does not end")
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self._stack.append(value)
+
+    def remember(self, number: int) -> None:
+        """Number the object on top."""
+        self._memo[number] = self._stack[-1]
+
+    def recall(self, number: int) -> None:
+        """Put a numbered object on the stack."""
+        self._stack.append(self._memo[number])
+
+    def extend(self, items: list[Any]) -> None:
+        """Add items to the list below them."""
+        _of_type(self._stack[-1], list).extend(items)
+
+    def update(self, items: list[Any]) -> None:
+        """Set keys, each followed by its value, of the dict below them."""
+        target = _of_type(self._stack[-1], dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_of_type(key, str)] = value
+
+    def name(self, function: str) -> None:
+        """Note a function or class."""
+        if function not in _FUNCTIONS:
+            raise HessianFlowError(f"{self._origin}: refused, the pickle would run {function.replace(' ', '.')}")
+        self._stack.append(_Function(_FUNCTIONS[function]))
+
+    def call(self, _: None) -> None:
+        """Make what the named function would make of its arguments."""
+        arguments = self._stack.pop()
+        function = _of_type(self._stack.pop(), _Function)
+        if function.make is None:
+            raise ValueError("an array that is not made from its bytes")
+        self._stack.append(function.make(*_of_type(arguments, tuple)))
+
+    def build(self, _: None) -> None:
+        """Give an array its content; a dtype has its own already."""
+        state = self._stack.pop()
+        target = self._stack[-1]
+        if not isinstance(target, _UInt8):
+            _of_type(target, _Array).value = _array(*_of_type(state, tuple))
+        elif state != _DTYPE_STATE:
+            raise ValueError("a dtype other than uint8")
+
+    def last(self, count: int) -> list[Any]:
+        """Take so many objects from the stack."""
+        if count > len(self._stack):
+            raise ValueError("an instruction lacks its arguments")
+        start = len(self._stack) - count
+        items = self._stack[start:]
+        del self._stack[start:]
+        return items
+
+    def above_mark(self) -> list[Any]:
+        """Take the objects above the last mark from the stack, and the mark."""
+        items = []
+        while not isinstance(item := self._stack.pop(), _Mark):
+            items.append(item)
+        return items[::-1]
 
 
-def _encode(text: str, encoding: str) -> bytes:
+_PUSH = dict.fromkeys(
+    ("INT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINSTRING", "BINSTRING", "BINUNICODE"), _Machine.push
+)
+_INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
+    **_PUSH,
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "MARK": lambda machine, _: machine.push(_Mark()),
+    "BINPUT": _Machine.remember,
+    "LONG_BINPUT": _Machine.remember,
+    "BINGET": _Machine.recall,
+    "LONG_BINGET": _Machine.recall,
+    "APPEND": lambda machine, _: machine.extend(machine.last(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.above_mark()),
+    "SETITEM": lambda machine, _: machine.update(machine.last(2)),
+    "SETITEMS": lambda machine, _: machine.update(machine.above_mark()),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.above_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.last(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.last(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.last(3))),
+    "GLOBAL": _Machine.name,
+    "REDUCE": _Machine.call,
+    "BUILD": _Machine.build,
+}
+
+
+def _new_array(kind: Any, shape: Any, code: Any) -> _Array:
+    if not (isinstance(kind, _Function) and shape == (0,) and code in ("b", b"b")):
+        raise ValueError("an array in another form than NumPy writes")
+    return _Array()
+
+
+def _new_dtype(*arguments: Any) -> _UInt8:
+    if arguments != ("u1", 0, 1):
+        raise ValueError("a dtype other than uint8")
+    return _UInt8()
+
+
+def _encoded(text: Any, encoding: Any) -> bytes:
     """What Python 3 writes for bytes in an old protocol: latin-1 only, not every codec there is."""
     if encoding != "latin1":
-        raise ValueError(f"unexpected encoding {encoding!r}")
-    return text.encode("latin1")
+        raise ValueError(f"unexpected encoding {str(encoding)[:40]!r}")
+    return bytes(_of_type(text, str).encode("latin1"))
+
+
+_FUNCTIONS: Mapping[str, Callable[..., Any] | None] = {
+    "numpy.core.multiarray _reconstruct": _new_array,
+    "numpy._core.multiarray _reconstruct": _new_array,  # NumPy 2 moved it
+    "numpy ndarray": None,
+    "numpy dtype": _new_dtype,
+    "_codecs encode": _encoded,
+}
+
+
+def _array(version: Any, shape: Any, dtype: Any, by_columns: Any, raw: Any) -> NDArray[np.uint8]:
+    """An array from what NumPy wrote of it."""
+    if version != 1 or not isinstance(dtype, _UInt8) or type(by_columns) not in (bool, int):
+        raise ValueError("an array in another form than NumPy writes")
+    if not (type(shape) is tuple and len(shape) == 2 and all(type(side) is int and side >= 0 for side in shape)):
+        raise ValueError("an array that does not have two dimensions")
+    content = raw.encode("latin1") if isinstance(raw, str) else raw
+    if type(content) is not bytes or len(content) != math.prod(shape):
+        raise ValueError("an array of another number of bytes than its shape needs")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape, order="F" if by_columns else "C")
+
+
+def _values(record: Any) -> dict[str, Any]:
+    """What a file may hold, its arrays in the place of their builders."""
+    found: dict[str, Any] = {}
+    for key, value in _of_type(record, dict).items():
+        plain = value.value if isinstance(value, _Array) else value
+        kinds = {type(item) for item in plain} if type(plain) is list else {type(plain)}
+        allowed = {int, str, bytes} if type(plain) is list else {int, str, bytes, np.ndarray}
+        if len(kinds) > 1 or not kinds <= allowed:
+            raise ValueError(f"{key[:40]!r} holds {', '.join(sorted(kind.__name__ for kind in kinds))}")
+        found[key] = plain
+    return found
+
+
+def _of_type(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"a {type(value).__name__} where a {kind.__name__} is expected")
+    return value

@@ -21,7 +21,7 @@ from hessianflow.distributed.elastic_cluster import Cluster
 from hessianflow.distributed.elastic_member import ElasticJob, JobReport, Row
 from hessianflow.distributed.elastic_policy import Sample, slow_workers
 from hessianflow.distributed.elastic_settings import ElasticSettings
-from hessianflow.distributed.ray_session import connect
+from hessianflow.distributed.ray_session import connect, told_in_one_line
 from hessianflow.interfaces import HessianFlowError
 
 Trouble = Literal["died", "hung", "slow", "restored", "refused"]
@@ -82,8 +82,8 @@ class ElasticRun:
         samples: throughput of every stretch.
 
     Raises:
-        HessianFlowError: no Ray; no room for `min_workers`; too many failures in a row. A worker's own error comes as
-            Ray's exception of it.
+        HessianFlowError: no Ray, or Ray itself failed; no room for `min_workers`; too many failures in a row. A
+            worker's own error comes as itself where it is a HessianFlowError, else as Ray's exception of it.
     """
 
     build: Callable[[], ElasticJob]
@@ -111,6 +111,10 @@ class ElasticRun:
         self._cluster = Cluster(ray, self.build, self.settings)
         self._slow: dict[int, int] = {}
         self._ask_again_at = self._began
+        with told_in_one_line(ray):
+            return self._run()
+
+    def _run(self) -> JobReport:
         try:
             self._start()
             while not self._ended():
@@ -122,19 +126,37 @@ class ElasticRun:
             self._cluster.close()
 
     def _start(self) -> None:
-        self._cluster.request(self.settings.min_workers)
-        self._cluster.await_all(self.settings.start_seconds)
         if self.start_from is not None:
             self._cluster.keep(self.start_from)
-            self._cluster.restore()
-        report = self._cluster.regroup(share_state=True)
-        if report is None:
-            raise HessianFlowError(f"the first workers could not form a group: {self._cluster.last_error}")
-        self._report, self._rows = report, report.rows
-        self._failures, self._stretch = 0, 1
-        self.description = self._cluster.describe() or {}
+        lost: list[str] = []
+        for _ in range(MAX_FAILURES + 1):
+            if self._form_first(lost):
+                break
+            lost += [what for _, what in self._cluster.bury()]
+        else:
+            raise HessianFlowError(
+                f"the first workers could not form a group: {self._cluster.last_error}; look at the workers' logs"
+            )
+        self._rows = self._report.rows
+        self._failures = 0
+        self._stretch = 1
         self._record("started", f"{len(self._cluster.members)} workers")
+        for reason in lost:
+            self._record("refused", f"{reason}; another was asked for")
         self._take_snapshot()
+
+    def _form_first(self, lost: list[str]) -> bool:
+        """Start the workers that lack and let all form a generation; False when one of them failed."""
+        cluster = self._cluster
+        cluster.request(self.settings.min_workers - len(cluster.members) - len(cluster.pending))
+        lost += [f"a new worker {reason}" for reason in cluster.await_all(self.settings.start_seconds)]
+        report = cluster.regroup(share_state=True) if cluster.restore() else None
+        found = None if report is None else cluster.describe()
+        if report is None or found is None:
+            return False
+        self._report = report
+        self.description = found
+        return True
 
     def _train_stretch(self) -> None:
         began = time.monotonic()
@@ -222,8 +244,11 @@ class ElasticRun:
             )
         if not self._cluster.members:
             self._cluster.request(max(0, self.settings.min_workers - len(self._cluster.pending)))
-            self._cluster.await_all(self.settings.start_seconds)
-            self._cluster.restore()
+            for reason in self._cluster.await_all(self.settings.start_seconds):
+                self._record("refused", f"a new worker {reason}; another was asked for")
+            if not self._cluster.restore():
+                self._recover()
+                return
         if self._reform(share_state=True):
             workers = len(self._cluster.members)
             message = f"{workers} workers go on from update {self._report.updates}"

@@ -5,26 +5,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from hessianflow.distributed.elastic_member import ElasticJob, JobReport, Member, Row
 from hessianflow.distributed.elastic_settings import ElasticSettings
 from hessianflow.distributed.process_group import Generation
+from hessianflow.distributed.ray_session import endings, first_line
 from hessianflow.distributed.state import pack, unpack
+from hessianflow.distributed.store import LOCAL, serve
 from hessianflow.interfaces import HessianFlowError
 
 GRACE_SECONDS = 5.0
 """How long members that have not answered are waited for once another has failed. Ours."""
 
+MAX_LOST_NEWCOMERS = 5
+"""Workers that may end or be refused while the first ones start, before the run gives up. Ours."""
+
 
 @dataclass
 class _Pending:
-    """A worker that has been asked for; `ready` is answered once its job is built."""
+    """A worker that has been asked for; `ready` is answered once its job is built, with a hash of its program."""
 
     actor: Any
     ready: Any
     asked_at: float
     overdue: bool = False
+    program: str = ""
 
 
 class Cluster:
@@ -47,10 +51,11 @@ class Cluster:
         device = "cuda:0" if settings.num_gpus > 0 else "cpu"  # Ray shows a worker its own devices only
         self._new_member: Callable[[], Any] = lambda: remote.remote(build, device)
         # The store lives here, where no worker's death can take it away.
-        self._address = "127.0.0.1" if settings.address is None else ray.util.get_node_ip_address()
-        self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+        self._address = LOCAL if settings.address is None else ray.util.get_node_ip_address()
+        self._store = serve(self._address)
         self._generation = 0
         self._program = ""
+        self._refused: list[str] = []
         self._fates: dict[Any, Literal["died", "hung"]] = {}
         self._snapshot: Any = None
         self._snapshot_at = 0.0
@@ -88,20 +93,35 @@ class Cluster:
         for _ in range(count):
             self._ray.kill(self.pending.pop().actor)
 
-    def await_all(self, seconds: float) -> None:
-        """Wait for all newcomers and make them members.
+    def await_all(self, seconds: float) -> list[str]:
+        """Wait for all newcomers and make them members; one that ends while it starts is asked for again.
+
+        Returns:
+            What is known of each that ended.
 
         Raises:
-            HessianFlowError: they did not come in time.
+            HessianFlowError: they did not come in time, or more than a few of them ended.
         """
-        refs = [p.ready for p in self.pending]
-        ready, late = self._ray.wait(refs, num_returns=len(refs), timeout=seconds)
-        if late:
-            raise HessianFlowError(
-                f"{len(ready)} of {len(refs)} workers came within {seconds:g} s; the cluster has "
-                f"{self._ray.available_resources()} free: lower --min-workers, or wait for nodes"
-            )
-        self.admit()
+        deadline = time.monotonic() + seconds
+        lost: list[str] = []
+        while self.pending:
+            refs = [p.ready for p in self.pending]
+            left = max(0.0, deadline - time.monotonic())
+            ready, late = self._ray.wait(refs, num_returns=len(refs), timeout=left)
+            if late:
+                raise HessianFlowError(
+                    f"{len(ready)} of {len(refs)} workers came within {seconds:g} s; the cluster has "
+                    f"{self._ray.available_resources()} free: lower --min-workers, or wait for nodes"
+                )
+            self.admit()
+            new = self.drop_failed()
+            lost += new
+            if len(lost) > MAX_LOST_NEWCOMERS:
+                raise HessianFlowError(
+                    f"{len(lost)} new workers in a row were of no use, the last {lost[-1]}; look at the workers' logs"
+                )
+            self.request(len(new))
+        return lost
 
     def arrived(self) -> bool:
         """Whether a newcomer is ready."""
@@ -117,38 +137,29 @@ class Cluster:
         return len(late)
 
     def drop_failed(self) -> list[str]:
-        """Forget newcomers that died while they started, or run other code; returns what is known of each."""
-        reasons = []
-        for newcomer in list(self.pending):
-            if self._ray.wait([newcomer.ready], timeout=0)[0]:
-                try:
-                    program = self._ray.get(newcomer.ready)
-                except self._ray.exceptions.RayActorError as error:
-                    reasons.append(f"died while it started: {str(error).splitlines()[0]}")
-                    self.pending.remove(newcomer)
-                else:
-                    if program != self._program:
-                        reasons.append(f"runs other code ({program}) than the others ({self._program})")
-                        self._ray.kill(newcomer.actor)
-                        self.pending.remove(newcomer)
-        return reasons
+        """Forget newcomers that ended while they started, or run other code; returns what is known of each."""
+        self._sort_out()
+        refused, self._refused = self._refused, []
+        return refused
 
     def admit(self) -> int:
-        """Make the newcomers that are ready members; returns how many. An error of their `build` is raised."""
-        if not self.pending:
-            return 0
-        refs = [p.ready for p in self.pending]
-        ready = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
-        programs = self._ray.get([p.ready for p in self.pending if p.ready in ready])
-        for program in programs:
-            if program != (self._program or programs[0]):
+        """Make the newcomers that are ready members; returns how many.
+
+        Raises:
+            HessianFlowError: the first workers run different programs.
+            Exception: what the `build` of one of the first workers raised.
+        """
+        self._sort_out()
+        ready = [newcomer for newcomer in self.pending if newcomer.program]
+        for newcomer in ready:
+            if newcomer.program != (self._program or newcomer.program):
                 raise HessianFlowError(
-                    f"all workers must run the same code: one has {self._program or programs[0]}, another {program}; "
+                    f"all workers must run the same code: one has {self._program}, another {newcomer.program}; "
                     "install the same versions of hessianflow and torch everywhere"
                 )
-            self._program = program
-        self.members += [p.actor for p in self.pending if p.ready in ready]
-        self.pending = [p for p in self.pending if p.ready not in ready]
+            self._program = newcomer.program
+        self.members += [newcomer.actor for newcomer in ready]
+        self.pending = [newcomer for newcomer in self.pending if not newcomer.program]
         return len(ready)
 
     def part(self, leaving: int) -> bool:
@@ -217,16 +228,32 @@ class Cluster:
         return bool(self.members) and time.monotonic() - self._snapshot_at > self._settings.snapshot_seconds
 
     def snapshot(self) -> Any:
-        """The state last kept."""
-        return unpack(*self._ray.get(self._snapshot))
+        """The state last kept.
+
+        Raises:
+            HessianFlowError: it is lost.
+        """
+        try:
+            return unpack(*self._ray.get(self._snapshot))
+        except self._ray.exceptions.ObjectLostError as error:
+            raise _lost_snapshot(error) from error
 
     def keep(self, state: Any) -> None:
         """Take `state` for the last snapshot."""
         self._snapshot = self._ray.put(pack(state))
 
-    def restore(self) -> None:
-        """Give the last snapshot to rank 0."""
-        self._ray.get(self.members[0].restore.remote(self._snapshot))
+    def restore(self) -> bool:
+        """Give the last snapshot to rank 0, or nothing where there is none yet; False if rank 0 is in trouble.
+
+        Raises:
+            HessianFlowError: the snapshot is lost.
+        """
+        if self._snapshot is None:
+            return True
+        first = self.members[0]
+        patience = self._settings.timeout_seconds + GRACE_SECONDS
+        asked = {first: first.restore.remote(self._snapshot)}
+        return first in self._answers(asked, time.monotonic() + patience, 0.0)
 
     def close(self) -> None:
         """End all workers and withdraw the request for room."""
@@ -236,6 +263,26 @@ class Cluster:
             from ray.autoscaler.sdk import request_resources
 
             request_resources(bundles=[])
+
+    def _sort_out(self) -> None:
+        """Ask the newcomers that are ready for their program, and drop those that cannot be used."""
+        for newcomer in [p for p in self.pending if not p.program and self._ray.wait([p.ready], timeout=0)[0]]:
+            try:
+                newcomer.program = self._ray.get(newcomer.ready)
+            except endings(self._ray) as error:
+                self._refuse(newcomer, f"died while it started: {first_line(error)}")
+            except self._ray.exceptions.RayTaskError as error:
+                if not self._program:  # nobody has built the job yet: it is no fault of this worker
+                    raise _own_error(error) from None
+                self._refuse(newcomer, f"could not build its job: {first_line(error.cause)}")
+            else:
+                if newcomer.program != (self._program or newcomer.program):
+                    self._refuse(newcomer, f"runs other code ({newcomer.program}) than the others ({self._program})")
+
+    def _refuse(self, newcomer: _Pending, reason: str) -> None:
+        self._refused.append(reason)
+        self.pending.remove(newcomer)
+        self._ray.kill(newcomer.actor)
 
     def _ask(
         self,
@@ -275,14 +322,25 @@ class Cluster:
             try:
                 answers[actors[done[0]]] = self._ray.get(done[0])
                 continue
-            except self._ray.exceptions.RayActorError as error:
+            except endings(self._ray) as error:
                 self._fates[actors[done[0]]] = "died"
-                self.last_error = str(error).splitlines()[0]
+                self.last_error = first_line(error)
+            except self._ray.exceptions.ObjectLostError as error:
+                raise _lost_snapshot(error) from error
             except self._ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, HessianFlowError) and not isinstance(error.cause, recoverable):
-                    raise error.cause from None
                 if not isinstance(error.cause, recoverable):
-                    raise
-                self.last_error = str(error.cause).splitlines()[0]
+                    raise _own_error(error) from None
+                self.last_error = first_line(error.cause)
             deadline = min(deadline, time.monotonic() + grace)
         return answers
+
+
+def _own_error(error: Any) -> Exception:
+    """What a member's job raised: as itself where it says what to do, else as Ray's exception, with its traceback."""
+    return error.cause if isinstance(error.cause, HessianFlowError) else error
+
+
+def _lost_snapshot(error: Exception) -> HessianFlowError:
+    return HessianFlowError(
+        f"the last snapshot is lost with the node that held it ({first_line(error)}): resume from the run directory"
+    )

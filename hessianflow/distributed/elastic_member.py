@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from hessianflow.distributed.fingerprint import code_fingerprint
 from hessianflow.distributed.process_group import Generation, ProcessGroupReducer, abort, enter, leave
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.state import ByteArray, broadcast_state, pack, unpack
+from hessianflow.distributed.store import LOCAL, gloo_on_this_machine
 
 Row = Mapping[str, Any]
 """One record of a run."""
@@ -85,11 +87,12 @@ class Member:
     """The process of one worker; every method is called from outside, one at a time."""
 
     def __init__(self, build: Callable[[], ElasticJob], device: str) -> None:
-        self._job = build()
+        self._build = build
         self._device = torch.device(device)
 
     def program(self) -> str:
-        """A hash of the code this process runs; the answer says that the job is built."""
+        """Build the job, before anything else is asked; returns a hash of the code this process runs."""
+        self._job = self._build()  # not sooner: an error while an actor is made reaches nobody as itself
         return code_fingerprint()
 
     def enter(
@@ -98,7 +101,8 @@ class Member:
         """Become a rank of a generation; with `share_state`, go on from rank 0's state."""
         self._rank = generation.rank
         store = TCPStore(address, port, is_master=False)
-        reducer = enter(generation, store, self._device, timeout_seconds=timeout_seconds)
+        with gloo_on_this_machine() if address == LOCAL else nullcontext():
+            reducer = enter(generation, store, self._device, timeout_seconds=timeout_seconds)
         if share_state:
             self._share_state(reducer)
         self._job.join(reducer)

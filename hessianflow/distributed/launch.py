@@ -13,6 +13,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hessianflow.distributed.process_group import Generation, abort, enter, leave, local_device
+from hessianflow.distributed.store import LOCAL, gloo_on_this_machine, serve
 from hessianflow.interfaces import HessianFlowError
 
 _PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "hessianflow.distributed.launch"]
@@ -47,7 +48,7 @@ def run_local(
         raise HessianFlowError(f"world_size must be at least 1, got {world_size}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = serve()
     processes, pipes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
@@ -103,9 +104,11 @@ def _run_rank(
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // generation.world_size))
     try:
-        store = TCPStore("127.0.0.1", port, is_master=False)
+        store = TCPStore(LOCAL, port, is_master=False)
         place = local_device(device, generation.local_rank)
-        result = function(enter(generation, store, place, timeout_seconds=timeout_seconds), *arguments)
+        with gloo_on_this_machine():
+            reducer = enter(generation, store, place, timeout_seconds=timeout_seconds)
+        result = function(reducer, *arguments)
         leave(collect=True)
         # Plain bytes: tensors must not share memory with a process that is about to end.
         pipe.send_bytes(pickle.dumps((True, result)))

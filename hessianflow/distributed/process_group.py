@@ -9,9 +9,11 @@ counts, flags and plain values are agreed on without waiting for the device.
 """
 
 import gc
+import ipaddress
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from hessianflow.distributed.plain import dumps, loads
+from hessianflow.distributed.store import gloo_on_this_machine, serve
 from hessianflow.interfaces import HessianFlowError
 
 TIMEOUT_SECONDS = 600.0
@@ -55,16 +59,25 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
         None when RANK is not set: an ordinary run of one process.
 
     Raises:
-        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers that do not fit together.
+        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers that do not fit together or
+            cannot be.
     """
     found = os.environ if environment is None else environment
     if "RANK" not in found:
         return None
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in found]
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not found.get(name)]
     if missing:
         raise HessianFlowError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
+    port = _number(found, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise HessianFlowError(
+            f"MASTER_PORT must be a port, 1 to 65535, got {port}: start with torchrun, or unset RANK"
+        )
     rank, world_size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
-    return Generation(0, rank, world_size, _number(found, "LOCAL_RANK") if "LOCAL_RANK" in found else 0)
+    local_rank = _number(found, "LOCAL_RANK") if "LOCAL_RANK" in found else 0
+    if local_rank < 0:
+        raise HessianFlowError(f"LOCAL_RANK must be at least 0, got {local_rank}: start with torchrun, or unset RANK")
+    return Generation(0, rank, world_size, local_rank)
 
 
 def local_device(name: str, local_rank: int) -> torch.device:
@@ -103,19 +116,53 @@ def process_group(
         The reducer of this generation.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent already serves this store; under another launcher rank 0 does.
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    wait = timedelta(seconds=timeout_seconds)
-    store = TCPStore(address, port, is_master=not served and generation.rank == 0, timeout=wait)
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(generation.world_size)
+    store = _meeting_point(generation, address, port, timeout_seconds, one_machine)
     # The agent's store outlives workers that it restarts: each attempt meets under keys of its own.
     attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    reducer = enter(generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds)
+    with gloo_on_this_machine() if one_machine else nullcontext():
+        reducer = enter(generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds)
     try:
         yield reducer
     except BaseException:
         abort()
         raise
     leave(collect=True)
+
+
+def _meeting_point(
+    generation: Generation, address: str, port: int, timeout_seconds: float, one_machine: bool
+) -> TCPStore:
+    """The store of the launcher's environment: served here, or that of whoever serves it.
+
+    Rank 0 serves on MASTER_ADDR alone, where that is one address of its machine that the others can reach.
+    """
+    wait = timedelta(seconds=timeout_seconds)
+    # torchrun's agent already serves this store; under another launcher rank 0 does.
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        if served or generation.rank > 0:
+            return TCPStore(address, port, is_master=False, timeout=wait)
+        if _is_one_address(address, one_machine):
+            return serve(address, port, timeout=wait)
+        return TCPStore(address, port, is_master=True, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, HessianFlowError):
+            raise
+        raise HessianFlowError(
+            f"rank {generation.rank} of {generation.world_size} cannot meet the others at {address}:{port}, as "
+            f"MASTER_ADDR and MASTER_PORT say: {_first_line(error)}; start with torchrun, or unset RANK"
+        ) from error
+
+
+def _is_one_address(name: str, one_machine: bool) -> bool:
+    """Whether all ranks reach this machine by the same address; a name may mean others elsewhere."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        return False
+    loopback = any(ipaddress.ip_address(str(number).partition("%")[0]).is_loopback for number in found)
+    return one_machine if loopback else len(found) == 1
 
 
 def enter(
@@ -203,10 +250,13 @@ class ProcessGroupReducer:
         return lambda: _finish(work)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value, on every rank."""
-        carried = [value]
-        dist.broadcast_object_list(carried, src=0)
-        return carried[0]
+        """Rank 0's plain value, on every rank; rank 0 keeps its own object."""
+        content = dumps(value) if self.rank == 0 else b""
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, src=0)
+        carrier = _carrier(content, int(size))
+        dist.broadcast(carrier, src=0)
+        return value if self.rank == 0 else loads(carrier.numpy().tobytes())
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
         """Replace a contiguous tensor by rank 0's, in place."""
@@ -214,9 +264,13 @@ class ProcessGroupReducer:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's plain value, in the order of ranks, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        content = dumps(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(content)]))
+        largest = max(int(size) for size in sizes)
+        carriers = [torch.empty(largest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(carriers, _carrier(content, largest))
+        return [loads(c[: int(size)].numpy().tobytes()) for c, size in zip(carriers, sizes, strict=True)]
 
 
 def _forget_failed_group() -> None:
@@ -230,6 +284,13 @@ def _forget_failed_group() -> None:
     dist.destroy_process_group()
 
 
+def _carrier(content: bytes, size: int) -> Tensor:
+    """A tensor of so many bytes that begins with `content`."""
+    carrier = torch.zeros(size, dtype=torch.uint8)
+    carrier[: len(content)] = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)[: len(content)]
+    return carrier
+
+
 def _finish(work: Any) -> None:
     work.wait()
 
@@ -238,7 +299,9 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(environment[name])
     except ValueError:
-        raise HessianFlowError(f"{name} must be a whole number, got {environment[name]!r}") from None
+        raise HessianFlowError(
+            f"{name} must be a whole number, got {environment[name]!r}: start with torchrun, or unset RANK"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from hessianflow.distributed.parameter_server import ParameterServer, Receipt, Weights
-from hessianflow.distributed.ray_session import connect
+from hessianflow.distributed.ray_session import answer, connect, endings, told_in_one_line
 from hessianflow.distributed.simulated_server import Commit, LocalEpoch
 from hessianflow.interfaces import HessianFlowError
 
@@ -78,24 +78,28 @@ def train_on_ray(
         should_stop: asked after each push; a last snapshot is taken.
 
     Raises:
-        HessianFlowError: no Ray, or too many restarts.
+        HessianFlowError: no Ray, Ray itself failed, or too many restarts; or it is what the server or a worker raised.
     """
     ray = connect(address)
     run = _Run(ray, make_server, make_worker, resources or Resources(), timeout_seconds, max_restarts, resume_from)
     run.on_event = on_event
+    weights = None
     try:
-        while run.commits < commits:
-            commit = run.advance()
-            if commit is None:
-                continue
-            if on_commit is not None:
-                on_commit(commit)
-            stop = should_stop is not None and should_stop()
-            if stop or run.commits % snapshot_commits == 0:
-                run.take_snapshot(on_snapshot)
-            if stop:
-                break
-        return ServerRun(ray.get(run.server.weights.remote()), run.timeline, run.events)
+        with told_in_one_line(ray):
+            run.start()
+            while weights is None:
+                stopped = False
+                while run.commits < commits and not stopped:
+                    commit = run.advance()
+                    if commit is None:
+                        continue
+                    if on_commit is not None:
+                        on_commit(commit)
+                    stopped = should_stop is not None and should_stop()
+                    if stopped or run.commits % snapshot_commits == 0:
+                        run.take_snapshot(on_snapshot)
+                weights = run.weights()
+        return ServerRun(weights, run.timeline, run.events)
     finally:
         run.close()
 
@@ -104,9 +108,16 @@ class ServerActor:
     """A parameter server in a process of its own."""
 
     def __init__(self, make_server: Callable[[], ParameterServer], state: Mapping[str, Any] | None) -> None:
-        self._server = make_server()
-        if state is not None:
-            self._server.load_state_dict(state)
+        self._make = make_server
+        self._state = state
+
+    def members(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Build the server, before anything else is asked; returns commits so far, all workers, and those that wait."""
+        self._server = self._make()  # not sooner: an error while an actor is made reaches nobody as itself
+        if self._state is not None:
+            self._server.load_state_dict(self._state)
+            self._state = None
+        return self._server.commits, self._server.workers, self._server.waiting
 
     def pull(self, worker: int) -> Weights:
         """See :class:`ParameterServer`."""
@@ -123,10 +134,6 @@ class ServerActor:
         self._server.add(worker, factor)
         return released
 
-    def members(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Commits so far, all workers, and those that wait."""
-        return self._server.commits, self._server.workers, self._server.waiting
-
     def weights(self) -> Weights:
         """As they are now."""
         return self._server.weights
@@ -140,16 +147,23 @@ class WorkerActor:
     """One worker's local training in a process of its own."""
 
     def __init__(self, make_worker: Callable[[int], LocalEpoch], number: int) -> None:
-        self._local_epoch = make_worker(number)
+        self._make = partial(make_worker, number)
+        self._local_epoch: LocalEpoch | None = None
 
     def ready(self) -> bool:
-        """Answers once the worker is built."""
+        """Build the worker; answers once that is done."""
+        self._built()
         return True
 
     def train(self, weights: Weights, epoch: int) -> tuple[dict[str, float], Weights]:
         """One local epoch; its figures let the caller see success without fetching the weights."""
-        made = self._local_epoch(weights.copy(), epoch)  # arrays from the object store are read-only
-        return dict(getattr(self._local_epoch, "figures", {})), made
+        local_epoch = self._built()
+        made = local_epoch(weights.copy(), epoch)  # arrays from the object store are read-only
+        return dict(getattr(local_epoch, "figures", {})), made
+
+    def _built(self) -> LocalEpoch:
+        self._local_epoch = self._local_epoch or self._make()
+        return self._local_epoch
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,8 @@ class _Run:
         snapshot: Mapping[str, Any] | None,
     ) -> None:
         self._ray, self._timeout, self._restarts_left = ray, timeout_seconds, max_restarts
+        self._endings = endings(ray)
+        self._answer = partial(answer, ray)
         self._new_server = partial(ray.remote(num_cpus=0)(ServerActor).remote, make_server)
         remote = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
         self._new_worker = partial(remote(WorkerActor).remote, make_worker)
@@ -185,6 +201,10 @@ class _Run:
         self.events: list[str] = []
         self.on_event: Callable[[str, int], None] | None = None
         self.timeline: list[Commit] = []
+        self.commits = 0
+
+    def start(self) -> None:
+        """Start the server and all workers."""
         self._start_server()
         self._resumed_at = self.commits
 
@@ -196,23 +216,32 @@ class _Run:
             return None
         training = self._running.pop(done[0])
         try:
-            figures: dict[str, float] = self._ray.get(done[0])
-        except self._ray.exceptions.RayActorError:
+            figures: dict[str, float] = self._answer(done[0])
+        except self._endings:
             self._replace(training.worker, "died")
             return None
         try:
-            receipt: Receipt = self._ray.get(self.server.push.remote(training.worker, training.weights))
-        except self._ray.exceptions.RayActorError:
+            receipt: Receipt = self._answer(self.server.push.remote(training.worker, training.weights))
+        except self._endings:
             self._restore_server()
             return None
         return self._account(training, receipt, figures)
+
+    def weights(self) -> Weights | None:
+        """The server's; None where it died, and was started again from its last snapshot."""
+        try:
+            found: Weights = self._answer(self.server.weights.remote())
+        except self._endings:
+            self._restore_server()
+            return None
+        return found
 
     def take_snapshot(self, on_snapshot: Callable[[Mapping[str, Any]], None] | None) -> None:
         """Keep the server's state where it outlives the server."""
         state = self.server.state.remote()
         try:
-            value = self._ray.get(state)
-        except self._ray.exceptions.RayActorError:  # the last snapshot is still there
+            value = self._answer(state)
+        except self._endings:  # the last snapshot is still there
             self._restore_server()
             return
         self._snapshot = state
@@ -222,7 +251,8 @@ class _Run:
     def close(self) -> None:
         """End all actors."""
         for actor in [self.server, *self._workers.values()]:
-            self._ray.kill(actor)
+            if actor is not None:
+                self._ray.kill(actor)
 
     def _account(self, training: _Training, receipt: Receipt, figures: Mapping[str, float]) -> Commit:
         now = self._now()
@@ -263,8 +293,8 @@ class _Run:
         self._ray.kill(self._workers.pop(worker))
         self._running = {ref: t for ref, t in self._running.items() if t.worker != worker}
         try:
-            released = self._ray.get(self.server.replace.remote(worker))
-        except self._ray.exceptions.RayActorError:
+            released = self._answer(self.server.replace.remote(worker))
+        except self._endings:
             self._restore_server()
             return
         self._release(released, self._now())
@@ -282,7 +312,12 @@ class _Run:
         """Start the server, from the last snapshot if there is one, and all workers that need not wait."""
         self._running.clear()  # what was under way is dropped
         self.server = self._new_server(self._snapshot)
-        self.commits, workers, waiting = self._ray.get(self.server.members.remote())
+        try:
+            self.commits, workers, waiting = self._answer(self.server.members.remote())
+        except self._endings:
+            self._count_restart("server died while it started")
+            self._start_server()
+            return
         self._size = len(workers)
         if not self._workers:
             self._start_workers(workers)

@@ -1,6 +1,8 @@
 """CIFAR files in every layout, and damaged ones. The files are written byte by byte from the published layout."""
 
 import importlib.util
+import os
+import pickle
 from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
@@ -116,6 +118,55 @@ def test_a_member_larger_than_it_may_be_is_not_read(tmp_path: Path) -> None:
         read_cifar(layout, tmp_path, "test")
 
 
+def test_an_archive_without_the_files_is_named(tmp_path: Path) -> None:
+    layout = SMALL["cifar10"]
+    for name, folder in ((layout.binary_archive, layout.binary_folder), (layout.python_archive, layout.python_folder)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "notes.txt").write_text("nothing of ours")
+        root = tmp_path / name.removesuffix(".tar.gz")
+        root.mkdir()
+        pack_tar(tmp_path / folder, root / name)
+        with pytest.raises(HessianFlowError, match=f"{name}: holds none of the files expected in its folder {folder}"):
+            read_cifar(layout, root, "test")
+
+
+def test_an_archive_that_unpacks_without_end_is_cut_off(tmp_path: Path) -> None:
+    """Real: 20 MB that become 20 GB of zeros. Here 60 MB, where twice the records and 16 MB are allowed."""
+    layout = SMALL["cifar10"]
+    folder = write_cifar_binary(layout, tmp_path / "made")
+    (folder / "padding").write_bytes(bytes(60 << 20))
+    pack_tar(folder, tmp_path / layout.binary_archive)
+    with pytest.raises(HessianFlowError, match=r"cifar-10-binary.tar.gz: damaged archive \(.*more bytes than allowed"):
+        read_cifar(layout, tmp_path, "train")
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
+def test_what_is_no_plain_file_is_missing(what: str, tmp_path: Path) -> None:
+    layout = SMALL["cifar10"]
+    file = write_cifar_binary(layout, tmp_path) / "test_batch.bin"
+    file.unlink()
+    {"pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero"), "folder": file.mkdir}[what]()
+    with pytest.raises(HessianFlowError, match=r"test_batch.bin: missing"):
+        read_cifar(layout, tmp_path, "test")
+
+
+def test_labels_of_a_pickle_that_are_none_are_refused(tmp_path: Path) -> None:
+    layout = write_cifar_python(SMALL["cifar10"], tmp_path)
+    for record, message in (
+        ({"data": pixels(1).reshape(1, -1)}, "holds no list of labels named 'labels'"),
+        ({"data": pixels(1).reshape(1, -1), "labels": [1 << 40]}, "holds no list of labels named 'labels'"),
+        ({"data": pixels(1).reshape(1, -1), "labels": ["1"]}, "holds no list of labels named 'labels'"),
+        ({"data": pixels(1).reshape(1, -1), "labels": [-1]}, "label -1 in record 0, expected 0 to 9"),
+        ({"data": [1], "labels": [1]}, r"pixels are list, expected uint8 \(1, 3072\)"),
+        ({"labels": [1]}, r"pixels are NoneType, expected uint8 \(1, 3072\)"),
+    ):
+        content = pickle.dumps(record, protocol=2)
+        (tmp_path / layout.python_folder / "test_batch").write_bytes(content)
+        sums = {**layout.python_files, "test": {"test_batch": md5(content, usedforsecurity=False).hexdigest()}}
+        with pytest.raises(HessianFlowError, match=message):
+            read_cifar(replace(layout, python_files=sums), tmp_path, "test")
+
+
 def test_a_pickle_with_another_checksum_is_not_opened(tmp_path: Path) -> None:
     layout = write_cifar_python(SMALL["cifar10"], tmp_path)
     (tmp_path / layout.python_folder / "test_batch").write_bytes(hostile_pickle())
@@ -152,8 +203,6 @@ def test_a_damaged_pickle_is_named(content: bytes) -> None:
 
 
 def test_bytes_pickled_by_python_3_are_read_and_no_other_codec() -> None:
-    import pickle
-
     assert load_arrays(pickle.dumps({"raw": b"\x00\xff"}, protocol=2), "a file") == {"raw": b"\x00\xff"}
     rot13 = b"\x80\x02c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR."
     with pytest.raises(HessianFlowError, match="unexpected encoding 'rot13'"):

@@ -1,7 +1,12 @@
 """Class-folder trees and Tiny-ImageNet: indices, colours, sizes, crops, damaged files."""
 
+import io
+import os
+import socket
 import sys
+import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +14,10 @@ import pytest
 import torch
 from layouts import jpeg, pack_zip, write_tiny_imagenet
 from PIL import Image
+from torch._utils import ExceptionWrapper
 
 from hessianflow import data
-from hessianflow.data.images import MAX_PIXELS, ImageFolder, Normalise
+from hessianflow.data.images import MAX_PIXELS, ImageError, ImageFolder, Normalise
 from hessianflow.data.tiny_imagenet import TinyLayout, read_tiny_imagenet
 from hessianflow.interfaces import HessianFlowError
 
@@ -132,6 +138,141 @@ def test_a_broken_image_is_named(tree: Path, content: bytes) -> None:
         folder_of(tree)[0]
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(hostile) print\nshowpage\n%%EOF\n"
+PICTURE = Image.fromarray(np.arange(3 * 20 * 20, dtype=np.uint8).reshape(20, 20, 3))
+
+
+@pytest.mark.parametrize("form", ["EPS", "GIF", "TIFF", "ICO", "PDF", "JPEG2000"])
+def test_a_format_that_no_suffix_promises_is_refused(tree: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript above all: Pillow would start Ghostscript on it. No program is started here at all."""
+
+    def started(*arguments: object, **_: object) -> None:
+        raise AssertionError(f"a program was started: {arguments}")
+
+    monkeypatch.setattr("subprocess.Popen.__init__", started)
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    stream = io.BytesIO()
+    if form == "EPS":
+        stream.write(EPS)
+    else:
+        PICTURE.save(stream, form)
+    (tree / "train" / "a" / "0.jpg").write_bytes(stream.getvalue())
+    with pytest.raises(
+        HessianFlowError, match=r"a/0.jpg: cannot be decoded as an image .it is none of JPEG, PNG, BMP, WEBP, PPM.;"
+    ):
+        folder_of(tree)[0]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "PPM", "MPO"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "CMYK"])
+def test_every_promised_format_is_read_under_any_suffix(tree: Path, form: str, mode: str) -> None:
+    """ImageNet itself holds a PNG and some CMYK pictures named .JPEG. Oracle: Pillow without our limits."""
+    stream = io.BytesIO()
+    try:
+        PICTURE.convert(mode).save(stream, form)
+    except OSError:
+        pytest.skip(f"Pillow writes no {mode} as {form}")
+    (tree / "val" / "a" / "0.jpg").write_bytes(stream.getvalue())
+    expected = np.array(Image.open(io.BytesIO(stream.getvalue())).convert("RGB"))
+    found, _ = replace(folder_of(tree, "test"), size=20)[0]
+    side = 20 / (256 / 224)
+    box = ((20 - side) / 2,) * 2 + ((20 + side) / 2,) * 2
+    resized = Image.fromarray(expected).resize((20, 20), Image.Resampling.BILINEAR, box=box)
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.array(resized))
+
+
+def test_classes_of_both_splits_are_those_of_train(tmp_path: Path) -> None:
+    """A class without pictures for testing shifts no other: they used to be numbered by their own folders."""
+    for split, labels in (("train", "abc"), ("val", "bc")):
+        for label in labels:
+            (tmp_path / split / label).mkdir(parents=True)
+            (tmp_path / split / label / "0.png").write_bytes(jpeg(RED))
+    test = folder_of(tmp_path, "test")
+    assert (test.classes, test.num_classes, test.targets.tolist()) == (("a", "b", "c"), 3, [1, 2])
+    assert folder_of(tmp_path).classes == test.classes
+    (tmp_path / "val" / "B").mkdir()
+    (tmp_path / "val" / "B" / "0.png").write_bytes(jpeg(RED))
+    with pytest.raises(
+        HessianFlowError,
+        match=r"val: 1 of 3 class folders are not among the 3 of .*train, the first is 'B': give both splits",
+    ):
+        folder_of(tmp_path, "test")
+
+
+def test_a_tree_for_testing_alone_has_its_own_classes(tmp_path: Path) -> None:
+    (tmp_path / "test" / "x").mkdir(parents=True)
+    (tmp_path / "test" / "x" / "0.png").write_bytes(jpeg(RED))
+    assert folder_of(tmp_path, "test").classes == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("folder", "has the name of an image but is no file"),
+        ("pipe", "has the name of an image but is no file"),
+        ("socket", "has the name of an image but is no file"),
+        ("link to a device", "is a device, not a plain file"),
+        ("link to a pipe", "is a named pipe, not a plain file"),
+        ("link to a folder", "is a folder, not a plain file"),
+        ("dangling link", r"cannot be read \(FileNotFoundError"),
+        ("100 GB", r"larger than 268435456 bytes \(it has 107374182400\)"),
+    ],
+)
+def test_what_is_no_plain_file_is_neither_opened_nor_read(tree: Path, kind: str, message: str) -> None:
+    path, aside = tree / "train" / "a" / "0.jpg", tree / "aside"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        {
+            "folder": path.mkdir,
+            "pipe": lambda: os.mkfifo(path),
+            "socket": lambda: server.bind(os.path.relpath(path)),
+            "link to a device": lambda: path.symlink_to("/dev/zero"),
+            "link to a pipe": lambda: (os.mkfifo(aside), path.symlink_to(aside)),
+            "link to a folder": lambda: path.symlink_to(tree),
+            "dangling link": lambda: path.symlink_to(aside),
+            "100 GB": lambda: (path.touch(), os.truncate(path, 100 << 30)),
+        }[kind]()
+        with pytest.raises(HessianFlowError, match=rf"a/0.jpg: {message}"):
+            folder_of(tree)[0]
+
+
+def test_a_link_to_an_image_is_read(tree: Path) -> None:
+    path = tree / "train" / "a" / "0.jpg"
+    path.rename(tree / "aside")
+    path.symlink_to(tree / "aside")
+    assert folder_of(tree)[0][0].shape == (3, 16, 16)
+
+
+def test_an_error_from_a_loaders_process_is_one_line(tree: Path) -> None:
+    """(Five seconds: so long torch's loader takes to end after an error.)"""
+    train = folder_of(tree)
+    path = tree / "train" / "a" / "0.jpg"
+    path.unlink()
+    with pytest.raises(HessianFlowError) as here:
+        train[0]
+    batches = train.batches(12, train=False, num_workers=1)
+    with pytest.raises(HessianFlowError) as there:
+        next(iter(batches))
+    assert str(there.value) == str(here.value)
+    assert str(here.value).startswith(f"{path}: cannot be ")
+    assert "\n" not in str(here.value)
+
+
+def test_of_what_a_loader_hands_on_the_first_words_are_kept() -> None:
+    """Oracle: torch's own form of it."""
+    try:
+        try:
+            raise OSError("the cause")
+        except OSError as cause:
+            raise ImageError("a/0.jpg: 9000x9000 pixels, ImageError: or not") from cause
+    except ImageError:
+        handed_on = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(ImageError) as caught:
+        handed_on.reraise()
+    assert str(caught.value) == "a/0.jpg: 9000x9000 pixels, ImageError: or not"
+
+
 @pytest.mark.parametrize(
     ("side", "message"),
     [(9_000, f"9000x9000 pixels, more than the {MAX_PIXELS} allowed"), (20_000, "DecompressionBombError")],
@@ -202,6 +343,57 @@ def test_damaged_tiny_imagenet_is_named(what: str, split: str, message: str, zip
     root = pack_zip(folder, tmp_path / "tiny-imagenet-200.zip") if zipped else folder
     with pytest.raises(HessianFlowError, match=message):
         read_tiny_imagenet(root, split, layout=SMALL)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_large_picture_is_refused_before_it_is_decoded(zipped: bool, tmp_path: Path) -> None:
+    """A hundred of 60 million pixels, one a thread, would need many gigabytes."""
+    folder = write_tiny_imagenet(tmp_path / "made")
+    stream = io.BytesIO()
+    Image.new("L", (8000, 7500)).save(stream, "PNG")
+    (folder / "train/n01/images/n01_1.JPEG").write_bytes(stream.getvalue())
+    root = pack_zip(folder, tmp_path / "tiny-imagenet-200.zip") if zipped else folder
+    tracemalloc.start()
+    with pytest.raises(HessianFlowError, match=r"n01_1.JPEG: image is 8000x7500, expected 64x64"):
+        read_tiny_imagenet(root, "train", layout=SMALL)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("pipe", "n01_0.JPEG: is a named pipe, not a plain file"),
+        ("device", "n01_0.JPEG: is a device, not a plain file"),
+        ("folder", "n01_0.JPEG: is a folder, not a plain file"),
+        ("large", r"n01_0.JPEG: larger than 1048576 bytes \(it has 107374182400\)"),
+    ],
+)
+def test_what_is_no_plain_file_is_not_read_in_tiny_imagenet(what: str, message: str, tmp_path: Path) -> None:
+    folder = write_tiny_imagenet(tmp_path)
+    path = folder / "train/n01/images/n01_0.JPEG"
+    path.unlink()
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+        "large": lambda: (path.touch(), os.truncate(path, 100 << 30)),
+    }[what]()
+    with pytest.raises(HessianFlowError, match=message):
+        read_tiny_imagenet(folder, "train", layout=SMALL)
+
+
+def test_a_zip_of_a_hundred_gigabytes_is_refused(tmp_path: Path) -> None:
+    """Sparse, with a last record that tells of a table of contents of 4 GB."""
+    archive = tmp_path / "tiny-imagenet-200.zip"
+    record = b"PK\x05\x06" + bytes(4) + b"\x01\0\x01\0" + (0xFFFFFFF0).to_bytes(4, "little") + bytes(4) + bytes(2)
+    with archive.open("wb") as file:
+        file.seek(100 << 30)
+        file.write(record)
+    with pytest.raises(
+        HessianFlowError, match=r"damaged archive \(BadZipFile: a table of contents of 4294967280 bytes"
+    ):
+        read_tiny_imagenet(archive, "train", layout=SMALL)
 
 
 def test_a_damaged_zip_is_named(tmp_path: Path) -> None:

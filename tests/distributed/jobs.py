@@ -11,6 +11,7 @@ from ranks import EXAMPLES, data, network, share
 
 from hessianflow.distributed.elastic_member import JobReport
 from hessianflow.distributed.synchronize import GradientSynchronizer
+from hessianflow.interfaces import HessianFlowError
 
 
 class PlainJob:
@@ -115,6 +116,37 @@ class DyingNewcomer(WritingJob):
         super().__init__(folder, total, faults)
         if not self.is_first("built") and self.is_first("refused"):
             os._exit(1)
+
+
+class DyingStarter(WritingJob):
+    """The first process ends while it builds its job, the second while it joins the world, the third soon after."""
+
+    def __init__(self, folder: str, total: int) -> None:
+        super().__init__(folder, total)
+        self.dies_once("building")
+
+    def join(self, reducer) -> None:
+        super().join(reducer)
+        self.dies_once("joining")
+
+    def describe(self) -> dict:
+        self.dies_once("describing")
+        return super().describe()
+
+    def dies_once(self, mark: str) -> None:
+        if self.is_first(mark):
+            die()
+
+
+class DoomedJob(PlainJob):
+    def __init__(self, folder: str, total: int) -> None:
+        super().__init__(folder, total)
+        die()
+
+
+class RefusingJob(PlainJob):
+    def __init__(self, folder: str, total: int) -> None:
+        raise HessianFlowError("no data under x: get it")
 
 
 class BrokenJob(PlainJob):

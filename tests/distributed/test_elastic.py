@@ -2,12 +2,23 @@ from functools import partial
 
 import pytest
 import torch
-from jobs import BrokenJob, DyingNewcomer, FailingJob, PlainJob, UnevenJob, WritingJob
+from jobs import (
+    BrokenJob,
+    DoomedJob,
+    DyingNewcomer,
+    DyingStarter,
+    FailingJob,
+    PlainJob,
+    RefusingJob,
+    UnevenJob,
+    WritingJob,
+)
 from ranks import LOCAL
 
 from hessianflow.distributed import elastic_cluster
 from hessianflow.distributed.elastic import ElasticRun
 from hessianflow.distributed.elastic_settings import ElasticSettings
+from hessianflow.interfaces import HessianFlowError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 TOTAL = 24
@@ -117,6 +128,25 @@ def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, 
     assert run.description == {"updates": TOTAL}
     assert "died while it started" in refused.message
     assert died.updates == restored.updates == 12
+
+
+def test_first_workers_that_die_while_they_start_are_replaced(ray, tmp_path):
+    """The first process is killed while it builds its job, the next while it joins, one more before it is described."""
+    run = ElasticRun(partial(DyingStarter, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE))
+    check_result(tmp_path, run.run())
+    assert [mark for mark in ("building", "joining", "describing") if (tmp_path / mark).exists()]
+    assert changes(run) == ["started", "refused", "refused", "refused", "finished"]
+    told = [event.message for event in run.events if event.kind == "refused"]
+    assert told[0].startswith("a new worker died while it started: ")
+    assert told[1:] == [f"rank 0 of generation {n} died; another was asked for" for n in (1, 2)]
+
+
+def test_a_run_whose_workers_cannot_start_says_so_in_one_line(ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(elastic_cluster, "MAX_LOST_NEWCOMERS", 1)
+    with pytest.raises(HessianFlowError, match=r"2 new workers in a row were of no use, the last died .*logs$"):
+        ElasticRun(partial(DoomedJob, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE)).run()
+    with pytest.raises(HessianFlowError, match=r"^no data under x: get it$"):
+        ElasticRun(partial(RefusingJob, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE)).run()
 
 
 def test_a_cluster_without_room_is_not_waited_for(ray, tmp_path):

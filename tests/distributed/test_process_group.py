@@ -1,16 +1,27 @@
+import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from sockets import listening
 from torch.distributed import TCPStore
 
+from hessianflow import HessianFlowError, History
 from hessianflow.distributed.launch import run_local
+from hessianflow.distributed.plain import dumps, loads
 from hessianflow.distributed.process_group import (
     Generation,
+    _is_one_address,
     abort,
     enter,
     from_environment,
@@ -19,6 +30,8 @@ from hessianflow.distributed.process_group import (
     process_group,
 )
 from hessianflow.distributed.reducers import LocalReducer
+from hessianflow.distributed.store import serve
+from hessianflow.interfaces import CurvatureReading, Decision
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 CPU = torch.device("cpu")
@@ -43,6 +56,134 @@ def test_ranks_agree():
         assert everyone == [0, 10]
         assert tensor.tolist() == [7, 7]
         assert flat.tolist() == [2.0, 4.0]
+
+
+PLAIN = {
+    "numbers": [1, -(10**30), 0.1, float("inf"), -0.0, 1e-320, True, None, 2 - 3j],
+    "words": ["", "\u00fc\n\0", "\udcff", b"\x00\xff", Path("/a/b")],
+    "nested": ({1: "one", (2, "b"): [()], None: {}}, {1, 2}, frozenset({"a"})),
+    "kinds": [torch.float16, torch.device("cpu")],
+    "list": ["tuple", 1],
+    "record": {"": "record"},
+}
+TENSORS = [
+    torch.arange(6.0, dtype=torch.float64).view(2, 3).T,
+    torch.zeros(0, 3, dtype=torch.int32),
+    torch.tensor(True),
+    torch.ones(2, dtype=torch.bfloat16),
+    torch.tensor([1 + 2j]),
+]
+
+
+def test_plain_values_travel_whole():
+    found = loads(dumps(PLAIN))
+    assert repr(found) == repr(PLAIN)  # also the kinds of numbers and of containers, and the sign of zero
+    for sent, received in zip(TENSORS, loads(dumps(TENSORS)), strict=True):
+        assert (received.dtype, received.shape) == (sent.dtype, sent.shape)
+        assert torch.equal(received, sent)
+    arrays = [np.arange(6, dtype=">i2").reshape(2, 3), np.zeros((0, 2)), np.array(1.5, dtype=np.float32)]
+    for sent, received in zip(arrays, loads(dumps(arrays)), strict=True):
+        assert (received.dtype, received.shape) == (sent.dtype, sent.shape)
+        assert np.array_equal(received, sent)
+    assert math.isnan(loads(dumps(float("nan"))))
+    assert loads(dumps([np.float32(0.5), np.int64(3), np.bool_(True)])) == [0.5, 3, True]
+    assert loads(dumps(OrderedDict(a=1))) == {"a": 1}
+
+
+def test_records_of_this_package_travel_as_themselves():
+    decision = Decision(8, 0.5, 0.25, "because")
+    reading = CurvatureReading(1.0, math.inf, 3, False, (1.0, 2.0), details={"trace": 4.0})
+    history = History([{"kind": "epoch", "epoch": 1}], {"a": 1}, {}, Path("runs/x"))
+    for record in (decision, reading, history):
+        assert loads(dumps(record)) == record
+
+
+@dataclass(frozen=True)
+class Foreign:
+    value: int
+
+
+@pytest.mark.parametrize("value", [object(), print, Foreign(1), {"a": [lambda: 0]}, np.array(["a"]), Thread()])
+def test_what_is_no_plain_value_is_not_sent(value):
+    with pytest.raises(HessianFlowError, match="cannot be sent to other ranks"):
+        dumps(value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"\x80\x04.",
+        b'["nothing"]',
+        b'["record", "os", "system", {"command": "echo hostile"}]',
+        b'["record", "hessianflow.interfaces", "HessianFlowError", {}]',
+        b'["record", "hessianflow.interfaces", "nothing", {}]',
+        b'["record", "hessianflow.distributed.elastic", "ElasticRun", {}]',
+        b'["record", "hessianflow.interfaces", "Decision", {"nothing": 1}]',
+        b'["record", "hessianflow.never_imported", "X", {}]',
+        b'["dtype", "load"]',
+        b'["tensor", "float32", [3], "AAAA"]',
+        b'["tensor", "float32", [1], "?"]',
+        b'["array", "O", [1], "AAAAAAAAAAA="]',
+        b'["array", "V8", [1], "AAAAAAAAAAA="]',
+        b'["dict", [["list"], 1]]',
+        b'["device", "nowhere"]',
+        b"[" * 100_000,
+    ],
+)
+def test_what_another_rank_sends_cannot_run_anything(content, capfd):
+    with pytest.raises(HessianFlowError, match="what another rank sent cannot be read") as caught:
+        loads(content)
+    assert "\n" not in str(caught.value)
+    assert "hostile" not in capfd.readouterr().out
+
+
+def agree_without_pickles(reducer):
+    def never(*_):
+        raise AssertionError("a pickle")
+
+    dist.distributed_c10d._pickler = dist.distributed_c10d._unpickler = never
+    return agree(reducer)
+
+
+def test_nothing_between_ranks_is_a_pickle():
+    """Torch's own way to send objects."""
+    assert dist.distributed_c10d._pickler
+    assert dist.distributed_c10d._unpickler
+    for _, word, everyone, _, _ in run_local(agree_without_pickles, 2):
+        assert (word, everyone) == ({"rank": 0}, [0, 10])
+
+
+def reached(reducer, parent):
+    reducer.sum(torch.ones(2))
+    return listening() | listening(parent)
+
+
+def test_ranks_of_this_machine_are_out_of_reach_of_others():
+    """Of each rank the sockets on which gloo waits, and of this process the store's."""
+    found = set().union(*run_local(reached, 2, os.getpid()))
+    assert len(found) >= 3
+    assert {address for address, _ in found} <= {"127.0.0.1", "::1"}
+
+
+def test_a_store_serves_one_address_only():
+    store = serve("127.0.0.1")
+    assert ("127.0.0.1", store.port) in listening()
+    assert not {address for address, port in listening() if port == store.port} - {"127.0.0.1"}
+    TCPStore("127.0.0.1", store.port, is_master=False).set("key", "value")
+    assert store.get("key") == b"value"
+    with pytest.raises(HessianFlowError, match=rf"port {store.port} of 127.0.0.1 is taken: name another"):
+        serve("127.0.0.1", store.port)
+
+
+def test_a_name_that_may_mean_another_machine_is_served_on_all():
+    """(198.51.100.0/24 is for documentation.)"""
+    assert _is_one_address("127.0.0.1", True)
+    assert not _is_one_address("127.0.0.1", False), "it means another machine elsewhere"
+    assert _is_one_address("198.51.100.1", False)
+    assert not _is_one_address("no.such.host.invalid", True)
+    assert not _is_one_address("a" * 80, True)
 
 
 def test_one_process_agrees_with_itself():
@@ -143,6 +284,14 @@ def test_environment():
         from_environment({**TORCHRUN, "WORLD_SIZE": "many"})
     with pytest.raises(ValueError, match="got rank 4 of 4"):
         from_environment({**TORCHRUN, "RANK": "4"})
+    for port in ("0", "-1", "65536", "99999"):
+        with pytest.raises(ValueError, match=f"MASTER_PORT must be a port, 1 to 65535, got {port}"):
+            from_environment({**TORCHRUN, "MASTER_PORT": port})
+    for port in ("http", "1e3", "9" * 5000):
+        with pytest.raises(ValueError, match="MASTER_PORT must be a whole number, got"):
+            from_environment({**TORCHRUN, "MASTER_PORT": port})
+    with pytest.raises(ValueError, match="RANK is set but MASTER_PORT is not"):
+        from_environment({**TORCHRUN, "MASTER_PORT": ""})
 
 
 def test_local_device():
@@ -160,13 +309,16 @@ def one_rank(environment, fails):
             raise SystemExit(3)
         if reducer.sum(torch.tensor(1.0)) != 2.0:
             raise SystemExit(4)
+        if sys.platform == "linux" and {address for address, _ in listening()} - {"127.0.0.1", "::1"}:
+            raise SystemExit(5)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_under_a_launchers_environment(fails, capfd):
-    """The environment of torchrun, without its ten seconds: rank 0 serves the store."""
+    """The environment of torchrun, without its ten seconds: rank 0 serves the store, to this machine only."""
     port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port  # a port that is free again
-    places = [{**TORCHRUN, "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_PORT": str(port)} for rank in range(2)]
+    whole = {**TORCHRUN, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    places = [{**whole, "RANK": str(rank)} for rank in range(2)]
     context = multiprocessing.get_context("forkserver")
     ranks = [context.Process(target=one_rank, args=(place, fails)) for place in places]
     for rank in ranks:
@@ -174,6 +326,23 @@ def test_under_a_launchers_environment(fails, capfd):
     for rank in ranks:
         rank.join(30)
     assert [rank.exitcode for rank in ranks] == ([1, 3] if fails else [0, 0]), capfd.readouterr()
+
+
+def test_a_rank_that_is_alone_says_what_it_waited_for(monkeypatch):
+    """RANK and the others left in the environment by something else."""
+    port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    for name, value in {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(HessianFlowError, match="rank 0 could not meet the 2 ranks"),
+        process_group(Generation(0, 0, 2), CPU, timeout_seconds=1.0),
+    ):
+        pytest.fail("there is nobody to meet")
+    with (
+        pytest.raises(HessianFlowError, match=rf"rank 1 of 2 cannot meet the others at localhost:{port}, as MASTER"),
+        process_group(Generation(0, 1, 2), CPU, timeout_seconds=1.0),
+    ):
+        pytest.fail("nobody serves a store")
 
 
 def test_no_group_is_left_behind():

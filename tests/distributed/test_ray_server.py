@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hessianflow.distributed.parameter_server import ParameterServer
 from hessianflow.distributed.ray_server import train_on_ray
 from hessianflow.distributed.simulated_server import simulate
+from hessianflow.interfaces import HessianFlowError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 COMMITS = 12
@@ -98,6 +100,46 @@ def test_a_server_that_dies_goes_on_from_its_snapshot(ray, tmp_path):
     assert all(c.released >= c.finished > c.started for c in run.timeline)
 
 
+def starting_badly(folder):
+    """The server's process is killed while it builds the server, once."""
+    if is_first(folder, "building"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return MortalServer(np.zeros(4), {0: 1.0, 1: 0.5}, synchrony="bsp")
+
+
+class DiesAtTheEnd(ParameterServer):
+    """Dies when its actor is asked for the weights, once: all that is left is the last snapshot."""
+
+    folder = ""
+
+    def __getattribute__(self, name):
+        if name == "weights" and sys._getframe(1).f_code.co_name == "weights" and is_first(self.folder, "end"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getattribute__(name)
+
+
+def ending_badly(folder):
+    server = DiesAtTheEnd(np.zeros(4), {0: 1.0, 1: 0.5}, synchrony="bsp")
+    server.folder = folder
+    return server
+
+
+@pytest.mark.parametrize("make", [starting_badly, ending_badly])
+def test_a_server_that_dies_at_the_start_or_at_the_end_is_replaced(ray, tmp_path, make):
+    """Rounds make the order of arrival irrelevant: real processes give the simulated numbers bit for bit."""
+    whole = make_server("")
+    simulate(whole, {n: make_worker(n) for n in (0, 1)}, lambda worker, epoch: 1.0 + worker, commits=COMMITS)
+    run = train_on_ray(partial(make, str(tmp_path)), make_worker, commits=COMMITS, snapshot_commits=5)
+    assert np.array_equal(run.weights, whole.weights)
+    assert len(run.timeline) == COMMITS
+    words = "died while it started" if make is starting_badly else "died after 12 commits; back to 10"
+    assert [words in event for event in run.events] == [True]
+
+
+def refusing(number):
+    raise HessianFlowError("no data under x: get it")
+
+
 def lonely():
     return ParameterServer(np.zeros(4), {0: 1.0}, synchrony="asp")
 
@@ -121,3 +163,6 @@ def test_what_cannot_go_on_says_so(ray):
         train_on_ray(lonely, always_dying, commits=4, max_restarts=0)
     with pytest.raises(Exception, match="a bug of the user's"):
         train_on_ray(lonely, broken, commits=4)
+    for make_server, make_worker in ((lonely, refusing), (partial(refusing, 0), broken)):
+        with pytest.raises(HessianFlowError, match=r"^no data under x: get it$"):
+            train_on_ray(make_server, make_worker, commits=4)

@@ -1,0 +1,164 @@
+"""Read arrays of numbers from MATLAB's files of version 5, one variable at a time and never more than asked for.
+
+Every variable is an element: a tag (kind and length), then for a matrix the elements flags, dimensions, name and
+numbers; usually the whole is packed with zlib. Cells, structures, objects and text are told apart but not read.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hessianflow.data.inflate import Inflated, Source
+
+_MATRIX, _COMPRESSED = 14, 15
+_STORED: Mapping[int, str] = {
+    **{1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4"},
+    **{7: "f4", 9: "f8", 12: "i8", 13: "u8"},
+}
+"""How numbers are stored, by the kind in their tag; 1, 5 and 6 also occur as names, dimensions and flags."""
+NUMBERS = frozenset(np.dtype(code).name for code in _STORED.values())
+"""What :attr:`MatArray.kind` is where a variable can be read."""
+_CLASSES: Mapping[int, str] = {1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse"}
+_NUMERIC_CLASSES = range(6, 16)
+_COMPLEX = 0x0800
+_MAX_VARIABLES, _MAX_DIMENSIONS, _MAX_NAME = 1000, 32, 256
+_PIECE = 1 << 20
+
+
+class MatFileError(ValueError):
+    """These bytes are no MATLAB file of version 5."""
+
+
+@dataclass(frozen=True)
+class MatArray:
+    """One variable, as its header describes it.
+
+    Attributes:
+        name: of the variable.
+        kind: NumPy's name of the type in which its numbers are stored; "char", "cell", ... where it holds none.
+        shape: its dimensions.
+        read: gives the numbers, in that shape, while the file is at this variable.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[np.generic]]
+
+
+def mat_arrays(file: BinaryIO) -> Iterator[MatArray]:
+    """The variables of a file, in order.
+
+    Raises:
+        MatFileError: no such file, or a damaged one.
+        EOFError: it is cut short.
+        zlib.error: its packed content is damaged.
+    """
+    order = _byte_order(_exactly(file, 128))
+    for _ in range(_MAX_VARIABLES):
+        tag = file.read(8)
+        if not tag:
+            return
+        if len(tag) < 8:
+            raise EOFError("the file is cut short")
+        kind, length = struct.unpack(f"{order}II", tag)
+        start = file.tell()
+        if kind == _COMPRESSED:
+            packed = Inflated(file, "zlib", length)
+            kind, _size = struct.unpack(f"{order}II", _exactly(packed, 8))
+            yield _matrix(packed, kind, order)
+        else:
+            yield _matrix(file, kind, order)
+        file.seek(start + length)
+    raise MatFileError(f"more than {_MAX_VARIABLES} variables")
+
+
+def _byte_order(header: bytes) -> str:
+    order = {b"IM": "<", b"MI": ">"}.get(header[126:128])
+    if order is None or struct.unpack(f"{order}H", header[124:126])[0] != 0x0100:
+        raise MatFileError("no MATLAB file of version 5")
+    return order
+
+
+def _matrix(stream: Source, kind: int, order: str) -> MatArray:
+    if kind != _MATRIX:
+        raise MatFileError(f"an element of kind {kind} where a matrix is expected")
+    flags = np.frombuffer(_small(stream, order, 8), dtype=f"{order}u4")
+    dimensions = np.frombuffer(_small(stream, order, 4 * _MAX_DIMENSIONS), dtype=f"{order}i4")
+    name = _small(stream, order, _MAX_NAME).decode("latin-1")
+    if len(flags) != 2 or len(dimensions) < 2 or (dimensions < 0).any():
+        raise MatFileError(f"the variable {name!r} has no proper flags or dimensions")
+    shape = tuple(int(side) for side in dimensions)
+    which = int(flags[0]) & 0xFF
+    if which not in _NUMERIC_CLASSES or int(flags[0]) & _COMPLEX:
+        kind_name = "complex" if which in _NUMERIC_CLASSES else _CLASSES.get(which, "unknown")
+        return MatArray(name, kind_name, shape, lambda: _not_numbers(name))
+    stored, length, short = _tag(stream, order)
+    if stored not in _STORED:
+        raise MatFileError(f"the variable {name!r} stores its numbers as kind {stored}")
+    dtype = np.dtype(f"{order}{_STORED[stored]}")
+    if length != math.prod(shape) * dtype.itemsize:
+        raise MatFileError(f"the variable {name!r} has {length} bytes for {math.prod(shape)} numbers")
+
+    def read() -> NDArray[np.generic]:
+        numbers = np.empty(math.prod(shape), dtype=dtype)
+        _fill(numbers.view(np.uint8), stream, short)
+        if isinstance(stream, Inflated):
+            _expect_end(stream, 0 if short else -length % 8, name)
+        return numbers.astype(dtype.newbyteorder("="), copy=False).reshape(shape, order="F")
+
+    return MatArray(name, dtype.newbyteorder("=").name, shape, read)
+
+
+def _tag(stream: Source, order: str) -> tuple[int, int, bytes]:
+    """Kind and length of an element; the content too where it is short enough to stand in the tag."""
+    tag = _exactly(stream, 8)
+    kind, length = struct.unpack(f"{order}II", tag)
+    if kind >> 16:
+        kind, length = kind & 0xFFFF, kind >> 16
+        if length > 4:
+            raise MatFileError(f"a short element of {length} bytes")
+        return kind, length, tag[4 : 4 + length]
+    return kind, length, b""
+
+
+def _small(stream: Source, order: str, most: int) -> bytes:
+    """The content of an element of at most so many bytes."""
+    _, length, short = _tag(stream, order)
+    if short:
+        return short
+    if length > most:
+        raise MatFileError(f"an element of {length} bytes where at most {most} are expected")
+    return _exactly(stream, length + -length % 8)[:length]
+
+
+def _fill(target: NDArray[np.uint8], stream: Source, short: bytes) -> None:
+    if short:
+        target[:] = np.frombuffer(short, dtype=np.uint8)
+        return
+    for start in range(0, len(target), _PIECE):
+        part = target[start : start + _PIECE]
+        part[:] = np.frombuffer(_exactly(stream, len(part)), dtype=np.uint8)
+
+
+def _expect_end(stream: Inflated, padding: int, name: str) -> None:
+    """Nothing but padding may follow; the checksum is compared at the end of the packed content."""
+    rest = stream.read(padding + 1)
+    if len(rest) > padding:
+        raise MatFileError(f"the variable {name!r} has more content than numbers")
+
+
+def _not_numbers(name: str) -> NDArray[np.generic]:
+    raise MatFileError(f"the variable {name!r} does not hold numbers")
+
+
+def _exactly(stream: Source, size: int) -> bytes:
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError("the file is cut short")
+    return content

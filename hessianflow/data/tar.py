@@ -1,0 +1,179 @@
+"""Read the headers and files of a tar archive in order, in bounded memory and time.
+
+Known are plain files and folders in the formats ustar, GNU (long names) and pax (paths and sizes); everything else is
+handed out as "other", to be refused. The standard library reads more, but a few bytes can make it loop, or read as much
+as a header asks for.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hessianflow.data.inflate import Source
+
+_BLOCK = 512
+_PIECE = 1 << 20
+MAX_HEADER_BYTES = 1 << 16
+"""A long name or a list of attributes has at most so many bytes. Ours: eight times what a name and a link need."""
+MAX_HEADERS = 1 << 18
+"""An archive with more headers is refused. Ours: twice what the largest of our sets has."""
+
+_OCTAL = re.compile(rb" *([0-7]*) *")
+_KINDS: dict[bytes, Literal["file", "folder"]] = {b"0": "file", b"\0": "file", b"7": "file", b"5": "folder"}
+_WITHOUT_CONTENT = frozenset(b"123456")
+
+
+class TarReadError(ValueError):
+    """These bytes are no tar archive."""
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """One member, as its headers describe it.
+
+    Attributes:
+        name: as stored; bytes that are no UTF-8 as surrogate escapes.
+        size: in bytes.
+        kind: "other" is a link, a device, a sparse file, or unknown.
+    """
+
+    name: str
+    size: int
+    kind: Literal["file", "folder", "other"]
+
+
+class TarReader:
+    """Iterate to get the members; the content of the last one handed out can be read until the next is asked for.
+
+    Args:
+        stream: the archive, unpacked.
+        max_bytes: that may be read of it in all.
+
+    Raises:
+        TarReadError: the bytes are no archive, or more than allowed.
+        EOFError: the archive is cut short.
+    """
+
+    def __init__(self, stream: Source, max_bytes: int) -> None:
+        self._stream = stream
+        self._budget = max_bytes
+        self._left = 0
+
+    def __iter__(self) -> Iterator[TarMember]:
+        overrides: dict[str, str] = {}
+        for number in range(MAX_HEADERS):
+            header = self._take(_BLOCK, may_end=number > 0)
+            if not header.strip(b"\0"):
+                self._drain()
+                return
+            _check_sum(header)
+            size = _number(header[124:136])
+            flag = header[156:157]
+            if flag in b"LKxg":
+                self._read_extension(flag, size, overrides)
+                continue
+            yield from self._member(header, size, overrides)
+            overrides = {}
+        raise TarReadError(f"more than {MAX_HEADERS} members")
+
+    def blocks(self) -> Iterator[bytes]:
+        """What is left of the content of the last member handed out."""
+        while self._left:
+            block = self._take(min(self._left, _PIECE))
+            self._left -= len(block)
+            yield block
+
+    def _member(self, header: bytes, size: int, overrides: dict[str, str]) -> Iterator[TarMember]:
+        flag = header[156:157]
+        name = overrides.get("path") or _name(header)
+        kind: Literal["file", "folder", "other"] = _KINDS.get(flag, "other")
+        if flag == b"\0" and name.endswith("/"):  # how the oldest archives store folders
+            kind = "folder"
+        if "size" in overrides:
+            size = _decimal(overrides["size"])
+        if "sparse" in overrides:
+            kind = "other"
+        stored = 0 if header[156] in _WITHOUT_CONTENT else size
+        self._left = stored
+        yield TarMember(name, size if kind == "file" else 0, kind)
+        for _ in self.blocks():
+            pass
+        self._take(-stored % _BLOCK)
+
+    def _read_extension(self, flag: bytes, size: int, overrides: dict[str, str]) -> None:
+        """A header that describes the next member: GNU's long names, or pax attributes."""
+        if size > MAX_HEADER_BYTES:
+            raise TarReadError(f"a header of {size} bytes")
+        content = self._take(size)
+        self._take(-size % _BLOCK)
+        if flag == b"L":
+            overrides["path"] = _text(content)
+        elif flag == b"x":
+            found = _attributes(content)
+            overrides.update({key: found[key] for key in ("path", "size") if key in found})
+            if any(key.startswith("GNU.sparse") for key in found):
+                overrides["sparse"] = "yes"
+
+    def _take(self, size: int, *, may_end: bool = False) -> bytes:
+        self._budget -= size
+        if self._budget < 0:
+            raise TarReadError("more bytes than allowed")
+        content = self._stream.read(size)
+        if len(content) < size and (content or not may_end):
+            raise EOFError("the archive is cut short")
+        return content
+
+    def _drain(self) -> None:
+        """Read what follows the end mark: the checksum of a compressed stream is compared only where it ends."""
+        while block := self._stream.read(min(_PIECE, self._budget + 1)):
+            self._budget -= len(block)
+            if self._budget < 0:
+                raise TarReadError("more bytes than allowed behind the end")
+
+
+def _check_sum(header: bytes) -> None:
+    plain = header[:148] + b" " * 8 + header[156:]
+    signed = sum(plain) - 256 * sum(byte > 127 for byte in plain)  # some old programs summed signed bytes
+    if _number(header[148:156]) not in (sum(plain), signed):
+        raise TarReadError("a header with a wrong checksum")
+
+
+def _number(field: bytes) -> int:
+    if field[0] == 0x80:  # GNU's form of large numbers
+        return int.from_bytes(field[1:], "big")
+    found = _OCTAL.fullmatch(field.split(b"\0", 1)[0])
+    if found is None:
+        raise TarReadError("a number that is not octal")
+    return int(found[1] or b"0", 8)
+
+
+def _decimal(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise TarReadError("a size that is no number")
+    return int(text)
+
+
+def _name(header: bytes) -> str:
+    name = _text(header[:100])
+    prefix = _text(header[345:500])
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _attributes(content: bytes) -> dict[str, str]:
+    """The pax records "LENGTH KEY=VALUE\\n", each as long as it says."""
+    found: dict[str, str] = {}
+    while content:
+        digits = content[:20].split(b" ", 1)[0]
+        length = _decimal(digits.decode("latin-1"))
+        record = content[len(digits) + 1 : length]
+        key, equals, value = record.removesuffix(b"\n").partition(b"=")
+        if not (equals and record.endswith(b"\n") and length <= len(content)):
+            raise TarReadError("a damaged list of attributes")
+        found[_text(key)] = value.decode("utf-8", "surrogateescape")
+        content = content[length:]
+    return found
