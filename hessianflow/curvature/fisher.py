@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, mean_loss
+from hessianflow.batches import mean_loss, take_rows
 from hessianflow.curvature.ggn import forward_pair
 from hessianflow.curvature.jacobian import KeptJacobian
 from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
@@ -55,7 +55,7 @@ class FisherOperator(ModelOperator):
         outputs, targets = forward_pair(model, batch, "FisherOperator")
         loss = mean_loss(self.loss_fn, outputs, targets).detach()
         # Of the data's own targets: drawn labels are no less ignored, and then the mean is that of the Gauss-Newton.
-        weights = [self._weight(_example(batch, n)) for n in range(len(outputs))]
+        weights = [self._weight((None, _example(targets, n, len(outputs)))) for n in range(len(outputs))]
         if self._labels == "model":
             targets = self._sampled(outputs.detach(), targets)
         counted = [n for n in range(len(outputs)) if weights[n] > 0]
@@ -71,7 +71,7 @@ class FisherOperator(ModelOperator):
         return Piece(loss, product)
 
     def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Tensor:
-        return mean_loss(self.loss_fn, outputs[n : n + 1], _example(targets, n))
+        return mean_loss(self.loss_fn, outputs[n : n + 1], _example(targets, n, len(outputs)))
 
     def _sampled(self, outputs: Tensor, targets: Any) -> Tensor:
         if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.ndim != 2 or targets.ndim != 1:
@@ -84,5 +84,5 @@ class FisherOperator(ModelOperator):
         return torch.searchsorted(cumulative, draws[:, None]).squeeze(1).clamp(max=outputs.shape[1] - 1)
 
 
-def _example(batch: Any, n: int) -> Any:
-    return map_tensors(lambda t: t[n : n + 1], batch)
+def _example(targets: Any, n: int, total: int) -> Any:
+    return take_rows(targets, slice(n, n + 1), total, "targets")

@@ -10,7 +10,7 @@ every product, and memory does not depend on the number of pieces.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, get_args
 
@@ -190,7 +190,7 @@ class ModelOperator(Operator):
         """
         self._position, counted = 0, False
         for batch in checked_batches(self._batches):
-            for piece in _split(batch, self.microbatch_size):
+            for piece in split(batch, self.microbatch_size):
                 local = self._local(piece)
                 weight = self._weight(local)
                 if weight > 0:
@@ -202,7 +202,7 @@ class ModelOperator(Operator):
 
     def _weight(self, batch: Any) -> float:
         # A weight on the device is awaited: a piece without one must not be forwarded.
-        return float(loss_weight(self.loss_fn, batch if isinstance(batch, dict) else batch[1]))
+        return float(loss_weight(self.loss_fn, batch if isinstance(batch, Mapping) else batch[1]))
 
     def _fits(self, batch: Any) -> bool:
         return self.microbatch_size is None or num_examples(batch) <= self.microbatch_size
@@ -212,7 +212,7 @@ class ModelOperator(Operator):
         return map_tensors(lambda t: t.clone() if t.is_inference() else t, moved)
 
     def _forward_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             return mean_loss(self.loss_fn, model, batch)
         return mean_loss(self.loss_fn, model(batch[0]), batch[1])
 
@@ -279,12 +279,6 @@ def check_finite(loss: Tensor) -> None:
     # One synchronisation per graph built, so that no time goes into products of nan.
     if not bool(torch.isfinite(loss.detach()).all()):
         raise NonFiniteError("the loss is not finite (nan or inf); look at the weights and the inputs")
-
-
-def _split(batch: Any, size: int | None) -> Iterator[Any]:
-    if isinstance(batch, dict):
-        return (pair[0] for pair in split((batch, None), size))
-    return split((batch[0], batch[1]), size)
 
 
 def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
