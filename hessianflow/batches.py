@@ -118,13 +118,13 @@ def take_rows(part: Any, rows: slice | Tensor, total: int, name: str = "") -> An
     values = entries(part)
     if values is None:
         raise HessianFlowError(
-            f"{name or 'the batch'} is {article(part)}, whose rows are not known: it cannot be cut into parts; use "
+            f"{name or 'batch'} is {article(part)}, whose rows are not known: it cannot be cut into parts; use "
             "tensors in dicts, or leave the batch in one piece"
         )
     is_pair = not name and is_list(part) and len(part) == 2
     if not is_pair and is_list(part) and _is_one_an_example(part, total, name):
         return type(part)(values[number] for number in _numbers(rows, total))
-    names = ["inputs", "targets"] if is_pair else [name + entry for entry in entry_names(part)]
+    names = ["inputs", "targets"] if is_pair else [(name or "batch") + entry for entry in entry_names(part)]
     return rebuilt(part, [take_rows(v, rows, total, n) for v, n in zip(values, names, strict=True)])
 
 
@@ -143,7 +143,7 @@ def _has_rows(part: Tensor | np.ndarray[Any, Any], total: int, name: str) -> boo
     reading = _reading(part, total)
     if reading == "unknown":
         raise HessianFlowError(
-            f"{name or 'the batch'} has {part.shape[0]} rows in a batch of {total} examples and cannot be cut with "
+            f"{name or 'batch'} has {part.shape[0]} rows in a batch of {total} examples and cannot be cut with "
             "them: if all examples share it, give it a first dimension of 1 (t[None]); if they have several rows each, "
             "pad these to one"
         )
@@ -162,7 +162,7 @@ def _is_one_an_example(part: Sequence[Any], total: int, name: str) -> bool:
     can_be_cut = "rows" in readings and "unknown" not in readings
     if can_be_cut and total > 1:
         raise HessianFlowError(
-            f"{name or 'the batch'} is a {type(part).__name__} of {total} entries of {total} rows in a batch of "
+            f"{name or 'batch'} is a {type(part).__name__} of {total} entries of {total} rows in a batch of "
             f"{total} examples: is it one entry an example, or one row? Use a dict, or leave this batch in one piece"
         )
     return not can_be_cut

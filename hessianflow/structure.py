@@ -84,7 +84,8 @@ def is_plain(part: Any) -> bool:
 def article(value: Any) -> str:
     """The type of a value with its article, for messages: "a dict", "an ndarray"."""
     name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
+    sounds_like_a_vowel = name[:1].lower() in "aeio" or name == "ndarray"
+    return f"{'an' if sounds_like_a_vowel else 'a'} {name}"
 
 
 def _rebuilt_mapping(part: Mapping[Any, Any], values: Sequence[Any]) -> Any:

@@ -198,7 +198,7 @@ def test_what_might_be_shared_or_several_rows_an_example_is_refused_by_name(inpu
 
 
 def test_an_entry_of_a_mapping_batch_is_named_too():
-    with pytest.raises(HessianFlowError, match=r"\['p'\] has 100 rows in a batch of 32 examples"):
+    with pytest.raises(HessianFlowError, match=r"batch\['p'\] has 100 rows in a batch of 32 examples"):
         list(split({"p": torch.zeros(100, 3), "x": ROWS, "y": CLASSES}, 8))
 
 

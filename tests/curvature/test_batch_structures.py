@@ -96,7 +96,9 @@ def test_entries_of_another_length_count_whole_and_are_not_cut():
     whole = HessianOperator(net, loss, batch)
     torch.testing.assert_close(whole.dense(), dense(2.0), rtol=1e-12, atol=1e-14)
     assert whole.num_examples == N
-    with pytest.raises(HessianFlowError, match=rf"\['p'\] has 100 rows in a batch of {N} examples and cannot be cut"):
+    with pytest.raises(
+        HessianFlowError, match=rf"batch\['p'\] has 100 rows in a batch of {N} examples and cannot be cut"
+    ):
         HessianOperator(net, loss, batch, microbatch_size=8).dense()
 
 
