@@ -1,12 +1,14 @@
 """Move, split, weigh: what every room needs to know about a batch. Sizes are in examples.
 
-A batch is a pair (inputs, targets) or one mapping. Its parts are tensors, and mappings (a `UserDict` or the output of a
-tokenizer like a dict), dataclasses, named tuples, lists and tuples of parts. What happens when it is cut:
+A batch is a pair (inputs, targets) or one mapping. Its parts are tensors, and mappings (a
+`UserDict` or the output of a tokenizer like a dict), dataclasses, named tuples, lists and tuples of
+parts. What happens when it is cut:
 
-- A tensor or an array whose first dimension is the number of examples is cut, and so is a list or tuple with one entry
-  an example. A mapping, dataclass or named tuple, and a list or tuple of tensors, is cut part by part.
-- A tensor without a dimension or with a first dimension of 1 belongs to all examples, and so do text, numbers and None:
-  they are kept whole.
+- A tensor or an array whose first dimension is the number of examples is cut, and so is a list or
+  tuple with one entry an example. A mapping, dataclass or named tuple, and a list or tuple of
+  tensors, is cut part by part.
+- A tensor without a dimension or with a first dimension of 1 belongs to all examples, and so do
+  text, numbers and None: they are kept whole.
 - Anything else might be either, and is refused by name.
 """
 
@@ -29,16 +31,20 @@ TARGET_NAMES = ("labels", "label", "targets", "target", "y")
 
 
 def num_examples(batch: Any) -> int:
-    """Number of examples of a batch, or of its targets: the first dimension that their tensors have in common.
+    """Number of examples of a batch, or of its targets: the first dimension of their tensors.
 
-    In a pair the targets decide, in a mapping the first entry that has one of :data:`TARGET_NAMES`; the inputs where
-    these hold no tensor.
+    In a pair the targets decide, in a mapping the first entry that has one of :data:`TARGET_NAMES`;
+    the inputs where these hold no tensor.
 
     Raises:
-        HessianFlowError: no tensor with a dimension in it, or several first dimensions and nothing that decides.
+        HessianFlowError: no tensor with a dimension in it, or several first dimensions and nothing
+            that decides.
     """
-    if isinstance(batch, Tensor) and batch.ndim > 0:
-        return int(batch.shape[0])
+    if is_list(batch) and not batch:
+        return 0
+    decisive = batch[1] if is_list(batch) and len(batch) == 2 else batch
+    if isinstance(decisive, Tensor) and decisive.ndim > 0:
+        return int(decisive.shape[0])
     found = _counts(batch)
     if is_list(batch) and len(batch) == 2:
         inputs, targets = (_counts(part) for part in batch)
@@ -58,7 +64,7 @@ def num_examples(batch: Any) -> int:
 
 
 def move(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
-    """The same structure with every tensor on `device`, and every other object that has a method `to`."""
+    """The same structure with all tensors on `device`, and other objects that have a method `to`."""
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -69,7 +75,7 @@ def move(batch: Any, device: torch.device | str, *, non_blocking: bool = False) 
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """Apply `function` to every tensor; leave everything else, and the structure, as it is (`structure.rebuilt`)."""
+    """Apply `function` to every tensor; leave all else, and the structure, as it is."""
     return mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
@@ -109,8 +115,11 @@ def take_rows(part: Any, rows: slice | Tensor, total: int, name: str = "") -> An
         name: of the part, for errors; those of a pair are "inputs" and "targets".
 
     Raises:
-        HessianFlowError: an entry of another length than `total`, or a list that can be read in two ways.
+        HessianFlowError: an entry of another length than `total`, or a list that can be read in two
+            ways.
     """
+    if isinstance(part, Tensor) and part.ndim > 0 and part.shape[0] == total:
+        return part[rows]
     if isinstance(part, (Tensor, np.ndarray)):
         return _cut(part, rows) if _has_rows(part, total, name) else part
     if is_plain(part):
@@ -241,11 +250,12 @@ def loss_weight(loss_fn: LossFn, targets: Any) -> int | Tensor:
 def as_batches(data: Any) -> Iterable[Any]:
     """One pair, or one mapping, as a list of one batch; an iterable of batches as it is.
 
-    A tuple or list of two is a pair unless its second member is one itself, or both are mappings: ((x1, x2), y) is a
-    pair, [(x, y), (x, y)] and [{...}, {...}] are two batches.
+    A tuple or list of two is a pair unless its second member is one itself, or both are mappings:
+    ((x1, x2), y) is a pair, [(x, y), (x, y)] and [{...}, {...}] are two batches.
 
     Raises:
-        HessianFlowError: a tensor, tensors that are no pair, or a data set whose items are single examples.
+        HessianFlowError: a tensor, tensors that are no pair, or a data set whose items are single
+            examples.
     """
     if isinstance(data, Mapping):
         return [data]
@@ -262,18 +272,27 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 
 def as_pair(batch: Any) -> Batch:
-    """A batch to train on as (inputs, targets), which agree on the number of examples.
+    """A batch as (inputs, targets).
 
     Raises:
-        HessianFlowError: something else than a pair; targets that are a list of mappings; numbers of rows that differ.
+        HessianFlowError: something else.
     """
-    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-        size = f" of {len(batch)}" if isinstance(batch, (list, tuple, Mapping)) else ""
-        raise HessianFlowError(
-            f"a batch to train on must be a pair (inputs, targets), got {article(batch)}{size}: let each item of the "
-            "data set, or what collate_fn returns, be (inputs, targets); either may be a dict"
-        )
-    inputs, targets = batch
+    if is_list(batch) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)}" if isinstance(batch, (list, tuple, Mapping)) else ""
+    raise HessianFlowError(
+        f"a batch must be a pair (inputs, targets), got {article(batch)}{size}: let each item of the data set, or what "
+        "collate_fn returns, be (inputs, targets); either may be a dict"
+    )
+
+
+def training_pair(batch: Any) -> Batch:
+    """(inputs, targets) that agree on the number of examples: progress counts what was drawn.
+
+    Raises:
+        HessianFlowError: no pair; targets that are a list of mappings; numbers of rows that differ.
+    """
+    inputs, targets = as_pair(batch)
     if is_list(targets) and targets and _are_alike(targets):
         raise HessianFlowError(
             f"targets must be tensors with one row an example, got {article(targets)} of {len(targets)} entries of "
@@ -289,9 +308,10 @@ def as_pair(batch: Any) -> Batch:
 
 
 def _counts(part: Any, *, lists: bool = False) -> set[int]:
-    """The first dimensions found in a part; with `lists`, also the lengths of lists that may hold an entry an example.
+    """The first dimensions found in a part.
 
-    A list of text or numbers, and one of mappings or dataclasses that are alike, counts by its length.
+    A list of text or numbers, and one of mappings or dataclasses that are alike, counts by its
+    length. With `lists` every other list adds its length: its entries may be one an example.
     """
     if isinstance(part, (Tensor, np.ndarray)):
         return {int(part.shape[0])} if part.ndim else set()
@@ -308,7 +328,7 @@ def _counts(part: Any, *, lists: bool = False) -> set[int]:
 
 
 def _are_alike(part: Sequence[Any]) -> bool:
-    """Whether a list holds mappings of the same keys, or dataclasses of one type: most likely one an example."""
+    """Whether a list holds mappings of the same keys, or dataclasses of one type."""
     if all(isinstance(entry, Mapping) for entry in part):
         return all(entry.keys() == part[0].keys() for entry in part)
     return is_dataclass(part[0]) and all(type(entry) is type(part[0]) for entry in part)

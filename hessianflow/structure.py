@@ -1,12 +1,14 @@
 """Nested parts of a batch: how they are opened, renamed and put together again.
 
-A part with entries is a mapping (a dict, a `UserDict`, the output of a tokenizer), a dataclass, a named tuple, a list
-or a tuple. All else has none: tensors, text, numbers, and objects of classes that nothing is known of.
+A part with entries is a mapping (a dict, a `UserDict`, the output of a tokenizer), a dataclass, a
+named tuple, a list or a tuple. All else has none: tensors, text, numbers, and objects of classes
+that nothing is known of.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from numbers import Number
 from typing import Any
@@ -19,7 +21,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 def entries(part: Any) -> list[Any] | None:
     """The entries of a part, in order; None where it is of no kind that has any."""
-    if isinstance(part, (Tensor, str, bytes, PackedSequence)):  # the last is a tuple whose entries go together
+    if type(part) in (list, tuple):
+        return list(part)
+    # The entries of a packed sequence, which is a named tuple, make sense together only.
+    if isinstance(part, (Tensor, str, bytes, PackedSequence)):
         return None
     if isinstance(part, Mapping):
         return list(part.values())
@@ -31,7 +36,7 @@ def entries(part: Any) -> list[Any] | None:
 
 
 def entry_names(part: Any) -> list[str]:
-    """How code would name the entries, as in "['mask']", "[0]" or ".boxes"; in the order of :func:`entries`."""
+    """How code would name the entries, as in "['mask']", "[0]" or ".boxes", in their order."""
     if isinstance(part, Mapping):
         return [f"[{key!r}]" for key in part]
     if is_named_tuple(part):
@@ -44,10 +49,13 @@ def entry_names(part: Any) -> list[str]:
 def rebuilt(part: Any, values: Sequence[Any]) -> Any:
     """A copy of `part` with other entries, in the order of :func:`entries`.
 
-    Its type is kept, but a mapping that cannot be copied and written to becomes a dict.
+    Its type is kept, but a mapping that is neither a dict nor a `UserDict`, or does not let its
+    entries be set, becomes a dict.
     """
     if type(part) is dict:
         return dict(zip(part, values, strict=True))
+    if type(part) in (list, tuple):
+        return type(part)(values)
     if isinstance(part, Mapping):
         return _rebuilt_mapping(part, values)
     if is_named_tuple(part):
@@ -72,7 +80,7 @@ def is_named_tuple(part: Any) -> bool:
 
 
 def is_list(part: Any) -> bool:
-    """Whether a part is a list or a tuple without names: its entries may be of one kind, and any number."""
+    """Whether a part is a list or a tuple without names: it may have any number of entries."""
     return isinstance(part, (list, tuple)) and not is_named_tuple(part)
 
 
@@ -90,11 +98,12 @@ def article(value: Any) -> str:
 
 def _rebuilt_mapping(part: Mapping[Any, Any], values: Sequence[Any]) -> Any:
     found = dict(zip(part, values, strict=True))
-    if not isinstance(part, MutableMapping):
-        return found
+    if not isinstance(part, (dict, UserDict)):
+        return found  # a shallow copy of another class may share its entries with the original
     try:
         made = copy.copy(part)
-        made.update(found)
+        for key, value in found.items():  # classes that forbid update() let their entries be set
+            made[key] = value
     except Exception:  # whatever a class of others raises: a dict holds the same
         return found
     return made

@@ -1,6 +1,7 @@
 """What counts as one batch, how many examples it has, and what happens to each kind of entry when it is cut."""
 
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessianflow.batches import as_batches, as_pair, map_tensors, move, num_examples, split, take_rows
+from hessianflow.batches import as_batches, as_pair, map_tensors, move, num_examples, split, take_rows, training_pair
 from hessianflow.interfaces import HessianFlowError
 
 X, Y = torch.zeros(4, 2), torch.zeros(4)
@@ -80,6 +81,7 @@ def test_what_is_no_batch_is_refused(data, message):
         ((Y, Y, Y), 4),
         ([("a", "b", "c"), [1, 2, 3]], 3),
         (["a", "b", "c"], 3),
+        ([], 0),
         (Graph(X), 4),
         (Pair(X, (Y, Y)), 4),
         (({"a": X}, {"a": X}), 4),
@@ -163,6 +165,58 @@ def test_what_a_mapping_has_beside_its_entries_is_kept_where_it_can_be():
     assert torch.equal(found["x"], ROWS[:3])
 
 
+class Strict(dict):
+    """As the outputs of transformers: entries are attributes, too, and `update` is forbidden."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        setattr(self, key, value)
+
+    def update(self, *_: Any) -> None:
+        raise TypeError("you cannot use update")
+
+
+class Closed(dict):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("no entry can be set")
+
+
+class Sharing(MutableMapping):
+    """A shallow copy writes into the same entries."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def __getitem__(self, key: str) -> Any:
+        return self.found[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.found[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.found[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
+def test_mappings_with_rules_of_their_own_are_kept_or_become_dicts():
+    mapping = Strict()
+    mapping["x"] = ROWS
+    found = take_rows(mapping, slice(3), 32)
+    assert type(found) is Strict
+    assert torch.equal(found.x, ROWS[:3])
+    assert mapping.x is ROWS
+    for other in (Closed(x=ROWS), Sharing({"x": ROWS})):
+        found = take_rows(other, slice(3), 32)
+        assert type(found) is dict
+        assert torch.equal(found["x"], ROWS[:3])
+        assert other["x"] is ROWS
+
+
 def test_rows_by_number_are_taken_from_every_kind():
     rows = torch.tensor([5, 2])
     found = take_rows({"x": ROWS, "names": list("abcdefgh" * 4), "array": np.arange(32)}, rows, 32)
@@ -215,7 +269,10 @@ def test_a_list_that_can_be_read_in_two_ways_is_refused():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"x": X, "labels": Y}, r"must be a pair \(inputs, targets\), got a dict of 2: let each item of the data set"),
+        (
+            {"x": X, "labels": Y},
+            r"a batch must be a pair \(inputs, targets\), got a dict of 2: let each item of the data set",
+        ),
         (UserDict(x=X, labels=Y), "got a UserDict of 2"),
         ((X, Y, Y), "got a tuple of 3"),
         ((X,), "got a tuple of 1"),
@@ -228,7 +285,7 @@ def test_a_list_that_can_be_read_in_two_ways_is_refused():
 )
 def test_what_cannot_be_trained_on_is_refused(batch, message):
     with pytest.raises(HessianFlowError, match=message):
-        as_pair(batch)
+        training_pair(batch)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +293,17 @@ def test_what_cannot_be_trained_on_is_refused(batch, message):
     [X, {"x": X, "mask": torch.ones(3, 3)}, [torch.zeros(3, n, 8) for n in range(4)], torch.zeros(1, 2), list("abcd")],
 )
 def test_pairs_to_train_on_pass(inputs):
-    assert as_pair((inputs, Y)) == (inputs, Y)
-    assert as_pair([inputs, Y]) == (inputs, Y)
+    assert training_pair((inputs, Y)) == (inputs, Y)
+    assert training_pair([inputs, Y]) == (inputs, Y)
+
+
+def test_a_pair_to_evaluate_need_not_agree_on_rows():
+    flattened = torch.zeros(20)
+    assert as_pair([X, flattened]) == (X, flattened)
+    with pytest.raises(
+        HessianFlowError, match=r"a batch must be a pair \(inputs, targets\), got a tuple of 3: let each"
+    ):
+        as_pair((X, Y, Y))
 
 
 def test_objects_that_can_move_are_moved():

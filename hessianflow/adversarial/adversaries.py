@@ -93,9 +93,9 @@ class PGD:
             microbatch_size: most rows attacked in one forward pass; None: all at once.
 
         Raises:
-            HessianFlowError: a share outside [0, 1], inputs that are not one tensor of floating point numbers, inputs
-                outside the valid range (first call), a loss that does not depend on the inputs, a microbatch_size below
-                1.
+            HessianFlowError: a share outside [0, 1], inputs that are not one tensor of floating
+                point numbers, inputs outside the valid range (first call), a loss that does not
+                depend on the inputs, a microbatch_size below 1.
         """
         check_one_tensor(inputs)
         if microbatch_size is not None and microbatch_size < 1:

@@ -104,10 +104,11 @@ def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> 
 
 
 def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be perturbed") -> None:
-    """Refuse inputs in a structure, where nothing says which of several tensors is to be perturbed, and how far.
+    """Refuse inputs in a structure: nothing says which tensor is to be perturbed, and how far.
 
     Args:
-        value: the inputs, or something else that has a `name` and must be a tensor for another `purpose`.
+        value: the inputs, or something else that has a `name` and must be a tensor for another
+            `purpose`.
         name: for the message.
         purpose: likewise.
 
@@ -122,8 +123,8 @@ def place(budget: Budget, x: Tensor) -> Budget:
     """The budget on the device and in the precision of `x`, shaped to broadcast over its channels.
 
     Raises:
-        HessianFlowError: inputs that are not one tensor of floating point numbers, or a number of channels that differs
-            from that of eps or value_range.
+        HessianFlowError: inputs that are not one tensor of floating point numbers, or a number of
+            channels that differs from that of eps or value_range.
     """
     check_one_tensor(x)
     if not x.is_floating_point():

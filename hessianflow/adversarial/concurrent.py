@@ -147,7 +147,8 @@ class ConcurrentAdversary:
         """Start to make the twins of `share` of the rows, spread evenly, with the weights of now.
 
         Raises:
-            HessianFlowError: a share outside [0, 1]; inputs or targets that are not one tensor each.
+            HessianFlowError: a share outside [0, 1]; inputs or targets that are not one tensor
+                each.
         """
         check_one_tensor(inputs)
         check_one_tensor(targets, "targets", "to have adversarial twins")

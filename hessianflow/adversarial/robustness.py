@@ -62,8 +62,8 @@ def robust_accuracy(
         "clean", every name given, and, with more than one attack, "worst": correct under all attacks and clean.
 
     Raises:
-        HessianFlowError: no example; batches that are no pairs, or targets that are not one tensor; a name that is
-            taken; a confidence outside (0, 1).
+        HessianFlowError: no example; batches that are no pairs, or targets that are not one tensor;
+            a name that is taken; a confidence outside (0, 1).
     """
     taken = {"clean", "worst"} & set(attacks)
     if taken:

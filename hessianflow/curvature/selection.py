@@ -56,7 +56,8 @@ def batches_of(data: Any) -> Iterable[Any]:
     """The data as a re-iterable of batches; :func:`hessianflow.batches.as_batches` says what one batch is.
 
     Raises:
-        HessianFlowError: an iterator that can be read only once, something that cannot be iterated, or single examples.
+        HessianFlowError: an iterator that can be read only once, something that cannot be iterated,
+            or single examples.
     """
     batches = as_batches(data)
     if isinstance(data, Iterator):

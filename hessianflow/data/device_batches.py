@@ -1,7 +1,8 @@
-"""A whole set of images or features on the device, images as uint8, cut into augmented, normalised batches there.
+"""A whole set of images or features on the device, cut into augmented, normalised batches there.
 
-Nothing crosses from host to device while an epoch runs, and a batch of another size costs nothing: a batch is a range
-of places in an order that was drawn for the whole epoch.
+Images may be stored as uint8. Nothing crosses from host to device while an epoch runs, and a batch
+of another size costs nothing: a batch is a range of places in an order that was drawn for the whole
+epoch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,8 @@ class DeviceBatches(ExampleStream):
     cutout. All iterators share one place: use one at a time.
 
     Args:
-        images: uint8 or floating point [N, C, H, W], or features [N, C], series [N, C, T] and the like, which can be
-            neither augmented nor laid out in another way.
+        images: uint8 or floating point [N, C, H, W], or features [N, C], series [N, C, T] and the
+            like, which can be neither augmented nor laid out in another way.
         targets: N targets, usually int64 class indices [N].
         batch_size: examples a batch, over all ranks.
         seed: of order and augmentation.
@@ -190,7 +191,10 @@ def _check_shapes(images: Tensor, targets: Tensor, augment: Augmentation, channe
 def _affine(
     shape: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gain and shift, float64 [C, 1, 1] for images, with gain * pixel + shift = (pixel / scale - mean) / std."""
+    """Gain and shift with gain * pixel + shift = (pixel / scale - mean) / std.
+
+    Each is float64 and broadcasts over one example: [C, 1, 1] for images.
+    """
     channels = shape[0] if shape else 1
     means, stds = mean or [0.0] * channels, std or [1.0] * channels
     for name, values in (("mean", means), ("std", stds)):

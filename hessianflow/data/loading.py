@@ -1,8 +1,9 @@
-"""What happens in the processes that load: items by key, and how they travel to the process that trains.
+"""What happens in the processes that load: items by key, and how they travel.
 
-Where the default collate makes batches, every entry has one row an example, so chunks are collated where they are
-loaded and joined later: the batch is the same. Any other `collate_fn` must see all items of a batch at once (to pad
-them to the longest, say), so the items themselves travel, with their tensors in one piece of shared memory a chunk.
+Where the default collate makes batches, every entry has one row an example, so chunks are collated
+where they are loaded and joined later: the batch is the same. Any other `collate_fn` must see all
+items of a batch at once (to pad them to the longest, say), so the items themselves travel, with
+their tensors in one piece of shared memory a chunk.
 """
 
 import io
@@ -38,7 +39,7 @@ class ChunkPlan:
 
 
 class Failure:
-    """An error of a worker that is one line for the user: without this, torch would add its traceback to it."""
+    """An error of a worker that is one line for the user: torch would add a traceback to it."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -104,7 +105,10 @@ def kept_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
 
 
 class Packed:
-    """Any objects, with the plain tensors in them side by side in one: few files are opened, and one copy is made."""
+    """Any objects, with all plain tensors in them side by side in one.
+
+    Each tensor sent by itself would take an open file of the process, of which there are few.
+    """
 
     def __init__(self, items: Any) -> None:
         stream = io.BytesIO()
@@ -156,14 +160,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def rows_of(stack: Any, rows: slice) -> Any:
-    """Some examples of what the default collate made: there, everything has one row or entry an example.
+    """Some examples of what the default collate made: all in it has one row or entry an example.
 
     Raises:
         HessianFlowError: an entry of a type that torch does not stack by itself.
     """
     if isinstance(stack, Tensor) or _is_text(stack):
         return stack[rows]
-    return rebuilt(stack, [rows_of(entry, rows) for entry in _opened(stack)])
+    parts = [e[rows] if isinstance(e, Tensor) else rows_of(e, rows) for e in _opened(stack)]
+    return rebuilt(stack, parts)
 
 
 def joined(stacks: list[Any]) -> Any:
@@ -184,12 +189,14 @@ def joined(stacks: list[Any]) -> Any:
 
 
 def _is_text(stack: Any) -> bool:
-    return is_list(stack) and bool(stack) and all(isinstance(entry, (str, bytes)) for entry in stack)
+    return is_list(stack) and bool(stack) and isinstance(stack[0], (str, bytes))
 
 
 def _opened(stack: Any) -> list[Any]:
+    if type(stack) is list:
+        return stack
     values = entries(stack)
-    if values is None or not (isinstance(stack, (Mapping, tuple, list))):
+    if values is None or not isinstance(stack, (Mapping, tuple)):
         raise HessianFlowError(
             f"the default collate made {article(stack)}, which cannot be cut into batches: leave it out in the data "
             "set, or pass a collate_fn"

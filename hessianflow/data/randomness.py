@@ -1,9 +1,10 @@
-"""The random numbers that a data set or a `collate_fn` draws: seeded for each example or batch, then put back.
+"""The random numbers that a data set or a `collate_fn` draws: seeded each time, then put back.
 
-Seeded are the global generators (Python, NumPy and torch on the CPU) and those that the object holds: in its
-attributes, and in what these hold (a list of transforms, a wrapped data set). Workers would otherwise each draw from
-their copy of one generator, and no run could be resumed. Generators out of reach, such as those in the globals of a
-module or in a closure, are the owner's affair: `worker_init_fn` can seed them.
+They are seeded for each example or batch. Seeded are the global generators (Python, NumPy and torch
+on the CPU) and those that the object holds: in its attributes, and in what these hold (a list of
+transforms, a wrapped data set). Workers would otherwise each draw from their copy of one generator,
+and no run could be resumed. Generators out of reach, such as those in the globals of a module or in
+a closure, are the owner's affair: `worker_init_fn` can seed them.
 """
 
 import functools
@@ -61,11 +62,12 @@ class Randomness:
                 put_back()
 
     def seed(self, seed: int, stream: Stream, *key: int) -> None:
-        """Seed all of them, to be used within :meth:`kept`; those held each with a seed of their own."""
+        """Seed all of them, within :meth:`kept`; those held each with a seed of their own."""
         own = stream_seed(seed, stream, *key)
         random.seed(own)
         np.random.seed(own % 2**32)
-        # torch.manual_seed would also queue a call for every GPU, in each worker and for each example.
+        # torch.manual_seed would also queue a call for every GPU, in each worker and for each
+        # example.
         torch.default_generator.manual_seed(own)
         for number, generator in enumerate(self._held or ()):
             _seed(generator, stream_seed(seed, "held", number, *key))

@@ -1,14 +1,16 @@
 """Batches of changing size from any map-style data set, loaded ahead by worker processes.
 
-A `DataLoader` loads small chunks of fixed size in the order of the epoch; the consumer cuts the stream of chunks into
-batches of the size wanted at that moment. A change of size therefore takes effect on the very next batch, and the
-workers never notice it. (With several ranks the parts of future batches do depend on their size: there, what was loaded
-ahead is dropped once.) Chunks are stacked where they are loaded if torch's default collate makes the batches; any other
-`collate_fn` is given all items of a batch at once, in the process that trains.
+A `DataLoader` loads small chunks of fixed size in the order of the epoch; the consumer cuts the
+stream of chunks into batches of the size wanted at that moment. A change of size therefore takes
+effect on the very next batch, and the workers never notice it. (With several ranks the parts of
+future batches do depend on their size: there, what was loaded ahead is dropped once.) Chunks are
+stacked where they are loaded if torch's default collate makes the batches; any other `collate_fn`
+is given all items of a batch at once, in the process that trains.
 
-The random numbers of an example's own transforms (Python, NumPy and torch, in worker or main process, and generators
-that the data set holds) are seeded from (seed, epoch, index), and those of a `collate_fn` from (seed, epoch, place), so
-that they too are the same whatever the workers or the interruptions; see :mod:`hessianflow.data.randomness`.
+The random numbers of an example's own transforms (Python, NumPy and torch, in worker or main
+process, and generators that the data set holds) are seeded from (seed, epoch, index), and those of
+a `collate_fn` from (seed, epoch, place), so that they too are the same whatever the workers or the
+interruptions; see :mod:`hessianflow.data.randomness`.
 """
 
 from collections import deque
@@ -36,18 +38,23 @@ from hessianflow.data.streams import ExampleStream, stream_seed
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.structure import is_list
 
+COMPARED_SIZES = (7, 5)
+"""Of the batches that show which entries have a row an example: two that few tensors have. Ours."""
+
 
 class AdaptiveBatches(ExampleStream):
     """Resumable batches of a map-style data set, whose size may change at any time.
 
-    Iterating yields what is left of the current epoch, the last partial batch included, then enters the next epoch
-    (see `hessianflow.interfaces.ResizableBatches`). All iterators share one place: use one at a time. After an error of
-    the data set the batch that failed is the next one.
+    Iterating yields what is left of the current epoch, the last partial batch included, then enters
+    the next epoch (see `hessianflow.interfaces.ResizableBatches`). All iterators share one place:
+    use one at a time. After an error of the data set the batch that failed is the next one.
 
-    A batch is what `collate_fn` returns, a list as a tuple; to train on, it must be a pair (inputs, targets).
+    A batch is what `collate_fn` returns, a list as a tuple; to train on, it must be a pair (inputs,
+    targets).
 
-    A data set that is changed between two epochs is seen as it is when an epoch begins: by workers, too, as they are
-    started anew. A change within an epoch reaches what is not loaded yet in this process, and workers in the next one.
+    A data set that is changed between two epochs is seen as it is when an epoch begins: by workers,
+    too, as they are started anew. A change within an epoch reaches what is not loaded yet in this
+    process, and workers in the next one.
 
     Args:
         dataset: any map-style `torch.utils.data.Dataset` with a length; its items are collated by `collate_fn`.
@@ -57,21 +64,22 @@ class AdaptiveBatches(ExampleStream):
         pin_memory: page-locked chunks, for an overlapping copy to a GPU.
         device: where the batches are put.
         transform: applied to every batch once it is on the device, e.g. :class:`hessianflow.data.Normalise`.
-        collate_fn: makes a batch of the list of its items (on several ranks, of those of this rank's part), in this
-            process: work on single examples belongs in the data set. None: torch's default, applied where items are
-            loaded.
+        collate_fn: makes a batch of the list of its items (on several ranks, of those of this
+            rank's part), in this process: work on single examples belongs in the data set. None:
+            torch's default, applied where items are loaded.
         shuffle: False for evaluation: the order is the stored one, and a batch may be larger than the set.
         chunk_size: examples a worker loads at a time.
         prefetch_examples: how far to load ahead, over all workers.
         value_range: lowest and highest valid input (after `transform`), to clamp attacks; handed through.
-        worker_init_fn: called in each worker with its number when it starts; `torch.initial_seed()` then depends on
-            (seed, epoch) and that number.
-        persistent_workers: keep the workers from one epoch to the next. It saves the time to start them (25 to 50 ms
-            a worker where processes are forked), but they go on with the data set as it was when they started.
+        worker_init_fn: called in each worker with its number when it starts; `torch.initial_seed()`
+            then depends on (seed, epoch) and that number.
+        persistent_workers: keep the workers from one epoch to the next. It saves the time to start
+            them (some 50 ms a worker where processes are forked), but they go on with the data set
+            as it was when they started.
 
     Raises:
-        HessianFlowError: a data set without a length or without items by index, or a number out of range; at a batch:
-            items that cannot be stacked, or a data set whose length has changed.
+        HessianFlowError: a data set without a length or without items by index, or a number out of
+            range; at a batch: items that cannot be stacked, or a data set whose length has changed.
     """
 
     def __init__(
@@ -94,7 +102,7 @@ class AdaptiveBatches(ExampleStream):
     ) -> None:
         _check_options(dataset, num_workers, chunk_size, prefetch_examples)
         super().__init__(len(dataset), batch_size, seed=seed, shuffle=shuffle)  # type: ignore[arg-type]
-        self._dataset, self._examples = dataset, SeededExamples(dataset, seed)
+        self._examples = SeededExamples(dataset, seed)
         self._collate = None if collate_fn is default_collate else collate_fn
         self._randomness = Randomness(collate_fn)
         self._transform, self._device, self._pin_memory = transform, torch.device(device), pin_memory
@@ -113,6 +121,7 @@ class AdaptiveBatches(ExampleStream):
         self._loader: DataLoader[Any] = DataLoader(self._examples, **self._options)
         self._chunks: Iterator[Any] | None = None
         self._loaded: deque[Any] = deque()  # stacked chunks, or items
+        self._is_stackable = False  # until a chunk was looked at
 
     @property
     def device(self) -> torch.device:
@@ -160,6 +169,21 @@ class AdaptiveBatches(ExampleStream):
         """
         return self.examples(self._sampled_indices(count, seed))
 
+    def check_rows(self) -> None:
+        """Refuse a `collate_fn` whose batches cannot be cut, before any is.
+
+        Whether an entry has one row an example is seen by collating two batches of different
+        size: of one batch alone, a mask [4, 4] beside four examples looks like four rows.
+
+        Raises:
+            HessianFlowError: an entry that has another number of rows, by name.
+        """
+        sizes = [size for size in COMPARED_SIZES if size <= self._num_examples]
+        for size in sizes if self._collate is not None else ():
+            items = self._examples.__getitems__([(0, index) for index in range(size)])
+            batch = self._collated(items, 0, self._num_examples)
+            take_rows(tuple(batch) if is_list(batch) else batch, slice(1), size)
+
     def _places_from(self, start: int, stop: int) -> Tensor:
         """Places this rank will need: those of the batch at hand, then of all later ones at the current size."""
         if self._world_size == 1:
@@ -188,15 +212,16 @@ class AdaptiveBatches(ExampleStream):
             raise
 
     def _start_loading(self, start: int, stop: int) -> None:
-        """Load this rank's part of the batch at hand and of all later ones of the epoch, by new workers.
+        """Load this rank's part of this batch and of all later ones of the epoch, by new workers.
 
         Raises:
             HessianFlowError: the data set is not as long as it was.
         """
-        length = len(self._dataset)  # type: ignore[arg-type]
+        dataset = self._examples.dataset
+        length = len(dataset)  # type: ignore[arg-type]
         if length != self._num_examples:
             raise HessianFlowError(
-                f"the {type(self._dataset).__name__} had {self._num_examples} examples and now has {length}: make a "
+                f"the {type(dataset).__name__} had {self._num_examples} examples and now has {length}: make a "
                 "new AdaptiveBatches when a data set changes its length"
             )
         self._examples.randomness.look_again()
@@ -215,12 +240,14 @@ class AdaptiveBatches(ExampleStream):
         return chunk  # type: ignore[no-any-return]
 
     def _next_rows(self, count: int) -> Any:
-        """The next `count` examples, joined from chunks; what is left of the last chunk stays for later."""
+        """The next `count` examples, joined from chunks; what is left of the last one stays."""
         parts = []
         while count > 0:
             if not self._loaded:
                 size, chunk = self._next_chunk()
-                rows_of(chunk, slice(0, 0))  # refuses at once what could not be cut later
+                if not self._is_stackable:
+                    rows_of(chunk, slice(0, 0))  # refuses at the start what could not be cut later
+                    self._is_stackable = True
                 self._loaded.append((size, move(chunk, self._device, non_blocking=self._pin_memory)))
             size, chunk = self._loaded.popleft()
             if size > count:
@@ -241,7 +268,7 @@ class AdaptiveBatches(ExampleStream):
         return take_rows(self._collated(self._examples.__getitems__([(0, 0)]), 0, self._num_examples), slice(0, 0), 1)
 
     def _collated(self, items: Any, epoch: int, place: int) -> Any:
-        """A batch of items on the device; random numbers of `collate_fn` depend on epoch and place alone.
+        """A batch of items on the device; what `collate_fn` draws depends on epoch and place alone.
 
         For items that are outside the order the place is the one behind the last.
         """
@@ -259,8 +286,9 @@ class AdaptiveBatches(ExampleStream):
         return batch if self._transform is None else self._transform(batch)
 
     def _end_workers(self) -> None:
-        """After an error: the loader cannot be used any more, and what was taken off it is needed again."""
-        # The traceback holds on to the iterator. Processes forked later would inherit it, and try to end its workers.
+        """After an error: the loader is of no use, and what was taken off it is needed again."""
+        # The traceback holds on to the iterator. Processes forked later would inherit it, and try
+        # to end its workers.
         end = getattr(self._chunks, "_shutdown_workers", None)
         if end is not None:
             end()

@@ -46,10 +46,10 @@ def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
 class ExampleStream:
     """Place in a shuffled, endless sequence of epochs over `num_examples` examples; the base of both kinds of batches.
 
-    Iterating yields what is left of the current epoch, the last partial batch included, then enters the next epoch. A
-    batch that cannot be made, for an error of the data or an interruption, is the next one to come. Without shuffling
-    every iteration starts at the first example, as evaluation wants it, until a state is loaded or a rank set: from
-    then on it goes on where it stood, too.
+    Iterating yields what is left of the current epoch, the last partial batch included, then enters
+    the next epoch. A batch that cannot be made, for an error of the data or an interruption, is the
+    next one to come. Without shuffling every iteration starts at the first example, as evaluation
+    wants it, until a state is loaded or a rank set: from then on it goes on where it stood, too.
 
     With several ranks, a batch of n examples that starts at place p is cut into contiguous parts: rank r of w takes
     [p + n*r//w, p + n*(r+1)//w). All ranks see the same number of batches; where a batch has fewer examples than there
@@ -146,9 +146,10 @@ class ExampleStream:
         self._starts_over = False
 
     def _handed_out(self, make: Callable[[int, int], T]) -> Iterator[T]:
-        """What `make` makes of this rank's [start, stop) in the order, for each batch left in the epoch.
+        """What `make` makes of this rank's [start, stop) for each batch left in the epoch.
 
-        The cursor moves before a batch is handed out, so a state taken while it is in use lies behind it.
+        The cursor moves before a batch is handed out, so a state taken while it is in use lies
+        behind it.
         """
         self._warn_of_equal_ranks()
         if self._starts_over:

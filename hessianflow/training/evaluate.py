@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import as_batches, loss_weight, mean_loss, move, num_examples
+from hessianflow.batches import as_batches, as_pair, loss_weight, mean_loss, move, num_examples
 from hessianflow.interfaces import Batch, HessianFlowError, LossFn, Reducer
 from hessianflow.measuring import measuring
 from hessianflow.training.world import LocalWorld
@@ -45,9 +45,9 @@ def evaluate(
     # Sums of loss, of what it divides by, of hits, examples, and batches without classes.
     sums = torch.zeros(5, dtype=float64_on(device), device=device)
     with measuring(model) as inner, torch.no_grad():
-        for number, (inputs, targets) in enumerate(as_batches(data)):
+        for number, batch in enumerate(as_batches(data)):
             if number % ranks.world_size == ranks.rank:
-                inputs, targets = move(inputs, device), move(targets, device)
+                inputs, targets = as_pair(move(batch, device))
                 sums += _figures(inner(inputs), targets, loss_fn, sums)
     # The one wait for the device: the figures leave it here.
     loss, weight, correct, examples, unclassified = ranks.sum(sums).tolist()

@@ -234,3 +234,32 @@ def test_packed_items_are_unpacked_as_they_were() -> None:
         before, after = item["record"].x, found["record"].x
         assert (before.dtype, before.layout, type(before)) == (after.dtype, after.layout, type(after))
         assert torch.equal(before.to_dense().detach(), after.to_dense().detach())
+
+
+@pytest.mark.parametrize("rows", [4, 5, 7, 10])
+def test_an_entry_that_is_shared_is_told_from_rows_whatever_its_length(rows: int) -> None:
+    """Also where it has as many rows as a batch has examples."""
+
+    def collate(items: list[Any]) -> Any:
+        x, y = default_collate(items)
+        return {"x": x, "mask": torch.ones(rows, rows)}, y
+
+    data = [(torch.ones(3), n) for n in range(COUNT)]
+    with pytest.raises(HessianFlowError, match=rf"inputs\['mask'\] has {rows} rows in a batch of [57] examples"):
+        make(data, collate_fn=collate).check_rows()
+
+
+@pytest.mark.parametrize("count", [1, 5, COUNT])
+@pytest.mark.parametrize(
+    "collate",
+    [
+        None,
+        default_collate,
+        lambda items: ({"x": default_collate(items)[0], "mask": torch.ones(1, 7, 7)}, torch.zeros(len(items))),
+        lambda items: tuple(zip(*items, strict=True)),
+        lambda items: ([torch.ones(3, 5, 5)] * len(items), torch.zeros(len(items))),
+        lambda items: {"x": torch.ones(len(items), 5), "size": (7, 7), "n": len(items)},
+    ],
+)
+def test_batches_that_can_be_cut_pass(collate: Any, count: int) -> None:
+    make([(torch.ones(3), n) for n in range(count)], 1, collate_fn=collate).check_rows()

@@ -71,8 +71,10 @@ def test_a_mask_of_another_length_is_whole_or_refused_by_name() -> None:
     trainer(oracle, ITEMS, 32, plain).fit()
     assert net.seen == {(4, 4)}
     torch.testing.assert_close(net.linear.weight, oracle.linear.weight, rtol=1e-13, atol=1e-15)
-    with pytest.raises(HessianFlowError, match=r"inputs\['mask'\] has 4 rows in a batch of 32 .* first dimension of 1"):
-        trainer(Net(), ITEMS, 32, holding(dict, MASK), microbatch_size=8).fit()
+    growing = hf.control.AdaBatch(16, 64, adversarial_share=0)
+    for size, options in ((32, {"microbatch_size": 8}), (4, {"microbatch_size": 2}), (16, {"controller": growing})):
+        with pytest.raises(HessianFlowError, match=r"inputs\['mask'\] has 4 rows in a batch of 7 .* dimension of 1"):
+            trainer(Net(), ITEMS, size, holding(dict, MASK), **options)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +166,22 @@ def test_a_padding_collate_trains_through_growth_and_resumes_exactly(tmp_path: P
     resumed = run(None)
     resumed.resume(tmp_path / "run")
     assert torch.equal(whole.model.linear.weight, resumed.model.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([(torch.rand(4, 4), torch.zeros(4).long(), 1.0)], r"must be a pair \(inputs, targets\), got a tuple of 3"),
+        ([{"x": torch.rand(4, 4), "y": torch.zeros(4).long()}], r"must be a pair \(inputs, targets\), got a dict of 2"),
+        (torch.utils.data.TensorDataset(torch.rand(4, 4), torch.zeros(4).long()), "got a TensorDataset: batch a data"),
+        ((torch.rand(4, 4), torch.zeros(4).long(), 1.0), "got a tuple of 3"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(data: Any, message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    for measure in (
+        lambda: hf.training.evaluate(model, data, cross_entropy),
+        lambda: hf.training.recalibrate(model, data),
+    ):
+        with pytest.raises(HessianFlowError, match=message):
+            measure()
