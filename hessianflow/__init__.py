@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         training,
     )
     from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
+    from hessianflow.losses import WeightedLoss
     from hessianflow.training.record import History
     from hessianflow.training.trainer import AdaptiveBatchTrainer
 
@@ -34,6 +35,7 @@ __all__ = [
     "HessianFlowError",
     "History",
     "Progress",
+    "WeightedLoss",
     "adversarial",
     "control",
     "curvature",
@@ -50,6 +52,7 @@ __all__ = [
 _CLASSES = {
     "AdaptiveBatchTrainer": "hessianflow.training.trainer",
     "History": "hessianflow.training.record",
+    "WeightedLoss": "hessianflow.losses",
     **dict.fromkeys(("CurvatureReading", "Decision", "HessianFlowError", "Progress"), "hessianflow.interfaces"),
 }
 

@@ -1,4 +1,4 @@
-"""Move, split, weigh: what every room needs to know about a batch. Sizes are in examples.
+"""Move, count, cut: what every room needs to know about a batch. Sizes are in examples.
 
 A batch is a pair (inputs, targets) or one mapping. Its parts are tensors, and mappings (a
 `UserDict` or the output of a tokenizer like a dict), dataclasses, named tuples, lists and tuples of
@@ -14,16 +14,14 @@ parts. What happens when it is cut:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from hessianflow.interfaces import Batch, HessianFlowError, LossFn
+from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.structure import article, entries, entry_names, is_list, is_plain, mapped, rebuilt
 
 TARGET_NAMES = ("labels", "label", "targets", "target", "y")
@@ -211,42 +209,6 @@ def _edge(total: int, parts: int, index: int) -> int:
     return index * (total // parts) + min(index, total % parts)
 
 
-def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
-    """The mean loss over the examples of one batch, a scalar, whatever reduction `loss_fn` uses.
-
-    A scalar counts as a mean unless `loss_fn` (or the function a `functools.partial` wraps) says `reduction="sum"`; a
-    vector counts as one value per example.
-    """
-    loss = loss_fn(outputs, targets)
-    if loss.ndim > 0:
-        return loss.mean()
-    if _setting(loss_fn, "reduction") == "sum":
-        return loss / num_examples(targets)
-    return loss
-
-
-def loss_weight(loss_fn: LossFn, targets: Any) -> int | Tensor:
-    """What the mean of `loss_fn` over a batch divides by; means over parts of a batch are averaged with these weights.
-
-    The number of examples; for cross-entropy (or NLL) over class indices the sum of their class weights, ignored
-    targets left out, as a scalar tensor: torch divides by that, so weighting parts by examples would be wrong.
-    """
-    # Integers divide in torch's default type; a float64 count keeps ratios exact for float64 models.
-    exact = torch.float32 if isinstance(targets, Tensor) and targets.device.type == "mps" else torch.float64
-    innermost = _innermost(loss_fn)
-    by_class = isinstance(innermost, _CLASS_LOSSES) or innermost in _CLASS_FUNCTIONS
-    if not by_class or not isinstance(targets, Tensor) or targets.is_floating_point():
-        return num_examples(targets)
-    if _setting(loss_fn, "reduction") != "mean":
-        return num_examples(targets)
-    weight, ignored = _setting(loss_fn, "weight"), _setting(loss_fn, "ignore_index")
-    counted: Tensor = targets != ignored
-    if weight is None:
-        return counted.sum(dtype=exact)
-    total: Tensor = weight[targets.clamp(0, len(weight) - 1)].mul(counted).sum(dtype=exact)
-    return total
-
-
 def as_batches(data: Any) -> Iterable[Any]:
     """One pair, or one mapping, as a list of one batch; an iterable of batches as it is.
 
@@ -337,21 +299,3 @@ def _are_alike(part: Sequence[Any]) -> bool:
 def _listed(counts: set[int]) -> str:
     *head, last = map(str, sorted(counts))
     return f"{', '.join(head)} and {last}" if head else last
-
-
-_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
-_CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
-_DEFAULTS: Mapping[str, Any] = {"reduction": "mean", "weight": None, "ignore_index": -100}
-
-
-def _innermost(loss_fn: Any) -> Any:
-    return _innermost(loss_fn.func) if isinstance(loss_fn, partial) else loss_fn
-
-
-def _setting(loss_fn: Any, name: str) -> Any:
-    """An option of a loss: an attribute of a module, a keyword of a `functools.partial`, or torch's default."""
-    while isinstance(loss_fn, partial):
-        if name in loss_fn.keywords:
-            return loss_fn.keywords[name]
-        loss_fn = loss_fn.func
-    return getattr(loss_fn, name, _DEFAULTS[name])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 Batch = tuple[Any, Any]
 """One pair (inputs, targets); each a tensor, or a mapping, dataclass, list or tuple; see :mod:`hessianflow.batches`."""
 
-LossFn = Callable[[Any, Any], Tensor]
-"""loss_fn(outputs, targets): the mean over examples, or, with a `reduction` attribute that says so, their sum or one
-value per example."""
+LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | float | Tensor]]
+"""loss_fn(outputs, targets): a mean, a scalar tensor; or, with a `reduction` attribute that says so, a sum or one value
+per example; or the pair (sum, count). :mod:`hessianflow.losses` says how it is found what a mean divides by."""
 
 NormMode = Literal["eval", "batch"]
 """Statistics that batch normalisation uses in a measurement: "eval" the running ones, "batch" those of the batch
@@ -297,13 +297,25 @@ class EpochMeasurement(Stateful, Protocol):
         ...
 
 
+class Hits(NamedTuple):
+    """How many targets were hit.
+
+    Attributes:
+        correct: targets whose class had the largest score, an int64 scalar on the device.
+        counted: targets that count; those that the loss ignores do not.
+    """
+
+    correct: Tensor
+    counted: int | float | Tensor
+
+
 @dataclass(frozen=True)
 class BatchTotals:
     """One optimization batch over all ranks.
 
     Attributes:
-        loss: mean over all its examples, a scalar on the device.
-        correct: hits over all its examples, an int64 scalar on the device; None where no rank counts them.
+        loss: mean over all its examples, a scalar on the device; 0 where nothing counts.
+        hits: over all its examples; None where no rank counts them.
         examples: its size.
         counts: sums over ranks of what each was asked to count.
         means: further means over ranks, each with its whole weight.
@@ -311,7 +323,7 @@ class BatchTotals:
     """
 
     loss: Tensor
-    correct: Tensor | None
+    hits: Hits | None
     examples: int
     counts: tuple[int, ...] = ()
     means: tuple[tuple[Tensor, float | Tensor], ...] = ()
@@ -354,7 +366,7 @@ class World(Reducer, Protocol):
     def finish(
         self,
         loss: Tensor,
-        correct: Tensor | None,
+        hits: Hits | None,
         counts: Sequence[int] = (),
         means: Sequence[tuple[Tensor, float | Tensor]] = (),
     ) -> BatchTotals:
@@ -362,7 +374,7 @@ class World(Reducer, Protocol):
 
         Args:
             loss: the mean that was differentiated.
-            correct: hits; None without examples, or where they are not counted.
+            hits: None without examples, or where they are not counted.
             counts: what else to sum over ranks, as many on every rank.
             means: (mean, weight) of what else to average over ranks, as many on every rank.
         """

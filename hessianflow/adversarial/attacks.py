@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 
 from hessianflow.adversarial.budget import Budget, Norm, PerChannel, ValueRange, check_in_range, make_budget, place
 from hessianflow.adversarial.fixed_norm import fixed_normalisation
-from hessianflow.batches import mean_loss
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+from hessianflow.losses import mean_loss
 from hessianflow.measuring import measuring
 
 FAST_RANDOM_STEP = 1.25

@@ -30,8 +30,8 @@ from hessianflow.adversarial.budget import check_one_tensor
 from hessianflow.adversarial.mixing import perturbed_rows
 from hessianflow.adversarial.runners import AttackRunner, Interleaved, TwinAttack
 from hessianflow.adversarial.split_norm import clean_rows, is_split
-from hessianflow.batches import mean_loss
 from hessianflow.interfaces import Exposure, HessianFlowError, InputAttack, LossFn
+from hessianflow.losses import mean_loss
 
 
 @dataclass(frozen=True)

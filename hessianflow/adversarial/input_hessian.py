@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from hessianflow.adversarial.attacks import attacking
 from hessianflow.adversarial.budget import check_one_tensor
-from hessianflow.batches import mean_loss
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+from hessianflow.losses import mean_loss
 
 
 class InputHessian:

@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import mean_loss, take_rows
+from hessianflow.batches import take_rows
 from hessianflow.curvature.ggn import forward_pair
 from hessianflow.curvature.jacobian import KeptJacobian
 from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
 from hessianflow.curvature.selection import Selection
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+from hessianflow.losses import Averaged
 
 Labels = Literal["data", "model"]
 
@@ -53,13 +54,20 @@ class FisherOperator(ModelOperator):
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         outputs, targets = forward_pair(model, batch, "FisherOperator")
-        loss = mean_loss(self.loss_fn, outputs, targets).detach()
+        averaged = self._average(outputs, targets)
+        loss, weight = averaged.value.detach(), float(averaged.weight)
+        if weight == 0:
+            return Piece(loss, 0.0, torch.zeros_like)
+        # The rows of the matrix are the examples, however the data are cut.
+        self._check_split(outputs, targets)
         # Of the data's own targets: drawn labels are no less ignored, and then the mean is that of the Gauss-Newton.
-        weights = [self._weight((None, _example(targets, n, len(outputs)))) for n in range(len(outputs))]
+        examples = [self._example_loss(outputs, targets, n) for n in range(len(outputs))]
+        weights = [float(example.weight) for example in examples]
         if self._labels == "model":
             targets = self._sampled(outputs.detach(), targets)
+            examples = [self._example_loss(outputs, targets, n) for n in range(len(outputs))]
         counted = [n for n in range(len(outputs)) if weights[n] > 0]
-        losses = torch.stack([self._example_loss(outputs, targets, n) for n in counted])
+        losses = torch.stack([examples[n].value for n in counted])
         check_finite(losses)
         shares = losses.new_tensor([weights[n] for n in counted])
         shares /= shares.sum()
@@ -68,10 +76,10 @@ class FisherOperator(ModelOperator):
         def product(vector: Tensor) -> Tensor:
             return jacobian.transposed(shares * jacobian.forward(vector))
 
-        return Piece(loss, product)
+        return Piece(loss, weight, product)
 
-    def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Tensor:
-        return mean_loss(self.loss_fn, outputs[n : n + 1], _example(targets, n, len(outputs)))
+    def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Averaged:
+        return self._loss(outputs[n : n + 1], _example(targets, n, len(outputs)))
 
     def _sampled(self, outputs: Tensor, targets: Any) -> Tensor:
         if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.ndim != 2 or targets.ndim != 1:

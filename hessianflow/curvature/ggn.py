@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import mean_loss
 from hessianflow.curvature.jacobian import KeptJacobian
 from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
 from hessianflow.interfaces import HessianFlowError
@@ -25,7 +24,10 @@ class GGNOperator(ModelOperator):
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         outputs, targets = forward_pair(model, batch, "GGNOperator")
-        loss = mean_loss(self.loss_fn, outputs, targets)
+        averaged = self._average(outputs, targets)
+        loss, weight = averaged.value, float(averaged.weight)
+        if weight == 0:
+            return Piece(loss.detach(), 0.0, torch.zeros_like)
         check_finite(loss)
         (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
         jacobian = KeptJacobian(outputs, self.parameters, self.dtype)
@@ -38,7 +40,7 @@ class GGNOperator(ModelOperator):
             )
             return jacobian.transposed(curved)
 
-        return Piece(loss.detach(), product)
+        return Piece(loss.detach(), weight, product)
 
 
 def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:

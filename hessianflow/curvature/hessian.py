@@ -26,7 +26,9 @@ class HessianOperator(ModelOperator):
     """
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
-        loss = self._checked_loss(model, batch)
+        loss, weight = self._checked_loss(model, batch)
+        if weight == 0:
+            return Piece(loss.detach(), 0.0, torch.zeros_like)
         check_twice_differentiable(loss)
         gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         # One flat tensor with its graph: autograd, not Python, then cuts each vector into pieces.
@@ -38,4 +40,4 @@ class HessianOperator(ModelOperator):
             second = torch.autograd.grad(gradient, self.parameters, vector, retain_graph=True, allow_unused=True)
             return flatten(second, self.parameters, self.dtype)
 
-        return Piece(loss.detach(), product)
+        return Piece(loss.detach(), weight, product)

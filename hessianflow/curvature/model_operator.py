@@ -1,8 +1,9 @@
 """What the Hessian, the Gauss-Newton and the Fisher operator of a model share: data, weights, averages, care.
 
 The operator is that of the mean loss over all examples, L(w) = 1/N sum_n loss(f(x_n; w), y_n): every piece that is
-forwarded enters with what its mean divides by (`batches.loss_weight`: its examples; with class weights or ignored
-targets their sum), so unequal batches and any microbatch size give the same matrix.
+forwarded enters with what its mean divides by (:mod:`hessianflow.losses`: its examples; with class weights or ignored
+targets their sum), so unequal batches and any microbatch size give the same matrix. Where that is a guess, the first
+parts are compared with the whole.
 
 One batch in one pass: its graph is built once and kept for all products (`release()` frees it), and built anew as soon
 as a weight, a buffer or the batch has changed. Several batches, or microbatches: the graph of each piece is rebuilt in
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import loss_weight, map_tensors, mean_loss, move, num_examples, split
+from hessianflow.batches import map_tensors, move, num_examples, split
 from hessianflow.curvature.derivatives import explained, full_precision, second_order
 from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
 from hessianflow.curvature.operator import NonFiniteError, Operator
@@ -25,14 +26,25 @@ from hessianflow.curvature.selection import Selection, batches_of, checked_batch
 from hessianflow.curvature.vectors import flatten
 from hessianflow.folding import folded_normalisation
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+from hessianflow.losses import Averaged, MeanLoss, SplitCheck
 from hessianflow.measuring import measuring, unwrap
 
 
 class Piece(NamedTuple):
-    """One forwarded batch or microbatch: its mean loss (a detached scalar) and the product with its matrix."""
+    """One forwarded batch or microbatch.
+
+    Attributes:
+        loss: its mean, a detached scalar.
+        weight: what that mean divides by; 0 where nothing counts.
+        product: multiplies a vector with its matrix.
+    """
 
     loss: Tensor
+    weight: float
     product: Callable[[Tensor], Tensor]
+
+
+NO_TARGET = "no target counts: all are ignored or of weight 0; look at ignore_index and weight"
 
 
 class ModelOperator(Operator):
@@ -40,8 +52,9 @@ class ModelOperator(Operator):
 
     Args:
         model: any module; DataParallel, DistributedDataParallel and torch.compile wrappers are looked through.
-        loss_fn: loss_fn(outputs, targets). Mean, sum (said by a `reduction` attribute) and per-example losses count
-            alike, as the mean over examples. For a batch that is a dict it is called as loss_fn(model, batch).
+        loss_fn: loss_fn(outputs, targets). Mean, sum (said by a `reduction` attribute), (sum, count) and per-example
+            losses count alike, as the mean over what counts. For a batch that is a dict it is called as
+            loss_fn(model, batch).
         data: one pair (inputs, targets), one dict, or a re-iterable of them (a list, a DataLoader without shuffled
             augmentation); told apart as in `batches.as_batches`. The model is called as model(inputs).
         params: trainable parameters to differentiate by: None for all, name patterns ("layer1", "*.bias"), or tensors.
@@ -56,7 +69,8 @@ class ModelOperator(Operator):
 
     Raises:
         HessianFlowError: nothing trainable, no data, a bad option; at a product: a loss that is not finite
-            (:class:`NonFiniteError`), cannot be differentiated twice, or changes from one product to the next.
+            (:class:`NonFiniteError`), cannot be differentiated twice, changes from one product to the next, or is not
+            the weighted mean of its parts where the data are cut.
     """
 
     def __init__(
@@ -73,6 +87,8 @@ class ModelOperator(Operator):
         self._model = unwrap(model)
         self.names, self.parameters = select_parameters(self._model, params)
         self.loss_fn = loss_fn
+        self._loss = MeanLoss(loss_fn)
+        self._check_split = SplitCheck(self._loss)
         self.norm_mode = norm_mode
         self.microbatch_size = microbatch_size
         self._check_deterministic = check_deterministic
@@ -83,7 +99,7 @@ class ModelOperator(Operator):
         self.device = self.parameters[0].device
         self.dtype = _vector_dtype(self.parameters)
         self._position = 0  # examples of this pass before the piece at hand
-        self._kept: tuple[Piece, float, _State] | None = None
+        self._kept: tuple[Piece, _State] | None = None
         self._last_loss: tuple[_State, float] | None = None
 
     @abstractmethod
@@ -106,8 +122,14 @@ class ModelOperator(Operator):
 
     @property
     def loss_weight(self) -> float:
-        """What the mean loss divides by (reads the data once): examples, or the sum of their class weights."""
-        return sum(self._weight(self._local(batch)) for batch in checked_batches(self._batches))
+        """What the mean loss divides by: examples, or the sum of the class weights of the targets that count.
+
+        Reads the data once, and runs the model on them where only the loss can tell.
+        """
+        if self._loss.is_known:
+            return sum(self._weight_ahead(batch) or 0.0 for batch in self._pieces())
+        with measuring(self._model, self.norm_mode) as inner, full_precision():
+            return sum(float(self._averaged(inner, batch).weight) for batch in self._pieces())
 
     def mean_loss(self) -> float:
         """The loss whose curvature this is, at the current weights."""
@@ -118,12 +140,14 @@ class ModelOperator(Operator):
         """The gradient of the mean loss by the selected parameters, shape [size]."""
         total, whole = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0.0
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
-            for batch, weight in self._pieces():
-                loss = self._checked_loss(model, batch)
+            for batch in self._pieces():
+                loss, weight = self._checked_loss(model, batch)
+                if weight == 0:
+                    continue
                 grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
                 total.add_(flatten(grads, self.parameters, self.dtype), alpha=weight)
                 whole += weight
-        return total.div_(whole)
+        return total.div_(_counted(whole))
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._mean_product(vector)[0]
@@ -135,22 +159,25 @@ class ModelOperator(Operator):
             vector = vector.clone() if vector.is_inference() else vector
             if self._single is None or not self._fits(self._single):
                 return self._rebuilt_product(vector)
-            piece, weight = self._kept_piece(self._single)
+            piece = self._kept_piece(self._single)
             with explained(num_examples(self._single)):
-                return piece.product(vector), weight
+                return piece.product(vector), piece.weight
 
-    def _kept_piece(self, batch: Any) -> tuple[Piece, float]:
+    def _kept_piece(self, batch: Any) -> Piece:
         state = _State(self._model, batch)
-        if self._kept is None or not self._kept[2].matches(state):
+        if self._kept is None or not self._kept[1].matches(state):
             self._kept = None  # the old graph goes before the new one comes
             with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
-                local, weight = next(self._pieces())
+                local = next(self._pieces(), None)
+                if local is None:
+                    raise HessianFlowError(NO_TARGET)
                 with explained(num_examples(batch)):
                     piece = self._prepare(model, local)
-                self._check_deterministic_once(model, state, [(local, weight)])
+                _counted(piece.weight)
+                self._check_deterministic_once(model, state, [local])
             self._check_repeats(state, piece.loss)
-            self._kept = (piece, weight, state)
-        return self._kept[0], self._kept[1]
+            self._kept = (piece, state)
+        return self._kept[0]
 
     def _rebuilt_product(self, vector: Tensor) -> tuple[Tensor, float]:
         total, whole = torch.zeros_like(vector), 0.0
@@ -158,13 +185,15 @@ class ModelOperator(Operator):
         state = _State(self._model, self._single)
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             self._check_deterministic_once(model, state, self._pieces())
-            for batch, weight in self._pieces():
+            for batch in self._pieces():
                 with explained(num_examples(batch)):
                     piece = self._prepare(model, batch)
-                    total.add_(piece.product(vector), alpha=weight)
-                loss += piece.loss.double() * weight
-                whole += weight
-        self._check_repeats(state, loss / whole)
+                    if piece.weight == 0:
+                        continue
+                    total.add_(piece.product(vector), alpha=piece.weight)
+                loss += piece.loss.double() * piece.weight
+                whole += piece.weight
+        self._check_repeats(state, loss / _counted(whole))
         return total.div_(whole), whole
 
     @contextmanager
@@ -182,27 +211,20 @@ class ModelOperator(Operator):
         with second_order(model), folded_normalisation(model) as folded, cheap:
             yield folded
 
-    def _pieces(self) -> Iterator[tuple[Any, float]]:
-        """What is forwarded at once, and its weight; pieces of weight 0 (all targets ignored) have no mean: left out.
-
-        Raises:
-            HessianFlowError: no target counts at all.
-        """
-        self._position, counted = 0, False
+    def _pieces(self) -> Iterator[Any]:
+        """What is forwarded at once; pieces that are known to count for nothing (all targets ignored) are left out."""
+        self._position = 0
         for batch in checked_batches(self._batches):
             for piece in split(batch, self.microbatch_size):
                 local = self._local(piece)
-                weight = self._weight(local)
-                if weight > 0:
-                    counted = True
-                    yield local, weight
+                if self._weight_ahead(local) != 0:
+                    yield local
                 self._position += num_examples(piece)
-        if not counted:
-            raise HessianFlowError("no target counts: all are ignored or of weight 0; look at ignore_index and weight")
 
-    def _weight(self, batch: Any) -> float:
+    def _weight_ahead(self, batch: Any) -> float | None:
         # A weight on the device is awaited: a piece without one must not be forwarded.
-        return float(loss_weight(self.loss_fn, batch if isinstance(batch, Mapping) else batch[1]))
+        weight = self._loss.weight_ahead(batch if isinstance(batch, Mapping) else batch[1])
+        return None if weight is None else float(weight)
 
     def _fits(self, batch: Any) -> bool:
         return self.microbatch_size is None or num_examples(batch) <= self.microbatch_size
@@ -211,28 +233,42 @@ class ModelOperator(Operator):
         moved = move(batch, self.device, non_blocking=True)
         return map_tensors(lambda t: t.clone() if t.is_inference() else t, moved)
 
-    def _forward_loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
+        """The mean loss of one piece and its weight."""
         if isinstance(batch, Mapping):
-            return mean_loss(self.loss_fn, model, batch)
-        return mean_loss(self.loss_fn, model(batch[0]), batch[1])
+            return self._average(model, batch)
+        return self._average(model(batch[0]), batch[1])
 
-    def _checked_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        loss = self._forward_loss(model, batch)
-        check_finite(loss)
-        if not loss.requires_grad:
-            raise HessianFlowError("the loss does not depend on the selected parameters; is it detached?")
-        return loss
+    def _average(self, outputs: Any, targets: Any) -> Averaged:
+        """The mean loss of a piece from what the model returned; for a dict from the model itself."""
+        averaged = self._loss(outputs, targets)
+        if self._single is None or not self._fits(self._single):
+            self._check_split(outputs, targets)
+        return averaged
 
-    def _mean_loss(self, model: nn.Module, pieces: Iterable[tuple[Any, float]]) -> Tensor:
+    def _checked_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+        """The mean loss of one piece, fit to be differentiated, and its weight; of weight 0 it is not looked at."""
+        averaged = self._averaged(model, batch)
+        loss, weight = averaged.value, float(averaged.weight)
+        if weight > 0:
+            check_finite(loss)
+            if not loss.requires_grad:
+                raise HessianFlowError("the loss does not depend on the selected parameters; is it detached?")
+        return loss, weight
+
+    def _mean_loss(self, model: nn.Module, pieces: Iterable[Any]) -> Tensor:
         total, whole = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
         with torch.no_grad():
-            for batch, weight in pieces:
+            for batch in pieces:
                 with explained(num_examples(batch)):
-                    total += self._forward_loss(model, batch).double() * weight
-                whole += weight
-        return total / whole
+                    averaged = self._averaged(model, batch)
+                weight = float(averaged.weight)
+                if weight > 0:
+                    total += averaged.value.double() * weight
+                    whole += weight
+        return total / _counted(whole)
 
-    def _check_deterministic_once(self, model: nn.Module, state: "_State", pieces: Iterable[tuple[Any, float]]) -> None:
+    def _check_deterministic_once(self, model: nn.Module, state: "_State", pieces: Iterable[Any]) -> None:
         # Products repeat each other's random numbers (measuring restores the generators), a kept graph its own: only a
         # second pass within one product shows that the loss is random.
         if self._check_deterministic and self._last_loss is None:
@@ -279,6 +315,17 @@ def check_finite(loss: Tensor) -> None:
     # One synchronisation per graph built, so that no time goes into products of nan.
     if not bool(torch.isfinite(loss.detach()).all()):
         raise NonFiniteError("the loss is not finite (nan or inf); look at the weights and the inputs")
+
+
+def _counted(weight: float) -> float:
+    """The weight itself.
+
+    Raises:
+        HessianFlowError: it is 0.
+    """
+    if weight == 0:
+        raise HessianFlowError(NO_TARGET)
+    return weight
 
 
 def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:

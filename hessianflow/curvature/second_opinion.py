@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import mean_loss, move, num_examples
+from hessianflow.batches import move, num_examples
 from hessianflow.curvature.density import SpectralDensity, spectral_density
 from hessianflow.curvature.derivatives import second_order
 from hessianflow.curvature.eigenpairs import top_eigenpairs
@@ -30,6 +30,7 @@ from hessianflow.curvature.operator import CallableOperator
 from hessianflow.curvature.trace import trace
 from hessianflow.curvature.vectors import flatten, unflatten
 from hessianflow.interfaces import Batch, HessianFlowError, LossFn
+from hessianflow.losses import mean_loss
 from hessianflow.measuring import unwrap
 
 

@@ -10,7 +10,6 @@ bucket leaves as soon as its last gradient is there, so that sums overlap with c
 all ranks. The model itself is not wrapped: curvature and attacks differentiate it without setting off any exchange.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hessianflow.distributed.reducers import GroupReducer
-from hessianflow.interfaces import BatchTotals, HessianFlowError
+from hessianflow.interfaces import BatchTotals, HessianFlowError, Hits
 
 BUCKET_BYTES = 25 * 2**20
 """Largest bucket, unless one parameter is larger. Default of torch's DistributedDataParallel."""
@@ -30,7 +29,7 @@ class GradientSynchronizer:
     """Makes every `.grad` the gradient of the mean loss over the examples of all ranks.
 
     A step is: `begin(examples)`; backward passes that leave in `.grad` the gradient of the mean over this rank's own
-    examples (the last of them within `last_backward()`, for overlap); `finish(loss, correct)`; the optimizer's step.
+    examples (the last of them within `last_backward()`, for overlap); `finish(loss, hits)`; the optimizer's step.
     All ranks must take part in every step, one without examples by `begin(0)` and `finish(None, None)`.
 
     A parameter that no rank used keeps None as its gradient.
@@ -103,7 +102,7 @@ class GradientSynchronizer:
     def finish(
         self,
         loss: Tensor | None,
-        correct: Tensor | None,
+        hits: Hits | None,
         counts: Sequence[int] = (),
         means: Sequence[tuple[Tensor, float | Tensor]] = (),
     ) -> BatchTotals:
@@ -111,7 +110,7 @@ class GradientSynchronizer:
 
         Args:
             loss: mean over this rank's examples, a scalar; None without examples.
-            correct: hits among this rank's examples; None without examples, or where they are not counted.
+            hits: among this rank's examples; None without examples, or where they are not counted.
             counts: what else to sum over ranks, such as 1 for a request to stop; as many on every rank.
             means: (mean, weight) of what else to average over ranks, as many on every rank.
 
@@ -119,33 +118,35 @@ class GradientSynchronizer:
             What the batch gave over all ranks, the same on each.
         """
         if self._examples > 0:
-            self._counts_hits = correct is not None
+            self._counts_hits = hits is not None
         own = self._read_weight()
         used_here = (p.grad is not None for p in self._parameters)
         control = torch.tensor([self._examples, own, *counts, *used_here], dtype=torch.float64)
-        figures = torch.zeros(2 + 2 * len(means), dtype=torch.float64, device=self._device)
+        figures = torch.zeros(3 + 2 * len(means), dtype=torch.float64, device=self._device)
         if loss is not None and own > 0:  # the mean of nothing is nan, and counts for nothing
             figures[0] = loss.detach() * own
-        if correct is not None:
-            figures[1] = correct
+        if hits is not None:
+            figures[1] = hits.correct
+            figures[2] = hits.counted
         for number, (mean, weight_of_mean) in enumerate(means, start=1):
-            figures[2 * number] = _counted(mean, weight_of_mean)
-            figures[2 * number + 1] = weight_of_mean
+            figures[2 * number + 1] = _counted(mean, weight_of_mean)
+            figures[2 * number + 2] = weight_of_mean
         control, figures = self._exchange(control, figures)
         examples, weight, *rest = control.tolist()
         summed, used = rest[: len(counts)], rest[len(counts) :]
         if examples == 0:
             raise HessianFlowError("a batch of 0 examples over all ranks has no mean loss: check the training data")
-        # Where every target is ignored the mean is that of nothing: nan, as in one process.
-        self._settle(used, weight or math.nan)
-        hits = figures[1].round().to(torch.int64) if self._counts_hits else None
-        pairs = figures[2:].view(-1, 2)
+        # Where every target is ignored there is nothing to learn: loss and gradient are 0, as in one process.
+        divisor = weight or 1.0
+        self._settle(used, divisor)
+        found = Hits(figures[1].round().to(torch.int64), figures[2]) if self._counts_hits else None
+        pairs = figures[3:].view(-1, 2)
         return BatchTotals(
-            figures[0] / (weight or math.nan),
-            hits,
+            figures[0] / divisor,
+            found,
             int(examples),
             tuple(map(int, summed)),
-            tuple((pair[0] / pair[1], pair[1]) for pair in pairs),
+            tuple((pair[0] / pair[1].clamp_min(1e-300), pair[1]) for pair in pairs),
             weight,
         )
 
@@ -173,7 +174,7 @@ class GradientSynchronizer:
         for parameter, ranks in zip(self._parameters, used, strict=True):
             if ranks == 0:
                 parameter.grad = None
-        self._reference = 1.0 if math.isnan(weight) else weight
+        self._reference = weight
 
     def _arrived_in(self, bucket: "_Bucket") -> Callable[[Tensor], None]:
         def arrived(_: Tensor) -> None:

@@ -12,7 +12,7 @@ from hessianflow.distributed.process_group import from_environment, local_device
 from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError
+from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError, Hits
 from hessianflow.measuring import unwrap
 
 
@@ -93,12 +93,12 @@ class GroupWorld:
     def finish(
         self,
         loss: Tensor,
-        correct: Tensor | None,
+        hits: Hits | None,
         counts: Sequence[int] = (),
         means: Sequence[tuple[Tensor, float | Tensor]] = (),
     ) -> BatchTotals:
         """See :meth:`GradientSynchronizer.finish`."""
-        return self._synchronizer.finish(loss, correct, counts, means)
+        return self._synchronizer.finish(loss, hits, counts, means)
 
     def average_buffers(self) -> None:
         """See :func:`hessianflow.distributed.average_buffers`."""

@@ -7,6 +7,7 @@ set and takes round(d / B) whole batches.
 Deviation: a worker keeps its momentum when the resolution changes (the published code recompiles, and loses it).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from hessianflow.batches import move
 from hessianflow.control import WorkerPlan
 from hessianflow.distributed.parameter_server import Weights
 from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
+from hessianflow.losses import weighted
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator, OwnResult
+from hessianflow.training.evaluate import summed
 from hessianflow.training.ghost_norm import ghost_normalisation
 
 
@@ -85,7 +88,8 @@ class LocalTraining:
         norm_batch_size: examples that batch normalisation sees at once; None: the forward pass.
 
     Attributes:
-        figures: of the last local epoch: loss (mean), correct, examples, steps, batch_size, seconds.
+        figures: of the last local epoch: loss (mean), weight (what it divides by), correct, counted, examples,
+            steps, batch_size, seconds.
     """
 
     def __init__(
@@ -118,12 +122,15 @@ class LocalTraining:
         local, self._next = max(self._next, epoch), max(self._next, epoch) + 1
         results = list(self._steps(epoch, local * self._course.workers + self._course.worker, plan))
         trained = sum(result.rows for result in results)
-        loss = torch.stack([result.loss.double() * result.rows for result in results]).sum()
-        hits = [result.correct for result in results if result.correct is not None]
+        losses = torch.stack([weighted(result.loss.double(), result.weight) for result in results])
+        weight = float(sum(result.weight for result in results))
+        hits = summed([result.hits for result in results])
         made = self._flat.read()  # waits for the device, so that the clock may be read and the sums may leave it
         self.figures = {
-            "loss": loss.item() / trained,
-            "correct": int(torch.stack(hits).sum().item()) if hits else -1,
+            "loss": losses.sum().item() / weight if weight else math.nan,
+            "weight": weight,
+            "correct": -1 if hits is None else int(hits.correct),
+            "counted": 0 if hits is None else float(hits.counted),
             "examples": trained,
             "steps": len(results),
             "batch_size": plan.batch_size,

@@ -64,7 +64,9 @@ class _Counters:
     best: float | None = None
     training_seconds: float = 0.0
     loss: float = 0.0
+    weight: float = 0.0
     correct: int = 0
+    counted: float = 0.0
     trained: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -157,8 +159,11 @@ class DualBatchTrainer:
         c.examples += int(figures["examples"])
         c.updates += int(figures["steps"])
         c.training_seconds += figures["seconds"]
-        c.loss += figures["loss"] * figures["examples"]
+        if figures["weight"] > 0:
+            c.loss += figures["loss"] * figures["weight"]
+        c.weight += figures["weight"]
         c.correct += int(figures["correct"])
+        c.counted += figures["counted"]
         c.trained += int(figures["examples"])
         stage, _ = self._job.stage_at(commit.epoch)
         self._record.write(
@@ -170,7 +175,7 @@ class DualBatchTrainer:
                 **{name: figures[name] for name in ("batch_size", "steps", "loss", "seconds")},
             }
         )
-        if not math.isfinite(figures["loss"]):
+        if figures["weight"] > 0 and not math.isfinite(figures["loss"]):
             where = f"the training loss of worker {commit.worker} was not finite in epoch {commit.epoch + 1}"
             self._event("diverged", where)
             raise DivergenceError(f"{where}: lower the rate; {self._record.last_checkpoint()}")
@@ -208,8 +213,8 @@ class DualBatchTrainer:
                 "resolution": stage.level.resolution,
                 "lr": self._job.rate_at(epoch),
                 "adversarial_share": 0.0,
-                "train_loss": c.loss / c.trained,
-                "train_accuracy": c.correct / c.trained if c.correct >= 0 else None,
+                "train_loss": c.loss / c.weight if c.weight else math.nan,
+                "train_accuracy": c.correct / c.counted if c.counted else None,
                 "eval_loss": evaluation.loss,
                 "eval_accuracy": evaluation.accuracy,
                 "clock_seconds": c.clock,
@@ -222,7 +227,7 @@ class DualBatchTrainer:
         )
         improved = evaluation.accuracy is not None and (c.best is None or evaluation.accuracy > c.best)
         best = evaluation.accuracy if improved else c.best
-        self._counters = replace(c, best=best, loss=0.0, correct=0, trained=0, seconds=total)
+        self._counters = replace(c, best=best, loss=0.0, weight=0.0, correct=0, counted=0.0, trained=0, seconds=total)
         if improved:
             self._save(None, checkpoint.BEST)
 

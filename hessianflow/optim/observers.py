@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import mean_loss, num_examples
+from hessianflow.batches import num_examples
 from hessianflow.interfaces import NO_SIGNALS, Batch, HessianFlowError, LossFn, NormMode, Reducer
+from hessianflow.losses import mean_loss
 from hessianflow.measuring import measuring
 from hessianflow.optim.checks import check_count
 from hessianflow.optim.foreach import norms

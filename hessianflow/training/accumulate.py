@@ -2,7 +2,8 @@
 
 Each microbatch counts by its examples: with n_i of n examples its mean loss enters with weight n_i / n, so that the sum
 of the weights is 1 for every split, a ragged tail and a batch size that has just changed included. Where a loss divides
-by something else (class weights, ignored targets), so do the weights.
+by something else (class weights, ignored targets), so do the weights (:mod:`hessianflow.losses`); where that is a
+guess, the first batches that are cut are checked.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import loss_weight, mean_loss, num_examples, split
-from hessianflow.interfaces import AgreedError, Batch, Exposure, GradientObserver, HessianFlowError, LossFn, World
-from hessianflow.training.evaluate import count_correct, weighted
+from hessianflow.batches import map_tensors, num_examples, split
+from hessianflow.interfaces import AgreedError, Batch, Exposure, GradientObserver, HessianFlowError, Hits, LossFn, World
+from hessianflow.losses import Averaged, MeanLoss, SplitCheck, Weight, weighted
+from hessianflow.training.evaluate import count_hits, summed
 from hessianflow.training.world import LocalWorld
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -28,31 +30,41 @@ class OwnResult:
     Attributes:
         loss: mean over its rows.
         weight: what that mean divides by; 0 where there is no row.
-        correct: hits; None where they are not counted.
+        hits: how many targets were hit, and how many count; None where they are not counted.
         rows: how many.
         twins: the same of adversarial twins.
+        failure: why the loss cannot be cut into parts, if it cannot.
     """
 
     loss: Tensor
-    weight: float | Tensor
-    correct: Tensor | None
+    weight: Weight
+    hits: Hits | None
     rows: int
     twins: "OwnResult | None" = None
+    failure: HessianFlowError | None = None
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What one optimization batch gave over all ranks; tensors stay on the device."""
+    """What one optimization batch gave over all ranks; tensors stay on the device.
+
+    Attributes:
+        loss: mean over its rows.
+        weight: what that mean divides by; 0 where nothing counts.
+        hits: how many targets were hit, and how many count; None where they are not counted.
+        examples: drawn from the data.
+        trained: rows; a transform may have made another number of them.
+        twin_loss: mean loss over adversarial twins, where there are any; `loss` and `hits` are those of the batch.
+        flags: what any rank raised during the step.
+    """
 
     loss: Tensor
-    correct: Tensor | None
+    weight: Weight
+    hits: Hits | None
     examples: int
     trained: int
-    """`examples` were drawn from the data; a transform may have made another number of them."""
     twin_loss: Tensor | None = None
-    """Mean loss over adversarial twins, where there are any; `loss` and `correct` are those of the batch itself."""
     flags: tuple[bool, ...] = ()
-    """What any rank raised during the step."""
 
 
 @dataclass
@@ -82,6 +94,8 @@ class GradientAccumulator:
 
     def __post_init__(self) -> None:
         self._shows_inputs = True
+        self._loss = MeanLoss(self.loss_fn)
+        self._check_split = SplitCheck(self._loss)
         device = self.parameters[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -95,8 +109,14 @@ class GradientAccumulator:
         Args:
             batch: (inputs, targets), on the model's device.
             microbatch_size: most examples in one forward pass; None runs the whole batch at once.
+
+        Raises:
+            HessianFlowError: the loss cannot be cut into microbatches.
         """
-        return self.expose(Exposure(batch), microbatch_size)
+        own = self.expose(Exposure(batch), microbatch_size)
+        if own.failure is not None:
+            raise own.failure
+        return own
 
     def expose(self, exposure: Exposure, microbatch_size: int | None = None) -> OwnResult:
         """Replace every `.grad` by the gradient that `exposure` asks for; rows drawn and twins never share a pass.
@@ -113,12 +133,14 @@ class GradientAccumulator:
             raise HessianFlowError("adversarial twins cannot be trained with SyncBatchNorm: use norm_batch_size")
         if num_examples(batch[1]) == 0:
             return self._nothing(batch)
-        ours = loss_weight(self.loss_fn, batch[1])
-        if twins is None or num_examples(twins[1]) == 0:
-            return self._add(batch, ours, microbatch_size, nullcontext, keep, is_last=True)
-        divisor = ours + loss_weight(self.loss_fn, twins[1]) if exposure.average else ours
-        own = self._add(batch, divisor, microbatch_size, nullcontext, keep)
-        return replace(own, twins=self._add(twins, divisor, microbatch_size, exposure.twin_mode, is_last=True))
+        if twins is not None and num_examples(twins[1]) == 0:
+            twins = None
+        divisor = _Divisor(self._loss, batch[1], twins[1] if twins is not None and exposure.average else None)
+        if twins is None:
+            return self._add(batch, divisor, microbatch_size, nullcontext, keep, settles=True, is_last=True)
+        own = self._add(batch, divisor, microbatch_size, nullcontext, keep, settles=not exposure.average)
+        of_twins = self._add(twins, divisor, microbatch_size, exposure.twin_mode, settles=True, is_last=True)
+        return replace(own, twins=of_twins, failure=own.failure or of_twins.failure)
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
@@ -145,8 +167,11 @@ class GradientAccumulator:
         """
         twins = own.twins or OwnResult(torch.zeros_like(own.loss), 0, None, 0)
         means = [(own.loss, own.weight), (twins.loss, twins.weight)]
-        totals = self.world.finish(own.loss, own.correct, [own.rows, twins.rows, *flags], means)
-        rows, twin_rows, *raised = totals.counts
+        counts = [own.rows, twins.rows, own.failure is not None, *flags]
+        totals = self.world.finish(own.loss, own.hits, counts, means)
+        rows, twin_rows, failures, *raised = totals.counts
+        if failures:
+            raise own.failure or AgreedError("another rank refuses the loss: it cannot be cut into parts")
         if rows == 0:
             raise AgreedError(
                 f"the transform left no row of a batch of {totals.examples} examples: there is no mean loss"
@@ -154,53 +179,77 @@ class GradientAccumulator:
         (loss, weight), (twin_loss, twin_weight) = totals.means
         self._show_whole(rows + twin_rows, (weight + twin_weight) / totals.weight if twin_rows else None)
         gain = twin_loss.float() if twin_rows else None
-        return BatchResult(loss.float(), totals.correct, totals.examples, rows, gain, tuple(map(bool, raised)))
+        return BatchResult(loss.float(), weight, totals.hits, totals.examples, rows, gain, tuple(map(bool, raised)))
 
     def _add(
         self,
         batch: Batch,
-        divisor: float | Tensor,
+        divisor: "_Divisor",
         size: int | None,
         mode: Callable[[], AbstractContextManager[Any]],
         on_input_gradient: Callable[[Tensor], None] | None = None,
         *,
+        settles: bool,
         is_last: bool = False,
     ) -> OwnResult:
-        """Add the gradient of (sum of the losses over `batch`) / divisor; `is_last`: nothing is added after it."""
-        total, done = num_examples(batch[1]), 0
-        whole = loss_weight(self.loss_fn, batch[1])
-        loss_sum: Tensor | None = None
-        correct: Tensor | None = None
+        """Add the gradient of (sum of the losses over `batch`) / divisor.
+
+        Args:
+            settles: with the last part of this batch all that the divisor sums up has been seen.
+            is_last: nothing is added after it.
+        """
+        total = num_examples(batch[1])
+        done = 0
+        parts: list[tuple[Tensor, Weight]] = []
+        hits: list[Hits | None] = []
         slopes = []
+        failure: HessianFlowError | None = None
         for inputs, targets in split(batch, size, self.group_size):
             leaf = None if on_input_gradient is None else inputs.detach().requires_grad_()
+            count = num_examples(targets)
+            done += count
             with self.autocast(), mode():
                 outputs = self.model(inputs if leaf is None else leaf)
-                loss = mean_loss(self.loss_fn, outputs, targets)
-            count, part_weight = num_examples(targets), loss_weight(self.loss_fn, targets)
-            done += count
-            with self.world.last_backward(divisor) if is_last and done == total else nullcontext():
-                self._backward(loss, _like(part_weight / divisor, loss), count, leaf)
-            weight = _like(part_weight / whole, loss)
+                averaged = self._loss(outputs, targets)
+                if count < total or self.world.world_size > 1:
+                    failure = failure or self._split_failure(outputs, targets)
+            divisor.add(averaged.weight)
+            if settles and done == total:
+                divisor.settle(self.parameters)
+            with self.world.last_backward(divisor.value) if is_last and done == total else nullcontext():
+                self._backward(averaged, divisor, count, leaf)
+            parts.append((averaged.value.detach().float(), averaged.weight))
             slopes.append(None if leaf is None else leaf.grad)
-            part = weighted(loss.detach().float(), weight)
-            loss_sum = part if loss_sum is None else loss_sum + part
-            hits = count_correct(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
-            correct = hits if correct is None or hits is None else correct + hits
-        assert loss_sum is not None
+            hits.append(count_hits(map_tensors(Tensor.detach, outputs), targets, averaged.ignore_index))
         if on_input_gradient is not None:
             found = [slope for slope in slopes if slope is not None]
             if not found:
                 raise HessianFlowError("the loss does not depend on the inputs: there is no gradient by them to keep")
             on_input_gradient(torch.cat(found))
-        return OwnResult(loss_sum, whole, correct, total)
+        known = self._loss.weight_ahead(batch[1])
+        weight = sum(weight for _, weight in parts) if known is None else known
+        loss: Tensor = sum(weighted(loss, _like(_ratio(part, weight), loss)) for loss, part in parts)  # type: ignore[assignment]
+        return OwnResult(loss, weight, summed(hits), total, None, failure)
+
+    def _split_failure(self, outputs: Any, targets: Any) -> HessianFlowError | None:
+        """Why the loss cannot be cut into parts; the ranks raise it together."""
+        try:
+            self._check_split(outputs, targets)
+        except HessianFlowError as error:
+            return error
+        return None
 
     def clear(self) -> None:
         """Drop every gradient."""
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _backward(self, loss: Tensor, weight: float | Tensor, count: int, leaf: Tensor | None = None) -> None:
+    def _backward(self, averaged: Averaged, divisor: "_Divisor", count: int, leaf: Tensor | None = None) -> None:
+        # The gradient of nothing may be nan in a loss of the user's own: its weight is awaited.
+        if averaged.may_break_on_nothing and float(averaged.weight) == 0:
+            return
+        loss = averaged.value
+        weight = _like(_ratio(averaged.weight, divisor.value), loss)
         if not self.observers:
             self.scaler.scale(loss * weight).backward()  # type: ignore[no-untyped-call]
             return
@@ -233,6 +282,50 @@ class GradientAccumulator:
         # Waits for the device, but only under fp16 with observers: the scale lives there.
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         return gradients if scale == 1.0 else list(torch._foreach_div(gradients, scale))
+
+
+class _Divisor:
+    """What the gradients in `.grad` are divided by: the weight of all rows that count.
+
+    It is known ahead for losses of torch. For others it is known when the last part has been forwarded; until then the
+    number of rows stands in for it.
+
+    Args:
+        loss: of which the mean is differentiated.
+        targets: of the batch.
+        further: targets that are summed up, too; None: no others.
+    """
+
+    def __init__(self, loss: MeanLoss, targets: Any, further: Any = None) -> None:
+        self._sum: Weight = 0
+        ahead = loss.weight_ahead(targets)
+        self._is_known = ahead is not None
+        self.value: Weight = num_examples(targets) if ahead is None else ahead
+        if ahead is not None and further is not None:
+            self.value = ahead + (loss.weight_ahead(further) or 0)
+
+    def add(self, weight: Weight) -> None:
+        """Count one part."""
+        if not self._is_known:
+            self._sum = self._sum + weight
+
+    def settle(self, parameters: Sequence[nn.Parameter]) -> None:
+        """All parts have been counted: divide by their weight from now on, and so what is in `.grad` already."""
+        if self._is_known:
+            return
+        factor = _ratio(self.value, self._sum)
+        self.value = self._sum
+        self._is_known = True
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+
+def _ratio(part: Weight, whole: Weight) -> Weight:
+    """part / whole, and 0 of nothing."""
+    if isinstance(whole, Tensor):
+        return torch.where(whole > 0, part / whole, 0.0)
+    return part / whole if whole != 0 else 0.0
 
 
 def _like(weight: float | Tensor, loss: Tensor) -> float | Tensor:

@@ -1,22 +1,30 @@
 """Evaluation that does not disturb training."""
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import as_batches, as_pair, loss_weight, mean_loss, move, num_examples
-from hessianflow.interfaces import Batch, HessianFlowError, LossFn, Reducer
+from hessianflow.batches import as_batches, as_pair, move, num_examples
+from hessianflow.interfaces import Batch, HessianFlowError, Hits, LossFn, Reducer
+from hessianflow.losses import MeanLoss, SplitCheck, exact_type, weighted
 from hessianflow.measuring import measuring
 from hessianflow.training.world import LocalWorld
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over all examples; `accuracy` is None where outputs are not class scores."""
+    """Figures over all examples.
+
+    Attributes:
+        loss: the mean.
+        accuracy: share of hits among the targets that count; None where outputs are not class scores.
+        examples: how many.
+    """
 
     loss: float
     accuracy: float | None
@@ -39,54 +47,81 @@ def evaluate(
 
     Raises:
         HessianFlowError: the data hold no example, or were used up by an iteration before.
+
+    Warns:
+        UserWarning: the loss of a batch is not the weighted mean of its parts' losses, so that the mean over batches
+            is not the loss of the data.
     """
     device = next(model.parameters()).device
     ranks = LocalWorld() if reducer is None else reducer
-    # Sums of loss, of what it divides by, of hits, examples, and batches without classes.
-    sums = torch.zeros(5, dtype=float64_on(device), device=device)
+    mean_loss = MeanLoss(loss_fn)
+    check_split = SplitCheck(mean_loss)
+    # Sums of loss, of what it divides by, of hits, targets that count, examples, and batches without classes.
+    sums = torch.zeros(6, dtype=exact_type(device), device=device)
     with measuring(model) as inner, torch.no_grad():
         for number, batch in enumerate(as_batches(data)):
             if number % ranks.world_size == ranks.rank:
                 inputs, targets = as_pair(move(batch, device))
-                sums += _figures(inner(inputs), targets, loss_fn, sums)
+                outputs = inner(inputs)
+                sums += _figures(outputs, targets, mean_loss, sums)
+                if number > 0:
+                    _warn_of_parts(check_split, outputs, targets)
     # The one wait for the device: the figures leave it here.
-    loss, weight, correct, examples, unclassified = ranks.sum(sums).tolist()
+    loss, weight, correct, counted, examples, unclassified = ranks.sum(sums).tolist()
     if examples == 0:
         raise HessianFlowError(
             "the evaluation data hold no example: pass data that can be iterated again, and not the training data"
         )
-    accuracy = None if unclassified else correct / examples
+    accuracy = None if unclassified or not counted else correct / counted
     return Evaluation(loss / weight if weight else math.nan, accuracy, int(examples))
 
 
-def _figures(outputs: Any, targets: Any, loss_fn: LossFn, like: Tensor) -> Tensor:
-    weight = loss_weight(loss_fn, targets)
-    loss = weighted(mean_loss(loss_fn, outputs, targets).to(like), weight)
-    hits = count_correct(outputs, targets)
-    count = num_examples(targets)
-    figures = [loss, weight, 0 if hits is None else hits, count, 1 if hits is None else 0]
+def _figures(outputs: Any, targets: Any, mean_loss: MeanLoss, like: Tensor) -> Tensor:
+    averaged = mean_loss(outputs, targets)
+    loss = weighted(averaged.value.to(like), averaged.weight)
+    hits = count_hits(outputs, targets, averaged.ignore_index)
+    correct, counted = (0, 0) if hits is None else hits
+    figures = [loss, averaged.weight, correct, counted, num_examples(targets), hits is None]
     return torch.stack([torch.as_tensor(figure, dtype=like.dtype, device=like.device) for figure in figures])
 
 
-def weighted(loss: Tensor, weight: float | Tensor) -> Tensor:
-    """loss * weight, and 0 where a batch weighs nothing: all its targets are ignored, and its mean is 0 / 0."""
-    product = loss * weight
-    return torch.where(weight > 0, product, 0.0) if isinstance(weight, Tensor) else product
+def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
+    try:
+        check_split(outputs, targets)
+    except HessianFlowError as error:
+        warnings.warn(f"the evaluation averages the losses of several batches, but {error}", stacklevel=3)
 
 
-def float64_on(device: torch.device) -> torch.dtype:
-    """float64 for sums over many batches, float32 where the device has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def count_hits(outputs: Any, targets: Any, ignore_index: int | None = None) -> Hits | None:
+    """Count the rows whose largest score is at the target class.
 
-
-def count_correct(outputs: Any, targets: Any) -> Tensor | None:
-    """Number of rows whose largest score is at the target class, as a tensor on the device.
+    Args:
+        outputs: scores, shape [B, classes].
+        targets: class indices, shape [B].
+        ignore_index: the index of targets that do not count; None: all do.
 
     Returns:
-        None where `outputs` [B, classes] and integer `targets` [B] are not what the pair is.
+        None where `outputs` and `targets` are not of that kind.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None
     if outputs.ndim != 2 or targets.ndim != 1 or targets.dtype.is_floating_point:
         return None
-    return (outputs.argmax(dim=1) == targets).sum()
+    hit = outputs.argmax(dim=1) == targets
+    if ignore_index is None:
+        return Hits(hit.sum(), len(targets))
+    counts = targets != ignore_index
+    return Hits((hit & counts).sum(), counts.sum())
+
+
+def summed(hits: Sequence[Hits | None]) -> Hits | None:
+    """Add up the hits of several parts; None if one of them has none."""
+    known = [found for found in hits if found is not None]
+    if not known or len(known) < len(hits):
+        return None
+    correct = known[0].correct
+    counted = known[0].counted
+    for found in known[1:]:
+        correct = correct + found.correct
+        counted = counted + found.counted
+    return Hits(correct, counted)

@@ -1,5 +1,6 @@
 """Running sums of an epoch, kept on the device until somebody asks."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hessianflow.interfaces import Decision, Progress
+from hessianflow.losses import exact_type, weighted
 from hessianflow.training.accumulate import BatchResult
-from hessianflow.training.evaluate import Evaluation, float64_on
+from hessianflow.training.evaluate import Evaluation
 
 _NEVER = 2**62
 EXPLODED = 100.0
@@ -39,8 +41,10 @@ class RunningTotals:
     def start_epoch(self, seconds: Mapping[str, float]) -> None:
         """Forget the epoch before; `seconds`: the stopwatch's totals now."""
         self._seconds = dict(seconds)
-        self._loss = torch.zeros((), dtype=float64_on(self._device), device=self._device)
+        self._loss = torch.zeros((), dtype=exact_type(self._device), device=self._device)
+        self._weight = torch.zeros_like(self._loss)
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._counted = torch.zeros_like(self._loss)
         self._classified = True
         self._examples = self._trained = self._with_twins = 0
         self._gain = torch.zeros_like(self._loss)
@@ -49,11 +53,13 @@ class RunningTotals:
     def add(self, result: BatchResult, update: int, decision: Decision, rate: float) -> None:
         """Count one optimization batch, trained under `decision` at learning rate `rate`."""
         self._last = result.loss
-        self._loss += result.loss * result.trained
-        if result.correct is None:
+        self._loss += weighted(result.loss, result.weight)
+        self._weight += result.weight
+        if result.hits is None:
             self._classified = False
         else:
-            self._correct += result.correct
+            self._correct += result.hits.correct
+            self._counted += result.hits.counted
         if result.twin_loss is not None:
             self._gain += (result.twin_loss - result.loss) * result.trained
             self._with_twins += result.trained
@@ -76,9 +82,12 @@ class RunningTotals:
         return float(self._last.item())
 
     def means(self) -> tuple[float, float | None]:
-        """Mean loss and accuracy since the epoch began (waits for the device)."""
-        count = max(self._trained, 1)
-        return self._loss.item() / count, self._correct.item() / count if self._classified else None
+        """Mean loss, nan if no target counts, and accuracy since the epoch began (waits for the device)."""
+        loss, weight, correct, counted = torch.stack(
+            [self._loss, self._weight, self._correct.to(self._loss), self._counted]
+        ).tolist()
+        accuracy = correct / counted if self._classified and counted else None
+        return loss / weight if weight else math.nan, accuracy
 
     def first_bad_update(self) -> int | None:
         """The first update whose loss diverged, or None (waits for the device)."""
@@ -119,7 +128,9 @@ class RunningTotals:
         """The sums, for a checkpoint in the middle of an epoch."""
         return {
             "loss": self._loss.clone(),
+            "weight": self._weight.clone(),
             "correct": self._correct.clone(),
+            "counted": self._counted.clone(),
             "classified": self._classified,
             "examples": self._examples,
             "trained": self._trained,
@@ -133,7 +144,9 @@ class RunningTotals:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self._loss = state["loss"].to(self._device)
+        self._weight = state["weight"].to(self._device)
         self._correct = state["correct"].to(self._device)
+        self._counted = state["counted"].to(self._device)
         self._classified, self._examples, self._trained = state["classified"], state["examples"], state["trained"]
         self._gain, self._with_twins = state["gain"].to(self._device), state["with_twins"]
         self._setting, self._seconds = dict(state["setting"]), dict(state["seconds"])

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError, World
+from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError, Hits, World
 
 T = TypeVar("T")
 
@@ -45,12 +45,12 @@ class LocalWorld:
     def finish(
         self,
         loss: Tensor,
-        correct: Tensor | None,
+        hits: Hits | None,
         counts: Sequence[int] = (),
         means: Sequence[tuple[Tensor, float | Tensor]] = (),
     ) -> BatchTotals:
         """The figures as they are."""
-        return BatchTotals(loss, correct, self._examples, tuple(counts), tuple(means), self._weight)
+        return BatchTotals(loss, hits, self._examples, tuple(counts), tuple(means), self._weight)
 
     def average_buffers(self) -> None:
         """They are those of all."""

@@ -4,12 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from problems import classification, mlp
+from problems import Problem, classification, mlp
 from torch import nn
 from torch.nn import functional
 
 from hessianflow.curvature import FisherOperator, GGNOperator, HessianOperator
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.losses import WeightedLoss
 
 WEIGHT = torch.tensor([0.2, 1.0, 3.0, 0.7], dtype=torch.float64)
 LOSSES = {
@@ -128,3 +129,135 @@ def test_nested_inputs_are_one_pair():
     torch.testing.assert_close(nested @ v, whole)
     listed = [(halves, problem.targets), (halves, problem.targets)]
     torch.testing.assert_close(HessianOperator(Two(), functional.cross_entropy, listed) @ v, whole)
+
+
+# Losses of the user's own: nothing but the call tells what they divide by.
+
+
+class Inside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ce = nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1)
+
+    def forward(self, outputs, targets):
+        return self.ce(outputs, targets)
+
+
+class Focal(nn.CrossEntropyLoss):
+    def forward(self, outputs, targets):
+        losses = functional.cross_entropy(outputs, targets, reduction="none")
+        return ((1 - torch.exp(-losses)) ** 2 * losses).mean()
+
+
+def by_count(outputs, targets):
+    counts = targets != 1
+    return (functional.cross_entropy(outputs, targets, reduction="none") * counts).sum() / counts.sum()
+
+
+OWN_LOSSES = {
+    "a module around torch's": Inside(),
+    "a subclass": Focal(),
+    "masked by hand": by_count,
+    "sum and count": lambda o, t: (functional.cross_entropy(o, t, reduction="sum", ignore_index=1), (t != 1).sum()),
+    "stated": WeightedLoss(by_count, lambda o, t: (t != 1).sum()),
+}
+
+
+def dense_hessian(problem, loss_fn):
+    """Rows of the Hessian by plain autograd in one pass."""
+    parameters = list(problem.model.parameters())
+    found = loss_fn(problem.model(problem.inputs), problem.targets)
+    loss = found[0] / found[1] if isinstance(found, tuple) else found
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in gradient]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 7, 1])
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_own_losses_give_one_matrix_in_parts_and_in_one_pass(name, microbatch_size):
+    problem, loss_fn = small(), OWN_LOSSES[name]
+    expected = dense_hessian(problem, loss_fn)
+    pairs = list(zip(problem.inputs.split([4, 26]), problem.targets.split([4, 26]), strict=True))
+    for data in (problem.pair, pairs):
+        found = HessianOperator(problem.model, loss_fn, data, microbatch_size=microbatch_size)
+        torch.testing.assert_close(found.dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_own_losses_give_the_fisher_and_gauss_newton_of_the_weighted_examples(name):
+    problem, loss_fn = small(), OWN_LOSSES[name]
+    if name == "a subclass":
+        weights = torch.ones(30, dtype=torch.float64)
+    else:
+        weights = (problem.targets != 1).double()
+    if name == "a module around torch's":
+        weights = weights * WEIGHT[problem.targets]
+    parameters = list(problem.model.parameters())
+    total = 0
+    for n in weights.nonzero()[:, 0]:
+        one = Problem(problem.model, loss_fn, problem.inputs[n : n + 1], problem.targets[n : n + 1])
+        found = loss_fn(one.model(one.inputs), one.targets)
+        loss = found[0] / found[1] if isinstance(found, tuple) else found
+        row = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
+        total = total + weights[n] * torch.outer(row, row)
+    found = FisherOperator(problem.model, loss_fn, problem.pair).dense()
+    torch.testing.assert_close(found, total / weights.sum(), rtol=1e-9, atol=1e-12)
+    parts = GGNOperator(problem.model, loss_fn, problem.pair, microbatch_size=4).dense()
+    whole = GGNOperator(problem.model, loss_fn, problem.pair).dense()
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+
+
+def tokens_in_a_dict():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(11, 6), nn.Tanh(), nn.Linear(6, 11)).double()
+    ids = torch.randint(0, 11, (8, 12))
+    labels = ids.roll(-1, 1)
+    for row in range(8):
+        labels[row, 12 - row :] = -100
+    return net, {"ids": ids, "labels": labels}
+
+
+def language_loss(model, batch):
+    return functional.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten())
+
+
+def test_a_dict_of_tokens_gives_one_matrix_for_any_microbatch():
+    net, batch = tokens_in_a_dict()
+    whole = HessianOperator(net, language_loss, batch)
+    v = torch.randn(whole.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 3), slice(3, 8))]
+    for data, microbatch_size in ((batch, 2), (batch, 1), (halves, None)):
+        parts = HessianOperator(net, language_loss, data, microbatch_size=microbatch_size)
+        torch.testing.assert_close(parts @ v, whole @ v, rtol=1e-10, atol=1e-12)
+        assert parts.mean_loss() == pytest.approx(whole.mean_loss(), rel=1e-12)
+        assert parts.loss_weight == whole.loss_weight == float((batch["labels"] != -100).sum())
+
+
+def test_parts_without_a_target_are_left_out():
+    net, batch = tokens_in_a_dict()
+    batch["labels"][2:4] = -100
+    whole, parts = (HessianOperator(net, language_loss, batch, microbatch_size=size) for size in (None, 2))
+    v = torch.ones(whole.size, dtype=torch.float64)
+    torch.testing.assert_close(parts @ v, whole @ v, rtol=1e-10, atol=1e-12)
+    batch["labels"][:] = -100
+    for size in (None, 2):
+        with pytest.raises(HessianFlowError, match="no target counts"):
+            HessianOperator(net, language_loss, batch, microbatch_size=size) @ v
+
+
+def contrastive(outputs, targets):
+    return functional.cross_entropy(outputs @ outputs.T, torch.arange(len(targets)))
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
+def test_a_loss_that_compares_examples_is_measured_in_one_pass_or_refused(kind):
+    problem = small()
+    v = torch.ones(64, dtype=torch.float64)
+    assert (kind(problem.model, contrastive, problem.pair) @ v).isfinite().all()
+    with pytest.raises(HessianFlowError, match="as the mean over parts"):
+        kind(problem.model, contrastive, problem.pair, microbatch_size=10) @ v
+    with pytest.raises(HessianFlowError, match="as the mean over parts"):
+        kind(problem.model, contrastive, [problem.pair, problem.pair]) @ v
+    with pytest.raises(HessianFlowError, match="as the mean over parts"):
+        FisherOperator(problem.model, contrastive, problem.pair) @ v

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
+from hessianflow.interfaces import Hits
 
 EXAMPLES, BATCH, MICROBATCH = 75, 16, 3  # 75 = 4 batches of 16 and a tail of 11: ragged over microbatches and ranks
 
@@ -67,10 +68,10 @@ def train(reducer: GroupReducer, steps: int, microbatch: int = MICROBATCH, bucke
             loss_sum = part if loss_sum is None else loss_sum + part
             right = (outputs.argmax(dim=1) == targets[low:high]).sum()
             correct = right if correct is None else correct + right
-        totals = sync.finish(loss_sum, correct)
+        totals = sync.finish(loss_sum, None if correct is None else Hits(correct, last - first))
         optimizer.step()
         losses.append(float(totals.loss))
-        hits.append(int(totals.correct))
+        hits.append(int(totals.hits.correct))
         sizes.append(totals.examples)
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     return {"weights": weights, "losses": losses, "hits": hits, "sizes": sizes}

@@ -6,6 +6,7 @@ from torch import nn
 
 from hessianflow.distributed.launch import run_local
 from hessianflow.distributed.synchronize import GradientSynchronizer
+from hessianflow.interfaces import Hits
 
 STEPS = 20
 
@@ -47,13 +48,14 @@ def unequal(reducer):
         loss = (used * 2).sum() + (partly * 3).sum()
         with sync.last_backward():
             loss.backward()
-        totals = sync.finish(loss, torch.tensor(2), [1, 0])
+        totals = sync.finish(loss, Hits(torch.tensor(2), 3), [1, 0])
     return totals, used.grad, partly.grad, unused.grad
 
 
 def test_a_rank_without_examples_takes_part():
     for totals, used, partly, unused in run_local(unequal, 2):
-        assert (float(totals.loss), int(totals.correct), totals.examples, totals.counts) == (10.0, 2, 3, (2, 0))
+        assert (float(totals.loss), totals.examples, totals.counts) == (10.0, 3, (2, 0))
+        assert (int(totals.hits.correct), int(totals.hits.counted)) == (2, 3)
         assert used.tolist() == [2.0, 2.0]
         assert partly.tolist() == [3.0, 3.0]
         assert unused is None, "a parameter no rank used must stay out of weight decay and momentum"
@@ -119,12 +121,17 @@ def test_a_repeated_pass():
     assert run_local(repeated, 2) == [([1.5] * 3, [1.5] * 3)] * 2
 
 
-def test_only_ignored_targets_have_no_mean():
+def only_ignored(reducer):
     weight = nn.Parameter(torch.ones(1))
-    sync = GradientSynchronizer([weight], LOCAL)
-    weight.grad = torch.ones(1)
+    sync = GradientSynchronizer([weight], reducer)
+    weight.grad = torch.zeros(1)
     sync.begin(4, weight=0.0)
-    assert sync.finish(torch.tensor(1.0), None).loss.isnan()
+    totals = sync.finish(torch.tensor(float("nan")), None, means=[(torch.tensor(float("nan")), 0.0)])
+    return float(totals.loss), totals.weight, float(totals.means[0][0]), weight.grad.tolist()
+
+
+def test_only_ignored_targets_count_for_nothing():
+    assert run_local(only_ignored, 2) == [(0.0, 0.0, 0.0, [0.0])] * 2
 
 
 def layouts(reducer):
@@ -153,7 +160,7 @@ def test_uncounted_hits_stay_uncounted():
     sync = GradientSynchronizer([weight], LOCAL)
     sync.begin(4)
     weight.grad = torch.ones(1)
-    assert sync.finish(torch.tensor(1.0), None).correct is None
+    assert sync.finish(torch.tensor(1.0), None).hits is None
 
 
 def test_bad_input():

@@ -15,9 +15,12 @@ from trainers import (
     build,
     clipped,
     compared,
+    contrastive,
+    ended,
     growing,
     measured,
     normalised,
+    own_loss,
     paired,
     plain,
     poisoned,
@@ -50,7 +53,9 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert value == close, (key, row, other)
 
 
-@pytest.mark.parametrize("options", [plain, accumulating, clipped, growing, tiny, skewed], ids=lambda o: o.__name__)
+@pytest.mark.parametrize(
+    "options", [plain, accumulating, clipped, growing, tiny, skewed, own_loss], ids=lambda o: o.__name__
+)
 def test_two_ranks_equal_one_process(options):
     expected = run(None, options)
     first, second = run_local(run, 2, options)
@@ -59,6 +64,11 @@ def test_two_ranks_equal_one_process(options):
     assert first["rows"] == second["rows"], "every rank gets rank 0's records"
     assert (first["summary"]["world_size"], expected["summary"]["world_size"]) == (2, 1)
     assert first["summary"]["updates"] == expected["summary"]["updates"]
+
+
+def test_a_loss_that_ranks_may_not_cut_is_refused_on_all_of_them():
+    for message in run_local(ended, 2, contrastive):
+        assert "cannot be cut" in message or "as the mean over parts" in message
 
 
 def test_the_batch_grew_on_the_eigenvalue():

@@ -35,8 +35,9 @@ def test_accumulated_gradient_is_the_one_pass_gradient(examples: int, microbatch
     for parameter, expected in zip(model.parameters(), one_pass(model, batch), strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-14)
     assert result.loss.item() == pytest.approx(F.cross_entropy(model(batch[0]), batch[1]).item(), rel=1e-6)
-    assert result.correct is not None
-    assert result.correct.item() == (model(batch[0]).argmax(1) == batch[1]).sum().item()
+    assert result.hits is not None
+    assert result.hits.counted == examples
+    assert result.hits.correct.item() == (model(batch[0]).argmax(1) == batch[1]).sum().item()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_no_examples_give_no_gradient():
     accumulate = accumulator(model, F.cross_entropy)
     accumulate(batch)
     result = accumulate((torch.zeros(0, 5).double(), torch.zeros(0, dtype=torch.long)))
-    assert (result.loss.item(), result.correct, result.rows) == (0.0, None, 0)
+    assert (result.loss.item(), result.hits, result.rows) == (0.0, None, 0)
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(HessianFlowError, match="0 examples"):
         LocalWorld().begin(0)

@@ -1,0 +1,171 @@
+"""The mean loss over one batch, and what it divides by, whatever the loss function returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import num_examples
+from hessianflow.interfaces import HessianFlowError, LossFn
+from hessianflow.losses.observer import COUNT, Observer
+from hessianflow.losses.weights import (
+    Weight,
+    as_weight,
+    counts_classes,
+    is_torchs,
+    known_weight,
+    setting,
+    weighted,
+)
+
+EXAMPLES = "examples"
+STATED = "the count it states"
+
+
+class WeightedLoss(nn.Module):
+    """A loss together with what its mean divides by.
+
+    Use it where a loss is not one of torch's own and does not divide by the number of examples.
+    A stated weight is believed and not checked.
+
+    Args:
+        loss_fn: loss_fn(outputs, targets), a mean; for a batch that is a dict, loss_fn(model, batch).
+        weight: what the mean divides by, called with the same two arguments. It returns a number or
+            a scalar tensor, at least 0. Where it is 0 the loss counts for nothing, whatever its
+            value.
+
+    Example:
+        >>> import torch
+        >>> def error(outputs, targets):
+        ...     return (outputs - targets)[targets >= 0].abs().mean()
+        >>> loss_fn = WeightedLoss(error, lambda outputs, targets: (targets >= 0).sum())
+        >>> loss_fn(torch.zeros(3), torch.tensor([1.0, 2.0, -1.0]))
+        (tensor(3.), tensor(2))
+    """
+
+    def __init__(self, loss_fn: LossFn, weight: Callable[[Any, Any], Weight]) -> None:
+        super().__init__()
+        self.loss_fn = loss_fn
+        self.weight = weight
+
+    def forward(self, outputs: Any, targets: Any) -> tuple[Tensor, Weight]:
+        """Return (sum, count): the mean times its weight, and the weight."""
+        mean = mean_loss(self.loss_fn, outputs, targets)
+        weight = self.weight(outputs, targets)
+        return weighted(mean, weight), weight
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The mean loss of one batch.
+
+    Attributes:
+        value: the mean, a scalar tensor; not a number where nothing counts.
+        weight: what the mean divides by.
+        source: what that is, in words.
+        ignore_index: the class index of targets that do not count, where the loss has one.
+        may_break_on_nothing: whether the gradient may be nan where the weight is 0: not so for losses
+            of torch, and for a sum of nothing.
+    """
+
+    value: Tensor
+    weight: Weight
+    source: str
+    ignore_index: int | None = None
+    may_break_on_nothing: bool = False
+
+
+class MeanLoss:
+    """A loss function as every room calls it.
+
+    Args:
+        loss_fn: see :data:`hessianflow.interfaces.LossFn`.
+
+    Attributes:
+        loss_fn: the same.
+        is_known: whether it is one of torch's losses, so that no call is needed to tell its weight.
+    """
+
+    def __init__(self, loss_fn: LossFn) -> None:
+        self.loss_fn = loss_fn
+        self.is_known = is_torchs(loss_fn)
+
+    def weight_ahead(self, targets: Any) -> Weight | None:
+        """Return what the mean over a batch with these targets will divide by; None if only the call tells."""
+        return known_weight(self.loss_fn, targets) if self.is_known else None
+
+    def __call__(self, outputs: Any, targets: Any) -> Averaged:
+        """Return the mean loss over a batch, whatever reduction the loss uses.
+
+        A scalar counts as a mean unless the loss (or the function that a `functools.partial` wraps)
+        says `reduction="sum"`. A tensor of several values counts as one for each example, or each
+        pixel or token.
+
+        Args:
+            outputs: of the model; for a loss that is called as loss_fn(model, batch), the model.
+            targets: or the batch.
+
+        Raises:
+            HessianFlowError: the loss returns neither a tensor nor (sum, count).
+        """
+        if self.is_known:
+            return self._call_of_torch(outputs, targets)
+        with Observer() as observer:
+            result: Any = self.loss_fn(outputs, targets)
+        if isinstance(result, tuple) and len(result) == 2 and _is_count(result[1]):
+            return _divided(*result, isinstance(self.loss_fn, WeightedLoss))
+        if not isinstance(result, Tensor):
+            raise HessianFlowError(
+                f"the loss must be a tensor, or a pair (sum, count), got {_described(result)}: "
+                "return the loss alone, with its graph"
+            )
+        if result.ndim > 0:
+            return Averaged(result.mean(), result.numel(), "its values", observer.ignore_index)
+        if setting(self.loss_fn, "reduction") == "sum" or observer.is_sum(result):
+            examples = num_examples(targets)
+            return Averaged(result / examples, examples, EXAMPLES, observer.ignore_index)
+        weight, source = observer.divisor(result) or (num_examples(targets), EXAMPLES)
+        return Averaged(result, weight, source, observer.ignore_index, source == COUNT)
+
+    def _call_of_torch(self, outputs: Any, targets: Any) -> Averaged:
+        result: Any = self.loss_fn(outputs, targets)
+        if result.ndim > 0:
+            result = result.mean()
+        elif setting(self.loss_fn, "reduction") == "sum":
+            result = result / num_examples(targets)
+        by_class = counts_classes(self.loss_fn, targets)
+        ignore_index = setting(self.loss_fn, "ignore_index") if by_class else None
+        return Averaged(result, known_weight(self.loss_fn, targets), EXAMPLES, ignore_index)
+
+
+def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
+    """Return the mean loss over one batch, a scalar tensor; see :class:`MeanLoss`."""
+    return MeanLoss(loss_fn)(outputs, targets).value
+
+
+def _divided(total: Any, count: Weight, may_break_on_nothing: bool) -> Averaged:
+    """Return the mean of a loss that returned (sum, count); of nothing it is 0."""
+    if not isinstance(total, Tensor) or total.ndim > 0:
+        raise HessianFlowError(
+            f"a loss that returns a pair must return (sum, count), two scalars, got {_described(total)} as the sum"
+        )
+    if isinstance(count, Tensor):
+        divisor = torch.where(count > 0, count, 1).to(total.dtype)
+        return Averaged(total / divisor, as_weight(count), STATED, None, may_break_on_nothing)
+    return Averaged(total / (count or 1), count, STATED, None, may_break_on_nothing)
+
+
+def _is_count(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

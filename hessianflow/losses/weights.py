@@ -1,0 +1,104 @@
+"""What a mean divides by, as a number or as a scalar on the device; and what torch's own losses divide by."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hessianflow.batches import num_examples
+from hessianflow.interfaces import LossFn
+
+Weight = int | float | Tensor
+"""What a mean divides by. A tensor is a scalar that stays on the device, so that nobody waits for it."""
+
+CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
+"""Losses that divide by the class weights of the targets that are not ignored."""
+
+IGNORE_INDEX = -100
+"""The class index of targets that do not count, unless a loss says otherwise. Default of torch."""
+
+_DEFAULTS = {"reduction": "mean", "weight": None, "ignore_index": IGNORE_INDEX}
+
+
+def weighted(mean: Tensor, weight: Weight) -> Tensor:
+    """Return mean * weight, and 0 where the weight is 0: the mean of nothing is 0 / 0."""
+    product = mean * weight
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, product, 0.0)
+    return product
+
+
+def exact_type(device: torch.device) -> torch.dtype:
+    """Return the type of counts and long sums: float64, or float32 on a device that has none.
+
+    Integers would divide in torch's default type; a float64 count keeps ratios exact for float64
+    models.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_weight(count: Tensor) -> Tensor:
+    """Return a count that a loss divides by as a weight: without a graph, in the type of counts."""
+    return count.detach().to(exact_type(count.device))
+
+
+def class_weight(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Return the sum of the class weights of all targets that are not ignored.
+
+    Args:
+        targets: class indices, of any shape.
+        weight: of each class, shape [classes]; None: each counts 1.
+        ignore_index: the index of targets that do not count.
+
+    Returns:
+        A scalar tensor on the device of the targets.
+    """
+    counted: Tensor = targets != ignore_index
+    exact = exact_type(targets.device)
+    if weight is None:
+        return counted.sum(dtype=exact)
+    total: Tensor = weight[targets.clamp(0, len(weight) - 1)].mul(counted).sum(dtype=exact)
+    return total
+
+
+def is_torchs(loss_fn: LossFn) -> bool:
+    """Return whether a call of `loss_fn` is one of torch's losses and nothing else.
+
+    A `functools.partial` of one is; a subclass with a forward of its own is not.
+    """
+    innermost = _innermost(loss_fn)
+    if isinstance(innermost, nn.Module):
+        return type(innermost).forward.__module__ == nn.modules.loss.__name__
+    return getattr(innermost, "__module__", None) == functional.__name__
+
+
+def known_weight(loss_fn: LossFn, targets: Any) -> Weight:
+    """Return what the mean of one of torch's losses over these targets divides by."""
+    if not counts_classes(loss_fn, targets) or setting(loss_fn, "reduction") != "mean":
+        return num_examples(targets)
+    return class_weight(targets, setting(loss_fn, "weight"), setting(loss_fn, "ignore_index"))
+
+
+def counts_classes(loss_fn: LossFn, targets: Any) -> bool:
+    """Return whether one of torch's losses takes these targets as class indices, some of which may be ignored."""
+    innermost = _innermost(loss_fn)
+    by_class = isinstance(innermost, CLASS_LOSSES) or innermost in CLASS_FUNCTIONS
+    return by_class and isinstance(targets, Tensor) and not targets.is_floating_point()
+
+
+def setting(loss_fn: Any, name: str) -> Any:
+    """Return an option of a loss: an attribute of a module, a keyword of a partial, or torch's default."""
+    while isinstance(loss_fn, partial):
+        if name in loss_fn.keywords:
+            return loss_fn.keywords[name]
+        loss_fn = loss_fn.func
+    return getattr(loss_fn, name, _DEFAULTS[name])
+
+
+def _innermost(loss_fn: Any) -> Any:
+    while isinstance(loss_fn, partial):
+        loss_fn = loss_fn.func
+    return loss_fn
