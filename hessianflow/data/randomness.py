@@ -1,10 +1,10 @@
 """The random numbers that a data set or a `collate_fn` draws: seeded each time, then put back.
 
-For each example, or batch, the global generators are seeded (Python, NumPy and torch on the CPU), and
-so are those that the object holds: in its attributes, and in what these hold (a list of transforms, a
-wrapped data set). Workers would otherwise each draw from their copy of one generator, and no run
-could be resumed. Generators out of reach, such as those in the globals of a module or in a closure,
-are the owner's affair: `worker_init_fn` can seed them.
+For each example, or batch, the global generators are seeded (Python, NumPy and torch on the CPU),
+and so are those that the object holds: in its attributes, and in what these hold (a list of
+transforms, a wrapped data set). Workers would otherwise each draw from their copy of one
+generator, and no run could be resumed. Generators out of reach, such as those in the globals of a
+module or in a closure, are the owner's affair: `worker_init_fn` can seed them.
 """
 
 import functools
