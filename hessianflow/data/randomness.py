@@ -69,8 +69,9 @@ class Randomness:
         # torch.manual_seed would also queue a call for every GPU, in each worker and for each
         # example.
         torch.default_generator.manual_seed(own)
-        for number, generator in enumerate(self._held or ()):
-            _seed(generator, stream_seed(seed, "held", number, *key))
+        if self._held:
+            for number, generator in enumerate(self._held):
+                _seed(generator, stream_seed(seed, "held", number, *key))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was found: another process has copies of its own."""
