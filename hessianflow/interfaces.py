@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 Batch = tuple[Any, Any]
-"""One pair (inputs, targets); each a tensor, or a dict, list or tuple of tensors with a common first dimension."""
+"""One pair (inputs, targets); each a tensor, or a mapping, dataclass, list or tuple; see :mod:`hessianflow.batches`."""
 
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | float | Tensor]]
 """loss_fn(outputs, targets): a mean, a scalar tensor; or, with a `reduction` attribute that says so, a sum or one value

@@ -10,7 +10,7 @@ import pytest
 import hessianflow
 
 PACKAGE = Path(hessianflow.__file__).parent
-SHARED = {"interfaces", "batches", "losses", "measuring", "folding", "memory"}
+SHARED = {"interfaces", "batches", "structure", "losses", "measuring", "folding", "memory"}
 ALLOWED: dict[str, set[str]] = {
     **{
         room: SHARED | {room} for room in ("curvature", "control", "adversarial", "optim", "models", "data", "training")
@@ -18,7 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "plots": SHARED | {"plots"},
     "distributed": SHARED | {"distributed", "curvature"},
     "interfaces": set(),
-    "batches": {"interfaces"},
+    "batches": {"interfaces", "structure"},
+    "structure": set(),
     "losses": {"losses", "batches", "interfaces", "measuring"},
     "measuring": {"interfaces"},
     "folding": set(),

@@ -21,8 +21,17 @@ from hessianflow.adversarial.attacks import (
     random_deltas,
     resolve_step,
 )
-from hessianflow.adversarial.budget import Norm, PerChannel, ValueRange, check_in_range, make_budget, place
+from hessianflow.adversarial.budget import (
+    Norm,
+    PerChannel,
+    ValueRange,
+    check_in_range,
+    check_one_tensor,
+    make_budget,
+    place,
+)
 from hessianflow.adversarial.mixing import perturbed_rows
+from hessianflow.batches import take_rows
 from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode, Reducer
 
 ABSA_EPS = 0.005
@@ -76,7 +85,7 @@ class PGD:
         self._reducer = reducer
 
     def perturb(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+        self, model: nn.Module, inputs: Tensor, targets: Any, share: float, microbatch_size: int | None = None
     ) -> Tensor:
         """A copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked; the very tensor at 0.
 
@@ -84,16 +93,19 @@ class PGD:
             microbatch_size: most rows attacked in one forward pass; None: all at once.
 
         Raises:
-            HessianFlowError: a share outside [0, 1], integer inputs, inputs outside the valid range (first call), a
-                loss that does not depend on the inputs, a microbatch_size below 1.
+            HessianFlowError: a share outside [0, 1], inputs that are not one tensor of floating
+                point numbers, inputs outside the valid range (first call), a loss that does not
+                depend on the inputs, a microbatch_size below 1.
         """
+        check_one_tensor(inputs)
         if microbatch_size is not None and microbatch_size < 1:
             raise HessianFlowError(f"microbatch_size must be at least 1, got {microbatch_size}")
         rows = perturbed_rows(len(inputs), share, inputs.device)
         if len(rows) == 0:
             return inputs
         result = inputs.detach().clone()
-        result[rows] = self._attack(model, result[rows], targets[rows], microbatch_size or len(rows))
+        chosen = take_rows(targets, rows, len(inputs), "targets")
+        result[rows] = self._attack(model, result[rows], chosen, microbatch_size or len(rows))
         return result
 
     def attack(
@@ -125,7 +137,7 @@ class PGD:
         """Continue the random starts of a stored run."""
         self._seed, self._calls = int(state["seed"]), int(state["calls"])
 
-    def _attack(self, model: nn.Module, x: Tensor, y: Tensor, size: int) -> Tensor:
+    def _attack(self, model: nn.Module, x: Tensor, y: Any, size: int) -> Tensor:
         budget = place(self._budget, x)
         if self._calls == 0:
             check_in_range(budget, x)
@@ -135,13 +147,13 @@ class PGD:
         perturbed = torch.empty_like(x)
         with attacking(model, self._norm_mode) as frozen:
             if self._calls == CHECKED_CALL:
-                check_gradient(frozen, x[:size], y[:size], self._loss_fn)
+                check_gradient(frozen, x[:size], take_rows(y, slice(size), len(x), "targets"), self._loss_fn)
             for first in range(0, len(x), size):
                 part = slice(first, first + size)
                 perturbed[part] = ascend(
                     frozen,
                     x[part],
-                    y[part],
+                    take_rows(y, part, len(x), "targets"),
                     budget,
                     self._loss_fn,
                     steps=self._steps,

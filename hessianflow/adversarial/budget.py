@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.structure import article
 
 Norm = Literal["l_inf", "l_2"]
 PerChannel = float | Sequence[float] | Tensor
@@ -102,12 +103,30 @@ def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> 
     return Budget(radius, low, high, norm)
 
 
+def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be perturbed") -> None:
+    """Refuse inputs in a structure: nothing says which tensor is to be perturbed, and how far.
+
+    Args:
+        value: the inputs, or something else that has a `name` and must be a tensor for another
+            `purpose`.
+        name: for the message.
+        purpose: likewise.
+
+    Raises:
+        HessianFlowError: anything but a tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise HessianFlowError(f"{name} must be one tensor {purpose}, got {article(value)}")
+
+
 def place(budget: Budget, x: Tensor) -> Budget:
     """The budget on the device and in the precision of `x`, shaped to broadcast over its channels.
 
     Raises:
-        HessianFlowError: integer inputs, or a number of channels that differs from that of eps or value_range.
+        HessianFlowError: inputs that are not one tensor of floating point numbers, or a number of
+            channels that differs from that of eps or value_range.
     """
+    check_one_tensor(x)
     if not x.is_floating_point():
         raise HessianFlowError(
             f"inputs must be floating point to be perturbed, got {x.dtype}; convert them (for images: x.float() / 255)"

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hessianflow.adversarial.budget import check_one_tensor
 from hessianflow.adversarial.mixing import perturbed_rows
 from hessianflow.adversarial.runners import AttackRunner, Interleaved, TwinAttack
 from hessianflow.adversarial.split_norm import clean_rows, is_split
@@ -146,8 +147,11 @@ class ConcurrentAdversary:
         """Start to make the twins of `share` of the rows, spread evenly, with the weights of now.
 
         Raises:
-            HessianFlowError: a share outside [0, 1].
+            HessianFlowError: a share outside [0, 1]; inputs or targets that are not one tensor
+                each.
         """
+        check_one_tensor(inputs)
+        check_one_tensor(targets, "targets", "to have adversarial twins")
         rows = _chosen(inputs, share)
         size = microbatch_size or self._microbatch_size
         self._latest = self._runner.submit(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow.adversarial.attacks import attacking
+from hessianflow.adversarial.budget import check_one_tensor
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import mean_loss
 
@@ -28,7 +29,7 @@ class InputHessian:
         norm_mode: statistics that batch normalisation uses.
 
     Raises:
-        HessianFlowError: the loss does not depend on the inputs.
+        HessianFlowError: inputs that are not one tensor, or a loss that does not depend on them.
 
     Example:
         >>> operator = InputHessian(nn.Identity(), torch.ones(1, 2), torch.zeros(1, 2), nn.MSELoss(reduction="sum"))
@@ -45,6 +46,7 @@ class InputHessian:
         *,
         norm_mode: NormMode = "eval",
     ) -> None:
+        check_one_tensor(x)
         with attacking(model, norm_mode) as frozen:
             self._inputs = x.detach().clone().requires_grad_()
             loss = mean_loss(loss_fn, frozen(self._inputs), y) * len(x)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow.adversarial.attacks import fgsm, pgd
-from hessianflow.adversarial.budget import PerChannel, ValueRange
+from hessianflow.adversarial.budget import PerChannel, ValueRange, check_one_tensor
 from hessianflow.adversarial.input_hessian import InputHessian
 from hessianflow.adversarial.robustness import OverfittingAlarm, robust_accuracy
 from hessianflow.interfaces import LinearOperator, LossFn
@@ -29,7 +29,7 @@ class RobustnessWatch:
         seed: of PGD's random start, the same after every epoch.
 
     Raises:
-        HessianFlowError: collapse outside (0, 1).
+        HessianFlowError: collapse outside (0, 1), or inputs that are not one tensor.
     """
 
     kind = "robustness"
@@ -44,6 +44,7 @@ class RobustnessWatch:
         collapse: float = 0.5,
         seed: int = 0,
     ) -> None:
+        check_one_tensor(batch[0])
         self._model, self._batch, self._seed = model, batch, seed
         self._eps, self._range = eps, value_range
         self._alarm = OverfittingAlarm(collapse)
@@ -86,6 +87,9 @@ class InputCurvature:
         batch: (inputs, targets).
         solve: finds the top eigenpair of an operator and returns its figures by name, "eigenvalue" among them.
         loss_fn: the loss trained on.
+
+    Raises:
+        HessianFlowError: inputs that are not one tensor.
     """
 
     kind = "input-curvature"
@@ -97,6 +101,7 @@ class InputCurvature:
         solve: Callable[[LinearOperator], Mapping[str, float]],
         loss_fn: LossFn = cross_entropy,
     ) -> None:
+        check_one_tensor(batch[0])
         self._model, self._batch, self._solve, self._loss_fn = model, batch, solve, loss_fn
 
     def __call__(self) -> tuple[Mapping[str, float], str]:

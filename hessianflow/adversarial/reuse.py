@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.adversarial.adversaries import ABSA_EPS
-from hessianflow.adversarial.budget import PerChannel, ValueRange, check_in_range, make_budget, place
+from hessianflow.adversarial.budget import PerChannel, ValueRange, check_in_range, check_one_tensor, make_budget, place
 from hessianflow.adversarial.mixing import perturbed_rows
 from hessianflow.interfaces import Exposure, HessianFlowError, Reducer
 
@@ -34,8 +34,8 @@ class TracedBatches(Protocol):
         ...
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+    def input_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of images."""
         ...
 
     @property
@@ -143,6 +143,7 @@ class GradientReuse:
         self._signs[self._batches.latest] = self._batches.as_stored(gradient.sign().to(torch.int8))
 
     def _check(self, inputs: Tensor) -> None:
+        check_one_tensor(inputs)
         expected = (len(self._batches.latest), *self._batches.input_shape)
         if tuple(inputs.shape) != expected:
             raise HessianFlowError(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import move
+from hessianflow.adversarial.budget import check_one_tensor
+from hessianflow.batches import as_batches, as_pair, move
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 
@@ -61,7 +62,8 @@ def robust_accuracy(
         "clean", every name given, and, with more than one attack, "worst": correct under all attacks and clean.
 
     Raises:
-        HessianFlowError: no example; a name that is taken; a confidence outside (0, 1).
+        HessianFlowError: no example; batches that are no pairs, or targets that are not one tensor;
+            a name that is taken; a confidence outside (0, 1).
     """
     taken = {"clean", "worst"} & set(attacks)
     if taken:
@@ -71,8 +73,9 @@ def robust_accuracy(
     names = [*named, "worst"] if len(attacks) > 1 else [*named]
     correct = torch.zeros(len(names), dtype=torch.int64, device=device)
     total = 0
-    for batch in [data] if isinstance(data, tuple) and isinstance(data[0], Tensor) else data:
-        x, y = move(batch, device)
+    for batch in as_batches(data):
+        x, y = as_pair(move(batch, device))
+        check_one_tensor(y, "targets", "of class numbers")
         hits = torch.stack([_hits(model, attack(model, x, y), y) for attack in named.values()])
         if len(attacks) > 1:
             hits = torch.cat([hits, hits.all(0, keepdim=True)])

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors
+from hessianflow.batches import take_rows
 from hessianflow.curvature.ggn import forward_pair
 from hessianflow.curvature.jacobian import KeptJacobian
 from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
@@ -79,7 +79,7 @@ class FisherOperator(ModelOperator):
         return Piece(loss, weight, product)
 
     def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Averaged:
-        return self._loss(outputs[n : n + 1], _example(targets, n))
+        return self._loss(outputs[n : n + 1], _example(targets, n, len(outputs)))
 
     def _sampled(self, outputs: Tensor, targets: Any) -> Tensor:
         if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.ndim != 2 or targets.ndim != 1:
@@ -92,5 +92,5 @@ class FisherOperator(ModelOperator):
         return torch.searchsorted(cumulative, draws[:, None]).squeeze(1).clamp(max=outputs.shape[1] - 1)
 
 
-def _example(batch: Any, n: int) -> Any:
-    return map_tensors(lambda t: t[n : n + 1], batch)
+def _example(targets: Any, n: int, total: int) -> Any:
+    return take_rows(targets, slice(n, n + 1), total, "targets")

@@ -4,6 +4,7 @@ G = 1/N sum_n J_n^T (d^2 loss / d f^2) J_n with J_n the Jacobian of the outputs:
 the network itself; positive semi-definite for a convex loss. For cross-entropy it equals the Fisher information.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:
     Raises:
         HessianFlowError: a dict batch, or outputs that are not one tensor that depends on the weights.
     """
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         raise HessianFlowError(f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts")
     outputs = model(batch[0])
     if not isinstance(outputs, Tensor) or not outputs.requires_grad:

@@ -11,7 +11,7 @@ every product, and memory does not depend on the number of pieces.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, get_args
 
@@ -215,7 +215,7 @@ class ModelOperator(Operator):
         """What is forwarded at once; pieces that are known to count for nothing (all targets ignored) are left out."""
         self._position = 0
         for batch in checked_batches(self._batches):
-            for piece in _split(batch, self.microbatch_size):
+            for piece in split(batch, self.microbatch_size):
                 local = self._local(piece)
                 if self._weight_ahead(local) != 0:
                     yield local
@@ -223,7 +223,7 @@ class ModelOperator(Operator):
 
     def _weight_ahead(self, batch: Any) -> float | None:
         # A weight on the device is awaited: a piece without one must not be forwarded.
-        weight = self._loss.weight_ahead(batch if isinstance(batch, dict) else batch[1])
+        weight = self._loss.weight_ahead(batch if isinstance(batch, Mapping) else batch[1])
         return None if weight is None else float(weight)
 
     def _fits(self, batch: Any) -> bool:
@@ -235,7 +235,7 @@ class ModelOperator(Operator):
 
     def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
         """The mean loss of one piece and its weight."""
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             return self._average(model, batch)
         return self._average(model(batch[0]), batch[1])
 
@@ -326,12 +326,6 @@ def _counted(weight: float) -> float:
     if weight == 0:
         raise HessianFlowError(NO_TARGET)
     return weight
-
-
-def _split(batch: Any, size: int | None) -> Iterator[Any]:
-    if isinstance(batch, dict):
-        return (pair[0] for pair in split((batch, None), size))
-    return split((batch[0], batch[1]), size)
 
 
 def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:

@@ -136,6 +136,7 @@ class CurvatureProbe:
         """Measure at the current weights."""
         began = time.perf_counter()
         batch = self._batch() if callable(self._batch) else self._batch
+        examples = num_examples(batch)
         # A new operator each time: no graph and no batch outlives the call. The loss is checked to repeat once.
         operator = self._operator(
             self._model,
@@ -153,7 +154,6 @@ class CurvatureProbe:
         finally:
             operator.release()
             self._calls += 1
-        examples = num_examples(batch)
         self._account(result, examples)
         return self._reading(result, examples, time.perf_counter() - began)
 

@@ -1,6 +1,6 @@
 """Which parameters an operator acts on, and which pairs of a data set it averages over."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hessianflow.batches import as_batches
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.structure import article
 
 Selection = str | Sequence[str] | Sequence[Tensor] | None
 """All trainable parameters (None), name patterns ("layer1", ["head", "*.bias"]), or the tensors themselves."""
@@ -55,18 +56,18 @@ def batches_of(data: Any) -> Iterable[Any]:
     """The data as a re-iterable of batches; :func:`hessianflow.batches.as_batches` says what one batch is.
 
     Raises:
-        HessianFlowError: an iterator that can be read only once, or something that cannot be iterated.
+        HessianFlowError: an iterator that can be read only once, something that cannot be iterated,
+            or single examples.
     """
+    batches = as_batches(data)
     if isinstance(data, Iterator):
         raise HessianFlowError(
-            f"data must be one pair or a re-iterable of pairs, got a {type(data).__name__} that ends after one pass; "
+            f"data must be one pair or a re-iterable of pairs, got {article(data)} that ends after one pass; "
             "pass a list or a DataLoader"
         )
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise HessianFlowError(
-            f"data must be a pair (inputs, targets) or a re-iterable of pairs, got {type(data).__name__}"
-        )
-    return as_batches(data)
+    if not isinstance(batches, Iterable):
+        raise HessianFlowError(f"data must be a pair (inputs, targets) or a re-iterable of pairs, got {article(data)}")
+    return batches
 
 
 def single_batch(batches: Iterable[Any]) -> Any | None:
@@ -75,15 +76,19 @@ def single_batch(batches: Iterable[Any]) -> Any | None:
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, one by one; each must be a pair or a dict.
+    """The batches, one by one; each must be a pair or a mapping.
 
     Raises:
         HessianFlowError: something else, or nothing at all.
     """
     empty = True
     for batch in batches:
-        if not isinstance(batch, dict) and not (isinstance(batch, (list, tuple)) and len(batch) == 2):
-            raise HessianFlowError(f"each batch must be a pair (inputs, targets) or a dict, got {type(batch).__name__}")
+        if not isinstance(batch, Mapping) and not (isinstance(batch, (list, tuple)) and len(batch) == 2):
+            size = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+            raise HessianFlowError(
+                f"each batch must be a pair (inputs, targets) or a dict, got {article(batch)}{size}; "
+                "more than one input or target goes into a dict"
+            )
         empty = False
         yield batch
     if empty:

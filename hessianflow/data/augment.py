@@ -75,6 +75,11 @@ class Augmentation:
             if getattr(self, name) < 0:
                 raise HessianFlowError(f"{name} must be at least 0 pixels, got {getattr(self, name)}")
 
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is varied."""
+        return bool(self.crop_padding or self.flip or self.cutout)
+
     def draw(self, count: int, height: int, width: int, *, seed: int, epoch: int) -> Draws:
         """All draws for `count` images of this size in one epoch; each kind from a generator of its own."""
         offsets = flips = centres = None
@@ -95,10 +100,10 @@ class Augmentation:
         `step` neighbours in a row make up one pixel: 1 for separate colour planes (P = channels), the number of
         channels for interleaved ones (P = 1).
         """
+        if draws.offsets is None and draws.flips is None:
+            return rows
         n, planes, height, length = rows.shape
         columns = _columns(draws, n, length // step, rows.device)
-        if columns is None:
-            return rows
         if draws.offsets is not None:
             padding = self.crop_padding
             rows = pad(rows, (padding * step, padding * step, padding, padding))
@@ -132,10 +137,8 @@ def _take_rows(rows: Tensor, tops: Tensor, height: int) -> Tensor:
     return taken.view(n, planes, height, length)
 
 
-def _columns(draws: Draws, n: int, width: int, device: torch.device) -> Tensor | None:
-    """Source column of every output column, int64 [n, width]; None where nothing moves."""
-    if draws.offsets is None and draws.flips is None:
-        return None
+def _columns(draws: Draws, n: int, width: int, device: torch.device) -> Tensor:
+    """Source column of every output column, int64 [n, width]."""
     columns = torch.arange(width, device=device).expand(n, width)
     if draws.flips is not None:
         columns = torch.where(draws.flips[:, None], width - 1 - columns, columns)

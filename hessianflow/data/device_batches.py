@@ -1,7 +1,8 @@
-"""A whole image set on the device, as uint8, cut into augmented, normalised batches there.
+"""A whole set of images or features on the device, cut into augmented, normalised batches there.
 
-Nothing crosses from host to device while an epoch runs, and a batch of another size costs nothing: a batch is a range
-of places in an order that was drawn for the whole epoch.
+Images may be stored as uint8. Nothing crosses from host to device while an epoch runs, and a batch
+of another size costs nothing: a batch is a range of places in an order that was drawn for the whole
+epoch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from hessianflow.data.augment import Augmentation, Draws
 from hessianflow.data.streams import ExampleStream
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.structure import article
 
 
 class DeviceBatches(ExampleStream):
@@ -22,13 +24,14 @@ class DeviceBatches(ExampleStream):
     cutout. All iterators share one place: use one at a time.
 
     Args:
-        images: uint8 or floating point [N, C, H, W].
+        images: uint8 or floating point [N, C, H, W], or features [N, C], series [N, C, T] and the
+            like, which can be neither augmented nor laid out in another way.
         targets: N targets, usually int64 class indices [N].
         batch_size: examples a batch, over all ranks.
         seed: of order and augmentation.
         device: where the set and the batches live.
         augment: random crop, flip, cutout; None: none.
-        mean: of every channel, after division by `value_scale`; None: 0.
+        mean: of every channel (dimension 1), after division by `value_scale`; None: 0.
         std: likewise; None: 1.
         value_scale: the pixel value that counts as 1; None: 255 for uint8, 1 for floating point.
         num_classes: None: one more than the largest target.
@@ -57,15 +60,16 @@ class DeviceBatches(ExampleStream):
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> None:
-        _check_shapes(images, targets)
+        augment = augment or Augmentation()
+        _check_shapes(images, targets, augment, channels_last)
         super().__init__(len(images), batch_size, seed=seed, shuffle=shuffle)
-        self._shape = images.shape[1], images.shape[2], images.shape[3]
+        self._shape = tuple(images.shape[1:])
         self._channels_last = channels_last
         self._rows = self._to_rows(images).to(device).contiguous()
         self._targets = targets.to(device)
-        self._augment = augment or Augmentation()
+        self._augment = augment
         value_scale = value_scale or (255.0 if images.dtype == torch.uint8 else 1.0)
-        self._gain, self._shift = _affine(images.shape[1], mean, std, value_scale)
+        self._gain, self._shift = _affine(self._shape, mean, std, value_scale)
         exact = torch.promote_types(torch.float32, dtype)
         # One factor an entry of a row where the channels of a pixel are neighbours.
         self._row_gain, self._row_shift = (
@@ -89,8 +93,8 @@ class DeviceBatches(ExampleStream):
         return self._num_classes
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+    def input_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of images: the shape of one example."""
         return self._shape
 
     @property
@@ -101,10 +105,7 @@ class DeviceBatches(ExampleStream):
         return low, high
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start, stop in self._next_places():
-            order, draws = self._epoch_plan()
-            self._latest = order[start:stop], draws.rows(start, stop)
-            yield self._batch(*self._latest)
+        return self._handed_out(self._planned_batch)
 
     @property
     def latest(self) -> Tensor:
@@ -137,21 +138,27 @@ class DeviceBatches(ExampleStream):
         """
         return self.examples(self._sampled_indices(count, seed))
 
+    def _planned_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        order, draws = self._epoch_plan()
+        self._latest = order[start:stop], draws.rows(start, stop)
+        return self._batch(*self._latest)
+
     def _epoch_plan(self) -> tuple[Tensor, Draws]:
         if self._plan is None or self._plan[0] != self._epoch:
-            _, height, width = self.input_shape
+            height, width = self._shape[-2:] if self._augment.is_active else (0, 0)
             draws = self._augment.draw(self._num_examples, height, width, seed=self._seed, epoch=self._epoch)
             self._plan = self._epoch, self._order().to(self.device), draws.to(self.device)
         return self._plan[1:]
 
     def _batch(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        channels, height, width = self._shape
-        step = channels if self._channels_last else 1
+        step = self._shape[0] if self._channels_last else 1
         rows = self._augment.crop_and_flip(self._rows.index_select(0, indices), draws, step)
         rows = rows.to(self._row_gain.dtype).mul_(self._row_gain).add_(self._row_shift)
         rows = self._augment.cut_out(rows, draws, step).to(self._dtype)
-        inputs = rows.view(-1, height, width, channels).permute(0, 3, 1, 2) if self._channels_last else rows
-        return inputs, self._targets.index_select(0, indices)
+        if self._channels_last:
+            channels, height, width = self._shape
+            rows = rows.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        return rows, self._targets.index_select(0, indices)
 
     def _to_rows(self, images: Tensor) -> Tensor:
         """[N, C, H, W] as rows: one plane a channel, or one plane of pixels when the batches are channels-last."""
@@ -161,19 +168,34 @@ class DeviceBatches(ExampleStream):
         return images.permute(0, 2, 3, 1).reshape(len(images), 1, height, width * channels)
 
 
-def _check_shapes(images: Tensor, targets: Tensor) -> None:
-    if images.ndim != 4:
-        raise HessianFlowError(f"images must have shape [N, C, H, W], got {list(images.shape)}")
+def _check_shapes(images: Tensor, targets: Tensor, augment: Augmentation, channels_last: bool) -> None:
+    for name, part in (("images", images), ("targets", targets)):
+        if not isinstance(part, Tensor):
+            raise HessianFlowError(
+                f"{name} must be one tensor, got {article(part)}: use torch.as_tensor, or hf.data.AdaptiveBatches for "
+                "items of any kind"
+            )
+    if images.ndim == 0 or (images.ndim != 4 and (augment.is_active or channels_last)):
+        option = "augment" if augment.is_active else "channels_last"
+        wanted = "[N, ...]" if images.ndim == 0 else f"[N, C, H, W] for {option}"
+        raise HessianFlowError(f"images must have shape {wanted}, got {list(images.shape)}")
     if not (images.dtype == torch.uint8 or images.is_floating_point()):
-        raise HessianFlowError(f"images must be uint8 or floating point, got {images.dtype}")
+        raise HessianFlowError(
+            f"images must be uint8 or floating point, got {images.dtype}: convert them by .float(), or use "
+            "hf.data.AdaptiveBatches for tokens"
+        )
     if targets.ndim == 0 or len(targets) != len(images):
         raise HessianFlowError(f"targets must be one for each of the {len(images)} images, got {list(targets.shape)}")
 
 
 def _affine(
-    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float
+    shape: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gain and shift, float64 [C, 1, 1], with gain * pixel + shift = (pixel / scale - mean) / std."""
+    """Gain and shift with gain * pixel + shift = (pixel / scale - mean) / std.
+
+    Each is float64 and broadcasts over one example: [C, 1, 1] for images.
+    """
+    channels = shape[0] if shape else 1
     means, stds = mean or [0.0] * channels, std or [1.0] * channels
     for name, values in (("mean", means), ("std", stds)):
         if len(values) != channels:
@@ -182,4 +204,5 @@ def _affine(
         raise HessianFlowError(f"std and value_scale must be positive, got {list(stds)} and {scale}")
     exact = [(1 / (scale * s), -m / s) for m, s in zip(means, stds, strict=True)]
     gain, shift = torch.tensor(exact, dtype=torch.float64).T
-    return gain.view(-1, 1, 1), shift.view(-1, 1, 1)
+    ones = [1] * (len(shape) - 1)
+    return gain.view(-1, *ones), shift.view(-1, *ones)

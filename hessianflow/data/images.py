@@ -129,6 +129,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             transform=normalise,
             shuffle=train,
             value_range=normalise.value_range,
+            persistent_workers=True,  # the list of files never changes
         )
 
 

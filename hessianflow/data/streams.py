@@ -5,17 +5,30 @@ means the same whatever the batch size, the number of ranks or the number of int
 cutouts are drawn from separate generators: switching one on leaves the others, and the order, as they were.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from hessianflow.interfaces import HessianFlowError
 
-Stream = Literal["order", "crop", "flip", "cutout", "example", "sample"]
-_STREAM_KEYS: Mapping[Stream, int] = {"order": 0, "crop": 1, "flip": 2, "cutout": 3, "example": 4, "sample": 5}
+T = TypeVar("T")
+
+Stream = Literal["order", "crop", "flip", "cutout", "example", "sample", "collate", "held", "workers"]
+_STREAM_KEYS: Mapping[Stream, int] = {
+    "order": 0,
+    "crop": 1,
+    "flip": 2,
+    "cutout": 3,
+    "example": 4,
+    "sample": 5,
+    "collate": 6,
+    "held": 7,
+    "workers": 8,
+}
 _STATE_KEYS = ("seed", "epoch", "cursor", "batch_size", "num_examples")
 
 
@@ -32,6 +45,11 @@ def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
 
 class ExampleStream:
     """Place in a shuffled, endless sequence of epochs over `num_examples` examples; the base of both kinds of batches.
+
+    Iterating yields what is left of the current epoch, the last partial batch included, then enters
+    the next epoch. A batch that cannot be made, for an error of the data or an interruption, is the
+    next one to come. Without shuffling every iteration starts at the first example, as evaluation
+    wants it, until a state is loaded or a rank set: from then on it goes on where it stood, too.
 
     With several ranks, a batch of n examples that starts at place p is cut into contiguous parts: rank r of w takes
     [p + n*r//w, p + n*(r+1)//w). All ranks see the same number of batches; where a batch has fewer examples than there
@@ -62,6 +80,8 @@ class ExampleStream:
         self._num_examples, self._seed, self._shuffle = num_examples, seed, shuffle
         self._epoch, self._cursor = 0, 0
         self._rank, self._world_size = 0, 1
+        self._is_shared = self._has_warned = False
+        self._starts_over = not shuffle
         self._batch_size = self._checked_batch_size(batch_size)
 
     @property
@@ -97,6 +117,7 @@ class ExampleStream:
         if not 0 <= rank < world_size:
             raise HessianFlowError(f"rank must lie in [0, world_size), got rank {rank} of world_size {world_size}")
         self._rank, self._world_size = rank, world_size
+        self._is_shared, self._starts_over = True, False
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and place as plain ints; the same on every rank."""
@@ -122,22 +143,42 @@ class ExampleStream:
             )
         self._batch_size = self._checked_batch_size(int(state["batch_size"]))
         self._epoch, self._cursor = epoch, cursor
+        self._starts_over = False
 
-    def _next_places(self) -> Iterator[tuple[int, int]]:
-        """This rank's [start, stop) in the order of each batch left in the epoch; then enter the next epoch.
+    def _handed_out(self, make: Callable[[int, int], T]) -> Iterator[T]:
+        """What `make` makes of this rank's [start, stop) for each batch left in the epoch.
 
-        The cursor moves before the places are handed out, so a state taken while a batch is in use lies behind it.
-        Without shuffling every call starts at the first example.
+        The cursor moves before a batch is handed out, so a state taken while it is in use lies
+        behind it.
         """
-        if not self._shuffle:
+        self._warn_of_equal_ranks()
+        if self._starts_over:
             self._cursor = 0
         while self._cursor < self._num_examples:
             start = self._cursor
             size = self._next_size(start)
             self._cursor = start + size
             first, last = (size * r // self._world_size for r in (self._rank, self._rank + 1))
-            yield start + first, start + last
+            try:
+                batch = make(start + first, start + last)
+            except BaseException:
+                self._cursor = start
+                raise
+            yield batch
         self._epoch, self._cursor = self._epoch + 1, 0
+
+    def _warn_of_equal_ranks(self) -> None:
+        """Say once that the ranks of the process group would all go through the same examples."""
+        if self._is_shared or self._has_warned or not self._shuffle or not distributed.is_available():
+            return
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            self._has_warned = True
+            warnings.warn(
+                f"each of the {distributed.get_world_size()} ranks of the process group goes through all "
+                f"{self._num_examples} examples, in the same order: call set_shard(rank, world_size) on this "
+                f"{type(self).__name__}, or set_shard(0, 1) if that is meant",
+                stacklevel=3,
+            )
 
     def _next_size(self, start: int) -> int:
         """Examples of the batch that starts at place `start`."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, num_examples
+from hessianflow.batches import num_examples, take_rows
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.operator import Operator
 from hessianflow.interfaces import Batch, HessianFlowError, LinearOperator, LossFn, Reducer
@@ -88,7 +88,7 @@ def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
     examples, rank, world_size = num_examples(batch), reducer.rank, reducer.world_size
     start, stop = examples * rank // world_size, examples * (rank + 1) // world_size
     rows = slice(start, stop) if stop > start else slice(0, 1)
-    part: Batch = map_tensors(lambda t: t[rows], batch)
+    part: Batch = take_rows(batch, rows, examples)
     return part, stop - start
 
 

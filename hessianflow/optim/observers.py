@@ -232,7 +232,7 @@ class ExtraBatchNorms(_NormTable):
         self._clear()
         with measuring(self.model, self.norm_mode) as model:
             for inputs, targets in self.draw():
-                examples = num_examples(inputs)
+                examples = num_examples(targets)
                 self._add(self._norms(model, inputs, targets), examples)
         self._sum_over_ranks()
         if self._sum is None:

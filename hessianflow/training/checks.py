@@ -29,6 +29,17 @@ def check_data(train_data: object) -> None:
         )
 
 
+def check_rows(train_data: ResizableBatches) -> None:
+    """Refuse training data that cannot be cut, if they have a method `check_rows` that tells.
+
+    Raises:
+        HessianFlowError: an entry of their batches that has not one row an example.
+    """
+    check = getattr(train_data, "check_rows", None)
+    if check is not None:
+        check()
+
+
 LOOP_SIGNALS = frozenset({"train_loss", "epoch_loss", "learning_rate"})
 """What the training loop itself can tell a controller; all else is a probe's or an observer's."""
 

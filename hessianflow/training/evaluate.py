@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import as_batches, move, num_examples
+from hessianflow.batches import as_batches, as_pair, move, num_examples
 from hessianflow.interfaces import Batch, HessianFlowError, Hits, LossFn, Reducer
 from hessianflow.losses import MeanLoss, SplitCheck, exact_type, weighted
 from hessianflow.measuring import measuring
@@ -59,9 +59,9 @@ def evaluate(
     # Sums of loss, of what it divides by, of hits, targets that count, examples, and batches without classes.
     sums = torch.zeros(6, dtype=exact_type(device), device=device)
     with measuring(model) as inner, torch.no_grad():
-        for number, (inputs, targets) in enumerate(as_batches(data)):
+        for number, batch in enumerate(as_batches(data)):
             if number % ranks.world_size == ranks.rank:
-                inputs, targets = move(inputs, device), move(targets, device)
+                inputs, targets = as_pair(move(batch, device))
                 outputs = inner(inputs)
                 sums += _figures(outputs, targets, mean_loss, sums)
                 if number > 0:

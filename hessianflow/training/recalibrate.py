@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessianflow.batches import as_batches, move
+from hessianflow.batches import as_batches, as_pair, move
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring, unwrap
 
@@ -33,7 +33,8 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
         return
     device, batches = next(model.parameters()).device, 0
     with measuring(model) as inner, torch.no_grad(), _averaging(layers):
-        for inputs, _ in as_batches(data):
+        for batch in as_batches(data):
+            inputs, _ = as_pair(batch)
             inner(move(inputs, device))
             batches += 1
         if batches == 0:

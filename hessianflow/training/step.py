@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessianflow.batches import move, num_examples
+from hessianflow.batches import move, num_examples, training_pair
 from hessianflow.interfaces import Adversary, Batch, BatchTransform, Exposure, HessianFlowError, Progress, World
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint
@@ -52,7 +52,7 @@ class TrainingStep:
     def load(self, batch: Batch, progress: Progress) -> Batch:
         """A batch as it will be trained: on the device, transformed; `progress` is that at its use."""
         with self.watch.part("training"):
-            inputs, targets = move(batch, self.device, non_blocking=True)
+            inputs, targets = training_pair(move(batch, self.device, non_blocking=True))
             if self.transform is None or num_examples(targets) == 0:
                 return inputs, targets
             return self.transform(inputs, targets, progress)

@@ -37,7 +37,15 @@ from hessianflow.interfaces import (
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.accumulate import GradientAccumulator, Precision
-from hessianflow.training.checks import check_data, check_run, check_signals, join_parts, must_pair, trained_parameters
+from hessianflow.training.checks import (
+    check_data,
+    check_rows,
+    check_run,
+    check_signals,
+    join_parts,
+    must_pair,
+    trained_parameters,
+)
 from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
 from hessianflow.training.divergence import DivergencePolicy, OnDivergence
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
@@ -157,6 +165,8 @@ class AdaptiveBatchTrainer:
         if microbatch_size is None:
             microbatch_size = "auto" if device.type == "cuda" else self.reference_batch_size
         microbatch = MicrobatchSize(microbatch_size, min(AUTO_START, self.reference_batch_size), device)
+        if controller is not None or microbatch.size < decision.batch_size:
+            check_rows(train_data)
         trained = trained_parameters(model, optimizer)
         accumulate = GradientAccumulator(
             model, loss_fn, trained, observers, precision, self.norm_batch_size, self.world, paired

@@ -47,9 +47,16 @@ def test_complex_parameters():
     [
         ([], "data is empty: it must hold at least one batch"),
         (iter([1]), "data must be one pair or a re-iterable of pairs, got a list_iterator that ends after one pass"),
-        (torch.ones(3), "data must be a pair .* or a re-iterable of pairs, got Tensor"),
-        (3, "data must be a pair .* or a re-iterable of pairs, got int"),
-        ([torch.ones(3, 5)], r"each batch must be a pair \(inputs, targets\) or a dict, got Tensor"),
+        (torch.ones(3), "data must be a pair .* or an iterable of pairs, got a Tensor"),
+        (3, "data must be a pair .* or a re-iterable of pairs, got an int"),
+        ([torch.ones(3, 5)], r"a batch must be a pair \(inputs, targets\), got a list of 1"),
+        ([(torch.ones(3, 5), 1, 2)], r"each batch must be a pair .* or a dict, got a tuple of 3; more than one input"),
+        ([3], r"each batch must be a pair \(inputs, targets\) or a dict, got an int"),
+        ([{1, 2}], r"each batch must be a pair \(inputs, targets\) or a dict, got a set"),
+        (
+            torch.utils.data.TensorDataset(torch.ones(3, 5)),
+            "got a TensorDataset: batch a data set by torch.utils.data.DataLoader",
+        ),
     ],
 )
 def test_data_of_the_wrong_shape(data, message):

@@ -3,7 +3,8 @@
 import itertools
 import math
 import time
-from typing import get_args
+from contextlib import suppress
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ def epoch(batches: DeviceBatches) -> tuple[Tensor, Tensor]:
     return torch.cat(inputs), torch.cat(targets)
 
 
+def place(start: int, stop: int) -> tuple[int, int]:
+    return start, stop
+
+
 def test_it_is_what_the_trainer_asks_for() -> None:
     batches: ResizableBatches = make()
     assert batches.num_examples == 23
@@ -51,7 +56,9 @@ def test_an_epoch_visits_every_example_once_and_keeps_the_ragged_tail() -> None:
 @given(examples=st.integers(2, 200), batch_size=st.integers(2, 200))
 def test_no_training_batch_is_less_than_half_of_what_was_asked_for(examples: int, batch_size: int) -> None:
     batch_size = min(examples, batch_size)
-    sizes = [stop - start for start, stop in ExampleStream(examples, batch_size, seed=0, shuffle=True)._next_places()]
+    sizes = [
+        stop - start for start, stop in ExampleStream(examples, batch_size, seed=0, shuffle=True)._handed_out(place)
+    ]
     assert sum(sizes) == examples
     assert 2 * min(sizes) >= batch_size
     assert min(sizes) > 1
@@ -63,7 +70,7 @@ def test_no_training_batch_is_less_than_half_of_what_was_asked_for(examples: int
 
 def test_a_short_tail_is_shared_in_training_and_stays_in_evaluation() -> None:
     def sizes_of(shuffle: bool) -> list[int]:
-        places = ExampleStream(4000, 398, seed=0, shuffle=shuffle)._next_places()
+        places = ExampleStream(4000, 398, seed=0, shuffle=shuffle)._handed_out(place)
         return [stop - start for start, stop in places]
 
     assert sizes_of(True) == [398] * 9 + [209, 209]
@@ -226,6 +233,47 @@ def test_floating_point_images_and_targets_pass_through() -> None:
     assert batches.num_classes == 0
 
 
+@pytest.mark.parametrize("shape", [(), (8,), (3, 20), (2, 3, 4, 5)])
+def test_inputs_that_are_no_images_are_handed_out_as_they_are(shape: tuple[int, ...]) -> None:
+    inputs, targets = torch.randn(23, *shape), torch.arange(23)
+    batches = DeviceBatches(inputs, targets, 5)
+    found, order = epoch(batches)
+    assert sorted(order.tolist()) == list(range(23))
+    assert torch.equal(found, inputs[order])
+    assert batches.input_shape == shape
+    assert torch.equal(batches.sample(4)[0], inputs[batches.sample(4)[1]])
+    assert torch.equal(batches.as_in_latest(found[:3]), found[:3])
+
+
+def test_features_are_normalised_each_by_its_own_mean() -> None:
+    inputs = torch.randn(23, 4) * 3 + 1
+    mean, std = inputs.mean(0).tolist(), inputs.std(0).tolist()
+    found, order = epoch(DeviceBatches(inputs, torch.arange(23), 5, mean=mean, std=std))
+    torch.testing.assert_close(found, ((inputs - inputs.mean(0)) / inputs.std(0))[order])
+
+
+def test_a_batch_that_fails_is_the_next_one() -> None:
+    """Out of memory, say: nothing is skipped."""
+
+    class Failing(DeviceBatches):
+        calls = 0
+
+        def _batch(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+            self.calls += 1
+            if self.calls == 3:
+                raise torch.OutOfMemoryError("no room")
+            return super()._batch(*arguments)
+
+    batches, seen = Failing(*image_set(), 5), []
+    with suppress(torch.OutOfMemoryError):
+        for _, targets in batches:
+            seen.append(targets)
+    assert (len(seen), batches.cursor) == (2, 10)
+    for _, targets in batches:
+        seen.append(targets)
+    assert torch.equal(torch.cat(seen), epoch(DeviceBatches(*image_set(), 5))[1])
+
+
 def test_dtype_rounds_once() -> None:
     half, full = (next(iter(make(augment=None, dtype=t)))[0] for t in (torch.bfloat16, torch.float32))
     assert torch.equal(half, full.to(torch.bfloat16))
@@ -265,6 +313,36 @@ def test_facts_about_the_set() -> None:
     batches = DeviceBatches(*image_set(), 4, shuffle=False)
     assert (batches.input_shape, batches.num_classes, batches.num_examples) == ((3, 6, 5), 23, 23)
     assert DeviceBatches(*image_set(), 4, num_classes=40).num_classes == 40
+
+
+def test_evaluation_starts_over_and_training_in_the_stored_order_goes_on() -> None:
+    evaluated = make(5, shuffle=False, augment=None)
+    next(iter(evaluated))
+    assert torch.equal(epoch(evaluated)[1], torch.arange(23))
+    trained, resumed = make(5, shuffle=False, augment=None), make(9, shuffle=False, augment=None)
+    list(itertools.islice(trained, 2))
+    resumed.load_state_dict(trained.state_dict())
+    assert next(iter(resumed))[1].tolist() == [10, 11, 12, 13, 14]
+    assert epoch(resumed)[1].tolist() == list(range(15, 23))
+    assert torch.equal(epoch(resumed)[1], torch.arange(23))
+    sharded = make(5, shuffle=False, augment=None)
+    sharded.set_shard(0, 1)
+    assert [next(iter(sharded))[1][0].item() for _ in range(3)] == [0, 5, 10]
+
+
+def test_ranks_that_would_all_see_everything_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    batches = make()
+    with pytest.warns(
+        UserWarning, match=r"each of the 2 ranks .* all 23 examples, .* call set_shard\(rank, world_size\)"
+    ):
+        next(iter(batches))
+    epoch(batches)  # a warning would be an error
+    for quiet in (make(), make(shuffle=False)):
+        if quiet._shuffle:
+            quiet.set_shard(0, 1)
+        epoch(quiet)
 
 
 def test_evaluation_keeps_the_stored_order_and_takes_any_batch_size() -> None:
@@ -310,8 +388,16 @@ def test_bad_arguments_are_named(options: dict[str, object], message: str) -> No
 
 def test_bad_tensors_are_named() -> None:
     images, targets = image_set()
-    with pytest.raises(HessianFlowError, match=r"images must have shape \[N, C, H, W\], got \[23, 6, 5\]"):
-        DeviceBatches(images[:, 0], targets, 5)
+    with pytest.raises(HessianFlowError, match=r"shape \[N, C, H, W\] for augment, got \[23, 6, 5\]"):
+        DeviceBatches(images[:, 0], targets, 5, augment=EVERYTHING)
+    with pytest.raises(HessianFlowError, match=r"shape \[N, C, H, W\] for channels_last, got \[23, 6, 5\]"):
+        DeviceBatches(images[:, 0], targets, 5, channels_last=True)
+    with pytest.raises(HessianFlowError, match=r"images must have shape \[N, ...\], got \[\]"):
+        DeviceBatches(torch.tensor(1.0), targets, 5)
+    with pytest.raises(HessianFlowError, match="images must be one tensor, got a dict: use torch"):
+        DeviceBatches({"x": images}, targets, 5)  # type: ignore[arg-type]
+    with pytest.raises(HessianFlowError, match="targets must be one tensor, got an ndarray"):
+        DeviceBatches(images, targets.numpy(), 5)
     with pytest.raises(HessianFlowError, match=r"images must be uint8 or floating point, got torch.int64"):
         DeviceBatches(images.long(), targets, 5)
     with pytest.raises(HessianFlowError, match=r"one for each of the 23 images, got \[22\]"):

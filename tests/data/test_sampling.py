@@ -169,22 +169,20 @@ def test_structures_are_joined_from_chunks() -> None:
     assert torch.equal(targets.right[0], base + 3)
 
 
-def test_what_cannot_be_joined_is_named() -> None:
-    class Worded(Noisy):
-        def __getitem__(self, index: int) -> Any:
-            return torch.tensor(index), str(index)
-
-    with pytest.raises(HessianFlowError, match="batches must be tensors in dicts, lists or tuples, found a str"):
-        next(iter(AdaptiveBatches(Worded(), 9, chunk_size=4)))
+class Endless(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count()
 
 
-def test_an_iterable_data_set_is_refused() -> None:
-    class Endless(IterableDataset[int]):
-        def __iter__(self) -> Iterator[int]:
-            return itertools.count()
+class Counted(Endless):
+    def __len__(self) -> int:
+        return 40
 
-    with pytest.raises(HessianFlowError, match=r"dataset must be map-style, .* got Endless"):
-        AdaptiveBatches(Endless(), 2)
+
+@pytest.mark.parametrize("kind", [Endless, Counted])
+def test_an_iterable_data_set_is_refused_with_a_length_or_without(kind: type[Endless]) -> None:
+    with pytest.raises(HessianFlowError, match=rf"dataset must be map-style, .* got {kind.__name__}: an iterable"):
+        AdaptiveBatches(kind(), 2)
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_workers", -1), ("chunk_size", 0), ("prefetch_examples", 0)])
