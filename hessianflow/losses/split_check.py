@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, num_examples
+from hessianflow.batches import map_tensors, num_examples, take_rows
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses.mean import EXAMPLES, STATED, Averaged, MeanLoss, WeightedLoss
 from hessianflow.measuring import measuring
 
+NO_ROWS = "the outputs have no row for each example, so nothing shows what the mean loss divides by"
 WAY_OUT = (
     "wrap it in hf.WeightedLoss(loss_fn, weight), which says what the mean divides by, or keep every batch in one pass"
 )
@@ -74,18 +75,14 @@ class SplitCheck:
         if whole.source == STATED:
             self._is_needless = True
             return
-        if not isinstance(outputs, nn.Module) and not _has_rows(outputs, rows):
-            if whole.source == EXAMPLES:
-                raise HessianFlowError(
-                    "the outputs have no row for each example, so nothing shows what the mean loss divides by: "
-                    + WAY_OUT
-                )
-            return
         cut = rows // 3 or 1  # unequal parts: equal ones hide a weight that ought to differ
-        parts = [
-            self._loss(_rows(outputs, rows, start, stop), _rows(targets, rows, start, stop))
-            for start, stop in ((0, cut), (cut, rows))
-        ]
+        spans = (slice(0, cut), slice(cut, rows))
+        pairs = [_cut(outputs, targets, span, rows) for span in spans]
+        if None in pairs:
+            if whole.source == EXAMPLES:
+                raise HessianFlowError(f"{NO_ROWS}: {WAY_OUT}")
+            return
+        parts = [self._loss(*pair) for pair in pairs if pair is not None]
         # The host waits for the device here, a few times a run.
         value = float(whole.value.detach())
         found, scale = _mean(parts)
@@ -124,14 +121,16 @@ def _tolerance(dtype: torch.dtype) -> float:
     return max(4 * eps, min(1e-4, 1024 * eps))
 
 
-def _has_rows(outputs: Any, rows: int) -> bool:
-    tensors = _tensors(outputs)
-    return bool(tensors) and all(t.ndim > 0 and len(t) == rows for t in tensors)
-
-
-def _rows(batch: Any, rows: int, start: int, stop: int) -> Any:
-    """Return some rows of a batch; a model, and a tensor without a row for each example, stays as it is."""
-    return map_tensors(lambda t: t[start:stop] if t.ndim > 0 and len(t) == rows else t, batch)
+def _cut(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any] | None:
+    """Return some rows of outputs and targets, a model as it is; None where the outputs have no rows."""
+    if not isinstance(outputs, nn.Module):
+        if not any(t.ndim > 0 and len(t) == rows for t in _tensors(outputs)):
+            return None
+        try:
+            outputs = take_rows(outputs, span, rows, "outputs")
+        except HessianFlowError:
+            return None
+    return outputs, take_rows(targets, span, rows, "targets")
 
 
 def _joined(first: Any, second: Any) -> Any:
