@@ -17,11 +17,12 @@ from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_rule
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.ghost_norm import ghost_normalisation
-from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
+from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.progress import ProgressBar
 from hessianflow.training.record import RunRecord
 from hessianflow.training.saving import Saver
+from hessianflow.training.schedule import ScheduleUnit
 from hessianflow.training.state import RunState
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
@@ -33,6 +34,11 @@ OVER_BUDGET = (
     "(--curvature-budget raises it, 100 reads after every epoch)"
 )
 """Said once a run: a trajectory with gaps should not be a riddle."""
+SET_BY_HAND = (
+    "a learning rate was set by hand: it is taken as stated at the reference batch size, and trained with "
+    "times the controller's factor"
+)
+"""Said once a run, where there is such a factor."""
 
 
 @dataclass
@@ -92,6 +98,7 @@ class TrainingLoop:
     run_dir: Path | None
     show_progress: bool | None
     stop_requested: bool = field(default=False, init=False)
+    _said: set[str] = field(default_factory=set, init=False)
 
     @property
     def progress(self) -> Progress:
@@ -148,8 +155,11 @@ class TrainingLoop:
         if counters.settled < counters.updates:  # another rank failed between an update and what follows it
             self._settle(stop=False, save=False)
         for now, ahead in self.ahead.plan(lambda: (self.progress, self.decision)):
-            self.rate.set_factor(now.decision.lr_factor)
-            result = self.step(now, ahead, self._flags)
+            with self.rate.in_force(now.decision.lr_factor):
+                result = self.step(now, ahead, self._flags)
+            if self.rate.set_by_hand:
+                self._say_once("rate", SET_BY_HAND)
+                self.rate.set_by_hand = False
             counters.examples += result.examples
             counters.updates += 1
             self.totals.add(result, counters.updates, now.decision, self.rate.value)
@@ -195,8 +205,8 @@ class TrainingLoop:
         outcome = self.control(progress, at_end, figures)
         after = before if outcome.decision is None else self._held(outcome.decision)
         changed = after.setting != before.setting
-        if outcome.is_over_budget and not self.record.has_event("budget"):
-            self.event("budget", OVER_BUDGET)
+        if outcome.is_over_budget:
+            self._say_once("budget", OVER_BUDGET)
         if outcome.signals:
             self.record.write(rows.signals_row(progress, outcome.signals))
         if outcome.reading is not None:
@@ -212,7 +222,7 @@ class TrainingLoop:
         self.decision = decision
         if decision.batch_size != self.train_data.batch_size:
             self.train_data.set_batch_size(decision.batch_size)
-        self.rate.set_factor(decision.lr_factor)
+        self.rate.factor = decision.lr_factor
 
     def _finish_epoch(self) -> None:
         evaluation = None
@@ -302,6 +312,11 @@ class TrainingLoop:
     def event(self, event: str, message: str) -> None:
         """Record that something happened."""
         self.record.write(rows.event_row(self.progress, event, message))
+
+    def _say_once(self, event: str, message: str) -> None:
+        if event not in self._said and not self.record.has_event(event):
+            self.event(event, message)
+        self._said.add(event)
 
     def save(self, name: str = checkpoint.LAST) -> None:
         """Write a checkpoint, if the run has a folder; what all ranks share is rank 0's."""

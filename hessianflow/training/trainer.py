@@ -40,12 +40,13 @@ from hessianflow.training.accumulate import GradientAccumulator, Precision
 from hessianflow.training.checks import check_data, check_run, check_signals, join_parts, must_pair, trained_parameters
 from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
 from hessianflow.training.divergence import DivergencePolicy, OnDivergence
-from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
+from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead, check_staleness
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.record import History, Record, RunRecord, history_length
 from hessianflow.training.saving import Saver
+from hessianflow.training.schedule import ScheduleUnit
 from hessianflow.training.state import RunState, separate_generators
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch

@@ -1,0 +1,62 @@
+"""Argument checks for every room: each names the argument, what it may be and what it was."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from pathlib import Path
+
+from hessianflow.interfaces import HessianFlowError
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a name that is not among `choices`.
+
+    Raises:
+        HessianFlowError: it is not.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
+    """Refuse what is not a whole number >= `low`.
+
+    Args:
+        name: of the argument.
+        value: NumPy's whole numbers are some, too; True and False are not.
+        low: the smallest that is allowed.
+        none: what None means, where it is allowed.
+
+    Raises:
+        HessianFlowError: it is not.
+    """
+    if none and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        way_out = f": use None for {none}" if none else ""
+        raise HessianFlowError(f"{name} must be a whole number >= {low}, got {value!r}{way_out}")
+
+
+def check_positive(name: str, value: object, none: str) -> None:
+    """Refuse what is neither None, which means `none`, nor a finite number > 0.
+
+    Raises:
+        HessianFlowError: it is neither.
+    """
+    if value is None:
+        return
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
+        raise HessianFlowError(f"{name} must be a finite number > 0, got {value!r}: use None for {none}")
+
+
+def in_home(path: str | Path) -> Path:
+    """The path, with the home folder in the place of a leading `~`.
+
+    Raises:
+        HessianFlowError: the home folder of an unknown user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise HessianFlowError(f"the home folder that {str(path)!r} begins with is not known: write it out") from None
