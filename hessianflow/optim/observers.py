@@ -213,6 +213,12 @@ class ExtraBatchNorms(_NormTable):
         self.every, self.per_sample, self.norm_mode = every, per_sample, norm_mode
         self._steps = 0
 
+    def watch(self, parameters: Iterable[Tensor]) -> None:  # noqa: ARG002
+        """Look at the model again, some of which may have been frozen or unfrozen; the next step measures."""
+        self._take(self.model.parameters())
+        self._clear()
+        self._steps = 0
+
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
         """Not used: the gradients come from the extra batches."""
 
@@ -294,7 +300,19 @@ class GradientMoments:
     def __init__(self, *, accumulate: bool = False) -> None:
         self.accumulate = accumulate
         self._sums = _Sums()
+        self._watched: list[Tensor] = []
         self._reducer: Reducer | None = None
+
+    def watch(self, parameters: Iterable[Tensor]) -> None:
+        """Take the gradients shown from now on as those of `parameters`; sums go on for those that were there before.
+
+        Args:
+            parameters: what is trained, in the order of the gradients.
+        """
+        before, self._watched = self._watched, list(parameters)
+        if self._sums.total and before:
+            known = dict(zip(before, self._sums.total, strict=True))
+            self._sums.total = [known.get(p, torch.zeros_like(p)) for p in self._watched]
 
     def join(self, reducer: Reducer) -> None:
         """Count the microbatches of all ranks from now on; those of an interrupted step are dropped."""

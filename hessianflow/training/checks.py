@@ -125,9 +125,3 @@ def tell_parameters(observers: Sequence[GradientObserver], parameters: Sequence[
         watch = getattr(observer, "watch", None)
         if watch is not None:
             watch(parameters)
-
-
-def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's trainable parameters, then others that the optimizer holds (those of a loss, say)."""
-    held = [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
-    return list(dict.fromkeys(p for p in held if p.requires_grad))

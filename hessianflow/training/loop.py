@@ -157,6 +157,9 @@ class TrainingLoop:
         for now, ahead in self.ahead.plan(lambda: (self.progress, self.decision)):
             with self.rate.in_force(now.decision.lr_factor):
                 result = self.step(now, ahead, self._flags)
+            if self.step.news:
+                self.event("parameters", self.step.news)
+                self.step.news = ""
             if self.rate.set_by_hand:
                 self._say_once("rate", SET_BY_HAND)
                 self.rate.set_by_hand = False

@@ -37,13 +37,14 @@ from hessianflow.interfaces import (
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.accumulate import GradientAccumulator, Precision
-from hessianflow.training.checks import check_data, check_run, check_signals, join_parts, must_pair, trained_parameters
+from hessianflow.training.checks import check_data, check_run, check_signals, join_parts, must_pair
 from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
 from hessianflow.training.divergence import DivergencePolicy, OnDivergence
 from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead, check_staleness
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.microbatch import MicrobatchSize
+from hessianflow.training.parameters import TrainedParameters
 from hessianflow.training.record import History, Record, RunRecord, history_length
 from hessianflow.training.saving import Saver
 from hessianflow.training.schedule import ScheduleUnit
@@ -158,12 +159,22 @@ class AdaptiveBatchTrainer:
         if microbatch_size is None:
             microbatch_size = "auto" if device.type == "cuda" else self.reference_batch_size
         microbatch = MicrobatchSize(microbatch_size, min(AUTO_START, self.reference_batch_size), device)
-        trained = trained_parameters(model, optimizer)
+        trained = TrainedParameters(model, optimizer)
         accumulate = GradientAccumulator(
-            model, loss_fn, trained, observers, precision, self.norm_batch_size, self.world, paired
+            model, loss_fn, trained.current, observers, precision, self.norm_batch_size, self.world, paired
         )
         step = TrainingStep(
-            model, optimizer, accumulate, microbatch, adversary, transform, watch, device, self.world, max_grad_norm
+            model,
+            optimizer,
+            accumulate,
+            microbatch,
+            adversary,
+            transform,
+            watch,
+            device,
+            self.world,
+            trained,
+            max_grad_norm,
         )
         depth = 0 if adversary is None else adversary.staleness
         check_staleness(depth, decision.batch_size, train_data.num_examples, epochs)
@@ -212,7 +223,7 @@ class AdaptiveBatchTrainer:
             show_progress=show_progress if first else False,
         )
         self._config = dict(config or {})
-        self.world.attach(model, trained)
+        self.world.attach(model, trained.current)
         self.rejoin()
 
     def fit(self) -> History:

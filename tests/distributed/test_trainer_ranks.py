@@ -15,7 +15,9 @@ from trainers import (
     build,
     clipped,
     compared,
+    freezing,
     growing,
+    masked,
     measured,
     normalised,
     paired,
@@ -28,6 +30,7 @@ from trainers import (
     run,
     skewed,
     tiny,
+    unfrozen,
     untimed,
 )
 
@@ -50,7 +53,10 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert value == close, (key, row, other)
 
 
-@pytest.mark.parametrize("options", [plain, accumulating, clipped, growing, tiny, skewed], ids=lambda o: o.__name__)
+SETTINGS = [plain, accumulating, clipped, growing, tiny, skewed, freezing, masked]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda options: options.__name__)
 def test_two_ranks_equal_one_process(options):
     expected = run(None, options)
     first, second = run_local(run, 2, options)
@@ -59,6 +65,12 @@ def test_two_ranks_equal_one_process(options):
     assert first["rows"] == second["rows"], "every rank gets rank 0's records"
     assert (first["summary"]["world_size"], expected["summary"]["world_size"]) == (2, 1)
     assert first["summary"]["updates"] == expected["summary"]["updates"]
+
+
+def test_more_parameters_during_a_run_are_refused_on_every_rank():
+    for message in run_local(unfrozen, 2):
+        assert "1 more parameters are trained" in message
+        assert "on 2 ranks, whose gradients are summed by a plan made at the start, only freezing works" in message
 
 
 def test_the_batch_grew_on_the_eigenvalue():

@@ -64,6 +64,33 @@ def skewed(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
     return {"loss_fn": nn.CrossEntropyLoss(weight=classes, ignore_index=3)}
 
 
+def freezing(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
+    """A layer is frozen in the second epoch."""
+    first = next(model.parameters())
+
+    def freeze(inputs: Tensor, targets: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        first.requires_grad_(progress.epoch < 1)
+        return inputs, targets
+
+    return {"transform": freeze, "microbatch_size": 3}
+
+
+def masked(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
+    """A hook on every gradient that is accumulated, registered after the trainer's own."""
+
+    def halve(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad *= 0.5
+
+    def hooking(inputs: Tensor, targets: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        if progress.updates == 0:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(halve)
+        return inputs, targets
+
+    return {"transform": hooking, "microbatch_size": 3}
+
+
 Options = Callable[[nn.Module, GroupWorld | None], dict[str, Any]]
 
 
@@ -120,6 +147,27 @@ def preempted(reducer: GroupReducer, run_dir: str, update: int, rank: int) -> di
 
 def resumed(reducer: GroupReducer | None, run_dir: str) -> dict[str, Any]:
     return run(reducer, growing, resume=True, run_dir=run_dir)
+
+
+def unfrozen(reducer: GroupReducer) -> str:
+    """Unfreezes a layer in the middle of a run; what is said."""
+    world = GroupWorld(reducer)
+
+    def unfreeze(inputs: Tensor, targets: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        first.requires_grad_(progress.epoch >= 1)
+        return inputs, targets
+
+    def options(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
+        nonlocal first
+        first = next(model.parameters()).requires_grad_(False)
+        return {"transform": unfreeze}
+
+    first: Any = None
+    try:
+        build(world, options).fit()
+    except HessianFlowError as error:
+        return str(error)
+    return ""
 
 
 def poisoned(reducer: GroupReducer, where: str, run_dir: str | None) -> tuple[str, int]:
