@@ -306,7 +306,7 @@ class GradientAccumulator:
         """Show the gradient of the mean loss over all rows; `.grad` holds `factor` times that (None: once)."""
         if not self.observers:
             return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
         if factor is not None:
             gradients = [gradient / factor for gradient in gradients]
         for observer in self.observers:

@@ -14,6 +14,7 @@ from hessianflow.interfaces import (
     ResizableBatches,
     World,
 )
+from hessianflow.training.optimizers import check_optimizer
 
 
 def check_data(train_data: object) -> None:
@@ -65,6 +66,7 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
         HessianFlowError: no trainable parameter, an optimizer of another model, no epochs, or a batch size outside
             1 to `num_examples`.
     """
+    check_optimizer(optimizer)
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
         raise HessianFlowError("the model has lazy layers: run it once on a batch before training it")
     trained = {id(p) for p in model.parameters() if p.requires_grad}
