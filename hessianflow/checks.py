@@ -37,8 +37,8 @@ def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
         raise HessianFlowError(f"{name} must be a whole number >= {low}, got {value!r}{way_out}")
 
 
-def check_positive(name: str, value: object, none: str) -> None:
-    """Refuse what is neither None, which means `none`, nor a finite number > 0.
+def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
+    """Refuse what is neither None, which means `none`, nor a finite number > `above`.
 
     Raises:
         HessianFlowError: it is neither.
@@ -46,8 +46,8 @@ def check_positive(name: str, value: object, none: str) -> None:
     if value is None:
         return
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
-        raise HessianFlowError(f"{name} must be a finite number > 0, got {value!r}: use None for {none}")
+    if not is_number or not above < float(value) < math.inf:  # type: ignore[arg-type]
+        raise HessianFlowError(f"{name} must be a finite number > {above:g}, got {value!r}: use None for {none}")
 
 
 def in_home(path: str | Path) -> Path:

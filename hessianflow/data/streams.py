@@ -61,6 +61,7 @@ class ExampleStream:
             raise HessianFlowError(f"seed must be at least 0, got {seed}")
         self._num_examples, self._seed, self._shuffle = num_examples, seed, shuffle
         self._epoch, self._cursor = 0, 0
+        self._continues = False
         self._rank, self._world_size = 0, 1
         self._batch_size = self._checked_batch_size(batch_size)
 
@@ -122,15 +123,17 @@ class ExampleStream:
             )
         self._batch_size = self._checked_batch_size(int(state["batch_size"]))
         self._epoch, self._cursor = epoch, cursor
+        self._continues = True
 
     def _next_places(self) -> Iterator[tuple[int, int]]:
         """This rank's [start, stop) in the order of each batch left in the epoch; then enter the next epoch.
 
         The cursor moves before the places are handed out, so a state taken while a batch is in use lies behind it.
-        Without shuffling every call starts at the first example.
+        Without shuffling every call starts at the first example, but for the first one after a state was loaded.
         """
-        if not self._shuffle:
+        if not self._shuffle and not self._continues:
             self._cursor = 0
+        self._continues = False
         while self._cursor < self._num_examples:
             start = self._cursor
             size = self._next_size(start)

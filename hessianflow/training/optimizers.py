@@ -70,9 +70,9 @@ def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError 
     )
 
 
-def label(part: object) -> str:
+def label(part: object, depth: int = 3) -> str:
     """Its class, and in parentheses those of the stateful parts that it wraps: SAM(SGD), RateRule(ABSA)."""
-    inner = [label(held) for held in _wrapped(part)]
+    inner = [label(held, depth - 1) for held in _wrapped(part)] if depth > 1 else []
     name = type(part).__name__
     return f"{name}({', '.join(inner)})" if inner else name
 
@@ -80,7 +80,7 @@ def label(part: object) -> str:
 def _wrapped(part: object) -> Iterator[object]:
     for held in vars(part).values() if hasattr(part, "__dict__") else ():
         is_stateful = hasattr(held, "state_dict") and hasattr(held, "load_state_dict")
-        if is_stateful and held is not part and not isinstance(held, nn.Module):
+        if is_stateful and not isinstance(held, (nn.Module, type)):
             yield held
 
 

@@ -212,9 +212,10 @@ class RunRecord:
         for sink in self._sinks:
             sink.write(row)
 
-    def has_event(self, event: str) -> bool:
-        """Whether such an event was written before, in this process or in the run it continues."""
-        return any(row["kind"] == "event" and row["event"] == event for row in self.records)
+    def has_event(self, event: str, message: str | None = None) -> bool:
+        """Whether such an event was written before, with that message if one is given, here or in the run continued."""
+        found = (row for row in self.records if row["kind"] == "event" and row["event"] == event)
+        return any(message is None or row["message"] == message for row in found)
 
     def replace(self, records: Sequence[Record]) -> None:
         """Put these rows in the place of all that were written; sinks have seen those already."""

@@ -81,8 +81,11 @@ class TrainingStep:
                 self.adversary.after_step(self.model)
         return result
 
-    def follow(self) -> None:
+    def follow(self, *, anew: bool = False) -> None:
         """Train what model and optimizer say now, and tell whoever must know; `news` says what changed.
+
+        Args:
+            anew: all ranks are about to go on from the same state, and may plan their sums anew.
 
         Raises:
             HessianFlowError: more is trained on several ranks, or an observer cannot be told.
@@ -91,7 +94,7 @@ class TrainingStep:
         if change is None:
             return
         observers = self.accumulate.observers
-        if self.world.world_size > 1 and change.added:
+        if self.world.world_size > 1 and change.added and not anew:
             raise HessianFlowError(
                 f"{change.message}: on {self.world.world_size} ranks, whose gradients are summed by a plan made at the "
                 "start, only freezing works: unfreeze before the trainer is built, or resume with it unfrozen"
@@ -105,10 +108,10 @@ class TrainingStep:
         for parameter in (*change.added, *change.removed):
             parameter.grad = None
         self.accumulate.parameters = self.trained.current
-        if self.world.world_size == 1:
+        if anew or self.world.world_size == 1:
             self.world.attach(self.model, self.trained.current)
         tell_parameters(observers, self.trained.current)
-        self.news = change.message
+        self.news = "" if anew else change.message
 
     def _update(self, gradient: Callable[[], BatchResult]) -> BatchResult:
         """Let the optimizer step; `gradient` fills `.grad`, and is called as often as the optimizer wants it."""

@@ -383,7 +383,7 @@ def test_bad_arguments():
         trainer(frozen, data(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(HessianFlowError, match="holds no trainable parameter of the model"):
         trainer(network(), data(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(HessianFlowError, match="epochs must be at least 1, got 0"):
+    with pytest.raises(HessianFlowError, match="epochs must be a whole number >= 1, got 0"):
         trainer(model, data(), epochs=0)
     with pytest.raises(HessianFlowError, match="batch size 51 must lie between 1 and the 50"):
         trainer(model, data(), controller=Script(Decision(51), {}))
