@@ -174,6 +174,10 @@ class AdaptiveBatches(ExampleStream):
         pair: Batch = tuple(batch)
         return pair if self._transform is None else self._transform(pair)
 
+    def _start_over(self) -> None:
+        super()._start_over()
+        self._forget_chunks()  # they are of the place that an iteration before had reached
+
     def _forget_chunks(self) -> None:
         self._chunks = None
         self._loaded.clear()

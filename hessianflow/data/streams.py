@@ -132,7 +132,7 @@ class ExampleStream:
         Without shuffling every call starts at the first example, but for the first one after a state was loaded.
         """
         if not self._shuffle and not self._continues:
-            self._cursor = 0
+            self._start_over()
         self._continues = False
         while self._cursor < self._num_examples:
             start = self._cursor
@@ -141,6 +141,10 @@ class ExampleStream:
             first, last = (size * r // self._world_size for r in (self._rank, self._rank + 1))
             yield start + first, start + last
         self._epoch, self._cursor = self._epoch + 1, 0
+
+    def _start_over(self) -> None:
+        """Go to the first example of the epoch."""
+        self._cursor = 0
 
     def _next_size(self, start: int) -> int:
         """Examples of the batch that starts at place `start`."""

@@ -120,6 +120,7 @@ class Lookahead:
             HessianFlowError: the data give no batch at all.
         """
         epoch, place = self._next_place(now)
+        before = self._place.find()
         batch = self._next_batch()
         if batch is None and place > 0:
             if not self._queue:
@@ -138,8 +139,11 @@ class Lookahead:
             examples=progress.examples + queued,
             updates=progress.updates + len(self._queue),
         )
-        self._queue.append(Planned(self._load(batch, at_use), num_examples(batch[1]), decision))
-        self._place.note()
+        try:
+            self._queue.append(Planned(self._load(batch, at_use), num_examples(batch[1]), decision))
+        except BaseException:
+            self._place.note(before)  # it is to be drawn again
+            raise
         return True
 
     def _next_batch(self) -> Batch | None:
@@ -152,9 +156,9 @@ class Lookahead:
         except BaseException:
             self._batches = None  # an iterator that failed gives nothing more
             raise
+        self._place.note()
         if batch is None:
             self._batches = None
-            self._place.note()
         return batch
 
     def revise(self, change: Callable[[Decision], Decision]) -> None:
@@ -208,9 +212,13 @@ class Place:
         self._is_known = told and {"epoch", "cursor"} <= data.state_dict().keys()
         self._noted: tuple[int, int] | None = None
 
-    def note(self) -> None:
-        """Remember the place."""
-        self._noted = self._read()
+    def find(self) -> tuple[int, int] | None:
+        """The place remembered, or, if none is, where the stream stands."""
+        return self._read() if self._noted is None else self._noted
+
+    def note(self, place: tuple[int, int] | None = None) -> None:
+        """Remember a place; None: where the stream stands."""
+        self._noted = self._read() if place is None else place
 
     def forget(self) -> None:
         """Take the stream as it stands when it is read next."""

@@ -121,10 +121,10 @@ def misfit(scheduler: LRScheduler, unit: ScheduleUnit, epochs: int, batches_per_
     if planned is None:
         return ""
     within = steps_of_run("reference_batch", epochs, batches_per_epoch)
-    name, each = type(scheduler).__name__, "epoch" if unit == "epoch" else "reference batch of examples"
+    name, each = type(scheduler).__name__, "one an epoch" if unit == "epoch" else "one a reference batch of examples"
     if isinstance(scheduler, OneCycleLR) and planned < steps:
         raise HessianFlowError(
-            f"{name} is built for {planned} steps, and this run takes {steps}, one an {each}: "
+            f"{name} is built for {planned} steps, and this run takes {steps}, {each}: "
             f"build it with total_steps={steps}"
         )
     fewest, most = (epochs * count for count in (math.floor(batches_per_epoch), math.ceil(batches_per_epoch)))
@@ -136,7 +136,7 @@ def misfit(scheduler: LRScheduler, unit: ScheduleUnit, epochs: int, batches_per_
     if planned <= steps:
         return ""
     return (
-        f"{name} is built for {planned} steps and this run takes {steps}, one an {each}: "
+        f"{name} is built for {planned} steps and this run takes {steps}, {each}: "
         f"its end is not reached; {steps} would fit"
     )
 

@@ -43,7 +43,7 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     if kept:
         old = [f"{key} {saved[key]} (this run was built with {own[key]})" for key in kept]
         parts.append(f"of the checkpoint, and still in force: {_listed(old)}")
-    return "; ".join(parts)
+    return f"resumed with other settings: {'; '.join(parts)}" if parts else ""
 
 
 def _plain(value: Any) -> Any:
