@@ -109,10 +109,10 @@ def check_adversary(controller: BatchController | None, adversary: Adversary | N
     return ""
 
 
-def unheld_state(optimizer: Optimizer, state: Mapping[str, object]) -> str:
-    """What to tell of a run whose checkpoints may lack something; empty where nothing is known of."""
+def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, object]) -> str:
+    """What to tell of a run whose checkpoints may lack something; empty where nothing is known, or none are made."""
     kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public way to ask
-    if state or not any(getattr(optimizer, kind, None) for kind in kinds):
+    if run_dir is None or state or not any(getattr(optimizer, kind, None) for kind in kinds):
         return ""
     return (
         f"{type(optimizer).__name__} has step hooks: what they keep (an average of the weights, say) is in no "

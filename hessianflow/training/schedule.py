@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ ScheduleUnit = Literal["epoch", "reference_batch"]
 
 _LENGTHS = ("total_steps", "T_max", "total_iters", "t_initial")
 """What schedulers of torch and timm call the number of steps that they are built for."""
+_EACH: Mapping[ScheduleUnit, str] = {"epoch": "once an epoch", "reference_batch": "once a reference batch of examples"}
 
 
 class Schedule:
@@ -110,8 +111,8 @@ def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> i
     return epochs if unit == "epoch" else int(epochs * batches_per_epoch + 1e-9)
 
 
-def misfit(scheduler: LRScheduler, unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> str:
-    """What to tell of a schedule that the run does not reach the end of; empty where it does, or where none is known.
+def misfit(scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> str:
+    """What to tell of a schedule that the run does not reach the end of; empty where it does, or has none.
 
     Raises:
         HessianFlowError: it was built for one step a batch and would take one an epoch, or ends in an error before the
@@ -121,7 +122,7 @@ def misfit(scheduler: LRScheduler, unit: ScheduleUnit, epochs: int, batches_per_
     if planned is None:
         return ""
     within = steps_of_run("reference_batch", epochs, batches_per_epoch)
-    name, each = type(scheduler).__name__, "one an epoch" if unit == "epoch" else "one a reference batch of examples"
+    name, each = type(scheduler).__name__, _EACH[unit].replace("once", "one")
     if isinstance(scheduler, OneCycleLR) and planned < steps:
         raise HessianFlowError(
             f"{name} is built for {planned} steps, and this run takes {steps}, {each}: "
@@ -183,7 +184,7 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
         return None
     if wanted_by_step != ["epoch"] or (unit == "reference_batch" and not hasattr(scheduler, "step_update")):
         raise HessianFlowError(
-            f"{name}.step wants {', '.join(wanted_by_step)}, which the trainer cannot tell it once a {unit}: give the "
+            f"{name}.step wants {', '.join(wanted_by_step)}, which the trainer cannot tell it {_EACH[unit]}: give the "
             "scheduler a step() without arguments"
         )
     return "step" if unit == "epoch" else "step_update"

@@ -285,7 +285,7 @@ class AdaptiveBatchTrainer(Run):
         )
         notices = [
             check_adversary(controller, adversary),
-            "" if scheduler is None else misfit(scheduler, schedule_unit, epochs, examples / reference),
-            "" if folder is None else unheld_state(optimizer, state),
+            misfit(scheduler, schedule_unit, epochs, examples / reference),
+            unheld_state(run_dir, optimizer, state),
         ]
         super().__init__(loop, config or {}, notices, controller, reference)
