@@ -21,6 +21,7 @@ from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint, rows
 from hessianflow.training.checks import join_parts, must_pair
 from hessianflow.training.loop import TrainingLoop
+from hessianflow.training.optimizers import set_mode
 from hessianflow.training.record import History, Record, history_length
 from hessianflow.training.settings import differences
 from hessianflow.training.sinks import LOGGER
@@ -113,6 +114,7 @@ class Run:
             HessianFlowError: weights that are not finite.
         """
         self._loop.ahead.begin()
+        set_mode(self._loop.step.optimizer, training=True)
         self._loop.apply(self._loop.decision)
         if not checkpoint.all_finite(self._loop.step.trained.current):
             raise AgreedError("the model's weights are not finite before the first step")

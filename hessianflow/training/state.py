@@ -16,7 +16,7 @@ from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.model_state import ModelState
-from hessianflow.training.optimizers import label
+from hessianflow.training.optimizers import label, set_mode
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.totals import RunningTotals
 
@@ -136,6 +136,7 @@ class RunState:
                 f"{source} was made with the optimizer {state['optimizer_class']}, this run has {own}"
             )
         self.model.restore_model(state, source)
+        set_mode(self.optimizer, training=True)  # as it was saved: nothing is to be swapped in after the state is back
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
