@@ -45,9 +45,23 @@ def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
     """
     if value is None:
         return
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not above < float(value) < math.inf:  # type: ignore[arg-type]
+    if not is_number(value) or not above < float(value) < math.inf:  # type: ignore[arg-type]
         raise HessianFlowError(f"{name} must be a finite number > {above:g}, got {value!r}: use None for {none}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        HessianFlowError: with its type.
+    """
+    if not callable(value):
+        raise HessianFlowError(f"{name} must be a function, got a {type(value).__name__}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number: not True, not False, and no string; nan and infinities are some."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def in_home(path: str | Path) -> Path:

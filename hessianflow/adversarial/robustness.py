@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import move
+from hessianflow.checks import is_number
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 
@@ -118,7 +119,7 @@ class OverfittingAlarm:
     """
 
     def __init__(self, collapse: float = 0.5) -> None:
-        if not 0 < collapse < 1:
+        if not is_number(collapse) or not 0 < collapse < 1:
             raise HessianFlowError(f"collapse must lie between 0 and 1, got {collapse}")
         self._collapse = collapse
         self._best_pgd = self._fgsm_then = 0.0

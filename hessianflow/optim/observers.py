@@ -10,7 +10,7 @@ On several ranks (`join`) all of them average over the microbatches of all ranks
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hessianflow.batches import mean_loss, num_examples
 from hessianflow.interfaces import NO_SIGNALS, Batch, HessianFlowError, LossFn, NormMode, Reducer
 from hessianflow.measuring import measuring
-from hessianflow.optim.checks import check_count
+from hessianflow.optim.checks import check_choice, check_count
 from hessianflow.optim.foreach import norms
 
 
@@ -207,6 +207,7 @@ class ExtraBatchNorms(_NormTable):
     ) -> None:
         super().__init__(model.parameters())
         check_count("every", every)
+        check_choice("norm_mode", norm_mode, get_args(NormMode))
         if per_sample and norm_mode == "batch":
             raise HessianFlowError('norm_mode must be "eval" with per_sample: a single example has no batch statistics')
         self.model, self.loss_fn, self.draw = model, loss_fn, draw
