@@ -69,7 +69,8 @@ class Lookahead:
         self.depth = depth
         self._data, self._load, self._device, self._watch = data, load, device, watch
         self._place = Place(data)
-        self.forget()
+        self._queue: deque[Planned] = deque()
+        self._batches: Iterator[Batch] | None = None
 
     def begin(self) -> None:
         """Begin with the first example of the epoch that the data stand in: somebody may have looked at a batch."""
@@ -78,8 +79,11 @@ class Lookahead:
 
     def forget(self) -> None:
         """Drop what is queued, and take the data as they stand: whoever calls has put them somewhere else."""
-        self._queue: deque[Planned] = deque()
-        self._batches: Iterator[Batch] | None = None
+        for entry in self._queue:
+            if entry.attacked is not None:
+                entry.attacked()  # an attack under way must not end after the adversary has gone back
+        self._queue.clear()
+        self._batches = None
         self._place.forget()
 
     def plan(self, now: Now) -> Iterator[tuple[Planned, Planned | None] | None]:
@@ -183,9 +187,7 @@ class Lookahead:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`; the data must go on with the batch after the last one queued."""
-        for entry in self._queue:
-            if entry.attacked is not None:
-                entry.attacked()  # an attack under way must not end after the adversary has gone back
+        self.forget()
         self._queue = deque(self._restored(entry) for entry in state["queue"])
 
     def _restored(self, entry: Mapping[str, Any]) -> Planned:

@@ -121,11 +121,11 @@ class TrainingLoop:
         total = self.epochs * self.train_data.num_examples
         self._bar = ProgressBar(total, self.state.counters.examples, show=self.show_progress)
         try:
-            if not self.model.training:  # in training mode already: layers that the user froze stay as they are
-                self.model.train()
             set_mode(self.step.optimizer, training=True)
             with ghost_normalisation(self.model, self.norm_batch_size):
                 while self.is_unfinished and not self._reached(updates):
+                    if not self.model.training:  # in training mode already: layers that the user froze stay as they are
+                        self.model.train()
                     try:
                         self._train(updates)
                     except DivergenceError as error:

@@ -48,7 +48,8 @@ class Run:
         controller: BatchController | None,
         reference_batch_size: int,
     ) -> None:
-        self._loop, self._config, self._notices = loop, dict(config), [text for text in notices if text]
+        self._loop, self._config = loop, dict(config)
+        self._notices = [text for text in notices if text]
         self.controller, self.reference_batch_size = controller, reference_batch_size
         self.world.attach(self.model, loop.step.trained.current)
         self.rejoin()
@@ -72,6 +73,11 @@ class Run:
     def epochs(self) -> int:
         """Passes over the training data."""
         return self._loop.epochs
+
+    @property
+    def norm_batch_size(self) -> int | None:
+        """Examples that batch normalisation sees at once; None: the microbatch."""
+        return self._loop.norm_batch_size
 
     @property
     def world(self) -> World:
@@ -234,7 +240,7 @@ class Run:
             "examples_per_epoch": self.train_data.num_examples,
             "reference_batch_size": self.reference_batch_size,
             "microbatch_size": step.microbatch.size,
-            "norm_batch_size": self._loop.norm_batch_size,
+            "norm_batch_size": self.norm_batch_size,
             "precision": step.accumulate.precision,
             "device": step.device.type if self.world.world_size > 1 else str(step.device),
         }

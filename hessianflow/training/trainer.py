@@ -189,7 +189,8 @@ class AdaptiveBatchTrainer(Run):
         check_model(model)
         check_data(train_data, eval_data)
         measurements, observers = as_list("measurements", measurements), as_list("observers", observers)
-        sinks, world = as_list("sinks", sinks), LocalWorld() if world is None else world
+        sinks = as_list("sinks", sinks)
+        world = LocalWorld() if world is None else world
         check_parts(controller=controller, adversary=adversary, probe=probe, observers=observers)
         check_parts(measurements=measurements, sinks=sinks, state=state)
         check_functions(loss_fn=loss_fn, transform=transform)
@@ -199,7 +200,8 @@ class AdaptiveBatchTrainer(Run):
         check_signals(controller, probe is not None, bool(observers), examples)
         check_run(model, optimizer, decision.batch_size, examples)
         check_probe(probe, model, state)
-        check_staleness(0 if adversary is None else adversary.staleness, decision.batch_size, examples, epochs)
+        depth = 0 if adversary is None else adversary.staleness
+        check_staleness(depth, decision.batch_size, examples, epochs)
         reference = decision.batch_size if reference_batch_size is None else reference_batch_size
         norm_size = reference if norm_batch_size is None else norm_batch_size or None
         watch = Stopwatch(next(model.parameters()).device)
@@ -221,7 +223,7 @@ class AdaptiveBatchTrainer(Run):
             trained,
             max_grad_norm,
         )
-        ahead = Lookahead(train_data, 0 if adversary is None else adversary.staleness, step.load, watch.device, watch)
+        ahead = Lookahead(train_data, depth, step.load, watch.device, watch)
         totals = RunningTotals(watch.device, watch.totals(), ExplosionRule(max_loss_ratio))
         rate = LearningRate(optimizer, scheduler, schedule_unit)
         control = ControlPoint(controller, probe, tuple(observers), curvature, watch, world)

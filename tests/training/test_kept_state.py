@@ -255,6 +255,34 @@ def test_a_rollback_puts_back_what_a_checkpoint_holds(tmp_path: Path):
     assert [row["event"] for row in history.of_kind("event")] == ["diverged", "rollback"]
 
 
+def test_a_model_handed_over_for_evaluation_trains_on_after_a_rollback_to_the_start(tmp_path: Path):
+    """The first checkpoint has it as it was handed over."""
+    model, modes = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0)).eval(), []
+
+    def poison(inputs, targets, progress):
+        modes.append(model.training and model[1].training)
+        return inputs * (torch.nan if len(inputs) > 16 else 1), targets
+
+    options: dict[str, Any] = {"controller": AdaBatch(16, 32, every_epochs=1), "on_divergence": "rollback"}
+    options |= {"checkpoint_examples": None, "run_dir": tmp_path / "run", "transform": poison}
+    made, _ = trainer(lambda: ({"model": model, "optimizer": sgd(model.parameters())}, list), **options)
+    made._loop.saver.save = only_the_first(made._loop.saver.save)
+    made.fit()
+    assert all(modes[1:])
+    assert not model.training
+
+
+def only_the_first(save: Callable[..., None]) -> Callable[..., None]:
+    made: list[int] = []
+
+    def saved(*arguments: Any) -> None:
+        if not made:
+            save(*arguments)
+        made.append(1)
+
+    return saved
+
+
 def test_step_hooks_without_a_state_are_pointed_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     def prepare() -> Prepared:
         options, result = averaged()
