@@ -88,7 +88,15 @@ class SAM(Optimizer):
 
         Returns:
             The loss at the weights themselves.
+
+        Raises:
+            HessianFlowError: there is no closure.
         """
+        if closure is None:
+            raise HessianFlowError(
+                "SAM needs two gradients a step: call step(closure), with a closure that zeroes the gradients, "
+                "computes them anew and returns the loss (AdaptiveBatchTrainer gives it one)"
+            )
         with torch.enable_grad():
             loss = closure()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -157,7 +157,8 @@ class Run:
     def request_stop(self) -> None:
         """Ask the loop to save a checkpoint and return after the step it is in, or at the latest the one after it.
 
-        Safe in a signal handler. On several ranks it is enough to ask on one.
+        Asked while the end of an epoch is recorded (by a sink, a measurement), it returns there. Safe in a signal
+        handler. On several ranks it is enough to ask on one.
         """
         self._loop.stop_requested = True
 

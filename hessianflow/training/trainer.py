@@ -5,6 +5,10 @@ transform -> adversary -> gradient in microbatches, each weighted by its example
 `adversary.after_step` -> progress counted in examples -> if the controller is due: probe -> reading ->
 `controller.update` -> decision applied and recorded.
 
+What may change during a run is asked anew at every step: rates and groups of the optimizer, which parameters are
+trained. Hooks on the accumulation of gradients run once a step on the whole gradient, whatever the microbatches; hooks
+on gradients see the share of each microbatch, as in any loop that accumulates.
+
 On several ranks every rank runs this loop on its part of every batch. What depends on a clock, a signal or one rank's
 numbers is agreed on through the world before anybody acts on it; rank 0 alone keeps the records.
 """
