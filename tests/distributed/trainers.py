@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.adversarial import FGSM, ConcurrentAdversary
-from hessianflow.control import ABSA, AdaBatch
+from hessianflow.control import ABSA, AdaBatch, FixedBatch
 from hessianflow.curvature import CurvatureProbe, HessianOperator
 from hessianflow.data import DeviceBatches
 from hessianflow.distributed import GroupReducer, GroupWorld, LocalReducer, sharded
@@ -215,7 +215,8 @@ def refused(reducer: GroupReducer, what: str) -> str:
         if what == "observer":
             build(world, observers=[Alone()])
         elif what == "staleness":
-            build(world, adversary=ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=2))
+            ahead = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=2)
+            build(world, adversary=ahead, controller=FixedBatch(BATCH, 1.0))
         elif what == "wrapped":
             world.attach(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), [])
         elif what == "data":
