@@ -254,11 +254,16 @@ class GradientAccumulator:
         else:
             gradients = self._gradients(scaled, leaf)
             self._add_to_grad(gradients)
+        if self.create_graph:
+            gradients = [None if gradient is None else gradient.detach() for gradient in gradients]
         pairs = zip(self.parameters, gradients, strict=True)
-        shown = [torch.zeros_like(p) if g is None else g.detach() for p, g in pairs]
+        shown = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         self._refuse_sparse(shown)
-        if isinstance(weight, Tensor) or weight != 1:
-            shown = list(torch._foreach_mul(shown, _inverse(weight)))
+        if isinstance(weight, Tensor):
+            # A part that weighs nothing has a gradient of 0, which is shown as such.
+            shown = list(torch._foreach_div(shown, weight.clamp_min(torch.finfo(weight.dtype).tiny)))
+        elif weight != 1:
+            shown = list(torch._foreach_div(shown, weight))
         for observer in self.observers:
             observer.on_microbatch(self._unscaled(shown), count)
 
@@ -273,10 +278,18 @@ class GradientAccumulator:
         return found
 
     def _add_to_grad(self, gradients: Sequence[Tensor | None]) -> None:
+        sums, parts = [], []
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is not None:
+            if gradient is None:
+                continue
+            if parameter.grad is None:
                 # A copy: two parameters may have been given one tensor, and whoever clips writes to it.
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+                parameter.grad = gradient.clone()
+            else:
+                sums.append(parameter.grad)
+                parts.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, parts)
 
     def _run_backward(self, scaled: Tensor) -> None:
         if not self.create_graph:
@@ -306,7 +319,9 @@ class GradientAccumulator:
         """Show the gradient of the mean loss over all rows; `.grad` holds `factor` times that (None: once)."""
         if not self.observers:
             return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        if self.create_graph:
+            gradients = [gradient.detach() for gradient in gradients]
         if factor is not None:
             gradients = [gradient / factor for gradient in gradients]
         for observer in self.observers:
@@ -320,11 +335,6 @@ class GradientAccumulator:
 
 def _like(weight: float | Tensor, loss: Tensor) -> float | Tensor:
     return weight.to(loss.dtype) if isinstance(weight, Tensor) else weight
-
-
-def _inverse(weight: float | Tensor) -> float | Tensor:
-    """1 / weight, and 0 for a part that weighs nothing."""
-    return torch.where(weight > 0, 1 / weight, 0.0) if isinstance(weight, Tensor) else 1 / weight
 
 
 def _is_ours(hook: object) -> bool:
