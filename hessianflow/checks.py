@@ -60,7 +60,8 @@ def check_callable(name: str, value: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a real number: not True, not False, and no string; nan and infinities are some."""
+    """Whether it is a real number: not True, not False, and no string; nan and infinities are
+    some."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -1,4 +1,5 @@
-"""Every choice and every number that a public constructor takes is checked where it is given, in one line.
+"""Every choice and every number that a public constructor takes is checked where it is given, in
+one line.
 
 The arguments are found by their annotations, so that one which is added is tried, too.
 """

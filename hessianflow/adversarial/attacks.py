@@ -138,7 +138,8 @@ def pgd(
 
 @contextmanager
 def attacking(model: nn.Module, norm_mode: NormMode) -> Iterator[nn.Module]:
-    """The unwrapped model in measuring mode with its parameters frozen: only input gradients are computed.
+    """The unwrapped model in measuring mode with its parameters frozen: only input gradients are
+    computed.
 
     Raises:
         HessianFlowError: a norm_mode that does not exist.

@@ -100,7 +100,8 @@ class ConcurrentAdversary:
         runner: where attacks run; None: :class:`~hessianflow.adversarial.runners.Interleaved`.
 
     Raises:
-        HessianFlowError: a staleness that is no whole number >= 0, or another argument that is not what it must be.
+        HessianFlowError: a staleness that is no whole number >= 0, or another argument that is not
+            what it must be.
 
     Example:
         >>> from hessianflow.adversarial import FGSM

@@ -129,7 +129,8 @@ class ExampleStream:
         """This rank's [start, stop) in the order of each batch left in the epoch; then enter the next epoch.
 
         The cursor moves before the places are handed out, so a state taken while a batch is in use lies behind it.
-        Without shuffling every call starts at the first example, but for the first one after a state was loaded.
+        Without shuffling every call starts at the first example, but for the first one after a
+        state was loaded.
         """
         if not self._shuffle and not self._continues:
             self._start_over()

@@ -215,7 +215,8 @@ class ExtraBatchNorms(_NormTable):
         self._steps = 0
 
     def watch(self, parameters: Iterable[Tensor]) -> None:  # noqa: ARG002
-        """Look at the model again, some of which may have been frozen or unfrozen; the next step measures."""
+        """Look at the model again, some of which may have been frozen or unfrozen; the next step
+        measures."""
         self._take(self.model.parameters())
         self._clear()
         self._steps = 0
@@ -305,7 +306,8 @@ class GradientMoments:
         self._reducer: Reducer | None = None
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
-        """Take the gradients shown from now on as those of `parameters`; sums go on for those that were there before.
+        """Take the gradients shown from now on as those of `parameters`; sums go on for those that
+        were there before.
 
         Args:
             parameters: what is trained, in the order of the gradients.

@@ -218,8 +218,9 @@ class GradientAccumulator:
     ) -> None:
         """Add the gradient of loss * weight to `.grad`; `last`: that of the step is complete then.
 
-        Hooks that run when a gradient is accumulated (`register_post_accumulate_grad_hook`) see the complete one, once
-        a step, for any number of microbatches; hooks on gradients (`register_hook`) see that of each microbatch.
+        Hooks that run when a gradient is accumulated (`register_post_accumulate_grad_hook`) see the
+        complete one, once a step, for any number of microbatches; hooks on gradients
+        (`register_hook`) see that of each microbatch.
         """
         scaled = self.scaler.scale(loss * weight)
         hooked = (bool(self.observers) or not last or self.world.world_size > 1) and self._is_hooked()
@@ -238,7 +239,8 @@ class GradientAccumulator:
     def _observed_backward(
         self, scaled: Tensor, weight: float | Tensor, count: int, leaf: Tensor | None, *, into_grad: bool
     ) -> None:
-        """Show the gradient of one microbatch to the observers, and add it; `into_grad`: by torch, hooks and all."""
+        """Show the gradient of one microbatch to the observers, and add it; `into_grad`: by torch,
+        hooks and all."""
         if into_grad:
             found: dict[int, Tensor] = {}
             handles = [
@@ -268,7 +270,8 @@ class GradientAccumulator:
             observer.on_microbatch(self._unscaled(shown), count)
 
     def _gradients(self, scaled: Tensor, leaf: Tensor | None) -> list[Tensor | None]:
-        """Those of the parameters, without a hook on accumulation; that of the inputs goes to their `.grad`."""
+        """Those of the parameters, without a hook on accumulation; that of the inputs goes to their
+        `.grad`."""
         wanted = [*self.parameters, *([] if leaf is None else [leaf])]
         found: list[Tensor | None] = list(
             torch.autograd.grad(scaled, wanted, allow_unused=True, create_graph=self.create_graph)
@@ -300,7 +303,8 @@ class GradientAccumulator:
             scaled.backward(create_graph=True)  # type: ignore[no-untyped-call]
 
     def _is_hooked(self) -> bool:
-        """Whether somebody's hooks run when a gradient is accumulated; the world's own do not count."""
+        """Whether somebody's hooks run when a gradient is accumulated; the world's own do not
+        count."""
         for parameter in self.parameters:
             hooks = parameter._post_accumulate_grad_hooks  # torch has no public way to ask
             if hooks and not all(_is_ours(hook) for hook in hooks.values()):

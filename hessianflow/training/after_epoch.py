@@ -1,4 +1,5 @@
-"""What is made of the model after each epoch: it is put where it is to be used, evaluated, measured, and put back."""
+"""What is made of the model after each epoch: it is put where it is to be used, evaluated,
+measured, and put back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

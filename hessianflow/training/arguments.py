@@ -1,4 +1,5 @@
-"""What the arguments of a trainer must be, one by one; whether they fit together is asked in :mod:`checks`."""
+"""What the arguments of a trainer must be, one by one; whether they fit together is asked in
+:mod:`checks`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -78,7 +79,8 @@ def check_model(model: object) -> None:
 
 
 def check_data(train_data: object, eval_data: object) -> None:
-    """Refuse training data that cannot change their batch size, and evaluation data that are no batches.
+    """Refuse training data that cannot change their batch size, and evaluation data that are no
+    batches.
 
     Raises:
         HessianFlowError: with what to wrap them in.
@@ -107,7 +109,8 @@ def check_parts(**parts: Any) -> None:
     """Refuse an object in the place of a controller, an adversary, ... that cannot be one.
 
     Args:
-        parts: by the name of the argument; None is none, lists are looked into, and so is the mapping of states.
+        parts: by the name of the argument; None is none, lists are looked into, and so is the
+            mapping of states.
 
     Raises:
         HessianFlowError: with an example of what fits.

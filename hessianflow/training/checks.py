@@ -49,8 +49,8 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
     """Refuse a run that cannot train.
 
     Raises:
-        HessianFlowError: no trainable parameter, an optimizer of another model or none at all, or a batch size outside
-            1 to `num_examples`.
+        HessianFlowError: no trainable parameter, an optimizer of another model or none at all, or a
+            batch size outside 1 to `num_examples`.
     """
     check_optimizer(optimizer)
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
@@ -65,9 +65,11 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
 
 
 def check_probe(probe: CurvatureProbe | None, model: nn.Module, state: Mapping[str, object]) -> None:
-    """Refuse a probe that says that it measures another model: nothing that training does would reach it.
+    """Refuse a probe that says that it measures another model: nothing that training does would
+    reach it.
 
-    A probe that does not say so is taken at its word, and so is one of an object that is kept with the run.
+    A probe that does not say so is taken at its word, and so is one of an object that is kept with
+    the run.
 
     Raises:
         HessianFlowError: it shares no parameter with the model.
@@ -85,7 +87,8 @@ def check_probe(probe: CurvatureProbe | None, model: nn.Module, state: Mapping[s
 
 
 def check_adversary(controller: BatchController | None, adversary: Adversary | None) -> str:
-    """What to tell of an adversary that is asked for nothing, or of a share that nobody attacks; empty: they fit.
+    """What to tell of an adversary that is asked for nothing, or of a share that nobody attacks;
+    empty: they fit.
 
     Raises:
         HessianFlowError: an adversary, and no controller that could ever ask for a share.
@@ -110,7 +113,8 @@ def check_adversary(controller: BatchController | None, adversary: Adversary | N
 
 
 def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, object]) -> str:
-    """What to tell of a run whose checkpoints may lack something; empty where nothing is known, or none are made."""
+    """What to tell of a run whose checkpoints may lack something; empty where nothing is known, or
+    none are made."""
     kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public way to ask
     if run_dir is None or state or not any(getattr(optimizer, kind, None) for kind in kinds):
         return ""

@@ -1,14 +1,16 @@
 """When a finite loss counts as exploded: it stays far above what it was, and does not come back.
 
-A loss that is large once says little: of rare large targets (claims, prices) one batch may hold many. One that diverges
-stays large. So single losses are never judged, but streaks of losses above `ratio` times the mean of all before them:
-by Markov's inequality at most one loss in `ratio` lies there, whatever its distribution, and a streak of three happens
-by chance once in some `ratio`^3 updates. As long as few losses came before, the streak must be longer: the largest m of
-n + m losses that are alike in distribution come last once in C(n + m, m) runs, and that must be once in ten thousand. A
-single loss below does not end a streak: classifiers that diverged still get a batch right at times. Ours.
+A loss that is large once says little: of rare large targets (claims, prices) one batch may hold
+many. One that diverges stays large. So single losses are never judged, but streaks of losses above
+`ratio` times the mean of all before them: by Markov's inequality at most one loss in `ratio` lies
+there, whatever its distribution, and a streak of three happens by chance once in some `ratio`^3
+updates. As long as few losses came before, the streak must be longer: the largest m of n + m losses
+that are alike in distribution come last once in C(n + m, m) runs, and that must be once in ten
+thousand. A single loss below does not end a streak: classifiers that diverged still get a batch
+right at times. Ours.
 
-Where many losses must be waited for, the weights tell sooner: a streak of three with weights that have grown `ratio`
-times meanwhile, too, is one of a run that diverged.
+Where many losses must be waited for, the weights tell sooner: a streak of three with weights that
+have grown `ratio` times meanwhile, too, is one of a run that diverged.
 """
 
 import math
@@ -27,7 +29,8 @@ class ExplosionRule:
     """Judges the losses of a run, in the order of its updates.
 
     Args:
-        ratio: how many times the mean loss so far counts as far above it; None: no finite loss does.
+        ratio: how many times the mean loss so far counts as far above it; None: no finite loss
+            does.
     """
 
     def __init__(self, ratio: float | None) -> None:
@@ -43,7 +46,8 @@ class ExplosionRule:
         return bool(self._streak)
 
     def first_bad(self, losses: Sequence[float]) -> int | None:
-        """Which of the next losses is where the run diverged; negative: one of those seen before. None: none did."""
+        """Which of the next losses is where the run diverged; negative: one of those seen before.
+        None: none did."""
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
                 return number
@@ -60,7 +64,8 @@ class ExplosionRule:
         return None
 
     def weights_tell(self, growth: float) -> int | None:
-        """With how many losses before the next the run diverged, if weights that grew by such a factor show it."""
+        """With how many losses before the next the run diverged, if weights that grew by such a
+        factor show it."""
         has_grown = self._ratio is not None and growth > self._ratio
         return len(self._streak) if has_grown and self._above >= SHORTEST else None
 
@@ -69,7 +74,8 @@ class ExplosionRule:
         self._known = self._count, self._mean
 
     def epoch_exploded(self, mean: float) -> bool:
-        """Whether the mean loss of an epoch lies far above that of all epochs before: of the same data, it should not.
+        """Whether the mean loss of an epoch lies far above that of all epochs before: of the same
+        data, it should not.
 
         So that it is seen also where an epoch has no more than a step or two.
         """

@@ -14,14 +14,21 @@ from torch.optim.lr_scheduler import LRScheduler
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.training.schedule import Schedule, ScheduleUnit
 
+SET_BY_HAND = (
+    "a learning rate was set by hand: it is taken as stated at the reference batch size, and trained with "
+    "times the controller's factor"
+)
+"""Said once a run, where there is such a factor."""
+
 
 class LearningRate:
     """Multiplies the rates in the optimizer's groups by a factor, for as long as a step takes.
 
-    Between steps every group holds its rate without the factor, as it is stated at the reference batch size. Whoever
-    sets it (a scheduler, the user by hand, a group that is added) therefore sets what the factor multiplies, at any
-    time, and nothing is remembered of how the run began. A rate that is changed in the middle of a step (by the
-    optimizer itself, or by a hook) is one with the factor.
+    Between steps every group holds its rate without the factor, as it is stated at the reference
+    batch size. Whoever sets it (a scheduler, the user by hand, a group that is added) therefore
+    sets what the factor multiplies, at any time, and nothing is remembered of how the run began. A
+    rate that is changed in the middle of a step (by the optimizer itself, or by a hook) is one with
+    the factor.
 
     Args:
         optimizer: asked for its groups at each step.
@@ -30,10 +37,12 @@ class LearningRate:
 
     Attributes:
         factor: the controller's.
-        set_by_hand: whether somebody but the scheduler changed a rate while there was a factor other than 1.
+        set_by_hand: whether somebody but the scheduler changed a rate while there was a factor
+            other than 1.
 
     Raises:
-        HessianFlowError: a group without a rate; a scheduler that does not fit, see :class:`Schedule`.
+        HessianFlowError: a group without a rate; a scheduler that does not fit, see
+            :class:`Schedule`.
     """
 
     def __init__(
@@ -57,7 +66,8 @@ class LearningRate:
 
     @contextmanager
     def in_force(self, factor: float) -> Iterator[None]:
-        """Within it the groups hold their rates times `factor` (absolute, not on top of the factor before)."""
+        """Within it the groups hold their rates times `factor` (absolute, not on top of the factor
+        before)."""
         self.factor = factor
         if factor == 1:
             yield
@@ -91,7 +101,8 @@ class LearningRate:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that the scheduler was built with, as far as they are plain values with a public name."""
+        """The options that the scheduler was built with, as far as they are plain values with a
+        public name."""
         plain = (int, float, str, bool, list, tuple)
         return {
             key: list(value) if isinstance(value, tuple) else value

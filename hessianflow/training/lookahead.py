@@ -44,8 +44,9 @@ Now = Callable[[], tuple[Progress, int, Decision]]
 class Lookahead:
     """The queue between data and step.
 
-    An epoch ends when as many examples were drawn as the data say they hold, or with the last batch that they give,
-    if that is earlier. A batch stays in the queue until it is :meth:`trained`: after an error it is not lost.
+    An epoch ends when as many examples were drawn as the data say they hold, or with the last batch
+    that they give, if that is earlier. A batch stays in the queue until it is :meth:`trained`:
+    after an error it is not lost.
 
     Args:
         data: the stream of batches.
@@ -73,12 +74,14 @@ class Lookahead:
         self._batches: Iterator[Batch] | None = None
 
     def begin(self) -> None:
-        """Begin with the first example of the epoch that the data stand in: somebody may have looked at a batch."""
+        """Begin with the first example of the epoch that the data stand in: somebody may have
+        looked at a batch."""
         self.forget()
         self._place.rewind()
 
     def forget(self) -> None:
-        """Drop what is queued, and take the data as they stand: whoever calls has put them somewhere else."""
+        """Drop what is queued, and take the data as they stand: whoever calls has put them
+        somewhere else."""
         for entry in self._queue:
             if entry.attacked is not None:
                 entry.attacked()  # an attack under way must not end after the adversary has gone back
@@ -89,8 +92,9 @@ class Lookahead:
     def plan(self, now: Now) -> Iterator[tuple[Planned, Planned | None] | None]:
         """(batch to train on, batch drawn for `depth` steps later), to the end of the run.
 
-        The second is the first itself without look-ahead, and None when all batches of the run are drawn. None in the
-        place of both: the data ended the epoch with the batch that was trained last.
+        The second is the first itself without look-ahead, and None when all batches of the run are
+        drawn. None in the place of both: the data ended the epoch with the batch that was trained
+        last.
         """
         while True:
             while len(self._queue) <= self.depth and not self._is_all_drawn(now):
@@ -118,7 +122,8 @@ class Lookahead:
         return epoch, place
 
     def _draw(self, now: Now) -> bool:
-        """Queue the next batch; whether the epoch under way is still that of the batch trained last, or ended by count.
+        """Queue the next batch; whether the epoch under way is still that of the batch trained
+        last, or ended by count.
 
         Raises:
             HessianFlowError: the data give no batch at all.
@@ -204,8 +209,8 @@ class Place:
     """Where a stream of batches stands, and stands again after somebody else has read from it.
 
     Args:
-        data: a stream whose state has its `epoch` and `cursor`, and which tells them, as the two kinds of `hf.data` do;
-            of another nothing is known, and nothing is put back.
+        data: a stream whose state has its `epoch` and `cursor`, and which tells them, as the two
+            kinds of `hf.data` do; of another nothing is known, and nothing is put back.
     """
 
     def __init__(self, data: ResizableBatches) -> None:

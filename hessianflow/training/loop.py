@@ -17,7 +17,7 @@ from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_rule
 from hessianflow.training.ghost_norm import ghost_normalisation
-from hessianflow.training.learning_rate import LearningRate
+from hessianflow.training.learning_rate import SET_BY_HAND, LearningRate
 from hessianflow.training.lookahead import Lookahead, Planned
 from hessianflow.training.optimizers import set_mode
 from hessianflow.training.progress import ProgressBar
@@ -35,11 +35,6 @@ OVER_BUDGET = (
     "(--curvature-budget raises it, 100 reads after every epoch)"
 )
 """Said once a run: a trajectory with gaps should not be a riddle."""
-SET_BY_HAND = (
-    "a learning rate was set by hand: it is taken as stated at the reference batch size, and trained with "
-    "times the controller's factor"
-)
-"""Said once a run, where there is such a factor."""
 
 
 @dataclass
@@ -164,7 +159,8 @@ class TrainingLoop:
                 return
 
     def _take_step(self, now: Planned, ahead: Planned | None) -> tuple[bool, bool]:
-        """One optimizer step and its counts; whether a signal or a clock asks to stop, and to save."""
+        """One optimizer step and its counts; whether a signal or a clock asks to stop, and to
+        save."""
         counters = self.state.counters
         with self.rate.in_force(now.decision.lr_factor):
             result = self.step(now, ahead, self._flags)
@@ -317,7 +313,8 @@ class TrainingLoop:
         self.apply(held)
 
     def _held(self, decision: Decision) -> Decision:
-        """The decision as far as it can be carried out: below the cap, and without a share that nobody attacks."""
+        """The decision as far as it can be carried out: below the cap, and without a share that
+        nobody attacks."""
         counters = self.state.counters
         if self.step.adversary is None and decision.adversarial_share > 0:
             decision = replace(decision, adversarial_share=0.0)

@@ -120,7 +120,8 @@ def _largest_piece(batch_size: int, size: int) -> int:
 def microbatches(
     model: nn.Module, world: World, size: int | Literal["auto"] | None, reference: int, examples: int
 ) -> tuple[MicrobatchSize, bool]:
-    """The size to run with, and whether the passes of all ranks are paired, so that each part is one pass.
+    """The size to run with, and whether the passes of all ranks are paired, so that each part is
+    one pass.
 
     Args:
         model: on its device.

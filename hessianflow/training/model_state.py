@@ -1,7 +1,9 @@
-"""What of a model and its optimizer goes beyond their `state_dict`, and must survive an interruption all the same.
+"""What of a model and its optimizer goes beyond their `state_dict`, and must survive an
+interruption all the same.
 
-Which parameters are trained, in which groups; which modules are in evaluation mode; buffers that the first forward pass
-makes, and those that are not persistent but were written to; parameters that nobody but the optimizer holds.
+Which parameters are trained, in which groups; which modules are in evaluation mode; buffers that
+the first forward pass makes, and those that are not persistent but were written to; parameters that
+nobody but the optimizer holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -110,7 +112,8 @@ class ModelState:
         return built is None or built[0] is not buffer or built[1] != _version(buffer)
 
     def _match_buffers(self, state: Mapping[str, Any], source: str) -> None:
-        """Give the model the buffers that its first pass made, and take away those that it had not made then."""
+        """Give the model the buffers that its first pass made, and take away those that it had not
+        made then."""
         saved, own = state["model"], self._model.state_dict()
         for name in [name for name, _ in self._model.named_buffers() if name in own and name not in saved]:
             if name not in self._built_buffers:

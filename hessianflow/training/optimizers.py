@@ -11,8 +11,8 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.training.schedule import required_arguments
 
 Gradients = Literal["before", "by closure", "both"]
-"""How an optimizer wants its gradients: in `.grad` before its step, by a closure that its step calls, or the first one
-before its step and further ones by the closure."""
+"""How an optimizer wants its gradients: in `.grad` before its step, by a closure that its step
+calls, or the first one before its step and further ones by the closure."""
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -39,9 +39,10 @@ def check_optimizer(optimizer: Any) -> None:
 def gradients_wanted(optimizer: Optimizer) -> Gradients:
     """How the optimizer wants its gradients.
 
-    By a closure where its step cannot do without (SAM, LBFGS), or where it says so by a true `wants_closure`. Both
-    where it has the two halves of a step, `first_step` and `second_step`, that the common packages of SAM have: their
-    step moves along the gradient that is there, and the closure is for the second.
+    By a closure where its step cannot do without (SAM, LBFGS), or where it says so by a true
+    `wants_closure`. Both where it has the two halves of a step, `first_step` and `second_step`,
+    that the common packages of SAM have: their step moves along the gradient that is there, and the
+    closure is for the second.
     """
     if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         return "both"
@@ -53,13 +54,15 @@ def gradients_wanted(optimizer: Optimizer) -> Gradients:
 def wants_graph(optimizer: Optimizer) -> bool:
     """Whether the optimizer differentiates the gradients again.
 
-    It says so by a true `is_second_order` (as timm's do), or by a step that could be given the Hessian instead.
+    It says so by a true `is_second_order` (as timm's do), or by a step that could be given the
+    Hessian instead.
     """
     return bool(getattr(optimizer, "is_second_order", False)) or "hessian" in signature(optimizer.step).parameters
 
 
 def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError | None:
-    """What to say when a step without a closure failed for want of one; None: it failed for another reason."""
+    """What to say when a step without a closure failed for want of one; None: it failed for another
+    reason."""
     text = f"{type(error).__name__} {error}"
     if "closure" not in text.lower() and "'NoneType' object is not callable" not in text:
         return None
@@ -71,7 +74,8 @@ def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError 
 
 
 def label(part: object, depth: int = 3) -> str:
-    """Its class, and in parentheses those of the stateful parts that it wraps: SAM(SGD), RateRule(ABSA)."""
+    """Its class, and in parentheses those of the stateful parts that it wraps: SAM(SGD),
+    RateRule(ABSA)."""
     inner = [label(held, depth - 1) for held in _wrapped(part)] if depth > 1 else []
     name = type(part).__name__
     return f"{name}({', '.join(inner)})" if inner else name
@@ -87,7 +91,8 @@ def _wrapped(part: object) -> Iterator[object]:
 def set_mode(optimizer: Optimizer, *, training: bool) -> None:
     """Put the weights where they are trained, or where they are to be used.
 
-    For optimizers whose `train()` and `eval()` do that (the schedule-free ones); nothing for all others.
+    For optimizers whose `train()` and `eval()` do that (the schedule-free ones); nothing for all
+    others.
     """
     train, evaluate = getattr(optimizer, "train", None), getattr(optimizer, "eval", None)
     if callable(train) and callable(evaluate):

@@ -1,4 +1,5 @@
-"""What is trained, asked of model and optimizer before every step: layers are frozen and unfrozen, groups are added."""
+"""What is trained, asked of model and optimizer before every step: layers are frozen and unfrozen,
+groups are added."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Change:
 
 
 class TrainedParameters:
-    """The model's trainable parameters, then others that the optimizer holds (those of a loss, say).
+    """The model's trainable parameters, then others that the optimizer holds (those of a loss,
+    say).
 
     Args:
         model: a module that is put into it later is seen when the optimizer's groups change.
@@ -46,7 +48,8 @@ class TrainedParameters:
         self.current = [p for p in self._all if p.requires_grad]
 
     def ask(self) -> Change | None:
-        """What has changed since the last time; None: nothing. Costs some microseconds, and waits for no device."""
+        """What has changed since the last time; None: nothing. Costs some microseconds, and waits
+        for no device."""
         held = self._of_optimizer()
         if len(held) != len(self._held_by_optimizer) or any(map(is_not, held, self._held_by_optimizer)):
             self._held_by_optimizer = held
@@ -72,15 +75,16 @@ class TrainedParameters:
         added, removed = [p for p in after if p not in were], [p for p in before if p not in are]
         held = set(self._held_by_optimizer)
         strangers = [p for p in added if p not in held]
-        parts = [f"{len(added)} more parameters are trained ({self._names(added)})"] if added else []
-        parts += [f"{len(removed)} parameters are no longer trained ({self._names(removed)})"] if removed else []
+        parts = [f"trained from now on: {self._names(added)}"] if added else []
+        parts += [f"no longer trained: {self._names(removed)}"] if removed else []
         if strangers:
-            parts.append(f"{len(strangers)} of them are in no group of the optimizer, which does not move them")
+            parts.append(f"in no group of the optimizer, which does not move it: {self._names(strangers)}")
         return Change(added, removed, "; ".join(parts))
 
     def _names(self, parameters: Sequence[nn.Parameter]) -> str:
-        names = [self.name(p) for p in parameters[:SHOWN]]
-        return ", ".join(names) + (", ..." if len(parameters) > SHOWN else "")
+        names = ", ".join(self.name(p) for p in parameters[:SHOWN])
+        left = len(parameters) - SHOWN
+        return f"{names} and {left} more" if left > 0 else names
 
 
 def name_of(model: nn.Module, parameter: nn.Parameter) -> str:

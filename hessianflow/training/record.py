@@ -214,7 +214,8 @@ class RunRecord:
             sink.write(row)
 
     def has_event(self, event: str, message: str | None = None) -> bool:
-        """Whether such an event was written before, with that message if one is given, here or in the run continued."""
+        """Whether such an event was written before, with that message if one is given, here or in
+        the run continued."""
         found = (row for row in self.records if row["kind"] == "event" and row["event"] == event)
         return any(message is None or row["message"] == message for row in found)
 

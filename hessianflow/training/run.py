@@ -1,4 +1,5 @@
-"""A run that is put together: it is begun and continued, stopped, asked how far it is, saved and put back."""
+"""A run that is put together: it is begun and continued, stopped, asked how far it is, saved and
+put back."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,14 +88,15 @@ class Run:
     def fit(self) -> History:
         """Train for `epochs` epochs and return the records.
 
-        Training begins with the first example of the epoch that the data stand in: a batch that was looked at before,
-        or an epoch that another run left, does not count. After an interruption (Ctrl-C, an error of the data) in the
-        same process it goes on where it stopped, with the batch that was not trained; a run with a run directory is
-        continued by :meth:`resume` instead.
+        Training begins with the first example of the epoch that the data stand in: a batch that was
+        looked at before, or an epoch that another run left, does not count. After an interruption
+        (Ctrl-C, an error of the data) in the same process it goes on where it stopped, with the
+        batch that was not trained; a run with a run directory is continued by :meth:`resume`
+        instead.
 
         Raises:
-            HessianFlowError: the run is over already; the run directory is in use or cannot be written; the loss
-                stopped being finite.
+            HessianFlowError: the run is over already; the run directory is in use or cannot be
+                written; the loss stopped being finite.
         """
         loop = self._loop
         if not loop.is_unfinished:
@@ -126,11 +128,13 @@ class Run:
             raise AgreedError("the model's weights are not finite before the first step")
 
     def resume(self, run_dir: str | Path) -> History:
-        """Continue an interrupted run of the same settings from its newest checkpoint to the end, at any world size.
+        """Continue an interrupted run of the same settings from its newest checkpoint to the end,
+        at any world size.
 
-        On a CPU, with as many ranks as before, the weights end bit for bit as if the run had never been interrupted.
-        Where settings differ, an event says which are in force: epochs and the other arguments of this trainer, but
-        the options of optimizer and scheduler that the checkpoint holds.
+        On a CPU, with as many ranks as before, the weights end bit for bit as if the run had never
+        been interrupted. Where settings differ, an event says which are in force: epochs and the
+        other arguments of this trainer, but the options of optimizer and scheduler that the
+        checkpoint holds.
 
         Raises:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
@@ -147,7 +151,8 @@ class Run:
         return self._run()
 
     def _tell(self, changed: str = "") -> None:
-        """Say what somebody who trains should know, once a run; `changed`: since the run that is resumed."""
+        """Say what somebody who trains should know, once a run; `changed`: since the run that is
+        resumed."""
         for event, message in [*(("notice", text) for text in self._notices), ("settings", changed)]:
             if message and not self._loop.record.has_event(event, message):
                 self._loop.event(event, message)
@@ -155,10 +160,11 @@ class Run:
                     LOGGER.warning(message)
 
     def request_stop(self) -> None:
-        """Ask the loop to save a checkpoint and return after the step it is in, or at the latest the one after it.
+        """Ask the loop to save a checkpoint and return after the step it is in, or at the latest
+        the one after it.
 
-        Asked while the end of an epoch is recorded (by a sink, a measurement), it returns there. Safe in a signal
-        handler. On several ranks it is enough to ask on one.
+        Asked while the end of an epoch is recorded (by a sink, a measurement), it returns there.
+        Safe in a signal handler. On several ranks it is enough to ask on one.
         """
         self._loop.stop_requested = True
 
@@ -174,7 +180,8 @@ class Run:
 
     @property
     def is_settled(self) -> bool:
-        """Whether all that follows the last update (decision, evaluation) was done; not so when a rank failed there."""
+        """Whether all that follows the last update (decision, evaluation) was done; not so when a
+        rank failed there."""
         counters = self._loop.state.counters
         return counters.settled == counters.updates
 
@@ -197,7 +204,8 @@ class Run:
         join_parts(self.world, self._loop.control.observers, self._loop.step.adversary)
 
     def run_until(self, updates: int | None = None) -> None:
-        """Train until so many updates have been made in all, or to the end; the records stay open for more.
+        """Train until so many updates have been made in all, or to the end; the records stay open
+        for more.
 
         Raises:
             DivergenceError: the loss stopped being finite.
@@ -205,11 +213,13 @@ class Run:
         self._loop.run_until(updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to continue as if it had never stopped: tensors and plain values."""
+        """Everything a run needs to continue as if it had never stopped: tensors and plain
+        values."""
         return self._loop.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
-        """Continue from :meth:`state_dict` of a trainer of the same settings; `source` names it in errors."""
+        """Continue from :meth:`state_dict` of a trainer of the same settings; `source` names it in
+        errors."""
         self._loop.load_state_dict(state, source)
 
     def _run(self) -> History:

@@ -1,4 +1,5 @@
-"""A scheduler of anybody's: whether it fits the run, how it is stepped, and after how many steps it is over."""
+"""A scheduler of anybody's: whether it fits the run, how it is stepped, and after how many steps it
+is over."""
 
 import inspect
 import math
@@ -22,14 +23,15 @@ class Schedule:
     """One scheduler under the trainer.
 
     Args:
-        scheduler: of torch; or with the same `step()`; or with the `step(epoch)` and `step_update(num_updates)` of
-            timm's, which are told the steps taken so far.
+        scheduler: of torch; or with the same `step()`; or with the `step(epoch)` and
+            `step_update(num_updates)` of timm's, which are told the steps taken so far.
         optimizer: whose rates it must set.
         unit: what a step is.
 
     Raises:
-        HessianFlowError: it is no scheduler, or one of another optimizer; its step wants what nobody can tell; a
-            schedule of the other unit; a ReduceLROnPlateau that should step within epochs.
+        HessianFlowError: it is no scheduler, or one of another optimizer; its step wants what
+            nobody can tell; a schedule of the other unit; a ReduceLROnPlateau that should step
+            within epochs.
     """
 
     def __init__(self, scheduler: LRScheduler, optimizer: Optimizer, unit: ScheduleUnit) -> None:
@@ -51,7 +53,8 @@ class Schedule:
             accuracy: what one of mode "max" watches.
 
         Raises:
-            HessianFlowError: mode "max" without an accuracy; parameter groups that the scheduler was not made for.
+            HessianFlowError: mode "max" without an accuracy; parameter groups that the scheduler
+                was not made for.
         """
         self.steps += 1
         try:
@@ -88,8 +91,8 @@ def described(scheduler: object) -> str:
 def length(scheduler: object) -> int | None:
     """Steps after which the schedule is over; None: it does not say.
 
-    Those of a SequentialLR are known by its last milestone and its last part, those of transformers by a keyword of
-    their lambda.
+    Those of a SequentialLR are known by its last milestone and its last part, those of transformers
+    by a keyword of their lambda.
     """
     parts: Sequence[object] = getattr(scheduler, "_schedulers", ())
     if isinstance(scheduler, SequentialLR):
@@ -107,16 +110,18 @@ def length(scheduler: object) -> int | None:
 
 
 def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> int:
-    """Steps that a scheduler takes in a run; `batches_per_epoch`: examples over the reference batch size."""
+    """Steps that a scheduler takes in a run; `batches_per_epoch`: examples over the reference batch
+    size."""
     return epochs if unit == "epoch" else int(epochs * batches_per_epoch + 1e-9)
 
 
 def misfit(scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> str:
-    """What to tell of a schedule that the run does not reach the end of; empty where it does, or has none.
+    """What to tell of a schedule that the run does not reach the end of; empty where it does, or
+    has none.
 
     Raises:
-        HessianFlowError: it was built for one step a batch and would take one an epoch, or ends in an error before the
-            run does.
+        HessianFlowError: it was built for one step a batch and would take one an epoch, or ends in
+            an error before the run does.
     """
     planned, steps = length(scheduler), steps_of_run(unit, epochs, batches_per_epoch)
     if planned is None:

@@ -1,4 +1,5 @@
-"""The settings of a run as flat, plain values, kept with every checkpoint: to say which are in force after a resume."""
+"""The settings of a run as flat, plain values, kept with every checkpoint: to say which are in
+force after a resume."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

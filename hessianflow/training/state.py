@@ -54,7 +54,8 @@ class Counters:
     settled: int = 0
 
     def is_best(self, accuracy: float | None, loss: float) -> bool:
-        """Whether the model is better than ever: by its accuracy, or by its loss where there is none; remembers it."""
+        """Whether the model is better than ever: by its accuracy, or by its loss where there is
+        none; remembers it."""
         if accuracy is not None:
             is_best = self.best is None or accuracy > self.best
             self.best = accuracy if is_best else self.best

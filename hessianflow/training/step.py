@@ -47,7 +47,8 @@ class TrainingStep:
         self._wanted = gradients_wanted(self.optimizer)
         self.accumulate.create_graph = wants_graph(self.optimizer)
         self.news = ""
-        name, scales = type(self.optimizer).__name__, self.accumulate.scaler.is_enabled()
+        name = type(self.optimizer).__name__
+        scales = self.accumulate.scaler.is_enabled()
         if self._wanted != "before" and scales:
             raise HessianFlowError(
                 f"{name} asks for several gradients a step, which loss scaling cannot follow: "
@@ -82,7 +83,8 @@ class TrainingStep:
         return result
 
     def follow(self, *, anew: bool = False) -> None:
-        """Train what model and optimizer say now, and tell whoever must know; `news` says what changed.
+        """Train what model and optimizer say now, and tell whoever must know; `news` says what
+        changed.
 
         Args:
             anew: all ranks are about to go on from the same state, and may plan their sums anew.

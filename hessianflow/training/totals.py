@@ -12,7 +12,8 @@ from hessianflow.training.evaluate import Evaluation, float64_on
 from hessianflow.training.explosion import ExplosionRule
 
 UNREAD = 512
-"""Losses of single updates held as tensors of their own; so many are joined, without being read. Ours."""
+"""Losses of single updates held as tensors of their own; so many are joined, without being read.
+Ours."""
 
 
 class RunningTotals:
@@ -83,7 +84,8 @@ class RunningTotals:
         return self._loss.item() / count, self._correct.item() / count if self._classified else None
 
     def first_bad_update(self, *, at_end: bool = False) -> int | None:
-        """The first update whose loss diverged, or None; waits for the device. `at_end`: the epoch is judged, too."""
+        """The first update whose loss diverged, or None; waits for the device. `at_end`: the epoch
+        is judged, too."""
         self._judge()
         if at_end and self._first_bad is None and self._rule.epoch_exploded(self.means()[0]):
             self._first_bad = self._updates

@@ -1,4 +1,5 @@
-"""Every argument of the trainer is refused in one line that names it, what it may be and what it was."""
+"""Every argument of the trainer is refused in one line that names it, what it may be and what it
+was."""
 
 from pathlib import Path
 from types import SimpleNamespace

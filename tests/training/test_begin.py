@@ -1,4 +1,5 @@
-"""Where training begins and goes on: data that somebody looked at, interrupted runs, streams of every kind."""
+"""Where training begins and goes on: data that somebody looked at, interrupted runs, streams of
+every kind."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,8 @@ IMAGES, TARGETS = torch.randn(N, 1, 4, 4, generator=SOURCE), torch.randint(3, (N
 
 
 class Foreign:
-    """A stream of somebody else's, without a public place; may leave out a last batch that is not full."""
+    """A stream of somebody else's, without a public place; may leave out a last batch that is not
+    full."""
 
     def __init__(self, batch_size: int = 16, *, drop_last: bool = False) -> None:
         self.num_examples, self.batch_size, self.drop_last = N, batch_size, drop_last
@@ -238,7 +240,8 @@ def test_a_run_directory_is_continued_by_resume(tmp_path):
 @pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("stop_at", [2, 7, 12])
 def test_streams_of_every_kind_are_resumed_exactly(tmp_path, kind: str, stop_at: int):
-    """After two batches, at the end of the first epoch of 7, within the second of larger batches."""
+    """After two batches, at the end of the first epoch of 7, within the second of larger
+    batches."""
     ours, theirs = network(), network()
 
     def watch(inputs, targets, progress):
@@ -269,7 +272,8 @@ def test_stretches_of_updates_are_one_run(kind: str):
 
 @pytest.mark.parametrize("looked", [False, True])
 def test_data_that_leave_out_the_rest_end_their_epochs_all_the_same(looked: bool):
-    """100 examples in batches of 16, 32 and 64 without a rest: 96, 96, 64 and 64 of them an epoch."""
+    """100 examples in batches of 16, 32 and 64 without a rest: 96, 96, 64 and 64 of them an
+    epoch."""
     batches = Foreign(drop_last=True)
     if looked:
         look(batches)

@@ -111,8 +111,8 @@ def test_loss_scaling_is_refused(wrap):
 
 
 class TwoHalves(torch.optim.SGD):
-    """As the common packages of SAM: the first half of a step uses the gradient that is there, the closure is for the
-    second, and looks optional."""
+    """As the common packages of SAM: the first half of a step uses the gradient that is there, the
+    closure is for the second, and looks optional."""
 
     rho = 0.1
 
@@ -148,7 +148,8 @@ def as_double(inputs, targets, _):
 
 @pytest.mark.parametrize("microbatch_size", [16, 5])
 def test_a_sam_of_two_halves_is_that_of_ours(microbatch_size: int):
-    """The oracle is our own SAM, held against a loop above; a stale first gradient would move elsewhere."""
+    """The oracle is our own SAM, held against a loop above; a stale first gradient would move
+    elsewhere."""
     ours, theirs = plain_network(), plain_network()
     options: dict[str, Any] = {"transform": as_double, "microbatch_size": microbatch_size}
     train(ours, TwoHalves(ours.parameters(), lr=0.1, momentum=0.9), **options)
@@ -188,7 +189,8 @@ def test_other_errors_of_a_step_are_not_explained_away():
 
 
 class Newton(torch.optim.Optimizer):
-    """Divides each gradient by the diagonal of the Hessian, found by differentiating `.grad` again."""
+    """Divides each gradient by the diagonal of the Hessian, found by differentiating `.grad`
+    again."""
 
     is_second_order = True
 

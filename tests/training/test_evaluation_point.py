@@ -1,4 +1,5 @@
-"""Where the weights are evaluated is not always where they are trained: averages, and what is the best of a run."""
+"""Where the weights are evaluated is not always where they are trained: averages, and what is the
+best of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def trainer(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) 
 
 
 class Averaging(torch.optim.SGD):
-    """As the schedule-free optimizers: `eval` puts the mean of all points in the place of the weights, `train` takes
-    it back, and a step at the mean is an error."""
+    """As the schedule-free optimizers: `eval` puts the mean of all points in the place of the
+    weights, `train` takes it back, and a step at the mean is an error."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, lr=0.5)

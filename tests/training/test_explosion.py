@@ -1,4 +1,5 @@
-"""What counts as exploded: losses of known distributions, and runs against bare loops that are healthy or are not."""
+"""What counts as exploded: losses of known distributions, and runs against bare loops that are
+healthy or are not."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +28,8 @@ HEALTHY: dict[str, Draw] = {
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_losses_pass(name: str):
-    """1,000 runs of 300 updates; the rule allows one in 10,000 for each of the first numbers of losses known."""
+    """1,000 runs of 300 updates; the rule allows one in 10,000 for each of the first numbers of
+    losses known."""
     source = np.random.default_rng(0)
     stopped = sum(ExplosionRule(100).first_bad(HEALTHY[name](source, 300).tolist()) is not None for _ in range(1000))
     assert stopped <= 3
@@ -47,7 +49,8 @@ def test_losses_that_stay_far_above_do_not_pass(count: int, how: str):
 
 
 def test_needed_streaks_worked_by_hand():
-    """C(38 + 3, 3) = 10,660 and C(37 + 3, 3) = 9,880; C(5 + 13, 13) = 8,568 and C(5 + 14, 14) = 11,628."""
+    """C(38 + 3, 3) = 10,660 and C(37 + 3, 3) = 9,880; C(5 + 13, 13) = 8,568 and C(5 + 14, 14) =
+    11,628."""
     assert [streak_needed(n) for n in (1, 5, 37, 38, 10**6)] == [50, 14, 4, 3, 3]
 
 
@@ -172,7 +175,8 @@ def test_the_limit_can_be_taken_off():
 
 
 def test_full_batches_that_explode_are_stopped_after_one(tmp_path):
-    """One step an epoch; the batch of the third is made to explode, and its checkpoint would be a bad one."""
+    """One step an epoch; the batch of the third is made to explode, and its checkpoint would be a
+    bad one."""
     images = torch.randn(32, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     batches = DeviceBatches(images, images.sum((1, 2, 3)), 32)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0))
@@ -195,7 +199,8 @@ def test_full_batches_that_explode_are_stopped_after_one(tmp_path):
 
 
 def test_no_checkpoint_is_made_in_doubt(tmp_path):
-    """Saved every 8 examples, a step each: not while the loss is far up, which may be the beginning of the end."""
+    """Saved every 8 examples, a step each: not while the loss is far up, which may be the beginning
+    of the end."""
     images = torch.randn(320, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     batches = DeviceBatches(images, images.sum((1, 2, 3)), 8)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0))

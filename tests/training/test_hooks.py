@@ -1,4 +1,5 @@
-"""Hooks on parameters act as in a bare loop on the whole batch, whatever the microbatches, whoever looks on."""
+"""Hooks on parameters act as in a bare loop on the whole batch, whatever the microbatches, whoever
+looks on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +72,8 @@ def test_hooks_on_accumulation_see_the_whole_gradient_once_a_step(hook, microbat
 
 
 def test_observers_are_shown_the_gradient_before_such_hooks():
-    """That of each microbatch, at a rate of 0, where it is known; the oracle averages squared norms by hand."""
+    """That of each microbatch, at a rate of 0, where it is known; the oracle averages squared norms
+    by hand."""
     moments, model = GradientMoments(), network()
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(only_row_0)
@@ -96,7 +98,8 @@ def test_observers_are_shown_the_gradient_before_such_hooks():
 
 @pytest.mark.parametrize("microbatch_size", [16, 8])
 def test_a_hook_on_gradients_acts_alike_with_and_without_observers(microbatch_size: int):
-    """Not linear, too: it must be given the same numbers, not the mean of a microbatch here and its share there."""
+    """Not linear, too: it must be given the same numbers, not the mean of a microbatch here and its
+    share there."""
 
     def run(observers: list[Any]) -> Tensor:
         model = network()

@@ -1,6 +1,8 @@
-"""What a checkpoint must hold: everything that the next step depends on and that the trainer can reach.
+"""What a checkpoint must hold: everything that the next step depends on and that the trainer can
+reach.
 
-The oracle is the uninterrupted run, bit for bit; a run is stopped by a request in the middle of an epoch.
+The oracle is the uninterrupted run, bit for bit; a run is stopped by a request in the middle of an
+epoch.
 """
 
 import logging
@@ -169,7 +171,8 @@ def layers() -> nn.Sequential:
 
 
 class OnceAfterTheFirstEpoch:
-    """A sink that changes something when the first epoch is over, and never again: a resumed run does not call it."""
+    """A sink that changes something when the first epoch is over, and never again: a resumed run
+    does not call it."""
 
     def __init__(self, change: Callable[[], Any]) -> None:
         self.change = change
@@ -307,7 +310,8 @@ def test_a_state_that_the_run_did_not_have_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("missing", ["buffer", "layer"])
 def test_another_model_is_refused_with_a_way_out(tmp_path: Path, missing: str):
-    """An older checkpoint does not tell which buffers came late; a layer that is not there cannot be made."""
+    """An older checkpoint does not tell which buffers came late; a layer that is not there cannot
+    be made."""
     trainer(late_and_transient_buffers, STOP, run_dir=tmp_path / "run")[0].fit()
     path = tmp_path / "run" / "checkpoints" / "last.pt"
     state = checkpoint.load(path)
@@ -393,7 +397,8 @@ def test_it_is_said_which_settings_are_in_force(tmp_path: Path):
 
 
 def test_what_is_said_to_be_in_force_is(tmp_path: Path):
-    """The schedule is torch's own cosine of 4 steps, gone on with for 4 more; and the weight decay is the old one."""
+    """The schedule is torch's own cosine of 4 steps, gone on with for 4 more; and the weight decay
+    is the old one."""
     trainer(scheduled, run_dir=tmp_path / "run")[0].fit()
     made, _ = trainer(lambda: scheduled(epochs=8, decay=0.1), epochs=8)
     history = made.resume(tmp_path / "run")

@@ -138,7 +138,8 @@ def test_a_tensor_set_by_hand_is_seen(how: str):
 
 @pytest.mark.parametrize("make", [optimizer, lambda: tensor_rate(0.1)])
 def test_a_rate_that_the_optimizer_changes_in_its_step_is_one_with_the_factor(make: Any):
-    """Halved at every step, as a hypergradient would: twice as fast under a factor of 2, and no runaway."""
+    """Halved at every step, as a hypergradient would: twice as fast under a factor of 2, and no
+    runaway."""
     opt = make()
     rate = LearningRate(opt)
     for step in range(1, 4):
@@ -205,7 +206,8 @@ def test_the_rate_set_between_building_and_training_counts():
 
 
 def test_the_factor_multiplies_what_is_set_by_hand():
-    """Batch 16, 32, 64: with the rate in proportion, factors 1, 2, 4 of 0.1, 0.05, 0.025; and the record says so."""
+    """Batch 16, 32, 64: with the rate in proportion, factors 1, 2, 4 of 0.1, 0.05, 0.025; and the
+    record says so."""
     model = linear()
     opt = SGD(model.parameters(), lr=0.1)
     used: list[float] = []

@@ -75,7 +75,8 @@ def test_a_schedule_built_per_step_and_stepped_per_epoch_is_refused(name: str, s
 
 @pytest.mark.parametrize("name", [name for name in PER_STEP if name != "one-cycle by epochs"])
 def test_the_number_that_is_named_fits(name: str):
-    """37 of 37.5 reference batches; the last rate is that of the same scheduler stepped as often by hand."""
+    """37 of 37.5 reference batches; the last rate is that of the same scheduler stepped as often by
+    hand."""
     steps = steps_of_run("reference_batch", EPOCHS, N / BATCH)
     assert steps == 37
     made, scheduler = trainer(lambda o: PER_STEP[name](o, steps), schedule_unit="reference_batch")
