@@ -227,7 +227,9 @@ class GradientObserver(Stateful, Protocol):
     where the ranks have changed; the microbatches of a step that this interrupted are then to be forgotten.
 
     One that must know whose gradients these are has a `watch(parameters: Sequence[nn.Parameter])`, called before
-    training: gradients come in the order of `parameters`, which need not be that of any optimizer's groups.
+    training, and again before the first step after layers were frozen or unfrozen: gradients come
+    in the order of `parameters`, which need not be that of any optimizer's groups. Without it such
+    a change is an error.
 
     Of an optimizer that asks for several gradients a step (SAM) only the first is shown.
     """
@@ -249,7 +251,10 @@ class GradientObserver(Stateful, Protocol):
 class ResizableBatches(Stateful, Protocol):
     """Training data as a resumable stream of batches whose size may change between any two of them.
 
-    Iterating yields what is left of the current epoch, then moves on to the next epoch. The order of examples and their
+    Iterating yields what is left of the current epoch, then moves on to the next epoch; an epoch
+    that ends before `num_examples` were handed out is over all the same. Where there are attributes
+    `epoch` (completed) and `cursor` (examples handed out of the epoch under way), and both in the
+    state, a trainer puts back what others read from the stream. The order of examples and their
     augmentation depend on (seed, epoch) only, never on the batch size or on how often the run was interrupted.
     """
 

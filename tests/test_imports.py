@@ -10,7 +10,7 @@ import pytest
 import hessianflow
 
 PACKAGE = Path(hessianflow.__file__).parent
-SHARED = {"interfaces", "batches", "structure", "losses", "measuring", "folding", "memory"}
+SHARED = {"interfaces", "batches", "structure", "losses", "measuring", "folding", "memory", "checks"}
 ALLOWED: dict[str, set[str]] = {
     **{
         room: SHARED | {room} for room in ("curvature", "control", "adversarial", "optim", "models", "data", "training")
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "measuring": {"interfaces"},
     "folding": set(),
     "memory": set(),
+    "checks": {"interfaces"},
     "presets": set(),
     "settings": {"interfaces"},
     "config": {"interfaces", "presets", "settings"},

@@ -7,7 +7,7 @@ the loss is given, and the range is the valid one.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from hessianflow.adversarial.budget import (
 )
 from hessianflow.adversarial.mixing import perturbed_rows
 from hessianflow.batches import take_rows
+from hessianflow.checks import check_callable, check_choice, check_count
 from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode, Reducer
 
 ABSA_EPS = 0.005
@@ -70,6 +71,9 @@ class PGD:
         norm_mode: NormMode = "eval",
         seed: int = 0,
     ) -> None:
+        check_choice("norm_mode", norm_mode, get_args(NormMode))
+        check_callable("loss_fn", loss_fn)
+        check_count("seed", seed, 0)
         self._budget = make_budget(eps, value_range, norm)
         self._steps = steps
         self._step = resolve_step(steps, relative_step)

@@ -18,6 +18,7 @@ are frozen meanwhile, so nothing but the gradient with respect to the input is c
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from hessianflow.adversarial.budget import Budget, Norm, PerChannel, ValueRange, check_in_range, make_budget, place
 from hessianflow.adversarial.fixed_norm import fixed_normalisation
+from hessianflow.checks import check_choice, check_count, is_number
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import mean_loss
 from hessianflow.measuring import measuring
@@ -136,7 +138,13 @@ def pgd(
 
 @contextmanager
 def attacking(model: nn.Module, norm_mode: NormMode) -> Iterator[nn.Module]:
-    """The unwrapped model in measuring mode with its parameters frozen: only input gradients are computed."""
+    """The unwrapped model in measuring mode with its parameters frozen: only input gradients are
+    computed.
+
+    Raises:
+        HessianFlowError: a norm_mode that does not exist.
+    """
+    check_choice("norm_mode", norm_mode, get_args(NormMode))
     with measuring(model, norm_mode) as inner:
         for parameter in inner.parameters():
             parameter.requires_grad_(False)
@@ -217,12 +225,11 @@ def resolve_step(steps: int, relative_step: float | None) -> float:
     """The step in units of eps.
 
     Raises:
-        HessianFlowError: steps < 1 or a step that is not positive.
+        HessianFlowError: steps that are no whole number >= 1, or a step that is not positive.
     """
-    if steps < 1:
-        raise HessianFlowError(f"steps must be at least 1, got {steps}")
+    check_count("steps", steps)
     if relative_step is None:
         return 2.5 / steps
-    if not 0 < relative_step < float("inf"):
+    if not is_number(relative_step) or not 0 < relative_step < float("inf"):
         raise HessianFlowError(f"relative_step must be positive and finite (in units of eps), got {relative_step}")
     return relative_step

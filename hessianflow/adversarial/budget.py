@@ -167,7 +167,7 @@ def check_in_range(budget: Budget, x: Tensor) -> None:
 
 
 def _range(value_range: ValueRange) -> tuple[Tensor, Tensor]:
-    if len(value_range) != 2:
+    if not isinstance(value_range, (tuple, list, Tensor)) or len(value_range) != 2:
         raise HessianFlowError(f"value_range must be (low, high) or None for no clamping, got {value_range!r}")
     low, high = _as_tensor(value_range[0], "value_range"), _as_tensor(value_range[1], "value_range")
     low, high = _broadcast(low, high)
@@ -177,7 +177,10 @@ def _range(value_range: ValueRange) -> tuple[Tensor, Tensor]:
 
 
 def _as_tensor(value: PerChannel, name: str) -> Tensor:
-    tensor: Tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").squeeze()
+    try:
+        tensor: Tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").squeeze()
+    except (TypeError, ValueError):
+        raise HessianFlowError(f"{name} must be a number or one number per channel, got {value!r}") from None
     if tensor.ndim > 1:
         raise HessianFlowError(
             f"{name} must be a number or one number per channel, got a tensor of shape {list(tensor.shape)}"

@@ -21,17 +21,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hessianflow.adversarial.budget import check_one_tensor
 from hessianflow.adversarial.mixing import perturbed_rows
-from hessianflow.adversarial.runners import AttackRunner, Interleaved, TwinAttack
+from hessianflow.adversarial.runners import AttackRunner, AttackSet, Interleaved, TwinAttack
 from hessianflow.adversarial.split_norm import clean_rows, is_split
+from hessianflow.checks import check_choice, check_count
 from hessianflow.interfaces import Exposure, HessianFlowError, InputAttack, LossFn
 from hessianflow.losses import mean_loss
+
+First = Literal["clean", "synchronous"]
+Combine = Literal["sum", "average"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class ConcurrentAdversary:
         runner: where attacks run; None: :class:`~hessianflow.adversarial.runners.Interleaved`.
 
     Raises:
-        HessianFlowError: a negative staleness.
+        HessianFlowError: a staleness that is no whole number >= 0, or another argument that is not
+            what it must be.
 
     Example:
         >>> from hessianflow.adversarial import FGSM
@@ -112,18 +117,27 @@ class ConcurrentAdversary:
         adversary: InputAttack,
         *,
         staleness: int = 1,
-        first: Literal["clean", "synchronous"] = "clean",
-        attack_set: Literal["adversarial", "main"] = "adversarial",
-        combine: Literal["sum", "average"] = "sum",
+        first: First = "clean",
+        attack_set: AttackSet = "adversarial",
+        combine: Combine = "sum",
         microbatch_size: int | None = None,
         runner: AttackRunner | None = None,
     ) -> None:
-        if staleness < 0:
-            raise HessianFlowError(f"staleness must be at least 0 steps, got {staleness}")
+        check_count("staleness", staleness, 0)
+        check_choice("first", first, get_args(First))
+        check_choice("attack_set", attack_set, get_args(AttackSet))
+        check_choice("combine", combine, get_args(Combine))
+        check_count("microbatch_size", microbatch_size, none="all rows at once")
+        if not hasattr(adversary, "perturb"):
+            raise HessianFlowError(
+                f"adversary must make the twins, such as FGSM(...), got a {type(adversary).__name__}"
+            )
+        if runner is not None and not hasattr(runner, "submit"):
+            raise HessianFlowError(f"runner must run attacks, such as SecondStream(), got a {type(runner).__name__}")
         self._adversary = adversary
         self._staleness = staleness
         self._first = first
-        self._attack_set: Literal["adversarial", "main"] = attack_set
+        self._attack_set: AttackSet = attack_set
         self._average = combine == "average"
         self._microbatch_size = microbatch_size
         self._runner: AttackRunner = Interleaved() if runner is None else runner
@@ -266,7 +280,7 @@ class ConcurrentAdversary:
         entry.attacked_at = self._step
 
 
-def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Literal["sum", "average"] = "sum") -> PairLoss:
+def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Combine = "sum") -> PairLoss:
     """The loss of a pair from one concatenated forward pass.
 
     Args:
@@ -274,7 +288,11 @@ def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Literal
         pair: from :meth:`ConcurrentAdversary.pairs`. Without a twin the clean loss alone is used, whatever `combine`.
         loss_fn: a mean over examples (or a sum or a vector: see `LossFn`).
         combine: "sum" of the two means, as in the paper, or their "average", which keeps the scale of the gradient.
+
+    Raises:
+        HessianFlowError: another way to combine.
     """
+    check_choice("combine", combine, get_args(Combine))
     rows = len(pair.inputs)
     inputs, targets = pair.concatenated()
     with clean_rows(model, rows) if is_split(model) else nullcontext():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hessianflow.adversarial.budget import check_one_tensor
 from hessianflow.batches import as_batches, as_pair, move
+from hessianflow.checks import is_number
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 
@@ -121,7 +122,7 @@ class OverfittingAlarm:
     """
 
     def __init__(self, collapse: float = 0.5) -> None:
-        if not 0 < collapse < 1:
+        if not is_number(collapse) or not 0 < collapse < 1:
             raise HessianFlowError(f"collapse must lie between 0 and 1, got {collapse}")
         self._collapse = collapse
         self._best_pgd = self._fgsm_then = 0.0

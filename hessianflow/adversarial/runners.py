@@ -7,14 +7,17 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hessianflow.adversarial.split_norm import clean_rows, is_split
+from hessianflow.checks import check_choice
 from hessianflow.interfaces import HessianFlowError, InputAttack
 from hessianflow.measuring import unwrap
+
+AttackSet = Literal["adversarial", "main"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,10 @@ class TwinAttack:
     inputs: Tensor
     targets: Tensor
     microbatch_size: int | None = None
-    attack_set: Literal["adversarial", "main"] = "adversarial"
+    attack_set: AttackSet = "adversarial"
+
+    def __post_init__(self) -> None:
+        check_choice("attack_set", self.attack_set, get_args(AttackSet))
 
     def __call__(self, weights: nn.Module) -> Tensor:
         """The twins of all rows."""

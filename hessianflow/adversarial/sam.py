@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from hessianflow.checks import is_number
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
 
@@ -55,7 +56,7 @@ class SAM(Optimizer):
         model: its batch-normalisation statistics are held during the second gradient; None: no model has any.
 
     Raises:
-        HessianFlowError: `rho` is negative or not finite.
+        HessianFlowError: `rho` is negative or not finite, or `base` no optimizer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
@@ -71,6 +72,8 @@ class SAM(Optimizer):
 
     def __init__(self, base: Optimizer, *, rho: float = 0.05, model: nn.Module | None = None) -> None:
         _check_rho(rho)
+        if not isinstance(base, Optimizer):
+            raise HessianFlowError(f"SAM steps another optimizer, such as torch.optim.SGD(...), got {base!r}")
         self.base, self.rho, self._model = base, rho, model
         super().__init__(base.param_groups, {})
         self.param_groups = base.param_groups
@@ -85,7 +88,15 @@ class SAM(Optimizer):
 
         Returns:
             The loss at the weights themselves.
+
+        Raises:
+            HessianFlowError: there is no closure.
         """
+        if closure is None:
+            raise HessianFlowError(
+                "SAM needs two gradients a step: call step(closure), with a closure that zeroes the gradients, "
+                "computes them anew and returns the loss (AdaptiveBatchTrainer gives it one)"
+            )
         with torch.enable_grad():
             loss = closure()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -136,5 +147,5 @@ def _moved(params: list[Tensor], by: list[Tensor]) -> Iterator[None]:
 
 
 def _check_rho(rho: float) -> None:
-    if not 0 <= rho < float("inf"):
+    if not is_number(rho) or not 0 <= rho < float("inf"):
         raise HessianFlowError(f"rho must be finite and at least 0, got {rho}")

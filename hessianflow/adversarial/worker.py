@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, multiprocessing, nn
 
 from hessianflow.adversarial.runners import TwinAttack
+from hessianflow.checks import check_count
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
 from hessianflow.memory import keep_freed_memory
@@ -44,8 +45,7 @@ class WorkerProcess:
     """
 
     def __init__(self, *, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise HessianFlowError(f"threads must be at least 1, got {threads}")
+        check_count("threads", threads, none="as many as this process has")
         self._threads = threads
         self._replica: nn.Module | None = None
         self._line: Connection | None = None

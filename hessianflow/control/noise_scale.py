@@ -117,6 +117,8 @@ class NoiseScale(BoundedController[NoiseScaleState]):
         self.seconds_per_batch = {} if seconds_per_batch is None else self._checked(seconds_per_batch)
 
     def _checked(self, seconds_per_batch: Mapping[int, float]) -> dict[int, float]:
+        if not isinstance(seconds_per_batch, Mapping):
+            raise HessianFlowError(f"seconds_per_batch must map sizes to seconds, got {seconds_per_batch!r}")
         found = {}
         for size, seconds in seconds_per_batch.items():
             check_count("seconds_per_batch sizes", size)

@@ -38,6 +38,11 @@ class Level:
     batch_size: int
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_count("resolution", self.resolution)
+        check_count("batch_size", self.batch_size)
+        check_number("dropout", self.dropout, low=0, high=1)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -103,6 +108,10 @@ class ProgressiveResolution:
     def __init__(self, controller: BatchController, stages: Sequence[Stage]) -> None:
         if not stages:
             raise HessianFlowError("stages must hold at least one stage, got none")
+        if not hasattr(controller, "decision"):
+            raise HessianFlowError(
+                f"controller must be one, such as FixedBatch(128), got a {type(controller).__name__}"
+            )
         self.controller, self.stages = controller, tuple(stages)
         self._epoch, self._reason = 0, ""
         self._largest: int | None = None

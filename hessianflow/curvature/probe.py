@@ -132,6 +132,11 @@ class CurvatureProbe:
         self._average: float | None = None
         self._calls, self._spent, self._last_cost = 0, 0.0, 0.0
 
+    @property
+    def model(self) -> nn.Module:
+        """What is measured, as it was given."""
+        return self._model
+
     def __call__(self) -> CurvatureReading:
         """Measure at the current weights."""
         began = time.perf_counter()

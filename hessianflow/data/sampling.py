@@ -295,6 +295,10 @@ class AdaptiveBatches(ExampleStream):
         self._forget_chunks()
         self._loader = DataLoader(self._examples, **self._options)
 
+    def _start_over(self) -> None:
+        super()._start_over()
+        self._forget_chunks()  # they are of the place that an iteration before had reached
+
     def _forget_chunks(self) -> None:
         self._chunks = None
         self._loaded.clear()

@@ -153,7 +153,7 @@ class ExampleStream:
         """
         self._warn_of_equal_ranks()
         if self._starts_over:
-            self._cursor = 0
+            self._start_over()
         while self._cursor < self._num_examples:
             start = self._cursor
             size = self._next_size(start)
@@ -166,6 +166,10 @@ class ExampleStream:
                 raise
             yield batch
         self._epoch, self._cursor = self._epoch + 1, 0
+
+    def _start_over(self) -> None:
+        """Go to the first example of the epoch."""
+        self._cursor = 0
 
     def _warn_of_equal_ranks(self) -> None:
         """Say once that the ranks of the process group would all go through the same examples."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from hessianflow.checks import in_home
 from hessianflow.control import DualBatchPlan, Stage
 from hessianflow.distributed.simulated_server import Commit
 from hessianflow.dual_batch.local_training import FlatWeights, checkable, with_arrays
@@ -117,7 +118,7 @@ class DualBatchTrainer:
         Raises:
             HessianFlowError: no usable checkpoint there, or one of another model.
         """
-        folder = Path(run_dir)
+        folder = in_home(run_dir)
         state, warning = checkpoint.load_newest(folder / checkpoint.FOLDER, history_length(folder))
         if "dual_batch" not in state:
             raise HessianFlowError(f"the checkpoint in {folder} is of a run without a parameter server")

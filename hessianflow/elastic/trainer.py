@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hessianflow.checks import in_home
 from hessianflow.distributed import ElasticEvent, ElasticRun, ElasticSettings, JobReport, Sample, workers_for
 from hessianflow.distributed.elastic import Policy
 from hessianflow.elastic.job import TrainerJob
@@ -50,7 +51,7 @@ class ElasticTrainer:
         policy: Policy | None = None,
     ) -> None:
         self._settings, self._config, self._policy = settings, dict(config or {}), policy or self._by_batch
-        self._record, self._folder = RunRecord(run_dir, sinks), Path(run_dir)
+        self._record, self._folder = RunRecord(run_dir, sinks), in_home(run_dir)
         self._saver = Saver(None, None, keep_checkpoints)
         self._run = ElasticRun(partial(TrainerJob, make), self._workers, settings, self._on_event, self._on_rows)
         self._run.on_snapshot = self._on_snapshot
@@ -70,7 +71,7 @@ class ElasticTrainer:
         Raises:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
         """
-        self._folder = Path(run_dir)
+        self._folder = in_home(run_dir)
         state, warning = checkpoint.load_newest(self._folder / checkpoint.FOLDER, history_length(self._folder))
         self._record.reopen(self._folder, state["history_bytes"])
         self._from_job, self._best = [True] * len(self._record.records), state["counters"]["best"]

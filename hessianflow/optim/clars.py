@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from hessianflow.interfaces import HessianFlowError
 from hessianflow.optim.checks import check_limit
 from hessianflow.optim.foreach import Tensors, norms
 from hessianflow.optim.lars import LARS, Form
@@ -87,6 +88,10 @@ class CLARS(LARS):
         capturable: bool = False,
     ) -> None:
         check_limit("max_rate", max_rate, "no cap")
+        if norms is not None and not hasattr(norms, "mean_norms"):
+            raise HessianFlowError(
+                f"norms must know mean gradient norms, such as MicrobatchNorms(), got a {type(norms).__name__}"
+            )
         super().__init__(
             params,
             lr,

@@ -37,7 +37,7 @@ class Extrapolation(Optimizer):
             gradient.
 
     Raises:
-        HessianFlowError: `lookahead_lr` is negative or not finite.
+        HessianFlowError: `lookahead_lr` is negative or not finite, or `base` no optimizer.
     """
 
     wants_closure = True
@@ -45,6 +45,8 @@ class Extrapolation(Optimizer):
 
     def __init__(self, base: Optimizer, lookahead_lr: float) -> None:
         check_number("lookahead_lr", lookahead_lr)
+        if not isinstance(base, Optimizer):
+            raise HessianFlowError(f"Extrapolation steps another optimizer, such as torch.optim.SGD(...), got {base!r}")
         self.base, self.lookahead_lr = base, lookahead_lr
         self._origin: list[tuple[Tensor, Tensor]] = []
         super().__init__(base.param_groups, {})

@@ -10,7 +10,7 @@ On several ranks (`join`) all of them average over the microbatches of all ranks
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from hessianflow.batches import num_examples
 from hessianflow.interfaces import NO_SIGNALS, Batch, HessianFlowError, LossFn, NormMode, Reducer
 from hessianflow.losses import mean_loss
 from hessianflow.measuring import measuring
-from hessianflow.optim.checks import check_count
+from hessianflow.optim.checks import check_choice, check_count
 from hessianflow.optim.foreach import norms
 
 
@@ -208,10 +208,18 @@ class ExtraBatchNorms(_NormTable):
     ) -> None:
         super().__init__(model.parameters())
         check_count("every", every)
+        check_choice("norm_mode", norm_mode, get_args(NormMode))
         if per_sample and norm_mode == "batch":
             raise HessianFlowError('norm_mode must be "eval" with per_sample: a single example has no batch statistics')
         self.model, self.loss_fn, self.draw = model, loss_fn, draw
         self.every, self.per_sample, self.norm_mode = every, per_sample, norm_mode
+        self._steps = 0
+
+    def watch(self, parameters: Iterable[Tensor]) -> None:  # noqa: ARG002
+        """Look at the model again, some of which may have been frozen or unfrozen; the next step
+        measures."""
+        self._take(self.model.parameters())
+        self._clear()
         self._steps = 0
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
@@ -295,7 +303,20 @@ class GradientMoments:
     def __init__(self, *, accumulate: bool = False) -> None:
         self.accumulate = accumulate
         self._sums = _Sums()
+        self._watched: list[Tensor] = []
         self._reducer: Reducer | None = None
+
+    def watch(self, parameters: Iterable[Tensor]) -> None:
+        """Take the gradients shown from now on as those of `parameters`; sums go on for those that
+        were there before.
+
+        Args:
+            parameters: what is trained, in the order of the gradients.
+        """
+        before, self._watched = self._watched, list(parameters)
+        if self._sums.total and before:
+            known = dict(zip(before, self._sums.total, strict=True))
+            self._sums.total = [known.get(p, torch.zeros_like(p)) for p in self._watched]
 
     def join(self, reducer: Reducer) -> None:
         """Count the microbatches of all ranks from now on; those of an interrupted step are dropped."""

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from hessianflow.checks import check_count
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
 from hessianflow.plots.records import Array, Row, Run, RunSource, batch_steps, column, number, read_runs
@@ -59,6 +60,7 @@ def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: i
     Raises:
         HessianFlowError: the run has no commit.
     """
+    check_count("epochs", epochs)
     [read] = read_runs([run])
     commits = _last_of_each(read.of_kind("commit"))
     if not commits:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 
 Row = Mapping[str, Any]
@@ -72,7 +73,7 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
     sources = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, str) else [runs]
     if not sources:
         raise HessianFlowError("runs must name at least one run directory, got none")
-    read = [_read_folder(Path(s)) if isinstance(s, (str, Path)) else _from_object(s) for s in sources]
+    read = [_read_folder(in_home(s)) if isinstance(s, (str, Path)) else _from_object(s) for s in sources]
     places = [f"run {i}" if run.folder is None else run.folder.resolve() for i, run in enumerate(read)]
     read = [run for i, run in enumerate(read) if places[i] not in places[:i]]
     return [replace(run, name=name) for name, run in zip(_names(read), read, strict=True)]

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.records import Run, RunSource, number, read_runs
@@ -75,7 +76,7 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
     sections += [_section("Decisions", _decisions(read)), _section("Settings", _settings(read))]
     page = _page(heading, "\n".join(sections))
     if path is not None:
-        _write(Path(path), page)
+        _write(in_home(path), page)
     return page
 
 

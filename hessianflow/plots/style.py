@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 
 # Okabe and Ito's palette, told apart with any common colour blindness; yellow is left out: too faint on white.
@@ -148,7 +149,7 @@ def save(figure: Figure, path: str | Path | None) -> None:
     """
     if path is None:
         return
-    target = Path(path)
+    target = in_home(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         figure.savefig(temporary, format="png", dpi=DPI)

@@ -6,9 +6,11 @@ by something else (class weights, ignored targets), so do the weights (:mod:`hes
 guess, the first batches that are cut are checked.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from hessianflow.batches import map_tensors, num_examples, split
 from hessianflow.interfaces import AgreedError, Batch, Exposure, GradientObserver, HessianFlowError, Hits, LossFn, World
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck, Weight, weighted
 from hessianflow.training.evaluate import count_hits, summed
+from hessianflow.training.parameters import name_of
 from hessianflow.training.world import LocalWorld
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -80,6 +83,7 @@ class GradientAccumulator:
         paired: a rank without rows runs the model all the same: its layers exchange statistics.
         group_size: examples that batch normalisation sees at once; microbatches of that size or more hold whole groups.
         precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
+        create_graph: gradients can be differentiated again.
     """
 
     model: nn.Module
@@ -90,6 +94,7 @@ class GradientAccumulator:
     group_size: int | None = None
     world: World = field(default_factory=LocalWorld)
     paired: bool = False
+    create_graph: bool = False
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -216,8 +221,7 @@ class GradientAccumulator:
             divisor.add(averaged.weight)
             if settles and done == total:
                 divisor.settle(self.parameters)
-            with self.world.last_backward(divisor.value) if is_last and done == total else nullcontext():
-                self._backward(averaged, divisor, count, leaf)
+            self._backward(averaged, divisor.value, count, leaf, last=is_last and done == total)
             parts.append((averaged.value.detach().float(), averaged.weight))
             slopes.append(None if leaf is None else leaf.grad)
             hits.append(count_hits(map_tensors(Tensor.detach, outputs), targets, averaged.ignore_index))
@@ -244,35 +248,132 @@ class GradientAccumulator:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _backward(self, averaged: Averaged, divisor: "_Divisor", count: int, leaf: Tensor | None = None) -> None:
+    def _backward(
+        self,
+        averaged: Averaged,
+        divisor: Weight,
+        count: int,
+        leaf: Tensor | None,
+        *,
+        last: bool,
+    ) -> None:
+        """Add the gradient of one microbatch to `.grad`; `last`: that of the step is complete then.
+
+        Hooks that run when a gradient is accumulated (`register_post_accumulate_grad_hook`) see the
+        complete one, once a step, for any number of microbatches; hooks on gradients
+        (`register_hook`) see that of each microbatch.
+        """
         # The gradient of nothing may be nan in a loss of the user's own: its weight is awaited.
         if averaged.may_break_on_nothing and float(averaged.weight) == 0:
-            return
-        loss = averaged.value
-        weight = _like(_ratio(averaged.weight, divisor.value), loss)
-        if not self.observers:
-            self.scaler.scale(loss * weight).backward()  # type: ignore[no-untyped-call]
-            return
-        scaled = self.scaler.scale(loss)
-        wanted = [*self.parameters, *([] if leaf is None else [leaf])]
-        found: Sequence[Tensor | None] = torch.autograd.grad(scaled, wanted, allow_unused=True)
-        gradients = found[: len(self.parameters)]
-        if leaf is not None:
-            leaf.grad = found[-1]
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
+            if leaf is not None:
+                leaf.grad = torch.zeros_like(leaf)
+            with self.world.last_backward(divisor) if last else nullcontext():
+                return
+        weight = _like(_ratio(averaged.weight, divisor), averaged.value)
+        scaled = self.scaler.scale(averaged.value * weight)
+        hooked = (bool(self.observers) or not last or self.world.world_size > 1) and self._is_hooked()
+        # Ranks may send a gradient off as soon as it is there: not before the hooks have been at it.
+        with self.world.last_backward(divisor) if last and not hooked else nullcontext():
+            if self.observers:
+                self._observed_backward(scaled, weight, count, leaf, into_grad=last and hooked)
+            elif hooked and not last:
+                self._add_to_grad(self._gradients(scaled, leaf))
+            else:
+                self._run_backward(scaled)
+        if last and hooked:
+            with self.world.last_backward(divisor):
+                pass
+
+    def _observed_backward(
+        self, scaled: Tensor, weight: float | Tensor, count: int, leaf: Tensor | None, *, into_grad: bool
+    ) -> None:
+        """Show the gradient of one microbatch to the observers, and add it; `into_grad`: by torch,
+        hooks and all."""
+        if into_grad:
+            found: dict[int, Tensor] = {}
+            handles = [
+                parameter.register_hook(partial(found.__setitem__, number))  # type: ignore[no-untyped-call]
+                for number, parameter in enumerate(self.parameters)
+            ]
+            try:
+                self._run_backward(scaled)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            gradients: list[Tensor | None] = [found.get(n) for n in range(len(self.parameters))]
+        else:
+            gradients = self._gradients(scaled, leaf)
+            self._add_to_grad(gradients)
+        if self.create_graph:
+            gradients = [None if gradient is None else gradient.detach() for gradient in gradients]
+        pairs = zip(self.parameters, gradients, strict=True)
+        shown = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+        self._refuse_sparse(shown)
+        if isinstance(weight, Tensor):
+            # A part that weighs nothing has a gradient of 0, which is shown as such.
+            shown = list(torch._foreach_div(shown, weight.clamp_min(torch.finfo(weight.dtype).tiny)))
+        elif weight != 1:
+            shown = list(torch._foreach_div(shown, weight))
         for observer in self.observers:
-            observer.on_microbatch(self._unscaled(filled), count)
+            observer.on_microbatch(self._unscaled(shown), count)
+
+    def _gradients(self, scaled: Tensor, leaf: Tensor | None) -> list[Tensor | None]:
+        """Those of the parameters, without a hook on accumulation; that of the inputs goes to their
+        `.grad`."""
+        wanted = [*self.parameters, *([] if leaf is None else [leaf])]
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(scaled, wanted, allow_unused=True, create_graph=self.create_graph)
+        )
+        if leaf is not None:
+            leaf.grad = found.pop()
+        return found
+
+    def _add_to_grad(self, gradients: Sequence[Tensor | None]) -> None:
+        sums, parts = [], []
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None:
                 continue
-            part = gradient * weight
-            parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
+            if parameter.grad is None:
+                # A copy: two parameters may have been given one tensor, and whoever clips writes to it.
+                parameter.grad = gradient.clone()
+            else:
+                sums.append(parameter.grad)
+                parts.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, parts)
+
+    def _run_backward(self, scaled: Tensor) -> None:
+        if not self.create_graph:
+            scaled.backward()  # type: ignore[no-untyped-call]
+            return
+        with warnings.catch_warnings():  # a parameter and its gradient hold each other then, until the step is over
+            warnings.simplefilter("ignore", UserWarning)
+            scaled.backward(create_graph=True)  # type: ignore[no-untyped-call]
+
+    def _is_hooked(self) -> bool:
+        """Whether somebody's hooks run when a gradient is accumulated; the world's own do not
+        count."""
+        for parameter in self.parameters:
+            hooks = parameter._post_accumulate_grad_hooks  # torch has no public way to ask
+            if hooks and not all(_is_ours(hook) for hook in hooks.values()):
+                return True
+        return False
+
+    def _refuse_sparse(self, gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient.layout is not torch.strided:
+                raise HessianFlowError(
+                    f"the gradient of {name_of(self.model, parameter)} is sparse, which "
+                    f"{type(self.observers[0]).__name__} cannot be shown: build its layer with sparse=False"
+                )
 
     def _show_whole(self, total: int, factor: float | Tensor | None = None) -> None:
         """Show the gradient of the mean loss over all rows; `.grad` holds `factor` times that (None: once)."""
         if not self.observers:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        if self.create_graph:
+            gradients = [gradient.detach() for gradient in gradients]
         if factor is not None:
             gradients = [gradient / factor for gradient in gradients]
         for observer in self.observers:
@@ -330,3 +431,7 @@ def _ratio(part: Weight, whole: Weight) -> Weight:
 
 def _like(weight: float | Tensor, loss: Tensor) -> float | Tensor:
     return weight.to(loss.dtype) if isinstance(weight, Tensor) else weight
+
+
+def _is_ours(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("hessianflow.")

@@ -1,6 +1,6 @@
 """What must hold before a run can start."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -9,24 +9,13 @@ from torch.optim import Optimizer
 from hessianflow.interfaces import (
     Adversary,
     BatchController,
+    CurvatureProbe,
     GradientObserver,
     HessianFlowError,
     ResizableBatches,
     World,
 )
-
-
-def check_data(train_data: object) -> None:
-    """Refuse training data that cannot change their batch size.
-
-    Raises:
-        HessianFlowError: with what to wrap them in.
-    """
-    if not isinstance(train_data, ResizableBatches):
-        raise HessianFlowError(
-            f"train_data must be batches whose size can change, got a {type(train_data).__name__}: use "
-            "hf.data.DeviceBatches(inputs, targets, batch_size) or hf.data.AdaptiveBatches(dataset, batch_size)"
-        )
+from hessianflow.training.optimizers import check_optimizer
 
 
 def check_rows(train_data: ResizableBatches) -> None:
@@ -69,13 +58,14 @@ def check_signals(controller: BatchController | None, has_probe: bool, has_obser
         raise HessianFlowError(f"max_batch_size {cap} is larger than the {num_examples} training examples")
 
 
-def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examples: int, epochs: int) -> None:
+def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examples: int) -> None:
     """Refuse a run that cannot train.
 
     Raises:
-        HessianFlowError: no trainable parameter, an optimizer of another model, no epochs, or a batch size outside
-            1 to `num_examples`.
+        HessianFlowError: no trainable parameter, an optimizer of another model or none at all, or a
+            batch size outside 1 to `num_examples`.
     """
+    check_optimizer(optimizer)
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
         raise HessianFlowError("the model has lazy layers: run it once on a batch before training it")
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -83,10 +73,68 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
         raise HessianFlowError("the model has no trainable parameter: nothing to train")
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
         raise HessianFlowError("the optimizer holds no trainable parameter of the model: build it from this model")
-    if epochs < 1:
-        raise HessianFlowError(f"epochs must be at least 1, got {epochs}")
     if not 1 <= batch_size <= num_examples:
         raise HessianFlowError(f"batch size {batch_size} must lie between 1 and the {num_examples} training examples")
+
+
+def check_probe(probe: CurvatureProbe | None, model: nn.Module, state: Mapping[str, object]) -> None:
+    """Refuse a probe that says that it measures another model: nothing that training does would
+    reach it.
+
+    A probe that does not say so is taken at its word, and so is one of an object that is kept with
+    the run.
+
+    Raises:
+        HessianFlowError: it shares no parameter with the model.
+    """
+    measured = getattr(probe, "model", None)
+    if not isinstance(measured, nn.Module):
+        return
+    kept = [held for held in state.values() if isinstance(held, nn.Module)]
+    known = {id(p) for module in (model, *kept) for p in module.parameters()}
+    if not any(id(p) in known for p in measured.parameters()):
+        raise HessianFlowError(
+            f"the probe measures another {type(measured).__name__} than the model that is trained, with which it "
+            "shares no parameter: build it from this model (an average of it is named in state={...})"
+        )
+
+
+def check_adversary(controller: BatchController | None, adversary: Adversary | None) -> str:
+    """What to tell of an adversary that is asked for nothing, or of a share that nobody attacks;
+    empty: they fit.
+
+    Raises:
+        HessianFlowError: an adversary, and no controller that could ever ask for a share.
+    """
+    share = 0.0 if controller is None else controller.decision.adversarial_share
+    if adversary is not None and controller is None:
+        raise HessianFlowError(
+            f"the adversary {type(adversary).__name__} attacks the share that a controller asks for, and there is "
+            "none: pass controller=hf.control.FixedBatch(batch_size, adversarial_share)"
+        )
+    if adversary is None and share > 0:
+        return (
+            f"{type(controller).__name__} asks for an adversarial share of {share:g} and there is no adversary: "
+            "nothing is attacked, and 0 is recorded; pass adversary=hf.adversarial.FGSM(...), or adversarial_share=0"
+        )
+    if adversary is not None and share == 0:
+        return (
+            f"{type(controller).__name__} asks for an adversarial share of 0: {type(adversary).__name__} attacks "
+            "nothing until that changes"
+        )
+    return ""
+
+
+def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, object]) -> str:
+    """What to tell of a run whose checkpoints may lack something; empty where nothing is known, or
+    none are made."""
+    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public way to ask
+    if run_dir is None or state or not any(getattr(optimizer, kind, None) for kind in kinds):
+        return ""
+    return (
+        f"{type(optimizer).__name__} has step hooks: what they keep (an average of the weights, say) is in no "
+        'checkpoint unless it is named, as state={"average": average}'
+    )
 
 
 def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
@@ -136,9 +184,3 @@ def tell_parameters(observers: Sequence[GradientObserver], parameters: Sequence[
         watch = getattr(observer, "watch", None)
         if watch is not None:
             watch(parameters)
-
-
-def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's trainable parameters, then others that the optimizer holds (those of a loss, say)."""
-    held = [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
-    return list(dict.fromkeys(p for p in held if p.requires_grad))

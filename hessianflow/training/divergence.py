@@ -1,14 +1,14 @@
 """What to do when the training loss is no longer finite, or explodes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hessianflow.interfaces import AgreedError, Decision, World
-from hessianflow.training import checkpoint
 from hessianflow.training.totals import RunningTotals
 
 OnDivergence = Literal["stop", "rollback"]
@@ -22,22 +22,33 @@ class DivergenceWatch:
     """Looks for a loss that diverged, a weight that is not finite, and a buffer that no longer is, on any rank.
 
     Args:
-        weights: what is trained.
+        weights: says what is trained.
         model: a buffer of its may hold infinities of its own (an attention mask): those finite now are watched.
         totals: know the losses.
         world: the ranks that look together.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], model: nn.Module, totals: RunningTotals, world: World) -> None:
-        buffers = [buffer for buffer in model.buffers() if checkpoint.all_finite([buffer])]
-        self._tensors: list[Tensor] = [*weights, *buffers]
-        self._totals, self._world = totals, world
+    def __init__(
+        self, weights: Callable[[], Sequence[nn.Parameter]], model: nn.Module, totals: RunningTotals, world: World
+    ) -> None:
+        self._buffers: list[Tensor] = [buffer for buffer in model.buffers() if math.isfinite(_largest([buffer]))]
+        self._weights, self._totals, self._world = weights, totals, world
+        self._largest = _largest(weights())
 
-    def first_bad_update(self, updates: int) -> int | None:
-        """The first update that diverged, at the latest the last of `updates`; None: none did."""
-        found = self._totals.first_bad_update()
-        if found is None and not checkpoint.all_finite(self._tensors):
+    def first_bad_update(self, updates: int, *, at_end: bool) -> int | None:
+        """The first update that diverged, at the latest the last of `updates`; None: none did.
+
+        Args:
+            updates: so far.
+            at_end: of an epoch.
+        """
+        found = self._totals.first_bad_update(at_end=at_end)
+        largest, before = _largest(self._weights()), self._largest
+        if found is None and not math.isfinite(largest + _largest(self._buffers)):
             found = updates
+        if found is None:
+            found = self._totals.weights_grew(largest / max(before, 1.0))
+            self._largest = largest
         return min((update for update in self._world.gather(found) if update is not None), default=None)
 
 
@@ -79,6 +90,15 @@ def rate_rule(decisions: Sequence[dict[str, Any]]) -> tuple[float, float]:
         return 1.0, math.inf
     power = math.log(row["lr_factor"] / before) / math.log(row["to"] / row["from"])
     return min(1.0, max(0.0, power)), before
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest magnitude among all their numbers; waits for the device once."""
+    present = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+    if not present:
+        return 0.0
+    norms = torch._foreach_norm(present, float("inf"))
+    return float(torch.stack([norm.float() for norm in norms]).max())
 
 
 def hold(decision: Decision, cap: int | None, power: float = 1.0, max_factor: float = math.inf) -> Decision:

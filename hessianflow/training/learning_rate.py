@@ -1,76 +1,96 @@
 """The learning rate of a run: a schedule of the user's, times the controller's factor."""
 
+import copy
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.training.schedule import Schedule, ScheduleUnit
 
-ScheduleUnit = Literal["epoch", "reference_batch"]
+SET_BY_HAND = (
+    "a learning rate was set by hand: it is taken as stated at the reference batch size, and trained with "
+    "times the controller's factor"
+)
+"""Said once a run, where there is such a factor."""
 
 
 class LearningRate:
-    """Keeps (scheduled rate) x (factor) in every parameter group.
+    """Multiplies the rates in the optimizer's groups by a factor, for as long as a step takes.
 
-    Schedulers read the rate they last set from the optimizer, so the factor is taken out before each of their steps and
-    put back after it; any :class:`LRScheduler` works unchanged below a factor that changes at any time.
+    Between steps every group holds its rate without the factor, as it is stated at the reference
+    batch size. Whoever sets it (a scheduler, the user by hand, a group that is added) therefore
+    sets what the factor multiplies, at any time, and nothing is remembered of how the run began. A
+    rate that is changed in the middle of a step (by the optimizer itself, or by a hook) is one with
+    the factor.
 
     Args:
-        optimizer: its current rates are the scheduled ones, stated at the reference batch size.
-        scheduler: any torch scheduler of that optimizer, or None for a constant rate.
+        optimizer: asked for its groups at each step.
+        scheduler: of that optimizer; None: the rates stay as they are set.
         unit: what the scheduler's steps count.
 
+    Attributes:
+        factor: the controller's.
+        set_by_hand: whether somebody but the scheduler changed a rate while there was a factor
+            other than 1.
+
     Raises:
-        HessianFlowError: a ReduceLROnPlateau that should step within epochs.
+        HessianFlowError: a group without a rate; a scheduler that does not fit, see
+            :class:`Schedule`.
     """
 
     def __init__(
         self, optimizer: Optimizer, scheduler: LRScheduler | None = None, unit: ScheduleUnit = "epoch"
     ) -> None:
-        if unit == "reference_batch" and isinstance(scheduler, ReduceLROnPlateau):
-            raise HessianFlowError('ReduceLROnPlateau watches epochs: use it with schedule_unit="epoch"')
         self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._scheduled = [_get(group) for group in optimizer.param_groups]
+        self._tensors: dict[int, tuple[Tensor, int, float]] = {}
+        for number, group in enumerate(optimizer.param_groups):
+            _check_rate(type(optimizer).__name__, number, group.get("lr"))
+        self._schedule = None if scheduler is None else Schedule(scheduler, optimizer, unit)
         self.factor = 1.0
+        self.set_by_hand = False
         self._fraction = 0.0
+        self._built = {} if scheduler is None else copy.deepcopy(scheduler.state_dict())
+        self._left = self._rates()
 
     @property
     def value(self) -> float:
-        """The rate of the first parameter group."""
-        return _get(self._optimizer.param_groups[0])
+        """The rate of the first parameter group, with the factor; asked between steps."""
+        return self._rate(0, self._optimizer.param_groups[0]) * self.factor
 
-    def set_factor(self, factor: float) -> None:
-        """Multiply the scheduled rate by `factor` (absolute, not on top of the factor before)."""
+    @contextmanager
+    def in_force(self, factor: float) -> Iterator[None]:
+        """Within it the groups hold their rates times `factor` (absolute, not on top of the factor
+        before)."""
         self.factor = factor
-        self._apply()
+        if factor == 1:
+            yield
+            return
+        groups = list(self._optimizer.param_groups)
+        rates = self._rates()
+        self.set_by_hand = self.set_by_hand or rates[: len(self._left)] != self._left
+        marks = [_set(group, rate * factor) for group, rate in zip(groups, rates, strict=True)]
+        try:
+            yield
+        finally:
+            for group, rate, mark in zip(groups, rates, marks, strict=True):
+                if _is_untouched(group, mark):
+                    _set(group, rate)
+                elif factor != 0:
+                    _set(group, float(group["lr"]) / factor)
+            self._left = self._rates()
 
     def step(self, loss: float = math.inf, accuracy: float | None = None) -> None:
-        """Let the scheduler take one step.
-
-        Args:
-            loss: what a ReduceLROnPlateau of mode "min" watches.
-            accuracy: what one of mode "max" watches.
-
-        Raises:
-            HessianFlowError: mode "max" without an accuracy.
-        """
-        if self._scheduler is None:
-            return
-        for group, rate in zip(self._optimizer.param_groups, self._scheduled, strict=True):
-            _set(group, rate)
-        if isinstance(self._scheduler, ReduceLROnPlateau):
-            if self._scheduler.mode == "max" and accuracy is None:
-                raise HessianFlowError('ReduceLROnPlateau(mode="max") needs evaluation data with an accuracy')
-            self._scheduler.step(accuracy if self._scheduler.mode == "max" and accuracy is not None else loss)
-        else:
-            self._scheduler.step()
-        self._scheduled = [_get(group) for group in self._optimizer.param_groups]
-        self._apply()
+        """Let the scheduler take one step; see :meth:`Schedule.step`."""
+        if self._schedule is not None:
+            self._schedule.step(loss, accuracy)
+            self._left = self._rates()
 
     def advance(self, steps: float) -> None:
         """Let the scheduler take as many steps as have become whole: for schedules counted in reference batches."""
@@ -79,42 +99,86 @@ class LearningRate:
             self.step()
             self._fraction -= 1
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that the scheduler was built with, as far as they are plain values with a
+        public name."""
+        plain = (int, float, str, bool, list, tuple)
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in self._built.items()
+            if isinstance(value, plain) and not key.startswith("_") and key not in ("last_epoch", "base_lrs")
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Factor, scheduled rates and the scheduler's own state."""
-        scheduler = None if self._scheduler is None else self._scheduler.state_dict()
+        """Factor, the rates without it, and the scheduler's own state."""
+        schedule = self._schedule
         return {
             "factor": self.factor,
-            "scheduled": list(self._scheduled),
-            "scheduler": scheduler,
+            "scheduled": self._rates(),
+            "scheduler": None if schedule is None else schedule.scheduler.state_dict(),
+            "steps": 0 if schedule is None else schedule.steps,
             "fraction": self._fraction,
-            "class": type(self._scheduler).__name__,
+            "class": type(None).__name__ if schedule is None else schedule.name,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`; the optimizer's state must have been loaded before."""
         self.factor, self._fraction = state["factor"], state["fraction"]
-        self._scheduled = list(state["scheduled"])
-        if (self._scheduler is None) != (state["scheduler"] is None):
-            had, has = ("a", "no") if self._scheduler is None else ("no", "a")
+        schedule = self._schedule
+        if (schedule is None) != (state["scheduler"] is None):
+            had, has = ("a", "no") if schedule is None else ("no", "a")
             raise HessianFlowError(f"the checkpoint had {had} learning-rate scheduler, this run has {has}")
-        if state["class"] != type(self._scheduler).__name__:
-            own = type(self._scheduler).__name__
-            raise HessianFlowError(f"the checkpoint had the scheduler {state['class']}, this run has {own}")
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
-        self._apply()
+        if schedule is not None:
+            made = state["class"]  # earlier versions name the outermost alone
+            if made not in (schedule.name, type(schedule.scheduler).__name__):
+                raise HessianFlowError(f"the checkpoint had the scheduler {made}, this run has {schedule.name}")
+            schedule.scheduler.load_state_dict(state["scheduler"])
+            schedule.steps = state.get("steps", 0)
+        # States of earlier versions hold rates with the factor in the optimizer, and those without it here.
+        for group, rate in zip(self._optimizer.param_groups, state["scheduled"], strict=True):
+            _set(group, rate)
+        self._left = self._rates()
 
-    def _apply(self) -> None:
-        for group, rate in zip(self._optimizer.param_groups, self._scheduled, strict=True):
-            _set(group, rate * self.factor)
+    def _rates(self) -> list[float]:
+        return [self._rate(number, group) for number, group in enumerate(self._optimizer.param_groups)]
+
+    def _rate(self, number: int, group: dict[str, Any]) -> float:
+        rate = group["lr"]
+        if not isinstance(rate, Tensor):
+            return float(rate)
+        known = self._tensors.get(number)
+        if known is None or known[0] is not rate or known[1] != rate._version:
+            # Waits for the device, once after each change: capturable optimizers keep the rate there.
+            known = self._tensors[number] = rate, rate._version, float(rate)
+        return known[2]
 
 
-def _get(group: dict[str, Any]) -> float:
-    return float(group["lr"])
+Mark = tuple[float | Tensor, int]
+"""A rate as it was set, and the version of its tensor, which counts what is written to it."""
 
 
-def _set(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):  # capturable optimizers keep the rate on the device
-        group["lr"].fill_(rate)
-    else:
+def _set(group: dict[str, Any], rate: float) -> Mark:
+    held = group["lr"]
+    if not isinstance(held, Tensor):
         group["lr"] = rate
+        return rate, 0
+    held.fill_(rate)
+    return held, held._version
+
+
+def _is_untouched(group: dict[str, Any], mark: Mark) -> bool:
+    """Whether nobody set the rate of the group since; found without waiting for the device."""
+    rate = group["lr"]
+    if isinstance(rate, Tensor):
+        return rate is mark[0] and rate._version == mark[1]
+    return bool(rate == mark[0])
+
+
+def _check_rate(optimizer: str, number: int, rate: object) -> None:
+    if isinstance(rate, (Real, Tensor)):
+        return
+    raise HessianFlowError(
+        f"parameter group {number} of {optimizer} has lr {rate!r}, which a factor cannot multiply: "
+        "build the optimizer with a number as its rate"
+    )

@@ -8,7 +8,6 @@ later, all of it together. Without look-ahead every batch is drawn just before i
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -28,16 +27,26 @@ class Planned:
         examples: drawn from the data (a transform may have made another number of them).
         decision: in force when it was drawn.
         attacked: waits for the adversarial inputs; None: no attack was started.
+        ends_epoch: the data had no further batch in that epoch, though they count more examples.
     """
 
     batch: Batch
     examples: int
     decision: Decision
     attacked: Callable[[], Tensor] | None = None
+    ends_epoch: bool = False
+
+
+Now = Callable[[], tuple[Progress, int, Decision]]
+"""Progress, examples trained of the epoch under way, and the decision, at the moment."""
 
 
 class Lookahead:
     """The queue between data and step.
+
+    An epoch ends when as many examples were drawn as the data say they hold, or with the last batch
+    that they give, if that is earlier. A batch stays in the queue until it is :meth:`trained`:
+    after an error it is not lost.
 
     Args:
         data: the stream of batches.
@@ -45,6 +54,9 @@ class Lookahead:
         load: puts a drawn batch on the device and transforms it; told the progress at the time of its use.
         device: where batches are put back when a run is resumed.
         watch: counts the time of drawing.
+
+    Attributes:
+        depth: steps that a batch waits.
     """
 
     def __init__(
@@ -55,49 +67,108 @@ class Lookahead:
         device: torch.device,
         watch: Stopwatch,
     ) -> None:
-        self._data, self._depth, self._load, self._device, self._watch = data, depth, load, device, watch
+        self.depth = depth
+        self._data, self._load, self._device, self._watch = data, load, device, watch
+        self._place = Place(data)
         self._queue: deque[Planned] = deque()
+        self._batches: Iterator[Batch] | None = None
 
-    def plan(self, now: Callable[[], tuple[Progress, Decision]]) -> Iterator[tuple[Planned, Planned | None]]:
+    def begin(self) -> None:
+        """Begin with the first example of the epoch that the data stand in: somebody may have
+        looked at a batch."""
+        self.forget()
+        self._place.rewind()
+
+    def forget(self) -> None:
+        """Drop what is queued, and take the data as they stand: whoever calls has put them
+        somewhere else."""
+        for entry in self._queue:
+            if entry.attacked is not None:
+                entry.attacked()  # an attack under way must not end after the adversary has gone back
+        self._queue.clear()
+        self._batches = None
+        self._place.forget()
+
+    def plan(self, now: Now) -> Iterator[tuple[Planned, Planned | None] | None]:
         """(batch to train on, batch drawn for `depth` steps later), to the end of the run.
 
-        The second is the first itself without look-ahead, and None when all batches of the run are drawn.
-
-        Args:
-            now: progress and decision at the moment.
+        The second is the first itself without look-ahead, and None when all batches of the run are
+        drawn. None in the place of both: the data ended the epoch with the batch that was trained
+        last.
         """
-        drawn = self._drawn(now)
-        if now()[0].updates == 0:
-            for planned in islice(drawn, self._depth):
-                self._queue.append(planned)
         while True:
-            ahead = next(drawn, None)
-            if ahead is not None:
-                self._queue.append(ahead)
+            while len(self._queue) <= self.depth and not self._is_all_drawn(now):
+                if not self._draw(now):
+                    yield None
             if not self._queue:
                 return
-            yield self._queue.popleft(), ahead
+            yield self._queue[0], self._queue[-1] if len(self._queue) > self.depth else None
 
-    def _drawn(self, now: Callable[[], tuple[Progress, Decision]]) -> Iterator[Planned]:
-        batches = iter(self._data)
-        while True:
-            progress, decision = now()
-            queued = sum(entry.examples for entry in self._queue)
-            used = progress.examples + queued
-            if used >= progress.total_epochs * progress.examples_per_epoch:
-                return
+    def trained(self) -> None:
+        """The first batch of the queue has been trained."""
+        self._queue.popleft()
+
+    def _is_all_drawn(self, now: Now) -> bool:
+        return self._next_place(now)[0] >= now()[0].total_epochs
+
+    def _next_place(self, now: Now) -> tuple[int, int]:
+        """Epoch of the next draw, and examples of that epoch drawn before it."""
+        progress, place, _ = now()
+        epoch = progress.epoch
+        for entry in self._queue:
+            place += entry.examples
+            if entry.ends_epoch or place >= progress.examples_per_epoch:
+                epoch, place = epoch + 1, 0
+        return epoch, place
+
+    def _draw(self, now: Now) -> bool:
+        """Queue the next batch; whether the epoch under way is still that of the batch trained
+        last, or ended by count.
+
+        Raises:
+            HessianFlowError: the data give no batch at all.
+        """
+        epoch, place = self._next_place(now)
+        before = self._place.find()
+        batch = self._next_batch()
+        if batch is None and place > 0:
+            if not self._queue:
+                return False
+            self._queue[-1].ends_epoch = True
+            return True
+        if batch is None:  # the data have entered the epoch that is to be drawn from
+            batch = self._next_batch()
+        if batch is None:
+            raise HessianFlowError(f"train_data gave no batch in epoch {epoch + 1}: there is nothing to train on")
+        progress, _, decision = now()
+        queued = sum(entry.examples for entry in self._queue)
+        at_use = replace(
+            progress,
+            epoch=epoch,
+            examples=progress.examples + queued,
+            updates=progress.updates + len(self._queue),
+        )
+        try:
+            self._queue.append(Planned(self._load(batch, at_use), num_examples(batch[1]), decision))
+        except BaseException:
+            self._place.note(before)  # it is to be drawn again
+            raise
+        return True
+
+    def _next_batch(self) -> Batch | None:
+        """The next batch; None at the end of an epoch."""
+        if self._place.put_back() or self._batches is None:
+            self._batches = iter(self._data)
+        try:
             with self._watch.part("data"):
-                batch = next(batches, None)
-            if batch is None:  # the end of an epoch: the data have entered the next one
-                batches = iter(self._data)
-                continue
-            at_use = replace(
-                progress,
-                epoch=used // progress.examples_per_epoch,
-                examples=used,
-                updates=progress.updates + len(self._queue),
-            )
-            yield Planned(self._load(batch, at_use), num_examples(batch[1]), decision)
+                batch = next(self._batches, None)
+        except BaseException:
+            self._batches = None  # an iterator that failed gives nothing more
+            raise
+        self._place.note()
+        if batch is None:
+            self._batches = None
+        return batch
 
     def revise(self, change: Callable[[Decision], Decision]) -> None:
         """Train what is queued under other decisions: at another rate, that is, for its size is given."""
@@ -112,6 +183,7 @@ class Lookahead:
                     "batch": entry.batch,
                     "examples": entry.examples,
                     "decision": dict(vars(entry.decision)),
+                    "ends_epoch": entry.ends_epoch,
                     "adversarial": None if entry.attacked is None else entry.attacked(),
                 }
                 for entry in self._queue
@@ -120,18 +192,64 @@ class Lookahead:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`; the data must go on with the batch after the last one queued."""
-        for entry in self._queue:
-            if entry.attacked is not None:
-                entry.attacked()  # an attack under way must not end after the adversary has gone back
+        self.forget()
         self._queue = deque(self._restored(entry) for entry in state["queue"])
 
     def _restored(self, entry: Mapping[str, Any]) -> Planned:
         inputs, targets = move(entry["batch"], self._device)
-        planned = Planned((inputs, targets), entry["examples"], Decision(**entry["decision"]))
+        ends_epoch = entry.get("ends_epoch", False)
+        planned = Planned((inputs, targets), entry["examples"], Decision(**entry["decision"]), ends_epoch=ends_epoch)
         if entry["adversarial"] is not None:
             adversarial = move(entry["adversarial"], self._device)
             planned.attacked = lambda: adversarial
         return planned
+
+
+class Place:
+    """Where a stream of batches stands, and stands again after somebody else has read from it.
+
+    Args:
+        data: a stream whose state has its `epoch` and `cursor`, and which tells them, as the two
+            kinds of `hf.data` do; of another nothing is known, and nothing is put back.
+    """
+
+    def __init__(self, data: ResizableBatches) -> None:
+        self._data = data
+        told = hasattr(data, "epoch") and hasattr(data, "cursor")
+        self._is_known = told and {"epoch", "cursor"} <= data.state_dict().keys()
+        self._noted: tuple[int, int] | None = None
+
+    def find(self) -> tuple[int, int] | None:
+        """The place remembered, or, if none is, where the stream stands."""
+        return self._read() if self._noted is None else self._noted
+
+    def note(self, place: tuple[int, int] | None = None) -> None:
+        """Remember a place; None: where the stream stands."""
+        self._noted = self._read() if place is None else place
+
+    def forget(self) -> None:
+        """Take the stream as it stands when it is read next."""
+        self._noted = None
+
+    def put_back(self) -> bool:
+        """Go back to the place remembered; whether that was necessary."""
+        if self._noted is None or self._read() == self._noted:
+            return False
+        self._go_to(self._noted)
+        return True
+
+    def rewind(self) -> None:
+        """Go to the first example of an epoch that was begun; one of which all was read is over."""
+        place = self._read()
+        if place is not None and 0 < place[1] < self._data.num_examples:
+            self._go_to((place[0], 0))
+
+    def _read(self) -> tuple[int, int] | None:
+        return (self._data.epoch, self._data.cursor) if self._is_known else None  # type: ignore[attr-defined]
+
+    def _go_to(self, place: tuple[int, int]) -> None:
+        epoch, cursor = place
+        self._data.load_state_dict({**self._data.state_dict(), "epoch": epoch, "cursor": cursor})
 
 
 def check_staleness(staleness: int, batch_size: int, examples: int, epochs: int) -> None:

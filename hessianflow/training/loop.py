@@ -4,24 +4,26 @@ On several ranks every rank runs this loop on its part of every batch. What depe
 numbers is agreed on through the world before anybody acts on it; rank 0 alone writes.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hessianflow.interfaces import Batch, Decision, EpochMeasurement, LossFn, Progress, ResizableBatches, World
+from hessianflow.interfaces import Decision, Progress, ResizableBatches, World
 from hessianflow.training import checkpoint, rows
+from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_rule
-from hessianflow.training.evaluate import evaluate
 from hessianflow.training.ghost_norm import ghost_normalisation
-from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
-from hessianflow.training.lookahead import Lookahead
+from hessianflow.training.learning_rate import SET_BY_HAND, LearningRate
+from hessianflow.training.lookahead import Lookahead, Planned
+from hessianflow.training.optimizers import set_mode
 from hessianflow.training.progress import ProgressBar
 from hessianflow.training.record import RunRecord
 from hessianflow.training.saving import Saver
+from hessianflow.training.schedule import ScheduleUnit
 from hessianflow.training.state import RunState
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
@@ -43,10 +45,7 @@ class TrainingLoop:
         model: in training mode while it runs.
         train_data: batches of changing size.
         ahead: the queue between data and step.
-        eval_data: evaluated after every epoch, if given.
-        before_evaluation: called before that.
-        measurements: made and recorded after that.
-        loss_fn: as in the step.
+        after_epoch: evaluates and measures.
         epochs: passes over the training data.
         schedule_unit: see :class:`LearningRate`.
         reference_batch_size: examples that count as one step of a schedule in reference batches.
@@ -70,10 +69,7 @@ class TrainingLoop:
     model: nn.Module
     train_data: ResizableBatches
     ahead: Lookahead
-    eval_data: Batch | Iterable[Batch] | None
-    before_evaluation: Callable[[], None] | None
-    measurements: Sequence[EpochMeasurement]
-    loss_fn: LossFn
+    after_epoch: AfterEpoch
     epochs: int
     schedule_unit: ScheduleUnit
     reference_batch_size: int
@@ -92,12 +88,13 @@ class TrainingLoop:
     run_dir: Path | None
     show_progress: bool | None
     stop_requested: bool = field(default=False, init=False)
+    _said: set[str] = field(default_factory=set, init=False)
 
     @property
     def progress(self) -> Progress:
         """How far the run has come."""
         per_epoch, counters = self.train_data.num_examples, self.state.counters
-        return Progress(counters.examples // per_epoch, counters.examples, counters.updates, per_epoch, self.epochs)
+        return Progress(counters.epoch, counters.examples, counters.updates, per_epoch, self.epochs)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue as if it had never stopped: tensors and plain values."""
@@ -105,6 +102,7 @@ class TrainingLoop:
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
         """Continue from :meth:`state_dict`; `source` names it in errors."""
+        self.ahead.forget()
         self.apply(self.state.restore(state, source, self.world.rank))
 
     def run_until(self, updates: int | None = None) -> None:
@@ -114,14 +112,15 @@ class TrainingLoop:
             DivergenceError: the loss stopped being finite.
         """
         modes = [(module, module.training) for module in self.model.modules()]
-        self._watcher = DivergenceWatch(self.step.accumulate.parameters, self.model, self.totals, self.world)
-        total, counters = self.epochs * self.train_data.num_examples, self.state.counters
-        self._bar = ProgressBar(total, counters.examples, show=self.show_progress)
+        self._watcher = DivergenceWatch(lambda: self.step.trained.current, self.model, self.totals, self.world)
+        total = self.epochs * self.train_data.num_examples
+        self._bar = ProgressBar(total, self.state.counters.examples, show=self.show_progress)
         try:
-            if not self.model.training:  # in training mode already: layers that the user froze stay as they are
-                self.model.train()
+            set_mode(self.step.optimizer, training=True)
             with ghost_normalisation(self.model, self.norm_batch_size):
-                while self._is_unfinished(total) and not self._reached(updates):
+                while self.is_unfinished and not self._reached(updates):
+                    if not self.model.training:  # in training mode already: layers that the user froze stay as they are
+                        self.model.train()
                     try:
                         self._train(updates)
                     except DivergenceError as error:
@@ -132,8 +131,11 @@ class TrainingLoop:
             for module, training in modes:
                 module.training = training
 
-    def _is_unfinished(self, total: int) -> bool:
-        return self.state.counters.examples < total or self.state.counters.settled < self.state.counters.updates
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether anything of the run is still to be done."""
+        counters = self.state.counters
+        return counters.epoch < self.epochs or counters.settled < counters.updates
 
     def _reached(self, updates: int | None) -> bool:
         if any(self.world.gather(self.stop_requested)):
@@ -145,45 +147,77 @@ class TrainingLoop:
     def _train(self, updates: int | None) -> None:
         """The steps from here to the end of the run, to so many updates, or to a stop."""
         counters = self.state.counters
-        if counters.settled < counters.updates:  # another rank failed between an update and what follows it
-            self._settle(stop=False, save=False)
-        for now, ahead in self.ahead.plan(lambda: (self.progress, self.decision)):
-            self.rate.set_factor(now.decision.lr_factor)
-            result = self.step(now, ahead, self._flags)
-            counters.examples += result.examples
-            counters.updates += 1
-            self.totals.add(result, counters.updates, now.decision, self.rate.value)
-            if self.schedule_unit == "reference_batch":
-                self.rate.advance(result.examples / self.reference_batch_size)
-            self._bar.advance(result.examples)
-            stop, save, show = result.flags
-            if show:
-                self._show()
-            self._settle(stop=stop, save=save or self.saver.is_due(counters.examples - counters.saved_at))
-            if stop or counters.updates == updates:
+        if counters.settled < counters.updates and self._settle(stop=False, save=False):
+            return  # another rank, or the evaluation, had failed between an update and what follows it
+        for planned in self.ahead.plan(lambda: (self.progress, counters.place, self.decision)):
+            stop = save = False
+            if planned is None:  # the data ended the epoch with the batch before
+                self._count_epoch()
+            else:
+                stop, save = self._take_step(*planned)
+            if self._settle(stop=stop, save=save) or counters.updates == updates:
                 return
+
+    def _take_step(self, now: Planned, ahead: Planned | None) -> tuple[bool, bool]:
+        """One optimizer step and its counts; whether a signal or a clock asks to stop, and to
+        save."""
+        counters = self.state.counters
+        with self.rate.in_force(now.decision.lr_factor):
+            result = self.step(now, ahead, self._flags)
+        self.ahead.trained()
+        counters.examples += result.examples
+        counters.place += result.examples
+        counters.updates += 1
+        if now.ends_epoch or counters.place >= self.train_data.num_examples:
+            self._count_epoch()
+        self.totals.add(result, counters.updates, now.decision, self.rate.value)
+        if self.schedule_unit == "reference_batch":
+            self.rate.advance(result.examples / self.reference_batch_size)
+        self._bar.advance(result.examples)
+        self._tell()
+        stop, save, show = result.flags
+        if show:
+            self._show()
+        return stop, save or self.saver.is_due(counters.examples - counters.saved_at)
+
+    def _count_epoch(self) -> None:
+        self.state.counters.epoch += 1
+        self.state.counters.place = 0
+
+    def _tell(self) -> None:
+        """Record what the step met that had changed since the one before."""
+        if self.step.news:
+            self.event("parameters", self.step.news)
+            self.step.news = ""
+        if self.rate.set_by_hand:
+            self._say_once("rate", SET_BY_HAND)
+            self.rate.set_by_hand = False
 
     def _flags(self) -> Sequence[bool]:
         """Whether to stop, to save, to show figures: whatever a signal or a clock told this rank."""
         return self.stop_requested, self.saver.time_is_up, self._bar.is_due
 
-    def _settle(self, *, stop: bool, save: bool) -> None:
-        """What follows an update: decide, evaluate, save."""
+    def _settle(self, *, stop: bool, save: bool) -> bool:
+        """What follows an update: decide, evaluate, save; whether to stop then."""
         counters = self.state.counters
         self.stop_requested |= stop
-        at_end = counters.examples % self.train_data.num_examples == 0
+        at_end = counters.place == 0
         save = save or stop or at_end
         if save:
-            self._check(self._watcher.first_bad_update(counters.updates))
+            self._check(self._watcher.first_bad_update(counters.updates, at_end=at_end))
             self.world.average_buffers()
         self._decide(at_end)
         if at_end:
             self._finish_epoch()
+            # Whoever heard of the end of the epoch may want to stop there: with the weights of that epoch.
+            stop = stop or any(self.world.gather(self.stop_requested))
         counters.settled = counters.updates
-        if stop and self.progress.epoch < self.epochs:
+        if stop and self.is_unfinished:
             self.event("preempted", "stopped on request before the last epoch; `hessianflow resume` continues")
-        if save:
+        # In doubt the checkpoint before is kept: it may be the one to go back to.
+        if save and (stop or not self.is_unfinished or not self.totals.in_doubt):
             self.save()
+        return stop
 
     def _decide(self, at_end: bool) -> None:
         progress, before = self.progress, self.decision
@@ -195,8 +229,8 @@ class TrainingLoop:
         outcome = self.control(progress, at_end, figures)
         after = before if outcome.decision is None else self._held(outcome.decision)
         changed = after.setting != before.setting
-        if outcome.is_over_budget and not self.record.has_event("budget"):
-            self.event("budget", OVER_BUDGET)
+        if outcome.is_over_budget:
+            self._say_once("budget", OVER_BUDGET)
         if outcome.signals:
             self.record.write(rows.signals_row(progress, outcome.signals))
         if outcome.reading is not None:
@@ -209,36 +243,25 @@ class TrainingLoop:
 
     def apply(self, decision: Decision) -> None:
         """Train under `decision` from the very next batch on."""
-        self.decision = decision
+        self.decision = decision = self._held(decision)
         if decision.batch_size != self.train_data.batch_size:
             self.train_data.set_batch_size(decision.batch_size)
-        self.rate.set_factor(decision.lr_factor)
+        self.rate.factor = decision.lr_factor
 
     def _finish_epoch(self) -> None:
-        evaluation = None
-        with self.watch.part("evaluation"):
-            if self.before_evaluation is not None:
-                self.before_evaluation()
-            if self.eval_data is not None:
-                evaluation = evaluate(self.model, self.eval_data, self.loss_fn, reducer=self.world)
-        row = self.totals.epoch_row(self.progress, evaluation, self.watch.totals())
-        self.record.write(row)
-        self._measure()
-        self.totals.start_epoch(self.watch.totals())
-        if self.schedule_unit == "epoch":
-            self.rate.step(row["train_loss"] if evaluation is None else evaluation.loss, row["eval_accuracy"])
-        accuracy, counters = row["eval_accuracy"], self.state.counters
-        if accuracy is not None and (counters.best is None or accuracy > counters.best):
-            counters.best = accuracy
-            self.save(checkpoint.BEST)
-
-    def _measure(self) -> None:
-        for measurement in self.measurements:
-            with self.watch.part("evaluation"):
-                figures, warning = measurement()
-            self.record.write(rows.measurement_row(self.progress, measurement.kind, figures))
-            if warning:
-                self.event("alarm", warning)
+        with self.after_epoch.in_use():
+            evaluation = self.after_epoch.evaluate()
+            row = self.totals.epoch_row(self.progress, evaluation, self.watch.totals())
+            self.record.write(row)
+            for kind, figures, warning in self.after_epoch.measure():
+                self.record.write(rows.measurement_row(self.progress, kind, figures))
+                if warning:
+                    self.event("alarm", warning)
+            self.totals.start_epoch(self.watch.totals())
+            if self.schedule_unit == "epoch":
+                self.rate.step(row["train_loss"] if evaluation is None else evaluation.loss, row["eval_accuracy"])
+            if evaluation is not None and self.state.counters.is_best(evaluation.accuracy, evaluation.loss):
+                self.save(checkpoint.BEST)
 
     def _show(self) -> None:
         self._check(self.totals.first_bad_update())  # the figures leave the device here anyway, alike on all ranks
@@ -256,13 +279,13 @@ class TrainingLoop:
         """Refuse to go on when training diverged at `update`."""
         if update is None:
             return
-        epoch = (self.state.counters.examples - 1) // self.train_data.num_examples + 1
+        epoch = self.state.counters.epoch + (self.state.counters.place > 0)
         where = f"the training loss or a weight was not finite, or exploded, in epoch {epoch} at update {update}"
         self.event("diverged", where)
         kept = self.world.broadcast(self.record.last_checkpoint())
         raise DivergenceError(
             f"{where} (learning rate {self.rate.value:g}, batch {self.decision.batch_size}): lower the rate or the "
-            f"largest batch; {kept}"
+            f"largest batch, or, if the loss was finite and right, set max_loss_ratio=None; {kept}"
         )
 
     def _roll_back(self, error: DivergenceError) -> None:
@@ -290,7 +313,11 @@ class TrainingLoop:
         self.apply(held)
 
     def _held(self, decision: Decision) -> Decision:
+        """The decision as far as it can be carried out: below the cap, and without a share that
+        nobody attacks."""
         counters = self.state.counters
+        if self.step.adversary is None and decision.adversarial_share > 0:
+            decision = replace(decision, adversarial_share=0.0)
         return hold(decision, counters.batch_cap, counters.cap_power, counters.cap_factor)
 
     def newest_checkpoint(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
@@ -302,6 +329,11 @@ class TrainingLoop:
     def event(self, event: str, message: str) -> None:
         """Record that something happened."""
         self.record.write(rows.event_row(self.progress, event, message))
+
+    def _say_once(self, event: str, message: str) -> None:
+        if event not in self._said and not self.record.has_event(event):
+            self.event(event, message)
+        self._said.add(event)
 
     def save(self, name: str = checkpoint.LAST) -> None:
         """Write a checkpoint, if the run has a folder; what all ranks share is rank 0's."""

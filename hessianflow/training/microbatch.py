@@ -14,9 +14,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import HessianFlowError, World
+from hessianflow.training.checks import must_pair
 
+AUTO_START = 128
+"""Where the search for a microbatch size begins. Ours."""
 TIMED_STEPS = 3
 """Steps timed per candidate size; the median counts. Ours."""
 GAIN = 0.97
@@ -111,3 +115,24 @@ def _largest_piece(batch_size: int, size: int) -> int:
     """Examples in the largest of the equal pieces that a batch is cut into."""
     pieces = max(1, -(-batch_size // size))
     return -(-batch_size // pieces)
+
+
+def microbatches(
+    model: nn.Module, world: World, size: int | Literal["auto"] | None, reference: int, examples: int
+) -> tuple[MicrobatchSize, bool]:
+    """The size to run with, and whether the passes of all ranks are paired, so that each part is
+    one pass.
+
+    Args:
+        model: on its device.
+        world: the ranks.
+        size: as asked for; None: "auto" on a GPU, elsewhere the reference batch size.
+        reference: the reference batch size.
+        examples: of the data.
+    """
+    device, paired = next(model.parameters()).device, must_pair(model, world, size)
+    if paired:
+        size = examples
+    if size is None:
+        size = "auto" if device.type == "cuda" else reference
+    return MicrobatchSize(size, min(AUTO_START, reference), device), paired

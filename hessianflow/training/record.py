@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError, RecordSink
 
 CONFIG, HISTORY, SUMMARY, SETTINGS = "config.json", "history.jsonl", "summary.json", "settings.yaml"
@@ -58,7 +59,7 @@ class History:
         Raises:
             HessianFlowError: no history there, or a damaged line before the last.
         """
-        folder = Path(run_dir)
+        folder = in_home(run_dir)
         path = folder / HISTORY
         if not path.is_file():
             raise HessianFlowError(f"{folder} is not a run directory: it holds no {HISTORY}")
@@ -142,7 +143,7 @@ class RunRecord:
     """
 
     def __init__(self, run_dir: str | Path | None, sinks: Iterable[RecordSink] = ()) -> None:
-        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.run_dir = None if run_dir is None else in_home(run_dir)
         self.records: list[Record] = []
         self._sinks = list(sinks)
         self._config: Mapping[str, Any] = {}
@@ -212,9 +213,11 @@ class RunRecord:
         for sink in self._sinks:
             sink.write(row)
 
-    def has_event(self, event: str) -> bool:
-        """Whether such an event was written before, in this process or in the run it continues."""
-        return any(row["kind"] == "event" and row["event"] == event for row in self.records)
+    def has_event(self, event: str, message: str | None = None) -> bool:
+        """Whether such an event was written before, with that message if one is given, here or in
+        the run continued."""
+        found = (row for row in self.records if row["kind"] == "event" and row["event"] == event)
+        return any(message is None or row["message"] == message for row in found)
 
     def replace(self, records: Sequence[Record]) -> None:
         """Put these rows in the place of all that were written; sinks have seen those already."""

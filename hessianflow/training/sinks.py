@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 
 LOGGER = logging.getLogger("hessianflow")
@@ -36,7 +37,7 @@ class TensorBoardSink:
             raise HessianFlowError(
                 "TensorBoard files need the package tensorboard: pip install 'hessianflow[tensorboard]'"
             ) from None
-        self._make, self._folder = SummaryWriter, Path(folder)
+        self._make, self._folder = SummaryWriter, in_home(folder)
         self._writer: SummaryWriter | None = None
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -10,9 +10,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hessianflow.interfaces import Decision, HessianFlowError
-from hessianflow.measuring import unwrap
+from hessianflow.interfaces import Decision, HessianFlowError, ResizableBatches, Stateful
 from hessianflow.training import checkpoint
+from hessianflow.training.control_point import ControlPoint
+from hessianflow.training.learning_rate import LearningRate
+from hessianflow.training.lookahead import Lookahead
+from hessianflow.training.model_state import ModelState
+from hessianflow.training.optimizers import label, set_mode
+from hessianflow.training.step import TrainingStep
+from hessianflow.training.totals import RunningTotals
 
 
 @dataclass
@@ -22,8 +28,11 @@ class Counters:
     Attributes:
         examples: trained so far.
         updates: optimizer steps so far.
+        epoch: epochs completed.
+        place: examples of the epoch under way that were trained.
         saved_at: `examples` at the last checkpoint.
         best: best evaluation accuracy so far.
+        best_loss: lowest evaluation loss so far, where there is no accuracy.
         batch_cap: largest batch allowed since a divergence; None: no cap.
         cap_power: the learning rate goes with batch ^ cap_power where the cap holds it,
         cap_factor: and its factor is at most this.
@@ -33,13 +42,27 @@ class Counters:
 
     examples: int = 0
     updates: int = 0
+    epoch: int = 0
+    place: int = 0
     saved_at: int = 0
     best: float | None = None
+    best_loss: float | None = None
     batch_cap: int | None = None
     cap_power: float = 1.0
     cap_factor: float = math.inf
     rollbacks: int = 0
     settled: int = 0
+
+    def is_best(self, accuracy: float | None, loss: float) -> bool:
+        """Whether the model is better than ever: by its accuracy, or by its loss where there is
+        none; remembers it."""
+        if accuracy is not None:
+            is_best = self.best is None or accuracy > self.best
+            self.best = accuracy if is_best else self.best
+            return is_best
+        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        self.best_loss = loss if is_best else self.best_loss
+        return is_best
 
 
 class _Clock(Protocol):
@@ -53,24 +76,28 @@ class RunState:
     """Everything that must survive an interruption.
 
     Attributes:
-        model: weights and buffers of the unwrapped module are kept.
+        model: weights, buffers and what goes with them.
         optimizer: its state.
         parts: by name, whatever else has `state_dict` and `load_state_dict`; None where this run has no such part.
         watch: seconds so far.
+        settings: of this run, plain values; see :mod:`settings`.
+        follow: tells the parts what is trained, once model and optimizer are back.
         counters: plain values.
     """
 
-    model: nn.Module
+    model: ModelState
     optimizer: Optimizer
     parts: Mapping[str, Any]
     watch: _Clock
+    settings: Mapping[str, Any]
+    follow: Callable[[], None]
     counters: Counters = field(default_factory=Counters)
 
     def capture(self, decision: Decision, history_bytes: int) -> dict[str, Any]:
         """Tensors and plain values only."""
         return {
-            "model": unwrap(self.model).state_dict(),
-            "optimizer_class": type(self.optimizer).__name__,
+            **self.model.capture(),
+            "optimizer_class": label(self.optimizer),
             "optimizer": checkpoint.plain(self.optimizer.state_dict()),
             "parts": checkpoint.plain(
                 {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
@@ -79,7 +106,8 @@ class RunState:
             "counters": asdict(self.counters),
             "examples": self.counters.examples,
             "updates": self.counters.updates,
-            "classes": {name: type(part).__name__ for name, part in self.parts.items()},
+            "classes": {name: _label(name, part) for name, part in self.parts.items()},
+            "settings": checkpoint.plain(dict(self.settings)),
             "decision": checkpoint.plain(dict(vars(decision))),
             "seconds": self.watch.totals(),
             "history_bytes": history_bytes,
@@ -91,33 +119,99 @@ class RunState:
         Raises:
             HessianFlowError: the state is of another model, or of a run with other parts; `source` names it.
         """
-        for name, part in self.parts.items():
-            saved = state["parts"].get(name)
-            if (part is None) != (saved is None):
-                raise HessianFlowError(f"{source} was made {'with' if part is None else 'without'} a {name}")
-            made = state["classes"][name]
-            if made != type(part).__name__:
-                raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {type(part).__name__}")
-        own = type(self.optimizer).__name__
-        if state["optimizer_class"] != own:
+        try:
+            return self._restore(state, source, rank)
+        except HessianFlowError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise HessianFlowError(
+                f"{source} does not fit this run, or is damaged ({type(error).__name__}: {reason})"
+            ) from error
+
+    def _restore(self, state: Mapping[str, Any], source: str, rank: int) -> Decision:
+        present = {name: part for name, part in self.parts.items() if _is_in(state, name, part, source)}
+        own = label(self.optimizer)
+        if state["optimizer_class"] not in (own, type(self.optimizer).__name__):
             raise HessianFlowError(
                 f"{source} was made with the optimizer {state['optimizer_class']}, this run has {own}"
             )
-        checkpoint.load_model(unwrap(self.model), state["model"], source)
+        self.model.restore_model(state, source)
+        set_mode(self.optimizer, training=True)  # as it was saved: nothing is to be swapped in after the state is back
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise HessianFlowError(f"{source} has an optimizer with other parameter groups: {error}") from None
-        for name, part in self.parts.items():
-            if part is not None:
-                part.load_state_dict(state["parts"][name])
-        self.counters = Counters(**state["counters"])
+        if "beside" in state:  # earlier versions do not keep them
+            self.model.restore_beside(state["beside"], source)
+        self.follow()
+        for name, part in present.items():
+            part.load_state_dict(state["parts"][name])
+        self.counters = self._counters(state["counters"])
         self.watch.load(state["seconds"])
         every = state.get("rank_generators", [state["generators"]])
         checkpoint.restore_generators(every[rank] if rank < len(every) else state["generators"])
         if rank >= len(every):
             separate_generators(rank)
         return Decision(**state["decision"])
+
+    def _counters(self, saved: Mapping[str, Any]) -> Counters:
+        """Earlier versions count examples alone, and every epoch has as many as the data."""
+        epoch, place = divmod(saved["examples"], self.parts["train_data"].num_examples)
+        return Counters(**{"epoch": epoch, "place": place, **saved})
+
+
+def stateful_parts(
+    train_data: ResizableBatches,
+    ahead: Lookahead,
+    control: ControlPoint,
+    step: TrainingStep,
+    rate: LearningRate,
+    totals: RunningTotals,
+) -> dict[str, Any]:
+    """The parts of every run, by the names that checkpoints know them by."""
+    accumulate = step.accumulate
+    return {
+        "train_data": train_data,
+        # Before the adversary: its attacks under way end first, when states are taken as when they are put back.
+        "look-ahead": ahead if ahead.depth > 0 else None,
+        "controller": control.controller,
+        "adversary": step.adversary,
+        "probe": control.probe,
+        "learning rate": rate,
+        "loss scale": accumulate.scaler,
+        "totals": totals,
+        "microbatch": step.microbatch,
+        "loss": accumulate.loss_fn if isinstance(accumulate.loss_fn, nn.Module) else None,
+        "transform": step.transform if isinstance(step.transform, Stateful) else None,
+        **numbered("observer", accumulate.observers),
+    }
+
+
+def numbered(name: str, parts: Sequence[Any]) -> dict[str, Any]:
+    """The parts as "name 0", "name 1", ..."""
+    return {f"{name} {number}": part for number, part in enumerate(parts)}
+
+
+def _is_in(state: Mapping[str, Any], name: str, part: object, source: str) -> bool:
+    """Whether this run has such a part and the checkpoint has its state.
+
+    Raises:
+        HessianFlowError: one of the two lacks it, or it is of another class.
+    """
+    if name not in state["parts"] and "settings" not in state:
+        return False  # earlier versions kept fewer parts
+    if (part is None) != (state["parts"].get(name) is None):
+        raise HessianFlowError(f"{source} was made {'with' if part is None else 'without'} a {name}")
+    made, own = state["classes"].get(name), _label(name, part)
+    if part is not None and made not in (own, type(part).__name__):
+        raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {own}")
+    return part is not None
+
+
+def _label(name: str, part: object) -> str:
+    """What a part must be to take up a state; a learning rate compares schedulers itself."""
+    return type(part).__name__ if name == "learning rate" else label(part)
 
 
 def separate_generators(rank: int) -> None:

@@ -1,7 +1,6 @@
 """One optimizer step on one batch: transform, attack, gradient in microbatches, update; out of memory is survived."""
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from hessianflow.training.accumulate import BatchResult, GradientAccumulator, Ow
 from hessianflow.training.checks import tell_parameters
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
+from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
+from hessianflow.training.parameters import TrainedParameters
 from hessianflow.training.timing import Stopwatch
 
 
@@ -38,15 +39,25 @@ class TrainingStep:
     watch: Stopwatch
     device: torch.device
     world: World
+    trained: TrainedParameters
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         tell_parameters(self.accumulate.observers, self.accumulate.parameters)
-        self._takes_closure = _takes_closure(self.optimizer)
-        if self._takes_closure and self.accumulate.scaler.is_enabled():
+        self._wanted = gradients_wanted(self.optimizer)
+        self.accumulate.create_graph = wants_graph(self.optimizer)
+        self.news = ""
+        name = type(self.optimizer).__name__
+        scales = self.accumulate.scaler.is_enabled()
+        if self._wanted != "before" and scales:
             raise HessianFlowError(
-                f"{type(self.optimizer).__name__} asks for several gradients a step, which loss scaling cannot follow: "
+                f"{name} asks for several gradients a step, which loss scaling cannot follow: "
                 'use precision="bf16" or "float32"'
+            )
+        if self.accumulate.create_graph and (scales or self.world.world_size > 1):
+            raise HessianFlowError(
+                f"{name} differentiates the gradient again, which it cannot where losses are scaled or gradients are "
+                'summed over ranks: use one process and precision="bf16" or "float32"'
             )
 
     def load(self, batch: Batch, progress: Progress) -> Batch:
@@ -63,19 +74,61 @@ class TrainingStep:
         `flags` is asked at the end; in the result are raised those that any rank raised.
         """
         with self.watch.part("training"):
+            self.follow()
             result = self._update(lambda: self._clipped_gradient(now, ahead, flags))
+            if self.accumulate.create_graph:
+                self.accumulate.clear()  # the graph of the gradients would live as long as they
             if self.adversary is not None:
                 self.adversary.after_step(self.model)
         return result
 
+    def follow(self, *, anew: bool = False) -> None:
+        """Train what model and optimizer say now, and tell whoever must know; `news` says what
+        changed.
+
+        Args:
+            anew: all ranks are about to go on from the same state, and may plan their sums anew.
+
+        Raises:
+            HessianFlowError: more is trained on several ranks, or an observer cannot be told.
+        """
+        change = self.trained.ask()
+        if change is None:
+            return
+        observers = self.accumulate.observers
+        if self.world.world_size > 1 and change.added and not anew:
+            raise HessianFlowError(
+                f"{change.message}: on {self.world.world_size} ranks, whose gradients are summed by a plan made at the "
+                "start, only freezing works: unfreeze before the trainer is built, or resume with it unfrozen"
+            )
+        deaf = [type(observer).__name__ for observer in observers if not hasattr(observer, "watch")]
+        if deaf:
+            raise HessianFlowError(
+                f"{change.message}: the observer {deaf[0]} cannot be told whose gradients it is shown from now on: "
+                "give it a watch(parameters), which is called at each change"
+            )
+        for parameter in (*change.added, *change.removed):
+            parameter.grad = None
+        self.accumulate.parameters = self.trained.current
+        if anew or self.world.world_size == 1:
+            self.world.attach(self.model, self.trained.current)
+        tell_parameters(observers, self.trained.current)
+        self.news = "" if anew else change.message
+
     def _update(self, gradient: Callable[[], BatchResult]) -> BatchResult:
         """Let the optimizer step; `gradient` fills `.grad`, and is called as often as the optimizer wants it."""
-        if not self._takes_closure:
+        if self._wanted == "before":
             result = gradient()
-            self.accumulate.scaler.step(self.optimizer)
+            try:
+                self.accumulate.scaler.step(self.optimizer)
+            except Exception as error:  # packages have errors of their own
+                explained = without_closure(self.optimizer, error)
+                if explained is None:
+                    raise
+                raise explained from error
             self.accumulate.scaler.update()
             return result
-        results: list[BatchResult] = []
+        results: list[BatchResult] = [gradient()] if self._wanted == "both" else []
 
         def closure() -> Tensor:
             # The first gradient is that of the step, at its weights: the others are the optimizer's own affair.
@@ -95,8 +148,17 @@ class TrainingStep:
         result = self.accumulate.share(own, flags())
         if self.max_grad_norm is not None:
             self.accumulate.scaler.unscale_(self.optimizer)
+            self._refuse_sparse()
             nn.utils.clip_grad_norm_(self.accumulate.parameters, self.max_grad_norm)
         return result
+
+    def _refuse_sparse(self) -> None:
+        for parameter in self.accumulate.parameters:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise HessianFlowError(
+                    f"the gradient of {self.trained.name(parameter)} is sparse, which max_grad_norm cannot clip: build "
+                    "its layer with sparse=False, or leave max_grad_norm out"
+                )
 
     def _gradient(self, now: Planned, ahead: Planned | None) -> OwnResult:
         count = num_examples(now.batch[1])
@@ -156,17 +218,6 @@ class TrainingStep:
                 part.load_state_dict(state)
 
         return undo
-
-
-def _takes_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` gets a function that computes the gradient anew.
-
-    It does where it cannot do without (SAM, LBFGS), or where the optimizer says so by a true `wants_closure`.
-    """
-    if getattr(optimizer, "wants_closure", False):
-        return True
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._cuda = device.type == "cuda"
         self._totals: defaultdict[str, float] = defaultdict(float)
         self._pending: list[tuple[str, Any, Any]] = []

@@ -11,32 +11,34 @@ from hessianflow.interfaces import Decision, Progress
 from hessianflow.losses import exact_type, weighted
 from hessianflow.training.accumulate import BatchResult
 from hessianflow.training.evaluate import Evaluation
+from hessianflow.training.explosion import ExplosionRule
 
-_NEVER = 2**62
-EXPLODED = 100.0
-"""A loss of this many times the run's first loss (or times 1, if that is smaller) counts as diverged. Ours."""
+UNREAD = 512
+"""Losses of single updates held as tensors of their own; so many are joined, without being read.
+Ours."""
 
 
 class RunningTotals:
     """Loss, hits and the first update whose loss diverged; adding to them never waits for the device.
 
-    Diverged: not finite, or above :data:`EXPLODED` times the first loss of the run.
-
     Args:
         device: where the sums live.
         seconds: the stopwatch's totals as the epoch begins.
+        rule: judges the losses that are finite.
     """
 
-    def __init__(self, device: torch.device, seconds: Mapping[str, float]) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, seconds: Mapping[str, float], rule: ExplosionRule) -> None:
+        self._device, self._rule = device, rule
         self.forget_divergence()
-        self._limit: Tensor | None = None
         self._last = torch.zeros((), device=device)
         self.start_epoch(seconds)
 
     def forget_divergence(self) -> None:
         """Start to watch afresh, after a rollback."""
-        self._first_bad = torch.full((), _NEVER, dtype=torch.int64, device=self._device)
+        self._unread: list[Tensor] = []
+        self._updates = 0
+        self._first_bad: int | None = None
+        self._rule.forget_streak()
 
     def start_epoch(self, seconds: Mapping[str, float]) -> None:
         """Forget the epoch before; `seconds`: the stopwatch's totals now."""
@@ -49,6 +51,8 @@ class RunningTotals:
         self._examples = self._trained = self._with_twins = 0
         self._gain = torch.zeros_like(self._loss)
         self._setting: dict[str, float] = {}
+        self._judge()
+        self._rule.start_epoch()
 
     def add(self, result: BatchResult, update: int, decision: Decision, rate: float) -> None:
         """Count one optimization batch, trained under `decision` at learning rate `rate`."""
@@ -63,11 +67,10 @@ class RunningTotals:
         if result.twin_loss is not None:
             self._gain += (result.twin_loss - result.loss) * result.trained
             self._with_twins += result.trained
-        if self._limit is None:
-            self._limit = EXPLODED * result.loss.abs().clamp(min=1)
-        # A device-side minimum: the update at which the loss first diverged, without reading it now.
-        bad = torch.where(result.loss <= self._limit, _NEVER, update)
-        self._first_bad = torch.minimum(self._first_bad, bad)
+        self._unread.append(result.loss.reshape(1))
+        self._updates = update
+        if len(self._unread) >= UNREAD:
+            self._unread = [torch.cat(self._unread)]
         self._examples += result.examples
         self._trained += result.trained
         self._setting = {
@@ -89,10 +92,30 @@ class RunningTotals:
         accuracy = correct / counted if self._classified and counted else None
         return loss / weight if weight else math.nan, accuracy
 
-    def first_bad_update(self) -> int | None:
-        """The first update whose loss diverged, or None (waits for the device)."""
-        update = int(self._first_bad.item())
-        return None if update == _NEVER else update
+    def first_bad_update(self, *, at_end: bool = False) -> int | None:
+        """The first update whose loss diverged, or None; waits for the device. `at_end`: the epoch
+        is judged, too."""
+        self._judge()
+        if at_end and self._first_bad is None and self._rule.epoch_exploded(self.means()[0]):
+            self._first_bad = self._updates
+        return self._first_bad
+
+    def weights_grew(self, growth: float) -> int | None:
+        """The first update whose loss diverged, if weights that grew by such a factor show it."""
+        ago = self._rule.weights_tell(growth)
+        return None if ago is None else self._updates + 1 - ago
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the latest losses read may be the beginning of a divergence."""
+        return self._rule.in_doubt
+
+    def _judge(self) -> None:
+        losses = torch.cat(self._unread).tolist() if self._unread else []
+        self._unread = []
+        found = self._rule.first_bad(losses)
+        if self._first_bad is None and found is not None:
+            self._first_bad = self._updates - len(losses) + 1 + found
 
     def epoch_row(
         self, progress: Progress, evaluation: Evaluation | None, seconds: Mapping[str, float]
@@ -126,6 +149,7 @@ class RunningTotals:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, for a checkpoint in the middle of an epoch."""
+        self._judge()
         return {
             "loss": self._loss.clone(),
             "weight": self._weight.clone(),
@@ -138,7 +162,7 @@ class RunningTotals:
             "with_twins": self._with_twins,
             "setting": dict(self._setting),
             "seconds": dict(self._seconds),
-            "limit": None if self._limit is None else self._limit.clone(),
+            "explosion": self._rule.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -150,4 +174,6 @@ class RunningTotals:
         self._classified, self._examples, self._trained = state["classified"], state["examples"], state["trained"]
         self._gain, self._with_twins = state["gain"].to(self._device), state["with_twins"]
         self._setting, self._seconds = dict(state["setting"]), dict(state["seconds"])
-        self._limit = None if state["limit"] is None else state["limit"].to(self._device)
+        self.forget_divergence()
+        if "explosion" in state:  # states of earlier versions hold a limit, and the means begin anew
+            self._rule.load_state_dict(state["explosion"])

@@ -290,7 +290,7 @@ def good_call(**changes):
         ({"value_range": (0, 1, 2)}, r"value_range must be \(low, high\) or None"),
         ({"value_range": (0, 0.2)}, r"inputs must lie in value_range \[0, 0.2\], got values from .* as the model sees"),
         ({"x": torch.zeros(6, 3, 4, 4, dtype=torch.uint8)}, "inputs must be floating point .* got torch.uint8"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
         ({"relative_step": 0.0}, "relative_step must be positive"),
         ({"norm": "l_1"}, "norm must be 'l_inf' or 'l_2', got 'l_1'"),
     ],

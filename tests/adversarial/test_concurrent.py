@@ -222,7 +222,7 @@ def test_first_steps_are_clean_alone_or_synchronous():
 
 def test_bad_input_is_named():
     model = Scale(1.0)
-    with pytest.raises(ValueError, match="staleness must be at least 0 steps, got -1"):
+    with pytest.raises(ValueError, match="staleness must be a whole number >= 0, got -1"):
         scale_adversary(staleness=-1)
     with pytest.raises(ValueError, match="staleness must be smaller than the number of steps, got 5 for a run of 2"):
         list(scale_adversary(staleness=5).pairs(model, [(X, Y)] * 2))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hessianflow.adversarial import SAM, sam_perturbation
+from hessianflow.interfaces import HessianFlowError
 
 D = torch.float64
 
@@ -111,3 +112,17 @@ def test_bad_input_is_named():
             SAM(base, rho=rho)
     with pytest.raises(TypeError, match="closure"):  # it says by its signature that it needs one
         SAM(base).step()
+
+
+def test_a_step_without_a_closure_says_what_it_needs():
+    """As trainers of others call it."""
+    sam = SAM(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    with pytest.raises(HessianFlowError, match=r"SAM needs two gradients a step: call step\(closure\)"):
+        sam.step(None)
+
+
+@pytest.mark.parametrize(("base", "rho"), [("sgd", 0.1), (None, "wide")])
+def test_what_cannot_step_or_measure_is_refused(base, rho):
+    base = base or torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(HessianFlowError, match=r"SAM steps another optimizer|rho must be finite and at least 0"):
+        SAM(base, rho=rho)

@@ -123,7 +123,7 @@ def test_a_worker_that_was_killed_is_named(worker: WorkerProcess):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="threads must be a whole number >= 1, got 0"):
         WorkerProcess(threads=0)
 
     class Local(nn.Linear):

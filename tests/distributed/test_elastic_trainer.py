@@ -20,6 +20,7 @@ from hessianflow.adversarial import FGSM, ConcurrentAdversary
 from hessianflow.cli import main
 from hessianflow.commands import training
 from hessianflow.config import TrainConfig
+from hessianflow.control import FixedBatch
 from hessianflow.distributed import ElasticSettings, run_simulated
 from hessianflow.distributed.state import pack, unpack
 from hessianflow.elastic import ElasticTrainer, TrainerJob, build_elastic
@@ -140,7 +141,7 @@ def test_batches_drawn_ahead_are_refused():
     """Another world would draw them anew."""
     adversary = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=1)
     with pytest.raises(HessianFlowError, match="staleness must be 0 in an elastic run"):
-        job(lambda *_: {"adversary": adversary})
+        job(lambda *_: {"adversary": adversary, "controller": FixedBatch(16, 1.0)})
 
 
 def test_stretches_end_with_epochs():

@@ -17,7 +17,9 @@ from trainers import (
     compared,
     contrastive,
     ended,
+    freezing,
     growing,
+    masked,
     measured,
     normalised,
     own_loss,
@@ -31,6 +33,7 @@ from trainers import (
     run,
     skewed,
     tiny,
+    unfrozen,
     untimed,
 )
 
@@ -53,9 +56,10 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert value == close, (key, row, other)
 
 
-@pytest.mark.parametrize(
-    "options", [plain, accumulating, clipped, growing, tiny, skewed, own_loss], ids=lambda o: o.__name__
-)
+SETTINGS = [plain, accumulating, clipped, growing, tiny, skewed, freezing, masked, own_loss]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda options: options.__name__)
 def test_two_ranks_equal_one_process(options):
     expected = run(None, options)
     first, second = run_local(run, 2, options)
@@ -69,6 +73,12 @@ def test_two_ranks_equal_one_process(options):
 def test_a_loss_that_ranks_may_not_cut_is_refused_on_all_of_them():
     for message in run_local(ended, 2, contrastive):
         assert "cannot be cut" in message or "as the mean over parts" in message
+
+
+def test_more_parameters_during_a_run_are_refused_on_every_rank():
+    for message in run_local(unfrozen, 2):
+        assert "trained from now on: 1.0.weight" in message
+        assert "on 2 ranks, whose gradients are summed by a plan made at the start, only freezing works" in message
 
 
 def test_the_batch_grew_on_the_eigenvalue():

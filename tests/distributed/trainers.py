@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.adversarial import FGSM, ConcurrentAdversary
-from hessianflow.control import ABSA, AdaBatch
+from hessianflow.control import ABSA, AdaBatch, FixedBatch
 from hessianflow.curvature import CurvatureProbe, HessianOperator
 from hessianflow.data import DeviceBatches
 from hessianflow.distributed import GroupReducer, GroupWorld, LocalReducer, sharded
@@ -83,6 +83,33 @@ def contrastive(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
     return {"loss_fn": loss_fn}
 
 
+def freezing(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
+    """A layer is frozen in the second epoch."""
+    first = next(model.parameters())
+
+    def freeze(inputs: Tensor, targets: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        first.requires_grad_(progress.epoch < 1)
+        return inputs, targets
+
+    return {"transform": freeze, "microbatch_size": 3}
+
+
+def masked(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
+    """A hook on every gradient that is accumulated, registered after the trainer's own."""
+
+    def halve(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad *= 0.5
+
+    def hooking(inputs: Tensor, targets: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        if progress.updates == 0:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(halve)
+        return inputs, targets
+
+    return {"transform": hooking, "microbatch_size": 3}
+
+
 Options = Callable[[nn.Module, GroupWorld | None], dict[str, Any]]
 
 
@@ -150,6 +177,27 @@ def resumed(reducer: GroupReducer | None, run_dir: str) -> dict[str, Any]:
     return run(reducer, growing, resume=True, run_dir=run_dir)
 
 
+def unfrozen(reducer: GroupReducer) -> str:
+    """Unfreezes a layer in the middle of a run; what is said."""
+    world = GroupWorld(reducer)
+
+    def unfreeze(inputs: Tensor, targets: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        first.requires_grad_(progress.epoch >= 1)
+        return inputs, targets
+
+    def options(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
+        nonlocal first
+        first = next(model.parameters()).requires_grad_(False)
+        return {"transform": unfreeze}
+
+    first: Any = None
+    try:
+        build(world, options).fit()
+    except HessianFlowError as error:
+        return str(error)
+    return ""
+
+
 def poisoned(reducer: GroupReducer, where: str, run_dir: str | None) -> tuple[str, int]:
     """A number that is not finite on rank 1 alone, in its batch or in a buffer of its."""
     world = GroupWorld(reducer)
@@ -195,7 +243,8 @@ def refused(reducer: GroupReducer, what: str) -> str:
         if what == "observer":
             build(world, observers=[Alone()])
         elif what == "staleness":
-            build(world, adversary=ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=2))
+            ahead = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=2)
+            build(world, adversary=ahead, controller=FixedBatch(BATCH, 1.0))
         elif what == "wrapped":
             world.attach(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), [])
         elif what == "data":

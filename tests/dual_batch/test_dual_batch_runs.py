@@ -239,3 +239,12 @@ def test_bad_input(tmp_path: Path) -> None:
         trainer(tmp_path / "e", lr=1e30).fit()
     with pytest.raises(HessianFlowError, match="no checkpoint at"):
         trainer(tmp_path / "f").resume(tmp_path / "f")
+
+
+def test_a_look_at_the_data_changes_nothing() -> None:
+    """Every local epoch goes to its own place, wherever somebody left the shared stream."""
+    plain, looked = one_worker(), one_worker()
+    start = plain._flat.read()
+    for _ in looked._data:
+        break
+    assert np.array_equal(plain(start, 0), looked(start, 0))

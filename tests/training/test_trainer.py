@@ -125,10 +125,10 @@ def test_a_decision_takes_effect_on_the_very_next_batch_with_its_rate():
     rates: list[float] = []
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda made, *_: rates.append(made.param_groups[0]["lr"]))
 
     def watch(inputs, targets, progress):
         sizes.append(len(inputs))
-        rates.append(optimizer.param_groups[0]["lr"])
         return inputs, targets
 
     script = Script(Decision(8), {16: Decision(22, 3.0, reason="test"), 38: Decision(6, 0.5, reason="down")})
@@ -236,18 +236,8 @@ def resumable(run_dir: Path | None, model: nn.Module, **options: Any) -> Adaptiv
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], gamma=0.2)
     decisions = {24: Decision(12, 1.5, reason="a"), 2 * N: Decision(20, 2.5, reason="b")}
     script = Script(Decision(8), decisions, frozenset({"eigenvalue"}))
-    return trainer(
-        model,
-        data(),
-        data(11, count=21, shuffle=False),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        controller=script,
-        probe=Probe(),
-        epochs=4,
-        run_dir=run_dir,
-        **options,
-    )
+    settings = {"optimizer": optimizer, "scheduler": scheduler, "controller": script, "probe": Probe(), "epochs": 4}
+    return trainer(model, data(), data(11, count=21, shuffle=False), run_dir=run_dir, **(settings | options))
 
 
 def comparable(history: History) -> list[dict[str, Any]]:
@@ -393,7 +383,7 @@ def test_bad_arguments():
         trainer(frozen, data(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(HessianFlowError, match="holds no trainable parameter of the model"):
         trainer(network(), data(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(HessianFlowError, match="epochs must be at least 1, got 0"):
+    with pytest.raises(HessianFlowError, match="epochs must be a whole number >= 1, got 0"):
         trainer(model, data(), epochs=0)
     with pytest.raises(HessianFlowError, match="batch size 51 must lie between 1 and the 50"):
         trainer(model, data(), controller=Script(Decision(51), {}))
@@ -495,8 +485,10 @@ def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_pa
 
 def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
     resumable(tmp_path / "run", network()).fit()
-    other = resumable(None, network())
-    other._loop.rate._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(other._loop.step.optimizer, 4)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    other = resumable(None, model, optimizer=optimizer, scheduler=cosine)
     with pytest.raises(HessianFlowError, match="had the scheduler MultiStepLR, this run has CosineAnnealingLR"):
         other.resume(tmp_path / "run")
 

@@ -1,0 +1,70 @@
+"""What is made of the model after each epoch: it is put where it is to be used, evaluated,
+measured, and put back."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hessianflow.interfaces import Batch, EpochMeasurement, LossFn, World
+from hessianflow.training.evaluate import Evaluation, evaluate
+from hessianflow.training.optimizers import set_mode
+from hessianflow.training.timing import Stopwatch
+
+
+@dataclass
+class AfterEpoch:
+    """The parts of an evaluation.
+
+    Attributes:
+        model: evaluated.
+        data: evaluated on; None: it is not.
+        loss_fn: as in training.
+        optimizer: told when its weights are to be used, if it makes a difference to it.
+        measurements: made after the evaluation.
+        watch: counts the time.
+        world: the ranks that evaluate together.
+        before: called first.
+        after: called last, whatever happens between.
+    """
+
+    model: nn.Module
+    data: Batch | Iterable[Batch] | None
+    loss_fn: LossFn
+    optimizer: Optimizer
+    measurements: Sequence[EpochMeasurement]
+    watch: Stopwatch
+    world: World
+    before: Callable[[], None] | None = None
+    after: Callable[[], None] | None = None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it the weights are those to be used, and not those to be trained on."""
+        try:
+            with self.watch.part("evaluation"):
+                set_mode(self.optimizer, training=False)
+                if self.before is not None:
+                    self.before()
+            yield
+        finally:
+            with self.watch.part("evaluation"):
+                if self.after is not None:
+                    self.after()
+                set_mode(self.optimizer, training=True)
+
+    def evaluate(self) -> Evaluation | None:
+        """Loss and accuracy on the data, if there are any."""
+        if self.data is None:
+            return None
+        with self.watch.part("evaluation"):
+            return evaluate(self.model, self.data, self.loss_fn, reducer=self.world)
+
+    def measure(self) -> Iterator[tuple[str, Mapping[str, float], str]]:
+        """Kind, figures and warning of every measurement, as they are made."""
+        for measurement in self.measurements:
+            with self.watch.part("evaluation"):
+                figures, warning = measurement()
+            yield measurement.kind, figures, warning

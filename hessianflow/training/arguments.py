@@ -1,0 +1,163 @@
+"""What the arguments of a trainer must be, one by one; whether they fit together is asked in
+:mod:`checks`."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from hessianflow.checks import check_choice, check_count, check_limit
+from hessianflow.interfaces import HessianFlowError, ResizableBatches
+from hessianflow.training.accumulate import Precision
+from hessianflow.training.control_point import CurvatureSchedule
+from hessianflow.training.divergence import OnDivergence
+from hessianflow.training.schedule import ScheduleUnit
+
+_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "controller": ("hf.control.ABSA(32, 512)", ("decision", "is_due")),
+    "adversary": ("hf.adversarial.FGSM(0.005, value_range=(0, 1))", ("attack", "expose")),
+    "probe": ("hf.curvature.CurvatureProbe(model, loss_fn, train_data.sample(128))", ("__call__", "state_dict")),
+    "observers": ("hf.optim.GradientMoments()", ("on_microbatch", "on_step", "signals")),
+    "measurements": ("hf.adversarial.RobustnessWatch(model, batch, 0.01)", ("__call__", "kind")),
+    "sinks": ("hf.training.LogSink()", ("write", "close")),
+    "state": ("torch.optim.swa_utils.AveragedModel(model)", ("state_dict", "load_state_dict")),
+}
+"""An example of each part, and what tells one from other objects."""
+
+
+def check_settings(
+    *,
+    epochs: object,
+    schedule_unit: object,
+    curvature: object,
+    precision: object,
+    on_divergence: object,
+    reference_batch_size: object,
+    microbatch_size: object,
+    norm_batch_size: object,
+    max_grad_norm: object,
+    max_loss_ratio: object,
+    checkpoint_examples: object,
+    checkpoint_minutes: object,
+    keep_checkpoints: object,
+    max_rollbacks: object,
+    show_progress: object,
+) -> None:
+    """Refuse a choice that does not exist and a number out of its range.
+
+    Raises:
+        HessianFlowError: naming the first one, what it may be, and what it was.
+    """
+    check_choice("schedule_unit", schedule_unit, get_args(ScheduleUnit))
+    check_choice("curvature", curvature, get_args(CurvatureSchedule))
+    check_choice("precision", precision, get_args(Precision))
+    check_choice("on_divergence", on_divergence, get_args(OnDivergence))
+    check_count("epochs", epochs)
+    check_count("reference_batch_size", reference_batch_size, none="that of the start")
+    if microbatch_size != "auto":
+        check_count("microbatch_size", microbatch_size, none='the default, or "auto"')
+    check_count("norm_batch_size", norm_batch_size, 0, none="the reference batch size")
+    check_limit("max_grad_norm", max_grad_norm, "no clipping")
+    check_limit("max_loss_ratio", max_loss_ratio, "no limit to a finite loss", above=1)
+    check_count("checkpoint_examples", checkpoint_examples, none="the ends of epochs alone")
+    check_limit("checkpoint_minutes", checkpoint_minutes, "the ends of epochs alone")
+    check_count("keep_checkpoints", keep_checkpoints)
+    check_count("max_rollbacks", max_rollbacks, 0)
+    if show_progress not in (True, False, None):
+        raise HessianFlowError(f"show_progress must be True, False or None (on a terminal), got {show_progress!r}")
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        HessianFlowError: with its type.
+    """
+    if not isinstance(model, nn.Module):
+        raise HessianFlowError(f"model must be a torch.nn.Module, got {_named(model)}")
+
+
+def check_data(train_data: object, eval_data: object) -> None:
+    """Refuse training data that cannot change their batch size, and evaluation data that are no
+    batches.
+
+    Raises:
+        HessianFlowError: with what to wrap them in.
+    """
+    if not isinstance(train_data, ResizableBatches):
+        raise HessianFlowError(
+            f"train_data must be batches whose size can change, got {_named(train_data)}: use "
+            "hf.data.DeviceBatches(inputs, targets, batch_size) or hf.data.AdaptiveBatches(dataset, batch_size)"
+        )
+    if eval_data is None:
+        return
+    if eval_data is train_data:
+        raise HessianFlowError("eval_data are the training data themselves, which would lose their place: use a copy")
+    if isinstance(eval_data, Dataset) or not isinstance(eval_data, Iterable):
+        raise HessianFlowError(
+            f"eval_data must be batches (inputs, targets), got {_named(eval_data)}, which has single examples at best: "
+            "use hf.data.AdaptiveBatches(dataset, 256, shuffle=False) or a DataLoader"
+        )
+    if isinstance(eval_data, Iterator):
+        raise HessianFlowError(
+            f"eval_data must be iterated after every epoch, and {_named(eval_data)} can be once: use a list of batches"
+        )
+
+
+def check_parts(**parts: Any) -> None:
+    """Refuse an object in the place of a controller, an adversary, ... that cannot be one.
+
+    Args:
+        parts: by the name of the argument; None is none, lists are looked into, and so is the
+            mapping of states.
+
+    Raises:
+        HessianFlowError: with an example of what fits.
+    """
+    for argument, value in parts.items():
+        example, members = _PARTS[argument]
+        for part in _each(argument, value):
+            if isinstance(part, type) or any(not hasattr(part, member) for member in members):
+                missing = [member for member in members if not hasattr(part, member)] or ["an instance"]
+                raise HessianFlowError(
+                    f"{argument} cannot be {_named(part)}, which lacks {missing[0]}: pass one such as {example}"
+                )
+
+
+def check_functions(**functions: Any) -> None:
+    """Refuse what cannot be called; None is none.
+
+    Raises:
+        HessianFlowError: naming the argument.
+    """
+    for argument, value in functions.items():
+        if value is not None and not callable(value):
+            raise HessianFlowError(f"{argument} must be a function, got {_named(value)}")
+
+
+def as_list(argument: str, value: Any) -> list[Any]:
+    """The members of an iterable argument.
+
+    Raises:
+        HessianFlowError: it is one member instead.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise HessianFlowError(f"{argument} must be a list, got {_named(value)}: put it into one")
+    return list(value)
+
+
+def _each(argument: str, value: Any) -> Sequence[Any]:
+    if argument == "state":
+        if not isinstance(value, Mapping):
+            raise HessianFlowError(f'state must name its objects, as {{"average": average}}, got {_named(value)}')
+        return list(value.values())
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]
+
+
+def _named(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"{value!r}" if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"

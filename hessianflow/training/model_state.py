@@ -1,0 +1,149 @@
+"""What of a model and its optimizer goes beyond their `state_dict`, and must survive an
+interruption all the same.
+
+Which parameters are trained, in which groups; which modules are in evaluation mode; buffers that
+the first forward pass makes, and those that are not persistent but were written to; parameters that
+nobody but the optimizer holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.measuring import unwrap
+from hessianflow.training import checkpoint
+
+
+class ModelState:
+    """Takes and puts back the weights and what goes with them.
+
+    Args:
+        model: the unwrapped module counts.
+        optimizer: asked for its groups each time.
+        loss_fn: its parameters are its own affair, if it is a module.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, loss_fn: object) -> None:
+        self._model, self._optimizer = unwrap(model), optimizer
+        self._loss = loss_fn if isinstance(loss_fn, nn.Module) else None
+        self._built_trainable = self._trainable()
+        self._built_buffers = {name: (buffer, _version(buffer)) for name, buffer in self._model.named_buffers()}
+
+    def capture(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        state = self._model.state_dict()
+        buffers = dict(self._model.named_buffers())
+        return {
+            "model": state,
+            "late_buffers": [name for name in buffers if name in state and name not in self._built_buffers],
+            "transient_buffers": {
+                name: b for name, b in buffers.items() if name not in state and self._is_new(name, b)
+            },
+            "trainable": self._trainable(),
+            "built_trainable": self._built_trainable,
+            "evaluating": [name for name, module in self._model.named_modules() if not module.training],
+            "groups": self._groups(),
+            "beside": [p.detach() for p in self._beside()],
+        }
+
+    def restore_model(self, state: Mapping[str, Any], source: str) -> None:
+        """Put back the model, and give the optimizer the groups that were added during the run.
+
+        States of earlier versions hold the weights alone.
+
+        Raises:
+            HessianFlowError: the state is of another model; `source` names it.
+        """
+        self._match_buffers(state, source)
+        checkpoint.load_model(self._model, state["model"], source)
+        for name, buffer in state.get("transient_buffers", {}).items():
+            self._set_buffer(name, buffer, persistent=False)
+        if state.get("built_trainable") == self._built_trainable:
+            trainable = set(state["trainable"])
+            for name, parameter in self._model.named_parameters():
+                parameter.requires_grad_(name in trainable)
+        if "evaluating" in state:
+            evaluating = set(state["evaluating"])
+            for name, module in self._model.named_modules():
+                module.training = name not in evaluating
+        self._add_groups(state.get("groups", []))
+
+    def restore_beside(self, tensors: Sequence[Tensor], source: str) -> None:
+        """Put back the parameters that nobody but the optimizer holds.
+
+        Raises:
+            HessianFlowError: their number or shapes differ.
+        """
+        own = self._beside()
+        if [p.shape for p in own] != [t.shape for t in tensors]:
+            raise HessianFlowError(
+                f"{source} has {len(tensors)} parameters of shapes {[[*t.shape] for t in tensors]} that the optimizer "
+                f"alone holds, this run has {[[*p.shape] for p in own]}"
+            )
+        with torch.no_grad():
+            for parameter, tensor in zip(own, tensors, strict=True):
+                parameter.copy_(tensor)
+
+    def _trainable(self) -> list[str]:
+        return [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
+
+    def _groups(self) -> list[list[str]]:
+        """The model's names of the parameters in each group; empty for others."""
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        return [[names.get(id(p), "") for p in group["params"]] for group in self._optimizer.param_groups]
+
+    def _beside(self) -> list[nn.Parameter]:
+        known = {id(p) for module in (self._model, self._loss) if module is not None for p in module.parameters()}
+        return [p for group in self._optimizer.param_groups for p in group["params"] if id(p) not in known]
+
+    def _add_groups(self, groups: Sequence[Sequence[str]]) -> None:
+        own = dict(self._model.named_parameters())
+        for names in groups[len(self._optimizer.param_groups) :]:
+            if all(name in own for name in names):
+                self._optimizer.add_param_group({"params": [own[name] for name in names]})
+
+    def _is_new(self, name: str, buffer: Tensor) -> bool:
+        """Whether a buffer is another than at the start, or was written to."""
+        built = self._built_buffers.get(name)
+        return built is None or built[0] is not buffer or built[1] != _version(buffer)
+
+    def _match_buffers(self, state: Mapping[str, Any], source: str) -> None:
+        """Give the model the buffers that its first pass made, and take away those that it had not
+        made then."""
+        saved, own = state["model"], self._model.state_dict()
+        for name in [name for name, _ in self._model.named_buffers() if name in own and name not in saved]:
+            if name not in self._built_buffers:
+                module, local = self._owner(name)
+                del module._buffers[local]
+        late = set(state.get("late_buffers", ()))
+        for name in saved.keys() - own.keys():
+            if name not in late:
+                raise HessianFlowError(
+                    f"{source} is of another model: only the checkpoint has {name!r} (if the model makes it in its "
+                    "first forward pass, run it once on a batch before)"
+                )
+            self._set_buffer(name, saved[name], persistent=True)
+
+    def _set_buffer(self, name: str, value: Tensor, *, persistent: bool) -> None:
+        module, local = self._owner(name)
+        held = module._buffers.get(local)
+        device = next(self._model.parameters()).device if held is None else held.device
+        if held is not None and held.shape == value.shape and held.dtype == value.dtype:
+            with torch.no_grad():
+                held.copy_(value)
+        elif local in module._buffers:
+            module._buffers[local] = value.to(device).clone()
+        else:
+            module.register_buffer(local, value.to(device).clone(), persistent=persistent)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, local = name.rpartition(".")
+        return self._model.get_submodule(path), local
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,99 @@
+"""What the trainer must know of an optimizer of anybody's, asked of the optimizer itself."""
+
+from collections.abc import Iterator
+from inspect import signature
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.training.schedule import required_arguments
+
+Gradients = Literal["before", "by closure", "both"]
+"""How an optimizer wants its gradients: in `.grad` before its step, by a closure that its step
+calls, or the first one before its step and further ones by the closure."""
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is no optimizer with parameter groups, or several.
+
+    Raises:
+        HessianFlowError: saying what to pass.
+    """
+    if isinstance(optimizer, (list, tuple)) and all(hasattr(part, "step") for part in optimizer):
+        raise HessianFlowError(
+            f"optimizer must be one optimizer, got {len(optimizer)} of them: put them behind one whose step() steps "
+            "all and whose param_groups are those of all"
+        )
+    groups = getattr(optimizer, "param_groups", None)
+    has_groups = isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
+    methods = ("step", "state_dict", "load_state_dict")
+    if not has_groups or not all(callable(getattr(optimizer, name, None)) for name in methods):
+        raise HessianFlowError(
+            "optimizer must be a torch optimizer, with param_groups, step, state_dict and load_state_dict, got a "
+            f"{type(optimizer).__name__}: pass one such as torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+
+
+def gradients_wanted(optimizer: Optimizer) -> Gradients:
+    """How the optimizer wants its gradients.
+
+    By a closure where its step cannot do without (SAM, LBFGS), or where it says so by a true
+    `wants_closure`. Both where it has the two halves of a step, `first_step` and `second_step`,
+    that the common packages of SAM have: their step moves along the gradient that is there, and the
+    closure is for the second.
+    """
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        return "both"
+    if getattr(optimizer, "wants_closure", False) or "closure" in required_arguments(optimizer.step):
+        return "by closure"
+    return "before"
+
+
+def wants_graph(optimizer: Optimizer) -> bool:
+    """Whether the optimizer differentiates the gradients again.
+
+    It says so by a true `is_second_order` (as timm's do), or by a step that could be given the
+    Hessian instead.
+    """
+    return bool(getattr(optimizer, "is_second_order", False)) or "hessian" in signature(optimizer.step).parameters
+
+
+def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError | None:
+    """What to say when a step without a closure failed for want of one; None: it failed for another
+    reason."""
+    text = f"{type(error).__name__} {error}"
+    if "closure" not in text.lower() and "'NoneType' object is not callable" not in text:
+        return None
+    name = type(optimizer).__name__
+    return HessianFlowError(
+        f"{name}.step() asks for a closure ({text.strip()}): set `wants_closure = True` on the optimizer before the "
+        "trainer is built, if all its gradients are to come from the closure"
+    )
+
+
+def label(part: object, depth: int = 3) -> str:
+    """Its class, and in parentheses those of the stateful parts that it wraps: SAM(SGD),
+    RateRule(ABSA)."""
+    inner = [label(held, depth - 1) for held in _wrapped(part)] if depth > 1 else []
+    name = type(part).__name__
+    return f"{name}({', '.join(inner)})" if inner else name
+
+
+def _wrapped(part: object) -> Iterator[object]:
+    for held in vars(part).values() if hasattr(part, "__dict__") else ():
+        is_stateful = hasattr(held, "state_dict") and hasattr(held, "load_state_dict")
+        if is_stateful and not isinstance(held, (nn.Module, type)):
+            yield held
+
+
+def set_mode(optimizer: Optimizer, *, training: bool) -> None:
+    """Put the weights where they are trained, or where they are to be used.
+
+    For optimizers whose `train()` and `eval()` do that (the schedule-free ones); nothing for all
+    others.
+    """
+    train, evaluate = getattr(optimizer, "train", None), getattr(optimizer, "eval", None)
+    if callable(train) and callable(evaluate):
+        train() if training else evaluate()

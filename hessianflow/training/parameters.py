@@ -1,0 +1,95 @@
+"""What is trained, asked of model and optimizer before every step: layers are frozen and unfrozen,
+groups are added."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_not
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hessianflow.measuring import unwrap
+
+SHOWN = 3
+"""Names in a message. Ours."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How what is trained differs from before.
+
+    Attributes:
+        added: trained from now on.
+        removed: no longer trained.
+        message: for the record.
+    """
+
+    added: Sequence[nn.Parameter]
+    removed: Sequence[nn.Parameter]
+    message: str
+
+
+class TrainedParameters:
+    """The model's trainable parameters, then others that the optimizer holds (those of a loss,
+    say).
+
+    Args:
+        model: a module that is put into it later is seen when the optimizer's groups change.
+        optimizer: asked for its groups each time.
+
+    Attributes:
+        current: as of the last :meth:`ask`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model, self._optimizer = unwrap(model), optimizer
+        self._held_by_optimizer = self._of_optimizer()
+        self._all = self._known()
+        self.current = [p for p in self._all if p.requires_grad]
+
+    def ask(self) -> Change | None:
+        """What has changed since the last time; None: nothing. Costs some microseconds, and waits
+        for no device."""
+        held = self._of_optimizer()
+        if len(held) != len(self._held_by_optimizer) or any(map(is_not, held, self._held_by_optimizer)):
+            self._held_by_optimizer = held
+            self._all = self._known()
+        trained = [p for p in self._all if p.requires_grad]
+        if len(trained) == len(self.current) and not any(map(is_not, trained, self.current)):
+            return None
+        before, self.current = self.current, trained
+        return self._change(before, trained)
+
+    def name(self, parameter: nn.Parameter) -> str:
+        """See :func:`name_of`."""
+        return name_of(self._model, parameter)
+
+    def _of_optimizer(self) -> list[nn.Parameter]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _known(self) -> list[nn.Parameter]:
+        return list(dict.fromkeys([*self._model.parameters(), *self._held_by_optimizer]))
+
+    def _change(self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter]) -> Change:
+        were, are = set(before), set(after)
+        added, removed = [p for p in after if p not in were], [p for p in before if p not in are]
+        held = set(self._held_by_optimizer)
+        strangers = [p for p in added if p not in held]
+        parts = [f"trained from now on: {self._names(added)}"] if added else []
+        parts += [f"no longer trained: {self._names(removed)}"] if removed else []
+        if strangers:
+            parts.append(f"in no group of the optimizer, which does not move it: {self._names(strangers)}")
+        return Change(added, removed, "; ".join(parts))
+
+    def _names(self, parameters: Sequence[nn.Parameter]) -> str:
+        names = ", ".join(self.name(p) for p in parameters[:SHOWN])
+        left = len(parameters) - SHOWN
+        return f"{names} and {left} more" if left > 0 else names
+
+
+def name_of(model: nn.Module, parameter: nn.Parameter) -> str:
+    """What the model calls a parameter."""
+    for name, own in unwrap(model).named_parameters():
+        if own is parameter:
+            return name
+    return f"a parameter of shape {[*parameter.shape]} outside the model"

@@ -1,0 +1,257 @@
+"""A run that is put together: it is begun and continued, stopped, asked how far it is, saved and
+put back."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hessianflow.checks import in_home
+from hessianflow.interfaces import (
+    Adversary,
+    AgreedError,
+    BatchController,
+    Decision,
+    HessianFlowError,
+    Progress,
+    ResizableBatches,
+    World,
+)
+from hessianflow.measuring import unwrap
+from hessianflow.training import checkpoint, rows
+from hessianflow.training.checks import join_parts, must_pair
+from hessianflow.training.loop import TrainingLoop
+from hessianflow.training.optimizers import set_mode
+from hessianflow.training.record import History, Record, history_length
+from hessianflow.training.settings import differences
+from hessianflow.training.sinks import LOGGER
+from hessianflow.training.state import separate_generators
+from hessianflow.training.world import on_all_ranks, on_first_rank
+
+
+class Run:
+    """What can be done with a trainer once it is built; it is built by a subclass.
+
+    Args:
+        loop: the parts of the run.
+        config: settings to write to config.json beside the trainer's own.
+        notices: what somebody who trains should be told as the run begins; empty ones are left out.
+        controller: decides the batch size; None: nobody.
+        reference_batch_size: batch size that the learning rate is stated at.
+    """
+
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        config: Mapping[str, Any],
+        notices: Sequence[str],
+        controller: BatchController | None,
+        reference_batch_size: int,
+    ) -> None:
+        self._loop, self._config = loop, dict(config)
+        self._notices = [text for text in notices if text]
+        self.controller, self.reference_batch_size = controller, reference_batch_size
+        self.world.attach(self.model, loop.step.trained.current)
+        self.rejoin()
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        return self._loop.model
+
+    @property
+    def train_data(self) -> ResizableBatches:
+        """What it is trained on."""
+        return self._loop.train_data
+
+    @property
+    def adversary(self) -> Adversary | None:
+        """What attacks the batches."""
+        return self._loop.step.adversary
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data."""
+        return self._loop.epochs
+
+    @property
+    def norm_batch_size(self) -> int | None:
+        """Examples that batch normalisation sees at once; None: the microbatch."""
+        return self._loop.norm_batch_size
+
+    @property
+    def world(self) -> World:
+        """The ranks that train together."""
+        return self._loop.world
+
+    def fit(self) -> History:
+        """Train for `epochs` epochs and return the records.
+
+        Training begins with the first example of the epoch that the data stand in: a batch that was
+        looked at before, or an epoch that another run left, does not count. After an interruption
+        (Ctrl-C, an error of the data) in the same process it goes on where it stopped, with the
+        batch that was not trained; a run with a run directory is continued by :meth:`resume`
+        instead.
+
+        Raises:
+            HessianFlowError: the run is over already; the run directory is in use or cannot be
+                written; the loss stopped being finite.
+        """
+        loop = self._loop
+        if not loop.is_unfinished:
+            raise AgreedError(
+                f"this run is over, after its {self.epochs} epochs: train on with a new trainer, for the same model, "
+                "optimizer and data, or resume a run directory with more epochs"
+            )
+        if loop.policy.mode == "rollback" and loop.run_dir is None:
+            raise AgreedError('on_divergence="rollback" goes back to checkpoints: it needs a run_dir')
+        self.world.meet(self.settings())
+        on_first_rank(self.world, lambda: loop.record.start({**self._config, "trainer": self.settings()}))
+        self._tell()
+        if loop.state.counters.updates == 0:
+            separate_generators(self.world.rank)
+            self.begin()
+            loop.save()
+        return self._run()
+
+    def begin(self) -> None:
+        """Put the controller's first setting in force, before any training with :meth:`run_until`.
+
+        Raises:
+            HessianFlowError: weights that are not finite.
+        """
+        self._loop.ahead.begin()
+        set_mode(self._loop.step.optimizer, training=True)
+        self._loop.apply(self._loop.decision)
+        if not checkpoint.all_finite(self._loop.step.trained.current):
+            raise AgreedError("the model's weights are not finite before the first step")
+
+    def resume(self, run_dir: str | Path) -> History:
+        """Continue an interrupted run of the same settings from its newest checkpoint to the end,
+        at any world size.
+
+        On a CPU, with as many ranks as before, the weights end bit for bit as if the run had never
+        been interrupted. Where settings differ, an event says which are in force: epochs and the
+        other arguments of this trainer, but the options of optimizer and scheduler that the
+        checkpoint holds.
+
+        Raises:
+            HessianFlowError: no usable checkpoint there, or one of another model or data set.
+        """
+        self.world.meet(self.settings())
+        loop, folder = self._loop, in_home(run_dir)
+        loop.run_dir = folder
+        state, warning = loop.newest_checkpoint(lambda: history_length(folder))
+        on_all_ranks(self.world, lambda: loop.load_state_dict(state, f"the checkpoint in {folder}"))
+        on_first_rank(self.world, lambda: loop.record.reopen(folder, state["history_bytes"]))
+        if warning is not None:
+            loop.event("fallback", warning)
+        self._tell(differences(state.get("settings", {}), loop.state.settings))
+        return self._run()
+
+    def _tell(self, changed: str = "") -> None:
+        """Say what somebody who trains should know, once a run; `changed`: since the run that is
+        resumed."""
+        for event, message in [*(("notice", text) for text in self._notices), ("settings", changed)]:
+            if message and not self._loop.record.has_event(event, message):
+                self._loop.event(event, message)
+                if self.world.rank == 0:
+                    LOGGER.warning(message)
+
+    def request_stop(self) -> None:
+        """Ask the loop to save a checkpoint and return after the step it is in, or at the latest
+        the one after it.
+
+        Asked while the end of an epoch is recorded (by a sink, a measurement), it returns there.
+        Safe in a signal handler. On several ranks it is enough to ask on one.
+        """
+        self._loop.stop_requested = True
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return self._loop.progress
+
+    @property
+    def decision(self) -> Decision:
+        """The setting in force."""
+        return self._loop.decision
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that follows the last update (decision, evaluation) was done; not so when a
+        rank failed there."""
+        counters = self._loop.state.counters
+        return counters.settled == counters.updates
+
+    @property
+    def microbatch_size(self) -> int:
+        """Examples a forward pass, as far as is known by now."""
+        return self._loop.step.microbatch.size
+
+    @property
+    def records(self) -> list[Record]:
+        """All rows made so far: those of every rank on rank 0, and the same ones on the others."""
+        return self._loop.record.records
+
+    def rejoin(self) -> None:
+        """Take this rank's place in the world, which may have changed since the last update."""
+        if must_pair(self.model, self.world, None) and not self._loop.step.accumulate.paired:
+            raise HessianFlowError("SyncBatchNorm needs all ranks from the start: use norm_batch_size where ranks come")
+        self.world.shard(self.train_data)
+        self._loop.ahead.forget()
+        join_parts(self.world, self._loop.control.observers, self._loop.step.adversary)
+
+    def run_until(self, updates: int | None = None) -> None:
+        """Train until so many updates have been made in all, or to the end; the records stay open
+        for more.
+
+        Raises:
+            DivergenceError: the loss stopped being finite.
+        """
+        self._loop.run_until(updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to continue as if it had never stopped: tensors and plain
+        values."""
+        return self._loop.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
+        """Continue from :meth:`state_dict` of a trainer of the same settings; `source` names it in
+        errors."""
+        self._loop.load_state_dict(state, source)
+
+    def _run(self) -> History:
+        loop = self._loop
+        try:
+            loop.run_until()
+        finally:
+            loop.record.close()
+        summary = self.summary()
+        on_first_rank(self.world, lambda: loop.record.finish(summary))
+        return on_first_rank(self.world, loop.record.history)
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json would hold if the run ended now."""
+        loop = self._loop
+        seconds, size = loop.watch.totals(), self.world.world_size
+        return rows.summary(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
+
+    def settings(self) -> dict[str, Any]:
+        """What config.json holds of the trainer itself."""
+        step = self._loop.step
+        return {
+            "model": type(unwrap(self.model)).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "optimizer": type(step.optimizer).__name__,
+            "controller": None if self.controller is None else type(self.controller).__name__,
+            "adversary": None if step.adversary is None else type(step.adversary).__name__,
+            "epochs": self.epochs,
+            "examples_per_epoch": self.train_data.num_examples,
+            "reference_batch_size": self.reference_batch_size,
+            "microbatch_size": step.microbatch.size,
+            "norm_batch_size": self.norm_batch_size,
+            "precision": step.accumulate.precision,
+            "device": step.device.type if self.world.world_size > 1 else str(step.device),
+        }

@@ -1,0 +1,202 @@
+"""A scheduler of anybody's: whether it fits the run, how it is stepped, and after how many steps it
+is over."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
+
+from hessianflow.interfaces import HessianFlowError
+
+ScheduleUnit = Literal["epoch", "reference_batch"]
+
+_LENGTHS = ("total_steps", "T_max", "total_iters", "t_initial")
+"""What schedulers of torch and timm call the number of steps that they are built for."""
+_EACH: Mapping[ScheduleUnit, str] = {"epoch": "once an epoch", "reference_batch": "once a reference batch of examples"}
+
+
+class Schedule:
+    """One scheduler under the trainer.
+
+    Args:
+        scheduler: of torch; or with the same `step()`; or with the `step(epoch)` and
+            `step_update(num_updates)` of timm's, which are told the steps taken so far.
+        optimizer: whose rates it must set.
+        unit: what a step is.
+
+    Raises:
+        HessianFlowError: it is no scheduler, or one of another optimizer; its step wants what
+            nobody can tell; a schedule of the other unit; a ReduceLROnPlateau that should step
+            within epochs.
+    """
+
+    def __init__(self, scheduler: LRScheduler, optimizer: Optimizer, unit: ScheduleUnit) -> None:
+        self.scheduler = scheduler
+        self.steps = 0
+        self.name = described(scheduler)
+        _check_methods(scheduler)
+        _check_owner(scheduler, optimizer)
+        self._watches = isinstance(scheduler, ReduceLROnPlateau)
+        if self._watches and unit == "reference_batch":
+            raise HessianFlowError('ReduceLROnPlateau watches epochs: use it with schedule_unit="epoch"')
+        self._counted = _counted_step(scheduler, unit)
+
+    def step(self, loss: float, accuracy: float | None) -> None:
+        """Take one step.
+
+        Args:
+            loss: what a ReduceLROnPlateau of mode "min" watches.
+            accuracy: what one of mode "max" watches.
+
+        Raises:
+            HessianFlowError: mode "max" without an accuracy; parameter groups that the scheduler
+                was not made for.
+        """
+        self.steps += 1
+        try:
+            if self._watches:
+                self.scheduler.step(self._watched(loss, accuracy))  # type: ignore[arg-type]
+            elif self._counted is not None:
+                getattr(self.scheduler, self._counted)(self.steps)
+            else:
+                self.scheduler.step()
+        except HessianFlowError:
+            raise
+        except (ValueError, KeyError, IndexError) as error:
+            groups = len(self.scheduler.optimizer.param_groups)
+            raise HessianFlowError(
+                f"{self.name} could not take its step {self.steps}: {type(error).__name__}: {error}; the optimizer has "
+                f"{groups} parameter groups now: make the scheduler for all of them"
+            ) from error
+
+    def _watched(self, loss: float, accuracy: float | None) -> float:
+        if getattr(self.scheduler, "mode", "min") != "max":
+            return loss
+        if accuracy is None:
+            raise HessianFlowError('ReduceLROnPlateau(mode="max") needs evaluation data with an accuracy')
+        return accuracy
+
+
+def described(scheduler: object) -> str:
+    """Its class, and in parentheses those of the schedulers within."""
+    inner = [described(part) for part in getattr(scheduler, "_schedulers", ())]
+    name = type(scheduler).__name__
+    return f"{name}({', '.join(inner)})" if inner else name
+
+
+def length(scheduler: object) -> int | None:
+    """Steps after which the schedule is over; None: it does not say.
+
+    Those of a SequentialLR are known by its last milestone and its last part, those of transformers
+    by a keyword of their lambda.
+    """
+    parts: Sequence[object] = getattr(scheduler, "_schedulers", ())
+    if isinstance(scheduler, SequentialLR):
+        last = length(parts[-1])
+        return None if last is None else int(scheduler._milestones[-1]) + last
+    if parts:
+        return max((found for found in map(length, parts) if found is not None), default=None)
+    if isinstance(scheduler, LambdaLR):
+        return max((found for found in map(_length_of_lambda, scheduler.lr_lambdas) if found), default=None)
+    for name in _LENGTHS:
+        value = getattr(scheduler, name, None)
+        if isinstance(value, (int, float)) and value > 0:
+            return math.ceil(value)
+    return None
+
+
+def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> int:
+    """Steps that a scheduler takes in a run; `batches_per_epoch`: examples over the reference batch
+    size."""
+    return epochs if unit == "epoch" else int(epochs * batches_per_epoch + 1e-9)
+
+
+def misfit(scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> str:
+    """What to tell of a schedule that the run does not reach the end of; empty where it does, or
+    has none.
+
+    Raises:
+        HessianFlowError: it was built for one step a batch and would take one an epoch, or ends in
+            an error before the run does.
+    """
+    planned, steps = length(scheduler), steps_of_run(unit, epochs, batches_per_epoch)
+    if planned is None:
+        return ""
+    within = steps_of_run("reference_batch", epochs, batches_per_epoch)
+    name, each = type(scheduler).__name__, _EACH[unit].replace("once", "one")
+    if isinstance(scheduler, OneCycleLR) and planned < steps:
+        raise HessianFlowError(
+            f"{name} is built for {planned} steps, and this run takes {steps}, {each}: "
+            f"build it with total_steps={steps}"
+        )
+    fewest, most = (epochs * count for count in (math.floor(batches_per_epoch), math.ceil(batches_per_epoch)))
+    if unit == "epoch" and epochs < fewest <= planned <= most:
+        raise HessianFlowError(
+            f"{name} is built for {planned} steps, one a batch, and would take {epochs}, one an epoch: pass "
+            f'schedule_unit="reference_batch" and build it for {within} steps, or build it for {epochs}'
+        )
+    if planned <= steps:
+        return ""
+    return (
+        f"{name} is built for {planned} steps and this run takes {steps}, {each}: "
+        f"its end is not reached; {steps} would fit"
+    )
+
+
+def _length_of_lambda(function: object) -> int | None:
+    found = function.keywords.get("num_training_steps") if isinstance(function, partial) else None
+    return found if isinstance(found, int) else None
+
+
+def _check_methods(scheduler: object) -> None:
+    for name in ("step", "state_dict", "load_state_dict"):
+        if not callable(getattr(scheduler, name, None)):
+            raise HessianFlowError(
+                f"scheduler must be a learning-rate scheduler with {name}(), got a {type(scheduler).__name__}"
+            )
+
+
+def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
+    """Whoever wraps an optimizer shares its groups, so they tell more than the object."""
+    owner = getattr(scheduler, "optimizer", None)
+    if owner is None or owner is optimizer:
+        return
+    own = {id(group) for group in optimizer.param_groups}
+    if not any(id(group) in own for group in owner.param_groups):
+        raise HessianFlowError(
+            f"the scheduler {type(scheduler).__name__} sets the rates of another {type(owner).__name__} than the "
+            f"optimizer: build it from the {type(optimizer).__name__} that is passed"
+        )
+
+
+def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
+    """The method that is told how many steps were taken; None: `step()` counts by itself."""
+    name = type(scheduler).__name__
+    in_epochs = getattr(scheduler, "t_in_epochs", None)
+    if in_epochs is not None and in_epochs != (unit == "epoch"):
+        wanted = "epoch" if in_epochs else "reference_batch"
+        raise HessianFlowError(f'{name} was made with t_in_epochs={in_epochs}: use it with schedule_unit="{wanted}"')
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return None
+    if isinstance(getattr(scheduler, "lr_scheduler", None), ReduceLROnPlateau):
+        raise HessianFlowError(f"{name} must be told a figure at each step: use torch's ReduceLROnPlateau")
+    wanted_by_step = required_arguments(scheduler.step)
+    if not wanted_by_step:
+        return None
+    if wanted_by_step != ["epoch"] or (unit == "reference_batch" and not hasattr(scheduler, "step_update")):
+        raise HessianFlowError(
+            f"{name}.step wants {', '.join(wanted_by_step)}, which the trainer cannot tell it {_EACH[unit]}: give the "
+            "scheduler a step() without arguments"
+        )
+    return "step" if unit == "epoch" else "step_update"
+
+
+def required_arguments(function: Callable[..., object]) -> list[str]:
+    """Names of what a function cannot be called without."""
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in free]
