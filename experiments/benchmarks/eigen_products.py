@@ -90,9 +90,9 @@ def measured(network: Network, starts: int) -> tuple[dict[float, list[int]], lis
         if step in network.points:
             operator = hf.curvature.HessianOperator(model, nn.functional.cross_entropy, batch)
             for tol in TOLERANCES:
-                cold[tol] += [
-                    hf.curvature.top_eigenpairs(operator, tol=tol, seed=seed).matvecs for seed in range(starts)
-                ]
+                for seed in range(starts):
+                    found = hf.curvature.top_eigenpairs(operator, tol=tol, seed=seed)
+                    cold[tol].append(found.matvecs)
             operator.release()
     return cold, readings
 
@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"| network | {' | '.join(f'{tol:g}' for tol in TOLERANCES)} | probe |\n|---|---|---|---|---|")
+    names = " | ".join(f"{tol:g}" for tol in TOLERANCES)
+    print(f"| network | {names} | probe |\n|---|---|---|---|---|")
     for name in options.networks:
         cold, readings = measured(NETWORKS[name], options.starts)
         cells = [statistics.mean(counts) for counts in (*cold.values(), readings)]

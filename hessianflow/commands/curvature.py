@@ -132,7 +132,8 @@ def _shares(shares: "SignShares") -> list[str]:
         f"{name:<24}{share.value:>14.4f}   true share {share.low:.4f} to {share.high:.4f}"
         for name, share in rows.items()
     ]
-    return [*lines, f"not told from 0: between {first:.2g} and {last:.2g}, for want of steps or by rounding"]
+    reason = "for want of steps or by rounding"
+    return [*lines, f"not told from 0: between {first:.2g} and {last:.2g}, {reason}"]
 
 
 def _write(report: "SpectrumReport", folder: Path) -> None:

@@ -7,9 +7,10 @@ For a random unit vector v, `steps` Lanczos steps give a tridiagonal T with eige
 with weights (first entry of s_i)^2 are the Gauss quadrature of the spectral measure of v, exact for polynomials up to
 degree 2 steps - 1. The average over probes estimates the eigenvalue distribution, and their spread its error.
 
-Deviations: full reorthogonalisation (without it, up to 28 of 150 nodes were copies of the top eigenvalue); after a
-breakdown the quadrature is exact and the remaining nodes repeat the last one with weight 0. Shares of the spectrum
-(negative, below a value) are not sums of weights but what the rule bounds, see shares.py.
+Deviations: full reorthogonalisation (without it, up to 28 of 150 nodes were copies of the top
+eigenvalue); after a breakdown the quadrature is exact and the remaining nodes repeat the last one
+with weight 0. Shares of the spectrum (negative, below a value) are not sums of weights but what the
+rule bounds, see shares.py.
 """
 
 from dataclasses import dataclass, field
@@ -58,8 +59,9 @@ class SpectralDensity:
         weights: their shares of the spectrum, rows summing to 1, shape [num_probes, steps].
         size: rows of the operator, so that size * weight counts eigenvalues.
         matvecs: products spent.
-        recurrences: of each probe the diagonal and off-diagonal of its tridiagonal matrix, shape [2, steps] each; the
-            last off-diagonal leads out of it, 0 after a breakdown. Without them nodes are taken for eigenvalues.
+        recurrences: of each probe the diagonal and off-diagonal of its tridiagonal matrix, shape
+            [2, steps] each; the last off-diagonal leads out of it, 0 after a breakdown. Without
+            them nodes are taken for eigenvalues.
         noise: what the rounding of products may move an eigenvalue by.
     """
 
@@ -95,9 +97,10 @@ class SpectralDensity:
         return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), chosen)
 
     def mass_below(self, value: float = 0.0) -> TraceResult:
-        """Share of eigenvalues below `value`, with an error of which two cover what the quadrature leaves open.
+        """Share of eigenvalues below `value`; two standard errors cover all that is left open.
 
-        The value is the middle of that. Where many eigenvalues lie at or near `value`, as with 0 in networks, the error
+        The value is the middle between the limits of the quadrature (shares.py). Where many
+        eigenvalues lie at or near `value`, as with 0 in networks, they are far apart and the error
         is large: there :meth:`shares` says more.
         """
         limits = self._limits(value - self.noise, value + self.noise)
@@ -128,7 +131,7 @@ class SpectralDensity:
         )
 
     def _limits(self, first: float, last: float) -> Tensor:
-        """Of each probe's measure, the least below `first` and the most below `last`, shape [num_probes, 2]."""
+        """Of each probe's measure, least below `first`, most up to `last`, [num_probes, 2]."""
         if self.recurrences:
             pairs = [mass_limits(one, first, last) for one in self.recurrences]
             return torch.tensor(pairs, dtype=torch.float64)
@@ -184,7 +187,7 @@ def spectral_density(
 
 
 class _Rule(NamedTuple):
-    """Nodes and weights of one probe, shape [steps], and the recurrence they come from, shape [2, steps]."""
+    """Nodes and weights of one probe, [steps] each, and their recurrence, [2, steps]."""
 
     nodes: Tensor
     weights: Tensor

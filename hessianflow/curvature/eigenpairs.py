@@ -38,18 +38,19 @@ def top_eigenpairs(
         k: number of pairs, from 1 to the size.
         method: "lanczos" (thick restart, full reorthogonalisation) or "power" (deflated power iteration).
         which: "LM" largest magnitude, "LA" largest algebraic, "SA" smallest algebraic.
-        tol: allowed relative error of each value. Lanczos judges it by min(r, r^2/gap) for the residual r, power
-            iteration by r itself; neither by the change of a value. That no more wanted value is hidden, residuals
-            cannot tell: Lanczos checks several pairs from a fresh start, and one by its gap and by whether its
-            residual still falls; power iteration does not.
-            Lanczos stops in any case at the rounding of products, taken as 50 machine epsilons of the largest
-            magnitude (in float32 6e-6 of it): values much smaller than that one may be left less accurate than `tol`
-            asks, and `converged` is False then. Default ours.
-        residual_tol: largest residual of each pair, ||A x - theta x|| <= residual_tol |theta|, as ARPACK's `tol`; for
-            those who need vectors. By `tol` alone Lanczos leaves residuals of up to sqrt(tol / 10) |theta| (1 % of it
-            at most, but `tol` if that is more): such a vector is off by an angle of about that over the relative gap,
-            good for a warm start or the share of a gradient along it, not for projections. None: not asked for.
-            Not for "power", whose `tol` is such a rule already.
+        tol: allowed relative error of each value. Lanczos judges it by min(r, r^2/gap) for the
+            residual r, power iteration by r itself; neither by the change of a value. That no more
+            wanted value is hidden, residuals cannot tell: Lanczos checks several pairs from a fresh
+            start, and one by its gap and by whether its residual still falls; power iteration does
+            not. Lanczos stops in any case at the rounding of products, taken as 50 machine epsilons
+            of the largest magnitude (in float32 6e-6 of it): values much smaller than that one may
+            be left less accurate than `tol` asks, and `converged` is False then. Default ours.
+        residual_tol: largest residual of each pair, ||A x - theta x|| <= residual_tol |theta|, as
+            ARPACK's `tol`; for those who need vectors. By `tol` alone Lanczos leaves residuals of
+            up to sqrt(tol / 10) |theta| (1 % of it at most, but `tol` if that is more): such a
+            vector is off by an angle of about that over the relative gap, good for a warm start or
+            the share of a gradient along it, not for projections. None: not asked for. Not for
+            "power", whose `tol` is such a rule already.
         max_matvecs: most products to spend; then `converged` is False. Default max(100, 20 k) for Lanczos, ten times as
             many for power iteration. Ours.
         v0: start vector [size] or vectors [size, m], e.g. those of an earlier, similar operator. A random part is added
@@ -112,7 +113,7 @@ def _check_residual_tol(residual_tol: float | None, method: Method) -> None:
     if residual_tol is None:
         return
     if method == "power":
-        raise HessianFlowError("residual_tol is for method='lanczos'; 'power' stops by residuals: give it as tol")
+        raise HessianFlowError("residual_tol is for 'lanczos'; 'power' stops by residuals: give tol")
     if not residual_tol > 0:
         raise HessianFlowError(f"residual_tol must be positive or None, got {residual_tol}")
 

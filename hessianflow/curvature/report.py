@@ -116,7 +116,7 @@ def spectrum_report(
         loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for dict batches.
         data: one pair or a re-iterable of pairs.
         k: leading eigenpairs (largest magnitude); capped at the number of weights.
-        density: also a spectral density (3 probes of 40 steps) with the shares below, at and above 0.
+        density: also a spectral density (3 probes of 40 steps) with the shares by sign.
         trace: also the trace (60 products).
         layers: pattern of module names ("layer1.*", "*"): the leading eigenvalue and trace of each that holds weights.
         tol: relative error allowed for the eigenvalues.
@@ -219,7 +219,11 @@ def _density_dict(density: SpectralDensity) -> dict[str, Any]:
     return {
         "nodes": density.nodes.tolist(),
         "weights": density.weights.tolist(),
-        "shares": {name: asdict(getattr(shares, name)) for name in ("negative", "zero", "positive")},
+        "shares": {
+            "negative": asdict(shares.negative),
+            "zero": asdict(shares.zero),
+            "positive": asdict(shares.positive),
+        },
         "zero_zone": list(shares.zone),
         "negative_mass": negative.value,
         "negative_mass_stderr": negative.stderr,

@@ -87,7 +87,7 @@ class RitzSpace:
         column, gram = numbers.to("cpu", torch.float64).numpy().reshape(2, m + 1)
         if not np.isfinite(column).all():
             raise NonFiniteError(NON_FINITE_PRODUCT)
-        # The part of that residual along the new vector: all of it where the search followed this pair.
+        # That residual's part along the new vector: all of it where the search followed this pair.
         self._before = abs(float(column[:m] @ self._coordinates[:, 0])) if m > 0 else 0.0
         self._projected[: m + 1, m] = self._projected[m, : m + 1] = column
         self._gram[: m + 1, m] = self._gram[m, : m + 1] = gram
@@ -125,9 +125,10 @@ class RitzSpace:
         return bool(self._accurate().all()) and self._rival() is None
 
     def meets_demand(self) -> bool:
-        """Whether pairs that are accurate enough to stop meet the tolerances themselves, not just `noise`.
+        """Whether pairs that are accurate enough to stop meet the tolerances, not just `noise`.
 
-        A value that would vanish in a sum with the largest is zero; nothing relative to it can be asked.
+        A value that would vanish in a sum with the largest is zero; no relative error is asked of
+        it.
         """
         magnitudes = np.abs(self.values[: self._k])
         good = self._bounds() <= self._demand.tol * magnitudes
@@ -225,8 +226,8 @@ class RitzSpace:
         if self._k == 1:
             forecast = self._demand.largest_forecast(float(magnitudes[0]), self._before)
             most = min(most, self._demand.evidence.angle * self._gap(), forecast)
-        limits: Array = np.maximum(np.minimum(self._demand.largest_residual(magnitudes), most), self.noise)
-        return limits
+        limits: Array = np.minimum(self._demand.largest_residual(magnitudes), most)
+        return np.maximum(limits, self.noise)
 
     def _gap(self) -> float:
         """From the first value to the next that is another answer: not one that agrees with it within the tolerance."""
@@ -240,14 +241,16 @@ class RitzSpace:
 
     def _accurate(self) -> npt.NDArray[np.bool_]:
         self._measure()
-        within = self._estimates <= np.maximum(self._demand.tol * np.abs(self.values[: self._k]), self.noise)
+        asked = self._demand.tol * np.abs(self.values[: self._k])
+        within = self._estimates <= np.maximum(asked, self.noise)
         accurate: npt.NDArray[np.bool_] = within & (self.residuals <= self._limits())
         return accurate
 
     def _bounds(self) -> Array:
-        """Errors that the values of accurate pairs may have: no smaller than was asked for, but by the residual.
+        """Errors that values of accurate pairs may have: the residual, or at least what was asked.
 
-        The gap in r^2/gap is that of values seen; between eigenvalues closer than the tolerance it means nothing.
+        The gap in r^2/gap is that of values seen; between eigenvalues closer than the tolerance it
+        means nothing.
         """
         self._measure()
         asked = self._demand.tol * np.abs(self.values[: self._k])
@@ -255,9 +258,10 @@ class RitzSpace:
         return np.maximum(bounds, self.noise)
 
     def _rival(self) -> int | None:
-        """An unwanted pair that might, within its residual, still outdo the last wanted one; None without one.
+        """An unwanted pair that might, within its residual, still outdo the last wanted one.
 
-        A single pair has it among those of the other sign: both ends of a spectrum may lie equally far from zero.
+        A single pair has it among those of the other sign: both ends of a spectrum may lie equally
+        far from zero.
         """
         if self.size <= self._k or (self._k == 1 and self._which != "LM"):
             return None

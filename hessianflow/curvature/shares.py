@@ -1,19 +1,20 @@
 """How much of a spectrum lies below a value, between limits that a quadrature does not decide.
 
 References: Golub, Some modified matrix eigenvalue problems, 1973 (a node put where one wants it);
-Golub and Meurant, Matrices, Moments and Quadrature, 2010, chapter 6 (its weights bound the measure).
+Golub and Meurant, Matrices, Moments and Quadrature, 2010, chapter 6 (its weights bound the
+measure).
 
 The m nodes and weights of Lanczos quadrature fix 2m moments of the spectral measure of the start
-vector, and many measures have those. Whatever the measure, the rule with one more node at x says: at
-least the weights below x lie below x, and at most these and the weight at x. The weight at x is what
-the quadrature cannot tell. Where one eigenvalue, say 0, holds half of the spectrum, it is half or more;
-counting nodes instead would put all of it on the side to which rounding moved a node.
+vector, and many measures have those. Whatever the measure, the rule with one more node at x says:
+at least the weights below x lie below x, and at most these and the weight at x. The weight at x is
+what the quadrature cannot tell. Where one eigenvalue, say 0, holds half of the spectrum, it is half
+or more; counting nodes instead would put all of it on the side to which rounding moved a node.
 
 Choices of ours: for the mass below a value, x is moved by the rounding of products, outwards either
-way; for shares by sign, an eigenvalue within that of 0 is zero, as products cannot tell. The part that
-a random unit vector of n rows has in s n of n eigenvectors varies by 2 s (1 - s) / (n + 2) (the beta
-distribution), so its error is known, not estimated from a few probes; limits are Wilson's for that
-variance, at two standard errors.
+way; for shares by sign, an eigenvalue within that of 0 is zero, as products cannot tell. The part
+that a random unit vector of n rows has in s n of n eigenvectors varies by 2 s (1 - s) / (n + 2)
+(the beta distribution), so its error is known, not estimated from a few probes; limits are Wilson's
+for that variance, at two standard errors.
 """
 
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor
 
 NONE = 1e-6
-"""Of the squared part in one eigenvector that a random start has on average, less than this is found in
-one start of a thousand: a share below that of one eigenvalue is none."""
+"""Of the squared part in one eigenvector that a random start has on average, less than this is
+found in one start of a thousand: a share below that of one eigenvalue is none."""
 
 NEAREST = 1e-8
-"""Least distance, relative to the largest magnitude, between a node that is put and the others: nearer
-ones would make numbers too large for the rule to be accurate."""
+"""Least distance, relative to the largest magnitude, between a node that is put and the others:
+nearer ones would make numbers too large for the rule to be accurate."""
 
 DEVIATIONS = 2.0
 """Standard errors on either side: 95 % where parts are roughly normal."""
@@ -53,9 +54,10 @@ class SignShares:
     """Negative, zero and positive eigenvalues; the three values sum to 1.
 
     Attributes:
-        negative: surely below 0. The limits are on all that are, by more than the rounding of products.
-        zero: what cannot be told from 0, by rounding or because the quadrature takes too few steps to
-            look closer. The limits are on what is 0 up to rounding.
+        negative: surely below 0. The limits are on all that are, by more than the rounding of
+            products.
+        zero: what cannot be told from 0, by rounding or because the quadrature takes too few steps
+            to look closer. The limits are on what is 0 up to rounding.
         positive: surely above 0, with limits as for negative.
         zone: the first nodes on either side that are not 0, mean over probes, or the rounding of
             products where there is none: between them nothing is told apart.
@@ -71,8 +73,8 @@ def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, f
     """Least of the spectral measure of one start below `first`, most up to `last`.
 
     Args:
-        recurrence: diagonal and off-diagonal of the tridiagonal matrix of Lanczos, shape [2, steps];
-            the last off-diagonal leads out of it, 0 where the search broke down.
+        recurrence: diagonal and off-diagonal of the tridiagonal matrix of Lanczos, shape [2,
+            steps]; the last off-diagonal leads out of it, 0 where the search broke down.
         first: a value.
         last: the same value, or a larger one.
     """
@@ -115,7 +117,7 @@ def tridiagonal(diagonal: Tensor, beside: Tensor) -> Tensor:
 
 
 def limits_of(least: float, most: float, size: int, probes: int) -> tuple[float, float]:
-    """Limits on a share of which random starts have a part between `least` and `most`, mean over probes."""
+    """Limits on a share of which random starts have between `least` and `most`, on average."""
     return _wilson(least, size, probes)[0], _wilson(most, size, probes)[1]
 
 

@@ -125,8 +125,9 @@ def _measured_on(stored: Mapping[str, Any]) -> str:
     said += [f"trace {trace['value']:.4g} ± {trace['stderr']:.1g}"] if trace else []
     shares = (stored.get("density") or {}).get("shares")
     # Files of earlier versions have no shares: what they call the negative mass may count zeros.
-    for name, sign in {"negative": "below 0", "zero": "not told from 0", "positive": "above 0"}.items():
-        said += [f"{shares[name]['value']:.1%} {sign}"] if shares else []
+    signs = {"negative": "below 0", "zero": "not told from 0", "positive": "above 0"}
+    if shares:
+        said += [f"{shares[name]['value']:.1%} {sign}" for name, sign in signs.items()]
     return ", ".join(said)
 
 

@@ -1,4 +1,5 @@
-"""`converged` and error bounds where values lie close together, at both ends, or far below the largest.
+"""`converged` and error bounds where values lie close together, at both ends, or far below the
+largest.
 
 The oracle is the diagonal itself, or numpy's dense eigenvalues: no code of ours.
 """
@@ -24,7 +25,7 @@ def over_bulk(*lead):
 
 
 def missed(values, truth, tol, seeds=60, **options):
-    """Of so many starts, how many converge further than the tolerance from the truth, how many from everything."""
+    """How many starts end further than the tolerance from the truth, and how many from all values."""
     wrong = between = 0
     for seed in range(seeds):
         result = top_eigenpairs(diagonal(values), tol=tol, seed=seed, **options)
@@ -50,7 +51,7 @@ def missed(values, truth, tol, seeds=60, **options):
     ],
 )
 def test_the_mean_of_close_values_is_not_called_converged(lead, tol):
-    """It lies between them, or is the smaller one; of two 1 % apart 45 of 60 starts were wrong at 1e-3."""
+    """It lies between, or is the smaller; of two 1 % apart 45 of 60 starts were wrong at 1e-3."""
     wrong, between = missed(over_bulk(*lead), 1.0, tol)
     assert wrong <= 6
     assert between <= 1
@@ -99,7 +100,7 @@ def test_a_negative_value_that_is_larger_by_more_than_the_tolerance_leads(lead):
 
 
 def critic(seed):
-    """A critic whose loss is linear in its outputs: without biases its Hessian has a symmetric spectrum."""
+    """A critic, its loss linear in the outputs: without biases its spectrum is symmetric."""
     torch.manual_seed(seed)
     layers = torch.nn.Linear(5, 7, bias=False), torch.nn.ReLU(), torch.nn.Linear(7, 3, bias=False)
     batch = torch.randn(30, 5).double(), torch.randn(30, 3).double()
@@ -113,7 +114,8 @@ def test_the_sign_of_a_critic_does_not_hang_on_the_seed(problem):
     exact = torch.linalg.eigvalsh(operator.dense())
     assert exact[0] == pytest.approx(-exact[-1])  # a tie
     for seed in range(20):
-        assert top_eigenpairs(operator, seed=seed).values.item() == pytest.approx(float(exact[-1]), rel=1e-3)
+        found = top_eigenpairs(operator, seed=seed).values.item()
+        assert found == pytest.approx(float(exact[-1]), rel=1e-3)
 
 
 def test_a_probe_does_not_change_its_sign_from_one_cold_call_to_the_next():
@@ -181,7 +183,7 @@ def test_a_residual_below_rounding_is_not_called_converged():
     [
         ({"residual_tol": 0.0}, "residual_tol must be positive or None, got 0.0"),
         ({"residual_tol": float("nan")}, "residual_tol must be positive or None, got nan"),
-        ({"residual_tol": 1e-3, "method": "power"}, "'power' stops by residuals: give it as tol"),
+        ({"residual_tol": 1e-3, "method": "power"}, "'power' stops by residuals: give tol"),
     ],
 )
 def test_a_residual_rule_that_means_nothing_is_refused(options, message):

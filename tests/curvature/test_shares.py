@@ -28,7 +28,7 @@ def half_zero(n=120):
 MEASURES = {
     "half of it zero": half_zero(),
     "symmetric about zero": torch.linspace(-1, 1, 101, dtype=torch.float64),
-    "outliers over a bulk": torch.cat([torch.tensor([5.0, -2.0]), torch.linspace(-0.1, 0.4, 98)]).double(),
+    "outliers over a bulk": torch.tensor([5.0, -2.0, *torch.linspace(-0.1, 0.4, 98).tolist()]).double(),
 }
 
 
@@ -73,7 +73,7 @@ def test_a_regression_with_more_weights_than_examples_has_no_negative_eigenvalue
 
 
 def with_dead_inputs(dtype):
-    """A trained classifier whose inputs are 0 in two of five columns, as in the corners of images."""
+    """A trained classifier whose inputs are 0 in two of five columns, as images at their edges."""
     problem = classification(mlp((10, 8, 4), dtype=dtype), (10,), 40, 4)
     inputs = problem.inputs * (torch.arange(10) % 5 > 1)
     problem = Problem(problem.model, problem.loss_fn, inputs, problem.targets)
@@ -89,7 +89,8 @@ def test_shares_of_a_network_cover_the_dense_ones(dtype, steps):
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
     density = spectral_density(operator, num_probes=3, steps=steps, seed=0)
     found, noise = density.shares(), max(density.noise, 1e-12)
-    truth = [float(part.double().mean()) for part in (exact < -noise, exact.abs() <= noise, exact > noise)]
+    parts = (exact < -noise, exact.abs() <= noise, exact > noise)
+    truth = [float(part.double().mean()) for part in parts]
     assert truth[0] > 0.05
     assert truth[1] > 0.2
     for share, true in zip((found.negative, found.zero, found.positive), truth, strict=True):
@@ -110,7 +111,8 @@ def test_two_errors_cover_the_mass_below_a_value(edge, probes):
     values = half_zero()
     truth, covered = float((values < edge).double().mean()), 0
     for seed in range(100):
-        mass = spectral_density(diagonal(values), num_probes=probes, steps=25, seed=seed).mass_below(edge)
+        found = spectral_density(diagonal(values), num_probes=probes, steps=25, seed=seed)
+        mass = found.mass_below(edge)
         covered += abs(mass.value - truth) <= 2 * mass.stderr
     assert covered >= 91
 
@@ -131,13 +133,15 @@ def test_nothing_but_zero_and_nodes_that_lie_at_zero():
     assert zero.shares().zone == (0.0, 0.0)
     # Two steps end on the two values, of which none is 0, and are one too few for the three.
     for spectrum in ([1.0, -1.0] * 10, [1.0, 0.0, -1.0] * 10):
-        found = spectral_density(operator_of(symmetric(spectrum)), num_probes=3, steps=2, seed=0).shares()
+        operator = operator_of(symmetric(spectrum))
+        found = spectral_density(operator, num_probes=3, steps=2, seed=0).shares()
         assert found.negative.low <= spectrum.count(-1.0) / len(spectrum) <= found.negative.high
         assert found.zero.low <= spectrum.count(0.0) / len(spectrum) <= found.zero.high
 
 
 def test_nodes_by_themselves_are_taken_for_eigenvalues():
-    nodes, weights = torch.tensor([[-1.0, 0.0, 2.0]]).double(), torch.tensor([[0.25, 0.5, 0.25]]).double()
+    nodes = torch.tensor([[-1.0, 0.0, 2.0]], dtype=torch.float64)
+    weights = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
     found = SpectralDensity(nodes, weights, 1000, 3).shares()
     assert [found.negative.value, found.zero.value, found.positive.value] == [0.25, 0.5, 0.25]
     assert found.negative.low == pytest.approx(0.25 - 2 * np.sqrt(0.1875 * 2 / 1002), abs=0.005)
