@@ -317,6 +317,8 @@ def test_commands_that_read_runs(capsys):
     assert len(found["eigenvalues"]) == 2
     assert found["num_examples"] == 64
     assert Path("run0/plots/spectral_density.png").exists()
+    for words in ("share below 0 ", "share not told from 0 ", "share above 0 ", "not told from 0: between"):
+        assert words in out
     status, out, _ = run(
         "spectrum",
         "run0/checkpoints/best.pt",

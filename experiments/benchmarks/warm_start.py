@@ -26,10 +26,10 @@ from torch import Tensor
 
 from hessianflow.curvature import CallableOperator
 from hessianflow.curvature.eigenpairs import RANDOM_SHARE
+from hessianflow.curvature.evidence import COLD, WARM, Evidence
 from hessianflow.curvature.lanczos import lanczos
 from hessianflow.curvature.probe import SPARE_VECTORS, by_value, remembered
 from hessianflow.curvature.results import EigenResult
-from hessianflow.curvature.ritz_space import COLD, WARM, Evidence
 from hessianflow.curvature.vectors import gaussian, generator
 from hessianflow.interfaces import LinearOperator
 
@@ -75,8 +75,8 @@ RULES = {
     "equal, 0.4 (before)": Rule(lambda nearness: torch.full_like(nearness, 0.4)),
     "equal, 0.2": Rule(lambda nearness: torch.full_like(nearness, 0.2)),
     "leading vector alone": Rule(torch.zeros_like),
-    "by value, residual up to 3 %": Rule(by_value, Evidence(0.03, WARM.angle)),
-    "by value, residual up to 3 %, of the gap 10 %": Rule(by_value, Evidence(0.03, 0.1)),
+    "by value, residual up to 3 %": Rule(by_value, WARM._replace(cap=0.03)),
+    "by value, residual up to 3 %, of the gap 10 %": Rule(by_value, WARM._replace(cap=0.03, angle=0.1)),
     "by value, as strict as a cold start": Rule(by_value, COLD),
 }
 

@@ -11,6 +11,7 @@ arXiv:1712.09913). All in batch statistics, on the same training examples.
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _density(operator: hf.curvature.HessianOperator, precision: Mapping[str, int
         "weights": _rounded(density.weights),
         "top": float(top.values[0]),
         "converged": top.converged,
-        "negative": density.mass_below(0.0).value,
+        "shares": asdict(density.shares()),
         "loss": operator.mean_loss(),
     }
 

@@ -11,7 +11,7 @@ from hessianflow.commands.runs import require_settings
 from hessianflow.interfaces import HessianFlowError, NormMode
 
 if TYPE_CHECKING:
-    from hessianflow.curvature import SpectrumReport
+    from hessianflow.curvature import SignShares, SpectrumReport
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -110,8 +110,7 @@ def _table(report: "SpectrumReport") -> str:
     if report.trace is not None:
         lines.append(f"{'trace':<24}{report.trace.value:>14.6g}{report.trace.stderr:>12.1e}")
     if report.density is not None:
-        negative = report.density.mass_below(0.0)
-        lines.append(f"{'share of negative mass':<24}{negative.value:>14.4f}{negative.stderr:>12.1e}")
+        lines += _shares(report.density.shares())
     for layer in report.layers:
         mark = "" if layer.converged else "  not converged"
         lines.append(
@@ -119,6 +118,22 @@ def _table(report: "SpectrumReport") -> str:
             f"+- {layer.trace_stderr:.1g}, {layer.size} weights{mark}"
         )
     return "\n".join(lines)
+
+
+def _shares(shares: "SignShares") -> list[str]:
+    """The spectrum by sign, each share with its limits."""
+    first, last = shares.zone
+    rows = {
+        "share below 0": shares.negative,
+        "share not told from 0": shares.zero,
+        "share above 0": shares.positive,
+    }
+    lines = [
+        f"{name:<24}{share.value:>14.4f}   true share {share.low:.4f} to {share.high:.4f}"
+        for name, share in rows.items()
+    ]
+    reason = "for want of steps or by rounding"
+    return [*lines, f"not told from 0: between {first:.2g} and {last:.2g}, {reason}"]
 
 
 def _write(report: "SpectrumReport", folder: Path) -> None:

@@ -11,6 +11,7 @@ from hessianflow.curvature.probe import CurvatureProbe
 from hessianflow.curvature.report import LayerSpectrum, SpectrumReport, spectrum_report
 from hessianflow.curvature.results import DiagonalResult, EigenResult, TraceResult
 from hessianflow.curvature.second_opinion import Comparison, SecondOpinion, second_opinion
+from hessianflow.curvature.shares import Share, SignShares
 from hessianflow.curvature.trace import diagonal, frobenius_norm, trace
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "NonFiniteError",
     "Operator",
     "SecondOpinion",
+    "Share",
+    "SignShares",
     "SmoothedDensity",
     "SpectralDensity",
     "SpectrumReport",

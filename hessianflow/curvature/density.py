@@ -7,17 +7,28 @@ For a random unit vector v, `steps` Lanczos steps give a tridiagonal T with eige
 with weights (first entry of s_i)^2 are the Gauss quadrature of the spectral measure of v, exact for polynomials up to
 degree 2 steps - 1. The average over probes estimates the eigenvalue distribution, and their spread its error.
 
-Deviations: full reorthogonalisation (without it, up to 28 of 150 nodes were copies of the top eigenvalue); after a
-breakdown the quadrature is exact and the remaining nodes repeat the last one with weight 0.
+Deviations: full reorthogonalisation (without it, up to 28 of 150 nodes were copies of the top
+eigenvalue); after a breakdown the quadrature is exact and the remaining nodes repeat the last one
+with weight 0. Shares of the spectrum (negative, below a value) are not sums of weights but what the
+rule bounds, see shares.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hessianflow.curvature.evidence import ROUNDING
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import TraceResult
+from hessianflow.curvature.shares import (
+    Share,
+    SignShares,
+    limits_of,
+    mass_limits,
+    tridiagonal,
+)
 from hessianflow.curvature.vectors import gaussian, generator, norm
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
@@ -48,12 +59,18 @@ class SpectralDensity:
         weights: their shares of the spectrum, rows summing to 1, shape [num_probes, steps].
         size: rows of the operator, so that size * weight counts eigenvalues.
         matvecs: products spent.
+        recurrences: of each probe the diagonal and off-diagonal of its tridiagonal matrix, shape
+            [2, steps] each; the last off-diagonal leads out of it, 0 after a breakdown. Without
+            them nodes are taken for eigenvalues.
+        noise: what the rounding of products may move an eigenvalue by.
     """
 
     nodes: Tensor
     weights: Tensor
     size: int
     matvecs: int
+    recurrences: tuple[Tensor, ...] = field(default=(), repr=False)
+    noise: float = 0.0
 
     def smoothed(
         self, points: int = 1000, *, width: float | None = None, limits: tuple[float, float] | None = None
@@ -80,10 +97,55 @@ class SpectralDensity:
         return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), chosen)
 
     def mass_below(self, value: float = 0.0) -> TraceResult:
-        """Share of eigenvalues below `value` (0: the negative mass), with its standard error over probes."""
-        shares = (self.weights * (self.nodes < value)).sum(dim=1)
-        stderr = float(_spread(shares) / len(shares) ** 0.5) if len(shares) > 1 else float("inf")
-        return TraceResult(float(shares.mean()), stderr, self.matvecs, tuple(shares.tolist()))
+        """Share of eigenvalues below `value`; two standard errors cover all that is left open.
+
+        The value is the middle between the limits of the quadrature (shares.py). Where many
+        eigenvalues lie at or near `value`, as with 0 in networks, they are far apart and the error
+        is large: there :meth:`shares` says more.
+        """
+        limits = self._limits(value - self.noise, value + self.noise)
+        least, most = limits.mean(dim=0).tolist()
+        low, high = limits_of(least, most, self.size, len(limits))
+        middle = (least + most) / 2
+        stderr = max(middle - low, high - middle) / 2
+        return TraceResult(middle, stderr, self.matvecs, tuple(limits.mean(dim=1).tolist()))
+
+    def shares(self) -> SignShares:
+        """Shares of negative, zero and positive eigenvalues.
+
+        What cannot be told from 0 is kept apart, not put on either side.
+        """
+        lower, upper = (self._limits(end, end).mean(dim=0) for end in (-self.noise, self.noise))
+        probes = len(self.nodes)
+
+        def share(value: Tensor, least: Tensor, most: Tensor) -> Share:
+            low, high = limits_of(float(least), float(most), self.size, probes)
+            return Share(min(max(float(value), low), high), low, high)
+
+        undecided = upper[1] - lower[0]
+        return SignShares(
+            negative=share(lower[0], lower[0], lower[1]),
+            zero=share(undecided, (upper[0] - lower[1]).clamp_min(0), undecided),
+            positive=share(1 - upper[1], 1 - upper[1], 1 - upper[0]),
+            zone=self._zone(),
+        )
+
+    def _limits(self, first: float, last: float) -> Tensor:
+        """Of each probe's measure, least below `first`, most up to `last`, [num_probes, 2]."""
+        if self.recurrences:
+            pairs = [mass_limits(one, first, last) for one in self.recurrences]
+            return torch.tensor(pairs, dtype=torch.float64)
+        parts = (self.nodes < first, self.nodes <= last)
+        return torch.stack([(self.weights * part).sum(dim=1) for part in parts], dim=1)
+
+    def _zone(self) -> tuple[float, float]:
+        """Where the nodes begin on either side that are not 0, mean over probes."""
+        ends = []
+        for side in (-1, 1):
+            away = side * self.nodes
+            nearest = torch.where(away > self.noise, away, torch.inf).amin(dim=1)
+            ends.append(side * float(torch.where(nearest.isinf(), self.noise, nearest).mean()))
+        return ends[0], ends[1]
 
     def moment(self, power: int) -> float:
         """Mean of eigenvalue^power over the spectrum; times `size` it estimates tr A^power."""
@@ -111,18 +173,29 @@ def spectral_density(
         rules = [
             _quadrature(operator, gaussian(operator, source), min(steps, operator.size)) for _ in range(num_probes)
         ]
-    longest = max(len(nodes) for nodes, _, _ in rules)
-    padded = [_padded(nodes, weights, longest) for nodes, weights, _ in rules]
+    longest = max(len(rule.nodes) for rule in rules)
+    padded = [_padded(rule.nodes, rule.weights, longest) for rule in rules]
+    nodes = torch.stack([nodes for nodes, _ in padded])
     return SpectralDensity(
-        nodes=torch.stack([nodes for nodes, _ in padded]),
+        nodes=nodes,
         weights=torch.stack([weights for _, weights in padded]),
         size=operator.size,
-        matvecs=sum(spent for _, _, spent in rules),
+        matvecs=sum(len(rule.nodes) for rule in rules),
+        recurrences=tuple(rule.recurrence for rule in rules),
+        noise=ROUNDING * torch.finfo(operator.dtype).eps * float(nodes.abs().max()),
     )
 
 
-def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
-    """Nodes, weights and products spent of one probe."""
+class _Rule(NamedTuple):
+    """Nodes and weights of one probe, [steps] each, and their recurrence, [2, steps]."""
+
+    nodes: Tensor
+    weights: Tensor
+    recurrence: Tensor
+
+
+def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> _Rule:
+    """The rule of one probe, by as many products as it has nodes."""
     basis = torch.empty(steps, operator.size, dtype=operator.dtype, device=operator.device)
     diagonal = torch.zeros(steps, dtype=torch.float64)
     beside = torch.zeros(steps, dtype=torch.float64)
@@ -141,12 +214,12 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Te
             raise NonFiniteError(NON_FINITE_PRODUCT)
         scale = float(diagonal[:taken].abs().max() + beside[:taken].max())
         if float(beside[taken - 1]) <= 10 * torch.finfo(operator.dtype).eps * scale:
+            beside[taken - 1] = 0.0
             break
         unit = product / beside[taken - 1].to(product)
-    off = beside[: taken - 1]
-    tridiagonal = torch.diag(diagonal[:taken]) + torch.diag(off, 1) + torch.diag(off, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal)
-    return nodes, vectors[0] ** 2, taken
+    recurrence = torch.stack([diagonal[:taken], beside[:taken]])
+    nodes, vectors = torch.linalg.eigh(tridiagonal(recurrence[0], recurrence[1, :-1]))
+    return _Rule(nodes, vectors[0] ** 2, recurrence)
 
 
 def _padded(nodes: Tensor, weights: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,16 @@
 """Leading eigenpairs of any symmetric operator: one front door for Lanczos and power iteration."""
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hessianflow.curvature.checks import check_count, check_search
+from hessianflow.curvature.evidence import COLD, WARM
 from hessianflow.curvature.lanczos import lanczos
 from hessianflow.curvature.power_iteration import power_iteration
 from hessianflow.curvature.results import EigenResult, Which
-from hessianflow.curvature.ritz_space import COLD, WARM
 from hessianflow.curvature.vectors import gaussian, generator, normalised
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
@@ -23,6 +24,7 @@ def top_eigenpairs(
     method: Method = "lanczos",
     which: Which = "LM",
     tol: float = 1e-3,
+    residual_tol: float | None = None,
     max_matvecs: int | None = None,
     v0: Tensor | None = None,
     seed: int | None = None,
@@ -36,12 +38,19 @@ def top_eigenpairs(
         k: number of pairs, from 1 to the size.
         method: "lanczos" (thick restart, full reorthogonalisation) or "power" (deflated power iteration).
         which: "LM" largest magnitude, "LA" largest algebraic, "SA" smallest algebraic.
-        tol: allowed relative error of each value. Lanczos judges it by min(r, r^2/gap) for the residual r, power
-            iteration by r itself; neither by the change of a value. That no more wanted value is hidden, residuals
-            cannot tell: Lanczos checks several pairs from a fresh start and one by its gap, power iteration does not.
-            Lanczos stops in any case at the rounding of products, taken as 50 machine epsilons of the largest
-            magnitude (in float32 6e-6 of it): values much smaller than that one may be left less accurate than `tol`
-            asks, and `converged` is False then. Default ours.
+        tol: allowed relative error of each value. Lanczos judges it by min(r, r^2/gap) for the
+            residual r, power iteration by r itself; neither by the change of a value. That no more
+            wanted value is hidden, residuals cannot tell: Lanczos checks several pairs from a fresh
+            start, and one by its gap and by whether its residual still falls; power iteration does
+            not. Lanczos stops in any case at the rounding of products, taken as 50 machine epsilons
+            of the largest magnitude (in float32 6e-6 of it): values much smaller than that one may
+            be left less accurate than `tol` asks, and `converged` is False then. Default ours.
+        residual_tol: largest residual of each pair, ||A x - theta x|| <= residual_tol |theta|, as
+            ARPACK's `tol`; for those who need vectors. By `tol` alone Lanczos leaves residuals of
+            up to sqrt(tol / 10) |theta| (1 % of it at most, but `tol` if that is more): such a
+            vector is off by an angle of about that over the relative gap, good for a warm start or
+            the share of a gradient along it, not for projections. None: not asked for. Not for
+            "power", whose `tol` is such a rule already.
         max_matvecs: most products to spend; then `converged` is False. Default max(100, 20 k) for Lanczos, ten times as
             many for power iteration. Ours.
         v0: start vector [size] or vectors [size, m], e.g. those of an earlier, similar operator. A random part is added
@@ -59,6 +68,7 @@ def top_eigenpairs(
         HessianFlowError: an argument out of range, or (NonFiniteError) a product with nan or inf.
     """
     budget = _check(operator, k, method, which, tol, max_matvecs, extra)
+    _check_residual_tol(residual_tol, method)
     source = generator(seed, operator.device)
     start = _start(operator, v0, source)
     with torch.no_grad():
@@ -76,6 +86,7 @@ def top_eigenpairs(
             source=source,
             extra=extra,
             evidence=WARM if warm else COLD,
+            residual_tol=math.inf if residual_tol is None else residual_tol,
         )
 
 
@@ -96,6 +107,15 @@ def _start(operator: LinearOperator, v0: Tensor | None, source: torch.Generator)
     given = normalised(given)
     first = given[:, :1] + noise * (RANDOM_SHARE / noise.norm())
     return torch.cat([first, given[:, 1:]], dim=1)
+
+
+def _check_residual_tol(residual_tol: float | None, method: Method) -> None:
+    if residual_tol is None:
+        return
+    if method == "power":
+        raise HessianFlowError("residual_tol is for 'lanczos'; 'power' stops by residuals: give tol")
+    if not residual_tol > 0:
+        raise HessianFlowError(f"residual_tol must be positive or None, got {residual_tol}")
 
 
 def _check(

@@ -5,7 +5,7 @@ call's leading vector, each of its other Ritz vectors as RUNNER_UP_WEIGHT says, 
 which that search would have gone on, and a random part (RANDOM_SHARE in eigenpairs.py). From the old leading vector
 alone an iteration settles on what may now be the second eigenvalue, low by 4-8 %, with a small residual; one whose
 vector is among the old Ritz vectors is found through the sum, unless it was far below: few products leave its Ritz
-vector rough (WARM in ritz_space.py has the count). A new one outside of them grows in the direction from
+vector rough (WARM in evidence.py has the count). A new one outside of them grows in the direction from
 call to call, as it would in one longer search: experiments/benchmarks/warm_start.py found those 20 to 100 % above the
 old in the fourth call at the latest, one 5 % above in the fifth. Few products cannot do better, so a single warm
 reading may miss it; every `cold_every`-th call starts at random.

@@ -1,8 +1,7 @@
 """Everything about the spectrum of one set of weights in one call: what `hessianflow spectrum` shows."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -117,7 +116,7 @@ def spectrum_report(
         loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for dict batches.
         data: one pair or a re-iterable of pairs.
         k: leading eigenpairs (largest magnitude); capped at the number of weights.
-        density: also a spectral density (3 probes of 40 steps) with its negative mass.
+        density: also a spectral density (3 probes of 40 steps) with the shares by sign.
         trace: also the trace (60 products).
         layers: pattern of module names ("layer1.*", "*"): the leading eigenvalue and trace of each that holds weights.
         tol: relative error allowed for the eigenvalues.
@@ -216,10 +215,16 @@ def _layer(name: str, operator: CallableOperator, tol: float, seed: int) -> Laye
 
 
 def _density_dict(density: SpectralDensity) -> dict[str, Any]:
-    negative = density.mass_below(0.0)
+    negative, shares = density.mass_below(0.0), density.shares()
     return {
         "nodes": density.nodes.tolist(),
         "weights": density.weights.tolist(),
+        "shares": {
+            "negative": asdict(shares.negative),
+            "zero": asdict(shares.zero),
+            "positive": asdict(shares.positive),
+        },
+        "zero_zone": list(shares.zone),
         "negative_mass": negative.value,
-        "negative_mass_stderr": negative.stderr if math.isfinite(negative.stderr) else None,
+        "negative_mass_stderr": negative.stderr,
     }

@@ -6,7 +6,11 @@ from typing import Literal
 from torch import Tensor
 
 Which = Literal["LM", "LA", "SA"]
-"""Which eigenvalues: largest in magnitude (ties: positive first), largest, or smallest algebraic."""
+"""Which eigenvalues: largest in magnitude, largest, or smallest algebraic.
+
+Of two values of either sign whose magnitudes agree within half the tolerance (half a percent where
+that is less) the positive one comes first, so that the sign does not hang on the start.
+"""
 
 
 @dataclass(frozen=True)
@@ -17,14 +21,17 @@ class EigenResult:
         values: Rayleigh quotients of the operator itself, shape [k].
         vectors: orthonormal columns, shape [size, k].
         residuals: ||A v_i - values_i v_i||_2, shape [k]. Each value lies within its residual of a true eigenvalue.
-        error_bounds: min(r_i, r_i^2 / gap_i), the estimated distance of each value from a true eigenvalue, shape [k];
-            gap_i is taken from the other pairs seen, so the second form is an estimate, the first a theorem.
+        error_bounds: how far each value may be from a true eigenvalue, shape [k]. The residual, a
+            theorem, or where the search converged and that is more, tol |values_i| or r_i^2 /
+            gap_i, whichever is larger: an estimate, as gap_i is that of the other values seen, and
+            eigenvalues closer than `tol` are not told apart. Lanczos: at least the rounding of
+            products, 50 machine epsilons of the largest magnitude.
         matvecs: products spent.
-        converged: whether all wanted pairs met the tolerance, error_bounds_i <= tol |values_i| (Lanczos; for power
-            iteration residuals_i, of the deflated operator), and Lanczos had the evidence it asks for that none more
-            wanted is hidden (lanczos.py says which; evidence, not proof). Of a value within the rounding of products
-            (50 machine epsilons of the largest magnitude) no relative error can be told: it counts as zero, and
-            as met, once its residual is that small as well.
+        converged: whether all wanted pairs met the tolerance, error_bounds_i <= tol |values_i|
+            (Lanczos; for power iteration residuals_i, of the deflated operator), and `residual_tol`
+            if it was given, and Lanczos had the evidence it asks for that none more wanted is
+            hidden (lanczos.py says which; evidence, not proof). A value below 2 machine epsilons of
+            the largest magnitude is zero as far as products can tell; it counts as met.
         history: the leading value after each product.
         direction: where the search would have gone on, the residual of the leading pair, shape [size]; Lanczos only.
     """

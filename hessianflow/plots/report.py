@@ -124,6 +124,11 @@ def _measured_on(stored: Mapping[str, Any]) -> str:
     said += [f"norm mode: {stored['norm_mode']}"] if "norm_mode" in stored else []
     trace = stored.get("trace")
     said += [f"trace {trace['value']:.4g} ± {trace['stderr']:.1g}"] if trace else []
+    shares = (stored.get("density") or {}).get("shares")
+    # Files of earlier versions have no shares: what they call the negative mass may count zeros.
+    signs = {"negative": "below 0", "zero": "not told from 0", "positive": "above 0"}
+    if shares:
+        said += [f"{shares[name]['value']:.1%} {sign}" for name, sign in signs.items()]
     return ", ".join(said)
 
 

@@ -38,6 +38,16 @@ def test_figures_match_the_dense_matrix(measured):
     assert report.gradient_overlap.shape == (3,)
 
 
+def test_shares_by_sign_cover_the_dense_ones(measured):
+    _, matrix, report, _ = measured
+    values, shares = torch.linalg.eigvalsh(matrix), report.to_dict()["density"]["shares"]
+    # Of a softmax the last layer has directions without curvature: 7 of 64 eigenvalues.
+    parts = {"negative": values < -1e-9, "zero": values.abs() <= 1e-9, "positive": values > 1e-9}
+    assert int(parts["zero"].sum()) == 7
+    for name, part in parts.items():
+        assert shares[name]["low"] <= float(part.double().mean()) <= shares[name]["high"]
+
+
 def test_layers_are_diagonal_blocks(measured):
     _, matrix, report, _ = measured
     assert [(layer.name, layer.size) for layer in report.layers] == [("0", 36), ("2", 28)]
@@ -53,6 +63,9 @@ def test_it_is_plain_json(measured):
     record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert len(record["density"]["nodes"]) == 3
     assert 0 <= record["density"]["negative_mass"] <= 1
+    shares = record["density"]["shares"]
+    assert sum(share["value"] for share in shares.values()) == pytest.approx(1.0)
+    assert set(shares) == {"negative", "zero", "positive"}
     assert record["norm_mode"] == "eval"
 
 

@@ -80,7 +80,20 @@ def test_spectrum_is_shown_where_there_is_one(folder):
     assert len(page.images) == 2
     stored["density"] = {"nodes": [[0.0, 5.0]], "weights": [[0.9, 0.1]]}
     (folder / "spectrum.json").write_text(json.dumps(stored))
-    assert len(Page(report(folder)).images) == 3
+    page = Page(report(folder))  # as earlier versions wrote it
+    assert len(page.images) == 3
+    assert not any("below 0" in words for words in page.words)
+    stored["density"]["shares"] = {
+        name: {"value": value, "low": 0.0, "high": 1.0}
+        for name, value in (("negative", 0.05), ("zero", 0.83), ("positive", 0.12))
+    }
+    (folder / "spectrum.json").write_text(json.dumps(stored))
+    words = " ".join(Page(report(folder)).words)
+    assert "5.0% below 0, 83.0% not told from 0, 12.0% above 0" in words
+    stored["density"]["shares"] = {"negative": {}}
+    (folder / "spectrum.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"spectrum.json must hold eigenvalues"):
+        report(folder)
 
 
 def test_same_records_same_page(folder):
