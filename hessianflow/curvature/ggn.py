@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import mean_loss
+from hessianflow.curvature.derivatives import check_reached, inspect_graph
+from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.jacobian import KeptJacobian
 from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
 from hessianflow.interfaces import HessianFlowError
@@ -26,18 +28,29 @@ class GGNOperator(ModelOperator):
         outputs, targets = forward_pair(model, batch, "GGNOperator")
         loss = mean_loss(self.loss_fn, outputs, targets)
         check_finite(loss)
-        (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        graph = inspect_graph(loss)
+        (slope,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+        check_reached([slope])
         jacobian = KeptJacobian(outputs, self.parameters, self.dtype)
 
-        def product(vector: Tensor) -> Tensor:
+        def curved(moved: Tensor) -> Tensor:
             if not slope.requires_grad:  # a loss linear in the outputs has no curvature
-                return torch.zeros_like(vector)
-            (curved,) = torch.autograd.grad(
-                slope, outputs, jacobian.forward(vector), retain_graph=True, materialize_grads=True
-            )
-            return jacobian.transposed(curved)
+                return torch.zeros_like(moved)
+            return torch.autograd.grad(slope, outputs, moved, retain_graph=True, materialize_grads=True)[0]
 
-        return Piece(loss.detach(), product)
+        def product(vector: Tensor) -> Tensor:
+            return jacobian.transposed(curved(jacobian.forward(vector)))
+
+        def along(vector: Tensor) -> tuple[Vectors, Vectors]:
+            moved = jacobian.forward(vector)
+            return [[moved], [curved(moved)]], []
+
+        claims = Linearised(loss.detach(), [[outputs.detach()], [slope.detach()]], [], along, graph.rounds)
+        return Piece(loss.detach(), product, claims, graph, jacobian.missing)
+
+    def _forward_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        outputs, targets = forward_pair(model, batch, "GGNOperator")
+        return mean_loss(self.loss_fn, outputs, targets)
 
 
 def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:
