@@ -10,16 +10,15 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from hessianflow.folding import is_watched
 from hessianflow.interfaces import HessianFlowError
 
 _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
@@ -29,12 +28,13 @@ _COMPILED = "does not currently support double backward"
 @contextmanager
 def second_order(model: nn.Module) -> Iterator[None]:
     """Run the model with kernels that can be differentiated twice, in its own precision."""
+    modules = list(model.modules())
     with ExitStack() as stack:
         stack.enter_context(full_precision())
-        stack.enter_context(without_hooks(_hooks_of(model)))
+        stack.enter_context(without_hooks(_hooks_of(modules)))
         stack.enter_context(_slow_path())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        if any(isinstance(module, nn.RNNBase) for module in modules):
             # Fused recurrent kernels have no second derivative. Only here: without cuDNN convolutions are slow.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
@@ -89,30 +89,11 @@ def without_hooks(held: Iterable[Hooks | None]) -> Iterator[None]:
             table.update(hooks | added)
 
 
-def _hooks_of(model: nn.Module) -> Iterator[Hooks | None]:
+def _hooks_of(modules: Iterable[nn.Module]) -> list[Hooks | None]:
     """Tables of the hooks that run backwards: those of modules and of their parameters."""
-    for module in model.modules():
-        yield module.__dict__.get("_backward_hooks")
-        yield module.__dict__.get("_backward_pre_hooks")
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield parameter._backward_hooks
-
-
-class Recomputation(TorchFunctionMode):
-    """Sees whether parts of what runs while it is active are checkpointed: their products compute them again.
-
-    Attributes:
-        found: whether any was.
-    """
-
-    found = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.found = self.found or is_watched()
-        return func(*args, **(kwargs or {}))
+    kinds = ("_backward_hooks", "_backward_pre_hooks")
+    found: list[Hooks | None] = [module.__dict__.get(kind) for module in modules for kind in kinds]
+    return found + [p._backward_hooks for module in modules for p in module._parameters.values() if p is not None]
 
 
 @contextmanager
@@ -158,10 +139,13 @@ class Graph(NamedTuple):
     Attributes:
         foreign: names of functions that are neither torch's own nor ours: their derivatives are what others wrote.
         rounds: whether values are rounded to 16 bits on the way.
+        recomputes: whether saved values are made anew when they are needed, as in a checkpointed part: by running code
+            of the model.
     """
 
     foreign: tuple[str, ...] = ()
     rounds: bool = False
+    recomputes: bool = False
 
 
 def inspect_graph(loss: Tensor) -> Graph:
@@ -176,7 +160,7 @@ def inspect_graph(loss: Tensor) -> Graph:
     """
     functions: dict[type[Any], None] = {}
     names: dict[str, None] = {}
-    rounds = False
+    rounds = recomputes = False
     for node in _nodes(loss):
         function = getattr(node, "_forward_cls", None)
         if function is not None:
@@ -185,6 +169,7 @@ def inspect_graph(loss: Tensor) -> Graph:
         names[name] = None
         if name == "ToCopyBackward0":  # a cast, such as autocast makes
             rounds = rounds or node._input_metadata[0].dtype in (torch.float16, torch.bfloat16)
+        recomputes = recomputes or _has_hooks(node)
     if any(f.__name__ == "CheckpointFunction" for f in functions):
         raise HessianFlowError(_REENTRANT)
     once = sorted(f.__name__ for f in functions if _is_once_differentiable(f.backward))
@@ -199,7 +184,24 @@ def inspect_graph(loss: Tensor) -> Graph:
             "torch.nn.utils.parametrizations.weight_norm, which is replaced here, or write g * v / v.norm() out"
         )
     foreign = [f.__name__ for f in functions if not f.__module__.startswith("hessianflow.")]
-    return Graph((*foreign, *(name for name in names if "CppNode" in name)), rounds)
+    return Graph((*foreign, *(name for name in names if "CppNode" in name)), rounds, recomputes)
+
+
+def _has_hooks(node: Any) -> bool:
+    """Whether what a node has saved goes through hooks when it is needed."""
+    for name in _saved(type(node)):  # type: ignore[arg-type]
+        saved = getattr(node, name)
+        for one in saved if isinstance(saved, (tuple, list)) else (saved,):
+            if one is not None:
+                hook: Any = one.unpack_hook
+                return hook is not None
+    return False
+
+
+@cache
+def _saved(kind: type[Any]) -> tuple[str, ...]:
+    """Names under which a kind of node shows what it has saved."""
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
 def check_reached(gradients: Iterable[Tensor | None]) -> None:

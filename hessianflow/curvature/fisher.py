@@ -86,7 +86,9 @@ class FisherOperator(ModelOperator):
         def along(vector: Tensor) -> tuple[Vectors, Vectors]:
             return [[jacobian.forward(vector)]], []
 
-        claims = Linearised(loss, [[losses.detach()]], [], along, graph.rounds)
+        def claims() -> Linearised:
+            return Linearised(loss, [[losses.detach()]], [], along, graph.rounds)
+
         return Piece(loss, product, claims, graph, jacobian.missing)
 
     def _forward_loss(self, model: nn.Module, batch: Any) -> Tensor:

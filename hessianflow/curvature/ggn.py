@@ -45,8 +45,11 @@ class GGNOperator(ModelOperator):
             moved = jacobian.forward(vector)
             return [[moved], [curved(moved)]], []
 
-        claims = Linearised(loss.detach(), [[outputs.detach()], [slope.detach()]], [], along, graph.rounds)
-        return Piece(loss.detach(), product, claims, graph, jacobian.missing)
+        def claims() -> Linearised:
+            return Linearised(mean, [[outputs.detach()], [slope.detach()]], [], along, graph.rounds)
+
+        mean = loss.detach()
+        return Piece(mean, product, claims, graph, jacobian.missing)
 
     def _forward_loss(self, model: nn.Module, batch: Any) -> Tensor:
         outputs, targets = forward_pair(model, batch, "GGNOperator")

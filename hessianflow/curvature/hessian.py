@@ -43,9 +43,11 @@ class HessianOperator(ModelOperator):
         def along(vector: Tensor) -> tuple[Vectors, Vectors]:
             return [[gradient @ vector]], [torch.split(product(vector), sizes)]
 
+        def claims() -> Linearised:
+            values = torch.split(gradient.detach(), sizes)
+            return Linearised(mean, [[mean]], [values], along, graph.rounds)
+
+        mean = loss.detach()
         sizes = [parameter.numel() for parameter in self.parameters]
-        claims = Linearised(
-            loss.detach(), [[loss.detach()]], [torch.split(gradient.detach(), sizes)], along, graph.rounds
-        )
         missing = tuple(i for i, g in enumerate(gradients) if g is None)
-        return Piece(loss.detach(), product, claims, graph, missing)
+        return Piece(mean, product, claims, graph, missing)

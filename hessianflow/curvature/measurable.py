@@ -43,23 +43,28 @@ def check_measurable(model: nn.Module) -> None:
         HessianFlowError: with the name of the wrapper or of the weight, and the way out.
     """
     sharding, pieces = _sharding(), _pieces()
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, sharding):
             raise HessianFlowError(
-                f"{name or 'the model'} is sharded by {_wrapper(module)}, and autograd does not reach the shards; "
-                f"{_WAY_OUT}"
+                f"{_name(model, module) or 'the model'} is sharded by {_wrapper(module)}, and autograd does not reach "
+                f"the shards; {_WAY_OUT}"
             )
-        for key, tensor in _tensors(module):
-            if isinstance(tensor, pieces):
-                raise HessianFlowError(
-                    f"{_joined(name, key)} is a DTensor, of which this process holds a piece; {_WAY_OUT}"
-                )
-            if is_lazy(tensor):
-                raise HessianFlowError(
-                    f"{_joined(name, key)} of {type(module).__name__} has no shape yet; run the model once on a batch"
-                )
-            if tensor.device.type == "meta":
-                raise HessianFlowError(f"{_joined(name, key)} is on the meta device and has no values; load them first")
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is not None and (isinstance(tensor, pieces) or is_lazy(tensor) or tensor.is_meta):
+                    raise HessianFlowError(_unusable(f"{_name(model, module)}.{key}".lstrip("."), module, tensor))
+
+
+def _unusable(name: str, module: nn.Module, tensor: Tensor) -> str:
+    if is_lazy(tensor):
+        return f"{name} of {type(module).__name__} has no shape yet; run the model once on a batch"
+    if tensor.is_meta:
+        return f"{name} is on the meta device and has no values; load them first"
+    return f"{name} is a DTensor, of which this process holds a piece; {_WAY_OUT}"
+
+
+def _name(model: nn.Module, module: nn.Module) -> str:
+    return next((name for name, found in model.named_modules() if found is module), "")
 
 
 def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[Tensor]) -> None:
@@ -101,12 +106,3 @@ def _pieces() -> tuple[type[Any], ...]:
 def _wrapper(module: nn.Module) -> str:
     is_first = any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
     return "FullyShardedDataParallel" if is_first else "fully_shard"
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    held = [*module._parameters.items(), *module._buffers.items()]
-    return [(key, tensor) for key, tensor in held if tensor is not None]
-
-
-def _joined(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key

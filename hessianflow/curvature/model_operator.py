@@ -26,7 +26,6 @@ from hessianflow.batches import loss_weight, map_tensors, mean_loss, move, num_e
 from hessianflow.curvature.derivatives import (
     UNREACHED,
     Graph,
-    Recomputation,
     check_reached,
     explained,
     full_precision,
@@ -53,14 +52,14 @@ class Piece(NamedTuple):
     Attributes:
         loss: its mean loss, a detached scalar.
         product: the product with its matrix.
-        claims: what a difference can check.
+        claims: what a difference can check, put together on demand.
         graph: what its nodes tell.
         missing: indices of the selected parameters that have no gradient.
     """
 
     loss: Tensor
     product: Callable[[Tensor], Tensor]
-    claims: Linearised
+    claims: Callable[[], Linearised]
     graph: Graph
     missing: tuple[int, ...] = ()
 
@@ -134,6 +133,7 @@ class ModelOperator(Operator):
         self._position = 0  # examples of this pass before the piece at hand
         self._kept: _Kept | None = None
         self._can_keep = True
+        self._snapshot: Snapshot | None = None  # of the last product without a kept graph
         self._repeats = RepeatCheck(check_deterministic, self.dtype)
 
     @abstractmethod
@@ -208,23 +208,24 @@ class ModelOperator(Operator):
         if self._kept is None or not self._kept.snapshot.is_current():
             self._kept = None  # the old graph goes before the new one comes
             check_present(self._model, self.names, self.parameters)
-            snapshot, recomputation = Snapshot(self._model, self.loss_fn, batch), Recomputation()
+            snapshot = Snapshot(self._model, self.loss_fn, batch)
             with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
                 local, weight = next(self._pieces())
                 if self._repeats.is_due():
                     self._repeats.compare(snapshot, self._mean_loss(model, [(local, weight)]))
-                with explained(num_examples(batch)), recomputation:
+                with explained(num_examples(batch)):
                     piece = self._prepare(model, local)
             snapshot.renew()  # buffers that were written to have new versions, and their old values
             self._repeats.compare(snapshot, piece.loss)
             self._checking.note(piece.graph, piece.missing)
-            self._kept = _Kept(piece, weight, snapshot, recomputation.found or bool(piece.graph.foreign))
+            self._kept = _Kept(piece, weight, snapshot, piece.graph.recomputes or bool(piece.graph.foreign))
         return self._kept
 
     def _kept_product(self, kept: _Kept, vector: Tensor) -> Tensor:
         if not kept.recomputes:
-            hooks = (parameter._backward_hooks for parameter in self.parameters)
-            with explained(num_examples(self._single)), without_hooks(hooks):
+            hooks = [parameter._backward_hooks for parameter in self.parameters]
+            aside = without_hooks(hooks) if any(hooks) else nullcontext()
+            with explained(num_examples(self._single)), aside:
                 return kept.piece.product(vector)
         surroundings = measuring(self._model, self.norm_mode)
         with surroundings as inner, self._differentiating(inner), explained(num_examples(self._single)):
@@ -236,10 +237,11 @@ class ModelOperator(Operator):
         total, whole = torch.zeros_like(vector), 0.0
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         check_present(self._model, self.names, self.parameters)
-        snapshot = Snapshot(self._model, self.loss_fn, self._single)
+        if self._snapshot is None or not self._snapshot.is_current():
+            self._snapshot = Snapshot(self._model, self.loss_fn, self._single)
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             if self._repeats.is_due():
-                self._repeats.compare(snapshot, self._mean_loss(model, self._pieces()))
+                self._repeats.compare(self._snapshot, self._mean_loss(model, self._pieces()))
             for batch, weight in self._pieces():
                 with explained(num_examples(batch)):
                     piece = self._prepare(model, batch)
@@ -247,7 +249,7 @@ class ModelOperator(Operator):
                     total.add_(piece.product(vector), alpha=weight)
                 loss += piece.loss.double() * weight
                 whole += weight
-        self._repeats.compare(snapshot, loss / whole)
+        self._repeats.compare(self._snapshot, loss / whole)
         return total.div_(whole), whole
 
     @contextmanager
@@ -329,7 +331,7 @@ class ModelOperator(Operator):
         """What the graph of one batch claims, for other parameters than those selected."""
         twin = copy.copy(self)
         twin.parameters, twin.dtype = tuple(parameters), dtype
-        return twin._prepare(model, batch).claims
+        return twin._prepare(model, batch).claims()
 
 
 def check_finite(loss: Tensor) -> None:

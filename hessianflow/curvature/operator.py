@@ -4,6 +4,7 @@ The algebra here (sum, scale, shift, deflation, adapter) needs products only, so
 matrix and each model's operator can be combined with any other.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -67,9 +68,9 @@ class Operator(ABC):
 
     def _finite_product(self, vector: Tensor) -> Tensor:
         product = self.matvec(vector)
-        # A wait for the device, which searches do without: they look at the numbers that they fetch in any case. The
-        # sum may overflow where no entry does, so it only says when to look.
-        if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):
+        # A wait for the device, which searches do without: they look at the numbers that they fetch in any case. One
+        # number tells of most; it may overflow where no entry does, so it only says when to look.
+        if not math.isfinite(torch.dot(product, vector).item()) and not bool(torch.isfinite(product).all()):
             if not bool(torch.isfinite(vector).all()):
                 raise NonFiniteError("the vector is not finite (nan or inf), nor would be its product")
             raise NonFiniteError(NON_FINITE_PRODUCT)

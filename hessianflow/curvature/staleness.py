@@ -182,6 +182,8 @@ def _strided_parts(tensor: Tensor) -> list[Tensor]:
 
 def _flat_view(tensor: Tensor) -> Tensor | None:
     """All values in one dimension, as they lie in memory; None where there are gaps between them."""
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     along = tensor.detach().permute(order)
     return along.view(-1) if along.is_contiguous() else None

@@ -54,8 +54,7 @@ def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: tor
     """One flat vector; None stands for zeros of the shape of its neighbour in `like`."""
     pieces = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)]
     # Gradients of sparse embeddings are sparse.
-    dense = [piece if piece.layout == torch.strided else piece.to_dense() for piece in pieces]
-    return torch.cat([piece.reshape(-1).to(dtype) for piece in dense])
+    return torch.cat([(piece.to_dense() if piece.is_sparse else piece).reshape(-1).to(dtype) for piece in pieces])
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
