@@ -188,13 +188,12 @@ def inspect_graph(loss: Tensor) -> Graph:
 
 
 def _has_hooks(node: Any) -> bool:
-    """Whether what a node has saved goes through hooks when it is needed."""
+    """Whether something that a node has saved goes through hooks when it is needed."""
     for name in _saved(type(node)):  # type: ignore[arg-type]
         saved = getattr(node, name)
-        for one in saved if isinstance(saved, (tuple, list)) else (saved,):
-            if one is not None:
-                hook: Any = one.unpack_hook
-                return hook is not None
+        several = saved if isinstance(saved, (tuple, list)) else (saved,)
+        if any(one is not None and one.unpack_hook is not None for one in several):
+            return True
     return False
 
 

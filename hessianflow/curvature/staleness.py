@@ -5,6 +5,7 @@ behind, so numbers made from all values are compared too: sums with a fixed weig
 or a change of sign moves, where a norm stays. Attributes that a model keeps in Python are not watched.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -53,8 +54,9 @@ class Snapshot:
         self._places = _places(_watched(*self._sources))
 
     def has_values_of(self, other: "Snapshot") -> bool:
-        """Whether another one was taken of equal values, wherever they were."""
-        return self._options == other._options and self._numbers == other._numbers
+        """Whether another one was taken of equal values in equal layouts, wherever they were."""
+        layouts = [place[-1] for place in self._places] == [place[-1] for place in other._places]
+        return layouts and self._options == other._options and self._numbers == other._numbers
 
 
 class _Contents:
@@ -75,14 +77,16 @@ class _Contents:
                     chunks += ([chunk] for chunk in torch.split(flat, CHUNK))
         self._summed = [(group, _weights_of(group)) for group in (*small.values(), *chunks)]
 
-    def numbers(self) -> list[float | int | None]:
+    def numbers(self) -> list[float | int]:
         """A few numbers; two sets of values that differ have different ones."""
         with torch.no_grad():
-            found = [_sum(group, weights) for group, weights in self._summed]
-            for tensor in self._loose:
-                found += [_sum([chunk], _weights_of([chunk])) for chunk in torch.split(tensor.reshape(-1), CHUNK)]
-        # One transfer for each type. A nan, unlike itself for ever, becomes None.
-        return [n if n == n else None for n in _on_the_host(found)]
+            loose = [[chunk] for tensor in self._loose for chunk in torch.split(tensor.reshape(-1), CHUNK)]
+            summed = self._summed + [(group, _weights_of(group)) for group in loose] if loose else self._summed
+            numbers = _on_the_host([_sum(group, weights) for group, weights in summed])
+            for place, number in enumerate(numbers):
+                if not math.isfinite(number):  # one such value would hide all others
+                    numbers[place] = int(_sum(*_as_integers(summed[place][0])))
+        return numbers
 
 
 def _weights_of(group: list[Tensor]) -> Tensor:
@@ -116,13 +120,24 @@ def _sum(group: list[Tensor], weights: Tensor) -> Tensor:
     return (values * weights).sum()
 
 
+def _as_integers(group: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The bits of floating-point values, and the weights of their places."""
+    row = torch.cat(group)
+    bits = [(torch.view_as_real(row).reshape(-1) if row.is_complex() else row).contiguous().view(torch.uint8)]
+    return bits, _weights_of(bits)
+
+
 def _on_the_host(numbers: list[Tensor]) -> list[float | int]:
+    """The numbers, in one transfer for each type and device."""
     if all(number.device.type == "cpu" for number in numbers):
         return [number.item() for number in numbers]
-    kinds: dict[Any, list[Tensor]] = {}
-    for number in numbers:
-        kinds.setdefault((number.dtype, number.device), []).append(number)
-    return [n for kind in kinds.values() for n in torch.stack(kind).tolist()]
+    kinds: dict[Any, list[int]] = {}
+    for place, number in enumerate(numbers):
+        kinds.setdefault((number.dtype, number.device), []).append(place)
+    found: dict[int, float | int] = {}
+    for places in kinds.values():
+        found |= dict(zip(places, torch.stack([numbers[place] for place in places]).tolist(), strict=True))
+    return [found[place] for place in range(len(numbers))]
 
 
 def _watched(model: nn.Module, loss_fn: Any, batch: Any) -> list[Tensor]:
@@ -149,7 +164,7 @@ def _places(tensors: list[Tensor]) -> list[Any]:
 def _place(tensor: Tensor) -> Any:
     version = -1 if tensor.is_inference() else tensor._version
     if tensor.layout != torch.strided:
-        return id(tensor), version, tensor.requires_grad
+        return id(tensor), version, tensor.requires_grad, tensor.layout
     return tensor.data_ptr(), version, tensor.requires_grad, tensor.stride()
 
 
