@@ -6,7 +6,7 @@ or that computes its own gradients give a matrix that is symmetric, plausible an
 small step further on show it:
 
     Hessian:               (L(w + s v) - L(w)) / s -> g^T v,  (g(w + s v) - g(w)) / s -> H v
-    Gauss-Newton, Fisher:  the same of outputs, of the slope of the loss by them, of losses
+    Gauss-Newton, Fisher:  the same of L, of outputs and the slope of the loss by them, of losses
 
 Choices of ours, so that a healthy model is never refused (experiments/benchmarks/differences.py
 counts):

@@ -84,10 +84,11 @@ class FisherOperator(ModelOperator):
             return jacobian.transposed(shares * jacobian.forward(vector))
 
         def along(vector: Tensor) -> tuple[Vectors, Vectors]:
-            return [[jacobian.forward(vector)]], []
+            return [[jacobian.transposed(shares) @ vector], [jacobian.forward(vector)]], []
 
         def claims() -> Linearised:
-            return Linearised(loss, [[losses.detach()]], [], along, graph.rounds)
+            values = losses.detach()
+            return Linearised(loss, [[shares @ values], [values]], [], along, graph.rounds)
 
         return Piece(loss, product, claims, graph, jacobian.missing)
 

@@ -43,10 +43,10 @@ class GGNOperator(ModelOperator):
 
         def along(vector: Tensor) -> tuple[Vectors, Vectors]:
             moved = jacobian.forward(vector)
-            return [[moved], [curved(moved)]], []
+            return [[jacobian.transposed(slope) @ vector], [moved], [curved(moved)]], []
 
         def claims() -> Linearised:
-            return Linearised(mean, [[outputs.detach()], [slope.detach()]], [], along, graph.rounds)
+            return Linearised(mean, [[mean], [outputs.detach()], [slope.detach()]], [], along, graph.rounds)
 
         mean = loss.detach()
         return Piece(mean, product, claims, graph, jacobian.missing)
