@@ -1,17 +1,23 @@
 """The conditions under which second derivatives exist and are exact, and plain words for when they do not.
 
 Fused kernels (attention, recurrent nets) and compiled graphs have no second derivative, and autocast rounds products to
-16 bits. `second_order` turns all of them off for the duration; nothing outlives it.
+16 bits. The fast path of torch's transformer layers, taken where no gradient is asked for, writes zeros at padded
+places, so it is another function. Backward hooks belong to the training step (clipping, rates of layers) and would
+change the matrix. `second_order` turns all of them off for the duration; nothing outlives it.
 """
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
 
 from hessianflow.interfaces import HessianFlowError
 
@@ -22,10 +28,13 @@ _COMPILED = "does not currently support double backward"
 @contextmanager
 def second_order(model: nn.Module) -> Iterator[None]:
     """Run the model with kernels that can be differentiated twice, in its own precision."""
+    modules = list(model.modules())
     with ExitStack() as stack:
         stack.enter_context(full_precision())
+        stack.enter_context(without_hooks(_hooks_of(modules)))
+        stack.enter_context(_slow_path())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        if any(isinstance(module, nn.RNNBase) for module in modules):
             # Fused recurrent kernels have no second derivative. Only here: without cuDNN convolutions are slow.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
@@ -49,18 +58,60 @@ def full_precision() -> Iterator[None]:
 
 
 @contextmanager
+def _slow_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+Hooks = dict[int, Callable[..., Any]]
+
+
+@contextmanager
+def without_hooks(held: Iterable[Hooks | None]) -> Iterator[None]:
+    """Empty some tables of hooks for the duration; the hooks come back in their order, and handles still remove them.
+
+    Args:
+        held: the tables of tensors or modules that keep their hooks there; None for those that have none.
+    """
+    found = [(table, dict(table)) for table in held if table]
+    for table, _ in found:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in found:
+            added = dict(table)
+            table.clear()
+            table.update(hooks | added)
+
+
+def _hooks_of(modules: Iterable[nn.Module]) -> list[Hooks | None]:
+    """Tables of the hooks that run backwards: those of modules and of their parameters."""
+    kinds = ("_backward_hooks", "_backward_pre_hooks")
+    found: list[Hooks | None] = [module.__dict__.get(kind) for module in modules for kind in kinds]
+    return found + [p._backward_hooks for module in modules for p in module._parameters.values() if p is not None]
+
+
+@contextmanager
 def explained(num_examples: int) -> Iterator[None]:
-    """Turn the two failures that users meet into one line that says what to do.
+    """Turn the failures that users meet into one line that says what to do.
 
     Args:
         num_examples: examples in the forward pass, for the advice on memory.
 
     Raises:
-        HessianFlowError: out of memory, or an operation without a second derivative.
+        HessianFlowError: out of memory, an operation without a second derivative, or a loss that differentiates by
+            what is a constant here.
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except HessianFlowError:
+        raise
+    except (RuntimeError, MemoryError, ValueError) as error:
         advice = _advice(error, num_examples)
         if advice is None:
             raise
@@ -70,30 +121,122 @@ def explained(num_examples: int) -> Iterator[None]:
 _WRONG = "WeightNormInterfaceBackward"
 """Node whose second derivative torch (2.13, on a processor) gets wrong; see double_backward.py."""
 
+_REENTRANT = (
+    "a part of the model is checkpointed with use_reentrant=True, and autograd.grad does not reach the weights inside; "
+    "pass use_reentrant=False to the checkpoint"
+)
 
-def check_twice_differentiable(loss: Tensor) -> None:
-    """Refuse a loss whose graph holds a function with a once_differentiable backward, or a wrong one of torch.
 
-    Where the incoming gradient of the first kind is constant, autograd would silently leave its curvature out instead
-    of raising.
+UNREACHED = (
+    "the loss does not depend on the selected parameters; is it detached, or does a wrapper compute with other tensors "
+    "than the parameters it shows?"
+)
+
+
+class Graph(NamedTuple):
+    """What the nodes of a graph tell.
+
+    Attributes:
+        foreign: names of functions that are neither torch's own nor ours: their derivatives are what others wrote.
+        rounds: whether values are rounded to 16 bits on the way.
+        recomputes: whether saved values are made anew when they are needed, as in a checkpointed part: by running code
+            of the model.
+    """
+
+    foreign: tuple[str, ...] = ()
+    rounds: bool = False
+    recomputes: bool = False
+
+
+def inspect_graph(loss: Tensor) -> Graph:
+    """Look at all nodes behind a loss.
+
+    Refused are graphs with a function whose backward is once_differentiable (where the incoming gradient is constant,
+    autograd would silently leave its curvature out instead of raising), one that torch gets wrong, or reentrant
+    checkpointing (weights inside get no gradient).
 
     Raises:
         HessianFlowError: with the names of such functions.
     """
-    once, wrong = _without_second_derivative(loss)
+    functions: dict[type[Any], None] = {}
+    names: dict[str, None] = {}
+    rounds = recomputes = False
+    for node in _nodes(loss):
+        function = getattr(node, "_forward_cls", None)
+        if function is not None:
+            functions[function] = None
+        name = node.name()
+        names[name] = None
+        if name == "ToCopyBackward0":  # a cast, such as autocast makes
+            rounds = rounds or node._input_metadata[0].dtype in (torch.float16, torch.bfloat16)
+        recomputes = recomputes or _has_hooks(node)
+    if any(f.__name__ == "CheckpointFunction" for f in functions):
+        raise HessianFlowError(_REENTRANT)
+    once = sorted(f.__name__ for f in functions if _is_once_differentiable(f.backward))
     if once:
         raise HessianFlowError(
             f"the loss has no second derivative: {', '.join(once)} is once_differentiable; make its backward "
             "differentiable"
         )
-    if wrong:
+    if any(name.startswith(_WRONG) for name in names):
         raise HessianFlowError(
             "torch._weight_norm has a wrong second derivative on a processor; use "
             "torch.nn.utils.parametrizations.weight_norm, which is replaced here, or write g * v / v.norm() out"
         )
+    foreign = [f.__name__ for f in functions if not f.__module__.startswith("hessianflow.")]
+    return Graph((*foreign, *(name for name in names if "CppNode" in name)), rounds, recomputes)
 
 
-def _advice(error: RuntimeError | MemoryError, num_examples: int) -> str | None:
+def _has_hooks(node: Any) -> bool:
+    """Whether something that a node has saved goes through hooks when it is needed."""
+    for name in _saved(type(node)):  # type: ignore[arg-type]
+        saved = getattr(node, name)
+        several = saved if isinstance(saved, (tuple, list)) else (saved,)
+        if any(one is not None and one.unpack_hook is not None for one in several):
+            return True
+    return False
+
+
+@cache
+def _saved(kind: type[Any]) -> tuple[str, ...]:
+    """Names under which a kind of node shows what it has saved."""
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+def check_reached(gradients: Iterable[Tensor | None]) -> None:
+    """Refuse gradients of which not one exists: None of a parameter that is used is no zero.
+
+    Raises:
+        HessianFlowError: all are None.
+    """
+    if all(gradient is None for gradient in gradients):
+        raise HessianFlowError(UNREACHED)
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """All nodes of the graph of a loss."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending += [parent for parent, _ in node.next_functions]
+
+
+_ONCE = once_differentiable(lambda _: None).__code__
+
+
+def _is_once_differentiable(backward: Any) -> bool:
+    """Whether torch's decorator is among those of a backward: told by its code, as others set `__wrapped__`, too."""
+    while backward is not None:
+        if getattr(backward, "__code__", None) is _ONCE:
+            return True
+        backward = getattr(backward, "__wrapped__", None)
+    return False
+
+
+def _advice(error: RuntimeError | MemoryError | ValueError, num_examples: int) -> str | None:
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return (
@@ -101,23 +244,31 @@ def _advice(error: RuntimeError | MemoryError, num_examples: int) -> str | None:
         )
     missing = _MISSING.search(text)
     if missing:
-        return f"the loss has no second derivative: '{missing.group(1)}' has none; replace that operation"
-    if _COMPILED in text:
-        return "the loss has no second derivative: a part of the model is compiled; pass it uncompiled"
-    return None
+        way_out = _REPLACE.get(missing.group(1), "replace that operation")
+        return f"the loss has no second derivative: '{missing.group(1)}' has none; {way_out}"
+    if isinstance(error, CheckpointError):
+        return "a checkpointed part of the model gives other tensors when it runs again; leave the checkpoint out"
+    return next((advice for sign, advice in _ADVICE.items() if sign in text), None)
 
 
-def _without_second_derivative(loss: Tensor) -> tuple[list[str], bool]:
-    """Names of the custom functions in the graph whose backward may be run once only; whether a wrong one is there."""
-    pending, seen, names, wrong = [loss.grad_fn], set(), set(), False
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and hasattr(function.backward, "__wrapped__"):
-            names.add(function.__name__)
-        wrong |= node.name().startswith(_WRONG)
-        pending += [parent for parent, _ in node.next_functions]
-    return sorted(names), wrong
+_REPLACE = {"hardsigmoid_backward": "use nn.Hardsigmoid, which is replaced here, or relu6(x + 3) / 6"}
+_CONSTANT = (
+    "the loss differentiates by something that is a constant here, such as weights that are not selected; "
+    "leave params=None, or call requires_grad_() in the loss"
+)
+_ADVICE = {
+    "does not currently support double backward": (
+        "the loss has no second derivative: a part of the model is compiled; pass it uncompiled"
+    ),
+    "with @once_differentiable": (
+        "the loss has no second derivative: a function of it is once_differentiable; make its backward differentiable"
+    ),
+    "When use_reentrant=True": _REENTRANT,
+    "Checkpointing is not compatible with .grad()": _REENTRANT,
+    "element 0 of tensors does not require grad": _CONSTANT,
+    "One of the differentiated Tensors does not require grad": _CONSTANT,
+    "Expected more than 1 value per channel": (
+        "a layer normalises by the statistics of the batch, which one example has none of; pass more than one"
+    ),
+}
+"""What to do, by a part of torch's message."""

@@ -36,7 +36,8 @@ Sizes = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation
 class CheapDoubleBackward(TorchFunctionMode):
     """While active, calls of convolution and batch normalisation build the graph described above.
 
-    Weight normalisation does, too: torch's kernel for it (2.13, on a processor) has a wrong second derivative.
+    Weight normalisation does, too: torch's kernel for it (2.13, on a processor) has a wrong second derivative; and so
+    does the hard sigmoid, whose kernel has none.
     Whatever does not fit (batch statistics, padding given as a word, subclasses of tensors, parts that are checkpointed
     or under a torch.func transform) runs as torch runs it.
     """
@@ -53,12 +54,13 @@ def has_replacements(model: nn.Module) -> bool:
     """Whether there may be something to replace; if not, the mode would only slow down every call of torch.
 
     Weights of convolutions have three dimensions and more, running statistics are buffers, and weights are normalised
-    in a parametrization or a hook.
+    in a parametrization or a hook. A hard sigmoid that is called as a function in a model without any of these is not
+    seen, and refused by its name.
     """
     return any(
         module._buffers
         or module._forward_pre_hooks
-        or isinstance(module, ParametrizationList)
+        or isinstance(module, (ParametrizationList, nn.Hardsigmoid))
         or any(p is not None and p.ndim > 2 for p in module._parameters.values())
         for module in model.modules()
     )
@@ -105,12 +107,25 @@ def _weight_normalised(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """relu6(x + 3) / 6, of which torch's own kernel has no second derivative (which is zero)."""
+    made = functional.relu6(input + 3) / 6
+    return input.copy_(made) if inplace else made
+
+
+def _hard_sigmoid_(input: Tensor) -> Tensor:
+    return _hard_sigmoid(input, inplace=True)
+
+
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     torch._weight_norm: _weight_normalised,
     torch.conv1d: _convolved,
     torch.conv2d: _convolved,
     torch.conv3d: _convolved,
     functional.batch_norm: _normalised,
+    functional.hardsigmoid: _hard_sigmoid,
+    torch._C._nn.hardsigmoid: _hard_sigmoid,
+    torch._C._nn.hardsigmoid_: _hard_sigmoid_,
 }
 
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import take_rows
+from hessianflow.curvature.derivatives import inspect_graph
+from hessianflow.curvature.differences import Linearised, Vectors
+from hessianflow.curvature.draws import draws_by_content
 from hessianflow.curvature.ggn import forward_pair
 from hessianflow.curvature.jacobian import KeptJacobian
 from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
@@ -44,10 +47,21 @@ class FisherOperator(ModelOperator):
         params: Selection = None,
         microbatch_size: int | None = None,
         norm_mode: NormMode = "eval",
+        check_deterministic: bool = True,
+        check_product: bool | None = None,
         labels: Labels = "data",
         seed: int = 0,
     ) -> None:
-        super().__init__(model, loss_fn, data, params=params, microbatch_size=microbatch_size, norm_mode=norm_mode)
+        super().__init__(
+            model,
+            loss_fn,
+            data,
+            params=params,
+            microbatch_size=microbatch_size,
+            norm_mode=norm_mode,
+            check_deterministic=check_deterministic,
+            check_product=check_product,
+        )
         if labels not in get_args(Labels):
             raise HessianFlowError(f"labels must be one of {', '.join(get_args(Labels))}, got {labels!r}")
         self._labels, self._seed = labels, seed
@@ -64,30 +78,38 @@ class FisherOperator(ModelOperator):
         examples = [self._example_loss(outputs, targets, n) for n in range(len(outputs))]
         weights = [float(example.weight) for example in examples]
         if self._labels == "model":
-            targets = self._sampled(outputs.detach(), targets)
+            targets = self._sampled(outputs.detach(), targets, batch)
             examples = [self._example_loss(outputs, targets, n) for n in range(len(outputs))]
         counted = [n for n in range(len(outputs)) if weights[n] > 0]
         losses = torch.stack([examples[n].value for n in counted])
         check_finite(losses)
         shares = losses.new_tensor([weights[n] for n in counted])
         shares /= shares.sum()
+        graph = inspect_graph(losses)
         jacobian = KeptJacobian(losses, self.parameters, self.dtype)
 
         def product(vector: Tensor) -> Tensor:
             return jacobian.transposed(shares * jacobian.forward(vector))
 
-        return Piece(loss, weight, product)
+        def along(vector: Tensor) -> tuple[Vectors, Vectors]:
+            return [[jacobian.transposed(shares) @ vector], [jacobian.forward(vector)]], []
+
+        def claims() -> Linearised:
+            values = losses.detach()
+            return Linearised(loss, [[shares @ values], [values]], [], along, graph.rounds)
+
+        return Piece(loss, weight, product, claims, graph, jacobian.missing)
+
+    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
+        return self._average(*forward_pair(model, batch, "FisherOperator"))
 
     def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Averaged:
         return self._loss(outputs[n : n + 1], _example(targets, n, len(outputs)))
 
-    def _sampled(self, outputs: Tensor, targets: Any) -> Tensor:
+    def _sampled(self, outputs: Tensor, targets: Any, batch: Any) -> Tensor:
         if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.ndim != 2 or targets.ndim != 1:
             raise HessianFlowError("labels='model' needs outputs [N, classes] and class indices [N]; use labels='data'")
-        source = torch.Generator().manual_seed(self._seed)
-        stop = self._position + len(outputs)
-        # On the CPU and from the first example on: example n draws the same number whatever device or microbatch.
-        draws = torch.rand(stop, generator=source, dtype=torch.float64)[self._position :].to(outputs.device)
+        draws = draws_by_content(batch, len(outputs), self._seed)
         cumulative = torch.softmax(outputs.double(), dim=1).cumsum(dim=1)
         return torch.searchsorted(cumulative, draws[:, None]).squeeze(1).clamp(max=outputs.shape[1] - 1)
 

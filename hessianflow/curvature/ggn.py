@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessianflow.curvature.derivatives import check_reached, inspect_graph
+from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.jacobian import KeptJacobian
 from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.losses import Averaged
 
 
 class GGNOperator(ModelOperator):
@@ -29,18 +32,31 @@ class GGNOperator(ModelOperator):
         if weight == 0:
             return Piece(loss.detach(), 0.0, torch.zeros_like)
         check_finite(loss)
-        (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        graph = inspect_graph(loss)
+        (slope,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+        check_reached([slope])
         jacobian = KeptJacobian(outputs, self.parameters, self.dtype)
 
-        def product(vector: Tensor) -> Tensor:
+        def curved(moved: Tensor) -> Tensor:
             if not slope.requires_grad:  # a loss linear in the outputs has no curvature
-                return torch.zeros_like(vector)
-            (curved,) = torch.autograd.grad(
-                slope, outputs, jacobian.forward(vector), retain_graph=True, materialize_grads=True
-            )
-            return jacobian.transposed(curved)
+                return torch.zeros_like(moved)
+            return torch.autograd.grad(slope, outputs, moved, retain_graph=True, materialize_grads=True)[0]
 
-        return Piece(loss.detach(), weight, product)
+        def product(vector: Tensor) -> Tensor:
+            return jacobian.transposed(curved(jacobian.forward(vector)))
+
+        def along(vector: Tensor) -> tuple[Vectors, Vectors]:
+            moved = jacobian.forward(vector)
+            return [[jacobian.transposed(slope) @ vector], [moved], [curved(moved)]], []
+
+        def claims() -> Linearised:
+            return Linearised(mean, [[mean], [outputs.detach()], [slope.detach()]], [], along, graph.rounds)
+
+        mean = loss.detach()
+        return Piece(mean, weight, product, claims, graph, jacobian.missing)
+
+    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
+        return self._average(*forward_pair(model, batch, "GGNOperator"))
 
 
 def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.curvature.derivatives import check_twice_differentiable
+from hessianflow.curvature.derivatives import check_reached, inspect_graph
+from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.model_operator import ModelOperator, Piece
 from hessianflow.curvature.vectors import flatten
 
@@ -29,8 +30,9 @@ class HessianOperator(ModelOperator):
         loss, weight = self._checked_loss(model, batch)
         if weight == 0:
             return Piece(loss.detach(), 0.0, torch.zeros_like)
-        check_twice_differentiable(loss)
+        graph = inspect_graph(loss)
         gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        check_reached(gradients)
         # One flat tensor with its graph: autograd, not Python, then cuts each vector into pieces.
         gradient = flatten(gradients, self.parameters, self.dtype)
 
@@ -40,4 +42,14 @@ class HessianOperator(ModelOperator):
             second = torch.autograd.grad(gradient, self.parameters, vector, retain_graph=True, allow_unused=True)
             return flatten(second, self.parameters, self.dtype)
 
-        return Piece(loss.detach(), weight, product)
+        def along(vector: Tensor) -> tuple[Vectors, Vectors]:
+            return [[gradient @ vector]], [torch.split(product(vector), sizes)]
+
+        def claims() -> Linearised:
+            values = torch.split(gradient.detach(), sizes)
+            return Linearised(mean, [[mean]], [values], along, graph.rounds)
+
+        mean = loss.detach()
+        sizes = [parameter.numel() for parameter in self.parameters]
+        missing = tuple(i for i, g in enumerate(gradients) if g is None)
+        return Piece(mean, weight, product, claims, graph, missing)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hessianflow.curvature.derivatives import check_reached
 from hessianflow.curvature.vectors import flatten, unflatten
 
 
@@ -18,12 +19,20 @@ class KeptJacobian:
         outputs: a tensor with a graph.
         parameters: what to differentiate by.
         dtype: of the flat vectors.
+
+    Attributes:
+        missing: indices of the parameters to which there is no path.
+
+    Raises:
+        HessianFlowError: there is a path to none.
     """
 
     def __init__(self, outputs: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._outputs, self._parameters, self._dtype = outputs, parameters, dtype
         self._dummy = torch.zeros_like(outputs, requires_grad=True)
         transposed = torch.autograd.grad(outputs, parameters, self._dummy, create_graph=True, allow_unused=True)
+        check_reached(transposed)
+        self.missing = tuple(i for i, t in enumerate(transposed) if t is None)
         self._linear = [(i, t) for i, t in enumerate(transposed) if t is not None and t.requires_grad]
 
     def forward(self, vector: Tensor) -> Tensor:

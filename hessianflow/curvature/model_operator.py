@@ -6,24 +6,42 @@ targets their sum), so unequal batches and any microbatch size give the same mat
 parts are compared with the whole.
 
 One batch in one pass: its graph is built once and kept for all products (`release()` frees it), and built anew as soon
-as a weight, a buffer or the batch has changed. Several batches, or microbatches: the graph of each piece is rebuilt in
-every product, and memory does not depend on the number of pieces.
+as a weight, a buffer, the batch or an option of the loss has changed (staleness.py). Several batches, or microbatches:
+the graph of each piece is rebuilt in every product, and memory does not depend on the number of pieces.
+
+The function that is measured is that of the model in evaluation mode with gradients enabled, all hooks that run
+backwards set aside: those of parameters and modules belong to the training step, not to the matrix.
 """
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, get_args
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import map_tensors, move, num_examples, split
-from hessianflow.curvature.derivatives import explained, full_precision, second_order
+from hessianflow.curvature.derivatives import (
+    UNREACHED,
+    Graph,
+    check_reached,
+    explained,
+    full_precision,
+    second_order,
+    without_hooks,
+)
+from hessianflow.curvature.differences import EXAMPLES, Linearised, find_disagreement
 from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
+from hessianflow.curvature.measurable import check_options, check_present, uses_batch_statistics
 from hessianflow.curvature.operator import NonFiniteError, Operator
+from hessianflow.curvature.product_check import ProductCheck
+from hessianflow.curvature.repeats import RepeatCheck
 from hessianflow.curvature.selection import Selection, batches_of, checked_batches, select_parameters, single_batch
-from hessianflow.curvature.vectors import flatten
+from hessianflow.curvature.staleness import Snapshot
+from hessianflow.curvature.vectors import flatten, vector_dtype
 from hessianflow.folding import folded_normalisation
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck
@@ -35,13 +53,31 @@ class Piece(NamedTuple):
 
     Attributes:
         loss: its mean, a detached scalar.
-        weight: what that mean divides by; 0 where nothing counts.
+        weight: what that mean divides by; 0 where nothing counts, and then the rest says nothing.
         product: multiplies a vector with its matrix.
+        claims: what a difference can check, put together on demand.
+        graph: what its nodes tell.
+        missing: indices of the selected parameters that have no gradient.
     """
 
     loss: Tensor
     weight: float
     product: Callable[[Tensor], Tensor]
+    claims: Callable[[], Linearised] | None = None
+    graph: Graph = Graph()
+    missing: tuple[int, ...] = ()
+
+
+class _Kept(NamedTuple):
+    """A graph for all products, and what it was built from.
+
+    Attributes:
+        recomputes: whether products run code of the model, and so need the surroundings that the graph was built in.
+    """
+
+    piece: Piece
+    snapshot: Snapshot
+    recomputes: bool
 
 
 NO_TARGET = "no target counts: all are ignored or of weight 0; look at ignore_index and weight"
@@ -61,6 +97,11 @@ class ModelOperator(Operator):
         microbatch_size: examples per forward pass; None for whole batches with a kept graph.
         norm_mode: batch normalisation by running statistics ("eval") or by those of each batch ("batch").
         check_deterministic: run the model a second time when the first graph is kept, to see whether its loss repeats.
+        check_product: compare a product with a difference of gradients, once and in float64 (differences.py); it is
+            left out where the model does not run in float64. None: where it costs less than a percent, at product 100,
+            but with the first one where the graph holds functions that are not torch's own, or not all selected
+            parameters have a gradient. False: leave it out, for a loss that is meant to have other gradients than its
+            values (a straight-through estimator, a detached part).
 
     Attributes:
         size: number of selected weights.
@@ -70,7 +111,8 @@ class ModelOperator(Operator):
     Raises:
         HessianFlowError: nothing trainable, no data, a bad option; at a product: a loss that is not finite
             (:class:`NonFiniteError`), cannot be differentiated twice, changes from one product to the next, or is not
-            the weighted mean of its parts where the data are cut.
+            the weighted mean of its parts where the data are cut; parameters that were frozen or replaced since; a
+            product that a difference of gradients contradicts.
     """
 
     def __init__(
@@ -83,24 +125,26 @@ class ModelOperator(Operator):
         microbatch_size: int | None = None,
         norm_mode: NormMode = "eval",
         check_deterministic: bool = True,
+        check_product: bool | None = None,
     ) -> None:
         self._model = unwrap(model)
+        check_options(self._model, microbatch_size, norm_mode)
         self.names, self.parameters = select_parameters(self._model, params)
         self.loss_fn = loss_fn
         self._loss = MeanLoss(loss_fn)
         self._check_split = SplitCheck(self._loss)
         self.norm_mode = norm_mode
         self.microbatch_size = microbatch_size
-        self._check_deterministic = check_deterministic
+        self._checking = ProductCheck(check_product)
         self._batches = batches_of(data)
         self._single = single_batch(self._batches)
-        check_options(self._model, microbatch_size, norm_mode)
         self.size = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
-        self.dtype = _vector_dtype(self.parameters)
-        self._position = 0  # examples of this pass before the piece at hand
-        self._kept: tuple[Piece, _State] | None = None
-        self._last_loss: tuple[_State, float] | None = None
+        self.dtype = vector_dtype(self.parameters)
+        self._kept: _Kept | None = None
+        self._can_keep = True
+        self._snapshot: Snapshot | None = None  # of the last product without a kept graph
+        self._repeats = RepeatCheck(check_deterministic, self.dtype)
 
     @abstractmethod
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
@@ -112,8 +156,9 @@ class ModelOperator(Operator):
         return product * weight, weight
 
     def release(self) -> None:
-        """Free the kept graph."""
+        """Free the kept graph; the next product makes it anew, whatever has changed."""
         self._kept = None
+        self._repeats.forget()
 
     @property
     def num_examples(self) -> int:
@@ -133,7 +178,7 @@ class ModelOperator(Operator):
 
     def mean_loss(self) -> float:
         """The loss whose curvature this is, at the current weights."""
-        with measuring(self._model, self.norm_mode) as model, full_precision():
+        with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             return float(self._mean_loss(model, self._pieces()))
 
     def gradient(self) -> Tensor:
@@ -145,6 +190,7 @@ class ModelOperator(Operator):
                 if weight == 0:
                     continue
                 grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                check_reached(grads)
                 total.add_(flatten(grads, self.parameters, self.dtype), alpha=weight)
                 whole += weight
         return total.div_(_counted(whole))
@@ -157,43 +203,76 @@ class ModelOperator(Operator):
         with full_precision():
             # A tensor made in inference mode cannot enter a graph.
             vector = vector.clone() if vector.is_inference() else vector
-            if self._single is None or not self._fits(self._single):
-                return self._rebuilt_product(vector)
-            piece = self._kept_piece(self._single)
-            with explained(num_examples(self._single)):
-                return piece.product(vector), piece.weight
+            product, weight = self._unchecked_product(vector)
+            if self._checking.is_due():
+                self._check_product()
+            return product, weight
 
-    def _kept_piece(self, batch: Any) -> Piece:
-        state = _State(self._model, batch)
-        if self._kept is None or not self._kept[1].matches(state):
+    def _unchecked_product(self, vector: Tensor) -> tuple[Tensor, float]:
+        if self._single is None or not self._can_keep or not self._fits(self._single):
+            return self._rebuilt_product(vector)
+        kept = self._kept_piece(self._single)
+        try:
+            return self._kept_product(kept, vector), kept.piece.weight
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+        # The graph saved a buffer that the forward pass writes to and that was put back: there is nothing to keep.
+        self.release()
+        self._can_keep = False
+        return self._rebuilt_product(vector)
+
+    def _kept_piece(self, batch: Any) -> _Kept:
+        if self._kept is None or not self._kept.snapshot.is_current():
             self._kept = None  # the old graph goes before the new one comes
+            check_present(self._model, self.names, self.parameters)
+            snapshot = Snapshot(self._model, self.loss_fn, batch)
             with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
                 local = next(self._pieces(), None)
                 if local is None:
                     raise HessianFlowError(NO_TARGET)
+                if self._repeats.is_due():
+                    self._repeats.compare(snapshot, self._mean_loss(model, [local]))
                 with explained(num_examples(batch)):
                     piece = self._prepare(model, local)
                 _counted(piece.weight)
-                self._check_deterministic_once(model, state, [local])
-            self._check_repeats(state, piece.loss)
-            self._kept = (piece, state)
-        return self._kept[0]
+            snapshot.renew()  # buffers that were written to have new versions, and their old values
+            self._repeats.compare(snapshot, piece.loss)
+            self._checking.note(piece.graph, piece.missing)
+            self._kept = _Kept(piece, snapshot, piece.graph.recomputes or bool(piece.graph.foreign))
+        return self._kept
+
+    def _kept_product(self, kept: _Kept, vector: Tensor) -> Tensor:
+        if not kept.recomputes:
+            hooks = [parameter._backward_hooks for parameter in self.parameters]
+            aside = without_hooks(hooks) if any(hooks) else nullcontext()
+            with explained(num_examples(self._single)), aside:
+                return kept.piece.product(vector)
+        surroundings = measuring(self._model, self.norm_mode)
+        with surroundings as inner, self._differentiating(inner), explained(num_examples(self._single)):
+            product = kept.piece.product(vector)
+        kept.snapshot.renew()
+        return product
 
     def _rebuilt_product(self, vector: Tensor) -> tuple[Tensor, float]:
         total, whole = torch.zeros_like(vector), 0.0
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        state = _State(self._model, self._single)
+        check_present(self._model, self.names, self.parameters)
+        if self._snapshot is None or not self._snapshot.is_current():
+            self._snapshot = Snapshot(self._model, self.loss_fn, self._single)
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
-            self._check_deterministic_once(model, state, self._pieces())
+            if self._repeats.is_due():
+                self._repeats.compare(self._snapshot, self._mean_loss(model, self._pieces()))
             for batch in self._pieces():
                 with explained(num_examples(batch)):
                     piece = self._prepare(model, batch)
                     if piece.weight == 0:
                         continue
+                    self._checking.note(piece.graph, piece.missing)
                     total.add_(piece.product(vector), alpha=piece.weight)
                 loss += piece.loss.double() * piece.weight
                 whole += piece.weight
-        self._check_repeats(state, loss / _counted(whole))
+        self._repeats.compare(self._snapshot, loss / _counted(whole))
         return total.div_(whole), whole
 
     @contextmanager
@@ -213,13 +292,11 @@ class ModelOperator(Operator):
 
     def _pieces(self) -> Iterator[Any]:
         """What is forwarded at once; pieces that are known to count for nothing (all targets ignored) are left out."""
-        self._position = 0
         for batch in checked_batches(self._batches):
             for piece in split(batch, self.microbatch_size):
                 local = self._local(piece)
                 if self._weight_ahead(local) != 0:
                     yield local
-                self._position += num_examples(piece)
 
     def _weight_ahead(self, batch: Any) -> float | None:
         # A weight on the device is awaited: a piece without one must not be forwarded.
@@ -253,57 +330,40 @@ class ModelOperator(Operator):
         if weight > 0:
             check_finite(loss)
             if not loss.requires_grad:
-                raise HessianFlowError("the loss does not depend on the selected parameters; is it detached?")
+                raise HessianFlowError(UNREACHED)
         return loss, weight
 
     def _mean_loss(self, model: nn.Module, pieces: Iterable[Any]) -> Tensor:
         total, whole = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
-        with torch.no_grad():
-            for batch in pieces:
-                with explained(num_examples(batch)):
-                    averaged = self._averaged(model, batch)
-                weight = float(averaged.weight)
-                if weight > 0:
-                    total += averaged.value.double() * weight
-                    whole += weight
+        # With gradients enabled, as in a product: a loss may itself differentiate, by its inputs for example.
+        for batch in pieces:
+            with explained(num_examples(batch)):
+                averaged = self._averaged(model, batch)
+            weight = float(averaged.weight)
+            if weight > 0:
+                total += averaged.value.detach().double() * weight
+                whole += weight
         return total / _counted(whole)
 
-    def _check_deterministic_once(self, model: nn.Module, state: "_State", pieces: Iterable[Any]) -> None:
-        # Products repeat each other's random numbers (measuring restores the generators), a kept graph its own: only a
-        # second pass within one product shows that the loss is random.
-        if self._check_deterministic and self._last_loss is None:
-            self._check_repeats(state, self._mean_loss(model, pieces))
+    def _check_product(self) -> None:
+        holders = [module for module in (self._model, self.loss_fn) if isinstance(module, nn.Module)]
+        with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
+            whole = next(self._pieces())
+            samples: list[Callable[[], Any]] = [lambda: whole]
+            if not uses_batch_statistics(inner, self.norm_mode):
+                samples.insert(0, lambda: next(split(whole, EXAMPLES)))
+            found = find_disagreement(partial(self._linearised, model), holders, self.parameters, samples)
+        self._checking.conclude(found, self.names)
 
-    def _check_repeats(self, state: "_State", loss: Tensor) -> None:
-        # One number from the device per graph built: without it a random operator would pass for a matrix.
-        value, tolerance = float(loss), torch.finfo(self.dtype).eps ** 0.5
-        if self._last_loss is not None and self._last_loss[0].matches(state):
-            before = self._last_loss[1]
-            if abs(value - before) > tolerance * max(abs(value), abs(before)):
-                raise HessianFlowError(
-                    f"the loss changed from {before:.6g} to {value:.6g} between two products at the same weights; "
-                    "switch off dropout and random augmentation in the data or in the model's forward"
-                )
-        self._last_loss = (state, value)
-
-
-class _State:
-    """What a graph was built from: places, versions and norms of weights and buffers, and versions of the batch."""
-
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        modules = list(model.modules())  # once: the names that parameters() and buffers() make cost more than the rest
-        weights: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
-        watched = weights + [b for module in modules for b in module._buffers.values() if b is not None]
-        map_tensors(lambda t: watched.append(t) or t, batch)  # type: ignore[func-returns-value]
-        self._versions = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in watched]
-        with torch.no_grad():
-            # Writes through `.data` leave the version as it is, so the norms are compared too.
-            norms = torch._foreach_norm(weights)
-            self._norms = torch.stack([norm.to(weights[0].device) for norm in norms])  # compared in one transfer
-
-    def matches(self, other: "_State") -> bool:
-        # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
-        return self._versions == other._versions and torch.equal(self._norms, other._norms)
+    def _linearised(self, model: nn.Module, batch: Any, parameters: Sequence[Tensor]) -> Linearised:
+        """What the graph of one batch claims, for other parameters than those selected."""
+        twin = copy.copy(self)
+        twin.parameters = tuple(parameters)
+        twin.dtype = torch.float64
+        claims = twin._prepare(model, batch).claims
+        if claims is None:
+            raise HessianFlowError(NO_TARGET)
+        return claims()
 
 
 def check_finite(loss: Tensor) -> None:
@@ -326,28 +386,3 @@ def _counted(weight: float) -> float:
     if weight == 0:
         raise HessianFlowError(NO_TARGET)
     return weight
-
-
-def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
-    """Refuse a way to run the (unwrapped) model that cannot be.
-
-    Raises:
-        HessianFlowError: an option out of range, or microbatches where each batch has its own statistics.
-    """
-    if norm_mode not in get_args(NormMode):
-        raise HessianFlowError(f"norm_mode must be one of {', '.join(get_args(NormMode))}, got {norm_mode!r}")
-    if microbatch_size is not None and microbatch_size < 1:
-        raise HessianFlowError(f"microbatch_size must be at least 1 or None, got {microbatch_size}")
-    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if norm_mode == "batch" and microbatch_size is not None and normalises:
-        raise HessianFlowError(
-            f"norm_mode='batch' needs each batch in one pass, got microbatch_size={microbatch_size}; "
-            "leave it None or use norm_mode='eval'"
-        )
-
-
-def _vector_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    widest = torch.float32
-    for parameter in parameters:
-        widest = torch.promote_types(widest, parameter.dtype)
-    return widest

@@ -4,6 +4,7 @@ The algebra here (sum, scale, shift, deflation, adapter) needs products only, so
 matrix and each model's operator can be combined with any other.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,10 @@ class NonFiniteError(HessianFlowError):
     """A loss or a product came out as nan or infinite: the weights, the data or the loss hold such values."""
 
 
-NON_FINITE_PRODUCT = "a product with the operator is not finite (nan or inf); look at the weights and the data"
+NON_FINITE_PRODUCT = (
+    "a product with the operator is not finite (nan or inf); look at the weights and the data, and for an operation "
+    "without a second derivative there, such as a norm, a root or a power at 0"
+)
 
 
 class Operator(ABC):
@@ -35,6 +39,8 @@ class Operator(ABC):
     def matvec(self, vector: Tensor) -> Tensor:
         """The product with a flat vector, shape [size]; the vector is not changed.
 
+        Whether it is finite is for the caller to see; `operator @ vector` refuses one that is not.
+
         Raises:
             HessianFlowError: wrong shape, type or device.
         """
@@ -49,12 +55,26 @@ class Operator(ABC):
         """Free whatever is kept between products (a graph); the next product makes it anew."""
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        """`operator @ v` for a vector [size], or column by column for a matrix [size, k]."""
+        """`operator @ v` for a vector [size], or column by column for a matrix [size, k].
+
+        Raises:
+            HessianFlowError: as :meth:`matvec`, or (NonFiniteError) a product of finite numbers that is not finite.
+        """
         if other.ndim != 2:
-            return self.matvec(other)
+            return self._finite_product(other)
         if other.shape[1] == 0:
             return other.clone()
-        return torch.stack([self.matvec(column.contiguous()) for column in other.unbind(1)], dim=1)
+        return torch.stack([self._finite_product(column.contiguous()) for column in other.unbind(1)], dim=1)
+
+    def _finite_product(self, vector: Tensor) -> Tensor:
+        product = self.matvec(vector)
+        # A wait for the device, which searches do without: they look at the numbers that they fetch in any case. One
+        # number tells of most; it may overflow where no entry does, so it only says when to look.
+        if not math.isfinite(torch.dot(product, vector).item()) and not bool(torch.isfinite(product).all()):
+            if not bool(torch.isfinite(vector).all()):
+                raise NonFiniteError("the vector is not finite (nan or inf), nor would be its product")
+            raise NonFiniteError(NON_FINITE_PRODUCT)
+        return product
 
     def __add__(self, other: "Operator") -> "Operator":
         return SumOperator(self, other)
@@ -88,7 +108,7 @@ class Operator(ABC):
 
         def product(vector: Any) -> Any:
             flat = torch.as_tensor(vector.reshape(-1)).to(self.device, self.dtype)
-            return self.matvec(flat).cpu().numpy()
+            return (self @ flat).cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return ScipyOperator((self.size, self.size), matvec=product, rmatvec=product, dtype=dtype)

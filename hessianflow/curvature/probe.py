@@ -28,10 +28,10 @@ from hessianflow.batches import num_examples
 from hessianflow.curvature.checks import check_count, check_search
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.hessian import HessianOperator
-from hessianflow.curvature.model_operator import check_options
+from hessianflow.curvature.measurable import check_options
 from hessianflow.curvature.operator import NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
-from hessianflow.curvature.selection import Selection
+from hessianflow.curvature.selection import Selection, listed
 from hessianflow.curvature.vectors import normalised
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, LinearOperator, LossFn, NormMode
 from hessianflow.measuring import unwrap
@@ -84,6 +84,7 @@ class CurvatureProbe:
         window: see `smoothing`.
         budget: largest share of the training cost to be spent, for :meth:`is_affordable`; None: no limit.
         seed: of the random parts of all starts.
+        check_product: compare a product of the first call with a difference of gradients; see HessianOperator.
         operator: makes what is measured, called as HessianOperator is; on several ranks
             `hessianflow.distributed.sharded(world)`.
 
@@ -111,6 +112,7 @@ class CurvatureProbe:
         window: int = 5,
         budget: float | None = None,
         seed: int = 0,
+        check_product: bool = True,
         operator: Callable[..., ProbeOperator] = HessianOperator,
     ) -> None:
         if smoothing not in get_args(Smoothing):
@@ -125,8 +127,8 @@ class CurvatureProbe:
         self._k, self._tol, self._which, self._max_matvecs = k, tol, which, max_matvecs
         self._warm_start, self._cold_every, self._seed = warm_start, cold_every, seed
         self._smoothing, self._window, self._budget = smoothing, window, budget
-        self._params, self._norm_mode, self._microbatch_size = params, norm_mode, microbatch_size
-        self._operator = operator
+        self._params, self._norm_mode, self._microbatch_size = listed(params), norm_mode, microbatch_size
+        self._operator, self._check_product = operator, check_product
         self._start: Tensor | None = None
         self._recent: list[float] = []
         self._average: float | None = None
@@ -151,6 +153,7 @@ class CurvatureProbe:
             microbatch_size=self._microbatch_size,
             norm_mode=self._norm_mode,
             check_deterministic=self._calls == 0,
+            check_product=self._check_product and self._calls == 0,
         )
         try:
             result = self._measure(operator)

@@ -107,6 +107,7 @@ def spectrum_report(
     microbatch_size: int | None = None,
     norm_mode: NormMode = "eval",
     seed: int = 0,
+    check_product: bool = True,
     progress: Progress | None = None,
 ) -> SpectrumReport:
     """Leading eigenvalues, and on request trace, density and single layers; the model is left as found.
@@ -123,6 +124,7 @@ def spectrum_report(
         microbatch_size: examples per pass; None keeps one graph when the data are a single pair.
         norm_mode: batch-normalisation statistics.
         seed: of all random starts.
+        check_product: compare one product with a difference of gradients; see HessianOperator.
         progress: told of every product.
 
     Raises:
@@ -130,12 +132,18 @@ def spectrum_report(
     """
     modules = [] if layers is None else _matching_modules(model, layers)
 
-    def operator_of(params: Selection) -> HessianOperator:
+    def operator_of(params: Selection, check_product: bool) -> HessianOperator:
         return HessianOperator(
-            model, loss_fn, data, params=params, microbatch_size=microbatch_size, norm_mode=norm_mode
+            model,
+            loss_fn,
+            data,
+            params=params,
+            microbatch_size=microbatch_size,
+            norm_mode=norm_mode,
+            check_product=check_product,
         )
 
-    operator, watched = operator_of(None), _Watched(progress)
+    operator, watched = operator_of(None, check_product), _Watched(progress)
     eigen = top_eigenpairs(watched(operator, "eigenvalues"), min(k, operator.size), tol=tol, seed=seed)
     traced = measured = None
     if trace:
@@ -147,7 +155,7 @@ def spectrum_report(
     operator.release()
     blocks = []
     for name, module in modules:
-        block = operator_of(list(module.parameters(recurse=False)))
+        block = operator_of(list(module.parameters(recurse=False)), False)
         blocks.append(_layer(name, watched(block, name), tol, seed))
         block.release()
     return SpectrumReport(

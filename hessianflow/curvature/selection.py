@@ -10,8 +10,26 @@ from hessianflow.batches import as_batches
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.structure import article
 
-Selection = str | Sequence[str] | Sequence[Tensor] | None
+Selection = str | Iterable[str | Tensor] | Tensor | None
 """All trainable parameters (None), name patterns ("layer1", ["head", "*.bias"]), or the tensors themselves."""
+
+
+def listed(params: Selection) -> Sequence[str | Tensor] | None:
+    """The selection as a list: a generator of parameters ends after one reading, and a tensor iterates over its rows.
+
+    Raises:
+        HessianFlowError: something that is neither a name pattern nor a tensor.
+    """
+    if params is None:
+        return None
+    entries = list(params) if isinstance(params, Iterable) and not isinstance(params, (str, Tensor)) else [params]
+    for entry in entries:
+        if not isinstance(entry, (str, Tensor)):
+            raise HessianFlowError(
+                f"params must be name patterns or parameters, got a {type(entry).__name__}; "
+                "pass names, or module.parameters()"
+            )
+    return entries
 
 
 def select_parameters(model: nn.Module, params: Selection) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
@@ -20,35 +38,47 @@ def select_parameters(model: nn.Module, params: Selection) -> tuple[tuple[str, .
     A pattern matches a parameter's name or that of a module that holds it. Frozen parameters are constants.
 
     Raises:
-        HessianFlowError: nothing trainable is left.
+        HessianFlowError: nothing trainable is left, an entry that matches no parameter at all, or parameters that do
+            not go together.
     """
     chosen: dict[int, tuple[str, Tensor]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad and _wanted(name, parameter, params):
+    named, entries = list(model.named_parameters(remove_duplicate=False)), listed(params)
+    patterns = None if entries is None else [entry for entry in entries if isinstance(entry, str)]
+    tensors = {id(entry) for entry in entries or () if isinstance(entry, Tensor)}
+    for name, parameter in named:
+        wanted = patterns is None or id(parameter) in tensors or any(_matches(name, p) for p in patterns)
+        if parameter.requires_grad and wanted:
             chosen.setdefault(id(parameter), (name, parameter))
-    if not chosen:
-        raise HessianFlowError(_nothing_chosen(model, params))
-    names, tensors = zip(*chosen.values(), strict=True)
-    if any(tensor.is_complex() for tensor in tensors):
+    missed = [entry for entry in entries or () if not _is_among(entry, named)]
+    if missed or not chosen:
+        raise HessianFlowError(_nothing_chosen(named, model, missed[0] if missed else params))
+    names, found = zip(*chosen.values(), strict=True)
+    if any(tensor.is_complex() for tensor in found):
         raise HessianFlowError("parameters must be real, got a complex one; hold it as view_as_real")
-    return names, tensors
+    devices = sorted({str(tensor.device) for tensor in found})
+    if len(devices) > 1:
+        raise HessianFlowError(f"the selected parameters are on {' and '.join(devices)}; select those of one device")
+    return names, found
 
 
-def _wanted(name: str, parameter: Tensor, params: Selection) -> bool:
-    if params is None:
-        return True
-    entries = [params] if isinstance(params, str) else params
-    return any(
-        fnmatchcase(name, entry) or fnmatchcase(name, f"{entry}.*") if isinstance(entry, str) else parameter is entry
-        for entry in entries
-    )
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def _nothing_chosen(model: nn.Module, params: Selection) -> str:
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+def _is_among(entry: str | Tensor, named: Sequence[tuple[str, Tensor]]) -> bool:
+    # One of several patterns with a slip of the pen would be left out in silence.
+    return any(_matches(name, entry) if isinstance(entry, str) else parameter is entry for name, parameter in named)
+
+
+def _nothing_chosen(named: Sequence[tuple[str, Tensor]], model: nn.Module, params: Any) -> str:
+    names = [name for name, parameter in named if parameter.requires_grad]
     if not names:
         return f"{type(model).__name__} has no trainable parameter; set requires_grad_(True) on some"
-    shown = repr(params) if isinstance(params, str) else "the selection"
+    shown = "the selection"
+    if isinstance(params, str):
+        shown = repr(params)
+    elif isinstance(params, Tensor):
+        shown = f"the tensor of shape {list(params.shape)}"
     return f"params: no trainable parameter matches {shown}; names are like {', '.join(names[:3])}"
 
 

@@ -1,6 +1,6 @@
 """Flat vectors: where they come from, and how they map to a list of parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,13 +53,22 @@ def normalised(vectors: Tensor) -> Tensor:
 def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One flat vector; None stands for zeros of the shape of its neighbour in `like`."""
     pieces = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)]
-    return torch.cat([piece.reshape(-1).to(dtype) for piece in pieces])
+    # Gradients of sparse embeddings are sparse.
+    return torch.cat([(piece.to_dense() if piece.is_sparse else piece).reshape(-1).to(dtype) for piece in pieces])
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of the flat vector with the shapes (and types) of `like`."""
     pieces = torch.split(vector, [p.numel() for p in like])
     return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, like, strict=True)]
+
+
+def vector_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    """The type of flat vectors: the widest of the parameters, and float32 for 16-bit ones."""
+    widest = torch.float32
+    for parameter in parameters:
+        widest = torch.promote_types(widest, parameter.dtype)
+    return widest
 
 
 def check_vector(operator: LinearOperator, vector: Tensor, name: str = "vector") -> None:

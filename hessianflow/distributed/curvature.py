@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from hessianflow.batches import num_examples, take_rows
 from hessianflow.curvature.hessian import HessianOperator
+from hessianflow.curvature.measurable import uses_batch_statistics
 from hessianflow.curvature.operator import Operator
 from hessianflow.interfaces import Batch, HessianFlowError, LinearOperator, LossFn, Reducer
+from hessianflow.measuring import unwrap
 
 
 class MeanLossOperator(LinearOperator, Protocol):
@@ -96,8 +98,8 @@ def sharded(reducer: Reducer, make: Callable[..., MeanLossOperator] = HessianOpe
     """The `operator` of a :class:`~hessianflow.curvature.CurvatureProbe` that measures on all ranks at once.
 
     Each rank multiplies with the matrix of its part of the probe batch, which all must hold alike, and products are
-    summed. Where batch normalisation uses the statistics of the batch (`norm_mode="batch"`), the whole batch is needed
-    for them, so every rank measures all of it.
+    summed. Where batch normalisation uses the statistics of the batch (`norm_mode="batch"`, or layers without running
+    statistics), the whole batch is needed for them, so every rank measures all of it.
 
     Args:
         reducer: of the group, or the trainer's world.
@@ -105,7 +107,10 @@ def sharded(reducer: Reducer, make: Callable[..., MeanLossOperator] = HessianOpe
     """
 
     def operator(model: nn.Module, loss_fn: LossFn, batch: Batch, **options: Any) -> Operator:
-        part, count = (batch, 1) if options.get("norm_mode") == "batch" else shard(batch, reducer)
+        if uses_batch_statistics(unwrap(model), options.get("norm_mode", "eval")):
+            part, count = batch, 1
+        else:
+            part, count = shard(batch, reducer)
         return AllReducedOperator(make(model, loss_fn, part, **options), reducer, weight=None if count else 0)
 
     return operator

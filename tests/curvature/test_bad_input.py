@@ -8,7 +8,7 @@ from problems import classification, conv_net, mlp
 from torch import nn
 from torch.nn import functional
 
-from hessianflow.curvature import HessianOperator, NonFiniteError, top_eigenpairs
+from hessianflow.curvature import CallableOperator, HessianOperator, NonFiniteError, top_eigenpairs
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -91,8 +91,28 @@ def test_a_second_derivative_that_is_not_finite():
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     operator = HessianOperator(model, lambda o, t: (o.abs() ** 1.5).mean(), (torch.ones(2, 1).double(), torch.ones(2)))
-    with refused("a product with the operator is not finite", NonFiniteError):
+    message = "a product with the operator is not finite .* an operation without a second derivative there"
+    with refused(message, NonFiniteError):
         top_eigenpairs(operator, seed=0)
+    one = torch.ones(1).double()
+    for multiply in (
+        lambda: operator @ one,
+        operator.dense,
+        lambda: (2.0 * operator + operator.shifted(3.0)) @ one,
+        lambda: operator.to_scipy().matvec(one.numpy()),
+    ):
+        with refused(message, NonFiniteError):
+            multiply()
+    with refused("the vector is not finite", NonFiniteError):
+        HessianOperator(model, functional.mse_loss, (torch.ones(2, 1).double(), torch.ones(2, 1).double())) @ (one / 0)
+
+
+def test_a_large_product_is_no_infinite_one():
+    """Its square overflows, none of its entries does."""
+    huge = torch.full((3,), 3e38)
+    operator = CallableOperator(lambda v: huge * v, 3)
+    assert torch.equal(operator @ torch.ones(3), huge)
+    assert torch.equal(operator.dense(), torch.diag(huge))
 
 
 def test_a_loss_that_does_not_depend_on_the_weights():

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from problems import classification, conv_net, mlp, train
+from problems import classification, conv_net, initialised, mlp, train
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from hessianflow.curvature import HessianOperator
+from hessianflow.curvature import GGNOperator, HessianOperator
 from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
 from hessianflow.interfaces import HessianFlowError
 
@@ -204,7 +204,7 @@ class Checkpointed(nn.Module):
 
 
 def test_a_checkpointed_part_is_left_to_torch():
-    """Its graph is built again in every product, outside of the mode, and must come out the same."""
+    """Its graph is built again in every product, and must come out the same."""
     problem = classification(conv_net(), (1, 8, 8), 20)
     train(problem, 10)
     model = problem.model.eval()
@@ -233,3 +233,64 @@ def test_a_model_that_uses_transforms_is_left_to_torch():
     slope = sum(g.sum() for g in first)
     expected = torch.autograd.grad(slope, parameters)
     torch.testing.assert_close(operator @ v, torch.cat([g.flatten() for g in expected]))
+
+
+class Excited(nn.Module):
+    """Squeeze and excitation, as MobileNetV3 has it: its gate is a hard sigmoid."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.squeeze, self.excite, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.gate = gate
+
+    def forward(self, x):
+        hidden = self.squeeze(x)
+        return self.head(hidden * self.gate(4 * self.excite(hidden)))
+
+
+GATES = {
+    "layer": nn.Hardsigmoid,
+    "layer in place": lambda: nn.Hardsigmoid(inplace=True),
+    "function": lambda: functional.hardsigmoid,
+    "function in place": lambda: lambda x: functional.hardsigmoid(x, inplace=True),
+    "function of torch": lambda: torch._C._nn.hardsigmoid,
+    "function of torch in place": lambda: torch._C._nn.hardsigmoid_,
+}
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_the_hard_sigmoid_is_replaced(gate, kind):
+    """The oracle writes it out; torch's own kernel has no second derivative."""
+    written = classification(initialised(Excited(lambda x: (x / 6 + 0.5).clamp(0, 1)).double(), 0), (4,), 20, 3)
+    model = initialised(Excited(gate()).double(), 0)
+    model.register_buffer("any", torch.ones(1))
+    found = kind(model, written.loss_fn, written.pair, check_product=True).dense()
+    torch.testing.assert_close(found, kind(written.model, written.loss_fn, written.pair).dense())
+
+
+def test_in_place_means_in_place():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gate = nn.Linear(4, 3), nn.Hardsigmoid(inplace=True)
+
+        def forward(self, x):
+            hidden = self.layer(x)
+            hidden = hidden * 1
+            self.gate(hidden)
+            return hidden
+
+    problem = classification(initialised(Shared().double(), 0), (4,), 20, 3)
+    operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
+    expected = float(problem.loss_fn(problem.model(problem.inputs), problem.targets).detach())
+    assert operator.mean_loss() == pytest.approx(expected)
+
+
+def test_a_hard_sigmoid_that_nothing_shows_is_named():
+    problem = classification(initialised(Excited(functional.hardsigmoid).double(), 0), (4,), 20, 3)
+    operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
+    with pytest.raises(
+        HessianFlowError, match=r"'hardsigmoid_backward' has none; use nn\.Hardsigmoid, which is replaced"
+    ):
+        operator @ torch.ones(operator.size).double()

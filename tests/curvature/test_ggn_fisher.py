@@ -6,7 +6,8 @@ from problems import classification, mlp
 from torch import nn
 from torch.nn import functional
 
-from hessianflow.curvature import FisherOperator, GGNOperator, HessianOperator
+from hessianflow.curvature import FisherOperator, GGNOperator, HessianOperator, top_eigenpairs
+from hessianflow.curvature.draws import draws_by_content
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -81,6 +82,76 @@ def test_sampled_labels_do_not_depend_on_the_split():
     )
     torch.testing.assert_close(whole, again, rtol=0, atol=0)
     torch.testing.assert_close(whole, split)
+
+
+class Shuffled:
+    """In another order, and in other parts, in every pass."""
+
+    def __init__(self, problem, sizes):
+        self.problem, self.sizes = problem, sizes
+
+    def __iter__(self):
+        order = torch.randperm(23)
+        yield from zip(
+            self.problem.inputs[order].split(self.sizes), self.problem.targets[order].split(self.sizes), strict=True
+        )
+
+
+@pytest.mark.parametrize("sizes", [[23], [8, 8, 7], [1] * 23], ids=len)
+def test_sampled_labels_do_not_depend_on_the_order(sizes):
+    """The first product differed from later ones by 46 %, and again after the user drew a number."""
+    problem = small()
+    operator = FisherOperator(problem.model, problem.loss_fn, Shuffled(problem, sizes), labels="model", seed=3)
+    v = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = FisherOperator(problem.model, problem.loss_fn, problem.pair, labels="model", seed=3) @ v
+    for _ in range(3):
+        torch.testing.assert_close(operator @ v, expected)
+        torch.rand(1)
+    other = FisherOperator(problem.model, problem.loss_fn, problem.pair, labels="model", seed=4) @ v
+    assert not torch.allclose(other, expected)
+
+
+def test_sampled_labels_of_a_shuffled_loader():
+    problem = small()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*problem.pair), 8, shuffle=True)
+    whole, shuffled = (
+        top_eigenpairs(FisherOperator(problem.model, problem.loss_fn, data, labels="model"), seed=0)
+        for data in (problem.pair, loader)
+    )
+    assert shuffled.converged
+    assert (shuffled.matvecs, shuffled.values.item()) == (whole.matvecs, pytest.approx(whole.values.item()))
+
+
+class TestDraws:
+    def test_as_splitmix64_in_plain_integers(self):
+        """The oracle is Python's own whole numbers, reduced modulo 2^64."""
+
+        def mixed(value):
+            value %= 2**64
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                value = (value ^ (value >> shift)) * factor % 2**64
+            return value ^ (value >> 31)
+
+        rows, seed = [[3, -7, 0], [2**40, 5, 1]], 11
+        odd = [mixed(place + mixed(seed)) | 1 for place in (1, 2, 3)]
+        expected = [mixed(seed + sum(v * o for v, o in zip(row, odd, strict=True))) >> 11 for row in rows]
+        found = draws_by_content(torch.tensor(rows), 2, seed)
+        assert (found * 2**53).long().tolist() == expected
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.complex64])
+    def test_uniform_whatever_the_type(self, dtype):
+        values = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+        values = (values * 50).to(dtype) if dtype == torch.uint8 else values.to(dtype)
+        draws = draws_by_content({"x": values, "places": torch.arange(4000), "shared": torch.ones(3)}, 4000, 0)
+        assert ((draws >= 0) & (draws < 1)).all()
+        counts = torch.histc(draws, 10, 0, 1)
+        assert ((counts - 400) ** 2 / 400).sum() < 30  # chi-squared, 9 degrees of freedom: 4e-4
+
+    def test_alike_for_examples_that_are_alike_and_padded(self):
+        ids = torch.tensor([[4, 2, 0], [4, 2, 1], [4, 2, 0]])
+        first, second, third = draws_by_content(ids, 3, 0)
+        assert first == third != second
+        assert draws_by_content(ids[:1, :2], 1, 0)[0] == first
 
 
 def test_both_are_positive_semi_definite_and_select_parameters():

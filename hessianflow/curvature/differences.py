@@ -1,0 +1,298 @@
+"""A product beside a difference of gradients, along one vector: what no rule about graphs would notice.
+
+Products come from second derivatives that torch, the model and the loss provide. A function that
+keeps intermediates outside of what autograd sees, a hook on an activation, a part that is detached
+or that computes its own gradients give a matrix that is symmetric, plausible and wrong. Weights a
+small step further on show it:
+
+    Hessian:               (L(w + s v) - L(w)) / s -> g^T v,  (g(w + s v) - g(w)) / s -> H v
+    Gauss-Newton, Fisher:  the same of L, of outputs and the slope of the loss by them, of losses
+
+Choices of ours, so that a healthy model is never refused (experiments/benchmarks/differences.py
+counts):
+
+- Copies of the weights in float64 and few examples. In float32 a step that rises above rounding
+  also bends thousands of rectified units, and the difference tells of their kinks, however small
+  the step: on ResNet-20 it is off by a factor of 1 to 30. In float64 a step of 1e-6 or 1e-8 bends
+  none. Of a model that does not run in float64 nothing is said.
+- A random vector, each tensor of weights in its own scale, and several lengths of step. One that
+  agrees is enough.
+- Where none does, the differences must agree among themselves before they are believed: those of
+  continuous quantities for all steps, those of gradients, which jump at kinks, for two steps at
+  which the loss moves as its gradient says. A model that rounds within (16 bits, straight-through
+  estimators) does not move at all for a small step, and nothing is said of it.
+- Each tensor of the gradient is compared, so that a fault in one layer is not hidden behind a
+  larger one.
+
+The model's own tensors are not touched: copies stand in for them, and a kept graph stays valid.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import map_tensors
+from hessianflow.curvature.vectors import unflatten
+
+TOLERANCE = 1e-3
+"""Relative difference of a tensor that passes. Ours: steps that agree differ by 1e-5 and less."""
+
+SMALLEST_SHARE = 1e-4
+"""Tensors with a smaller part of the whole than this are not looked at: they may be cancellation."""
+
+AGREEMENT, ROUGH_AGREEMENT = 0.1, 0.5
+"""Two steps agree if they differ by this share of their distance from what is claimed; roughly where
+all of them must. Ours."""
+
+ROUNDINGS = 100
+"""Machine epsilons of a vector that are put down to rounding. Ours."""
+
+EXAMPLES = 4
+"""Examples of the batch that are used: faults are in operations, not in examples. Ours."""
+
+_STEPS = (1e-6, 1e-8, 1e-4, 1e-3, 1e-2)
+"""Lengths of step relative to the weights, the likeliest to agree first."""
+
+_LONG = 1e-3
+"""The longest step that has to agree: over longer ones a vector may bend as it likes."""
+
+_WIDER = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+
+Vectors = list[Sequence[Tensor]]
+"""Vectors, each as tensors that are compared one by one."""
+
+
+class Linearised(NamedTuple):
+    """What a graph claims about derivatives.
+
+    Attributes:
+        loss: the mean loss.
+        continuous: vectors that depend on the weights without a jump, and only bend at kinks.
+        jumping: vectors that jump at kinks: gradients.
+        along: the derivatives of both along a flat vector of weights.
+        rounds: whether the model rounds to 16 bits, so that differences tell nothing.
+    """
+
+    loss: Tensor
+    continuous: Vectors
+    jumping: Vectors
+    along: Callable[[Tensor], tuple[Vectors, Vectors]]
+    rounds: bool
+
+
+class Disagreement(NamedTuple):
+    """A derivative that differences contradict.
+
+    Attributes:
+        place: of the tensor that is worst; None where there is one only.
+        share: how far off it is, relative to the larger of the two.
+    """
+
+    place: int | None
+    share: float
+
+
+Linearise = Callable[[Any, Sequence[Tensor]], Linearised]
+"""Runs the model as it is on a batch, for some parameters; flat vectors are of float64."""
+
+
+def find_disagreement(
+    linearise: Linearise,
+    holders: Sequence[nn.Module],
+    parameters: Sequence[Tensor],
+    samples: Sequence[Callable[[], Any]],
+) -> Disagreement | None:
+    """Compare, in float64.
+
+    Args:
+        linearise: what is checked.
+        holders: the model and, where it is a module, the loss: their weights and buffers are copied.
+        parameters: to differentiate by.
+        samples: make batches, tried in turn until one can be made and run: a few examples, then all of them.
+
+    Returns:
+        None where product and differences agree, or where nothing can be told.
+    """
+    for sample in samples:
+        try:
+            given = map_tensors(_wide, sample())
+            with _copied(holders, parameters) as copies:
+                return _compare(partial(linearise, given, copies), parameters, copies)
+        except Exception:  # whatever a model raises in float64, or on a batch, that it was not made for
+            continue
+    return None
+
+
+def _compare(
+    linearise: Callable[[], Linearised], parameters: Sequence[Tensor], copies: Sequence[Tensor]
+) -> Disagreement | None:
+    claims = linearise()
+    # In a fit to the last digit, rounding decides over every gradient.
+    if claims.rounds or not abs(float(claims.loss)) > 1e4 * torch.finfo(torch.float64).eps:
+        return None
+    direction = _direction(copies)
+    derivatives = claims.along(direction)
+    continuous = [_Vector(*pair) for pair in zip(claims.continuous, derivatives[0], strict=True)]
+    jumping = [_Vector(*pair) for pair in zip(claims.jumping, derivatives[1], strict=True)]
+    del claims, derivatives  # the graph goes before the weights move
+    for step in _STEPS:
+        with torch.no_grad():
+            for copy, parameter, piece in zip(copies, parameters, unflatten(direction, copies), strict=True):
+                copy.copy_(parameter).add_(piece, alpha=step)
+        moved = linearise()
+        for vector, values in zip((*continuous, *jumping), (*moved.continuous, *moved.jumping), strict=True):
+            vector.add(step, values)
+        if all(vector.is_confirmed for vector in (*continuous, *jumping)):
+            return None
+    found = [vector.disagreement() for vector in continuous if not vector.is_confirmed]
+    trusted = set(_STEPS).intersection(*(vector.exact_steps() for vector in continuous))
+    found += [vector.disagreement(trusted) for vector in jumping if not vector.is_confirmed]
+    return max((one for one in found if one is not None), key=lambda one: one.share, default=None)
+
+
+class _Vector:
+    """One vector of values, the derivative claimed for it, and its differences for several steps."""
+
+    def __init__(self, values: Sequence[Tensor], claimed: Sequence[Tensor]) -> None:
+        self._values = [value.detach().clone() for value in values]
+        self._claimed = [tensor.detach() for tensor in claimed]
+        self._size = _norm(self._values)
+        self._total = _norm(self._claimed)
+        self._differences: dict[float, list[Tensor]] = {}
+        self.is_confirmed = False
+
+    def add(self, step: float, values: Sequence[Tensor]) -> None:
+        """Take the values after a step of this length."""
+        difference = [(new.detach() - old) / step for new, old in zip(values, self._values, strict=True)]
+        self._differences[step] = difference
+        self.is_confirmed = self.is_confirmed or not any(self._off_by(step))
+
+    def exact_steps(self) -> set[float]:
+        """Steps after which the whole vector has moved as claimed, to TOLERANCE."""
+        return {
+            step
+            for step, difference in self._differences.items()
+            if _norm([d - c for d, c in zip(difference, self._claimed, strict=True)]) <= TOLERANCE * self._total
+        }
+
+    def disagreement(self, trusted: set[float] | None = None) -> Disagreement | None:
+        """The worst tensor of those for which steps agree with each other and not with what is claimed.
+
+        Args:
+            trusted: steps of which two neighbours must agree; None: all up to _LONG must, and the
+                vector must move at all.
+        """
+        offs = {step: self._off_by(step) for step in sorted(self._differences)}
+        if trusted is None:
+            offs = {step: off for step, off in offs.items() if step <= _LONG}
+            if min(_norm(self._differences[step]) for step in offs) < TOLERANCE * self._total:
+                return None
+        worst: dict[int, float] = {}
+        for place in range(len(self._claimed)):
+            agreeing = [(one, other) for one, other in pairwise(offs) if self._agree(place, one, other, offs, trusted)]
+            if agreeing and (trusted is not None or len(agreeing) == len(offs) - 1):
+                worst[place] = min(offs[step][place] for step in agreeing[0])
+        if not worst:
+            return None
+        place = max(worst, key=worst.__getitem__)
+        return Disagreement(place if len(self._claimed) > 1 else None, worst[place])
+
+    def _agree(
+        self, place: int, one: float, other: float, offs: dict[float, list[float]], trusted: set[float] | None
+    ) -> bool:
+        if not (offs[one][place] and offs[other][place]) or (trusted is not None and not {one, other} <= trusted):
+            return False
+        first, second = self._differences[one][place], self._differences[other][place]
+        nearest = min(float((d - self._claimed[place]).norm()) for d in (first, second))
+        share = ROUGH_AGREEMENT if trusted is None else AGREEMENT
+        return float((first - second).norm()) <= share * nearest
+
+    def _off_by(self, step: float) -> list[float]:
+        """For each tensor the relative difference, 0 where it passes."""
+        difference = self._differences[step]
+        total = max(self._total, _norm(difference))
+        allowed = SMALLEST_SHARE * total + ROUNDINGS * torch.finfo(self._values[0].dtype).eps * self._size / step
+        found = []
+        for claimed, measured in zip(self._claimed, difference, strict=True):
+            off = float((measured - claimed).norm())
+            larger = max(float(claimed.norm()), float(measured.norm()))
+            found.append(0.0 if off <= TOLERANCE * larger + allowed else off / larger)
+        return found
+
+
+def _direction(parameters: Sequence[Tensor]) -> Tensor:
+    """A random flat vector, the part of each tensor as long as the weights there: all move by the same share."""
+    source = torch.Generator().manual_seed(0)
+    typical = _norm(parameters) / sum(p.numel() for p in parameters) ** 0.5 or 1.0
+    pieces = []
+    for parameter in parameters:
+        size = float(parameter.detach().norm()) / max(parameter.numel(), 1) ** 0.5
+        noise = torch.randn(parameter.numel(), generator=source, dtype=torch.float64)
+        pieces.append((size or typical) * noise.to(parameter.device, parameter.dtype))
+    return torch.cat(pieces)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([tensor.detach().double().norm() for tensor in tensors]).norm())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    wide = _WIDER.get(tensor.dtype)
+    return tensor if wide is None else tensor.to(wide)
+
+
+@contextmanager
+def _copied(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Let copies stand in for the weights and buffers of some modules; everything is as found afterwards.
+
+    Yields:
+        The copies of `parameters`.
+    """
+    modules = list(dict.fromkeys(module for holder in holders for module in holder.modules()))
+    found = [(module, dict(module._parameters), dict(module._buffers), _held(module)) for module in modules]
+    copies = {id(parameter): _copy(parameter) for parameter in parameters}
+    try:
+        for module in modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = copies.setdefault(id(parameter), _shared(parameter))  # type: ignore[assignment]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = copies.setdefault(id(buffer), _copy(buffer))
+        yield [copies[id(parameter)] for parameter in parameters]
+    finally:
+        for module, parameters_found, buffers, held in found:
+            for name, tensor in parameters_found.items():
+                module._parameters[name] = tensor
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
+            module.__dict__.update(held)
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """Plain tensors, and the lists of weights that recurrent layers keep: a forward pass may set them anew."""
+    return {key: value for key, value in vars(module).items() if isinstance(value, (Tensor, list))}
+
+
+def _shared(parameter: Tensor) -> Tensor:
+    """A constant of the measurement: itself where it need not be widened."""
+    return parameter if parameter.dtype not in _WIDER else _copy(parameter)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise TypeError(f"a {type(tensor).__name__} cannot be copied into another type")
+    wide = _WIDER.get(tensor.dtype)
+    made = tensor.detach().clone() if wide is None else tensor.detach().to(wide)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

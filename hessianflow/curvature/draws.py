@@ -1,0 +1,64 @@
+"""A random number for each example that hangs on what the example holds, not on when it comes.
+
+Data may come in another order in every pass, and in parts of any size. Each value's bits are taken as
+a whole number and multiplied by an odd one that belongs to its place and the seed; the sum, mixed
+once more, is as good as random. All of it is arithmetic modulo 2^64, exact on every device and in
+every order of the sums. Padding with zeros at the end changes nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessianflow.batches import map_tensors
+
+_STEPS = (-4658895280553007687, -7723592293110705685)  # of splitmix64
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def draws_by_content(batch: Any, examples: int, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1), shape [examples], float64; equal examples get equal ones.
+
+    Args:
+        batch: tensors whose first dimension is that of the examples count; others do not.
+        examples: number of them.
+        seed: another one gives other numbers.
+    """
+    held: list[Tensor] = []
+    map_tensors(lambda t: held.append(t) or t, batch)  # type: ignore[func-returns-value]
+    device = held[0].device
+    seed = seed % 2**63
+    total = torch.full((examples,), seed, dtype=torch.int64, device=device)
+    for tensor in held:
+        if tensor.ndim > 0 and len(tensor) == examples:
+            total = _mixed(total + _sums(tensor, seed).to(device))
+    # The upper 53 bits: as many as fit a float64.
+    return ((total >> 11) & (2**53 - 1)).double() / 2**53
+
+
+def _sums(tensor: Tensor, seed: int) -> Tensor:
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    rows = dense.reshape(len(dense), -1)
+    if rows.is_complex():
+        rows = torch.view_as_real(rows).reshape(len(rows), -1)
+    if rows.is_floating_point():
+        rows = rows.contiguous().view(_INTEGERS[rows.element_size()])
+    places = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    odd = _mixed(places + _mixed(torch.tensor(seed, device=rows.device))) | 1
+    sums: Tensor = (rows.to(torch.int64) * odd).sum(dim=1)
+    return sums
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """Bits that look random and hang on all bits of each value (splitmix64)."""
+    for shift, factor in zip((30, 27), _STEPS, strict=True):
+        values = (values ^ (_shifted(values, shift))) * factor
+    mixed: Tensor = values ^ _shifted(values, 31)
+    return mixed
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Shift to the right, zeros coming in from the left."""
+    shifted: Tensor = (values >> bits) & (2 ** (64 - bits) - 1)
+    return shifted

@@ -1,0 +1,50 @@
+"""Whether a loss repeats: without that, a random operator would pass for a matrix."""
+
+import torch
+from torch import Tensor
+
+from hessianflow.curvature.staleness import Snapshot
+from hessianflow.interfaces import HessianFlowError
+
+
+class RepeatCheck:
+    """Compares each loss with the last one at the same weights and the same batch.
+
+    Products repeat each other's random numbers (measuring restores the generators), a kept graph its
+    own: only a second pass within one product shows that the loss is random.
+
+    Args:
+        wanted: whether that second pass is to be made, with the first product.
+        dtype: of the vectors: losses may differ by the square root of its resolution.
+    """
+
+    def __init__(self, wanted: bool, dtype: torch.dtype) -> None:
+        self._wanted = wanted
+        self._tolerance = torch.finfo(dtype).eps ** 0.5
+        self._last: tuple[Snapshot, float] | None = None
+
+    def is_due(self) -> bool:
+        """Whether a second pass is to be made now; once."""
+        is_due = self._wanted
+        self._wanted = False
+        return is_due
+
+    def compare(self, snapshot: Snapshot, loss: Tensor) -> None:
+        """Take a loss and what it was computed from.
+
+        Raises:
+            HessianFlowError: it differs from the last one, and nothing else does.
+        """
+        value = float(loss)  # one number from the device for each graph that is built
+        if self._last is not None and self._last[0].has_values_of(snapshot):
+            before = self._last[1]
+            if abs(value - before) > self._tolerance * max(abs(value), abs(before)):
+                raise HessianFlowError(
+                    f"the loss changed from {before:.6g} to {value:.6g} between two products at the same weights; "
+                    "switch off dropout and random augmentation in the data or in the model's forward"
+                )
+        self._last = (snapshot, value)
+
+    def forget(self) -> None:
+        """Compare with nothing before."""
+        self._last = None

@@ -1,0 +1,204 @@
+"""Whether a graph still belongs to the weights, the batch and the loss at hand.
+
+Places and versions of tensors show what autograd knows of. Writes through `.data` and through NumPy leave no version
+behind, so numbers made from all values are compared too: sums with a fixed weight for each place, which a permutation
+or a change of sign moves, where a norm stays. Attributes that a model keeps in Python are not watched.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import map_tensors
+
+CHUNK = 2**20
+"""Values summed up at once: bounds the memory for weights and for values in another type. Ours."""
+
+SMALL = 2**13
+"""Tensors of up to so many values are summed up together: a kernel for each would cost more than their copy. Ours."""
+
+_GOLDEN = 0.6180339887498949
+_ODD = -7046029254386353131  # the golden ratio in 64 bits
+_FLOATS = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex32, torch.complex64, torch.complex128),
+)
+
+
+class Snapshot:
+    """What a graph was built from: weights and buffers of the model and of the loss, options of the loss, the batch.
+
+    It holds no copy of any of them.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Any, batch: Any) -> None:
+        self._sources = model, loss_fn, batch
+        tensors = _watched(model, loss_fn, batch)
+        self._places, self._options = _places(tensors), _options(loss_fn)
+        self._contents = _Contents(tensors)
+        self._numbers = self._contents.numbers()
+
+    def is_current(self) -> bool:
+        """Whether everything is still as it was."""
+        if _places(_watched(*self._sources)) != self._places or _options(self._sources[1]) != self._options:
+            return False
+        # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
+        return self._contents.numbers() == self._numbers
+
+    def renew(self) -> None:
+        """Take places and versions anew, where values were written and put back in between."""
+        self._places = _places(_watched(*self._sources))
+
+    def has_values_of(self, other: "Snapshot") -> bool:
+        """Whether another one was taken of equal values in equal layouts, wherever they were."""
+        layouts = [place[-1] for place in self._places] == [place[-1] for place in other._places]
+        return layouts and self._options == other._options and self._numbers == other._numbers
+
+
+class _Contents:
+    """Views of all values, in the order of memory, and what they come to."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        chunks: list[list[Tensor]] = []
+        small: dict[Any, list[Tensor]] = {}
+        self._loose: list[Tensor] = []  # no view in one dimension: read anew each time
+        for tensor in tensors:
+            for part in _strided_parts(tensor):
+                flat = _flat_view(part)
+                if flat is None:
+                    self._loose.append(part)
+                elif flat.numel() <= SMALL:
+                    small.setdefault((flat.dtype, flat.device), []).append(flat)
+                else:
+                    chunks += ([chunk] for chunk in torch.split(flat, CHUNK))
+        self._summed = [(group, _weights_of(group)) for group in (*small.values(), *chunks)]
+
+    def numbers(self) -> list[float | int]:
+        """A few numbers; two sets of values that differ have different ones."""
+        with torch.no_grad():
+            loose = [[chunk] for tensor in self._loose for chunk in torch.split(tensor.reshape(-1), CHUNK)]
+            summed = self._summed + [(group, _weights_of(group)) for group in loose] if loose else self._summed
+            numbers = _on_the_host([_sum(group, weights) for group, weights in summed])
+            for place, number in enumerate(numbers):
+                if not math.isfinite(number):  # one such value would hide all others
+                    numbers[place] = int(_sum(*_as_integers(summed[place][0])))
+        return numbers
+
+
+def _weights_of(group: list[Tensor]) -> Tensor:
+    """A weight for each place in a row of tensors of one type, the same in every process."""
+    dtype = torch.int64
+    if group[0].dtype in _FLOATS:
+        dtype = torch.float64 if group[0].dtype in (torch.float64, torch.complex128) else torch.float32
+    length = sum(tensor.numel() for tensor in group) * (2 if group[0].is_complex() else 1)
+    return _table(dtype, group[0].device, length.bit_length())[:length]
+
+
+@cache
+def _table(dtype: torch.dtype, device: torch.device, bits: int) -> Tensor:
+    # By powers of two: a few tables serve all models.
+    places = torch.arange(1, 2**bits + 1, device="cpu")
+    weights = places * _ODD if dtype == torch.int64 else (places.double() * _GOLDEN).frac() + 0.5
+    return weights.to(device, dtype)
+
+
+def _sum(group: list[Tensor], weights: Tensor) -> Tensor:
+    """The values of some tensors of one type in one row, times the weights."""
+    values = group[0] if len(group) == 1 else torch.cat(group)
+    if values.dtype != weights.dtype:
+        if values.is_complex():
+            values = torch.view_as_real(values).reshape(-1)
+        elif values.is_floating_point() and not weights.is_floating_point():
+            values = values.view(torch.uint8)  # the smallest floats: by their bits
+        values = values.to(weights.dtype)
+    if values.device.type == "cpu" or weights.is_floating_point():
+        return torch.dot(values, weights)
+    return (values * weights).sum()
+
+
+def _as_integers(group: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The bits of floating-point values, and the weights of their places."""
+    row = torch.cat(group)
+    bits = [(torch.view_as_real(row).reshape(-1) if row.is_complex() else row).contiguous().view(torch.uint8)]
+    return bits, _weights_of(bits)
+
+
+def _on_the_host(numbers: list[Tensor]) -> list[float | int]:
+    """The numbers, in one transfer for each type and device."""
+    if all(number.device.type == "cpu" for number in numbers):
+        return [number.item() for number in numbers]
+    kinds: dict[Any, list[int]] = {}
+    for place, number in enumerate(numbers):
+        kinds.setdefault((number.dtype, number.device), []).append(place)
+    found: dict[int, float | int] = {}
+    for places in kinds.values():
+        found |= dict(zip(places, torch.stack([numbers[place] for place in places]).tolist(), strict=True))
+    return [found[place] for place in range(len(numbers))]
+
+
+def _watched(model: nn.Module, loss_fn: Any, batch: Any) -> list[Tensor]:
+    modules = list(model.modules())  # once: the names that parameters() and buffers() make cost more than the rest
+    found: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
+    found += [b for module in modules for b in module._buffers.values() if b is not None]
+    if isinstance(loss_fn, nn.Module):
+        for module in loss_fn.modules():
+            held = (*module._parameters.values(), *module._buffers.values())
+            found += [t for t in held if t is not None]
+    map_tensors(lambda t: found.append(t) or t, batch)  # type: ignore[func-returns-value]
+    if isinstance(loss_fn, partial):
+        map_tensors(lambda t: found.append(t) or t, loss_fn.keywords)  # type: ignore[func-returns-value]
+    return found
+
+
+def _places(tensors: list[Tensor]) -> list[Any]:
+    try:
+        return [(t.data_ptr(), t._version, t.requires_grad, t.stride()) for t in tensors]
+    except RuntimeError:  # sparse ones have no such place, and those made in inference mode no version
+        return [_place(t) for t in tensors]
+
+
+def _place(tensor: Tensor) -> Any:
+    version = -1 if tensor.is_inference() else tensor._version
+    if tensor.layout != torch.strided:
+        return id(tensor), version, tensor.requires_grad, tensor.layout
+    return tensor.data_ptr(), version, tensor.requires_grad, tensor.stride()
+
+
+def _options(loss_fn: Any) -> list[Any]:
+    """Plain values among the attributes of a loss module or the keywords of a partial."""
+    held: Mapping[str, Any] = {}
+    if isinstance(loss_fn, partial):
+        held = loss_fn.keywords
+    elif isinstance(loss_fn, nn.Module):
+        held = vars(loss_fn)
+    return [(key, value) for key, value in held.items() if isinstance(value, (bool, int, float, str))]
+
+
+def _strided_parts(tensor: Tensor) -> list[Tensor]:
+    """The ordinary tensors that hold the values of one of any kind; none where they cannot be reached."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        if hasattr(tensor, "__tensor_flatten__"):  # torch's protocol of tensors made of others
+            inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+            return [part for held in inner for part in _strided_parts(held)]
+        tensor = tensor.as_subclass(Tensor)
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    is_plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return [tensor] if is_plain else []
+
+
+def _flat_view(tensor: Tensor) -> Tensor | None:
+    """All values in one dimension, as they lie in memory; None where there are gaps between them."""
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    along = tensor.detach().permute(order)
+    return along.view(-1) if along.is_contiguous() else None
