@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.training import History
+from hessianflow.runs import History
 
 FORMAT = 1
 RESULTS = "results.jsonl"

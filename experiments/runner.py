@@ -23,7 +23,7 @@ from experiments.devices import least_used, visible_devices
 from experiments.results import RESULTS, Row, append_row, draw, read_rows, row_of, write_reports
 from hessianflow.config import from_dict, resolve
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.training import History
+from hessianflow.runs import History
 
 Scale = Literal["smoke", "cpu", "gpu", "full"]
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         models,
         optim,
         plots,
+        runs,
         training,
     )
     from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
-    from hessianflow.training.record import History
+    from hessianflow.runs.history import History
     from hessianflow.training.trainer import AdaptiveBatchTrainer
 
 __version__ = "0.1.0"
@@ -44,12 +45,13 @@ __all__ = [
     "models",
     "optim",
     "plots",
+    "runs",
     "training",
 ]
 
 _CLASSES = {
     "AdaptiveBatchTrainer": "hessianflow.training.trainer",
-    "History": "hessianflow.training.record",
+    "History": "hessianflow.runs.history",
     **dict.fromkeys(("CurvatureReading", "Decision", "HessianFlowError", "Progress"), "hessianflow.interfaces"),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.runner import MEASURED
 from hessianflow.cli import main as command
-from hessianflow.training import History
+from hessianflow.runs import History
 
 CPU = "cpu_seconds.json"
 

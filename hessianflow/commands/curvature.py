@@ -123,14 +123,17 @@ def _table(report: "SpectrumReport") -> str:
 
 def _write(report: "SpectrumReport", folder: Path) -> None:
     from hessianflow import plots
-    from hessianflow.training.record import write_json
+    from hessianflow.runs.files import finite
+    from hessianflow.runs.measured import keep_spectrum
 
     try:
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "spectrum.json", report.to_dict())
+        moved = keep_spectrum(folder, finite(report.to_dict()))
     except OSError as error:
         raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
     print(f"  {folder / 'spectrum.json'}")
+    if moved is not None:
+        print(f"  {moved} (of other weights, examples or norm mode, measured earlier)")
     if report.density is not None:
         path = folder / "plots" / "spectral_density.png"
         plots.spectral_density(report.density, path=path)

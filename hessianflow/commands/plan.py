@@ -126,7 +126,7 @@ def _check(arguments: Namespace) -> None:
 def _run(arguments: Namespace) -> "Run":
     from hessianflow.build import load_config, prepare
     from hessianflow.commands.planning import Run
-    from hessianflow.training import History
+    from hessianflow.runs import History
 
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     changed = {name: arguments[name] for name in (*SCHEDULE, *HERE) if arguments[name] != defaults[name]}
@@ -230,7 +230,7 @@ def duration(seconds: float) -> str:
 def _write(folder: Path, arguments: Namespace, basis: Basis, predictions: "Sequence[Prediction]") -> None:
     from hessianflow import plots
     from hessianflow.commands.planning import as_json, merged
-    from hessianflow.training.record import write_json
+    from hessianflow.runs.files import write_json
 
     plan = {
         "sources": basis.sources,

@@ -41,7 +41,7 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 def draw(runs: list[Path], folder: Path) -> None:
     """Draw the pictures of `runs` into `folder` and print their paths; a run with a server or with stages has more."""
     from hessianflow import plots
-    from hessianflow.training import History
+    from hessianflow.runs import History
 
     _make(folder)
     histories = [History.load(run) for run in runs]
@@ -109,7 +109,7 @@ def _replay(arguments: Namespace) -> int:
     from hessianflow.choices import build_controller
     from hessianflow.config import resolve
     from hessianflow.control.replay import replay
-    from hessianflow.training import History
+    from hessianflow.runs import History
 
     history = History.load(arguments.run_dir)
     require_settings(arguments.run_dir, "replay", "hf.control.replay")
@@ -136,7 +136,7 @@ def _replay(arguments: Namespace) -> int:
 
 
 def _runs(arguments: Namespace) -> list[Path]:
-    from hessianflow.training import History
+    from hessianflow.runs import History
 
     runs = distinct(arguments.run_dirs)
     for run in runs:

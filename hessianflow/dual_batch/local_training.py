@@ -22,6 +22,7 @@ from hessianflow.batches import move
 from hessianflow.control import WorkerPlan
 from hessianflow.distributed.parameter_server import Weights
 from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
+from hessianflow.runs.states import check_optimizer, restoring
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator, OwnResult
 from hessianflow.training.ghost_norm import ghost_normalisation
@@ -38,6 +39,20 @@ class FlatWeights:
         """A copy."""
         flat: Weights = torch.cat([t.detach().reshape(-1) for t in self._tensors]).cpu().numpy()
         return flat
+
+    def check(self, weights: Tensor) -> None:
+        """Refuse saved weights of another number or type, or that are not finite.
+
+        Raises:
+            HessianFlowError: which of these.
+        """
+        kind = torch.from_numpy(self.read()).dtype
+        shape = (sum(t.numel() for t in self._tensors),)
+        if weights.shape != shape or weights.dtype != kind:
+            raise HessianFlowError(
+                f"the server's weights are {weights.dtype} of shape {list(weights.shape)} there, "
+                f"{kind} of shape {list(shape)} here"
+            )
 
     def write(self, weights: Weights) -> None:
         """Put them into the model, in place."""
@@ -141,10 +156,12 @@ class LocalTraining:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._next = state["next"]
-        self._optimizer.load_state_dict(state["optimizer"])
-        if "loss_scale" in state:  # states of earlier versions hold none
-            self._accumulate.scaler.load_state_dict(state["loss_scale"])
+        with restoring("the state of a worker in the checkpoint"):
+            check_optimizer(self._optimizer, state["optimizer"])
+            self._next = state["next"]
+            self._optimizer.load_state_dict(state["optimizer"])
+            if "loss_scale" in state:  # states of earlier versions hold none
+                self._accumulate.scaler.load_state_dict(state["loss_scale"])
 
     def measure(self, epoch: int, batch_size: int, steps: int) -> list[float]:
         """Seconds of each of `steps` steps of `batch_size` examples at the resolution of `epoch`; trains the model.

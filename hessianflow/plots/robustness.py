@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
+from hessianflow.plots.text import in_figure
 
 
 def robustness(
@@ -35,7 +36,7 @@ def robustness(
     for index, (name, triples) in enumerate(accuracies.items()):
         value, low, high = 100 * np.asarray(triples, dtype=float)[order].T
         marker = style.marker(index) or "o"
-        axes.plot(sizes, value, marker=marker, color=style.colour(index), label=name)
+        axes.plot(sizes, value, marker=marker, color=style.colour(index), label=in_figure(name))
         axes.fill_between(sizes, low, high, color=style.colour(index), alpha=0.2, linewidth=0)
     axes.set_ylim(0, 100)
     style.finish(axes, "perturbation (pixel units, 1 = white)", "test accuracy (%)")

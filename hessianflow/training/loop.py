@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from hessianflow.interfaces import Batch, Decision, EpochMeasurement, LossFn, Progress, ResizableBatches, World
-from hessianflow.training import checkpoint, rows
+from hessianflow.runs import Recorder, rows
+from hessianflow.runs.names import BEST, LAST
+from hessianflow.training import checkpoint
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_rule
 from hessianflow.training.evaluate import evaluate
@@ -20,7 +22,7 @@ from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.progress import ProgressBar
-from hessianflow.training.record import RunRecord
+from hessianflow.training.restore import check_fits, restore_newest
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState
 from hessianflow.training.step import TrainingStep
@@ -83,7 +85,7 @@ class TrainingLoop:
     totals: RunningTotals
     rate: LearningRate
     state: RunState
-    record: RunRecord
+    record: Recorder
     saver: Saver
     policy: DivergencePolicy
     watch: Stopwatch
@@ -230,7 +232,7 @@ class TrainingLoop:
         accuracy, counters = row["eval_accuracy"], self.state.counters
         if accuracy is not None and (counters.best is None or accuracy > counters.best):
             counters.best = accuracy
-            self.save(checkpoint.BEST)
+            self.save(BEST)
 
     def _measure(self) -> None:
         for measurement in self.measurements:
@@ -273,8 +275,7 @@ class TrainingLoop:
             raise error
         power, factor = on_first_rank(self.world, lambda: rate_rule(history.of_kind("batch")))
         rollbacks, seconds = counters.rollbacks + 1, self.watch.totals()
-        state, warning = self.newest_checkpoint(self.record.sync)
-        self.load_state_dict(state, f"the checkpoint in {self.run_dir}")
+        _, warning = self.restore_newest(self.record.sync)
         self.watch.load(seconds)  # the time is spent all the same
         self.totals.forget_divergence()
         if warning is not None:
@@ -293,19 +294,22 @@ class TrainingLoop:
         counters = self.state.counters
         return hold(decision, counters.batch_cap, counters.cap_power, counters.cap_factor)
 
-    def newest_checkpoint(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
-        """The state and a warning, if any; read by rank 0, whose disk the others need not see."""
+    def restore_newest(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
+        """Put back the newest checkpoint that can be; returns it, and a warning where it is not the last."""
         assert self.run_dir is not None
-        folder = self.run_dir / checkpoint.FOLDER
-        return on_first_rank(self.world, lambda: checkpoint.load_newest(folder, history_bytes()))
+
+        def check(state: Mapping[str, Any]) -> None:
+            check_fits(state, self.model, self.state.optimizer)
+
+        return restore_newest(self.world, self.run_dir, history_bytes, check, self.load_state_dict)
 
     def event(self, event: str, message: str) -> None:
         """Record that something happened."""
         self.record.write(rows.event_row(self.progress, event, message))
 
-    def save(self, name: str = checkpoint.LAST) -> None:
+    def save(self, name: str = LAST) -> None:
         """Write a checkpoint, if the run has a folder; what all ranks share is rank 0's."""
-        if name == checkpoint.LAST:
+        if name == LAST:
             self.state.counters.saved_at = self.state.counters.examples
         self.saver.restart_clock()  # on every rank, for any of them may find that time is up
         folder = self.run_dir

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hessianflow.interfaces import Decision, Progress
+from hessianflow.runs.rows import place, spent_on
 from hessianflow.training.accumulate import BatchResult
 from hessianflow.training.evaluate import Evaluation, float64_on
 
@@ -92,23 +93,14 @@ class RunningTotals:
         loss, accuracy = self.means()
         spent = {name: value - self._seconds[name] for name, value in seconds.items()}
         return {
-            "kind": "epoch",
-            "epoch": progress.epoch,
-            "examples": progress.examples,
-            "updates": progress.updates,
+            **place("epoch", progress),
             **self._setting,
             "train_loss": loss,
             "train_accuracy": accuracy,
             "eval_loss": None if evaluation is None else evaluation.loss,
             "eval_accuracy": None if evaluation is None else evaluation.accuracy,
             **self._adversarial_gain(),
-            "seconds": spent["wall"],
-            "images_per_second": self._examples / max(spent["training"] + spent["data"], 1e-9),
-            "seconds_training": spent["training"] - spent["adversary"],
-            "seconds_data": spent["data"],
-            "seconds_adversary": spent["adversary"],
-            "seconds_curvature": spent["curvature"],
-            "seconds_evaluation": spent["evaluation"],
+            **spent_on(spent, self._examples),
         }
 
     def _adversarial_gain(self) -> dict[str, float]:

@@ -35,7 +35,11 @@ from hessianflow.interfaces import (
     World,
 )
 from hessianflow.measuring import unwrap
-from hessianflow.training import checkpoint, rows
+from hessianflow.runs import History, Recorder
+from hessianflow.runs.folder import history_length
+from hessianflow.runs.rows import Record
+from hessianflow.runs.summary import summary_of
+from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator, Precision
 from hessianflow.training.checks import check_data, check_run, check_signals, join_parts, must_pair, trained_parameters
 from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
@@ -44,13 +48,12 @@ from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
 from hessianflow.training.lookahead import Lookahead, check_staleness
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.microbatch import MicrobatchSize
-from hessianflow.training.record import History, Record, RunRecord, history_length
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState, separate_generators
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
 from hessianflow.training.totals import RunningTotals
-from hessianflow.training.world import LocalWorld, on_all_ranks, on_first_rank
+from hessianflow.training.world import LocalWorld, on_first_rank
 
 AUTO_START = 128
 """Where the search for a microbatch size begins. Ours."""
@@ -201,7 +204,7 @@ class AdaptiveBatchTrainer:
             totals=totals,
             rate=rate,
             state=RunState(model, optimizer, parts, watch),
-            record=RunRecord(folder if first else None, sinks if first else ()),
+            record=Recorder(folder if first else None, sinks if first else ()),
             saver=Saver(checkpoint_examples, checkpoint_minutes, keep_checkpoints),
             policy=DivergencePolicy(on_divergence, max_rollbacks),
             watch=watch,
@@ -226,8 +229,12 @@ class AdaptiveBatchTrainer:
         self.world.meet(self.settings())
         on_first_rank(self.world, lambda: loop.record.start({**self._config, "trainer": self.settings()}))
         separate_generators(self.world.rank)
-        self.begin()
-        loop.save()
+        try:
+            self.begin()
+            loop.save()
+        except HessianFlowError:
+            loop.record.close()
+            raise
         return self._run()
 
     def begin(self) -> None:
@@ -251,9 +258,13 @@ class AdaptiveBatchTrainer:
         self.world.meet(self.settings())
         loop, folder = self._loop, Path(run_dir)
         loop.run_dir = folder
-        state, warning = loop.newest_checkpoint(lambda: history_length(folder))
-        on_all_ranks(self.world, lambda: loop.load_state_dict(state, f"the checkpoint in {folder}"))
-        on_first_rank(self.world, lambda: loop.record.reopen(folder, state["history_bytes"]))
+        try:
+            on_first_rank(self.world, lambda: loop.record.hold(folder))
+            state, warning = loop.restore_newest(lambda: history_length(folder))
+            on_first_rank(self.world, lambda: loop.record.reopen(folder, state["history_bytes"]))
+        except HessianFlowError:
+            loop.record.close()
+            raise
         if warning is not None:
             loop.event("fallback", warning)
         return self._run()
@@ -318,17 +329,17 @@ class AdaptiveBatchTrainer:
         loop = self._loop
         try:
             loop.run_until()
+            found = self.summary()
+            on_first_rank(self.world, lambda: loop.record.finish(found))
         finally:
             loop.record.close()
-        summary = self.summary()
-        on_first_rank(self.world, lambda: loop.record.finish(summary))
         return on_first_rank(self.world, loop.record.history)
 
     def summary(self) -> dict[str, Any]:
         """What summary.json would hold if the run ended now."""
         loop = self._loop
         seconds, size = loop.watch.totals(), self.world.world_size
-        return rows.summary(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
+        return summary_of(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
 
     def settings(self) -> dict[str, Any]:
         """What config.json holds of the trainer itself."""

@@ -130,7 +130,10 @@ def test_long_labels_are_cut_on_the_right_in_the_legend_and_nowhere_else(tmp_pat
     names = ["package.module." + "network_" * 12 + end for end in ("a", "b")]
     folders = [write_run(tmp_path / n[-1], config={"settings": {"model": n}}) for n in names]
     (tmp_path / "c").mkdir()
-    folders += [write_run(tmp_path / "c" / str(s), config={"seed": s, "settings": {"model": "c1"}}) for s in (0, 1)]
+    ended = {"status": "finished"}
+    for seed in (0, 1):
+        config = {"seed": seed, "settings": {"model": "c1"}}
+        folders.append(write_run(tmp_path / "c" / str(seed), config=config, summary=ended))
     table = compare_table(folders)
     rows = csv.DictReader(io.StringIO(table.to_csv()))
     assert [row["settings"] for row in rows] == [f"model={name}" for name in (*names, "c1")]

@@ -93,13 +93,28 @@ def test_run_in_memory_without_settings():
     assert "No config.json beside the records." in words
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eigenvalues": [1], "residuals": [1], "density": {}}'])
-def test_damaged_spectrum_is_refused(folder, content):
+DENSITY = '{"eigenvalues": [1], "residuals": [1], "density": '
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold a JSON object, found a list"),
+        ('{"eigenvalues": [1, "2"], "residuals": [1, 1]}', 'eigenvalues.1 must be a number or null, got "2"'),
+        ('{"eigenvalues": [1, 2], "residuals": [1]}', "residuals must hold 2 values, one an eigenvalue, got 1"),
+        (DENSITY + "{}}", "density.nodes is missing"),
+        (DENSITY + '{"nodes": [[0], [1, 2]], "weights": [[1], [1, 1]]}}', "density must hold nodes and weights of one"),
+        (DENSITY + '{"nodes": [[0, "x"]], "weights": [[1, 1]]}}', 'density.nodes.0.1 must be a number, got "x"'),
+        ('{"eigenvalues": [1e999], "residuals": [1]}', "eigenvalues.0 must be a finite number"),
+        ("[" * 100_000, "nested deeper than 50"),
+    ],
+)
+def test_damaged_spectrum_is_refused(folder, content, words):
     (folder / "spectrum.json").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"spectrum.json must hold eigenvalues, residuals and density: make it anew with"
-    ):
+    with pytest.raises(ValueError, match=r"spectrum\.json.*make it anew with `hessianflow spectrum") as caught:
         report(folder)
+    assert words in str(caught.value)
 
 
 def test_unwritable_path_is_named(folder, tmp_path):
