@@ -13,7 +13,6 @@ from hessianflow.measuring import unwrap
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS
 from hessianflow.runs.states import (
-    DamagedStateError,
     check_finite,
     check_optimizer,
     check_training_state,
@@ -55,7 +54,7 @@ def restore_newest(
         try:
             with restoring(source):
                 put_back(state, source)
-        except DamagedStateError as error:
+        except HessianFlowError as error:  # damage, or another run: then the older ones are refused alike
             return str(error)
         return None
 
