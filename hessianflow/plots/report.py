@@ -67,6 +67,8 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
         HessianFlowError: no run, a folder that is not a run directory, a damaged file, an unwritable path, or one
             where something other than an earlier report stands.
     """
+    if path is not None:
+        _refuse_other(Path(path))
     read = read_runs(runs)
     heading = title or ("Run " if len(read) == 1 else "Runs ") + ", ".join(run.name for run in read)
     sections = [
@@ -257,7 +259,6 @@ def _plain(value: Any) -> str:
 
 def _write(target: Path, text: str) -> None:
     try:
-        _refuse_other(target)
         write_text(target, text)
     except OSError as error:
         raise HessianFlowError(f"cannot write report {target}: {error.strerror or error}") from None
@@ -272,7 +273,10 @@ def _refuse_other(target: Path) -> None:
     refuse_special(target)
     if not target.exists():
         return
-    with open(target, "rb") as file:
-        begins = file.read(_BEGINNING)
+    try:
+        with open(target, "rb") as file:
+            begins = file.read(_BEGINNING)
+    except OSError as error:
+        raise HessianFlowError(f"cannot read {target}: {error.strerror or error}") from None
     if _GENERATOR.encode() not in begins and _EARLIER not in begins:
         raise HessianFlowError(f"{target} is there already and is no report of ours: name another file")

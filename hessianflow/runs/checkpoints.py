@@ -198,8 +198,11 @@ def _keep_previous(path: Path, keep: int) -> None:
     try:
         os.link(path, link)  # last.pt itself stays until the new one takes its name
     except OSError:  # a file system without hard links: for a moment there is only previous.pt
-        link = path
+        os.replace(path, path.with_name(PREVIOUS))
+        return
     os.replace(link, path.with_name(PREVIOUS))
+    # After a kill at this place previous.pt is last.pt under another name, and then a rename leaves both.
+    link.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 from html import escape
 from html.parser import HTMLParser
@@ -81,6 +83,62 @@ def test_spectrum_is_shown_where_there_is_one(folder):
     stored["density"] = {"nodes": [[0.0, 5.0]], "weights": [[0.9, 0.1]]}
     (folder / "spectrum.json").write_text(json.dumps(stored))
     assert len(Page(report(folder)).images) == 3
+
+
+def test_what_was_measured_after_the_run_is_shown(folder):
+    stored = {"eigenvalues": [5.0, None], "residuals": [1e-3, None], "trace": {"value": 2.5, "stderr": None}}
+    layers = [{"name": "conv<1>", "size": 9, "eigenvalue": 4.5, "trace": 3.25, "trace_stderr": 0.125, "residual": 0.5}]
+    layers.append({"name": "fc", "eigenvalue": 1.5, "converged": False})
+    (folder / "spectrum.json").write_text(json.dumps(stored | {"layers": layers}))
+    curves = {"clean": [[0.875, 0.8, 0.9]] * 2, "pgd5": [[0.5, 0.4, 0.6], [None, None, None]]}
+    (folder / "robustness.json").write_text(json.dumps({"eps": [0.01, 0.03], "accuracy": curves}))
+    page = Page(report(folder))
+    assert {"conv<1>", "4.5", "3.25 ± 0.1", "fc (not converged)", "Accuracy under attack: absa"} <= set(page.words)
+    assert {"pgd5", "87.50%", "50.00%", "0.03", "-"} <= set(page.words)
+    assert len(page.images) == 3
+    (folder / "robustness.json").write_text(json.dumps({"eps": [0.01], "accuracy": curves}))
+    with pytest.raises(ValueError, match=r"robustness.json: accuracy.clean must hold 1 values, one an eps, got 2"):
+        report(folder)
+
+
+EARLIER = "<!doctype html>\n<style>\n:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5;"
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": "epoch"}', "<!doctype html>\n<html><title>mine</title></html>"])
+def test_only_a_report_is_replaced(content, folder, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text(content)
+    link = tmp_path / "link.html"
+    link.symlink_to(mine)
+    for path in (mine, link):
+        with pytest.raises(ValueError, match=r"mine|link.html.* is there already and is no report of ours"):
+            report(folder, path)
+    assert mine.read_text() == content
+
+
+def test_a_report_is_replaced_also_by_a_link_and_one_of_an_earlier_release(folder, tmp_path):
+    mine, link = tmp_path / "mine", tmp_path / "link.html"
+    link.symlink_to(mine)
+    mine.write_text(EARLIER)
+    assert report(folder, link) == mine.read_text() == report(folder, mine)
+    assert link.is_symlink()
+
+
+def test_run_files_folders_and_pipes_are_not_replaced(folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=rf"{name} is not an ordinary file"):
+            report(folder, tmp_path / name)
+    with pytest.raises(ValueError, match="/dev/null is not an ordinary file"):
+        report(folder, "/dev/null")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    for name in ("history.jsonl", "config.json"):
+        before = (folder / name).read_bytes()
+        with pytest.raises(ValueError, match=rf"{name} is there already and is no report"):
+            report(folder, folder / name)
+        assert (folder / name).read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_same_records_same_page(folder):

@@ -1,6 +1,7 @@
 """Checkpoints survive what happens to files, and never run code."""
 
 import contextlib
+import os
 import pickle
 import random
 import warnings
@@ -125,6 +126,15 @@ def test_a_foreign_file_is_refused_in_silence(content: bytes, tmp_path: Path, ca
         with pytest.raises(HessianFlowError, match="cannot be read: damaged or foreign"):
             checkpoints.load(tmp_path / "last.pt")
     assert capfd.readouterr().err == ""
+
+
+def test_two_names_of_one_file_leave_nothing_behind(tmp_path: Path):
+    """As a kill between the last two renames of a save leaves them; renaming one to the other would do nothing."""
+    checkpoints.save(tmp_path / "last.pt", {"n": 0})
+    os.link(tmp_path / "last.pt", tmp_path / "previous.pt")
+    checkpoints.save(tmp_path / "last.pt", {"n": 1})
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
+    assert [checkpoints.load(tmp_path / name)["n"] for name in ("last.pt", "previous.pt")] == [1, 0]
 
 
 def test_any_number_may_be_kept(tmp_path: Path):
