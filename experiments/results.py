@@ -16,8 +16,18 @@ from hessianflow.runs import History
 from hessianflow.runs.files import write_text
 
 __all__ = [
-    *("FORMAT", "RESULTS", "Group", "Row", "append_row", "draw", "field", "groups", "hardware", "read_rows"),
-    *("row_of", "write_reports"),
+    "FORMAT",
+    "RESULTS",
+    "Group",
+    "Row",
+    "append_row",
+    "draw",
+    "field",
+    "groups",
+    "hardware",
+    "read_rows",
+    "row_of",
+    "write_reports",
 ]
 _COLUMNS = ("problem", "method", "seeds", "accuracy", "spread", "updates", "largest batch", "seconds")
 

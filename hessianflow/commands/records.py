@@ -123,7 +123,7 @@ def _replay(arguments: Namespace) -> int:
     config = resolve(replace(recorded, **changes))
     if config.controller == "critical" and recorded.norm_mode == "eval":
         print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")
-    examples = history.config["trainer"]["examples_per_epoch"]
+    examples = history.fact("examples_per_epoch")
     result = replay(history.records, build_controller(config), examples_per_epoch=examples, total_epochs=config.epochs)
     for step in result.changes:
         decision = step.decision

@@ -4,6 +4,7 @@ A checkpoint is a dict of tensors, numbers, text, lists and dicts. What a part o
 it is that part's business; its own `load_state_dict` is asked inside :func:`restoring`.
 """
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -212,11 +213,17 @@ def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Refuse what an optimizer keeps of each weight where it has not the weight's shape; it would fail at a step.
+    """Refuse options of another kind than an optimizer has, and what it keeps of a weight in another shape.
+
+    It would take them, and fail at a step.
 
     Raises:
         DamagedStateError: which entry.
     """
+    for number, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=False)):
+        for name in (own.keys() & group.keys()) - {"params"}:
+            if not _is_alike(own[name], group[name]):
+                raise DamagedStateError(f"optimizer.param_groups.{number}.{name} cannot be {shown(group[name])}")
     if not type(optimizer).__module__.startswith(("torch.optim.", "hessianflow.optim.", "hessianflow.adversarial.")):
         return  # what a foreign one keeps under these names is its business
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -253,6 +260,18 @@ def restoring(source: str) -> Iterator[None]:
         raise DamagedStateError(
             f"{source} cannot be put back: it is damaged, or of another release ({type(error).__name__}: {text[:120]})"
         ) from error
+
+
+def _is_alike(own: Any, saved: Any) -> bool:
+    """Return whether a saved option is of the kind of an optimizer's own; finite, where it is a number."""
+    if isinstance(own, Tensor) or isinstance(saved, Tensor):
+        return isinstance(own, (Tensor, float, int)) and isinstance(saved, (Tensor, float, int))
+    if isinstance(own, (list, tuple)):
+        same = isinstance(saved, (list, tuple)) and len(saved) == len(own)
+        return same and all(map(_is_alike, own, saved))
+    if type(own) in (int, float):
+        return type(saved) in (int, float) and math.isfinite(saved)
+    return own is None or saved is None or isinstance(saved, type(own))
 
 
 def _numbers(value: Any) -> Sequence[Any]:
