@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.result_rows import FORMAT, RESULTS, Row, append_row, field, read_rows
-from hessianflow.plots.text import in_csv, in_figure, in_latex, in_markdown
 from hessianflow.runs import History
 from hessianflow.runs.files import write_text
+from hessianflow.runs.text import in_csv, in_figure, in_latex, in_markdown
 
 __all__ = [
     "FORMAT",

@@ -116,12 +116,17 @@ def _outcome(case: Case, place: Path, seconds: float) -> tuple[int, str]:
 
 def run(argv: Sequence[str], seconds: float) -> tuple[int | None, str]:
     """Exit status and standard error of a command in this process; None and what happened where it has none."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # as strict as a terminal
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
+
+    def said() -> str:
+        return err.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
+
     try:
         with _time_limit(seconds), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return main(list(argv)), err.getvalue()
+            return main(list(argv)), said()
     except SystemExit as stop:
-        return (stop.code if isinstance(stop.code, int) else 1), err.getvalue()
+        return (stop.code if isinstance(stop.code, int) else 1), said()
     except OverTime:
         return None, f"over {seconds} s"
     except BaseException as error:  # whatever escapes is what we look for

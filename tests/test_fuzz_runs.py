@@ -266,7 +266,9 @@ def damage(run_dir: Path, chance: random.Random, *, older: bool) -> None:
 def test_names_and_targets(runs: Path, tmp_path: Path):
     """Run directories with odd names, and odd places to write to."""
     names = ["$x^$", "a\nb", "a\udcffb", "_a", " ", "日本", "=1", "<b>|`", "\x1b[31m", "x" * 200, "-", "a$b$c"]
-    readers = (["plot", "{{}}/{}"], ["compare", "{{}}/{}", "--out", "o"], ["report", "{{}}/{}"])
+    given = ["--slope", "0.001", "--intercept", "0.01", "--workers", "1,2"]
+    readers = (["plot", "{{}}/{}"], ["compare", "{{}}/{}", "--out", "o"], ["report", "{{}}/{}"], ["resume", "{{}}/{}"])
+    readers = (*readers, ["plan", *given, "--run", "{{}}/{}"])
     cases = [
         Case(f"named {name[:20]!r}", [word.format(name) for word in argv], placed(runs / "absa", unchanged, name))
         for name in names

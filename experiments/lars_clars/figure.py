@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.results import Row, field
-from hessianflow.plots.text import in_figure
+from hessianflow.runs.text import in_figure
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import require_settings
+from hessianflow.commands.runs import require_settings, shown
 from hessianflow.interfaces import HessianFlowError, NormMode
 
 if TYPE_CHECKING:
@@ -131,13 +131,13 @@ def _write(report: "SpectrumReport", folder: Path) -> None:
         moved = keep_spectrum(folder, finite(report.to_dict()))
     except OSError as error:
         raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
-    print(f"  {folder / 'spectrum.json'}")
+    print(f"  {shown(folder / 'spectrum.json')}")
     if moved is not None:
-        print(f"  {moved} (of other weights, examples or norm mode, measured earlier)")
+        print(f"  {shown(moved)} (of other weights, examples or norm mode, measured earlier)")
     if report.density is not None:
         path = folder / "plots" / "spectral_density.png"
         plots.spectral_density(report.density, path=path)
-        print(f"  {path}")
+        print(f"  {shown(path)}")
 
 
 def _folder(arguments: Namespace) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import require_settings
+from hessianflow.commands.runs import require_settings, shown
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -89,6 +89,6 @@ def _write(arguments: Namespace, rows: list[dict[str, Any]], folder: Path) -> No
         raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
     path = folder / "plots" / "robustness.png"
     plots.robustness(arguments.eps, curves, path=path)
-    print(f"  {folder / 'robustness.json'}\n  {path}")
+    print(f"  {shown(folder / 'robustness.json')}\n  {shown(path)}")
     if moved is not None:
-        print(f"  {moved} (other attacks, sizes or examples, measured earlier)")
+        print(f"  {shown(moved)} (other attacks, sizes or examples, measured earlier)")

@@ -17,6 +17,13 @@ def distinct(run_dirs: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
+def shown(path: str | Path) -> str:
+    """Return a path as it can be printed on one line of any screen."""
+    from hessianflow.runs.text import plain
+
+    return plain(str(path))
+
+
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
     """Refuse a run that was made from Python, whose model and data only its maker can build.
 

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 
 from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command
+from hessianflow.commands.runs import shown
 from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig, resolve
 from hessianflow.interfaces import HessianFlowError
@@ -77,7 +78,7 @@ def _has_finished(world: "World", run_dir: str) -> bool:
 
     finished = on_first_rank(world, lambda: read_summary(Path(run_dir))).get("status") == "finished"
     if finished and world.rank == 0:
-        print(f"{run_dir} has finished already: nothing to resume")
+        print(f"{shown(run_dir)} has finished already: nothing to resume")
     return finished
 
 
@@ -149,9 +150,10 @@ def _print_summary(history: "History") -> None:
         print(f"  epoch {row['epoch']:>3}: batch {row['from']} -> {row['to']}: {row['reason']}")
     if len(changes) > SHOWN_CHANGES:
         print(f"  and {len(changes) - SHOWN_CHANGES} more changes, listed in history.jsonl")
-    print(f"  {history.run_dir}")
+    run_dir = shown(history.run_dir or "")
+    print(f"  {run_dir}")
     if summary["status"] == "preempted":
-        print(f"  hessianflow resume {history.run_dir}  continues")
+        print(f"  hessianflow resume {run_dir}  continues")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from hessianflow.plots import style
 from hessianflow.plots.records import Run, RunSource, batch_steps, column, number, read_runs
 from hessianflow.plots.settings import Group, group_runs, seed_of
-from hessianflow.plots.text import in_csv, in_markdown, plain
+from hessianflow.runs.text import in_csv, in_markdown, plain
 
 _LEGEND = 90
 """Characters of a label in the legend; tables hold it whole."""

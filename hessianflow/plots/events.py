@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from hessianflow.plots.records import Run, number
-from hessianflow.plots.text import in_figure, plain
+from hessianflow.runs.text import in_figure, plain
 
 # A key longer than this hides the picture it belongs to; the rest is counted.
 MAX_KEY_LINES = 12

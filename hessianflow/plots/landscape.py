@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
 from hessianflow.plots.records import Array
-from hessianflow.plots.text import in_figure
+from hessianflow.runs.text import in_figure
 
 # Losses that span more than this factor get a logarithmic scale.
 _LOG_SPAN = 30.0

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.plots.text import plain
 from hessianflow.runs import History
+from hessianflow.runs.text import plain
 
 Row = Mapping[str, Any]
 Array = NDArray[np.float64]

@@ -20,11 +20,11 @@ from hessianflow.plots.records import Run, RunSource, number, read_runs
 from hessianflow.plots.robustness import robustness
 from hessianflow.plots.settings import flatten, seed_of
 from hessianflow.plots.spectra import spectral_density
-from hessianflow.plots.text import plain
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
 from hessianflow.runs.documents import Layer, RobustnessFile, SpectrumFile, read_robustness, read_spectrum
 from hessianflow.runs.files import refuse_special, write_text
+from hessianflow.runs.text import plain
 
 _GENERATOR = "hessianflow report"
 _EARLIER = b":root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff;"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
-from hessianflow.plots.text import in_figure, plain
+from hessianflow.runs.text import in_figure, plain
 
 _LONGEST_NAME = 40
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
 from hessianflow.plots.records import Array, column
-from hessianflow.plots.text import in_figure
+from hessianflow.runs.text import in_figure
 
 _SHOWN = ("step", "bandwidth", "latency", "batches")
 """Sources that stand above the picture: nobody should see a prediction without them."""

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.plots.text import in_figure
 from hessianflow.runs.files import replacing
+from hessianflow.runs.text import in_figure
 
 # Okabe and Ito's palette, told apart with any common colour blindness; yellow is left out: too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

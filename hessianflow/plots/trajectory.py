@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from hessianflow.plots import style
 from hessianflow.plots.events import Growth, growths, key, mark
 from hessianflow.plots.records import Run, RunSource, batch_steps, column, read_runs
-from hessianflow.plots.text import in_figure, plain
+from hessianflow.runs.text import in_figure, plain
 
 # Layout in inches: fixed, because the key below the axes has as many lines as there were changes.
 _WIDTH, _PLOT_HEIGHT, _SIDE, _TOP, _BELOW_AXES, _LINE = 9.0, 3.9, 0.95, 0.6, 0.62, 0.19

@@ -19,7 +19,7 @@ import torch
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.files import replacing
 from hessianflow.runs.history import ends_a_row
-from hessianflow.runs.names import HISTORY, LAST, PREVIOUS, SET_ASIDE
+from hessianflow.runs.names import HISTORY, LAST, PREVIOUS, SET_ASIDE, SETTINGS
 from hessianflow.runs.schema import shown
 
 FORMAT, VERSION = "hessianflow-checkpoint", 2
@@ -118,6 +118,12 @@ def load_newest(
     Raises:
         HessianFlowError: none of the files can be used; what is wrong with the newest.
     """
+    if not any(folder.glob("*.pt")):
+        run_dir = folder.parent
+        raise UnreadableError(
+            f"no checkpoint at {folder / LAST}: the run ended before its first one; begin it again with "
+            f"`hessianflow train --config {run_dir / SETTINGS} --run-dir {run_dir}` (from Python: trainer.fit)"
+        )
     first: HessianFlowError | None = None
     for name in _newest_first(folder):
         try:

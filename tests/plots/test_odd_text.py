@@ -10,7 +10,7 @@ from run_dirs import RECORDS, curvature, growth, write_run
 
 from hessianflow import plots
 from hessianflow.plots.records import read_runs
-from hessianflow.plots.text import in_csv, in_figure, in_latex, in_markdown, plain
+from hessianflow.runs.text import in_csv, in_figure, in_latex, in_markdown, plain
 
 NASTY = {
     "mathematics": r"$x^$ and $\frac{a}$",

@@ -1,4 +1,4 @@
-"""Text that somebody else chose (names of folders, reasons, settings) in figures, tables and pages."""
+"""Text that somebody else chose (names of folders, reasons, settings) in figures, tables, pages and on a screen."""
 
 import re
 import unicodedata
