@@ -22,7 +22,8 @@ from hessianflow.batches import move
 from hessianflow.control import WorkerPlan
 from hessianflow.distributed.parameter_server import Weights
 from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
-from hessianflow.runs.states import check_optimizer, restoring
+from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
+from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator, OwnResult
 from hessianflow.training.ghost_norm import ghost_normalisation
@@ -156,7 +157,8 @@ class LocalTraining:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        with restoring("the state of a worker in the checkpoint"):
+        source = "the state of a worker in the checkpoint"
+        with restoring(source), keeping_options(self._optimizer):
             check_optimizer(self._optimizer, state["optimizer"])
             self._next = state["next"]
             self._optimizer.load_state_dict(state["optimizer"])

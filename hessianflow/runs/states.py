@@ -4,26 +4,19 @@ A checkpoint is a dict of tensors, numbers, text, lists and dicts. What a part o
 it is that part's business; its own `load_state_dict` is asked inside :func:`restoring`.
 """
 
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.schema import Count, Fault, Figure, Number, Size, fault_of, shown
 
 _DEEPEST = 40
-_LIKE_WEIGHTS = (
-    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"),
-    *("acc_delta", "sum", "prev", "step_size", "ax"),
-)
-"""What torch's optimizers, and ours, keep in the shape of the weights."""
 _BROKEN = (
     KeyError,
     TypeError,
@@ -212,35 +205,6 @@ def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
             raise DamagedStateError(f"model.{name} holds numbers that are not finite")
 
 
-def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Refuse options of another kind than an optimizer has, and what it keeps of a weight in another shape.
-
-    It would take them, and fail at a step.
-
-    Raises:
-        DamagedStateError: which entry.
-    """
-    for number, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=False)):
-        for name in (own.keys() & group.keys()) - {"params"}:
-            if not _is_alike(own[name], group[name]):
-                raise DamagedStateError(f"optimizer.param_groups.{number}.{name} cannot be {shown(group[name])}")
-    if not type(optimizer).__module__.startswith(("torch.optim.", "hessianflow.optim.", "hessianflow.adversarial.")):
-        return  # what a foreign one keeps under these names is its business
-    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in _numbers(group.get("params"))]
-    shapes = dict(zip(numbers, (weight.shape for weight in weights), strict=False))
-    for number, kept in saved["state"].items():
-        if number not in shapes or not isinstance(kept, dict):
-            raise DamagedStateError(f"optimizer.state.{shown(number)} is of no weight")
-        for name in _LIKE_WEIGHTS:
-            value = kept.get(name)
-            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != shapes[number]:
-                raise DamagedStateError(
-                    f"optimizer.state.{number}.{name} must have the shape {list(shapes[number])} of its weight, "
-                    f"got {list(value.shape)}"
-                )
-
-
 @contextmanager
 def restoring(source: str) -> Iterator[None]:
     """While a state is put back, turn what a part of it raises over a damaged entry into one line.
@@ -260,22 +224,6 @@ def restoring(source: str) -> Iterator[None]:
         raise DamagedStateError(
             f"{source} cannot be put back: it is damaged, or of another release ({type(error).__name__}: {text[:120]})"
         ) from error
-
-
-def _is_alike(own: Any, saved: Any) -> bool:
-    """Return whether a saved option is of the kind of an optimizer's own; finite, where it is a number."""
-    if isinstance(own, Tensor) or isinstance(saved, Tensor):
-        return isinstance(own, (Tensor, float, int)) and isinstance(saved, (Tensor, float, int))
-    if isinstance(own, (list, tuple)):
-        same = isinstance(saved, (list, tuple)) and len(saved) == len(own)
-        return same and all(map(_is_alike, own, saved))
-    if type(own) in (int, float):
-        return type(saved) in (int, float) and math.isfinite(saved)
-    return own is None or saved is None or isinstance(saved, type(own))
-
-
-def _numbers(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
 
 
 def _refuse(fault: Fault | None) -> None:

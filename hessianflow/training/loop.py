@@ -22,7 +22,7 @@ from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import LearningRate, ScheduleUnit
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.progress import ProgressBar
-from hessianflow.training.restore import check_fits, restore_newest
+from hessianflow.training.restore import restore_newest
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState
 from hessianflow.training.step import TrainingStep
@@ -297,11 +297,9 @@ class TrainingLoop:
     def restore_newest(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
         """Put back the newest checkpoint that can be; returns it, and a warning where it is not the last."""
         assert self.run_dir is not None
-
-        def check(state: Mapping[str, Any]) -> None:
-            check_fits(state, self.model, self.state.optimizer)
-
-        return restore_newest(self.world, self.run_dir, history_bytes, check, self.load_state_dict)
+        return restore_newest(
+            self.world, self.run_dir, history_bytes, self.load_state_dict, self.model, self.state.optimizer
+        )
 
     def event(self, event: str, message: str) -> None:
         """Record that something happened."""

@@ -12,9 +12,9 @@ from hessianflow.interfaces import HessianFlowError, World
 from hessianflow.measuring import unwrap
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS
+from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
 from hessianflow.runs.states import (
     check_finite,
-    check_optimizer,
     check_training_state,
     model_fault,
     restoring,
@@ -26,8 +26,9 @@ def restore_newest(
     world: World,
     run_dir: Path,
     history_bytes: Callable[[], int],
-    check: Callable[[Mapping[str, Any]], None],
     put_back: Callable[[Mapping[str, Any], str], None],
+    model: nn.Module,
+    optimizer: Optimizer,
 ) -> tuple[dict[str, Any], str | None]:
     """Put back `last.pt`, or an older checkpoint where that is damaged; then `last.pt` is set aside.
 
@@ -37,8 +38,9 @@ def restore_newest(
         world: the ranks.
         run_dir: the run directory.
         history_bytes: tells the length of the history.
-        check: raises a HessianFlowError over a state that does not fit this run.
         put_back: given a state and its name for errors.
+        model: what the weights are for.
+        optimizer: what its state is for.
 
     Returns:
         The state that was put back, and a warning when it was an older one.
@@ -52,11 +54,14 @@ def restore_newest(
 
     def damage_of(state: Mapping[str, Any]) -> str | None:
         try:
-            with restoring(source):
+            with restoring(source), keeping_options(optimizer):
                 put_back(state, source)
         except HessianFlowError as error:  # damage, or another run: then the older ones are refused alike
             return str(error)
         return None
+
+    def check(state: Mapping[str, Any]) -> None:
+        _check_fits(state, model, optimizer)
 
     def attempt() -> tuple[dict[str, Any], str, str | None]:
         return checkpoints.load_newest(folder, history_bytes(), check, refused)
@@ -73,7 +78,7 @@ def restore_newest(
     return state, warning
 
 
-def check_fits(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+def _check_fits(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse the state of a checkpoint that is damaged, or of another model.
 
     Raises:
