@@ -1,9 +1,12 @@
 """Whole dual-batch runs: what they leave behind, interrupted and resumed, in a simulation."""
 
 import json
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +120,40 @@ def test_killed_within_the_first_epoch_and_resumed(whole: History, tmp_path: Pat
     resumed = build_dual_batch(prepare(load_config(tmp_path / "cut"))).resume(tmp_path / "cut")
     losses = [[row["loss"] for row in history.of_kind("commit")] for history in (whole, resumed)]
     assert losses[0] == losses[1]
+
+
+SERVER_DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no server": lambda s: s["dual_batch"].pop("server"),
+    "weights of another number": lambda s: s["dual_batch"]["server"].update(weights=torch.ones(3)),
+    "weights of another type": lambda s: s["dual_batch"]["server"].update(weights=torch.ones(3).to(torch.int8)),
+    "copies of another number": lambda s: s["dual_batch"]["running"].update({0: (0.0, 1, torch.ones(3))}),
+    "commits that are text": lambda s: s["dual_batch"]["server"].update(commits="x"),
+    "workers that are a list": lambda s: s["dual_batch"].update(workers=[]),
+    "events that are numbers": lambda s: s["dual_batch"].update(events=[1]),
+    "a worker without its count": lambda s: s["dual_batch"]["workers"][0].pop("next"),
+    "counters of another kind": lambda s: s["counters"].update(seconds=5),
+    "no counters": lambda s: s["counters"].clear(),
+    "int8 model": lambda s: s["model"].update({n: v.to(torch.int8) for n, v in s["model"].items()}),
+    "generators": lambda s: s["generators"].update(torch=None),
+    "of another run": lambda s: s.pop("dual_batch"),
+}
+
+
+@pytest.mark.parametrize("damage", SERVER_DAMAGES)
+def test_a_damaged_last_checkpoint_is_passed_over(damage: str, whole: History, tmp_path: Path) -> None:
+    shutil.copytree(whole.run_dir, tmp_path / "run")  # type: ignore[arg-type]
+    (tmp_path / "run" / "summary.json").unlink()
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    SERVER_DAMAGES[damage](state)
+    torch.save(state, path)
+    resumed = build_dual_batch(prepare(load_config(tmp_path / "run"))).resume(tmp_path / "run")
+    [event] = resumed.of_kind("event")
+    assert event["event"] == "fallback"
+    assert "continuing from previous.pt" in event["message"]
+    losses = [[row["loss"] for row in history.of_kind("commit")] for history in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert path.with_name("last.damaged").exists()
 
 
 @pytest.mark.parametrize("commits", [3, 8])
