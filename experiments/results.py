@@ -1,55 +1,35 @@
-"""results.jsonl: one row per finished cell of a grid; and the tables and figures made from it alone.
-
-Every row carries its `format`. Rows of another format are left in the file, reported and not used, so their cells run
-again; a last line cut short by a crash is cut off. Of several rows of one cell the last counts.
-"""
+"""results.jsonl: one row per finished cell of a grid; and the tables and figures made from it alone."""
 
 import csv
-import json
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from hessianflow.interfaces import HessianFlowError
-from hessianflow.training import History
+from experiments.result_rows import FORMAT, RESULTS, Row, append_row, field, read_rows
+from hessianflow.runs import History
+from hessianflow.runs.files import write_text
+from hessianflow.runs.text import in_csv, in_figure, in_latex, in_markdown
 
-FORMAT = 1
-RESULTS = "results.jsonl"
-Row = dict[str, Any]
+__all__ = [
+    "FORMAT",
+    "RESULTS",
+    "Group",
+    "Row",
+    "append_row",
+    "draw",
+    "field",
+    "groups",
+    "hardware",
+    "read_rows",
+    "row_of",
+    "write_reports",
+]
 _COLUMNS = ("problem", "method", "seeds", "accuracy", "spread", "updates", "largest batch", "seconds")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The usable rows of a results file, the newest per (problem, method, seed); none where there is no file.
-
-    Raises:
-        HessianFlowError: a line before the last is not a JSON object, or does not say which cell it is of.
-    """
-    found: dict[tuple[str, str, int], Row] = {}
-    foreign = 0
-    for number, line in enumerate(_whole_lines(path), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise HessianFlowError(f"{path} line {number} is not a JSON object: mend it or move the file away")
-        if row.get("format") != FORMAT:
-            foreign += 1
-            continue
-        lacking = [name for name in ("problem", "method", "seed") if name not in row]
-        if lacking:
-            raise HessianFlowError(f"{path} line {number} has no {', '.join(lacking)}: mend it or delete the line")
-        found[row["problem"], row["method"], row["seed"]] = row
-    if foreign:
-        sys.stderr.write(f"{path}: {foreign} rows of a format other than {FORMAT} not used; their cells run again\n")
-    return list(found.values())
 
 
 def row_of(problem: str, method: str, settings: Mapping[str, Any], history: History) -> Row:
@@ -93,31 +73,6 @@ def _lines(path: Path) -> list[str]:
     return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one row; what a crash left of an unfinished line is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        whole = "".join(line + "\n" for line in _whole_lines(path))
-        if path.read_text("utf-8") != whole:
-            path.write_text(whole, "utf-8")
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"format": FORMAT, **row}, allow_nan=False) + "\n")
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file; the last one only if it is whole: valid JSON, or ended."""
-    if not path.is_file():
-        return []
-    text = path.read_text("utf-8")
-    lines = [line for line in text.split("\n") if line.strip()]
-    if lines and not text.endswith("\n"):
-        try:
-            json.loads(lines[-1])
-        except ValueError:
-            return lines[:-1]
-    return lines
-
-
 @dataclass(frozen=True)
 class Group:
     """The runs of one method on one problem.
@@ -137,11 +92,7 @@ class Group:
         Raises:
             HessianFlowError: a row without it.
         """
-        if any(name not in row for row in self.rows):
-            raise HessianFlowError(
-                f"a row of {self.problem} {self.method} has no {name}: delete it, its cell runs again"
-            )
-        return [float(row[name]) for row in sorted(self.rows, key=lambda row: int(row["seed"]))]
+        return [float(field(row, name)) for row in sorted(self.rows, key=lambda row: int(row["seed"]))]
 
     def cells(self) -> dict[str, str]:
         """The line of the table, as text by column."""
@@ -184,14 +135,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         here = [group for group in found if group.problem == problem]
         for group in here:
             _draw_group(left, right, group, methods.index(group.method))
-        left.set(xscale="log", title=problem)
+        left.set(xscale="log", title=in_figure(problem))
         left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.xaxis.set_major_formatter("{x:.0f}")
         left.xaxis.set_minor_formatter(NullFormatter())
         left.tick_params(axis="x", which="both", labelsize=7)
-        style.batch_axis(
-            right, [epoch["batch_size"] for group in here for row in group.rows for epoch in row["epochs"]]
-        )
+        sizes = [epoch["batch_size"] for group in here for row in group.rows for epoch in field(row, "epochs")]
+        style.batch_axis(right, sizes)
         style.finish(left, "optimizer updates", "test accuracy (%)")
         style.finish(right, "epoch", "batch size")
         columns = -(-len(here) // 14)  # as many names stand beside a panel
@@ -207,8 +157,17 @@ def _draw_group(left: Any, right: Any, group: Group, index: int) -> None:
 
     colour, marker = style.colour(index), "os^vDPX*"[index // len(style.COLOURS) % 8]
     accuracies = [100 * value for value in group.values("accuracy")]
-    left.plot(group.values("updates"), accuracies, marker, markersize=5, alpha=0.8, color=colour, label=group.method)
-    sizes = [epoch["batch_size"] for epoch in min(group.rows, key=lambda row: row["seed"])["epochs"]]
+    left.plot(
+        group.values("updates"),
+        accuracies,
+        marker,
+        markersize=5,
+        alpha=0.8,
+        color=colour,
+        label=in_figure(group.method),
+    )
+    first = min(group.rows, key=lambda row: int(row["seed"]))
+    sizes = [epoch["batch_size"] for epoch in field(first, "epochs")]
     dash = style.dash(index)
     right.step(range(1, len(sizes) + 1), sizes, where="mid", linewidth=1.1, color=colour, alpha=0.8, linestyle=dash)
 
@@ -221,22 +180,18 @@ def write_reports(rows: Sequence[Row], folder: Path, draw: Callable[[Sequence[Ro
     markdown = [_markdown_line(_COLUMNS), _markdown_line(["---"] * len(_COLUMNS))]
     markdown += [_markdown_line(line.values()) for line in lines]
     table_md, table_tex, table_csv = (folder / f"table.{suffix}" for suffix in ("md", "tex", "csv"))
-    table_md.write_text("\n".join(markdown) + "\n", "utf-8")
-    body = [" & ".join(map(_latex, line.values())) + r" \\" for line in lines]
+    write_text(table_md, "\n".join(markdown) + "\n")
+    body = [" & ".join(map(in_latex, line.values())) + r" \\" for line in lines]
     header = " & ".join(_COLUMNS) + r" \\ \hline"
-    table_tex.write_text("\n".join([r"\begin{tabular}{lllrrrrr}", header, *body, r"\end{tabular}"]) + "\n", "utf-8")
+    write_text(table_tex, "\n".join([r"\begin{tabular}{lllrrrrr}", header, *body, r"\end{tabular}"]) + "\n")
     with open(table_csv, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
-        writer.writerows(lines)
+        writer.writerows({name: in_csv(text) for name, text in line.items()} for line in lines)
     figure = folder / "results.png"
     draw(rows, figure)
     return [table_md, table_tex, table_csv, figure]
 
 
 def _markdown_line(values: Any) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def _latex(text: str) -> str:
-    return "".join("\\" + sign if sign in "_%&#$" else sign for sign in text)
+    return "| " + " | ".join(map(in_markdown, values)) + " |"

@@ -23,7 +23,8 @@ from experiments.devices import least_used, visible_devices
 from experiments.results import RESULTS, Row, append_row, draw, read_rows, row_of, write_reports
 from hessianflow.config import from_dict, resolve
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.training import History
+from hessianflow.runs import History
+from hessianflow.runs.files import read_object
 
 Scale = Literal["smoke", "cpu", "gpu", "full"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +182,7 @@ class Job:
             row = row_of(self.cell.problem, self.cell.method, self.cell.all_settings, history)
             measured = self.run_dir / MEASURED
             if measured.is_file():
-                row["measured"] = json.loads(measured.read_text("utf-8"))
+                row["measured"] = read_object(measured)
         except (ValueError, KeyError, OSError) as error:  # a run directory that cannot be read stops no other cell
             return Outcome(self.cell, None, f"{self.run_dir}: {type(error).__name__}: {error}")
         return Outcome(self.cell, row)

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
         models,
         optim,
         plots,
+        runs,
         training,
     )
     from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
     from hessianflow.losses import WeightedLoss
-    from hessianflow.training.record import History
+    from hessianflow.runs.history import History
     from hessianflow.training.trainer import AdaptiveBatchTrainer
 
 __version__ = "0.1.0"
@@ -46,12 +47,13 @@ __all__ = [
     "models",
     "optim",
     "plots",
+    "runs",
     "training",
 ]
 
 _CLASSES = {
     "AdaptiveBatchTrainer": "hessianflow.training.trainer",
-    "History": "hessianflow.training.record",
+    "History": "hessianflow.runs.history",
     "WeightedLoss": "hessianflow.losses",
     **dict.fromkeys(("CurvatureReading", "Decision", "HessianFlowError", "Progress"), "hessianflow.interfaces"),
 }

@@ -33,11 +33,14 @@ from hessianflow.memory import keep_freed_memory
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
 from hessianflow.models.dropout import with_head_dropout
-from hessianflow.training import AdaptiveBatchTrainer, TensorBoardSink, checkpoint
+from hessianflow.runs import TensorBoardSink, checkpoints
+from hessianflow.runs.documents import read_config
+from hessianflow.runs.names import CHECKPOINTS, CONFIG, LAST, TENSORBOARD
+from hessianflow.runs.states import check_weights
+from hessianflow.training import AdaptiveBatchTrainer, checkpoint
 from hessianflow.training.accumulate import Precision
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.recalibrate import recalibrate
-from hessianflow.training.record import CONFIG, read_json
 from hessianflow.training.world import LocalWorld
 
 EVALUATION_BATCH = {"cpu": 128}
@@ -49,8 +52,6 @@ RECALIBRATION_EXAMPLES = 1024
 """Training examples that statistics of normalisation are measured on before an evaluation. Ours."""
 WATCHED_EXAMPLES, INPUT_CURVATURE_EXAMPLES, MOST_PRODUCTS = 256, 16, 60
 """Sizes of the measurements after an epoch, and the most products that one eigenvalue may take. Ours."""
-TENSORBOARD = "tensorboard"
-"""Folder of the TensorBoard files in a run directory."""
 _BUNDLED = ("digits", "fake")
 
 
@@ -250,8 +251,8 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise HessianFlowError(f"{folder} is not a run directory: it holds no {CONFIG}")
-    settings = read_json(path).get("settings")
-    if not isinstance(settings, dict):
+    settings = read_config(folder).get("settings")
+    if settings is None:
         raise HessianFlowError(f"{path} holds no settings: a run made from Python is continued from Python")
     return from_dict({**settings, **_unrecorded(settings), "run_dir": str(folder)}, str(path))
 
@@ -261,8 +262,9 @@ def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
     if "excess_power" in settings:
         return {}
     found: dict[str, Any] = {"excess_power": 0.0} if settings.get("controller") == "critical" else {}
-    if settings.get("schedule") == "cooldown" and settings.get("decay_from") is None:
-        found["decay_from"] = min(-(-settings["epochs"] // 3), settings["epochs"] - 1)
+    epochs = settings.get("epochs")
+    if settings.get("schedule") == "cooldown" and settings.get("decay_from") is None and type(epochs) is int:
+        found["decay_from"] = min(-(-epochs // 3), epochs - 1)
     return found
 
 
@@ -274,8 +276,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
     """
     given_path = Path(path)
     if given_path.is_dir():
-        return given_path, given_path / checkpoint.FOLDER / checkpoint.LAST
-    if given_path.is_file() and given_path.parent.name == checkpoint.FOLDER:
+        return given_path, given_path / CHECKPOINTS / LAST
+    if given_path.is_file() and given_path.parent.name == CHECKPOINTS:
         return given_path.parent.parent, given_path
     raise HessianFlowError(f"{given_path} is neither a run directory nor a checkpoint inside one")
 
@@ -287,7 +289,7 @@ def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
     """
     run_dir, file = find_checkpoint(path)
     config = prepare(load_config(run_dir))
-    state = checkpoint.load(file)
+    state = checkpoints.load_checked(file, check_weights)
     parts = build_parts(config)
     checkpoint.load_model(parts.model, state["model"], str(file))
     return config, replace(parts, model=merge_batch_norm(parts.model)) if is_split(parts.model) else parts

@@ -8,10 +8,11 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from hessianflow.interfaces import HessianFlowError, NormMode
 from hessianflow.presets import PRESETS
+from hessianflow.runs.schema import fault_of
 from hessianflow.settings import NOT_ON_A_SERVER, DualBatchSettings, ResolutionSettings, TwinSettings, WorkerSettings
 
 DataName = Literal["digits", "fake", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet", "folder"]
@@ -354,19 +355,24 @@ def _listed(value: Any) -> Any:
 
 
 def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
-    """The configuration that :func:`to_dict` wrote.
+    """Return the configuration that :func:`to_dict` wrote.
 
     Raises:
-        HessianFlowError: an unknown setting; `source` names the file.
+        HessianFlowError: an unknown setting, a value of another type, or one out of bounds; `source` names the file.
     """
     known = {field.name for field in fields(TrainConfig)}
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise HessianFlowError(f"{source} has unknown settings {', '.join(unknown)}: made by another release?")
+    types = get_type_hints(TrainConfig, include_extras=True)
+    for name, value in settings.items():
+        fault = fault_of(value, types[name])
+        if fault is not None:
+            raise HessianFlowError(f"{source}: {fault.inside(name)}")
     try:
         return TrainConfig(**{name: _tupled(value) for name, value in settings.items()})
-    except TypeError as error:
-        raise HessianFlowError(f"{source} holds a setting of the wrong type: {error}") from None
+    except HessianFlowError as error:
+        raise HessianFlowError(f"{source}: {error}") from None
 
 
 def _tupled(value: Any) -> Any:

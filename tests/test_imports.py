@@ -12,10 +12,10 @@ import hessianflow
 PACKAGE = Path(hessianflow.__file__).parent
 SHARED = {"interfaces", "batches", "structure", "losses", "measuring", "folding", "memory", "checks"}
 ALLOWED: dict[str, set[str]] = {
-    **{
-        room: SHARED | {room} for room in ("curvature", "control", "adversarial", "optim", "models", "data", "training")
-    },
-    "plots": SHARED | {"plots"},
+    **{room: SHARED | {room} for room in ("curvature", "control", "adversarial", "optim", "models", "data")},
+    "runs": {"interfaces", "checks", "runs"},
+    "training": SHARED | {"training", "runs"},
+    "plots": SHARED | {"plots", "runs"},
     "distributed": SHARED | {"distributed", "curvature"},
     "interfaces": set(),
     "batches": {"interfaces", "structure"},
@@ -27,12 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"interfaces"},
     "presets": set(),
     "settings": {"interfaces"},
-    "config": {"interfaces", "presets", "settings"},
+    "config": {"interfaces", "presets", "settings", "runs"},
     "__init__": {"interfaces", "memory"},
     "__main__": {"cli"},
 }
 ROOMS_OF_BUILD = {
-    *("curvature", "control", "adversarial", "optim", "models", "data", "training", "distributed"),
+    *("curvature", "control", "adversarial", "optim", "models", "data", "training", "distributed", "runs"),
     *("config", "build", "choices", *SHARED),
 }
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
@@ -41,7 +41,7 @@ ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch", "settings"}
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
     *("commands", "config", "build", "choices", "dual_batch", "elastic", "plots", "training", "control", "curvature"),
-    *("adversarial", "data", "distributed", "settings", *SHARED),
+    *("adversarial", "data", "distributed", "settings", "runs", *SHARED),
 }
 
 

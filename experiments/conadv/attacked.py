@@ -11,7 +11,9 @@ from pathlib import Path
 
 from experiments.runner import MEASURED
 from hessianflow.cli import main as command
-from hessianflow.training import History
+from hessianflow.runs import History
+from hessianflow.runs.files import read_object
+from hessianflow.runs.names import ROBUSTNESS
 
 CPU = "cpu_seconds.json"
 
@@ -34,7 +36,7 @@ def main(file: Path, run_dir: Path) -> int:
     attack = ["--attack", "fgsm", f"pgd{steps}", "--eps", *sizes, "--examples", str(examples)]
     status = command(["robustness", str(run_dir), *attack])
     if status == 0:
-        found = json.loads((run_dir / "robustness.json").read_text("utf-8"))
+        found = read_object(run_dir / ROBUSTNESS)
         (run_dir / MEASURED).write_text(json.dumps({"cpu_seconds": seconds, "robustness": found}), "utf-8")
     return status
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.conadv.grid import METHODS
-from experiments.results import Group, Row, groups
+from experiments.results import Group, Row, field, groups
 
 HEADER = ("problem", "method", "test accuracy", "FGSM", "PGD", "PGD, twice eps", "CPU seconds", "ratio to clean")
 ORDER = list(METHODS)
@@ -20,7 +20,7 @@ def report(rows: Sequence[Row], path: Path) -> None:
     lines = [HEADER, ["---"] * len(HEADER)]
     for problem in dict.fromkeys(row["problem"] for row in rows):
         found = [group for group in attacked if group.problem == problem]
-        clean = {row["seed"]: row["measured"]["cpu_seconds"] for g in found if g.method == "clean" for row in g.rows}
+        clean = {row["seed"]: _seconds(row) for g in found if g.method == "clean" for row in g.rows}
         lines += [_line(group, clean) for group in found]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     (path.parent / "robustness.md").write_text(text, "utf-8")
@@ -29,13 +29,13 @@ def report(rows: Sequence[Row], path: Path) -> None:
 
 def _line(group: Group, clean: dict[int, float]) -> list[str]:
     """Mean and standard deviation over seeds, in %; seconds and their ratio to clean training of the same seed."""
-    seconds = [row["measured"]["cpu_seconds"] for row in group.rows]
-    ratios = [row["measured"]["cpu_seconds"] / clean[row["seed"]] for row in group.rows if row["seed"] in clean]
+    seconds = [_seconds(row) for row in group.rows]
+    ratios = [_seconds(row) / clean[row["seed"]] for row in group.rows if row["seed"] in clean]
     attacks = [_accuracies(group, name, index) for name, index in (("fgsm", 0), ("pgd", 0), ("pgd", -1))]
     return [
         group.problem,
         group.method,
-        _spread([100 * row["accuracy"] for row in group.rows]),
+        _spread([100 * field(row, "accuracy") for row in group.rows]),
         *(_spread(values) for values in attacks),
         f"{statistics.mean(seconds):.0f}",
         f"{statistics.mean(ratios):.2f}" if ratios else "",
@@ -44,8 +44,17 @@ def _line(group: Group, clean: dict[int, float]) -> list[str]:
 
 def _accuracies(group: Group, attack: str, index: int) -> list[float]:
     """Accuracy in % under the attack whose name begins so, at one of the perturbations; one value a seed."""
-    found = (row["measured"]["robustness"]["accuracy"] for row in group.rows)
-    return [100 * next(curve for name, curve in each.items() if name.startswith(attack))[index][0] for each in found]
+    found = []
+    for row in group.rows:
+        curves = field(row, "measured", "robustness", "accuracy")
+        name = next((name for name in curves if name.startswith(attack)), attack)
+        curve = field(row, "measured", "robustness", "accuracy", name)
+        found.append(100 * curve[index][0])
+    return found
+
+
+def _seconds(row: Row) -> float:
+    return float(field(row, "measured", "cpu_seconds"))
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -65,9 +74,9 @@ def _draw(found: Sequence[Group], path: Path) -> None:
     for (left, right), problem in zip(figure.subplots(len(problems), 2, squeeze=False), problems, strict=True):
         for group in (each for each in found if each.problem == problem):
             look = looks[group.method]
-            clean = [100 * row["accuracy"] for row in group.rows]
+            clean = [100 * field(row, "accuracy") for row in group.rows]
             left.plot(clean, _accuracies(group, "pgd", 0), **look)
-            seconds = statistics.mean(row["measured"]["cpu_seconds"] for row in group.rows)
+            seconds = statistics.mean(map(_seconds, group.rows))
             right.barh(group.method, seconds, color=look["color"])
         left.set_title(problem)
         right.invert_yaxis()

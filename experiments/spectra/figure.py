@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.results import Row
+from experiments.results import Row, field
 
 LEAST = 1e-4
 """The smallest eigenvalue that is drawn."""
@@ -25,9 +25,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         _spectra(axes, row)
     for index, row in enumerate(shown):
         look = {"color": style.colour(index), "linestyle": style.dash(index), "label": row["method"], "linewidth": 1.4}
-        below[0].plot(range(1, len(row["epochs"]) + 1), [epoch["eigenvalue"] for epoch in row["epochs"]], **look)
+        below[0].plot(*_tops(row), **look)
         for axes, scaling in zip(below[1:], ("unit", "filter"), strict=True):
-            line = row["measured"]["slices"][scaling]
+            line = field(row, "measured", "slices", scaling)
             axes.plot(line["offsets"], line["losses"], **look)
     below[0].set_yscale("log")
     style.finish(below[0], "epoch", "top eigenvalue")
@@ -38,13 +38,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def _tops(row: Row) -> tuple[range, list[Any]]:
+    """Return the epochs and the top eigenvalue recorded at each."""
+    epochs = field(row, "epochs")
+    return range(1, len(epochs) + 1), [epoch.get("eigenvalue") for epoch in epochs]
+
+
 def _spectra(axes: Any, row: Row) -> None:
     """The share of eigenvalues that are larger than what the axis says, one line an epoch, darker the later."""
     import matplotlib as mpl
 
     from hessianflow.plots import style
 
-    found = row["measured"]["densities"]
+    found = field(row, "measured", "densities")
     for place, one in enumerate(found):
         nodes, weights = np.ravel(one["nodes"]), np.ravel(one["weights"]) / len(one["nodes"])
         order = np.argsort(-nodes)

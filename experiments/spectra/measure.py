@@ -23,8 +23,10 @@ from experiments.runner import MEASURED
 from hessianflow.build import build_parts, build_trainer, prepare
 from hessianflow.config import from_dict
 from hessianflow.curvature import loss_landscape
+from hessianflow.runs import checkpoints
+from hessianflow.runs.documents import read_summary
+from hessianflow.runs.names import BEST, CHECKPOINTS
 from hessianflow.training import checkpoint
-from hessianflow.training.record import SUMMARY, read_json
 
 DIGITS = 5
 """Significant digits that are kept."""
@@ -37,9 +39,9 @@ def main(settings_file: str, run_dir: str) -> int:
     names = ("measured_after", "examples", "probes", "steps", "points")
     precision = {name: settings.pop(name) for name in names}
     config = prepare(from_dict({**settings, "run_dir": run_dir}, settings_file))
-    if read_json(folder / SUMMARY).get("status") != "finished":
+    if read_summary(folder).get("status") != "finished":
         trainer = build_trainer(config)
-        if (folder / checkpoint.FOLDER).is_dir():
+        if (folder / CHECKPOINTS).is_dir():
             trainer.resume(run_dir)
         else:
             trainer.fit()
@@ -58,8 +60,8 @@ def main(settings_file: str, run_dir: str) -> int:
 
 def _weights(folder: Path, examples_per_epoch: int) -> dict[int, Mapping[str, Any]]:
     """Of every epoch whose checkpoint was kept, in their order."""
-    files = [file for file in (folder / checkpoint.FOLDER).glob("*.pt") if file.name != checkpoint.BEST]
-    states = sorted((checkpoint.load(file) for file in files), key=lambda state: int(state["examples"]))
+    files = [file for file in (folder / CHECKPOINTS).glob("*.pt") if file.name != BEST]
+    states = sorted((checkpoints.load(file) for file in files), key=lambda state: int(state["examples"]))
     return {state["examples"] // examples_per_epoch: state["model"] for state in states}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import require_settings
+from hessianflow.commands.runs import require_settings, shown
 from hessianflow.interfaces import HessianFlowError, NormMode
 
 if TYPE_CHECKING:
@@ -138,18 +138,21 @@ def _shares(shares: "SignShares") -> list[str]:
 
 def _write(report: "SpectrumReport", folder: Path) -> None:
     from hessianflow import plots
-    from hessianflow.training.record import write_json
+    from hessianflow.runs.files import finite
+    from hessianflow.runs.measured import keep_spectrum
 
     try:
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "spectrum.json", report.to_dict())
+        moved = keep_spectrum(folder, finite(report.to_dict()))
     except OSError as error:
         raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
-    print(f"  {folder / 'spectrum.json'}")
+    print(f"  {shown(folder / 'spectrum.json')}")
+    if moved is not None:
+        print(f"  {shown(moved)} (of other weights, examples or norm mode, measured earlier)")
     if report.density is not None:
         path = folder / "plots" / "spectral_density.png"
         plots.spectral_density(report.density, path=path)
-        print(f"  {path}")
+        print(f"  {shown(path)}")
 
 
 def _folder(arguments: Namespace) -> Path:

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 
 from hessianflow.commands import plan_dual_batch
 from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import require_settings
+from hessianflow.commands.runs import require_settings, shown
 from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig, option
 from hessianflow.interfaces import HessianFlowError
@@ -102,7 +102,7 @@ def _plan(arguments: Namespace) -> int:
     basis = _basis(arguments, run)
     predictions = predict(basis.model, basis.phases, counts, membership=arguments.membership)
     for name, text in basis.sources.items():
-        print(f"{name:<12}{text}")
+        print(f"{name:<12}{shown(text)}")
     print(_table(predictions, arguments.price))
     print(_verdict(predictions))
     folder = Path(arguments.out or Path(arguments.run or "") / "plan")
@@ -126,7 +126,7 @@ def _check(arguments: Namespace) -> None:
 def _run(arguments: Namespace) -> "Run":
     from hessianflow.build import load_config, prepare
     from hessianflow.commands.planning import Run
-    from hessianflow.training import History
+    from hessianflow.runs import History
 
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     changed = {name: arguments[name] for name in (*SCHEDULE, *HERE) if arguments[name] != defaults[name]}
@@ -230,7 +230,7 @@ def duration(seconds: float) -> str:
 def _write(folder: Path, arguments: Namespace, basis: Basis, predictions: "Sequence[Prediction]") -> None:
     from hessianflow import plots
     from hessianflow.commands.planning import as_json, merged
-    from hessianflow.training.record import write_json
+    from hessianflow.runs.files import write_json
 
     plan = {
         "sources": basis.sources,
@@ -248,4 +248,4 @@ def _write(folder: Path, arguments: Namespace, basis: Basis, predictions: "Seque
     except OSError as error:
         raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
     plots.scaling(plan, path=folder / "plan.png")
-    print(f"  {folder / 'plan.json'}\n  {folder / 'plan.png'}")
+    print(f"  {shown(folder / 'plan.json')}\n  {shown(folder / 'plan.png')}")

@@ -16,10 +16,12 @@ from hessianflow.choices import build_controller, build_optimizer, given
 from hessianflow.config import TrainConfig
 from hessianflow.distributed.performance import Phase, StepTime, fit_step_time, measure_steps
 from hessianflow.interfaces import HessianFlowError, Progress
-from hessianflow.training import History
+from hessianflow.runs import History
+from hessianflow.runs.documents import read_measurement
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.record import read_json
 
+MOST_EPOCHS = 1_000_000
+"""Epochs of a plan, which looks at each of them. Ours."""
 REPEATS = 9
 """Steps of each size that the median is taken over. Ours."""
 
@@ -61,14 +63,14 @@ class Run:
     def examples(self) -> int:
         """An epoch."""
         if self.history is not None:
-            return int(self.history.config["trainer"]["examples_per_epoch"])
+            return int(self.history.fact("examples_per_epoch"))
         return self.config.train_examples or self.parts.train.num_examples
 
     @cached_property
     def gradient_bytes(self) -> int:
         """Of all weights, in float32, which is what is summed whatever the precision."""
         if self.history is not None:
-            return 4 * int(self.history.config["trainer"]["parameters"])
+            return 4 * int(self.history.fact("parameters"))
         return 4 * sum(p.numel() for p in self.parts.model.parameters() if p.requires_grad)
 
 
@@ -76,29 +78,16 @@ def read_measured(path: str) -> Measured:
     """Figures from a JSON file: a plan.json, or an object with the keys of its "measured".
 
     Raises:
-        HessianFlowError: no such file, no step times in it, or values of the wrong type.
+        HessianFlowError: no such file, no step times in it, or values of another type or out of bounds.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise HessianFlowError(f"--measured {path}: there is no such file")
-    found = read_json(file)
-    found = found.get("measured", found)
     try:
-        sizes, seconds = tuple(map(int, found.get("sizes", ()))), tuple(map(float, found.get("seconds", ())))
-        update, size = found.get("update_seconds"), found.get("gradient_bytes")
-        return Measured(
-            fit_step_time(sizes, seconds) if sizes else StepTime(float(found["slope"]), float(found["intercept"])),
-            sizes,
-            seconds,
-            None if update is None else float(update),
-            None if size is None else int(size),
-            f"{found.get('source', 'measured')} ({path})",
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise HessianFlowError(
-            f"--measured {path} must hold sizes and seconds (two lists of equal length), or slope and intercept, as "
-            f"plan.json does: {type(error).__name__} {error}"
-        ) from None
+        found = read_measurement(Path(path))
+        sizes, seconds = tuple(found.get("sizes", ())), tuple(map(float, found.get("seconds", ())))
+        line = fit_step_time(sizes, seconds) if sizes else StepTime(found["slope"], found["intercept"])
+    except HessianFlowError as error:
+        raise HessianFlowError(f"--measured {error}") from None
+    source = f"{found.get('source', 'measured')} ({path})"
+    return Measured(line, sizes, seconds, found.get("update_seconds"), found.get("gradient_bytes"), source)
 
 
 def measure(run: Run, microbatch_size: int) -> Measured:
@@ -151,10 +140,16 @@ def planned_phases(run: Run) -> tuple[list[Phase], str]:
 
 def recorded_phases(history: History, epochs: int) -> list[Phase]:
     """The batches that a run went through, cut at the ends of epochs; an interrupted run goes on as it stood."""
-    trainer = history.config["trainer"]
-    examples = int(trainer["examples_per_epoch"])
-    rows, first = history.of_kind("batch"), trainer["reference_batch_size"]
-    first = rows[0]["from"] if rows else history.epochs[0]["batch_size"] if history.epochs else first
+    if epochs > MOST_EPOCHS:
+        raise HessianFlowError(f"a plan takes at most {MOST_EPOCHS} epochs, the run has {epochs}")
+    examples = int(history.fact("examples_per_epoch"))
+    rows = history.of_kind("batch")
+    if rows:
+        first = rows[0]["from"]
+    elif history.epochs:
+        first = history.epochs[0]["batch_size"]
+    else:
+        first = history.fact("reference_batch_size")
     changes = [(0, int(first))]
     for row in rows:
         while len(changes) > 1 and changes[-1][0] >= row["examples"]:  # trained again after a rollback

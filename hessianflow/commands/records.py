@@ -1,16 +1,18 @@
 """Commands that only read what runs left behind: plot, compare, report, replay."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import distinct, require_settings
+from hessianflow.commands.runs import distinct, require_settings, shown
 from hessianflow.config import ControllerName
 from hessianflow.interfaces import HessianFlowError
+
+if TYPE_CHECKING:
+    from hessianflow.plots import ComparisonTable
 
 PLOTS = "plots"
 
@@ -41,7 +43,7 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 def draw(runs: list[Path], folder: Path) -> None:
     """Draw the pictures of `runs` into `folder` and print their paths; a run with a server or with stages has more."""
     from hessianflow import plots
-    from hessianflow.training import History
+    from hessianflow.runs import History
 
     _make(folder)
     histories = [History.load(run) for run in runs]
@@ -57,15 +59,13 @@ def draw(runs: list[Path], folder: Path) -> None:
         pictures.append((plots.batch_and_resolution, runs[0]))
     for picture, source in pictures:
         path = folder / f"{picture.__name__}.png"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a run's name may hold what the font lacks
-            picture(source, path=path)
-        print(f"  {path}")
+        picture(source, path=path)
+        print(f"  {shown(path)}")
     elastic = [run for run in runs if plots.has_workers(run)]
     for run in elastic:
         path = folder / ("workers.png" if len(runs) == 1 else f"workers-{run.name}.png")
         plots.workers(run, path=path)
-        print(f"  {path}")
+        print(f"  {shown(path)}")
 
 
 def _plot(arguments: Namespace) -> int:
@@ -84,11 +84,20 @@ def _compare(arguments: Namespace) -> int:
     if arguments.out:
         folder = Path(arguments.out)
         _make(folder)
-        (folder / "compare.md").write_text(table.to_markdown() + "\n", "utf-8")
-        (folder / "compare.csv").write_text(table.to_csv(), "utf-8")
+        _write_tables(table, folder)
         plots.compare(runs, path=folder / "compare.png")
-        print(f"  {folder}/compare.md, compare.csv, compare.png")
+        print(f"  {shown(folder)}/compare.md, compare.csv, compare.png")
     return 0
+
+
+def _write_tables(table: "ComparisonTable", folder: Path) -> None:
+    from hessianflow.runs.files import write_text
+
+    try:
+        write_text(folder / "compare.md", table.to_markdown() + "\n")
+        write_text(folder / "compare.csv", table.to_csv())
+    except OSError as error:
+        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
 def _report(arguments: Namespace) -> int:
@@ -98,7 +107,7 @@ def _report(arguments: Namespace) -> int:
     out = Path(arguments.out) if arguments.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
     _make(out.parent)
     plots.report(runs, path=out)
-    print(f"  {out}")
+    print(f"  {shown(out)}")
     return 0
 
 
@@ -109,7 +118,7 @@ def _replay(arguments: Namespace) -> int:
     from hessianflow.choices import build_controller
     from hessianflow.config import resolve
     from hessianflow.control.replay import replay
-    from hessianflow.training import History
+    from hessianflow.runs import History
 
     history = History.load(arguments.run_dir)
     require_settings(arguments.run_dir, "replay", "hf.control.replay")
@@ -123,7 +132,7 @@ def _replay(arguments: Namespace) -> int:
     config = resolve(replace(recorded, **changes))
     if config.controller == "critical" and recorded.norm_mode == "eval":
         print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")
-    examples = history.config["trainer"]["examples_per_epoch"]
+    examples = history.fact("examples_per_epoch")
     result = replay(history.records, build_controller(config), examples_per_epoch=examples, total_epochs=config.epochs)
     for step in result.changes:
         decision = step.decision
@@ -136,7 +145,7 @@ def _replay(arguments: Namespace) -> int:
 
 
 def _runs(arguments: Namespace) -> list[Path]:
-    from hessianflow.training import History
+    from hessianflow.runs import History
 
     runs = distinct(arguments.run_dirs)
     for run in runs:

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import require_settings
+from hessianflow.commands.runs import require_settings, shown
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -78,12 +78,17 @@ def _show(sizes: list[float], rows: list[dict[str, Any]]) -> None:
 
 def _write(arguments: Namespace, rows: list[dict[str, Any]], folder: Path) -> None:
     from hessianflow import plots
-    from hessianflow.training.record import write_json
+    from hessianflow.runs.measured import keep_robustness
 
     curves = {name: [(row[name].value, row[name].low, row[name].high) for row in rows] for name in rows[0]}
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
     values = {"eps": arguments.eps, "examples": rows[0]["clean"].total, "seed": arguments.seed, "accuracy": curves}
-    write_json(folder / "robustness.json", values)
+    try:
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        moved = keep_robustness(folder, values)
+    except OSError as error:
+        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
     path = folder / "plots" / "robustness.png"
     plots.robustness(arguments.eps, curves, path=path)
-    print(f"  {folder / 'robustness.json'}\n  {path}")
+    print(f"  {shown(folder / 'robustness.json')}\n  {shown(path)}")
+    if moved is not None:
+        print(f"  {shown(moved)} (other attacks, sizes or examples, measured earlier)")

@@ -17,6 +17,13 @@ def distinct(run_dirs: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
+def shown(path: str | Path) -> str:
+    """Return a path as it can be printed on one line of any screen."""
+    from hessianflow.runs.text import plain
+
+    return plain(str(path))
+
+
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
     """Refuse a run that was made from Python, whose model and data only its maker can build.
 
@@ -28,10 +35,11 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
     Raises:
         HessianFlowError: config.json holds no settings.
     """
-    from hessianflow.training.record import CONFIG, read_json
+    from hessianflow.runs.documents import read_config
+    from hessianflow.runs.names import CONFIG
 
     path = Path(run_dir) / CONFIG
-    if path.is_file() and not isinstance(read_json(path).get("settings"), dict):
+    if path.is_file() and "settings" not in read_config(Path(run_dir)):
         raise HessianFlowError(
             f"{path} holds no settings: `hessianflow {command}` needs a run of `hessianflow train`; with one made from "
             f"Python, call {instead}"

@@ -1,7 +1,8 @@
 """`hessianflow train` and `hessianflow resume`."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from jsonargparse import Namespace
 
 from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command
+from hessianflow.commands.runs import shown
 from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig, resolve
 from hessianflow.interfaces import HessianFlowError
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from hessianflow.dual_batch import DualBatchTrainer
     from hessianflow.elastic import ElasticTrainer
     from hessianflow.interfaces import World
-    from hessianflow.training import AdaptiveBatchTrainer, History
+    from hessianflow.runs import History
+    from hessianflow.training import AdaptiveBatchTrainer
 
     AnyTrainer = AdaptiveBatchTrainer | DualBatchTrainer | ElasticTrainer
 
@@ -47,8 +50,8 @@ def _train(arguments: Namespace) -> int:
         given = TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)})
         return resolve(given) if given.elastic else prepare(given)  # workers prepare themselves, where they are
 
-    with launched(settings) as (world, given):
-        run_dir = on_first_rank(world, lambda: given.run_dir or _new_run_dir(given))
+    with launched(settings) as (world, given), ExitStack() as stack:
+        run_dir = on_first_rank(world, lambda: given.run_dir or stack.enter_context(_new_run_dir(given)))
         config = replace(given, run_dir=run_dir)
         status, history = _run(world, config, lambda trainer: trainer.fit())
     return _shown(world, config, history, status)
@@ -70,12 +73,12 @@ def _resume(arguments: Namespace) -> int:
 
 
 def _has_finished(world: "World", run_dir: str) -> bool:
-    from hessianflow.training.record import SUMMARY, read_json
+    from hessianflow.runs.documents import read_summary
     from hessianflow.training.world import on_first_rank
 
-    finished = on_first_rank(world, lambda: read_json(Path(run_dir) / SUMMARY)).get("status") == "finished"
+    finished = on_first_rank(world, lambda: read_summary(Path(run_dir))).get("status") == "finished"
     if finished and world.rank == 0:
-        print(f"{run_dir} has finished already: nothing to resume")
+        print(f"{shown(run_dir)} has finished already: nothing to resume")
     return finished
 
 
@@ -102,7 +105,7 @@ def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], Hist
 
 
 def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
-    from hessianflow.training import LogSink
+    from hessianflow.runs import LogSink
 
     if config.controller == "dual-batch":
         from hessianflow.dual_batch import build_dual_batch
@@ -147,16 +150,18 @@ def _print_summary(history: "History") -> None:
         print(f"  epoch {row['epoch']:>3}: batch {row['from']} -> {row['to']}: {row['reason']}")
     if len(changes) > SHOWN_CHANGES:
         print(f"  and {len(changes) - SHOWN_CHANGES} more changes, listed in history.jsonl")
-    print(f"  {history.run_dir}")
+    run_dir = shown(history.run_dir or "")
+    print(f"  {run_dir}")
     if summary["status"] == "preempted":
-        print(f"  hessianflow resume {history.run_dir}  continues")
+        print(f"  hessianflow resume {run_dir}  continues")
 
 
-def _new_run_dir(config: TrainConfig) -> str:
+@contextmanager
+def _new_run_dir(config: TrainConfig) -> Iterator[str]:
+    """Make a directory below runs/ that is this run's alone; removed again if nothing comes to be in it."""
+    from hessianflow.runs.folder import new_folder
+
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    model = (config.model or "").replace(":", "-")
-    base = Path("runs") / f"{config.data}-{model}-{config.controller}-seed{config.seed}-{stamp}"
-    path, number = base, 2
-    while path.exists():
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return str(path)
+    model = (config.model or "").replace(":", "-").replace("/", "-")
+    with new_folder(Path("runs") / f"{config.data}-{model}-{config.controller}-seed{config.seed}-{stamp}") as path:
+        yield str(path)

@@ -41,9 +41,9 @@ from hessianflow.dual_batch.local_training import Course, FlatWeights, LocalTrai
 from hessianflow.dual_batch.trainer import DualBatchTrainer, Job
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.interfaces import HessianFlowError, RecordSink
+from hessianflow.runs.documents import read_config
 from hessianflow.settings import as_tuple
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.record import CONFIG, read_json
 from hessianflow.training.saving import Saver
 
 TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -220,9 +220,9 @@ def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]
     resolutions = sorted({stage.level.resolution for stage in stages})
     if config.slope is not None:
         return _given_times(config, resolutions)
-    recorded = {} if config.run_dir is None else read_json(Path(config.run_dir) / CONFIG).get("dual_batch", {})
+    recorded = {} if config.run_dir is None else read_config(Path(config.run_dir)).get("dual_batch", {})
     if recorded:
-        return {int(resolution): TimeModel(**model) for resolution, model in recorded["times"].items()}
+        return _recorded_times(recorded.get("times", {}), resolutions, f"{config.run_dir}/config.json")
     measured = _measured_together(config) if config.server == "ray" else [time_worker(config, 0)]
     models = {}
     for resolution in resolutions:
@@ -231,6 +231,21 @@ def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]
             models[resolution] = fit_time_model(sizes, seconds)
         except HessianFlowError as error:
             raise HessianFlowError(f"at {resolution} pixels {error}, or give --slope and --intercept") from None
+    return models
+
+
+def _recorded_times(
+    times: Mapping[str, Mapping[str, Any]], resolutions: Sequence[int], source: str
+) -> dict[int, TimeModel]:
+    """The time models that a run recorded; `source` names the file."""
+    models: dict[int, TimeModel] = {}
+    for resolution in resolutions:
+        try:
+            models[resolution] = TimeModel(**times[str(resolution)])
+        except (KeyError, TypeError):
+            raise HessianFlowError(
+                f"{source} holds no time model of {resolution} pixels: the file is damaged"
+            ) from None
     return models
 
 

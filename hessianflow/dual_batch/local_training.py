@@ -24,6 +24,8 @@ from hessianflow.control import WorkerPlan
 from hessianflow.distributed.parameter_server import Weights
 from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
 from hessianflow.losses import weighted
+from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
+from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator, OwnResult
 from hessianflow.training.evaluate import summed
@@ -41,6 +43,20 @@ class FlatWeights:
         """A copy."""
         flat: Weights = torch.cat([t.detach().reshape(-1) for t in self._tensors]).cpu().numpy()
         return flat
+
+    def check(self, weights: Tensor) -> None:
+        """Refuse saved weights of another number or type, or that are not finite.
+
+        Raises:
+            HessianFlowError: which of these.
+        """
+        kind = torch.from_numpy(self.read()).dtype
+        shape = (sum(t.numel() for t in self._tensors),)
+        if weights.shape != shape or weights.dtype != kind:
+            raise HessianFlowError(
+                f"the server's weights are {weights.dtype} of shape {list(weights.shape)} there, "
+                f"{kind} of shape {list(shape)} here"
+            )
 
     def write(self, weights: Weights) -> None:
         """Put them into the model, in place."""
@@ -148,10 +164,13 @@ class LocalTraining:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._next = state["next"]
-        self._optimizer.load_state_dict(state["optimizer"])
-        if "loss_scale" in state:  # states of earlier versions hold none
-            self._accumulate.scaler.load_state_dict(state["loss_scale"])
+        source = "the state of a worker in the checkpoint"
+        with restoring(source), keeping_options(self._optimizer):
+            check_optimizer(self._optimizer, state["optimizer"])
+            self._next = state["next"]
+            self._optimizer.load_state_dict(state["optimizer"])
+            if "loss_scale" in state:  # states of earlier versions hold none
+                self._accumulate.scaler.load_state_dict(state["loss_scale"])
 
     def measure(self, epoch: int, batch_size: int, steps: int) -> list[float]:
         """Seconds of each of `steps` steps of `batch_size` examples at the resolution of `epoch`; trains the model.

@@ -6,12 +6,12 @@ wall's on Ray), `predicted_seconds` (the sum of the plans' target times), resolu
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hessianflow.checks import in_home
 from hessianflow.control import DualBatchPlan, Stage
@@ -19,9 +19,13 @@ from hessianflow.distributed.simulated_server import Commit
 from hessianflow.dual_batch.local_training import FlatWeights, checkable, with_arrays
 from hessianflow.dual_batch.transports import Listener, Snapshot, Transport
 from hessianflow.interfaces import Batch, Decision, HessianFlowError, LossFn, Progress, RecordSink
-from hessianflow.training import History, checkpoint, evaluate, rows
+from hessianflow.runs import History, Recorder, checkpoints, rows
+from hessianflow.runs.folder import history_length
+from hessianflow.runs.names import BEST, CHECKPOINTS, LAST
+from hessianflow.runs.states import check_dual_batch_state, check_finite, model_fault, restoring
+from hessianflow.runs.summary import summary_of
+from hessianflow.training import checkpoint, evaluate
 from hessianflow.training.divergence import DivergenceError
-from hessianflow.training.record import RunRecord, history_length
 from hessianflow.training.saving import Saver
 from hessianflow.training.timing import Stopwatch
 
@@ -96,7 +100,8 @@ class DualBatchTrainer:
     ) -> None:
         self._job, self._transport = job, transport
         self._flat, self._device = FlatWeights(job.model), next(job.model.parameters()).device
-        self._record, self._config = RunRecord(run_dir, sinks), dict(config or {})
+        self._record = Recorder(run_dir, sinks)
+        self._config = dict(config or {})
         self._saver = saver or Saver(None, None, 2)
         self._watch = Stopwatch(self._device)
         self._counters = self._saved = _Counters()
@@ -109,7 +114,11 @@ class DualBatchTrainer:
             HessianFlowError: the run directory is in use or cannot be written; the loss stopped being finite.
         """
         self._record.start(self._config)
-        self._save(None)
+        try:
+            self._save(None)
+        except HessianFlowError:
+            self._record.close()
+            raise
         return self._run(None)
 
     def resume(self, run_dir: str | Path) -> History:
@@ -119,17 +128,14 @@ class DualBatchTrainer:
             HessianFlowError: no usable checkpoint there, or one of another model.
         """
         folder = in_home(run_dir)
-        state, warning = checkpoint.load_newest(folder / checkpoint.FOLDER, history_length(folder))
-        if "dual_batch" not in state:
-            raise HessianFlowError(f"the checkpoint in {folder} is of a run without a parameter server")
-        checkpoint.load_model(self._job.model, state["model"], f"the checkpoint in {folder}")
-        checkpoint.restore_generators(state["generators"])
-        self._counters = self._saved = _Counters(**state["counters"])
-        self._watch.load(state["seconds"])
-        self._record.reopen(folder, state["history_bytes"])
+        try:
+            snapshot, warning = self._restore(folder)
+        except HessianFlowError:
+            self._record.close()
+            raise
         if warning is not None:
             self._event("fallback", warning)
-        return self._run(with_arrays(state["dual_batch"]))
+        return self._run(snapshot)
 
     def request_stop(self) -> None:
         """Ask the run to save a checkpoint and return after the push it waits for (safe in a signal handler)."""
@@ -142,16 +148,41 @@ class DualBatchTrainer:
         epoch = counters.commits // job.workers
         return Progress(epoch, counters.examples, counters.updates, job.examples, job.epochs)
 
+    def _restore(self, folder: Path) -> tuple[Snapshot | None, str | None]:
+        """Put back the newest checkpoint; returns the server's part of it, and a warning where it is not the last."""
+        self._record.hold(folder)
+        kept, source = folder / CHECKPOINTS, f"the checkpoint in {folder}"
+        state, _, warning = checkpoints.load_newest(kept, history_length(folder), self._check)
+        with restoring(source):
+            checkpoint.load_model(self._job.model, state["model"], source)
+            checkpoint.restore_generators(state["generators"])
+            self._counters = self._saved = _Counters(**state["counters"])
+            self._watch.load(state["seconds"])
+            snapshot = with_arrays(state["dual_batch"])
+        self._record.reopen(folder, state["history_bytes"])
+        if warning is not None:
+            checkpoints.set_aside(kept)
+        return snapshot, warning
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that is damaged, or of another model."""
+        check_dual_batch_state(state)
+        fault = model_fault(self._job.model, state["model"])
+        if fault is not None:
+            raise HessianFlowError(f"it is of another model: {fault}")
+        check_finite(self._job.model, state["model"])
+        for weights in _copies_of_weights(state["dual_batch"] or {}):
+            self._flat.check(weights)
+
     def _run(self, resume_from: Snapshot | None) -> History:
         listener = Listener(self._on_commit, self._on_snapshot, self._on_event, lambda: self._stop_requested)
         try:
             self._transport(self._job.epochs * self._job.workers, listener, resume_from)
+            found = summary_of(self._record.history(), self.progress, self._decision(), self._seconds(), self._device)
+            clock = {"clock_seconds": self._counters.clock, "predicted_seconds": self._counters.predicted}
+            self._record.finish({**found, **clock})
         finally:
             self._record.close()
-        seconds = self._seconds()
-        summary = rows.summary(self._record.history(), self.progress, self._decision(), seconds, self._device)
-        clock = {"clock_seconds": self._counters.clock, "predicted_seconds": self._counters.predicted}
-        self._record.finish({**summary, **clock})
         return self._record.history()
 
     def _on_commit(self, commit: Commit) -> None:
@@ -220,17 +251,14 @@ class DualBatchTrainer:
                 "eval_accuracy": evaluation.accuracy,
                 "clock_seconds": c.clock,
                 "predicted_seconds": c.predicted,
-                "seconds": spent["wall"],
-                "images_per_second": c.trained / max(spent["training"], 1e-9),
-                **{f"seconds_{name}": spent[name] for name in ("training", "data", "adversary", "curvature")},
-                "seconds_evaluation": spent["evaluation"],
+                **rows.spent_on(spent, c.trained),
             }
         )
         improved = evaluation.accuracy is not None and (c.best is None or evaluation.accuracy > c.best)
         best = evaluation.accuracy if improved else c.best
         self._counters = replace(c, best=best, loss=0.0, weight=0.0, correct=0, counted=0.0, trained=0, seconds=total)
         if improved:
-            self._save(None, checkpoint.BEST)
+            self._save(None, BEST)
 
     def _decision(self) -> Decision:
         """The largest batch of the epoch last completed (or of the first), for the records."""
@@ -241,19 +269,12 @@ class DualBatchTrainer:
         return {**self._watch.totals(), "training": self._counters.training_seconds}
 
     def _place(self, kind: str) -> dict[str, Any]:
-        progress = self.progress
-        return {
-            "kind": kind,
-            "epoch": progress.epoch,
-            "examples": progress.examples,
-            "updates": progress.updates,
-            "commits": self._counters.commits,
-        }
+        return {**rows.place(kind, self.progress), "commits": self._counters.commits}
 
     def _event(self, event: str, message: str) -> None:
         self._record.write(rows.event_row(self.progress, event, message))
 
-    def _save(self, state: Snapshot | None, name: str = checkpoint.LAST) -> None:
+    def _save(self, state: Snapshot | None, name: str = LAST) -> None:
         self._saved = replace(self._counters)
         if self._record.run_dir is None:
             return
@@ -269,3 +290,11 @@ class DualBatchTrainer:
                 "history_bytes": self._record.sync(),
             }
             self._saver.save(self._record.run_dir, saved, name)
+
+
+def _copies_of_weights(snapshot: Snapshot) -> Iterator[Tensor]:
+    """Yield the weights of the server, those pushed into an open round, and those that workers train from."""
+    if "server" in snapshot:
+        yield snapshot["server"]["weights"]
+        yield from (pushed for _, pushed in snapshot["server"]["round"].values())
+    yield from (weights for _, _, weights in snapshot.get("running", {}).values())

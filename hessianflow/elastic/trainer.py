@@ -14,9 +14,13 @@ from hessianflow.checks import in_home
 from hessianflow.distributed import ElasticEvent, ElasticRun, ElasticSettings, JobReport, Sample, workers_for
 from hessianflow.distributed.elastic import Policy
 from hessianflow.elastic.job import TrainerJob
-from hessianflow.interfaces import Progress, RecordSink, World
-from hessianflow.training import AdaptiveBatchTrainer, History, checkpoint, rows
-from hessianflow.training.record import Record, RunRecord, history_length, refuse_used
+from hessianflow.interfaces import HessianFlowError, Progress, RecordSink, World
+from hessianflow.runs import History, Recorder, checkpoints, rows
+from hessianflow.runs.folder import history_length, refuse_used
+from hessianflow.runs.names import BEST, CHECKPOINTS, LAST
+from hessianflow.runs.rows import Record
+from hessianflow.runs.states import check_training_state
+from hessianflow.training import AdaptiveBatchTrainer
 from hessianflow.training.saving import Saver
 
 THROUGHPUT_SHARE = 0.01
@@ -51,7 +55,8 @@ class ElasticTrainer:
         policy: Policy | None = None,
     ) -> None:
         self._settings, self._config, self._policy = settings, dict(config or {}), policy or self._by_batch
-        self._record, self._folder = RunRecord(run_dir, sinks), in_home(run_dir)
+        self._record = Recorder(run_dir, sinks)
+        self._folder = in_home(run_dir)
         self._saver = Saver(None, None, keep_checkpoints)
         self._run = ElasticRun(partial(TrainerJob, make), self._workers, settings, self._on_event, self._on_rows)
         self._run.on_snapshot = self._on_snapshot
@@ -72,12 +77,26 @@ class ElasticTrainer:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
         """
         self._folder = in_home(run_dir)
-        state, warning = checkpoint.load_newest(self._folder / checkpoint.FOLDER, history_length(self._folder))
-        self._record.reopen(self._folder, state["history_bytes"])
-        self._from_job, self._best = [True] * len(self._record.records), state["counters"]["best"]
+        try:
+            state, warning = self._newest()
+        except HessianFlowError:
+            self._record.close()
+            raise
+        self._from_job = [True] * len(self._record.records)
+        self._best = state["counters"]["best"]
         self._run.start_from = {"trainer": state, "rows": list(self._record.records)}
         self._warning = warning
         return self._train()
+
+    def _newest(self) -> tuple[dict[str, Any], str | None]:
+        """Hold the run directory and read its newest checkpoint that can be used; a damaged last one is set aside."""
+        self._record.hold(self._folder)
+        kept = self._folder / CHECKPOINTS
+        state, _, warning = checkpoints.load_newest(kept, history_length(self._folder), check_training_state)
+        self._record.reopen(self._folder, state["history_bytes"])
+        if warning is not None:
+            checkpoints.set_aside(kept)
+        return state, warning
 
     def request_stop(self) -> None:
         """Save and return within about a second (safe in a signal handler)."""
@@ -86,18 +105,18 @@ class ElasticTrainer:
     def _train(self) -> History:
         try:
             self._run.run()
+            events = self._run.events
+            self._record.finish(
+                {
+                    **self._run.description["summary"],
+                    "world_size": max(event.workers for event in events),
+                    "world_changes": sum(event.kind in ("joined", "left", "restored") for event in events),
+                    "workers_lost": sum(event.kind in ("died", "hung") for event in events),
+                    "seconds_paused": sum(event.pause for event in events),
+                }
+            )
         finally:
             self._record.close()
-        events = self._run.events
-        self._record.finish(
-            {
-                **self._run.description["summary"],
-                "world_size": max(event.workers for event in events),
-                "world_changes": sum(event.kind in ("joined", "left", "restored") for event in events),
-                "workers_lost": sum(event.kind in ("died", "hung") for event in events),
-                "seconds_paused": sum(event.pause for event in events),
-            }
-        )
         return self._record.history()
 
     def _workers(self, report: JobReport, samples: Sequence[Sample]) -> int:
@@ -161,10 +180,10 @@ class ElasticTrainer:
         """Write a checkpoint, and the best one too when the accuracy has never been higher."""
         trainer = {**state["trainer"], "history_bytes": self._record.sync()}
         best = trainer["counters"]["best"]
-        self._saver.save(self._folder, trainer, checkpoint.LAST)
+        self._saver.save(self._folder, trainer, LAST)
         if best is not None and (self._best is None or best > self._best):
             self._best = best
-            self._saver.save(self._folder, trainer, checkpoint.BEST)
+            self._saver.save(self._folder, trainer, BEST)
 
     def _write(self, row: Record, *, from_job: bool = False) -> None:
         self._from_job.append(from_job)

@@ -7,24 +7,36 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from hessianflow.plots import style
 from hessianflow.plots.records import Run, RunSource, batch_steps, column, number, read_runs
-from hessianflow.plots.settings import Group, group_runs
+from hessianflow.plots.settings import Group, group_runs, seed_of
+from hessianflow.runs.text import in_csv, in_markdown, plain
 
 _LEGEND = 90
 """Characters of a label in the legend; tables hold it whole."""
 
 
+_HEADER = (
+    *("settings", "runs", "accuracy (%)", "updates", "examples", "seconds", "peak memory (MiB)"),
+    "largest batch",
+)
+
+
+_UNFINISHED = ": unfinished)"
+"""How the label of a run ends that stands apart because it has not ended."""
+
+
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One group of runs that differ in their seed only; nan where nothing was recorded.
+    """Runs that differ in their seed only, or one that belongs to no mean; nan where nothing was recorded.
 
     Attributes:
-        settings: what tells the group from the others.
+        settings: what tells the group from the others, and why a run stands alone.
         runs: number of runs.
         accuracy: mean final evaluation accuracy, in [0, 1].
         accuracy_std: sample standard deviation of it over the runs; nan for one run.
@@ -54,32 +66,40 @@ class ComparisonTable:
 
     rows: tuple[ComparisonRow, ...]
 
+    def cells(self) -> list[list[str]]:
+        """Return the text of every cell, line by line, the header first; accuracy in percent, with its deviation."""
+        return [list(_HEADER), *(_cells(row) for row in self.rows)]
+
     def to_markdown(self) -> str:
-        """A Markdown table; accuracy in percent, plus or minus its standard deviation over runs."""
-        head = "settings | runs | accuracy (%) | updates | examples | seconds | peak memory (MiB) | largest batch"
-        lines = [f"| {head} |", "|---|" + "---:|" * 7]
-        return "\n".join([*lines, *(_markdown_line(row) for row in self.rows)]) + "\n"
+        """Return a Markdown table; accuracy in percent, plus or minus its standard deviation over runs."""
+        head, *lines = [" | ".join(map(in_markdown, line)) for line in self.cells()]
+        rule = "|---|" + "---:|" * (len(_HEADER) - 1)
+        return "\n".join([f"| {head} |", rule, *(f"| {line} |" for line in lines)]) + "\n"
 
     def to_csv(self) -> str:
-        """Comma-separated values with a header; full precision, empty where nothing was recorded."""
+        """Return comma-separated values with a header; full precision, empty where nothing was recorded."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow([f.name for f in fields(ComparisonRow)])
         for row in self.rows:
-            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in astuple(row)])
+            values: list[Any] = [in_csv(row.settings), *astuple(row)[1:]]
+            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])
         return buffer.getvalue()
 
 
 def compare_table(runs: RunSource | Iterable[RunSource]) -> ComparisonTable:
-    """Mean results of runs, grouped by all settings in config.json but the seed.
+    """Return mean results of runs, grouped by all settings in config.json but the seed.
+
+    A mean is one of finished runs of different seeds. A run that has not ended, and a second one of the same seed, has
+    a row of its own that says so; one that has not ended counts with its last epoch.
 
     Args:
-        runs: run directories or objects with `.records`. A run that has not ended counts with its last epoch.
+        runs: run directories or objects with `.records`.
 
     Raises:
-        HessianFlowError: no run, a folder that is not a run directory, a damaged history.
+        HessianFlowError: no run, a folder that is not a run directory, a damaged file.
     """
-    return ComparisonTable(tuple(_row(group) for group in group_runs(read_runs(runs))))
+    return ComparisonTable(tuple(row for group in group_runs(read_runs(runs)) for row in _rows(group)))
 
 
 def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
@@ -122,19 +142,41 @@ def _legend(groups: Sequence[Group]) -> list[str]:
     return [n if labels.count(n) == 1 else f"{i}: {style.cut(n, _LEGEND - 4)}" for i, n in enumerate(labels, start=1)]
 
 
-def _row(group: Group) -> ComparisonRow:
-    accuracies = [a for a in (_final(run, "final_accuracy", "eval_accuracy") for run in group.runs) if a == a]
+def _rows(group: Group) -> list[ComparisonRow]:
+    """Return the mean over a group, and a row for each run that does not belong in it."""
+    seeds: list[Any] = []
+    members: list[Run] = []
+    apart: list[tuple[Run, str]] = []
+    for run in group.runs:
+        seed = seed_of(run.config)
+        if len(group.runs) > 1 and not _is_finished(run):
+            apart.append((run, "unfinished"))
+        elif seed is not None and seed in seeds:
+            apart.append((run, f"seed {seed} again"))
+        else:
+            seeds.append(seed)
+            members.append(run)
+    rows = [_row(group.label, members)] if members else []
+    return rows + [_row(f"{group.label} ({run.name}: {why})", [run]) for run, why in apart]
+
+
+def _is_finished(run: Run) -> bool:
+    return run.summary.get("status") == "finished"
+
+
+def _row(label: str, runs: Sequence[Run]) -> ComparisonRow:
+    accuracies = [a for a in (_final(run, "final_accuracy", "eval_accuracy") for run in runs) if a == a]
     return ComparisonRow(
-        settings=group.label,
-        runs=len(group.runs),
+        settings=label,
+        runs=len(runs),
         accuracy=_mean(accuracies),
         accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else math.nan,
-        updates=_mean(_final(run, "updates", "updates") for run in group.runs),
-        examples=_mean(_final(run, "examples", "examples") for run in group.runs),
-        seconds=_mean(_seconds(run) for run in group.runs),
-        peak_memory_mib=_largest(number(run.summary, "peak_memory_mib") for run in group.runs),
-        largest_batch=_largest(_largest_batch(run) for run in group.runs),
-        finished=sum(run.summary.get("status") == "finished" for run in group.runs),
+        updates=_mean(_final(run, "updates", "updates") for run in runs),
+        examples=_mean(_final(run, "examples", "examples") for run in runs),
+        seconds=_mean(_seconds(run) for run in runs),
+        peak_memory_mib=_largest(number(run.summary, "peak_memory_mib") for run in runs),
+        largest_batch=_largest(_largest_batch(run) for run in runs),
+        finished=sum(map(_is_finished, runs)),
     )
 
 
@@ -166,16 +208,16 @@ def _largest(values: Iterable[float]) -> float:
     return max((v for v in values if not math.isnan(v)), default=math.nan)
 
 
-def _markdown_line(row: ComparisonRow) -> str:
+def _cells(row: ComparisonRow) -> list[str]:
     accuracy = _cell(100 * row.accuracy, ".2f")
     if not math.isnan(row.accuracy_std):
         accuracy += f" ± {100 * row.accuracy_std:.2f}"
-    unfinished = row.runs - row.finished
-    settings = row.settings.replace("|", "\\|") + (f" ({unfinished} unfinished)" if unfinished else "")
+    settings = plain(row.settings)
+    if row.finished < row.runs and not settings.endswith(_UNFINISHED):
+        settings += f" ({row.runs - row.finished} unfinished)"
     whole: Sequence[float] = (row.updates, row.examples)
     cells = [settings, str(row.runs), accuracy, *(_cell(v, ".0f") for v in whole)]
-    cells += [_cell(row.seconds, ".1f"), _cell(row.peak_memory_mib, ".0f"), _cell(row.largest_batch, ".0f")]
-    return "| " + " | ".join(cells) + " |"
+    return [*cells, _cell(row.seconds, ".1f"), *(_cell(v, ".0f") for v in (row.peak_memory_mib, row.largest_batch))]
 
 
 def _cell(value: float, form: str) -> str:

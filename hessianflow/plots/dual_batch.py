@@ -19,6 +19,8 @@ from hessianflow.plots.records import Array, Row, Run, RunSource, batch_steps, c
 SMALL, LARGE, WAITING = style.COLOURS[1], style.COLOURS[0], "#dddddd"
 SHOWN_EPOCHS = 6
 """Epochs of the timeline: more bars than these cannot be told apart."""
+SHOWN_WORKERS = 50
+"""Workers of the timeline: a picture of more is taller than any screen."""
 
 
 def accuracy_over_time(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
@@ -65,8 +67,9 @@ def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: i
     commits = _last_of_each(read.of_kind("commit"))
     if not commits:
         raise HessianFlowError(f"{read.name} holds no commit: it had no parameter server")
-    workers = sorted({int(number(row, "worker")) for row in commits})
-    shown = commits[: epochs * len(workers)]
+    every = sorted({int(number(row, "worker")) for row in commits})
+    workers = every[:SHOWN_WORKERS]
+    shown = [row for row in commits[: epochs * len(every)] if int(number(row, "worker")) in workers]
     small = _small_workers(read)
     figure = style.new_figure(9.0, 1.6 + 0.45 * len(workers))
     axes = figure.subplots()
@@ -82,8 +85,10 @@ def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: i
     axes.set_yticks(workers)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    total = math.ceil(len(commits) / len(workers))
-    axes.set_title(f"first {min(epochs, total)} of {total} epochs; a bar ends with a push", fontsize=9, loc="left")
+    total = math.ceil(len(commits) / len(every))
+    others = "" if len(every) == len(workers) else f"; {len(every) - len(workers)} further workers left out"
+    title = f"first {min(epochs, total)} of {total} epochs; a bar ends with a push{others}"
+    axes.set_title(title, fontsize=9, loc="left")
     looks = (("small batch", SMALL), ("large batch", LARGE), ("waiting for others", WAITING))
     handles = [Patch(color=colour, label=name) for name, colour in looks]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from hessianflow.plots.records import Run, number
+from hessianflow.runs.text import in_figure, plain
 
 # A key longer than this hides the picture it belongs to; the rest is counted.
 MAX_KEY_LINES = 12
@@ -35,7 +36,7 @@ def growths(run: Run, colour: str) -> list[Growth]:
     for row in run.of_kind("batch"):
         before, after = number(row, "from"), number(row, "to")
         if before != after and number(row, "examples") >= 0 and after > 0:
-            reason = str(row.get("reason") or "no reason recorded")
+            reason = plain(str(row.get("reason") or "no reason recorded"))
             short = reason if len(reason) <= _MAX_REASON else reason[: _MAX_REASON - 1].rstrip() + "…"
             events.append(Growth(number(row, "examples"), f"{before:g} → {after:g}: {short}", colour))
     return events
@@ -81,7 +82,7 @@ def cluster(positions: Sequence[float]) -> list[tuple[int, int]]:
 
 def key(events: Sequence[Growth]) -> list[tuple[str, str]]:
     """(text, colour) of each line of the key; the last one counts what did not fit."""
-    lines = [(f"{i}  {event.text}", event.colour) for i, event in enumerate(events, start=1)]
+    lines = [(in_figure(f"{i}  {event.text}"), event.colour) for i, event in enumerate(events, start=1)]
     if len(lines) <= MAX_KEY_LINES:
         return lines
     rest = len(lines) - MAX_KEY_LINES + 1

@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
 from hessianflow.plots.records import Array
+from hessianflow.runs.text import in_figure
 
 # Losses that span more than this factor get a logarithmic scale.
 _LOG_SPAN = 30.0
@@ -49,7 +50,7 @@ def landscape(
         _curve(axes, a, z)
     else:
         _contours(figure, axes, a, b, z)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(in_figure(title), loc="left", fontsize=11)
     style.save(figure, path)
     return figure
 

@@ -1,6 +1,8 @@
-"""Read what runs left behind, for plotting: tolerant of interrupted runs and of rows that lack a field."""
+"""Runs as figures see them: named, several at a time, from disk or from memory, and in columns of numbers.
 
-import json
+Directories are read by :class:`hessianflow.runs.History`; rows of objects in memory may lack any field.
+"""
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.runs import History
+from hessianflow.runs.text import plain
 
 Row = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -68,7 +72,7 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
     A run directory given twice, however spelled, is one run: it would count as two seeds that agree.
 
     Raises:
-        HessianFlowError: no run given; a folder without history.jsonl; a damaged line before the last.
+        HessianFlowError: no run given; a folder without history.jsonl; a damaged file.
     """
     sources = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, str) else [runs]
     if not sources:
@@ -107,38 +111,8 @@ def batch_steps(run: Run) -> tuple[Array, Array]:
 
 
 def _read_folder(folder: Path) -> Run:
-    path = folder / "history.jsonl"
-    if not path.is_file():
-        raise HessianFlowError(f"{folder} is not a run directory: it holds no history.jsonl")
-    records = _read_lines(path)
-    return Run("", records, _read_json(folder / "config.json"), _read_json(folder / "summary.json"), folder)
-
-
-def _read_lines(path: Path) -> list[Row]:
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    rows: list[Row] = []
-    for position, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if position == len(lines):  # cut short by a crash
-                break
-            raise HessianFlowError(
-                f"{path} entry {position} of {len(lines)} is not JSON: the file is damaged"
-            ) from None
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        raise HessianFlowError(f"{path} is not JSON: the file is damaged") from None
-    return value if isinstance(value, dict) else {}
+    found = History.load(folder)
+    return Run("", found.records, found.config, found.summary, folder)
 
 
 def _from_object(source: HasRecords) -> Run:
@@ -149,6 +123,7 @@ def _from_object(source: HasRecords) -> Run:
 
 def _names(runs: Sequence[Run]) -> list[str]:
     parts = [r.folder.resolve().parts if r.folder else (f"run {i}",) for i, r in enumerate(runs, start=1)]
+    parts = [tuple(plain(part) for part in one) for one in parts]
     names = [p[-1] for p in parts]
     for depth in range(2, max(map(len, parts)) + 1):
         if len(set(names)) == len(names):

@@ -4,9 +4,7 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +15,22 @@ from matplotlib.figure import Figure
 
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.plots import style
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.records import Run, RunSource, number, read_runs
+from hessianflow.plots.robustness import robustness
 from hessianflow.plots.settings import flatten, seed_of
-from hessianflow.plots.spectra import Quadrature, spectral_density
+from hessianflow.plots.spectra import spectral_density
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
+from hessianflow.runs.documents import Layer, RobustnessFile, SpectrumFile, read_robustness, read_spectrum
+from hessianflow.runs.files import refuse_special, write_text
+from hessianflow.runs.text import plain
 
-SPECTRUM = "spectrum.json"
-"""Where `hessianflow spectrum` keeps what it measured: eigenvalues, residuals, trace, density (nodes and weights)."""
-
+_GENERATOR = "hessianflow report"
+_EARLIER = b":root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff;"
+"""What marks a report, and those of before that mark."""
+_BEGINNING = 4096
 _LONG = 40
 """Characters from which on a cell is text to be broken, not a value."""
 
@@ -61,8 +65,11 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
         The HTML text.
 
     Raises:
-        HessianFlowError: no run, a folder that is not a run directory, a damaged file, an unwritable path.
+        HessianFlowError: no run, a folder that is not a run directory, a damaged file, an unwritable path, or one
+            where something other than an earlier report stands.
     """
+    if path is not None:
+        _refuse_other(Path(path))
     read = read_runs(runs)
     heading = title or ("Run " if len(read) == 1 else "Runs ") + ", ".join(run.name for run in read)
     sections = [
@@ -72,7 +79,7 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
     ]
     if len(read) > 1:
         sections.append(_section("Comparison", _image(compare(read), "accuracy against updates and against time")))
-    sections += _spectra({run.name: spectrum for run in read if (spectrum := read_spectrum(run)) is not None})
+    sections += _measured(read)
     sections += [_section("Decisions", _decisions(read)), _section("Settings", _settings(read))]
     page = _page(heading, "\n".join(sections))
     if path is not None:
@@ -80,77 +87,101 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
     return page
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """What is kept of a run's spectrum.
-
-    Attributes:
-        eigenvalues: the leading ones.
-        residuals: ||H v - eigenvalue v|| of each.
-        density: nodes and weights, shape [num_probes, steps] each; None if it was not measured.
-        measured_on: weights, examples, batch normalisation, and the trace, as far as the file says.
-    """
-
-    eigenvalues: Sequence[float]
-    residuals: Sequence[float]
-    density: Quadrature | None
-    measured_on: str
+def _measured(runs: Sequence[Run]) -> list[str]:
+    """Return what `hessianflow spectrum` and `hessianflow robustness` left in the run directories."""
+    spectra: dict[str, SpectrumFile] = {}
+    attacked: dict[str, RobustnessFile] = {}
+    for run in runs:
+        spectrum = None if run.folder is None else read_spectrum(run.folder)
+        robust = None if run.folder is None else read_robustness(run.folder)
+        if spectrum is not None:
+            spectra[run.name] = spectrum
+        if robust is not None:
+            attacked[run.name] = robust
+    return [*_spectra(spectra), *(_robustness(name, found) for name, found in attacked.items())]
 
 
-def read_spectrum(run: Run) -> Spectrum | None:
-    """The spectrum kept in the run directory, if there is one.
-
-    Raises:
-        HessianFlowError: a spectrum file without eigenvalues, or with a density without nodes and weights.
-    """
-    file = None if run.folder is None else run.folder / SPECTRUM
-    if file is None or not file.is_file():
-        return None
-    try:
-        stored = json.loads(file.read_text("utf-8"))
-        kept = stored["density"]
-        density = None if kept is None else SimpleNamespace(nodes=kept["nodes"], weights=kept["weights"])
-        return Spectrum(list(stored["eigenvalues"]), list(stored["residuals"]), density, _measured_on(stored))
-    except (ValueError, KeyError, TypeError):
-        raise HessianFlowError(
-            f"{file} must hold eigenvalues, residuals and density: make it anew with "
-            f"`hessianflow spectrum {run.folder}`"
-        ) from None
-
-
-def _measured_on(stored: Mapping[str, Any]) -> str:
+def _measured_on(stored: SpectrumFile) -> str:
     facts = {"weights": stored.get("size"), "examples": stored.get("num_examples")}
     said = [f"{value} {name}" for name, value in facts.items() if value is not None]
     said += [f"norm mode: {stored['norm_mode']}"] if "norm_mode" in stored else []
     trace = stored.get("trace")
-    said += [f"trace {trace['value']:.4g} ± {trace['stderr']:.1g}"] if trace else []
-    shares = (stored.get("density") or {}).get("shares")
-    # Files of earlier versions have no shares: what they call the negative mass may count zeros.
-    signs = {"negative": "below 0", "zero": "not told from 0", "positive": "above 0"}
-    if shares:
-        said += [f"{shares[name]['value']:.1%} {sign}" for name, sign in signs.items()]
+    said += [f"trace {_short(trace['value'], '.4g')} ± {_short(trace['stderr'], '.1g')}"] if trace else []
+    density = stored.get("density")
+    if density is not None and "shares" in density:
+        # Files of earlier versions have no shares: what they call the negative mass may count zeros.
+        shares = density["shares"]
+        said += [
+            f"{shares['negative']['value']:.1%} below 0",
+            f"{shares['zero']['value']:.1%} not told from 0",
+            f"{shares['positive']['value']:.1%} above 0",
+        ]
     return ", ".join(said)
 
 
-def _spectra(spectra: Mapping[str, Spectrum]) -> list[str]:
+def _spectra(spectra: Mapping[str, SpectrumFile]) -> list[str]:
     if not spectra:
         return []
     rows = [
-        [name, str(i), f"{value:.6g}", f"{residual:.2g}"]
+        [name, str(i), _short(value, ".6g"), _short(residual, ".2g")]
         for name, spectrum in spectra.items()
-        for i, (value, residual) in enumerate(zip(spectrum.eigenvalues, spectrum.residuals, strict=True), start=1)
+        for i, (value, residual) in enumerate(zip(spectrum["eigenvalues"], spectrum["residuals"], strict=True), 1)
     ]
-    densities = {name: spectrum.density for name, spectrum in spectra.items() if spectrum.density is not None}
-    notes = [f"<p>{escape(f'{name}: {spectrum.measured_on}')}</p>" for name, spectrum in spectra.items()]
-    content = "\n".join([*notes, _table(["run", "rank", "eigenvalue", "residual"], rows)])
+    notes = [f"<p>{escape(plain(f'{name}: {_measured_on(spectrum)}'))}</p>" for name, spectrum in spectra.items()]
+    parts = [*notes, _table(["run", "rank", "eigenvalue", "residual"], rows)]
+    layers = [
+        [name, *_layer_cells(layer)] for name, spectrum in spectra.items() for layer in spectrum.get("layers", [])
+    ]
+    if layers:
+        parts.append(_table(["run", "layer", "weights", "eigenvalue", "residual", "trace"], layers))
+    densities = {
+        name: SimpleNamespace(nodes=found["nodes"], weights=found["weights"])
+        for name, spectrum in spectra.items()
+        if (found := spectrum.get("density")) is not None
+    }
     if densities:
-        content = _image(spectral_density(densities), "density of eigenvalues") + "\n" + content
-    return [_section("Spectrum at the end", content)]
+        parts.insert(0, _image(spectral_density(densities), "density of eigenvalues"))
+    return [_section("Spectrum at the end", "\n".join(parts))]
+
+
+def _layer_cells(layer: Layer) -> list[str]:
+    trace = _short(layer.get("trace"), ".4g")
+    if layer.get("trace_stderr") is not None:
+        trace += f" ± {_short(layer['trace_stderr'], '.1g')}"
+    name = layer["name"] if layer.get("converged", True) else f"{layer['name']} (not converged)"
+    size = layer.get("size")
+    weights = "-" if size is None else str(size)
+    return [name, weights, _short(layer["eigenvalue"], ".6g"), _short(layer.get("residual"), ".2g"), trace]
+
+
+def _robustness(name: str, found: RobustnessFile) -> str:
+    curves = {attack: [_filled(triple) for triple in triples] for attack, triples in found["accuracy"].items()}
+    head = ["perturbation", *curves]
+    rows = [
+        [f"{eps:g}", *(_percent(triples[i][0]) for triples in curves.values())] for i, eps in enumerate(found["eps"])
+    ]
+    picture = _image(robustness(found["eps"], curves), "accuracy under attack")
+    return _section(f"Accuracy under attack: {name}", "\n".join([picture, _table(head, rows)]))
+
+
+def _filled(triple: tuple[float | None, float | None, float | None]) -> tuple[float, float, float]:
+    """Return an accuracy and its ends with nan for what is not known."""
+    value, low, high = (math.nan if one is None else one for one in triple)
+    return value, low, high
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2%}"
+
+
+def _short(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _page(heading: str, body: str) -> str:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    title = escape(heading)
+    head += f'<meta name="generator" content="{_GENERATOR}">'
+    title = escape(plain(heading))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>{head}\n<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
         f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
@@ -158,13 +189,13 @@ def _page(heading: str, body: str) -> str:
 
 
 def _section(heading: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
+    return f"<section>\n<h2>{escape(plain(heading))}</h2>\n{content}\n</section>"
 
 
 def _image(figure: Figure, description: str) -> str:
     buffer = io.BytesIO()
     # A fixed salt and no date: the same records give the same page.
-    with mpl.rc_context({"svg.hashsalt": "hessianflow"}):
+    with mpl.rc_context({"svg.hashsalt": "hessianflow"}), style.without_glyph_warnings():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     image = f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'
@@ -172,8 +203,8 @@ def _image(figure: Figure, description: str) -> str:
 
 
 def _summary(table: ComparisonTable) -> str:
-    lines = [line.strip("| ").split(" | ") for line in table.to_markdown().splitlines()]
-    return _table(lines[0], [[cell.replace("\\|", "|") for cell in line] for line in lines[2:]])
+    head, *lines = table.cells()
+    return _table(head, lines)
 
 
 def _decisions(runs: Sequence[Run]) -> str:
@@ -199,7 +230,7 @@ def _settings(runs: Sequence[Run]) -> str:
     differing = [row for row in rows if len(set(row[1:])) > 1]
     head = ["setting", *(run.name for run in runs)]
     seeds = ", ".join(f"{run.name}: {_plain(seed_of(run.config))}" for run in runs)
-    parts = [f"<p>Seeds: {escape(seeds)}</p>"]
+    parts = [f"<p>Seeds: {escape(plain(seeds))}</p>"]
     if differing:
         parts.append("<p>Where the runs differ:</p>\n" + _table(head, differing, align=False))
     every = _table(head, rows, align=False)
@@ -212,7 +243,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, align: bool = 
 
     def line(tag: str, cells: Sequence[str]) -> str:
         pairs = zip(columns, cells, strict=True)
-        return "<tr>" + "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in pairs) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{kind}>{escape(plain(cell))}</{tag}>" for kind, cell in pairs) + "</tr>"
 
     body = "\n".join(line("td", row) for row in rows)
     return f'<div class="scroll"><table>\n<thead>{line("th", head)}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
@@ -237,9 +268,25 @@ def _plain(value: Any) -> str:
 
 
 def _write(target: Path, text: str) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, target)
+        write_text(target, text)
     except OSError as error:
         raise HessianFlowError(f"cannot write report {target}: {error.strerror or error}") from None
+
+
+def _refuse_other(target: Path) -> None:
+    """Refuse to replace anything but an earlier report.
+
+    Raises:
+        HessianFlowError: something else stands there.
+    """
+    refuse_special(target)
+    if not target.exists():
+        return
+    try:
+        with open(target, "rb") as file:
+            begins = file.read(_BEGINNING)
+    except OSError as error:
+        raise HessianFlowError(f"cannot read {target}: {error.strerror or error}") from None
+    if _GENERATOR.encode() not in begins and _EARLIER not in begins:
+        raise HessianFlowError(f"{target} is there already and is no report of ours: name another file")

@@ -8,6 +8,9 @@ from matplotlib.figure import Figure
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
+from hessianflow.runs.text import in_figure, plain
+
+_LONGEST_NAME = 40
 
 
 def robustness(
@@ -35,7 +38,13 @@ def robustness(
     for index, (name, triples) in enumerate(accuracies.items()):
         value, low, high = 100 * np.asarray(triples, dtype=float)[order].T
         marker = style.marker(index) or "o"
-        axes.plot(sizes, value, marker=marker, color=style.colour(index), label=name)
+        axes.plot(
+            sizes,
+            value,
+            marker=marker,
+            color=style.colour(index),
+            label=in_figure(style.cut(plain(name), _LONGEST_NAME)),
+        )
         axes.fill_between(sizes, low, high, color=style.colour(index), alpha=0.2, linewidth=0)
     axes.set_ylim(0, 100)
     style.finish(axes, "perturbation (pixel units, 1 = white)", "test accuracy (%)")

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
 from hessianflow.plots.records import Array, column
+from hessianflow.runs.text import in_figure
 
 _SHOWN = ("step", "bandwidth", "latency", "batches")
 """Sources that stand above the picture: nobody should see a prediction without them."""
@@ -41,7 +42,7 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
     figure = style.new_figure(9.0, 4.2)
     time_axes, share_axes = figure.subplots(1, 2)
     _draw_time(time_axes, workers, seconds)
-    lines = [f"{name}: {text}" for name, text in (plan.get("sources") or {}).items() if name in _SHOWN]
+    lines = [in_figure(f"{name}: {text}") for name, text in (plan.get("sources") or {}).items() if name in _SHOWN]
     figure.suptitle("\n".join(fill(line, 150) for line in lines), x=0.01, ha="left", fontsize=7, color=style.GREY)
     blue, red = style.colour(0), style.colour(1)
     share_axes.plot(workers, 100 * column(rows, "efficiency"), color=blue, marker="o", markersize=4)

@@ -87,10 +87,16 @@ def spectral_density(
 
 def broaden(nodes: Array, weights: Array, grid: Array, sigma: float) -> tuple[Array, Array]:
     """Mean density on the grid and its standard error over probes (zero for one probe), shape [points] each."""
-    z = (grid[None, :, None] - nodes[:, None, :]) / sigma
-    each = (weights[:, None, :] * np.exp(-0.5 * z**2)).sum(2) / (sigma * math.sqrt(2 * math.pi))
+    each = np.stack([_smoothed(*probe, grid, sigma) for probe in zip(nodes, weights, strict=True)])
     error = each.std(0, ddof=1) / math.sqrt(len(each)) if len(each) > 1 else np.zeros(len(grid))
     return each.mean(0), error
+
+
+def _smoothed(nodes: Array, weights: Array, grid: Array, sigma: float) -> Array:
+    """Return the density of one probe on the grid."""
+    z = (grid[:, None] - nodes[None, :]) / sigma
+    smoothed: Array = (weights * np.exp(-0.5 * z**2)).sum(1) / (sigma * math.sqrt(2 * math.pi))
+    return smoothed
 
 
 def _arrays(density: Quadrature) -> tuple[Array, Array]:

@@ -1,8 +1,9 @@
 """How every figure looks and is saved. Figures are made without pyplot, so no global state is read or left behind."""
 
 import math
-import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.runs.files import replacing
+from hessianflow.runs.text import in_figure
 
 # Okabe and Ito's palette, told apart with any common colour blindness; yellow is left out: too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -116,7 +119,7 @@ def run_handles(names: Sequence[str]) -> list[Line2D]:
     """One legend entry for each run; long names, which are paths, keep their end, which tells them apart."""
     short = [name if len(name) <= _MAX_NAME else "…" + name[1 - _MAX_NAME :] for name in names]
     return [
-        Line2D([], [], color=colour(i), marker=marker(i), markersize=5, linewidth=2, label=name)
+        Line2D([], [], color=colour(i), marker=marker(i), markersize=5, linewidth=2, label=in_figure(name))
         for i, name in enumerate(short)
     ]
 
@@ -145,15 +148,21 @@ def save(figure: Figure, path: str | Path | None) -> None:
     """Write a PNG so that a reader sees the old file or the new one, never half of it; None: do nothing.
 
     Raises:
-        HessianFlowError: the folder does not exist or cannot be written.
+        HessianFlowError: the folder does not exist or cannot be written, or something other than a file is there.
     """
     if path is None:
         return
-    target = in_home(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=DPI)
-        os.replace(temporary, target)
+        with replacing(in_home(path)) as temporary, without_glyph_warnings():
+            figure.savefig(temporary, format="png", dpi=DPI)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise HessianFlowError(f"cannot write plot {target}: {error.strerror or error}") from None
+        raise HessianFlowError(f"cannot write plot {path}: {error.strerror or error}") from None
+
+
+@contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """While drawing, say nothing of signs that the font lacks: names of runs may hold any."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
+        yield

@@ -11,9 +11,12 @@ from matplotlib.lines import Line2D
 from hessianflow.plots import style
 from hessianflow.plots.events import Growth, growths, key, mark
 from hessianflow.plots.records import Run, RunSource, batch_steps, column, read_runs
+from hessianflow.runs.text import in_figure, plain
 
 # Layout in inches: fixed, because the key below the axes has as many lines as there were changes.
 _WIDTH, _PLOT_HEIGHT, _SIDE, _TOP, _BELOW_AXES, _LINE = 9.0, 3.9, 0.95, 0.6, 0.62, 0.19
+
+_LONGEST_MODE = 40
 
 # What the marks mean: marker, legend text (none for the ordinary case).
 _MARKS = {
@@ -60,7 +63,7 @@ def curvature_trajectory(runs: RunSource | Iterable[RunSource], path: str | Path
     batch_axes.set_ylabel("batch size (examples)")
     batch_axes.spines["top"].set_visible(False)
     batch_axes.spines["right"].set_visible(True)
-    style.finish(axes, "training examples", "top Hessian eigenvalue" + (modes[0] if shared else ""))
+    style.finish(axes, "training examples", "top Hessian eigenvalue" + (in_figure(modes[0]) if shared else ""))
     style.log_axis(axes, [y for found in marks for name in _MARKS if name != "missing" for y in found[name][1]])
     style.examples_axis(axes)
     mark(axes, events, (_WIDTH - 2 * _SIDE) * 72)
@@ -86,8 +89,8 @@ def _layout(events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Ax
 
 def _norm_mode(run: Run) -> str:
     """The batch normalisation of the run's readings, as an addition to a label; empty where they do not say."""
-    found = dict.fromkeys(row["norm_mode"] for row in run.of_kind("curvature") if "norm_mode" in row)
-    return f" (norm mode: {', '.join(found)})" if found else ""
+    found = dict.fromkeys(str(row["norm_mode"]) for row in run.of_kind("curvature") if "norm_mode" in row)
+    return f" (norm mode: {style.cut(plain(', '.join(found)), _LONGEST_MODE)})" if found else ""
 
 
 def _marks(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -71,7 +71,7 @@ def _draw_world(axes: Axes, events: Sequence[Row]) -> set[str]:
             marker, colour, _ = _MARKS[kind]
             axes.plot([x], [y], marker=marker, color=colour, markersize=7, linestyle="", zorder=4)
             shown.add(kind)
-    axes.set_ylim(0, max(count) * 1.25)
+    axes.set_ylim(0, max(*count, 1) * 1.25)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     style.finish(axes, "", "workers")
     return shown

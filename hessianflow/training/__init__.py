@@ -1,10 +1,9 @@
 """The training loop and what it leaves behind."""
 
+from hessianflow.runs import History, LogSink, TensorBoardSink
 from hessianflow.training.evaluate import Evaluation, evaluate
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.recalibrate import recalibrate
-from hessianflow.training.record import History, RunRecord
-from hessianflow.training.sinks import LogSink, TensorBoardSink
 from hessianflow.training.trainer import AdaptiveBatchTrainer
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "History",
     "LogSink",
     "ProgressiveResize",
-    "RunRecord",
     "TensorBoardSink",
     "check_resolutions",
     "evaluate",

@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from hessianflow.interfaces import Decision, Progress, ResizableBatches, World
-from hessianflow.training import checkpoint, rows
+from hessianflow.runs import Recorder, rows
+from hessianflow.runs.names import BEST, LAST
+from hessianflow.training import checkpoint
 from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_rule
@@ -21,7 +23,7 @@ from hessianflow.training.learning_rate import SET_BY_HAND, LearningRate
 from hessianflow.training.lookahead import Lookahead, Planned
 from hessianflow.training.optimizers import set_mode
 from hessianflow.training.progress import ProgressBar
-from hessianflow.training.record import RunRecord
+from hessianflow.training.restore import restore_newest
 from hessianflow.training.saving import Saver
 from hessianflow.training.schedule import ScheduleUnit
 from hessianflow.training.state import RunState
@@ -79,7 +81,7 @@ class TrainingLoop:
     totals: RunningTotals
     rate: LearningRate
     state: RunState
-    record: RunRecord
+    record: Recorder
     saver: Saver
     policy: DivergencePolicy
     watch: Stopwatch
@@ -261,7 +263,7 @@ class TrainingLoop:
             if self.schedule_unit == "epoch":
                 self.rate.step(row["train_loss"] if evaluation is None else evaluation.loss, row["eval_accuracy"])
             if evaluation is not None and self.state.counters.is_best(evaluation.accuracy, evaluation.loss):
-                self.save(checkpoint.BEST)
+                self.save(BEST)
 
     def _show(self) -> None:
         self._check(self.totals.first_bad_update())  # the figures leave the device here anyway, alike on all ranks
@@ -296,8 +298,7 @@ class TrainingLoop:
             raise error
         power, factor = on_first_rank(self.world, lambda: rate_rule(history.of_kind("batch")))
         rollbacks, seconds = counters.rollbacks + 1, self.watch.totals()
-        state, warning = self.newest_checkpoint(self.record.sync)
-        self.load_state_dict(state, f"the checkpoint in {self.run_dir}")
+        _, warning = self.restore_newest(self.record.sync)
         self.watch.load(seconds)  # the time is spent all the same
         self.totals.forget_divergence()
         if warning is not None:
@@ -320,11 +321,12 @@ class TrainingLoop:
             decision = replace(decision, adversarial_share=0.0)
         return hold(decision, counters.batch_cap, counters.cap_power, counters.cap_factor)
 
-    def newest_checkpoint(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
-        """The state and a warning, if any; read by rank 0, whose disk the others need not see."""
+    def restore_newest(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
+        """Put back the newest checkpoint that can be; returns it, and a warning where it is not the last."""
         assert self.run_dir is not None
-        folder = self.run_dir / checkpoint.FOLDER
-        return on_first_rank(self.world, lambda: checkpoint.load_newest(folder, history_bytes()))
+        return restore_newest(
+            self.world, self.run_dir, history_bytes, self.load_state_dict, self.model, self.state.optimizer
+        )
 
     def event(self, event: str, message: str) -> None:
         """Record that something happened."""
@@ -335,9 +337,9 @@ class TrainingLoop:
             self.event(event, message)
         self._said.add(event)
 
-    def save(self, name: str = checkpoint.LAST) -> None:
+    def save(self, name: str = LAST) -> None:
         """Write a checkpoint, if the run has a folder; what all ranks share is rank 0's."""
-        if name == checkpoint.LAST:
+        if name == LAST:
             self.state.counters.saved_at = self.state.counters.examples
         self.saver.restart_clock()  # on every rank, for any of them may find that time is up
         folder = self.run_dir

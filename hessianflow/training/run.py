@@ -19,15 +19,18 @@ from hessianflow.interfaces import (
     World,
 )
 from hessianflow.measuring import unwrap
-from hessianflow.training import checkpoint, rows
+from hessianflow.runs.folder import history_length
+from hessianflow.runs.history import History
+from hessianflow.runs.rows import Record
+from hessianflow.runs.sinks import LOGGER
+from hessianflow.runs.summary import summary_of
+from hessianflow.training import checkpoint
 from hessianflow.training.checks import join_parts, must_pair
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.optimizers import set_mode
-from hessianflow.training.record import History, Record, history_length
 from hessianflow.training.settings import differences
-from hessianflow.training.sinks import LOGGER
 from hessianflow.training.state import separate_generators
-from hessianflow.training.world import on_all_ranks, on_first_rank
+from hessianflow.training.world import on_first_rank
 
 
 class Run:
@@ -111,8 +114,12 @@ class Run:
         self._tell()
         if loop.state.counters.updates == 0:
             separate_generators(self.world.rank)
-            self.begin()
-            loop.save()
+            try:
+                self.begin()
+                loop.save()
+            except HessianFlowError:
+                loop.record.close()
+                raise
         return self._run()
 
     def begin(self) -> None:
@@ -142,9 +149,13 @@ class Run:
         self.world.meet(self.settings())
         loop, folder = self._loop, in_home(run_dir)
         loop.run_dir = folder
-        state, warning = loop.newest_checkpoint(lambda: history_length(folder))
-        on_all_ranks(self.world, lambda: loop.load_state_dict(state, f"the checkpoint in {folder}"))
-        on_first_rank(self.world, lambda: loop.record.reopen(folder, state["history_bytes"]))
+        try:
+            on_first_rank(self.world, lambda: loop.record.hold(folder))
+            state, warning = loop.restore_newest(lambda: history_length(folder))
+            on_first_rank(self.world, lambda: loop.record.reopen(folder, state["history_bytes"]))
+        except HessianFlowError:
+            loop.record.close()
+            raise
         if warning is not None:
             loop.event("fallback", warning)
         self._tell(differences(state.get("settings", {}), loop.state.settings))
@@ -226,17 +237,17 @@ class Run:
         loop = self._loop
         try:
             loop.run_until()
+            summary = self.summary()
+            on_first_rank(self.world, lambda: loop.record.finish(summary))
         finally:
             loop.record.close()
-        summary = self.summary()
-        on_first_rank(self.world, lambda: loop.record.finish(summary))
         return on_first_rank(self.world, loop.record.history)
 
     def summary(self) -> dict[str, Any]:
         """What summary.json would hold if the run ended now."""
         loop = self._loop
         seconds, size = loop.watch.totals(), self.world.world_size
-        return rows.summary(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
+        return summary_of(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
 
     def settings(self) -> dict[str, Any]:
         """What config.json holds of the trainer itself."""

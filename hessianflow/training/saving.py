@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.training import checkpoint
+from hessianflow.runs import checkpoints
+from hessianflow.runs.names import CHECKPOINTS
 
 
 class Saver:
@@ -19,12 +20,14 @@ class Saver:
     """
 
     def __init__(self, every_examples: int | None, every_minutes: float | None, keep: int) -> None:
-        self._every_examples, self._every_minutes, self._keep = every_examples, every_minutes, keep
+        self._every_examples = every_examples
+        self._every_minutes = every_minutes
+        self._keep = keep
         self._time = time.monotonic()
         self._proven: set[str] = set()
 
     def is_due(self, examples_since: int) -> bool:
-        """Whether a checkpoint within the epoch is due by count, `examples_since` the last one."""
+        """Return whether a checkpoint within the epoch is due by count, `examples_since` the last one."""
         return self._every_examples is not None and examples_since >= self._every_examples
 
     @property
@@ -33,19 +36,19 @@ class Saver:
         return self._every_minutes is not None and time.monotonic() - self._time >= 60 * self._every_minutes
 
     def restart_clock(self) -> None:
-        """A checkpoint is being made: the next is due by the clock so many minutes from now."""
+        """Note that a checkpoint is being made: the next is due by the clock so many minutes from now."""
         self._time = time.monotonic()
 
     def save(self, run_dir: Path, state: Mapping[str, Any], name: str) -> None:
         """Write `state` under `name` into the run's folder of checkpoints."""
-        path = run_dir / checkpoint.FOLDER / name
-        checkpoint.save(path, state, self._keep)
+        path = run_dir / CHECKPOINTS / name
+        checkpoints.save(path, state, self._keep)
         # Better now than at a resume: something in the state, which fills with the first steps, may be unreadable.
         stage = "filled" if state["updates"] > 0 else "new"
         if stage not in self._proven:
             self._proven.add(stage)
             try:
-                checkpoint.load(path)
+                checkpoints.load(path)
             except HessianFlowError as error:
                 raise HessianFlowError(
                     f"the state of this run cannot be kept: a part of it holds values other than tensors, numbers and "

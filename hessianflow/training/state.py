@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hessianflow.interfaces import Decision, HessianFlowError, ResizableBatches, Stateful
+from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.learning_rate import LearningRate
@@ -117,17 +118,10 @@ class RunState:
         """Put everything back, on `rank` of a world of any size; returns the decision in force.
 
         Raises:
-            HessianFlowError: the state is of another model, or of a run with other parts; `source` names it.
+            HessianFlowError: the state is of another model, of a run with other parts, or damaged; `source` names it.
         """
-        try:
+        with restoring(source):
             return self._restore(state, source, rank)
-        except HessianFlowError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise HessianFlowError(
-                f"{source} does not fit this run, or is damaged ({type(error).__name__}: {reason})"
-            ) from error
 
     def _restore(self, state: Mapping[str, Any], source: str, rank: int) -> Decision:
         present = {name: part for name, part in self.parts.items() if _is_in(state, name, part, source)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PARTS = ("training", "data", "adversary", "curvature", "evaluation", "checkpoint")
+from hessianflow.runs.rows import PARTS
 
 
 class Stopwatch:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hessianflow.interfaces import Decision, Progress
 from hessianflow.losses import exact_type, weighted
+from hessianflow.runs.rows import place, spent_on
 from hessianflow.training.accumulate import BatchResult
 from hessianflow.training.evaluate import Evaluation
 from hessianflow.training.explosion import ExplosionRule
@@ -124,23 +125,14 @@ class RunningTotals:
         loss, accuracy = self.means()
         spent = {name: value - self._seconds[name] for name, value in seconds.items()}
         return {
-            "kind": "epoch",
-            "epoch": progress.epoch,
-            "examples": progress.examples,
-            "updates": progress.updates,
+            **place("epoch", progress),
             **self._setting,
             "train_loss": loss,
             "train_accuracy": accuracy,
             "eval_loss": None if evaluation is None else evaluation.loss,
             "eval_accuracy": None if evaluation is None else evaluation.accuracy,
             **self._adversarial_gain(),
-            "seconds": spent["wall"],
-            "images_per_second": self._examples / max(spent["training"] + spent["data"], 1e-9),
-            "seconds_training": spent["training"] - spent["adversary"],
-            "seconds_data": spent["data"],
-            "seconds_adversary": spent["adversary"],
-            "seconds_curvature": spent["curvature"],
-            "seconds_evaluation": spent["evaluation"],
+            **spent_on(spent, self._examples),
         }
 
     def _adversarial_gain(self) -> dict[str, float]:
@@ -168,9 +160,11 @@ class RunningTotals:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self._loss = state["loss"].to(self._device)
-        self._weight = state["weight"].to(self._device)
+        # Earlier versions counted examples, and nothing else.
+        trained = torch.tensor(float(state["trained"]), dtype=torch.float64)
+        self._weight = state.get("weight", trained).to(self._loss)
         self._correct = state["correct"].to(self._device)
-        self._counted = state["counted"].to(self._device)
+        self._counted = state.get("counted", trained).to(self._loss)
         self._classified, self._examples, self._trained = state["classified"], state["examples"], state["trained"]
         self._gain, self._with_twins = state["gain"].to(self._device), state["with_twins"]
         self._setting, self._seconds = dict(state["setting"]), dict(state["seconds"])

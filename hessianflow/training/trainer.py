@@ -40,6 +40,7 @@ from hessianflow.interfaces import (
     Stateful,
     World,
 )
+from hessianflow.runs import Recorder
 from hessianflow.training.accumulate import GradientAccumulator, Precision
 from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.arguments import (
@@ -67,7 +68,6 @@ from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.microbatch import microbatches
 from hessianflow.training.model_state import ModelState
 from hessianflow.training.parameters import TrainedParameters
-from hessianflow.training.record import RunRecord
 from hessianflow.training.run import Run
 from hessianflow.training.saving import Saver
 from hessianflow.training.schedule import ScheduleUnit, misfit
@@ -293,7 +293,7 @@ class AdaptiveBatchTrainer(Run):
                 built,
                 partial(step.follow, anew=True),
             ),
-            record=RunRecord(folder if first else None, sinks if first else ()),
+            record=Recorder(folder if first else None, sinks if first else ()),
             saver=Saver(checkpoint_examples, checkpoint_minutes, keep_checkpoints),
             policy=DivergencePolicy(on_divergence, max_rollbacks),
             watch=watch,

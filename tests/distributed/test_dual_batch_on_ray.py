@@ -12,7 +12,7 @@ from hessianflow.build import load_config, prepare
 from hessianflow.config import TrainConfig
 from hessianflow.distributed.parameter_server import ParameterServer
 from hessianflow.dual_batch import build_dual_batch
-from hessianflow.training import checkpoint
+from hessianflow.runs import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -117,7 +117,7 @@ def test_stopped_on_ray_and_resumed_there(ray, tmp_path: Path) -> None:
     sink.trainer = build_dual_batch(config, [sink])
     stopped = sink.trainer.fit()
     assert stopped.summary["status"] == "preempted"
-    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"]["commits"] == 3
+    assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"]["commits"] == 3
     resumed = build_dual_batch(prepare(load_config(tmp_path / "run"))).resume(tmp_path / "run")
     assert resumed.summary["status"] == "finished"
     assert commits_of(resumed) == [1, 2, 3, 4]

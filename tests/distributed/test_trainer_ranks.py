@@ -40,7 +40,8 @@ from trainers import (
 from hessianflow import History
 from hessianflow.distributed import GroupWorld, run_simulated
 from hessianflow.distributed.launch import run_local
-from hessianflow.training import checkpoint, saving
+from hessianflow.runs import checkpoints
+from hessianflow.training import saving
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -113,7 +114,7 @@ def test_checkpoints_by_the_clock_are_a_minute_apart(tmp_path: Path, monkeypatch
 
     def watch(inputs, targets, progress):
         seconds[0] += 20
-        seen.append(checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["updates"])
+        seen.append(checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["updates"])
         return inputs, targets
 
     def train(reducer) -> None:

@@ -1,9 +1,12 @@
 """Whole dual-batch runs: what they leave behind, interrupted and resumed, in a simulation."""
 
 import json
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from hessianflow.dual_batch import DualBatchTrainer, build_dual_batch
 from hessianflow.dual_batch.build import all_stages, plan_schedule, worker_of
 from hessianflow.dual_batch.local_training import FlatWeights, LocalTraining, checkable, with_arrays
 from hessianflow.interfaces import Batch, HessianFlowError
-from hessianflow.training import checkpoint
+from hessianflow.runs import checkpoints
 from hessianflow.training.accumulate import OwnResult
 from hessianflow.training.evaluate import evaluate
 
@@ -83,7 +86,7 @@ def test_the_checkpoint_holds_the_model_that_was_evaluated(whole: History) -> No
     found = evaluate(parts.model, parts.test, torch.nn.CrossEntropyLoss())
     assert found.accuracy == whole.epochs[-1]["eval_accuracy"]
     assert found.loss == pytest.approx(whole.epochs[-1]["eval_loss"], rel=1e-6)
-    best = checkpoint.load(whole.run_dir / "checkpoints" / "best.pt")
+    best = checkpoints.load(whole.run_dir / "checkpoints" / "best.pt")
     accuracies = [row["eval_accuracy"] for row in whole.epochs]
     assert best["counters"]["commits"] == 4 * (accuracies.index(max(accuracies)) + 1)
 
@@ -119,6 +122,40 @@ def test_killed_within_the_first_epoch_and_resumed(whole: History, tmp_path: Pat
     assert losses[0] == losses[1]
 
 
+SERVER_DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no server": lambda s: s["dual_batch"].pop("server"),
+    "weights of another number": lambda s: s["dual_batch"]["server"].update(weights=torch.ones(3)),
+    "weights of another type": lambda s: s["dual_batch"]["server"].update(weights=torch.ones(3).to(torch.int8)),
+    "copies of another number": lambda s: s["dual_batch"]["running"].update({0: (0.0, 1, torch.ones(3))}),
+    "commits that are text": lambda s: s["dual_batch"]["server"].update(commits="x"),
+    "workers that are a list": lambda s: s["dual_batch"].update(workers=[]),
+    "events that are numbers": lambda s: s["dual_batch"].update(events=[1]),
+    "a worker without its count": lambda s: s["dual_batch"]["workers"][0].pop("next"),
+    "counters of another kind": lambda s: s["counters"].update(seconds=5),
+    "no counters": lambda s: s["counters"].clear(),
+    "int8 model": lambda s: s["model"].update({n: v.to(torch.int8) for n, v in s["model"].items()}),
+    "generators": lambda s: s["generators"].update(torch=None),
+    "of another run": lambda s: s.pop("dual_batch"),
+}
+
+
+@pytest.mark.parametrize("damage", SERVER_DAMAGES)
+def test_a_damaged_last_checkpoint_is_passed_over(damage: str, whole: History, tmp_path: Path) -> None:
+    shutil.copytree(whole.run_dir, tmp_path / "run")  # type: ignore[arg-type]
+    (tmp_path / "run" / "summary.json").unlink()
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    SERVER_DAMAGES[damage](state)
+    torch.save(state, path)
+    resumed = build_dual_batch(prepare(load_config(tmp_path / "run"))).resume(tmp_path / "run")
+    [event] = resumed.of_kind("event")
+    assert event["event"] == "fallback"
+    assert "continuing from previous.pt" in event["message"]
+    losses = [[row["loss"] for row in history.of_kind("commit")] for history in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert path.with_name("last.damaged").exists()
+
+
 @pytest.mark.parametrize("commits", [3, 8])
 def test_interrupted_and_resumed_is_bit_equal(commits: int, whole: History, tmp_path: Path) -> None:
     """Stopped within an epoch or at its end, with momentum, dropout and workers under way."""
@@ -131,7 +168,7 @@ def test_interrupted_and_resumed_is_bit_equal(commits: int, whole: History, tmp_
     torch.manual_seed(99)
     resumed = build_dual_batch(prepare(load_config(tmp_path / "cut"))).resume(tmp_path / "cut")
     assert whole.run_dir is not None
-    ends = [checkpoint.load(folder / "checkpoints" / "last.pt") for folder in (whole.run_dir, tmp_path / "cut")]
+    ends = [checkpoints.load(folder / "checkpoints" / "last.pt") for folder in (whole.run_dir, tmp_path / "cut")]
     for name, tensor in ends[0]["model"].items():
         assert torch.equal(tensor, ends[1]["model"][name]), name
     assert np.array_equal(*(end["dual_batch"]["server"]["weights"] for end in ends))
@@ -209,7 +246,7 @@ def test_rounds_of_equal_workers_are_plain_averaging_of_weights(tmp_path: Path) 
     same = {"resolution": None, "dropouts": None, "slope": 1e-3, "intercept": 0.02, "epochs": 2, "milestones": ()}
     config = prepare(replace(SETTINGS, synchrony="bsp", small_workers=0, workers=2, **same))  # type: ignore[arg-type]
     build_dual_batch(replace(config, run_dir=str(tmp_path / "run"))).fit()
-    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"]["weights"]
+    saved = checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"]["weights"]
     parts = build_parts(config)
     stages = all_stages(config, parts)
     schedule = plan_schedule(config, stages, parts.train.num_examples, {16: TimeModel(1e-3, 0.02)})
@@ -232,12 +269,12 @@ def test_bad_input(tmp_path: Path) -> None:
         trainer(tmp_path / "b", slope=0.1)
     with pytest.raises(HessianFlowError, match=r"layer '9' .* takes no images of 12 pixels"):
         trainer(tmp_path / "c", model="c1", dropouts=None)
-    checkpoint.save(tmp_path / "d" / "checkpoints" / "last.pt", {"history_bytes": 0, "model": {}})
+    checkpoints.save(tmp_path / "d" / "checkpoints" / "last.pt", {"history_bytes": 0, "model": {}})
     with pytest.raises(HessianFlowError, match="is of a run without a parameter server"):
         trainer(tmp_path / "d").resume(tmp_path / "d")
     with pytest.raises(HessianFlowError, match=r"the training loss of worker . was not finite in epoch 1: lower the r"):
         trainer(tmp_path / "e", lr=1e30).fit()
-    with pytest.raises(HessianFlowError, match="no checkpoint at"):
+    with pytest.raises(HessianFlowError, match=r"f is not a run directory: it holds no config\.json"):
         trainer(tmp_path / "f").resume(tmp_path / "f")
 
 

@@ -30,11 +30,11 @@ def main(settings_file: str, run_dir: str) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "hang":
         time.sleep(600)
-    epoch = {"kind": "epoch", "examples": 10, "batch_size": 32, "lr": 0.1, "updates": 4}
+    place = {"epoch": 1, "examples": 10, "updates": 4}
     rows = [
-        {"kind": "curvature", "examples": 10, "eigenvalue": 2.5},
-        {**epoch, "train_loss": 1.0, "eval_accuracy": 0.5},
-        {"kind": "batch", "epoch": 1, "examples": 10, "from": 32, "to": 64, "reason": "why"},
+        {"kind": "curvature", **place, "eigenvalue": 2.5},
+        {"kind": "epoch", **place, "batch_size": 32, "lr": 0.1, "train_loss": 1.0, "eval_accuracy": 0.5},
+        {"kind": "batch", **place, "from": 32, "to": 64, "lr_factor": 2.0, "reason": "why"},
     ]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {"final_accuracy": 0.5, "best_accuracy": 0.6, "updates": 4 + settings["seed"], "examples": 10}

@@ -141,6 +141,42 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         read_rows(path)
 
 
+CELL = '{"format": 1, "problem": "toy", "method": "a", "seed": 0'
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"format": 1, "problem": null, "method": "a", "seed": 0}', "problem must be text, got null"),
+        (f'{CELL}, "accuracy": "high"}}', 'accuracy must be a number or null, got "high"'),
+        (f'{CELL}, "largest_batch": [1]}}', r"largest_batch must be a whole number, got \[1\]"),
+        (f'{CELL}, "epochs": null}}', "epochs must be a list, got null"),
+        (f'{CELL}, "epochs": [{{}}]}}', "epochs.0.batch_size is missing"),
+        (f'{CELL}, "updates": {"9" * 400}}}', "updates must be a finite number"),
+        (f'{CELL}, "seconds": 1e999}}', "seconds must be a finite number"),
+        (f'{CELL}, "measured": {{"cpu_seconds": "x"}}}}', 'measured.cpu_seconds must be a number, got "x"'),
+        (f'{CELL}, "settings": {"[" * 100_000}', "lists or objects are nested deeper than 50"),
+        (b"\xff\xfe\n", "is not a JSON object"),
+        ("x" * (2**24 + 2), "is longer than 16777216 bytes"),
+    ],
+    ids=range(11),
+)
+def test_a_damaged_row_is_named(tmp_path: Path, line: str | bytes, words: str) -> None:
+    text = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "results.jsonl").write_bytes(text + b"\n{}\n")
+    with pytest.raises(HessianFlowError, match=rf"results\.jsonl line 1:? {words}"):
+        read_rows(tmp_path / "results.jsonl")
+
+
+def test_tables_hold_any_name_literally(tmp_path: Path) -> None:
+    rows = [{**row, "problem": r"\input{x} ~^$", "method": "=<b>|"} for row in rows_of_two_methods()[:2]]
+    write_reports(rows, tmp_path)
+    latex = (tmp_path / "table.tex").read_text()
+    assert r"\textbackslash{}input\{x\} \textasciitilde{}\textasciicircum{}\$" in latex
+    assert "&lt;b>\\|" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "table.csv").read_text().splitlines()[1].split(",")[1] == "'=<b>|"
+
+
 def test_rows_that_lack_something_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
     append_row(path, {"problem": "toy", "method": "a", "seed": 0})

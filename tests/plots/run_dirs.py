@@ -26,13 +26,15 @@ def curvature(number, eigenvalue, *, converged=True, examples=1000):
         "kind": "curvature",
         "epoch": number,
         "examples": number * examples,
+        "updates": 8 * number,
         "eigenvalue": eigenvalue,
         "converged": converged,
     }
 
 
 def growth(examples, before, after, reason="eigenvalue fell from 100 to 49"):
-    return {"kind": "batch", "epoch": 1, "examples": examples, "from": before, "to": after, "reason": reason}
+    row = {"kind": "batch", "epoch": 1, "examples": examples, "updates": 8, "from": before, "to": after}
+    return row | {"lr_factor": 1.0, "reason": reason}
 
 
 RECORDS = [

@@ -51,6 +51,36 @@ def test_an_unfinished_run_counts_with_its_last_epoch(folders):
     assert math.isnan(loose.peak_memory_mib)
 
 
+def test_an_unfinished_run_and_a_second_one_of_a_seed_belong_to_no_mean(folders, tmp_path):
+    """The mean is that of seeds 0 and 1 as before; the others stand below it, each with its own figures."""
+    config = {"seed": 1, "controller": "absa", "lr": 0.1}
+    again = {"status": "finished", "final_accuracy": 0.9, "updates": 99}
+    folders.append(write_run(tmp_path / "killed", [epoch(1, updates=7, batch=64, accuracy=0.1)], config=config))
+    folders.append(write_run(tmp_path / "again", config=config, summary=again))
+    table = compare_table(folders)
+    assert [(row.settings, row.runs, row.updates, row.finished) for row in table.rows][:3] == [
+        ("controller=absa", 2, 12, 2),
+        ("controller=absa (killed: unfinished)", 1, 7, 0),
+        ("controller=absa (again: seed 1 again)", 1, 99, 1),
+    ]
+    assert table.rows[0].accuracy == pytest.approx(0.61)
+    assert "| controller=absa (killed: unfinished) | 1 | 10.00 | 7 |" in table.to_markdown()
+
+
+def test_two_unfinished_runs_are_not_averaged(tmp_path):
+    config = {"seed": 0, "lr": 0.1}
+    runs = [write_run(tmp_path / n, [epoch(1, updates=u, batch=8)], config=config) for n, u in (("a", 5), ("b", 9))]
+    rows = compare_table(runs).rows
+    assert [(row.settings, row.updates) for row in rows] == [("a (a: unfinished)", 5), ("a (b: unfinished)", 9)]
+
+
+def test_runs_without_a_seed_are_averaged(tmp_path):
+    """As runs made from Python are, which tell no seed."""
+    ended = {"status": "finished", "updates": 4, "final_accuracy": 0.5}
+    runs = [write_run(tmp_path / name, config={"lr": 0.1}, summary=ended) for name in ("a", "b")]
+    assert [row.runs for row in compare_table(runs).rows] == [2]
+
+
 def test_markdown(folders):
     lines = compare_table(folders).to_markdown().splitlines()
     assert lines[2] == "| controller=absa | 2 | 61.00 ± 1.41 | 12 | 3000 | 30.5 | 101 | 512 |"
@@ -130,7 +160,10 @@ def test_long_labels_are_cut_on_the_right_in_the_legend_and_nowhere_else(tmp_pat
     names = ["package.module." + "network_" * 12 + end for end in ("a", "b")]
     folders = [write_run(tmp_path / n[-1], config={"settings": {"model": n}}) for n in names]
     (tmp_path / "c").mkdir()
-    folders += [write_run(tmp_path / "c" / str(s), config={"seed": s, "settings": {"model": "c1"}}) for s in (0, 1)]
+    ended = {"status": "finished"}
+    for seed in (0, 1):
+        config = {"seed": seed, "settings": {"model": "c1"}}
+        folders.append(write_run(tmp_path / "c" / str(seed), config=config, summary=ended))
     table = compare_table(folders)
     rows = csv.DictReader(io.StringIO(table.to_csv()))
     assert [row["settings"] for row in rows] == [f"model={name}" for name in (*names, "c1")]

@@ -28,7 +28,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
 
 def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
     folder = write_run(tmp_path / "a", tail='{"kind":\n{"kind":"epoch"}\n')
-    with pytest.raises(ValueError, match=r"history.jsonl entry 10 of 11 is not JSON: the file is damaged"):
+    with pytest.raises(ValueError, match=r"history.jsonl line 10: it is not JSON: the file is damaged"):
         read_runs(folder)
 
 

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 from html import escape
 from html.parser import HTMLParser
@@ -92,8 +94,64 @@ def test_spectrum_is_shown_where_there_is_one(folder):
     assert "5.0% below 0, 83.0% not told from 0, 12.0% above 0" in words
     stored["density"]["shares"] = {"negative": {}}
     (folder / "spectrum.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"spectrum.json must hold eigenvalues"):
+    with pytest.raises(ValueError, match=r"spectrum.json: density.shares.zero is missing"):
         report(folder)
+
+
+def test_what_was_measured_after_the_run_is_shown(folder):
+    stored = {"eigenvalues": [5.0, None], "residuals": [1e-3, None], "trace": {"value": 2.5, "stderr": None}}
+    layers = [{"name": "conv<1>", "size": 9, "eigenvalue": 4.5, "trace": 3.25, "trace_stderr": 0.125, "residual": 0.5}]
+    layers.append({"name": "fc", "eigenvalue": 1.5, "converged": False})
+    (folder / "spectrum.json").write_text(json.dumps(stored | {"layers": layers}))
+    curves = {"clean": [[0.875, 0.8, 0.9]] * 2, "pgd5": [[0.5, 0.4, 0.6], [None, None, None]]}
+    (folder / "robustness.json").write_text(json.dumps({"eps": [0.01, 0.03], "accuracy": curves}))
+    page = Page(report(folder))
+    assert {"conv<1>", "4.5", "3.25 ± 0.1", "fc (not converged)", "Accuracy under attack: absa"} <= set(page.words)
+    assert {"pgd5", "87.50%", "50.00%", "0.03", "-"} <= set(page.words)
+    assert len(page.images) == 3
+    (folder / "robustness.json").write_text(json.dumps({"eps": [0.01], "accuracy": curves}))
+    with pytest.raises(ValueError, match=r"robustness.json: accuracy.clean must hold 1 values, one an eps, got 2"):
+        report(folder)
+
+
+EARLIER = "<!doctype html>\n<style>\n:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5;"
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": "epoch"}', "<!doctype html>\n<html><title>mine</title></html>"])
+def test_only_a_report_is_replaced(content, folder, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text(content)
+    link = tmp_path / "link.html"
+    link.symlink_to(mine)
+    for path in (mine, link):
+        with pytest.raises(ValueError, match=r"mine|link.html.* is there already and is no report of ours"):
+            report(folder, path)
+    assert mine.read_text() == content
+
+
+def test_a_report_is_replaced_also_by_a_link_and_one_of_an_earlier_release(folder, tmp_path):
+    mine, link = tmp_path / "mine", tmp_path / "link.html"
+    link.symlink_to(mine)
+    mine.write_text(EARLIER)
+    assert report(folder, link) == mine.read_text() == report(folder, mine)
+    assert link.is_symlink()
+
+
+def test_run_files_folders_and_pipes_are_not_replaced(folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=rf"{name} is not an ordinary file"):
+            report(folder, tmp_path / name)
+    with pytest.raises(ValueError, match="/dev/null is not an ordinary file"):
+        report(folder, "/dev/null")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    for name in ("history.jsonl", "config.json"):
+        before = (folder / name).read_bytes()
+        with pytest.raises(ValueError, match=rf"{name} is there already and is no report"):
+            report(folder, folder / name)
+        assert (folder / name).read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_same_records_same_page(folder):
@@ -106,13 +164,28 @@ def test_run_in_memory_without_settings():
     assert "No config.json beside the records." in words
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eigenvalues": [1], "residuals": [1], "density": {}}'])
-def test_damaged_spectrum_is_refused(folder, content):
+DENSITY = '{"eigenvalues": [1], "residuals": [1], "density": '
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold a JSON object, found a list"),
+        ('{"eigenvalues": [1, "2"], "residuals": [1, 1]}', 'eigenvalues.1 must be a number or null, got "2"'),
+        ('{"eigenvalues": [1, 2], "residuals": [1]}', "residuals must hold 2 values, one an eigenvalue, got 1"),
+        (DENSITY + "{}}", "density.nodes is missing"),
+        (DENSITY + '{"nodes": [[0], [1, 2]], "weights": [[1], [1, 1]]}}', "density must hold nodes and weights of one"),
+        (DENSITY + '{"nodes": [[0, "x"]], "weights": [[1, 1]]}}', 'density.nodes.0.1 must be a number, got "x"'),
+        ('{"eigenvalues": [1e999], "residuals": [1]}', "eigenvalues.0 must be a finite number"),
+        ("[" * 100_000, "nested deeper than 50"),
+    ],
+)
+def test_damaged_spectrum_is_refused(folder, content, words):
     (folder / "spectrum.json").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"spectrum.json must hold eigenvalues, residuals and density: make it anew with"
-    ):
+    with pytest.raises(ValueError, match=r"spectrum\.json.*make it anew with `hessianflow spectrum") as caught:
         report(folder)
+    assert words in str(caught.value)
 
 
 def test_unwritable_path_is_named(folder, tmp_path):

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError, History
 from hessianflow.data import DeviceBatches
-from hessianflow.training import checkpoint
-from hessianflow.training.record import RunRecord, write_json
+from hessianflow.runs import Recorder, checkpoints
+from hessianflow.runs.files import write_json
 
 N = 50
 
@@ -36,30 +36,30 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_checkpoint(tmp_path: Path):
     """The one that was there stays, whole; the torn one goes."""
     last = tmp_path / "last.pt"
-    checkpoint.save(last, {"n": 1, "x": torch.zeros(10)})
+    checkpoints.save(last, {"n": 1, "x": torch.zeros(10)})
     with files_of_at_most(8192), pytest.raises(HessianFlowError, match=r"cannot write checkpoint .*; older ones are"):
-        checkpoint.save(last, {"n": 2, "x": torch.zeros(100_000)})
-    assert checkpoint.load(last)["n"] == 1
+        checkpoints.save(last, {"n": 2, "x": torch.zeros(100_000)})
+    assert checkpoints.load(last)["n"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_history_keeps_every_whole_row(tmp_path: Path):
-    record = RunRecord(tmp_path / "run")
+    record = Recorder(tmp_path / "run")
     record.start({})
 
     def write_many() -> None:
         for number in range(1000):
-            record.write({"kind": "epoch", "epoch": number})
+            record.write({"kind": "measured", "number": number})
 
     with files_of_at_most(4096), pytest.raises(HessianFlowError, match=r"cannot write .*history.jsonl: File too large"):
         write_many()
-    rows = History.load(tmp_path / "run").epochs
-    assert [row["epoch"] for row in rows] == list(range(len(rows)))
+    rows = History.load(tmp_path / "run").records
+    assert [row["number"] for row in rows] == list(range(len(rows)))
     assert len(rows) > 90
 
 
 def test_summary_keeps_the_old_one(tmp_path: Path):
-    record = RunRecord(tmp_path / "run")
+    record = Recorder(tmp_path / "run")
     record.start({})
     record.finish({"status": "preempted"})
     with files_of_at_most(4096), pytest.raises(HessianFlowError, match=r"cannot write .*summary.json: File too large"):
@@ -72,7 +72,7 @@ def test_summary_keeps_the_old_one(tmp_path: Path):
 def test_a_start_that_failed_leaves_a_directory_that_can_be_used(part: str, tmp_path: Path):
     # config.json holds the settings, too, but a line break takes two bytes there and more in YAML.
     config = {"settings": {"filler": "a\n" * 2000}, "more": "x" * (10_000 if part == "config" else 1)}
-    record = RunRecord(tmp_path / "run")
+    record = Recorder(tmp_path / "run")
     with files_of_at_most(8192), pytest.raises(HessianFlowError, match=r"cannot write run directory .*File too large"):
         record.start(config)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())

@@ -14,7 +14,7 @@ from hessianflow.adversarial import PGD
 from hessianflow.control import AdaBatch, FixedBatch, NoiseScale
 from hessianflow.data import DeviceBatches
 from hessianflow.optim import CLARS, GradientMoments
-from hessianflow.training import checkpoint
+from hessianflow.runs import checkpoints
 from hessianflow.training.microbatch import MicrobatchSize
 
 N = 50
@@ -232,8 +232,8 @@ def test_a_checkpoint_write_cut_short_anywhere_leaves_one_to_continue_from(
     """Death before any of the system calls of a save: the newest that loads is the old or the new one, whole."""
     last, calls = tmp_path / "last.pt", []
     for n in (1, 2, 3):
-        checkpoint.save(last, {"n": n, "x": torch.zeros(100), "history_bytes": 0}, keep=3)
-    real = getattr(checkpoint.os, name)
+        checkpoints.save(last, {"n": n, "x": torch.zeros(100), "history_bytes": 0}, keep=3)
+    real = getattr(checkpoints.os, name)
 
     def dying(*arguments: Any) -> Any:
         calls.append(1)
@@ -242,13 +242,13 @@ def test_a_checkpoint_write_cut_short_anywhere_leaves_one_to_continue_from(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, name, dying)
+        patch.setattr(checkpoints.os, name, dying)
         with contextlib.suppress(Stopped):
-            checkpoint.save(last, {"n": 4, "x": torch.zeros(100), "history_bytes": 0}, keep=3)
-    state, warning = checkpoint.load_newest(tmp_path, 0)
+            checkpoints.save(last, {"n": 4, "x": torch.zeros(100), "history_bytes": 0}, keep=3)
+    state, _, warning = checkpoints.load_newest(tmp_path, 0)
     assert (state["n"] in (3, 4), warning) == (True, None)
-    checkpoint.save(last, {"n": 5, "history_bytes": 0}, keep=3)  # what was left behind is in nobody's way
-    assert checkpoint.load_newest(tmp_path, 0)[0]["n"] == 5
+    checkpoints.save(last, {"n": 5, "history_bytes": 0}, keep=3)  # what was left behind is in nobody's way
+    assert checkpoints.load_newest(tmp_path, 0)[0]["n"] == 5
 
 
 def test_what_a_search_for_the_microbatch_found_is_kept():

@@ -297,13 +297,13 @@ def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path):
 
 
 def test_checkpoints_within_an_epoch(tmp_path: Path):
-    from hessianflow.training import checkpoint
+    from hessianflow.runs import checkpoints
 
     cursors = []
 
     def watch(inputs, targets, progress):
         path = tmp_path / "run" / "checkpoints" / "last.pt"
-        cursors.append(checkpoint.load(path)["examples"] if path.exists() else 0)
+        cursors.append(checkpoints.load(path)["examples"] if path.exists() else 0)
         return inputs, targets
 
     trainer(network(), data(), run_dir=tmp_path / "run", transform=watch, checkpoint_examples=13, epochs=1).fit()
@@ -343,9 +343,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path:
     history = History.load(tmp_path / "run")
     assert [row["epoch"] for row in history.epochs] == [1]
     assert history.of_kind("event")[0]["event"] == "diverged"
-    from hessianflow.training import checkpoint
+    from hessianflow.runs import checkpoints
 
-    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")
+    state = checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")
     assert all(torch.isfinite(v).all() for v in state["model"].values())
 
 
@@ -422,7 +422,7 @@ def test_used_run_directory_is_refused(tmp_path: Path):
 
 def test_a_weight_that_is_not_finite_under_a_finite_loss_is_never_kept(tmp_path: Path):
     """The square root has an infinite slope at 0: the loss is finite, the gradient is not."""
-    from hessianflow.training import checkpoint
+    from hessianflow.runs import checkpoints
 
     model = network()
     steps = []
@@ -434,7 +434,7 @@ def test_a_weight_that_is_not_finite_under_a_finite_loss_is_never_kept(tmp_path:
     with pytest.raises(HessianFlowError, match=r"a weight was not finite"):
         trainer(model, data(), run_dir=tmp_path / "run", loss_fn=loss_fn, checkpoint_examples=8).fit()
     for name in ("last", "previous"):
-        state = checkpoint.load(tmp_path / "run" / "checkpoints" / f"{name}.pt")
+        state = checkpoints.load(tmp_path / "run" / "checkpoints" / f"{name}.pt")
         assert all(torch.isfinite(v).all() for v in state["model"].values())
 
 

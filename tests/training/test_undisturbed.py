@@ -13,7 +13,8 @@ from hessianflow.build import build_trainer
 from hessianflow.config import TrainConfig
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import Augmentation, DeviceBatches
-from hessianflow.training import checkpoint, evaluate
+from hessianflow.runs import checkpoints
+from hessianflow.training import evaluate
 
 N = 50
 
@@ -146,7 +147,7 @@ def test_weights_that_are_not_finite_are_never_saved_whatever_the_loss(tmp_path:
     with pytest.raises(HessianFlowError, match=r"or a weight was not finite, .* in epoch 2 at update 1"):
         made.fit()
     for file in (tmp_path / "run" / "checkpoints").iterdir():
-        assert all(torch.isfinite(v).all() for v in checkpoint.load(file)["model"].values()), file
+        assert all(torch.isfinite(v).all() for v in checkpoints.load(file)["model"].values()), file
     assert History.load(tmp_path / "run").of_kind("event")[-1]["event"] == "diverged"
 
 

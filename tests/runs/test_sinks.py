@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.training import LogSink, TensorBoardSink
+from hessianflow.runs import LogSink, TensorBoardSink
 
 EPOCH: dict[str, Any] = {
     "kind": "epoch",

@@ -95,13 +95,13 @@ def _epoch_line(row: Mapping[str, Any]) -> str:
         "test accuracy": row["eval_accuracy"],
     }
     known = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
-    speed = f"{row['images_per_second']:.0f} images/s"
-    return f"epoch {row['epoch']}: batch {row['batch_size']}, lr {row['lr']:.4g}, {known}, {speed}"
+    speed = f"{_figure(row['images_per_second'], '.0f')} images/s"
+    return f"epoch {row['epoch']}: batch {row['batch_size']}, lr {_figure(row['lr'])}, {known}, {speed}"
 
 
 def _decision_line(row: Mapping[str, Any]) -> str:
     batch = f"{row['from']} -> {row['to']}" if row["from"] != row["to"] else row["to"]
-    settings = f"lr factor {row['lr_factor']:.4g}, adversarial share {row['adversarial_share']:.4g}"
+    settings = f"lr factor {_figure(row['lr_factor'])}, adversarial share {_figure(row['adversarial_share'])}"
     return f"epoch {row['epoch']}: batch {batch}, {settings}: {row['reason']}"
 
 
@@ -110,3 +110,8 @@ def _reading_line(row: Mapping[str, Any]) -> str:
         return f"epoch {row['epoch']}: no finite eigenvalue"
     converged = "converged" if row["converged"] else "not converged"
     return f"epoch {row['epoch']}: eigenvalue {row['eigenvalue']:.6g} ({converged}, {row['matvecs']} products)"
+
+
+def _figure(value: float | None, form: str = ".4g") -> str:
+    """Return a figure of a row; one that was not finite is null there."""
+    return "not finite" if value is None else format(value, form)

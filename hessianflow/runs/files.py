@@ -1,0 +1,220 @@
+"""Reads JSON that may be damaged, and writes files whole.
+
+A file in a run directory may hold anything by the time it is read: half a line, another program's data, numbers of a
+thousand digits. Every reader of this room goes through :func:`parsed`, which bounds size, depth and numbers before
+anything computes with them. Every file that is not appended to is written through :func:`replacing`.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.runs.schema import LARGEST, LARGEST_WHOLE, Fault
+
+MOST_BYTES = 64 * 2**20
+"""Size of a JSON file, in bytes: a spectral density of many probes is a hundredth of it. Ours."""
+MOST_DEPTH = 50
+"""Lists and objects inside each other. Ours."""
+_DIGITS = len(str(LARGEST_WHOLE))
+_BRACKET_OR_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+
+class NotJSONError(ValueError):
+    """The text is no JSON at all: cut short, or something else."""
+
+
+def parsed(text: bytes) -> Any:
+    """Return what JSON text holds, every number finite and of sane size.
+
+    Raises:
+        NotJSONError: it is not JSON.
+        HessianFlowError: it is nested too deep, or holds a number that nothing here could have written.
+    """
+    if _depth(text) > MOST_DEPTH:
+        raise HessianFlowError(f"lists or objects are nested deeper than {MOST_DEPTH}")
+    try:
+        value = json.loads(text.decode("utf-8"), parse_int=_whole)
+    except (ValueError, RecursionError):
+        raise NotJSONError("it is not JSON") from None
+    fault = _number_fault(value)
+    if fault is not None:
+        raise HessianFlowError(str(fault))
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds; {} if there is no such file.
+
+    Raises:
+        HessianFlowError: the file cannot be read, holds something else, or is out of every proportion.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise HessianFlowError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(text) > MOST_BYTES:
+        raise HessianFlowError(f"{path} is larger than {MOST_BYTES // 2**20} MiB: the file is damaged")
+    try:
+        value = parsed(text)
+    except NotJSONError:
+        raise HessianFlowError(f"{path} is not JSON: the file is damaged") from None
+    except HessianFlowError as error:
+        raise HessianFlowError(f"{path}: {error}: the file is damaged") from None
+    if not isinstance(value, dict):
+        raise HessianFlowError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _whole(digits: str) -> float:
+    """Return a whole number, or a float where it is so long that none of ours can be meant."""
+    return int(digits) if len(digits) <= _DIGITS else float(digits)
+
+
+def _depth(text: bytes) -> int:
+    """Return how deep lists and objects are nested, brackets inside strings apart."""
+    brackets = text.count(b"[") + text.count(b"{")
+    if brackets <= MOST_DEPTH:
+        return brackets
+    depth = deepest = 0
+    for found in _BRACKET_OR_TEXT.finditer(text):
+        sign = found[0]
+        if sign in (b"[", b"{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif sign in (b"]", b"}"):
+            depth -= 1
+    return deepest
+
+
+def _number_fault(value: Any) -> Fault | None:
+    """Return the first number that is not finite or too large to compute with."""
+    if isinstance(value, float) and not abs(value) <= LARGEST:
+        return Fault("", f"must be a finite number of at most {LARGEST:g}, got {value}")
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+        return Fault("", f"must be below 2^63, got {value}")
+    entries: Any = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
+    for key, item in entries:
+        fault = _number_fault(item)
+        if fault is not None:
+            return fault.inside(str(key))
+    return None
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a path to write to; what was written there takes the place of `target` whole, or nothing does.
+
+    What a killed process left of an earlier attempt is removed.
+
+    Raises:
+        HessianFlowError: `target` is something else than a file (a folder, a device, a pipe).
+        OSError: it cannot be written; nothing is left behind.
+    """
+    target = Path(os.path.realpath(target))
+    refuse_special(target)
+    remove_leftovers(target)
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _to_disk(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to write where something other than a file stands.
+
+    Raises:
+        HessianFlowError: a folder, a device, a pipe or a socket stands there.
+    """
+    with suppress(OSError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise HessianFlowError(f"{path} is not an ordinary file: name another")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary files of `target` whose processes have ended."""
+    for leftover in target.parent.glob(f".{_literal(target.name[:40])}.*.tmp"):
+        number = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        if number.isdecimal() and not _runs(int(number)):
+            with suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole; numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(dict(value)), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write settings as the YAML that `hessianflow train --config` reads; the run directory is not among them."""
+    import yaml
+
+    kept = {key: value for key, value in settings.items() if key != "run_dir"}
+    write_text(path, yaml.safe_dump(kept, sort_keys=False))
+
+
+def finite(value: Any) -> Any:
+    """Return the same structure with None for floats that standard JSON, or our reader, has no place for."""
+    if isinstance(value, (np.generic, torch.Tensor)):
+        value = value.item()
+    if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= LARGEST):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's content is on the disk: else a power cut may leave the new name with nothing in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _literal(name: str) -> str:
+    """Return a name as a pattern that only it fits."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _runs(process: int) -> bool:
+    """Return whether a process of this number is there, other than this one."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

@@ -1,0 +1,154 @@
+"""The one reader of what a run leaves behind, for training, plots, commands and experiments.
+
+`history.jsonl` holds one JSON object a line, appended and flushed as it happens; `kind` says which (see
+:mod:`hessianflow.runs.rows`). A run that dies leaves every completed line behind, and perhaps half of one: that last
+line is left out in silence.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hessianflow.checks import in_home
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.runs.documents import read_config, read_summary
+from hessianflow.runs.files import NotJSONError, parsed
+from hessianflow.runs.names import CONFIG, HISTORY
+from hessianflow.runs.rows import Record, row_fault
+
+LONGEST_LINE = 2**20
+"""Bytes of a row; those that runs write have a few hundred. Ours."""
+
+Damaged = Literal["refuse", "skip"]
+"""What to do about a damaged line: refuse the file, or leave the line out."""
+
+
+@dataclass(frozen=True)
+class History:
+    """The records of one run, in the order they were made.
+
+    Attributes:
+        records: every row of history.jsonl.
+        config: what config.json holds (empty for a run without a run directory).
+        summary: what summary.json holds (empty while the run has not ended).
+        run_dir: where it came from.
+    """
+
+    records: Sequence[Record]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    run_dir: Path | None = None
+
+    @classmethod
+    def load(cls, run_dir: str | Path, damaged: Damaged = "refuse") -> "History":
+        """Read a run directory; a last line cut short by a crash is left out.
+
+        Args:
+            run_dir: the directory.
+            damaged: "refuse" a history with a damaged line, or "skip" such lines: rows are missing then.
+
+        Raises:
+            HessianFlowError: no history there, or a damaged file; which line or field, and what it holds.
+        """
+        if damaged not in ("refuse", "skip"):
+            raise HessianFlowError(f'damaged must be "refuse" or "skip", got {damaged!r}')
+        folder = in_home(run_dir)
+        path = folder / HISTORY
+        if not path.is_file():
+            raise HessianFlowError(f"{folder} is not a run directory: it holds no {HISTORY}")
+        config: Mapping[str, Any] = read_config(folder)
+        return cls(read_records(path, damaged), config, read_summary(folder), folder)
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """Return all rows of one kind: "epoch", "curvature", "batch", "event", ..."""
+        return [row for row in self.records if row["kind"] == kind]
+
+    @property
+    def epochs(self) -> list[Record]:
+        """One row per completed epoch."""
+        return self.of_kind("epoch")
+
+    @property
+    def curvature(self) -> list[Record]:
+        """One row per curvature reading."""
+        return self.of_kind("curvature")
+
+    @property
+    def growths(self) -> list[Record]:
+        """The decisions that made the batch larger."""
+        return [row for row in self.of_kind("batch") if row["to"] > row["from"]]
+
+    def fact(self, name: str) -> Any:
+        """Return what config.json says of the trainer under `name`, such as "examples_per_epoch".
+
+        Raises:
+            HessianFlowError: it says nothing.
+        """
+        facts = self.config.get("trainer", {})
+        if name not in facts:
+            where = CONFIG if self.run_dir is None else self.run_dir / CONFIG
+            raise HessianFlowError(f"{where} holds no trainer.{name}: the file is damaged, or of another program")
+        return facts[name]
+
+
+def read_records(path: Path, damaged: Damaged = "refuse") -> list[Record]:
+    """Return all complete rows of a history file.
+
+    Raises:
+        HessianFlowError: the file cannot be read; a line before the last is not JSON, or any line is not a row.
+    """
+    rows: list[Record] = []
+    torn: HessianFlowError | None = None
+    for number, line in _lines(path):
+        if torn is not None and damaged == "refuse":  # it was not the last line after all
+            raise torn
+        try:
+            rows.append(_row(line))
+        except NotJSONError as error:
+            torn = _refusal(path, number, str(error))
+        except HessianFlowError as error:
+            if damaged == "refuse":
+                raise _refusal(path, number, str(error)) from None
+    return rows
+
+
+def ends_a_row(history: Path, length: int) -> bool:
+    """Return whether the first `length` bytes of a history are whole rows."""
+    if length == 0:
+        return True
+    with open(history, "rb") as file:
+        file.seek(length - 1)
+        return file.read(1) == b"\n"
+
+
+def _row(line: bytes) -> Record:
+    if len(line) > LONGEST_LINE:
+        raise HessianFlowError(f"it is longer than {LONGEST_LINE} bytes")
+    row = parsed(line)
+    if not isinstance(row, dict):
+        raise HessianFlowError("it is not a record")
+    fault = row_fault(row)
+    if fault is not None:
+        raise HessianFlowError(str(fault))
+    return row
+
+
+def _refusal(path: Path, number: int, what: str) -> HessianFlowError:
+    remedy = 'delete the line, or load the others with hf.History.load(run_dir, damaged="skip")'
+    return HessianFlowError(f"{path} line {number}: {what}: the file is damaged; {remedy}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the text of every line that is not blank; of an overlong one its beginning alone."""
+    try:
+        with open(path, "rb") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if line.strip():
+                    yield number, line
+                while len(line) > LONGEST_LINE and line and not line.endswith(b"\n"):
+                    line = file.readline(LONGEST_LINE + 1)
+    except OSError as error:
+        raise HessianFlowError(f"cannot read {path}: {error.strerror or error}") from None

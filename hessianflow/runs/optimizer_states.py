@@ -1,0 +1,83 @@
+"""What a checkpoint holds of an optimizer, checked against the optimizer that is to take it.
+
+torch takes whatever it is given and fails at the next step, or goes on with options lost.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hessianflow.runs.schema import shown
+from hessianflow.runs.states import DamagedStateError
+
+_LIKE_WEIGHTS = (
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"),
+    *("acc_delta", "sum", "prev", "step_size", "ax"),
+)
+"""What torch's optimizers, and ours, keep in the shape of the weights."""
+
+
+def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Refuse options of another kind than an optimizer has, and what it keeps of a weight in another shape.
+
+    It would take them, and fail at a step.
+
+    Raises:
+        DamagedStateError: which entry.
+    """
+    for number, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=False)):
+        for name in (own.keys() & group.keys()) - {"params"}:
+            if not _is_alike(own[name], group[name]):
+                raise DamagedStateError(f"optimizer.param_groups.{number}.{name} cannot be {shown(group[name])}")
+    if not type(optimizer).__module__.startswith(("torch.optim.", "hessianflow.optim.", "hessianflow.adversarial.")):
+        return  # what a foreign one keeps under these names is its business
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in _numbers(group.get("params"))]
+    shapes = dict(zip(numbers, (weight.shape for weight in weights), strict=False))
+    for number, kept in saved["state"].items():
+        if number not in shapes or not isinstance(kept, dict):
+            raise DamagedStateError(f"optimizer.state.{shown(number)} is of no weight")
+        for name, value in kept.items():
+            fits = not isinstance(value, Tensor) or value.ndim == 0 or value.shape == shapes[number]
+            if name in _LIKE_WEIGHTS and not (fits and (value is None or isinstance(value, Tensor))):
+                raise DamagedStateError(
+                    f"optimizer.state.{number}.{name} must be a tensor of the shape {list(shapes[number])} of its "
+                    f"weight, got {shown(value)}"
+                )
+            if name == "step" and not isinstance(value, (Tensor, int, float)):
+                raise DamagedStateError(f"optimizer.state.{number}.step must be a number, got {shown(value)}")
+
+
+@contextmanager
+def keeping_options(optimizer: Optimizer) -> Iterator[None]:
+    """While an optimizer takes a saved state, see that it loses none of its options; torch fills in its newer ones.
+
+    Raises:
+        DamagedStateError: the state lacks an option.
+    """
+    before = [set(group) for group in optimizer.param_groups]
+    yield
+    for number, (names, group) in enumerate(zip(before, optimizer.param_groups, strict=False)):
+        lost = sorted(names - group.keys())
+        if lost:
+            raise DamagedStateError(f"optimizer.param_groups.{number}.{lost[0]} is missing")
+
+
+def _is_alike(own: Any, saved: Any) -> bool:
+    """Return whether a saved option is of the kind of an optimizer's own; finite, where it is a number."""
+    if isinstance(own, Tensor) or isinstance(saved, Tensor):
+        return isinstance(own, (Tensor, float, int)) and isinstance(saved, (Tensor, float, int))
+    if isinstance(own, (list, tuple)):
+        same = isinstance(saved, (list, tuple)) and len(saved) == len(own)
+        return same and all(map(_is_alike, own, saved))
+    if type(own) in (int, float):
+        return type(saved) in (int, float) and math.isfinite(saved)
+    return own is None or saved is None or isinstance(saved, type(own))
+
+
+def _numbers(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()

@@ -1,0 +1,186 @@
+"""The one writer of what a run leaves behind: config.json, history.jsonl and summary.json, and every sink."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hessianflow.checks import in_home
+from hessianflow.interfaces import HessianFlowError, RecordSink
+from hessianflow.runs.documents import read_config
+from hessianflow.runs.environment import environment
+from hessianflow.runs.files import finite, write_json, write_text, write_yaml
+from hessianflow.runs.folder import Claim, begin_in, clean
+from hessianflow.runs.history import History, ends_a_row, read_records
+from hessianflow.runs.names import CHECKPOINTS, CONFIG, HISTORY, LAST, SETTINGS, SUMMARY
+from hessianflow.runs.rows import Record
+
+
+class Recorder:
+    """Writes the records of one run to its directory, if it has one, and to every sink.
+
+    Args:
+        run_dir: made if absent. None keeps records in memory only.
+        sinks: further receivers of every record.
+    """
+
+    def __init__(self, run_dir: str | Path | None, sinks: Iterable[RecordSink] = ()) -> None:
+        self.run_dir = None if run_dir is None else in_home(run_dir)
+        self.records: list[Record] = []
+        self._sinks = list(sinks)
+        self._config: Mapping[str, Any] = {}
+        self._summary: Mapping[str, Any] = {}
+        self._claim: Claim | None = None
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Make the directory, hold it and write config.json.
+
+        Raises:
+            HessianFlowError: the directory already holds a run, or cannot be written.
+        """
+        self._config = {**config, "environment": environment()}
+        if self.run_dir is None:
+            return
+        existed = self.run_dir.exists()
+        try:
+            self._claim = begin_in(self.run_dir)
+            self._write_first(self.run_dir, config.get("settings"))
+        except OSError as error:
+            self._release()
+            if not existed:
+                _remove(self.run_dir)
+            raise _cannot("write run directory", self.run_dir, error) from None
+
+    def hold(self, run_dir: Path) -> None:
+        """Hold a run directory that is to be continued, before anything in it is read.
+
+        Raises:
+            HessianFlowError: another process is writing to it, or nothing can be written there.
+        """
+        if not (run_dir / CONFIG).exists() and not (run_dir / CHECKPOINTS).exists():
+            raise HessianFlowError(f"{run_dir} is not a run directory: it holds no {CONFIG}")
+        try:
+            self._claim = Claim(run_dir)
+        except OSError as error:
+            raise _cannot("write to run directory", run_dir, error) from None
+        clean(run_dir)
+
+    def reopen(self, run_dir: Path, history_bytes: int) -> None:
+        """Take over a run directory at its checkpoint: rows written after it are cut off, to be made again.
+
+        Args:
+            run_dir: the directory; held from here on.
+            history_bytes: length of the history when the checkpoint was made.
+
+        Raises:
+            HessianFlowError: another process is writing to it; the history does not fit the checkpoint.
+        """
+        if self._claim is None:
+            self.hold(run_dir)
+        self._config = dict(read_config(run_dir))
+        path = run_dir / HISTORY
+        try:
+            path.touch()  # a run killed before its first row may have none
+            if not ends_a_row(path, history_bytes):
+                raise HessianFlowError(
+                    f"{path} was changed after the checkpoint was made: byte {history_bytes} no longer ends a row"
+                )
+            os.truncate(path, history_bytes)
+        except OSError as error:
+            raise _cannot("write", path, error) from None
+        self.run_dir = run_dir
+        self.records = read_records(path)
+
+    def last_checkpoint(self) -> str:
+        """Return where the newest checkpoint is, in words."""
+        if self.run_dir is None or not (self.run_dir / CHECKPOINTS / LAST).exists():
+            return "no checkpoint was made yet"
+        return f"the last good checkpoint is {self.run_dir / CHECKPOINTS / 'last.pt'}"
+
+    def sync(self) -> int:
+        """Make sure that the history is on the disk, and return its length in bytes."""
+        if self.run_dir is None:
+            return 0
+        with open(self.run_dir / HISTORY, "rb") as file:
+            os.fsync(file.fileno())
+        return (self.run_dir / HISTORY).stat().st_size
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one row and hand it to every sink."""
+        row = finite(record)
+        self.records.append(row)
+        if self.run_dir is not None:
+            try:
+                with open(self.run_dir / HISTORY, "a", encoding="utf-8") as file:
+                    file.write(_line(row))
+            except OSError as error:
+                raise _cannot("write", self.run_dir / HISTORY, error) from None
+        for sink in self._sinks:
+            sink.write(row)
+
+    def has_event(self, event: str, message: str | None = None) -> bool:
+        """Return whether such an event was written before, with that message if one is given, here or in the run
+        continued."""
+        found = (row for row in self.records if row["kind"] == "event" and row["event"] == event)
+        return any(message is None or row["message"] == message for row in found)
+
+    def replace(self, records: Sequence[Record]) -> None:
+        """Put these rows in the place of all that were written; sinks have seen those already."""
+        self.records = list(records)
+        if self.run_dir is not None:
+            try:
+                write_text(self.run_dir / HISTORY, "".join(map(_line, records)))
+            except OSError as error:
+                raise _cannot("write", self.run_dir / HISTORY, error) from None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        self._summary = finite(summary)
+        if self.run_dir is not None:
+            try:
+                write_json(self.run_dir / SUMMARY, self._summary)
+            except OSError as error:
+                raise _cannot("write", self.run_dir / SUMMARY, error) from None
+
+    def close(self) -> None:
+        """Close the sinks and let go of the directory, whether the run ended well or not."""
+        self._release()
+        for sink in self._sinks:
+            sink.close()
+
+    def history(self) -> History:
+        """Return everything written so far."""
+        return History(list(self.records), self._config, self._summary, self.run_dir)
+
+    def _write_first(self, folder: Path, settings: Mapping[str, Any] | None) -> None:
+        """Write the files that a run begins with, or none: a full disk must not leave a directory that looks used."""
+        try:
+            write_json(folder / CONFIG, self._config)
+            if settings is not None:
+                write_yaml(folder / SETTINGS, settings)
+            (folder / HISTORY).write_bytes(b"")  # events of a run that ended before its first step go
+        except OSError:
+            for name in (CONFIG, SETTINGS, HISTORY):
+                (folder / name).unlink(missing_ok=True)
+            raise
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _remove(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # it holds something after all, or was never made
+        return
+
+
+def _cannot(what: str, path: Path, error: OSError) -> HessianFlowError:
+    return HessianFlowError(f"cannot {what} {path}: {error.strerror or error}")

@@ -1,0 +1,242 @@
+"""The rows of history.jsonl: what each kind holds, how each is made, and the check of those that are read.
+
+`kind` says which row it is. Every row begins with its place in the run: epochs completed, examples and updates used so
+far. Rows may hold more than what is listed here; what is listed has this form wherever it stands.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from hessianflow.interfaces import CurvatureReading, Decision, Progress
+from hessianflow.runs.schema import Count, Fault, Figure, Share, Size, checker
+
+PARTS = ("training", "data", "adversary", "curvature", "evaluation", "checkpoint")
+"""What the seconds of a run are spent on."""
+
+Record = dict[str, Any]
+"""Any row."""
+
+
+class Place(TypedDict):
+    """What every row begins with."""
+
+    kind: str
+    epoch: Count
+    examples: Count
+    updates: Count
+
+
+class _EpochRequired(Place):
+    batch_size: Size
+    lr: Figure
+    train_loss: Figure
+    eval_accuracy: Share
+
+
+class EpochRow(_EpochRequired, total=False):
+    """A completed epoch: the setting it ended with, its figures, and the seconds spent on each part.
+
+    A run on a parameter server adds clock_seconds (the server's clock), predicted_seconds (the sum of the plans' target
+    times), small_batch_size and resolution.
+    """
+
+    lr_factor: Figure
+    adversarial_share: Share
+    train_accuracy: Share
+    eval_loss: Figure
+    adversarial_gain: Figure
+    seconds: Figure
+    images_per_second: Figure
+    seconds_training: Figure
+    seconds_data: Figure
+    seconds_adversary: Figure
+    seconds_curvature: Figure
+    seconds_evaluation: Figure
+    commits: Count
+    clock_seconds: Figure
+    predicted_seconds: Figure
+    small_batch_size: Size | None
+    resolution: Size
+
+
+class _CurvatureRequired(Place):
+    eigenvalue: Figure
+
+
+class CurvatureRow(_CurvatureRequired, total=False):
+    """A curvature reading; `note` says what the controller made of it when it changed nothing."""
+
+    residual: Figure
+    matvecs: Count
+    converged: bool
+    norm_mode: str
+    num_examples: Count
+    seconds: Figure
+    eigenvalues: list[Figure]
+    note: str
+
+
+_Change = TypedDict("_Change", {"from": Size, "to": Size})
+
+
+class _BatchRequired(Place, _Change):
+    lr_factor: Figure
+    reason: str
+
+
+class BatchRow(_BatchRequired, total=False):
+    """A decision that changed a setting: the batch size `from` and `to`, and what else it set."""
+
+    adversarial_share: Share
+
+
+class _CommitRequired(Place):
+    commits: Count
+    worker: Count
+    started: Figure
+    finished: Figure
+
+
+class CommitRow(_CommitRequired, total=False):
+    """A worker's push to a parameter server; times are on the server's clock."""
+
+    staleness: Count
+    rate_epoch: Count
+    resolution: Size
+    batch_size: Size
+    steps: Count
+    loss: Figure
+    seconds: Figure
+
+
+class _EventRequired(Place):
+    event: str
+    message: str
+
+
+class EventRow(_EventRequired, total=False):
+    """Anything else worth knowing later: a divergence, a fallback, a preemption, a change of an elastic world."""
+
+    elapsed: Figure
+    workers: Count
+    pause: Figure
+
+
+class ThroughputRow(Place):
+    """What an elastic run got done with its workers up to `elapsed` seconds."""
+
+    elapsed: Figure
+    workers: Count
+    batch_size: Size
+    examples_per_second: Figure
+
+
+class _Loose(TypedDict, total=False):
+    epoch: Count
+    examples: Count
+    updates: Count
+
+
+class _Measurement(_Loose):
+    kind: str
+
+
+_FORMS: Mapping[str, Any] = {
+    "epoch": EpochRow,
+    "curvature": CurvatureRow,
+    "batch": BatchRow,
+    "commit": CommitRow,
+    "event": EventRow,
+    "throughput": ThroughputRow,
+    "signals": Place,
+}
+"""Kinds with a form of their own; others are measurements, which name their figures themselves."""
+_CHECKS: Mapping[str, Callable[[Any], Fault | None]] = {kind: checker(form) for kind, form in _FORMS.items()}
+_CHECK_MEASUREMENT = checker(_Measurement)
+
+
+def row_fault(row: Any) -> Fault | None:
+    """Return the first field of a row that is missing or has another form; None for a row as it should be."""
+    kind = row.get("kind") if isinstance(row, dict) else None
+    check = _CHECKS.get(kind) if isinstance(kind, str) else None
+    return (check or _CHECK_MEASUREMENT)(row)
+
+
+def place(kind: str, progress: Progress) -> Record:
+    """Return what every row begins with."""
+    return {
+        "kind": kind,
+        "epoch": progress.epoch,
+        "examples": progress.examples,
+        "updates": progress.updates,
+    }
+
+
+def spent_on(seconds: Mapping[str, float], examples: int) -> Record:
+    """Return the fields of an epoch's row that tell its seconds.
+
+    Args:
+        seconds: spent in the epoch, by part, and all of them as "wall".
+        examples: trained in it.
+    """
+    working = seconds["training"] + seconds["data"]
+    return {
+        "seconds": seconds["wall"],
+        "images_per_second": examples / max(working, 1e-9),
+        # The attack runs inside the step, so the step's own time is what is left.
+        "seconds_training": seconds["training"] - seconds["adversary"],
+        **{f"seconds_{name}": seconds[name] for name in ("data", "adversary", "curvature")},
+        "seconds_evaluation": seconds["evaluation"],
+    }
+
+
+def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Record:
+    """Return the row of one reading; `note` says what the controller made of it when it changed nothing."""
+    row: Record = {
+        **place("curvature", progress),
+        "eigenvalue": reading.eigenvalue,
+        "residual": reading.residual,
+        "matvecs": reading.matvecs,
+        "converged": reading.converged,
+        "norm_mode": reading.norm_mode,
+        "num_examples": reading.num_examples,
+        "seconds": reading.seconds,
+        **reading.details,
+    }
+    if len(reading.eigenvalues) > 1:
+        row["eigenvalues"] = list(reading.eigenvalues)
+    if note:
+        row["note"] = note
+    return row
+
+
+def signals_row(progress: Progress, signals: Mapping[str, float]) -> Record:
+    """Return the row of what gradient observers measured for the controller."""
+    return {**place("signals", progress), **signals}
+
+
+def decision_row(progress: Progress, before: Decision, after: Decision) -> Record:
+    """Return the row of a decision that changed a setting."""
+    return {
+        **place("batch", progress),
+        "from": before.batch_size,
+        "to": after.batch_size,
+        "lr_factor": after.lr_factor,
+        "adversarial_share": after.adversarial_share,
+        "reason": after.reason,
+    }
+
+
+def measurement_row(progress: Progress, kind: str, figures: Mapping[str, float]) -> Record:
+    """Return the row of what was measured after an epoch."""
+    return {**place(kind, progress), **figures}
+
+
+def event_row(progress: Progress, event: str, message: str) -> Record:
+    """Return the row of anything else worth knowing later."""
+    return {**place("event", progress), "event": event, "message": message}
+
+
+def has_no_step(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether none of these rows was made after an update."""
+    return all(row["kind"] in ("event", "throughput") and row["updates"] == 0 for row in rows)

@@ -1,0 +1,291 @@
+"""Does a value have the form that a type describes? One answer for records, settings and checkpoints.
+
+The types are those that the code is checked with: TypedDicts of numbers, text, lists and further TypedDicts, and
+`Annotated[int, Between(1, 10)]` where a number has bounds. What does not fit is named by its place and its value.
+"""
+
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+LARGEST = 1e100
+"""Bound of every figure's magnitude: far above any loss or eigenvalue, and its square is still a float64. Ours."""
+LARGEST_WHOLE = 2**63 - 1
+"""Bound of whole numbers without bounds of their own: what NumPy and torch can hold."""
+LARGEST_COUNT = 2**53
+"""Bound of counts: up to here a float64 tells any two of them apart."""
+_SHOWN = 60
+"""Characters of a value in a message."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, both allowed; part of an `Annotated` type."""
+
+    low: float
+    high: float
+
+
+Count = Annotated[int, Between(0, LARGEST_COUNT)]
+"""A number of examples, updates or epochs."""
+Size = Annotated[int, Between(1, LARGEST_COUNT)]
+"""A number of which there is at least one."""
+Figure = float | None
+"""Anything measured; null where it was not finite."""
+Number = Annotated[float, Between(-math.inf, math.inf)]
+"""A number that may be infinite."""
+Share = Annotated[float, Between(0, 1 + 1e-6)] | None
+"""A part of a whole, such as an accuracy, with room for rounding; null where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first thing found wrong with a value.
+
+    Attributes:
+        where: its place, such as "trainer.epochs"; empty for the value itself.
+        words: what is wrong with it.
+        of_kind: whether it is of the right kind (a number, a list) and wrong in its content only.
+    """
+
+    where: str
+    words: str
+    of_kind: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.words}".strip()
+
+    def inside(self, name: str) -> "Fault":
+        """Return the same fault as seen from around the field `name`."""
+        return replace(self, where=f"{name}.{self.where}" if self.where else name, of_kind=True)
+
+
+Check = Callable[[Any], Fault | None]
+
+
+def fault_of(value: Any, form: Any) -> Fault | None:
+    """Return the first place where `value` does not have the form of a type; None if it fits.
+
+    Fields that a TypedDict does not name may hold anything.
+    """
+    return checker(form)(value)
+
+
+@cache
+def checker(form: Any) -> Check:
+    """Return the check of one type, made once."""
+    if typing.is_typeddict(form):
+        return _fields_check(form)
+    origin, parts = get_origin(form), get_args(form)
+    if origin in (Union, types.UnionType):
+        return _union_check(form, parts)
+    if origin is Annotated:
+        return _bounded_check(*parts)
+    if origin is Literal:
+        return _literal_check(form, parts)
+    if origin is tuple and not (len(parts) == 2 and parts[1] is Ellipsis):
+        return _tuple_check(form, parts)
+    if origin in (list, tuple):
+        return _items_check(form, parts[0])
+    if origin is dict:
+        return _entries_check(form, *parts)
+    return _simple_check(form)
+
+
+def in_words(form: Any) -> str:
+    """Return what a type asks for, such as "a number or null"."""
+    origin, parts = get_origin(form), get_args(form)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(in_words(part) for part in parts))
+    if origin is Annotated:
+        return in_words(parts[0])
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if origin in (list, tuple):
+        return "a list"
+    if origin is dict or typing.is_typeddict(form):
+        return "an object"
+    return _WORDS.get(form, getattr(form, "__name__", str(form)))
+
+
+def shown(value: Any) -> str:
+    """Return a value as it stands in a message: JSON where it can be, and never long."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, (dict, list, tuple, set)) and len(value) > _SHOWN:
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        text = json.dumps(value, default=_kind, skipkeys=True)
+    except (ValueError, RecursionError):  # deeper or longer than JSON goes
+        text = _kind(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+_WORDS: Mapping[Any, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    torch.Tensor: "a tensor",
+}
+
+
+def _refusal(form: Any, value: Any) -> Fault:
+    return Fault("", f"must be {in_words(form)}, got {shown(value)}", of_kind=False)
+
+
+def _simple_check(form: Any) -> Check:
+    if form is Any:
+        return lambda _value: None
+    if form is float:
+        return _number_fault
+    if form is int:
+        return _whole_fault
+    kind = type(None) if form is None else form
+
+    def check(value: Any) -> Fault | None:
+        return None if isinstance(value, kind) else _refusal(kind, value)
+
+    return check
+
+
+def _whole_fault(value: Any) -> Fault | None:
+    if type(value) is not int:
+        return _refusal(int, value)
+    return None if abs(value) <= LARGEST_WHOLE else Fault("", f"must be below 2^63, got {_short(value)}")
+
+
+def _number_fault(value: Any) -> Fault | None:
+    if type(value) not in (float, int):
+        return _refusal(float, value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return Fault("", f"must be a finite number, got {value}")
+    return None if abs(value) <= LARGEST else Fault("", f"must be at most {LARGEST:g}, got {_short(value)}")
+
+
+def _short(value: float) -> str:
+    """Return a number written short, however large it is."""
+    if isinstance(value, int) and value.bit_length() > 100:
+        return f"one of about {int(value.bit_length() * 0.301)} digits"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _bounded_check(form: Any, bounds: Between) -> Check:
+    kinds = (int,) if form is int else (int, float)
+
+    def check(value: Any) -> Fault | None:
+        if type(value) not in kinds:
+            return _refusal(form, value)
+        if bounds.low <= value <= bounds.high:
+            return None
+        limit = f"at least {bounds.low:g}" if value < bounds.low else f"at most {bounds.high:.16g}"
+        return Fault("", f"must be {limit}, got {_short(value)}")
+
+    return check
+
+
+def _literal_check(form: Any, allowed: Sequence[Any]) -> Check:
+    def check(value: Any) -> Fault | None:
+        same = any(type(value) is type(one) and value == one for one in allowed)
+        return None if same else replace(_refusal(form, value), of_kind=isinstance(value, type(allowed[0])))
+
+    return check
+
+
+def _union_check(form: Any, parts: Sequence[Any]) -> Check:
+    checks = [checker(part) for part in parts]
+
+    def check(value: Any) -> Fault | None:
+        faults = []
+        for one in checks:
+            fault = one(value)
+            if fault is None:
+                return None
+            faults.append(fault)
+        near = [fault for fault in faults if fault.of_kind]
+        return near[0] if near else _refusal(form, value)
+
+    return check
+
+
+def _items_check(form: Any, item_form: Any) -> Check:
+    inner = checker(item_form)
+
+    def check(value: Any) -> Fault | None:
+        if not isinstance(value, (list, tuple)):
+            return _refusal(form, value)
+        for number, item in enumerate(value):
+            fault = inner(item)
+            if fault is not None:
+                return fault.inside(str(number))
+        return None
+
+    return check
+
+
+def _tuple_check(form: Any, parts: Sequence[Any]) -> Check:
+    checks = [checker(part) for part in parts]
+
+    def check(value: Any) -> Fault | None:
+        if not isinstance(value, (list, tuple)):
+            return _refusal(form, value)
+        if len(value) != len(checks):
+            return Fault("", f"must hold {len(checks)} values, got {shown(value)}")
+        for number, (inner, item) in enumerate(zip(checks, value, strict=True)):
+            fault = inner(item)
+            if fault is not None:
+                return fault.inside(str(number))
+        return None
+
+    return check
+
+
+def _entries_check(form: Any, key_form: Any, value_form: Any) -> Check:
+    check_key = checker(key_form)
+    check_value = checker(value_form)
+
+    def check(value: Any) -> Fault | None:
+        if not isinstance(value, dict):
+            return _refusal(form, value)
+        for key, item in value.items():
+            wrong = check_key(key)
+            if wrong is not None:
+                return Fault("", f"has the key {shown(key)}, which {wrong.words}")
+            fault = check_value(item)
+            if fault is not None:
+                return fault.inside(str(key))
+        return None
+
+    return check
+
+
+def _fields_check(form: Any) -> Check:
+    checks = {name: checker(part) for name, part in get_type_hints(form, include_extras=True).items()}
+    required = sorted(form.__required_keys__, key=list(checks).index)
+
+    def check(value: Any) -> Fault | None:
+        if not isinstance(value, dict):
+            return _refusal(form, value)
+        for name in required:
+            if name not in value:
+                return Fault(name, "is missing")
+        for name, item in value.items():
+            inner = checks.get(name)
+            fault = None if inner is None else inner(item)
+            if fault is not None:
+                return fault.inside(name)
+        return None
+
+    return check

@@ -1,0 +1,301 @@
+"""The form of what a checkpoint holds, checked as a whole before anything of it is used.
+
+A checkpoint is a dict of tensors, numbers, text, lists and dicts. What a part of a run (a controller, a probe) keeps in
+it is that part's business; its own `load_state_dict` is asked inside :func:`restoring`.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.runs.schema import Count, Fault, Figure, Number, Size, fault_of, shown
+
+_DEEPEST = 40
+_BROKEN = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+"""What Python, NumPy and torch raise where a state is not as it should be."""
+
+
+class DamagedStateError(HessianFlowError):
+    """A checkpoint holds something that no run could have written; an older one may be whole."""
+
+
+class _Weights(TypedDict):
+    model: dict[str, Any]
+
+
+class _Common(_Weights):
+    generators: dict[str, Any]
+    examples: Count
+    updates: Count
+    seconds: dict[str, Figure]
+    history_bytes: Count
+
+
+class _Decision(TypedDict):
+    batch_size: Size
+    lr_factor: float
+    adversarial_share: float
+    reason: str
+
+
+class _Optimizer(TypedDict):
+    state: dict[Any, Any]
+    param_groups: list[dict[str, Any]]
+
+
+class _CountersRequired(TypedDict):
+    examples: Count
+    updates: Count
+    saved_at: Count
+    best: Number | None
+    batch_cap: Size | None
+    cap_power: Number
+    cap_factor: Number
+    rollbacks: Count
+    settled: Count
+
+
+class _Counters(_CountersRequired, total=False):
+    epoch: Count
+    place: Count
+    best_loss: Number | None
+
+
+class _TrainingRequired(_Common):
+    counters: _Counters
+    optimizer_class: str
+    optimizer: _Optimizer
+    parts: dict[str, dict[str, Any] | None]
+    classes: dict[str, str]
+    decision: _Decision
+
+
+class TrainingState(_TrainingRequired, total=False):
+    """What a trainer saves; see `hessianflow.training.state`. What may be missing, earlier versions did not save."""
+
+    rank_generators: list[dict[str, Any]]
+    late_buffers: list[str]
+    transient_buffers: dict[str, Tensor]
+    trainable: list[str]
+    built_trainable: list[str]
+    evaluating: list[str]
+    groups: list[list[str]]
+    beside: list[Tensor]
+    settings: dict[str, Any]
+
+
+class _Server(TypedDict):
+    weights: Tensor
+    commits: Count
+    workers: dict[int, tuple[float, Count, Count | None]]
+    round: dict[int, tuple[float, Tensor]]
+    in_round: bool
+
+
+class _ServerRunRequired(TypedDict):
+    server: _Server
+
+
+class _LocalRequired(TypedDict):
+    next: Count
+    optimizer: _Optimizer
+
+
+class _Local(_LocalRequired, total=False):
+    loss_scale: dict[str, Any]
+
+
+class _ServerRun(_ServerRunRequired, total=False):
+    clock: float
+    events: list[tuple[float, Count]]
+    running: dict[int, tuple[float, Count, Tensor]]
+    workers: dict[int, _Local]
+
+
+class _ServerCounters(TypedDict):
+    commits: Count
+    examples: Count
+    updates: Count
+    clock: Number
+    predicted: Number
+    best: Number | None
+    training_seconds: Number
+    loss: Number
+    weight: Number
+    correct: int
+    counted: Number
+    trained: Count
+    seconds: dict[str, Figure]
+
+
+class DualBatchState(_Common):
+    """What a run on a parameter server saves; no server before its first push."""
+
+    counters: _ServerCounters
+    dual_batch: _ServerRun | None
+
+
+def check_weights(state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint without usable weights.
+
+    Raises:
+        DamagedStateError: which entry is wrong.
+    """
+    _refuse(fault_of(state, _Weights) or _tensor_fault(state))
+
+
+def check_training_state(state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a trainer that is not whole.
+
+    Raises:
+        HessianFlowError: it is of a run on a parameter server.
+        DamagedStateError: which entry is missing or has another form.
+    """
+    if "dual_batch" in state:
+        raise HessianFlowError("the checkpoint is of a run on a parameter server")
+    _refuse(fault_of(state, TrainingState) or _tensor_fault(state))
+    for number, generators in enumerate(state.get("rank_generators", ())):
+        _refuse(_generators_fault(generators, f"rank_generators.{number}"))
+    _refuse(_generators_fault(state["generators"], "generators"))
+    for name in ("examples", "updates"):
+        if state[name] != state["counters"][name]:
+            raise DamagedStateError(f"{name} is {state[name]}, but counters.{name} {state['counters'][name]}")
+
+
+def check_dual_batch_state(state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a run on a parameter server that is not whole.
+
+    Raises:
+        HessianFlowError: it is of another kind of run.
+        DamagedStateError: which entry is missing or has another form.
+    """
+    if "dual_batch" not in state:
+        raise HessianFlowError("the checkpoint is of a run without a parameter server")
+    _refuse(fault_of(state, DualBatchState) or _tensor_fault(state))
+    _refuse(_generators_fault(state["generators"], "generators"))
+
+
+def model_fault(model: nn.Module, state: Mapping[str, Any]) -> str | None:
+    """Return how saved weights differ in name, shape or type from those of a model; None if they are of its kind."""
+    own = model.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            return f"only {'the model' if name in own else 'the checkpoint'} has {name!r}"
+        mine, saved = own[name], state[name]
+        if not isinstance(mine, Tensor):  # a module's own extra state: its business
+            continue
+        if not isinstance(saved, Tensor):
+            return f"{name!r} is {shown(saved)} there, a tensor here"
+        if mine.shape != saved.shape:
+            return f"{name!r} has shape {list(saved.shape)} there, {list(mine.shape)} here"
+        if mine.dtype != saved.dtype:
+            kinds = [str(one.dtype).removeprefix("torch.") for one in (saved, mine)]
+            return f"{name!r} is {kinds[0]} there, {kinds[1]} here"
+    return None
+
+
+def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse trained weights that are not finite: none are ever saved.
+
+    Raises:
+        DamagedStateError: which weight.
+    """
+    for name, parameter in model.named_parameters():
+        saved = state.get(name)
+        if parameter.requires_grad and isinstance(saved, Tensor) and not bool(torch.isfinite(saved).all()):
+            raise DamagedStateError(f"model.{name} holds numbers that are not finite")
+
+
+@contextmanager
+def restoring(source: str) -> Iterator[None]:
+    """While a state is put back, turn what a part of it raises over a damaged entry into one line.
+
+    Args:
+        source: what the state is of, such as "the checkpoint in runs/a".
+
+    Raises:
+        DamagedStateError: an entry is missing or has another form.
+    """
+    try:
+        yield
+    except (HessianFlowError, torch.OutOfMemoryError):
+        raise
+    except _BROKEN as error:
+        text = " ".join(str(error).split())
+        raise DamagedStateError(
+            f"{source} cannot be put back: it is damaged, or of another release ({type(error).__name__}: {text[:120]})"
+        ) from error
+
+
+def _refuse(fault: Fault | None) -> None:
+    if fault is not None:
+        raise DamagedStateError(str(fault))
+
+
+def _tensor_fault(value: Any, depth: int = 0) -> Fault | None:
+    """Return the first tensor in a state that is not plain, dense and on the CPU; or where it is nested too deep."""
+    if isinstance(value, Tensor):
+        plain = value.layout is torch.strided and value.device.type == "cpu"
+        return None if plain and not value.is_quantized else Fault("", f"must be a plain tensor, got {_sort(value)}")
+    if depth > _DEEPEST:
+        return Fault("", f"is nested deeper than {_DEEPEST}")
+    entries: Any = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, (list, tuple)):
+        entries = enumerate(value)
+    for key, item in entries:
+        fault = _tensor_fault(item, depth + 1)
+        if fault is not None:
+            return fault.inside(str(key))
+    return None
+
+
+def _sort(value: Tensor) -> str:
+    if value.is_quantized:
+        return "a quantized one"
+    layout = str(value.layout).removeprefix("torch.")
+    return f"one on {value.device.type}" if value.layout is torch.strided else f"a {layout} one"
+
+
+def _generators_fault(states: Mapping[str, Any], where: str) -> Fault | None:
+    """Return which state of a random generator cannot be set, tried on generators of no use."""
+    for name, trial in (("torch", _try_torch), ("numpy", _try_numpy), ("python", _try_python)):
+        if name not in states:
+            return Fault(f"{where}.{name}", "is missing")
+        try:
+            trial(states[name])
+        except _BROKEN as error:
+            return Fault(f"{where}.{name}", f"is no state of a generator ({' '.join(str(error).split())[:80]})")
+    cuda = states.get("cuda", [])
+    if not isinstance(cuda, list) or not all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in cuda):
+        return Fault(f"{where}.cuda", f"must be a list of tensors of bytes, got {shown(cuda)}")
+    return None
+
+
+def _try_torch(state: Any) -> None:
+    torch.Generator().set_state(state)
+
+
+def _try_numpy(state: Any) -> None:
+    np.random.RandomState().set_state(state)
+
+
+def _try_python(state: Any) -> None:
+    kind, words, gauss = state
+    random.Random().setstate((kind, tuple(words), gauss))

@@ -1,0 +1,64 @@
+"""How a run ended: what summary.json holds."""
+
+from typing import Any
+
+import torch
+
+from hessianflow.interfaces import Decision, Progress
+from hessianflow.runs.history import History
+from hessianflow.runs.rows import PARTS
+
+
+def summary_of(
+    history: History,
+    progress: Progress,
+    decision: Decision,
+    seconds: dict[str, float],
+    device: torch.device,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    """Return what summary.json holds, from the records and from where the run stands."""
+    last = history.epochs[-1] if history.epochs else {}
+    accuracies = [row["eval_accuracy"] for row in history.epochs if row["eval_accuracy"] is not None]
+    final_loss = last.get("eval_loss")
+    return {
+        "status": "finished" if progress.epoch >= progress.total_epochs else "preempted",
+        "final_accuracy": last.get("eval_accuracy"),
+        "best_accuracy": max(accuracies, default=None),
+        "final_loss": last.get("train_loss") if final_loss is None else final_loss,
+        "epochs": progress.epoch,
+        "updates": progress.updates,
+        "examples": progress.examples,
+        "largest_batch": _largest_batch(history, progress, decision),
+        "growths": len(history.growths),
+        "wall_seconds": seconds["wall"],
+        # The attack runs inside the step, so the step's own time is what is left.
+        "seconds": {p: seconds[p] - (seconds["adversary"] if p == "training" else 0.0) for p in PARTS},
+        "peak_memory_mib": _peak_memory_mib(device),
+        "world_size": world_size,
+    }
+
+
+def _largest_batch(history: History, progress: Progress, decision: Decision) -> int:
+    """Return the largest size that steps were taken with, those that changed within their epoch included.
+
+    A size decided on at the very end, or taken back by a rollback, had no step.
+    """
+    sizes = [row["batch_size"] for row in history.epochs]
+    began = 0
+    for row in history.of_kind("batch"):
+        if row["examples"] > began:
+            sizes.append(row["from"])
+        began = row["examples"]
+    if progress.examples > began or not sizes:
+        sizes.append(decision.batch_size)
+    return int(max(sizes))
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Return the peak of this process: allocated on a CUDA device, resident in memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # Unix only, and only needed here
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
