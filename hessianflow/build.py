@@ -22,17 +22,21 @@ from hessianflow.choices import (
     microbatch_default,
     split_for_twins,
 )
-from hessianflow.config import TrainConfig, from_dict, resolve, to_dict
+from hessianflow.config import TrainConfig, from_dict, option, resolve, to_dict
 from hessianflow.control import Stage, stage_at
 from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
 from hessianflow.curvature.probe import ProbeOperator
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
 from hessianflow.distributed.curvature import sharded
+from hessianflow.earlier import before_image_size
+from hessianflow.fitting import fitted
 from hessianflow.interfaces import Batch, EpochMeasurement, HessianFlowError, LinearOperator, RecordSink, World
+from hessianflow.machine import computes_in_bf16, find_device
 from hessianflow.memory import keep_freed_memory
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
 from hessianflow.models.dropout import with_head_dropout
+from hessianflow.settings import FILE_SIDE
 from hessianflow.training import AdaptiveBatchTrainer, TensorBoardSink, checkpoint
 from hessianflow.training.accumulate import Precision
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
@@ -123,8 +127,11 @@ def build_trainer(
 
 
 def prepare(config: TrainConfig) -> TrainConfig:
-    """Resolve `config` for this machine, device and precision included, and set what is kept for the whole process."""
-    config = resolve(config)
+    """Resolve `config` for this machine and its files, and set what is kept for the whole process.
+
+    Settings left open are fitted to image files of one's own; device and precision are those of this machine.
+    """
+    config = resolve(fitted(config))
     device = find_device(config.device)
     config = replace(config, precision=resolved_precision(config))
     if config.threads is not None:
@@ -141,14 +148,19 @@ def build_parts(config: TrainConfig) -> Parts:
     """Model, training and test batches of a resolved configuration, on its device."""
     device = find_device(config.device)
     train, test = _read(config, "train"), _read(config, "test")
-    batch, cap = given(config.batch_size), given(config.max_batch_size)
-    for name, size in (("--batch-size", batch), ("--max-batch-size", cap)):
-        if size > len(train):
-            raise HessianFlowError(f"{name} {size} is larger than the {len(train)} training examples of {config.data}")
+    batch = given(config.batch_size)
+    for name in ("batch_size", "max_batch_size", "probe_examples"):
+        size = getattr(config, name)
+        if size is not None and size > len(train):
+            raise HessianFlowError(
+                f"{option(name)} {size} is larger than the {len(train)} training examples of {config.data}"
+            )
     torch.manual_seed(config.seed)  # the stream of initialisation; all others have generators of their own
     channels, side, _ = train.input_shape
     variant: Variant = "imagenet" if side > 64 else "cifar"
     model = create(config.model or "", train.num_classes, side, variant, in_channels=channels)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise HessianFlowError(f"model {config.model!r} has no parameter to train: name another")
     model = split_for_twins(config, model).to(device)
     if config.dropouts is not None:
         model = with_head_dropout(model)
@@ -253,7 +265,8 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     settings = read_json(path).get("settings")
     if not isinstance(settings, dict):
         raise HessianFlowError(f"{path} holds no settings: a run made from Python is continued from Python")
-    return from_dict({**settings, **_unrecorded(settings), "run_dir": str(folder)}, str(path))
+    unrecorded = {**_unrecorded(settings), **before_image_size(settings)}
+    return from_dict({**settings, **unrecorded, "run_dir": str(folder)}, str(path))
 
 
 def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
@@ -293,33 +306,6 @@ def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
     return config, replace(parts, model=merge_batch_norm(parts.model)) if is_split(parts.model) else parts
 
 
-def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto": the first GPU, or the processor.
-
-    Raises:
-        HessianFlowError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no data")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise HessianFlowError(f"--device {name} cannot be used here: {reason}; use cpu or auto") from None
-    return device
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has arithmetic units for bfloat16: anything else emulates it, slowly."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def tensorboard_sinks(config: TrainConfig) -> list[RecordSink]:
     """The TensorBoard files of a run, if it is to have them."""
     if not config.tensorboard:
@@ -342,9 +328,15 @@ def _read(config: TrainConfig, part: Any) -> ImageSet | ImageFolder:
             f"--data {config.data} needs --data-dir, the folder of its official files "
             f"(`hessianflow data fetch {config.data} --data-dir DIR` gets them)"
         )
-    size = {} if config.resolutions is None else {"image_size": config.resolutions[-1]}
-    images = load(config.data, config.data_dir, part, **size)
+    images = load(config.data, config.data_dir, part, image_size=config.image_size or FILE_SIDE)
+    if not config.augment:
+        plain: dict[str, Any] = {"augment": Augmentation() if isinstance(images, ImageSet) else False}
+        images = replace(images, **plain)
     count = config.train_examples if part == "train" else config.test_examples
-    if isinstance(images, ImageSet) and not config.augment:
-        images = replace(images, augment=Augmentation())
-    return images if count is None else images.take(count)
+    if count is None:
+        return images
+    if count > len(images):
+        raise HessianFlowError(
+            f"--{part}-examples {count} is more than the {len(images)} that the {part} set of {config.data} has"
+        )
+    return images.take(count)

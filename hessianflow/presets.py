@@ -50,3 +50,16 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     "imagenet": {**_SMALL_IMAGES, "model": "resnet18", "batch_size": 256},
     "folder": {**_SMALL_IMAGES, "model": "resnet18"},
 }
+
+ADAPTIVE = ("adam", "adamw", "lamb")
+"""Optimizers that divide by the size of the gradients: their noise follows rate over the root of the batch, so that a
+rate scales with the root (Malladi et al., arXiv:2205.10287)."""
+
+RATES: Mapping[str, Mapping[str, float]] = {
+    "adam": {"all": 1e-3},
+    "adamw": {"all": 1e-3},
+    "lars": {"digits": 1.0},
+    "clars": {"digits": 1.0},
+    "lamb": {"digits": 0.01},
+}
+"""Rates of optimizers other than SGD, whose rates the presets above have, by data set or for all."""
