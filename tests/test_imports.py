@@ -44,7 +44,7 @@ ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch"}
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
     *("commands", "config", "build", "choices", "dual_batch", "elastic", "plots", "training", "control", "curvature"),
-    *("adversarial", "data", "distributed", "settings", *SHARED),
+    *("adversarial", "data", "distributed", "settings", "bounds", "effects", "fitting", *SHARED),
 }
 
 

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command
 from hessianflow.commands.settings import add_settings
+from hessianflow.commands.signals import Terminated
 from hessianflow.config import TrainConfig, resolve
 from hessianflow.interfaces import HessianFlowError
 
@@ -41,11 +42,15 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 def _train(arguments: Namespace) -> int:
     from hessianflow.build import prepare
     from hessianflow.commands.ranks import launched
+    from hessianflow.fitting import fitted
     from hessianflow.training.world import on_first_rank
 
     def settings() -> TrainConfig:
-        given = TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)})
-        return resolve(given) if given.elastic else prepare(given)  # workers prepare themselves, where they are
+        given = TrainConfig(**arguments.given.settings(arguments))
+        # Workers of an elastic run prepare themselves, where they are.
+        config = resolve(fitted(given)) if given.elastic else prepare(given)
+        arguments.given.check(config)
+        return config
 
     with launched(settings) as (world, given):
         run_dir = on_first_rank(world, lambda: given.run_dir or _new_run_dir(given))
@@ -89,7 +94,11 @@ def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], Hist
     def stop(number: int, _frame: Any) -> None:
         stopped_by.append(number)
         trainer.request_stop()
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        signal.signal(number, abandon)
+
+    def abandon(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a third signal ends the process at once, whatever it does
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -98,7 +107,8 @@ def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], Hist
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 130 if signal.SIGINT in stopped_by else 0, history
+    status = 128 + stopped_by[0] if stopped_by else 0
+    return max(world.gather(status)), history
 
 
 def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
