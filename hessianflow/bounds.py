@@ -80,6 +80,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "resolutions": (0, MOST),
     "resolution_batch_sizes": (0, MOST),
     "image_size": (1, 4096),
+    "examples": (1, MOST),
 }
 """Least and greatest value of a setting, or of each number in a list of them."""
 ABOVE = frozenset({"decay_factor", "growth_factor", "slope", "intercept"})

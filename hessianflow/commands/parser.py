@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from argparse import ArgumentTypeError
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_loader
@@ -89,19 +89,18 @@ def add_command(commands: Any, name: str, help_text: str, *, prefix: str = "hess
     return parser
 
 
-def path_of(name: str) -> Callable[[str], str]:
-    """The type of an option that is a path: with the home folder in place of `~`, and something that can be one."""
+def path(text: str) -> str:
+    """The type of an option that is a path: with the home folder in place of `~`, and something that can be one.
 
-    def path(text: str) -> str:
-        if not text or "\0" in text:
-            raise ValueError("a path must not be empty, nor hold a NUL character")
-        try:
-            return user_path(text, name)
-        except HessianFlowError as error:
-            raise ValueError(str(error)) from None
-
-    path.__name__ = "path"
-    return path
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
+    if not text or "\0" in text:
+        raise ArgumentTypeError("a path must not be empty, nor hold a NUL character")
+    try:
+        return user_path(text, "path")
+    except HessianFlowError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 from jsonargparse import Namespace
 
-from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import distinct, require_settings
+from hessianflow.commands.parser import add_command, path
+from hessianflow.commands.runs import distinct, require_settings, writing_to
 from hessianflow.config import ControllerName
 from hessianflow.interfaces import HessianFlowError
 
@@ -18,18 +18,18 @@ PLOTS = "plots"
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     plot = add_command(commands, "plot", "draw curvature trajectory and training curves of one or several runs")
-    plot.add_argument("run_dirs", type=str, nargs="+", help="run directories, drawn over each other")
-    plot.add_argument("--out", type=str, default=None, help="folder for the pictures; default: RUN_DIR/plots or plots")
+    plot.add_argument("run_dirs", type=path, nargs="+", help="run directories, drawn over each other")
+    plot.add_argument("--out", type=path, default=None, help="folder for the pictures; default: RUN_DIR/plots or plots")
     compare = add_command(commands, "compare", "print and draw who needs how many updates at which accuracy")
     compare.add_argument(
-        "run_dirs", type=str, nargs="+", help="run directories; those that differ in seed are averaged"
+        "run_dirs", type=path, nargs="+", help="run directories; those that differ in seed are averaged"
     )
-    compare.add_argument("--out", type=str, default=None, help="folder for compare.md, compare.csv and compare.png")
+    compare.add_argument("--out", type=path, default=None, help="folder for compare.md, compare.csv and compare.png")
     report = add_command(commands, "report", "write one self-contained HTML page about one or several runs")
-    report.add_argument("run_dirs", type=str, nargs="+", help="run directories")
-    report.add_argument("--out", type=str, default=None, help="file; default: RUN_DIR/report.html or report.html")
+    report.add_argument("run_dirs", type=path, nargs="+", help="run directories")
+    report.add_argument("--out", type=path, default=None, help="file; default: RUN_DIR/report.html or report.html")
     replay = add_command(commands, "replay", "print what another controller would have done with a run's measurements")
-    replay.add_argument("run_dir", type=str, help="run directory")
+    replay.add_argument("run_dir", type=path, help="run directory")
     replay.add_argument(
         "--controller", type=ControllerName, default="absa", help=f"one of {', '.join(get_args(ControllerName))}"
     )
@@ -83,10 +83,11 @@ def _compare(arguments: Namespace) -> int:
     print(table.to_markdown())
     if arguments.out:
         folder = Path(arguments.out)
-        _make(folder)
-        (folder / "compare.md").write_text(table.to_markdown() + "\n", "utf-8")
-        (folder / "compare.csv").write_text(table.to_csv(), "utf-8")
-        plots.compare(runs, path=folder / "compare.png")
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "compare.md").write_text(table.to_markdown() + "\n", "utf-8")
+            (folder / "compare.csv").write_text(table.to_csv(), "utf-8")
+            plots.compare(runs, path=folder / "compare.png")
         print(f"  {folder}/compare.md, compare.csv, compare.png")
     return 0
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.logs import logging_to_stderr
-from hessianflow.commands.parser import add_command
+from hessianflow.commands.parser import add_command, path
+from hessianflow.commands.runs import MODEL_HELP, require_named_code
 from hessianflow.commands.settings import add_settings
 from hessianflow.commands.signals import Terminated
 from hessianflow.config import TrainConfig, resolve
@@ -35,7 +36,8 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     train.add_argument("--config", action="config", help="YAML file of settings, spelled as in settings.yaml of a run")
     add_settings(train)
     resume = add_command(commands, "resume", "continue an interrupted run from its newest checkpoint")
-    resume.add_argument("run_dir", type=str, help="run directory")
+    resume.add_argument("run_dir", type=path, help="run directory")
+    resume.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
     return {"train": _train, "resume": _resume}
 
 
@@ -64,6 +66,7 @@ def _resume(arguments: Namespace) -> int:
     from hessianflow.commands.ranks import launched
 
     def settings() -> TrainConfig:
+        require_named_code(arguments.run_dir, arguments.model)
         given = load_config(arguments.run_dir)
         return given if given.elastic else prepare(given)
 
@@ -134,7 +137,7 @@ def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
 def _shown(world: "World", config: TrainConfig, history: "History", status: int) -> int:
     """Rank 0 says what came of it, when the others need no longer wait."""
     if world.rank == 0:
-        _print_summary(history)
+        _print_summary(history, config.model or "")
         if config.plots and history.epochs and history.run_dir is not None:
             from hessianflow.commands.records import draw
 
@@ -142,7 +145,8 @@ def _shown(world: "World", config: TrainConfig, history: "History", status: int)
     return status
 
 
-def _print_summary(history: "History") -> None:
+def _print_summary(history: "History", model: str) -> None:
+    code = f" --model {model}" if ":" in model else ""
     summary, seconds = history.summary, history.summary["seconds"]
     accuracy = ""
     if summary["final_accuracy"] is not None:
@@ -159,7 +163,7 @@ def _print_summary(history: "History") -> None:
         print(f"  and {len(changes) - SHOWN_CHANGES} more changes, listed in history.jsonl")
     print(f"  {history.run_dir}")
     if summary["status"] == "preempted":
-        print(f"  hessianflow resume {history.run_dir}  continues")
+        print(f"  hessianflow resume {history.run_dir}{code}  continues")
 
 
 def _new_run_dir(config: TrainConfig) -> str:
