@@ -81,6 +81,11 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "resolution_batch_sizes": (0, MOST),
     "image_size": (1, 4096),
     "examples": (1, MOST),
+    "update_seconds": (0, MOST),
+    "gradient_bytes": (0, 1e15),
+    "bandwidth": (0, 1e15),
+    "latency": (0, MOST),
+    "price": (0, MOST),
 }
 """Least and greatest value of a setting, or of each number in a list of them."""
 ABOVE = frozenset({"decay_factor", "growth_factor", "slope", "intercept"})

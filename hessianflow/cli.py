@@ -106,8 +106,8 @@ def _parsed(parser: Any, words: Any) -> Any:
     arguments = parsed[parsed.subcommand]
     if parsed.subcommand in SETTING:
         typed = parser.parse_args([*words.command, *words.typed], defaults=False)[parsed.subcommand]
-        named = (name for name, value in typed.items() if value is not None)
-        arguments.given = Given(frozenset(named), frozenset(words.files))
+        named = {name for name, value in typed.items() if value is not None}
+        arguments.given = Given(parser.current.settings & named, frozenset(words.files))
     return arguments
 
 

@@ -23,6 +23,7 @@ class Parser(ArgumentParser):
 
     Attributes:
         options: every option, as typed.
+        settings: the names of those that are settings of a run.
         switches: those that are true or false, and true when nothing follows.
         children: the commands below this one.
         current: the command that is being parsed, if it is another; errors point to its help.
@@ -31,6 +32,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.options: list[str] = []
+        self.settings: set[str] = set()
         self.switches: set[str] = set()
         self.children: dict[str, Parser] = {}
         self.current: Parser | None = None

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
+from hessianflow.bounds import BOUNDS, MOST, check_range, option
 from hessianflow.commands.parser import add_command
 from hessianflow.control.dual_batch import DualBatchPlan
 from hessianflow.control.published import PUBLISHED, Published
@@ -41,6 +42,12 @@ def add(kinds: Any) -> None:
 
 def run(arguments: Namespace) -> int:
     """Print the tables, and what a published run would take."""
+    for name in ("workers", "small_workers", "extra_time", "examples", "batch_size"):
+        if arguments[name] is not None:
+            check_range(option(name), arguments[name], *BOUNDS[name])
+    for name in ("slope", "intercept"):  # the model of times says what is too small
+        if arguments[name] is not None:
+            check_range(option(name), arguments[name], -MOST, MOST)
     setting = _setting(arguments)
     workers, chosen = arguments.workers, arguments.small_workers
     if chosen is not None and chosen > workers:

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
@@ -20,8 +20,8 @@ class Given:
         in_files: in files of settings.
     """
 
-    typed: frozenset[str]
-    in_files: frozenset[str]
+    typed: Set[str]
+    in_files: Set[str]
 
     def settings(self, arguments: Any) -> dict[str, Any]:
         """Their values."""
@@ -56,6 +56,7 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
     # The fields of the classes that TrainConfig extends come after its own.
     for field in sorted(fields(TrainConfig), key=lambda f: f.name not in TrainConfig.__annotations__):
         if chosen is None or field.name in chosen:
+            parser.settings.add(field.name)
             parser.add_argument(
                 option(field.name),
                 dest=field.name,
