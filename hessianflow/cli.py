@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with termination_raised():
             return _run(list(arguments))
     _open_streams()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a rank that waits for another prints stacks of C++
     with termination_raised():
         status = _run(sys.argv[1:])
         # All that is left is the end of the interpreter, which takes a while and reports a signal as a crash.

@@ -110,6 +110,7 @@ def _replay(arguments: Namespace) -> int:
     from hessianflow.choices import build_controller
     from hessianflow.config import resolve
     from hessianflow.control.replay import replay
+    from hessianflow.effects import check_effects
     from hessianflow.training import History
 
     history = History.load(arguments.run_dir)
@@ -122,6 +123,7 @@ def _replay(arguments: Namespace) -> int:
         # These may mean another thing there, or not go with it.
         changes |= {"decay_from": None, "lr_rule": None, "max_lr_factor": None, "norm_mode": None}
     config = resolve(replace(recorded, **changes))
+    check_effects(config, [name for name in ("patience",) if arguments[name] is not None])
     if config.controller == "critical" and recorded.norm_mode == "eval":
         print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")
     examples = history.config["trainer"]["examples_per_epoch"]

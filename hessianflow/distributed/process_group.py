@@ -55,16 +55,25 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
         None when RANK is not set: an ordinary run of one process.
 
     Raises:
-        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers that do not fit together.
+        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers that do not fit together or
+            cannot be.
     """
     found = os.environ if environment is None else environment
     if "RANK" not in found:
         return None
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in found]
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not found.get(name)]
     if missing:
         raise HessianFlowError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
+    port = _number(found, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise HessianFlowError(
+            f"MASTER_PORT must be a port, 1 to 65535, got {port}: start with torchrun, or unset RANK"
+        )
     rank, world_size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
-    return Generation(0, rank, world_size, _number(found, "LOCAL_RANK") if "LOCAL_RANK" in found else 0)
+    local_rank = _number(found, "LOCAL_RANK") if "LOCAL_RANK" in found else 0
+    if local_rank < 0:
+        raise HessianFlowError(f"LOCAL_RANK must be at least 0, got {local_rank}: start with torchrun, or unset RANK")
+    return Generation(0, rank, world_size, local_rank)
 
 
 def local_device(name: str, local_rank: int) -> torch.device:
@@ -106,7 +115,13 @@ def process_group(
     # torchrun's agent already serves this store; under another launcher rank 0 does.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     wait = timedelta(seconds=timeout_seconds)
-    store = TCPStore(address, port, is_master=not served and generation.rank == 0, timeout=wait)
+    try:
+        store = TCPStore(address, port, is_master=not served and generation.rank == 0, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        raise HessianFlowError(
+            f"rank {generation.rank} of {generation.world_size} cannot meet the others at {address}:{port}, as "
+            f"MASTER_ADDR and MASTER_PORT say: {_first_line(error)}; start with torchrun, or unset RANK"
+        ) from error
     # The agent's store outlives workers that it restarts: each attempt meets under keys of its own.
     attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     reducer = enter(generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds)
@@ -238,7 +253,9 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(environment[name])
     except ValueError:
-        raise HessianFlowError(f"{name} must be a whole number, got {environment[name]!r}") from None
+        raise HessianFlowError(
+            f"{name} must be a whole number, got {environment[name]!r}: start with torchrun, or unset RANK"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:
