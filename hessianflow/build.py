@@ -25,7 +25,7 @@ from hessianflow.choices import (
 from hessianflow.config import TrainConfig, from_dict, option, resolve, to_dict
 from hessianflow.control import Stage, stage_at
 from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
-from hessianflow.curvature.probe import ProbeOperator
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, ProbeOperator
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
 from hessianflow.distributed.curvature import sharded
 from hessianflow.earlier import before_image_size
@@ -49,6 +49,9 @@ EVALUATION_BATCH = {"cpu": 128}
 FLOAT32_PER_16_BIT = 1.7
 """Cost of a gradient in float32, in gradients under 16-bit autocast; measured: ResNet-20, AMD EPYC with bf16 units."""
 
+FIRST_SHARE, FEWEST_PRODUCTS = 0.25, 5
+"""Share of the cost of the whole training that the first reading may take, and the fewest products that it is made
+with. Ours: it comes before there is a price, and a short run on few images would spend most of its time on it."""
 RECALIBRATION_EXAMPLES = 1024
 """Training examples that statistics of normalisation are measured on before an evaluation. Ours."""
 WATCHED_EXAMPLES, INPUT_CURVATURE_EXAMPLES, MOST_PRODUCTS = 256, 16, 60
@@ -220,10 +223,25 @@ def build_probe(
         sample if transform is None else partial(transform.at_hand, sample),
         tol=config.probe_tolerance,
         budget=_budget(config),
+        first_matvecs=first_products(config, count, parts.train.num_examples),
         norm_mode=given(config.norm_mode),
         seed=config.seed,
         operator=operator,
     )
+
+
+def first_products(config: TrainConfig, probe_examples: int, train_examples: int) -> int | None:
+    """Most products of the first reading, whose price is not known: it may take FIRST_SHARE of the whole training.
+
+    Returns:
+        0 where that leaves too few for a reading; None where no budget was wanted.
+    """
+    budget = _budget(config)
+    if budget is None:
+        return None
+    examples = given(config.epochs) * train_examples * max(budget, FIRST_SHARE)
+    products = int((examples / probe_examples - 1) / GRADIENTS_PER_PRODUCT)
+    return products if products >= FEWEST_PRODUCTS else 0
 
 
 def _budget(config: TrainConfig) -> float | None:

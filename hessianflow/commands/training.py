@@ -161,6 +161,10 @@ def _print_summary(history: "History", model: str) -> None:
         print(f"  epoch {row['epoch']:>3}: batch {row['from']} -> {row['to']}: {row['reason']}")
     if len(changes) > SHOWN_CHANGES:
         print(f"  and {len(changes) - SHOWN_CHANGES} more changes, listed in history.jsonl")
+    if not history.curvature and any(row["event"] == "budget" for row in history.of_kind("event")):
+        print(
+            "  no curvature was measured: a reading may cost a quarter of it all (--curvature-budget 100 reads anyway)"
+        )
     print(f"  {history.run_dir}")
     if summary["status"] == "preempted":
         print(f"  hessianflow resume {history.run_dir}{code}  continues")
