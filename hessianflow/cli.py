@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hessianflow.commands.signals import Terminated, termination_raised
+from hessianflow.commands.signals import WORDS, Signalled, ignore_signals, signals_raised
 
 SETTING = ("train", "plan")
 """Commands whose options are the settings of a run."""
@@ -24,15 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words of the command line; None: those of this process, which ends with the command.
     """
     if arguments is not None:
-        with termination_raised():
+        with signals_raised(own_process=False):
             return _run(list(arguments))
     _open_streams()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a rank that waits for another prints stacks of C++
-    with termination_raised():
+    with signals_raised(own_process=True):
         status = _run(sys.argv[1:])
-        # All that is left is the end of the interpreter, which takes a while and reports a signal as a crash.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()  # the interpreter takes a while to end, and would report one as a crash
     return status
 
 
@@ -50,9 +48,9 @@ def _run(given: list[str]) -> int:
         sys.stderr.write(f"hessianflow: error: standard output: {error.strerror or error}\n")
         return 2
     except KeyboardInterrupt as stop:  # while training, a handler of its own ends the run in good order
-        terminated = isinstance(stop, Terminated)
-        sys.stderr.write(f"hessianflow: {'terminated' if terminated else 'interrupted'}\n")
-        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+        number = stop.number if isinstance(stop, Signalled) else signal.SIGINT
+        sys.stderr.write(f"hessianflow: {WORDS[number]}\n")
+        return 128 + number
 
 
 def _main(given: list[str]) -> int:

@@ -52,6 +52,10 @@ class Parser(ArgumentParser):
             if parser is not None:
                 parser.origin = origin
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse would pass over a disk that is full."""
+        (file or sys.stdout).write(self.format_help())
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
         """Print the mistake and end with status 2."""
         parser = self.current or self

@@ -13,7 +13,7 @@ from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command, path
 from hessianflow.commands.runs import MODEL_HELP, require_named_code
 from hessianflow.commands.settings import add_settings
-from hessianflow.commands.signals import Terminated
+from hessianflow.commands.signals import NUMBERS, Signalled
 from hessianflow.config import TrainConfig, resolve
 from hessianflow.interfaces import HessianFlowError
 
@@ -101,9 +101,9 @@ def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], Hist
 
     def abandon(number: int, _frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # a third signal ends the process at once, whatever it does
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise Signalled(number)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in NUMBERS}
     try:
         with logging_to_stderr(config.log_level):
             history = work(trainer)
