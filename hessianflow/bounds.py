@@ -152,7 +152,7 @@ def user_path(path: PathT, where: str) -> PathT:
 def shown(value: Any) -> str:
     """A wrong value as an error repeats it: on one line, cut short where it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
-        return f"a number of {int(value.bit_length() * math.log10(2)) + 1} digits"
+        return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
     text = str(value) if isinstance(value, (int, float)) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 

@@ -24,6 +24,7 @@ class Parser(ArgumentParser):
     Attributes:
         options: every option, as typed.
         settings: the names of those that are settings of a run.
+        values: those whose words are read as YAML, which text is not.
         switches: those that are true or false, and true when nothing follows.
         children: the commands below this one.
         current: the command that is being parsed, if it is another; errors point to its help.
@@ -33,6 +34,7 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.options: list[str] = []
         self.settings: set[str] = set()
+        self.values: set[str] = set()
         self.switches: set[str] = set()
         self.children: dict[str, Parser] = {}
         self.current: Parser | None = None
@@ -44,6 +46,8 @@ class Parser(ArgumentParser):
         self.options += [word for word in args if word.startswith("--")]
         if kwargs.get("type") in (bool, bool | None):
             self.switches.update(args)
+        if "type" in kwargs and kwargs["type"] not in (str, str | None, path):
+            self.values.update(args)
         return super().add_argument(*args, **kwargs)
 
     def announce(self, origin: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hessianflow.commands.parser import Parser, did_you_mean
-from hessianflow.commands.yaml_text import read_settings
+from hessianflow.commands.yaml_text import UnfitTextError, check_value, read_settings
 from hessianflow.interfaces import HessianFlowError
 
 _TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "null", "~", "none"})
@@ -67,7 +67,26 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
         else:
             found.typed.append(word)
     found.typed = _joined(current, found.typed)
+    _check_values(current, [*found.from_files, *found.typed])
     return found
+
+
+def _check_values(parser: Parser, words: Iterable[str]) -> None:
+    """Refuse values that a reader of YAML might choke on; text is not read as YAML.
+
+    Raises:
+        HessianFlowError: naming the option.
+    """
+    option = ""
+    for word in words:
+        value = word
+        if word.startswith("--"):
+            option, _, value = word.partition("=")
+        if option in parser.values:
+            try:
+                check_value(value)
+            except UnfitTextError as error:
+                raise HessianFlowError(f"{option}: {error}") from None
 
 
 def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:

@@ -21,7 +21,7 @@ DEEPEST, MOST_EVENTS = 8, 20_000
 """Levels of lists in lists, and parts of all kinds. Ours; no setting has more than two levels."""
 _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp"))
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
-_NULL = "tag:yaml.org,2002:null"
+_NULL, _LIST = "tag:yaml.org,2002:null", "tag:yaml.org,2002:seq"
 
 
 class UnfitTextError(yaml.YAMLError):  # type: ignore[misc]  # without stubs, yaml is Any
@@ -34,13 +34,29 @@ def load_value(text: str) -> Any:
     Raises:
         UnfitTextError: it is too long or too deep, or holds an alias or a number of thousands of digits.
     """
+    if not text.strip():
+        return text
+    check_value(text)
+    try:
+        return get_loader("yaml")(text)
+    except ValueError as error:  # of Python: a number that it does not convert, text that is no Unicode
+        raise UnfitTextError(str(error)) from None
+
+
+def check_value(text: str) -> None:
+    """Refuse a word that a reader of YAML might choke on, before jsonargparse gives it to one of its own.
+
+    Raises:
+        UnfitTextError: as :func:`load_value`, but for numbers.
+    """
     if len(text) > MOST_CHARACTERS:
         raise UnfitTextError(f"{len(text)} characters, more than {MOST_CHARACTERS}")
     try:
         _check_events(text)
-        return get_loader("yaml")(text)
-    except ValueError as error:  # of Python: a number that it does not convert, text that is no Unicode
-        raise UnfitTextError(str(error)) from None
+    except UnfitTextError:
+        raise
+    except (yaml.YAMLError, ValueError):  # no YAML at all: then it is not read as such
+        return
 
 
 def read_settings(path: str) -> dict[str, str]:
@@ -80,14 +96,15 @@ def _text(path: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise HessianFlowError(f"--config {path}: cannot be read: {reason}") from None
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise HessianFlowError(f"--config {path}: must be a plain file: write the settings into one")
-        try:
+        with os.fdopen(handle, "rb", closefd=False) as file:
             content = file.read(MOST_BYTES + 1)
-        except OSError as error:
-            raise HessianFlowError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise HessianFlowError(f"--config {path}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(handle)
     if len(content) > MOST_BYTES:
         raise HessianFlowError(f"--config {path}: more than {MOST_BYTES} bytes: no settings file is that large")
     try:
@@ -117,10 +134,10 @@ def _check_events(text: str) -> None:
 
 def _as_word(node: yaml.Node, where: str) -> str:
     """A value as it would stand on the command line."""
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
         return f"[{', '.join(_as_word(part, where) for part in node.value)}]"
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
-        found = f"a {node.id}" if not isinstance(node, yaml.ScalarNode) else "a tag"
+        found = "a mapping" if isinstance(node, yaml.MappingNode) else "a tag"
         raise HessianFlowError(f"{where} must be a number, a word or a list, found {found}")
     return "null" if node.tag == _NULL else str(node.value)
 
@@ -129,7 +146,7 @@ def _reason(error: yaml.YAMLError) -> str:
     """What is wrong and where, without the lines around it: they may hold a password."""
     if isinstance(error, yaml.MarkedYAMLError):
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        return f"{error.problem or error.context}{line}"
+        return f"{', '.join(filter(None, (error.context, error.problem)))}{line}"
     if isinstance(error, yaml.reader.ReaderError):
         return f"a character that YAML does not allow at position {error.position}"
     return str(error)
