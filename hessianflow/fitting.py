@@ -28,7 +28,7 @@ def fitted(config: TrainConfig) -> TrainConfig:
         if name in wanted and 0 < len(files) < preset[name]:
             changes[name] = min(len(files), config.train_examples or len(files))
     if "max_batch_size" in changes:
-        changes["max_batch_size"] = max(changes["max_batch_size"], config.batch_size or 0)
+        changes["max_batch_size"] = max(changes["max_batch_size"], config.batch_size or preset["batch_size"])
     if "image_size" in wanted:
         from_files = config.data == "folder" and config.resolutions is None and files
         side = usual_side(files, FILE_SIDE) if from_files else FILE_SIDE

@@ -288,7 +288,7 @@ def test_a_model_in_the_working_directory_is_found(own_net: str, capsys):
         ["spectrum", "run", "--k", "1"],
         ["second-opinion", "run", "--k", "1", "--examples", "8"],
         ["robustness", "run", "--attack", "fgsm", "--eps", "0", "--examples", "8"],
-        ["plan", "--run", "run", "--workers", "1"],
+        ["plan", "--run", "run", "--workers", "1", "--slope", "1e-3", "--intercept", "1e-3"],
     ],
     ids=lambda command: command[0],
 )

@@ -24,30 +24,26 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     spectrum = add_command(
         commands, "spectrum", "measure the Hessian's eigenvalues, trace and density at a run's weights"
     )
-    spectrum.add_argument("run", type=path, help="run directory, or a checkpoint inside one")
-    spectrum.add_argument("--k", type=int, default=5, help="leading eigenvalues")
-    spectrum.add_argument("--density", type=bool, default=False, help="spectral density too, with a picture")
-    spectrum.add_argument("--trace", type=bool, default=False, help="trace too")
-    spectrum.add_argument(
-        "--layers", type=str | None, default=None, help="single layers by name, e.g. 'layer1.*' or '*'"
-    )
-    spectrum.add_argument("--out", type=path, default=None, help="folder for spectrum.json and pictures")
+    spectrum.add("run", type=path, help="run directory, or a checkpoint inside one")
+    spectrum.add("--k", type=int, default=5, help="leading eigenvalues")
+    spectrum.add("--density", type=bool, default=False, help="spectral density too, with a picture")
+    spectrum.add("--trace", type=bool, default=False, help="trace too")
+    spectrum.add("--layers", type=str | None, default=None, help="single layers by name, e.g. 'layer1.*' or '*'")
+    spectrum.add("--out", type=path, default=None, help="folder for spectrum.json and pictures")
     second = add_command(commands, "second-opinion", "print our eigenvalues, trace and density beside PyHessian's")
-    second.add_argument("run", type=path, help="run directory, or a checkpoint inside one")
-    second.add_argument("--k", type=int, default=2, help="leading eigenvalues")
+    second.add("run", type=path, help="run directory, or a checkpoint inside one")
+    second.add("--k", type=int, default=2, help="leading eigenvalues")
     for parser in (spectrum, second):
-        parser.add_argument("--examples", type=int, default=256, help="training examples the loss is averaged over")
-        parser.add_argument("--seed", type=int, default=0, help="of the examples and of all random starts")
-        parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
-    spectrum.add_argument(
+        parser.add("--examples", type=int, default=256, help="training examples the loss is averaged over")
+        parser.add("--seed", type=int, default=0, help="of the examples and of all random starts")
+        parser.add("--model", type=str | None, default=None, help=MODEL_HELP)
+    spectrum.add(
         "--microbatch-size",
         type=int | None,
         default=None,
         help="examples per pass; default: all in one graph, the fastest; set it when memory runs out",
     )
-    spectrum.add_argument(
-        "--norm-mode", type=NormMode, default="eval", help="statistics of batch normalisation: eval or batch"
-    )
+    spectrum.add("--norm-mode", type=NormMode, default="eval", help="statistics of batch normalisation: eval or batch")
     return {"spectrum": _spectrum, "second-opinion": _second_opinion}
 
 

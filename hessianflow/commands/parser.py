@@ -41,14 +41,17 @@ class Parser(ArgumentParser):
         self.origin = ""
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument as jsonargparse does, and remember how it is spelled."""
+    def add(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument as `add_argument` does, and remember how it is spelled.
+
+        jsonargparse compiles the source of an `add_argument` of a subclass anew, for groups: so this is another method.
+        """
         self.options += [word for word in args if word.startswith("--")]
         if kwargs.get("type") in (bool, bool | None):
             self.switches.update(args)
         if "type" in kwargs and kwargs["type"] not in (str, str | None, path):
             self.values.update(args)
-        return super().add_argument(*args, **kwargs)
+        return self.add_argument(*args, **kwargs)
 
     def announce(self, origin: str) -> None:
         """Let errors say what the words that are parsed from now on come from."""

@@ -62,9 +62,9 @@ class Basis:
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     plan = add_command(commands, "plan", "predict time, efficiency and cost of a run on many workers")
-    plan.add_argument("--workers", type=str, default="1..1024", help="1..1024 doubles from 1 to 1024; 1,2,6 is a list")
-    plan.add_argument("--run", type=path, default=None, help="run directory with the settings and batches to plan for")
-    plan.add_argument(
+    plan.add("--workers", type=str, default="1..1024", help="1..1024 doubles from 1 to 1024; 1,2,6 is a list")
+    plan.add("--run", type=path, default=None, help="run directory with the settings and batches to plan for")
+    plan.add(
         "--measured",
         type=path,
         default=None,
@@ -75,18 +75,18 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         ("intercept", "seconds a microbatch beside that"),
         ("update_seconds", "seconds of an optimizer step; default: measured with the rest"),
     ):
-        plan.add_argument(option(name), type=float | None, default=None, help=text)
-    plan.add_argument("--gradient-bytes", type=int | None, default=None, help="default: those of the model, in float32")
-    plan.add_argument("--bandwidth", type=float | None, default=None, help="bytes a second between two workers")
-    plan.add_argument("--latency", type=float | None, default=None, help="seconds a message between two workers")
-    plan.add_argument(
+        plan.add(option(name), type=float | None, default=None, help=text)
+    plan.add("--gradient-bytes", type=int | None, default=None, help="default: those of the model, in float32")
+    plan.add("--bandwidth", type=float | None, default=None, help="bytes a second between two workers")
+    plan.add("--latency", type=float | None, default=None, help="seconds a message between two workers")
+    plan.add(
         "--membership",
         type=Literal["fixed", "elastic"],
         default="fixed",
         help="fixed: all workers are held throughout; elastic: as many as get a full microbatch each",
     )
-    plan.add_argument("--price", type=float, default=0.0, help="of one worker for one hour, in any currency")
-    plan.add_argument("--out", type=path, default=None, help="folder; default: plan, in the run directory if any")
+    plan.add("--price", type=float, default=0.0, help="of one worker for one hour, in any currency")
+    plan.add("--out", type=path, default=None, help="folder; default: plan, in the run directory if any")
     add_settings(plan, (*SCHEDULE, *HERE))
     plan_dual_batch.add(plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND"))
     return {"plan": _plan}

@@ -18,23 +18,21 @@ PLOTS = "plots"
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     plot = add_command(commands, "plot", "draw curvature trajectory and training curves of one or several runs")
-    plot.add_argument("run_dirs", type=path, nargs="+", help="run directories, drawn over each other")
-    plot.add_argument("--out", type=path, default=None, help="folder for the pictures; default: RUN_DIR/plots or plots")
+    plot.add("run_dirs", type=path, nargs="+", help="run directories, drawn over each other")
+    plot.add("--out", type=path, default=None, help="folder for the pictures; default: RUN_DIR/plots or plots")
     compare = add_command(commands, "compare", "print and draw who needs how many updates at which accuracy")
-    compare.add_argument(
-        "run_dirs", type=path, nargs="+", help="run directories; those that differ in seed are averaged"
-    )
-    compare.add_argument("--out", type=path, default=None, help="folder for compare.md, compare.csv and compare.png")
+    compare.add("run_dirs", type=path, nargs="+", help="run directories; those that differ in seed are averaged")
+    compare.add("--out", type=path, default=None, help="folder for compare.md, compare.csv and compare.png")
     report = add_command(commands, "report", "write one self-contained HTML page about one or several runs")
-    report.add_argument("run_dirs", type=path, nargs="+", help="run directories")
-    report.add_argument("--out", type=path, default=None, help="file; default: RUN_DIR/report.html or report.html")
+    report.add("run_dirs", type=path, nargs="+", help="run directories")
+    report.add("--out", type=path, default=None, help="file; default: RUN_DIR/report.html or report.html")
     replay = add_command(commands, "replay", "print what another controller would have done with a run's measurements")
-    replay.add_argument("run_dir", type=path, help="run directory")
-    replay.add_argument(
+    replay.add("run_dir", type=path, help="run directory")
+    replay.add(
         "--controller", type=ControllerName, default="absa", help=f"one of {', '.join(get_args(ControllerName))}"
     )
-    replay.add_argument("--max-batch-size", type=int | None, default=None, help="its cap; default: the run's")
-    replay.add_argument("--patience", type=int | None, default=None, help="of absa; default: the run's")
+    replay.add("--max-batch-size", type=int | None, default=None, help="its cap; default: the run's")
+    replay.add("--patience", type=int | None, default=None, help="of absa; default: the run's")
     return {"plot": _plot, "compare": _compare, "report": _report, "replay": _replay}
 
 

@@ -20,15 +20,15 @@ MOST_STEPS = 10_000
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parser; returns what runs the command."""
     parser = add_command(commands, "robustness", "measure a run's test accuracy under attack")
-    parser.add_argument("run", type=path, help="run directory, or a checkpoint inside one")
-    parser.add_argument("--attack", type=str, nargs="+", default=["fgsm", "pgd20"], help="fgsm, or pgd and its steps")
-    parser.add_argument(
+    parser.add("run", type=path, help="run directory, or a checkpoint inside one")
+    parser.add("--attack", type=str, nargs="+", default=["fgsm", "pgd20"], help="fgsm, or pgd and its steps")
+    parser.add(
         "--eps", type=float, nargs="+", default=[0.005, 0.02, 0.06], help="perturbations, in pixels scaled to [0, 1]"
     )
-    parser.add_argument("--examples", type=int, default=1000, help="test examples, from the first")
-    parser.add_argument("--seed", type=int, default=0, help="of the random starts of pgd")
-    parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
-    parser.add_argument("--out", type=path, default=None, help="folder for robustness.json and the picture")
+    parser.add("--examples", type=int, default=1000, help="test examples, from the first")
+    parser.add("--seed", type=int, default=0, help="of the random starts of pgd")
+    parser.add("--model", type=str | None, default=None, help=MODEL_HELP)
+    parser.add("--out", type=path, default=None, help="folder for robustness.json and the picture")
     return {"robustness": _robustness}
 
 

@@ -57,7 +57,7 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
     for field in sorted(fields(TrainConfig), key=lambda f: f.name not in TrainConfig.__annotations__):
         if chosen is None or field.name in chosen:
             parser.settings.add(field.name)
-            parser.add_argument(
+            parser.add(
                 option(field.name),
                 dest=field.name,
                 type=hints[field.name],

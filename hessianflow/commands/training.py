@@ -33,11 +33,11 @@ SHOWN_CHANGES = 20
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     train = add_command(commands, "train", "train a network; no argument needed")
-    train.add_argument("--config", action="config", help="YAML file of settings, spelled as in settings.yaml of a run")
+    train.add("--config", action="config", help="YAML file of settings, spelled as in settings.yaml of a run")
     add_settings(train)
     resume = add_command(commands, "resume", "continue an interrupted run from its newest checkpoint")
-    resume.add_argument("run_dir", type=path, help="run directory")
-    resume.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
+    resume.add("run_dir", type=path, help="run directory")
+    resume.add("--model", type=str | None, default=None, help=MODEL_HELP)
     return {"train": _train, "resume": _resume}
 
 
