@@ -18,7 +18,7 @@ MOST = 1e9
 """Largest count of anything, far above any use: what lies beyond is a slip, and overflows somewhere. Ours."""
 MOST_EPOCHS = 1e6
 """Most epochs. Ours."""
-MOST_PROCESSES = 4096
+MOST_PROCESSES = 1024
 """Most threads, processes or workers of one run. Ours."""
 LARGEST = 1e30
 """Largest learning rate or factor: products of a few of them still fit into a float32. Ours."""
@@ -36,7 +36,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "lr": (0, LARGEST),
     "train_examples": (1, MOST),
     "test_examples": (1, MOST),
-    "loader_workers": (0, MOST_PROCESSES),
+    "loader_workers": (0, 256),
     "warmup_epochs": (0, MOST_EPOCHS),
     "max_lr_factor": (1e-6, LARGEST),
     "norm_batch_size": (0, MOST),

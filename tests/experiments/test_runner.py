@@ -318,48 +318,6 @@ def test_a_report_without_rows_says_where_there_are_some(tmp_path: Path, capsys:
 GOOD = {"problem": "toy", "method": "a", "seed": 0, "accuracy": 0.5, "updates": 4, "largest_batch": 64, "seconds": 1.5}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"problem": None},
-        {"method": 3},
-        {"seed": "0"},
-        {"seed": [0]},
-        {"accuracy": [0.5]},
-        {"accuracy": "high"},
-        {"updates": 10**400},
-        {"largest_batch": {"a": 1}},
-        {"seconds": 1e308},
-        {"epochs": 3},
-        {"epochs": [{"batch_size": None}]},
-        {"epochs": [{}]},
-        {"settings": []},
-    ],
-    ids=lambda change: f"{next(iter(change))}-{type(next(iter(change.values()))).__name__}",
-)
-def test_a_row_with_a_value_of_another_kind_is_named(
-    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    epochs = {"epochs": [{"batch_size": 32}], "settings": {}}
-    append_row(tmp_path / "results.jsonl", {**GOOD, **epochs})
-    assert len(read_rows(tmp_path / "results.jsonl")) == 1
-    append_row(tmp_path / "results.jsonl", {**GOOD, **epochs, "seed": 1, **change})
-    assert main(toy_study(tmp_path), ["--report"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert f"results.jsonl line 2: {next(iter(change))} must be" in err
-    assert len(err) < 400
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe{\x00}\x00\n", b"[" * 200_000 + b"\n\n", b'{"a": NaN'])
-def test_a_results_file_of_another_kind_is_one_line(
-    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "results.jsonl").write_bytes(content + b"\n{}\n")
-    assert main(toy_study(tmp_path), ["--report"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_a_row_of_another_study_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def figure(rows: Sequence[dict[str, Any]], _path: Path) -> None:
         raise KeyError("measured")
@@ -368,14 +326,6 @@ def test_a_row_of_another_study_is_named(tmp_path: Path, capsys: pytest.CaptureF
     study = Study("toy", tmp_path, toy_study(tmp_path).cells, figure)
     assert main(study, ["--report"]) == 2
     assert "holds a row that is not of this study (KeyError 'measured')" in capsys.readouterr().err
-
-
-def test_names_are_text_in_latex(tmp_path: Path) -> None:
-    row = {**rows_of_two_methods()[0], "method": "a_1 50% \\x{y}~^"}
-    write_reports([row], tmp_path)
-    assert (
-        r"a\_1 50\% \textbackslash{}x\{y\}\textasciitilde{}\textasciicircum{}" in (tmp_path / "table.tex").read_text()
-    )
 
 
 def test_a_damaged_results_file_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
