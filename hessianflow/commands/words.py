@@ -67,15 +67,15 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
         else:
             found.typed.append(word)
     found.typed = _joined(current, found.typed)
-    _check_values(current, [*found.from_files, *found.typed])
+    _check_values(current, found.typed)
     return found
 
 
-def _check_values(parser: Parser, words: Iterable[str]) -> None:
+def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> None:
     """Refuse values that a reader of YAML might choke on; text is not read as YAML.
 
     Raises:
-        HessianFlowError: naming the option.
+        HessianFlowError: naming the option, after what the words come from.
     """
     option = ""
     for word in words:
@@ -86,7 +86,7 @@ def _check_values(parser: Parser, words: Iterable[str]) -> None:
             try:
                 check_value(value)
             except UnfitTextError as error:
-                raise HessianFlowError(f"{option}: {error}") from None
+                raise HessianFlowError(f"{origin}{option}: {error}") from None
 
 
 def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
@@ -99,6 +99,7 @@ def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
         if name not in known:
             hint = did_you_mean(name, [word.replace("_", "-") for word in known]).replace("-", "_")
             raise HessianFlowError(f"--config {path}: there is no setting {name!r}{hint}")
+        _check_values(parser, [f"--{name.replace('_', '-')}={found[name]}"], f"--config {path}: ")
     return {name: (text, path) for name, text in found.items() if text != "null"}
 
 

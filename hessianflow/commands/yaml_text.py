@@ -5,6 +5,7 @@ its memory. So the events are counted first, which takes neither.
 """
 
 import os
+import re
 import stat
 from typing import Any
 
@@ -17,6 +18,8 @@ MOST_BYTES = 1 << 18
 """Size of a settings file: a hundred times that of one with every setting. Ours."""
 MOST_CHARACTERS = 1 << 16
 """Length of a value on the command line. Ours."""
+MOST_DIGITS = 300
+"""Digits of a number: one of more is no float. Ours."""
 DEEPEST, MOST_EVENTS = 8, 20_000
 """Levels of lists in lists, and parts of all kinds. Ours; no setting has more than two levels."""
 _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp"))
@@ -32,7 +35,7 @@ def load_value(text: str) -> Any:
     """The value that a word of the command line stands for.
 
     Raises:
-        UnfitTextError: it is too long or too deep, or holds an alias or a number of thousands of digits.
+        UnfitTextError: as :func:`check_value`.
     """
     if not text.strip():
         return text
@@ -47,10 +50,13 @@ def check_value(text: str) -> None:
     """Refuse a word that a reader of YAML might choke on, before jsonargparse gives it to one of its own.
 
     Raises:
-        UnfitTextError: as :func:`load_value`, but for numbers.
+        UnfitTextError: it is too long or too deep, or holds an alias or a number of hundreds of digits.
     """
     if len(text) > MOST_CHARACTERS:
         raise UnfitTextError(f"{len(text)} characters, more than {MOST_CHARACTERS}")
+    digits = max(map(len, re.findall(r"\d+", text)), default=0)
+    if digits > MOST_DIGITS:
+        raise UnfitTextError(f"a number of {digits} digits: none that is used here has more than {MOST_DIGITS}")
     try:
         _check_events(text)
     except UnfitTextError:
