@@ -131,8 +131,10 @@ def _last_cause(message: str) -> str:
 
 def _rank() -> int:
     """Of this process among those that torchrun started; 0 for one alone."""
-    given = os.environ.get("RANK", "0")
-    return int(given) if given.isdecimal() else 0
+    try:
+        return int(os.environ.get("RANK", "0"))
+    except ValueError:  # what is wrong with it is said where ranks meet
+        return 0
 
 
 def _open_streams() -> None:

@@ -73,7 +73,7 @@ class Parser(ArgumentParser):
     def _in_options(self, line: str) -> str:
         """The mistake in the words of the command line."""
         parser = self.current or self
-        if key := re.match(r'Parser key "(\w+)":? ?(?:element \d+: )?(.*)', line):
+        if key := re.match(r'Parser key "(?:[\w-]+\.)*(\w+)":? ?(?:element \d+: )?(.*)', line):
             return f"{option(key[1]) if option(key[1]) in parser.options else key[1]}: {plain(key[2])}"
         if unknown := re.match(r"unrecognized arguments: ((--[^\s=]+).*|.*)", line):
             return f"unknown option: {shortened(unknown[1])}{did_you_mean(unknown[2] or '', parser.options)}"
@@ -102,18 +102,22 @@ def add_command(commands: Any, name: str, help_text: str, *, prefix: str = "hess
     return parser
 
 
+class UnfitPathError(ArgumentTypeError, ValueError):
+    """Text that no path can be: argparse repeats the words of the first kind, jsonargparse those of the second."""
+
+
 def path(text: str) -> str:
     """The type of an option that is a path: with the home folder in place of `~`, and something that can be one.
 
     Raises:
-        argparse.ArgumentTypeError: it cannot.
+        UnfitPathError: it cannot.
     """
     if not text or "\0" in text:
-        raise ArgumentTypeError("a path must not be empty, nor hold a NUL character")
+        raise UnfitPathError("a path must not be empty, nor hold a NUL character")
     try:
         return user_path(text, "path")
     except HessianFlowError as error:
-        raise ArgumentTypeError(str(error)) from None
+        raise UnfitPathError(str(error)) from None
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
