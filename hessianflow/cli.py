@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(list(arguments))
     _open_streams()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a rank that waits for another prints stacks of C++
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a name that Matplotlib does not know would end all
     with signals_raised(own_process=True):
         status = _run(sys.argv[1:])
         ignore_signals()  # the interpreter takes a while to end, and would report one as a crash

@@ -5,7 +5,10 @@ something looks at it. Runs are of a second or less; none starts Ray.
 """
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -385,3 +388,39 @@ def test_words_that_name_no_command_and_stray_ones(tmp_path: Path):
     cases += [Case(f"train {word[:20]!r}", ["train", word]) for word in stray if word != " "]
     cases += [Case(f"train --{word[:20]!r}", ["train", f"--{word}"]) for word in stray if word not in ("-", "--")]
     check(cases, tmp_path, least=180)
+
+
+RANKS = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "status"),
+    [
+        ({"MPLBACKEND": "nonsense"}, 0),
+        ({"HOME": "", "TMPDIR": "/nowhere", "COLUMNS": "x", "TERM": "nonsense", "LC_ALL": "xx_YY"}, 0),
+        ({"WORLD_SIZE": "x", "LOCAL_RANK": "-5", "MASTER_PORT": "x"}, 0),  # without RANK nobody looks at them
+        ({"RANK": "0"}, 2),
+        *(
+            ({**RANKS, name: value}, 2)
+            for name in RANKS
+            for value in ("", "-1", "x", "9" * 5000)
+            if name != "MASTER_ADDR"
+        ),
+        ({**RANKS, "RANK": "7"}, 2),
+        ({**RANKS, "MASTER_ADDR": ""}, 2),
+    ],
+    ids=lambda value: " ".join(f"{k}={v[:9]}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_environments(environment: dict[str, str], status: int, tmp_path: Path):
+    words = [f"{option(key)}={value}" for key, value in {**TINY, "run_dir": tmp_path / "run", "plots": "true"}.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "hessianflow", "train", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, **environment},
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (status, status // 2), done.stderr
+    assert len(done.stderr) < 400
