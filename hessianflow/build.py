@@ -22,13 +22,16 @@ from hessianflow.choices import (
     microbatch_default,
     split_for_twins,
 )
-from hessianflow.config import TrainConfig, from_dict, resolve, to_dict
+from hessianflow.config import TrainConfig, from_dict, option, resolve, to_dict
 from hessianflow.control import Stage, stage_at
 from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
-from hessianflow.curvature.probe import ProbeOperator
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, ProbeOperator
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
 from hessianflow.distributed.curvature import sharded
+from hessianflow.earlier import before_image_size
+from hessianflow.fitting import fitted
 from hessianflow.interfaces import Batch, EpochMeasurement, HessianFlowError, LinearOperator, RecordSink, World
+from hessianflow.machine import computes_in_bf16, find_device
 from hessianflow.memory import keep_freed_memory
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
@@ -37,6 +40,7 @@ from hessianflow.runs import TensorBoardSink, checkpoints
 from hessianflow.runs.documents import read_config
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, LAST, TENSORBOARD
 from hessianflow.runs.states import check_weights
+from hessianflow.settings import FILE_SIDE
 from hessianflow.training import AdaptiveBatchTrainer, checkpoint
 from hessianflow.training.accumulate import Precision
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
@@ -48,6 +52,9 @@ EVALUATION_BATCH = {"cpu": 128}
 FLOAT32_PER_16_BIT = 1.7
 """Cost of a gradient in float32, in gradients under 16-bit autocast; measured: ResNet-20, AMD EPYC with bf16 units."""
 
+FIRST_SHARE, FEWEST_PRODUCTS = 0.25, 5
+"""Share of the cost of the whole training that the first reading may take, and the fewest products that it is made
+with. Ours: it comes before there is a price, and a short run on few images would spend most of its time on it."""
 RECALIBRATION_EXAMPLES = 1024
 """Training examples that statistics of normalisation are measured on before an evaluation. Ours."""
 WATCHED_EXAMPLES, INPUT_CURVATURE_EXAMPLES, MOST_PRODUCTS = 256, 16, 60
@@ -124,8 +131,11 @@ def build_trainer(
 
 
 def prepare(config: TrainConfig) -> TrainConfig:
-    """Resolve `config` for this machine, device and precision included, and set what is kept for the whole process."""
-    config = resolve(config)
+    """Resolve `config` for this machine and its files, and set what is kept for the whole process.
+
+    Settings left open are fitted to image files of one's own; device and precision are those of this machine.
+    """
+    config = resolve(fitted(config))
     device = find_device(config.device)
     config = replace(config, precision=resolved_precision(config))
     if config.threads is not None:
@@ -142,14 +152,19 @@ def build_parts(config: TrainConfig) -> Parts:
     """Model, training and test batches of a resolved configuration, on its device."""
     device = find_device(config.device)
     train, test = _read(config, "train"), _read(config, "test")
-    batch, cap = given(config.batch_size), given(config.max_batch_size)
-    for name, size in (("--batch-size", batch), ("--max-batch-size", cap)):
-        if size > len(train):
-            raise HessianFlowError(f"{name} {size} is larger than the {len(train)} training examples of {config.data}")
+    batch = given(config.batch_size)
+    for name in ("batch_size", "max_batch_size", "probe_examples"):
+        size = getattr(config, name)
+        if size is not None and size > len(train):
+            raise HessianFlowError(
+                f"{option(name)} {size} is larger than the {len(train)} training examples of {config.data}"
+            )
     torch.manual_seed(config.seed)  # the stream of initialisation; all others have generators of their own
     channels, side, _ = train.input_shape
     variant: Variant = "imagenet" if side > 64 else "cifar"
     model = create(config.model or "", train.num_classes, side, variant, in_channels=channels)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise HessianFlowError(f"model {config.model!r} has no parameter to train: name another")
     model = split_for_twins(config, model).to(device)
     if config.dropouts is not None:
         model = with_head_dropout(model)
@@ -209,10 +224,25 @@ def build_probe(
         sample if transform is None else partial(transform.at_hand, sample),
         tol=config.probe_tolerance,
         budget=_budget(config),
+        first_matvecs=first_products(config, count, parts.train.num_examples),
         norm_mode=given(config.norm_mode),
         seed=config.seed,
         operator=operator,
     )
+
+
+def first_products(config: TrainConfig, probe_examples: int, train_examples: int) -> int | None:
+    """Most products of the first reading, whose price is not known: it may take FIRST_SHARE of the whole training.
+
+    Returns:
+        0 where that leaves too few for a reading; None where no budget was wanted.
+    """
+    budget = _budget(config)
+    if budget is None:
+        return None
+    examples = given(config.epochs) * train_examples * max(budget, FIRST_SHARE)
+    products = int((examples / probe_examples - 1) / GRADIENTS_PER_PRODUCT)
+    return products if products >= FEWEST_PRODUCTS else 0
 
 
 def _budget(config: TrainConfig) -> float | None:
@@ -254,7 +284,8 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     settings = read_config(folder).get("settings")
     if settings is None:
         raise HessianFlowError(f"{path} holds no settings: a run made from Python is continued from Python")
-    return from_dict({**settings, **_unrecorded(settings), "run_dir": str(folder)}, str(path))
+    unrecorded = {**_unrecorded(settings), **before_image_size(settings)}
+    return from_dict({**settings, **unrecorded, "run_dir": str(folder)}, str(path))
 
 
 def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
@@ -295,33 +326,6 @@ def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
     return config, replace(parts, model=merge_batch_norm(parts.model)) if is_split(parts.model) else parts
 
 
-def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto": the first GPU, or the processor.
-
-    Raises:
-        HessianFlowError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no data")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise HessianFlowError(f"--device {name} cannot be used here: {reason}; use cpu or auto") from None
-    return device
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has arithmetic units for bfloat16: anything else emulates it, slowly."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def tensorboard_sinks(config: TrainConfig) -> list[RecordSink]:
     """The TensorBoard files of a run, if it is to have them."""
     if not config.tensorboard:
@@ -344,9 +348,15 @@ def _read(config: TrainConfig, part: Any) -> ImageSet | ImageFolder:
             f"--data {config.data} needs --data-dir, the folder of its official files "
             f"(`hessianflow data fetch {config.data} --data-dir DIR` gets them)"
         )
-    size = {} if config.resolutions is None else {"image_size": config.resolutions[-1]}
-    images = load(config.data, config.data_dir, part, **size)
+    images = load(config.data, config.data_dir, part, image_size=config.image_size or FILE_SIDE)
+    if not config.augment:
+        plain: dict[str, Any] = {"augment": Augmentation() if isinstance(images, ImageSet) else False}
+        images = replace(images, **plain)
     count = config.train_examples if part == "train" else config.test_examples
-    if isinstance(images, ImageSet) and not config.augment:
-        images = replace(images, augment=Augmentation())
-    return images if count is None else images.take(count)
+    if count is None:
+        return images
+    if count > len(images):
+        raise HessianFlowError(
+            f"--{part}-examples {count} is more than the {len(images)} that the {part} set of {config.data} has"
+        )
+    return images.take(count)

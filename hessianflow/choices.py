@@ -45,6 +45,8 @@ from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorm
 from hessianflow.optim.lars import Form
 
 T = TypeVar("T")
+WARMUP_EPOCHS = 5
+"""Length of the warm-up controller's ramp where none is given: that of Goyal et al., arXiv:1706.02677."""
 
 
 def given(value: T | None) -> T:
@@ -84,7 +86,7 @@ def build_scheduler(
     rate rises smoothly.
     """
     epochs, milestones = given(config.epochs), list(config.milestones or ())
-    if config.warmup_epochs > 0:
+    if config.warmup_epochs > 0 and config.controller != "warmup":  # which has a ramp of its own
         steps_per_epoch = examples / given(config.batch_size)
         shape = schedule_shape(config)
         warmup = config.warmup_epochs
@@ -138,6 +140,10 @@ def build_stages(config: TrainConfig) -> tuple[Stage, ...]:
         raise HessianFlowError(f"--resolution {config.resolution}: {error}; see --milestones and --epochs") from None
 
 
+_OWN_RULE = ("warmup", "timed")
+"""Controllers that apply the rule themselves, within a ramp or a decay."""
+
+
 def build_controller(config: TrainConfig) -> BatchController:
     """The controller by name, under the learning-rate rule and with the resolutions that were asked for.
 
@@ -147,7 +153,7 @@ def build_controller(config: TrainConfig) -> BatchController:
     if config.controller == "dual-batch":
         raise HessianFlowError("--controller dual-batch plans its batches before a run: it decides nothing during one")
     controller, stages = _named_controller(config), build_stages(config)
-    if config.lr_rule is not None:
+    if config.lr_rule is not None and config.controller not in _OWN_RULE:
         controller = RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)
     return ProgressiveResolution(controller, stages) if stages else controller
 
@@ -169,16 +175,14 @@ def _named_controller(config: TrainConfig) -> BatchController:
         "absa": lambda: _absa(config, share),
         "abs": lambda: _absa(config, share),
         "fixed": lambda: FixedBatch(batch, share),
-        "warmup": lambda: Warmup(cap, batch, adversarial_share=share),
+        "warmup": lambda: _warmup(config, share),
         "adabatch": adabatch,
         "grow-instead-of-decay": grow_instead,
         "noise-scale": lambda: NoiseScale(batch, cap, adversarial_share=share),
         "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch), adversarial_share=share),
         "critical": lambda: _critical(config, share),
         "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
-        "timed": lambda: TimedSchedule(
-            batch, given(config.stages), decay_from=config.decay_from, adversarial_share=share
-        ),
+        "timed": lambda: _timed(config, share),
     }
     return makers[config.controller]()
 
@@ -192,6 +196,28 @@ def _absa(config: TrainConfig, share: float) -> ABSA:
         patience=config.patience or None,
         adversarial_share=share,
         share_decay=config.share_decay,
+    )
+
+
+def _warmup(config: TrainConfig, share: float) -> Warmup:
+    return Warmup(
+        given(config.max_batch_size),
+        given(config.batch_size),
+        warmup_epochs=config.warmup_epochs or WARMUP_EPOCHS,
+        lr_rule=config.lr_rule or "linear",
+        max_lr_factor=config.max_lr_factor,
+        adversarial_share=share,
+    )
+
+
+def _timed(config: TrainConfig, share: float) -> TimedSchedule:
+    return TimedSchedule(
+        given(config.batch_size),
+        given(config.stages),
+        decay_from=config.decay_from,
+        lr_rule=config.lr_rule or "linear",
+        max_lr_factor=config.max_lr_factor,
+        adversarial_share=share,
     )
 
 

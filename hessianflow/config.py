@@ -4,16 +4,28 @@ A field left at None takes the value of its data set's preset when the configura
 from there on only resolved values are used, and config.json holds them.
 """
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any, Literal, get_type_hints
 
+from hessianflow.bounds import check_setting, option, user_path
+from hessianflow.contradictions import check_resolved, check_together
+from hessianflow.effects import check_effects
 from hessianflow.interfaces import HessianFlowError, NormMode
-from hessianflow.presets import PRESETS
-from hessianflow.runs.schema import fault_of
-from hessianflow.settings import NOT_ON_A_SERVER, DualBatchSettings, ResolutionSettings, TwinSettings, WorkerSettings
+from hessianflow.presets import ADAPTIVE, PRESETS, RATES
+from hessianflow.settings import (
+    FILE_SIDE,
+    NOT_ON_A_SERVER,
+    SIDES,
+    DualBatchSettings,
+    ResolutionSettings,
+    TwinSettings,
+    WorkerSettings,
+)
+
+__all__ = ["TrainConfig", "from_dict", "option", "resolve", "to_dict"]
 
 DataName = Literal["digits", "fake", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet", "folder"]
 ControllerName = Literal[
@@ -51,8 +63,11 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         train_examples: use only so many training examples; default: all.
         test_examples: use only so many test examples; default: all.
         loader_workers: processes that load images from a tree of folders; the other sets are held on the device.
-        model: network by name (see hf.models.names()), package.module:function of your own, or timm/NAME or
-            torchvision/NAME where that is installed; default: digits-cnn for digits, resnet20 or resnet18 otherwise.
+        image_size: pixels a side that images of imagenet and folder are cut to; default: 224, but for folder no more
+            than the shorter side of most files.
+        model: network by name (see hf.models.names()); package.module:function of your own, code that is looked for in
+            the working directory too and will be run; or timm/NAME or torchvision/NAME where that is installed;
+            default: digits-cnn for digits, resnet20 or resnet18 otherwise.
         controller: who decides the batch size. absa: the top eigenvalue, or patience; abs: the same without adversary;
             fixed: batch_size throughout; warmup: max_batch_size from the start, with a rate that rises to linear
             scaling; adabatch: growth every so many epochs; grow-instead-of-decay: growth by 1/lr_decay at the
@@ -69,7 +84,8 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         batch_size: examples per optimizer step at the start; the learning rate is stated for it.
         max_batch_size: cap for growing batches.
         epochs: passes over the training data.
-        lr: learning rate at batch_size; default: one for sgd, other optimizers need their own.
+        lr: learning rate at batch_size; default: one of the data set for sgd, 0.001 for adam and adamw, on digits one
+            for every optimizer; lars, clars and lamb need it elsewhere.
         momentum: of sgd, lars and clars.
         weight_decay: of the optimizer (0 in the published ABSA runs).
         trust_coefficient: of lars and clars; default: 0.001 and 0.01, as published.
@@ -77,8 +93,10 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
             warmup_epochs the rate is that of the start of the epoch throughout.
         milestones: epochs after which the multistep schedule multiplies the rate by lr_decay, e.g. "[30, 60]".
         lr_decay: factor of the multistep schedule (0.2 in the published ABSA runs).
-        warmup_epochs: epochs over which the rate rises linearly from 0 to the schedule's.
-        lr_rule: how the rate follows the batch; default: as the controller has it (linear for absa).
+        warmup_epochs: epochs over which the rate rises linearly from 0 to the schedule's; with the warmup controller
+            from the rate of batch_size to that of max_batch_size, in 5 epochs by default.
+        lr_rule: how the rate follows the batch; default: sqrt for adam, adamw and lamb where the rate would grow with
+            the batch, else as the controller has it (linear for absa).
         max_lr_factor: cap on what the rate is multiplied by, with lr_rule.
         momentum_correction: lars takes the rate out of its velocity, so that a jump of the rate at once acts on all of
             it (Goyal et al., arXiv 1706.02677, section 3); the other optimizers always keep it outside.
@@ -138,6 +156,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
     train_examples: int | None = None
     test_examples: int | None = None
     loader_workers: int = 0
+    image_size: int | None = None
     model: str | None = None
     controller: ControllerName = "absa"
     adversary: AdversaryName = "fgsm"
@@ -197,119 +216,65 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
     plots: bool = True
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _BOUNDS.items():
-            value = getattr(self, name)
-            if value not in (None, "auto", "ranks") and not (math.isfinite(value) and low <= value <= high):
-                upper = "" if high == math.inf else f" and at most {high:g}"
-                raise HessianFlowError(f"{option(name)} must be at least {low:g}{upper}, got {value}")
-        for name in ("decay_factor", "growth_factor"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 1):
-                raise HessianFlowError(f"{option(name)} must be greater than 1, got {getattr(self, name)}")
-        if self.batch_size is not None and self.max_batch_size is not None and self.max_batch_size < self.batch_size:
-            raise HessianFlowError(
-                f"--max-batch-size {self.max_batch_size} is below --batch-size {self.batch_size}: raise the cap"
-            )
-        largest = max((size for _, size in self.stages or ()), default=0)
-        if self.max_batch_size is not None and largest > self.max_batch_size:
-            raise HessianFlowError(f"--stages reach {largest}, above --max-batch-size {self.max_batch_size}: raise it")
-        if self.milestones is not None and list(self.milestones) != sorted(set(self.milestones)):
-            raise HessianFlowError(f"--milestones must be increasing epochs, got {list(self.milestones)}")
-        if self.controller in ("absa", "abs", "critical") and self.curvature == "off":
-            raise HessianFlowError(f"--controller {self.controller} needs curvature: use --curvature epoch or needed")
-        if self.controller == "critical" and self.edge_share == self.loss_power == 0:
-            raise HessianFlowError("--edge-share and --loss-power must not both be 0: nothing would bound the growth")
-        if self.controller == "timed" and self.schedule == "cooldown":
-            raise HessianFlowError("--controller timed decays by itself: use --decay-from without --schedule cooldown")
-        if self.schedule == "cooldown" and (self.decay_from or 0) >= (self.epochs or math.inf):
-            raise HessianFlowError(f"--decay-from {self.decay_from:g} must lie below --epochs {self.epochs}")
-        if self.controller == "grow-instead-of-decay":
-            if self.schedule not in (None, "constant"):
-                raise HessianFlowError(
-                    f"--controller {self.controller} replaces --schedule {self.schedule}: leave it out"
-                )
-            if not 0 < self.lr_decay < 1:
-                raise HessianFlowError(f"--lr-decay must lie between 0 and 1 here, got {self.lr_decay}")
+        for name, hint in _hints().items():
+            check_setting(name, getattr(self, name), hint)
+        check_together(self)
         self.check_resolution()
         self.check_twins(wanted=self.adversary == "conadv", dropouts=self.dropouts is not None)
-        self.check_dual_batch(wanted=self.controller == "dual-batch", elastic=self.elastic)
+        self.check_dual_batch()
         self.check_workers(adversary=self.adversary, controller=self.controller, on_divergence=self.on_divergence)
-        if self.max_lr_factor is not None and self.lr_rule is None:
-            raise HessianFlowError(f"--max-lr-factor {self.max_lr_factor:g} needs --lr-rule")
+        check_effects(self, _never_filled(self))
 
 
-_BOUNDS: Mapping[str, tuple[float, float]] = {
-    "batch_size": (1, math.inf),
-    "max_batch_size": (1, math.inf),
-    "epochs": (1, math.inf),
-    "lr": (0, math.inf),
-    "train_examples": (1, math.inf),
-    "test_examples": (1, math.inf),
-    "loader_workers": (0, math.inf),
-    "warmup_epochs": (0, math.inf),
-    "max_lr_factor": (1e-6, math.inf),
-    "norm_batch_size": (0, math.inf),
-    "checkpoint_minutes": (0, math.inf),
-    "keep_checkpoints": (1, math.inf),
-    "max_rollbacks": (0, math.inf),
-    "momentum": (0, 1),
-    "weight_decay": (0, math.inf),
-    "trust_coefficient": (0, math.inf),
-    "lr_decay": (0, 1),
-    "patience": (0, math.inf),
-    "every_epochs": (1, math.inf),
-    "edge_share": (0, 1),
-    "loss_power": (0, math.inf),
-    "excess_power": (0, 1),
-    "decay_from": (0, math.inf),
-    "adversarial_share": (0, 1),
-    "share_decay": (1, math.inf),
-    "eps": (0, 1),
-    "sam_rho": (0, math.inf),
-    "probe_examples": (1, math.inf),
-    "probe_tolerance": (1e-7, 1),
-    "curvature_budget": (1e-6, 1000),
-    "microbatch_size": (1, math.inf),
-    "threads": (1, math.inf),
-    "seed": (0, 2**32 - 1),
-    "checkpoint_examples": (1, math.inf),
-}
+@cache
+def _hints() -> Mapping[str, Any]:
+    """The type of every setting."""
+    hints = get_type_hints(TrainConfig)
+    return {field.name: hints[field.name] for field in fields(TrainConfig)}
+
+
+def _never_filled(config: TrainConfig) -> list[str]:
+    """Settings whose value is somebody's wish: resolving fills them only where they have an effect."""
+    parts = (ResolutionSettings, DualBatchSettings, TwinSettings, WorkerSettings)
+    found = [field.name for part in parts for field in fields(part)]
+    if config.controller == "dual-batch":
+        found += [f.name for f in fields(config) if f.name in NOT_ON_A_SERVER and getattr(config, f.name) != f.default]
+    return found
+
 
 _OWN_SCHEDULES = ("adabatch", "grow-instead-of-decay", "timed")
 """Controllers that move the learning rate themselves, where a schedule would decay it."""
+SCALED = ("absa", "abs", "warmup", "noise-scale", "cabs", "divebatch", "critical", "timed")
+"""Controllers that scale the learning rate with the batch, linearly unless told otherwise."""
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill every field that the data set's preset knows and the user left open.
 
-    A cap left open is never below a batch size given nor above the `train_examples` given, and milestones left open
-    keep their place in the run. Controllers that move the rate themselves get a constant schedule. A cooldown begins
-    after two thirds of the run, rounded down.
+    A cap left open is never below a batch size given nor above the `train_examples` given, nor are probe examples, and
+    milestones left open keep their place in the run. Controllers that move the rate themselves get a constant schedule.
+    A cooldown begins after two thirds of the run, rounded down. A `~` at the beginning of a path is the home folder.
 
     Raises:
         HessianFlowError: settings that do not go together once they are filled.
     """
-    preset = dict(PRESETS[config.data])
-    if config.controller in _OWN_SCHEDULES:
-        preset["schedule"] = "constant"
-    preset |= {"norm_mode": "eval", "adversarial_share": 1.0 if config.adversary == "conadv" else 0.2}
-    if config.controller == "critical":
-        # The stable rate of the bound is SGD's: of an optimizer that rescales its gradients it says nothing.
-        share = 0.75 if config.optimizer == "sgd" else 0.0
-        preset |= {"schedule": "cooldown", "norm_mode": "batch", "edge_share": share}
-    if config.resolution is not None:
-        preset["resolutions"] = config.resolutions_of(config.data)
-    if config.controller == "dual-batch":
-        preset = {name: value for name, value in preset.items() if name not in NOT_ON_A_SERVER}
-        preset |= config.dual_batch_defaults()
+    config = replace(
+        config,
+        data_dir=user_path(config.data_dir, "--data-dir"),
+        run_dir=user_path(config.run_dir, "--run-dir"),
+    )
+    preset = _preset(config)
     filled = {name: value for name, value in preset.items() if getattr(config, name) is None}
-    batch = config.batch_size or filled["batch_size"]
+    batch, examples = config.batch_size or preset["batch_size"], config.train_examples or sys.maxsize
     if "max_batch_size" in filled:
-        filled["max_batch_size"] = max(min(filled["max_batch_size"], config.train_examples or sys.maxsize), batch)
+        filled["max_batch_size"] = max(min(filled["max_batch_size"], examples), batch)
     elif config.max_batch_size is not None and config.max_batch_size < batch:
         raise HessianFlowError(
             f"--max-batch-size {config.max_batch_size} is below the batch size {batch} that {config.data} runs start "
             "with: raise the cap or set --batch-size"
         )
+    if "probe_examples" in filled:
+        filled["probe_examples"] = min(filled["probe_examples"], examples)
     if "milestones" in filled:
         epochs = config.epochs or preset["epochs"]
         scaled = (milestone * epochs // preset["epochs"] for milestone in filled["milestones"])
@@ -317,19 +282,50 @@ def resolve(config: TrainConfig) -> TrainConfig:
     resolved = replace(config, **filled)
     if resolved.schedule == "cooldown" and resolved.decay_from is None:
         resolved = replace(resolved, decay_from=cooldown_start(resolved.epochs or 1))
-    if resolved.controller == "critical" and resolved.edge_share and resolved.norm_mode == "eval":
-        raise HessianFlowError(
-            "--norm-mode eval measures another function than the one trained, whose edge critical seeks: leave it out, "
-            "or that bound, with --edge-share 0"
-        )
-    if resolved.controller == "critical" and resolved.edge_share and resolved.lr_rule is not None:
-        raise HessianFlowError(
-            f"--lr-rule {resolved.lr_rule} would replace the rate that critical finds stable: leave it out, or that "
-            "bound, with --edge-share 0"
-        )
+    check_resolved(resolved)
     if config.controller == "dual-batch":
         resolved.check_plan()
     return _planned(resolved) if config.controller == "timed" and config.stages is None else resolved
+
+
+def _preset(config: TrainConfig) -> dict[str, Any]:
+    """What data set, optimizer and controller would have, by the names of the settings.
+
+    Raises:
+        HessianFlowError: no rate is known for the optimizer on the data set, and none is given.
+    """
+    preset = dict(PRESETS[config.data])
+    if config.optimizer != "sgd":
+        preset["lr"] = _rate(config, preset["lr"])
+    if config.controller in _OWN_SCHEDULES:
+        preset["schedule"] = "constant"
+    preset |= {"norm_mode": "eval", "adversarial_share": 1.0 if config.adversary == "conadv" else 0.2}
+    if config.controller == "critical":
+        # The stable rate of the bound is SGD's: of an optimizer that rescales its gradients it says nothing.
+        share = 0.75 if config.optimizer == "sgd" else 0.0
+        preset |= {"schedule": "cooldown", "norm_mode": "batch", "edge_share": share}
+    if config.optimizer in ADAPTIVE and config.controller in SCALED and not config.edge_share:
+        preset["lr_rule"] = "sqrt"
+    if config.resolution is not None:
+        preset["resolutions"] = config.resolutions_of(config.data, config.image_size)
+    if config.data not in SIDES:
+        preset["image_size"] = preset.get("resolutions", (FILE_SIDE,))[-1]
+    if config.controller == "dual-batch":
+        preset = {name: value for name, value in preset.items() if name not in NOT_ON_A_SERVER}
+        preset |= config.dual_batch_defaults()
+    return preset
+
+
+def _rate(config: TrainConfig, for_sgd: float) -> float | None:
+    """The rate that is known for an optimizer on a data set, if none is given."""
+    rates = RATES[config.optimizer]
+    rate = rates.get(config.data, rates.get("all"))
+    if rate is None and config.lr is None:
+        raise HessianFlowError(
+            f"--optimizer {config.optimizer} needs --lr: {for_sgd:g}, the rate of {config.data} runs, is SGD's, and no "
+            "other is known"
+        )
+    return rate
 
 
 def cooldown_start(epochs: int) -> int:
@@ -364,11 +360,6 @@ def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise HessianFlowError(f"{source} has unknown settings {', '.join(unknown)}: made by another release?")
-    types = get_type_hints(TrainConfig, include_extras=True)
-    for name, value in settings.items():
-        fault = fault_of(value, types[name])
-        if fault is not None:
-            raise HessianFlowError(f"{source}: {fault.inside(name)}")
     try:
         return TrainConfig(**{name: _tupled(value) for name, value in settings.items()})
     except HessianFlowError as error:
@@ -377,8 +368,3 @@ def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
 
 def _tupled(value: Any) -> Any:
     return tuple(_tupled(part) for part in value) if isinstance(value, list) else value
-
-
-def option(name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + name.replace("_", "-")

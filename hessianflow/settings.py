@@ -1,10 +1,10 @@
 """Settings of methods that need several: parts of :class:`hessianflow.config.TrainConfig`, with their own checks."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from hessianflow.bounds import option
 from hessianflow.interfaces import HessianFlowError
 
 ResolutionName = Literal["cyclic", "once", "uniform"]
@@ -16,7 +16,7 @@ CombineName = Literal["sum", "average"]
 RunnerName = Literal["interleaved", "process", "stream"]
 
 NOT_ON_A_SERVER = ("checkpoint_examples", "checkpoint_minutes", "on_divergence", "lr_rule", "curvature_budget")
-"""Settings of runs without a parameter server."""
+"""Settings that data sets and optimizers have presets for, but runs with a parameter server do not."""
 _NOT_ELASTIC = (("adversary", "conadv"), ("controller", "dual-batch"), ("on_divergence", "rollback"))
 """Settings of runs that keep batches of their own, have workers of their own, or go back to files."""
 
@@ -47,39 +47,39 @@ class ResolutionSettings:
     dropouts: tuple[float, ...] | None = None
 
     def check_resolution(self) -> None:
-        """Refuse resolutions without a schedule, not increasing, or with lists of different lengths.
+        """Refuse resolutions that do not increase, or lists of different lengths.
 
         Raises:
             HessianFlowError: naming the option.
         """
-        for name in ("resolutions", "resolution_batch_sizes", "dropouts"):
+        for name in ("resolution_batch_sizes", "dropouts"):
             values = getattr(self, name)
-            if values is None:
-                continue
-            if self.resolution is None:
-                raise HessianFlowError(f"{_option(name)} needs --resolution cyclic, once or uniform")
-            if name != "resolutions" and self.resolutions is not None and len(values) != len(self.resolutions):
+            if values is not None and self.resolutions is not None and len(values) != len(self.resolutions):
                 raise HessianFlowError(
-                    f"{_option(name)} must hold one value for each of the {len(self.resolutions)} resolutions, "
+                    f"{option(name)} must hold one value for each of the {len(self.resolutions)} resolutions, "
                     f"got {len(values)}"
                 )
         sizes = self.resolutions
         if sizes is not None and (not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes))):
             raise HessianFlowError(f"--resolutions must be one or more increasing sizes in pixels, got {list(sizes)}")
-        if self.resolution_batch_sizes is not None and min(self.resolution_batch_sizes) < 1:
+        if self.resolution_batch_sizes is not None and min(self.resolution_batch_sizes, default=0) < 1:
             raise HessianFlowError(
                 f"--resolution-batch-sizes must be 1 or more, got {list(self.resolution_batch_sizes)}"
             )
         if self.dropouts is not None and not all(0 <= value < 1 for value in self.dropouts):
             raise HessianFlowError(f"--dropouts must lie in [0, 1), got {list(self.dropouts)}")
 
-    def resolutions_of(self, data: str) -> tuple[int, ...]:
+    def resolutions_of(self, data: str, image_size: int | None) -> tuple[int, ...]:
         """The resolutions given, or the default ones for the images of `data`.
+
+        Args:
+            data: name of the data set.
+            image_size: side that image files are cut to; None: not known.
 
         Raises:
             HessianFlowError: the images do not have the highest of them.
         """
-        side = SIDES.get(data)
+        side = SIDES.get(data, image_size)
         if self.resolutions is None:
             full = side or FILE_SIDE
             return (full * 3 // 4, full)
@@ -118,29 +118,12 @@ class DualBatchSettings:
     synchrony: SynchronyName | None = None
     ray_address: str | None = None
 
-    def check_dual_batch(self, *, wanted: bool, elastic: bool = False) -> None:
-        """Refuse settings out of bounds, any of them where the controller is another, and others where it is this one.
+    def check_dual_batch(self) -> None:
+        """Refuse half a line of step times.
 
         Raises:
-            HessianFlowError: naming the option.
+            HessianFlowError: naming the options.
         """
-        names = [field.name for field in fields(DualBatchSettings) if getattr(self, field.name) is not None]
-        if elastic and "ray_address" in names:
-            names.remove("ray_address")
-        if names and not wanted:
-            hint = "; processes that load images are --loader-workers" if names[0] == "workers" else ""
-            raise HessianFlowError(f"{_option(names[0])} is a setting of --controller dual-batch{hint}")
-        for field in fields(self):
-            if wanted and field.name in NOT_ON_A_SERVER and getattr(self, field.name) != field.default:
-                raise HessianFlowError(f"{_option(field.name)} does nothing with --controller dual-batch: leave it out")
-        for name, low in (("workers", 1), ("small_workers", 0), ("min_small_batch_size", 1), ("extra_time", 1)):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= low):
-                raise HessianFlowError(f"{_option(name)} must be at least {low}, got {value}")
-        for name in ("slope", "intercept"):
-            value = getattr(self, name)
-            if value is not None and not all(math.isfinite(v) and v > 0 for v in as_tuple(value)):
-                raise HessianFlowError(f"{_option(name)} must be greater than 0, got {value}")
         if (self.slope is None) != (self.intercept is None):
             raise HessianFlowError("--slope and --intercept make a line together: give both or neither")
 
@@ -189,16 +172,11 @@ class TwinSettings:
     split_norm: bool | None = None
 
     def check_twins(self, *, wanted: bool, dropouts: bool) -> None:
-        """Refuse a negative staleness, one above 0 with dropouts, and these settings where the adversary is another.
+        """Refuse a staleness above 0 with dropouts.
 
         Raises:
             HessianFlowError: naming the option.
         """
-        names = [field.name for field in fields(TwinSettings) if getattr(self, field.name) is not None]
-        if names and not wanted:
-            raise HessianFlowError(f"{_option(names[0])} is a setting of --adversary conadv")
-        if self.staleness is not None and self.staleness < 0:
-            raise HessianFlowError(f"--staleness must be at least 0, got {self.staleness}")
         if wanted and dropouts and self.staleness != 0:
             steps = 1 if self.staleness is None else self.staleness
             raise HessianFlowError(
@@ -221,7 +199,7 @@ class WorkerSettings:
     max_workers: int | None = None
 
     def check_workers(self, **others: str) -> None:
-        """Refuse bounds that contradict each other, bounds without `elastic`, and what an elastic run cannot do.
+        """Refuse bounds that contradict each other, and what an elastic run cannot do.
 
         Args:
             others: further settings, of which some do not go with `elastic`.
@@ -229,24 +207,14 @@ class WorkerSettings:
         Raises:
             HessianFlowError: naming the option.
         """
-        for name in ("min_workers", "max_workers"):
-            value = getattr(self, name)
-            if value is not None and not self.elastic:
-                raise HessianFlowError(f"{_option(name)} is a setting of --elastic runs: add --elastic")
-            if value is not None and value < 1:
-                raise HessianFlowError(f"{_option(name)} must be at least 1, got {value}")
         low, high = self.min_workers or 1, self.max_workers or 8
         if low > high:
             raise HessianFlowError(f"--max-workers {high} is below --min-workers {low}: raise it")
         for name, value in others.items():
             if self.elastic and (name, value) in _NOT_ELASTIC:
-                raise HessianFlowError(f"--elastic does not go with {_option(name)} {value}: leave one out")
+                raise HessianFlowError(f"--elastic does not go with {option(name)} {value}: leave one out")
 
 
 def as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
     """One value, or several, as a tuple."""
     return value if isinstance(value, tuple) else (value,)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -559,12 +559,12 @@ def test_killed_at_a_random_moment_and_resumed_is_bit_equal(capsys):
     assert rows("run") == rows("whole")
 
 
-def test_sigterm_saves_and_exits_0_as_preempted(capsys):
+def test_sigterm_saves_and_exits_143_as_preempted(capsys):
     process = start("train", "--epochs", "200", "--plots", "false", "--run-dir", "run")
     wait_for_epochs("run", 1)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == 128 + signal.SIGTERM, err
     assert "preempted" in out
     history = History.load("run")
     assert history.summary["status"] == "preempted"

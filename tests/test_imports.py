@@ -26,22 +26,28 @@ ALLOWED: dict[str, set[str]] = {
     "memory": set(),
     "checks": {"interfaces"},
     "presets": set(),
-    "settings": {"interfaces"},
-    "config": {"interfaces", "presets", "settings", "runs"},
+    "machine": {"interfaces"},
+    "bounds": {"interfaces"},
+    "effects": {"interfaces", "bounds"},
+    "contradictions": {"interfaces", "presets"},
+    "settings": {"interfaces", "bounds"},
+    "config": {"interfaces", "presets", "settings", "bounds", "effects", "contradictions"},
+    "fitting": {"config", "presets", "settings", "data"},
+    "earlier": {"config", "presets", "settings", "data"},
     "__init__": {"interfaces", "memory"},
     "__main__": {"cli"},
 }
 ROOMS_OF_BUILD = {
     *("curvature", "control", "adversarial", "optim", "models", "data", "training", "distributed", "runs"),
-    *("config", "build", "choices", *SHARED),
+    *("config", "settings", "build", "choices", "fitting", "earlier", "machine", *SHARED),
 }
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
 ALLOWED["elastic"] = ROOMS_OF_BUILD | {"elastic"}
-ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch", "settings"}
+ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch"}
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
     *("commands", "config", "build", "choices", "dual_batch", "elastic", "plots", "training", "control", "curvature"),
-    *("adversarial", "data", "distributed", "settings", "runs", *SHARED),
+    *("adversarial", "data", "distributed", "settings", "runs", "bounds", "effects", "fitting", *SHARED),
 }
 
 

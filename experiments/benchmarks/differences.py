@@ -4,9 +4,10 @@
 
 Prints one Markdown table. Random networks: eight kinds of layers, nine activations, float32 and
 float64, 2 to 128 examples, four losses, weights at their initialisation or larger or smaller,
-trained for 0, 10 or 100 steps. Healthy ones are checked as they are, in four disguises that spoil
-differences, and as Gauss-Newton and Fisher matrices; faulty ones have one fault in the middle, which
-need not matter to the product (a dead unit, a part where the fault is linear).
+trained for 0, 10 or 100 steps, a third of them with inputs that are partly 0 and without biases.
+Healthy ones are checked as they are, in four disguises that spoil differences, and as Gauss-Newton
+and Fisher matrices; faulty ones have one fault in the middle, which need not matter to the product
+(a dead unit, a part where the fault is linear).
 """
 
 import argparse
@@ -108,10 +109,22 @@ class Case:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.mul_(scale if parameter.ndim > 1 else 1)
-        self._train(draw.choice([0, 10, 100]))
+        steps = draw.choice([0, 10, 100])
         normalises = "normalised" in kind or kind == "residual"
         self.options = {"norm_mode": draw.choice(["eval", "batch"])} if normalises and examples > 4 else {}
-        self.to(draw.choice([torch.float32, torch.float32, torch.float64]))
+        dtype = draw.choice([torch.float32, torch.float32, torch.float64])
+        if draw.random() < 0.3:
+            self._put_on_kinks()
+        self._train(steps)
+        self.to(dtype)
+
+    def _put_on_kinks(self) -> None:
+        """Let half of each input be 0, and all biases: many units are then exactly where relu has no derivative."""
+        self.inputs[..., : (self.inputs.shape[-1] + 1) // 2] = 0
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.ndim == 1 and not bool((parameter == 1).all()):
+                    parameter.zero_()
 
     def _train(self, steps: int) -> None:
         optimizer = torch.optim.SGD(self.model.parameters(), 0.05, 0.9)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.runner import MEASURED
+from experiments.cells import MEASURED
 from hessianflow.cli import main as command
 from hessianflow.runs import History
 from hessianflow.runs.files import read_object

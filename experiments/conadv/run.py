@@ -9,9 +9,9 @@ if __name__ == "__main__":
 
 from experiments.conadv.grid import cells  # noqa: E402  (found by the line above when run as a file)
 from experiments.conadv.table import report  # noqa: E402
-from experiments.runner import Study, main  # noqa: E402
+from experiments.runner import RUNS, Study, main  # noqa: E402
 
-STUDY = Study("conadv", FOLDER, cells, report)
+STUDY = Study("conadv", RUNS / "conadv", cells, report, recorded=FOLDER)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

@@ -8,9 +8,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(FOLDER.parents[1]))
 
 from experiments.controllers.grid import cells  # noqa: E402  (found by the line above when run as a file)
-from experiments.runner import Study, main  # noqa: E402
+from experiments.runner import RUNS, Study, main  # noqa: E402
 
-STUDY = Study("controllers", FOLDER, cells)
+STUDY = Study("controllers", RUNS / "controllers", cells, recorded=FOLDER)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

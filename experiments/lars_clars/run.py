@@ -9,9 +9,9 @@ if __name__ == "__main__":
 
 from experiments.lars_clars.figure import draw  # noqa: E402  (found by the line above when run as a file)
 from experiments.lars_clars.grid import cells  # noqa: E402
-from experiments.runner import Study, main  # noqa: E402
+from experiments.runner import RUNS, Study, main  # noqa: E402
 
-STUDY = Study("lars_clars", FOLDER, cells, draw)
+STUDY = Study("lars_clars", RUNS / "lars_clars", cells, draw, recorded=FOLDER)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import hessianflow as hf
-from experiments.runner import MEASURED
+from experiments.cells import MEASURED
 from hessianflow.build import build_parts, build_trainer, prepare
 from hessianflow.config import from_dict
 from hessianflow.curvature import loss_landscape

@@ -7,10 +7,10 @@ FOLDER = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(FOLDER.parents[1]))
 
-from experiments.runner import Study, main  # noqa: E402
+from experiments.runner import RUNS, Study, main  # noqa: E402
 from experiments.squeezenext.grid import cells  # noqa: E402  (found by the line above when run as a file)
 
-STUDY = Study("squeezenext", FOLDER, cells)
+STUDY = Study("squeezenext", RUNS / "squeezenext", cells, recorded=FOLDER)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

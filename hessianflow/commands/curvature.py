@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import require_settings, shown
-from hessianflow.interfaces import HessianFlowError, NormMode
+from hessianflow.bounds import check_range, check_setting
+from hessianflow.commands.parser import add_command, path
+from hessianflow.commands.runs import MODEL_HELP, printable, require_named_code, require_settings, writing_to
+from hessianflow.interfaces import NormMode
 
 if TYPE_CHECKING:
     from hessianflow.curvature import SignShares, SpectrumReport
+
+
+MOST_EIGENVALUES = 1000
+"""Ours: each is a vector as large as the model, and they are kept orthogonal by hand."""
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -19,29 +24,26 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     spectrum = add_command(
         commands, "spectrum", "measure the Hessian's eigenvalues, trace and density at a run's weights"
     )
-    spectrum.add_argument("run", type=str, help="run directory, or a checkpoint inside one")
-    spectrum.add_argument("--k", type=int, default=5, help="leading eigenvalues")
-    spectrum.add_argument("--density", type=bool, default=False, help="spectral density too, with a picture")
-    spectrum.add_argument("--trace", type=bool, default=False, help="trace too")
-    spectrum.add_argument(
-        "--layers", type=str | None, default=None, help="single layers by name, e.g. 'layer1.*' or '*'"
-    )
-    spectrum.add_argument("--out", type=str | None, default=None, help="folder for spectrum.json and pictures")
+    spectrum.add("run", type=path, help="run directory, or a checkpoint inside one")
+    spectrum.add("--k", type=int, default=5, help="leading eigenvalues")
+    spectrum.add("--density", type=bool, default=False, help="spectral density too, with a picture")
+    spectrum.add("--trace", type=bool, default=False, help="trace too")
+    spectrum.add("--layers", type=str | None, default=None, help="single layers by name, e.g. 'layer1.*' or '*'")
+    spectrum.add("--out", type=path, default=None, help="folder for spectrum.json and pictures")
     second = add_command(commands, "second-opinion", "print our eigenvalues, trace and density beside PyHessian's")
-    second.add_argument("run", type=str, help="run directory, or a checkpoint inside one")
-    second.add_argument("--k", type=int, default=2, help="leading eigenvalues")
+    second.add("run", type=path, help="run directory, or a checkpoint inside one")
+    second.add("--k", type=int, default=2, help="leading eigenvalues")
     for parser in (spectrum, second):
-        parser.add_argument("--examples", type=int, default=256, help="training examples the loss is averaged over")
-        parser.add_argument("--seed", type=int, default=0, help="of the examples and of all random starts")
-    spectrum.add_argument(
+        parser.add("--examples", type=int, default=256, help="training examples the loss is averaged over")
+        parser.add("--seed", type=int, default=0, help="of the examples and of all random starts")
+        parser.add("--model", type=str | None, default=None, help=MODEL_HELP)
+    spectrum.add(
         "--microbatch-size",
         type=int | None,
         default=None,
         help="examples per pass; default: all in one graph, the fastest; set it when memory runs out",
     )
-    spectrum.add_argument(
-        "--norm-mode", type=NormMode, default="eval", help="statistics of batch normalisation: eval or batch"
-    )
+    spectrum.add("--norm-mode", type=NormMode, default="eval", help="statistics of batch normalisation: eval or batch")
     return {"spectrum": _spectrum, "second-opinion": _second_opinion}
 
 
@@ -88,9 +90,12 @@ def _load(arguments: Namespace, command: str, instead: str) -> tuple[Any, Any, A
 
     from hessianflow.build import find_checkpoint, load_parts
 
-    if arguments.k < 1 or arguments.examples < 1:
-        raise HessianFlowError(f"--k and --examples must be at least 1, got {arguments.k} and {arguments.examples}")
-    require_settings(find_checkpoint(arguments.run)[0], command, instead)
+    check_range("--k", arguments.k, 1, MOST_EIGENVALUES)
+    check_setting("examples", arguments.examples, int)
+    check_setting("seed", arguments.seed, int)
+    run_dir = find_checkpoint(arguments.run)[0]
+    require_settings(run_dir, command, instead)
+    require_named_code(run_dir, arguments.model)
     _, parts = load_parts(arguments.run)
     count = min(arguments.examples, parts.train.num_examples)
     return parts.model, CrossEntropyLoss(), parts.train.sample(count, arguments.seed)
@@ -141,18 +146,16 @@ def _write(report: "SpectrumReport", folder: Path) -> None:
     from hessianflow.runs.files import finite
     from hessianflow.runs.measured import keep_spectrum
 
-    try:
+    with writing_to(folder):
         (folder / "plots").mkdir(parents=True, exist_ok=True)
         moved = keep_spectrum(folder, finite(report.to_dict()))
-    except OSError as error:
-        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
-    print(f"  {shown(folder / 'spectrum.json')}")
-    if moved is not None:
-        print(f"  {shown(moved)} (of other weights, examples or norm mode, measured earlier)")
-    if report.density is not None:
-        path = folder / "plots" / "spectral_density.png"
-        plots.spectral_density(report.density, path=path)
-        print(f"  {shown(path)}")
+        print(f"  {printable(folder / 'spectrum.json')}")
+        if moved is not None:
+            print(f"  {printable(moved)} (of other weights, examples or norm mode, measured earlier)")
+        if report.density is not None:
+            path = folder / "plots" / "spectral_density.png"
+            plots.spectral_density(report.density, path=path)
+            print(f"  {printable(path)}")
 
 
 def _folder(arguments: Namespace) -> Path:

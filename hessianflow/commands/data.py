@@ -5,7 +5,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from hessianflow.commands.parser import add_command
+from hessianflow.commands.parser import add_command, path
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -17,8 +17,8 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         ("verify", "compare local files with the published sizes and checksums"),
     ):
         action = add_command(actions, name, text, prefix="hessianflow data")
-        action.add_argument("name", type=str, help="cifar10, cifar100, svhn or tiny-imagenet")
-        action.add_argument("--data-dir", type=str | None, default=None, help="folder; default: a cache of this user")
+        action.add("name", type=str, help="cifar10, cifar100, svhn or tiny-imagenet")
+        action.add("--data-dir", type=path, default=None, help="folder; default: a cache of this user")
     return {"data": _data}
 
 

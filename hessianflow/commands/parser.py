@@ -1,35 +1,134 @@
 """The argument parser: every mistake is one line in the words of the command line, with exit status 2."""
 
+import difflib
 import re
 import sys
+from argparse import ArgumentTypeError
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_loader
 
-from hessianflow.config import option
+from hessianflow.bounds import option, user_path
+from hessianflow.commands.yaml_text import UnfitTextError, load_value
+from hessianflow.interfaces import HessianFlowError
+
+MODE = "bounded-yaml"
+"""What jsonargparse calls the reader of values that :func:`main_parser` gives it."""
+LONGEST = 100
+"""Most characters of a wrong value that an error repeats."""
 
 
 class Parser(ArgumentParser):
-    """Reports a mistake on one line."""
+    """Reports a mistake on one line.
+
+    Attributes:
+        options: every option, as typed.
+        settings: the names of those that are settings of a run.
+        values: those whose words are read as YAML, which text is not.
+        switches: those that are true or false, and true when nothing follows.
+        children: the commands below this one.
+        current: the command that is being parsed, if it is another; errors point to its help.
+        origin: what the words come from, for errors; empty: the command line.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.options: list[str] = []
+        self.settings: set[str] = set()
+        self.values: set[str] = set()
+        self.switches: set[str] = set()
+        self.children: dict[str, Parser] = {}
+        self.current: Parser | None = None
+        self.origin = ""
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def add(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument as `add_argument` does, and remember how it is spelled.
+
+        jsonargparse compiles the source of an `add_argument` of a subclass anew, for groups: so this is another method.
+        """
+        self.options += [word for word in args if word.startswith("--")]
+        if kwargs.get("type") in (bool, bool | None):
+            self.switches.update(args)
+        if "type" in kwargs and kwargs["type"] not in (str, str | None, path):
+            self.values.update(args)
+        return self.add_argument(*args, **kwargs)
+
+    def announce(self, origin: str) -> None:
+        """Let errors say what the words that are parsed from now on come from."""
+        for parser in (self, self.current):
+            if parser is not None:
+                parser.origin = origin
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse would pass over a disk that is full."""
+        (file or sys.stdout).write(self.format_help())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
         """Print the mistake and end with status 2."""
-        line = " ".join(message.split())
-        key = re.match(r'Parser key "(\w+)": (.*)', line)
-        if key:
-            line = f"{option(key[1])}: {plain(key[2])}"
-        line = re.sub(r"arguments are required: (\w+)\.(\w+)", r"arguments are required: \2", line)
-        line = line.replace("unrecognized arguments:", "unknown option:")
-        sys.stderr.write(f"{self.prog}: error: {line} (see {self.prog} --help)\n")
+        parser = self.current or self
+        line = self._in_options(" ".join(message.split()))
+        sys.stderr.write(f"{parser.prog}: error: {self.origin}{line} (see {parser.prog} --help)\n")
         sys.exit(2)
+
+    def _in_options(self, line: str) -> str:
+        """The mistake in the words of the command line."""
+        parser = self.current or self
+        if key := re.match(r'Parser key "(?:[\w-]+\.)*(\w+)":? ?(?:element \d+: )?(.*)', line):
+            return f"{option(key[1]) if option(key[1]) in parser.options else key[1]}: {plain(key[2])}"
+        if unknown := re.match(r"unrecognized arguments: ((--[^\s=]+).*|.*)", line):
+            return f"unknown option: {shortened(unknown[1])}{did_you_mean(unknown[2] or '', parser.options)}"
+        if choice := re.match(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)", line):
+            known = re.findall(r"'([^']*)'", choice[3])
+            hint = did_you_mean(choice[2], known)
+            return f"unknown {choice[1].lower()} {shortened(choice[2])!r}{hint}; there are {', '.join(known)}"
+        if not_given := re.match(r'expected "[\w.]+" to be one of \{(.*)\}, but it was not provided', line):
+            return f"name what to do: {' or '.join(not_given[1].split(','))}"
+        line = re.sub(r"(arguments are required: )(?:\w+\.)*(\w+)", r"\1\2", line)
+        return shortened(line, 5 * LONGEST)
+
+
+def main_parser(prog: str, description: str) -> Parser:
+    """The parser of all commands; its values are read within bounds (see :mod:`hessianflow.commands.yaml_text`)."""
+    set_loader(MODE, load_value, exceptions=(UnfitTextError.__base__ or Exception,))
+    return Parser(prog=prog, description=description, parser_mode=MODE)
 
 
 def add_command(commands: Any, name: str, help_text: str, *, prefix: str = "hessianflow") -> Parser:
     """A parser for the command `name`, listed with `help_text`."""
     parser = Parser(description=help_text[0].upper() + help_text[1:] + ".")
     commands.add_subcommand(name, parser, help=help_text)
+    commands.parent_parser.children[name] = parser
     parser.prog = f"{prefix} {name}"
     return parser
+
+
+class UnfitPathError(ArgumentTypeError, ValueError):
+    """Text that no path can be: argparse repeats the words of the first kind, jsonargparse those of the second."""
+
+
+def path(text: str) -> str:
+    """The type of an option that is a path: with the home folder in place of `~`, and something that can be one.
+
+    Raises:
+        UnfitPathError: it cannot.
+    """
+    if not text or "\0" in text:
+        raise UnfitPathError("a path must not be empty, nor hold a NUL character")
+    try:
+        return user_path(text, "path")
+    except HessianFlowError as error:
+        raise UnfitPathError(str(error)) from None
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A hint at the known word that is nearest; empty where none is near."""
+    close = difflib.get_close_matches(word.replace("_", "-").lower(), known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def shortened(text: str, length: int = LONGEST) -> str:
+    """The text, cut where it is longer."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def plain(message: str) -> str:
@@ -40,4 +139,9 @@ def plain(message: str) -> str:
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     message = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", message)
     message = message.replace("tuple[int, ...]", "list of whole numbers like [30, 60]")
-    return message.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+    message = message.replace("Expected a ", "expected ")
+    expected, comma, value = message.partition(". Got value: ")
+    if not comma:
+        return shortened(message, 5 * LONGEST)
+    hint = did_you_mean(value, re.findall(r"'([^']*)'", expected))
+    return f"{expected}, got {shortened('null' if value == 'None' else value)}{hint}"

@@ -4,15 +4,16 @@ Other kinds of plan are subcommands of this one.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
+from hessianflow.bounds import BOUNDS, check_range
 from hessianflow.commands import plan_dual_batch
-from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import require_settings, shown
+from hessianflow.commands.parser import add_command, path
+from hessianflow.commands.runs import printable, require_named_code, require_settings, writing_to
 from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig, option
 from hessianflow.interfaces import HessianFlowError
@@ -36,6 +37,9 @@ SCHEDULE = (
 )
 HERE = ("data_dir", "microbatch_size", "precision", "channels_last", "device", "threads")
 """Settings that say what is trained, and settings that say how it is measured."""
+FIGURES = ("slope", "intercept", "update_seconds", "gradient_bytes", "bandwidth", "latency", "price")
+ABOVE_ZERO = ("slope", "gradient_bytes", "bandwidth")
+"""Options that are figures, and those among them that must not be 0."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,11 @@ class Basis:
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     plan = add_command(commands, "plan", "predict time, efficiency and cost of a run on many workers")
-    plan.add_argument("--workers", type=str, default="1..1024", help="1..1024 doubles from 1 to 1024; 1,2,6 is a list")
-    plan.add_argument(
-        "--run", type=str | None, default=None, help="run directory with the settings and batches to plan for"
-    )
-    plan.add_argument(
+    plan.add("--workers", type=str, default="1..1024", help="1..1024 doubles from 1 to 1024; 1,2,6 is a list")
+    plan.add("--run", type=path, default=None, help="run directory with the settings and batches to plan for")
+    plan.add(
         "--measured",
-        type=str | None,
+        type=path,
         default=None,
         help="JSON file with step times, such as the plan.json of a plan made elsewhere; default: measured here",
     )
@@ -73,18 +75,18 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         ("intercept", "seconds a microbatch beside that"),
         ("update_seconds", "seconds of an optimizer step; default: measured with the rest"),
     ):
-        plan.add_argument(option(name), type=float | None, default=None, help=text)
-    plan.add_argument("--gradient-bytes", type=int | None, default=None, help="default: those of the model, in float32")
-    plan.add_argument("--bandwidth", type=float | None, default=None, help="bytes a second between two workers")
-    plan.add_argument("--latency", type=float | None, default=None, help="seconds a message between two workers")
-    plan.add_argument(
+        plan.add(option(name), type=float | None, default=None, help=text)
+    plan.add("--gradient-bytes", type=int | None, default=None, help="default: those of the model, in float32")
+    plan.add("--bandwidth", type=float | None, default=None, help="bytes a second between two workers")
+    plan.add("--latency", type=float | None, default=None, help="seconds a message between two workers")
+    plan.add(
         "--membership",
         type=Literal["fixed", "elastic"],
         default="fixed",
         help="fixed: all workers are held throughout; elastic: as many as get a full microbatch each",
     )
-    plan.add_argument("--price", type=float, default=0.0, help="of one worker for one hour, in any currency")
-    plan.add_argument("--out", type=str | None, default=None, help="folder; default: plan, in the run directory if any")
+    plan.add("--price", type=float, default=0.0, help="of one worker for one hour, in any currency")
+    plan.add("--out", type=path, default=None, help="folder; default: plan, in the run directory if any")
     add_settings(plan, (*SCHEDULE, *HERE))
     plan_dual_batch.add(plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND"))
     return {"plan": _plan}
@@ -102,7 +104,7 @@ def _plan(arguments: Namespace) -> int:
     basis = _basis(arguments, run)
     predictions = predict(basis.model, basis.phases, counts, membership=arguments.membership)
     for name, text in basis.sources.items():
-        print(f"{name:<12}{shown(text)}")
+        print(f"{name:<12}{printable(text)}")
     print(_table(predictions, arguments.price))
     print(_verdict(predictions))
     folder = Path(arguments.out or Path(arguments.run or "") / "plan")
@@ -111,12 +113,14 @@ def _plan(arguments: Namespace) -> int:
 
 
 def _check(arguments: Namespace) -> None:
-    for name in ("slope", "bandwidth", "gradient_bytes"):
-        if arguments[name] is not None and not arguments[name] > 0:
-            raise HessianFlowError(f"{option(name)} must be greater than 0, got {arguments[name]:g}")
-    for name in ("intercept", "update_seconds", "latency", "price"):
-        if arguments[name] is not None and not arguments[name] >= 0:
-            raise HessianFlowError(f"{option(name)} must be at least 0, got {arguments[name]:g}")
+    for name in FIGURES:
+        low, high = BOUNDS[name]
+        value = arguments[name]
+        if value is None:
+            continue
+        if name in ABOVE_ZERO and value <= low:
+            raise HessianFlowError(f"{option(name)} must be greater than 0, got {value:g}")
+        check_range(option(name), value, low, high)
     if (arguments.slope is None) != (arguments.intercept is None):
         raise HessianFlowError("--slope and --intercept belong together: give both, or neither")
     if arguments.slope is not None and arguments.measured is not None:
@@ -128,14 +132,16 @@ def _run(arguments: Namespace) -> "Run":
     from hessianflow.commands.planning import Run
     from hessianflow.runs import History
 
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    changed = {name: arguments[name] for name in (*SCHEDULE, *HERE) if arguments[name] != defaults[name]}
+    changed = arguments.given.settings(arguments)
     if arguments.run is None:
-        return Run(prepare(TrainConfig(**changed)))
+        config = prepare(TrainConfig(**changed))
+        arguments.given.check(config)
+        return Run(config)
     for name in SCHEDULE:
-        if name in changed:
+        if name in changed and name != "model":
             raise HessianFlowError(f"{option(name)} {changed[name]}: --run {arguments.run} sets that, leave one out")
     require_settings(arguments.run, "plan", "hf.distributed.predict")
+    require_named_code(arguments.run, arguments.model)
     return Run(prepare(replace(load_config(arguments.run), **changed)), History.load(arguments.run))
 
 
@@ -242,10 +248,8 @@ def _write(folder: Path, arguments: Namespace, basis: Basis, predictions: "Seque
         "phases": [asdict(phase) for phase in merged(basis.phases)],
         "predictions": [asdict(prediction) for prediction in predictions],
     }
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "plan.json", plan)
-    except OSError as error:
-        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
-    plots.scaling(plan, path=folder / "plan.png")
-    print(f"  {shown(folder / 'plan.json')}\n  {shown(folder / 'plan.png')}")
+        plots.scaling(plan, path=folder / "plan.png")
+    print(f"  {printable(folder / 'plan.json')}\n  {printable(folder / 'plan.png')}")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
+from hessianflow.bounds import BOUNDS, MOST, check_range, option
 from hessianflow.commands.parser import add_command
 from hessianflow.control.dual_batch import DualBatchPlan
 from hessianflow.control.published import PUBLISHED, Published
@@ -24,23 +25,27 @@ def add(kinds: Any) -> None:
     plan = add_command(
         kinds, NAME, "print the shares, batches and times of a dual-batch run", prefix="hessianflow plan"
     )
-    plan.add_argument("--preset", type=PresetName | None, default=None, help="a published setting (arXiv:2509.26092)")
-    plan.add_argument("--workers", type=int, default=4, help="how many there are")
-    plan.add_argument("--small-workers", type=int | None, default=None, help="of them; default: a line for each number")
-    plan.add_argument(
-        "--extra-time", type=float, default=1.05, help="what an epoch may take, relative to large batches"
-    )
-    plan.add_argument("--examples", type=int | None, default=None, help="of an epoch")
-    plan.add_argument("--batch-size", type=int | None, default=None, help="the large batch")
-    plan.add_argument("--slope", type=float | None, default=None, help="seconds an example")
-    plan.add_argument("--intercept", type=float | None, default=None, help="seconds a step")
-    plan.add_argument(
+    plan.add("--preset", type=PresetName | None, default=None, help="a published setting (arXiv:2509.26092)")
+    plan.add("--workers", type=int, default=4, help="how many there are")
+    plan.add("--small-workers", type=int | None, default=None, help="of them; default: a line for each number")
+    plan.add("--extra-time", type=float, default=1.05, help="what an epoch may take, relative to large batches")
+    plan.add("--examples", type=int | None, default=None, help="of an epoch")
+    plan.add("--batch-size", type=int | None, default=None, help="the large batch")
+    plan.add("--slope", type=float | None, default=None, help="seconds an example")
+    plan.add("--intercept", type=float | None, default=None, help="seconds a step")
+    plan.add(
         "--resolution", type=ResolutionName, default="cyclic", help="schedule of a preset with several resolutions"
     )
 
 
 def run(arguments: Namespace) -> int:
     """Print the tables, and what a published run would take."""
+    for name in ("workers", "small_workers", "extra_time", "examples", "batch_size"):
+        if arguments[name] is not None:
+            check_range(option(name), arguments[name], *BOUNDS[name])
+    for name in ("slope", "intercept"):  # the model of times says what is too small
+        if arguments[name] is not None:
+            check_range(option(name), arguments[name], -MOST, MOST)
     setting = _setting(arguments)
     workers, chosen = arguments.workers, arguments.small_workers
     if chosen is not None and chosen > workers:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessianflow.bounds import MOST, check_range
 from hessianflow.build import Parts, build_parts
 from hessianflow.choices import build_controller, build_optimizer, given
+from hessianflow.commands.parser import shortened
 from hessianflow.config import TrainConfig
 from hessianflow.distributed.performance import Phase, StepTime, fit_step_time, measure_steps
 from hessianflow.interfaces import HessianFlowError, Progress
@@ -22,6 +24,8 @@ from hessianflow.training.accumulate import GradientAccumulator
 
 MOST_EPOCHS = 1_000_000
 """Epochs of a plan, which looks at each of them. Ours."""
+MOST_COUNTS = 1000
+"""Numbers of workers of one plan: each is a line of the table. Ours."""
 REPEATS = 9
 """Steps of each size that the median is taken over. Ours."""
 
@@ -189,7 +193,12 @@ def worker_counts(text: str) -> list[int]:
     except ValueError:
         counts = [0]
     if min(counts) < 1:
-        raise HessianFlowError(f"--workers must be a range like 1..1024 or a list like 1,2,6 from 1 on, got {text}")
+        raise HessianFlowError(
+            f"--workers must be a range like 1..1024 or a list like 1,2,6 from 1 on, got {shortened(text)}"
+        )
+    check_range("--workers", max(counts), 1, MOST)
+    if len(counts) > MOST_COUNTS:
+        raise HessianFlowError(f"--workers must hold at most {MOST_COUNTS} numbers, got {len(counts)}")
     return sorted(set(counts))
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import Namespace
 
-from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import distinct, require_settings, shown
+from hessianflow.commands.parser import add_command, path
+from hessianflow.commands.runs import distinct, printable, require_settings, writing_to
 from hessianflow.config import ControllerName
 from hessianflow.interfaces import HessianFlowError
 
@@ -20,23 +20,21 @@ PLOTS = "plots"
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     plot = add_command(commands, "plot", "draw curvature trajectory and training curves of one or several runs")
-    plot.add_argument("run_dirs", type=str, nargs="+", help="run directories, drawn over each other")
-    plot.add_argument("--out", type=str, default=None, help="folder for the pictures; default: RUN_DIR/plots or plots")
+    plot.add("run_dirs", type=path, nargs="+", help="run directories, drawn over each other")
+    plot.add("--out", type=path, default=None, help="folder for the pictures; default: RUN_DIR/plots or plots")
     compare = add_command(commands, "compare", "print and draw who needs how many updates at which accuracy")
-    compare.add_argument(
-        "run_dirs", type=str, nargs="+", help="run directories; those that differ in seed are averaged"
-    )
-    compare.add_argument("--out", type=str, default=None, help="folder for compare.md, compare.csv and compare.png")
+    compare.add("run_dirs", type=path, nargs="+", help="run directories; those that differ in seed are averaged")
+    compare.add("--out", type=path, default=None, help="folder for compare.md, compare.csv and compare.png")
     report = add_command(commands, "report", "write one self-contained HTML page about one or several runs")
-    report.add_argument("run_dirs", type=str, nargs="+", help="run directories")
-    report.add_argument("--out", type=str, default=None, help="file; default: RUN_DIR/report.html or report.html")
+    report.add("run_dirs", type=path, nargs="+", help="run directories")
+    report.add("--out", type=path, default=None, help="file; default: RUN_DIR/report.html or report.html")
     replay = add_command(commands, "replay", "print what another controller would have done with a run's measurements")
-    replay.add_argument("run_dir", type=str, help="run directory")
-    replay.add_argument(
+    replay.add("run_dir", type=path, help="run directory")
+    replay.add(
         "--controller", type=ControllerName, default="absa", help=f"one of {', '.join(get_args(ControllerName))}"
     )
-    replay.add_argument("--max-batch-size", type=int | None, default=None, help="its cap; default: the run's")
-    replay.add_argument("--patience", type=int | None, default=None, help="of absa; default: the run's")
+    replay.add("--max-batch-size", type=int | None, default=None, help="its cap; default: the run's")
+    replay.add("--patience", type=int | None, default=None, help="of absa; default: the run's")
     return {"plot": _plot, "compare": _compare, "report": _report, "replay": _replay}
 
 
@@ -60,12 +58,12 @@ def draw(runs: list[Path], folder: Path) -> None:
     for picture, source in pictures:
         path = folder / f"{picture.__name__}.png"
         picture(source, path=path)
-        print(f"  {shown(path)}")
+        print(f"  {printable(path)}")
     elastic = [run for run in runs if plots.has_workers(run)]
     for run in elastic:
         path = folder / ("workers.png" if len(runs) == 1 else f"workers-{run.name}.png")
         plots.workers(run, path=path)
-        print(f"  {shown(path)}")
+        print(f"  {printable(path)}")
 
 
 def _plot(arguments: Namespace) -> int:
@@ -83,10 +81,11 @@ def _compare(arguments: Namespace) -> int:
     print(table.to_markdown())
     if arguments.out:
         folder = Path(arguments.out)
-        _make(folder)
-        _write_tables(table, folder)
-        plots.compare(runs, path=folder / "compare.png")
-        print(f"  {shown(folder)}/compare.md, compare.csv, compare.png")
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_tables(table, folder)
+            plots.compare(runs, path=folder / "compare.png")
+        print(f"  {printable(folder)}/compare.md, compare.csv, compare.png")
     return 0
 
 
@@ -107,7 +106,7 @@ def _report(arguments: Namespace) -> int:
     out = Path(arguments.out) if arguments.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
     _make(out.parent)
     plots.report(runs, path=out)
-    print(f"  {shown(out)}")
+    print(f"  {printable(out)}")
     return 0
 
 
@@ -118,6 +117,7 @@ def _replay(arguments: Namespace) -> int:
     from hessianflow.choices import build_controller
     from hessianflow.config import resolve
     from hessianflow.control.replay import replay
+    from hessianflow.effects import check_effects
     from hessianflow.runs import History
 
     history = History.load(arguments.run_dir)
@@ -130,6 +130,7 @@ def _replay(arguments: Namespace) -> int:
         # These may mean another thing there, or not go with it.
         changes |= {"decay_from": None, "lr_rule": None, "max_lr_factor": None, "norm_mode": None}
     config = resolve(replace(recorded, **changes))
+    check_effects(config, [name for name in ("patience",) if arguments[name] is not None])
     if config.controller == "critical" and recorded.norm_mode == "eval":
         print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")
     examples = history.fact("examples_per_epoch")

@@ -8,22 +8,27 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import require_settings, shown
+from hessianflow.bounds import check_setting, shown
+from hessianflow.commands.parser import add_command, path
+from hessianflow.commands.runs import MODEL_HELP, printable, require_named_code, require_settings, writing_to
 from hessianflow.interfaces import HessianFlowError
+
+MOST_STEPS = 10_000
+"""Of one attack. Ours: a hundred times what papers take."""
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parser; returns what runs the command."""
     parser = add_command(commands, "robustness", "measure a run's test accuracy under attack")
-    parser.add_argument("run", type=str, help="run directory, or a checkpoint inside one")
-    parser.add_argument("--attack", type=str, nargs="+", default=["fgsm", "pgd20"], help="fgsm, or pgd and its steps")
-    parser.add_argument(
+    parser.add("run", type=path, help="run directory, or a checkpoint inside one")
+    parser.add("--attack", type=str, nargs="+", default=["fgsm", "pgd20"], help="fgsm, or pgd and its steps")
+    parser.add(
         "--eps", type=float, nargs="+", default=[0.005, 0.02, 0.06], help="perturbations, in pixels scaled to [0, 1]"
     )
-    parser.add_argument("--examples", type=int, default=1000, help="test examples, from the first")
-    parser.add_argument("--seed", type=int, default=0, help="of the random starts of pgd")
-    parser.add_argument("--out", type=str | None, default=None, help="folder for robustness.json and the picture")
+    parser.add("--examples", type=int, default=1000, help="test examples, from the first")
+    parser.add("--seed", type=int, default=0, help="of the random starts of pgd")
+    parser.add("--model", type=str | None, default=None, help=MODEL_HELP)
+    parser.add("--out", type=path, default=None, help="folder for robustness.json and the picture")
     return {"robustness": _robustness}
 
 
@@ -34,13 +39,15 @@ def _robustness(arguments: Namespace) -> int:
     from hessianflow.adversarial import robust_accuracy
     from hessianflow.build import find_checkpoint, load_parts
 
-    if arguments.examples < 1:
-        raise HessianFlowError(f"--examples must be at least 1, got {arguments.examples}")
+    check_setting("examples", arguments.examples, int)
+    check_setting("seed", arguments.seed, int)
     makers = {name: _maker(name) for name in arguments.attack}
     for size in arguments.eps:
         if not 0 <= size <= 1:
             raise HessianFlowError(f"--eps must lie between 0 and 1 (pixels scaled to [0, 1]), got {size}")
-    require_settings(find_checkpoint(arguments.run)[0], "robustness", "hf.adversarial.robust_accuracy")
+    run_dir = find_checkpoint(arguments.run)[0]
+    require_settings(run_dir, "robustness", "hf.adversarial.robust_accuracy")
+    require_named_code(run_dir, arguments.model)
     _, parts = load_parts(arguments.run)
     batch = parts.test.examples(torch.arange(min(arguments.examples, parts.test.num_examples)))
     spread = torch.tensor(parts.spread)
@@ -50,7 +57,7 @@ def _robustness(arguments: Namespace) -> int:
         attacks = {n: make(size / spread, parts.train.value_range, generator) for n, make in makers.items()}
         rows.append(robust_accuracy(parts.model, batch, attacks))
     _show(arguments.eps, rows)
-    _write(arguments, rows, Path(arguments.out) if arguments.out else find_checkpoint(arguments.run)[0])
+    _write(arguments, rows, Path(arguments.out) if arguments.out else run_dir)
     return 0
 
 
@@ -61,11 +68,13 @@ def _maker(name: str) -> Callable[..., Callable[..., Any]]:
     steps = re.fullmatch(r"pgd(\d+)", name)
     if name == "fgsm":
         return lambda eps, limits, _generator: partial(fgsm, eps=eps, value_range=limits)
-    if steps and int(steps[1]) > 0:
+    if steps and len(steps[1]) <= len(str(MOST_STEPS)) and 0 < int(steps[1]) <= MOST_STEPS:
         return lambda eps, limits, generator: partial(
             pgd, eps=eps, value_range=limits, steps=int(steps[1]), generator=generator
         )
-    raise HessianFlowError(f"--attack must be fgsm or pgd and a number of steps, such as pgd20, got {name!r}")
+    raise HessianFlowError(
+        f"--attack must be fgsm or pgd and a number of steps up to {MOST_STEPS}, such as pgd20, got {shown(name)}"
+    )
 
 
 def _show(sizes: list[float], rows: list[dict[str, Any]]) -> None:
@@ -82,13 +91,11 @@ def _write(arguments: Namespace, rows: list[dict[str, Any]], folder: Path) -> No
 
     curves = {name: [(row[name].value, row[name].low, row[name].high) for row in rows] for name in rows[0]}
     values = {"eps": arguments.eps, "examples": rows[0]["clean"].total, "seed": arguments.seed, "accuracy": curves}
-    try:
-        (folder / "plots").mkdir(parents=True, exist_ok=True)
-        moved = keep_robustness(folder, values)
-    except OSError as error:
-        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
     path = folder / "plots" / "robustness.png"
-    plots.robustness(arguments.eps, curves, path=path)
-    print(f"  {shown(folder / 'robustness.json')}\n  {shown(path)}")
+    with writing_to(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        moved = keep_robustness(folder, values)
+        plots.robustness(arguments.eps, curves, path=path)
+    print(f"  {printable(folder / 'robustness.json')}\n  {printable(path)}")
     if moved is not None:
-        print(f"  {shown(moved)} (other attacks, sizes or examples, measured earlier)")
+        print(f"  {printable(moved)} (other attacks, sizes or examples, measured earlier)")

@@ -1,7 +1,8 @@
 """Run directories as commands are given them."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hessianflow.interfaces import HessianFlowError
@@ -17,11 +18,39 @@ def distinct(run_dirs: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def shown(path: str | Path) -> str:
+def printable(path: str | Path) -> str:
     """Return a path as it can be printed on one line of any screen."""
     from hessianflow.runs.text import plain
 
     return plain(str(path))
+
+
+MODEL_HELP = "of a run with a model of your own: its package.module:function again, as a run directory may not run code"
+
+
+def require_named_code(run_dir: str | Path, model: str | None) -> None:
+    """Refuse to import what only a run directory names: whoever sends one could have any code run.
+
+    Args:
+        run_dir: what is no run directory at all is left to the command.
+        model: what the user named; None: nothing.
+
+    Raises:
+        HessianFlowError: the run has a model by import path and `model` is not that, or it has another one.
+    """
+    from hessianflow.runs.documents import read_config
+    from hessianflow.runs.names import CONFIG
+
+    settings = read_config(Path(run_dir)).get("settings")
+    recorded = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(recorded, str):
+        return
+    if model is not None and model != recorded:
+        raise HessianFlowError(f"--model {model}: the model of {run_dir} is {recorded}")
+    if ":" in recorded and model is None:
+        raise HessianFlowError(
+            f"{Path(run_dir) / CONFIG} names code that would be run: if you trust it, add --model {recorded}"
+        )
 
 
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
@@ -44,3 +73,18 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
             f"{path} holds no settings: `hessianflow {command}` needs a run of `hessianflow train`; with one made from "
             f"Python, call {instead}"
         )
+
+
+@contextmanager
+def writing_to(place: str | Path) -> Iterator[None]:
+    """While active, a file that cannot be written is an error that names the place: a full disk names none.
+
+    Raises:
+        HessianFlowError: as said.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HessianFlowError(f"cannot write to {place}: {error.strerror or error}") from None

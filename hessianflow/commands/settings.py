@@ -1,11 +1,52 @@
 """Options of the command that are settings of a run, in the words of the one place that documents them."""
 
+import os
 import re
-from collections.abc import Iterable
-from dataclasses import fields
+import sys
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
-from hessianflow.config import TrainConfig, option
+from hessianflow.config import TrainConfig, option, resolve
+from hessianflow.effects import check_effects, is_ignored
+
+
+@dataclass(frozen=True)
+class Given:
+    """Which settings somebody gave; what is null counts as left open.
+
+    Attributes:
+        typed: on the command line.
+        in_files: in files of settings.
+    """
+
+    typed: Set[str]
+    in_files: Set[str]
+
+    def settings(self, arguments: Any) -> dict[str, Any]:
+        """Their values."""
+        names = [f.name for f in fields(TrainConfig) if f.name in self.typed or f.name in self.in_files]
+        return {name: arguments[name] for name in names if arguments[name] is not None}
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse settings typed that nothing would look at; say which of a file's are not used.
+
+        A file may serve several choices. Of its settings, those are passed over that are as they would be anyway.
+
+        Args:
+            config: resolved.
+
+        Raises:
+            HessianFlowError: naming the option and what it belongs to.
+        """
+        names = [field.name for field in fields(TrainConfig)]
+        check_effects(config, [name for name in names if name in self.typed])
+        unused = [name for name in names if name in self.in_files - self.typed and is_ignored(config, name)]
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig) if field.name in unused}
+        usual = resolve(replace(config, **defaults))
+        said = [name for name in unused if getattr(usual, name) != getattr(config, name)]
+        if said and os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"hessianflow: note: not used with these settings: {', '.join(said)}\n")
 
 
 def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
@@ -15,13 +56,13 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
     # The fields of the classes that TrainConfig extends come after its own.
     for field in sorted(fields(TrainConfig), key=lambda f: f.name not in TrainConfig.__annotations__):
         if chosen is None or field.name in chosen:
-            parser.add_argument(
+            parser.settings.add(field.name)
+            parser.add(
                 option(field.name),
                 dest=field.name,
                 type=hints[field.name],
                 default=field.default,
                 help=texts[field.name],
-                **({"nargs": "?", "const": True} if field.default is False else {}),  # --elastic is --elastic true
             )
 
 

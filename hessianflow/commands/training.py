@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.logs import logging_to_stderr
-from hessianflow.commands.parser import add_command
-from hessianflow.commands.runs import shown
+from hessianflow.commands.parser import add_command, path
+from hessianflow.commands.runs import MODEL_HELP, printable, require_named_code
 from hessianflow.commands.settings import add_settings
+from hessianflow.commands.signals import NUMBERS, Signalled
 from hessianflow.config import TrainConfig, resolve
 from hessianflow.interfaces import HessianFlowError
 
@@ -34,21 +35,26 @@ SHOWN_CHANGES = 20
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     train = add_command(commands, "train", "train a network; no argument needed")
-    train.add_argument("--config", action="config", help="YAML file of settings, spelled as in settings.yaml of a run")
+    train.add("--config", action="config", help="YAML file of settings, spelled as in settings.yaml of a run")
     add_settings(train)
     resume = add_command(commands, "resume", "continue an interrupted run from its newest checkpoint")
-    resume.add_argument("run_dir", type=str, help="run directory")
+    resume.add("run_dir", type=path, help="run directory")
+    resume.add("--model", type=str | None, default=None, help=MODEL_HELP)
     return {"train": _train, "resume": _resume}
 
 
 def _train(arguments: Namespace) -> int:
     from hessianflow.build import prepare
     from hessianflow.commands.ranks import launched
+    from hessianflow.fitting import fitted
     from hessianflow.training.world import on_first_rank
 
     def settings() -> TrainConfig:
-        given = TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)})
-        return resolve(given) if given.elastic else prepare(given)  # workers prepare themselves, where they are
+        given = TrainConfig(**arguments.given.settings(arguments))
+        # Workers of an elastic run prepare themselves, where they are.
+        config = resolve(fitted(given)) if given.elastic else prepare(given)
+        arguments.given.check(config)
+        return config
 
     with launched(settings) as (world, given), ExitStack() as stack:
         run_dir = on_first_rank(world, lambda: given.run_dir or stack.enter_context(_new_run_dir(given)))
@@ -62,6 +68,7 @@ def _resume(arguments: Namespace) -> int:
     from hessianflow.commands.ranks import launched
 
     def settings() -> TrainConfig:
+        require_named_code(arguments.run_dir, arguments.model)
         given = load_config(arguments.run_dir)
         return given if given.elastic else prepare(given)
 
@@ -78,7 +85,7 @@ def _has_finished(world: "World", run_dir: str) -> bool:
 
     finished = on_first_rank(world, lambda: read_summary(Path(run_dir))).get("status") == "finished"
     if finished and world.rank == 0:
-        print(f"{shown(run_dir)} has finished already: nothing to resume")
+        print(f"{printable(run_dir)} has finished already: nothing to resume")
     return finished
 
 
@@ -92,16 +99,21 @@ def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], Hist
     def stop(number: int, _frame: Any) -> None:
         stopped_by.append(number)
         trainer.request_stop()
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        signal.signal(number, abandon)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    def abandon(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a third signal ends the process at once, whatever it does
+        raise Signalled(number)
+
+    previous = {number: signal.signal(number, stop) for number in NUMBERS}
     try:
         with logging_to_stderr(config.log_level):
             history = work(trainer)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 130 if signal.SIGINT in stopped_by else 0, history
+    status = 128 + stopped_by[0] if stopped_by else 0
+    return max(world.gather(status)), history
 
 
 def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
@@ -127,7 +139,7 @@ def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
 def _shown(world: "World", config: TrainConfig, history: "History", status: int) -> int:
     """Rank 0 says what came of it, when the others need no longer wait."""
     if world.rank == 0:
-        _print_summary(history)
+        _print_summary(history, config.model or "")
         if config.plots and history.epochs and history.run_dir is not None:
             from hessianflow.commands.records import draw
 
@@ -135,7 +147,8 @@ def _shown(world: "World", config: TrainConfig, history: "History", status: int)
     return status
 
 
-def _print_summary(history: "History") -> None:
+def _print_summary(history: "History", model: str) -> None:
+    code = f" --model {model}" if ":" in model else ""
     summary, seconds = history.summary, history.summary["seconds"]
     accuracy = ""
     if summary["final_accuracy"] is not None:
@@ -150,10 +163,14 @@ def _print_summary(history: "History") -> None:
         print(f"  epoch {row['epoch']:>3}: batch {row['from']} -> {row['to']}: {row['reason']}")
     if len(changes) > SHOWN_CHANGES:
         print(f"  and {len(changes) - SHOWN_CHANGES} more changes, listed in history.jsonl")
-    run_dir = shown(history.run_dir or "")
+    if not history.curvature and any(row["event"] == "budget" for row in history.of_kind("event")):
+        print(
+            "  no curvature was measured: a reading may cost a quarter of it all (--curvature-budget 100 reads anyway)"
+        )
+    run_dir = printable(history.run_dir or "")
     print(f"  {run_dir}")
     if summary["status"] == "preempted":
-        print(f"  hessianflow resume {run_dir}  continues")
+        print(f"  hessianflow resume {run_dir}{code}  continues")
 
 
 @contextmanager

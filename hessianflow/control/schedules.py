@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
+from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.interfaces import HessianFlowError, Progress
 
 
@@ -44,12 +45,15 @@ class Warmup(Controller[ControllerState]):
     """A large batch from the start, its learning rate scaled linearly after a gradual warm-up.
 
     With k = batch_size / reference_batch_size and f = examples / (warmup_epochs * examples_per_epoch):
-    lr_factor = 1 + (k - 1) * min(f, 1), changed after every update, so that no step sees a jump.
+    lr_factor = 1 + (k - 1) * min(f, 1), changed after every update, so that no step sees a jump. Under another rule
+    than linear scaling, k is what that rule makes of it.
 
     Args:
         batch_size: examples per step throughout.
         reference_batch_size: the size that the learning rate is stated at.
-        warmup_epochs: length of the ramp (5 in the paper). 0: plain linear scaling.
+        warmup_epochs: length of the ramp (5 in the paper). 0: the scaled rate from the first step on.
+        lr_rule: how the rate follows the batch (linear in the paper).
+        max_lr_factor: cap of the learning-rate factor.
         adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
@@ -57,10 +61,17 @@ class Warmup(Controller[ControllerState]):
     """
 
     def __init__(
-        self, batch_size: int, reference_batch_size: int, *, warmup_epochs: float = 5, adversarial_share: float = 0.0
+        self,
+        batch_size: int,
+        reference_batch_size: int,
+        *,
+        warmup_epochs: float = 5,
+        lr_rule: LRRule = "linear",
+        max_lr_factor: float | None = None,
+        adversarial_share: float = 0.0,
     ) -> None:
         super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), batch_size)
-        self.scale = batch_size / check_count("reference_batch_size", reference_batch_size)
+        self.scale = lr_factor(batch_size, reference_batch_size, lr_rule, max_factor=max_lr_factor)
         self.warmup_epochs = check_number("warmup_epochs", warmup_epochs, low=0)
         if warmup_epochs == 0:
             self._state.lr_factor = self.scale

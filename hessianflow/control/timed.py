@@ -9,21 +9,24 @@ from itertools import pairwise
 
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured
+from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.interfaces import HessianFlowError, Progress
 
 
 class TimedSchedule(Controller[ControllerState]):
     """Batch sizes by epoch, written down beforehand.
 
-    From stage epoch e on: batch = its size, lr_factor = batch / batch_size. With `decay_from` = d and E epochs in all,
-    after t > d epochs, fractions of one included, the factor is multiplied by (E - t) / (E - d), changed after every
-    update.
+    From stage epoch e on: batch = its size, lr_factor = batch / batch_size, or what another rule
+    makes of that ratio. With `decay_from` = d and E epochs in all, after t > d epochs, fractions of
+    one included, the factor is multiplied by (E - t) / (E - d), changed after every update.
 
     Args:
         batch_size: examples per step at the start; the learning rate belongs to this size.
         stages: (epochs completed, batch size from then on), the epochs increasing.
         decay_from: epochs after which the rate falls linearly, to 0 at the end of the run; use a constant schedule
             with it. None: it does not.
+        lr_rule: how the rate follows the batch.
+        max_lr_factor: cap of the learning-rate factor, before the decay.
         adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
@@ -36,6 +39,8 @@ class TimedSchedule(Controller[ControllerState]):
         stages: Sequence[tuple[int, int]],
         *,
         decay_from: float | None = None,
+        lr_rule: LRRule = "linear",
+        max_lr_factor: float | None = None,
         adversarial_share: float = 0.0,
     ) -> None:
         super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), batch_size)
@@ -44,6 +49,8 @@ class TimedSchedule(Controller[ControllerState]):
             raise HessianFlowError(f"stages must have increasing epochs, got {[epoch for epoch, _ in self.stages]}")
         self.decay_from = None if decay_from is None else check_number("decay_from", decay_from, low=0)
         self.initial_batch_size = batch_size
+        self.lr_rule, self.max_lr_factor = lr_rule, max_lr_factor
+        self._scale()  # checks the rule and the cap
         self.max_batch_size = max([batch_size, *(size for _, size in self.stages)])
 
     def is_due(self, progress: Progress) -> bool:
@@ -54,10 +61,15 @@ class TimedSchedule(Controller[ControllerState]):
         progress, before = measured.progress, (self._state.batch_size, self._state.lr_factor)
         reached = [size for epoch, size in self.stages if epoch <= progress.epoch]
         self._state.batch_size = reached[-1] if reached else self.initial_batch_size
-        self._state.lr_factor = self._state.batch_size / self.initial_batch_size * self._decay(progress)
+        self._state.lr_factor = self._scale() * self._decay(progress)
         if self._state.batch_size != before[0]:
             return f"planned for epoch {progress.epoch}"
         return "" if self._state.lr_factor == before[1] else f"planned decay from epoch {self.decay_from} on"
+
+    def _scale(self) -> float:
+        """What the rule makes of the batch in force."""
+        state = self._state
+        return lr_factor(state.batch_size, self.initial_batch_size, self.lr_rule, max_factor=self.max_lr_factor)
 
     def _decay(self, progress: Progress) -> float:
         """What is left of the rate, from 1 down to 0."""

@@ -79,6 +79,8 @@ class CurvatureProbe:
         norm_mode: batch-normalisation statistics, recorded with each reading.
         microbatch_size: examples per pass; bounds memory, at about 1.4x the time.
         max_matvecs: most products a call; then the reading says converged=False.
+        first_matvecs: most products of the first call, whose price nobody knows beforehand; None: `max_matvecs`; 0:
+            :meth:`is_affordable` says no until a call was made all the same.
         smoothing: adds `details["smoothed"]`: the median of the last `window` good readings, or an exponential moving
             average of all of them, which each enters with weight 2 / (window + 1) and the first starts.
         window: see `smoothing`.
@@ -108,6 +110,7 @@ class CurvatureProbe:
         norm_mode: NormMode = "eval",
         microbatch_size: int | None = None,
         max_matvecs: int = 100,
+        first_matvecs: int | None = None,
         smoothing: Smoothing = "none",
         window: int = 5,
         budget: float | None = None,
@@ -121,6 +124,10 @@ class CurvatureProbe:
         check_options(unwrap(model), microbatch_size, norm_mode)
         check_count("cold_every", cold_every, remark=" (always cold)")
         check_count("window", window)
+        if first_matvecs is not None and first_matvecs < 0:
+            raise HessianFlowError(
+                f"first_matvecs must be at least 0, got {first_matvecs}: None has no bound of its own"
+            )
         if budget is not None and not budget > 0:
             raise HessianFlowError(f"budget must be a positive share of the training cost, e.g. 0.01, got {budget}")
         self._model, self._loss_fn, self._batch = model, loss_fn, batch
@@ -129,6 +136,7 @@ class CurvatureProbe:
         self._smoothing, self._window, self._budget = smoothing, window, budget
         self._params, self._norm_mode, self._microbatch_size = listed(params), norm_mode, microbatch_size
         self._operator, self._check_product = operator, check_product
+        self._first_matvecs = first_matvecs
         self._start: Tensor | None = None
         self._recent: list[float] = []
         self._average: float | None = None
@@ -170,7 +178,9 @@ class CurvatureProbe:
 
         Cost is counted in gradients of one example, so the answer depends on no clock and repeats in a resumed run.
         """
-        if self._budget is None or self._calls == 0:
+        if self._calls == 0:
+            return self._first_matvecs != 0
+        if self._budget is None:
             return True
         return self._spent + self._last_cost <= self._budget * examples
 
@@ -198,12 +208,15 @@ class CurvatureProbe:
     def _measure(self, operator: LinearOperator) -> EigenResult:
         cold = self._calls % self._cold_every == 0
         start = None if cold else self._start
+        most = self._max_matvecs
+        if self._calls == 0 and self._first_matvecs:
+            most = min(most, self._first_matvecs)
         return top_eigenpairs(
             operator,
             min(self._k, operator.size),
             which=self._which,
             tol=self._tol,
-            max_matvecs=self._max_matvecs,
+            max_matvecs=most,
             v0=start,
             seed=_mixed(self._seed, self._calls),
             extra=SPARE_VECTORS,

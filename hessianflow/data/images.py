@@ -70,6 +70,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             otherwise take the central square.
         mean: of the channels, after division by 255.
         std: likewise.
+        augment: whether training batches are cropped and mirrored at random.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     train: bool = False
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    augment: bool = True
 
     @property
     def num_classes(self) -> int:
@@ -117,10 +119,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         channels_last: bool = False,
         num_workers: int = 0,
     ) -> AdaptiveBatches:
-        """Loaded by `num_workers` processes, normalised on `device`; shuffled and cropped at random if `train`."""
+        """Loaded by `num_workers` processes and normalised on `device`; if `train`, shuffled and augmented."""
         normalise = Normalise(self.mean, self.std, dtype=dtype, channels_last=channels_last)
         return AdaptiveBatches(
-            replace(self, train=train),
+            replace(self, train=train and self.augment),
             batch_size,
             seed=seed,
             num_workers=num_workers,

@@ -16,7 +16,6 @@ from hessianflow.build import (
     build_parts,
     build_recalibration,
     build_transform,
-    find_device,
     prepare,
     resolution_record,
     resolved_precision,
@@ -41,6 +40,7 @@ from hessianflow.dual_batch.local_training import Course, FlatWeights, LocalTrai
 from hessianflow.dual_batch.trainer import DualBatchTrainer, Job
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.interfaces import HessianFlowError, RecordSink
+from hessianflow.machine import find_device
 from hessianflow.runs.documents import read_config
 from hessianflow.settings import as_tuple
 from hessianflow.training.accumulate import GradientAccumulator

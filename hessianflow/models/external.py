@@ -1,8 +1,14 @@
 """Networks from elsewhere: the user's own functions by import path, timm and torchvision where they are installed."""
 
 import inspect
-from collections.abc import Callable
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,12 +24,14 @@ def is_external(name: str) -> bool:
 def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> nn.Module:
     """Build a network that is not ours.
 
-    A function given by import path is called with those of `num_classes`, `input_size` and `in_channels` that its
-    signature names.
+    "package.module:function" is code that is imported and run; modules are looked for in the working
+    directory first, as `python -m` does. The function, or the class of modules, is called with those
+    of `num_classes`, `input_size` and `in_channels` that its signature names. Nothing else is called:
+    no builtin, no other class, nothing of Python's own library.
 
     Raises:
-        HessianFlowError: the module or function cannot be imported, the function needs other arguments, or what it
-            returns is no `torch.nn.Module`.
+        HessianFlowError: the module or function cannot be imported, the function needs other arguments or fails, or
+            what it returns is no `torch.nn.Module`.
     """
     if name.startswith("timm/"):
         create = _attribute(name, "timm", "create_model")
@@ -32,8 +40,48 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
         get_model = _attribute(name, "torchvision.models", "get_model")
         return _from_library(name, get_model, weights=None, num_classes=num_classes)
     module, _, function = name.partition(":")
-    factory = _attribute(name, module, function)
-    return _checked(name, factory(**_taken(name, factory, num_classes, input_size, in_channels)))
+    with _working_directory_first():
+        factory = _factory(name, module, function)
+        taken = _taken(name, factory, num_classes, input_size, in_channels)
+        if module.partition(".")[0] in sys.stdlib_module_names:
+            raise HessianFlowError(f"model {name!r}: {module!r} is of Python's own library, which makes no models")
+        try:
+            return _checked(name, factory(**taken))
+        except HessianFlowError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise HessianFlowError(f"model {name!r}: calling it failed: {_first_line(error)}{_place(error)}") from error
+
+
+@contextmanager
+def _working_directory_first() -> Iterator[None]:
+    """While active, modules are looked for in the working directory first; afterwards last, if nowhere else.
+
+    What a model imports when it is first used is found then, too, and hides nothing that is installed.
+    """
+    folder = os.getcwd()
+    if folder in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        sys.path.append(folder)
+
+
+def _factory(name: str, module: str, function: str) -> Callable[..., Any]:
+    """The function, or the class of modules, that an import path names."""
+    if module.endswith(".py") or "/" in module:
+        raise HessianFlowError(f"model {name!r}: name the module, not its file: {Path(module).stem}:{function}")
+    found = _attribute(name, module, function)
+    is_model_class = inspect.isclass(found) and issubclass(found, nn.Module)
+    if is_model_class or inspect.isfunction(found) or isinstance(found, partial):
+        return found
+    raise HessianFlowError(
+        f"model {name!r} must name a function or a class of torch.nn.Module, found a {type(found).__name__}"
+    )
 
 
 def _taken(
@@ -41,10 +89,11 @@ def _taken(
 ) -> dict[str, int]:
     """What of our arguments the function takes."""
     offered = {"num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
-    taken = {key: value for key, value in offered.items() if key in inspect.signature(factory).parameters}
     try:
-        inspect.signature(factory).bind(**taken)
-    except TypeError as error:
+        signature = inspect.signature(factory)
+        taken = {key: value for key, value in offered.items() if key in signature.parameters}
+        signature.bind(**taken)
+    except (TypeError, ValueError) as error:
         raise HessianFlowError(
             f"model {name!r} cannot be called with {', '.join(offered)} alone ({error}): give the others defaults"
         ) from None
@@ -63,15 +112,34 @@ def _attribute(name: str, module: str, attribute: str) -> Callable[..., Any]:
     try:
         found = getattr(import_module(module), attribute, None) if module and attribute else None
     # A broken torchvision raises RuntimeError; whatever the import raises is the user's answer.
-    except Exception as error:
-        library, slash, _ = name.partition("/")
-        way_out = f"; pip install {library}" if slash and isinstance(error, ModuleNotFoundError) else ""
-        raise HessianFlowError(f"model {name!r}: importing {module!r} failed: {_first_line(error)}{way_out}") from error
+    except (Exception, SystemExit) as error:
+        raise HessianFlowError(
+            f"model {name!r}: importing {module!r} failed: {_first_line(error)}{_way_out(name, module, error)}"
+        ) from error
     if not callable(found):
         raise HessianFlowError(
             f"model {name!r}: {module!r} has no function {attribute!r}; write it as package.module:function"
         )
     return found  # type: ignore[no-any-return]
+
+
+def _way_out(name: str, module: str, error: BaseException) -> str:
+    """What to do about a module that was not found."""
+    if not isinstance(error, ModuleNotFoundError):
+        return _place(error)
+    library, slash, _ = name.partition("/")
+    if slash:
+        return f"; pip install {library}"
+    if error.name == module.partition(".")[0]:
+        return f"; neither {os.getcwd()} nor Python's path has it: go to its folder, or add that to PYTHONPATH"
+    return _place(error)
+
+
+def _place(error: BaseException) -> str:
+    """The file and the line of the user's code that an error came from; empty where that is unknown."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(os.getcwd())]
+    return f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""
 
 
 def _checked(name: str, model: Any) -> nn.Module:
@@ -80,5 +148,5 @@ def _checked(name: str, model: Any) -> nn.Module:
     return model
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -36,9 +36,13 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     if not type(optimizer).__module__.startswith(("torch.optim.", "hessianflow.optim.", "hessianflow.adversarial.")):
         return  # what a foreign one keeps under these names is its business
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in _numbers(group.get("params"))]
+    numbers = [number for group in saved["param_groups"] for number in _numbers(group)]
     shapes = dict(zip(numbers, (weight.shape for weight in weights), strict=False))
+    # Groups that were added during the run are not here yet.
+    added = {number for group in saved["param_groups"][len(optimizer.param_groups) :] for number in _numbers(group)}
     for number, kept in saved["state"].items():
+        if number in added:
+            continue
         if number not in shapes or not isinstance(kept, dict):
             raise DamagedStateError(f"optimizer.state.{shown(number)} is of no weight")
         for name, value in kept.items():
@@ -79,5 +83,7 @@ def _is_alike(own: Any, saved: Any) -> bool:
     return own is None or saved is None or isinstance(saved, type(own))
 
 
-def _numbers(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
+def _numbers(group: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the numbers of a group's weights; none where they are no list."""
+    numbers = group.get("params")
+    return numbers if isinstance(numbers, list) else ()

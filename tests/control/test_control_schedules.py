@@ -117,3 +117,14 @@ def test_saved_and_restored_continues_the_same(controller: BatchController) -> N
 def test_bad_arguments(make: object, message: str) -> None:
     with pytest.raises(HessianFlowError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_warmup_rises_to_what_the_rule_makes_of_the_batch() -> None:
+    """512 is four times 128: under the root the ramp goes from 1 to 2, half-way through its 2 epochs it is at 1.5."""
+    controller = Warmup(512, 128, warmup_epochs=2, lr_rule="sqrt")
+    assert controller.decision.lr_factor == 1
+    assert controller.update(progress(1)).lr_factor == 1.5
+    assert controller.update(progress(2)).lr_factor == 2
+    assert not controller.is_due(progress(3))
+    assert Warmup(512, 128, warmup_epochs=0, lr_rule="none").decision.lr_factor == 1
+    assert Warmup(512, 128, warmup_epochs=0, max_lr_factor=3).decision.lr_factor == 3

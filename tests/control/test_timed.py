@@ -70,3 +70,14 @@ def test_bad_plans_are_refused(stages: list[tuple[int, int]], decay_from: float 
 def test_a_size_beyond_the_data_is_refused() -> None:
     with pytest.raises(HessianFlowError, match="max_batch_size must be <= the 1000 training examples, got 1024"):
         TimedSchedule(128, STAGES).update(Progress(1, 1000, 0, 1000, 24))
+
+
+def test_another_rule_scales_the_rate_and_the_decay_stays() -> None:
+    """Batches 2, 4, 8 times as large: their roots; at epoch 16 half of that is left."""
+    controller = TimedSchedule(128, STAGES, decay_from=8, lr_rule="sqrt")
+    assert [at(controller, e).lr_factor for e in (1, 2, 4)] == pytest.approx([1, 2**0.5, 2])
+    assert at(controller, 16).lr_factor == pytest.approx(8**0.5 / 2)
+    capped = TimedSchedule(128, STAGES, max_lr_factor=3)
+    assert [at(capped, e).lr_factor for e in (2, 4, 8)] == [2, 3, 3]
+    with pytest.raises(HessianFlowError, match="lr_rule must be one of linear, sqrt, none, got 'cube'"):
+        TimedSchedule(128, STAGES, lr_rule="cube")  # type: ignore[arg-type]

@@ -279,7 +279,18 @@ def trained(model, shape, classes=10, steps=20, **options):
     return problem, options
 
 
+def on_kinks():
+    """Black borders, no biases: as many units are at 0 exactly, where relu has no derivative."""
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    )
+    problem, options = trained(model, (1, 8, 8), steps=0)
+    problem.inputs[:, :, :4] = 0
+    return problem, options
+
+
 HEALTHY = {
+    "on kinks": on_kinks,
     "rectified, float32": lambda: trained(
         initialised(nn.Sequential(*mlp((4, 9)), nn.ReLU(), nn.Linear(9, 3)).float(), 0), (4,), 3
     ),

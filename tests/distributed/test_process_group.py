@@ -293,6 +293,22 @@ def test_environment():
             from_environment({**TORCHRUN, "MASTER_PORT": port})
     with pytest.raises(ValueError, match="RANK is set but MASTER_PORT is not"):
         from_environment({**TORCHRUN, "MASTER_PORT": ""})
+    with pytest.raises(ValueError, match="LOCAL_RANK must be at least 0, got -1"):
+        from_environment({**TORCHRUN, "LOCAL_RANK": "-1"})
+    with pytest.raises(ValueError, match="RANK is set but MASTER_ADDR is not: start with torchrun, or unset RANK"):
+        from_environment({**TORCHRUN, "MASTER_ADDR": ""})
+
+
+def test_a_store_that_cannot_be_served_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    """The port belongs to another: a second store on it cannot be."""
+    taken = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    words = f"rank 0 of 2 cannot meet the others at 127.0.0.1:{taken.port}"
+    with pytest.raises(ValueError, match=words) as refused, process_group(Generation(0, 0, 2), CPU, timeout_seconds=2):
+        pass
+    assert "\n" not in str(refused.value)
 
 
 def test_local_device():

@@ -271,6 +271,99 @@ def test_a_pattern_that_fits_nothing_is_refused(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err == "toy: no cell of the cpu grid fits --only typo/*\n"
 
 
+@pytest.mark.parametrize("jobs", ["0", "-1", "1e3", "99999999999999999999", "", "two"])
+def test_a_number_of_jobs_that_cannot_be_is_one_line(
+    jobs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(toy_study(tmp_path / "study"), ["--jobs", jobs])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--jobs: must be a whole number from 1 to 1024" in err
+    assert not (tmp_path / "study").exists()
+    with pytest.raises(HessianFlowError, match="jobs must be at least 1, got 0"):
+        run(tmp_path, [cell()], jobs=0)
+
+
+def study_of(folder: Path, recorded: Path, data: str) -> Study:
+    def grid(_scale: Scale, seeds: Sequence[int]) -> list[Cell]:
+        return [Cell("toy", "fixed", seed, {"data": data}, STAND_IN) for seed in seeds]
+
+    return Study("toy", folder, grid, recorded=recorded)
+
+
+def test_a_study_without_its_data_says_so_once_before_the_first_cell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = study_of(tmp_path / "mine", tmp_path / "theirs", "cifar10")
+    (tmp_path / "empty").mkdir()
+    for options, words in (
+        ([], "toy: cifar10 is needed: name the folder of its official files with --data-dir"),
+        (["--data-dir", str(tmp_path / "empty")], f"under {tmp_path / 'empty'}"),
+    ):
+        assert main(study, ["--runs", str(tmp_path / "runs"), *options]) == 2
+        told = capsys.readouterr()
+        assert told.err.count("\n") == 1
+        assert words in told.err
+        assert told.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"], "nothing was begun, nothing written"
+
+
+def test_what_comes_with_a_study_is_neither_skipped_nor_added_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows there tell how long a cell took; the same cell runs here all the same."""
+    theirs = tmp_path / "theirs" / "results.jsonl"
+    settings = {"data": "fake", "seed": 0}
+    row = {"problem": "toy", "method": "fixed", "seed": 0, "seconds": 120.0, "hardware": "an abacus"}
+    append_row(theirs, {**row, "settings": settings})
+    before = theirs.read_bytes()
+    study = study_of(tmp_path / "mine", tmp_path / "theirs", "fake")
+    options = ["--runs", str(tmp_path / "runs"), "--seeds", "0"]
+    assert main(study, options) == 0
+    assert "1 cells, 0 of them in" in (out := capsys.readouterr().out)
+    assert "1 of the rest took 2 min, one by one, on an abacus" in out
+    assert theirs.read_bytes() == before
+    assert [path.name for path in theirs.parent.iterdir()] == ["results.jsonl"]
+    assert len(read_rows(tmp_path / "mine" / "results.jsonl")) == 1
+    assert main(study, ["--smoke", *options, "--out", str(tmp_path / "theirs")]) == 2
+    assert "rows of made-up data do not belong there" in capsys.readouterr().err
+    assert theirs.read_bytes() == before
+
+
+def test_a_study_whose_cells_all_fail_leaves_its_tables_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def grid(_scale: Scale, _seeds: Sequence[int]) -> list[Cell]:
+        return [cell("bad", behaviour="fail")]
+
+    append_row(tmp_path / "study" / "results.jsonl", rows_of_two_methods()[0])
+    assert main(Study("toy", tmp_path / "study", grid), ["--runs", str(tmp_path / "runs")]) == 1
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["results.jsonl"]
+    assert "failed: toy bad seed 0: exit status 3: it broke" in capsys.readouterr().err
+
+
+def test_a_report_without_rows_says_where_there_are_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = study_of(tmp_path / "mine", tmp_path / "theirs", "fake")
+    assert main(study, ["--report"]) == 2
+    assert f"holds no rows: run the study first, or name those that come with it: --out {tmp_path / 'theirs'}" in (
+        capsys.readouterr().err
+    )
+
+
+GOOD = {"problem": "toy", "method": "a", "seed": 0, "accuracy": 0.5, "updates": 4, "largest_batch": 64, "seconds": 1.5}
+
+
+def test_a_row_of_another_study_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def figure(rows: Sequence[dict[str, Any]], _path: Path) -> None:
+        raise KeyError("measured")
+
+    append_row(tmp_path / "results.jsonl", {**GOOD, "epochs": []})
+    study = Study("toy", tmp_path, toy_study(tmp_path).cells, figure)
+    assert main(study, ["--report"]) == 2
+    assert "holds a row that is not of this study (KeyError 'measured')" in capsys.readouterr().err
+
+
 def test_a_damaged_results_file_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.jsonl").write_text("?\n\n")
     assert main(toy_study(tmp_path), ["--runs", str(tmp_path / "runs")]) == 2

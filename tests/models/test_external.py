@@ -1,6 +1,9 @@
 """Networks from elsewhere: import paths, timm, torchvision (stand-ins: neither is needed to test the calls)."""
 
 import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -81,3 +84,85 @@ def test_a_name_unknown_to_the_library_is_passed_on(monkeypatch: pytest.MonkeyPa
 def test_a_function_that_needs_more_is_refused():
     with pytest.raises(HessianFlowError, match=r"cannot be called with num_classes.*required argument: 'a'"):
         models.create("os.path:join")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("builtins:input", "must name a function or a class of torch.nn.Module, found a builtin_function_or_method"),
+        ("builtins:dict", "must name a function or a class of torch.nn.Module, found a type"),
+        ("builtins:KeyboardInterrupt", "must name a function or a class of torch.nn.Module, found a type"),
+        ("os:abort", "found a builtin_function_or_method"),
+        ("math:log", "found a builtin_function_or_method"),
+        ("torch:Tensor", "must name a function or a class of torch.nn.Module"),
+        ("http.server:test", "'http.server' is of Python's own library, which makes no models"),
+        ("antigravity:__file__", "has no function '__file__'"),
+        ("nets.py:net", "name the module, not its file: nets:net"),
+        ("./folder/nets.py:net", "name the module, not its file: nets:net"),
+        ("torch.nn:Linear", r"cannot be called with num_classes.*'in_features'"),
+    ],
+)
+def test_only_functions_and_classes_of_modules_are_called(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda *_: True)  # which antigravity would do
+    with pytest.raises(HessianFlowError, match=words):
+        models.create(name)
+
+
+def test_a_class_of_modules_is_made_with_what_it_names(user_module: ModuleType) -> None:
+    class Net(nn.Linear):
+        def __init__(self, num_classes: int, in_channels: int = 3) -> None:
+            super().__init__(in_channels, num_classes)
+
+    user_module.Net = Net  # type: ignore[attr-defined]
+    model = models.create("a_users_module:Net", 4, in_channels=2)
+    assert isinstance(model, Net)
+    assert model.out_features == 4
+    user_module.partly = partial(Net, in_channels=5)  # type: ignore[attr-defined]
+    assert models.create("a_users_module:partly", 4, in_channels=2).in_features == 2
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, which Python's path does not have."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("own_"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            "import nothing_here\n",
+            r"importing 'own_net' failed: ModuleNotFoundError: .*nothing_here.* \(own_net.py line 1\)",
+        ),
+        ("x = (\n", r"importing 'own_net' failed: SyntaxError: '\(' was never closed"),
+        ("import sys\nsys.exit('bye')\n", r"importing 'own_net' failed: SystemExit: bye \(own_net.py line 2\)"),
+        ("def net():\n    return {}['x']\n", r"calling it failed: KeyError: 'x' \(own_net.py line 2\)"),
+        ("def net():\n    raise SystemExit\n", r"calling it failed: SystemExit: no message \(own_net.py line 2\)"),
+        ("def net(): return [1]\n", r"must return a torch.nn.Module, got list"),
+    ],
+)
+def test_what_fails_in_the_users_code_is_told_with_its_place(source: str, words: str, own_folder: Path) -> None:
+    (own_folder / "own_net.py").write_text(source)
+    with pytest.raises(HessianFlowError, match=words) as failed:
+        models.create("own_net:net")
+    assert "\n" not in str(failed.value)
+
+
+def test_the_working_directory_is_looked_in_first_and_stays_last(own_folder: Path) -> None:
+    """As with `python -m`; but what is there hides nothing from the rest of the program."""
+    (own_folder / "own_net.py").write_text("from torch import nn\n\n\ndef net():\n    return nn.Linear(2, 3)\n")
+    assert isinstance(models.create("own_net:net"), nn.Linear)
+    assert sys.path[-1] == str(own_folder)
+    assert sys.path[0] != str(own_folder)
+    with pytest.raises(
+        HessianFlowError, match=r"neither .* nor Python's path has it: go to its folder, or add that to"
+    ):
+        models.create("own_other:net")

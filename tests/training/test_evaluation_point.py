@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.data import AdaptiveBatches
-from hessianflow.training import checkpoint, evaluate
+from hessianflow.runs import checkpoints
+from hessianflow.training import evaluate
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(3, (64,), generator=torch.Generator().manual_seed(1))
@@ -93,7 +94,7 @@ def test_an_optimizer_with_two_points_is_evaluated_at_its_mean_and_trained_at_it
 def test_checkpoints_hold_the_training_point_and_the_best_one_the_mean(tmp_path: Path):
     model = linear()
     history = trainer(model, Averaging(model.parameters()), run_dir=tmp_path / "run").fit()
-    last, best = (checkpoint.load(tmp_path / "run" / "checkpoints" / name) for name in ("last.pt", "best.pt"))
+    last, best = (checkpoints.load(tmp_path / "run" / "checkpoints" / name) for name in ("last.pt", "best.pt"))
     assert torch.equal(last["model"]["weight"], model.weight)
     averaged = linear()
     averaged.load_state_dict(best["model"])
@@ -157,7 +158,7 @@ def test_an_average_is_evaluated_and_put_back(tmp_path: Path):
     found = evaluate(average.module, PAIR, nn.CrossEntropyLoss()).loss
     assert history.epochs[-1]["eval_loss"] == pytest.approx(found, rel=1e-6)
     assert swap.calls == ["before", "after"] * 3
-    assert torch.equal(checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["model"]["weight"], model.weight)
+    assert torch.equal(checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["model"]["weight"], model.weight)
 
 
 def test_weights_are_put_back_after_an_evaluation_that_failed():
@@ -202,7 +203,7 @@ def test_the_best_of_a_regression_is_that_of_the_lowest_loss(tmp_path: Path):
     losses = [row["eval_loss"] for row in history.epochs]
     assert losses.index(min(losses)) == 2
     best = nn.Linear(4, 1)
-    best.load_state_dict(checkpoint.load(tmp_path / "run" / "checkpoints" / "best.pt")["model"])
+    best.load_state_dict(checkpoints.load(tmp_path / "run" / "checkpoints" / "best.pt")["model"])
     assert evaluate(best, (INPUTS, targets), nn.MSELoss()).loss == pytest.approx(min(losses), rel=1e-6)
 
 

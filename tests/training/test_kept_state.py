@@ -22,7 +22,7 @@ from hessianflow.control import ABSA, AdaBatch, CriticalBatch, FixedBatch
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import Extrapolation, GradientMoments
-from hessianflow.training import checkpoint
+from hessianflow.runs import checkpoints
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(3, (64,), generator=torch.Generator().manual_seed(1))
@@ -308,13 +308,20 @@ def test_a_state_that_the_run_did_not_have_is_refused(tmp_path: Path):
         made.resume(tmp_path / "run")
 
 
+def only_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint; none is left to fall back to."""
+    for older in (run_dir / "checkpoints").glob("previous*.pt"):
+        older.unlink()
+    return run_dir / "checkpoints" / "last.pt"
+
+
 @pytest.mark.parametrize("missing", ["buffer", "layer"])
 def test_another_model_is_refused_with_a_way_out(tmp_path: Path, missing: str):
     """An older checkpoint does not tell which buffers came late; a layer that is not there cannot
     be made."""
     trainer(late_and_transient_buffers, STOP, run_dir=tmp_path / "run")[0].fit()
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
-    state = checkpoint.load(path)
+    path = only_checkpoint(tmp_path / "run")
+    state = checkpoints.load(path)
     if missing == "buffer":
         del state["late_buffers"]
     else:
@@ -440,8 +447,8 @@ def test_the_same_settings_say_nothing(tmp_path: Path):
 def test_a_state_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, damage: Callable[[Any], Any]):
     """A checkpoint that reads well and is wrong within."""
     trainer(scheduled_with_momentum, STOP, run_dir=tmp_path / "run")[0].fit()
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
-    state = checkpoint.load(path)
+    path = only_checkpoint(tmp_path / "run")
+    state = checkpoints.load(path)
     damage(state)
     torch.save(state, path)
     with pytest.raises(HessianFlowError, match=str(tmp_path / "run")) as caught:

@@ -1,0 +1,215 @@
+"""What values a setting may have: of which type, within which bounds, spelled how.
+
+The same checks hold for settings from the command line, from a file, from a recorded run and from Python.
+"""
+
+import math
+import types
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from hessianflow.interfaces import HessianFlowError
+
+PathT = TypeVar("PathT", str, str | None)
+
+MOST = 1e9
+"""Largest count of anything, far above any use: what lies beyond is a slip, and overflows somewhere. Ours."""
+MOST_EPOCHS = 1e6
+"""Most epochs. Ours."""
+MOST_PROCESSES = 1024
+"""Most threads, processes or workers of one run. Ours."""
+LARGEST = 1e30
+"""Largest learning rate or factor: products of a few of them still fit into a float32. Ours."""
+LONGEST_TEXT = 4096
+"""Most characters of a name or a path: the longest path of Linux."""
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")
+"""Kinds of characters that no name may hold: control characters, halves of pairs, separators of lines."""
+_SHOWN = 80
+"""Most characters of a wrong value that an error repeats."""
+
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "batch_size": (1, MOST),
+    "max_batch_size": (1, MOST),
+    "epochs": (1, MOST_EPOCHS),
+    "lr": (0, LARGEST),
+    "train_examples": (1, MOST),
+    "test_examples": (1, MOST),
+    "loader_workers": (0, 256),
+    "warmup_epochs": (0, MOST_EPOCHS),
+    "max_lr_factor": (1e-6, LARGEST),
+    "norm_batch_size": (0, MOST),
+    "checkpoint_minutes": (0, MOST),
+    "keep_checkpoints": (1, 1000),
+    "max_rollbacks": (0, MOST),
+    "momentum": (0, 1),
+    "weight_decay": (0, LARGEST),
+    "trust_coefficient": (0, 1e6),
+    "lr_decay": (0, 1),
+    "patience": (0, MOST),
+    "every_epochs": (1, MOST),
+    "edge_share": (0, 1),
+    "loss_power": (0, 1e6),
+    "excess_power": (0, 1),
+    "decay_from": (0, MOST_EPOCHS),
+    "adversarial_share": (0, 1),
+    "share_decay": (1, LARGEST),
+    "eps": (0, 1),
+    "sam_rho": (0, LARGEST),
+    "probe_examples": (1, MOST),
+    "probe_tolerance": (1e-7, 1),
+    "curvature_budget": (1e-6, 1000),
+    "microbatch_size": (1, MOST),
+    "threads": (1, MOST_PROCESSES),
+    "seed": (0, 2**32 - 1),
+    "checkpoint_examples": (1, MOST),
+    "workers": (1, MOST_PROCESSES),
+    "small_workers": (0, MOST_PROCESSES),
+    "min_small_batch_size": (1, MOST),
+    "extra_time": (1, 1e6),
+    "staleness": (0, MOST),
+    "min_workers": (1, MOST_PROCESSES),
+    "max_workers": (1, MOST_PROCESSES),
+    "decay_factor": (1, LARGEST),
+    "growth_factor": (1, LARGEST),
+    "slope": (0, MOST),
+    "intercept": (0, MOST),
+    "milestones": (0, MOST_EPOCHS),
+    "stages": (0, MOST),
+    "resolutions": (0, MOST),
+    "resolution_batch_sizes": (0, MOST),
+    "image_size": (1, 4096),
+    "examples": (1, MOST),
+    "update_seconds": (0, MOST),
+    "gradient_bytes": (0, 1e15),
+    "bandwidth": (0, 1e15),
+    "latency": (0, MOST),
+    "price": (0, MOST),
+}
+"""Least and greatest value of a setting, or of each number in a list of them."""
+ABOVE = frozenset({"decay_factor", "growth_factor", "slope", "intercept"})
+"""Settings whose least value is itself too small."""
+
+
+def check_setting(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type than the setting has, and one that is out of its bounds.
+
+    Args:
+        name: of the setting.
+        value: as given; None passes where the type allows it.
+        hint: its type, as `typing.get_type_hints` gives it.
+
+    Raises:
+        HessianFlowError: naming the option, what it takes and the value.
+    """
+    if not _fits(value, hint):
+        raise HessianFlowError(f"{option(name)} must be {_described(hint)}, got {shown(value)}")
+    if isinstance(value, str) and value not in _words(hint):
+        _check_text(name, value)
+    if name in BOUNDS:
+        low, high = BOUNDS[name]
+        numbers = _numbers(value)
+        if name in ABOVE and any(number <= low for number in numbers):
+            raise HessianFlowError(f"{option(name)} must be greater than {low:g}, got {shown(value)}")
+        for number in numbers:
+            check_range(option(name), number, low, high)
+
+
+def check_range(where: str, number: float, low: float, high: float) -> None:
+    """Refuse a number outside [low, high], nan among them.
+
+    Raises:
+        HessianFlowError: naming `where`, the bound and the number.
+    """
+    if number < low:
+        raise HessianFlowError(f"{where} must be at least {low:g}, got {shown(number)}")
+    if number > high:
+        raise HessianFlowError(f"{where} must be at most {high:g}, got {shown(number)}")
+    if not low <= number <= high:
+        raise HessianFlowError(f"{where} must be a number from {low:g} to {high:g}, got {shown(number)}")
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def user_path(path: PathT, where: str) -> PathT:
+    """The path with the home folder in place of a leading `~` or `~NAME`; None stays None.
+
+    Raises:
+        HessianFlowError: there is no such folder; `where` names the option.
+    """
+    if path is None or not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise HessianFlowError(f"{where} {path}: no home folder is known; write the path out, or ./{path}") from None
+
+
+def shown(value: Any) -> str:
+    """A wrong value as an error repeats it: on one line, cut short where it is long."""
+    if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
+        return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
+    text = str(value) if isinstance(value, (int, float)) else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a type; a whole number is a float, true and false are no numbers, a list is a tuple."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return isinstance(value, str) and value in parts
+    if kind is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        expected = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+        return len(value) == len(expected) and all(map(_fits, value, expected))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> set[str]:
+    """The words that a type lists."""
+    if get_origin(hint) is Literal:
+        return set(get_args(hint))
+    return {word for part in get_args(hint) for word in _words(part)}
+
+
+def _described(hint: Any) -> str:
+    """A type in plain words."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(_described(part) for part in parts if part is not type(None))
+    if kind is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(repr, parts))
+    if kind is tuple and parts[-1] is Ellipsis:
+        return f"a list like {'[[2, 256], [4, 512]]' if get_origin(parts[0]) is tuple else '[30, 60]'}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def _numbers(value: Any) -> list[float]:
+    """Every number in a value."""
+    if isinstance(value, (tuple, list)):
+        return [number for part in value for number in _numbers(part)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def _check_text(name: str, value: str) -> None:
+    """Refuse text that no path and no name can be."""
+    if not value.strip():
+        raise HessianFlowError(f"{option(name)} must not be empty: leave it out instead")
+    if len(value) > LONGEST_TEXT:
+        raise HessianFlowError(f"{option(name)} must be at most {LONGEST_TEXT} characters long, got {len(value)}")
+    wrong = next((sign for sign in value if unicodedata.category(sign) in _UNSEEN), None)
+    if wrong is not None:
+        raise HessianFlowError(
+            f"{option(name)} must not hold the character {wrong!a}: records, plots and tables could not show it"
+        )

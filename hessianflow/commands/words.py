@@ -1,0 +1,117 @@
+"""The words of a command line, put into the form that the parser takes."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hessianflow.commands.parser import Parser, did_you_mean
+from hessianflow.commands.yaml_text import UnfitTextError, check_value, read_settings
+from hessianflow.interfaces import HessianFlowError
+
+_TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "null", "~", "none"})
+_ROOT_OPTIONS = ("--help", "-h", "--version")
+
+
+@dataclass
+class Words:
+    """A command line in parts.
+
+    Attributes:
+        command: the words that name the command.
+        typed: the options and arguments typed behind it.
+        files: by setting, the text that a file of settings has for it, and the name of the file; the last file counts.
+    """
+
+    command: list[str] = field(default_factory=list)
+    typed: list[str] = field(default_factory=list)
+    files: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def from_files(self) -> list[str]:
+        """The settings from files as options."""
+        return [f"--{name.replace('_', '-')}={text}" for name, (text, _) in self.files.items()]
+
+    @property
+    def all(self) -> list[str]:
+        """Everything; what was typed comes last, and so counts."""
+        return [*self.command, *self.from_files, *self.typed]
+
+
+def words_of(parser: Parser, given: Iterable[str]) -> Words:
+    """The words of one command line; sets the parser's `current` command.
+
+    Files named with --config are read. Switches that stand alone, and negative numbers, are joined to their options.
+
+    Raises:
+        HessianFlowError: a file that cannot be read, or holds something else than settings.
+        SystemExit: an option before the command.
+    """
+    words = ["--print_config" if word == "--print-config" else word for word in given]
+    found = Words()
+    if words and words[0].startswith("-") and words[0] not in _ROOT_OPTIONS:
+        parser.error(f"{words[0]} stands before the command: name that first, as in hessianflow train {words[0]}")
+    current = parser
+    for word in words:
+        if word in current.children:
+            current = current.children[word]
+            parser.current = current
+    found.command, rest = words[:1], iter(words[1:])
+    takes_files = "--config" in current.options
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if takes_files and name == "--config":
+            path = value if equals else next(rest, "")
+            found.files |= _settings_of(current, path)
+        elif name.startswith("--") and "." in name and name not in current.options:
+            parser.error(f"unrecognized arguments: {name}")
+        else:
+            found.typed.append(word)
+    found.typed = _joined(current, found.typed)
+    _check_values(current, found.typed)
+    return found
+
+
+def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> None:
+    """Refuse values that a reader of YAML might choke on; text is not read as YAML.
+
+    Raises:
+        HessianFlowError: naming the option, after what the words come from.
+    """
+    option = ""
+    for word in words:
+        value = word
+        if word.startswith("--"):
+            option, _, value = word.partition("=")
+        if option in parser.values:
+            try:
+                check_value(value)
+            except UnfitTextError as error:
+                raise HessianFlowError(f"{origin}{option}: {error}") from None
+
+
+def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
+    """The settings in a file, checked to be ones."""
+    if not path:
+        raise HessianFlowError("--config needs the name of a file of settings")
+    found = read_settings(path)
+    known = {word[2:].replace("-", "_") for word in parser.options if word not in ("--config", "--help")}
+    for name in found:
+        if name not in known:
+            hint = did_you_mean(name, [word.replace("_", "-") for word in known]).replace("-", "_")
+            raise HessianFlowError(f"--config {path}: there is no setting {name!r}{hint}")
+        _check_values(parser, [f"--{name.replace('_', '-')}={found[name]}"], f"--config {path}: ")
+    return {name: (text, path) for name, text in found.items() if text != "null"}
+
+
+def _joined(parser: Parser, words: list[str]) -> list[str]:
+    """With `=true` at switches that stand alone, and negative numbers joined to the options that they belong to."""
+    joined: list[str] = []
+    for index, word in enumerate(words):
+        following = words[index + 1] if index + 1 < len(words) else ""
+        if word in parser.switches and following.lower() not in _TRUTHS:
+            joined.append(f"{word}=true")
+        elif joined and joined[-1] in parser.options and re.fullmatch(r"-(\.?\d.*|inf|nan)", word):
+            joined[-1] = f"{joined[-1]}={word}"
+        else:
+            joined.append(word)
+    return joined

@@ -1,0 +1,158 @@
+"""YAML from strangers: read within bounds of size and depth, without aliases, tags and repeated names.
+
+A parser of YAML calls itself for every level, and copies for every alias: a few bytes can cost a process its stack or
+its memory. So the events are counted first, which takes neither.
+"""
+
+import os
+import re
+import stat
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+from hessianflow.interfaces import HessianFlowError
+
+MOST_BYTES = 1 << 18
+"""Size of a settings file: a hundred times that of one with every setting. Ours."""
+MOST_CHARACTERS = 1 << 16
+"""Length of a value on the command line. Ours."""
+MOST_DIGITS = 300
+"""Digits of a number: one of more is no float. Ours."""
+DEEPEST, MOST_EVENTS = 8, 20_000
+"""Levels of lists in lists, and parts of all kinds. Ours; no setting has more than two levels."""
+_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp"))
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
+_NULL, _LIST = "tag:yaml.org,2002:null", "tag:yaml.org,2002:seq"
+
+
+class UnfitTextError(yaml.YAMLError):  # type: ignore[misc]  # without stubs, yaml is Any
+    """Text that is YAML, perhaps, but not of a kind that is read here."""
+
+
+def load_value(text: str) -> Any:
+    """The value that a word of the command line stands for.
+
+    Raises:
+        UnfitTextError: as :func:`check_value`.
+    """
+    if not text.strip():
+        return text
+    check_value(text)
+    try:
+        return get_loader("yaml")(text)
+    except ValueError as error:  # of Python: a number that it does not convert, text that is no Unicode
+        raise UnfitTextError(str(error)) from None
+
+
+def check_value(text: str) -> None:
+    """Refuse a word that a reader of YAML might choke on, before jsonargparse gives it to one of its own.
+
+    Raises:
+        UnfitTextError: it is too long or too deep, or holds an alias or a number of hundreds of digits.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise UnfitTextError(f"{len(text)} characters, more than {MOST_CHARACTERS}")
+    digits = max(map(len, re.findall(r"\d+", text)), default=0)
+    if digits > MOST_DIGITS:
+        raise UnfitTextError(f"a number of {digits} digits: none that is used here has more than {MOST_DIGITS}")
+    try:
+        _check_events(text)
+    except UnfitTextError:
+        raise
+    except (yaml.YAMLError, ValueError):  # no YAML at all: then it is not read as such
+        return
+
+
+def read_settings(path: str) -> dict[str, str]:
+    """The settings in a YAML file, each as the text that would stand on the command line.
+
+    Raises:
+        HessianFlowError: no such file, no plain file, not UTF-8, too large; no mapping of names to numbers, words and
+            lists; the message repeats nothing of what the file holds but names.
+    """
+    text = _text(path)
+    try:
+        _check_events(text)
+        node = yaml.compose(text, Loader=_LOADER)
+    except yaml.YAMLError as error:
+        raise HessianFlowError(f"--config {path}: not the YAML of a settings file: {_reason(error)}") from None
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise HessianFlowError(f"--config {path}: must hold names of settings and their values, found a {node.id}")
+    if {"settings", "environment"} <= {key.value for key, _ in node.value if isinstance(key.value, str)}:
+        raise HessianFlowError(f"--config {path} is the record of a run: its settings are in settings.yaml beside it")
+    found: dict[str, str] = {}
+    for key, value in node.value:
+        where = f"--config {path} line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise HessianFlowError(f"{where}: the name of a setting must be a word, found a {key.id}")
+        if key.value in found:
+            raise HessianFlowError(f"{where}: {key.value} stands there a second time: leave one out")
+        found[key.value] = _as_word(value, f"{where}: {key.value}")
+    return found
+
+
+def _text(path: str) -> str:
+    """The text of a plain file of moderate size; pipes and devices are not waited for."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise HessianFlowError(f"--config {path}: cannot be read: {reason}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise HessianFlowError(f"--config {path}: must be a plain file: write the settings into one")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise HessianFlowError(f"--config {path}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(handle)
+    if len(content) > MOST_BYTES:
+        raise HessianFlowError(f"--config {path}: more than {MOST_BYTES} bytes: no settings file is that large")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise HessianFlowError(f"--config {path}: not UTF-8 text: save it in that encoding") from None
+
+
+def _check_events(text: str) -> None:
+    """Refuse text that is too deep or too much, and aliases.
+
+    Raises:
+        UnfitTextError: as said; yaml's own errors pass through.
+    """
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=_LOADER), start=1):
+        if isinstance(event, yaml.AliasEvent):
+            raise UnfitTextError("aliases are not read here: write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEEPEST or count > MOST_EVENTS:
+            what = f"more than {DEEPEST} levels" if depth > DEEPEST else f"more than {MOST_EVENTS} parts"
+            raise UnfitTextError(f"{what}: no setting has as many")
+
+
+def _as_word(node: yaml.Node, where: str) -> str:
+    """A value as it would stand on the command line."""
+    if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
+        return f"[{', '.join(_as_word(part, where) for part in node.value)}]"
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
+        found = "a mapping" if isinstance(node, yaml.MappingNode) else "a tag"
+        raise HessianFlowError(f"{where} must be a number, a word or a list, found {found}")
+    return "null" if node.tag == _NULL else str(node.value)
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the lines around it: they may hold a password."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        return f"{', '.join(filter(None, (error.context, error.problem)))}{line}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"a character that YAML does not allow at position {error.position}"
+    return str(error)

@@ -1,0 +1,36 @@
+"""Settings left open, fitted to image files of one's own: no preset knows how many there are, nor how large."""
+
+from dataclasses import replace
+from typing import Any
+
+from hessianflow.config import TrainConfig
+from hessianflow.data.datasets import FOLDER_SETS
+from hessianflow.data.image_files import training_images, usual_side
+from hessianflow.presets import PRESETS
+from hessianflow.settings import FILE_SIDE
+
+
+def fitted(config: TrainConfig) -> TrainConfig:
+    """The settings as given, with the open ones fitted to the files below `data_dir`.
+
+    Neither the cap of the batch nor the probe is larger than the training set, and images of the data set "folder" are
+    cut to the size that they have, or to 224 pixels where they are larger. Nothing changes for other data sets, and for
+    a folder that is not there.
+    """
+    if config.data not in FOLDER_SETS:
+        return config
+    preset = PRESETS[config.data]
+    sized = ("max_batch_size", "probe_examples")
+    changes: dict[str, Any] = {}
+    wanted = [name for name in (*sized, "image_size") if getattr(config, name) is None]
+    files = training_images(config.data_dir, preset["max_batch_size"]) if wanted and config.data_dir else []
+    for name in sized:
+        if name in wanted and 0 < len(files) < preset[name]:
+            changes[name] = min(len(files), config.train_examples or len(files))
+    if "max_batch_size" in changes:
+        changes["max_batch_size"] = max(changes["max_batch_size"], config.batch_size or preset["batch_size"])
+    if "image_size" in wanted:
+        from_files = config.data == "folder" and config.resolutions is None and files
+        side = usual_side(files, FILE_SIDE) if from_files else FILE_SIDE
+        changes["image_size"] = config.resolutions[-1] if config.resolutions else side
+    return replace(config, **changes)

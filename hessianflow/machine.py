@@ -1,0 +1,39 @@
+"""The device that trains, and what it computes in."""
+
+import warnings
+
+import torch
+
+from hessianflow.interfaces import HessianFlowError
+
+LONGEST_REASON = 120
+"""Characters of torch's reasons that an error repeats: some of them list every device there is."""
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto": the first GPU, or the processor.
+
+    Raises:
+        HessianFlowError: no such device here, or one that only stands for others.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch gives up; they fail below
+            device = torch.device(name)
+            # Names that torch knows and that nothing is installed for fail in several ways, from deep inside.
+            (torch.ones(1, device=device) + 1).item()
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        cut = f"{reason[:LONGEST_REASON]}..." if len(reason) > LONGEST_REASON else reason
+        raise HessianFlowError(f"--device {name} cannot be used here: {cut}; use cpu or auto") from None
+    return device
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has arithmetic units for bfloat16: anything else emulates it, slowly."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
