@@ -116,6 +116,7 @@ def build_trainer(
         reference_batch_size=config.batch_size,
         microbatch_size=microbatch_default(config) if config.microbatch_size is None else config.microbatch_size,
         norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
+        norm_statistics=config.norm_statistics,
         observers=build_observers(config, optimizer),
         precision=resolved_precision(config),
         run_dir=config.run_dir,
@@ -226,6 +227,7 @@ def build_probe(
         budget=_budget(config),
         first_matvecs=first_products(config, count, parts.train.num_examples),
         norm_mode=given(config.norm_mode),
+        check_statistics=config.norm_statistics == "settled",
         seed=config.seed,
         operator=operator,
     )

@@ -49,6 +49,7 @@ CurvatureName = Literal["epoch", "needed", "off"]
 PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
 LRRuleName = Literal["linear", "sqrt", "none"]
 DivergenceName = Literal["stop", "rollback"]
+NormStatisticsName = Literal["settled", "running"]
 LogLevelName = Literal["debug", "info", "warning", "error"]
 
 
@@ -131,6 +132,9 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
         microbatch_size: examples per forward pass; auto finds the fastest; default: auto on a GPU, else batch_size.
         norm_batch_size: examples batch normalisation sees at once in training; default: batch_size; 0: the microbatch;
             ranks: those of all ranks (torch's SyncBatchNorm, on GPUs).
+        norm_statistics: settled: running statistics of batch normalisation that have not settled at the end of an epoch
+            are measured anew, and readings on such ones are not used; running: neither, as in the published code of
+            ABSA.
         augment: random crops and flips where the data set's preset has them.
         precision: float32, or autocast in bf16 or fp16; auto takes bf16 where the device computes in it.
         channels_last: memory layout of images and convolutions; the faster one on most devices.
@@ -197,6 +201,7 @@ class TrainConfig(WorkerSettings, DualBatchSettings, ResolutionSettings, TwinSet
     norm_mode: NormMode | None = None
     microbatch_size: int | Literal["auto"] | None = None
     norm_batch_size: int | Literal["ranks"] | None = None
+    norm_statistics: NormStatisticsName = "settled"
     augment: bool = True
     precision: PrecisionName | None = None
     channels_last: bool | None = None

@@ -75,6 +75,7 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "probe_tolerance": (_MEASURED, {"input_curvature": (True,), **_ONE_TRAINER}),
     "curvature_budget": (_MEASURED,),
     "norm_mode": (_MEASURED,),
+    "norm_statistics": (_ONE_TRAINER,),
     "lr_rule": (_ONE_TRAINER,),
     "checkpoint_examples": ({**_ONE_TRAINER, "elastic": (False,)},),
     "checkpoint_minutes": ({**_ONE_TRAINER, "elastic": (False,)},),

@@ -67,6 +67,9 @@ class CurvatureReading:
         residual: ||H v - eigenvalue v|| for the unit vector v found; a true eigenvalue lies no farther away.
         matvecs: products spent.
         converged: whether the residual met the probe's tolerance.
+        reliable: whether the running statistics of batch normalisation belong to the weights. Where they have not
+            settled, the loss that was measured is not the one that is trained, and its eigenvalues say nothing of it;
+            `details` then hold the loss under them ("running_loss") and under the batch's own statistics ("own_loss").
         eigenvalues: all pairs tracked, leading first, when more than one is.
         norm_mode: the batch-normalisation statistics the value belongs to.
         num_examples: examples the loss was averaged over.
@@ -83,6 +86,7 @@ class CurvatureReading:
     num_examples: int = 0
     seconds: float = 0.0
     details: Mapping[str, float] = field(default_factory=dict)
+    reliable: bool = True
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import hessianflow
 
 PACKAGE = Path(hessianflow.__file__).parent
-SHARED = {"interfaces", "batches", "structure", "losses", "measuring", "folding", "memory", "checks"}
+SHARED = {"interfaces", "batches", "structure", "losses", "measuring", "norm_statistics", "folding", "memory", "checks"}
 ALLOWED: dict[str, set[str]] = {
     **{room: SHARED | {room} for room in ("curvature", "control", "adversarial", "optim", "models", "data")},
     "runs": {"interfaces", "checks", "runs"},
@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "structure": set(),
     "losses": {"losses", "batches", "interfaces", "measuring"},
     "measuring": {"interfaces"},
+    "norm_statistics": {"batches", "losses", "measuring"},
     "folding": set(),
     "memory": set(),
     "checks": {"interfaces"},

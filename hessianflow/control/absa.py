@@ -15,8 +15,9 @@ adversarial share divided by share_decay, and 0 at the cap. ABS is ABSA with an 
 
 Deviations from the published code:
 
-- a reading that is missing, not finite, <= 0 or not converged counts towards the patience but is never compared, nor
-  taken as the reference (there, a negative estimate makes the test true for ever, and a NaN as the first one never);
+- a reading that is missing, not finite, <= 0, not converged or not reliable counts towards the patience but is never
+  compared, nor taken as the reference (there, a negative estimate makes the test true for ever, a NaN as the first one
+  never, and estimates of 10^9 to 10^3 under running statistics that had not settled drove one growth after another);
 - decay, growth and share factors are three settings instead of one, and the patience is a setting;
 - sizes count examples, not microbatches, so that any cap is possible; a growth adds at least one example.
 """
@@ -133,6 +134,8 @@ def _defect(reading: CurvatureReading | None) -> str:
         return f"not finite ({reading.eigenvalue})"
     if reading.eigenvalue <= 0:
         return f"not positive ({reading.eigenvalue:.4g})"
+    if not reading.reliable:
+        return f"on running statistics that have not settled ({reading.eigenvalue:.4g})"
     if not reading.converged:
         return f"not converged ({reading.eigenvalue:.4g}, residual {reading.residual:.2g})"
     return ""

@@ -206,7 +206,7 @@ class CriticalBatch(BoundedController[CriticalState]):
     def _stable(self, reading: CurvatureReading | None, rate: float, share: float) -> tuple[float, str]:
         """The second bound for the scheduled `rate`, and what it rests on."""
         state = self._state
-        if reading is not None and reading.converged and 0 < reading.eigenvalue < math.inf:
+        if reading is not None and _is_usable(reading):
             state.eigenvalues = [*state.eigenvalues, reading.eigenvalue][-self.window :]
         if not 0 <= rate < math.inf:
             return 0.0, f"rate {rate} is negative or not finite"
@@ -221,3 +221,7 @@ class CriticalBatch(BoundedController[CriticalState]):
         edge = 2 * (1 + self.momentum) / eigenvalue
         of = f" (median of {len(state.eigenvalues)})" if len(state.eigenvalues) > 1 else ""
         return share * edge / rate, f"eigenvalue {eigenvalue:.4g}{of} is stable up to a rate of {edge:.4g}"
+
+
+def _is_usable(reading: CurvatureReading) -> bool:
+    return reading.converged and reading.reliable and 0 < reading.eigenvalue < math.inf

@@ -129,6 +129,7 @@ def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
         residual=_number(moment.get("residual")),
         matvecs=int(moment.get("matvecs", 0)),
         converged=bool(moment.get("converged", True)),
+        reliable=bool(moment.get("reliable", True)),
         norm_mode=moment.get("norm_mode", "eval"),
     )
 

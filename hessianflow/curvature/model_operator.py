@@ -46,6 +46,7 @@ from hessianflow.folding import folded_normalisation
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck
 from hessianflow.measuring import measuring, unwrap
+from hessianflow.norm_statistics import loss_sums, moving_layers
 
 
 class Piece(NamedTuple):
@@ -180,6 +181,20 @@ class ModelOperator(Operator):
         """The loss whose curvature this is, at the current weights."""
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             return float(self._mean_loss(model, self._pieces()))
+
+    def statistics_losses(self) -> tuple[float, float, float] | None:
+        """Return the mean loss under running statistics of normalisation, that under the data's own, and their weight.
+
+        None where the matrix uses no running statistics that training moves; the weight is 0 where nothing can be told.
+        """
+        layers = moving_layers(self._model)
+        if self.norm_mode == "batch" or not layers:
+            return None
+        total, weight = loss_sums(self._model, self._pieces(), self._loss, layers)
+        if weight == 0:
+            return 0.0, 0.0, 0.0
+        running = self._repeats.last_loss
+        return self.mean_loss() if running is None else running, total / weight, weight
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss by the selected parameters, shape [size]."""

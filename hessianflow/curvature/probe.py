@@ -11,7 +11,8 @@ old in the fourth call at the latest, one 5 % above in the fifth. Few products c
 reading may miss it; every `cold_every`-th call starts at random.
 
 Choices of ours: the batch of 64 to 128 examples is fixed by default (batch-to-batch spread is 8-10 %); readings that
-are not finite or not converged are returned as such and never enter the smoothed value or the next start.
+are not finite, not converged or not reliable are returned as such and never enter the smoothed value, nor do the first
+two enter the next start.
 """
 
 import hashlib
@@ -35,6 +36,7 @@ from hessianflow.curvature.selection import Selection, listed
 from hessianflow.curvature.vectors import normalised
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, LinearOperator, LossFn, NormMode
 from hessianflow.measuring import unwrap
+from hessianflow.norm_statistics import is_unsettled
 
 Smoothing = Literal["none", "median", "ema"]
 
@@ -87,6 +89,9 @@ class CurvatureProbe:
         budget: largest share of the training cost to be spent, for :meth:`is_affordable`; None: no limit.
         seed: of the random parts of all starts.
         check_product: compare a product of the first call with a difference of gradients; see HessianOperator.
+        check_statistics: in norm_mode "eval", compare the loss with that under the probe batch's own statistics, one
+            forward pass a call, and say in `reliable` whether the running ones have settled (norm_statistics.py).
+            False: say that they have, as the published code of ABSA takes for granted.
         operator: makes what is measured, called as HessianOperator is; on several ranks
             `hessianflow.distributed.sharded(world)`.
 
@@ -116,6 +121,7 @@ class CurvatureProbe:
         budget: float | None = None,
         seed: int = 0,
         check_product: bool = True,
+        check_statistics: bool = True,
         operator: Callable[..., ProbeOperator] = HessianOperator,
     ) -> None:
         if smoothing not in get_args(Smoothing):
@@ -136,7 +142,7 @@ class CurvatureProbe:
         self._smoothing, self._window, self._budget = smoothing, window, budget
         self._params, self._norm_mode, self._microbatch_size = listed(params), norm_mode, microbatch_size
         self._operator, self._check_product = operator, check_product
-        self._first_matvecs = first_matvecs
+        self._first_matvecs, self._check_statistics = first_matvecs, check_statistics
         self._start: Tensor | None = None
         self._recent: list[float] = []
         self._average: float | None = None
@@ -163,15 +169,17 @@ class CurvatureProbe:
             check_deterministic=self._calls == 0,
             check_product=self._check_product and self._calls == 0,
         )
+        unsettled = None
         try:
             result = self._measure(operator)
+            unsettled = self._unsettled_losses(operator)
         except NonFiniteError:
             result = None
         finally:
             operator.release()
             self._calls += 1
-        self._account(result, examples)
-        return self._reading(result, examples, time.perf_counter() - began)
+        self._account(result, examples, unsettled is None)
+        return self._reading(result, examples, time.perf_counter() - began, unsettled)
 
     def is_affordable(self, examples: int) -> bool:
         """Whether the next call, at the price of the last, fits the budget after `examples` training examples.
@@ -223,7 +231,16 @@ class CurvatureProbe:
             warm=start is not None,
         )
 
-    def _account(self, result: EigenResult | None, examples: int) -> None:
+    def _unsettled_losses(self, operator: ProbeOperator) -> tuple[float, float] | None:
+        """Return the losses under running and under own statistics where the former have not settled."""
+        ask = getattr(operator, "statistics_losses", None)  # of operators that run a model
+        found = ask() if self._check_statistics and ask is not None else None
+        if found is None:
+            return None
+        running, own, weight = found
+        return (running, own) if weight > 0 and is_unsettled(running, own) else None
+
+    def _account(self, result: EigenResult | None, examples: int, reliable: bool) -> None:
         products = 0 if result is None else result.matvecs
         self._last_cost = (1 + GRADIENTS_PER_PRODUCT * products) * examples
         self._spent += self._last_cost
@@ -231,11 +248,14 @@ class CurvatureProbe:
             self._start = None
         elif result.converged:
             self._start = remembered(result) if self._warm_start else None
+        if result is not None and result.converged and reliable:
             value = float(result.values[0])
             self._recent = [*self._recent, value][-self._window :]
             self._average = _averaged(self._average, value, self._window)
 
-    def _reading(self, result: EigenResult | None, examples: int, seconds: float) -> CurvatureReading:
+    def _reading(
+        self, result: EigenResult | None, examples: int, seconds: float, unsettled: tuple[float, float] | None
+    ) -> CurvatureReading:
         values = [] if result is None else result.values[: self._k].tolist()
         return CurvatureReading(
             eigenvalue=values[0] if values else math.nan,
@@ -246,13 +266,17 @@ class CurvatureProbe:
             norm_mode=self._norm_mode,
             num_examples=examples,
             seconds=seconds,
-            details=self._details(),
+            details=self._details(unsettled),
+            reliable=unsettled is None,
         )
 
-    def _details(self) -> dict[str, float]:
-        if self._smoothing == "none" or self._average is None:
-            return {}
-        return {"smoothed": self._average if self._smoothing == "ema" else statistics.median(self._recent)}
+    def _details(self, unsettled: tuple[float, float] | None) -> dict[str, float]:
+        details: dict[str, float] = {}
+        if unsettled is not None:
+            details["running_loss"], details["own_loss"] = unsettled
+        if self._smoothing != "none" and self._average is not None:
+            details["smoothed"] = self._average if self._smoothing == "ema" else statistics.median(self._recent)
+        return details
 
 
 def by_value(nearness: Tensor) -> Tensor:

@@ -65,6 +65,19 @@ class AllReducedOperator(Operator):
         """Free what the base keeps."""
         self._base.release()
 
+    def statistics_losses(self) -> tuple[float, float, float] | None:
+        """Return what the base's method of this name does, over the examples of all ranks; None where it has none."""
+        ask = getattr(self._base, "statistics_losses", None)  # of operators that run a model
+        found = None if ask is None else ask()
+        if found is None:
+            return None
+        running, own, weight = found
+        if self._weight == 0:
+            weight = 0.0
+        sums = torch.tensor([running * weight, own * weight, weight], dtype=torch.float64)
+        running, own, weight = self._reducer.sum(sums).tolist()
+        return (running / weight, own / weight, weight) if weight else (0.0, 0.0, 0.0)
+
     def _product(self, vector: Tensor) -> Tensor:
         failure: HessianFlowError | None = None
         share = self._weight / self.total_weight

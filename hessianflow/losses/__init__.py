@@ -19,7 +19,7 @@ mean over two parts of some rows must be the loss of these rows at once.
 """
 
 from hessianflow.losses.mean import Averaged, MeanLoss, WeightedLoss, mean_loss
-from hessianflow.losses.split_check import SplitCheck
+from hessianflow.losses.split_check import SplitCheck, untouched
 from hessianflow.losses.weights import Weight, exact_type, weighted
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "WeightedLoss",
     "exact_type",
     "mean_loss",
+    "untouched",
     "weighted",
 ]

@@ -56,7 +56,7 @@ class SplitCheck:
         if pair is None:
             return
         self._next = 2 * self._parts
-        with _untouched(self._loss.loss_fn):
+        with untouched(self._loss.loss_fn):
             self._compare(*pair)
 
     def _of_two_rows(self, outputs: Any, targets: Any) -> tuple[Any, Any] | None:
@@ -151,7 +151,7 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _untouched(loss_fn: Any) -> Iterator[None]:
+def untouched(loss_fn: Any) -> Iterator[None]:
     """Leave the random generators, and the buffers of a loss that is a module, as they were found."""
     module = loss_fn if isinstance(loss_fn, nn.Module) else nn.Module()
     modes = [(part, part.training) for part in module.modules()]

@@ -36,6 +36,8 @@ class _EpochRequired(Place):
 class EpochRow(_EpochRequired, total=False):
     """A completed epoch: the setting it ended with, its figures, and the seconds spent on each part.
 
+    `statistics` is "remeasured" where running statistics had not settled and were measured anew before the evaluation.
+
     A run on a parameter server adds clock_seconds (the server's clock), predicted_seconds (the sum of the plans' target
     times), small_batch_size and resolution.
     """
@@ -45,6 +47,7 @@ class EpochRow(_EpochRequired, total=False):
     train_accuracy: Share
     eval_loss: Figure
     adversarial_gain: Figure
+    statistics: str
     seconds: Figure
     images_per_second: Figure
     seconds_training: Figure
@@ -69,6 +72,7 @@ class CurvatureRow(_CurvatureRequired, total=False):
     residual: Figure
     matvecs: Count
     converged: bool
+    reliable: bool
     norm_mode: str
     num_examples: Count
     seconds: Figure
@@ -198,6 +202,7 @@ def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Rec
         "residual": reading.residual,
         "matvecs": reading.matvecs,
         "converged": reading.converged,
+        "reliable": reading.reliable,
         "norm_mode": reading.norm_mode,
         "num_examples": reading.num_examples,
         "seconds": reading.seconds,

@@ -13,6 +13,7 @@ from hessianflow.training.accumulate import Precision
 from hessianflow.training.control_point import CurvatureSchedule
 from hessianflow.training.divergence import OnDivergence
 from hessianflow.training.schedule import ScheduleUnit
+from hessianflow.training.settle import NormStatistics
 
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "controller": ("hf.control.ABSA(32, 512)", ("decision", "is_due")),
@@ -36,6 +37,7 @@ def check_settings(
     reference_batch_size: object,
     microbatch_size: object,
     norm_batch_size: object,
+    norm_statistics: object,
     max_grad_norm: object,
     max_loss_ratio: object,
     checkpoint_examples: object,
@@ -53,6 +55,7 @@ def check_settings(
     check_choice("curvature", curvature, get_args(CurvatureSchedule))
     check_choice("precision", precision, get_args(Precision))
     check_choice("on_divergence", on_divergence, get_args(OnDivergence))
+    check_choice("norm_statistics", norm_statistics, get_args(NormStatistics))
     check_count("epochs", epochs)
     check_count("reference_batch_size", reference_batch_size, none="that of the start")
     if microbatch_size != "auto":

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hessianflow.interfaces import Decision, Progress, ResizableBatches, World
+from hessianflow.interfaces import Batch, Decision, Progress, ResizableBatches, World
 from hessianflow.runs import Recorder, rows
 from hessianflow.runs.names import BEST, LAST
 from hessianflow.training import checkpoint
@@ -26,6 +26,7 @@ from hessianflow.training.progress import ProgressBar
 from hessianflow.training.restore import restore_newest
 from hessianflow.training.saving import Saver
 from hessianflow.training.schedule import ScheduleUnit
+from hessianflow.training.settle import NormStatistics, settle
 from hessianflow.training.state import RunState
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
@@ -89,7 +90,9 @@ class TrainingLoop:
     decision: Decision
     run_dir: Path | None
     show_progress: bool | None
+    norm_statistics: NormStatistics = "settled"
     stop_requested: bool = field(default=False, init=False)
+    _were_unsettled: bool = field(default=False, init=False)
     _said: set[str] = field(default_factory=set, init=False)
 
     @property
@@ -149,15 +152,17 @@ class TrainingLoop:
     def _train(self, updates: int | None) -> None:
         """The steps from here to the end of the run, to so many updates, or to a stop."""
         counters = self.state.counters
-        if counters.settled < counters.updates and self._settle(stop=False, save=False):
+        if counters.settled < counters.updates and self._settle(None, stop=False, save=False):
             return  # another rank, or the evaluation, had failed between an update and what follows it
+        batch: Batch | None = None
         for planned in self.ahead.plan(lambda: (self.progress, counters.place, self.decision)):
             stop = save = False
             if planned is None:  # the data ended the epoch with the batch before
                 self._count_epoch()
             else:
+                batch = planned[0].batch
                 stop, save = self._take_step(*planned)
-            if self._settle(stop=stop, save=save) or counters.updates == updates:
+            if self._settle(batch, stop=stop, save=save) or counters.updates == updates:
                 return
 
     def _take_step(self, now: Planned, ahead: Planned | None) -> tuple[bool, bool]:
@@ -199,8 +204,8 @@ class TrainingLoop:
         """Whether to stop, to save, to show figures: whatever a signal or a clock told this rank."""
         return self.stop_requested, self.saver.time_is_up, self._bar.is_due
 
-    def _settle(self, *, stop: bool, save: bool) -> bool:
-        """What follows an update: decide, evaluate, save; whether to stop then."""
+    def _settle(self, batch: Batch | None, *, stop: bool, save: bool) -> bool:
+        """What follows an update on `batch`: decide, evaluate, save; whether to stop then."""
         counters = self.state.counters
         self.stop_requested |= stop
         at_end = counters.place == 0
@@ -208,6 +213,8 @@ class TrainingLoop:
         if save:
             self._check(self._watcher.first_bad_update(counters.updates, at_end=at_end))
             self.world.average_buffers()
+        if at_end:
+            self._settle_statistics(batch)
         self._decide(at_end)
         if at_end:
             self._finish_epoch()
@@ -220,6 +227,18 @@ class TrainingLoop:
         if save and (stop or not self.is_unfinished or not self.totals.in_doubt):
             self.save()
         return stop
+
+    def _settle_statistics(self, batch: Batch | None) -> None:
+        """Before a reading or an evaluation rests on them; after a resume there is no batch, and nothing is done."""
+        self._were_unsettled = False
+        if batch is None or self.norm_statistics == "running":
+            return
+        with self.watch.part("evaluation"):
+            size = self.step.microbatch.size
+            found = settle(self.model, batch, self.after_epoch.loss_fn, size, self.world)
+        if found:
+            self._were_unsettled = True
+            self._say_once("statistics", found)
 
     def _decide(self, at_end: bool) -> None:
         progress, before = self.progress, self.decision
@@ -254,6 +273,8 @@ class TrainingLoop:
         with self.after_epoch.in_use():
             evaluation = self.after_epoch.evaluate()
             row = self.totals.epoch_row(self.progress, evaluation, self.watch.totals())
+            if self._were_unsettled:
+                row["statistics"] = "remeasured"
             self.record.write(row)
             for kind, figures, warning in self.after_epoch.measure():
                 self.record.write(rows.measurement_row(self.progress, kind, figures))

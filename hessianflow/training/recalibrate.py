@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessianflow.batches import as_batches, as_pair, move
 from hessianflow.interfaces import Batch, HessianFlowError
-from hessianflow.measuring import measuring, unwrap
+from hessianflow.measuring import measuring
+from hessianflow.norm_statistics import moving_layers
 
 
 def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
@@ -28,7 +29,7 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
     Raises:
         HessianFlowError: no batch.
     """
-    layers = _layers(unwrap(model))
+    layers = moving_layers(model)
     if not layers:
         return
     device, batches = next(model.parameters()).device, 0
@@ -43,12 +44,6 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
         measured = [(_statistics(layer), [t.clone() for t in _statistics(layer)]) for layer in reached]
     for statistics, values in measured:
         torch._foreach_copy_(statistics, values)
-
-
-def _layers(model: nn.Module) -> list[_BatchNorm]:
-    """All with running statistics that are not frozen."""
-    found = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    return [layer for layer in found if layer.training] if model.training else found
 
 
 @contextmanager

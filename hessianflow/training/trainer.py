@@ -72,6 +72,7 @@ from hessianflow.training.run import Run
 from hessianflow.training.saving import Saver
 from hessianflow.training.schedule import ScheduleUnit, misfit
 from hessianflow.training.settings import flat, of_controller, of_optimizer
+from hessianflow.training.settle import NormStatistics
 from hessianflow.training.state import RunState, numbered, stateful_parts
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
@@ -110,6 +111,10 @@ class AdaptiveBatchTrainer(Run):
             the fastest that fits. None: "auto" on a GPU, elsewhere the reference batch size.
         norm_batch_size: examples that batch normalisation sees at once in training ("ghost" batch normalisation). None:
             the reference batch size, as the published runs had in effect. 0: the whole microbatch.
+        norm_statistics: "settled": where the running statistics of batch normalisation have not settled at the end of
+            an epoch, they are measured anew on the batch trained last, before anything is measured, evaluated or saved
+            (:mod:`~hessianflow.training.settle`). "running": they are left as training made them, as in the published
+            code of ABSA.
         transform: applied to each whole batch before the adversary.
         before_evaluation: called after every epoch, before the model is evaluated and saved as the
             best: may set its buffers, or put an average in the place of the weights.
@@ -164,6 +169,7 @@ class AdaptiveBatchTrainer(Run):
         reference_batch_size: int | None = None,
         microbatch_size: int | Literal["auto"] | None = None,
         norm_batch_size: int | None = None,
+        norm_statistics: NormStatistics = "settled",
         transform: BatchTransform | None = None,
         before_evaluation: Callable[[], None] | None = None,
         after_evaluation: Callable[[], None] | None = None,
@@ -193,6 +199,7 @@ class AdaptiveBatchTrainer(Run):
             reference_batch_size=reference_batch_size,
             microbatch_size=microbatch_size,
             norm_batch_size=norm_batch_size,
+            norm_statistics=norm_statistics,
             max_grad_norm=max_grad_norm,
             max_loss_ratio=max_loss_ratio,
             checkpoint_examples=checkpoint_examples,
@@ -250,6 +257,7 @@ class AdaptiveBatchTrainer(Run):
             "schedule_unit": schedule_unit,
             "reference_batch_size": reference,
             "norm_batch_size": norm_size,
+            "norm_statistics": norm_statistics,
             "precision": precision,
             "max_grad_norm": max_grad_norm,
             "max_loss_ratio": max_loss_ratio,
@@ -301,6 +309,7 @@ class AdaptiveBatchTrainer(Run):
             decision=decision,
             run_dir=folder,
             show_progress=show_progress if first else False,
+            norm_statistics=norm_statistics,
         )
         notices = [
             check_adversary(controller, adversary),

@@ -34,6 +34,7 @@ from trainers import (
     skewed,
     tiny,
     unfrozen,
+    unsettled,
     untimed,
 )
 
@@ -190,6 +191,18 @@ def test_statistics_are_averaged_and_dropout_differs():
     assert torch.equal(buffers, others)
     assert not torch.equal(noise, other_noise), "ranks must not drop the same units"
     assert losses[0] == pytest.approx(losses[1], rel=1e-12), "evaluated as it was left"
+
+
+def test_statistics_that_have_not_settled_are_measured_anew_on_all_ranks():
+    """The mean over ranks of the variances within their parts lies below that of the whole, by that of their means."""
+    (first, loss, said), (second, other_loss, other_said) = run_local(unsettled, 2)
+    assert torch.equal(first, second)
+    assert (loss, said) == (other_loss, other_said)
+    whole, loss_of_one, said_by_one = unsettled(None)
+    assert said == said_by_one == ["remeasured"]
+    assert torch.all((first[:4] - whole[:4]).abs() < 0.02 * whole[4:].sqrt()), "the first step differed by its parts"
+    assert torch.allclose(first[4:], whole[4:], rtol=0.2)
+    assert loss == pytest.approx(loss_of_one, rel=0.2)
 
 
 def test_layers_that_exchange_statistics_run_as_often_on_every_rank():

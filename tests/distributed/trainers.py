@@ -305,6 +305,32 @@ def normalised(reducer: GroupReducer) -> tuple[Tensor, Tensor, list[float]]:
     return torch.cat([b.double().reshape(-1) for b in model.buffers()]), noise[0], losses
 
 
+def unsettled(reducer: GroupReducer | None) -> tuple[Tensor, float, list[str | None]]:
+    """Running statistics that say nothing yet, after one update: measured anew on the parts of that batch."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    world = None if reducer is None else GroupWorld(reducer)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 4)).double()
+    with torch.no_grad():
+        model[1].weight.mul_(100)
+        model[3].weight.mul_(10)
+    data = pixels(48)
+    history = AdaptiveBatchTrainer(
+        model,
+        data,
+        [data.sample(30)],
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        loss_fn=F.cross_entropy,
+        epochs=1,
+        norm_batch_size=0,
+        show_progress=False,
+        world=world,
+    ).fit()
+    [row] = history.epochs
+    statistics = torch.cat([model[2].running_mean, model[2].running_var])
+    return statistics, row["eval_loss"], [row.get("statistics")]
+
+
 def rolled_back(reducer: GroupReducer | None, run_dir: str) -> dict[str, Any]:
     """The batch doubles every epoch; one of more than 16 explodes, and is undone."""
 

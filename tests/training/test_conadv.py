@@ -67,7 +67,7 @@ def test_staleness_zero_is_the_synchronous_method_bit_for_bit(combine: Any):
 def test_staleness_two_is_the_published_algorithm():
     """Algorithm 1 written out: the twins of step t come from the weights (and statistics) of step t - 2."""
     ours, theirs = network(), network()
-    trainer(ours, ConcurrentAdversary(attack(), staleness=2)).fit()
+    trainer(ours, ConcurrentAdversary(attack(), staleness=2), norm_statistics="running").fit()
     optimizer, batches = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9), data()
     stream = [batch for _ in range(2) for batch in batches]
     twins: dict[int, Tensor] = {}

@@ -1,0 +1,58 @@
+"""Running statistics that have not settled are measured anew at the end of an epoch, before anything rests on them."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hessianflow.batches import num_examples, split
+from hessianflow.interfaces import Batch, LossFn, World
+from hessianflow.losses import MeanLoss
+from hessianflow.norm_statistics import is_unsettled, loss_sums, moving_layers
+from hessianflow.training.recalibrate import recalibrate
+
+NormStatistics = Literal["settled", "running"]
+
+
+def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, size: int, world: World) -> str:
+    """Compare the loss under running statistics with that under the batch's own; if need be, measure the former anew.
+
+    They become the plain average over the microbatches of `batch`. In training only attacks meet
+    them, which run in evaluation mode.
+
+    Args:
+        model: in training mode; one without batch normalisation is not run at all.
+        batch: the one trained last, on the device; on several ranks this rank's part of it.
+        loss_fn: of the training.
+        size: examples of a microbatch. The first one is compared, in two forward passes.
+        world: the ranks, which agree.
+
+    Returns:
+        What was found, in words; empty where the statistics have settled, or nothing can be told.
+    """
+    layers = moving_layers(model)
+    if not layers:
+        return ""
+    parts = [part for part in split(batch, size) if num_examples(part) > 1]
+    # Where layers sum over ranks, all must run as often.
+    passes = min(world.gather(len(parts)))
+    if passes == 0:
+        return ""
+    mean_loss = MeanLoss(loss_fn)
+    running = loss_sums(model, parts[:1], mean_loss)
+    own = loss_sums(model, parts[:1], mean_loss, layers)
+    # One wait for the device at the end of an epoch.
+    running_loss, running_weight, own_loss, own_weight = world.sum(torch.tensor([*running, *own]).double()).tolist()
+    if not running_weight or not own_weight:
+        return ""
+    running_loss /= running_weight
+    own_loss /= own_weight
+    if not is_unsettled(running_loss, own_loss):
+        return ""
+    recalibrate(model, parts[:passes])
+    world.average_buffers()
+    return (
+        f"the running statistics of batch normalisation had not settled (loss {running_loss:.4g} under them, "
+        f"{own_loss:.4g} under those of the batch) and were measured anew on the batch trained last; the row of each "
+        'epoch where this happens says so, and norm_statistics="running" leaves them alone'
+    )
