@@ -20,6 +20,14 @@ BOTH = pytest.mark.parametrize("number", list(SAID), ids=lambda number: number.n
 
 
 @pytest.fixture(autouse=True)
+def no_handler_of_tests_before():
+    """Ray leaves one of its own in the process."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
 
