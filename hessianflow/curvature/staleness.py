@@ -21,6 +21,7 @@ CHUNK = 2**20
 SMALL = 2**13
 """Tensors of up to so many values are summed up together: a kernel for each would cost more than their copy. Ours."""
 
+_PLAIN = frozenset((bool, int, float, str))
 _GOLDEN = 0.6180339887498949
 _ODD = -7046029254386353131  # the golden ratio in 64 bits
 _FLOATS = (
@@ -141,16 +142,26 @@ def _on_the_host(numbers: list[Tensor]) -> list[float | int]:
 
 
 def _watched(model: nn.Module, loss_fn: Any, batch: Any) -> list[Tensor]:
-    modules = list(model.modules())  # once: the names that parameters() and buffers() make cost more than the rest
+    modules = _modules(model)
     found: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
     found += [b for module in modules for b in module._buffers.values() if b is not None]
     if isinstance(loss_fn, nn.Module):
-        for module in loss_fn.modules():
-            held = (*module._parameters.values(), *module._buffers.values())
-            found += [t for t in held if t is not None]
+        for module in _modules(loss_fn):
+            if module._parameters or module._buffers:
+                held = (*module._parameters.values(), *module._buffers.values())
+                found += [t for t in held if t is not None]
     map_tensors(lambda t: found.append(t) or t, batch)  # type: ignore[func-returns-value]
     if isinstance(loss_fn, partial):
         map_tensors(lambda t: found.append(t) or t, loss_fn.keywords)  # type: ignore[func-returns-value]
+    return found
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules, shared ones as often as they occur: `modules()` would cost more than all else that is watched."""
+    found = [model]
+    for module in found:
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
     return found
 
 
@@ -175,7 +186,7 @@ def _options(loss_fn: Any) -> list[Any]:
         held = loss_fn.keywords
     elif isinstance(loss_fn, nn.Module):
         held = vars(loss_fn)
-    return [(key, value) for key, value in held.items() if isinstance(value, (bool, int, float, str))]
+    return [(key, value) for key, value in held.items() if type(value) in _PLAIN]
 
 
 def _strided_parts(tensor: Tensor) -> list[Tensor]:
