@@ -12,6 +12,7 @@ parts. What happens when it is cut:
 - Anything else might be either, and is refused by name.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Literal
@@ -299,3 +300,25 @@ def _are_alike(part: Sequence[Any]) -> bool:
 def _listed(counts: set[int]) -> str:
     *head, last = map(str, sorted(counts))
     return f"{', '.join(head)} and {last}" if head else last
+
+
+MARKED_ROWS, MARKED_NUMBERS = 8, 4096
+"""Rows, and numbers in them, at the beginning of each tensor that a fingerprint looks at. Ours."""
+
+
+def fingerprint(batch: Any) -> int:
+    """Return a number below 4096 that tells most batches apart, from the beginning of their tensors.
+
+    Waits for the device.
+    """
+    found = [0]
+
+    def add(tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided:
+            rows = tensor.detach()[:MARKED_ROWS] if tensor.ndim else tensor.detach()
+            first = rows.reshape(-1)[:MARKED_NUMBERS].cpu().contiguous()
+            found[0] = zlib.crc32(first.view(torch.uint8).numpy().tobytes(), found[0])
+        return tensor
+
+    map_tensors(add, batch)
+    return found[0] % 4096
