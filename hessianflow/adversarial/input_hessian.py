@@ -46,7 +46,12 @@ class InputHessian:
         *,
         norm_mode: NormMode = "eval",
     ) -> None:
-        check_one_tensor(x)
+        check_one_tensor(x, purpose="to be differentiated by")
+        if not x.is_floating_point():
+            raise HessianFlowError(
+                f"inputs must be floating point to be differentiated by, got {x.dtype}; convert them (for images: "
+                "x.float() / 255)"
+            )
         with attacking(model, norm_mode) as frozen:
             self._inputs = x.detach().clone().requires_grad_()
             loss = mean_loss(loss_fn, frozen(self._inputs), y) * len(x)
