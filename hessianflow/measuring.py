@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hessianflow.interfaces import HessianFlowError, NormMode
 
@@ -35,7 +36,7 @@ def check_differentiable(model: nn.Module) -> None:
         HessianFlowError: with the name of the first such weight.
     """
     for name, parameter in model.named_parameters():
-        if parameter.is_inference():
+        if not is_lazy(parameter) and parameter.is_inference():
             raise HessianFlowError(
                 f"the parameter {name!r} was made within torch.inference_mode() and cannot be differentiated; "
                 "build the model outside of it, or load its state dict into one that was"
