@@ -12,14 +12,14 @@ parts. What happens when it is cut:
 - Anything else might be either, and is refused by name.
 """
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from hessianflow.interfaces import Batch, HessianFlowError
@@ -302,23 +302,33 @@ def _listed(counts: set[int]) -> str:
     return f"{', '.join(head)} and {last}" if head else last
 
 
-MARKED_ROWS, MARKED_NUMBERS = 8, 4096
-"""Rows, and numbers in them, at the beginning of each tensor that a fingerprint looks at. Ours."""
+@contextmanager
+def explaining_types(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Say which types a forward pass met, and what to convert, if it fails because of one.
 
+    Args:
+        model: whose weights have types.
+        batch: a pair or a mapping.
 
-def fingerprint(batch: Any) -> int:
-    """Return a number below 4096 that tells most batches apart, from the beginning of their tensors.
-
-    Waits for the device.
+    Raises:
+        HessianFlowError: in the place of torch's error about two types.
     """
-    found = [0]
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("dtype", "scalar type")):
+            raise
+        weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        parts = batch if is_list(batch) and len(batch) == 2 else (batch, ())
+        inputs, targets = (", ".join(sorted({str(t.dtype) for t in _tensors(part)})) or "none" for part in parts)
+        raise HessianFlowError(
+            f"the model or the loss does not take inputs of {inputs} and targets of {targets} with weights of "
+            f"{weights} ({str(error).splitlines()[0]}); convert where examples are made, such as inputs.float() and, "
+            "for classes, targets.long()"
+        ) from error
 
-    def add(tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided:
-            rows = tensor.detach()[:MARKED_ROWS] if tensor.ndim else tensor.detach()
-            first = rows.reshape(-1)[:MARKED_NUMBERS].cpu().contiguous()
-            found[0] = zlib.crc32(first.view(torch.uint8).numpy().tobytes(), found[0])
-        return tensor
 
-    map_tensors(add, batch)
-    return found[0] % 4096
+def _tensors(part: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, part)  # type: ignore[func-returns-value]
+    return found

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import as_batches, as_pair, fingerprint, move, num_examples
+from hessianflow.batches import as_batches, as_pair, explaining_types, map_tensors, move, num_examples
 from hessianflow.interfaces import AgreedError, Batch, HessianFlowError, Hits, LossFn, Reducer
 from hessianflow.losses import MeanLoss, SplitCheck, exact_type, weighted
 from hessianflow.measuring import measuring
 from hessianflow.training.world import LocalWorld
+
+MARKED_ROWS, MARKED_NUMBERS = 8, 4096
+"""Rows, and numbers in them, at the beginning of each tensor that a fingerprint looks at. Ours."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,9 @@ def evaluate(
                 sums[6:] += torch.tensor([mark, mark**2], dtype=sums.dtype, device=device)
             if number % ranks.world_size == ranks.rank:
                 inputs, targets = as_pair(move(batch, device))
-                outputs = inner(inputs)
-                sums[:6] += _figures(outputs, targets, mean_loss, sums)
+                with explaining_types(inner, (inputs, targets)):
+                    outputs = inner(inputs)
+                    sums[:6] += _figures(outputs, targets, mean_loss, sums)
                 if number > 0:
                     _warn_of_parts(check_split, outputs, targets)
     # The one wait for the device: the figures leave it here.
@@ -135,3 +140,21 @@ def summed(hits: Sequence[Hits | None]) -> Hits | None:
         correct = correct + found.correct
         counted = counted + found.counted
     return Hits(correct, counted)
+
+
+def fingerprint(batch: Any) -> int:
+    """Return a number below 4096 that tells most batches apart, from the beginning of their tensors.
+
+    Waits for the device.
+    """
+    found = [0]
+
+    def add(tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided:
+            rows = tensor.detach()[:MARKED_ROWS] if tensor.ndim else tensor.detach()
+            first = rows.reshape(-1)[:MARKED_NUMBERS].cpu().contiguous()
+            found[0] = zlib.crc32(first.view(torch.uint8).numpy().tobytes(), found[0])
+        return tensor
+
+    map_tensors(add, batch)
+    return found[0] % 4096

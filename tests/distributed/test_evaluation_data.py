@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from hessianflow import HessianFlowError
-from hessianflow.batches import fingerprint
 from hessianflow.distributed import run_simulated
 from hessianflow.training import evaluate
+from hessianflow.training.evaluate import fingerprint
 
 DATA = TensorDataset(
     torch.randn(10, 4, generator=torch.Generator().manual_seed(0)),
