@@ -302,6 +302,10 @@ def _listed(counts: set[int]) -> str:
     return f"{', '.join(head)} and {last}" if head else last
 
 
+_OF_TYPES = ("same dtype", "target dtype", "Found dtype", "scalar type", "Input type (")
+"""What torch's errors about two types say: of products, classes, losses, embeddings and convolutions."""
+
+
 @contextmanager
 def explaining_types(model: nn.Module, batch: Any) -> Iterator[None]:
     """Say which types a forward pass met, and what to convert, if it fails because of one.
@@ -316,7 +320,7 @@ def explaining_types(model: nn.Module, batch: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("dtype", "scalar type")):
+        if not any(sign in str(error) for sign in _OF_TYPES):
             raise
         weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         parts = batch if is_list(batch) and len(batch) == 2 else (batch, ())

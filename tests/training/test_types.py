@@ -57,6 +57,16 @@ def test_types_are_named(use, pair, said):
         USES[use](nn.Linear(4, 3), pair)
 
 
+def test_convolutions_and_embeddings_say_it_in_other_words():
+    images = torch.randn(16, 1, 4, 4, dtype=torch.float64)
+    for model, inputs in (
+        (nn.Sequential(nn.Conv2d(1, 3, 4), nn.Flatten()), images),
+        (nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(12, 3)), INPUTS),
+    ):
+        with pytest.raises(HessianFlowError, match="does not take inputs of torch"):
+            evaluate(model, (inputs, TARGETS), cross_entropy)
+
+
 @pytest.mark.parametrize("use", USES)
 def test_other_errors_are_those_of_the_model(use):
     class Broken(nn.Linear):
