@@ -46,7 +46,7 @@ class InputHessian:
         *,
         norm_mode: NormMode = "eval",
     ) -> None:
-        check_one_tensor(x, purpose="to be differentiated by")
+        check_one_tensor(x)
         if not x.is_floating_point():
             raise HessianFlowError(
                 f"inputs must be floating point to be differentiated by, got {x.dtype}; convert them (for images: "
