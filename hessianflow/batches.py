@@ -13,12 +13,13 @@ parts. What happens when it is cut:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from hessianflow.interfaces import Batch, HessianFlowError
@@ -299,3 +300,39 @@ def _are_alike(part: Sequence[Any]) -> bool:
 def _listed(counts: set[int]) -> str:
     *head, last = map(str, sorted(counts))
     return f"{', '.join(head)} and {last}" if head else last
+
+
+_OF_TYPES = ("same dtype", "target dtype", "Found dtype", "scalar type", "Input type (")
+"""What torch's errors about two types say: of products, classes, losses, embeddings and convolutions."""
+
+
+@contextmanager
+def explaining_types(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Say which types a forward pass met, and what to convert, if it fails because of one.
+
+    Args:
+        model: whose weights have types.
+        batch: a pair or a mapping.
+
+    Raises:
+        HessianFlowError: in the place of torch's error about two types.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _OF_TYPES):
+            raise
+        weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        parts = batch if is_list(batch) and len(batch) == 2 else (batch, ())
+        inputs, targets = (", ".join(sorted({str(t.dtype) for t in _tensors(part)})) or "none" for part in parts)
+        raise HessianFlowError(
+            f"the model or the loss does not take inputs of {inputs} and targets of {targets} with weights of "
+            f"{weights} ({str(error).splitlines()[0]}); convert where examples are made, such as inputs.float() and, "
+            "for classes, targets.long()"
+        ) from error
+
+
+def _tensors(part: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, part)  # type: ignore[func-returns-value]
+    return found

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from hessianflow.interfaces import NormMode
+from hessianflow.interfaces import HessianFlowError, NormMode
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -26,6 +27,20 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Refuse a model whose weights were made in inference mode: torch lets no gradient through them.
+
+    Raises:
+        HessianFlowError: with the name of the first such weight.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and parameter.is_inference():
+            raise HessianFlowError(
+                f"the parameter {name!r} was made within torch.inference_mode() and cannot be differentiated; "
+                "build the model outside of it, or load its state dict into one that was"
+            )
 
 
 @contextmanager

@@ -47,6 +47,11 @@ class InputHessian:
         norm_mode: NormMode = "eval",
     ) -> None:
         check_one_tensor(x)
+        if not x.is_floating_point():
+            raise HessianFlowError(
+                f"inputs must be floating point to be differentiated by, got {x.dtype}; convert them (for images: "
+                "x.float() / 255)"
+            )
         with attacking(model, norm_mode) as frozen:
             self._inputs = x.detach().clone().requires_grad_()
             loss = mean_loss(loss_fn, frozen(self._inputs), y) * len(x)

@@ -29,7 +29,7 @@ from hessianflow.curvature.shares import (
     mass_limits,
     tridiagonal,
 )
-from hessianflow.curvature.vectors import gaussian, generator, norm
+from hessianflow.curvature.vectors import estimating, gaussian, generator, norm
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 
@@ -169,7 +169,7 @@ def spectral_density(
     if num_probes < 1 or steps < 1:
         raise HessianFlowError(f"num_probes and steps must be at least 1, got {num_probes} and {steps}")
     source = generator(seed, operator.device)
-    with torch.no_grad():
+    with estimating(operator):
         rules = [
             _quadrature(operator, gaussian(operator, source), min(steps, operator.size)) for _ in range(num_probes)
         ]

@@ -11,7 +11,7 @@ from hessianflow.curvature.evidence import COLD, WARM
 from hessianflow.curvature.lanczos import lanczos
 from hessianflow.curvature.power_iteration import power_iteration
 from hessianflow.curvature.results import EigenResult, Which
-from hessianflow.curvature.vectors import gaussian, generator, normalised
+from hessianflow.curvature.vectors import estimating, gaussian, generator, normalised
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 Method = Literal["lanczos", "power"]
@@ -71,7 +71,7 @@ def top_eigenpairs(
     _check_residual_tol(residual_tol, method)
     source = generator(seed, operator.device)
     start = _start(operator, v0, source)
-    with torch.no_grad():
+    with estimating(operator):
         if method == "power":
             more = max(0, k - start.shape[1])
             start = torch.cat([start, gaussian(operator, source, more)], dim=1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hessianflow.interfaces import HessianFlowError, NormMode
+from hessianflow.measuring import check_differentiable
 
 _WAY_OUT = "measure an unsharded copy: load the full state dict into a plain model"
 
@@ -42,6 +43,7 @@ def check_measurable(model: nn.Module) -> None:
     Raises:
         HessianFlowError: with the name of the wrapper or of the weight, and the way out.
     """
+    check_differentiable(model)
     sharding, pieces = _sharding(), _pieces()
     for module in model.modules():
         if isinstance(module, sharding):

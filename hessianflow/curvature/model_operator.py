@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, move, num_examples, split
+from hessianflow.batches import explaining_types, map_tensors, move, num_examples, split
 from hessianflow.curvature.derivatives import (
     UNREACHED,
     Graph,
@@ -248,7 +248,7 @@ class ModelOperator(Operator):
                     raise HessianFlowError(NO_TARGET)
                 if self._repeats.is_due():
                     self._repeats.compare(snapshot, self._mean_loss(model, [local]))
-                with explained(num_examples(batch)):
+                with explained(num_examples(batch)), explaining_types(self._model, batch):
                     piece = self._prepare(model, local)
                 _counted(piece.weight)
             snapshot.renew()  # buffers that were written to have new versions, and their old values
@@ -279,7 +279,7 @@ class ModelOperator(Operator):
             if self._repeats.is_due():
                 self._repeats.compare(self._snapshot, self._mean_loss(model, self._pieces()))
             for batch in self._pieces():
-                with explained(num_examples(batch)):
+                with explained(num_examples(batch)), explaining_types(self._model, batch):
                     piece = self._prepare(model, batch)
                     if piece.weight == 0:
                         continue
@@ -352,7 +352,7 @@ class ModelOperator(Operator):
         total, whole = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
         # With gradients enabled, as in a product: a loss may itself differentiate, by its inputs for example.
         for batch in pieces:
-            with explained(num_examples(batch)):
+            with explained(num_examples(batch)), explaining_types(self._model, batch):
                 averaged = self._averaged(model, batch)
             weight = float(averaged.weight)
             if weight > 0:

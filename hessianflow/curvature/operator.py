@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessianflow.curvature.vectors import check_vector
+from hessianflow.curvature.vectors import check_vector, estimating
 from hessianflow.interfaces import HessianFlowError, LinearOperator
+
+ORTHONORMAL = 1e-3
+"""Largest entry of Q^T Q - I that is put down to rounding. Ours."""
 
 
 class NonFiniteError(HessianFlowError):
@@ -136,6 +139,10 @@ class CallableOperator(Operator):
     ) -> None:
         if size < 1:
             raise HessianFlowError(f"size must be at least 1, got {size}")
+        if not dtype.is_floating_point:
+            raise HessianFlowError(
+                f"dtype must be a floating-point type, got {dtype}; hold complex ones as view_as_real"
+            )
         self._function = matvec
         self.size = size
         self.dtype = dtype
@@ -145,6 +152,11 @@ class CallableOperator(Operator):
         product = self._function(vector)
         if product.shape != vector.shape:
             raise HessianFlowError(f"matvec must return shape [{self.size}], got {list(product.shape)}")
+        if product.dtype != self.dtype:
+            raise HessianFlowError(
+                f"matvec must return {self.dtype}, the type of its vectors, got {product.dtype}; "
+                f"pass dtype={product.dtype}"
+            )
         return product
 
 
@@ -165,8 +177,17 @@ class SumOperator(_DerivedOperator):
     """A + B."""
 
     def __init__(self, first: Operator, second: Operator) -> None:
+        if not isinstance(second, Operator):
+            raise HessianFlowError(
+                f"only an operator can be added to an operator, got {type(second).__name__}; for A + c I: A.shifted(c)"
+            )
         if first.size != second.size:
             raise HessianFlowError(f"operators to be added must have one size, got {first.size} and {second.size}")
+        if (first.dtype, first.device) != (second.dtype, second.device):
+            raise HessianFlowError(
+                f"operators to be added must have vectors of one type and device, got {first.dtype} on {first.device} "
+                f"and {second.dtype} on {second.device}"
+            )
         super().__init__(first)
         self._other = second
 
@@ -209,8 +230,21 @@ class DeflatedOperator(_DerivedOperator):
             raise HessianFlowError(
                 f"vectors must have shape [{base.size}, m], got {list(vectors.shape)}; pass orthonormal columns"
             )
+        if (vectors.dtype, vectors.device.type) != (base.dtype, base.device.type):
+            raise HessianFlowError(
+                f"vectors must be {base.dtype} on {base.device}, got {vectors.dtype} on {vectors.device}"
+            )
         super().__init__(base)
         self._vectors = vectors
+        with estimating(self):
+            # Once for each operator made, a wait for the device: other columns would scale the matrix in silence.
+            unit = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+            error = float((vectors.T @ vectors - unit).abs().max()) if vectors.numel() else 0.0
+        if not error <= ORTHONORMAL:
+            raise HessianFlowError(
+                f"vectors must be orthonormal columns, but Q^T Q is off by {error:.2g} from the identity; pass "
+                "torch.linalg.qr(vectors).Q"
+            )
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._project(self._base.matvec(self._project(vector)))

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import DiagonalResult, TraceResult
-from hessianflow.curvature.vectors import generator, rademacher
+from hessianflow.curvature.vectors import estimating, generator, rademacher
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 MISSED_ENERGY = 0.2
@@ -79,7 +79,7 @@ def trace(
     if num_matvecs < least:
         raise HessianFlowError(f"num_matvecs must be at least {least} for {method}, got {num_matvecs}")
     source = generator(seed, operator.device)
-    with torch.no_grad():
+    with estimating(operator):
         if method == "hutchinson":
             return _averaged(_samples(operator, num_matvecs, source), 0.0, num_matvecs)
         if method == "hutchpp":
@@ -187,7 +187,7 @@ def diagonal(operator: LinearOperator, *, num_matvecs: int, seed: int | None = N
     """
     _check_probes(num_matvecs)
     source = generator(seed, operator.device)
-    with torch.no_grad():
+    with estimating(operator):
         mean = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
         squares = torch.zeros_like(mean)
         for n in range(1, num_matvecs + 1):  # Welford: one pass, no cancellation
@@ -207,7 +207,7 @@ def frobenius_norm(operator: LinearOperator, *, num_matvecs: int, seed: int | No
     """
     _check_probes(num_matvecs)
     source = generator(seed, operator.device)
-    with torch.no_grad():
+    with estimating(operator):
         samples = [operator.matvec(rademacher(operator, source)).square().sum() for _ in range(num_matvecs)]
     squared = _averaged(torch.stack(samples), 0.0, num_matvecs)
     value = squared.value**0.5

@@ -1,6 +1,7 @@
 """Flat vectors: where they come from, and how they map to a list of parameters."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ def generator(seed: int | None, device: torch.device) -> torch.Generator:
     else:
         made.manual_seed(seed)
     return made
+
+
+@contextmanager
+def estimating(operator: LinearOperator) -> Iterator[None]:
+    """Compute without graphs and in the operator's own precision, also within an autocast of the caller's.
+
+    Autocast would turn the inner products of an estimator into ones of 8 bits.
+    """
+    kind = operator.device.type
+    widened = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with torch.no_grad(), widened:
+        yield
 
 
 def gaussian(operator: LinearOperator, source: torch.Generator, columns: int | None = None) -> Tensor:

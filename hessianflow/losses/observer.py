@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from hessianflow.losses.weights import (
     CLASS_FUNCTIONS,
+    ELEMENTWISE_FUNCTIONS,
     IGNORE_INDEX,
     Weight,
     as_weight,
@@ -20,21 +21,7 @@ from hessianflow.losses.weights import (
     exact_type,
 )
 
-_ELEMENTWISE = (
-    functional.mse_loss,
-    functional.l1_loss,
-    functional.smooth_l1_loss,
-    functional.huber_loss,
-    functional.binary_cross_entropy,
-    functional.binary_cross_entropy_with_logits,
-    functional.kl_div,
-    functional.poisson_nll_loss,
-    functional.gaussian_nll_loss,
-    functional.soft_margin_loss,
-    functional.hinge_embedding_loss,
-)
-"""Losses whose mean divides by the number of elements."""
-_LOSSES = frozenset((*CLASS_FUNCTIONS, *_ELEMENTWISE))
+_LOSSES = frozenset((*CLASS_FUNCTIONS, *ELEMENTWISE_FUNCTIONS))
 _MEANS = frozenset((torch.mean, Tensor.mean))
 _SUMS = frozenset((torch.sum, Tensor.sum))
 _DIVISIONS = frozenset((torch.div, Tensor.div, torch.true_divide, Tensor.true_divide))

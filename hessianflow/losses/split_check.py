@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hessianflow.batches import map_tensors, num_examples, take_rows
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses.mean import EXAMPLES, STATED, Averaged, MeanLoss, WeightedLoss
+from hessianflow.losses.weights import mixes_rows
 from hessianflow.measuring import measuring
 
 NO_ROWS = "the outputs have no row for each example, so nothing shows what the mean loss divides by"
@@ -22,7 +23,8 @@ WAY_OUT = (
 class SplitCheck:
     """Compares a loss over some rows with the weighted mean over two parts of them.
 
-    Losses of torch and stated weights are not checked. The first part of a batch is, then the second,
+    Stated weights are not checked, nor are losses of torch, but for outputs and targets whose rows
+    they mix. The first part of a batch is, then the second,
     fourth, eighth and so on: rows that all count show nothing.
 
     Args:
@@ -47,6 +49,12 @@ class SplitCheck:
             HessianFlowError: the two differ, or the outputs have no row for each example, so that
                 nothing can be compared.
         """
+        if self._loss.is_known and mixes_rows(self._loss.loss_fn, outputs, targets):
+            shapes = f"outputs of shape {list(outputs.shape)} and targets of shape {list(targets.shape)}"
+            raise HessianFlowError(
+                f"the loss compares every row with every other: {shapes} are broadcast, so its parts do not add up "
+                "to it; give both one shape, such as outputs.squeeze(1)"
+            )
         if self._is_needless:
             return
         self._parts += 1

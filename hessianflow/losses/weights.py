@@ -17,6 +17,26 @@ CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
 """Losses that divide by the class weights of the targets that are not ignored."""
 
+ELEMENTWISE_FUNCTIONS = (
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+    functional.kl_div,
+    functional.poisson_nll_loss,
+    functional.gaussian_nll_loss,
+    functional.soft_margin_loss,
+    functional.hinge_embedding_loss,
+)
+"""Losses whose mean divides by the number of elements."""
+BROADCASTING_LOSSES = (
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
+    *(nn.KLDivLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss),
+)
+"""Those of them that take outputs and targets of other shapes."""
+
 IGNORE_INDEX = -100
 """The class index of targets that do not count, unless a loss says otherwise. Default of torch."""
 
@@ -28,7 +48,7 @@ def weighted(mean: Tensor, weight: Weight) -> Tensor:
     product = mean * weight
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, product, 0.0)
-    return product
+    return product if weight > 0 else torch.zeros_like(product)
 
 
 def exact_type(device: torch.device) -> torch.dtype:
@@ -87,6 +107,20 @@ def counts_classes(loss_fn: LossFn, targets: Any) -> bool:
     innermost = _innermost(loss_fn)
     by_class = isinstance(innermost, CLASS_LOSSES) or innermost in CLASS_FUNCTIONS
     return by_class and isinstance(targets, Tensor) and not targets.is_floating_point()
+
+
+def mixes_rows(loss_fn: LossFn, outputs: Any, targets: Any) -> bool:
+    """Return whether one of torch's losses compares the outputs of a row with the targets of others.
+
+    It does where their shapes differ so that broadcasting does not pair their rows: outputs [N, 1]
+    and targets [N] become [N, N].
+    """
+    innermost = _innermost(loss_fn)
+    if not isinstance(innermost, BROADCASTING_LOSSES) and innermost not in ELEMENTWISE_FUNCTIONS:
+        return False
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    return outputs.ndim != targets.ndim or outputs.shape[:1] != targets.shape[:1]
 
 
 def setting(loss_fn: Any, name: str) -> Any:

@@ -36,9 +36,25 @@ def check_number(name: str, value: float, *, low: float = 0.0, below: float = ma
     Raises:
         HessianFlowError: it is not.
     """
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value < below:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not low <= value < below
+    ):
         bound = f" and < {below:g}" if below < math.inf else ""
         raise HessianFlowError(f"{name} must be a finite number >= {low:g}{bound}, got {value!r}")
+
+
+def check_flags(group: dict[str, Any], *names: str) -> None:
+    """Refuse options that are neither True nor False: any text would count as True.
+
+    Raises:
+        HessianFlowError: one of them is something else.
+    """
+    for name in names:
+        if not isinstance(group[name], bool):
+            raise HessianFlowError(f"{name} must be True or False, got {group[name]!r}")
 
 
 def check_count(name: str, value: int, low: int = 1) -> None:

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import CheckedOptimizer, check_limit, check_number, check_parameters, check_rate
+from hessianflow.optim.checks import (
+    CheckedOptimizer,
+    check_flags,
+    check_limit,
+    check_number,
+    check_parameters,
+    check_rate,
+)
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,
@@ -83,6 +90,7 @@ class LAMB(CheckedOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         check_parameters(group["params"], type(self).__name__)
+        check_flags(group, "adapt_vectors", "decay_vectors", "capturable")
         check_rate(group["lr"], group["capturable"])
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:

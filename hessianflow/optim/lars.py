@@ -32,7 +32,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import CheckedOptimizer, check_choice, check_number, check_parameters, check_rate
+from hessianflow.optim.checks import (
+    CheckedOptimizer,
+    check_choice,
+    check_flags,
+    check_number,
+    check_parameters,
+    check_rate,
+)
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,
@@ -105,6 +112,7 @@ class LARS(CheckedOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         check_parameters(group["params"], type(self).__name__)
+        check_flags(group, "nesterov", "adapt_vectors", "decay_vectors", "capturable")
         check_rate(group["lr"], group["capturable"])
         check_number("momentum", group["momentum"], below=1)
         for name in ("weight_decay", "trust_coefficient", "eps"):

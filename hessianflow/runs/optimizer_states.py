@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.schema import shown
 from hessianflow.runs.states import DamagedStateError
 
@@ -19,6 +20,10 @@ _LIKE_WEIGHTS = (
     *("acc_delta", "sum", "prev", "step_size", "ax"),
 )
 """What torch's optimizers, and ours, keep in the shape of the weights."""
+
+
+class OtherGroupsError(HessianFlowError):
+    """The optimizer of a checkpoint has its weights in other parameter groups."""
 
 
 def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -54,6 +59,40 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 )
             if name == "step" and not isinstance(value, (Tensor, int, float)):
                 raise DamagedStateError(f"optimizer.state.{number}.step must be a number, got {shown(value)}")
+
+
+def in_order(saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return the saved state of an optimizer with its weights in the order in which another optimizer has them.
+
+    torch pairs weights by their place alone: a state taken from [weight, bias] would be that of
+    [bias, weight] without a word where the shapes agree.
+
+    Args:
+        saved: the state.
+        named: the names of the saved weights, by group; empty names for weights that have none.
+        own: the same of the optimizer that is to take the state. It may lack groups at the end.
+
+    Raises:
+        OtherGroupsError: a weight is in another group, or in none.
+    """
+    groups = list(saved["param_groups"])
+    for number, (before, now) in enumerate(zip(named, own, strict=False)):
+        if number >= len(groups) or len(_numbers(groups[number])) != len(before):
+            break  # damaged, which others tell
+        if list(before) == list(now):
+            continue
+        moved = sorted({*before} ^ {*now}) or [name for name in now if before.count(name) != now.count(name)]
+        if moved:
+            found = [index for index, names in enumerate(named) if moved[0] in names]
+            stands = f"in its parameter group {found[0]}" if found else "in no parameter group"
+            held = next((index for index, names in enumerate(own) if moved[0] in names), None)
+            here = "in none" if held is None else f"in group {held}"
+            raise OtherGroupsError(f"{moved[0] or 'a parameter'!r} is {stands}, and {here} of this run")
+        places: dict[str, list[Any]] = {}
+        for name, weight in zip(before, _numbers(groups[number]), strict=True):
+            places.setdefault(name, []).append(weight)
+        groups[number] = {**groups[number], "params": [places[name].pop(0) for name in now]}
+    return {**saved, "param_groups": groups}
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from hessianflow.interfaces import (
     ResizableBatches,
     World,
 )
-from hessianflow.training.optimizers import check_optimizer
+from hessianflow.measuring import check_differentiable
+from hessianflow.training.optimizers import check_followed, check_optimizer
 
 
 def check_rows(train_data: ResizableBatches) -> None:
@@ -66,8 +67,10 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
             batch size outside 1 to `num_examples`.
     """
     check_optimizer(optimizer)
+    check_followed(optimizer)
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
         raise HessianFlowError("the model has lazy layers: run it once on a batch before training it")
+    check_differentiable(model)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not trained:
         raise HessianFlowError("the model has no trainable parameter: nothing to train")

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
+from hessianflow.runs.optimizer_states import OtherGroupsError, in_order
 from hessianflow.training import checkpoint
 
 
@@ -46,7 +47,7 @@ class ModelState:
             "trainable": self._trainable(),
             "built_trainable": self._built_trainable,
             "evaluating": [name for name, module in self._model.named_modules() if not module.training],
-            "groups": self._groups(),
+            "groups": group_names(self._model, self._optimizer),
             "beside": [p.detach() for p in self._beside()],
         }
 
@@ -72,6 +73,19 @@ class ModelState:
                 module.training = name not in evaluating
         self._add_groups(state.get("groups", []))
 
+    def in_own_order(self, state: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """Return the saved state of the optimizer with its weights in this optimizer's order.
+
+        Raises:
+            HessianFlowError: they are in other groups; `source` names the state.
+        """
+        try:
+            return in_order(state["optimizer"], state.get("groups", []), group_names(self._model, self._optimizer))
+        except OtherGroupsError as error:
+            raise HessianFlowError(
+                f"{source} has an optimizer with other parameter groups: {error}; build it with the same groups"
+            ) from None
+
     def restore_beside(self, tensors: Sequence[Tensor], source: str) -> None:
         """Put back the parameters that nobody but the optimizer holds.
 
@@ -90,11 +104,6 @@ class ModelState:
 
     def _trainable(self) -> list[str]:
         return [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
-
-    def _groups(self) -> list[list[str]]:
-        """The model's names of the parameters in each group; empty for others."""
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        return [[names.get(id(p), "") for p in group["params"]] for group in self._optimizer.param_groups]
 
     def _beside(self) -> list[nn.Parameter]:
         known = {id(p) for module in (self._model, self._loss) if module is not None for p in module.parameters()}
@@ -143,6 +152,12 @@ class ModelState:
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, local = name.rpartition(".")
         return self._model.get_submodule(path), local
+
+
+def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Return the model's names of the parameters in each group of an optimizer; empty for others."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _version(tensor: Tensor) -> int:

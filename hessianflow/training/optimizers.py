@@ -36,6 +36,45 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
+def check_followed(optimizer: Optimizer) -> None:
+    """Refuse an optimizer around another one whose groups are no longer those that the other steps by.
+
+    What is set in them, a learning rate for one, would be recorded and never used. The state that an
+    optimizer saves tells which groups it steps by.
+
+    Raises:
+        HessianFlowError: naming its class, and what its `load_state_dict` lacks.
+    """
+    held = optimizer.param_groups
+    saved = _groups_of(optimizer)
+    if len(saved) != len(held):
+        return  # a state of a kind of its own, which does not tell
+    for number, group in enumerate(held):
+        if "lr" not in group or not isinstance(saved[number], dict) or "lr" not in saved[number]:
+            continue
+        before = group["lr"]
+        group["lr"] = _UNUSUAL
+        try:
+            found = _groups_of(optimizer)[number]["lr"]
+        finally:
+            group["lr"] = before
+        if found != _UNUSUAL:
+            raise HessianFlowError(
+                f"{type(optimizer).__name__} does not step by its own param_groups: a learning rate that is set there "
+                "is not in its state_dict(); let its __init__ and its load_state_dict end with "
+                "`self.param_groups = inner.param_groups`"
+            )
+
+
+_UNUSUAL = 0.7310585786300049
+"""A learning rate that nobody has set."""
+
+
+def _groups_of(optimizer: Optimizer) -> list[Any]:
+    groups = optimizer.state_dict().get("param_groups")
+    return groups if isinstance(groups, list) else []
+
+
 def gradients_wanted(optimizer: Optimizer) -> Gradients:
     """How the optimizer wants its gradients.
 

@@ -12,13 +12,14 @@ from hessianflow.interfaces import HessianFlowError, World
 from hessianflow.measuring import unwrap
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS
-from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
+from hessianflow.runs.optimizer_states import OtherGroupsError, check_optimizer, in_order, keeping_options
 from hessianflow.runs.states import (
     check_finite,
     check_training_state,
     model_fault,
     restoring,
 )
+from hessianflow.training.model_state import group_names
 from hessianflow.training.optimizers import label
 from hessianflow.training.world import on_all_ranks, on_first_rank
 
@@ -95,4 +96,8 @@ def _check_fits(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer
         raise HessianFlowError(f"it is of another model: {fault}")
     check_finite(inner, shared)
     if state["optimizer_class"] in (label(optimizer), type(optimizer).__name__):
-        check_optimizer(optimizer, state["optimizer"])
+        try:
+            saved = in_order(state["optimizer"], state.get("groups", []), group_names(inner, optimizer))
+        except OtherGroupsError:
+            return  # of another run, which whoever puts it back says
+        check_optimizer(optimizer, saved)

@@ -17,7 +17,7 @@ from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.model_state import ModelState
-from hessianflow.training.optimizers import label, set_mode
+from hessianflow.training.optimizers import check_followed, label, set_mode
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.totals import RunningTotals
 
@@ -132,10 +132,12 @@ class RunState:
             )
         self.model.restore_model(state, source)
         set_mode(self.optimizer, training=True)  # as it was saved: nothing is to be swapped in after the state is back
+        saved = self.model.in_own_order(state, source)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(saved)  # type: ignore[arg-type]
         except ValueError as error:
             raise HessianFlowError(f"{source} has an optimizer with other parameter groups: {error}") from None
+        check_followed(self.optimizer)
         if "beside" in state:  # earlier versions do not keep them
             self.model.restore_beside(state["beside"], source)
         self.follow()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessianflow.batches import move, num_examples, training_pair
+from hessianflow.batches import explaining_types, move, num_examples, training_pair
 from hessianflow.interfaces import Adversary, Batch, BatchTransform, Exposure, HessianFlowError, Progress, World
 from hessianflow.measuring import unwrap
 from hessianflow.training import checkpoint
@@ -167,7 +167,8 @@ class TrainingStep:
             size = self.microbatch.begin(count)
             undo = None if self.microbatch.is_proven else self._remember()
             try:
-                result = self.accumulate.expose(self._expose(now, ahead, size), size)
+                with explaining_types(self.model, now.batch):
+                    result = self.accumulate.expose(self._expose(now, ahead, size), size)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error) or self.accumulate.paired:
                     raise  # where passes are paired, the other ranks wait for this one

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim import LARS
+from hessianflow.optim import CLARS, LAMB, LARS
 from hessianflow.optim.foreach import add_scaled_, scaled, written_out
 
 TOLERANCE = 1e-7  # the worked numbers are given to eight decimals
@@ -402,3 +402,11 @@ def test_a_parameter_that_changed_its_shape_is_refused() -> None:
     weight.grad = torch.ones(3, 3, dtype=torch.float64)
     with pytest.raises(HessianFlowError, match=r"must keep their shape, but \[1, 2\] became \[3, 3\]"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [LARS, LAMB, CLARS])
+@pytest.mark.parametrize("option", [{"adapt_vectors": "no"}, {"decay_vectors": 1}])
+def test_flags_are_true_or_false(optimizer, option):
+    (name, value), weights = *option.items(), [nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(HessianFlowError, match=f"{name} must be True or False, got {value!r}"):
+        optimizer(weights, lr=0.1, **option)
