@@ -13,6 +13,8 @@ a `collate_fn` from (seed, epoch, place), so that they too are the same whatever
 interruptions; see :mod:`hessianflow.data.randomness`.
 """
 
+import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -120,6 +122,7 @@ class AdaptiveBatches(ExampleStream):
         }
         self._loader: DataLoader[Any] = DataLoader(self._examples, **self._options)
         self._chunks: Iterator[Any] | None = None
+        self._ending: weakref.finalize[..., AdaptiveBatches] | None = None
         self._loaded: deque[Any] = deque()  # stacked chunks, or items
         self._is_stackable = False  # until a chunk was looked at
 
@@ -229,6 +232,10 @@ class AdaptiveBatches(ExampleStream):
         self._plan.keys = [(self._epoch, int(i)) for i in self._order()[self._places_from(start, stop)]]
         self._options["generator"].manual_seed(stream_seed(self._seed, "workers", self._epoch))
         self._chunks = iter(self._loader)
+        # Freed with a cycle of objects, the iterator would find its queues closed, and wait some
+        # seconds for each worker.
+        self._ending = weakref.finalize(self, _end_workers_of, self._chunks, os.getpid())
+        self._ending.atexit = False
 
     def _next_chunk(self) -> tuple[int, Any]:
         assert self._chunks is not None
@@ -289,9 +296,8 @@ class AdaptiveBatches(ExampleStream):
         """After an error: the loader is of no use, and what was taken off it is needed again."""
         # The traceback holds on to the iterator. Processes forked later would inherit it, and try
         # to end its workers.
-        end = getattr(self._chunks, "_shutdown_workers", None)
-        if end is not None:
-            end()
+        if self._ending is not None:
+            self._ending()
         self._forget_chunks()
         self._loader = DataLoader(self._examples, **self._options)
 
@@ -300,8 +306,20 @@ class AdaptiveBatches(ExampleStream):
         self._forget_chunks()  # they are of the place that an iteration before had reached
 
     def _forget_chunks(self) -> None:
+        if self._ending is not None:
+            self._ending.detach()
+            self._ending = None
         self._chunks = None
         self._loaded.clear()
+
+
+def _end_workers_of(chunks: Any, owner: int) -> None:
+    """End the workers of a loader's iterator, if it has any and this is the process that started
+    them."""
+    if os.getpid() != owner:
+        chunks._shutdown = True  # a worker has a copy, and must leave those of others alone
+    elif hasattr(chunks, "_shutdown_workers"):
+        chunks._shutdown_workers()
 
 
 def _check_options(dataset: Dataset[Any], num_workers: int, chunk_size: int, prefetch_examples: int) -> None:
