@@ -301,8 +301,9 @@ class AdaptiveBatches(ExampleStream):
         self._forget_chunks()
         self._loader = DataLoader(self._examples, **self._options)
 
-    def _start_over(self) -> None:
-        super()._start_over()
+    def rewind(self) -> None:
+        """Go to the first example of the epoch under way; see :meth:`ExampleStream.rewind`."""
+        super().rewind()
         self._forget_chunks()  # they are of the place that an iteration before had reached
 
     def _forget_chunks(self) -> None:
