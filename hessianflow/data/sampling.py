@@ -17,6 +17,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from hessianflow.data.loading import (
     rows_of,
     stacked,
     stacked_chunk,
+    start_worker,
 )
 from hessianflow.data.randomness import Randomness
 from hessianflow.data.streams import ExampleStream, stream_seed
@@ -116,7 +118,7 @@ class AdaptiveBatches(ExampleStream):
             "collate_fn": stacked_chunk if self._collate is None else kept_chunk,
             "pin_memory": pin_memory and self._collate is None,
             "generator": torch.Generator(),  # else the loader draws from the global one
-            "worker_init_fn": worker_init_fn,
+            "worker_init_fn": partial(start_worker, worker_init_fn),
             "persistent_workers": persistent_workers and num_workers > 0,
             "prefetch_factor": max(2, -(-prefetch_examples // (chunk_size * num_workers))) if num_workers else None,
         }
