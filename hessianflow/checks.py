@@ -74,11 +74,13 @@ def in_home(path: str | Path, where: str = "") -> Path:
         where: what it was given as, for errors.
 
     Raises:
-        HessianFlowError: there is no such home folder, or it holds a zero byte.
+        HessianFlowError: it is no path, there is no such home folder, or it holds a zero byte.
     """
     name = f"{where} {path}".strip()
     try:
         found = Path(path).expanduser()
+    except TypeError:
+        raise HessianFlowError(f"{where or 'a path'} must be text or a Path, got {path!r}") from None
     except RuntimeError:
         raise HessianFlowError(f"{name}: no home folder is known; write the path out, or ./{path}") from None
     if "\0" in str(found):

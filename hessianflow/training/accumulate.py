@@ -281,6 +281,11 @@ class GradientAccumulator:
                 self._be_zero()
             with self.world.last_backward(divisor) if last else nullcontext():
                 return
+        if not averaged.value.requires_grad:
+            raise HessianFlowError(
+                "the loss depends on nothing that is trained: its graph was cut (by .detach(), .item() or "
+                "torch.no_grad() in the model or the loss), or all parameters in it are frozen"
+            )
         weight = _like(_ratio(averaged.weight, divisor), averaged.value)
         scaled = self.scaler.scale(averaged.value * weight)
         hooked = (bool(self.observers) or not last or self.world.world_size > 1) and self._is_hooked()
