@@ -214,7 +214,9 @@ def as_batches(data: Any) -> Iterable[Any]:
     """One pair, or one mapping, as a list of one batch; an iterable of batches as it is.
 
     A tuple or list of two is a pair unless its second member is one itself, or both are mappings:
-    ((x1, x2), y) is a pair, [(x, y), (x, y)] and [{...}, {...}] are two batches.
+    ((x1, x2), y) is a pair, [(x, y), (x, y)] and [{...}, {...}] are two batches. Data with a method
+    `rewind()`, such as the streams of `hf.data`, are put to the first of their batches: a part of
+    an epoch would pass for the whole.
 
     Raises:
         HessianFlowError: a tensor, tensors that are no pair, or a data set whose items are single
@@ -231,6 +233,9 @@ def as_batches(data: Any) -> Iterable[Any]:
             f"data must be a pair (inputs, targets) or an iterable of pairs, got {article(data)}: batch a data set by "
             "torch.utils.data.DataLoader(dataset, batch_size)"
         )
+    rewind = getattr(data, "rewind", None)
+    if callable(rewind):
+        rewind()
     return data  # type: ignore[no-any-return]
 
 

@@ -7,9 +7,9 @@ import math
 import types
 import unicodedata
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 
 PathT = TypeVar("PathT", str, str | None)
@@ -141,12 +141,7 @@ def user_path(path: PathT, where: str) -> PathT:
     Raises:
         HessianFlowError: there is no such folder; `where` names the option.
     """
-    if path is None or not path.startswith("~"):
-        return path
-    try:
-        return str(Path(path).expanduser())
-    except RuntimeError:
-        raise HessianFlowError(f"{where} {path}: no home folder is known; write the path out, or ./{path}") from None
+    return path if path is None or not path.startswith("~") else str(in_home(path, where))
 
 
 def shown(value: Any) -> str:

@@ -65,13 +65,24 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def in_home(path: str | Path) -> Path:
-    """The path, with the home folder in the place of a leading `~`.
+def in_home(path: str | Path, where: str = "") -> Path:
+    """The path, with the home folder in the place of a leading `~` or `~NAME`; no other code
+    expands one.
+
+    Args:
+        path: as somebody wrote it.
+        where: what it was given as, for errors.
 
     Raises:
-        HessianFlowError: the home folder of an unknown user.
+        HessianFlowError: it is no path, there is no such home folder, or it holds a zero byte.
     """
+    name = f"{where} {path}".strip()
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+    except TypeError:
+        raise HessianFlowError(f"{where or 'a path'} must be text or a Path, got {path!r}") from None
     except RuntimeError:
-        raise HessianFlowError(f"the home folder that {str(path)!r} begins with is not known: write it out") from None
+        raise HessianFlowError(f"{name}: no home folder is known; write the path out, or ./{path}") from None
+    if "\0" in str(found):
+        raise HessianFlowError(f"{name!r} holds a zero byte: no path can")
+    return found

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import CheckpointError
 from hessianflow.interfaces import HessianFlowError
 
 _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
-_COMPILED = "does not currently support double backward"
 
 
 @contextmanager

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessianflow.checks import in_home
 from hessianflow.data.augment import Augmentation
 from hessianflow.data.cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
 from hessianflow.data.device_batches import DeviceBatches
 from hessianflow.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, read_folder
-from hessianflow.data.sources import default_root, expanded
+from hessianflow.data.sources import default_root
 from hessianflow.data.svhn import read_svhn
 from hessianflow.data.tiny_imagenet import read_tiny_imagenet
 from hessianflow.interfaces import HessianFlowError
@@ -128,7 +129,7 @@ def load(
     splits = ("train", "test", "extra") if name == "svhn" else ("train", "test")
     if split not in splits:
         raise HessianFlowError(f"split of {name} must be one of {', '.join(splits)}, got {split!r}")
-    folder = expanded(root) if root is not None else default_root()
+    folder = in_home(root, "data folder") if root is not None else default_root()
     if name in FOLDER_SETS:
         return read_folder(name, folder, split, size=image_size)
     return _LOADERS[name](folder, split)

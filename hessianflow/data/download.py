@@ -18,10 +18,11 @@ from typing import BinaryIO, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from hessianflow.checks import in_home
 from hessianflow.data.archives import unpack
 from hessianflow.data.datasets import load
 from hessianflow.data.files import open_plain
-from hessianflow.data.sources import SOURCES, Source, default_root, expanded, one_line
+from hessianflow.data.sources import SOURCES, Source, default_root, one_line
 from hessianflow.interfaces import HessianFlowError
 
 Progress = Callable[[str, int, int], None]
@@ -99,7 +100,7 @@ def verify(
 
 
 def _folder(root: str | Path | None) -> Path:
-    return expanded(root) if root else default_root()
+    return in_home(root, "data folder") if root else default_root()
 
 
 def _sources(name: str, sources: Mapping[str, Sequence[Source]]) -> Sequence[Source]:

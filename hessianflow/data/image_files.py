@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hessianflow.checks import in_home
 from hessianflow.data.images import FORMATS, SUFFIXES
 from hessianflow.interfaces import HessianFlowError
 
@@ -21,8 +22,11 @@ def training_images(root: str | Path, most: int) -> list[Path]:
     Args:
         root: folder of the data set; where there is none, no file is found.
         most: files after which the search ends: a tree may hold millions.
+
+    Raises:
+        HessianFlowError: a home folder that is not known.
     """
-    return list(islice(_images(Path(root).expanduser() / "train"), most))
+    return list(islice(_images(in_home(root, "data folder") / "train"), most))
 
 
 def usual_side(files: Sequence[Path], largest: int) -> int:

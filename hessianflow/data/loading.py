@@ -7,8 +7,11 @@ their tensors in one piece of shared memory a chunk.
 """
 
 import io
+import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +68,29 @@ class SeededExamples(Dataset[Any]):
                 raise
             return Failure(str(error))
         return items
+
+
+def start_worker(further: Callable[[int], None] | None, number: int) -> None:
+    """Prepare a worker: of SIGTERM it takes notice only if its parent sends it.
+
+    Whoever ends a job tells all its processes; a worker that went at once would leave the one that
+    trains with an error in the place of a checkpoint.
+
+    Args:
+        further: what the user wants called.
+        number: of the worker.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_told, args=[os.getppid()], daemon=True).start()
+    if further is not None:
+        further(number)
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def stacked(items: list[Any]) -> Any:

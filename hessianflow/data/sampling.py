@@ -13,8 +13,11 @@ a `collate_fn` from (seed, epoch, place), so that they too are the same whatever
 interruptions; see :mod:`hessianflow.data.randomness`.
 """
 
+import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from hessianflow.data.loading import (
     rows_of,
     stacked,
     stacked_chunk,
+    start_worker,
 )
 from hessianflow.data.randomness import Randomness
 from hessianflow.data.streams import ExampleStream, stream_seed
@@ -114,12 +118,13 @@ class AdaptiveBatches(ExampleStream):
             "collate_fn": stacked_chunk if self._collate is None else kept_chunk,
             "pin_memory": pin_memory and self._collate is None,
             "generator": torch.Generator(),  # else the loader draws from the global one
-            "worker_init_fn": worker_init_fn,
+            "worker_init_fn": partial(start_worker, worker_init_fn),
             "persistent_workers": persistent_workers and num_workers > 0,
             "prefetch_factor": max(2, -(-prefetch_examples // (chunk_size * num_workers))) if num_workers else None,
         }
         self._loader: DataLoader[Any] = DataLoader(self._examples, **self._options)
         self._chunks: Iterator[Any] | None = None
+        self._ending: weakref.finalize[..., AdaptiveBatches] | None = None
         self._loaded: deque[Any] = deque()  # stacked chunks, or items
         self._is_stackable = False  # until a chunk was looked at
 
@@ -229,6 +234,10 @@ class AdaptiveBatches(ExampleStream):
         self._plan.keys = [(self._epoch, int(i)) for i in self._order()[self._places_from(start, stop)]]
         self._options["generator"].manual_seed(stream_seed(self._seed, "workers", self._epoch))
         self._chunks = iter(self._loader)
+        # Freed with a cycle of objects, the iterator would find its queues closed, and wait some
+        # seconds for each worker.
+        self._ending = weakref.finalize(self, _end_workers_of, self._chunks, os.getpid())
+        self._ending.atexit = False
 
     def _next_chunk(self) -> tuple[int, Any]:
         assert self._chunks is not None
@@ -289,19 +298,31 @@ class AdaptiveBatches(ExampleStream):
         """After an error: the loader is of no use, and what was taken off it is needed again."""
         # The traceback holds on to the iterator. Processes forked later would inherit it, and try
         # to end its workers.
-        end = getattr(self._chunks, "_shutdown_workers", None)
-        if end is not None:
-            end()
+        if self._ending is not None:
+            self._ending()
         self._forget_chunks()
         self._loader = DataLoader(self._examples, **self._options)
 
-    def _start_over(self) -> None:
-        super()._start_over()
+    def rewind(self) -> None:
+        """Go to the first example of the epoch under way; see :meth:`ExampleStream.rewind`."""
+        super().rewind()
         self._forget_chunks()  # they are of the place that an iteration before had reached
 
     def _forget_chunks(self) -> None:
+        if self._ending is not None:
+            self._ending.detach()
+            self._ending = None
         self._chunks = None
         self._loaded.clear()
+
+
+def _end_workers_of(chunks: Any, owner: int) -> None:
+    """End the workers of a loader's iterator, if it has any and this is the process that started
+    them."""
+    if os.getpid() != owner:
+        chunks._shutdown = True  # a worker has a copy, and must leave those of others alone
+    elif hasattr(chunks, "_shutdown_workers"):
+        chunks._shutdown_workers()
 
 
 def _check_options(dataset: Dataset[Any], num_workers: int, chunk_size: int, prefetch_examples: int) -> None:

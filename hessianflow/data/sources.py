@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
+from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -66,22 +67,8 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
 
 def default_root() -> Path:
     """Where data is looked for when no folder is given: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data."""
-    return expanded(environ.get("HESSIANFLOW_DATA") or "~/.cache/hessianflow/data")
-
-
-def expanded(folder: str | Path) -> Path:
-    """A folder with a leading ~ or ~USER replaced by that user's home.
-
-    Raises:
-        HessianFlowError: a user without a home, or no path at all.
-    """
-    try:
-        path = Path(folder).expanduser()
-    except RuntimeError as error:
-        raise HessianFlowError(f"data folder {str(folder)!r}: {error}; give the whole path") from error
-    if "\0" in str(path):
-        raise HessianFlowError(f"data folder {str(folder)!r} holds a zero byte: no path can")
-    return path
+    given = environ.get("HESSIANFLOW_DATA")
+    return in_home(given, "$HESSIANFLOW_DATA") if given else in_home("~/.cache/hessianflow/data")
 
 
 def remedy(name: str) -> str:

@@ -153,7 +153,7 @@ class ExampleStream:
         """
         self._warn_of_equal_ranks()
         if self._starts_over:
-            self._start_over()
+            self.rewind()
         while self._cursor < self._num_examples:
             start = self._cursor
             size = self._next_size(start)
@@ -167,8 +167,9 @@ class ExampleStream:
             yield batch
         self._epoch, self._cursor = self._epoch + 1, 0
 
-    def _start_over(self) -> None:
-        """Go to the first example of the epoch."""
+    def rewind(self) -> None:
+        """Go to the first example of the epoch under way: whoever wants all examples begins there,
+        for somebody may have looked at a batch."""
         self._cursor = 0
 
     def _warn_of_equal_ranks(self) -> None:

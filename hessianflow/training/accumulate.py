@@ -235,6 +235,16 @@ class GradientAccumulator:
         loss: Tensor = sum(weighted(loss, _like(_ratio(part, weight), loss)) for loss, part in parts)  # type: ignore[assignment]
         return OwnResult(loss, weight, summed(hits), total, None, failure)
 
+    def _be_zero(self) -> None:
+        """Where no part of a batch gave a gradient, for nothing counts in it: the gradient is 0.
+
+        So it is for losses of torch, too: momentum goes on, and a scaler of the loss finds what it
+        looks for.
+        """
+        if all(parameter.grad is None for parameter in self.parameters):
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+
     def _split_failure(self, outputs: Any, targets: Any) -> HessianFlowError | None:
         """Why the loss cannot be cut into parts; the ranks raise it together."""
         try:
@@ -267,8 +277,15 @@ class GradientAccumulator:
         if averaged.may_break_on_nothing and float(averaged.weight) == 0:
             if leaf is not None:
                 leaf.grad = torch.zeros_like(leaf)
+            if last:
+                self._be_zero()
             with self.world.last_backward(divisor) if last else nullcontext():
                 return
+        if not averaged.value.requires_grad:
+            raise HessianFlowError(
+                "the loss depends on nothing that is trained: its graph was cut (by .detach(), .item() or "
+                "torch.no_grad() in the model or the loss), or all parameters in it are frozen"
+            )
         weight = _like(_ratio(averaged.weight, divisor), averaged.value)
         scaled = self.scaler.scale(averaged.value * weight)
         hooked = (bool(self.observers) or not last or self.world.world_size > 1) and self._is_hooked()

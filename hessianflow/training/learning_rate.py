@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -72,14 +72,14 @@ class LearningRate:
         if factor == 1:
             yield
             return
-        groups = list(self._optimizer.param_groups)
         rates = self._rates()
         self.set_by_hand = self.set_by_hand or rates[: len(self._left)] != self._left
-        marks = [_set(group, rate * factor) for group, rate in zip(groups, rates, strict=True)]
+        held = _holders(zip(self._optimizer.param_groups, rates, strict=True))
+        marks = [_set(group, rate * factor) for group, rate in held]
         try:
             yield
         finally:
-            for group, rate, mark in zip(groups, rates, marks, strict=True):
+            for (group, rate), mark in zip(held, marks, strict=True):
                 if _is_untouched(group, mark):
                     _set(group, rate)
                 elif factor != 0:
@@ -152,6 +152,15 @@ class LearningRate:
             # Waits for the device, once after each change: capturable optimizers keep the rate there.
             known = self._tensors[number] = rate, rate._version, float(rate)
         return known[2]
+
+
+def _holders(
+    groups: Iterable[tuple[dict[str, Any], float]],
+) -> list[tuple[dict[str, Any], float]]:
+    """Groups with their rates, one for each rate: torch gives all groups the tensor that an
+    optimizer is built with."""
+    own = {id(group["lr"] if isinstance(group["lr"], Tensor) else group): (group, rate) for group, rate in groups}
+    return list(own.values())
 
 
 Mark = tuple[float | Tensor, int]

@@ -164,6 +164,7 @@ class Lookahead:
                 batch = next(self._batches, None)
         except BaseException:
             self._batches = None  # an iterator that failed gives nothing more
+            self._place.stay()
             raise
         self._place.note()
         if batch is None:
@@ -237,6 +238,12 @@ class Place:
             return False
         self._go_to(self._noted)
         return True
+
+    def stay(self) -> None:
+        """Let the stream go on from here when it is iterated anew: one without shuffling would start over."""
+        place = self.find()
+        if place is not None:
+            self._go_to(place)
 
     def rewind(self) -> None:
         """Go to the first example of an epoch that was begun; one of which all was read is over."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from hessianflow.batches import explaining_types, move, num_examples, training_pair
 from hessianflow.interfaces import Adversary, Batch, BatchTransform, Exposure, HessianFlowError, Progress, World
 from hessianflow.measuring import unwrap
+from hessianflow.structure import article, is_list
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import BatchResult, GradientAccumulator, OwnResult
 from hessianflow.training.checks import tell_parameters
@@ -66,7 +67,10 @@ class TrainingStep:
             inputs, targets = training_pair(move(batch, self.device, non_blocking=True))
             if self.transform is None or num_examples(targets) == 0:
                 return inputs, targets
-            return self.transform(inputs, targets, progress)
+            made = self.transform(inputs, targets, progress)
+        if not is_list(made) or len(made) != 2:
+            raise HessianFlowError(f"the transform must return a pair (inputs, targets), got {article(made)}")
+        return made[0], made[1]
 
     def __call__(self, now: Planned, ahead: Planned | None, flags: Callable[[], Sequence[bool]] = tuple) -> BatchResult:
         """Take the step on `now`; start the attack on `ahead` with the weights before it.

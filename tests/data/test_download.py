@@ -234,7 +234,7 @@ def test_a_home_is_expanded(server: Server, tmp_path: Path, monkeypatch: pytest.
     assert fetch("a-set", "~/data", sources=sources) == tmp_path / "data"
     assert [report.state for report in verify("a-set", "~/data", sources=sources)] == ["ok"]
     for use in (lambda: fetch("a-set", "~nosuchuser/x", sources=sources), lambda: load("cifar10", "~nosuchuser/x")):
-        with pytest.raises(HessianFlowError, match=r"data folder '~nosuchuser/x': .*; give the whole path"):
+        with pytest.raises(HessianFlowError, match="data folder ~nosuchuser/x: no home folder is known"):
             use()
     with pytest.raises(HessianFlowError, match="holds a zero byte"):
         fetch("a-set", "a\0b", sources=sources)

@@ -1,7 +1,12 @@
 """Batches from a map-style data set: the same promises as on the device, with workers and random transforms."""
 
+import gc
 import itertools
+import multiprocessing
 import random
+import signal
+import subprocess
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -92,6 +97,42 @@ def test_leaving_a_loop_early_goes_on_where_it_stopped() -> None:
     batches = make()
     head = list(itertools.islice(batches, 2))
     assert torch.equal(joined(head + list(batches))[0], joined(make())[0])
+
+
+def test_a_stream_left_in_an_epoch_is_freed_at_once_with_its_workers() -> None:
+    """In a cycle, as with the traceback of an interrupted run: torch alone waits 5 s for each worker."""
+    before = multiprocessing.active_children()
+    batches = make(num_workers=2, prefetch_examples=4)
+    iterator = iter(batches)
+    next(iterator)
+    workers = [worker for worker in multiprocessing.active_children() if worker not in before]
+    assert len(workers) == 2
+    cycle: list[Any] = [batches, iterator]
+    cycle.append(cycle)
+    del batches, iterator, cycle
+    started = time.perf_counter()
+    gc.collect()
+    assert time.perf_counter() - started < 4
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals cannot be waited for here")
+def test_workers_go_on_when_somebody_else_ends_all_processes_of_a_job() -> None:
+    """A scheduler sends SIGTERM to workers, too; another process stands in for it. Their parent's ends them."""
+    before = multiprocessing.active_children()
+    batches = make(num_workers=2)
+    head = list(itertools.islice(batches, 2))
+    workers = [worker for worker in multiprocessing.active_children() if worker not in before]
+    pids = [str(worker.pid) for worker in workers]
+    for _ in range(2):
+        subprocess.run(["kill", "-TERM", *pids], check=True)
+    assert torch.equal(joined(head + list(batches))[0], joined(make())[0])
+    iterator = iter(batches)
+    next(iterator)
+    last = [worker for worker in multiprocessing.active_children() if worker not in before][-1]
+    last.terminate()
+    last.join(timeout=10)
+    assert last.exitcode == 0
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 12])

@@ -166,5 +166,29 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "~").exists()
     assert History.load("~/runs/a").summary["status"] == "finished"
     assert trainer(epochs=3).resume("~/runs/a").summary["epochs"] == 3
-    with pytest.raises(HessianFlowError, match="the home folder that '~nobodyofthatname/a' begins with is not known"):
+    with pytest.raises(HessianFlowError, match="~nobodyofthatname/a: no home folder is known"):
         trainer(run_dir="~nobodyofthatname/a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"transform": lambda x, y, progress: None},
+            r"the transform must return a pair \(inputs, targets\), got a N",
+        ),
+        ({"transform": lambda x, y, progress: {"x": x}}, "the transform must return a pair .*, got a dict"),
+        ({"loss_fn": lambda o, t: nn.functional.cross_entropy(o, t).detach()}, "the loss depends on nothing that is"),
+        ({"loss_fn": lambda o, t: torch.tensor(1.0), "microbatch_size": 3}, "the loss depends on nothing that is"),
+        ({"run_dir": 5}, "a path must be text or a Path, got 5"),
+    ],
+)
+def test_what_shows_at_the_first_step_is_one_line(options: dict[str, Any], message: str):
+    with pytest.raises(HessianFlowError, match=message):
+        trainer(**options).fit()
+
+
+def test_a_model_frozen_during_the_run_is_one_line():
+    made = trainer(transform=lambda x, y, progress: (made.model.requires_grad_(False), (x, y))[1])
+    with pytest.raises(HessianFlowError, match=r"the loss depends on nothing that is trained: .* all .* are frozen"):
+        made.fit()

@@ -188,13 +188,15 @@ class Flaky(Dataset[Any]):
 
 @pytest.mark.parametrize("at", [10, 40, 150])
 @pytest.mark.parametrize("chunk_size", [4, 32])
-def test_an_error_of_the_data_skips_nothing(at: int, chunk_size: int):
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_error_of_the_data_skips_nothing(at: int, chunk_size: int, shuffle: bool):
+    """Nor does it repeat anything, where the order is the stored one."""
     ours, theirs = network(), network()
-    made = trainer(ours, AdaptiveBatches(Flaky(at), 16, chunk_size=chunk_size))
+    made = trainer(ours, AdaptiveBatches(Flaky(at), 16, chunk_size=chunk_size, shuffle=shuffle))
     with pytest.raises(OSError, match="stale file handle"):
         made.fit()
     made.fit()
-    trainer(theirs, AdaptiveBatches(TensorDataset(IMAGES, TARGETS), 16)).fit()
+    trainer(theirs, AdaptiveBatches(TensorDataset(IMAGES, TARGETS), 16, shuffle=shuffle)).fit()
     assert_same(ours, theirs)
 
 

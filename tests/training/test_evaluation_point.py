@@ -1,6 +1,7 @@
 """Where the weights are evaluated is not always where they are trained: averages, and what is the
 best of a run."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from hessianflow import AdaptiveBatchTrainer
-from hessianflow.data import AdaptiveBatches
+from hessianflow.curvature import HessianOperator
+from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.runs import checkpoints
 from hessianflow.training import evaluate
 
@@ -219,3 +221,27 @@ def test_a_loss_that_is_not_finite_is_never_the_best():
         True,
     ]
     assert [counters.is_best(accuracy, 0.0) for accuracy in (0.5, 0.5, 0.6)] == [True, False, True]
+
+
+@pytest.mark.parametrize("read", [1, 3, 5])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("kind", ["device", "adaptive"])
+def test_data_that_somebody_has_read_from_are_evaluated_from_the_first_example(kind: str, shuffle: bool, read: int):
+    """A look at a batch, or an evaluation that was interrupted; 5 of 5 batches leave nothing. Oracle: one pass."""
+    source = torch.Generator().manual_seed(4)
+    inputs, targets = torch.randn(40, 3, generator=source), torch.randint(3, (40,), generator=source)
+    model, loss_fn = nn.Linear(3, 3), nn.CrossEntropyLoss()
+    expected = float(loss_fn(model(inputs), targets).detach())
+    if kind == "device":
+        data: Any = DeviceBatches(inputs, targets, 8, shuffle=shuffle)
+    else:
+        data = AdaptiveBatches(TensorDataset(inputs, targets), 8, shuffle=shuffle)
+    for _ in itertools.islice(data, read):
+        pass
+    for _ in range(2):
+        found = evaluate(model, data, loss_fn)
+        assert found.examples == 40
+        assert found.loss == pytest.approx(expected, rel=1e-6)
+    next(iter(data))
+    product = HessianOperator(model, loss_fn, data) @ torch.ones(12)
+    torch.testing.assert_close(product, HessianOperator(model, loss_fn, (inputs, targets)) @ torch.ones(12))

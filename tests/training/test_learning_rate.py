@@ -149,6 +149,22 @@ def test_a_rate_that_the_optimizer_changes_in_its_step_is_one_with_the_factor(ma
         assert rates(opt)[0] == pytest.approx(0.1 * 0.5**step)
 
 
+@pytest.mark.parametrize("changed", [1.0, 0.5])
+def test_groups_that_share_a_tensor_as_their_rate(changed: float):
+    """Torch gives every group the tensor that the optimizer is built with; one of the user's own
+    stays apart. Each is multiplied once, and put back once, whatever the optimizer does to it."""
+    own = {"params": [nn.Parameter(torch.zeros(1))], "lr": torch.tensor(1.0)}
+    groups = [{"params": [nn.Parameter(torch.zeros(1))]}, own, {"params": [nn.Parameter(torch.zeros(1))]}]
+    opt = SGD(groups, lr=torch.tensor(0.5))
+    assert opt.param_groups[0]["lr"] is opt.param_groups[2]["lr"]
+    rate = LearningRate(opt)
+    for step in range(1, 4):
+        with rate.in_force(4.0):
+            assert rates(opt) == [2.0 * changed ** (step - 1), 4.0, 2.0 * changed ** (step - 1)]
+            opt.param_groups[0]["lr"].mul_(changed)
+        assert rates(opt) == [0.5 * changed**step, 1.0, 0.5 * changed**step]
+
+
 def test_a_step_that_fails_leaves_the_rates_without_the_factor():
     opt = optimizer()
     rate = LearningRate(opt)

@@ -176,6 +176,38 @@ def test_a_batch_without_a_target_that_counts_is_passed_over():
     assert history.epochs[0]["train_loss"] is None or history.epochs[0]["train_loss"] != history.epochs[0]["train_loss"]
 
 
+class Paired(nn.Module):
+    """The stated loss as a module, whose class is of no concern."""
+
+    def forward(self, outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="sum"), (targets != -100).sum()
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+@pytest.mark.parametrize(
+    "loss_fn", [hf.WeightedLoss(F.cross_entropy, lambda o, t: (t != -100).sum()), Paired()], ids=["stated", "pair"]
+)
+def test_in_a_batch_in_which_nothing_counts_momentum_goes_on(loss_fn, precision):
+    """As for torch's own loss, whose gradient is 0 then; the second of four batches counts nothing."""
+    inputs, targets = torch.randn(8, 4, generator=torch.Generator().manual_seed(3)), torch.arange(8) % 5
+    targets[2:4] = -100
+    ends = []
+    for used in (nn.CrossEntropyLoss(), loss_fn):
+        model = network().float()
+        hf.AdaptiveBatchTrainer(
+            model,
+            hf.data.DeviceBatches(inputs, targets, 2, shuffle=False),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            loss_fn=used,
+            epochs=1,
+            microbatch_size=1,
+            precision=precision,
+            show_progress=False,
+        ).fit()
+        ends.append(model.weight)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+
+
 def contrastive(outputs, targets):
     rows = outputs.flatten(1)
     return F.cross_entropy(rows @ rows.T, torch.arange(len(rows)))
