@@ -80,7 +80,8 @@ class SplitCheck:
             return
         if rows > 1:
             self._compare(whole, outputs, targets, cut)
-        self._kept = first
+        # A view of a few rows would keep all of them.
+        self._kept = map_tensors(Tensor.clone, first[0]), map_tensors(Tensor.clone, first[1])
 
     def _compare_with_kept(self, before: Any, targets_before: Any, outputs: Any, targets: Any) -> None:
         kept = num_examples(targets_before)

@@ -124,5 +124,6 @@ def test_what_is_kept_between_parts_has_no_graph():
     check = SplitCheck(MeanLoss(lambda o, t: o.square().mean()))
     check(outputs, torch.ones(6))
     kept, _ = check._kept
-    assert len(kept) == 2
+    assert kept.shape == (2, 3)
+    assert kept.untyped_storage().nbytes() == 24
     assert not kept.requires_grad
