@@ -240,6 +240,7 @@ class ModelOperator(Operator):
                     total.add_(piece.product(vector), alpha=piece.weight)
                 loss += piece.loss.double() * piece.weight
                 whole += piece.weight
+        self._snapshot.renew()
         self._repeats.compare(self._snapshot, loss / counted(whole))
         return total.div_(whole), whole
 

@@ -2,12 +2,14 @@
 
 Places and versions of tensors show what autograd knows of. Writes through `.data` and through NumPy leave no version
 behind, so numbers made from all values are compared too: sums with a fixed weight for each place, which a permutation
-or a change of sign moves, where a norm stays. Attributes that a model keeps in Python are not watched.
+or a change of sign moves, where a norm stays. Of what a model keeps in Python its modules are watched, their forward
+hooks, and the numbers, text and tensors among their attributes; what lists and other objects hold is not.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ SMALL = 2**13
 
 _GOLDEN = 0.6180339887498949
 _ODD = -7046029254386353131  # the golden ratio in 64 bits
+_NUMBERS = (bool, int, float, str)
+_PLAIN = (*_NUMBERS, Tensor)
+_FLAGS = ("training", "track_running_stats")  # measuring sets them for its duration
 _FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.complex32, torch.complex64, torch.complex128),
@@ -39,6 +44,7 @@ class Snapshot:
         self._sources = model, loss_fn, batch
         tensors = _watched(model, loss_fn, batch)
         self._places, self._options = _places(tensors), _options(loss_fn)
+        self._modules = _Modules(model)
         self._contents = _Contents(tensors)
         self._numbers = self._contents.numbers()
 
@@ -46,17 +52,64 @@ class Snapshot:
         """Whether everything is still as it was."""
         if _places(_watched(*self._sources)) != self._places or _options(self._sources[1]) != self._options:
             return False
+        if not self._modules.are_as_found():
+            return False
         # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
         return self._contents.numbers() == self._numbers
 
     def renew(self) -> None:
-        """Take places and versions anew, where values were written and put back in between."""
+        """Take places, versions and attributes anew, where a forward pass wrote to them in between."""
         self._places = _places(_watched(*self._sources))
+        self._modules = _Modules(self._sources[0])
 
     def has_values_of(self, other: "Snapshot") -> bool:
-        """Whether another one was taken of equal values in equal layouts, wherever they were."""
+        """Whether another one was taken of equal values in equal layouts, wherever they were, in the same modules."""
         layouts = [place[-1] for place in self._places] == [place[-1] for place in other._places]
-        return layouts and self._options == other._options and self._numbers == other._numbers
+        same = self._options == other._options and self._modules.are_those_of(other._modules)
+        return layouts and same and self._numbers == other._numbers
+
+
+class _Modules:
+    """The modules of a model, their forward hooks and plain attributes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found = list(model.modules())
+        self._hooks = [_hooks(module) for module in self._found]
+        self._attributes = [
+            (vars(module), key, value)
+            for module in self._found
+            for key, value in vars(module).items()
+            if isinstance(value, _PLAIN) and key not in _FLAGS
+        ]
+
+    def are_as_found(self) -> bool:
+        """Whether nothing was replaced, added or taken away; the values of tensors are not looked at."""
+        modules = list(self._model.modules())
+        if not _are_same(modules, self._found) or [_hooks(module) for module in modules] != self._hooks:
+            return False
+        return all(_is_same(held.get(key), value) for held, key, value in self._attributes)
+
+    def are_those_of(self, other: "_Modules") -> bool:
+        """Whether another one found the same."""
+        if not _are_same(self._found, other._found) or self._hooks != other._hooks:
+            return False
+        pairs = zip(self._attributes, other._attributes, strict=False)
+        is_as_long = len(self._attributes) == len(other._attributes)
+        return is_as_long and all(one[1] == two[1] and _is_same(one[2], two[2]) for one, two in pairs)
+
+
+def _are_same(modules: list[nn.Module], others: list[nn.Module]) -> bool:
+    return len(modules) == len(others) and all(map(is_, modules, others))
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    return now is before or (isinstance(before, _NUMBERS) and isinstance(now, _NUMBERS) and now == before)
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    held = module.__dict__
+    return *held.get("_forward_hooks", ()), *held.get("_forward_pre_hooks", ())
 
 
 class _Contents:
