@@ -73,6 +73,8 @@ class ModelOperator(Operator):
         size: number of selected weights.
         dtype: of the vectors: that of the weights, but float32 for 16-bit models.
         names: names of the selected parameters, in the order of the flat vector.
+        is_part: whether the data are a part of a larger batch, as on one of several ranks: the loss is then checked as
+            where a batch is cut here. To be set before the first product.
 
     Raises:
         HessianFlowError: nothing trainable, no data, a bad option; at a product: a loss that is not finite
@@ -110,6 +112,7 @@ class ModelOperator(Operator):
         self.dtype = vector_dtype(self.parameters)
         self._kept: Kept | None = None
         self._can_keep = True
+        self.is_part = False
         self._is_cut_checked = False
         self._snapshot: Snapshot | None = None  # of the last product without a kept graph
         self._repeats = RepeatCheck(check_deterministic, self.dtype)
@@ -295,7 +298,7 @@ class ModelOperator(Operator):
     def _average(self, outputs: Any, targets: Any) -> Averaged:
         """The mean loss of a piece from what the model returned; for a dict from the model itself."""
         averaged = self._loss(outputs, targets)
-        if self._single is None or not self._fits(self._single):
+        if self.is_part or self._single is None or not self._fits(self._single):
             self._check_split(outputs, targets)
         return averaged
 
