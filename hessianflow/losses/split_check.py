@@ -16,6 +16,10 @@ from hessianflow.measuring import measuring
 from hessianflow.structure import entries, is_list, rebuilt
 
 NO_ROWS = "the outputs have no row for each example, so nothing shows what the mean loss divides by"
+ALIKE, SLOPE_TOLERANCE = 0.1, 1e-2
+"""Parts whose losses differ by a smaller share than the first hardly show how they are weighted; then gradients by the
+outputs are compared, too, to the second. Ours: a wrong weight moves them by tenths."""
+
 WAY_OUT = (
     "wrap it in hf.WeightedLoss(loss_fn, weight), which says what the mean divides by, or keep every batch in one pass"
 )
@@ -117,9 +121,14 @@ class SplitCheck:
             return
         value = float(whole.value.detach())
         found, scale = _mean(parts)
-        tolerance = _tolerance(whole.value.dtype) * max(scale, abs(value))
+        tolerance = _tolerance(whole.value.dtype) * max(scale, abs(value), torch.finfo(whole.value.dtype).tiny)
         # The loss may have diverged; but where only a part is not a number, no weight gives the whole.
-        if not math.isfinite(value) or abs(found - value) <= tolerance:
+        if not math.isfinite(value):
+            return
+        if abs(found - value) <= tolerance:
+            spread = max(abs(float(part.value.detach()) - value) for part in parts if float(part.weight) > 0)
+            if spread < ALIKE * abs(value):
+                self._compare_slopes(outputs, targets, spans)
             return
         again = float(self._loss(outputs, targets).value.detach())
         if not abs(again - value) <= tolerance:
@@ -128,6 +137,38 @@ class SplitCheck:
             f"the loss of {rows} examples is {value:.6g}, but {found:.6g} as the mean over parts of {cut} and "
             f"{rows - cut} of them, weighted by {whole.source}: {WAY_OUT}"
         )
+
+    def _compare_slopes(self, outputs: Any, targets: Any, spans: tuple[slice, slice]) -> None:
+        """Compare the gradients by the outputs: equal losses, as at the start of a training, have any mean."""
+        rows = num_examples(targets)
+        leaves: list[Tensor] = []
+
+        def leaf(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                tensor = tensor.detach().requires_grad_()
+                leaves.append(tensor)
+            return tensor
+
+        outputs = map_tensors(leaf, outputs)
+        whole = self._loss(outputs, targets)
+        pairs = [_rows(outputs, targets, span, rows) for span in spans]
+        parts = [self._loss(*pair) for pair in pairs if pair is not None]
+        if not leaves or not whole.value.requires_grad:
+            return
+        total = sum(float(part.weight) for part in parts)
+        mean = sum(part.value * (float(part.weight) / total) for part in parts if float(part.weight) > 0)
+        ours, theirs = (_slopes(value, leaves) for value in (mean, whole.value))
+        tolerance = max(SLOPE_TOLERANCE, 4 * torch.finfo(whole.value.dtype).eps)
+        if float((ours - theirs).norm()) > tolerance * max(float(theirs.norm()), torch.finfo(whole.value.dtype).tiny):
+            raise HessianFlowError(
+                f"the loss of {rows} examples has another gradient than the mean over two parts of them, weighted by "
+                f"{whole.source}: {WAY_OUT}"
+            )
+
+
+def _slopes(value: Any, leaves: list[Tensor]) -> Tensor:
+    found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return torch.cat([slope.reshape(-1).double() for slope in found])
 
 
 def _mean(parts: list[Averaged]) -> tuple[float, float]:

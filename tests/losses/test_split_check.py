@@ -47,6 +47,23 @@ def test_parts_of_one_class_each_are_compared_with_each_other():
         HessianOperator(net, by_class, (inputs, targets), microbatch_size=4).mean_loss()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equal_losses_hide_no_weights(dtype):
+    """A head of zeros gives every example the loss log 3, and any weighted mean of that is log 3."""
+    targets = torch.tensor([0, 1, 2, 1, 0, 2])
+    outputs = torch.zeros(6, 3, dtype=dtype)
+
+    def loss(outputs, targets):
+        losses = F.cross_entropy(outputs, targets, reduction="none") * WEIGHTS.to(dtype)[targets]
+        return losses.sum() * (1 / float(WEIGHTS[targets].sum()))
+
+    with pytest.raises(HessianFlowError, match="another gradient than the mean over two parts"):
+        SplitCheck(MeanLoss(loss))(outputs, targets)
+    SplitCheck(MeanLoss(lambda o, t: 2 * F.cross_entropy(o, t, WEIGHTS.to(dtype))))(outputs, targets)
+    SplitCheck(MeanLoss(lambda o, t: F.cross_entropy(o, t) * 2))(outputs, targets)
+    SplitCheck(MeanLoss(lambda o, t: (o.detach() - 1).square().mean()))(outputs, targets)
+
+
 def test_a_part_of_padding_alone_hides_nothing():
     """The first part's loss is not a number; the loss of its rows beside others is one."""
     net, inputs, targets = problem(padding=5)
@@ -127,3 +144,21 @@ def test_what_is_kept_between_parts_has_no_graph():
     assert kept.shape == (2, 3)
     assert kept.untyped_storage().nbytes() == 24
     assert not kept.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [0.0, 5.0, 20.0, 1000.0])
+def test_a_fit_to_the_last_digit_is_not_refused(dtype, margin):
+    """In 16 bits the losses of examples that are surely right have no digits left."""
+
+    def focal(outputs, targets):
+        right = outputs.gather(1, targets[:, None])
+        missed = 1 - right.sub(outputs.logsumexp(1, keepdim=True)).exp()
+        return (missed.square() * (outputs.logsumexp(1, keepdim=True) - right)).mean()
+
+    for seed in range(4):
+        source = torch.Generator().manual_seed(seed)
+        targets = torch.randint(0, 2, (16,), generator=source)
+        outputs = torch.randn(16, 2, generator=source) * 0.1 + F.one_hot(targets, 2) * margin
+        for loss in (focal, lambda o, t: F.cross_entropy(o, t) * 1):
+            SplitCheck(MeanLoss(loss))(outputs.to(dtype), targets)
