@@ -213,16 +213,18 @@ def _edge(total: int, parts: int, index: int) -> int:
 def as_batches(data: Any) -> Iterable[Any]:
     """One pair, or one mapping, as a list of one batch; an iterable of batches as it is.
 
-    A tuple or list of two is a pair unless its second member is one itself, or both are mappings:
-    ((x1, x2), y) is a pair, [(x, y), (x, y)] and [{...}, {...}] are two batches. Data with a method
-    `rewind()`, such as the streams of `hf.data`, are put to the first of their batches: a part of
-    an epoch would pass for the whole.
+    A tuple or list of two is a pair unless its second member is a tuple or list and its first no
+    tensor, or both are mappings: ((x1, x2), y) and (x, (y1, y2)) are pairs, [(x, y), (x, y)] and
+    [{...}, {...}] are two batches. Data with a method `rewind()`, such as the streams of `hf.data`,
+    are put to the first of their batches: a part of an epoch would pass for the whole.
 
     Raises:
         HessianFlowError: a tensor, tensors that are no pair, or a data set whose items are single
             examples.
     """
     if isinstance(data, Mapping):
+        return [data]
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
         return [data]
     if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[1], (tuple, list)):
         return data if isinstance(data[0], Mapping) and isinstance(data[1], Mapping) else [data]

@@ -41,7 +41,8 @@ class Encoding(UserDict):
 
 def test_pairs_dicts_and_streams_are_told_apart():
     mapping = UserDict(a=X, labels=Y)
-    for one in ((X, Y), [X, Y], ((X, X), Y), ({"a": X}, Y), (X, {"b": Y}), {"a": X, "labels": Y}, mapping):
+    pairs = ((X, Y), [X, Y], ((X, X), Y), (X, (Y, Y)), ({"a": X}, Y), (X, {"b": Y}))
+    for one in (*pairs, {"a": X, "labels": Y}, mapping):
         assert list(as_batches(one)) == [one]
     for several in ([(X, Y), (X, Y)], [[X, Y], [X, Y]], [{"a": X}, {"a": X}], [mapping, mapping], [(X, Y)] * 3):
         assert as_batches(several) is several

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "interfaces": set(),
     "batches": {"interfaces", "structure"},
     "structure": set(),
-    "losses": {"losses", "batches", "interfaces", "measuring"},
+    "losses": {"losses", "batches", "interfaces", "measuring", "structure"},
     "measuring": {"interfaces"},
     "norm_statistics": {"batches", "losses", "measuring"},
     "folding": set(),

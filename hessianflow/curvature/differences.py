@@ -19,7 +19,8 @@ counts):
   biases are 0, and so are the borders of many images: then units sit on their kinks exactly, where a
   derivative is a matter of convention.
 - A random vector, each tensor of weights in its own scale, and several lengths of step. One that
-  agrees is enough.
+  agrees is enough. Rows of embeddings for padding stay where they are: torch takes them for
+  constants (`padding_idx`), although the loss may depend on them.
 - Where none does, the differences must agree among themselves before they are believed: those of
   continuous quantities for all steps, those of gradients, which jump at kinks, for two steps at
   which the loss moves as its gradient says. A model that rounds within (16 bits, straight-through
@@ -134,22 +135,24 @@ def find_disagreement(
         try:
             given = map_tensors(_wide, sample())
             with _copied(holders, parameters) as copies:
-                return _compare(partial(linearise, given, copies), copies)
+                return _compare(partial(linearise, given, copies), copies, _padding(holders, copies))
         except Exception:  # whatever a model raises in float64, or on a batch, that it was not made for
             continue
     return None
 
 
-def _compare(linearise: Callable[[], Linearised], copies: Sequence[Tensor]) -> Disagreement | None:
+def _compare(
+    linearise: Callable[[], Linearised], copies: Sequence[Tensor], padding: Sequence[tuple[int, int]]
+) -> Disagreement | None:
     with torch.no_grad():
-        for copy, piece in zip(copies, unflatten(_direction(copies, seed=1), copies), strict=True):
+        for copy, piece in zip(copies, unflatten(_direction(copies, padding, seed=1), copies), strict=True):
             copy.add_(piece, alpha=SHIFT)
     base = [copy.detach().clone() for copy in copies]
     claims = linearise()
     # In a fit to the last digit, rounding decides over every gradient.
     if claims.rounds or not abs(float(claims.loss)) > 1e4 * torch.finfo(torch.float64).eps:
         return None
-    direction = _direction(copies, seed=0)
+    direction = _direction(copies, padding, seed=0)
     derivatives = claims.along(direction)
     continuous = [_Vector(*pair) for pair in zip(claims.continuous, derivatives[0], strict=True)]
     jumping = [_Vector(*pair) for pair in zip(claims.jumping, derivatives[1], strict=True)]
@@ -239,15 +242,33 @@ class _Vector:
         return found
 
 
-def _direction(parameters: Sequence[Tensor], seed: int) -> Tensor:
-    """A random flat vector, the part of each tensor as long as the weights there: all move by the same share."""
+def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Where embeddings keep a row for padding: numbers of the parameter and of its row."""
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    embeddings = [
+        module
+        for holder in holders
+        for module in holder.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
+    ]
+    return [(places[id(m.weight)], int(m.padding_idx or 0)) for m in embeddings if id(m.weight) in places]
+
+
+def _direction(parameters: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int) -> Tensor:
+    """A random flat vector, the part of each tensor as long as the weights there: all move by the same share.
+
+    It is 0 in rows for padding.
+    """
     source = torch.Generator().manual_seed(seed)
     typical = _norm(parameters) / sum(p.numel() for p in parameters) ** 0.5 or 1.0
     pieces = []
     for parameter in parameters:
         size = float(parameter.detach().norm()) / max(parameter.numel(), 1) ** 0.5
-        noise = torch.randn(parameter.numel(), generator=source, dtype=torch.float64)
-        pieces.append((size or typical) * noise.to(parameter.device, parameter.dtype))
+        noise = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
+        for place, row in padding:
+            if parameters[place] is parameter:
+                noise[row] = 0
+        pieces.append((size or typical) * noise.reshape(-1).to(parameter.device, parameter.dtype))
     return torch.cat(pieces)
 
 

@@ -18,7 +18,8 @@ from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.draws import draws_by_content
 from hessianflow.curvature.ggn import forward_pair
 from hessianflow.curvature.jacobian import KeptJacobian
-from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
+from hessianflow.curvature.model_operator import ModelOperator
+from hessianflow.curvature.pieces import Piece, check_finite
 from hessianflow.curvature.selection import Selection
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import Averaged

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hessianflow.curvature.derivatives import check_reached, inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.jacobian import KeptJacobian
-from hessianflow.curvature.model_operator import ModelOperator, Piece, check_finite
+from hessianflow.curvature.model_operator import ModelOperator
+from hessianflow.curvature.pieces import Piece, check_finite
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses import Averaged
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hessianflow.curvature.derivatives import check_reached, inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
-from hessianflow.curvature.model_operator import ModelOperator, Piece
+from hessianflow.curvature.model_operator import ModelOperator
+from hessianflow.curvature.pieces import Piece
 from hessianflow.curvature.vectors import flatten
 
 

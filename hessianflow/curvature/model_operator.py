@@ -18,15 +18,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import explaining_types, map_tensors, move, num_examples, split
+from hessianflow.curvature.cut_check import check_cut
 from hessianflow.curvature.derivatives import (
     UNREACHED,
-    Graph,
     check_reached,
     explained,
     full_precision,
@@ -36,7 +36,8 @@ from hessianflow.curvature.derivatives import (
 from hessianflow.curvature.differences import EXAMPLES, Linearised, find_disagreement
 from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
 from hessianflow.curvature.measurable import check_options, check_present, uses_batch_statistics
-from hessianflow.curvature.operator import NonFiniteError, Operator
+from hessianflow.curvature.operator import Operator
+from hessianflow.curvature.pieces import NO_TARGET, Kept, Piece, check_finite, counted
 from hessianflow.curvature.product_check import ProductCheck
 from hessianflow.curvature.repeats import RepeatCheck
 from hessianflow.curvature.selection import Selection, batches_of, checked_batches, select_parameters, single_batch
@@ -47,41 +48,6 @@ from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck
 from hessianflow.measuring import measuring, unwrap
 from hessianflow.norm_statistics import loss_sums, moving_layers
-
-
-class Piece(NamedTuple):
-    """One forwarded batch or microbatch.
-
-    Attributes:
-        loss: its mean, a detached scalar.
-        weight: what that mean divides by; 0 where nothing counts, and then the rest says nothing.
-        product: multiplies a vector with its matrix.
-        claims: what a difference can check, put together on demand.
-        graph: what its nodes tell.
-        missing: indices of the selected parameters that have no gradient.
-    """
-
-    loss: Tensor
-    weight: float
-    product: Callable[[Tensor], Tensor]
-    claims: Callable[[], Linearised] | None = None
-    graph: Graph = Graph()
-    missing: tuple[int, ...] = ()
-
-
-class _Kept(NamedTuple):
-    """A graph for all products, and what it was built from.
-
-    Attributes:
-        recomputes: whether products run code of the model, and so need the surroundings that the graph was built in.
-    """
-
-    piece: Piece
-    snapshot: Snapshot
-    recomputes: bool
-
-
-NO_TARGET = "no target counts: all are ignored or of weight 0; look at ignore_index and weight"
 
 
 class ModelOperator(Operator):
@@ -108,12 +74,15 @@ class ModelOperator(Operator):
         size: number of selected weights.
         dtype: of the vectors: that of the weights, but float32 for 16-bit models.
         names: names of the selected parameters, in the order of the flat vector.
+        is_part: whether the data are a part of a larger batch, as on one of several ranks: the loss is then checked as
+            where a batch is cut here. To be set before the first product.
 
     Raises:
         HessianFlowError: nothing trainable, no data, a bad option; at a product: a loss that is not finite
-            (:class:`NonFiniteError`), cannot be differentiated twice, changes from one product to the next, or is not
-            the weighted mean of its parts where the data are cut; parameters that were frozen or replaced since; a
-            product that a difference of gradients contradicts.
+            (:class:`~hessianflow.curvature.operator.NonFiniteError`), cannot be differentiated twice, or changes from
+            one product to the next; where the data are cut, a loss that is not the weighted mean of its parts, or
+            outputs that hang on the other examples; parameters that were frozen or replaced since; a product that a
+            difference of gradients contradicts.
     """
 
     def __init__(
@@ -142,8 +111,10 @@ class ModelOperator(Operator):
         self.size = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
         self.dtype = vector_dtype(self.parameters)
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
         self._can_keep = True
+        self.is_part = False
+        self._is_cut_checked = False
         self._snapshot: Snapshot | None = None  # of the last product without a kept graph
         self._repeats = RepeatCheck(check_deterministic, self.dtype)
 
@@ -180,7 +151,7 @@ class ModelOperator(Operator):
     def mean_loss(self) -> float:
         """The loss whose curvature this is, at the current weights."""
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
-            return float(self._mean_loss(model, self._pieces()))
+            return float(self._mean_loss(model, self._pieces(model)))
 
     def statistics_losses(self) -> tuple[float, float, float] | None:
         """Return the mean loss under running statistics of normalisation, that under the data's own, and their weight.
@@ -200,7 +171,7 @@ class ModelOperator(Operator):
         """The gradient of the mean loss by the selected parameters, shape [size]."""
         total, whole = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0.0
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
-            for batch in self._pieces():
+            for batch in self._pieces(model):
                 loss, weight = self._checked_loss(model, batch)
                 if weight == 0:
                     continue
@@ -208,7 +179,7 @@ class ModelOperator(Operator):
                 check_reached(grads)
                 total.add_(flatten(grads, self.parameters, self.dtype), alpha=weight)
                 whole += weight
-        return total.div_(_counted(whole))
+        return total.div_(counted(whole))
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._mean_product(vector)[0]
@@ -237,7 +208,7 @@ class ModelOperator(Operator):
         self._can_keep = False
         return self._rebuilt_product(vector)
 
-    def _kept_piece(self, batch: Any) -> _Kept:
+    def _kept_piece(self, batch: Any) -> Kept:
         if self._kept is None or not self._kept.snapshot.is_current():
             self._kept = None  # the old graph goes before the new one comes
             check_present(self._model, self.names, self.parameters)
@@ -250,14 +221,14 @@ class ModelOperator(Operator):
                     self._repeats.compare(snapshot, self._mean_loss(model, [local]))
                 with explained(num_examples(batch)), explaining_types(self._model, batch):
                     piece = self._prepare(model, local)
-                _counted(piece.weight)
+                counted(piece.weight)
             snapshot.renew()  # buffers that were written to have new versions, and their old values
             self._repeats.compare(snapshot, piece.loss)
             self._checking.note(piece.graph, piece.missing)
-            self._kept = _Kept(piece, snapshot, piece.graph.recomputes or bool(piece.graph.foreign))
+            self._kept = Kept(piece, snapshot, piece.graph.recomputes or bool(piece.graph.foreign))
         return self._kept
 
-    def _kept_product(self, kept: _Kept, vector: Tensor) -> Tensor:
+    def _kept_product(self, kept: Kept, vector: Tensor) -> Tensor:
         if not kept.recomputes:
             hooks = [parameter._backward_hooks for parameter in self.parameters]
             aside = without_hooks(hooks) if any(hooks) else nullcontext()
@@ -277,8 +248,8 @@ class ModelOperator(Operator):
             self._snapshot = Snapshot(self._model, self.loss_fn, self._single)
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             if self._repeats.is_due():
-                self._repeats.compare(self._snapshot, self._mean_loss(model, self._pieces()))
-            for batch in self._pieces():
+                self._repeats.compare(self._snapshot, self._mean_loss(model, self._pieces(model)))
+            for batch in self._pieces(model):
                 with explained(num_examples(batch)), explaining_types(self._model, batch):
                     piece = self._prepare(model, batch)
                     if piece.weight == 0:
@@ -287,7 +258,8 @@ class ModelOperator(Operator):
                     total.add_(piece.product(vector), alpha=piece.weight)
                 loss += piece.loss.double() * piece.weight
                 whole += piece.weight
-        self._repeats.compare(self._snapshot, loss / _counted(whole))
+        self._snapshot.renew()
+        self._repeats.compare(self._snapshot, loss / counted(whole))
         return total.div_(whole), whole
 
     @contextmanager
@@ -305,9 +277,16 @@ class ModelOperator(Operator):
         with second_order(model), folded_normalisation(model) as folded, cheap:
             yield folded
 
-    def _pieces(self) -> Iterator[Any]:
-        """What is forwarded at once; pieces that are known to count for nothing (all targets ignored) are left out."""
+    def _pieces(self, model: nn.Module | None = None) -> Iterator[Any]:
+        """What is forwarded at once; pieces that are known to count for nothing (all targets ignored) are left out.
+
+        With a model, the first batch that is cut is checked by it.
+        """
         for batch in checked_batches(self._batches):
+            if model is not None and not self._is_cut_checked and not self._fits(batch):
+                self._is_cut_checked = True
+                if not isinstance(batch, Mapping):
+                    check_cut(model, batch, self._local)
             for piece in split(batch, self.microbatch_size):
                 local = self._local(piece)
                 if self._weight_ahead(local) != 0:
@@ -334,7 +313,7 @@ class ModelOperator(Operator):
     def _average(self, outputs: Any, targets: Any) -> Averaged:
         """The mean loss of a piece from what the model returned; for a dict from the model itself."""
         averaged = self._loss(outputs, targets)
-        if self._single is None or not self._fits(self._single):
+        if self.is_part or self._single is None or not self._fits(self._single):
             self._check_split(outputs, targets)
         return averaged
 
@@ -358,7 +337,7 @@ class ModelOperator(Operator):
             if weight > 0:
                 total += averaged.value.detach().double() * weight
                 whole += weight
-        return total / _counted(whole)
+        return total / counted(whole)
 
     def _check_product(self) -> None:
         holders = [module for module in (self._model, self.loss_fn) if isinstance(module, nn.Module)]
@@ -379,25 +358,3 @@ class ModelOperator(Operator):
         if claims is None:
             raise HessianFlowError(NO_TARGET)
         return claims()
-
-
-def check_finite(loss: Tensor) -> None:
-    """Refuse a loss that is not finite.
-
-    Raises:
-        NonFiniteError: with what to look at.
-    """
-    # One synchronisation per graph built, so that no time goes into products of nan.
-    if not bool(torch.isfinite(loss.detach()).all()):
-        raise NonFiniteError("the loss is not finite (nan or inf); look at the weights and the inputs")
-
-
-def _counted(weight: float) -> float:
-    """The weight itself.
-
-    Raises:
-        HessianFlowError: it is 0.
-    """
-    if weight == 0:
-        raise HessianFlowError(NO_TARGET)
-    return weight

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hessianflow.curvature.evidence import (
+    FEW_ROWS,
     REACH,
     ROUNDING,
     SPREAD_SHARE,
@@ -124,6 +125,8 @@ class RitzSpace:
 
     def is_accurate(self) -> bool:
         """Whether all k wanted pairs are found and accurate enough to stop."""
+        if self._operator.size <= FEW_ROWS and not self.is_complete:
+            return False
         if self.size < self._k or self._surely_inaccurate().any():
             return False
         return bool(self._accurate().all()) and self._rival() is None

@@ -2,12 +2,14 @@
 
 Places and versions of tensors show what autograd knows of. Writes through `.data` and through NumPy leave no version
 behind, so numbers made from all values are compared too: sums with a fixed weight for each place, which a permutation
-or a change of sign moves, where a norm stays. Attributes that a model keeps in Python are not watched.
+or a change of sign moves, where a norm stays. Of what a model keeps in Python its modules are watched, their forward
+hooks, and the numbers, text and tensors among their attributes; what lists and other objects hold is not.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,9 +23,11 @@ CHUNK = 2**20
 SMALL = 2**13
 """Tensors of up to so many values are summed up together: a kernel for each would cost more than their copy. Ours."""
 
-_PLAIN = frozenset((bool, int, float, str))
 _GOLDEN = 0.6180339887498949
 _ODD = -7046029254386353131  # the golden ratio in 64 bits
+_NUMBERS = (bool, int, float, str)
+_PLAIN = (*_NUMBERS, Tensor)
+_FLAGS = ("training", "track_running_stats")  # measuring sets them for its duration
 _FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.complex32, torch.complex64, torch.complex128),
@@ -38,26 +42,77 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, loss_fn: Any, batch: Any) -> None:
         self._sources = model, loss_fn, batch
-        tensors = _watched(model, loss_fn, batch)
+        modules = _all_modules(model)
+        tensors = _watched(modules, loss_fn, batch)
         self._places, self._options = _places(tensors), _options(loss_fn)
+        self._modules = _Modules(modules)
         self._contents = _Contents(tensors)
         self._numbers = self._contents.numbers()
 
     def is_current(self) -> bool:
         """Whether everything is still as it was."""
-        if _places(_watched(*self._sources)) != self._places or _options(self._sources[1]) != self._options:
+        model, loss_fn, batch = self._sources
+        modules = _all_modules(model)
+        if not self._modules.are_as_found(modules) or _options(loss_fn) != self._options:
+            return False
+        if _places(_watched(modules, loss_fn, batch)) != self._places:
             return False
         # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
         return self._contents.numbers() == self._numbers
 
     def renew(self) -> None:
-        """Take places and versions anew, where values were written and put back in between."""
-        self._places = _places(_watched(*self._sources))
+        """Take places, versions and attributes anew, where a forward pass wrote to them in between."""
+        model, loss_fn, batch = self._sources
+        modules = _all_modules(model)
+        self._places = _places(_watched(modules, loss_fn, batch))
+        self._modules = _Modules(modules)
 
     def has_values_of(self, other: "Snapshot") -> bool:
-        """Whether another one was taken of equal values in equal layouts, wherever they were."""
+        """Whether another one was taken of equal values in equal layouts, wherever they were, in the same modules."""
         layouts = [place[-1] for place in self._places] == [place[-1] for place in other._places]
-        return layouts and self._options == other._options and self._numbers == other._numbers
+        same = self._options == other._options and self._modules.are_those_of(other._modules)
+        return layouts and same and self._numbers == other._numbers
+
+
+class _Modules:
+    """The modules of a model, their forward hooks and plain attributes."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._found = modules
+        self._hooks = [_hooks(module) for module in self._found]
+        self._attributes = [
+            (vars(module), key, value)
+            for module in self._found
+            for key, value in vars(module).items()
+            if isinstance(value, _PLAIN) and key not in _FLAGS
+        ]
+
+    def are_as_found(self, modules: list[nn.Module]) -> bool:
+        """Whether nothing was replaced, added or taken away; the values of tensors are not looked at."""
+        if not _are_same(modules, self._found) or [_hooks(module) for module in modules] != self._hooks:
+            return False
+        return all(_is_same(held.get(key), value) for held, key, value in self._attributes)
+
+    def are_those_of(self, other: "_Modules") -> bool:
+        """Whether another one found the same."""
+        if not _are_same(self._found, other._found) or self._hooks != other._hooks:
+            return False
+        pairs = zip(self._attributes, other._attributes, strict=False)
+        is_as_long = len(self._attributes) == len(other._attributes)
+        return is_as_long and all(one[1] == two[1] and _is_same(one[2], two[2]) for one, two in pairs)
+
+
+def _are_same(modules: list[nn.Module], others: list[nn.Module]) -> bool:
+    return len(modules) == len(others) and all(map(is_, modules, others))
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    return now is before or (isinstance(before, _NUMBERS) and isinstance(now, _NUMBERS) and now == before)
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    held = module.__dict__
+    return *held.get("_forward_hooks", ()), *held.get("_forward_pre_hooks", ())
 
 
 class _Contents:
@@ -141,12 +196,11 @@ def _on_the_host(numbers: list[Tensor]) -> list[float | int]:
     return [found[place] for place in range(len(numbers))]
 
 
-def _watched(model: nn.Module, loss_fn: Any, batch: Any) -> list[Tensor]:
-    modules = _modules(model)
+def _watched(modules: list[nn.Module], loss_fn: Any, batch: Any) -> list[Tensor]:
     found: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
     found += [b for module in modules for b in module._buffers.values() if b is not None]
     if isinstance(loss_fn, nn.Module):
-        for module in _modules(loss_fn):
+        for module in _all_modules(loss_fn):
             if module._parameters or module._buffers:
                 held = (*module._parameters.values(), *module._buffers.values())
                 found += [t for t in held if t is not None]
@@ -156,7 +210,7 @@ def _watched(model: nn.Module, loss_fn: Any, batch: Any) -> list[Tensor]:
     return found
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
+def _all_modules(model: nn.Module) -> list[nn.Module]:
     """All modules, shared ones as often as they occur: `modules()` would cost more than all else that is watched."""
     found = [model]
     for module in found:
@@ -186,7 +240,7 @@ def _options(loss_fn: Any) -> list[Any]:
         held = loss_fn.keywords
     elif isinstance(loss_fn, nn.Module):
         held = vars(loss_fn)
-    return [(key, value) for key, value in held.items() if type(value) in _PLAIN]
+    return [(key, value) for key, value in held.items() if isinstance(value, _NUMBERS)]
 
 
 def _strided_parts(tensor: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ the same product, and so, from the same start (same seed), the same eigenpairs a
 provided the ranks are of one kind of machine.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from hessianflow.batches import num_examples, take_rows
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.measurable import uses_batch_statistics
+from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.operator import Operator
 from hessianflow.interfaces import Batch, HessianFlowError, LinearOperator, LossFn, Reducer
 from hessianflow.measuring import unwrap
@@ -48,16 +50,25 @@ class AllReducedOperator(Operator):
         total_weight: over all ranks.
 
     Raises:
-        HessianFlowError: no examples on any rank. At a product, what the base raises, on the rank that raises it; the
-            others receive nan, so that no rank waits for another.
+        HessianFlowError: no examples on any rank; on all together, a part whose weight cannot be told. At a product,
+            what the base raises, on the rank that raises it; the others receive nan, so that no rank waits for another.
     """
 
     def __init__(self, base: MeanLossOperator, reducer: Reducer, *, weight: float | None = None) -> None:
         self._base, self._reducer = base, reducer
         self.size, self.device, self.dtype = base.size, base.device, base.dtype
-        self._weight = float(base.loss_weight if weight is None else weight)
+        failure: HessianFlowError | None = None
+        try:
+            self._weight = float(base.loss_weight if weight is None else weight)
+        except HessianFlowError as error:
+            failure = error
+            self._weight = math.nan
         # One wait for the device, when the operator is made.
         self.total_weight = float(reducer.sum(torch.tensor(self._weight, dtype=torch.float64)).item())
+        if failure is not None:
+            raise failure
+        if math.isnan(self.total_weight):
+            raise HessianFlowError("another rank cannot measure its part of the batch; its own message says why")
         if self.total_weight <= 0:
             raise HessianFlowError("no rank has an example to measure the curvature on: give the probe a batch")
 
@@ -124,6 +135,9 @@ def sharded(reducer: Reducer, make: Callable[..., MeanLossOperator] = HessianOpe
             part, count = batch, 1
         else:
             part, count = shard(batch, reducer)
-        return AllReducedOperator(make(model, loss_fn, part, **options), reducer, weight=None if count else 0)
+        base = make(model, loss_fn, part, **options)
+        if isinstance(base, ModelOperator):
+            base.is_part = num_examples(part) < num_examples(batch)
+        return AllReducedOperator(base, reducer, weight=None if count else 0)
 
     return operator

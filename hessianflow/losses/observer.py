@@ -25,9 +25,12 @@ _LOSSES = frozenset((*CLASS_FUNCTIONS, *ELEMENTWISE_FUNCTIONS))
 _MEANS = frozenset((torch.mean, Tensor.mean))
 _SUMS = frozenset((torch.sum, Tensor.sum))
 _DIVISIONS = frozenset((torch.div, Tensor.div, torch.true_divide, Tensor.true_divide))
+_CLAMPS = frozenset(
+    (torch.clamp, torch.clamp_min, torch.maximum, Tensor.clamp, Tensor.clamp_min, Tensor.maximum, torch.max, Tensor.max)
+)
 COUNT = "the count it divides by"
 
-_SCALARS = _MEANS | _SUMS | _DIVISIONS
+_SCALARS = _MEANS | _SUMS | _DIVISIONS | _CLAMPS
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Observer(TorchFunctionMode):
         if last is not None and last.function in _MEANS:
             return last.arguments["input"].numel(), "the values of its mean"
         if last is not None and self._divides_a_sum(last):
-            return as_weight(last.arguments["other"]), COUNT
+            return as_weight(self._count(last.arguments["other"])), COUNT
         means = [call for call in self._calls if call.is_loss and call.reduction == "mean"]
         if last in means:
             means = [call for call in means if call is last]
@@ -122,6 +125,14 @@ class Observer(TorchFunctionMode):
 
     def _returned(self, loss: Tensor) -> Call | None:
         return next((call for call in reversed(self._calls) if call.result is loss), None)
+
+    def _count(self, divisor: Tensor) -> Tensor:
+        """A count as it was before it was kept from being 0: where it was, nothing counts."""
+        for call in self._calls:
+            before = call.arguments.get("input")
+            if call.result is divisor and call.function in _CLAMPS and isinstance(before, Tensor) and before.ndim == 0:
+                return torch.where(before == 0, 0, divisor)
+        return divisor
 
     def _divides_a_sum(self, call: Call) -> bool:
         if call.function not in _DIVISIONS:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +14,13 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses.mean import EXAMPLES, STATED, Averaged, MeanLoss, WeightedLoss
 from hessianflow.losses.weights import mixes_rows
 from hessianflow.measuring import measuring
+from hessianflow.structure import entries, is_list, rebuilt
 
 NO_ROWS = "the outputs have no row for each example, so nothing shows what the mean loss divides by"
+ALIKE, SLOPE_TOLERANCE = 0.1, 1e-2
+"""Parts whose losses differ by a smaller share than the first hardly show how they are weighted; then gradients by the
+outputs are compared, too, to the second. Ours: a wrong weight moves them by tenths."""
+
 WAY_OUT = (
     "wrap it in hf.WeightedLoss(loss_fn, weight), which says what the mean divides by, or keep every batch in one pass"
 )
@@ -24,8 +30,10 @@ class SplitCheck:
     """Compares a loss over some rows with the weighted mean over two parts of them.
 
     Stated weights are not checked, nor are losses of torch, but for outputs and targets whose rows
-    they mix. The first part of a batch is, then the second,
-    fourth, eighth and so on: rows that all count show nothing.
+    they mix. The first part of a batch is, then the second, fourth, eighth and so on: rows that all
+    count show nothing. Each time some rows are kept and compared together with rows of the next
+    part: what all rows of one part have in common shows nothing either, as where a whole part is
+    padding or data are sorted by class.
 
     Args:
         loss: what is called.
@@ -36,14 +44,14 @@ class SplitCheck:
         self._is_needless = loss.is_known or isinstance(loss.loss_fn, WeightedLoss)
         self._parts = 0
         self._next = 1
-        self._waiting: tuple[Any, Any] | None = None
+        self._kept: tuple[Any, Any] | None = None
 
     def __call__(self, outputs: Any, targets: Any) -> None:
         """Check, if it is time, with what one part of a larger batch gave.
 
         Args:
             outputs: of the model; for a loss that is called as loss_fn(model, batch), the model.
-            targets: or the batch. A single row waits for the next one.
+            targets: or the batch. A single row is only compared with the next one.
 
         Raises:
             HessianFlowError: the two differ, or the outputs have no row for each example, so that
@@ -58,52 +66,117 @@ class SplitCheck:
         if self._is_needless:
             return
         self._parts += 1
-        if self._parts < self._next:
+        is_time = self._parts >= self._next
+        if self._kept is None and not is_time:
             return
-        pair = self._of_two_rows(outputs, targets)
-        if pair is None:
-            return
-        self._next = 2 * self._parts
+        outputs = map_tensors(Tensor.detach, outputs)
         with untouched(self._loss.loss_fn):
-            self._compare(*pair)
+            if self._kept is not None:
+                self._compare_with_kept(*self._kept, outputs, targets)
+                self._kept = None
+            if is_time:
+                self._next = 2 * self._parts
+                self._check(outputs, targets)
 
-    def _of_two_rows(self, outputs: Any, targets: Any) -> tuple[Any, Any] | None:
-        if num_examples(targets) > 1:
-            return outputs, targets
-        if self._waiting is None:
-            self._waiting = map_tensors(Tensor.detach, outputs), targets
-            return None
-        before, targets_before = self._waiting
-        self._waiting = None
-        return _joined(before, outputs), _joined(targets_before, targets)
-
-    def _compare(self, outputs: Any, targets: Any) -> None:
+    def _check(self, outputs: Any, targets: Any) -> None:
         rows = num_examples(targets)
+        cut = rows // 3 or 1  # unequal parts: equal ones hide a weight that ought to differ
         whole = self._loss(outputs, targets)
         if whole.source == STATED:
             self._is_needless = True
             return
-        cut = rows // 3 or 1  # unequal parts: equal ones hide a weight that ought to differ
-        spans = (slice(0, cut), slice(cut, rows))
-        pairs = [_cut(outputs, targets, span, rows) for span in spans]
-        if None in pairs:
+        first = _rows(outputs, targets, slice(0, cut), rows)
+        if first is None:
             if whole.source == EXAMPLES:
                 raise HessianFlowError(f"{NO_ROWS}: {WAY_OUT}")
             return
-        parts = [self._loss(*pair) for pair in pairs if pair is not None]
+        if rows > 1:
+            self._compare(whole, outputs, targets, cut)
+        # A view of a few rows would keep all of them.
+        self._kept = map_tensors(Tensor.clone, first[0]), map_tensors(Tensor.clone, first[1])
+
+    def _compare_with_kept(self, before: Any, targets_before: Any, outputs: Any, targets: Any) -> None:
+        kept = num_examples(targets_before)
+        rows = num_examples(targets)
+        taken = max(1, rows - kept)  # together no more than one part, for the sake of memory
+        later = _rows(outputs, targets, slice(0, taken), rows)
+        if later is None:
+            return
+        try:
+            pair = _joined(before, later[0], kept, taken), _joined(targets_before, later[1], kept, taken)
+            whole = self._loss(*pair)
+        except Exception:  # parts of different lengths, or whatever a loss asks of rows that belong together
+            return
+        self._compare(whole, *pair, kept)
+
+    def _compare(self, whole: Averaged, outputs: Any, targets: Any, cut: int) -> None:
+        rows = num_examples(targets)
+        spans = (slice(0, cut), slice(cut, rows))
+        parts = []
+        for span in spans:
+            pair = _rows(outputs, targets, span, rows)
+            if pair is None:
+                return
+            try:
+                parts.append(self._loss(*pair))
+            except Exception as error:  # whatever a loss raises that was not made for so few rows
+                raise HessianFlowError(
+                    f"the loss cannot be taken of {span.stop - span.start} of {rows} examples "
+                    f"({type(error).__name__}), so nothing shows what its mean divides by: {WAY_OUT}"
+                ) from error
         # The host waits for the device here, a few times a run.
+        if not any(float(part.weight) > 0 for part in parts):
+            return
         value = float(whole.value.detach())
         found, scale = _mean(parts)
-        tolerance = _tolerance(whole.value.dtype) * max(scale, abs(value))
-        if not abs(found - value) > tolerance:  # a nan: nothing counts, or the loss has diverged
+        tolerance = _tolerance(whole.value.dtype) * max(scale, abs(value), torch.finfo(whole.value.dtype).tiny)
+        # The loss may have diverged; but where only a part is not a number, no weight gives the whole.
+        if not math.isfinite(value):
+            return
+        if abs(found - value) <= tolerance:
+            spread = max(abs(float(part.value.detach()) - value) for part in parts if float(part.weight) > 0)
+            if spread < ALIKE * abs(value):
+                self._compare_slopes(outputs, targets, spans)
             return
         again = float(self._loss(outputs, targets).value.detach())
-        if abs(again - value) > tolerance:
+        if not abs(again - value) <= tolerance:
             return  # the loss is random, and differs from itself: nothing can be told
         raise HessianFlowError(
             f"the loss of {rows} examples is {value:.6g}, but {found:.6g} as the mean over parts of {cut} and "
             f"{rows - cut} of them, weighted by {whole.source}: {WAY_OUT}"
         )
+
+    def _compare_slopes(self, outputs: Any, targets: Any, spans: tuple[slice, slice]) -> None:
+        """Compare the gradients by the outputs: equal losses, as at the start of a training, have any mean."""
+        rows = num_examples(targets)
+        leaves: list[Tensor] = []
+
+        def leaf(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                tensor = tensor.detach().requires_grad_()
+                leaves.append(tensor)
+            return tensor
+
+        outputs = map_tensors(leaf, outputs)
+        whole = self._loss(outputs, targets)
+        pairs = [_rows(outputs, targets, span, rows) for span in spans]
+        parts = [self._loss(*pair) for pair in pairs if pair is not None]
+        if not leaves or not whole.value.requires_grad:
+            return
+        total = sum(float(part.weight) for part in parts)
+        mean = sum(part.value * (float(part.weight) / total) for part in parts if float(part.weight) > 0)
+        ours, theirs = (_slopes(value, leaves) for value in (mean, whole.value))
+        tolerance = max(SLOPE_TOLERANCE, 4 * torch.finfo(whole.value.dtype).eps)
+        if float((ours - theirs).norm()) > tolerance * max(float(theirs.norm()), torch.finfo(whole.value.dtype).tiny):
+            raise HessianFlowError(
+                f"the loss of {rows} examples has another gradient than the mean over two parts of them, weighted by "
+                f"{whole.source}: {WAY_OUT}"
+            )
+
+
+def _slopes(value: Any, leaves: list[Tensor]) -> Tensor:
+    found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return torch.cat([slope.reshape(-1).double() for slope in found])
 
 
 def _mean(parts: list[Averaged]) -> tuple[float, float]:
@@ -117,7 +190,7 @@ def _mean(parts: list[Averaged]) -> tuple[float, float]:
             total += weight * float(part.value.detach())
             weights += weight
             scale = max(scale, abs(float(part.value.detach())))
-    return (total / weights if weights else math.nan), scale
+    return total / weights, scale
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -129,27 +202,41 @@ def _tolerance(dtype: torch.dtype) -> float:
     return max(4 * eps, min(1e-4, 1024 * eps))
 
 
-def _cut(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any] | None:
+def _rows(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any] | None:
     """Return some rows of outputs and targets, a model as it is; None where the outputs have no rows."""
     if not isinstance(outputs, nn.Module):
         if not any(t.ndim > 0 and len(t) == rows for t in _tensors(outputs)):
             return None
         try:
-            outputs = take_rows(outputs, span, rows, "outputs")
+            outputs = _rows_of(outputs, span, rows, "outputs")
         except HessianFlowError:
             return None
-    return outputs, take_rows(targets, span, rows, "targets")
+    return outputs, _rows_of(targets, span, rows, "targets")
 
 
-def _joined(first: Any, second: Any) -> Any:
-    """Return two structures of one row as one of two rows; what has no row, such as a model, stays as it is."""
-    ahead = iter(_tensors(first))
+def _rows_of(part: Any, span: slice, rows: int, name: str) -> Any:
+    # Two tensors of two rows can be read in two ways. Here, where a batch has been cut already, each has the rows.
+    if is_list(part) and all(isinstance(t, Tensor) and t.ndim > 0 and len(t) == rows for t in part):
+        return type(part)(t[span] for t in part)
+    return take_rows(part, span, rows, name)
 
-    def join(tensor: Tensor) -> Tensor:
-        before = next(ahead)
-        return torch.cat([before, tensor]) if tensor.ndim > 0 and len(tensor) == 1 else tensor
 
-    return map_tensors(join, second)
+def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
+    """Return two structures as one of `rows` + `others` rows; what has no rows, such as a model, as it is.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    if isinstance(first, Tensor) and first.ndim > 0 and (len(first), len(second)) == (rows, others):
+        return torch.cat([first, second])
+    if isinstance(first, np.ndarray) and first.ndim > 0 and (len(first), len(second)) == (rows, others):
+        return np.concatenate([first, second])
+    ahead, behind = entries(first), entries(second)
+    if ahead is None or behind is None:
+        return second
+    if is_list(first) and len(first) == rows and not all(isinstance(part, Tensor) for part in first):
+        raise ValueError("one entry may be one example")
+    return rebuilt(second, [_joined(one, other, rows, others) for one, other in zip(ahead, behind, strict=True)])
 
 
 def _tensors(batch: Any) -> list[Tensor]:

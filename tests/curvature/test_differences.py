@@ -279,6 +279,20 @@ def trained(model, shape, classes=10, steps=20, **options):
     return problem, options
 
 
+class Padded(nn.Module):
+    """Reads the row for padding like any other, as a sum over positions does."""
+
+    def __init__(self, embed, tied=False):
+        super().__init__()
+        self.embed, self.tied = embed, tied
+        self.head = nn.Linear(4, 3)
+        nn.init.normal_(embed.weight)
+
+    def forward(self, tokens):
+        hidden = self.embed(tokens).tanh().sum(1)
+        return hidden @ self.embed.weight[:3].T if self.tied else self.head(hidden)
+
+
 def on_kinks():
     """Black borders, no biases: as many units are at 0 exactly, where relu has no derivative."""
     model = nn.Sequential(
@@ -351,6 +365,32 @@ def test_healthy_models_pass_and_are_as_found(make, kind):
         tensors = {key: value for key, value in held[name].items() if isinstance(value, torch.Tensor)}
         # Those that a forward pass sets anew, as the older spectral normalisation does, are of the type of the model.
         assert all(vars(module)[key].dtype == value.dtype for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("embedding", "tied"),
+    [({"padding_idx": 0}, False), ({"padding_idx": -7, "sparse": True}, False), ({"padding_idx": 1}, True)],
+)
+def test_rows_for_padding_are_constants(kind, embedding, tied):
+    """The loss depends on them, but torch gives them no gradient: no fault, and frequent in models of language."""
+    torch.manual_seed(0)
+    model = Padded(nn.Embedding(9, 4, **embedding), tied)
+    pair = torch.randint(0, 3, (16, 5)), torch.randint(0, 3, (16,))
+    operator = kind(model, F.cross_entropy, pair, check_product=True)
+    v = torch.randn(operator.size)
+    product = operator @ v
+    if not tied:
+        assert not product[:36].view(9, 4)[embedding["padding_idx"]].any()
+        # A fault elsewhere is seen all the same.
+        model.head = nn.Sequential(model.head, Detaching())
+        with pytest.raises(HessianFlowError, match="off from a difference"):
+            kind(model, F.cross_entropy, pair, check_product=True) @ v
+
+
+class Detaching(nn.Module):
+    def forward(self, a):
+        return a * a.detach()
 
 
 def test_a_batch_that_cannot_be_cut_is_taken_whole():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hessianflow.curvature import CurvatureProbe, FisherOperator, GGNOperator, HessianOperator
 from hessianflow.curvature.staleness import Snapshot
+from hessianflow.interfaces import HessianFlowError
 
 
 class Scaled(nn.Module):
@@ -21,9 +22,11 @@ class Scaled(nn.Module):
         self.body = mlp((4, 6, 3))
         self.square = nn.Linear(3, 3).double()
         self.register_buffer("scale", torch.ones(3, dtype=torch.float64))
+        self.factor = 1.0
+        self.plain = torch.ones(3, dtype=torch.float64)  # no buffer
 
     def forward(self, x):
-        return self.square(self.body(x)) * self.scale
+        return self.square(self.body(x)) * self.scale * self.plain * self.factor
 
 
 def flip(tensor):
@@ -40,6 +43,12 @@ CHANGES = {
     "transposition": lambda model, x, y, loss: setattr(model.square.weight, "data", model.square.weight.data.T),
     "swap": lambda model, x, y, loss: model.body[0].weight.data.copy_(model.body[0].weight.data[[1, 0, 2, 3, 4, 5]]),
     "class weights": lambda model, x, y, loss: loss.weight.data.__setitem__(1, 5.0),
+    "number of a module": lambda model, x, y, loss: setattr(model, "factor", 3),
+    "tensor of a module": lambda model, x, y, loss: setattr(model, "plain", model.plain * 3),
+    "layer replaced": lambda model, x, y, loss: model.body.__setitem__(1, nn.ReLU()),
+    "layer added": lambda model, x, y, loss: model.body.append(nn.Tanh()),
+    "forward hook": lambda model, x, y, loss: model.body[0].register_forward_hook(lambda m, i, o: o * 2),
+    "forward pre-hook": lambda model, x, y, loss: model.body.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
     "option of the loss": lambda model, x, y, loss: setattr(loss, "label_smoothing", 0.3),
 }
 
@@ -57,6 +66,41 @@ def test_every_change_is_seen(change, kind):
     expected = kind(model, loss, (x, y)) @ v
     assert not torch.allclose(before, expected)
     torch.testing.assert_close(operator @ v, expected, rtol=0, atol=0)
+
+
+class Counter(nn.Module):
+    """Counts its passes in Python, and may be random besides."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.head, self.passes, self.noise = nn.Linear(4, 3).double(), 0, noise
+
+    def forward(self, x):
+        self.passes += 1
+        return self.head(x + self.noise * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_a_number_written_in_forward_is_no_change(microbatch_size):
+    model, batch = Counter(0.0), (torch.randn(8, 4).double(), torch.arange(8) % 3)
+    operator = HessianOperator(model, F.cross_entropy, batch, microbatch_size=microbatch_size)
+    v = torch.ones(operator.size).double()
+    operator @ v
+    kept, snapshot = operator._kept, operator._snapshot
+    operator @ v
+    assert operator._kept is kept
+    assert operator._snapshot is snapshot
+    model.train().eval()
+    operator @ v
+    assert operator._kept is kept
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_nor_does_it_hide_a_random_loss(microbatch_size):
+    batch = torch.randn(8, 4).double(), torch.arange(8) % 3
+    operator = HessianOperator(Counter(1.0), F.cross_entropy, batch, microbatch_size=microbatch_size)
+    with pytest.raises(HessianFlowError, match="switch off dropout"):
+        operator @ torch.ones(operator.size).double()
 
 
 def test_options_of_a_partial_are_watched():

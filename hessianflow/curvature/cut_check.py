@@ -1,0 +1,102 @@
+"""Whether a row of what a model returns is that of its example alone, so that a batch may be cut.
+
+A tensor that all examples share, say a table of positions, is taken for one row an example where it happens to have as
+many rows as the batch, and is cut with them. A layer of the user's own may compare rows, or normalise by them. Either
+way the matrix would hang on the size of the parts. So the first examples of the first batch that is cut are run twice,
+three of them and two: the rows that both hold must be the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import map_tensors, num_examples, take_rows
+from hessianflow.interfaces import Batch, HessianFlowError
+from hessianflow.measuring import measuring
+
+ROWS = 3
+"""Examples of the longer run; the shorter one has one less. Ours: models may treat one alone in a way of its own."""
+
+TOLERANCE, ROUNDINGS = 1e-2, 30
+"""Relative difference of outputs that passes, and the same in machine epsilons. Ours: kernels for other numbers of rows
+round otherwise, by 1e-6 and less in float32, and what is mixed up differs by tenths."""
+
+WAY_OUT = (
+    "keep the batch in one pass; or, if a tensor is shared by all examples, give it a first dimension of 1 (t[None]); "
+    "or pass a list of batches as they are to be run"
+)
+
+
+def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> None:
+    """Compare; nothing is said of a model that is random, or whose outputs have no row for each example.
+
+    Args:
+        model: as it is measured.
+        batch: (inputs, targets) of at least two examples.
+        local: moves a part of it to the device of the model.
+
+    Raises:
+        HessianFlowError: the rows differ; or fewer examples cannot be run, and more than one tensor would be cut.
+    """
+    inputs, total = batch[0], num_examples(batch)
+    rows = min(ROWS, total)
+    may_be_shared = sum(t.ndim > 0 and len(t) == total for t in _tensors(inputs)) > 1
+    parts = [local(take_rows(inputs, slice(0, count), total, "inputs")) for count in (rows, rows - 1)]
+    with measuring(model):
+        try:
+            longer, shorter = (_outputs(model, part) for part in parts)
+            differ = _differ(longer, shorter, rows)
+            is_random = differ and _differ_at_all(shorter, _outputs(model, parts[1]))
+        except Exception as error:  # whatever a model raises for a batch that it was not made for
+            if not may_be_shared:
+                return
+            raise HessianFlowError(
+                f"the model cannot be run on {rows} of {total} examples ({type(error).__name__}): {WAY_OUT}"
+            ) from error
+    if differ and not is_random:
+        raise HessianFlowError(
+            f"what the model returns for an example hangs on those beside it: {rows} and {rows - 1} of {total} "
+            f"examples give other rows, so the batch cannot be cut; {WAY_OUT}"
+        )
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    # With gradients enabled, as in a product: a model may itself differentiate.
+    return [t.detach() for t in _tensors(model(inputs))]
+
+
+def _differ(longer: list[Tensor], shorter: list[Tensor], rows: int) -> bool:
+    """Whether the rows that two runs share are not the same; outputs without rows are not looked at."""
+    pairs = [
+        (one, other)
+        for one, other in zip(longer, shorter, strict=False)
+        if one.ndim == other.ndim > 0 and (len(one), len(other)) == (rows, rows - 1)
+    ]
+    return any(_differs(one[: rows - 1], other, rows) for one, other in pairs)
+
+
+def _differs(one: Tensor, other: Tensor, rows: int) -> bool:
+    sizes = list(zip(one.shape[1:], other.shape[1:], strict=True))
+    if (rows, rows - 1) in sizes:  # each example is compared with all
+        return True
+    for dimension, pair in enumerate(sizes, start=1):  # padded to the longest: the places that both have
+        one, other = (t.narrow(dimension, 0, min(pair)) for t in (one, other))
+    if not (one.is_floating_point() or one.is_complex()):
+        return False
+    difference = (one - other).abs()
+    difference = difference[torch.isfinite(difference)].double().norm()
+    allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(one.dtype).eps)
+    # The host waits here, once for each operator.
+    return bool(difference > allowed * other[torch.isfinite(other)].abs().double().norm())
+
+
+def _differ_at_all(first: list[Tensor], again: list[Tensor]) -> bool:
+    return any(not torch.equal(one, other) for one, other in zip(first, again, strict=False))
+
+
+def _tensors(part: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda t: found.append(t) or t, part)  # type: ignore[func-returns-value]
+    return found

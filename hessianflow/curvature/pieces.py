@@ -1,0 +1,69 @@
+"""What a forward pass over one batch or microbatch leaves for products, and which losses nothing can be said of."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessianflow.curvature.derivatives import Graph
+from hessianflow.curvature.differences import Linearised
+from hessianflow.curvature.operator import NonFiniteError
+from hessianflow.curvature.staleness import Snapshot
+from hessianflow.interfaces import HessianFlowError
+
+NO_TARGET = "no target counts: all are ignored or of weight 0; look at ignore_index and weight"
+
+
+class Piece(NamedTuple):
+    """One forwarded batch or microbatch.
+
+    Attributes:
+        loss: its mean, a detached scalar.
+        weight: what that mean divides by; 0 where nothing counts, and then the rest says nothing.
+        product: multiplies a vector with its matrix.
+        claims: what a difference can check, put together on demand.
+        graph: what its nodes tell.
+        missing: indices of the selected parameters that have no gradient.
+    """
+
+    loss: Tensor
+    weight: float
+    product: Callable[[Tensor], Tensor]
+    claims: Callable[[], Linearised] | None = None
+    graph: Graph = Graph()
+    missing: tuple[int, ...] = ()
+
+
+class Kept(NamedTuple):
+    """A graph for all products, and what it was built from.
+
+    Attributes:
+        recomputes: whether products run code of the model, and so need the surroundings that the graph was built in.
+    """
+
+    piece: Piece
+    snapshot: Snapshot
+    recomputes: bool
+
+
+def check_finite(loss: Tensor) -> None:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        NonFiniteError: with what to look at.
+    """
+    # One synchronisation per graph built, so that no time goes into products of nan.
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise NonFiniteError("the loss is not finite (nan or inf); look at the weights and the inputs")
+
+
+def counted(weight: float) -> float:
+    """The weight itself.
+
+    Raises:
+        HessianFlowError: it is 0.
+    """
+    if weight == 0:
+        raise HessianFlowError(NO_TARGET)
+    return weight
