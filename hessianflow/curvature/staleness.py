@@ -7,7 +7,7 @@ hooks, and the numbers, text and tensors among their attributes; what lists and 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache, partial
 from operator import is_
 from typing import Any
@@ -27,92 +27,107 @@ _GOLDEN = 0.6180339887498949
 _ODD = -7046029254386353131  # the golden ratio in 64 bits
 _NUMBERS = (bool, int, float, str)
 _PLAIN = (*_NUMBERS, Tensor)
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _FLAGS = ("training", "track_running_stats")  # measuring sets them for its duration
 _FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.complex32, torch.complex64, torch.complex128),
 )
 
+_OF_NUMPY = (
+    *(torch.float32, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
+
 
 class Snapshot:
     """What a graph was built from: weights and buffers of the model and of the loss, options of the loss, the batch.
 
-    It holds no copy of any of them.
+    It holds no copy of any of them. It is looked at before every product, so what is looked at is listed beforehand.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, batch: Any) -> None:
         self._sources = model, loss_fn, batch
-        modules = _all_modules(model)
-        tensors = _watched(modules, loss_fn, batch)
-        self._places, self._options = _places(tensors), _options(loss_fn)
-        self._modules = _Modules(modules)
-        self._contents = _Contents(tensors)
+        self._structure = _Structure(model, loss_fn)
+        self._of_batch = _tensors_of(batch)
+        self._may_be_refilled = not (type(batch) is tuple and all(isinstance(part, Tensor) for part in batch))
+        self._tensors = [*self._structure.tensors(), *self._of_batch]
+        self._places = _places(self._tensors)
+        self._contents = _Contents(self._tensors)
         self._numbers = self._contents.numbers()
 
     def is_current(self) -> bool:
         """Whether everything is still as it was."""
-        model, loss_fn, batch = self._sources
-        modules = _all_modules(model)
-        if not self._modules.are_as_found(modules) or _options(loss_fn) != self._options:
+        if not self._structure.is_as_found():
             return False
-        if _places(_watched(modules, loss_fn, batch)) != self._places:
+        if self._may_be_refilled and not _are_same(_tensors_of(self._sources[2]), self._of_batch):
+            return False
+        if _places(self._tensors) != self._places:
             return False
         # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
         return self._contents.numbers() == self._numbers
 
     def renew(self) -> None:
         """Take places, versions and attributes anew, where a forward pass wrote to them in between."""
-        model, loss_fn, batch = self._sources
-        modules = _all_modules(model)
-        self._places = _places(_watched(modules, loss_fn, batch))
-        self._modules = _Modules(modules)
+        model, loss_fn, _ = self._sources
+        self._structure = _Structure(model, loss_fn)
+        self._tensors = [*self._structure.tensors(), *self._of_batch]
+        self._places = _places(self._tensors)
 
     def has_values_of(self, other: "Snapshot") -> bool:
         """Whether another one was taken of equal values in equal layouts, wherever they were, in the same modules."""
         layouts = [place[-1] for place in self._places] == [place[-1] for place in other._places]
-        same = self._options == other._options and self._modules.are_those_of(other._modules)
-        return layouts and same and self._numbers == other._numbers
+        return layouts and self._structure.is_that_of(other._structure) and self._numbers == other._numbers
 
 
-class _Modules:
-    """The modules of a model, their forward hooks and plain attributes."""
+class _Structure:
+    """What the modules of a model and of a loss hold: weights, buffers, modules, forward hooks and plain attributes."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._found = modules
-        self._hooks = [_hooks(module) for module in self._found]
-        self._attributes = [
-            (vars(module), key, value)
-            for module in self._found
-            for key, value in vars(module).items()
+    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+        modules = _all_modules(model)
+        if isinstance(loss_fn, nn.Module):
+            modules += _all_modules(loss_fn)
+        named = [vars(module) for module in modules]
+        if isinstance(loss_fn, partial):
+            named.append(loss_fn.keywords)
+        self._tables = [held[name] for held in named for name in _TABLES if held.get(name) is not None]
+        self._entries = [entry for table in self._tables for entry in table.values()]
+        plain = [
+            (held, key, value)
+            for held in named
+            for key, value in held.items()
             if isinstance(value, _PLAIN) and key not in _FLAGS
         ]
+        self._keys = [(held, key) for held, key, _ in plain]
+        self._values = [value for _, _, value in plain]
+        # Plain tensors of a model are told apart, but not read: those of a partial are options, and are.
+        self._further = _tensors_of(loss_fn.keywords) if isinstance(loss_fn, partial) else []
 
-    def are_as_found(self, modules: list[nn.Module]) -> bool:
+    def is_as_found(self) -> bool:
         """Whether nothing was replaced, added or taken away; the values of tensors are not looked at."""
-        if not _are_same(modules, self._found) or [_hooks(module) for module in modules] != self._hooks:
+        if not _are_same([entry for table in self._tables for entry in table.values()], self._entries):
             return False
-        return all(_is_same(held.get(key), value) for held, key, value in self._attributes)
+        now = [held.get(key) for held, key in self._keys]
+        return _are_same(now, self._values) or all(map(_is_same, now, self._values))
 
-    def are_those_of(self, other: "_Modules") -> bool:
+    def is_that_of(self, other: "_Structure") -> bool:
         """Whether another one found the same."""
-        if not _are_same(self._found, other._found) or self._hooks != other._hooks:
+        if not _are_same(self._entries, other._entries) or len(self._values) != len(other._values):
             return False
-        pairs = zip(self._attributes, other._attributes, strict=False)
-        is_as_long = len(self._attributes) == len(other._attributes)
-        return is_as_long and all(one[1] == two[1] and _is_same(one[2], two[2]) for one, two in pairs)
+        keys = [key for _, key in self._keys] == [key for _, key in other._keys]
+        return keys and all(map(_is_same, self._values, other._values))
+
+    def tensors(self) -> list[Tensor]:
+        """Return weights and buffers, and what a partial gives the loss."""
+        return [entry for entry in self._entries if isinstance(entry, Tensor)] + self._further
 
 
-def _are_same(modules: list[nn.Module], others: list[nn.Module]) -> bool:
-    return len(modules) == len(others) and all(map(is_, modules, others))
+def _are_same(entries: list[Any], others: list[Any]) -> bool:
+    return len(entries) == len(others) and all(map(is_, entries, others))
 
 
 def _is_same(now: Any, before: Any) -> bool:
     return now is before or (isinstance(before, _NUMBERS) and isinstance(now, _NUMBERS) and now == before)
-
-
-def _hooks(module: nn.Module) -> tuple[int, ...]:
-    held = module.__dict__
-    return *held.get("_forward_hooks", ()), *held.get("_forward_pre_hooks", ())
 
 
 class _Contents:
@@ -121,26 +136,38 @@ class _Contents:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         chunks: list[list[Tensor]] = []
         small: dict[Any, list[Tensor]] = {}
+        # NumPy, where it can: between two products each call of torch costs several times as much.
+        self._arrays: list[tuple[Any, Any]] = []
         self._loose: list[Tensor] = []  # no view in one dimension: read anew each time
         for tensor in tensors:
             for part in _strided_parts(tensor):
                 flat = _flat_view(part)
                 if flat is None:
                     self._loose.append(part)
-                elif flat.numel() <= SMALL:
-                    small.setdefault((flat.dtype, flat.device), []).append(flat)
-                else:
+                elif flat.numel() > SMALL:
                     chunks += ([chunk] for chunk in torch.split(flat, CHUNK))
+                elif flat.dtype in _OF_NUMPY and flat.device.type == "cpu":
+                    self._arrays.append((flat.numpy(), _weights_of([flat]).numpy()))
+                else:
+                    small.setdefault((flat.dtype, flat.device), []).append(flat)
         self._summed = [(group, _weights_of(group)) for group in (*small.values(), *chunks)]
 
     def numbers(self) -> list[float | int]:
         """A few numbers; two sets of values that differ have different ones."""
+        numbers: list[float | int] = [array.dot(weights).item() for array, weights in self._arrays]
+        for place, number in enumerate(numbers):
+            if not math.isfinite(number):  # one such value would hide all others
+                array = torch.from_numpy(self._arrays[place][0])
+                numbers[place] = int(_sum(*_as_integers([array])))
+        return numbers + self._numbers_of_torch() if self._summed or self._loose else numbers
+
+    def _numbers_of_torch(self) -> list[float | int]:
         with torch.no_grad():
             loose = [[chunk] for tensor in self._loose for chunk in torch.split(tensor.reshape(-1), CHUNK)]
             summed = self._summed + [(group, _weights_of(group)) for group in loose] if loose else self._summed
             numbers = _on_the_host([_sum(group, weights) for group, weights in summed])
             for place, number in enumerate(numbers):
-                if not math.isfinite(number):  # one such value would hide all others
+                if not math.isfinite(number):
                     numbers[place] = int(_sum(*_as_integers(summed[place][0])))
         return numbers
 
@@ -196,17 +223,9 @@ def _on_the_host(numbers: list[Tensor]) -> list[float | int]:
     return [found[place] for place in range(len(numbers))]
 
 
-def _watched(modules: list[nn.Module], loss_fn: Any, batch: Any) -> list[Tensor]:
-    found: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
-    found += [b for module in modules for b in module._buffers.values() if b is not None]
-    if isinstance(loss_fn, nn.Module):
-        for module in _all_modules(loss_fn):
-            if module._parameters or module._buffers:
-                held = (*module._parameters.values(), *module._buffers.values())
-                found += [t for t in held if t is not None]
+def _tensors_of(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
     map_tensors(lambda t: found.append(t) or t, batch)  # type: ignore[func-returns-value]
-    if isinstance(loss_fn, partial):
-        map_tensors(lambda t: found.append(t) or t, loss_fn.keywords)  # type: ignore[func-returns-value]
     return found
 
 
@@ -231,16 +250,6 @@ def _place(tensor: Tensor) -> Any:
     if tensor.layout != torch.strided:
         return id(tensor), version, tensor.requires_grad, tensor.layout
     return tensor.data_ptr(), version, tensor.requires_grad, tensor.stride()
-
-
-def _options(loss_fn: Any) -> list[Any]:
-    """Plain values among the attributes of a loss module or the keywords of a partial."""
-    held: Mapping[str, Any] = {}
-    if isinstance(loss_fn, partial):
-        held = loss_fn.keywords
-    elif isinstance(loss_fn, nn.Module):
-        held = vars(loss_fn)
-    return [(key, value) for key, value in held.items() if isinstance(value, _NUMBERS)]
 
 
 def _strided_parts(tensor: Tensor) -> list[Tensor]:
