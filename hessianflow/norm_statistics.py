@@ -7,20 +7,24 @@ loss was 616,582 after the first epoch, beside 2.37 with the statistics of the b
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessianflow.batches import num_examples
-from hessianflow.losses import MeanLoss, untouched
+from hessianflow.batches import num_examples, split
+from hessianflow.losses import Averaged, MeanLoss, untouched
 from hessianflow.measuring import measuring, unwrap
 
 UNSETTLED = 1.5
 """Loss under running statistics by loss under those of the batch, from which on the former have not settled. Ours:
 trainings that were well under way had 0.96 to 1.25, and where the ratio was larger, statistics measured anew gave a
 lower evaluation loss each time."""
+
+ROWS = 32
+"""Examples that are compared: twice so many are forwarded. Ours."""
 
 
 def moving_layers(model: nn.Module) -> list[_BatchNorm]:
@@ -34,36 +38,53 @@ def moving_layers(model: nn.Module) -> list[_BatchNorm]:
     return [layer for layer in found if layer.training] if inner.training else found
 
 
-def loss_sums(
-    model: nn.Module, pieces: Iterable[Any], mean_loss: MeanLoss, own: Sequence[_BatchNorm] = ()
-) -> tuple[float, float]:
-    """Return the summed loss over some pieces and its weight, in evaluation mode; nothing of the model is changed.
+def compared_losses(
+    model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
+) -> tuple[float, float, float]:
+    """Return the loss of some examples of a batch under running statistics, that under their own, and its weight.
+
+    In evaluation mode; nothing of the model is changed. Up to ROWS examples are forwarded twice, all of the batch where
+    the model does not run on fewer, or the loss needs gradients.
 
     Args:
         model: wrapped or not.
-        pieces: pairs (inputs, targets) or dicts on the model's device, each forwarded at once. Those of a single
-            example are left out: they have no statistics.
+        batch: a pair (inputs, targets) or a dict on the model's device.
         mean_loss: the loss.
-        own: layers that normalise by the statistics of each piece; all others use their running ones.
+        layers: that have running statistics, see :func:`moving_layers`.
+
+    Returns:
+        Two mean losses, and what they divide by: 0 where nothing counts, or a single example has no statistics.
     """
-    total = 0.0
-    weights = 0.0
-    with measuring(model) as inner, untouched(mean_loss.loss_fn):
-        for layer in own:  # measuring puts both flags back
+    few = next(split(batch, ROWS))
+    if num_examples(few) < 2:
+        return 0.0, 0.0, 0.0
+    try:
+        with torch.no_grad():
+            return _both(model, few, mean_loss, layers)
+    except Exception:  # whatever a model raises on a batch that it was not made for
+        return _both(model, batch, mean_loss, layers)
+
+
+def _both(
+    model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
+) -> tuple[float, float, float]:
+    is_graph_wanted = torch.is_grad_enabled()
+    with measuring(model) as inner, untouched(mean_loss.loss_fn), torch.set_grad_enabled(is_graph_wanted):
+        running = _averaged(inner, batch, mean_loss)
+        for layer in layers:  # measuring puts both flags back
             layer.training = True
             layer.track_running_stats = False
-        for piece in pieces:
-            if num_examples(piece) < 2:
-                continue
-            if isinstance(piece, Mapping):
-                averaged = mean_loss(inner, piece)
-            else:
-                averaged = mean_loss(inner(piece[0]), piece[1])
-            weight = float(averaged.weight)
-            if weight > 0:
-                total += weight * float(averaged.value.detach())
-                weights += weight
-    return total, weights
+        own = _averaged(inner, batch, mean_loss)
+    weight = float(own.weight)
+    if weight == 0:
+        return 0.0, 0.0, 0.0
+    return float(running.value.detach()), float(own.value.detach()), weight
+
+
+def _averaged(model: nn.Module, batch: Any, mean_loss: MeanLoss) -> Averaged:
+    if isinstance(batch, Mapping):
+        return mean_loss(model, batch)
+    return mean_loss(model(batch[0]), batch[1])
 
 
 def is_unsettled(running: float, own: float) -> bool:

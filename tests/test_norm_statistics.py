@@ -18,7 +18,7 @@ from hessianflow.distributed.curvature import AllReducedOperator
 from hessianflow.distributed.reducers import LocalReducer
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
 from hessianflow.losses import MeanLoss
-from hessianflow.norm_statistics import is_unsettled, loss_sums, moving_layers
+from hessianflow.norm_statistics import compared_losses, is_unsettled, moving_layers
 from hessianflow.training.settle import settle
 from hessianflow.training.world import LocalWorld
 
@@ -80,13 +80,29 @@ def test_what_counts_as_unsettled(running_loss, own_loss, unsettled):
 def test_losses_by_statistics_in_closed_form():
     """With the buffers E x^2 gamma^2 / 2 / var, with the data's own gamma^2 / 2, whatever their scale."""
     model, (x, y) = running(Normalised(3.0).train(), var=0.25), problem(scale=2.0)
-    pieces = [(x, y)]
     layers = moving_layers(model)
-    total, weight = loss_sums(model, pieces, MeanLoss(half_square))
-    assert (total / weight, weight) == (pytest.approx(0.5 * 9 * 4 / 0.25), N)
-    total, weight = loss_sums(model, pieces, MeanLoss(half_square), layers)
-    assert (total / weight, weight) == (pytest.approx(0.5 * 9), N)
-    assert loss_sums(model, [(x[:1], y[:1])], MeanLoss(half_square), layers) == (0.0, 0.0), "one example has no spread"
+    found = compared_losses(model, (x, y), MeanLoss(half_square), layers)
+    assert found == pytest.approx((0.5 * 9 * 4 / 0.25, 0.5 * 9, N / 2)), (
+        "half of the examples, which is as many as count"
+    )
+    one = compared_losses(model, (x[:1], y[:1]), MeanLoss(half_square), layers)
+    assert one == (0.0, 0.0, 0.0), "one example has no spread"
+
+
+def test_a_model_of_one_batch_size_and_a_loss_that_differentiates_are_asked_about_all_examples():
+    class Whole(Normalised):
+        def forward(self, x):
+            return self.norm(x.reshape(N, 1))
+
+    def slope(outputs, targets):
+        (by_outputs,) = torch.autograd.grad(half_square(outputs, targets), outputs, create_graph=True)
+        return 0.5 * N * by_outputs.square().sum()
+
+    batch = problem(scale=2.0)
+    model = running(Whole().train(), var=0.25)
+    assert compared_losses(model, batch, MeanLoss(half_square), moving_layers(model)) == pytest.approx((8, 0.5, N))
+    model = running(Normalised().train(), var=0.25)
+    assert compared_losses(model, batch, MeanLoss(slope), moving_layers(model)) == pytest.approx((8, 0.5, N))
 
 
 def test_measuring_leaves_no_trace():
@@ -94,7 +110,7 @@ def test_measuring_leaves_no_trace():
     model.norm.weight.grad = torch.ones(1, dtype=torch.float64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state, versions = torch.get_rng_state(), [b._version for b in model.buffers()]
-    loss_sums(model, [(x, y)], MeanLoss(half_square), moving_layers(model))
+    compared_losses(model, (x, y), MeanLoss(half_square), moving_layers(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [b._version for b in model.buffers()] == versions
     assert torch.equal(torch.get_rng_state(), state)
@@ -168,7 +184,7 @@ class TestReading:
     def test_over_ranks(self, kind):
         model, (x, y) = running(Normalised().train()), problem(scale=100.0)
         operator = AllReducedOperator(kind(model, half_square, (x, y)), LocalReducer())
-        assert operator.statistics_losses() == pytest.approx((5e3, 0.5, N))
+        assert operator.statistics_losses() == pytest.approx((5e3, 0.5, N / 2))
         assert (
             AllReducedOperator(
                 kind(running(Normalised().train()), half_square, (x, y), norm_mode="batch"), LocalReducer()

@@ -47,7 +47,7 @@ from hessianflow.folding import folded_normalisation
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck
 from hessianflow.measuring import measuring, unwrap
-from hessianflow.norm_statistics import loss_sums, moving_layers
+from hessianflow.norm_statistics import compared_losses, moving_layers
 
 
 class ModelOperator(Operator):
@@ -154,18 +154,18 @@ class ModelOperator(Operator):
             return float(self._mean_loss(model, self._pieces(model)))
 
     def statistics_losses(self) -> tuple[float, float, float] | None:
-        """Return the mean loss under running statistics of normalisation, that under the data's own, and their weight.
+        """Compare the loss under running statistics of normalisation with that under the data's own.
 
-        None where the matrix uses no running statistics that training moves; the weight is 0 where nothing can be told.
+        See `compared_losses` in :mod:`hessianflow.norm_statistics`; of the first batch. None where the matrix uses no
+        running statistics that training moves.
         """
         layers = moving_layers(self._model)
         if self.norm_mode == "batch" or not layers:
             return None
-        total, weight = loss_sums(self._model, self._pieces(), self._loss, layers)
-        if weight == 0:
+        first = next(self._pieces(), None)
+        if first is None:
             return 0.0, 0.0, 0.0
-        running = self._repeats.last_loss
-        return self.mean_loss() if running is None else running, total / weight, weight
+        return compared_losses(self._model, first, self._loss, layers)
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss by the selected parameters, shape [size]."""

@@ -45,11 +45,6 @@ class RepeatCheck:
                 )
         self._last = (snapshot, value)
 
-    @property
-    def last_loss(self) -> float | None:
-        """The loss taken last; None before the first."""
-        return None if self._last is None else self._last[1]
-
     def forget(self) -> None:
         """Compare with nothing before."""
         self._last = None

@@ -12,6 +12,7 @@ from functools import cache, partial
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -154,7 +155,8 @@ class _Contents:
 
     def numbers(self) -> list[float | int]:
         """A few numbers; two sets of values that differ have different ones."""
-        numbers: list[float | int] = [array.dot(weights).item() for array, weights in self._arrays]
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers: list[float | int] = [array.dot(weights).item() for array, weights in self._arrays]
         for place, number in enumerate(numbers):
             if not math.isfinite(number):  # one such value would hide all others
                 array = torch.from_numpy(self._arrays[place][0])

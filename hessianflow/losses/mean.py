@@ -96,7 +96,7 @@ class MeanLoss:
         """Return what the mean over a batch with these targets will divide by; None if only the call tells."""
         return known_weight(self.loss_fn, targets) if self.is_known else None
 
-    def __call__(self, outputs: Any, targets: Any) -> Averaged:
+    def __call__(self, outputs: Any, targets: Any, weight: Weight | None = None) -> Averaged:
         """Return the mean loss over a batch, whatever reduction the loss uses.
 
         A scalar counts as a mean unless the loss (or the function that a `functools.partial` wraps)
@@ -106,12 +106,13 @@ class MeanLoss:
         Args:
             outputs: of the model; for a loss that is called as loss_fn(model, batch), the model.
             targets: or the batch.
+            weight: what :meth:`weight_ahead` said of these targets, if it was asked.
 
         Raises:
             HessianFlowError: the loss returns neither a tensor nor (sum, count).
         """
         if self.is_known:
-            return self._call_of_torch(outputs, targets)
+            return self._call_of_torch(outputs, targets, weight)
         with Observer() as observer:
             result: Any = self.loss_fn(outputs, targets)
         if isinstance(result, tuple) and len(result) == 2 and _is_count(result[1]):
@@ -129,7 +130,7 @@ class MeanLoss:
         weight, source = observer.divisor(result) or (num_examples(targets), EXAMPLES)
         return Averaged(result, weight, source, observer.ignore_index, source == COUNT)
 
-    def _call_of_torch(self, outputs: Any, targets: Any) -> Averaged:
+    def _call_of_torch(self, outputs: Any, targets: Any, weight: Weight | None) -> Averaged:
         result: Any = self.loss_fn(outputs, targets)
         if result.ndim > 0:
             result = result.mean()
@@ -137,7 +138,9 @@ class MeanLoss:
             result = result / num_examples(targets)
         by_class = counts_classes(self.loss_fn, targets)
         ignore_index = setting(self.loss_fn, "ignore_index") if by_class else None
-        return Averaged(result, known_weight(self.loss_fn, targets), EXAMPLES, ignore_index)
+        if weight is None:
+            weight = known_weight(self.loss_fn, targets)
+        return Averaged(result, weight, EXAMPLES, ignore_index)
 
 
 def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:

@@ -140,11 +140,17 @@ class GradientAccumulator:
             return self._nothing(batch)
         if twins is not None and num_examples(twins[1]) == 0:
             twins = None
-        divisor = _Divisor(self._loss, batch[1], twins[1] if twins is not None and exposure.average else None)
+        ahead = self._loss.weight_ahead(batch[1])
+        divisor = _Divisor(num_examples(batch[1]), ahead)
         if twins is None:
-            return self._add(batch, divisor, microbatch_size, nullcontext, keep, settles=True, is_last=True)
-        own = self._add(batch, divisor, microbatch_size, nullcontext, keep, settles=not exposure.average)
-        of_twins = self._add(twins, divisor, microbatch_size, exposure.twin_mode, settles=True, is_last=True)
+            return self._add(batch, ahead, divisor, microbatch_size, nullcontext, keep, settles=True, is_last=True)
+        of_twins_ahead = self._loss.weight_ahead(twins[1])
+        if exposure.average:
+            divisor.expect(of_twins_ahead)
+        own = self._add(batch, ahead, divisor, microbatch_size, nullcontext, keep, settles=not exposure.average)
+        of_twins = self._add(
+            twins, of_twins_ahead, divisor, microbatch_size, exposure.twin_mode, settles=True, is_last=True
+        )
         return replace(own, twins=of_twins, failure=own.failure or of_twins.failure)
 
     @contextmanager
@@ -189,6 +195,7 @@ class GradientAccumulator:
     def _add(
         self,
         batch: Batch,
+        ahead: Weight | None,
         divisor: "_Divisor",
         size: int | None,
         mode: Callable[[], AbstractContextManager[Any]],
@@ -200,6 +207,7 @@ class GradientAccumulator:
         """Add the gradient of (sum of the losses over `batch`) / divisor.
 
         Args:
+            ahead: the weight of the batch, where it is known.
             settles: with the last part of this batch all that the divisor sums up has been seen.
             is_last: nothing is added after it.
         """
@@ -215,7 +223,7 @@ class GradientAccumulator:
             done += count
             with self.autocast(), mode():
                 outputs = self.model(inputs if leaf is None else leaf)
-                averaged = self._loss(outputs, targets)
+                averaged = self._loss(outputs, targets, ahead if count == total else None)
                 if count < total or self.world.world_size > 1:
                     failure = failure or self._split_failure(outputs, targets)
             divisor.add(averaged.weight)
@@ -230,9 +238,10 @@ class GradientAccumulator:
             if not found:
                 raise HessianFlowError("the loss does not depend on the inputs: there is no gradient by them to keep")
             on_input_gradient(torch.cat(found))
-        known = self._loss.weight_ahead(batch[1])
-        weight = sum(weight for _, weight in parts) if known is None else known
-        loss: Tensor = sum(weighted(loss, _like(_ratio(part, weight), loss)) for loss, part in parts)  # type: ignore[assignment]
+        weight = parts[0][1] if len(parts) == 1 else ahead
+        if weight is None:
+            weight = sum(weight for _, weight in parts)
+        loss: Tensor = sum(_share_of_mean(loss, part, weight) for loss, part in parts)  # type: ignore[assignment]
         return OwnResult(loss, weight, summed(hits), total, None, failure)
 
     def _be_zero(self) -> None:
@@ -409,18 +418,19 @@ class _Divisor:
     number of rows stands in for it.
 
     Args:
-        loss: of which the mean is differentiated.
-        targets: of the batch.
-        further: targets that are summed up, too; None: no others.
+        rows: of the batch.
+        ahead: its weight, where that is known.
     """
 
-    def __init__(self, loss: MeanLoss, targets: Any, further: Any = None) -> None:
+    def __init__(self, rows: int, ahead: Weight | None) -> None:
         self._sum: Weight = 0
-        ahead = loss.weight_ahead(targets)
         self._is_known = ahead is not None
-        self.value: Weight = num_examples(targets) if ahead is None else ahead
-        if ahead is not None and further is not None:
-            self.value = ahead + (loss.weight_ahead(further) or 0)
+        self.value: Weight = rows if ahead is None else ahead
+
+    def expect(self, further: Weight | None) -> None:
+        """Sum up another batch, too, of this weight, where it is known."""
+        if self._is_known and further is not None:
+            self.value = self.value + further
 
     def add(self, weight: Weight) -> None:
         """Count one part."""
@@ -440,10 +450,21 @@ class _Divisor:
 
 
 def _ratio(part: Weight, whole: Weight) -> Weight:
-    """part / whole, and 0 of nothing."""
+    """part / whole, and 0 of nothing; 1 where they are the very same, whose loss counts for nothing by itself."""
+    if part is whole:
+        return 1.0
     if isinstance(whole, Tensor):
         return torch.where(whole > 0, part / whole, 0.0)
     return part / whole if whole != 0 else 0.0
+
+
+def _share_of_mean(loss: Tensor, part: Weight, whole: Weight) -> Tensor:
+    """What the mean loss of a part adds to that of the whole; 0 where nothing counts, whatever that loss is."""
+    if part is not whole:
+        return weighted(loss, _like(_ratio(part, whole), loss))
+    if isinstance(whole, Tensor):
+        return torch.where(whole > 0, loss, 0.0)
+    return loss if whole > 0 else torch.zeros_like(loss)
 
 
 def _like(weight: float | Tensor, loss: Tensor) -> float | Tensor:

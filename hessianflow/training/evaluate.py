@@ -126,7 +126,9 @@ def count_hits(outputs: Any, targets: Any, ignore_index: int | None = None) -> H
     if ignore_index is None:
         return Hits(hit.sum(), len(targets))
     counts = targets != ignore_index
-    return Hits((hit & counts).sum(), counts.sum())
+    if ignore_index >= 0:  # no class of the model has another index
+        hit = hit & counts
+    return Hits(hit.sum(), counts.sum())
 
 
 def summed(hits: Sequence[Hits | None]) -> Hits | None:

@@ -8,7 +8,7 @@ from torch import nn
 from hessianflow.batches import num_examples, split
 from hessianflow.interfaces import Batch, LossFn, World
 from hessianflow.losses import MeanLoss
-from hessianflow.norm_statistics import is_unsettled, loss_sums, moving_layers
+from hessianflow.norm_statistics import compared_losses, is_unsettled, moving_layers
 from hessianflow.training.recalibrate import recalibrate
 
 NormStatistics = Literal["settled", "running"]
@@ -24,7 +24,7 @@ def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, size: int, world: Wo
         model: in training mode; one without batch normalisation is not run at all.
         batch: the one trained last, on the device; on several ranks this rank's part of it.
         loss_fn: of the training.
-        size: examples of a microbatch. The first one is compared, in two forward passes.
+        size: examples of a microbatch.
         world: the ranks, which agree.
 
     Returns:
@@ -38,21 +38,16 @@ def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, size: int, world: Wo
     passes = min(world.gather(len(parts)))
     if passes == 0:
         return ""
-    mean_loss = MeanLoss(loss_fn)
-    running = loss_sums(model, parts[:1], mean_loss)
-    own = loss_sums(model, parts[:1], mean_loss, layers)
-    # One wait for the device at the end of an epoch.
-    running_loss, running_weight, own_loss, own_weight = world.sum(torch.tensor([*running, *own]).double()).tolist()
-    if not running_weight or not own_weight:
-        return ""
-    running_loss /= running_weight
-    own_loss /= own_weight
-    if not is_unsettled(running_loss, own_loss):
+    # A wait for the device, once an epoch.
+    running, own, weight = compared_losses(model, parts[0], MeanLoss(loss_fn), layers)
+    sums = torch.tensor([running * weight, own * weight, weight], dtype=torch.float64)
+    running, own, weight = world.sum(sums).tolist()
+    if weight == 0 or not is_unsettled(running / weight, own / weight):
         return ""
     recalibrate(model, parts[:passes])
     world.average_buffers()
     return (
-        f"the running statistics of batch normalisation had not settled (loss {running_loss:.4g} under them, "
-        f"{own_loss:.4g} under those of the batch) and were measured anew on the batch trained last; the row of each "
-        'epoch where this happens says so, and norm_statistics="running" leaves them alone'
+        f"the running statistics of batch normalisation had not settled (loss {running / weight:.4g} under them, "
+        f"{own / weight:.4g} under those of the batch) and were measured anew on the batch trained last; the row of "
+        'each epoch where this happens says so, and norm_statistics="running" leaves them alone'
     )
