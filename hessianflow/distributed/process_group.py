@@ -30,6 +30,9 @@ from hessianflow.interfaces import HessianFlowError
 TIMEOUT_SECONDS = 600.0
 """How long a rank waits for the others in one collective. Ours: torch's own default for NCCL."""
 
+_LONGEST_NUMBER = 18
+"""Characters of a number in the environment."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -296,12 +299,14 @@ def _finish(work: Any) -> None:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment[name]
     try:
-        return int(environment[name])
+        if len(text) <= _LONGEST_NUMBER:
+            return int(text)
     except ValueError:
-        raise HessianFlowError(
-            f"{name} must be a whole number, got {environment[name]!r}: start with torchrun, or unset RANK"
-        ) from None
+        pass
+    shown = repr(text) if len(text) <= _LONGEST_NUMBER else f"{text[:_LONGEST_NUMBER]!r}..."
+    raise HessianFlowError(f"{name} must be a whole number, got {shown}: start with torchrun, or unset RANK")
 
 
 def _first_line(error: BaseException) -> str:
