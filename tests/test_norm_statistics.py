@@ -77,6 +77,13 @@ def test_what_counts_as_unsettled(running_loss, own_loss, unsettled):
     assert is_unsettled(running_loss, own_loss) is unsettled
 
 
+def test_a_difference_that_is_small_beside_the_usual_loss_tells_nothing():
+    assert is_unsettled(0.004, 0.002)
+    assert not is_unsettled(0.004, 0.002, scale=0.4)
+    assert is_unsettled(1.0, 0.5, scale=0.4)
+    assert is_unsettled(math.nan, 0.5, scale=0.4)
+
+
 def test_losses_by_statistics_in_closed_form():
     """With the buffers E x^2 gamma^2 / 2 / var, with the data's own gamma^2 / 2, whatever their scale."""
     model, (x, y) = running(Normalised(3.0).train(), var=0.25), problem(scale=2.0)
@@ -180,6 +187,20 @@ class TestReading:
         running(model)
         assert probe().details["smoothed"] == pytest.approx(1.0)
 
+    def test_losses_of_a_fitted_model_are_held_against_those_before(self):
+        """Losses of 5000 x 1e-6 and 0.5 x 1e-6 beside 0.5, of the same model with a smaller weight."""
+        model, batch = running(Normalised().train(), var=1e4), problem(scale=100.0)
+        probe = CurvatureProbe(model, half_square, batch)
+        assert probe().reliable
+        with torch.no_grad():
+            model.norm.weight.fill_(1e-3)
+        running(model)
+        assert probe().reliable
+        other = CurvatureProbe(model, half_square, batch)
+        assert not other().reliable, "it knows no other loss"
+        other.load_state_dict(probe.state_dict())
+        assert other().reliable
+
     @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
     def test_over_ranks(self, kind):
         model, (x, y) = running(Normalised().train()), problem(scale=100.0)
@@ -196,25 +217,25 @@ class TestReading:
 class TestSettling:
     def test_statistics_become_those_of_the_batch(self):
         model, (x, y) = running(Normalised().train(), mean=7.0), problem(scale=100.0)
-        found = settle(model, (x, y), half_square, N, LocalWorld())
+        found = settle(model, (x, y), half_square, 0.0, N, LocalWorld())
         assert "had not settled (loss" in found
         assert float(model.norm.running_mean) == pytest.approx(0.0, abs=1e-9)
         assert float(model.norm.running_var) == pytest.approx(float(x.var()))
-        assert settle(model, (x, y), half_square, N, LocalWorld()) == ""
+        assert settle(model, (x, y), half_square, 0.0, N, LocalWorld()) == ""
 
     @pytest.mark.parametrize("scale", [1.0, 0.9, 1.2])
     def test_settled_ones_stay_bit_for_bit(self, scale):
         model, (x, y) = running(Normalised().train()), problem(scale=scale)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        assert settle(model, (x, y), half_square, N, LocalWorld()) == ""
+        assert settle(model, (x, y), half_square, 0.0, N, LocalWorld()) == ""
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     def test_nothing_to_tell_is_left_alone(self):
         x, y = problem(scale=100.0)
         model = running(Normalised().train())
-        assert settle(model, (x[:1], y[:1]), half_square, N, LocalWorld()) == ""
-        assert settle(model.eval(), (x[:1], y[:1]), half_square, N, LocalWorld()) == ""
-        assert settle(nn.Linear(1, 1).double(), (x, y), half_square, N, LocalWorld()) == ""
+        assert settle(model, (x[:1], y[:1]), half_square, 0.0, N, LocalWorld()) == ""
+        assert settle(model.eval(), (x[:1], y[:1]), half_square, 0.0, N, LocalWorld()) == ""
+        assert settle(nn.Linear(1, 1).double(), (x, y), half_square, 0.0, N, LocalWorld()) == ""
 
 
 def trained(**options):

@@ -146,6 +146,7 @@ class CurvatureProbe:
         self._start: Tensor | None = None
         self._recent: list[float] = []
         self._average: float | None = None
+        self._largest_loss = 0.0  # under the probe batch's own statistics
         self._calls, self._spent, self._last_cost = 0, 0.0, 0.0
 
     @property
@@ -200,6 +201,7 @@ class CurvatureProbe:
             "last_cost": self._last_cost,
             "recent": list(self._recent),
             "average": self._average,
+            "largest_loss": self._largest_loss,
             "start": None if self._start is None else self._start.clone(),
         }
 
@@ -211,6 +213,7 @@ class CurvatureProbe:
         state = _updated(state, self._window)
         self._calls, self._spent, self._last_cost = state["calls"], state["spent"], state["last_cost"]
         self._recent, self._average = list(state["recent"]), state["average"]
+        self._largest_loss = state.get("largest_loss", 0.0)
         self._start = None if state["start"] is None else state["start"].clone()
 
     def _measure(self, operator: LinearOperator) -> EigenResult:
@@ -238,7 +241,10 @@ class CurvatureProbe:
         if found is None:
             return None
         running, own, weight = found
-        return (running, own) if weight > 0 and is_unsettled(running, own) else None
+        if weight == 0:
+            return None
+        self._largest_loss = max(self._largest_loss, abs(own)) if math.isfinite(own) else self._largest_loss
+        return (running, own) if is_unsettled(running, own, self._largest_loss) else None
 
     def _account(self, result: EigenResult | None, examples: int, reliable: bool) -> None:
         products = 0 if result is None else result.matvecs

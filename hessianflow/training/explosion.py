@@ -41,6 +41,11 @@ class ExplosionRule:
         self._known = 0, 0.0
 
     @property
+    def mean(self) -> float:
+        """Of the losses so far, those under suspicion apart."""
+        return self._mean
+
+    @property
     def in_doubt(self) -> bool:
         """Whether the latest losses lie far above those before, for too short a time to say."""
         return bool(self._streak)

@@ -234,8 +234,8 @@ class TrainingLoop:
         if batch is None or self.norm_statistics == "running":
             return
         with self.watch.part("evaluation"):
-            size = self.step.microbatch.size
-            found = settle(self.model, batch, self.after_epoch.loss_fn, size, self.world)
+            usual, size = self.totals.mean_so_far(), self.step.microbatch.size
+            found = settle(self.model, batch, self.after_epoch.loss_fn, usual, size, self.world)
         if found:
             self._were_unsettled = True
             self._say_once("statistics", found)

@@ -14,7 +14,7 @@ from hessianflow.training.recalibrate import recalibrate
 NormStatistics = Literal["settled", "running"]
 
 
-def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, size: int, world: World) -> str:
+def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, usual_loss: float, size: int, world: World) -> str:
     """Compare the loss under running statistics with that under the batch's own; if need be, measure the former anew.
 
     They become the plain average over the microbatches of `batch`. In training only attacks meet
@@ -24,6 +24,7 @@ def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, size: int, world: Wo
         model: in training mode; one without batch normalisation is not run at all.
         batch: the one trained last, on the device; on several ranks this rank's part of it.
         loss_fn: of the training.
+        usual_loss: of the training so far; small differences beside it tell nothing.
         size: examples of a microbatch.
         world: the ranks, which agree.
 
@@ -42,7 +43,7 @@ def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, size: int, world: Wo
     running, own, weight = compared_losses(model, parts[0], MeanLoss(loss_fn), layers)
     sums = torch.tensor([running * weight, own * weight, weight], dtype=torch.float64)
     running, own, weight = world.sum(sums).tolist()
-    if weight == 0 or not is_unsettled(running / weight, own / weight):
+    if weight == 0 or not is_unsettled(running / weight, own / weight, usual_loss):
         return ""
     recalibrate(model, parts[:passes])
     world.average_buffers()

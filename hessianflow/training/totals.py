@@ -106,6 +106,11 @@ class RunningTotals:
         ago = self._rule.weights_tell(growth)
         return None if ago is None else self._updates + 1 - ago
 
+    def mean_so_far(self) -> float:
+        """Mean loss of the updates of the run (waits for the device)."""
+        self._judge()
+        return self._rule.mean
+
     @property
     def in_doubt(self) -> bool:
         """Whether the latest losses read may be the beginning of a divergence."""
