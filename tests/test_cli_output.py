@@ -28,7 +28,10 @@ def errors(*arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_log_level_info_tells_epochs_and_decisions(capsys):
     lines = errors("train", *QUICK, "--log-level", "info", capsys=capsys)
-    assert [line.split(",")[0] for line in lines] == [
+    told = [
+        line for line in lines if not line.startswith("hessianflow: statistics")
+    ]  # short runs need not have settled
+    assert [line.split(",")[0] for line in told] == [
         "hessianflow: epoch 1: batch 32 -> 64",
         "hessianflow: epoch 1: batch 32",
         "hessianflow: epoch 2: batch 64 -> 128",

@@ -62,9 +62,9 @@ class AfterEpoch:
         with self.watch.part("evaluation"):
             return evaluate(self.model, self.data, self.loss_fn, reducer=self.world)
 
-    def measure(self) -> Iterator[tuple[str, Mapping[str, float], str]]:
-        """Kind, figures and warning of every measurement, as they are made."""
-        for measurement in self.measurements:
+    def measure(self, made: int) -> Iterator[tuple[str, Mapping[str, float], str]]:
+        """Kind, figures and warning of every measurement but the first `made`, as they are made."""
+        for measurement in self.measurements[made:]:
             with self.watch.part("evaluation"):
                 figures, warning = measurement()
             yield measurement.kind, figures, warning

@@ -18,6 +18,7 @@ from hessianflow.training import checkpoint
 from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_rule
+from hessianflow.training.evaluate import Evaluation
 from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import SET_BY_HAND, LearningRate
 from hessianflow.training.lookahead import Lookahead, Planned
@@ -38,6 +39,27 @@ OVER_BUDGET = (
     "(--curvature-budget raises it, 100 reads after every epoch)"
 )
 """Said once a run: a trajectory with gaps should not be a riddle."""
+
+
+@dataclass
+class _Done:
+    """What was done after an update; after an error there, the next :meth:`Run.fit` goes on behind it.
+
+    Attributes:
+        place: updates made and epochs completed; that an epoch is over may be told after its last update.
+        decided: whether the controller has been asked.
+        evaluation: at the end of an epoch; None where there is none.
+        row: of the epoch.
+        measurements: how many of them were made.
+        stepped: whether the schedule has been told that the epoch is over.
+    """
+
+    place: tuple[int, int]
+    decided: bool = False
+    evaluation: Evaluation | None = None
+    row: dict[str, Any] | None = None
+    measurements: int = 0
+    stepped: bool = False
 
 
 @dataclass
@@ -93,6 +115,7 @@ class TrainingLoop:
     norm_statistics: NormStatistics = "settled"
     stop_requested: bool = field(default=False, init=False)
     _were_unsettled: bool = field(default=False, init=False)
+    _done: "_Done | None" = field(default=None, init=False)
     _said: set[str] = field(default_factory=set, init=False)
 
     @property
@@ -107,8 +130,13 @@ class TrainingLoop:
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
         """Continue from :meth:`state_dict`; `source` names it in errors."""
-        self.ahead.forget()
+        self.forget_plans()
         self.apply(self.state.restore(state, source, self.world.rank))
+
+    def forget_plans(self) -> None:
+        """Forget what was drawn ahead, and what was done after the last update: the state or the world is another."""
+        self.ahead.forget()
+        self._done = None
 
     def run_until(self, updates: int | None = None) -> None:
         """Train until so many updates have been made in all, or to the end; the records stay open for more.
@@ -213,11 +241,15 @@ class TrainingLoop:
         if save:
             self._check(self._watcher.first_bad_update(counters.updates, at_end=at_end))
             self.world.average_buffers()
+        place = counters.updates, counters.epoch
+        if self._done is None or self._done.place != place:
+            self._done = _Done(place)
+        if not self._done.decided:
+            if at_end:
+                self._settle_statistics(batch)
+            self._decide(at_end, self._done)
         if at_end:
-            self._settle_statistics(batch)
-        self._decide(at_end)
-        if at_end:
-            self._finish_epoch()
+            self._finish_epoch(self._done)
             # Whoever heard of the end of the epoch may want to stop there: with the weights of that epoch.
             stop = stop or any(self.world.gather(self.stop_requested))
         counters.settled = counters.updates
@@ -240,7 +272,7 @@ class TrainingLoop:
             self._were_unsettled = True
             self._say_once("statistics", found)
 
-    def _decide(self, at_end: bool) -> None:
+    def _decide(self, at_end: bool, done: "_Done") -> None:
         progress, before = self.progress, self.decision
         figures = {
             "train_loss": self.totals.last_loss,
@@ -250,6 +282,9 @@ class TrainingLoop:
         outcome = self.control(progress, at_end, figures)
         after = before if outcome.decision is None else self._held(outcome.decision)
         changed = after.setting != before.setting
+        done.decided = True
+        if changed:
+            self.apply(after)
         if outcome.is_over_budget:
             self._say_once("budget", OVER_BUDGET)
         if outcome.signals:
@@ -259,8 +294,6 @@ class TrainingLoop:
         # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
         if changed and (at_end or after.setting[::2] != before.setting[::2]):
             self.record.write(rows.decision_row(progress, before, after))
-        if changed:
-            self.apply(after)
 
     def apply(self, decision: Decision) -> None:
         """Train under `decision` from the very next batch on."""
@@ -269,20 +302,26 @@ class TrainingLoop:
             self.train_data.set_batch_size(decision.batch_size)
         self.rate.factor = decision.lr_factor
 
-    def _finish_epoch(self) -> None:
+    def _finish_epoch(self, done: "_Done") -> None:
         with self.after_epoch.in_use():
-            evaluation = self.after_epoch.evaluate()
-            row = self.totals.epoch_row(self.progress, evaluation, self.watch.totals())
-            if self._were_unsettled:
-                row["statistics"] = "remeasured"
-            self.record.write(row)
-            for kind, figures, warning in self.after_epoch.measure():
+            if done.row is None:
+                done.evaluation = self.after_epoch.evaluate()
+                done.row = self.totals.epoch_row(self.progress, done.evaluation, self.watch.totals())
+                if self._were_unsettled:
+                    done.row["statistics"] = "remeasured"
+                self.record.write(done.row)
+            for kind, figures, warning in self.after_epoch.measure(done.measurements):
+                done.measurements += 1
                 self.record.write(rows.measurement_row(self.progress, kind, figures))
                 if warning:
                     self.event("alarm", warning)
-            self.totals.start_epoch(self.watch.totals())
-            if self.schedule_unit == "epoch":
-                self.rate.step(row["train_loss"] if evaluation is None else evaluation.loss, row["eval_accuracy"])
+            evaluation = done.evaluation
+            if not done.stepped:
+                done.stepped = True
+                self.totals.start_epoch(self.watch.totals())
+                if self.schedule_unit == "epoch":
+                    loss = done.row["train_loss"] if evaluation is None else evaluation.loss
+                    self.rate.step(loss, done.row["eval_accuracy"])
             if evaluation is not None and self.state.counters.is_best(evaluation.accuracy, evaluation.loss):
                 self.save(BEST)
 

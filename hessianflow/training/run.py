@@ -211,7 +211,7 @@ class Run:
         if must_pair(self.model, self.world, None) and not self._loop.step.accumulate.paired:
             raise HessianFlowError("SyncBatchNorm needs all ranks from the start: use norm_batch_size where ranks come")
         self.world.shard(self.train_data)
-        self._loop.ahead.forget()
+        self._loop.forget_plans()
         join_parts(self.world, self._loop.control.observers, self._loop.step.adversary)
 
     def run_until(self, updates: int | None = None) -> None:

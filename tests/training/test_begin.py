@@ -218,6 +218,81 @@ def test_an_error_after_an_update_repeats_what_follows_it():
     assert [row["lr"] for row in history.epochs] == [row["lr"] for row in expected.epochs]
 
 
+class Failing:
+    """A sink, a measurement and a controller in one: counts what it is asked, and fails once at a place of choice."""
+
+    kind = "counted"
+
+    def __init__(self, place: str) -> None:
+        self.place: str | None = place
+        self.controller = AdaBatch(16, 64, every_epochs=1)
+        self.decision, self.needs = self.controller.decision, self.controller.needs
+        self.asked: list[int] = []
+
+    def fail(self, place: str) -> None:
+        if self.place == place:
+            self.place = None
+            raise OSError("no space left on device")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.fail(f"row {row['kind']}")
+
+    def close(self) -> None:
+        pass
+
+    def __call__(self) -> tuple[dict[str, float], str]:
+        self.fail("measurement")
+        return {"figure": 1.0}, ""
+
+    def is_due(self, progress: Any) -> bool:
+        return self.controller.is_due(progress)
+
+    def update(self, progress: Any, reading: Any = None, signals: Any = ()) -> Decision:
+        self.asked.append(progress.updates)
+        self.decision = self.controller.update(progress, reading, dict(signals))
+        return self.decision
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.controller.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.controller.load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", ["before", "after", "measurement", "row epoch", "row batch", "row counted", "none"])
+def test_nothing_that_follows_an_update_is_done_twice(place: str):
+    """Asked twice, the controller would double the batch twice; rows and steps of the schedule would be twofold."""
+    failing, calm = Failing(place), Failing("none")
+
+    def run(parts: Failing, model: nn.Module) -> AdaptiveBatchTrainer:
+        return trainer(
+            model,
+            STREAMS["device"](),
+            controller=parts,
+            measurements=[Constant(), parts],
+            sinks=[parts],
+            before_evaluation=lambda: parts.fail("before"),
+            after_evaluation=lambda: parts.fail("after"),
+        )
+
+    ours, theirs = network(), network()
+    made, undisturbed = run(failing, ours), run(calm, theirs)
+    if place != "none":
+        with pytest.raises(OSError, match="no space left"):
+            made.fit()
+    history, expected = made.fit(), undisturbed.fit()
+    assert_same(ours, theirs)
+    assert failing.asked == calm.asked
+    assert comparable(history) == comparable(expected)
+
+
+class Constant:
+    kind = "first"
+
+    def __call__(self) -> tuple[dict[str, float], str]:
+        return {"figure": 0.0}, ""
+
+
 def test_a_second_fit_says_that_the_run_is_over():
     made = trainer(network(), STREAMS["device"]())
     made.fit()
