@@ -283,6 +283,25 @@ class TestTrainer:
         for (name, own), other in zip(settled.named_parameters(), left.parameters(), strict=True):
             assert torch.equal(own, other), name
 
+    def test_a_reading_that_nobody_was_shown_has_no_note(self):
+        """After the last epoch nothing is decided: the reason of the last growth belongs to an earlier reading."""
+        torch.manual_seed(0)
+        x = torch.rand(32, 8)
+        data = DeviceBatches(x, (x.sum(1) > 4).long(), 8)
+        model = nn.Linear(8, 2)
+        history = AdaptiveBatchTrainer(
+            model,
+            data,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            loss_fn=F.cross_entropy,
+            controller=ABSA(8, 32, patience=1, adversarial_share=0),
+            probe=CurvatureProbe(model, F.cross_entropy, data.sample(16)),
+            epochs=2,
+            show_progress=False,
+        ).fit()
+        assert [row["reason"] for row in history.growths] == ["no growth for 1 estimates"]
+        assert [row.get("note") for row in history.curvature] == [None, None]
+
     def test_a_choice_that_there_is_not(self):
         with pytest.raises(HessianFlowError, match="norm_statistics must be one of settled, running, got 'batch'"):
             trained(norm_statistics="batch")

@@ -290,7 +290,9 @@ class TrainingLoop:
         if outcome.signals:
             self.record.write(rows.signals_row(progress, outcome.signals))
         if outcome.reading is not None:
-            self.record.write(rows.reading_row(progress, outcome.reading, "" if changed else after.reason))
+            # Where the controller was not asked, its last reason belongs to an earlier reading.
+            note = "" if changed or outcome.decision is None else after.reason
+            self.record.write(rows.reading_row(progress, outcome.reading, note))
         # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
         if changed and (at_end or after.setting[::2] != before.setting[::2]):
             self.record.write(rows.decision_row(progress, before, after))
