@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessianflow.batches import num_examples, split
+from hessianflow.batches import num_examples, take_rows
 from hessianflow.losses import Averaged, MeanLoss, untouched
 from hessianflow.measuring import measuring, unwrap
 
@@ -59,10 +59,12 @@ def compared_losses(
     Returns:
         Two mean losses, and what they divide by: 0 where nothing counts, or a single example has no statistics.
     """
-    few = next(split(batch, ROWS))
-    if num_examples(few) < 2:
+    total = num_examples(batch)
+    if total < 2:
         return 0.0, 0.0, 0.0
     try:
+        # Spread over the batch: data may be sorted by class.
+        few = take_rows(batch, slice(0, None, -(-total // ROWS)), total)
         with torch.no_grad():
             return _both(model, few, mean_loss, layers)
     except Exception:  # whatever a model raises on a batch that it was not made for

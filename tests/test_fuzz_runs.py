@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 SECONDS = 120.0
 """Far more than the 2 s that a case takes on an idle machine."""
 SMALL = ["--data", "fake", "--train-examples", "64", "--test-examples", "32", "--model", "c1", "--batch-size", "16"]
-SMALL += ["--epochs", "3", "--probe-examples", "16", "--plots", "false", "--device", "cpu"]
-GROWING = [*SMALL, "--max-batch-size", "32", "--patience", "1"]
+SMALL += ["--epochs", "3", "--plots", "false", "--device", "cpu"]
+GROWING = [*SMALL, "--probe-examples", "16", "--max-batch-size", "32", "--patience", "1"]
 SERVER = [*SMALL, "--controller", "dual-batch", "--slope", "0.1", "--intercept", "1.0"]
 RUN_FILES = ("run/config.json", "run/history.jsonl", "run/summary.json", "run/checkpoints/last.pt")
 Change = Callable[[Any, random.Random], None]

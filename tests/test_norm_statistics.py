@@ -299,7 +299,7 @@ class TestTrainer:
             epochs=2,
             show_progress=False,
         ).fit()
-        assert [row["reason"] for row in history.growths] == ["no growth for 1 estimates"]
+        assert [row["reason"] for row in history.growths] == ["no growth for 1 estimate"]
         assert [row.get("note") for row in history.curvature] == [None, None]
 
     def test_a_choice_that_there_is_not(self):
@@ -330,3 +330,20 @@ class TestControllers:
         decision = controller.update(progress(1), reading(1e-3, reliable=False), signals)
         assert decision.batch_size == 16
         assert controller.update(progress(2), reading(1e-3), signals).batch_size == 32
+
+
+def test_sorted_data_tell_the_same_as_shuffled_ones():
+    """Half of the examples at -1, the other half at 1: the first alone have a variance of 0."""
+    x = torch.cat([-torch.ones(N, 1), torch.ones(N, 1)]).double()
+    y = torch.zeros_like(x)
+    model = running(Normalised().train(), var=0.25)
+    found = compared_losses(model, (x, y), MeanLoss(half_square), moving_layers(model))
+    assert found == pytest.approx((0.5 / 0.25, 0.5, 32))
+
+
+def test_a_batch_that_cannot_be_cut_is_asked_about_as_a_whole():
+    x, y = problem(scale=2.0)
+    batch = {"x": x, "labels": y, "edges": torch.zeros(3, dtype=torch.int64)}
+    model = running(Normalised().train(), var=0.25)
+    loss = MeanLoss(lambda model, batch: half_square(model(batch["x"]), batch["labels"]))
+    assert compared_losses(model, batch, loss, moving_layers(model)) == pytest.approx((8, 0.5, N))

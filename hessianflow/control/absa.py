@@ -107,7 +107,8 @@ class ABSA(Controller[ABSAState]):
                 self._grow()
                 return [f"{fall} (<= 1/{self.decay_factor:g})"]
         if self.patience is not None and state.estimates >= self.patience:
-            reasons.append(f"no growth for {state.estimates} estimates")
+            word = "estimate" if state.estimates == 1 else "estimates"
+            reasons.append(f"no growth for {state.estimates} {word}")
             self._grow()
         return reasons
 

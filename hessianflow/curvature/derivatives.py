@@ -256,6 +256,7 @@ _CONSTANT = (
     "leave params=None, or call requires_grad_() in the loss"
 )
 _ADVICE = {
+    "to match target batch_size": "outputs and targets have different numbers of examples; pass as many of each",
     "does not currently support double backward": (
         "the loss has no second derivative: a part of the model is compiled; pass it uncompiled"
     ),

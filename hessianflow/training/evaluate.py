@@ -104,7 +104,9 @@ def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
     try:
         check_split(outputs, targets)
     except HessianFlowError as error:
-        warnings.warn(f"the evaluation averages the losses of several batches, but {error}", stacklevel=3)
+        warnings.warn(
+            f"the evaluation loss is a mean over batches and not that of all examples at once: {error}", stacklevel=3
+        )
 
 
 def count_hits(outputs: Any, targets: Any, ignore_index: int | None = None) -> Hits | None:

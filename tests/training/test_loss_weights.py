@@ -223,7 +223,9 @@ def test_a_loss_that_cannot_be_cut_is_refused_when_it_is_cut_and_not_before():
 def test_an_evaluation_in_parts_says_what_it_averages():
     inputs, targets = tokens()
     parts = [(inputs[:8], targets[:8]), (inputs[8:], targets[8:])]
-    with pytest.warns(UserWarning, match="averages the losses of several batches"):
+    with pytest.warns(
+        UserWarning, match="the evaluation loss is a mean over batches and not that of all examples at once"
+    ):
         evaluate(network(), parts, contrastive)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
