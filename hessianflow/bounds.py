@@ -131,12 +131,12 @@ def check_range(where: str, number: float, low: float, high: float) -> None:
 
 
 def option(name: str) -> str:
-    """The command-line spelling of a field."""
+    """Return the command-line spelling of a field."""
     return "--" + name.replace("_", "-")
 
 
 def user_path(path: PathT, where: str) -> PathT:
-    """The path with the home folder in place of a leading `~` or `~NAME`; None stays None.
+    """Return the path with the home folder in place of a leading `~` or `~NAME`; None stays None.
 
     Raises:
         HessianFlowError: there is no such folder; `where` names the option.
@@ -145,7 +145,7 @@ def user_path(path: PathT, where: str) -> PathT:
 
 
 def shown(value: Any) -> str:
-    """A wrong value as an error repeats it: on one line, cut short where it is long."""
+    """Return a wrong value as an error repeats it: on one line, cut short where it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
         return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
     text = str(value) if isinstance(value, (int, float)) else repr(value)
@@ -153,7 +153,10 @@ def shown(value: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a type; a whole number is a float, true and false are no numbers, a list is a tuple."""
+    """Return whether a value has a type.
+
+    An integer is a valid float, true and false are not numbers, and a list is a valid tuple.
+    """
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -172,14 +175,14 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> set[str]:
-    """The words that a type lists."""
+    """Return the words that a type lists."""
     if get_origin(hint) is Literal:
         return set(get_args(hint))
     return {word for part in get_args(hint) for word in _words(part)}
 
 
 def _described(hint: Any) -> str:
-    """A type in plain words."""
+    """Return a type in plain words."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return " or ".join(_described(part) for part in parts if part is not type(None))
@@ -191,7 +194,7 @@ def _described(hint: Any) -> str:
 
 
 def _numbers(value: Any) -> list[float]:
-    """Every number in a value."""
+    """Return every number in a value."""
     if isinstance(value, (tuple, list)):
         return [number for part in value for number in _numbers(part)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []

@@ -60,13 +60,12 @@ def check_callable(name: str, value: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a real number: not True, not False, and no string; nan and infinities are
-    some."""
+    """Return whether a value is a real number: nan and infinities are, True, False and text are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def in_home(path: str | Path, where: str = "") -> Path:
-    """The path, with the home folder in the place of a leading `~` or `~NAME`; no other code
+    """Return the path with the home folder in place of a leading `~` or `~NAME`; only this function
     expands one.
 
     Args:

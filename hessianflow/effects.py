@@ -130,7 +130,7 @@ def check_effects(settings: Any, names: Iterable[str]) -> None:
 
 
 def is_ignored(settings: Any, name: str) -> bool:
-    """Whether a setting has a value that nothing would look at under the others."""
+    """Return whether a setting has a value that has no effect under the others."""
     value = getattr(settings, name)
     if not value or value in ("none", "off"):
         return False
@@ -139,12 +139,12 @@ def is_ignored(settings: Any, name: str) -> bool:
 
 
 def _failing(settings: Any, case: Case) -> list[str]:
-    """Settings whose values are not those of the case."""
+    """Return the settings whose values are not those of the case."""
     return [name for name, values in case.items() if getattr(settings, name) not in values]
 
 
 def _belongs(settings: Any, name: str) -> str:
-    """What an ignored setting belongs to, in words, by the first setting that each case fails at."""
+    """Return what an ignored setting belongs to, in words, from the first setting at which each case fails."""
     parts = []
     for case in EFFECTIVE[name]:
         other = _failing(settings, case)[0]
@@ -163,11 +163,11 @@ def _belongs(settings: Any, name: str) -> str:
 
 
 def _alternatives(values: tuple[Any, ...]) -> str:
-    """The values as one reads them: "a", "a or b", "a, b or c"."""
+    """Return the values in words: "a", "a or b", "a, b or c"."""
     *first, last = map(str, values)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def _word(value: Any) -> str:
-    """A value as the command spells it."""
+    """Return a value as the command line spells it."""
     return value if isinstance(value, str) else shown(value)

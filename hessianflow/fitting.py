@@ -11,7 +11,7 @@ from hessianflow.settings import FILE_SIDE
 
 
 def fitted(config: TrainConfig) -> TrainConfig:
-    """The settings as given, with the open ones fitted to the files below `data_dir`.
+    """Return the given settings with the open ones fitted to the files below `data_dir`.
 
     Neither the cap of the batch nor the probe is larger than the training set, and images of the data set "folder" are
     cut to the size that they have, or to 224 pixels where they are larger. Nothing changes for other data sets, and for

@@ -11,7 +11,7 @@ LONGEST_REASON = 120
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto": the first GPU, or the processor.
+    """Return the device called `name`; "auto" is the first GPU, or the processor if there is none.
 
     Raises:
         HessianFlowError: no such device here, or one that only stands for others.
@@ -32,7 +32,7 @@ def find_device(name: str) -> torch.device:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has arithmetic units for bfloat16: anything else emulates it, slowly."""
+    """Return whether the device has arithmetic units for bfloat16: any other emulates it, slowly."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -9,7 +9,10 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def distinct(run_dirs: Iterable[str]) -> list[Path]:
-    """The directories, each once: a run named twice would pass for two seeds that agree. Says so on standard error."""
+    """Return the directories, each once, and say on standard error which were repeated.
+
+    A run named twice would pass for two seeds that agree.
+    """
     found: dict[Path, Path] = {}
     for run in map(Path, run_dirs):
         if run.resolve() in found:
@@ -77,7 +80,7 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
 
 @contextmanager
 def writing_to(place: str | Path) -> Iterator[None]:
-    """While active, a file that cannot be written is an error that names the place: a full disk names none.
+    """Turn a failure to write into an error that names the place, while active: a full disk names none.
 
     Raises:
         HessianFlowError: as said.

@@ -30,7 +30,7 @@ class Signalled(KeyboardInterrupt):
 
 @contextmanager
 def signals_raised(*, own_process: bool) -> Iterator[None]:
-    """While active, SIGINT and SIGTERM raise :class:`Signalled`.
+    """Make SIGINT and SIGTERM raise :class:`Signalled` while active.
 
     Args:
         own_process: whether nothing but the command runs here. If not, SIGINT stays as it is, and SIGTERM too if there
@@ -62,7 +62,7 @@ def ignore_signals() -> None:
 
 @contextmanager
 def ended_at_once() -> Iterator[None]:
-    """While active, SIGINT and SIGTERM end this process at once, with a line.
+    """Make SIGINT and SIGTERM end this process at once, with one line, while active.
 
     For waits within libraries: an exception would be raised only when they return.
     """

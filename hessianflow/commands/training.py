@@ -137,7 +137,7 @@ def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
 
 
 def _shown(world: "World", config: TrainConfig, history: "History", status: int) -> int:
-    """Rank 0 says what came of it, when the others need no longer wait."""
+    """Let rank 0 print the outcome, once the other ranks no longer wait, and return the exit status."""
     if world.rank == 0:
         _print_summary(history, config.model or "")
         if config.plots and history.epochs and history.run_dir is not None:

@@ -38,7 +38,7 @@ class Words:
 
 
 def words_of(parser: Parser, given: Iterable[str]) -> Words:
-    """The words of one command line; sets the parser's `current` command.
+    """Return the words of one command line, and set the parser's `current` command.
 
     Files named with --config are read. Switches that stand alone, and negative numbers, are joined to their options.
 
@@ -90,7 +90,7 @@ def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> Non
 
 
 def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
-    """The settings in a file, checked to be ones."""
+    """Return the settings in a file, after checking that each name exists."""
     if not path:
         raise HessianFlowError("--config needs the name of a file of settings")
     found = read_settings(path)
@@ -104,7 +104,7 @@ def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
 
 
 def _joined(parser: Parser, words: list[str]) -> list[str]:
-    """With `=true` at switches that stand alone, and negative numbers joined to the options that they belong to."""
+    """Return the words with `=true` at switches that stand alone, and negative numbers joined to their options."""
     joined: list[str] = []
     for index, word in enumerate(words):
         following = words[index + 1] if index + 1 < len(words) else ""

@@ -32,7 +32,7 @@ class UnfitTextError(yaml.YAMLError):  # type: ignore[misc]  # without stubs, ya
 
 
 def load_value(text: str) -> Any:
-    """The value that a word of the command line stands for.
+    """Return the value that a word of the command line stands for.
 
     Raises:
         UnfitTextError: as :func:`check_value`.
@@ -66,7 +66,7 @@ def check_value(text: str) -> None:
 
 
 def read_settings(path: str) -> dict[str, str]:
-    """The settings in a YAML file, each as the text that would stand on the command line.
+    """Return the settings in a YAML file, each as the text that would stand on the command line.
 
     Raises:
         HessianFlowError: no such file, no plain file, not UTF-8, too large; no mapping of names to numbers, words and
@@ -96,7 +96,7 @@ def read_settings(path: str) -> dict[str, str]:
 
 
 def _text(path: str) -> str:
-    """The text of a plain file of moderate size; pipes and devices are not waited for."""
+    """Return the text of a regular file of moderate size; pipes and devices are refused without waiting."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -139,7 +139,7 @@ def _check_events(text: str) -> None:
 
 
 def _as_word(node: yaml.Node, where: str) -> str:
-    """A value as it would stand on the command line."""
+    """Return a value as it would stand on the command line."""
     if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
         return f"[{', '.join(_as_word(part, where) for part in node.value)}]"
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
@@ -149,7 +149,7 @@ def _as_word(node: yaml.Node, where: str) -> str:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without the lines around it: they may hold a password."""
+    """Return what is wrong and where, without the lines around it, which may hold a password."""
     if isinstance(error, yaml.MarkedYAMLError):
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         return f"{', '.join(filter(None, (error.context, error.problem)))}{line}"

@@ -30,7 +30,9 @@ WAY_OUT = (
 
 
 def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> None:
-    """Compare; nothing is said of a model that is random, or whose outputs have no row for each example.
+    """Refuse to cut a batch whose examples change each other's outputs.
+
+    A model that is random, or whose outputs have no row for each example, passes unchecked.
 
     Args:
         model: as it is measured.
@@ -68,7 +70,7 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def _differ(longer: list[Tensor], shorter: list[Tensor], rows: int) -> bool:
-    """Whether the rows that two runs share are not the same; outputs without rows are not looked at."""
+    """Return whether the rows that two runs share differ; outputs without rows are skipped."""
     pairs = [
         (one, other)
         for one, other in zip(longer, shorter, strict=False)

@@ -120,7 +120,7 @@ def find_disagreement(
     parameters: Sequence[Tensor],
     samples: Sequence[Callable[[], Any]],
 ) -> Disagreement | None:
-    """Compare, in float64.
+    """Compare derivatives with differences, in float64, and return the worst contradiction.
 
     Args:
         linearise: what is checked.
@@ -190,7 +190,7 @@ class _Vector:
         self.is_confirmed = self.is_confirmed or not any(self._off_by(step))
 
     def exact_steps(self) -> set[float]:
-        """Steps after which the whole vector has moved as claimed, to TOLERANCE."""
+        """Return the steps after which the whole vector has moved as claimed, to within TOLERANCE."""
         return {
             step
             for step, difference in self._differences.items()
@@ -198,7 +198,7 @@ class _Vector:
         }
 
     def disagreement(self, trusted: set[float] | None = None) -> Disagreement | None:
-        """The worst tensor of those for which steps agree with each other and not with what is claimed.
+        """Return the worst tensor for which steps agree with each other but not with the claim.
 
         Args:
             trusted: steps of which two neighbours must agree; None: all up to _LONG must, and the
@@ -230,7 +230,7 @@ class _Vector:
         return float((first - second).norm()) <= share * nearest
 
     def _off_by(self, step: float) -> list[float]:
-        """For each tensor the relative difference, 0 where it passes."""
+        """Return the relative difference of each tensor, 0 where it passes."""
         difference = self._differences[step]
         total = max(self._total, _norm(difference))
         allowed = SMALLEST_SHARE * total + ROUNDINGS * torch.finfo(self._values[0].dtype).eps * self._size / step
@@ -243,7 +243,7 @@ class _Vector:
 
 
 def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Where embeddings keep a row for padding: numbers of the parameter and of its row."""
+    """Return the index of the parameter and of its padding row, for each embedding that has one."""
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
     embeddings = [
         module
@@ -255,7 +255,8 @@ def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list
 
 
 def _direction(parameters: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int) -> Tensor:
-    """A random flat vector, the part of each tensor as long as the weights there: all move by the same share.
+    """Return a random flat vector in which each tensor is as long as its weights, so that all move
+    by the same share.
 
     It is 0 in rows for padding.
     """
@@ -310,12 +311,13 @@ def _copied(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> Itera
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
-    """Plain tensors, and the lists of weights that recurrent layers keep: a forward pass may set them anew."""
+    """Return plain tensors, and the lists of weights that recurrent layers keep: a forward pass may
+    replace them."""
     return {key: value for key, value in vars(module).items() if isinstance(value, (Tensor, list))}
 
 
 def _shared(parameter: Tensor) -> Tensor:
-    """A constant of the measurement: itself where it need not be widened."""
+    """Return a tensor that the measurement holds constant: the parameter itself unless it must be widened."""
     return parameter if parameter.dtype not in _WIDER else _copy(parameter)
 
 

@@ -18,7 +18,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def draws_by_content(batch: Any, examples: int, seed: int) -> Tensor:
-    """Uniform numbers in [0, 1), shape [examples], float64; equal examples get equal ones.
+    """Return uniform numbers in [0, 1), shape [examples], float64; equal examples get equal numbers.
 
     Args:
         batch: tensors whose first dimension is that of the examples count; others do not.
@@ -51,7 +51,7 @@ def _sums(tensor: Tensor, seed: int) -> Tensor:
 
 
 def _mixed(values: Tensor) -> Tensor:
-    """Bits that look random and hang on all bits of each value (splitmix64)."""
+    """Return bits that look random and depend on all bits of each value (splitmix64)."""
     for shift, factor in zip((30, 27), _STEPS, strict=True):
         values = (values ^ (_shifted(values, shift))) * factor
     mixed: Tensor = values ^ _shifted(values, 31)
@@ -59,6 +59,6 @@ def _mixed(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
-    """Shift to the right, zeros coming in from the left."""
+    """Return the values shifted right, with zeros coming in from the left."""
     shifted: Tensor = (values >> bits) & (2 ** (64 - bits) - 1)
     return shifted

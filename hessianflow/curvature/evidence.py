@@ -65,13 +65,13 @@ class Demand(NamedTuple):
         return min(self.tol, WIDEST_TIE) / 2
 
     def largest_residual(self, magnitudes: Array) -> Array:
-        """What cap and residual rule allow for values of these magnitudes."""
+        """Return the residuals that the cap and the residual rule allow for values of these magnitudes."""
         cap = max(self.tol, min(self.evidence.cap, math.sqrt(self.tol / 10)))
         limits: Array = min(cap, self.residual_tol) * magnitudes
         return limits
 
     def largest_forecast(self, magnitude: float, before: float) -> float:
-        """Largest residual r for which r min(1, r / before) is as small as is asked."""
+        """Return the largest residual r for which r min(1, r / before) is as small as is asked."""
         asked = self.evidence.forecast * math.sqrt(self.tol) * magnitude
         return max(asked, math.sqrt(asked * before))
 
@@ -105,7 +105,7 @@ in a sum with it."""
 
 
 def wantedness(values: Array, which: Which, tie: float) -> Array:
-    """How much each value is wanted; of a tie (+3 and -3, up to `tie`) the positive one more.
+    """Return how much each value is wanted; in a tie (+3 and -3, up to `tie`) the positive one more.
 
     So the answer does not hang on the seed.
     """
@@ -115,13 +115,13 @@ def wantedness(values: Array, which: Which, tie: float) -> Array:
 
 
 def order(values: Array, which: Which, tie: float) -> npt.NDArray[np.intp]:
-    """Indices from the most to the least wanted of ascending `values`."""
+    """Return the indices of ascending `values`, from the most to the least wanted."""
     found: npt.NDArray[np.intp] = np.argsort(-wantedness(values, which, tie), kind="stable")
     return found
 
 
 def neighbours(values: Array, wanted: int) -> list[int]:
-    """Indices of the values next above and next below each of the first `wanted`."""
+    """Return the indices of the values next above and next below each of the first `wanted`."""
     by_value = np.argsort(values).tolist()
     place = {index: position for position, index in enumerate(by_value)}
     beside = {place[i] + step for i in range(wanted) for step in (-1, 1)}
@@ -129,7 +129,7 @@ def neighbours(values: Array, wanted: int) -> list[int]:
 
 
 def estimated_errors(values: Array, known: list[int], residuals: Array, wanted: int) -> Array:
-    """min(r, r^2/gap) of the first `wanted` values.
+    """Return min(r, r^2/gap) for the first `wanted` values.
 
     `known` are those with a residual, the nearest ones to each wanted one among them.
     """

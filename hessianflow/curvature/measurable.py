@@ -84,7 +84,7 @@ def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[T
 
 
 def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
-    """Whether some layer normalises by the batch that it sees, so that the batch must not be cut.
+    """Return whether some layer normalises by the batch that it sees, so that the batch must not be cut.
 
     Layers that have no running statistics do so in either mode. What a layer that is not torch's does, nobody knows.
     """
@@ -93,7 +93,7 @@ def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
 
 
 def _sharding() -> tuple[type[Any], ...]:
-    """Classes of sharded modules; empty as long as nobody has imported them."""
+    """Return the classes of sharded modules; empty as long as nobody has imported them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     found = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
     return tuple(kind for kind in found if kind is not None)

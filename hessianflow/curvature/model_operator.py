@@ -149,7 +149,7 @@ class ModelOperator(Operator):
             return sum(float(self._averaged(inner, batch).weight) for batch in self._pieces())
 
     def mean_loss(self) -> float:
-        """The loss whose curvature this is, at the current weights."""
+        """Return the loss whose curvature this is, at the current weights."""
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             return float(self._mean_loss(model, self._pieces(model)))
 
@@ -168,7 +168,7 @@ class ModelOperator(Operator):
         return compared_losses(self._model, first, self._loss, layers)
 
     def gradient(self) -> Tensor:
-        """The gradient of the mean loss by the selected parameters, shape [size]."""
+        """Return the gradient of the mean loss by the selected parameters, shape [size]."""
         total, whole = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0.0
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             for batch in self._pieces(model):
@@ -185,7 +185,7 @@ class ModelOperator(Operator):
         return self._mean_product(vector)[0]
 
     def _mean_product(self, vector: Tensor) -> tuple[Tensor, float]:
-        """(A v, W)."""
+        """Return (A v, W)."""
         with full_precision():
             # A tensor made in inference mode cannot enter a graph.
             vector = vector.clone() if vector.is_inference() else vector
@@ -264,7 +264,7 @@ class ModelOperator(Operator):
 
     @contextmanager
     def _differentiating(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Second-order kernels on, everything not selected a constant; to be used inside measuring().
+        """Enable second-order kernels and hold everything not selected constant; for use inside measuring().
 
         Yields:
             What to call.
@@ -305,20 +305,23 @@ class ModelOperator(Operator):
         return map_tensors(lambda t: t.clone() if t.is_inference() else t, moved)
 
     def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
-        """The mean loss of one piece and its weight."""
+        """Return the mean loss of one piece and its weight."""
         if isinstance(batch, Mapping):
             return self._average(model, batch)
         return self._average(model(batch[0]), batch[1])
 
     def _average(self, outputs: Any, targets: Any) -> Averaged:
-        """The mean loss of a piece from what the model returned; for a dict from the model itself."""
+        """Return the mean loss of a piece, from the model's outputs or, for a dict, from the model itself."""
         averaged = self._loss(outputs, targets)
         if self.is_part or self._single is None or not self._fits(self._single):
             self._check_split(outputs, targets)
         return averaged
 
     def _checked_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        """The mean loss of one piece, fit to be differentiated, and its weight; of weight 0 it is not looked at."""
+        """Return the mean loss of one piece, fit to be differentiated, and its weight.
+
+        A loss of weight 0 is not checked.
+        """
         averaged = self._averaged(model, batch)
         loss, weight = averaged.value, float(averaged.weight)
         if weight > 0:
@@ -350,7 +353,7 @@ class ModelOperator(Operator):
         self._checking.conclude(found, self.names)
 
     def _linearised(self, model: nn.Module, batch: Any, parameters: Sequence[Tensor]) -> Linearised:
-        """What the graph of one batch claims, for other parameters than those selected."""
+        """Return what the graph of one batch claims, for other parameters than those selected."""
         twin = copy.copy(self)
         twin.parameters = tuple(parameters)
         twin.dtype = torch.float64

@@ -59,7 +59,7 @@ def check_finite(loss: Tensor) -> None:
 
 
 def counted(weight: float) -> float:
-    """The weight itself.
+    """Return the weight, and refuse a weight of 0.
 
     Raises:
         HessianFlowError: it is 0.

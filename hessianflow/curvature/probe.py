@@ -183,7 +183,8 @@ class CurvatureProbe:
         return self._reading(result, examples, time.perf_counter() - began, unsettled)
 
     def is_affordable(self, examples: int) -> bool:
-        """Whether the next call, at the price of the last, fits the budget after `examples` training examples.
+        """Return whether the next call, at the price of the last, fits the budget after `examples`
+        training examples.
 
         Cost is counted in gradients of one example, so the answer depends on no clock and repeats in a resumed run.
         """
@@ -194,7 +195,7 @@ class CurvatureProbe:
         return self._spent + self._last_cost <= self._budget * examples
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever the next reading depends on, beside model and batch."""
+        """Return what the next reading depends on besides the model and the batch."""
         return {
             "calls": self._calls,
             "spent": self._spent,
@@ -286,7 +287,7 @@ class CurvatureProbe:
 
 
 def by_value(nearness: Tensor) -> Tensor:
-    """Weights of remembered Ritz vectors, shape [m], from their values by the leading one."""
+    """Return the weights of remembered Ritz vectors, shape [m], from their values relative to the leading one."""
     return RUNNER_UP_WEIGHT * nearness
 
 
@@ -308,18 +309,18 @@ def remembered(result: EigenResult, weigh: Callable[[Tensor], Tensor] = by_value
 
 
 def _mixed(seed: int, call: int) -> int:
-    """One 63-bit seed for each pair, of any size: a shifted sum would overflow a generator's 64 bits."""
+    """Return one 63-bit seed for each pair, of any size: a shifted sum would overflow a generator's 64 bits."""
     digest = hashlib.blake2b(f"{seed},{call}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def _averaged(average: float | None, value: float, window: int) -> float:
-    """The exponential moving average after one more value; the first is its seed."""
+    """Return the exponential moving average after one more value; the first value starts it."""
     return value if average is None else average + 2 / (window + 1) * (value - average)
 
 
 def _updated(state: Mapping[str, Any], window: int) -> Mapping[str, Any]:
-    """A state in today's form: earlier ones hold the columns that the start sums up, and no average."""
+    """Return a state in today's form: earlier ones hold the columns that the start sums up, and no average."""
     if "start" in state:
         return state
     columns, average = state["vectors"], None

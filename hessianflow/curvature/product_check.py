@@ -31,7 +31,7 @@ class ProductCheck:
         self._missing = missing or self._missing
 
     def is_due(self) -> bool:
-        """Count a product; whether it is the one to be checked."""
+        """Count a product, and return whether it is the one to be checked."""
         self._products += 1
         if self._wanted is None:
             self._wanted = bool(self._foreign or self._missing) or self._products >= CHECK_FROM or None

@@ -24,7 +24,7 @@ class RepeatCheck:
         self._last: tuple[Snapshot, float] | None = None
 
     def is_due(self) -> bool:
-        """Whether a second pass is to be made now; once."""
+        """Return whether a second pass is to be made now; True at most once."""
         is_due = self._wanted
         self._wanted = False
         return is_due

@@ -70,7 +70,7 @@ class SignShares:
 
 
 def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, float]:
-    """Least of the spectral measure of one start below `first`, most up to `last`.
+    """Return the least spectral measure of one start below `first`, and the most up to `last`.
 
     Args:
         recurrence: diagonal and off-diagonal of the tridiagonal matrix of Lanczos, shape [2,
@@ -86,7 +86,7 @@ def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, f
 
 
 def with_node(recurrence: Tensor, value: float, side: int) -> tuple[Tensor, Tensor, int]:
-    """Nodes and weights of the rule with a node put at a value, and the place of that node.
+    """Return the nodes and weights of the rule with a node at a given value, and the place of that node.
 
     After a breakdown all nodes are eigenvalues, and none is put: the place is where it would be.
 
@@ -112,12 +112,12 @@ def with_node(recurrence: Tensor, value: float, side: int) -> tuple[Tensor, Tens
 
 
 def tridiagonal(diagonal: Tensor, beside: Tensor) -> Tensor:
-    """The symmetric matrix [m, m] of a diagonal [m] and an off-diagonal [m - 1]."""
+    """Return the symmetric matrix [m, m] of a diagonal [m] and an off-diagonal [m - 1]."""
     return torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)
 
 
 def limits_of(least: float, most: float, size: int, probes: int) -> tuple[float, float]:
-    """Limits on a share of which random starts have between `least` and `most`, on average."""
+    """Return limits on a share of which random starts have between `least` and `most`, on average."""
     return _wilson(least, size, probes)[0], _wilson(most, size, probes)[1]
 
 

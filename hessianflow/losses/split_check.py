@@ -47,7 +47,7 @@ class SplitCheck:
         self._kept: tuple[Any, Any] | None = None
 
     def __call__(self, outputs: Any, targets: Any) -> None:
-        """Check, if it is time, with what one part of a larger batch gave.
+        """Check the loss, if a check is due, on what one part of a larger batch gave.
 
         Args:
             outputs: of the model; for a loss that is called as loss_fn(model, batch), the model.

@@ -97,7 +97,7 @@ def in_order(saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequ
 
 @contextmanager
 def keeping_options(optimizer: Optimizer) -> Iterator[None]:
-    """While an optimizer takes a saved state, see that it loses none of its options; torch fills in its newer ones.
+    """Keep all options of an optimizer while it takes a saved state, and let torch fill in newer ones.
 
     Raises:
         DamagedStateError: the state lacks an option.

@@ -42,7 +42,7 @@ class AfterEpoch:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it the weights are those to be used, and not those to be trained on."""
+        """Hold the weights that are to be used, instead of those to be trained on, while active."""
         try:
             with self.watch.part("evaluation"):
                 set_mode(self.optimizer, training=False)
@@ -56,14 +56,14 @@ class AfterEpoch:
                 set_mode(self.optimizer, training=True)
 
     def evaluate(self) -> Evaluation | None:
-        """Loss and accuracy on the data, if there are any."""
+        """Return the loss and accuracy on the data; None if there are no data."""
         if self.data is None:
             return None
         with self.watch.part("evaluation"):
             return evaluate(self.model, self.data, self.loss_fn, reducer=self.world)
 
     def measure(self) -> Iterator[tuple[str, Mapping[str, float], str]]:
-        """Kind, figures and warning of every measurement, as they are made."""
+        """Yield the kind, figures and warning of every measurement as it is made."""
         for measurement in self.measurements:
             with self.watch.part("evaluation"):
                 figures, warning = measurement()

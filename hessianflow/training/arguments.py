@@ -140,7 +140,7 @@ def check_functions(**functions: Any) -> None:
 
 
 def as_list(argument: str, value: Any) -> list[Any]:
-    """The members of an iterable argument.
+    """Return the members of an iterable argument as a list.
 
     Raises:
         HessianFlowError: it is one member instead.

@@ -51,8 +51,10 @@ class ExplosionRule:
         return bool(self._streak)
 
     def first_bad(self, losses: Sequence[float]) -> int | None:
-        """Which of the next losses is where the run diverged; negative: one of those seen before.
-        None: none did."""
+        """Return which of the next losses is where the run diverged; None: none is.
+
+        A negative number counts back into the losses seen before.
+        """
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
                 return number
@@ -69,8 +71,8 @@ class ExplosionRule:
         return None
 
     def weights_tell(self, growth: float) -> int | None:
-        """With how many losses before the next the run diverged, if weights that grew by such a
-        factor show it."""
+        """Return how many losses back the run diverged, if weights that grew by this factor show
+        it; None otherwise."""
         has_grown = self._ratio is not None and growth > self._ratio
         return len(self._streak) if has_grown and self._above >= SHORTEST else None
 
@@ -79,8 +81,10 @@ class ExplosionRule:
         self._known = self._count, self._mean
 
     def epoch_exploded(self, mean: float) -> bool:
-        """Whether the mean loss of an epoch lies far above that of all epochs before: of the same
-        data, it should not.
+        """Return whether the mean loss of an epoch lies far above the mean loss of all epochs before.
+
+        On the same data it should not. This shows an explosion even where an epoch has only a step
+        or two.
 
         So that it is seen also where an epoch has no more than a step or two.
         """
@@ -94,7 +98,7 @@ class ExplosionRule:
         self._was_below = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen so far."""
+        """Return what was seen so far."""
         return {
             "count": self._count,
             "mean": self._mean,
@@ -121,7 +125,7 @@ class ExplosionRule:
 
 
 def streak_needed(count: int) -> int:
-    """Losses far above the mean of `count` others, in a row, that healthy runs do not show."""
+    """Return how many losses in a row, far above the mean of `count` others, no healthy run shows."""
     length = SHORTEST
     while length < LONGEST and math.comb(count + length, length) < RUNS:
         length += 1

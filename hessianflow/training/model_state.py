@@ -35,7 +35,7 @@ class ModelState:
         self._built_buffers = {name: (buffer, _version(buffer)) for name, buffer in self._model.named_buffers()}
 
     def capture(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return the weights and what goes with them, as tensors and plain values."""
         state = self._model.state_dict()
         buffers = dict(self._model.named_buffers())
         return {
@@ -116,7 +116,7 @@ class ModelState:
                 self._optimizer.add_param_group({"params": [own[name] for name in names]})
 
     def _is_new(self, name: str, buffer: Tensor) -> bool:
-        """Whether a buffer is another than at the start, or was written to."""
+        """Return whether a buffer was replaced, added or written to since the start."""
         built = self._built_buffers.get(name)
         return built is None or built[0] is not buffer or built[1] != _version(buffer)
 

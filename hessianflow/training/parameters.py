@@ -48,8 +48,10 @@ class TrainedParameters:
         self.current = [p for p in self._all if p.requires_grad]
 
     def ask(self) -> Change | None:
-        """What has changed since the last time; None: nothing. Costs some microseconds, and waits
-        for no device."""
+        """Return what has changed since the last call; None: nothing.
+
+        It takes a few microseconds and does not wait for the device.
+        """
         held = self._of_optimizer()
         if len(held) != len(self._held_by_optimizer) or any(map(is_not, held, self._held_by_optimizer)):
             self._held_by_optimizer = held
@@ -61,7 +63,7 @@ class TrainedParameters:
         return self._change(before, trained)
 
     def name(self, parameter: nn.Parameter) -> str:
-        """See :func:`name_of`."""
+        """Return the name of a parameter; see :func:`name_of`."""
         return name_of(self._model, parameter)
 
     def _of_optimizer(self) -> list[nn.Parameter]:
@@ -88,7 +90,7 @@ class TrainedParameters:
 
 
 def name_of(model: nn.Module, parameter: nn.Parameter) -> str:
-    """What the model calls a parameter."""
+    """Return the name that a parameter has in the model, or its shape where it is outside the model."""
     for name, own in unwrap(model).named_parameters():
         if own is parameter:
             return name

@@ -224,8 +224,7 @@ class Run:
         self._loop.run_until(updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to continue as if it had never stopped: tensors and plain
-        values."""
+        """Return all that a run needs to continue as if it had never stopped, as tensors and plain values."""
         return self._loop.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
@@ -244,13 +243,13 @@ class Run:
         return on_first_rank(self.world, loop.record.history)
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json would hold if the run ended now."""
+        """Return what summary.json would hold if the run ended now."""
         loop = self._loop
         seconds, size = loop.watch.totals(), self.world.world_size
         return summary_of(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
 
     def settings(self) -> dict[str, Any]:
-        """What config.json holds of the trainer itself."""
+        """Return what config.json holds about the trainer itself."""
         step = self._loop.step
         return {
             "model": type(unwrap(self.model)).__name__,

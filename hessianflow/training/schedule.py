@@ -82,14 +82,17 @@ class Schedule:
 
 
 def described(scheduler: object) -> str:
-    """Its class, and in parentheses those of the schedulers within."""
+    """Return the class of a scheduler, followed in parentheses by those of the schedulers within it."""
     inner = [described(part) for part in getattr(scheduler, "_schedulers", ())]
     name = type(scheduler).__name__
     return f"{name}({', '.join(inner)})" if inner else name
 
 
 def length(scheduler: object) -> int | None:
-    """Steps after which the schedule is over; None: it does not say.
+    """Return the number of steps after which the schedule is over; None: it does not say.
+
+    That of a SequentialLR follows from its last milestone and its last part, that of a transformers
+    schedule from a keyword of its lambda.
 
     Those of a SequentialLR are known by its last milestone and its last part, those of transformers
     by a keyword of their lambda.
@@ -110,14 +113,16 @@ def length(scheduler: object) -> int | None:
 
 
 def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> int:
-    """Steps that a scheduler takes in a run; `batches_per_epoch`: examples over the reference batch
-    size."""
+    """Return how many steps a scheduler takes in a run.
+
+    `batches_per_epoch` is the number of examples divided by the reference batch size.
+    """
     return epochs if unit == "epoch" else int(epochs * batches_per_epoch + 1e-9)
 
 
 def misfit(scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> str:
-    """What to tell of a schedule that the run does not reach the end of; empty where it does, or
-    has none.
+    """Return a warning about a schedule whose end the run does not reach; empty where it does, or
+    there is none.
 
     Raises:
         HessianFlowError: it was built for one step a batch and would take one an epoch, or ends in
@@ -161,7 +166,7 @@ def _check_methods(scheduler: object) -> None:
 
 
 def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
-    """Whoever wraps an optimizer shares its groups, so they tell more than the object."""
+    """Refuse a scheduler of another optimizer, told by its groups: a wrapped optimizer shares them."""
     owner = getattr(scheduler, "optimizer", None)
     if owner is None or owner is optimizer:
         return
@@ -174,7 +179,7 @@ def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
 
 
 def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
-    """The method that is told how many steps were taken; None: `step()` counts by itself."""
+    """Return the name of the method that is told how many steps were taken; None: `step()` counts by itself."""
     name = type(scheduler).__name__
     in_epochs = getattr(scheduler, "t_in_epochs", None)
     if in_epochs is not None and in_epochs != (unit == "epoch"):
@@ -196,7 +201,7 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
 
 
 def required_arguments(function: Callable[..., object]) -> list[str]:
-    """Names of what a function cannot be called without."""
+    """Return the names of the arguments that a function cannot be called without."""
     free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.kind not in free]

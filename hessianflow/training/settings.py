@@ -13,13 +13,13 @@ _OF_CHECKPOINT = ("optimizer.", "scheduler.")
 
 
 def flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The public entries that are numbers, names or lists of them, as "name.key"."""
+    """Return the public entries that are numbers, text or lists of them, keyed "name.key"."""
     plain = {key: _plain(value) for key, value in values.items() if not key.startswith("_")}
     return {f"{name}.{key}": value for key, value in plain.items() if _is_plain(value)}
 
 
 def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """The options of every parameter group, its learning rate among them."""
+    """Return the options of every parameter group, the learning rate included."""
     found: dict[str, Any] = {}
     several = len(optimizer.param_groups) > 1
     for number, group in enumerate(optimizer.param_groups):
@@ -29,12 +29,12 @@ def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def of_controller(controller: object) -> dict[str, Any]:
-    """Its public attributes, such as the cap of the batch."""
+    """Return the public attributes of a controller, such as the cap on the batch size."""
     return flat("controller", vars(controller)) if hasattr(controller, "__dict__") else {}
 
 
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """What to say of a run that is resumed with other settings; empty where there are none."""
+    """Return a message about a run that is resumed with other settings; empty where none differ."""
     changed = [key for key in own if key in saved and saved[key] != own[key]]
     kept = [key for key in changed if key.startswith(_OF_CHECKPOINT)]
     parts = []
