@@ -1,5 +1,5 @@
-"""What is made of the model after each epoch: it is put where it is to be used, evaluated,
-measured, and put back."""
+"""What happens after each epoch: the model gets the weights it is to be used with, is evaluated and
+measured, and gets back the weights that are trained."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,15 +19,16 @@ class AfterEpoch:
     """The parts of an evaluation.
 
     Attributes:
-        model: evaluated.
-        data: evaluated on; None: it is not.
-        loss_fn: as in training.
-        optimizer: told when its weights are to be used, if it makes a difference to it.
-        measurements: made after the evaluation.
+        model: the model to evaluate.
+        data: the data to evaluate on; None: no evaluation.
+        loss_fn: the loss, as in training.
+        optimizer: the optimizer, told when its weights are to be used rather than trained, if it
+            distinguishes the two.
+        measurements: what is measured after the evaluation.
         watch: counts the time.
         world: the ranks that evaluate together.
         before: called first.
-        after: called last, whatever happens between.
+        after: called last, whatever happens in between.
     """
 
     model: nn.Module

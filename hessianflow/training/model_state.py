@@ -1,9 +1,8 @@
-"""What of a model and its optimizer goes beyond their `state_dict`, and must survive an
-interruption all the same.
+"""State of a model and its optimizer that their `state_dict` omits but a resumed run needs.
 
-Which parameters are trained, in which groups; which modules are in evaluation mode; buffers that
-the first forward pass makes, and those that are not persistent but were written to; parameters that
-nobody but the optimizer holds.
+That is: which parameters are trained, and in which groups; which modules are in evaluation mode;
+buffers that the first forward pass makes; buffers that are not persistent but were written to; and
+parameters that only the optimizer holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,12 @@ from hessianflow.training import checkpoint
 
 
 class ModelState:
-    """Takes and puts back the weights and what goes with them.
+    """Captures and restores the weights and what goes with them.
 
     Args:
-        model: the unwrapped module counts.
-        optimizer: asked for its groups each time.
-        loss_fn: its parameters are its own affair, if it is a module.
+        model: the model; wrappers are looked through.
+        optimizer: the optimizer, whose groups are read anew each time.
+        loss_fn: the loss; if it is a module, its parameters are saved elsewhere.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, loss_fn: object) -> None:
@@ -52,12 +51,12 @@ class ModelState:
         }
 
     def restore_model(self, state: Mapping[str, Any], source: str) -> None:
-        """Put back the model, and give the optimizer the groups that were added during the run.
+        """Restore the model, and give the optimizer the groups that were added during the run.
 
-        States of earlier versions hold the weights alone.
+        States saved by earlier versions hold only the weights.
 
         Raises:
-            HessianFlowError: the state is of another model; `source` names it.
+            HessianFlowError: the state is of another model; `source` names the state.
         """
         self._match_buffers(state, source)
         checkpoint.load_model(self._model, state["model"], source)
@@ -77,7 +76,7 @@ class ModelState:
         """Return the saved state of the optimizer with its weights in this optimizer's order.
 
         Raises:
-            HessianFlowError: they are in other groups; `source` names the state.
+            HessianFlowError: the weights are in other groups; `source` names the state.
         """
         try:
             return in_order(state["optimizer"], state.get("groups", []), group_names(self._model, self._optimizer))
@@ -87,7 +86,7 @@ class ModelState:
             ) from None
 
     def restore_beside(self, tensors: Sequence[Tensor], source: str) -> None:
-        """Put back the parameters that nobody but the optimizer holds.
+        """Restore the parameters that only the optimizer holds.
 
         Raises:
             HessianFlowError: their number or shapes differ.
@@ -121,8 +120,7 @@ class ModelState:
         return built is None or built[0] is not buffer or built[1] != _version(buffer)
 
     def _match_buffers(self, state: Mapping[str, Any], source: str) -> None:
-        """Give the model the buffers that its first pass made, and take away those that it had not
-        made then."""
+        """Add the buffers that the saved model's first pass made, and remove those made since."""
         saved, own = state["model"], self._model.state_dict()
         for name in [name for name, _ in self._model.named_buffers() if name in own and name not in saved]:
             if name not in self._built_buffers:

@@ -1,5 +1,7 @@
-"""What is trained, asked of model and optimizer before every step: layers are frozen and unfrozen,
-groups are added."""
+"""Which parameters are trained, read from the model and the optimizer before every step.
+
+Between two steps, layers may be frozen or unfrozen and parameter groups added.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +13,17 @@ from torch.optim import Optimizer
 from hessianflow.measuring import unwrap
 
 SHOWN = 3
-"""Names in a message. Ours."""
+"""Most names in a message. Ours."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """How what is trained differs from before.
+    """A change in which parameters are trained.
 
     Attributes:
-        added: trained from now on.
-        removed: no longer trained.
-        message: for the record.
+        added: the parameters that are trained from now on.
+        removed: the parameters that are no longer trained.
+        message: the change in words, for the run's record.
     """
 
     added: Sequence[nn.Parameter]
@@ -30,15 +32,14 @@ class Change:
 
 
 class TrainedParameters:
-    """The model's trainable parameters, then others that the optimizer holds (those of a loss,
-    say).
+    """The model's trainable parameters, then those that only the optimizer holds, such as a loss's.
 
     Args:
-        model: a module that is put into it later is seen when the optimizer's groups change.
-        optimizer: asked for its groups each time.
+        model: the model; a module added to it later is noticed when the optimizer's groups change.
+        optimizer: the optimizer, whose groups are read anew each time.
 
     Attributes:
-        current: as of the last :meth:`ask`.
+        current: the trained parameters as of the last :meth:`ask`.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:

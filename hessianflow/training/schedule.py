@@ -1,5 +1,4 @@
-"""A scheduler of anybody's: whether it fits the run, how it is stepped, and after how many steps it
-is over."""
+"""Schedulers from any source: whether one fits the run, how it is stepped, and when it is over."""
 
 import inspect
 import math
@@ -15,23 +14,23 @@ from hessianflow.interfaces import HessianFlowError
 ScheduleUnit = Literal["epoch", "reference_batch"]
 
 _LENGTHS = ("total_steps", "T_max", "total_iters", "t_initial")
-"""What schedulers of torch and timm call the number of steps that they are built for."""
+"""Names that schedulers of torch and timm give to the number of steps they are built for."""
 _EACH: Mapping[ScheduleUnit, str] = {"epoch": "once an epoch", "reference_batch": "once a reference batch of examples"}
 
 
 class Schedule:
-    """One scheduler under the trainer.
+    """A learning-rate scheduler as the trainer steps it.
 
     Args:
-        scheduler: of torch; or with the same `step()`; or with the `step(epoch)` and
-            `step_update(num_updates)` of timm's, which are told the steps taken so far.
-        optimizer: whose rates it must set.
-        unit: what a step is.
+        scheduler: a scheduler of torch; any object with the same `step()`; or one with timm's
+            `step(epoch)` and `step_update(num_updates)`, which are given the steps taken so far.
+        optimizer: the optimizer whose rates it must set.
+        unit: what one step stands for.
 
     Raises:
-        HessianFlowError: it is no scheduler, or one of another optimizer; its step wants what
-            nobody can tell; a schedule of the other unit; a ReduceLROnPlateau that should step
-            within epochs.
+        HessianFlowError: the object is no scheduler, belongs to another optimizer, was made for the
+            other unit, or has a step with arguments that the trainer cannot supply; or a
+            ReduceLROnPlateau is to step within epochs.
     """
 
     def __init__(self, scheduler: LRScheduler, optimizer: Optimizer, unit: ScheduleUnit) -> None:
@@ -49,12 +48,12 @@ class Schedule:
         """Take one step.
 
         Args:
-            loss: what a ReduceLROnPlateau of mode "min" watches.
-            accuracy: what one of mode "max" watches.
+            loss: the figure that a ReduceLROnPlateau of mode "min" watches.
+            accuracy: the figure that one of mode "max" watches.
 
         Raises:
-            HessianFlowError: mode "max" without an accuracy; parameter groups that the scheduler
-                was not made for.
+            HessianFlowError: the mode is "max" and there is no accuracy, or the optimizer has
+                parameter groups that the scheduler was not made for.
         """
         self.steps += 1
         try:
@@ -125,14 +124,16 @@ def misfit(scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batch
     there is none.
 
     Raises:
-        HessianFlowError: it was built for one step a batch and would take one an epoch, or ends in
-            an error before the run does.
+        HessianFlowError: the schedule was built for one step a batch and would take one an epoch,
+            or it would raise an error before the run ends.
     """
-    planned, steps = length(scheduler), steps_of_run(unit, epochs, batches_per_epoch)
+    planned = length(scheduler)
     if planned is None:
         return ""
+    steps = steps_of_run(unit, epochs, batches_per_epoch)
     within = steps_of_run("reference_batch", epochs, batches_per_epoch)
-    name, each = type(scheduler).__name__, _EACH[unit].replace("once", "one")
+    name = type(scheduler).__name__
+    each = _EACH[unit].replace("once", "one")
     if isinstance(scheduler, OneCycleLR) and planned < steps:
         raise HessianFlowError(
             f"{name} is built for {planned} steps, and this run takes {steps}, {each}: "
