@@ -1,5 +1,7 @@
-"""The settings of a run as flat, plain values, kept with every checkpoint: to say which are in
-force after a resume."""
+"""The settings of a run as flat, plain values, saved with every checkpoint.
+
+After a resume they show which settings are in force.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +11,8 @@ from torch.optim import Optimizer
 
 _PLAIN = (int, float, str, bool, type(None))
 _OF_CHECKPOINT = ("optimizer.", "scheduler.")
-"""These come back with the states of optimizer and scheduler, whatever this run was built with."""
+"""Settings that come from the saved states of optimizer and scheduler, whatever this run was built
+with."""
 
 
 def flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
