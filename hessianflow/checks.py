@@ -83,5 +83,5 @@ def in_home(path: str | Path, where: str = "") -> Path:
     except RuntimeError:
         raise HessianFlowError(f"{name}: no home folder is known; write the path out, or ./{path}") from None
     if "\0" in str(found):
-        raise HessianFlowError(f"{name!r} holds a zero byte: no path can")
+        raise HessianFlowError(f"{name!r} holds a zero byte, which no path can: remove it")
     return found

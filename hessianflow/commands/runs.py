@@ -28,7 +28,9 @@ def printable(path: str | Path) -> str:
     return plain(str(path))
 
 
-MODEL_HELP = "of a run with a model of your own: its package.module:function again, as a run directory may not run code"
+MODEL_HELP = (
+    "for a run with a model of your own: its package.module:function again, because a run directory may not run code"
+)
 
 
 def require_named_code(run_dir: str | Path, model: str | None) -> None:

@@ -90,7 +90,7 @@ def read_settings(path: str) -> dict[str, str]:
         if not isinstance(key, yaml.ScalarNode):
             raise HessianFlowError(f"{where}: the name of a setting must be a word, found a {key.id}")
         if key.value in found:
-            raise HessianFlowError(f"{where}: {key.value} stands there a second time: leave one out")
+            raise HessianFlowError(f"{where}: {key.value} is set a second time: remove one of them")
         found[key.value] = _as_word(value, f"{where}: {key.value}")
     return found
 

@@ -1,9 +1,9 @@
-"""A random number for each example that hangs on what the example holds, not on when it comes.
+"""A random number for each example that depends on the example's content, not on its position.
 
-Data may come in another order in every pass, and in parts of any size. Each value's bits are taken as
-a whole number and multiplied by an odd one that belongs to its place and the seed; the sum, mixed
-once more, is as good as random. All of it is arithmetic modulo 2^64, exact on every device and in
-every order of the sums. Padding with zeros at the end changes nothing.
+Data may come in a different order in every pass, and in parts of any size. The bits of each value
+are read as an integer and multiplied by an odd number that depends on the place and the seed; the
+sum, mixed once more, is as good as random. The arithmetic is modulo 2^64, exact on every device and
+for every order of summation. Zeros appended as padding change nothing.
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ def draws_by_content(batch: Any, examples: int, seed: int) -> Tensor:
     """Return uniform numbers in [0, 1), shape [examples], float64; equal examples get equal numbers.
 
     Args:
-        batch: tensors whose first dimension is that of the examples count; others do not.
-        examples: number of them.
-        seed: another one gives other numbers.
+        batch: the batch; only tensors whose first dimension is the number of examples count.
+        examples: the number of examples.
+        seed: selects one sequence of numbers; each seed gives another.
     """
     held: list[Tensor] = []
     map_tensors(lambda t: held.append(t) or t, batch)  # type: ignore[func-returns-value]

@@ -1,9 +1,10 @@
-"""Whether a graph still belongs to the weights, the batch and the loss at hand.
+"""Whether a graph still belongs to the current weights, batch and loss.
 
-Places and versions of tensors show what autograd knows of. Writes through `.data` and through NumPy leave no version
-behind, so numbers made from all values are compared too: sums with a fixed weight for each place, which a permutation
-or a change of sign moves, where a norm stays. Of what a model keeps in Python its modules are watched, their forward
-hooks, and the numbers, text and tensors among their attributes; what lists and other objects hold is not.
+The addresses and versions of tensors show the changes that autograd knows of. Writes through
+`.data` and through NumPy change no version, so sums over all values are compared too. Each place
+has a fixed weight in its sum, so that a permutation or a change of sign shows, which would leave a
+norm as it was. Of a model's Python state, the modules, their forward hooks, and the numbers, text
+and tensors among their attributes are watched; the content of lists and other objects is not.
 """
 
 import math
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from hessianflow.batches import map_tensors
 
 CHUNK = 2**20
-"""Values summed up at once: bounds the memory for weights and for values in another type. Ours."""
+"""Most values in one sum: bounds the memory for weights and for converted values. Ours."""
 
 SMALL = 2**13
-"""Tensors of up to so many values are summed up together: a kernel for each would cost more than their copy. Ours."""
+"""Tensors of at most this many values are summed together: a kernel for each would cost more than
+copying them. Ours."""
 
 _GOLDEN = 0.6180339887498949
 _ODD = -7046029254386353131  # the golden ratio in 64 bits
@@ -44,7 +46,8 @@ _OF_NUMPY = (
 class Snapshot:
     """What a graph was built from: weights and buffers of the model and of the loss, options of the loss, the batch.
 
-    It holds no copy of any of them. It is looked at before every product, so what is looked at is listed beforehand.
+    It holds no copy of any of them. The comparison runs before every product, so what it compares is
+    listed beforehand.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, batch: Any) -> None:
@@ -65,11 +68,11 @@ class Snapshot:
             return False
         if _places(self._tensors) != self._places:
             return False
-        # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
+        # Comparing on the host is worth a synchronisation: the alternative is a product at outdated weights.
         return self._contents.numbers() == self._numbers
 
     def renew(self) -> None:
-        """Take places, versions and attributes anew, where a forward pass wrote to them in between."""
+        """Read addresses, versions and attributes anew, after a forward pass that may have changed them."""
         model, loss_fn, _ = self._sources
         self._structure = _Structure(model, loss_fn)
         self._tensors = [*self._structure.tensors(), *self._of_batch]
@@ -104,7 +107,7 @@ class _Structure:
         ]
         self._keys = [(held, key) for held, key, _ in plain]
         self._values = [value for _, _, value in plain]
-        # Plain tensors of a model are told apart, but not read: those of a partial are options, and are.
+        # A module's plain tensors are compared by identity only; those of a partial are options, and are read.
         self._further = _tensors_of(loss_fn.keywords) if isinstance(loss_fn, partial) else []
 
     def is_as_found(self) -> bool:
@@ -135,7 +138,7 @@ def _is_same(now: Any, before: Any) -> bool:
 
 
 class _Contents:
-    """Views of all values, in the order of memory, and what they come to."""
+    """Views of all values, in the order of memory, and their weighted sums."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         chunks: list[list[Tensor]] = []

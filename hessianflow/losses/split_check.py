@@ -124,7 +124,7 @@ class SplitCheck:
                 parts.append(self._loss(*pair))
             except Exception as error:  # whatever a loss raises that was not made for so few rows
                 raise HessianFlowError(
-                    f"the loss cannot be taken of {span.stop - span.start} of {rows} examples "
+                    f"the loss cannot be computed for {span.stop - span.start} of {rows} examples "
                     f"({type(error).__name__}), so nothing shows what its mean divides by: {WAY_OUT}"
                 ) from error
         # The host waits for the device here, a few times a run.

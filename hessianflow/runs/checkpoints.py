@@ -78,7 +78,7 @@ def load(path: Path) -> dict[str, Any]:
         raise HessianFlowError(f"{path} is a file of torch but not a hessianflow checkpoint")
     version = found.get("version")
     if type(version) is not int or version != VERSION:
-        raise HessianFlowError(f"{path} has checkpoint version {shown(version)}, this release reads {VERSION}")
+        raise HessianFlowError(f"{path} has checkpoint version {shown(version)}, but this release reads {VERSION}")
     return found
 
 

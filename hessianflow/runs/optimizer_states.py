@@ -49,7 +49,7 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         if number in added:
             continue
         if number not in shapes or not isinstance(kept, dict):
-            raise DamagedStateError(f"optimizer.state.{shown(number)} is of no weight")
+            raise DamagedStateError(f"optimizer.state.{shown(number)} belongs to no weight")
         for name, value in kept.items():
             fits = not isinstance(value, Tensor) or value.ndim == 0 or value.shape == shapes[number]
             if name in _LIKE_WEIGHTS and not (fits and (value is None or isinstance(value, Tensor))):

@@ -102,7 +102,8 @@ def check_data(train_data: object, eval_data: object) -> None:
         )
     if isinstance(eval_data, Iterator):
         raise HessianFlowError(
-            f"eval_data must be iterated after every epoch, and {_named(eval_data)} can be once: use a list of batches"
+            f"eval_data must be iterated after every epoch, and {_named(eval_data)} allows it only once: use a list of "
+            "batches"
         )
 
 

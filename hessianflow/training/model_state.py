@@ -95,7 +95,7 @@ class ModelState:
         if [p.shape for p in own] != [t.shape for t in tensors]:
             raise HessianFlowError(
                 f"{source} has {len(tensors)} parameters of shapes {[[*t.shape] for t in tensors]} that the optimizer "
-                f"alone holds, this run has {[[*p.shape] for p in own]}"
+                f"alone holds, this run has {[[*p.shape] for p in own]}: give it the same parameters"
             )
         with torch.no_grad():
             for parameter, tensor in zip(own, tensors, strict=True):

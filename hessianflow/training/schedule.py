@@ -174,8 +174,8 @@ def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
     own = {id(group) for group in optimizer.param_groups}
     if not any(id(group) in own for group in owner.param_groups):
         raise HessianFlowError(
-            f"the scheduler {type(scheduler).__name__} sets the rates of another {type(owner).__name__} than the "
-            f"optimizer: build it from the {type(optimizer).__name__} that is passed"
+            f"the scheduler {type(scheduler).__name__} sets the rates of a different {type(owner).__name__}: build it "
+            f"from the {type(optimizer).__name__} that is passed as the optimizer"
         )
 
 
@@ -189,13 +189,13 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     if isinstance(scheduler, ReduceLROnPlateau):
         return None
     if isinstance(getattr(scheduler, "lr_scheduler", None), ReduceLROnPlateau):
-        raise HessianFlowError(f"{name} must be told a figure at each step: use torch's ReduceLROnPlateau")
+        raise HessianFlowError(f"{name} needs a figure at each step: use torch's ReduceLROnPlateau")
     wanted_by_step = required_arguments(scheduler.step)
     if not wanted_by_step:
         return None
     if wanted_by_step != ["epoch"] or (unit == "reference_batch" and not hasattr(scheduler, "step_update")):
         raise HessianFlowError(
-            f"{name}.step wants {', '.join(wanted_by_step)}, which the trainer cannot tell it {_EACH[unit]}: give the "
+            f"{name}.step needs {', '.join(wanted_by_step)}, which the trainer cannot pass {_EACH[unit]}: give the "
             "scheduler a step() without arguments"
         )
     return "step" if unit == "epoch" else "step_update"
