@@ -1,6 +1,6 @@
-"""What values a setting may have: of which type, within which bounds, spelled how.
+"""Which values a setting may have: its type, its bounds and its spelling.
 
-The same checks hold for settings from the command line, from a file, from a recorded run and from Python.
+The same checks apply to settings from the command line, a file, a recorded run and Python.
 """
 
 import math
@@ -15,7 +15,7 @@ from hessianflow.interfaces import HessianFlowError
 PathT = TypeVar("PathT", str, str | None)
 
 MOST = 1e9
-"""Largest count of anything, far above any use: what lies beyond is a slip, and overflows somewhere. Ours."""
+"""Largest count of anything, far above any use: a larger one is a slip, and overflows somewhere. Ours."""
 MOST_EPOCHS = 1e6
 """Most epochs. Ours."""
 MOST_PROCESSES = 1024
@@ -93,12 +93,12 @@ ABOVE = frozenset({"decay_factor", "growth_factor", "slope", "intercept"})
 
 
 def check_setting(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value of another type than the setting has, and one that is out of its bounds.
+    """Refuse a value of the wrong type for its setting, and one that is out of bounds.
 
     Args:
-        name: of the setting.
-        value: as given; None passes where the type allows it.
-        hint: its type, as `typing.get_type_hints` gives it.
+        name: the name of the setting.
+        value: the value as given; None passes where the type allows it.
+        hint: the type of the setting, as `typing.get_type_hints` gives it.
 
     Raises:
         HessianFlowError: naming the option, what it takes and the value.
@@ -139,7 +139,7 @@ def user_path(path: PathT, where: str) -> PathT:
     """Return the path with the home folder in place of a leading `~` or `~NAME`; None stays None.
 
     Raises:
-        HessianFlowError: there is no such folder; `where` names the option.
+        HessianFlowError: there is no such folder; the error names it by the option `where`.
     """
     return path if path is None or not path.startswith("~") else str(in_home(path, where))
 
@@ -201,7 +201,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 def _check_text(name: str, value: str) -> None:
-    """Refuse text that no path and no name can be."""
+    """Refuse text that can be neither a path nor a name."""
     if not value.strip():
         raise HessianFlowError(f"{option(name)} must not be empty: leave it out instead")
     if len(value) > LONGEST_TEXT:

@@ -1,8 +1,8 @@
-"""Nested parts of a batch: how they are opened, renamed and put together again.
+"""Nested parts of a batch: how they are opened, named and put together again.
 
 A part with entries is a mapping (a dict, a `UserDict`, the output of a tokenizer), a dataclass, a
-named tuple, a list or a tuple. All else has none: tensors, text, numbers, and objects of classes
-that nothing is known of.
+named tuple, a list or a tuple. Everything else has none: tensors, text, numbers, and objects of
+unknown classes.
 """
 
 import copy
@@ -23,7 +23,7 @@ def entries(part: Any) -> list[Any] | None:
     """Return the entries of a part, in order; None where its kind has none."""
     if type(part) in (list, tuple):
         return list(part)
-    # The entries of a packed sequence, which is a named tuple, make sense together only.
+    # A packed sequence is a named tuple, but its entries make sense only together.
     if isinstance(part, (Tensor, str, bytes, PackedSequence)):
         return None
     if isinstance(part, Mapping):
@@ -49,8 +49,8 @@ def entry_names(part: Any) -> list[str]:
 def rebuilt(part: Any, values: Sequence[Any]) -> Any:
     """Return a copy of `part` with other entries, in the order of :func:`entries`.
 
-    Its type is kept, but a mapping that is neither a dict nor a `UserDict`, or does not let its
-    entries be set, becomes a dict.
+    The type is kept, except that a mapping becomes a dict if it is neither a dict nor a `UserDict`,
+    or does not let its entries be set.
     """
     if type(part) is dict:
         return dict(zip(part, values, strict=True))
@@ -64,7 +64,7 @@ def rebuilt(part: Any, values: Sequence[Any]) -> Any:
         return type(part)(values)
     made = copy.copy(part)
     for field, value in zip(dataclasses.fields(part), values, strict=True):
-        object.__setattr__(made, field.name, value)  # frozen ones, too: this copy is nobody's yet
+        object.__setattr__(made, field.name, value)  # frozen or not: nobody else holds this copy yet
     return made
 
 
@@ -104,6 +104,6 @@ def _rebuilt_mapping(part: Mapping[Any, Any], values: Sequence[Any]) -> Any:
         made = copy.copy(part)
         for key, value in found.items():  # classes that forbid update() let their entries be set
             made[key] = value
-    except Exception:  # whatever a class of others raises: a dict holds the same
+    except Exception:  # whatever a foreign class raises: a dict holds the same
         return found
     return made

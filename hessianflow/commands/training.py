@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 SHOWN_CHANGES = 20
-"""Lines about the batch size after a run: controllers that decide every few updates would fill the screen."""
+"""Most lines about the batch size after a run: a controller that decides every few updates would fill
+the screen."""
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -90,7 +91,10 @@ def _has_finished(world: "World", run_dir: str) -> bool:
 
 
 def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], History]") -> tuple[int, "History"]:
-    """Build a trainer and let it work; returns the exit status and the records. A signal stops all ranks alike."""
+    """Build a trainer, run `work` on it, and return the exit status and the records.
+
+    A signal stops all ranks alike.
+    """
     from hessianflow.training.world import on_all_ranks
 
     trainer = on_all_ranks(world, lambda: _trainer(config, world))
@@ -175,7 +179,7 @@ def _print_summary(history: "History", model: str) -> None:
 
 @contextmanager
 def _new_run_dir(config: TrainConfig) -> Iterator[str]:
-    """Make a directory below runs/ that is this run's alone; removed again if nothing comes to be in it."""
+    """Yield a new directory below runs/ that only this run uses; remove it at the end if it is empty."""
     from hessianflow.runs.folder import new_folder
 
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
