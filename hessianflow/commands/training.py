@@ -153,7 +153,8 @@ def _shown(world: "World", config: TrainConfig, history: "History", status: int)
 
 def _print_summary(history: "History", model: str) -> None:
     code = f" --model {model}" if ":" in model else ""
-    summary, seconds = history.summary, history.summary["seconds"]
+    summary = history.summary
+    seconds = history.summary["seconds"]
     accuracy = ""
     if summary["final_accuracy"] is not None:
         accuracy = f"test accuracy {summary['final_accuracy']:.2%} (best {summary['best_accuracy']:.2%}); "

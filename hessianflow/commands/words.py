@@ -57,7 +57,8 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
         if word in current.children:
             current = current.children[word]
             parser.current = current
-    found.command, rest = words[:1], iter(words[1:])
+    found.command = words[:1]
+    rest = iter(words[1:])
     takes_files = "--config" in current.options
     for word in rest:
         name, equals, value = word.partition("=")

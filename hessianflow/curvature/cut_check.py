@@ -44,7 +44,8 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
     Raises:
         HessianFlowError: the rows differ; or fewer examples cannot be run, and more than one tensor would be cut.
     """
-    inputs, total = batch[0], num_examples(batch)
+    inputs = batch[0]
+    total = num_examples(batch)
     rows = min(ROWS, total)
     may_be_shared = sum(t.ndim > 0 and len(t) == total for t in _tensors(inputs)) > 1
     parts = [local(take_rows(inputs, slice(0, count), total, "inputs")) for count in (rows, rows - 1)]

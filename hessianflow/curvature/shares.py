@@ -128,7 +128,8 @@ def _wilson(part: float, size: int, probes: int) -> tuple[float, float]:
         return 0.0, 0.0
     if (1 - part) * size <= NONE:
         return 1.0, 1.0
-    count, square = probes * (size + 2) / 2, DEVIATIONS**2
+    count = probes * (size + 2) / 2
+    square = DEVIATIONS**2
     middle = part + square / (2 * count)
     half = (square * (part * (1 - part) / count + square / (4 * count**2))) ** 0.5
     low, high = ((middle + sign * half) / (1 + square / count) for sign in (-1, 1))

@@ -109,7 +109,8 @@ class ExplosionRule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._count, self._mean = int(state["count"]), float(state["mean"])
+        self._count = int(state["count"])
+        self._mean = float(state["mean"])
         count, mean = state["known"]
         self._known = int(count), float(mean)
         self._streak = list(state["streak"])

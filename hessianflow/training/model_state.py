@@ -28,7 +28,8 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, loss_fn: object) -> None:
-        self._model, self._optimizer = unwrap(model), optimizer
+        self._model = unwrap(model)
+        self._optimizer = optimizer
         self._loss = loss_fn if isinstance(loss_fn, nn.Module) else None
         self._built_trainable = self._trainable()
         self._built_buffers = {name: (buffer, _version(buffer)) for name, buffer in self._model.named_buffers()}
@@ -121,7 +122,8 @@ class ModelState:
 
     def _match_buffers(self, state: Mapping[str, Any], source: str) -> None:
         """Add the buffers that the saved model's first pass made, and remove those made since."""
-        saved, own = state["model"], self._model.state_dict()
+        saved = state["model"]
+        own = self._model.state_dict()
         for name in [name for name, _ in self._model.named_buffers() if name in own and name not in saved]:
             if name not in self._built_buffers:
                 module, local = self._owner(name)

@@ -43,7 +43,8 @@ class TrainedParameters:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._model, self._optimizer = unwrap(model), optimizer
+        self._model = unwrap(model)
+        self._optimizer = optimizer
         self._held_by_optimizer = self._of_optimizer()
         self._all = self._known()
         self.current = [p for p in self._all if p.requires_grad]
@@ -75,7 +76,8 @@ class TrainedParameters:
 
     def _change(self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter]) -> Change:
         were, are = set(before), set(after)
-        added, removed = [p for p in after if p not in were], [p for p in before if p not in are]
+        added = [p for p in after if p not in were]
+        removed = [p for p in before if p not in are]
         held = set(self._held_by_optimizer)
         strangers = [p for p in added if p not in held]
         parts = [f"trained from now on: {self._names(added)}"] if added else []

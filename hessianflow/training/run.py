@@ -148,7 +148,8 @@ class Run:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
         """
         self.world.meet(self.settings())
-        loop, folder = self._loop, in_home(run_dir)
+        loop = self._loop
+        folder = in_home(run_dir)
         loop.run_dir = folder
         try:
             on_first_rank(self.world, lambda: loop.record.hold(folder))
@@ -250,7 +251,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Return what summary.json would hold if the run ended now."""
         loop = self._loop
-        seconds, size = loop.watch.totals(), self.world.world_size
+        seconds = loop.watch.totals()
+        size = self.world.world_size
         return summary_of(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
 
     def settings(self) -> dict[str, Any]:
