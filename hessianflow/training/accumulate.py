@@ -155,7 +155,8 @@ class GradientAccumulator:
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
-        """Within it gradients are shown to nobody, neither to observers nor to whoever wants those by the inputs."""
+        """Show gradients to nobody while active: not to observers, nor to those who want gradients
+        by the inputs."""
         observers, self.observers, self._shows_inputs = self.observers, (), False
         try:
             yield
@@ -245,7 +246,7 @@ class GradientAccumulator:
         return OwnResult(loss, weight, summed(hits), total, None, failure)
 
     def _be_zero(self) -> None:
-        """Where no part of a batch gave a gradient, for nothing counts in it: the gradient is 0.
+        """Set the gradient to 0 where no part of a batch gave one, because nothing counts in it.
 
         So it is for losses of torch, too: momentum goes on, and a scaler of the loss finds what it
         looks for.
@@ -255,7 +256,7 @@ class GradientAccumulator:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _split_failure(self, outputs: Any, targets: Any) -> HessianFlowError | None:
-        """Why the loss cannot be cut into parts; the ranks raise it together."""
+        """Return why the loss cannot be cut into parts; the ranks raise it together."""
         try:
             self._check_split(outputs, targets)
         except HessianFlowError as error:
@@ -377,8 +378,7 @@ class GradientAccumulator:
             scaled.backward(create_graph=True)  # type: ignore[no-untyped-call]
 
     def _is_hooked(self) -> bool:
-        """Whether somebody's hooks run when a gradient is accumulated; the world's own do not
-        count."""
+        """Return whether somebody's hooks run when a gradient is accumulated; the world's own do not count."""
         for parameter in self.parameters:
             hooks = parameter._post_accumulate_grad_hooks  # torch has no public way to ask
             if hooks and not all(_is_ours(hook) for hook in hooks.values()):
@@ -459,7 +459,8 @@ def _ratio(part: Weight, whole: Weight) -> Weight:
 
 
 def _share_of_mean(loss: Tensor, part: Weight, whole: Weight) -> Tensor:
-    """What the mean loss of a part adds to that of the whole; 0 where nothing counts, whatever that loss is."""
+    """Return what the mean loss of a part adds to that of the whole; 0 where nothing counts,
+    whatever that loss is."""
     if part is not whole:
         return weighted(loss, _like(_ratio(part, whole), loss))
     if isinstance(whole, Tensor):

@@ -103,8 +103,8 @@ def check_probe(probe: CurvatureProbe | None, model: nn.Module, state: Mapping[s
 
 
 def check_adversary(controller: BatchController | None, adversary: Adversary | None) -> str:
-    """What to tell of an adversary that is asked for nothing, or of a share that nobody attacks;
-    empty: they fit.
+    """Return a warning about an adversary that is asked for nothing, or of a share that nobody
+    attacks; empty: they fit.
 
     Raises:
         HessianFlowError: an adversary, and no controller that could ever ask for a share.
@@ -129,8 +129,8 @@ def check_adversary(controller: BatchController | None, adversary: Adversary | N
 
 
 def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, object]) -> str:
-    """What to tell of a run whose checkpoints may lack something; empty where nothing is known, or
-    none are made."""
+    """Return a warning about a run whose checkpoints may lack something; empty where nothing is
+    known, or none are made."""
     kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public way to ask
     if run_dir is None or state or not any(getattr(optimizer, kind, None) for kind in kinds):
         return ""
@@ -141,7 +141,8 @@ def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, obje
 
 
 def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
-    """Whether layers exchange statistics in every forward pass (SyncBatchNorm), so that all ranks must make the same.
+    """Return whether layers exchange statistics in every forward pass (SyncBatchNorm), so that all
+    ranks must make the same.
 
     Raises:
         HessianFlowError: they cannot run on this device, or microbatches that ranks may cut differently.

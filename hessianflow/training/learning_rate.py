@@ -66,8 +66,7 @@ class LearningRate:
 
     @contextmanager
     def in_force(self, factor: float) -> Iterator[None]:
-        """Within it the groups hold their rates times `factor` (absolute, not on top of the factor
-        before)."""
+        """Set the groups' rates times `factor` while active (absolute, not on top of the factor before)."""
         self.factor = factor
         if factor == 1:
             yield
@@ -111,7 +110,7 @@ class LearningRate:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Factor, the rates without it, and the scheduler's own state."""
+        """Return the factor, the rates without it, and the scheduler's own state."""
         schedule = self._schedule
         return {
             "factor": self.factor,
@@ -177,7 +176,7 @@ def _set(group: dict[str, Any], rate: float) -> Mark:
 
 
 def _is_untouched(group: dict[str, Any], mark: Mark) -> bool:
-    """Whether nobody set the rate of the group since; found without waiting for the device."""
+    """Return whether nobody set the rate of the group since; found without waiting for the device."""
     rate = group["lr"]
     if isinstance(rate, Tensor):
         return rate is mark[0] and rate._version == mark[1]

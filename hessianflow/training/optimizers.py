@@ -76,7 +76,7 @@ def _groups_of(optimizer: Optimizer) -> list[Any]:
 
 
 def gradients_wanted(optimizer: Optimizer) -> Gradients:
-    """How the optimizer wants its gradients.
+    """Return how the optimizer wants its gradients.
 
     By a closure where its step cannot do without (SAM, LBFGS), or where it says so by a true
     `wants_closure`. Both where it has the two halves of a step, `first_step` and `second_step`,
@@ -91,7 +91,7 @@ def gradients_wanted(optimizer: Optimizer) -> Gradients:
 
 
 def wants_graph(optimizer: Optimizer) -> bool:
-    """Whether the optimizer differentiates the gradients again.
+    """Return whether the optimizer differentiates the gradients again.
 
     It says so by a true `is_second_order` (as timm's do), or by a step that could be given the
     Hessian instead.
@@ -100,8 +100,8 @@ def wants_graph(optimizer: Optimizer) -> bool:
 
 
 def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError | None:
-    """What to say when a step without a closure failed for want of one; None: it failed for another
-    reason."""
+    """Return what to say when a step without a closure failed for want of one; None: it failed for
+    another reason."""
     text = f"{type(error).__name__} {error}"
     if "closure" not in text.lower() and "'NoneType' object is not callable" not in text:
         return None
@@ -113,8 +113,8 @@ def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError 
 
 
 def label(part: object, depth: int = 3) -> str:
-    """Its class, and in parentheses those of the stateful parts that it wraps: SAM(SGD),
-    RateRule(ABSA)."""
+    """Return the class of a part, and in parentheses those of the stateful parts that it wraps:
+    SAM(SGD), RateRule(ABSA)."""
     inner = [label(held, depth - 1) for held in _wrapped(part)] if depth > 1 else []
     name = type(part).__name__
     return f"{name}({', '.join(inner)})" if inner else name
