@@ -1,4 +1,4 @@
-"""Move, count, cut: what every room needs to know about a batch. Sizes are in examples.
+"""Move, count and cut batches, for the whole package. Sizes are in examples.
 
 A batch is a pair (inputs, targets) or one mapping. Its parts are tensors, and mappings (a
 `UserDict` or the output of a tokenizer like a dict), dataclasses, named tuples, lists and tuples of
@@ -30,7 +30,8 @@ TARGET_NAMES = ("labels", "label", "targets", "target", "y")
 
 
 def num_examples(batch: Any) -> int:
-    """Return the number of examples of a batch, or of its targets: the first dimension of their tensors.
+    """Return the number of examples of a batch, or of its targets: the first dimension of their
+    tensors.
 
     In a pair the targets decide, in a mapping the first entry that has one of :data:`TARGET_NAMES`;
     the inputs where these hold no tensor.
@@ -63,7 +64,8 @@ def num_examples(batch: Any) -> int:
 
 
 def move(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
-    """Return the same structure with all tensors on `device`, and other objects that have a method `to`."""
+    """Return the same structure with all tensors on `device`, and other objects that have a method
+    `to`."""
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -105,7 +107,8 @@ def split(batch: Batch, size: int | None, group: int | None = None) -> Iterator[
 
 
 def take_rows(part: Any, rows: slice | Tensor, total: int, name: str = "") -> Any:
-    """Return some examples of a batch or of one of its parts; what belongs to all examples stays whole.
+    """Return some examples of a batch or of one of its parts; what belongs to all examples stays
+    whole.
 
     Args:
         part: a pair, a mapping, or, with a name, a part of them.
@@ -177,7 +180,8 @@ def _is_one_an_example(part: Sequence[Any], total: int, name: str) -> bool:
 
 
 def _reading(part: Any, total: int) -> Literal["rows", "shared", "unknown"]:
-    """Return what a cut of this part alone would do: take its rows, leave it whole, or be refused."""
+    """Return what a cut of this part alone would do: take its rows, leave it whole, or be
+    refused."""
     if isinstance(part, (Tensor, np.ndarray)):
         rows = int(part.shape[0]) if part.ndim else 1
         return "rows" if part.ndim and rows == total else "shared" if rows == 1 else "unknown"
@@ -258,7 +262,8 @@ def as_pair(batch: Any) -> Batch:
 
 
 def training_pair(batch: Any) -> Batch:
-    """Return (inputs, targets) that agree on the number of examples: progress counts what was drawn.
+    """Return (inputs, targets) that agree on the number of examples: progress counts what was
+    drawn.
 
     Raises:
         HessianFlowError: no pair; targets that are a list of mappings; numbers of rows that differ.

@@ -15,7 +15,8 @@ from hessianflow.interfaces import HessianFlowError
 PathT = TypeVar("PathT", str, str | None)
 
 MOST = 1e9
-"""Largest count of anything, far above any use: a larger one is a slip, and overflows somewhere. Ours."""
+"""Largest count of anything, far above any use: a larger one is a slip, and overflows somewhere.
+Ours."""
 MOST_EPOCHS = 1e6
 """Most epochs. Ours."""
 MOST_PROCESSES = 1024

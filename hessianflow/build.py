@@ -295,7 +295,8 @@ def load_config(run_dir: str | Path) -> TrainConfig:
 
 
 def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run of an earlier release was trained with but does not record: a resumed run keeps to it."""
+    """Return what a run of an earlier release was trained with but does not record: a resumed run
+    keeps to it."""
     if "excess_power" in settings:
         return {}
     found: dict[str, Any] = {"excess_power": 0.0} if settings.get("controller") == "critical" else {}

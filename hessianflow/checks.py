@@ -1,4 +1,5 @@
-"""Argument checks for the whole package: each names the argument, what it may be and what it was."""
+"""Argument checks for the whole package: each names the argument, what it may be and what it
+was."""
 
 import math
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ def check_callable(name: str, value: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a real number: nan and infinities are, True, False and text are not."""
+    """Return whether a value is a real number: nan and infinities are, True, False and text are
+    not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

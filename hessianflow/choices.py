@@ -146,7 +146,8 @@ _OWN_RULE = ("warmup", "timed")
 
 
 def build_controller(config: TrainConfig) -> BatchController:
-    """Return the controller by name, under the learning-rate rule and with the resolutions that were asked for.
+    """Return the controller by name, under the learning-rate rule and with the resolutions that
+    were asked for.
 
     Raises:
         HessianFlowError: dual-batch, which plans its batches beforehand.

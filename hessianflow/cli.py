@@ -123,7 +123,8 @@ def _fail(command: str, message: str) -> int:
 
 
 def _last_cause(message: str) -> str:
-    """Return the error itself, where a process that loads data has wrapped it into its traceback."""
+    """Return the error itself, where a process that loads data has wrapped it into its
+    traceback."""
     if "Original Traceback (most recent call last)" not in message:
         return message
     last = message.strip().splitlines()[-1]

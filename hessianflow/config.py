@@ -239,7 +239,8 @@ def _hints() -> Mapping[str, Any]:
 
 
 def _never_filled(config: TrainConfig) -> list[str]:
-    """Return settings whose value is somebody's wish: resolving fills them only where they have an effect."""
+    """Return settings whose value is somebody's wish: resolving fills them only where they have an
+    effect."""
     parts = (ResolutionSettings, DualBatchSettings, TwinSettings, WorkerSettings)
     found = [field.name for part in parts for field in fields(part)]
     if config.controller == "dual-batch":

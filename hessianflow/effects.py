@@ -145,7 +145,8 @@ def _failing(settings: Any, case: Case) -> list[str]:
 
 
 def _belongs(settings: Any, name: str) -> str:
-    """Return what an ignored setting belongs to, in words, from the first setting at which each case fails."""
+    """Return what an ignored setting belongs to, in words, from the first setting at which each
+    case fails."""
     parts = []
     for case in EFFECTIVE[name]:
         other = _failing(settings, case)[0]

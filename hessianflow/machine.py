@@ -22,7 +22,8 @@ def find_device(name: str) -> torch.device:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about deprecated names, which fail below
             device = torch.device(name)
-            # A name that torch knows but has no backend for fails in several ways, from deep inside.
+            # A name that torch knows but has no backend for fails in several ways, from deep
+            # inside.
             (torch.ones(1, device=device) + 1).item()
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -32,7 +33,8 @@ def find_device(name: str) -> torch.device:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Return whether the device has arithmetic units for bfloat16: any other emulates it, slowly."""
+    """Return whether the device has arithmetic units for bfloat16: any other emulates it,
+    slowly."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

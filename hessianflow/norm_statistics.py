@@ -47,7 +47,8 @@ def moving_layers(model: nn.Module) -> list[_BatchNorm]:
 def compared_losses(
     model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
 ) -> tuple[float, float, float]:
-    """Return the mean loss of some examples under running statistics, under their own, and the weight.
+    """Return the mean loss of some examples under running statistics, under their own, and the
+    weight.
 
     The model runs in evaluation mode and is left as it was. Up to ROWS examples are forwarded twice;
     the whole batch is, where the model cannot run on fewer examples or the loss needs gradients.

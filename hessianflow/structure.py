@@ -36,7 +36,8 @@ def entries(part: Any) -> list[Any] | None:
 
 
 def entry_names(part: Any) -> list[str]:
-    """Return the entries' names as code would write them, such as "['mask']", "[0]" or ".boxes", in order."""
+    """Return the entries' names as code would write them, such as "['mask']", "[0]" or ".boxes", in
+    order."""
     if isinstance(part, Mapping):
         return [f"[{key!r}]" for key in part]
     if is_named_tuple(part):
@@ -80,12 +81,14 @@ def is_named_tuple(part: Any) -> bool:
 
 
 def is_list(part: Any) -> bool:
-    """Return whether a part is a list or a tuple without names, which may have any number of entries."""
+    """Return whether a part is a list or a tuple without names, which may have any number of
+    entries."""
     return isinstance(part, (list, tuple)) and not is_named_tuple(part)
 
 
 def is_plain(part: Any) -> bool:
-    """Return whether a value is text, a number or another value that has no row for each example."""
+    """Return whether a value is text, a number or another value that has no row for each
+    example."""
     return part is None or isinstance(part, (str, bytes, Number, np.generic, Enum, torch.dtype, torch.device))
 
 

@@ -164,7 +164,8 @@ def ascend(
     start: Tensor | None = None,
     targeted: bool = False,
 ) -> Tensor:
-    """Run the loop behind every attack; `frozen` comes from :func:`attacking`, `budget` from `place`.
+    """Run the loop behind every attack; `frozen` comes from :func:`attacking`, `budget` from
+    `place`.
 
     Args:
         start: first delta, shaped like `x`; None: zero.

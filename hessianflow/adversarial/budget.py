@@ -59,7 +59,8 @@ class Budget:
         return _row_norm(u)
 
     def ascent(self, gradient: Tensor) -> Tensor:
-        """Return the delta of length eps along which a linear function with this gradient grows most."""
+        """Return the delta of length eps along which a linear function with this gradient grows
+        most."""
         if self.norm == "l_inf":
             return self.eps * gradient.sign()
         scaled = self.eps * gradient
@@ -121,7 +122,8 @@ def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be 
 
 
 def place(budget: Budget, x: Tensor) -> Budget:
-    """Return the budget on the device and in the precision of `x`, shaped to broadcast over its channels.
+    """Return the budget on the device and in the precision of `x`, shaped to broadcast over its
+    channels.
 
     Raises:
         HessianFlowError: inputs that are not one tensor of floating point numbers, or a number of

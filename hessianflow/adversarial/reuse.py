@@ -113,7 +113,8 @@ class GradientReuse:
         adversarial: Tensor,
         share: float,  # noqa: ARG002
     ) -> Exposure:
-        """Return the moved inputs in place of the clean ones; the gradient of the step by them is kept."""
+        """Return the moved inputs in place of the clean ones; the gradient of the step by them is
+        kept."""
         return Exposure((adversarial, targets), on_input_gradient=self._keep)
 
     def join(self, reducer: Reducer) -> None:

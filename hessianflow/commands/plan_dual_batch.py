@@ -61,7 +61,8 @@ def run(arguments: Namespace) -> int:
 
 
 def _setting(arguments: Namespace) -> Published:
-    """Return the preset, or one made of the figures given; figures given with a preset replace its own."""
+    """Return the preset, or one made of the figures given; figures given with a preset replace its
+    own."""
     given = {name: arguments[name] for name in _GIVEN if arguments[name] is not None}
     if arguments.preset is not None:
         preset = PUBLISHED[arguments.preset]

@@ -60,7 +60,8 @@ def require_named_code(run_dir: str | Path, model: str | None) -> None:
 
 
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
-    """Refuse a run that was made from Python: only the code that made it can build its model and data.
+    """Refuse a run that was made from Python: only the code that made it can build its model and
+    data.
 
     Args:
         run_dir: the run directory; a path that is none passes, for the command to refuse.
@@ -83,7 +84,8 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
 
 @contextmanager
 def writing_to(place: str | Path) -> Iterator[None]:
-    """Turn a failure to write into an error that names the place, while active: a full disk names none.
+    """Turn a failure to write into an error that names the place, while active: a full disk names
+    none.
 
     Raises:
         HessianFlowError: as said.

@@ -67,7 +67,8 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
 
 
 def in_options(message: str) -> str:
-    """Return a message about parameters, with options in place of those at its beginning that are settings."""
+    """Return a message about parameters, with options in place of those at its beginning that are
+    settings."""
     name = f"(?:{'|'.join(field.name for field in fields(TrainConfig))})"
     begins = re.match(rf"{name}(?: and {name})?(?= (?:\w+ )?must )", message)
     if begins:

@@ -141,7 +141,8 @@ def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
 
 
 def _shown(world: "World", config: TrainConfig, history: "History", status: int) -> int:
-    """Let rank 0 print the outcome, once the other ranks no longer wait, and return the exit status."""
+    """Let rank 0 print the outcome, once the other ranks no longer wait, and return the exit
+    status."""
     if world.rank == 0:
         _print_summary(history, config.model or "")
         if config.plots and history.epochs and history.run_dir is not None:
@@ -180,7 +181,8 @@ def _print_summary(history: "History", model: str) -> None:
 
 @contextmanager
 def _new_run_dir(config: TrainConfig) -> Iterator[str]:
-    """Yield a new directory below runs/ that only this run uses; remove it at the end if it is empty."""
+    """Yield a new directory below runs/ that only this run uses; remove it at the end if it is
+    empty."""
     from hessianflow.runs.folder import new_folder
 
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -75,7 +75,8 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
 
 
 def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> None:
-    """Refuse values that could overload a YAML parser; options that take text are not parsed as YAML.
+    """Refuse values that could overload a YAML parser; options that take text are not parsed as
+    YAML.
 
     Raises:
         HessianFlowError: naming `origin` and the option.
@@ -107,7 +108,8 @@ def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
 
 
 def _joined(parser: Parser, words: list[str]) -> list[str]:
-    """Return the words with `=true` at switches that stand alone, and negative numbers joined to their options."""
+    """Return the words with `=true` at switches that stand alone, and negative numbers joined to
+    their options."""
     joined: list[str] = []
     for index, word in enumerate(words):
         following = words[index + 1] if index + 1 < len(words) else ""

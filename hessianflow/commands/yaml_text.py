@@ -98,7 +98,8 @@ def read_settings(path: str) -> dict[str, str]:
 
 
 def _text(path: str) -> str:
-    """Return the text of a regular file of moderate size; pipes and devices are refused without waiting."""
+    """Return the text of a regular file of moderate size; pipes and devices are refused without
+    waiting."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:

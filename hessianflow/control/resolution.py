@@ -85,7 +85,8 @@ def resolution_stages(phase_ends: Sequence[int], levels: Sequence[Level], schedu
 
 
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
-    """Return the stage that the epoch after `epoch` completed ones belongs to; the last one from its start on."""
+    """Return the stage that the epoch after `epoch` completed ones belongs to; the last one from
+    its start on."""
     return next((stage for stage in stages if epoch < stage.end), stages[-1])
 
 
@@ -135,7 +136,8 @@ class ProgressiveResolution:
     def update(
         self, progress: Progress, reading: CurvatureReading | None = None, signals: Mapping[str, float] = NO_SIGNALS
     ) -> Decision:
-        """Return the controller's decision where it is due, at the batch size of the resolution from now on."""
+        """Return the controller's decision where it is due, at the batch size of the resolution
+        from now on."""
         reasons = []
         if self.controller.is_due(progress):
             reasons.append(self.controller.update(progress, reading, signals).reason)

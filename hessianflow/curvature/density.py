@@ -97,7 +97,8 @@ class SpectralDensity:
         return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), chosen)
 
     def mass_below(self, value: float = 0.0) -> TraceResult:
-        """Return the share of eigenvalues below `value`; two standard errors cover all that is left open.
+        """Return the share of eigenvalues below `value`; two standard errors cover all that is left
+        open.
 
         The value is the middle between the limits of the quadrature (shares.py). Where many
         eigenvalues lie at or near `value`, as with 0 in networks, they are far apart and the error
@@ -131,7 +132,8 @@ class SpectralDensity:
         )
 
     def _limits(self, first: float, last: float) -> Tensor:
-        """Return for each probe's measure the least below `first` and the most up to `last`, [num_probes, 2]."""
+        """Return for each probe's measure the least below `first` and the most up to `last`,
+        [num_probes, 2]."""
         if self.recurrences:
             pairs = [mass_limits(one, first, last) for one in self.recurrences]
             return torch.tensor(pairs, dtype=torch.float64)
@@ -148,7 +150,8 @@ class SpectralDensity:
         return ends[0], ends[1]
 
     def moment(self, power: int) -> float:
-        """Return the mean of eigenvalue^power over the spectrum; times `size` it estimates tr A^power."""
+        """Return the mean of eigenvalue^power over the spectrum; times `size` it estimates tr
+        A^power."""
         return float((self.weights * self.nodes**power).sum(dim=1).mean())
 
 

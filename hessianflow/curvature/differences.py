@@ -1,4 +1,5 @@
-"""Compares a product with a difference of gradients along one vector, to find faults no graph shows.
+"""Compares a product with a difference of gradients along one vector, to find faults no graph
+shows.
 
 Products come from second derivatives that torch, the model and the loss provide. A function that
 keeps intermediates where autograd does not see them, a hook on an activation, or a part that is
@@ -44,10 +45,12 @@ from hessianflow.batches import map_tensors
 from hessianflow.curvature.vectors import unflatten
 
 TOLERANCE = 1e-3
-"""Largest relative difference at which a tensor passes. Ours: steps that agree differ by at most 1e-5."""
+"""Largest relative difference at which a tensor passes. Ours: steps that agree differ by at most
+1e-5."""
 
 SMALLEST_SHARE = 1e-4
-"""Tensors whose share of the whole is below this are skipped: they may be left over by cancellation."""
+"""Tensors whose share of the whole is below this are skipped: they may be left over by
+cancellation."""
 
 AGREEMENT, ROUGH_AGREEMENT = 0.1, 0.5
 """Two steps agree if they differ by at most this share of their distance from the claim. The rough
@@ -60,7 +63,8 @@ EXAMPLES = 4
 """Examples of the batch that are used: faults are in operations, not in examples. Ours."""
 
 SHIFT = 1e-3
-"""Distance between the current weights and the point of comparison, relative to the weights. Ours."""
+"""Distance between the current weights and the point of comparison, relative to the weights.
+Ours."""
 
 _STEPS = (1e-6, 1e-8, 1e-4, 1e-3, 1e-2)
 """Step lengths relative to the weights, the likeliest to agree first."""
@@ -111,7 +115,8 @@ class Disagreement(NamedTuple):
 
 
 Linearise = Callable[[Any, Sequence[Tensor]], Linearised]
-"""Runs the model as it is on a batch and linearises it in some parameters; flat vectors are float64."""
+"""Runs the model as it is on a batch and linearises it in some parameters; flat vectors are
+float64."""
 
 
 def find_disagreement(
@@ -191,7 +196,8 @@ class _Vector:
         self.is_confirmed = self.is_confirmed or not any(self._off_by(step))
 
     def exact_steps(self) -> set[float]:
-        """Return the steps after which the whole vector has moved as claimed, to within TOLERANCE."""
+        """Return the steps after which the whole vector has moved as claimed, to within
+        TOLERANCE."""
         return {
             step
             for step, difference in self._differences.items()
@@ -318,7 +324,8 @@ def _held(module: nn.Module) -> dict[str, Any]:
 
 
 def _shared(parameter: Tensor) -> Tensor:
-    """Return a tensor that the measurement holds constant: the parameter itself unless it must be widened."""
+    """Return a tensor that the measurement holds constant: the parameter itself unless it must be
+    widened."""
     return parameter if parameter.dtype not in _WIDER else _copy(parameter)
 
 

@@ -234,7 +234,8 @@ def _fixed_backward(
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Return whether all are ordinary tensors of one real type: with others, only torch knows what to do."""
+    """Return whether all are ordinary tensors of one real type: with others, only torch knows what
+    to do."""
     given = [t for t in tensors if t is not None]
     plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype == given[0].dtype for t in given)
     return plain and given[0].is_floating_point()

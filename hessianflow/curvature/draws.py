@@ -18,7 +18,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def draws_by_content(batch: Any, examples: int, seed: int) -> Tensor:
-    """Return uniform numbers in [0, 1), shape [examples], float64; equal examples get equal numbers.
+    """Return uniform numbers in [0, 1), shape [examples], float64; equal examples get equal
+    numbers.
 
     Args:
         batch: the batch; only tensors whose first dimension is the number of examples count.

@@ -67,7 +67,8 @@ class Demand(NamedTuple):
         return min(self.tol, WIDEST_TIE) / 2
 
     def largest_residual(self, magnitudes: Array) -> Array:
-        """Return the residuals that the cap and the residual rule allow for values of these magnitudes."""
+        """Return the residuals that the cap and the residual rule allow for values of these
+        magnitudes."""
         cap = max(self.tol, min(self.evidence.cap, math.sqrt(self.tol / 10)))
         limits: Array = min(cap, self.residual_tol) * magnitudes
         return limits
@@ -108,7 +109,8 @@ magnitude, it would vanish."""
 
 
 def wantedness(values: Array, which: Which, tie: float) -> Array:
-    """Return how much each value is wanted; in a tie (+3 and -3, up to `tie`) the positive one more.
+    """Return how much each value is wanted; in a tie (+3 and -3, up to `tie`) the positive one
+    more.
 
     The answer therefore does not depend on the seed.
     """

@@ -85,7 +85,8 @@ def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[T
 
 
 def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
-    """Return whether some layer normalises by the batch that it sees, so that the batch must not be cut.
+    """Return whether some layer normalises by the batch that it sees, so that the batch must not be
+    cut.
 
     Layers without running statistics do so in either mode. Only torch's layers can be recognised.
     """

@@ -1,4 +1,5 @@
-"""What the Hessian, Gauss-Newton and Fisher operators of a model share: data, weights, averages, checks.
+"""What the Hessian, Gauss-Newton and Fisher operators of a model share: data, weights, averages,
+checks.
 
 The operator is that of the mean loss over all examples, L(w) = 1/N sum_n loss(f(x_n; w), y_n).
 Every piece that is forwarded is weighted by what its mean divides by (:mod:`hessianflow.losses`):
@@ -270,7 +271,8 @@ class ModelOperator(Operator):
 
     @contextmanager
     def _differentiating(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Enable second-order kernels and hold everything not selected constant; for use inside measuring().
+        """Enable second-order kernels and hold everything not selected constant; for use inside
+        measuring().
 
         Yields:
             What to call.
@@ -318,7 +320,8 @@ class ModelOperator(Operator):
         return self._average(model(batch[0]), batch[1])
 
     def _average(self, outputs: Any, targets: Any) -> Averaged:
-        """Return the mean loss of a piece, from the model's outputs or, for a dict, from the model itself."""
+        """Return the mean loss of a piece, from the model's outputs or, for a dict, from the model
+        itself."""
         averaged = self._loss(outputs, targets)
         if self.is_part or self._single is None or not self._fits(self._single):
             self._check_split(outputs, targets)

@@ -1,4 +1,5 @@
-"""What a forward pass over one batch or microbatch leaves for products, and which losses are refused."""
+"""What a forward pass over one batch or microbatch leaves for products, and which losses are
+refused."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -241,7 +241,8 @@ class CurvatureProbe:
         )
 
     def _unsettled_losses(self, operator: ProbeOperator) -> tuple[float, float] | None:
-        """Return the losses under running and own statistics if the former have not settled, else None."""
+        """Return the losses under running and own statistics if the former have not settled, else
+        None."""
         ask = getattr(operator, "statistics_losses", None)  # of operators that run a model
         found = ask() if self._check_statistics and ask is not None else None
         if found is None:
@@ -292,7 +293,8 @@ class CurvatureProbe:
 
 
 def by_value(nearness: Tensor) -> Tensor:
-    """Return the weights of remembered Ritz vectors, shape [m], from their values relative to the leading one."""
+    """Return the weights of remembered Ritz vectors, shape [m], from their values relative to the
+    leading one."""
     return RUNNER_UP_WEIGHT * nearness
 
 
@@ -314,7 +316,8 @@ def remembered(result: EigenResult, weigh: Callable[[Tensor], Tensor] = by_value
 
 
 def _mixed(seed: int, call: int) -> int:
-    """Return one 63-bit seed for each pair, of any size: a shifted sum would overflow a generator's 64 bits."""
+    """Return one 63-bit seed for each pair, of any size: a shifted sum would overflow a generator's
+    64 bits."""
     digest = hashlib.blake2b(f"{seed},{call}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -325,7 +328,8 @@ def _averaged(average: float | None, value: float, window: int) -> float:
 
 
 def _updated(state: Mapping[str, Any], window: int) -> Mapping[str, Any]:
-    """Return a state in today's form: earlier ones hold the columns that the start sums up, and no average."""
+    """Return a state in today's form: earlier ones hold the columns that the start sums up, and no
+    average."""
     if "start" in state:
         return state
     columns, average = state["vectors"], None

@@ -26,7 +26,8 @@ class ProductCheck:
         self._missing: tuple[int, ...] = ()
 
     def note(self, graph: Graph, missing: tuple[int, ...]) -> None:
-        """Note a graph's reasons for doubt: foreign functions, and selected weights without a gradient."""
+        """Note a graph's reasons for doubt: foreign functions, and selected weights without a
+        gradient."""
         self._foreign = graph.foreign or self._foreign
         self._missing = missing or self._missing
 

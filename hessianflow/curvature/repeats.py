@@ -1,4 +1,5 @@
-"""Whether a loss repeats: a random operator is not a matrix, but its products would look like one's."""
+"""Whether a loss repeats: a random operator is not a matrix, but its products would look like
+one's."""
 
 import torch
 from torch import Tensor

@@ -110,7 +110,8 @@ def spectrum_report(
     check_product: bool = True,
     progress: Progress | None = None,
 ) -> SpectrumReport:
-    """Measure leading eigenvalues, and on request trace, density and single layers; the model is left as found.
+    """Measure leading eigenvalues, and on request trace, density and single layers; the model is
+    left as found.
 
     Args:
         model: the model.

@@ -113,7 +113,8 @@ class RitzSpace:
         self._is_measured = False
 
     def _measure(self) -> None:
-        """Measure residuals and estimated errors of the wanted pairs, once for each set of Ritz pairs."""
+        """Measure residuals and estimated errors of the wanted pairs, once for each set of Ritz
+        pairs."""
         if self._is_measured:
             return
         wanted = min(self._k, self.size)
@@ -133,7 +134,8 @@ class RitzSpace:
         return bool(self._accurate().all()) and self._rival() is None
 
     def meets_demand(self) -> bool:
-        """Return whether pairs that are accurate enough to stop meet the tolerances, not just `noise`.
+        """Return whether pairs that are accurate enough to stop meet the tolerances, not just
+        `noise`.
 
         A value that would vanish in a sum with the largest is zero; no relative error is asked of
         it.
@@ -240,7 +242,8 @@ class RitzSpace:
         return product / self._unit
 
     def _compress(self) -> None:
-        """Restart thickly: keep the best Ritz vectors and as many again, for the sake of convergence."""
+        """Restart thickly: keep the best Ritz vectors and as many again, for the sake of
+        convergence."""
         keep = min(self.size - 1, max(self._keep, self._capacity // 2))
         kept = self._coordinates[:, :keep]
         self._gram[:keep, :keep] = kept.T @ self._gram[: self.size, : self.size] @ kept
@@ -262,7 +265,8 @@ class RitzSpace:
         return np.maximum(limits, self.noise)
 
     def _gap(self) -> float:
-        """Return the gap from the first value to the next that does not agree with it within the tolerance."""
+        """Return the gap from the first value to the next that does not agree with it within the
+        tolerance."""
         distances = np.abs(self.values[1:] - self.values[0])
         others = distances[distances > self._demand.tol * abs(self.values[0])]
         return float(others.min()) if len(others) else math.inf
@@ -279,7 +283,8 @@ class RitzSpace:
         return accurate
 
     def _bounds(self) -> Array:
-        """Return errors that values of accurate pairs may have: the residual, or at least what was asked.
+        """Return errors that values of accurate pairs may have: the residual, or at least what was
+        asked.
 
         The gap in r^2/gap is that of values seen; between eigenvalues closer than the tolerance it
         means nothing.

@@ -169,7 +169,8 @@ def _peer(model: nn.Module, loss_fn: LossFn, batch: Batch, operator: HessianOper
 
 
 def _attempt(measure: Callable[[], Any], name: str, notes: list[str]) -> Any:
-    """Return PyHessian's answer, or None and a note: whatever another library raises is a finding here."""
+    """Return PyHessian's answer, or None and a note: whatever another library raises is a finding
+    here."""
     try:
         return measure()
     except Exception as error:

@@ -34,7 +34,8 @@ def listed(params: Selection) -> Sequence[str | Tensor] | None:
 
 
 def select_parameters(model: nn.Module, params: Selection) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """Return names and tensors of the chosen trainable parameters, each tensor once however often it is tied.
+    """Return names and tensors of the chosen trainable parameters, each tensor once however often
+    it is tied.
 
     A pattern matches a parameter's name or that of a module that holds it. Frozen parameters are constants.
 

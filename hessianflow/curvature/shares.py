@@ -88,7 +88,8 @@ def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, f
 
 
 def with_node(recurrence: Tensor, value: float, side: int) -> tuple[Tensor, Tensor, int]:
-    """Return the nodes and weights of the rule with a node at a given value, and the place of that node.
+    """Return the nodes and weights of the rule with a node at a given value, and the place of that
+    node.
 
     After a breakdown all nodes are eigenvalues, and none is put: the place is where it would be.
 

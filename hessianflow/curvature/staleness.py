@@ -68,18 +68,21 @@ class Snapshot:
             return False
         if _places(self._tensors) != self._places:
             return False
-        # Comparing on the host is worth a synchronisation: the alternative is a product at outdated weights.
+        # Comparing on the host is worth a synchronisation: the alternative is a product at outdated
+        # weights.
         return self._contents.numbers() == self._numbers
 
     def renew(self) -> None:
-        """Read addresses, versions and attributes anew, after a forward pass that may have changed them."""
+        """Read addresses, versions and attributes anew, after a forward pass that may have changed
+        them."""
         model, loss_fn, _ = self._sources
         self._structure = _Structure(model, loss_fn)
         self._tensors = [*self._structure.tensors(), *self._of_batch]
         self._places = _places(self._tensors)
 
     def has_values_of(self, other: "Snapshot") -> bool:
-        """Return whether another snapshot was taken of equal values in equal layouts, in the same modules.
+        """Return whether another snapshot was taken of equal values in equal layouts, in the same
+        modules.
 
         Where the tensors lie in memory does not matter.
         """
@@ -107,11 +110,13 @@ class _Structure:
         ]
         self._keys = [(held, key) for held, key, _ in plain]
         self._values = [value for _, _, value in plain]
-        # A module's plain tensors are compared by identity only; those of a partial are options, and are read.
+        # A module's plain tensors are compared by identity only; those of a partial are options,
+        # and are read.
         self._further = _tensors_of(loss_fn.keywords) if isinstance(loss_fn, partial) else []
 
     def is_as_found(self) -> bool:
-        """Return whether nothing was replaced, added or removed; the values of tensors are not compared."""
+        """Return whether nothing was replaced, added or removed; the values of tensors are not
+        compared."""
         if not _are_same([entry for table in self._tables for entry in table.values()], self._entries):
             return False
         now = [held.get(key) for held, key in self._keys]
@@ -280,7 +285,8 @@ def _strided_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def _flat_view(tensor: Tensor) -> Tensor | None:
-    """Return a view of all values in one dimension, in memory order; None where there are gaps between them."""
+    """Return a view of all values in one dimension, in memory order; None where there are gaps
+    between them."""
     if tensor.is_contiguous():
         return tensor.detach().view(-1)
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)

@@ -120,7 +120,8 @@ def _sketched(operator: LinearOperator, most: int, source: torch.Generator) -> t
 
 
 def _orthonormal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal columns that span `vectors`, and their products, by the same combinations of `images`."""
+    """Return orthonormal columns that span `vectors`, and their products, by the same combinations
+    of `images`."""
     basis, products = vectors[:, :0], images[:, :0]
     for vector, image in zip(vectors.unbind(1), images.unbind(1), strict=True):
         inside = basis.T @ vector
@@ -134,7 +135,8 @@ def _orthonormal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _next_direction(basis: Tensor, products: Tensor) -> Tensor | None:
-    """Return the unit vector along which the products leave the basis most; None where they do not."""
+    """Return the unit vector along which the products leave the basis most; None where they do
+    not."""
     largest = _finite(products.abs().max())
     if largest == 0:
         return None
@@ -182,7 +184,8 @@ def _missed_energy(sketch: Tensor) -> float:
 
 
 def diagonal(operator: LinearOperator, *, num_matvecs: int, seed: int | None = None) -> DiagonalResult:
-    """Return the diagonal, diag A = E[g * (A g)] for random signs g, with the standard error of each entry.
+    """Return the diagonal, diag A = E[g * (A g)] for random signs g, with the standard error of
+    each entry.
 
     Raises:
         HessianFlowError: fewer than 2 products.

@@ -10,7 +10,8 @@ from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 
 def generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Return a generator of our own on `device`; the global ones stay untouched. None: fresh entropy."""
+    """Return a generator of our own on `device`; the global ones stay untouched. None: fresh
+    entropy."""
     made = torch.Generator(device)
     if seed is None:
         made.seed()
@@ -79,7 +80,8 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def vector_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    """Return the type of flat vectors: the widest of the parameters, and float32 for 16-bit ones."""
+    """Return the type of flat vectors: the widest of the parameters, and float32 for 16-bit
+    ones."""
     widest = torch.float32
     for parameter in parameters:
         widest = torch.promote_types(widest, parameter.dtype)

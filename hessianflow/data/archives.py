@@ -85,7 +85,8 @@ def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) 
 def read_members(
     archive: Path, names: Collection[str], *, max_bytes: int, max_total: int = MAX_UNPACKED_BYTES
 ) -> dict[str, bytes]:
-    """Return the contents of those of `names` that a tar archive holds, in one pass, without unpacking.
+    """Return the contents of those of `names` that a tar archive holds, in one pass, without
+    unpacking.
 
     Args:
         archive: plain or packed with gzip.

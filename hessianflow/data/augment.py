@@ -81,7 +81,8 @@ class Augmentation:
         return bool(self.crop_padding or self.flip or self.cutout)
 
     def draw(self, count: int, height: int, width: int, *, seed: int, epoch: int) -> Draws:
-        """Return all draws for `count` images of this size in one epoch; each kind from a generator of its own."""
+        """Return all draws for `count` images of this size in one epoch; each kind from a generator
+        of its own."""
         offsets = flips = centres = None
         if self.crop_padding:
             shape, source = (count, 2), generator(seed, "crop", epoch)
@@ -129,7 +130,8 @@ class Augmentation:
 
 
 def _take_rows(rows: Tensor, tops: Tensor, height: int) -> Tensor:
-    """Return rows tops[i] .. tops[i]+height-1 of image i; whole rows are copied, which is what makes it fast."""
+    """Return rows tops[i] .. tops[i]+height-1 of image i; whole rows are copied, which is what
+    makes it fast."""
     n, planes, padded_height, length = rows.shape
     firsts = torch.arange(n * planes, device=rows.device).view(n, planes, 1) * padded_height
     window = tops[:, None] + torch.arange(height, device=rows.device)

@@ -72,7 +72,8 @@ class ImageSet:
         return len(self.images)
 
     def take(self, count: int) -> "ImageSet":
-        """Return the first `count` examples only (all, if there are fewer); for runs at reduced scale."""
+        """Return the first `count` examples only (all, if there are fewer); for runs at reduced
+        scale."""
         return replace(self, images=self.images[:count], targets=self.targets[:count])
 
     def batches(

@@ -233,7 +233,8 @@ def _continue_download(source: Source, file: BinaryIO, progress: Progress | None
 
 
 def _request(source: Source, have: int) -> HTTPResponse | None:
-    """Return the answer with all bytes from number `have` on; None where the server says that there are none.
+    """Return the answer with all bytes from number `have` on; None where the server says that there
+    are none.
 
     Raises:
         HessianFlowError: an address, of the file or of where the server sends us, that is none.

@@ -220,7 +220,8 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _image_names(folder: Path) -> list[str]:
-    """Return names of the images of one class, sorted; where links lead is seen when they are read."""
+    """Return names of the images of one class, sorted; where links lead is seen when they are
+    read."""
     with os.scandir(folder) as entries:
         images = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
     for entry in images:
@@ -294,7 +295,8 @@ def _random_crop(image: Any, size: int) -> Any:
 
 
 def _central_crop(image: Any, size: int) -> Any:
-    """Return the central square of side shorter_side / RESIZE_TO_CROP, resized: the same as resizing first."""
+    """Return the central square of side shorter_side / RESIZE_TO_CROP, resized: the same as
+    resizing first."""
     from PIL import Image
 
     width, height = image.size

@@ -33,7 +33,8 @@ class Inflated:
         self._waiting = b""
 
     def read(self, size: int, /) -> bytes:
-        """Return the next `size` bytes, fewer only at the end; the stream's own checksum is compared there.
+        """Return the next `size` bytes, fewer only at the end; the stream's own checksum is
+        compared there.
 
         Raises:
             EOFError: the stream is cut short.

@@ -186,7 +186,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def rows_of(stack: Any, rows: slice) -> Any:
-    """Return some examples of what the default collate made: all in it has one row or entry an example.
+    """Return some examples of what the default collate made: all in it has one row or entry an
+    example.
 
     Raises:
         HessianFlowError: an entry of a type that torch does not stack by itself.

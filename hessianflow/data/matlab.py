@@ -116,7 +116,8 @@ def _matrix(stream: Source, kind: int, order: str) -> MatArray:
 
 
 def _tag(stream: Source, order: str) -> tuple[int, int, bytes]:
-    """Return the kind and length of an element; the content too where it is short enough to stand in the tag."""
+    """Return the kind and length of an element; the content too where it is short enough to stand
+    in the tag."""
     tag = _exactly(stream, 8)
     kind, length = struct.unpack(f"{order}II", tag)
     if kind >> 16:

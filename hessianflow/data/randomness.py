@@ -79,7 +79,8 @@ class Randomness:
 
 
 def generators_of(owner: Any) -> list[Any]:
-    """Return the random generators among what `owner` holds, in an order that depends on nothing else."""
+    """Return the random generators among what `owner` holds, in an order that depends on nothing
+    else."""
     found: list[Any] = []
     seen: set[int] = set()
     waiting = deque([owner])

@@ -159,7 +159,8 @@ class AdaptiveBatches(ExampleStream):
         self._forget_chunks()
 
     def examples(self, indices: Tensor) -> Batch:
-        """Return the examples at `indices` (int64 [n]), loaded here and now; the stream does not move.
+        """Return the examples at `indices` (int64 [n]), loaded here and now; the stream does not
+        move.
 
         Transforms of the data set apply as in epoch 0: give a set without random ones to measure on.
         """
@@ -167,7 +168,8 @@ class AdaptiveBatches(ExampleStream):
         return self._finished(self._collated(items, 0, self._num_examples))
 
     def sample(self, count: int, seed: int = 0) -> Batch:
-        """Return `count` different examples chosen by `seed` alone: the fixed batch of a curvature probe.
+        """Return `count` different examples chosen by `seed` alone: the fixed batch of a curvature
+        probe.
 
         Raises:
             HessianFlowError: `count` below 1 or above the number of examples.
@@ -250,7 +252,8 @@ class AdaptiveBatches(ExampleStream):
         return chunk  # type: ignore[no-any-return]
 
     def _next_rows(self, count: int) -> Any:
-        """Return the next `count` examples, joined from chunks; what is left of the last one stays."""
+        """Return the next `count` examples, joined from chunks; what is left of the last one
+        stays."""
         parts = []
         while count > 0:
             if not self._loaded:
@@ -278,7 +281,8 @@ class AdaptiveBatches(ExampleStream):
         return take_rows(self._collated(self._examples.__getitems__([(0, 0)]), 0, self._num_examples), slice(0, 0), 1)
 
     def _collated(self, items: Any, epoch: int, place: int) -> Any:
-        """Return a batch of items on the device; what `collate_fn` draws depends on epoch and place alone.
+        """Return a batch of items on the device; what `collate_fn` draws depends on epoch and place
+        alone.
 
         For items that are outside the order the place is the one behind the last.
         """
@@ -296,7 +300,8 @@ class AdaptiveBatches(ExampleStream):
         return batch if self._transform is None else self._transform(batch)
 
     def _end_workers(self) -> None:
-        """End the workers after an error: the loader is of no use, and what was taken off it is needed again."""
+        """End the workers after an error: the loader is of no use, and what was taken off it is
+        needed again."""
         # The traceback holds on to the iterator. Processes forked later would inherit it, and try
         # to end its workers.
         if self._ending is not None:

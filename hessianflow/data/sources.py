@@ -78,7 +78,8 @@ def remedy(name: str) -> str:
 
 
 def damaged(name: str, file: object, what: str) -> HessianFlowError:
-    """Return the error for a file of data set `name` that is not as it should be, with the way out."""
+    """Return the error for a file of data set `name` that is not as it should be, with the way
+    out."""
     return HessianFlowError(f"{file}: {what}; {remedy(name)}")
 
 

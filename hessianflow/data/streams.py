@@ -33,13 +33,15 @@ _STATE_KEYS = ("seed", "epoch", "cursor", "batch_size", "num_examples")
 
 
 def stream_seed(seed: int, stream: Stream, *key: int) -> int:
-    """Return a 63-bit seed for one named stream and key (an epoch, an example, ...), independent of all others."""
+    """Return a 63-bit seed for one named stream and key (an epoch, an example, ...), independent of
+    all others."""
     sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM_KEYS[stream], *key))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
-    """Return a CPU generator seeded with :func:`stream_seed`: draws are the same whichever device they end on."""
+    """Return a CPU generator seeded with :func:`stream_seed`: draws are the same whichever device
+    they end on."""
     return torch.Generator().manual_seed(stream_seed(seed, stream, *key))
 
 
@@ -198,7 +200,8 @@ class ExampleStream:
         return half if left - half > 1 else left
 
     def _order(self) -> Tensor:
-        """Return which example stands at each place of the current epoch, int64 [num_examples], on the CPU."""
+        """Return which example stands at each place of the current epoch, int64 [num_examples], on
+        the CPU."""
         if not self._shuffle:
             return torch.arange(self._num_examples)
         return torch.randperm(self._num_examples, generator=generator(self._seed, "order", self._epoch))

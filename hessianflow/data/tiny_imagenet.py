@@ -33,7 +33,8 @@ class TinyLayout:
 def read_tiny_imagenet(
     root: Path, split: str, *, layout: TinyLayout = TinyLayout()
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return images uint8 [N, 3, 64, 64], targets int64 [N] and class identifiers of one split; needs Pillow.
+    """Return images uint8 [N, 3, 64, 64], targets int64 [N] and class identifiers of one split;
+    needs Pillow.
 
     Raises:
         HessianFlowError: files that are missing or damaged, or a number of classes or images that is not as published.

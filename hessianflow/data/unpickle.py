@@ -189,7 +189,8 @@ def _new_dtype(*arguments: Any) -> _UInt8:
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
-    """Return what Python 3 writes for bytes in an old protocol: latin-1 only, not every codec there is."""
+    """Return what Python 3 writes for bytes in an old protocol: latin-1 only, not every codec there
+    is."""
     if encoding != "latin1":
         raise ValueError(f"unexpected encoding {str(encoding)[:40]!r}")
     return bytes(_of_type(text, str).encode("latin1"))

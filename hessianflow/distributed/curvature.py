@@ -106,7 +106,8 @@ class AllReducedOperator(Operator):
 
 
 def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
-    """Return this rank's contiguous part of a batch that all ranks hold, and its number of examples.
+    """Return this rank's contiguous part of a batch that all ranks hold, and its number of
+    examples.
 
     Rank r of w gets rows n*r//w to n*(r+1)//w. Where that is none, the first row comes back with the count 0, so that
     an operator can still be built on it.

@@ -25,7 +25,8 @@ _NATIVE = frozenset({bool, int, float, str, type(None)})
 
 
 def dumps(value: Any) -> bytes:
-    """Return the bytes of a plain value; tensors come back on the CPU, and NumPy's numbers as Python's.
+    """Return the bytes of a plain value; tensors come back on the CPU, and NumPy's numbers as
+    Python's.
 
     Raises:
         HessianFlowError: something that is no plain value, named by its type.

@@ -56,7 +56,8 @@ class Generation:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Generation | None:
-    """Return the place torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK) gave to this process.
+    """Return the place torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK) gave to
+    this process.
 
     Returns:
         None when RANK is not set: an ordinary run of one process.
@@ -84,7 +85,8 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
 
 
 def local_device(name: str, local_rank: int) -> torch.device:
-    """Return the device of one process of a machine: "cuda" becomes "cuda:<local_rank>", others stay.
+    """Return the device of one process of a machine: "cuda" becomes "cuda:<local_rank>", others
+    stay.
 
     Raises:
         HessianFlowError: more processes than CUDA devices on this machine.
@@ -159,7 +161,8 @@ def _meeting_point(
 
 
 def _is_one_address(name: str, one_machine: bool) -> bool:
-    """Return whether all ranks reach this machine by the same address; a name may mean others elsewhere."""
+    """Return whether all ranks reach this machine by the same address; a name may mean others
+    elsewhere."""
     try:
         found = {info[4][0] for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
@@ -241,7 +244,8 @@ class ProcessGroupReducer:
         return self.generation.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all ranks: `tensor` itself, overwritten, or a new one where it is not contiguous."""
+        """Return the sum over all ranks: `tensor` itself, overwritten, or a new one where it is not
+        contiguous."""
         summed = tensor.contiguous()
         dist.all_reduce(summed)
         return summed

@@ -56,7 +56,8 @@ def endings(ray: Any) -> tuple[type[Exception], ...]:
 
 
 def answer(ray: Any, ref: Any) -> Any:
-    """Return what an actor answers; an error of its own code comes as itself where it says what to do."""
+    """Return what an actor answers; an error of its own code comes as itself where it says what to
+    do."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:

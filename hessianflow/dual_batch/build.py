@@ -217,7 +217,8 @@ def time_worker(config: TrainConfig, number: int) -> dict[int, list[tuple[int, f
 
 
 def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]:
-    """Return the time model at each resolution: given, recorded by the run that is resumed, or measured."""
+    """Return the time model at each resolution: given, recorded by the run that is resumed, or
+    measured."""
     resolutions = sorted({stage.level.resolution for stage in stages})
     if config.slope is not None:
         return _given_times(config, resolutions)
@@ -286,7 +287,8 @@ def _transport(config: TrainConfig, parts: Parts, schedule: Schedule) -> Transpo
 
 
 def _resources(config: TrainConfig) -> Resources:
-    """Return a share of the processors and GPUs of this machine; a cluster gives every worker at least that."""
+    """Return a share of the processors and GPUs of this machine; a cluster gives every worker at
+    least that."""
     workers = given(config.workers)
     gpus = torch.cuda.device_count() if find_device(config.device).type == "cuda" else 0
     return Resources(min(1.0, (os.cpu_count() or 1) / workers), min(1.0, gpus / workers))

@@ -155,7 +155,8 @@ class LocalTraining:
         return made
 
     def state_dict(self) -> dict[str, Any]:
-        """Return optimizer, loss scale (fp16) and count of local epochs; the weights are the server's."""
+        """Return optimizer, loss scale (fp16) and count of local epochs; the weights are the
+        server's."""
         return {
             "next": self._next,
             "optimizer": checkpoint.plain(self._optimizer.state_dict()),

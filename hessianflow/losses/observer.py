@@ -1,4 +1,5 @@
-"""Observes a user's own loss while it runs, and tells from the calls inside what its mean divides by."""
+"""Observes a user's own loss while it runs, and tells from the calls inside what its mean divides
+by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""Checks that a loss may be cut into parts: their weighted mean must equal the loss of the whole."""
+"""Checks that a loss may be cut into parts: their weighted mean must equal the loss of the
+whole."""
 
 import math
 from collections.abc import Iterator
@@ -133,7 +134,8 @@ class SplitCheck:
         value = float(whole.value.detach())
         found, scale = _mean(parts)
         tolerance = _tolerance(whole.value.dtype) * max(scale, abs(value), torch.finfo(whole.value.dtype).tiny)
-        # A whole that is not finite shows divergence, not weights. A part alone that is not finite fails below.
+        # A whole that is not finite shows divergence, not weights. A part alone that is not finite
+        # fails below.
         if not math.isfinite(value):
             return
         if abs(found - value) <= tolerance:
@@ -224,7 +226,8 @@ def _rows(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any]
 
 
 def _rows_of(part: Any, span: slice, rows: int, name: str) -> Any:
-    # A list of two tensors of two rows may be two examples or two inputs. Of a batch that was cut it is two inputs.
+    # A list of two tensors of two rows may be two examples or two inputs. Of a batch that was cut
+    # it is two inputs.
     if is_list(part) and all(isinstance(t, Tensor) and t.ndim > 0 and len(t) == rows for t in part):
         return type(part)(t[span] for t in part)
     return take_rows(part, span, rows, name)

@@ -136,7 +136,8 @@ def _way_out(name: str, module: str, error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Return the file and the line of the user's code that an error came from; empty where that is unknown."""
+    """Return the file and the line of the user's code that an error came from; empty where that is
+    unknown."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(os.getcwd())]
     return f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""

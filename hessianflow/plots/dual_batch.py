@@ -98,7 +98,8 @@ def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: i
 
 
 def batch_and_resolution(run: RunSource, path: str | Path | None = None) -> Figure:
-    """Return batch sizes (of both kinds of workers, where there are two) and resolution over epochs.
+    """Return batch sizes (of both kinds of workers, where there are two) and resolution over
+    epochs.
 
     Args:
         run: on a parameter server, or with a schedule of resolutions.

@@ -97,7 +97,8 @@ def column(rows: Iterable[Row], key: str) -> Array:
 
 
 def batch_steps(run: Run) -> tuple[Array, Array]:
-    """Return the batch size as a staircase: (examples at which it was set, batch size from there on).
+    """Return the batch size as a staircase: (examples at which it was set, batch size from there
+    on).
 
     The last point repeats the last size at the end of the run.
     """

@@ -56,12 +56,14 @@ def look(index: int, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
 
 
 def dash(index: int) -> Any:
-    """Return a line style that changes when the colours repeat, for figures in which dashes mean nothing else."""
+    """Return a line style that changes when the colours repeat, for figures in which dashes mean
+    nothing else."""
     return ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))[index // len(COLOURS) % 4]
 
 
 def new_figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """Return an empty figure of this size in inches; "constrained" keeps labels and legends from overlapping."""
+    """Return an empty figure of this size in inches; "constrained" keeps labels and legends from
+    overlapping."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
@@ -127,7 +129,8 @@ def run_handles(names: Sequence[str]) -> list[Line2D]:
 
 
 def cut(label: str, room: int = _MAX_NAME) -> str:
-    """Return a label of settings, which begin with what matters most, cut on the right to so many characters."""
+    """Return a label of settings, which begin with what matters most, cut on the right to so many
+    characters."""
     return label if len(label) <= room else label[: room - 1].rstrip(" ,") + "…"
 
 

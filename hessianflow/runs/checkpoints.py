@@ -165,7 +165,8 @@ def _newest_first(folder: Path) -> list[str]:
 
 
 def _check_history(folder: Path, name: str, state: Mapping[str, Any], history_bytes: int) -> None:
-    """Refuse a checkpoint whose history is shorter now, or was changed after the checkpoint was made."""
+    """Refuse a checkpoint whose history is shorter now, or was changed after the checkpoint was
+    made."""
     made_at = state.get("history_bytes")
     if type(made_at) is not int or made_at < 0:
         raise HessianFlowError(f"checkpoint {folder / name}: history_bytes must be a whole number from 0 on")
@@ -196,7 +197,8 @@ def _check_records(path: Path) -> None:
 
 
 def _keep_previous(path: Path, keep: int) -> None:
-    """Rename every older checkpoint to the name of the next older one, up to the first free name."""
+    """Rename every older checkpoint to the name of the next older one, up to the first free
+    name."""
     names = [path.with_name(PREVIOUS)]
     while names[-1].exists() and len(names) < keep - 1:
         names.append(path.with_name(f"{Path(PREVIOUS).stem}-{len(names) + 1}.pt"))
@@ -210,7 +212,8 @@ def _keep_previous(path: Path, keep: int) -> None:
         os.replace(path, path.with_name(PREVIOUS))
         return
     os.replace(link, path.with_name(PREVIOUS))
-    # After a kill here, previous.pt and last.pt are one file, and renaming one over the other leaves both names.
+    # After a kill here, previous.pt and last.pt are one file, and renaming one over the other
+    # leaves both names.
     link.unlink(missing_ok=True)
 
 

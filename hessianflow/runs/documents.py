@@ -163,14 +163,16 @@ class SpectrumFile(_SpectrumRequired, total=False):
 
 
 class RobustnessFile(TypedDict):
-    """robustness.json: for each attack, (accuracy, lower, upper limit) at each perturbation size."""
+    """robustness.json: for each attack, (accuracy, lower, upper limit) at each perturbation
+    size."""
 
     eps: list[float]
     accuracy: dict[str, list[tuple[Share, Share, Share]]]
 
 
 class Measurement(TypedDict, total=False):
-    """Step times of one worker, as plan.json keeps them under "measured": points, or a line fit to them."""
+    """Step times of one worker, as plan.json keeps them under "measured": points, or a line fit to
+    them."""
 
     sizes: list[Size]
     seconds: list[_Positive]
@@ -259,7 +261,8 @@ def _read(
     further: Callable[[Any], Fault | None] = lambda _found: None,
     remedy: str = "",
 ) -> Any:
-    """Read a file, check its form, then check it with `further`; `remedy` ends the error message."""
+    """Read a file, check its form, then check it with `further`; `remedy` ends the error
+    message."""
     if not path.is_file():
         return {}
     try:

@@ -174,7 +174,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write settings, without the run directory, as the YAML that `hessianflow train --config` reads."""
+    """Write settings, without the run directory, as the YAML that `hessianflow train --config`
+    reads."""
     import yaml
 
     kept = {key: value for key, value in settings.items() if key != "run_dir"}

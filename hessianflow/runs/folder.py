@@ -112,7 +112,8 @@ def _made_and_held(folder: Path) -> Claim:
 
 @contextmanager
 def new_folder(base: Path) -> Iterator[Path]:
-    """Yield a new directory called `base`, or `base`-2 and so on, and remove it at the end if empty.
+    """Yield a new directory called `base`, or `base`-2 and so on, and remove it at the end if
+    empty.
 
     No other process can get the same one.
 
@@ -157,7 +158,8 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process left half-written; only the holder of the directory may call this."""
+    """Remove what a killed process left half-written; only the holder of the directory may call
+    this."""
     for place in (folder, folder / CHECKPOINTS):
         for path in place.glob("*.tmp"):
             if _of_what(path.name) != path.name:
@@ -166,7 +168,8 @@ def clean(folder: Path) -> None:
 
 
 def _of_what(name: str) -> str:
-    """Return the name of the file that a temporary file was to become; return other names unchanged.
+    """Return the name of the file that a temporary file was to become; return other names
+    unchanged.
 
     Temporary files are called .NAME.PROCESS.tmp; those of earlier releases NAME.tmp.
     """
@@ -209,7 +212,8 @@ def _never_stepped(folder: Path) -> bool:
     names = {_of_what(path.name) for path in folder.iterdir()}
     if not names <= set(_OF_A_START) or any((folder / CHECKPOINTS).glob("*.pt")):
         return False
-    # A run begins with its lock file and a temporary file for config.json: either shows that it is ours.
+    # A run begins with its lock file and a temporary file for config.json: either shows that it is
+    # ours.
     whole = {path.name for path in folder.iterdir()}
     begun = LOCK in whole or not whole & {CONFIG, SETTINGS, HISTORY, CHECKPOINTS} or _is_ours(folder / CONFIG)
     return begun and _is_ours(folder / CONFIG, absent=True) and _has_no_step(folder / HISTORY)

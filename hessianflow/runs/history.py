@@ -82,7 +82,8 @@ class History:
         return [row for row in self.of_kind("batch") if row["to"] > row["from"]]
 
     def fact(self, name: str) -> Any:
-        """Return what config.json holds about the trainer under `name`, such as "examples_per_epoch".
+        """Return what config.json holds about the trainer under `name`, such as
+        "examples_per_epoch".
 
         Raises:
             HessianFlowError: config.json has no such entry.
@@ -142,7 +143,8 @@ def _refusal(path: Path, number: int, what: str) -> HessianFlowError:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the text of every line that is not blank; overlong lines are cut short."""
+    """Yield the number and the text of every line that is not blank; overlong lines are cut
+    short."""
     try:
         with open(path, "rb") as file:
             number = 0

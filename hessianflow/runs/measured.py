@@ -83,7 +83,8 @@ def _of_one_function(earlier: SpectrumFile, found: Mapping[str, Any]) -> bool:
 
 
 def _joined(earlier: SpectrumFile, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of both; where both have a part, the new one, but the longer list of eigenvalues.
+    """Return the parts of both; where both have a part, the new one, but the longer list of
+    eigenvalues.
 
     A shorter new list wins only if the longer one did not converge and the new one did.
     """

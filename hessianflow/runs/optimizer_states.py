@@ -98,7 +98,8 @@ def in_order(saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequ
 
 @contextmanager
 def keeping_options(optimizer: Optimizer) -> Iterator[None]:
-    """Keep all options of an optimizer while it takes a saved state, and let torch fill in newer ones.
+    """Keep all options of an optimizer while it takes a saved state, and let torch fill in newer
+    ones.
 
     Raises:
         DamagedStateError: the state lacks an option.
@@ -112,7 +113,8 @@ def keeping_options(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _is_alike(own: Any, saved: Any) -> bool:
-    """Return whether a saved option is of the same kind as an optimizer's own, and finite if a number."""
+    """Return whether a saved option is of the same kind as an optimizer's own, and finite if a
+    number."""
     if isinstance(own, Tensor) or isinstance(saved, Tensor):
         return isinstance(own, (Tensor, float, int)) and isinstance(saved, (Tensor, float, int))
     if isinstance(own, (list, tuple)):

@@ -161,7 +161,8 @@ _CHECK_MEASUREMENT = checker(_Measurement)
 
 
 def row_fault(row: Any) -> Fault | None:
-    """Return the first field of a row that is missing or has the wrong form; None for a valid row."""
+    """Return the first field of a row that is missing or has the wrong form; None for a valid
+    row."""
     kind = row.get("kind") if isinstance(row, dict) else None
     check = _CHECKS.get(kind) if isinstance(kind, str) else None
     return (check or _CHECK_MEASUREMENT)(row)
@@ -196,7 +197,8 @@ def spent_on(seconds: Mapping[str, float], examples: int) -> Record:
 
 
 def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Record:
-    """Return the row of one reading; `note` says why the controller changed nothing, if it did not."""
+    """Return the row of one reading; `note` says why the controller changed nothing, if it did
+    not."""
     row: Record = {
         **place("curvature", progress),
         "eigenvalue": reading.eigenvalue,

@@ -46,7 +46,8 @@ class TensorBoardSink:
         kind, step = record["kind"], record["examples"]
         if self._writer is None:
             # TensorBoard hides whatever an interrupted run wrote later than this. The first record of a resumed run may
-            # be an event at the checkpoint itself, the place of records from before the checkpoint, too.
+            # be an event at the checkpoint itself, the place of records from before the checkpoint,
+            # too.
             self._writer = self._make(str(self._folder), purge_step=step + (kind == "event"))
         for name, value in record.items():
             if name in _PLACE or value is None:

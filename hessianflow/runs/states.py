@@ -87,7 +87,8 @@ class _TrainingRequired(_Common):
 
 
 class TrainingState(_TrainingRequired, total=False):
-    """What a trainer saves; see `hessianflow.training.state`. Earlier versions lack the optional entries."""
+    """What a trainer saves; see `hessianflow.training.state`. Earlier versions lack the optional
+    entries."""
 
     rank_generators: list[dict[str, Any]]
     late_buffers: list[str]
@@ -192,7 +193,8 @@ def check_dual_batch_state(state: Mapping[str, Any]) -> None:
 
 
 def model_fault(model: nn.Module, state: Mapping[str, Any]) -> str | None:
-    """Return how saved weights differ in name, shape or type from a model's; None if they do not."""
+    """Return how saved weights differ in name, shape or type from a model's; None if they do
+    not."""
     own = model.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own:
@@ -224,7 +226,8 @@ def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def restoring(source: str) -> Iterator[None]:
-    """Turn whatever is raised over a damaged entry into a one-line error, while a state is restored.
+    """Turn whatever is raised over a damaged entry into a one-line error, while a state is
+    restored.
 
     Args:
         source: where the state comes from, such as "the checkpoint in runs/a".
@@ -249,7 +252,8 @@ def _refuse(fault: Fault | None) -> None:
 
 
 def _tensor_fault(value: Any, depth: int = 0) -> Fault | None:
-    """Return the first tensor that is not plain, dense and on the CPU, or where nesting is too deep."""
+    """Return the first tensor that is not plain, dense and on the CPU, or where nesting is too
+    deep."""
     if isinstance(value, Tensor):
         plain = value.layout is torch.strided and value.device.type == "cpu"
         return None if plain and not value.is_quantized else Fault("", f"must be a plain tensor, got {_sort(value)}")

@@ -1,4 +1,5 @@
-"""Makes untrusted text (folder names, reasons, settings) safe for figures, tables, pages and screens."""
+"""Makes untrusted text (folder names, reasons, settings) safe for figures, tables, pages and
+screens."""
 
 import re
 import unicodedata
@@ -9,14 +10,16 @@ _FORMULA = ("=", "+", "-", "@")
 
 
 def plain(text: str) -> str:
-    """Return a text on one line, with characters that cannot be shown marked and invisible ones dropped."""
+    """Return a text on one line, with characters that cannot be shown marked and invisible ones
+    dropped."""
     spaced = "".join(" " if sign.isspace() else sign for sign in text)
     kinds = ((sign, unicodedata.category(sign)) for sign in spaced)
     return "".join(_DROPPED if kind in _HIDDEN else sign for sign, kind in kinds if kind != "Cf")
 
 
 def in_figure(text: str) -> str:
-    """Return a text that matplotlib draws literally: `$` starts no formula, a leading `_` hides no label."""
+    """Return a text that matplotlib draws literally: `$` starts no formula, a leading `_` hides no
+    label."""
     shown = plain(text).replace("$", r"\$")
     return f"\N{NO-BREAK SPACE}{shown}" if shown.startswith("_") else shown
 

@@ -20,10 +20,11 @@ from hessianflow.training.optimizers import check_followed, check_optimizer
 
 
 def check_rows(train_data: ResizableBatches) -> None:
-    """Refuse training data that cannot be cut, if they have a method `check_rows` that tells.
+    """Refuse training data that cannot be cut, as told by their method `check_rows`, if they have
+    one.
 
     Raises:
-        HessianFlowError: an entry of their batches that has not one row an example.
+        HessianFlowError: an entry of their batches does not have one row for each example.
     """
     check = getattr(train_data, "check_rows", None)
     if check is not None:
@@ -31,7 +32,8 @@ def check_rows(train_data: ResizableBatches) -> None:
 
 
 LOOP_SIGNALS = frozenset({"train_loss", "epoch_loss", "learning_rate"})
-"""What the training loop itself can tell a controller; all else is a probe's or an observer's."""
+"""Signals that the training loop itself gives a controller; all others come from a probe or an
+observer."""
 
 
 def check_signals(controller: BatchController | None, has_probe: bool, has_observers: bool, num_examples: int) -> None:

@@ -19,12 +19,14 @@ class DivergenceError(AgreedError):
 
 
 class DivergenceWatch:
-    """Looks for a loss that diverged, a weight that is not finite, and a buffer that no longer is, on any rank.
+    """Looks on all ranks for a diverged loss, a weight that is not finite, or a buffer that turned
+    so.
 
     Args:
-        weights: says what is trained.
-        model: a buffer of its may hold infinities of its own (an attention mask): those finite now are watched.
-        totals: know the losses.
+        weights: returns the parameters that are trained.
+        model: the model, whose buffers are watched if they are finite now; others, such as an
+            attention mask, may hold infinities on purpose.
+        totals: the running totals, which hold the losses.
         world: the ranks that look together.
     """
 
@@ -36,7 +38,8 @@ class DivergenceWatch:
         self._largest = _largest(weights())
 
     def first_bad_update(self, updates: int, *, at_end: bool) -> int | None:
-        """Return the first update that diverged, at the latest the last of `updates`; None if none did.
+        """Return the first update that diverged, at the latest the last of `updates`; None if none
+        did.
 
         Args:
             updates: so far.
@@ -79,7 +82,8 @@ class DivergencePolicy:
 
 
 def rate_rule(decisions: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Return (p, factor): the last growth scaled the rate with batch^p, p in [0, 1], from this factor.
+    """Return (p, factor): the last growth scaled the rate with batch^p, p in [0, 1], from this
+    factor.
 
     Args:
         decisions: rows of all changes so far, the last growth among them.

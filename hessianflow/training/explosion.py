@@ -82,7 +82,8 @@ class ExplosionRule:
         self._known = self._count, self._mean
 
     def epoch_exploded(self, mean: float) -> bool:
-        """Return whether the mean loss of an epoch lies far above the mean loss of all epochs before.
+        """Return whether the mean loss of an epoch lies far above the mean loss of all epochs
+        before.
 
         On the same data it should not. This shows an explosion even where an epoch has only a step
         or two.
@@ -127,7 +128,8 @@ class ExplosionRule:
 
 
 def streak_needed(count: int) -> int:
-    """Return how many losses in a row, far above the mean of `count` others, no healthy run shows."""
+    """Return how many losses in a row, far above the mean of `count` others, no healthy run
+    shows."""
     length = SHORTEST
     while length < LONGEST and math.comb(count + length, length) < RUNS:
         length += 1

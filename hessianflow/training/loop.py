@@ -102,7 +102,8 @@ class TrainingLoop:
         return Progress(counters.epoch, counters.examples, counters.updates, per_epoch, self.epochs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a run needs to continue as if it had never stopped: tensors and plain values."""
+        """Return everything a run needs to continue as if it had never stopped: tensors and plain
+        values."""
         return self.state.capture(self.decision, self.record.sync())
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
@@ -166,7 +167,8 @@ class TrainingLoop:
                 return
 
     def _take_step(self, now: Planned, ahead: Planned | None) -> tuple[bool, bool]:
-        """Take one optimizer step, count it, and return whether a signal or a clock asks to stop, and to save."""
+        """Take one optimizer step, count it, and return whether a signal or a clock asks to stop,
+        and to save."""
         counters = self.state.counters
         with self.rate.in_force(now.decision.lr_factor):
             result = self.step(now, ahead, self._flags)
@@ -200,11 +202,13 @@ class TrainingLoop:
             self.rate.set_by_hand = False
 
     def _flags(self) -> Sequence[bool]:
-        """Return whether to stop, to save, to show figures: whatever a signal or a clock told this rank."""
+        """Return whether to stop, to save, to show figures: whatever a signal or a clock told this
+        rank."""
         return self.stop_requested, self.saver.time_is_up, self._bar.is_due
 
     def _settle(self, batch: Batch | None, *, stop: bool, save: bool) -> bool:
-        """Return what follows an update on `batch`: decide, evaluate, save; whether to stop then."""
+        """Return what follows an update on `batch`: decide, evaluate, save; whether to stop
+        then."""
         counters = self.state.counters
         self.stop_requested |= stop
         at_end = counters.place == 0

@@ -93,7 +93,8 @@ class TrainedParameters:
 
 
 def name_of(model: nn.Module, parameter: nn.Parameter) -> str:
-    """Return the name that a parameter has in the model, or its shape where it is outside the model."""
+    """Return the name that a parameter has in the model, or its shape where it is outside the
+    model."""
     for name, own in unwrap(model).named_parameters():
         if own is parameter:
             return name

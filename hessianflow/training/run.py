@@ -1,4 +1,5 @@
-"""A run once it is built: begin it, continue it, stop it, ask how far it is, save it, restore it."""
+"""A run once it is built: begin it, continue it, stop it, ask how far it is, save it, restore
+it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -228,7 +229,8 @@ class Run:
         self._loop.run_until(updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a run needs to continue as if it had never stopped, as tensors and plain values."""
+        """Return all that a run needs to continue as if it had never stopped, as tensors and plain
+        values."""
         return self._loop.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:

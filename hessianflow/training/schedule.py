@@ -81,7 +81,8 @@ class Schedule:
 
 
 def described(scheduler: object) -> str:
-    """Return the class of a scheduler, followed in parentheses by those of the schedulers within it."""
+    """Return the class of a scheduler, followed in parentheses by those of the schedulers within
+    it."""
     inner = [described(part) for part in getattr(scheduler, "_schedulers", ())]
     name = type(scheduler).__name__
     return f"{name}({', '.join(inner)})" if inner else name
@@ -167,7 +168,8 @@ def _check_methods(scheduler: object) -> None:
 
 
 def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
-    """Refuse a scheduler of another optimizer, told by its groups: a wrapped optimizer shares them."""
+    """Refuse a scheduler of another optimizer, told by its groups: a wrapped optimizer shares
+    them."""
     owner = getattr(scheduler, "optimizer", None)
     if owner is None or owner is optimizer:
         return
@@ -180,7 +182,8 @@ def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
 
 
 def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
-    """Return the name of the method that is told how many steps were taken; None: `step()` counts by itself."""
+    """Return the name of the method that is told how many steps were taken; None: `step()` counts
+    by itself."""
     name = type(scheduler).__name__
     in_epochs = getattr(scheduler, "t_in_epochs", None)
     if in_epochs is not None and in_epochs != (unit == "epoch"):

@@ -1,4 +1,5 @@
-"""Remeasures running statistics that have not settled, at the end of an epoch, before they are used."""
+"""Remeasures running statistics that have not settled, at the end of an epoch, before they are
+used."""
 
 from typing import Literal
 
@@ -15,7 +16,8 @@ NormStatistics = Literal["settled", "running"]
 
 
 def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, usual_loss: float, size: int, world: World) -> str:
-    """Compare the loss under running and under batch statistics, and remeasure the former if needed.
+    """Compare the loss under running and under batch statistics, and remeasure the former if
+    needed.
 
     Statistics measured anew are the plain average over the microbatches of `batch`. During training
     only attacks use them, because attacks run in evaluation mode.

@@ -62,7 +62,8 @@ class TrainingStep:
             )
 
     def load(self, batch: Batch, progress: Progress) -> Batch:
-        """Return a batch as it will be trained: on the device, transformed; `progress` is that at its use."""
+        """Return a batch as it will be trained: on the device, transformed; `progress` is that at
+        its use."""
         with self.watch.part("training"):
             inputs, targets = training_pair(move(batch, self.device, non_blocking=True))
             if self.transform is None or num_examples(targets) == 0:
@@ -190,7 +191,8 @@ class TrainingStep:
                 torch.cuda.empty_cache()
 
     def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
-        """Return what to train on; attacks that are due are started, those made before are waited for."""
+        """Return what to train on; attacks that are due are started, those made before are waited
+        for."""
         adversary, share = self.adversary, now.decision.adversarial_share
         if adversary is None:
             return Exposure(now.batch)

@@ -1,4 +1,4 @@
-"""Running sums of an epoch, kept on the device until somebody asks."""
+"""Running sums of an epoch, kept on the device until they are read."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from hessianflow.training.evaluate import Evaluation
 from hessianflow.training.explosion import ExplosionRule
 
 UNREAD = 512
-"""Losses of single updates held as tensors of their own; so many are joined, without being read.
+"""Most losses held as single tensors; once there are this many, they are joined without being read.
 Ours."""
 
 
@@ -23,9 +23,9 @@ class RunningTotals:
     """Loss, hits and the first update whose loss diverged; adding to them never waits for the device.
 
     Args:
-        device: where the sums live.
+        device: the device that holds the sums.
         seconds: the stopwatch's totals as the epoch begins.
-        rule: judges the losses that are finite.
+        rule: judges the losses.
     """
 
     def __init__(self, device: torch.device, seconds: Mapping[str, float], rule: ExplosionRule) -> None:
@@ -95,15 +95,18 @@ class RunningTotals:
         return loss / weight if weight else math.nan, accuracy
 
     def first_bad_update(self, *, at_end: bool = False) -> int | None:
-        """Return the first update whose loss diverged, or None; waits for the device. `at_end`: the
-        epoch is judged, too."""
+        """Return the first update whose loss diverged, or None (waits for the device).
+
+        With `at_end`, the mean loss of the epoch is judged too.
+        """
         self._judge()
         if at_end and self._first_bad is None and self._rule.epoch_exploded(self.means()[0]):
             self._first_bad = self._updates
         return self._first_bad
 
     def weights_grew(self, growth: float) -> int | None:
-        """Return the first update whose loss diverged, if weights that grew by such a factor show it."""
+        """Return the first update whose loss diverged, if weights that grew by such a factor show
+        it."""
         ago = self._rule.weights_tell(growth)
         return None if ago is None else self._updates + 1 - ago
 
