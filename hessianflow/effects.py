@@ -101,8 +101,8 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "min_workers": ({"elastic": (True,)},),
     "max_workers": ({"elastic": (True,)},),
 }
-"""The cases of a setting, one of which must hold for it to have an effect; a setting that is not listed
-always has one."""
+"""The cases of a setting, one of which must hold for it to have an effect; a setting that is not
+listed always has one."""
 _WAYS_OUT: Mapping[str, str] = {
     "workers": "; processes that load images are --loader-workers",
     "data_dir": ": name the data set that is there with --data",

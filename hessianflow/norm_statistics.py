@@ -35,9 +35,9 @@ ROWS = 32
 def moving_layers(model: nn.Module) -> list[_BatchNorm]:
     """Return the layers with running statistics that training moves.
 
-    A layer in evaluation mode inside a model in training mode is frozen and left out: its statistics
-    are part of the function that is trained. In a model that is in evaluation mode as a whole, no
-    layer counts as frozen.
+    A layer in evaluation mode inside a model in training mode is frozen and left out: its
+    statistics are part of the function that is trained. In a model that is in evaluation mode as a
+    whole, no layer counts as frozen.
     """
     inner = unwrap(model)
     found = [m for m in inner.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
@@ -50,8 +50,9 @@ def compared_losses(
     """Return the mean loss of some examples under running statistics, under their own, and the
     weight.
 
-    The model runs in evaluation mode and is left as it was. Up to ROWS examples are forwarded twice;
-    the whole batch is, where the model cannot run on fewer examples or the loss needs gradients.
+    The model runs in evaluation mode and is left as it was. Up to ROWS examples are forwarded
+    twice; the whole batch is, where the model cannot run on fewer examples or the loss needs
+    gradients.
 
     Args:
         model: the model, wrapped or not.

@@ -41,8 +41,8 @@ def require_named_code(run_dir: str | Path, model: str | None) -> None:
         model: the model that the user named; None: none.
 
     Raises:
-        HessianFlowError: the run's model is an import path that the user did not name, or `model` is
-            not the model of the run.
+        HessianFlowError: the run's model is an import path that the user did not name, or `model`
+            is not the model of the run.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG

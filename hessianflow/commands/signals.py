@@ -19,8 +19,8 @@ WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 class Signalled(KeyboardInterrupt):
     """A signal came. As a KeyboardInterrupt, it runs whatever cleans up after a Ctrl-C.
 
-    Python itself ends with status -2 once a plain KeyboardInterrupt has passed through certain calls
-    from C, even if it was caught later. A subclass has no such effect.
+    Python itself ends with status -2 once a plain KeyboardInterrupt has passed through certain
+    calls from C, even if it was caught later. A subclass has no such effect.
 
     Attributes:
         number: the number of the signal.

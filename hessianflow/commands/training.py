@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 SHOWN_CHANGES = 20
-"""Most lines about the batch size after a run: a controller that decides every few updates would fill
-the screen."""
+"""Most lines about the batch size after a run: a controller that decides every few updates would
+fill the screen."""
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:

@@ -70,9 +70,9 @@ def read_settings(path: str) -> dict[str, str]:
     """Return the settings in a YAML file, each as the text that would stand on the command line.
 
     Raises:
-        HessianFlowError: the file does not exist, is not a regular file, is not UTF-8, is too large,
-            or does not map names to numbers, words and lists. The message repeats names from the
-            file, and no values.
+        HessianFlowError: the file does not exist, is not a regular file, is not UTF-8, is too
+            large, or does not map names to numbers, words and lists. The message repeats names from
+            the file, and no values.
     """
     text = _text(path)
     try:

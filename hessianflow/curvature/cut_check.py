@@ -18,12 +18,13 @@ from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 
 ROWS = 3
-"""Examples of the longer run; the shorter one has one less. Ours: a model may treat a single example
-as a special case."""
+"""Examples of the longer run; the shorter one has one less. Ours: a model may treat a single
+example as a special case."""
 
 TOLERANCE, ROUNDINGS = 1e-2, 30
-"""Relative difference of outputs that passes, as a number and in machine epsilons. Ours: kernels for
-different numbers of rows differ by rounding, at most 1e-6 in float32; mixed rows differ by tenths."""
+"""Relative difference of outputs that passes, as a number and in machine epsilons. Ours: kernels
+for different numbers of rows differ by rounding, at most 1e-6 in float32; mixed rows differ by
+tenths."""
 
 WAY_OUT = (
     "keep the batch in one pass; or, if a tensor is shared by all examples, give it a first dimension of 1 (t[None]); "

@@ -31,17 +31,17 @@ class Evidence(NamedTuple):
 
 
 COLD = Evidence(0.01, 0.04, 0.014)
-"""For random starts. Of 150 of them, on leading values 3.5 % apart over a bulk below a half, 13 settled
-on another value under a stricter angle of 0.015 without the forecast, and 2 with the forecast, with
-or without the angle. On networks with a gap the forecast adds a twelfth to the products at a
-tolerance of 1e-3 and next to nothing at 1e-2: experiments/benchmarks/curvature.md."""
+"""For random starts. Of 150 of them, on leading values 3.5 % apart over a bulk below a half, 13
+settled on another value under a stricter angle of 0.015 without the forecast, and 2 with the
+forecast, with or without the angle. On networks with a gap the forecast adds a twelfth to the
+products at a tolerance of 1e-3 and next to nothing at 1e-2: experiments/benchmarks/curvature.md."""
 
 WARM = Evidence(0.015, 0.04, math.inf)
 """For starts from the probe's sum of remembered vectors. Most products of a warm call go into this
-evidence: the value is often within a tenth of the tolerance one or two products earlier. Ours. Laxer
-bounds (a cap of 0.03, an angle of 0.1) save up to 15 % of the products but miss more than half of
-the values that rose above the leading one since the last call. These bounds miss a quarter; with the
-forecast of COLD they would miss a seventh, at the price of more products on small nets:
+evidence: the value is often within a tenth of the tolerance one or two products earlier. Ours.
+Laxer bounds (a cap of 0.03, an angle of 0.1) save up to 15 % of the products but miss more than
+half of the values that rose above the leading one since the last call. These bounds miss a quarter;
+with the forecast of COLD they would miss a seventh, at the price of more products on small nets:
 experiments/benchmarks/warm_start.py. Of two values 1.5 to 5 % apart the remembered vectors hold
 both, and no forecast is needed."""
 
@@ -62,8 +62,8 @@ class Demand(NamedTuple):
 
     @property
     def tie(self) -> float:
-        """Relative difference up to which magnitudes count as equal; the other half of the tolerance is
-        left for errors."""
+        """Relative difference up to which magnitudes count as equal; the other half of the
+        tolerance is left for errors."""
         return min(self.tol, WIDEST_TIE) / 2
 
     def largest_residual(self, magnitudes: Array) -> Array:
@@ -84,8 +84,9 @@ SPREAD_SHARE = 0.1
 leading value, and the cap on the residual is the stricter of the two by far."""
 
 REACH = 3.0
-"""How many residuals a Ritz value of the check may still grow by. Ours: of 160 runs for the top five
-values of small nets, 1.5 % apart, 4 missed one with a reach of 1, 1 with 2, and none with 3."""
+"""How many residuals a Ritz value of the check may still grow by. Ours: of 160 runs for the top
+five values of small nets, 1.5 % apart, 4 missed one with a reach of 1, 1 with 2, and none with
+3."""
 
 FEW_ROWS = 20
 """Up to this many rows, the search takes as many steps as there are rows. Ours: a random start may
@@ -99,9 +100,9 @@ less than half the tolerance or half of this, whichever is less. Ours: under a l
 that is clearly smaller should not lead."""
 
 ROUNDING = 50.0
-"""Rounding error of a product, in machine epsilons of the largest magnitude. Ours, measured: in float32
-the leading eigenvalues of a digits MLP are off by 1 to 3 epsilons, and by up to 37 after training to
-a small loss."""
+"""Rounding error of a product, in machine epsilons of the largest magnitude. Ours, measured: in
+float32 the leading eigenvalues of a digits MLP are off by 1 to 3 epsilons, and by up to 37 after
+training to a small loss."""
 
 ZERO = 2.0
 """A value below this many machine epsilons of the largest magnitude counts as zero: added to that

@@ -1,8 +1,8 @@
 """Which models an operator can differentiate twice, told before anything runs.
 
 Fully sharded and tensor-parallel models hold pieces of their weights. The forward pass uses other
-tensors, gathered for its duration, so autograd finds no path from the loss back to the pieces: their
-gradient would be None, and the curvature zero.
+tensors, gathered for its duration, so autograd finds no path from the loss back to the pieces:
+their gradient would be None, and the curvature zero.
 """
 
 import sys

@@ -77,16 +77,16 @@ class ModelOperator(Operator):
         size: number of selected weights.
         dtype: of the vectors: that of the weights, but float32 for 16-bit models.
         names: names of the selected parameters, in the order of the flat vector.
-        is_part: whether the data are a part of a larger batch, as on one of several ranks. The loss is
-            then checked as if the batch were cut here. Set it before the first product.
+        is_part: whether the data are a part of a larger batch, as on one of several ranks. The loss
+            is then checked as if the batch were cut here. Set it before the first product.
 
     Raises:
-        HessianFlowError: nothing is trainable, there are no data, or an option is wrong. At a product:
-            the loss is not finite (:class:`~hessianflow.curvature.operator.NonFiniteError`), cannot
-            be differentiated twice, or changes from one product to the next; the data are cut, and
-            the loss is not the weighted mean of its parts or outputs depend on other examples;
-            parameters were frozen or replaced since; a difference of gradients contradicts the
-            product.
+        HessianFlowError: nothing is trainable, there are no data, or an option is wrong. At a
+            product: the loss is not finite
+            (:class:`~hessianflow.curvature.operator.NonFiniteError`), cannot be differentiated
+            twice, or changes from one product to the next; the data are cut, and the loss is not
+            the weighted mean of its parts or outputs depend on other examples; parameters were
+            frozen or replaced since; a difference of gradients contradicts the product.
     """
 
     def __init__(

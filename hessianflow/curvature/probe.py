@@ -1,20 +1,21 @@
 """The leading eigenvalue during training: small, repeatable, warm-started, and free of side effects.
 
-Each call measures the Hessian of the mean loss over the probe batch at the current weights. The start
-vector is a sum: the last call's leading vector, its other Ritz vectors weighted by RUNNER_UP_WEIGHT,
-DIRECTION_WEIGHT times the direction in which that search would have gone on, and a random part
-(RANDOM_SHARE in eigenpairs.py). From the old leading vector alone, an iteration settles with a small
-residual on what may by now be the second eigenvalue, 4-8 % too low. The sum finds a new leading value
-whose vector is among the old Ritz vectors, unless it was far below: few products leave such a Ritz
-vector rough (WARM in evidence.py has the count). A new leading value outside the Ritz vectors grows
-in the direction from call to call, as it would in one longer search. In
-experiments/benchmarks/warm_start.py, values 20 to 100 % above the old one were found in the fourth
-call at the latest, and one 5 % above it in the fifth. Few products cannot do better, so a single warm
-reading may miss the leading value; every `cold_every`-th call starts at random.
+Each call measures the Hessian of the mean loss over the probe batch at the current weights. The
+start vector is a sum: the last call's leading vector, its other Ritz vectors weighted by
+RUNNER_UP_WEIGHT, DIRECTION_WEIGHT times the direction in which that search would have gone on, and
+a random part (RANDOM_SHARE in eigenpairs.py). From the old leading vector alone, an iteration
+settles with a small residual on what may by now be the second eigenvalue, 4-8 % too low. The sum
+finds a new leading value whose vector is among the old Ritz vectors, unless it was far below the
+leading one: after few products such a vector is still rough (WARM in evidence.py has the count). A
+new leading value outside the Ritz vectors grows in the direction from call to call, as in one
+longer search.
+In experiments/benchmarks/warm_start.py, values 20 to 100 % above the old one were found in the
+fourth call at the latest, and one 5 % above it in the fifth. Few products cannot do better, so a
+single warm reading may miss the leading value; every `cold_every`-th call starts at random.
 
-Choices of ours: the batch of 64 to 128 examples is fixed by default, because batches differ by 8-10 %.
-Readings that are not finite, not converged or not reliable are returned as such and never enter the
-smoothed value; the first two kinds do not enter the next start either.
+Choices of ours: the batch of 64 to 128 examples is fixed by default, because batches differ by up
+to 10 %. Readings that are not finite, not converged or not reliable are returned as such and never enter
+the smoothed value; the first two kinds do not enter the next start either.
 """
 
 import hashlib
@@ -43,16 +44,16 @@ from hessianflow.norm_statistics import is_unsettled
 Smoothing = Literal["none", "median", "ema"]
 
 GRADIENTS_PER_PRODUCT = 2.0
-"""Cost of one product on a kept graph, in gradients of as many training examples. Measured: 1.8, for
-ResNet-20 on a CPU with products of 64 examples and steps of 128 (1.3 to 1.7 in gradients of the same
-batch in evaluation mode)."""
+"""Cost of one product on a kept graph, in gradients of as many training examples. Measured: 1.8,
+for ResNet-20 on a CPU with products of 64 examples and steps of 128 (1.3 to 1.7 in gradients of the
+same batch in evaluation mode)."""
 
 SPARE_VECTORS = 2
 """Ritz vectors remembered beyond the k tracked ones. Ours."""
 
 RUNNER_UP_WEIGHT = 0.5
-"""Weight of the other Ritz vectors in a warm start, each times the ratio of its value to the leading
-one: a near value may soon lead, while a large part of a far one costs products. Ours;
+"""Weight of the other Ritz vectors in a warm start, each times the ratio of its value to the
+leading one: a near value may soon lead, while a large part of a far one costs products. Ours;
 experiments/benchmarks/warm_start.py compares it with equal weights."""
 
 DIRECTION_WEIGHT = 0.3

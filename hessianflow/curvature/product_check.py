@@ -7,8 +7,8 @@ from hessianflow.curvature.differences import Disagreement
 from hessianflow.interfaces import HessianFlowError
 
 CHECK_FROM = 100
-"""Number of products beside which the check costs about a percent or less. Ours; a check costs three to
-ten gradients of a few examples, in float64."""
+"""Number of products beside which the check costs about a percent or less. Ours; a check costs
+three to ten gradients of a few examples, in float64."""
 
 
 class ProductCheck:

@@ -6,10 +6,10 @@ measure).
 
 The m nodes and weights of Lanczos quadrature fix 2m moments of the spectral measure of the start
 vector, and many measures share those moments. For all of them, the rule with one more node at x
-bounds the mass below x: it is at least the sum of the weights below x, and at most that sum plus the
-weight at x. The weight at x is what the quadrature cannot decide. Where one eigenvalue, such as 0,
-holds half of the spectrum, that weight is a half or more; counting nodes instead would put all of it
-on the side to which rounding moved a node.
+bounds the mass below x: it is at least the sum of the weights below x, and at most that sum plus
+the weight at x. The weight at x is what the quadrature cannot decide. Where one eigenvalue, such as
+0, holds half of the spectrum, that weight is a half or more; counting nodes instead would put all
+of it on the side to which rounding moved a node.
 
 Choices of ours: for the mass below a value, x is moved outwards on either side by the rounding of
 products; for shares by sign, an eigenvalue within that rounding of 0 counts as zero, because
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 NONE = 1e-6
-"""Multiples of the mean squared part of a random start in one eigenvector. A start has less than this
-once in a thousand, so a smaller share is taken for no eigenvalue at all."""
+"""Multiples of the mean squared part of a random start in one eigenvector. A start has less than
+this once in a thousand, so a smaller share is taken for no eigenvalue at all."""
 
 NEAREST = 1e-8
-"""Least distance, relative to the largest magnitude, between the added node and the others: a smaller
-one would give numbers too large for an accurate rule."""
+"""Least distance, relative to the largest magnitude, between the added node and the others: a
+smaller one would give numbers too large for an accurate rule."""
 
 DEVIATIONS = 2.0
 """Standard errors on either side: 95 % where parts are roughly normal."""

@@ -46,8 +46,8 @@ _OF_NUMPY = (
 class Snapshot:
     """What a graph was built from: weights and buffers of the model and of the loss, options of the loss, the batch.
 
-    It holds no copy of any of them. The comparison runs before every product, so what it compares is
-    listed beforehand.
+    It holds no copy of any of them. The comparison runs before every product, so what it compares
+    is listed beforehand.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, batch: Any) -> None:

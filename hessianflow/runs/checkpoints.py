@@ -1,8 +1,9 @@
 """Checkpoints as files: written atomically, read without executing code, refused when damaged or foreign.
 
-A checkpoint is one dict of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads it.
-`last.pt` is always a whole file: a new one is written beside it, synced, and renamed over it. The one
-before stays as `previous.pt`, to which :func:`load_newest` falls back if `last.pt` is damaged.
+A checkpoint is one dict of tensors, numbers, strings, lists and dicts, so
+`torch.load(weights_only=True)` reads it. `last.pt` is always a whole file: a new one is written
+beside it, synced, and renamed over it. The one before stays as `previous.pt`, to which
+:func:`load_newest` falls back if `last.pt` is damaged.
 """
 
 import os
@@ -32,8 +33,8 @@ class UnreadableError(HessianFlowError):
 def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
     """Write `state` to `path` atomically.
 
-    An existing `last.pt` becomes `previous.pt`, which becomes `previous-2.pt`, and so on; `keep` files
-    stay in all.
+    An existing `last.pt` becomes `previous.pt`, which becomes `previous-2.pt`, and so on; `keep`
+    files stay in all.
 
     Raises:
         HessianFlowError: the disk is full or the folder cannot be written; existing files stay.

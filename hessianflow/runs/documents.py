@@ -1,7 +1,7 @@
 """The JSON files of a run directory besides its history: what each holds, and its reader.
 
-A reader returns {} or None where there is no file, and refuses a damaged file with the place and the
-value that are wrong. Files may hold more than is listed here.
+A reader returns {} or None where there is no file, and refuses a damaged file with the place and
+the value that are wrong. Files may hold more than is listed here.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """The run directory itself: its names, which process holds it, and whether a run may begin in it.
 
-A process that writes to a run holds a lock on a file in the directory, from before its first write to
-its end, so that two processes can never share a directory. The lock belongs to the process (POSIX):
-workers do not inherit it, so none of them holds it after a crash. A lock file that a crash leaves
-behind does no harm.
+A process that writes to a run holds a lock on a file in the directory, from before its first write
+to its end, so that two processes can never share a directory. The lock belongs to the process
+(POSIX): workers do not inherit it, so none of them holds it after a crash. A lock file that a crash
+leaves behind does no harm.
 """
 
 import os

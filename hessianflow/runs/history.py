@@ -1,8 +1,8 @@
 """The one reader of a run's records, for training, plots, commands and experiments.
 
-`history.jsonl` holds one JSON object per line, appended and flushed as it happens; `kind` tells what
-it is (see :mod:`hessianflow.runs.rows`). A run that is killed leaves every completed line, and perhaps
-half of one; that last line is skipped silently.
+`history.jsonl` holds one JSON object per line, appended and flushed as it happens; `kind` tells
+what it is (see :mod:`hessianflow.runs.rows`). A run that is killed leaves every completed line, and
+perhaps half of one; that last line is skipped silently.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -17,8 +17,8 @@ from hessianflow.runs.files import write_json
 from hessianflow.runs.names import ROBUSTNESS, SPECTRUM
 
 SAME_LOSS = 1e-4
-"""Relative difference that losses of the same weights and examples stay below, for any microbatch size.
-Ours."""
+"""Relative difference that losses of the same weights and examples stay below, for any microbatch
+size. Ours."""
 _FUNCTION = ("size", "num_examples", "norm_mode")
 _APART = (*_FUNCTION, "loss", "trace", "density", "layers", "matvecs")
 """What a spectrum holds besides its eigenvalues and their details."""

@@ -36,11 +36,11 @@ class _EpochRequired(Place):
 class EpochRow(_EpochRequired, total=False):
     """A completed epoch: the setting it ended with, its figures, and the seconds spent on each part.
 
-    `statistics` is "remeasured" where running statistics had not settled and were measured anew before
-    the evaluation.
+    `statistics` is "remeasured" where running statistics had not settled and were measured anew
+    before the evaluation.
 
-    A run on a parameter server adds clock_seconds (the server's clock), predicted_seconds (the sum of
-    the plans' target times), small_batch_size and resolution.
+    A run on a parameter server adds clock_seconds (the server's clock), predicted_seconds (the sum
+    of the plans' target times), small_batch_size and resolution.
     """
 
     lr_factor: Figure

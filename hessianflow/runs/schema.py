@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import torch
 
 LARGEST = 1e100
-"""Largest magnitude of a figure: far above any loss or eigenvalue, and its square still fits a float64.
-Ours."""
+"""Largest magnitude of a figure: far above any loss or eigenvalue, and its square still fits a
+float64. Ours."""
 LARGEST_WHOLE = 2**63 - 1
 """Largest whole number without bounds of its own: the largest that NumPy and torch can hold."""
 LARGEST_COUNT = 2**53
@@ -54,7 +54,8 @@ class Fault:
     Attributes:
         where: its place, such as "trainer.epochs"; empty for the value itself.
         words: what is wrong with it.
-        of_kind: whether the value is of the right kind (a number, a list) and wrong only in content.
+        of_kind: whether the value is of the right kind (a number, a list) and wrong only in
+            content.
     """
 
     where: str

@@ -20,8 +20,9 @@ _SPOKEN = ("fallback", "rollback", "alarm")
 class TensorBoardSink:
     """Writes every number of every record as a scalar over training examples, and events and reasons as text.
 
-    Tags are KIND/FIELD, such as "epoch/eval_accuracy", "curvature/eigenvalue", "batch/to". A resumed
-    run makes the records after its checkpoint again, and TensorBoard shows only the new ones.
+    Tags are KIND/FIELD, such as "epoch/eval_accuracy", "curvature/eigenvalue", "batch/to". A
+    resumed run makes the records after its checkpoint again, and TensorBoard shows only the new
+    ones.
 
     Args:
         folder: the folder of the files, made at the first record.

@@ -1,9 +1,10 @@
 """The gradient of the mean loss over one optimization batch, in as many microbatches as it takes.
 
-Each microbatch is weighted by its examples: with n_i of n examples its mean loss has weight n_i / n,
-so the weights sum to 1 for every split, including one with a ragged tail or after a change of the
-batch size. Where a loss divides by something else (class weights, ignored targets), so do the weights
-(:mod:`hessianflow.losses`). Where that divisor is a guess, the first batches that are cut are checked.
+Each microbatch is weighted by its examples: with n_i of n examples its mean loss has weight n_i /
+n, so the weights sum to 1 for every split, including one with a ragged tail or after a change of
+the batch size. Where a loss divides by something else (class weights, ignored targets), so do the
+weights (:mod:`hessianflow.losses`). Where that divisor is a guess, the first batches that are cut
+are checked.
 """
 
 import warnings

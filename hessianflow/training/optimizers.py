@@ -78,8 +78,8 @@ def _groups_of(optimizer: Optimizer) -> list[Any]:
 def gradients_wanted(optimizer: Optimizer) -> Gradients:
     """Return how the optimizer wants its gradients.
 
-    It is "by closure" where the step requires one (SAM, LBFGS), or where `wants_closure` is true. It
-    is "both" for an optimizer with the two half steps of common SAM packages, `first_step` and
+    It is "by closure" where the step requires one (SAM, LBFGS), or where `wants_closure` is true.
+    It is "both" for an optimizer with the two half steps of common SAM packages, `first_step` and
     `second_step`: its step moves along the gradient in `.grad`, and the closure gives the second.
     """
     if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):

@@ -146,8 +146,8 @@ class AdaptiveBatchTrainer(Run):
             same settings and calls the same methods. None: this process alone.
 
     Raises:
-        HessianFlowError: an argument is not what it must be; no parameter is trainable; the batch is
-            larger than the data; the scheduler belongs to another optimizer, or was built for
+        HessianFlowError: an argument is not what it must be; no parameter is trainable; the batch
+            is larger than the data; the scheduler belongs to another optimizer, or was built for
             another number of steps; the adversary is staler than the run is long; or the probe is
             of another model.
     """
