@@ -13,8 +13,8 @@ In experiments/benchmarks/warm_start.py, values 20 to 100 % above the old one we
 fourth call at the latest, and one 5 % above it in the fifth. Few products cannot do better, so a
 single warm reading may miss the leading value; every `cold_every`-th call starts at random.
 
-Choices of ours: the batch of 64 to 128 examples is fixed by default, because batches differ by up
-to 10 %. Readings that are not finite, not converged or not reliable are returned as such and never enter
+Choices of ours: the batch of 64 to 128 examples is fixed by default, because batches differ by 8 to
+10 %. Readings that are not finite, not converged or not reliable are returned as such and never enter
 the smoothed value; the first two kinds do not enter the next start either.
 """
 
