@@ -1,4 +1,4 @@
-"""Move, count, cut: what every room needs to know about a batch. Sizes are in examples.
+"""Move, count and cut batches, for the whole package. Sizes are in examples.
 
 A batch is a pair (inputs, targets) or one mapping. Its parts are tensors, and mappings (a
 `UserDict` or the output of a tokenizer like a dict), dataclasses, named tuples, lists and tuples of
@@ -30,7 +30,8 @@ TARGET_NAMES = ("labels", "label", "targets", "target", "y")
 
 
 def num_examples(batch: Any) -> int:
-    """Number of examples of a batch, or of its targets: the first dimension of their tensors.
+    """Return the number of examples of a batch, or of its targets: the first dimension of their
+    tensors.
 
     In a pair the targets decide, in a mapping the first entry that has one of :data:`TARGET_NAMES`;
     the inputs where these hold no tensor.
@@ -63,7 +64,8 @@ def num_examples(batch: Any) -> int:
 
 
 def move(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
-    """The same structure with all tensors on `device`, and other objects that have a method `to`."""
+    """Return the same structure with all tensors on `device`, and other objects that have a method
+    `to`."""
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -105,7 +107,8 @@ def split(batch: Batch, size: int | None, group: int | None = None) -> Iterator[
 
 
 def take_rows(part: Any, rows: slice | Tensor, total: int, name: str = "") -> Any:
-    """Some examples of a batch or of one of its parts; what belongs to all examples stays whole.
+    """Return some examples of a batch or of one of its parts; what belongs to all examples stays
+    whole.
 
     Args:
         part: a pair, a mapping, or, with a name, a part of them.
@@ -143,7 +146,7 @@ def _cut(part: Tensor | np.ndarray[Any, Any], rows: slice | Tensor) -> Any:
 
 
 def _has_rows(part: Tensor | np.ndarray[Any, Any], total: int, name: str) -> bool:
-    """Whether each example has a row of its own; False where the whole belongs to all.
+    """Return whether each example has a row of its own; False where the whole belongs to all.
 
     Raises:
         HessianFlowError: another number of rows.
@@ -159,7 +162,7 @@ def _has_rows(part: Tensor | np.ndarray[Any, Any], total: int, name: str) -> boo
 
 
 def _is_one_an_example(part: Sequence[Any], total: int, name: str) -> bool:
-    """Whether each entry of a list belongs to one example, and not to all of them.
+    """Return whether each entry of a list belongs to one example, and not to all of them.
 
     Raises:
         HessianFlowError: it can be either.
@@ -177,7 +180,8 @@ def _is_one_an_example(part: Sequence[Any], total: int, name: str) -> bool:
 
 
 def _reading(part: Any, total: int) -> Literal["rows", "shared", "unknown"]:
-    """What a cut of this part alone would do: take its rows, leave it whole, or be refused."""
+    """Return what a cut of this part alone would do: take its rows, leave it whole, or be
+    refused."""
     if isinstance(part, (Tensor, np.ndarray)):
         rows = int(part.shape[0]) if part.ndim else 1
         return "rows" if part.ndim and rows == total else "shared" if rows == 1 else "unknown"
@@ -196,7 +200,7 @@ def _numbers(rows: slice | Tensor, total: int) -> Iterable[int]:
 
 
 def num_parts(total: int, size: int) -> int:
-    """The fewest parts of at most `size` examples that leave none alone.
+    """Return the fewest parts of at most `size` examples that leave none alone.
 
     Batch normalisation cannot train on one example. Equal parts hold fewer than two only where an odd number is cut in
     twos; one part then has three. Parts of one are what was asked for.
@@ -206,12 +210,13 @@ def num_parts(total: int, size: int) -> int:
 
 
 def _edge(total: int, parts: int, index: int) -> int:
-    """Where part `index` begins when `total` is cut as `torch.tensor_split` does: the first ones are longer by one."""
+    """Return where part `index` begins when `total` is cut as `torch.tensor_split` does: the first
+    ones are longer by one."""
     return index * (total // parts) + min(index, total % parts)
 
 
 def as_batches(data: Any) -> Iterable[Any]:
-    """One pair, or one mapping, as a list of one batch; an iterable of batches as it is.
+    """Return one pair, or one mapping, as a list of one batch, and an iterable of batches as it is.
 
     A tuple or list of two is a pair unless its second member is a tuple or list and its first no
     tensor, or both are mappings: ((x1, x2), y) and (x, (y1, y2)) are pairs, [(x, y), (x, y)] and
@@ -242,7 +247,7 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 
 def as_pair(batch: Any) -> Batch:
-    """A batch as (inputs, targets).
+    """Return a batch as (inputs, targets).
 
     Raises:
         HessianFlowError: something else.
@@ -257,7 +262,8 @@ def as_pair(batch: Any) -> Batch:
 
 
 def training_pair(batch: Any) -> Batch:
-    """(inputs, targets) that agree on the number of examples: progress counts what was drawn.
+    """Return (inputs, targets) that agree on the number of examples: progress counts what was
+    drawn.
 
     Raises:
         HessianFlowError: no pair; targets that are a list of mappings; numbers of rows that differ.
@@ -278,7 +284,7 @@ def training_pair(batch: Any) -> Batch:
 
 
 def _counts(part: Any, *, lists: bool = False) -> set[int]:
-    """The first dimensions found in a part.
+    """Return the first dimensions found in a part.
 
     A list of text or numbers, and one of mappings or dataclasses that are alike, counts by its
     length. With `lists` every other list adds its length: its entries may be one an example.
@@ -298,7 +304,7 @@ def _counts(part: Any, *, lists: bool = False) -> set[int]:
 
 
 def _are_alike(part: Sequence[Any]) -> bool:
-    """Whether a list holds mappings of the same keys, or dataclasses of one type."""
+    """Return whether a list holds mappings of the same keys, or dataclasses of one type."""
     if all(isinstance(entry, Mapping) for entry in part):
         return all(entry.keys() == part[0].keys() for entry in part)
     return is_dataclass(part[0]) and all(type(entry) is type(part[0]) for entry in part)

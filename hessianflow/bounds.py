@@ -1,6 +1,6 @@
-"""What values a setting may have: of which type, within which bounds, spelled how.
+"""Which values a setting may have: its type, its bounds and its spelling.
 
-The same checks hold for settings from the command line, from a file, from a recorded run and from Python.
+The same checks apply to settings from the command line, a file, a recorded run and Python.
 """
 
 import math
@@ -15,7 +15,8 @@ from hessianflow.interfaces import HessianFlowError
 PathT = TypeVar("PathT", str, str | None)
 
 MOST = 1e9
-"""Largest count of anything, far above any use: what lies beyond is a slip, and overflows somewhere. Ours."""
+"""Largest count of anything, far above any use: a larger one is a slip, and overflows somewhere.
+Ours."""
 MOST_EPOCHS = 1e6
 """Most epochs. Ours."""
 MOST_PROCESSES = 1024
@@ -93,12 +94,12 @@ ABOVE = frozenset({"decay_factor", "growth_factor", "slope", "intercept"})
 
 
 def check_setting(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value of another type than the setting has, and one that is out of its bounds.
+    """Refuse a value of the wrong type for its setting, and one that is out of bounds.
 
     Args:
-        name: of the setting.
-        value: as given; None passes where the type allows it.
-        hint: its type, as `typing.get_type_hints` gives it.
+        name: the name of the setting.
+        value: the value as given; None passes where the type allows it.
+        hint: the type of the setting, as `typing.get_type_hints` gives it.
 
     Raises:
         HessianFlowError: naming the option, what it takes and the value.
@@ -131,21 +132,21 @@ def check_range(where: str, number: float, low: float, high: float) -> None:
 
 
 def option(name: str) -> str:
-    """The command-line spelling of a field."""
+    """Return the command-line spelling of a field."""
     return "--" + name.replace("_", "-")
 
 
 def user_path(path: PathT, where: str) -> PathT:
-    """The path with the home folder in place of a leading `~` or `~NAME`; None stays None.
+    """Return the path with the home folder in place of a leading `~` or `~NAME`; None stays None.
 
     Raises:
-        HessianFlowError: there is no such folder; `where` names the option.
+        HessianFlowError: there is no such folder; the error names it by the option `where`.
     """
     return path if path is None or not path.startswith("~") else str(in_home(path, where))
 
 
 def shown(value: Any) -> str:
-    """A wrong value as an error repeats it: on one line, cut short where it is long."""
+    """Return a wrong value as an error repeats it: on one line, cut short where it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
         return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
     text = str(value) if isinstance(value, (int, float)) else repr(value)
@@ -153,7 +154,10 @@ def shown(value: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a type; a whole number is a float, true and false are no numbers, a list is a tuple."""
+    """Return whether a value has a type.
+
+    An integer is a valid float, true and false are not numbers, and a list is a valid tuple.
+    """
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -172,14 +176,14 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> set[str]:
-    """The words that a type lists."""
+    """Return the words that a type lists."""
     if get_origin(hint) is Literal:
         return set(get_args(hint))
     return {word for part in get_args(hint) for word in _words(part)}
 
 
 def _described(hint: Any) -> str:
-    """A type in plain words."""
+    """Return a type in plain words."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return " or ".join(_described(part) for part in parts if part is not type(None))
@@ -191,14 +195,14 @@ def _described(hint: Any) -> str:
 
 
 def _numbers(value: Any) -> list[float]:
-    """Every number in a value."""
+    """Return every number in a value."""
     if isinstance(value, (tuple, list)):
         return [number for part in value for number in _numbers(part)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
 def _check_text(name: str, value: str) -> None:
-    """Refuse text that no path and no name can be."""
+    """Refuse text that can be neither a path nor a name."""
     if not value.strip():
         raise HessianFlowError(f"{option(name)} must not be empty: leave it out instead")
     if len(value) > LONGEST_TEXT:

@@ -82,7 +82,8 @@ class Parts:
 def build_trainer(
     config: TrainConfig, sinks: Iterable[RecordSink] = (), world: World | None = None
 ) -> AdaptiveBatchTrainer:
-    """A trainer for `config`, which is resolved first; `world`: the ranks it trains with, None for one process.
+    """Return a trainer for `config`, which is resolved first; `world`: the ranks it trains with,
+    None for one process.
 
     Raises:
         HessianFlowError: data that is missing or damaged, a name that is unknown, sizes that do not fit.
@@ -150,7 +151,7 @@ def prepare(config: TrainConfig) -> TrainConfig:
 
 
 def build_parts(config: TrainConfig) -> Parts:
-    """Model, training and test batches of a resolved configuration, on its device."""
+    """Return the model, training and test batches of a resolved configuration, on its device."""
     device = find_device(config.device)
     train, test = _read(config, "train"), _read(config, "test")
     batch = given(config.batch_size)
@@ -184,12 +185,12 @@ def build_parts(config: TrainConfig) -> Parts:
 
 
 def resolution_record(stages: tuple[Stage, ...]) -> dict[str, Any]:
-    """The stages for config.json; nothing where the resolution never changes."""
+    """Return the stages for config.json; nothing where the resolution never changes."""
     return {"resolution_stages": [asdict(stage) for stage in stages]} if stages else {}
 
 
 def build_transform(parts: Parts, stages: tuple[Stage, ...]) -> ProgressiveResize | None:
-    """What resizes the batches; None where the resolution never changes.
+    """Return what resizes the batches; None where the resolution never changes.
 
     Raises:
         HessianFlowError: the model takes images of one size only.
@@ -214,7 +215,8 @@ def build_probe(
     transform: ProgressiveResize | None = None,
     operator: Callable[..., ProbeOperator] = HessianOperator,
 ) -> CurvatureProbe | None:
-    """A probe on a fixed, un-augmented sample of the training set, at the resolution that training is at."""
+    """Return a probe on a fixed, un-augmented sample of the training set, at the resolution that
+    training is at."""
     if config.curvature == "off":
         return None
     count = min(given(config.probe_examples), parts.train.num_examples)
@@ -234,7 +236,8 @@ def build_probe(
 
 
 def first_products(config: TrainConfig, probe_examples: int, train_examples: int) -> int | None:
-    """Most products of the first reading, whose price is not known: it may take FIRST_SHARE of the whole training.
+    """Return the most products of the first reading, whose price is not known: it may take
+    FIRST_SHARE of the whole training.
 
     Returns:
         0 where that leaves too few for a reading; None where no budget was wanted.
@@ -248,14 +251,15 @@ def first_products(config: TrainConfig, probe_examples: int, train_examples: int
 
 
 def _budget(config: TrainConfig) -> float | None:
-    """The share in the probe's units: it counts gradients of the precision that products are computed in."""
+    """Return the share in the probe's units: it counts gradients of the precision that products are
+    computed in."""
     if config.curvature_budget is None or resolved_precision(config) == "float32":
         return config.curvature_budget
     return config.curvature_budget / FLOAT32_PER_16_BIT
 
 
 def build_measurements(config: TrainConfig, parts: Parts) -> list[EpochMeasurement]:
-    """What is measured after every epoch, on the first test examples."""
+    """Return what is measured after every epoch, on the first test examples."""
     found: list[EpochMeasurement] = []
     if config.overfitting_alarm:
         eps = config.eps / torch.tensor(parts.spread)
@@ -274,7 +278,7 @@ def build_measurements(config: TrainConfig, parts: Parts) -> list[EpochMeasureme
 
 
 def load_config(run_dir: str | Path) -> TrainConfig:
-    """The resolved settings of a run directory.
+    """Return the resolved settings of a run directory.
 
     Raises:
         HessianFlowError: no run there, or one that the command did not make.
@@ -291,7 +295,8 @@ def load_config(run_dir: str | Path) -> TrainConfig:
 
 
 def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a run of an earlier release was trained with but does not record: it is to go on so."""
+    """Return what a run of an earlier release was trained with but does not record: a resumed run
+    keeps to it."""
     if "excess_power" in settings:
         return {}
     found: dict[str, Any] = {"excess_power": 0.0} if settings.get("controller") == "critical" else {}
@@ -302,7 +307,7 @@ def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
-    """(run directory, checkpoint file) of a run directory or of a checkpoint inside one.
+    """Return (run directory, checkpoint file) of a run directory or of a checkpoint inside one.
 
     Raises:
         HessianFlowError: neither.
@@ -316,7 +321,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
 
 
 def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
-    """Settings, data, and the model with its trained weights, of a run directory or a checkpoint inside one.
+    """Return settings, data, and the model with its trained weights, of a run directory or a
+    checkpoint inside one.
 
     Of a model with split batch normalisation, the main set.
     """
@@ -329,7 +335,7 @@ def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
 
 
 def tensorboard_sinks(config: TrainConfig) -> list[RecordSink]:
-    """The TensorBoard files of a run, if it is to have them."""
+    """Return the TensorBoard files of a run, if it is to have them."""
     if not config.tensorboard:
         return []
     if config.run_dir is None:
@@ -338,7 +344,7 @@ def tensorboard_sinks(config: TrainConfig) -> list[RecordSink]:
 
 
 def resolved_precision(config: TrainConfig) -> Precision:
-    """The precision asked for; auto: bf16 where the device computes in it."""
+    """Return the precision asked for; auto: bf16 where the device computes in it."""
     if config.precision is None or config.precision == "auto":
         return "bf16" if computes_in_bf16(find_device(config.device)) else "float32"
     return config.precision

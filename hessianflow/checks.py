@@ -1,4 +1,5 @@
-"""Argument checks for every room: each names the argument, what it may be and what it was."""
+"""Argument checks for the whole package: each names the argument, what it may be and what it
+was."""
 
 import math
 from collections.abc import Sequence
@@ -9,26 +10,26 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a name that is not among `choices`.
+    """Refuse a value that is not among `choices`.
 
     Raises:
-        HessianFlowError: it is not.
+        HessianFlowError: naming the argument, the choices and the value.
     """
     if not isinstance(value, str) or value not in choices:
         raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
-    """Refuse what is not a whole number >= `low`.
+    """Refuse a value that is not a whole number >= `low`.
 
     Args:
-        name: of the argument.
-        value: NumPy's whole numbers are some, too; True and False are not.
-        low: the smallest that is allowed.
-        none: what None means, where it is allowed.
+        name: the name of the argument.
+        value: the value; NumPy's whole numbers pass, True and False do not.
+        low: the smallest value allowed.
+        none: what None means; empty where None is not allowed.
 
     Raises:
-        HessianFlowError: it is not.
+        HessianFlowError: naming the argument, the bound and the value.
     """
     if none and value is None:
         return
@@ -38,10 +39,10 @@ def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
 
 
 def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
-    """Refuse what is neither None, which means `none`, nor a finite number > `above`.
+    """Refuse a value that is neither None, which means `none`, nor a finite number > `above`.
 
     Raises:
-        HessianFlowError: it is neither.
+        HessianFlowError: naming the argument, the bound and the value.
     """
     if value is None:
         return
@@ -50,31 +51,32 @@ def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
 
 
 def check_callable(name: str, value: object) -> None:
-    """Refuse what cannot be called.
+    """Refuse a value that cannot be called.
 
     Raises:
-        HessianFlowError: with its type.
+        HessianFlowError: naming its type.
     """
     if not callable(value):
         raise HessianFlowError(f"{name} must be a function, got a {type(value).__name__}")
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a real number: not True, not False, and no string; nan and infinities are
-    some."""
+    """Return whether a value is a real number: nan and infinities are, True, False and text are
+    not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def in_home(path: str | Path, where: str = "") -> Path:
-    """The path, with the home folder in the place of a leading `~` or `~NAME`; no other code
+    """Return the path with the home folder in place of a leading `~` or `~NAME`; only this function
     expands one.
 
     Args:
-        path: as somebody wrote it.
-        where: what it was given as, for errors.
+        path: the path as the user wrote it.
+        where: the option or argument it was given as, for errors.
 
     Raises:
-        HessianFlowError: it is no path, there is no such home folder, or it holds a zero byte.
+        HessianFlowError: the value is not a path, there is no such home folder, or the path holds a
+            zero byte.
     """
     name = f"{where} {path}".strip()
     try:
@@ -84,5 +86,5 @@ def in_home(path: str | Path, where: str = "") -> Path:
     except RuntimeError:
         raise HessianFlowError(f"{name}: no home folder is known; write the path out, or ./{path}") from None
     if "\0" in str(found):
-        raise HessianFlowError(f"{name!r} holds a zero byte: no path can")
+        raise HessianFlowError(f"{name!r} holds a zero byte, which no path can: remove it")
     return found

@@ -50,13 +50,14 @@ WARMUP_EPOCHS = 5
 
 
 def given(value: T | None) -> T:
-    """A field that resolving has filled."""
+    """Return a field that resolving has filled."""
     assert value is not None, "only resolved configurations are built"
     return value
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
-    """The optimizer by name, over all trainable parameters; within sharpness-aware minimisation if wanted."""
+    """Return the optimizer by name, over all trainable parameters; within sharpness-aware
+    minimisation if wanted."""
     base = _base_optimizer(config, model)
     return SAM(base, rho=config.sam_rho, model=model) if config.sam_rho > 0 else base
 
@@ -80,7 +81,7 @@ def _base_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
 def build_scheduler(
     config: TrainConfig, optimizer: Optimizer, examples: int
 ) -> tuple[LRScheduler | None, Literal["epoch", "reference_batch"]]:
-    """The schedule below the controller's factor, and what it counts.
+    """Return the schedule below the controller's factor, and what it counts.
 
     Without warm-up it takes one step an epoch. With warm-up it takes one a reference batch of examples, so that the
     rate rises smoothly.
@@ -108,7 +109,7 @@ def build_scheduler(
 
 
 def schedule_shape(config: TrainConfig) -> Callable[[float], float]:
-    """The schedule's factor after a fractional number of epochs, warm-up apart."""
+    """Return the schedule's factor after a fractional number of epochs, warm-up apart."""
     epochs, milestones = given(config.epochs), list(config.milestones or ())
     shapes: dict[str | None, Callable[[float], float]] = {
         "constant": lambda _epoch: 1.0,
@@ -121,7 +122,7 @@ def schedule_shape(config: TrainConfig) -> Callable[[float], float]:
 
 
 def build_stages(config: TrainConfig) -> tuple[Stage, ...]:
-    """The resolutions over a run; none where it keeps the full one.
+    """Return the resolutions over a run; none where it keeps the full one.
 
     Raises:
         HessianFlowError: a stretch of constant rate has fewer epochs than there are resolutions.
@@ -145,7 +146,8 @@ _OWN_RULE = ("warmup", "timed")
 
 
 def build_controller(config: TrainConfig) -> BatchController:
-    """The controller by name, under the learning-rate rule and with the resolutions that were asked for.
+    """Return the controller by name, under the learning-rate rule and with the resolutions that
+    were asked for.
 
     Raises:
         HessianFlowError: dual-batch, which plans its batches beforehand.
@@ -236,7 +238,7 @@ def _critical(config: TrainConfig, share: float) -> CriticalBatch:
 def build_adversary(
     config: TrainConfig, batches: DeviceBatches | AdaptiveBatches, spread: tuple[float, ...]
 ) -> Adversary | None:
-    """The adversary by name, its size and bounds in the units of the normalised inputs.
+    """Return the adversary by name, its size and bounds in the units of the normalised inputs.
 
     Args:
         batches: the training data, which know their valid range.
@@ -260,7 +262,7 @@ def build_adversary(
 
 
 def build_runner(config: TrainConfig, device: torch.device) -> AttackRunner:
-    """Where the attacks of conadv run.
+    """Return where the attacks of conadv run.
 
     Raises:
         HessianFlowError: a second stream without a GPU, or a second process with one.
@@ -278,14 +280,15 @@ def build_runner(config: TrainConfig, device: torch.device) -> AttackRunner:
 
 
 def split_for_twins(config: TrainConfig, model: nn.Module) -> nn.Module:
-    """The model, with batch-normalisation statistics of their own for the twins of conadv if it is to have them."""
+    """Return the model, with batch-normalisation statistics of their own for the twins of conadv if
+    it is to have them."""
     normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     wanted = normalises if config.split_norm is None else config.split_norm
     return split_batch_norm(model) if config.adversary == "conadv" and wanted else model
 
 
 def build_observers(config: TrainConfig, optimizer: Optimizer) -> list[GradientObserver]:
-    """What the controller and the optimizer want to know of the microbatch gradients."""
+    """Return what the controller and the optimizer want to know of the microbatch gradients."""
     observers: list[GradientObserver] = []
     optimizer = optimizer.base if isinstance(optimizer, SAM) else optimizer
     if isinstance(optimizer, CLARS) and isinstance(optimizer.norms, MicrobatchNorms):

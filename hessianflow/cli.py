@@ -93,7 +93,8 @@ def _main(given: list[str]) -> int:
 
 
 def _parsed(parser: Any, words: Any) -> Any:
-    """The arguments of the command named in the words, None where none is; `given` and `files` say what was given."""
+    """Return the arguments of the command named in the words, None where none is; `given` and
+    `files` say what was given."""
     from hessianflow.commands.settings import Given
 
     if words.files:
@@ -122,7 +123,8 @@ def _fail(command: str, message: str) -> int:
 
 
 def _last_cause(message: str) -> str:
-    """The error itself, where a process that loads data has wrapped it into its traceback."""
+    """Return the error itself, where a process that loads data has wrapped it into its
+    traceback."""
     if "Original Traceback (most recent call last)" not in message:
         return message
     last = message.strip().splitlines()[-1]
@@ -131,7 +133,7 @@ def _last_cause(message: str) -> str:
 
 
 def _rank() -> int:
-    """Of this process among those that torchrun started; 0 for one alone."""
+    """Return the rank of this process among those that torchrun started; 0 for one alone."""
     try:
         return int(os.environ.get("RANK", "0"))
     except ValueError:  # what is wrong with it is said where ranks meet

@@ -239,7 +239,8 @@ def _hints() -> Mapping[str, Any]:
 
 
 def _never_filled(config: TrainConfig) -> list[str]:
-    """Settings whose value is somebody's wish: resolving fills them only where they have an effect."""
+    """Return settings whose value is somebody's wish: resolving fills them only where they have an
+    effect."""
     parts = (ResolutionSettings, DualBatchSettings, TwinSettings, WorkerSettings)
     found = [field.name for part in parts for field in fields(part)]
     if config.controller == "dual-batch":
@@ -294,7 +295,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def _preset(config: TrainConfig) -> dict[str, Any]:
-    """What data set, optimizer and controller would have, by the names of the settings.
+    """Return what data set, optimizer and controller would have, by the names of the settings.
 
     Raises:
         HessianFlowError: no rate is known for the optimizer on the data set, and none is given.
@@ -322,7 +323,7 @@ def _preset(config: TrainConfig) -> dict[str, Any]:
 
 
 def _rate(config: TrainConfig, for_sgd: float) -> float | None:
-    """The rate that is known for an optimizer on a data set, if none is given."""
+    """Return the rate that is known for an optimizer on a data set, if none is given."""
     rates = RATES[config.optimizer]
     rate = rates.get(config.data, rates.get("all"))
     if rate is None and config.lr is None:
@@ -334,12 +335,14 @@ def _rate(config: TrainConfig, for_sgd: float) -> float | None:
 
 
 def cooldown_start(epochs: int) -> int:
-    """Epochs after which a cooldown begins by default: two thirds, but early enough to lower the last epoch's rate."""
+    """Return the number of epochs after which a cooldown begins by default: two thirds, but early
+    enough to lower the last epoch's rate."""
     return max(0, min(epochs * 2 // 3, epochs - 2))
 
 
 def _planned(config: TrainConfig) -> TrainConfig:
-    """With the stages that timed has by default, and the decay that follows them unless another was asked for."""
+    """Return the settings with timed's default stages, and the decay that follows them unless
+    another was asked for."""
     batch, cap, epochs = config.batch_size or 1, config.max_batch_size or 1, config.epochs or 1
     sizes = {-(-epochs // part): min(factor * batch, cap) for part, factor in ((12, 2), (6, 4), (3, 8))}
     decay_from = max(sizes) if config.decay_from is None else config.decay_from
@@ -347,7 +350,7 @@ def _planned(config: TrainConfig) -> TrainConfig:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain values for config.json."""
+    """Return plain values for config.json."""
     return {key: _listed(value) for key, value in asdict(config).items()}
 
 

@@ -1,4 +1,4 @@
-"""Settings that contradict each other, whatever else they are: each refusal names the options and the way out."""
+"""Refuses settings that contradict each other; each error names the options and the way out."""
 
 import math
 from typing import Any
@@ -29,12 +29,12 @@ def check_resolved(config: Any) -> None:
     if config.controller == "critical" and config.edge_share and config.norm_mode == "eval":
         raise HessianFlowError(
             "--norm-mode eval measures another function than the one trained, whose edge critical seeks: leave it out, "
-            "or that bound, with --edge-share 0"
+            "or switch that bound off with --edge-share 0"
         )
     if config.controller == "critical" and config.edge_share and config.lr_rule is not None:
         raise HessianFlowError(
-            f"--lr-rule {config.lr_rule} would replace the rate that critical finds stable: leave it out, or that "
-            "bound, with --edge-share 0"
+            f"--lr-rule {config.lr_rule} would replace the rate that critical finds stable: leave it out, or switch "
+            "that bound off with --edge-share 0"
         )
     if config.max_lr_factor is not None and config.lr_rule is None:
         raise HessianFlowError(f"--max-lr-factor {config.max_lr_factor:g} needs --lr-rule")

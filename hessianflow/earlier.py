@@ -10,7 +10,8 @@ from hessianflow.settings import FILE_SIDE
 
 
 def before_image_size(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run from before image files had a size of their own, and adaptive optimizers the square-root rule.
+    """Return settings of a run from before image files had a size of their own, and adaptive
+    optimizers the square-root rule.
 
     Args:
         settings: as recorded; nothing changes for those of later runs.

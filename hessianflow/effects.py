@@ -1,7 +1,7 @@
-"""Which setting has an effect under which others: one table, and the refusal of what would be ignored.
+"""Which settings have an effect under which others: one table, and the refusal of ignored settings.
 
-A setting that is given although nothing would look at it is somebody's mistake: of the option, or of the choice that it
-was meant for. Bounds and rules of growth (`max_batch_size`, `lr_rule`) are not listed: they hold where nothing grows.
+A setting that is given but ignored is a mistake: either in the option, or in the choice that it was
+meant for. Bounds on growth (`max_batch_size`) are not listed: they hold even where nothing grows.
 """
 
 from collections.abc import Iterable, Mapping
@@ -101,24 +101,25 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "min_workers": ({"elastic": (True,)},),
     "max_workers": ({"elastic": (True,)},),
 }
-"""Cases of which one must hold for a setting to have an effect; one that is not listed always has."""
+"""The cases of a setting, one of which must hold for it to have an effect; a setting that is not
+listed always has one."""
 _WAYS_OUT: Mapping[str, str] = {
     "workers": "; processes that load images are --loader-workers",
     "data_dir": ": name the data set that is there with --data",
     "min_workers": ": add --elastic",
     "max_workers": ": add --elastic",
 }
-"""What somebody who gave a setting may have meant; of all others, that they are to be left out."""
+"""The way out for a setting, where it is not simply to leave the setting out."""
 
 
 def check_effects(settings: Any, names: Iterable[str]) -> None:
-    """Refuse settings that nothing would look at under the others.
+    """Refuse settings that have no effect under the others.
 
-    Values that switch something off (0, false, none, off) are passed over: what they ask for is so.
+    Values that switch something off (0, false, none, off) pass: what they ask for holds anyway.
 
     Args:
-        settings: an object with all settings, resolved ones as far as cases ask for them.
-        names: of those that somebody gave.
+        settings: an object with all settings; those that cases name are resolved.
+        names: the settings that were given.
 
     Raises:
         HessianFlowError: naming the option and what it belongs to.
@@ -130,7 +131,7 @@ def check_effects(settings: Any, names: Iterable[str]) -> None:
 
 
 def is_ignored(settings: Any, name: str) -> bool:
-    """Whether a setting has a value that nothing would look at under the others."""
+    """Return whether a setting has a value that has no effect under the others."""
     value = getattr(settings, name)
     if not value or value in ("none", "off"):
         return False
@@ -139,12 +140,13 @@ def is_ignored(settings: Any, name: str) -> bool:
 
 
 def _failing(settings: Any, case: Case) -> list[str]:
-    """Settings whose values are not those of the case."""
+    """Return the settings whose values are not those of the case."""
     return [name for name, values in case.items() if getattr(settings, name) not in values]
 
 
 def _belongs(settings: Any, name: str) -> str:
-    """What an ignored setting belongs to, in words, by the first setting that each case fails at."""
+    """Return what an ignored setting belongs to, in words, from the first setting at which each
+    case fails."""
     parts = []
     for case in EFFECTIVE[name]:
         other = _failing(settings, case)[0]
@@ -163,11 +165,11 @@ def _belongs(settings: Any, name: str) -> str:
 
 
 def _alternatives(values: tuple[Any, ...]) -> str:
-    """The values as one reads them: "a", "a or b", "a, b or c"."""
+    """Return the values in words: "a", "a or b", "a, b or c"."""
     *first, last = map(str, values)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def _word(value: Any) -> str:
-    """A value as the command spells it."""
+    """Return a value as the command line spells it."""
     return value if isinstance(value, str) else shown(value)

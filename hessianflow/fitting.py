@@ -1,4 +1,4 @@
-"""Settings left open, fitted to image files of one's own: no preset knows how many there are, nor how large."""
+"""Fits open settings to the user's own image files, whose number and size no preset can know."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,11 @@ from hessianflow.settings import FILE_SIDE
 
 
 def fitted(config: TrainConfig) -> TrainConfig:
-    """The settings as given, with the open ones fitted to the files below `data_dir`.
+    """Return the given settings with the open ones fitted to the files below `data_dir`.
 
-    Neither the cap of the batch nor the probe is larger than the training set, and images of the data set "folder" are
-    cut to the size that they have, or to 224 pixels where they are larger. Nothing changes for other data sets, and for
-    a folder that is not there.
+    Neither the cap on the batch size nor the probe exceeds the training set. Images of the data set
+    "folder" are cut to the size that they have, or to 224 pixels where they are larger. Nothing
+    changes for other data sets, or where the folder does not exist.
     """
     if config.data not in FOLDER_SETS:
         return config

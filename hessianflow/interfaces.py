@@ -208,7 +208,7 @@ class Adversary(Stateful, Protocol):
         ...
 
     def expose(self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float) -> Exposure:
-        """What to train on, given the batch and what its attack made of it."""
+        """Return what to train on, given the batch and what its attack made of it."""
         ...
 
     def after_step(self, model: nn.Module) -> None:
@@ -285,7 +285,7 @@ class Reducer(Protocol):
     def world_size(self) -> int: ...
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place where possible."""
+        """Return the sum over all ranks, in place where possible."""
         ...
 
     def broadcast(self, value: Any) -> Any:
@@ -394,7 +394,7 @@ class World(Reducer, Protocol):
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's plain value, in the order of ranks, on every rank."""
+        """Return every rank's plain value, in the order of ranks, on every rank."""
         ...
 
 

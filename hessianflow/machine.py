@@ -1,4 +1,4 @@
-"""The device that trains, and what it computes in."""
+"""The device that trains, and the number formats it computes in."""
 
 import warnings
 
@@ -7,22 +7,23 @@ import torch
 from hessianflow.interfaces import HessianFlowError
 
 LONGEST_REASON = 120
-"""Characters of torch's reasons that an error repeats: some of them list every device there is."""
+"""Most characters of torch's reason that an error repeats: some reasons list every device."""
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto": the first GPU, or the processor.
+    """Return the device called `name`; "auto" is the first GPU, or the processor if there is none.
 
     Raises:
-        HessianFlowError: no such device here, or one that only stands for others.
+        HessianFlowError: there is no such device here, or it cannot compute (such as "meta").
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names that torch gives up; they fail below
+            warnings.simplefilter("ignore")  # about deprecated names, which fail below
             device = torch.device(name)
-            # Names that torch knows and that nothing is installed for fail in several ways, from deep inside.
+            # A name that torch knows but has no backend for fails in several ways, from deep
+            # inside.
             (torch.ones(1, device=device) + 1).item()
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -32,7 +33,8 @@ def find_device(name: str) -> torch.device:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has arithmetic units for bfloat16: anything else emulates it, slowly."""
+    """Return whether the device has arithmetic units for bfloat16: any other emulates it,
+    slowly."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -16,7 +16,8 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module behind DataParallel, DistributedDataParallel or `torch.compile`, however nested.
+    """Return the module behind DataParallel, DistributedDataParallel or `torch.compile`, however
+    nested.
 
     Second derivatives do not go through compiled graphs, and products must not fire the hooks that reduce gradients.
     """

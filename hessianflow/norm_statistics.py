@@ -1,9 +1,10 @@
-"""Whether the running statistics of batch normalisation belong to the weights at hand.
+"""Whether the running statistics of batch normalisation match the current weights.
 
-Running means and variances trail behind the weights. Early in a training, after few updates, or where the batch has
-just grown, a network that is evaluated with them is another function than the one that is trained: on SqueezeNext its
-loss was 616,582 after the first epoch, beside 2.37 with the statistics of the batch, and its largest Hessian eigenvalue
-8e7 beside 87 once they were measured anew. The loss of the same examples under both shows it.
+Running means and variances lag behind the weights. Early in training, or just after the batch has
+grown, a network evaluated with them is not the function that is trained. On SqueezeNext after the
+first epoch the loss was 616,582 under running statistics and 2.37 under those of the batch; the
+largest Hessian eigenvalue was 8e7, and 87 after the statistics were measured anew. Comparing the
+loss of the same examples under both kinds of statistics shows the mismatch.
 """
 
 import math
@@ -19,23 +20,24 @@ from hessianflow.losses import Averaged, MeanLoss, untouched
 from hessianflow.measuring import measuring, unwrap
 
 UNSETTLED = 1.5
-"""Loss under running statistics by loss under those of the batch, from which on the former have not settled. Ours:
-trainings that were well under way had 0.96 to 1.25, and where the ratio was larger, statistics measured anew gave a
-lower evaluation loss each time."""
+"""Ratio of the loss under running statistics to that under batch statistics, above which the former
+have not settled. Ours: in trainings well under way the ratio was 0.96 to 1.25, and wherever it was
+larger, statistics measured anew lowered the evaluation loss."""
 
 NEGLIGIBLE = 0.05
-"""A difference smaller than this share of a training's usual loss tells nothing. Ours: on digits that are fitted, 32
-examples had losses of 0.004 and 0.002 under settled statistics."""
+"""Differences below this share of a training's usual loss are ignored. Ours: once a network fits
+digits, 32 examples had losses of 0.004 and 0.002 although the statistics had settled."""
 
 ROWS = 32
-"""Examples that are compared: twice so many are forwarded. Ours."""
+"""Most examples that are compared; each is forwarded twice. Ours."""
 
 
 def moving_layers(model: nn.Module) -> list[_BatchNorm]:
     """Return the layers with running statistics that training moves.
 
-    Frozen layers, those in evaluation mode inside a model in training mode, are left out: their statistics are part of
-    the function that is trained. In a model that is in evaluation mode as a whole no layer counts as frozen.
+    A layer in evaluation mode inside a model in training mode is frozen and left out: its
+    statistics are part of the function that is trained. In a model that is in evaluation mode as a
+    whole, no layer counts as frozen.
     """
     inner = unwrap(model)
     found = [m for m in inner.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
@@ -45,19 +47,22 @@ def moving_layers(model: nn.Module) -> list[_BatchNorm]:
 def compared_losses(
     model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
 ) -> tuple[float, float, float]:
-    """Return the loss of some examples of a batch under running statistics, that under their own, and its weight.
+    """Return the mean loss of some examples under running statistics, under their own, and the
+    weight.
 
-    In evaluation mode; nothing of the model is changed. Up to ROWS examples are forwarded twice, all of the batch where
-    the model does not run on fewer, or the loss needs gradients.
+    The model runs in evaluation mode and is left as it was. Up to ROWS examples are forwarded
+    twice; the whole batch is, where the model cannot run on fewer examples or the loss needs
+    gradients.
 
     Args:
-        model: wrapped or not.
-        batch: a pair (inputs, targets) or a dict on the model's device.
+        model: the model, wrapped or not.
+        batch: a pair (inputs, targets) or a dict, on the model's device.
         mean_loss: the loss.
-        layers: that have running statistics, see :func:`moving_layers`.
+        layers: the layers with running statistics; see :func:`moving_layers`.
 
     Returns:
-        Two mean losses, and what they divide by: 0 where nothing counts, or a single example has no statistics.
+        The two mean losses, and what they divide by. All are 0 where no target counts, or where the
+        batch is a single example, which has no statistics of its own.
     """
     total = num_examples(batch)
     if total < 2:
@@ -97,9 +102,10 @@ def is_unsettled(running: float, own: float, scale: float = 0.0) -> bool:
     """Return whether two mean losses of the same examples show that running statistics have not settled.
 
     Args:
-        running: under running statistics; not finite counts as large.
-        own: under those of the examples themselves; where it is not finite, nothing can be told.
-        scale: a loss of this training that is not small, for those of examples that are fitted hang on a few of them.
+        running: the loss under running statistics; one that is not finite counts as large.
+        own: the loss under the examples' own statistics; if it is not finite, the answer is False.
+        scale: the usual loss of this training: once examples are fitted, their own losses are small
+            and depend on a few of them.
     """
     if not math.isfinite(own):
         return False

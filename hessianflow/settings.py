@@ -70,7 +70,7 @@ class ResolutionSettings:
             raise HessianFlowError(f"--dropouts must lie in [0, 1), got {list(self.dropouts)}")
 
     def resolutions_of(self, data: str, image_size: int | None) -> tuple[int, ...]:
-        """The resolutions given, or the default ones for the images of `data`.
+        """Return the resolutions given, or the default ones for the images of `data`.
 
         Args:
             data: name of the data set.
@@ -128,7 +128,8 @@ class DualBatchSettings:
             raise HessianFlowError("--slope and --intercept make a line together: give both or neither")
 
     def dual_batch_defaults(self) -> dict[str, Any]:
-        """What is left open, filled; the cap for growing batches plays no role and is raised to the batch size."""
+        """Return what is left open, filled; the cap for growing batches plays no role and is raised
+        to the batch size."""
         workers = self.workers or 4
         plan = {"workers": workers, "small_workers": workers - 1, "extra_time": 1.05, "min_small_batch_size": 1}
         return {**plan, "max_batch_size": 1, "server": "simulated", "synchrony": "asp"}

@@ -1,8 +1,8 @@
-"""Nested parts of a batch: how they are opened, renamed and put together again.
+"""Nested parts of a batch: how they are opened, named and put together again.
 
 A part with entries is a mapping (a dict, a `UserDict`, the output of a tokenizer), a dataclass, a
-named tuple, a list or a tuple. All else has none: tensors, text, numbers, and objects of classes
-that nothing is known of.
+named tuple, a list or a tuple. Everything else has none: tensors, text, numbers, and objects of
+unknown classes.
 """
 
 import copy
@@ -20,10 +20,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 def entries(part: Any) -> list[Any] | None:
-    """The entries of a part, in order; None where it is of no kind that has any."""
+    """Return the entries of a part, in order; None where its kind has none."""
     if type(part) in (list, tuple):
         return list(part)
-    # The entries of a packed sequence, which is a named tuple, make sense together only.
+    # A packed sequence is a named tuple, but its entries make sense only together.
     if isinstance(part, (Tensor, str, bytes, PackedSequence)):
         return None
     if isinstance(part, Mapping):
@@ -36,7 +36,8 @@ def entries(part: Any) -> list[Any] | None:
 
 
 def entry_names(part: Any) -> list[str]:
-    """How code would name the entries, as in "['mask']", "[0]" or ".boxes", in their order."""
+    """Return the entries' names as code would write them, such as "['mask']", "[0]" or ".boxes", in
+    order."""
     if isinstance(part, Mapping):
         return [f"[{key!r}]" for key in part]
     if is_named_tuple(part):
@@ -47,10 +48,10 @@ def entry_names(part: Any) -> list[str]:
 
 
 def rebuilt(part: Any, values: Sequence[Any]) -> Any:
-    """A copy of `part` with other entries, in the order of :func:`entries`.
+    """Return a copy of `part` with other entries, in the order of :func:`entries`.
 
-    Its type is kept, but a mapping that is neither a dict nor a `UserDict`, or does not let its
-    entries be set, becomes a dict.
+    The type is kept, except that a mapping becomes a dict if it is neither a dict nor a `UserDict`,
+    or does not let its entries be set.
     """
     if type(part) is dict:
         return dict(zip(part, values, strict=True))
@@ -64,33 +65,35 @@ def rebuilt(part: Any, values: Sequence[Any]) -> Any:
         return type(part)(values)
     made = copy.copy(part)
     for field, value in zip(dataclasses.fields(part), values, strict=True):
-        object.__setattr__(made, field.name, value)  # frozen ones, too: this copy is nobody's yet
+        object.__setattr__(made, field.name, value)  # frozen or not: nobody else holds this copy yet
     return made
 
 
 def mapped(function: Callable[[Any], Any], part: Any) -> Any:
-    """The same structure with `function` applied to whatever has no entries."""
+    """Return the same structure with `function` applied to whatever has no entries."""
     values = entries(part)
     return function(part) if values is None else rebuilt(part, [mapped(function, value) for value in values])
 
 
 def is_named_tuple(part: Any) -> bool:
-    """Whether a part is a tuple whose entries have names."""
+    """Return whether a part is a tuple whose entries have names."""
     return isinstance(part, tuple) and hasattr(part, "_fields")
 
 
 def is_list(part: Any) -> bool:
-    """Whether a part is a list or a tuple without names: it may have any number of entries."""
+    """Return whether a part is a list or a tuple without names, which may have any number of
+    entries."""
     return isinstance(part, (list, tuple)) and not is_named_tuple(part)
 
 
 def is_plain(part: Any) -> bool:
-    """Whether a value is text, a number or another that no example has a row of."""
+    """Return whether a value is text, a number or another value that has no row for each
+    example."""
     return part is None or isinstance(part, (str, bytes, Number, np.generic, Enum, torch.dtype, torch.device))
 
 
 def article(value: Any) -> str:
-    """The type of a value with its article, for messages: "a dict", "an ndarray"."""
+    """Return the type of a value with its article, for messages: "a dict", "an ndarray"."""
     name = type(value).__name__
     sounds_like_a_vowel = name[:1].lower() in "aeio" or name == "ndarray"
     return f"{'an' if sounds_like_a_vowel else 'a'} {name}"
@@ -104,6 +107,6 @@ def _rebuilt_mapping(part: Mapping[Any, Any], values: Sequence[Any]) -> Any:
         made = copy.copy(part)
         for key, value in found.items():  # classes that forbid update() let their entries be set
             made[key] = value
-    except Exception:  # whatever a class of others raises: a dict holds the same
+    except Exception:  # whatever a foreign class raises: a dict holds the same
         return found
     return made

@@ -52,7 +52,7 @@ def refusal(content: str | bytes) -> str:
         ("- secret\n- hunter2", "found a sequence"),
         ("epochs: [hunter2\n", "not the YAML of a settings file"),
         ("epochs: {hunter2: 3}", "line 1: epochs must be a number, a word or a list, found a mapping"),
-        ("epochs: 2\nlr: 1\nepochs: 3\n", "line 3: epochs stands there a second time"),
+        ("epochs: 2\nlr: 1\nepochs: 3\n", "line 3: epochs is set a second time"),
         ("? [hunter2]\n: 3", "the name of a setting must be a word, found a sequence"),
         ("model: !!python/object/apply:os.system [hunter2]", "found a tag"),
         ("model: !!python/name:os.system hunter2", "found a tag"),

@@ -91,7 +91,8 @@ class PGD:
     def perturb(
         self, model: nn.Module, inputs: Tensor, targets: Any, share: float, microbatch_size: int | None = None
     ) -> Tensor:
-        """A copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked; the very tensor at 0.
+        """Return a copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked;
+        the very tensor at 0.
 
         Args:
             microbatch_size: most rows attacked in one forward pass; None: all at once.
@@ -127,14 +128,14 @@ class PGD:
         adversarial: Tensor,
         share: float,  # noqa: ARG002
     ) -> Exposure:
-        """The perturbed inputs in place of the clean ones, labels unchanged."""
+        """Return the perturbed inputs in place of the clean ones, labels unchanged."""
         return Exposure((adversarial, targets))
 
     def after_step(self, model: nn.Module) -> None:
         """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the random starts stand."""
+        """Return where the random starts stand."""
         return {"seed": self._seed, "calls": self._calls}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

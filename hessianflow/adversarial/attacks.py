@@ -164,7 +164,8 @@ def ascend(
     start: Tensor | None = None,
     targeted: bool = False,
 ) -> Tensor:
-    """The loop behind every attack; `frozen` comes from :func:`attacking`, `budget` from `place`.
+    """Run the loop behind every attack; `frozen` comes from :func:`attacking`, `budget` from
+    `place`.
 
     Args:
         start: first delta, shaped like `x`; None: zero.
@@ -180,7 +181,7 @@ def ascend(
 
 
 def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> Tensor:
-    """The gradient of the summed loss with respect to the inputs, shaped like `x`.
+    """Return the gradient of the summed loss with respect to the inputs, shaped like `x`.
 
     Raises:
         HessianFlowError: no path leads from the loss back to the inputs.
@@ -222,7 +223,7 @@ def random_deltas(budget: Budget, x: Tensor, generator: torch.Generator | None) 
 
 
 def resolve_step(steps: int, relative_step: float | None) -> float:
-    """The step in units of eps.
+    """Return the step in units of eps.
 
     Raises:
         HessianFlowError: steps that are no whole number >= 1, or a step that is not positive.

@@ -42,7 +42,7 @@ class Budget:
     norm: Norm
 
     def clamp(self, x: Tensor) -> Tensor:
-        """The nearest inputs in the valid range."""
+        """Return the nearest inputs in the valid range."""
         return x if self.low is None else torch.clamp(x, self.low, self.high)
 
     def project(self, perturbed: Tensor, x: Tensor) -> Tensor:
@@ -53,12 +53,14 @@ class Budget:
         return self.clamp(x + delta / self.length(delta).clamp(min=1.0))
 
     def length(self, delta: Tensor) -> Tensor:
-        """The l_2 norm of delta / eps for each example, shape [N, 1, ...]; channels with eps = 0 count as unmoved."""
+        """Return the l_2 norm of delta / eps for each example, shape [N, 1, ...]; channels with eps
+        = 0 count as unmoved."""
         u = torch.where(self.eps > 0, delta / self.eps, torch.zeros_like(delta))
         return _row_norm(u)
 
     def ascent(self, gradient: Tensor) -> Tensor:
-        """The delta of length eps along which a linear function with this gradient grows most."""
+        """Return the delta of length eps along which a linear function with this gradient grows
+        most."""
         if self.norm == "l_inf":
             return self.eps * gradient.sign()
         scaled = self.eps * gradient
@@ -120,7 +122,8 @@ def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be 
 
 
 def place(budget: Budget, x: Tensor) -> Budget:
-    """The budget on the device and in the precision of `x`, shaped to broadcast over its channels.
+    """Return the budget on the device and in the precision of `x`, shaped to broadcast over its
+    channels.
 
     Raises:
         HessianFlowError: inputs that are not one tensor of floating point numbers, or a number of

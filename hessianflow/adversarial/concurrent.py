@@ -237,7 +237,8 @@ class ConcurrentAdversary:
             yield self._take(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The queued batches with their twins (waits for attacks under way), the step, and the adversary's state."""
+        """Return the queued batches with their twins (waits for attacks under way), the step, and
+        the adversary's state."""
         self._settle()
         queue = [
             {
@@ -281,7 +282,7 @@ class ConcurrentAdversary:
 
 
 def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Combine = "sum") -> PairLoss:
-    """The loss of a pair from one concatenated forward pass.
+    """Return the loss of a pair from one concatenated forward pass.
 
     Args:
         model: called in the mode it is in; split batch normalisation is told which rows are clean.
@@ -307,7 +308,7 @@ def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Combine
 
 
 def _chosen(inputs: Tensor, share: float) -> Tensor | slice:
-    """The rows that get a twin; all of them without a copy."""
+    """Return the rows that get a twin; all of them without a copy."""
     return slice(None) if share == 1 else perturbed_rows(len(inputs), share, inputs.device)
 
 

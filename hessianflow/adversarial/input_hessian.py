@@ -78,7 +78,8 @@ class InputHessian:
         return self._inputs.dtype
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The product with a flat vector, shape [size]; zero where the loss is linear in the inputs."""
+        """Return the product with a flat vector, shape [size]; zero where the loss is linear in the
+        inputs."""
         if not self._gradient.requires_grad:
             return torch.zeros_like(vector)
         (product,) = torch.autograd.grad(

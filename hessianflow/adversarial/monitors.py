@@ -50,7 +50,7 @@ class RobustnessWatch:
         self._alarm = OverfittingAlarm(collapse)
 
     def __call__(self) -> tuple[Mapping[str, float], str]:
-        """The accuracies, and why the alarm is raised, or nothing.
+        """Return the accuracies, and why the alarm is raised, or nothing.
 
         Raises:
             HessianFlowError: as :func:`attacks.fgsm`.
@@ -105,7 +105,7 @@ class InputCurvature:
         self._model, self._batch, self._solve, self._loss_fn = model, batch, solve, loss_fn
 
     def __call__(self) -> tuple[Mapping[str, float], str]:
-        """The figures; there is nothing to warn of."""
+        """Return the figures; there is nothing to warn of."""
         return self._solve(InputHessian(self._model, *self._batch, self._loss_fn)), ""
 
     def state_dict(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class TracedBatches(Protocol):
         ...
 
     def as_stored(self, maps: Tensor) -> Tensor:
-        """The inverse; zero where the augmentation had cut something off."""
+        """Return the inverse; zero where the augmentation had cut something off."""
         ...
 
 
@@ -113,7 +113,8 @@ class GradientReuse:
         adversarial: Tensor,
         share: float,  # noqa: ARG002
     ) -> Exposure:
-        """The moved inputs in place of the clean ones; the gradient of the step by them is kept."""
+        """Return the moved inputs in place of the clean ones; the gradient of the step by them is
+        kept."""
         return Exposure((adversarial, targets), on_input_gradient=self._keep)
 
     def join(self, reducer: Reducer) -> None:
@@ -132,7 +133,7 @@ class GradientReuse:
         """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The kept signs, int8 [examples, C, H, W]."""
+        """Return the kept signs, int8 [examples, C, H, W]."""
         return {"signs": self._signs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -143,7 +143,7 @@ class OverfittingAlarm:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The best evaluation so far and whether the alarm is on."""
+        """Return the best evaluation so far and whether the alarm is on."""
         return {"best_pgd": self._best_pgd, "fgsm_then": self._fgsm_then, "raised": self._raised}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

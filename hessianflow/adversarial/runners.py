@@ -42,7 +42,7 @@ class TwinAttack:
         check_choice("attack_set", self.attack_set, get_args(AttackSet))
 
     def __call__(self, weights: nn.Module) -> Tensor:
-        """The twins of all rows."""
+        """Return the twins of all rows."""
         inner = unwrap(weights)
         through_twins = self.attack_set == "adversarial" and is_split(inner)
         with clean_rows(inner, 0) if through_twins else nullcontext():

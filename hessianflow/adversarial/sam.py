@@ -27,7 +27,8 @@ from hessianflow.measuring import unwrap
 
 
 def sam_perturbation(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
-    """The weight change of length rho that raises the linearised loss most:  rho * g_i / ||(g_1, ..., g_n)||_2.
+    """Return the weight change of length rho that raises the linearised loss most: rho * g_i /
+    ||(g_1, ..., g_n)||_2.
 
     Args:
         gradients: one tensor a parameter.

@@ -126,7 +126,7 @@ def _table(report: "SpectrumReport") -> str:
 
 
 def _shares(shares: "SignShares") -> list[str]:
-    """The spectrum by sign, each share with its limits."""
+    """Return the spectrum by sign, each share with its limits."""
     first, last = shares.zone
     rows = {
         "share below 0": shares.negative,

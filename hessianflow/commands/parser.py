@@ -71,7 +71,7 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
     def _in_options(self, line: str) -> str:
-        """The mistake in the words of the command line."""
+        """Return the mistake in the words of the command line."""
         parser = self.current or self
         if key := re.match(r'Parser key "(?:[\w-]+\.)*(\w+)":? ?(?:element \d+: )?(.*)', line):
             return f"{option(key[1]) if option(key[1]) in parser.options else key[1]}: {plain(key[2])}"
@@ -88,13 +88,14 @@ class Parser(ArgumentParser):
 
 
 def main_parser(prog: str, description: str) -> Parser:
-    """The parser of all commands; its values are read within bounds (see :mod:`hessianflow.commands.yaml_text`)."""
+    """Return the parser of all commands; its values are read within bounds (see
+    :mod:`hessianflow.commands.yaml_text`)."""
     set_loader(MODE, load_value, exceptions=(UnfitTextError.__base__ or Exception,))
     return Parser(prog=prog, description=description, parser_mode=MODE)
 
 
 def add_command(commands: Any, name: str, help_text: str, *, prefix: str = "hessianflow") -> Parser:
-    """A parser for the command `name`, listed with `help_text`."""
+    """Return a parser for the command `name`, listed with `help_text`."""
     parser = Parser(description=help_text[0].upper() + help_text[1:] + ".")
     commands.add_subcommand(name, parser, help=help_text)
     commands.parent_parser.children[name] = parser
@@ -107,7 +108,8 @@ class UnfitPathError(ArgumentTypeError, ValueError):
 
 
 def path(text: str) -> str:
-    """The type of an option that is a path: with the home folder in place of `~`, and something that can be one.
+    """Return the type of an option that is a path: with the home folder in place of `~`, and
+    something that can be one.
 
     Raises:
         UnfitPathError: it cannot.
@@ -121,18 +123,18 @@ def path(text: str) -> str:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """A hint at the known word that is nearest; empty where none is near."""
+    """Return a hint at the known word that is nearest; empty where none is near."""
     close = difflib.get_close_matches(word.replace("_", "-").lower(), known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def shortened(text: str, length: int = LONGEST) -> str:
-    """The text, cut where it is longer."""
+    """Return the text, cut where it is longer."""
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def plain(message: str) -> str:
-    """jsonargparse's words without Python's."""
+    """Return jsonargparse's words without Python's."""
     union = re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)", message)
     if union:
         message = f"Expected a {union[1]}. Got value: {union[2]}".replace(", <class 'NoneType'>", "")

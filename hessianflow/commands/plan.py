@@ -226,7 +226,7 @@ def _verdict(predictions: "Sequence[Prediction]") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that reads best."""
+    """Return a time in the unit that reads best."""
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.4g} {unit}"

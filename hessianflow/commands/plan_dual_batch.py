@@ -61,7 +61,8 @@ def run(arguments: Namespace) -> int:
 
 
 def _setting(arguments: Namespace) -> Published:
-    """The preset, or one made of the figures given; figures given with a preset replace its own."""
+    """Return the preset, or one made of the figures given; figures given with a preset replace its
+    own."""
     given = {name: arguments[name] for name in _GIVEN if arguments[name] is not None}
     if arguments.preset is not None:
         preset = PUBLISHED[arguments.preset]
@@ -77,7 +78,7 @@ def _setting(arguments: Namespace) -> Published:
 
 
 def _plan(setting: Published, level: int, workers: int, small: int, ratio: float) -> DualBatchPlan | str:
-    """The plan, or why there is none."""
+    """Return the plan, or why there is none."""
     try:
         return setting.plan(level, workers, small, ratio)
     except HessianFlowError as error:
@@ -109,7 +110,8 @@ def _table(plans: Sequence[DualBatchPlan | str]) -> str:
 
 
 def _print_run(setting: Published, arguments: Namespace, small: int) -> None:
-    """Seconds of a whole run at full resolution and with the schedule, with and without small workers."""
+    """Print the seconds of a whole run at full resolution and with the schedule, with and without
+    small workers."""
     several = len(setting.levels) > 1
     for count in dict.fromkeys((0, small)):
         total = {}

@@ -79,7 +79,7 @@ class Run:
 
 
 def read_measured(path: str) -> Measured:
-    """Figures from a JSON file: a plan.json, or an object with the keys of its "measured".
+    """Return figures from a JSON file: a plan.json, or an object with the keys of its "measured".
 
     Raises:
         HessianFlowError: no such file, no step times in it, or values of another type or out of bounds.
@@ -120,7 +120,7 @@ def measure(run: Run, microbatch_size: int) -> Measured:
 
 
 def planned_phases(run: Run) -> tuple[list[Phase], str]:
-    """The batches of a run that has not been made, an epoch each, and how they are known.
+    """Return the batches of a run that has not been made, an epoch each, and how they are known.
 
     Raises:
         HessianFlowError: the controller decides from what only a run can measure.
@@ -143,7 +143,8 @@ def planned_phases(run: Run) -> tuple[list[Phase], str]:
 
 
 def recorded_phases(history: History, epochs: int) -> list[Phase]:
-    """The batches that a run went through, cut at the ends of epochs; an interrupted run goes on as it stood."""
+    """Return the batches that a run went through, cut at the ends of epochs; an interrupted run
+    goes on as it stood."""
     if epochs > MOST_EPOCHS:
         raise HessianFlowError(f"a plan takes at most {MOST_EPOCHS} epochs, the run has {epochs}")
     examples = int(history.fact("examples_per_epoch"))
@@ -167,7 +168,7 @@ def recorded_phases(history: History, epochs: int) -> list[Phase]:
 
 
 def merged(phases: Iterable[Phase]) -> list[Phase]:
-    """Neighbours of one batch size as one, to be shown."""
+    """Return the phases with neighbours of one batch size merged, to be shown."""
     found: list[Phase] = []
     for phase in phases:
         if found and found[-1].batch_size == phase.batch_size:
@@ -177,7 +178,7 @@ def merged(phases: Iterable[Phase]) -> list[Phase]:
 
 
 def worker_counts(text: str) -> list[int]:
-    """Numbers of workers: "1..1024" doubles from the first to the last, "1,2,6" is a list.
+    """Return numbers of workers: "1..1024" doubles from the first to the last, "1,2,6" is a list.
 
     Raises:
         HessianFlowError: neither, or a number below 1.
@@ -210,7 +211,7 @@ def _here(config: TrainConfig) -> str:
 
 
 def processor() -> str:
-    """What this machine calls its processor."""
+    """Return what this machine calls its processor."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -220,7 +221,7 @@ def processor() -> str:
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
-    """What :func:`read_measured` reads."""
+    """Return what :func:`read_measured` reads."""
     line = measured.step_time
     return {
         "sizes": list(measured.sizes),

@@ -62,7 +62,7 @@ def _robustness(arguments: Namespace) -> int:
 
 
 def _maker(name: str) -> Callable[..., Callable[..., Any]]:
-    """How to make the attack called `name` from eps, the valid range and a generator."""
+    """Return how to make the attack called `name` from eps, the valid range and a generator."""
     from hessianflow.adversarial import fgsm, pgd
 
     steps = re.fullmatch(r"pgd(\d+)", name)

@@ -1,4 +1,4 @@
-"""Run directories as commands are given them."""
+"""Run directories as arguments of commands."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,10 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def distinct(run_dirs: Iterable[str]) -> list[Path]:
-    """The directories, each once: a run named twice would pass for two seeds that agree. Says so on standard error."""
+    """Return the directories, each once, and say on standard error which were repeated.
+
+    A run named twice would pass for two seeds that agree.
+    """
     found: dict[Path, Path] = {}
     for run in map(Path, run_dirs):
         if run.resolve() in found:
@@ -25,18 +28,21 @@ def printable(path: str | Path) -> str:
     return plain(str(path))
 
 
-MODEL_HELP = "of a run with a model of your own: its package.module:function again, as a run directory may not run code"
+MODEL_HELP = (
+    "for a run with a model of your own: its package.module:function again, because a run directory may not run code"
+)
 
 
 def require_named_code(run_dir: str | Path, model: str | None) -> None:
-    """Refuse to import what only a run directory names: whoever sends one could have any code run.
+    """Refuse to import code that only a run directory names: its sender could have any code run.
 
     Args:
-        run_dir: what is no run directory at all is left to the command.
-        model: what the user named; None: nothing.
+        run_dir: the run directory; a path that is none passes, for the command to refuse.
+        model: the model that the user named; None: none.
 
     Raises:
-        HessianFlowError: the run has a model by import path and `model` is not that, or it has another one.
+        HessianFlowError: the run's model is an import path that the user did not name, or `model`
+            is not the model of the run.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG
@@ -54,12 +60,13 @@ def require_named_code(run_dir: str | Path, model: str | None) -> None:
 
 
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
-    """Refuse a run that was made from Python, whose model and data only its maker can build.
+    """Refuse a run that was made from Python: only the code that made it can build its model and
+    data.
 
     Args:
-        run_dir: what is no run directory at all is left to the command.
-        command: what needs the settings.
-        instead: what a caller from Python uses.
+        run_dir: the run directory; a path that is none passes, for the command to refuse.
+        command: the command that needs the settings.
+        instead: the function to call from Python instead.
 
     Raises:
         HessianFlowError: config.json holds no settings.
@@ -77,7 +84,8 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
 
 @contextmanager
 def writing_to(place: str | Path) -> Iterator[None]:
-    """While active, a file that cannot be written is an error that names the place: a full disk names none.
+    """Turn a failure to write into an error that names the place, while active: a full disk names
+    none.
 
     Raises:
         HessianFlowError: as said.

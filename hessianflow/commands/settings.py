@@ -67,7 +67,8 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
 
 
 def in_options(message: str) -> str:
-    """A message about parameters, with options in place of those at its beginning that are settings."""
+    """Return a message about parameters, with options in place of those at its beginning that are
+    settings."""
     name = f"(?:{'|'.join(field.name for field in fields(TrainConfig))})"
     begins = re.match(rf"{name}(?: and {name})?(?= (?:\w+ )?must )", message)
     if begins:
@@ -76,7 +77,7 @@ def in_options(message: str) -> str:
 
 
 def _field_texts() -> dict[str, str]:
-    """Help texts from the docstrings of TrainConfig and of the classes it extends."""
+    """Return help texts from the docstrings of TrainConfig and of the classes it extends."""
     from docstring_parser import parse
 
     documented = [p for part in TrainConfig.__mro__[:-1] for p in parse(part.__doc__ or "").params]

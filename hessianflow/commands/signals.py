@@ -1,4 +1,7 @@
-"""Signals as exceptions, so that a command that is ended says so; and an end where exceptions would wait or harm."""
+"""Turns signals into exceptions, so that a command says why it ends, or ends the process at once.
+
+It ends the process where an exception would be raised too late, or would do harm.
+"""
 
 import os
 import signal
@@ -14,13 +17,13 @@ WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class Signalled(KeyboardInterrupt):
-    """A signal came: to whoever cleans up after a Ctrl-C any of them is the same.
+    """A signal came. As a KeyboardInterrupt, it runs whatever cleans up after a Ctrl-C.
 
-    Python itself ends with status -2 if a plain KeyboardInterrupt has passed through certain calls from C, even where
-    it was caught later; of this one it takes no notice.
+    Python itself ends with status -2 once a plain KeyboardInterrupt has passed through certain
+    calls from C, even if it was caught later. A subclass has no such effect.
 
     Attributes:
-        number: of the signal.
+        number: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -30,11 +33,11 @@ class Signalled(KeyboardInterrupt):
 
 @contextmanager
 def signals_raised(*, own_process: bool) -> Iterator[None]:
-    """While active, SIGINT and SIGTERM raise :class:`Signalled`.
+    """Make SIGINT and SIGTERM raise :class:`Signalled` while active.
 
     Args:
-        own_process: whether nothing but the command runs here. If not, SIGINT stays as it is, and SIGTERM too if there
-            is a handler for it.
+        own_process: whether this process runs nothing but the command. If not, SIGINT keeps its
+            handler, and so does SIGTERM if it has one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,16 +58,16 @@ def signals_raised(*, own_process: bool) -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Let nothing end this process any more but its own end."""
+    """Ignore SIGINT and SIGTERM from here on, so that this process runs to its end."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def ended_at_once() -> Iterator[None]:
-    """While active, SIGINT and SIGTERM end this process at once, with a line.
+    """Make SIGINT and SIGTERM end this process at once, with one line, while active.
 
-    For waits within libraries: an exception would be raised only when they return.
+    This is for waits inside libraries, where an exception would be raised only on return.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -78,20 +81,20 @@ def ended_at_once() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(previous)
-        os.close(writing)  # the watcher reads the end, and goes
+        os.close(writing)  # the watcher sees the end of the pipe and returns
         watcher.join()
         os.close(reading)
 
 
 def _end_when_told(reading: int) -> None:
-    """End the process when a signal's number can be read, return at the end of the pipe."""
+    """End the process when a signal's number can be read; return at the end of the pipe."""
     while number := os.read(reading, 1):
         if number[0] in NUMBERS:
             _end(number[0])
 
 
 def _end(number: int) -> NoReturn:
-    """End this process as if the exception had been caught, without a look at what it is doing."""
+    """End this process at once, with the line and status that the exception would have led to."""
     sys.stderr.write(f"hessianflow: {WORDS[signal.Signals(number)]}\n")
     sys.stderr.flush()
     os._exit(128 + number)
@@ -104,8 +107,8 @@ def _raise(number: int, _frame: FrameType | None) -> NoReturn:
 def _raise_or_end(number: int, frame: FrameType | None) -> NoReturn:
     """Raise, but end at once while a module is imported.
 
-    Some libraries catch every exception of an import that they can do without, and fail later on the half that was
-    left; others abort. Nothing that should be saved is made by an import.
+    Some libraries catch every exception of an optional import, and fail later on what is half
+    imported; others abort. An import makes nothing that would have to be saved.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

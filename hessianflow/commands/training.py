@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 SHOWN_CHANGES = 20
-"""Lines about the batch size after a run: controllers that decide every few updates would fill the screen."""
+"""Most lines about the batch size after a run: a controller that decides every few updates would
+fill the screen."""
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -90,7 +91,10 @@ def _has_finished(world: "World", run_dir: str) -> bool:
 
 
 def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], History]") -> tuple[int, "History"]:
-    """Build a trainer and let it work; returns the exit status and the records. A signal stops all ranks alike."""
+    """Build a trainer, run `work` on it, and return the exit status and the records.
+
+    A signal stops all ranks alike.
+    """
     from hessianflow.training.world import on_all_ranks
 
     trainer = on_all_ranks(world, lambda: _trainer(config, world))
@@ -137,7 +141,8 @@ def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
 
 
 def _shown(world: "World", config: TrainConfig, history: "History", status: int) -> int:
-    """Rank 0 says what came of it, when the others need no longer wait."""
+    """Let rank 0 print the outcome, once the other ranks no longer wait, and return the exit
+    status."""
     if world.rank == 0:
         _print_summary(history, config.model or "")
         if config.plots and history.epochs and history.run_dir is not None:
@@ -149,7 +154,8 @@ def _shown(world: "World", config: TrainConfig, history: "History", status: int)
 
 def _print_summary(history: "History", model: str) -> None:
     code = f" --model {model}" if ":" in model else ""
-    summary, seconds = history.summary, history.summary["seconds"]
+    summary = history.summary
+    seconds = history.summary["seconds"]
     accuracy = ""
     if summary["final_accuracy"] is not None:
         accuracy = f"test accuracy {summary['final_accuracy']:.2%} (best {summary['best_accuracy']:.2%}); "
@@ -175,7 +181,8 @@ def _print_summary(history: "History", model: str) -> None:
 
 @contextmanager
 def _new_run_dir(config: TrainConfig) -> Iterator[str]:
-    """Make a directory below runs/ that is this run's alone; removed again if nothing comes to be in it."""
+    """Yield a new directory below runs/ that only this run uses; remove it at the end if it is
+    empty."""
     from hessianflow.runs.folder import new_folder
 
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -1,4 +1,4 @@
-"""The words of a command line, put into the form that the parser takes."""
+"""Puts the words of a command line into the form that the parser takes."""
 
 import re
 from collections.abc import Iterable
@@ -18,8 +18,9 @@ class Words:
 
     Attributes:
         command: the words that name the command.
-        typed: the options and arguments typed behind it.
-        files: by setting, the text that a file of settings has for it, and the name of the file; the last file counts.
+        typed: the options and arguments typed after it.
+        files: for each setting, its text in a settings file, and the name of that file; the last
+            file counts.
     """
 
     command: list[str] = field(default_factory=list)
@@ -33,18 +34,19 @@ class Words:
 
     @property
     def all(self) -> list[str]:
-        """Everything; what was typed comes last, and so counts."""
+        """All words; those typed come last, and so take precedence over files."""
         return [*self.command, *self.from_files, *self.typed]
 
 
 def words_of(parser: Parser, given: Iterable[str]) -> Words:
-    """The words of one command line; sets the parser's `current` command.
+    """Return the words of one command line, and set the parser's `current` command.
 
-    Files named with --config are read. Switches that stand alone, and negative numbers, are joined to their options.
+    Files named with --config are read. A switch without a value gets `=true`, and a negative number
+    is joined to its option.
 
     Raises:
-        HessianFlowError: a file that cannot be read, or holds something else than settings.
-        SystemExit: an option before the command.
+        HessianFlowError: a file cannot be read, or holds something other than settings.
+        SystemExit: an option comes before the command.
     """
     words = ["--print_config" if word == "--print-config" else word for word in given]
     found = Words()
@@ -55,7 +57,8 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
         if word in current.children:
             current = current.children[word]
             parser.current = current
-    found.command, rest = words[:1], iter(words[1:])
+    found.command = words[:1]
+    rest = iter(words[1:])
     takes_files = "--config" in current.options
     for word in rest:
         name, equals, value = word.partition("=")
@@ -72,10 +75,11 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
 
 
 def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> None:
-    """Refuse values that a reader of YAML might choke on; text is not read as YAML.
+    """Refuse values that could overload a YAML parser; options that take text are not parsed as
+    YAML.
 
     Raises:
-        HessianFlowError: naming the option, after what the words come from.
+        HessianFlowError: naming `origin` and the option.
     """
     option = ""
     for word in words:
@@ -90,7 +94,7 @@ def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> Non
 
 
 def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
-    """The settings in a file, checked to be ones."""
+    """Return the settings in a file, after checking that each name exists."""
     if not path:
         raise HessianFlowError("--config needs the name of a file of settings")
     found = read_settings(path)
@@ -104,7 +108,8 @@ def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
 
 
 def _joined(parser: Parser, words: list[str]) -> list[str]:
-    """With `=true` at switches that stand alone, and negative numbers joined to the options that they belong to."""
+    """Return the words with `=true` at switches that stand alone, and negative numbers joined to
+    their options."""
     joined: list[str] = []
     for index, word in enumerate(words):
         following = words[index + 1] if index + 1 < len(words) else ""

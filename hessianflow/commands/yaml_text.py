@@ -1,7 +1,7 @@
-"""YAML from strangers: read within bounds of size and depth, without aliases, tags and repeated names.
+"""Reads untrusted YAML within bounds of size and depth, without aliases, tags or repeated names.
 
-A parser of YAML calls itself for every level, and copies for every alias: a few bytes can cost a process its stack or
-its memory. So the events are counted first, which takes neither.
+A YAML parser recurses for every level and copies for every alias, so a few bytes can cost a process
+its stack or its memory. The parser's events are therefore counted first, which costs neither.
 """
 
 import os
@@ -15,24 +15,24 @@ from jsonargparse import get_loader
 from hessianflow.interfaces import HessianFlowError
 
 MOST_BYTES = 1 << 18
-"""Size of a settings file: a hundred times that of one with every setting. Ours."""
+"""Largest settings file in bytes: a hundred times one that holds every setting. Ours."""
 MOST_CHARACTERS = 1 << 16
-"""Length of a value on the command line. Ours."""
+"""Longest value on the command line. Ours."""
 MOST_DIGITS = 300
-"""Digits of a number: one of more is no float. Ours."""
+"""Most digits of a number: a float reaches about as many. Ours."""
 DEEPEST, MOST_EVENTS = 8, 20_000
-"""Levels of lists in lists, and parts of all kinds. Ours; no setting has more than two levels."""
+"""Most levels of nested lists, and most YAML events. Ours; no setting has more than two levels."""
 _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp"))
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 _NULL, _LIST = "tag:yaml.org,2002:null", "tag:yaml.org,2002:seq"
 
 
 class UnfitTextError(yaml.YAMLError):  # type: ignore[misc]  # without stubs, yaml is Any
-    """Text that is YAML, perhaps, but not of a kind that is read here."""
+    """Text that may be YAML, but not of a kind that is read here."""
 
 
 def load_value(text: str) -> Any:
-    """The value that a word of the command line stands for.
+    """Return the value that a word of the command line stands for.
 
     Raises:
         UnfitTextError: as :func:`check_value`.
@@ -42,15 +42,16 @@ def load_value(text: str) -> Any:
     check_value(text)
     try:
         return get_loader("yaml")(text)
-    except ValueError as error:  # of Python: a number that it does not convert, text that is no Unicode
+    except ValueError as error:  # from Python: a number it does not convert, or text that is not Unicode
         raise UnfitTextError(str(error)) from None
 
 
 def check_value(text: str) -> None:
-    """Refuse a word that a reader of YAML might choke on, before jsonargparse gives it to one of its own.
+    """Refuse a word that could overload a YAML parser, before jsonargparse parses it.
 
     Raises:
-        UnfitTextError: it is too long or too deep, or holds an alias or a number of hundreds of digits.
+        UnfitTextError: the word is too long or too deep, or holds an alias or a number of hundreds
+            of digits.
     """
     if len(text) > MOST_CHARACTERS:
         raise UnfitTextError(f"{len(text)} characters, more than {MOST_CHARACTERS}")
@@ -61,16 +62,17 @@ def check_value(text: str) -> None:
         _check_events(text)
     except UnfitTextError:
         raise
-    except (yaml.YAMLError, ValueError):  # no YAML at all: then it is not read as such
+    except (yaml.YAMLError, ValueError):  # not YAML: it will not be read as YAML either
         return
 
 
 def read_settings(path: str) -> dict[str, str]:
-    """The settings in a YAML file, each as the text that would stand on the command line.
+    """Return the settings in a YAML file, each as the text that would stand on the command line.
 
     Raises:
-        HessianFlowError: no such file, no plain file, not UTF-8, too large; no mapping of names to numbers, words and
-            lists; the message repeats nothing of what the file holds but names.
+        HessianFlowError: the file does not exist, is not a regular file, is not UTF-8, is too
+            large, or does not map names to numbers, words and lists. The message repeats names from
+            the file, and no values.
     """
     text = _text(path)
     try:
@@ -90,13 +92,14 @@ def read_settings(path: str) -> dict[str, str]:
         if not isinstance(key, yaml.ScalarNode):
             raise HessianFlowError(f"{where}: the name of a setting must be a word, found a {key.id}")
         if key.value in found:
-            raise HessianFlowError(f"{where}: {key.value} stands there a second time: leave one out")
+            raise HessianFlowError(f"{where}: {key.value} is set a second time: remove one of them")
         found[key.value] = _as_word(value, f"{where}: {key.value}")
     return found
 
 
 def _text(path: str) -> str:
-    """The text of a plain file of moderate size; pipes and devices are not waited for."""
+    """Return the text of a regular file of moderate size; pipes and devices are refused without
+    waiting."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
@@ -120,10 +123,10 @@ def _text(path: str) -> str:
 
 
 def _check_events(text: str) -> None:
-    """Refuse text that is too deep or too much, and aliases.
+    """Refuse text with too many levels or events, or with aliases.
 
     Raises:
-        UnfitTextError: as said; yaml's own errors pass through.
+        UnfitTextError: saying which; yaml's own errors pass through.
     """
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_LOADER), start=1):
@@ -139,7 +142,7 @@ def _check_events(text: str) -> None:
 
 
 def _as_word(node: yaml.Node, where: str) -> str:
-    """A value as it would stand on the command line."""
+    """Return a value as it would stand on the command line."""
     if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
         return f"[{', '.join(_as_word(part, where) for part in node.value)}]"
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
@@ -149,7 +152,7 @@ def _as_word(node: yaml.Node, where: str) -> str:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without the lines around it: they may hold a password."""
+    """Return what is wrong and where, without the lines around it, which may hold a password."""
     if isinstance(error, yaml.MarkedYAMLError):
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         return f"{', '.join(filter(None, (error.context, error.problem)))}{line}"

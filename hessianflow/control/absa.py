@@ -128,7 +128,7 @@ class ABSA(Controller[ABSAState]):
 
 
 def _defect(reading: CurvatureReading | None) -> str:
-    """What makes a reading unfit for a comparison; empty for a fit one."""
+    """Return what makes a reading unfit for a comparison; empty for a fit one."""
     if reading is None:
         return "no reading"
     if not math.isfinite(reading.eigenvalue):

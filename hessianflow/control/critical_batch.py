@@ -191,7 +191,7 @@ class CriticalBatch(BoundedController[CriticalState]):
         return reason
 
     def _useful(self, loss: float, power: float) -> tuple[float, str]:
-        """The first bound, and what it rests on."""
+        """Return the first bound, and what it rests on."""
         state = self._state
         if not 0 < loss < math.inf:
             return 0.0, f"loss {loss} is not positive and finite"
@@ -204,7 +204,7 @@ class CriticalBatch(BoundedController[CriticalState]):
         return factor, f"loss fell from {first:.4g} to {math.exp(min(now, 700.0)):.4g} at the epoch's end"
 
     def _stable(self, reading: CurvatureReading | None, rate: float, share: float) -> tuple[float, str]:
-        """The second bound for the scheduled `rate`, and what it rests on."""
+        """Return the second bound for the scheduled `rate`, and what it rests on."""
         state = self._state
         if reading is not None and _is_usable(reading):
             state.eigenvalues = [*state.eigenvalues, reading.eigenvalue][-self.window :]

@@ -52,7 +52,8 @@ def two_batch_estimate(signals: Mapping[str, float]) -> tuple[float, float]:
 
 
 def goodput(batch_size: int, seconds: float, noise_scale: float, reference_batch_size: int) -> float:
-    """Examples per second, discounted by how much less each is worth than at the reference size.
+    """Return the examples per second, discounted by how much less each is worth than at the
+    reference size.
 
     (batch_size / seconds) * (noise_scale + reference_batch_size) / (noise_scale + batch_size); `seconds` is the time of
     one optimizer step at `batch_size`.

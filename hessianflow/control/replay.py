@@ -101,7 +101,8 @@ def replay(
 
 
 def _moments(rows: Iterable[Mapping[str, Any]]) -> Sequence[dict[str, Any]]:
-    """The measurements made after the same number of examples, merged; in the order of training.
+    """Return the measurements made after the same number of examples, merged; in the order of
+    training.
 
     `lr_factor` of each is that by which the recorded controller had multiplied the rate until then. Records from before
     epochs told it have it in their decisions alone, which follow the measurements made at the same place.
@@ -135,7 +136,8 @@ def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
 
 
 def _signals(moment: Mapping[str, Any], rate_ratio: float) -> dict[str, float]:
-    """The numbers of a moment by name; `rate_ratio`: the replayed rate over the recorded one."""
+    """Return the numbers of a moment by name; `rate_ratio`: the replayed rate over the recorded
+    one."""
     numbers = {k: float(v) for k, v in moment.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     signals = {signal: numbers[name] for name, signal in _SIGNALS.items() if name in numbers} | numbers
     if "learning_rate" in signals:

@@ -55,7 +55,7 @@ class Stage:
 
 
 def resolution_stages(phase_ends: Sequence[int], levels: Sequence[Level], schedule: Schedule) -> tuple[Stage, ...]:
-    """The stages of a run, in order and without gaps from epoch 0 to the last phase end.
+    """Return the stages of a run, in order and without gaps from epoch 0 to the last phase end.
 
     Args:
         phase_ends: epochs at which the learning rate falls, and the last one, where training ends; increasing.
@@ -85,7 +85,8 @@ def resolution_stages(phase_ends: Sequence[int], levels: Sequence[Level], schedu
 
 
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
-    """The stage that the epoch after `epoch` completed ones belongs to; the last one from its start on."""
+    """Return the stage that the epoch after `epoch` completed ones belongs to; the last one from
+    its start on."""
     return next((stage for stage in stages if epoch < stage.end), stages[-1])
 
 
@@ -135,7 +136,8 @@ class ProgressiveResolution:
     def update(
         self, progress: Progress, reading: CurvatureReading | None = None, signals: Mapping[str, float] = NO_SIGNALS
     ) -> Decision:
-        """The controller's decision where it is due, at the batch size of the resolution from now on."""
+        """Return the controller's decision where it is due, at the batch size of the resolution
+        from now on."""
         reasons = []
         if self.controller.is_due(progress):
             reasons.append(self.controller.update(progress, reading, signals).reason)
@@ -148,7 +150,7 @@ class ProgressiveResolution:
         return self.decision
 
     def state_dict(self) -> dict[str, Any]:
-        """The controller's state, and the last epoch seen."""
+        """Return the controller's state, and the last epoch seen."""
         own = {"epoch": self._epoch, "reason": self._reason, "largest": self._largest}
         return {**own, "controller": self.controller.state_dict()}
 

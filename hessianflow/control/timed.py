@@ -67,12 +67,12 @@ class TimedSchedule(Controller[ControllerState]):
         return "" if self._state.lr_factor == before[1] else f"planned decay from epoch {self.decay_from} on"
 
     def _scale(self) -> float:
-        """What the rule makes of the batch in force."""
+        """Return what the rule makes of the batch in force."""
         state = self._state
         return lr_factor(state.batch_size, self.initial_batch_size, self.lr_rule, max_factor=self.max_lr_factor)
 
     def _decay(self, progress: Progress) -> float:
-        """What is left of the rate, from 1 down to 0."""
+        """Return what is left of the rate, from 1 down to 0."""
         if self.decay_from is None or progress.total_epochs <= self.decay_from:
             return 1.0
         epochs = progress.examples / progress.examples_per_epoch

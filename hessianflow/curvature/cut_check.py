@@ -1,9 +1,10 @@
-"""Whether a row of what a model returns is that of its example alone, so that a batch may be cut.
+"""Whether each row of a model's outputs depends on its example alone, so that a batch may be cut.
 
-A tensor that all examples share, say a table of positions, is taken for one row an example where it happens to have as
-many rows as the batch, and is cut with them. A layer of the user's own may compare rows, or normalise by them. Either
-way the matrix would hang on the size of the parts. So the first examples of the first batch that is cut are run twice,
-three of them and two: the rows that both hold must be the same.
+A tensor that all examples share, such as a table of positions, is mistaken for one row per example
+if it happens to have as many rows as the batch, and is then cut along with the others. A layer of
+the user's own may compare rows, or normalise by them. In either case the matrix would depend on the
+size of the parts. The first examples of the first batch that is cut are therefore run twice, three
+of them and then two: the rows that both runs give must be the same.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 
 ROWS = 3
-"""Examples of the longer run; the shorter one has one less. Ours: models may treat one alone in a way of its own."""
+"""Examples of the longer run; the shorter one has one less. Ours: a model may treat a single
+example as a special case."""
 
 TOLERANCE, ROUNDINGS = 1e-2, 30
-"""Relative difference of outputs that passes, and the same in machine epsilons. Ours: kernels for other numbers of rows
-round otherwise, by 1e-6 and less in float32, and what is mixed up differs by tenths."""
+"""Relative difference of outputs that passes, as a number and in machine epsilons. Ours: kernels
+for different numbers of rows differ by rounding, at most 1e-6 in float32; mixed rows differ by
+tenths."""
 
 WAY_OUT = (
     "keep the batch in one pass; or, if a tensor is shared by all examples, give it a first dimension of 1 (t[None]); "
@@ -30,17 +33,20 @@ WAY_OUT = (
 
 
 def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> None:
-    """Compare; nothing is said of a model that is random, or whose outputs have no row for each example.
+    """Refuse to cut a batch whose examples change each other's outputs.
+
+    A model that is random, or whose outputs have no row for each example, passes unchecked.
 
     Args:
-        model: as it is measured.
+        model: the model, as it is measured.
         batch: (inputs, targets) of at least two examples.
-        local: moves a part of it to the device of the model.
+        local: moves a part of the batch to the device of the model.
 
     Raises:
         HessianFlowError: the rows differ; or fewer examples cannot be run, and more than one tensor would be cut.
     """
-    inputs, total = batch[0], num_examples(batch)
+    inputs = batch[0]
+    total = num_examples(batch)
     rows = min(ROWS, total)
     may_be_shared = sum(t.ndim > 0 and len(t) == total for t in _tensors(inputs)) > 1
     parts = [local(take_rows(inputs, slice(0, count), total, "inputs")) for count in (rows, rows - 1)]
@@ -57,8 +63,8 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
             ) from error
     if differ and not is_random:
         raise HessianFlowError(
-            f"what the model returns for an example hangs on those beside it: {rows} and {rows - 1} of {total} "
-            f"examples give other rows, so the batch cannot be cut; {WAY_OUT}"
+            f"the model's output for an example depends on the others in the batch: runs on {rows} and on {rows - 1} "
+            f"of {total} examples give different rows, so the batch cannot be cut; {WAY_OUT}"
         )
 
 
@@ -68,7 +74,7 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def _differ(longer: list[Tensor], shorter: list[Tensor], rows: int) -> bool:
-    """Whether the rows that two runs share are not the same; outputs without rows are not looked at."""
+    """Return whether the rows that two runs share differ; outputs without rows are skipped."""
     pairs = [
         (one, other)
         for one, other in zip(longer, shorter, strict=False)

@@ -97,7 +97,8 @@ class SpectralDensity:
         return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), chosen)
 
     def mass_below(self, value: float = 0.0) -> TraceResult:
-        """Share of eigenvalues below `value`; two standard errors cover all that is left open.
+        """Return the share of eigenvalues below `value`; two standard errors cover all that is left
+        open.
 
         The value is the middle between the limits of the quadrature (shares.py). Where many
         eigenvalues lie at or near `value`, as with 0 in networks, they are far apart and the error
@@ -111,7 +112,7 @@ class SpectralDensity:
         return TraceResult(middle, stderr, self.matvecs, tuple(limits.mean(dim=1).tolist()))
 
     def shares(self) -> SignShares:
-        """Shares of negative, zero and positive eigenvalues.
+        """Return shares of negative, zero and positive eigenvalues.
 
         What cannot be told from 0 is kept apart, not put on either side.
         """
@@ -131,7 +132,8 @@ class SpectralDensity:
         )
 
     def _limits(self, first: float, last: float) -> Tensor:
-        """Of each probe's measure, least below `first`, most up to `last`, [num_probes, 2]."""
+        """Return for each probe's measure the least below `first` and the most up to `last`,
+        [num_probes, 2]."""
         if self.recurrences:
             pairs = [mass_limits(one, first, last) for one in self.recurrences]
             return torch.tensor(pairs, dtype=torch.float64)
@@ -139,7 +141,7 @@ class SpectralDensity:
         return torch.stack([(self.weights * part).sum(dim=1) for part in parts], dim=1)
 
     def _zone(self) -> tuple[float, float]:
-        """Where the nodes begin on either side that are not 0, mean over probes."""
+        """Return where the nodes begin on either side that are not 0, mean over probes."""
         ends = []
         for side in (-1, 1):
             away = side * self.nodes
@@ -148,14 +150,15 @@ class SpectralDensity:
         return ends[0], ends[1]
 
     def moment(self, power: int) -> float:
-        """Mean of eigenvalue^power over the spectrum; times `size` it estimates tr A^power."""
+        """Return the mean of eigenvalue^power over the spectrum; times `size` it estimates tr
+        A^power."""
         return float((self.weights * self.nodes**power).sum(dim=1).mean())
 
 
 def spectral_density(
     operator: LinearOperator, *, num_probes: int, steps: int, seed: int | None = None
 ) -> SpectralDensity:
-    """The distribution of all eigenvalues, from num_probes * steps products.
+    """Return the distribution of all eigenvalues, from num_probes * steps products.
 
     Args:
         operator: any symmetric operator; with `params="layer1"` that of one layer.
@@ -195,7 +198,7 @@ class _Rule(NamedTuple):
 
 
 def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> _Rule:
-    """The rule of one probe, by as many products as it has nodes."""
+    """Return the rule of one probe, by as many products as it has nodes."""
     basis = torch.empty(steps, operator.size, dtype=operator.dtype, device=operator.device)
     diagonal = torch.zeros(steps, dtype=torch.float64)
     beside = torch.zeros(steps, dtype=torch.float64)

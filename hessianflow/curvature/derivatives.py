@@ -89,7 +89,7 @@ def without_hooks(held: Iterable[Hooks | None]) -> Iterator[None]:
 
 
 def _hooks_of(modules: Iterable[nn.Module]) -> list[Hooks | None]:
-    """Tables of the hooks that run backwards: those of modules and of their parameters."""
+    """Return tables of the hooks that run backwards: those of modules and of their parameters."""
     kinds = ("_backward_hooks", "_backward_pre_hooks")
     found: list[Hooks | None] = [module.__dict__.get(kind) for module in modules for kind in kinds]
     return found + [p._backward_hooks for module in modules for p in module._parameters.values() if p is not None]
@@ -187,7 +187,7 @@ def inspect_graph(loss: Tensor) -> Graph:
 
 
 def _has_hooks(node: Any) -> bool:
-    """Whether something that a node has saved goes through hooks when it is needed."""
+    """Return whether something that a node has saved goes through hooks when it is needed."""
     for name in _saved(type(node)):  # type: ignore[arg-type]
         saved = getattr(node, name)
         several = saved if isinstance(saved, (tuple, list)) else (saved,)
@@ -213,7 +213,7 @@ def check_reached(gradients: Iterable[Tensor | None]) -> None:
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
-    """All nodes of the graph of a loss."""
+    """Yield all nodes of the graph of a loss."""
     pending, seen = [loss.grad_fn], set()
     while pending:
         node = pending.pop()
@@ -227,7 +227,8 @@ _ONCE = once_differentiable(lambda _: None).__code__
 
 
 def _is_once_differentiable(backward: Any) -> bool:
-    """Whether torch's decorator is among those of a backward: told by its code, as others set `__wrapped__`, too."""
+    """Return whether torch's decorator is among those of a backward: told by its code, as others
+    set `__wrapped__`, too."""
     while backward is not None:
         if getattr(backward, "__code__", None) is _ONCE:
             return True

@@ -1,9 +1,10 @@
-"""A product beside a difference of gradients, along one vector: what no rule about graphs would notice.
+"""Compares a product with a difference of gradients along one vector, to find faults no graph
+shows.
 
 Products come from second derivatives that torch, the model and the loss provide. A function that
-keeps intermediates outside of what autograd sees, a hook on an activation, a part that is detached
-or that computes its own gradients give a matrix that is symmetric, plausible and wrong. Weights a
-small step further on show it:
+keeps intermediates where autograd does not see them, a hook on an activation, or a part that is
+detached or computes its own gradients gives a matrix that is symmetric, plausible and wrong. A
+small step of the weights reveals it:
 
     Hessian:               (L(w + s v) - L(w)) / s -> g^T v,  (g(w + s v) - g(w)) / s -> H v
     Gauss-Newton, Fisher:  the same of L, of outputs and the slope of the loss by them, of losses
@@ -11,24 +12,24 @@ small step further on show it:
 Choices of ours, so that a healthy model is never refused (experiments/benchmarks/differences.py
 counts):
 
-- Copies of the weights in float64 and few examples. In float32 a step that rises above rounding
-  also bends thousands of rectified units, and the difference tells of their kinks, however small
-  the step: on ResNet-20 it is off by a factor of 1 to 30. In float64 a step of 1e-6 or 1e-8 bends
-  none. Of a model that does not run in float64 nothing is said.
-- Weights a thousandth away from those at hand, in a random direction. At the start of a training
-  biases are 0, and so are the borders of many images: then units sit on their kinks exactly, where a
-  derivative is a matter of convention.
-- A random vector, each tensor of weights in its own scale, and several lengths of step. One that
-  agrees is enough. Rows of embeddings for padding stay where they are: torch takes them for
-  constants (`padding_idx`), although the loss may depend on them.
-- Where none does, the differences must agree among themselves before they are believed: those of
-  continuous quantities for all steps, those of gradients, which jump at kinks, for two steps at
-  which the loss moves as its gradient says. A model that rounds within (16 bits, straight-through
-  estimators) does not move at all for a small step, and nothing is said of it.
+- The weights are copied to float64 and few examples are used. In float32 any step large enough to
+  rise above rounding carries thousands of rectified units over their kinks, and the difference
+  measures the kinks: on ResNet-20 it is off by a factor of 1 to 30. In float64 a step of 1e-6 or
+  1e-8 crosses no kink. A model that does not run in float64 is not checked.
+- The comparison is made a thousandth away from the current weights, in a random direction. At the
+  start of training biases are 0, and so are the borders of many images: units then sit exactly on
+  their kinks, where the derivative is a matter of convention.
+- The vector is random, each tensor of weights in its own scale, and several step lengths are tried;
+  one that agrees is enough. Embedding rows for padding do not move: torch treats them as constants
+  (`padding_idx`), although the loss may depend on them.
+- Where no step agrees, the differences must agree among themselves before they count: those of
+  continuous quantities over all steps, those of gradients, which jump at kinks, over two steps at
+  which the loss moves as its gradient says. A model that rounds internally (16 bits,
+  straight-through estimators) does not move at all for a small step, and is not checked.
 - Each tensor of the gradient is compared, so that a fault in one layer is not hidden behind a
-  larger one.
+  larger tensor.
 
-The model's own tensors are not touched: copies stand in for them, and a kept graph stays valid.
+The model's own tensors are left alone: copies stand in for them, and a kept graph stays valid.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,14 +45,16 @@ from hessianflow.batches import map_tensors
 from hessianflow.curvature.vectors import unflatten
 
 TOLERANCE = 1e-3
-"""Relative difference of a tensor that passes. Ours: steps that agree differ by 1e-5 and less."""
+"""Largest relative difference at which a tensor passes. Ours: steps that agree differ by at most
+1e-5."""
 
 SMALLEST_SHARE = 1e-4
-"""Tensors with a smaller part of the whole than this are not looked at: they may be cancellation."""
+"""Tensors whose share of the whole is below this are skipped: they may be left over by
+cancellation."""
 
 AGREEMENT, ROUGH_AGREEMENT = 0.1, 0.5
-"""Two steps agree if they differ by this share of their distance from what is claimed; roughly where
-all of them must. Ours."""
+"""Two steps agree if they differ by at most this share of their distance from the claim. The rough
+bound holds where all steps must agree. Ours."""
 
 ROUNDINGS = 100
 """Machine epsilons of a vector that are put down to rounding. Ours."""
@@ -60,13 +63,14 @@ EXAMPLES = 4
 """Examples of the batch that are used: faults are in operations, not in examples. Ours."""
 
 SHIFT = 1e-3
-"""Distance, relative to the weights, of the point at which is compared from that at hand. Ours."""
+"""Distance between the current weights and the point of comparison, relative to the weights.
+Ours."""
 
 _STEPS = (1e-6, 1e-8, 1e-4, 1e-3, 1e-2)
-"""Lengths of step relative to the weights, the likeliest to agree first."""
+"""Step lengths relative to the weights, the likeliest to agree first."""
 
 _LONG = 1e-3
-"""The longest step that has to agree: over longer ones a vector may bend as it likes."""
+"""The longest step that has to agree: over longer ones a vector may curve."""
 
 _WIDER = {
     torch.float16: torch.float64,
@@ -102,8 +106,8 @@ class Disagreement(NamedTuple):
     """A derivative that differences contradict.
 
     Attributes:
-        place: of the tensor that is worst; None where there is one only.
-        share: how far off it is, relative to the larger of the two.
+        place: the index of the worst tensor; None where there is only one.
+        share: its relative error, over the larger of claim and difference.
     """
 
     place: int | None
@@ -111,7 +115,8 @@ class Disagreement(NamedTuple):
 
 
 Linearise = Callable[[Any, Sequence[Tensor]], Linearised]
-"""Runs the model as it is on a batch, for some parameters; flat vectors are of float64."""
+"""Runs the model as it is on a batch and linearises it in some parameters; flat vectors are
+float64."""
 
 
 def find_disagreement(
@@ -120,16 +125,17 @@ def find_disagreement(
     parameters: Sequence[Tensor],
     samples: Sequence[Callable[[], Any]],
 ) -> Disagreement | None:
-    """Compare, in float64.
+    """Compare derivatives with differences, in float64, and return the worst contradiction.
 
     Args:
-        linearise: what is checked.
+        linearise: makes the derivatives that are checked.
         holders: the model and, where it is a module, the loss: their weights and buffers are copied.
-        parameters: to differentiate by.
-        samples: make batches, tried in turn until one can be made and run: a few examples, then all of them.
+        parameters: the parameters to differentiate by.
+        samples: functions that make batches, tried in turn until one can be made and run: first a
+            few examples, then all of them.
 
     Returns:
-        None where product and differences agree, or where nothing can be told.
+        None where the derivatives agree with the differences, or where nothing can be told.
     """
     for sample in samples:
         try:
@@ -190,7 +196,8 @@ class _Vector:
         self.is_confirmed = self.is_confirmed or not any(self._off_by(step))
 
     def exact_steps(self) -> set[float]:
-        """Steps after which the whole vector has moved as claimed, to TOLERANCE."""
+        """Return the steps after which the whole vector has moved as claimed, to within
+        TOLERANCE."""
         return {
             step
             for step, difference in self._differences.items()
@@ -198,11 +205,11 @@ class _Vector:
         }
 
     def disagreement(self, trusted: set[float] | None = None) -> Disagreement | None:
-        """The worst tensor of those for which steps agree with each other and not with what is claimed.
+        """Return the worst tensor for which steps agree with each other but not with the claim.
 
         Args:
-            trusted: steps of which two neighbours must agree; None: all up to _LONG must, and the
-                vector must move at all.
+            trusted: the steps of which two neighbours must agree; None: all steps up to _LONG must
+                agree, and the vector must move at all.
         """
         offs = {step: self._off_by(step) for step in sorted(self._differences)}
         if trusted is None:
@@ -230,7 +237,7 @@ class _Vector:
         return float((first - second).norm()) <= share * nearest
 
     def _off_by(self, step: float) -> list[float]:
-        """For each tensor the relative difference, 0 where it passes."""
+        """Return the relative difference of each tensor, 0 where it passes."""
         difference = self._differences[step]
         total = max(self._total, _norm(difference))
         allowed = SMALLEST_SHARE * total + ROUNDINGS * torch.finfo(self._values[0].dtype).eps * self._size / step
@@ -243,7 +250,7 @@ class _Vector:
 
 
 def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Where embeddings keep a row for padding: numbers of the parameter and of its row."""
+    """Return the index of the parameter and of its padding row, for each embedding that has one."""
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
     embeddings = [
         module
@@ -255,7 +262,8 @@ def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list
 
 
 def _direction(parameters: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int) -> Tensor:
-    """A random flat vector, the part of each tensor as long as the weights there: all move by the same share.
+    """Return a random flat vector in which each tensor is as long as its weights, so that all move
+    by the same share.
 
     It is 0 in rows for padding.
     """
@@ -310,12 +318,14 @@ def _copied(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> Itera
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
-    """Plain tensors, and the lists of weights that recurrent layers keep: a forward pass may set them anew."""
+    """Return plain tensors, and the lists of weights that recurrent layers keep: a forward pass may
+    replace them."""
     return {key: value for key, value in vars(module).items() if isinstance(value, (Tensor, list))}
 
 
 def _shared(parameter: Tensor) -> Tensor:
-    """A constant of the measurement: itself where it need not be widened."""
+    """Return a tensor that the measurement holds constant: the parameter itself unless it must be
+    widened."""
     return parameter if parameter.dtype not in _WIDER else _copy(parameter)
 
 

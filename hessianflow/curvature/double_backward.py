@@ -51,7 +51,8 @@ class CheapDoubleBackward(TorchFunctionMode):
 
 
 def has_replacements(model: nn.Module) -> bool:
-    """Whether there may be something to replace; if not, the mode would only slow down every call of torch.
+    """Return whether there may be something to replace; if not, the mode would only slow down every
+    call of torch.
 
     Weights of convolutions have three dimensions and more, running statistics are buffers, and weights are normalised
     in a parametrization or a hook. A hard sigmoid that is called as a function in a model without any of these is not
@@ -103,7 +104,8 @@ def _normalised(
 
 
 def _weight_normalised(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """The weight g v / ||v||, in operations whose second derivatives are right: those of torch's own are not."""
+    """Return the weight g v / ||v||, in operations whose second derivatives are right: those of
+    torch's own are not."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
@@ -232,7 +234,8 @@ def _fixed_backward(
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary tensors of one real type: with others, only torch knows what to do."""
+    """Return whether all are ordinary tensors of one real type: with others, only torch knows what
+    to do."""
     given = [t for t in tensors if t is not None]
     plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype == given[0].dtype for t in given)
     return plain and given[0].is_floating_point()

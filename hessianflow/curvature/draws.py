@@ -1,9 +1,9 @@
-"""A random number for each example that hangs on what the example holds, not on when it comes.
+"""A random number for each example that depends on the example's content, not on its position.
 
-Data may come in another order in every pass, and in parts of any size. Each value's bits are taken as
-a whole number and multiplied by an odd one that belongs to its place and the seed; the sum, mixed
-once more, is as good as random. All of it is arithmetic modulo 2^64, exact on every device and in
-every order of the sums. Padding with zeros at the end changes nothing.
+Data may come in a different order in every pass, and in parts of any size. The bits of each value
+are read as an integer and multiplied by an odd number that depends on the place and the seed; the
+sum, mixed once more, is as good as random. The arithmetic is modulo 2^64, exact on every device and
+for every order of summation. Zeros appended as padding change nothing.
 """
 
 from typing import Any
@@ -18,12 +18,13 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def draws_by_content(batch: Any, examples: int, seed: int) -> Tensor:
-    """Uniform numbers in [0, 1), shape [examples], float64; equal examples get equal ones.
+    """Return uniform numbers in [0, 1), shape [examples], float64; equal examples get equal
+    numbers.
 
     Args:
-        batch: tensors whose first dimension is that of the examples count; others do not.
-        examples: number of them.
-        seed: another one gives other numbers.
+        batch: the batch; only tensors whose first dimension is the number of examples count.
+        examples: the number of examples.
+        seed: selects one sequence of numbers; each seed gives another.
     """
     held: list[Tensor] = []
     map_tensors(lambda t: held.append(t) or t, batch)  # type: ignore[func-returns-value]
@@ -51,7 +52,7 @@ def _sums(tensor: Tensor, seed: int) -> Tensor:
 
 
 def _mixed(values: Tensor) -> Tensor:
-    """Bits that look random and hang on all bits of each value (splitmix64)."""
+    """Return bits that look random and depend on all bits of each value (splitmix64)."""
     for shift, factor in zip((30, 27), _STEPS, strict=True):
         values = (values ^ (_shifted(values, shift))) * factor
     mixed: Tensor = values ^ _shifted(values, 31)
@@ -59,6 +60,6 @@ def _mixed(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
-    """Shift to the right, zeros coming in from the left."""
+    """Return the values shifted right, with zeros coming in from the left."""
     shifted: Tensor = (values >> bits) & (2 ** (64 - bits) - 1)
     return shifted

@@ -31,7 +31,7 @@ def top_eigenpairs(
     extra: int = 0,
     warm: bool = False,
 ) -> EigenResult:
-    """The k leading eigenpairs of a symmetric operator, from products alone.
+    """Return the k leading eigenpairs of a symmetric operator, from products alone.
 
     Args:
         operator: anything with size, device, dtype and matvec.

@@ -1,6 +1,6 @@
-"""What is asked of Ritz pairs before they are believed, and in what order they are wanted.
+"""What Ritz pairs must show before they are accepted, and in what order they are wanted.
 
-lanczos.py has the reasons.
+The reasons are in lanczos.py.
 """
 
 import math
@@ -18,11 +18,11 @@ class Evidence(NamedTuple):
     """How small a residual must be before a gap between Ritz values is trusted. Ours, measured.
 
     Attributes:
-        cap: largest residual relative to its value.
-        angle: for one pair, largest residual relative to the gap to the next Ritz value: a bound on
-            the sine of the angle to the eigenvector.
-        forecast: for one pair, largest residual that one more product would leave if it fell as
-            with the last one, relative to the value and to the root of the tolerance.
+        cap: the largest residual, relative to the value.
+        angle: for a single pair, the largest residual relative to the gap to the next Ritz value; a
+            bound on the sine of the angle to the eigenvector.
+        forecast: for a single pair, the largest residual that one more product would leave if the
+            residual fell as it did last, relative to the value and to the root of the tolerance.
     """
 
     cap: float
@@ -31,28 +31,29 @@ class Evidence(NamedTuple):
 
 
 COLD = Evidence(0.01, 0.04, 0.014)
-"""Of 150 random starts on leading values 3.5 % apart over a bulk below a half, 13 settled on
-another value by a stricter angle of 0.015 without the forecast, 2 with it, and as many without any
-angle. On networks with a gap it adds a twelfth to the products at a tolerance of 1e-3, next to
-nothing at 1e-2: experiments/benchmarks/curvature.md."""
+"""For random starts. Of 150 of them, on leading values 3.5 % apart over a bulk below a half, 13
+settled on another value under a stricter angle of 0.015 without the forecast, and 2 with the
+forecast, with or without the angle. On networks with a gap the forecast adds a twelfth to the
+products at a tolerance of 1e-3 and next to nothing at 1e-2: experiments/benchmarks/curvature.md."""
 
 WARM = Evidence(0.015, 0.04, math.inf)
-"""From the sum of remembered vectors that the probe makes. That is where the products of a warm
-call go: the value is often within a tenth of the tolerance one or two products before. Ours; laxer
-ones (a cap of 0.03, an angle of 0.1) save up to 15 % of them and miss more than half of the values
-that rose over the leading one since the last call, this one a quarter, one with the forecast of
-COLD a seventh, for more products on small nets: experiments/benchmarks/warm_start.py. Of two values
-1.5 to 5 % apart the remembered vectors hold both, and no forecast is needed."""
+"""For starts from the probe's sum of remembered vectors. Most products of a warm call go into this
+evidence: the value is often within a tenth of the tolerance one or two products earlier. Ours.
+Laxer bounds (a cap of 0.03, an angle of 0.1) save up to 15 % of the products but miss more than
+half of the values that rose above the leading one since the last call. These bounds miss a quarter;
+with the forecast of COLD they would miss a seventh, at the price of more products on small nets:
+experiments/benchmarks/warm_start.py. Of two values 1.5 to 5 % apart the remembered vectors hold
+both, and no forecast is needed."""
 
 
 class Demand(NamedTuple):
     """What one search asks of its wanted pairs.
 
     Attributes:
-        tol: largest relative error of a value.
-        evidence: what is asked of the residuals for its sake.
-        residual_tol: largest residual relative to the value, for the sake of the vectors; infinite:
-            not asked for.
+        tol: the largest relative error of a value.
+        evidence: what the residuals must show for that.
+        residual_tol: the largest residual relative to the value, which bounds the error of the
+            vectors; infinite for no such bound.
     """
 
     tol: float
@@ -61,17 +62,19 @@ class Demand(NamedTuple):
 
     @property
     def tie(self) -> float:
-        """Relative difference of magnitudes that count as equal; half is left for errors."""
+        """Relative difference up to which magnitudes count as equal; the other half of the
+        tolerance is left for errors."""
         return min(self.tol, WIDEST_TIE) / 2
 
     def largest_residual(self, magnitudes: Array) -> Array:
-        """What cap and residual rule allow for values of these magnitudes."""
+        """Return the residuals that the cap and the residual rule allow for values of these
+        magnitudes."""
         cap = max(self.tol, min(self.evidence.cap, math.sqrt(self.tol / 10)))
         limits: Array = min(cap, self.residual_tol) * magnitudes
         return limits
 
     def largest_forecast(self, magnitude: float, before: float) -> float:
-        """Largest residual r for which r min(1, r / before) is as small as is asked."""
+        """Return the largest residual r for which r min(1, r / before) is as small as is asked."""
         asked = self.evidence.forecast * math.sqrt(self.tol) * magnitude
         return max(asked, math.sqrt(asked * before))
 
@@ -81,33 +84,36 @@ SPREAD_SHARE = 0.1
 leading value, and the cap on the residual is the stricter of the two by far."""
 
 REACH = 3.0
-"""Residuals by which a Ritz value of the check may still grow. Ours: of 160 runs for the top five
-of small nets with values 1.5 % apart, 4 missed one with 1, 1 with 2, none with 3."""
+"""How many residuals a Ritz value of the check may still grow by. Ours: of 160 runs for the top
+five values of small nets, 1.5 % apart, 4 missed one with a reach of 1, 1 with 2, and none with
+3."""
 
 FEW_ROWS = 20
-"""Up to so many rows all are taken. Ours: a random start may have next to no part in the leading
-vector, and of few values the others are soon known. Of 300 random matrices each, 11 of 4 rows, 7
-of 8 and 6 of 15 came out wrong and converged before, one or two of 100 with more rows."""
+"""Up to this many rows, the search takes as many steps as there are rows. Ours: a random start may
+have next to no part in the leading vector, and the other values of a small matrix are soon known.
+With fewer steps, of 300 random matrices of each size, 11 of 4 rows, 7 of 8 and 6 of 15 converged to
+a wrong value; of larger ones, one or two in 100."""
 
 WIDEST_TIE = 0.01
-"""Of two values of either sign the positive one comes first if their magnitudes differ by less than
-half the tolerance, or half of this where that is less. Ours: by a lax tolerance it should not lead
-where it is clearly the smaller."""
+"""Two values of opposite sign tie, and the positive one comes first, if their magnitudes differ by
+less than half the tolerance or half of this, whichever is less. Ours: under a lax tolerance a value
+that is clearly smaller should not lead."""
 
 ROUNDING = 50.0
-"""Rounding errors of a product, in machine epsilons of the largest magnitude. Ours, measured: in
-float32 the leading eigenvalues of a digits MLP are off by 1 to 3 of them, after training to a small
-loss by up to 37."""
+"""Rounding error of a product, in machine epsilons of the largest magnitude. Ours, measured: in
+float32 the leading eigenvalues of a digits MLP are off by 1 to 3 epsilons, and by up to 37 after
+training to a small loss."""
 
 ZERO = 2.0
-"""A value below so many machine epsilons of the largest magnitude counts as zero: it would vanish
-in a sum with it."""
+"""A value below this many machine epsilons of the largest magnitude counts as zero: added to that
+magnitude, it would vanish."""
 
 
 def wantedness(values: Array, which: Which, tie: float) -> Array:
-    """How much each value is wanted; of a tie (+3 and -3, up to `tie`) the positive one more.
+    """Return how much each value is wanted; in a tie (+3 and -3, up to `tie`) the positive one
+    more.
 
-    So the answer does not hang on the seed.
+    The answer therefore does not depend on the seed.
     """
     if which == "LM":
         return np.abs(values) * np.where(values > 0, 1 + tie, 1.0)
@@ -115,13 +121,13 @@ def wantedness(values: Array, which: Which, tie: float) -> Array:
 
 
 def order(values: Array, which: Which, tie: float) -> npt.NDArray[np.intp]:
-    """Indices from the most to the least wanted of ascending `values`."""
+    """Return the indices of ascending `values`, from the most to the least wanted."""
     found: npt.NDArray[np.intp] = np.argsort(-wantedness(values, which, tie), kind="stable")
     return found
 
 
 def neighbours(values: Array, wanted: int) -> list[int]:
-    """Indices of the values next above and next below each of the first `wanted`."""
+    """Return the indices of the values next above and next below each of the first `wanted`."""
     by_value = np.argsort(values).tolist()
     place = {index: position for position, index in enumerate(by_value)}
     beside = {place[i] + step for i in range(wanted) for step in (-1, 1)}
@@ -129,9 +135,9 @@ def neighbours(values: Array, wanted: int) -> list[int]:
 
 
 def estimated_errors(values: Array, known: list[int], residuals: Array, wanted: int) -> Array:
-    """min(r, r^2/gap) of the first `wanted` values.
+    """Return min(r, r^2/gap) for the first `wanted` values.
 
-    `known` are those with a residual, the nearest ones to each wanted one among them.
+    `known` are the values that have a residual; they include the neighbours of each wanted value.
     """
     distances = np.abs(values[:wanted, None] - values[None, known]) - residuals[None, :]
     distances[np.arange(wanted), np.arange(wanted)] = np.inf

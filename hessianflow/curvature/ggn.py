@@ -61,7 +61,7 @@ class GGNOperator(ModelOperator):
 
 
 def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:
-    """Outputs and targets of a pair.
+    """Return outputs and targets of a pair.
 
     Raises:
         HessianFlowError: a dict batch, or outputs that are not one tensor that depends on the weights.

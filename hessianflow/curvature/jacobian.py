@@ -36,7 +36,7 @@ class KeptJacobian:
         self._linear = [(i, t) for i, t in enumerate(transposed) if t is not None and t.requires_grad]
 
     def forward(self, vector: Tensor) -> Tensor:
-        """J v, of the shape of the outputs."""
+        """Return J v, of the shape of the outputs."""
         if not self._linear:
             return torch.zeros_like(self._outputs)
         pieces = unflatten(vector, self._parameters)
@@ -50,6 +50,6 @@ class KeptJacobian:
         return product
 
     def transposed(self, cotangent: Tensor) -> Tensor:
-        """J^T u, flat."""
+        """Return J^T u, flat."""
         grads = torch.autograd.grad(self._outputs, self._parameters, cotangent, retain_graph=True, allow_unused=True)
         return flatten(grads, self._parameters, self._dtype)

@@ -74,7 +74,8 @@ def lanczos(
     evidence: Evidence = COLD,
     residual_tol: float = math.inf,
 ) -> EigenResult:
-    """The k most wanted eigenpairs; see :func:`~hessianflow.curvature.eigenpairs.top_eigenpairs` for the arguments.
+    """Return the k most wanted eigenpairs; see
+    :func:`~hessianflow.curvature.eigenpairs.top_eigenpairs` for the arguments.
 
     Args:
         start: start vectors, shape [size, s]; those that depend on earlier ones are left out.

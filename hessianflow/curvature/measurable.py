@@ -1,8 +1,8 @@
-"""Which models an operator can differentiate twice, told by looking at them before anything runs.
+"""Which models an operator can differentiate twice, told before anything runs.
 
-Fully sharded and tensor-parallel models hold pieces of their weights. What the forward pass uses are
-other tensors, gathered for the moment, so that autograd finds no path from the loss back to the
-pieces: their gradient would be None, and the curvature zero.
+Fully sharded and tensor-parallel models hold pieces of their weights. The forward pass uses other
+tensors, gathered for its duration, so autograd finds no path from the loss back to the pieces:
+their gradient would be None, and the curvature zero.
 """
 
 import sys
@@ -19,10 +19,11 @@ _WAY_OUT = "measure an unsharded copy: load the full state dict into a plain mod
 
 
 def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
-    """Refuse a way to run the (unwrapped) model that cannot be.
+    """Refuse options that the (unwrapped) model cannot be run with.
 
     Raises:
-        HessianFlowError: an option out of range, or microbatches where each batch has its own statistics.
+        HessianFlowError: an option is out of range; each batch has its own statistics but would be
+            cut into microbatches; or the model cannot be measured (:func:`check_measurable`).
     """
     if norm_mode not in get_args(NormMode):
         raise HessianFlowError(f"norm_mode must be one of {', '.join(get_args(NormMode))}, got {norm_mode!r}")
@@ -84,16 +85,17 @@ def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[T
 
 
 def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
-    """Whether some layer normalises by the batch that it sees, so that the batch must not be cut.
+    """Return whether some layer normalises by the batch that it sees, so that the batch must not be
+    cut.
 
-    Layers that have no running statistics do so in either mode. What a layer that is not torch's does, nobody knows.
+    Layers without running statistics do so in either mode. Only torch's layers can be recognised.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return any(norm_mode == "batch" or layer.running_mean is None for layer in layers)
 
 
 def _sharding() -> tuple[type[Any], ...]:
-    """Classes of sharded modules; empty as long as nobody has imported them."""
+    """Return the classes of sharded modules; empty as long as nobody has imported them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     found = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
     return tuple(kind for kind in found if kind is not None)

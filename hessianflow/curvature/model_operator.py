@@ -1,16 +1,19 @@
-"""What the Hessian, the Gauss-Newton and the Fisher operator of a model share: data, weights, averages, care.
+"""What the Hessian, Gauss-Newton and Fisher operators of a model share: data, weights, averages,
+checks.
 
-The operator is that of the mean loss over all examples, L(w) = 1/N sum_n loss(f(x_n; w), y_n): every piece that is
-forwarded enters with what its mean divides by (:mod:`hessianflow.losses`: its examples; with class weights or ignored
-targets their sum), so unequal batches and any microbatch size give the same matrix. Where that is a guess, the first
-parts are compared with the whole.
+The operator is that of the mean loss over all examples, L(w) = 1/N sum_n loss(f(x_n; w), y_n).
+Every piece that is forwarded is weighted by what its mean divides by (:mod:`hessianflow.losses`):
+its number of examples or, with class weights or ignored targets, their sum. Unequal batches and any
+microbatch size therefore give the same matrix. Where the weight is a guess, the first parts are
+compared with the whole.
 
-One batch in one pass: its graph is built once and kept for all products (`release()` frees it), and built anew as soon
-as a weight, a buffer, the batch or an option of the loss has changed (staleness.py). Several batches, or microbatches:
-the graph of each piece is rebuilt in every product, and memory does not depend on the number of pieces.
+The graph of a single batch in one pass is built once and kept for all products (`release()` frees
+it). It is rebuilt as soon as a weight, a buffer, the batch or an option of the loss has changed
+(staleness.py). With several batches, or with microbatches, the graph of each piece is rebuilt in
+every product, and memory does not depend on the number of pieces.
 
-The function that is measured is that of the model in evaluation mode with gradients enabled, all hooks that run
-backwards set aside: those of parameters and modules belong to the training step, not to the matrix.
+The measured function is the model in evaluation mode with gradients enabled. Backward hooks of
+parameters and modules are set aside: they belong to the training step, not to the matrix.
 """
 
 import copy
@@ -74,15 +77,16 @@ class ModelOperator(Operator):
         size: number of selected weights.
         dtype: of the vectors: that of the weights, but float32 for 16-bit models.
         names: names of the selected parameters, in the order of the flat vector.
-        is_part: whether the data are a part of a larger batch, as on one of several ranks: the loss is then checked as
-            where a batch is cut here. To be set before the first product.
+        is_part: whether the data are a part of a larger batch, as on one of several ranks. The loss
+            is then checked as if the batch were cut here. Set it before the first product.
 
     Raises:
-        HessianFlowError: nothing trainable, no data, a bad option; at a product: a loss that is not finite
-            (:class:`~hessianflow.curvature.operator.NonFiniteError`), cannot be differentiated twice, or changes from
-            one product to the next; where the data are cut, a loss that is not the weighted mean of its parts, or
-            outputs that hang on the other examples; parameters that were frozen or replaced since; a product that a
-            difference of gradients contradicts.
+        HessianFlowError: nothing is trainable, there are no data, or an option is wrong. At a
+            product: the loss is not finite
+            (:class:`~hessianflow.curvature.operator.NonFiniteError`), cannot be differentiated
+            twice, or changes from one product to the next; the data are cut, and the loss is not
+            the weighted mean of its parts or outputs depend on other examples; parameters were
+            frozen or replaced since; a difference of gradients contradicts the product.
     """
 
     def __init__(
@@ -123,7 +127,10 @@ class ModelOperator(Operator):
         """Run the model on one batch and return its loss and what multiplies with its matrix."""
 
     def weighted_product(self, vector: Tensor) -> tuple[Tensor, float]:
-        """(W A v, W), W the :attr:`loss_weight` of the data held here: what microbatches add up, and ranks divide."""
+        """Return (W A v, W), with W the :attr:`loss_weight` of the data held here.
+
+        Several ranks sum both over their data and divide.
+        """
         product, weight = self._mean_product(vector)
         return product * weight, weight
 
@@ -149,7 +156,7 @@ class ModelOperator(Operator):
             return sum(float(self._averaged(inner, batch).weight) for batch in self._pieces())
 
     def mean_loss(self) -> float:
-        """The loss whose curvature this is, at the current weights."""
+        """Return the loss whose curvature this is, at the current weights."""
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             return float(self._mean_loss(model, self._pieces(model)))
 
@@ -168,7 +175,7 @@ class ModelOperator(Operator):
         return compared_losses(self._model, first, self._loss, layers)
 
     def gradient(self) -> Tensor:
-        """The gradient of the mean loss by the selected parameters, shape [size]."""
+        """Return the gradient of the mean loss by the selected parameters, shape [size]."""
         total, whole = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0.0
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             for batch in self._pieces(model):
@@ -185,7 +192,7 @@ class ModelOperator(Operator):
         return self._mean_product(vector)[0]
 
     def _mean_product(self, vector: Tensor) -> tuple[Tensor, float]:
-        """(A v, W)."""
+        """Return (A v, W)."""
         with full_precision():
             # A tensor made in inference mode cannot enter a graph.
             vector = vector.clone() if vector.is_inference() else vector
@@ -264,7 +271,8 @@ class ModelOperator(Operator):
 
     @contextmanager
     def _differentiating(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Second-order kernels on, everything not selected a constant; to be used inside measuring().
+        """Enable second-order kernels and hold everything not selected constant; for use inside
+        measuring().
 
         Yields:
             What to call.
@@ -278,9 +286,10 @@ class ModelOperator(Operator):
             yield folded
 
     def _pieces(self, model: nn.Module | None = None) -> Iterator[Any]:
-        """What is forwarded at once; pieces that are known to count for nothing (all targets ignored) are left out.
+        """Yield what is forwarded at once, without pieces that are known to count for nothing.
 
-        With a model, the first batch that is cut is checked by it.
+        A piece counts for nothing where all its targets are ignored. If `model` is given, the first
+        batch that is cut is checked with it.
         """
         for batch in checked_batches(self._batches):
             if model is not None and not self._is_cut_checked and not self._fits(batch):
@@ -293,7 +302,7 @@ class ModelOperator(Operator):
                     yield local
 
     def _weight_ahead(self, batch: Any) -> float | None:
-        # A weight on the device is awaited: a piece without one must not be forwarded.
+        # The host waits for a weight on the device: a piece of weight 0 must not be forwarded.
         weight = self._loss.weight_ahead(batch if isinstance(batch, Mapping) else batch[1])
         return None if weight is None else float(weight)
 
@@ -305,20 +314,24 @@ class ModelOperator(Operator):
         return map_tensors(lambda t: t.clone() if t.is_inference() else t, moved)
 
     def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
-        """The mean loss of one piece and its weight."""
+        """Return the mean loss of one piece and its weight."""
         if isinstance(batch, Mapping):
             return self._average(model, batch)
         return self._average(model(batch[0]), batch[1])
 
     def _average(self, outputs: Any, targets: Any) -> Averaged:
-        """The mean loss of a piece from what the model returned; for a dict from the model itself."""
+        """Return the mean loss of a piece, from the model's outputs or, for a dict, from the model
+        itself."""
         averaged = self._loss(outputs, targets)
         if self.is_part or self._single is None or not self._fits(self._single):
             self._check_split(outputs, targets)
         return averaged
 
     def _checked_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        """The mean loss of one piece, fit to be differentiated, and its weight; of weight 0 it is not looked at."""
+        """Return the mean loss of one piece, fit to be differentiated, and its weight.
+
+        A loss of weight 0 is not checked.
+        """
         averaged = self._averaged(model, batch)
         loss, weight = averaged.value, float(averaged.weight)
         if weight > 0:
@@ -350,7 +363,7 @@ class ModelOperator(Operator):
         self._checking.conclude(found, self.names)
 
     def _linearised(self, model: nn.Module, batch: Any, parameters: Sequence[Tensor]) -> Linearised:
-        """What the graph of one batch claims, for other parameters than those selected."""
+        """Return what the graph of one batch claims, for other parameters than those selected."""
         twin = copy.copy(self)
         twin.parameters = tuple(parameters)
         twin.dtype = torch.float64

@@ -40,7 +40,7 @@ class Operator(ABC):
     dtype: torch.dtype
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The product with a flat vector, shape [size]; the vector is not changed.
+        """Return the product with a flat vector, shape [size]; the vector is not changed.
 
         Whether it is finite is for the caller to see; `operator @ vector` refuses one that is not.
 
@@ -52,13 +52,13 @@ class Operator(ABC):
 
     @abstractmethod
     def _product(self, vector: Tensor) -> Tensor:
-        """The product with a vector that is known to fit."""
+        """Return the product with a vector that is known to fit."""
 
     def release(self) -> None:  # noqa: B027 - nothing to free is the usual case
         """Free whatever is kept between products (a graph); the next product makes it anew."""
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        """`operator @ v` for a vector [size], or column by column for a matrix [size, k].
+        """Return `operator @ v` for a vector [size], or column by column for a matrix [size, k].
 
         Raises:
             HessianFlowError: as :meth:`matvec`, or (NonFiniteError) a product of finite numbers that is not finite.
@@ -94,7 +94,7 @@ class Operator(ABC):
         return SumOperator(self, -other)
 
     def shifted(self, shift: float) -> "Operator":
-        """A + shift I."""
+        """Return A + shift I."""
         return ShiftedOperator(self, shift)
 
     def deflated(self, vectors: Tensor) -> "Operator":
@@ -102,11 +102,11 @@ class Operator(ABC):
         return DeflatedOperator(self, vectors)
 
     def dense(self) -> Tensor:
-        """The whole matrix, shape [size, size], by `size` products: for small problems."""
+        """Return the whole matrix, shape [size, size], by `size` products: for small problems."""
         return self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
 
     def to_scipy(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` over NumPy vectors, e.g. for `eigsh`."""
+        """Return a `scipy.sparse.linalg.LinearOperator` over NumPy vectors, e.g. for `eigsh`."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
         def product(vector: Any) -> Any:

@@ -1,4 +1,5 @@
-"""What a forward pass over one batch or microbatch leaves for products, and which losses nothing can be said of."""
+"""What a forward pass over one batch or microbatch leaves for products, and which losses are
+refused."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,11 +20,12 @@ class Piece(NamedTuple):
     """One forwarded batch or microbatch.
 
     Attributes:
-        loss: its mean, a detached scalar.
-        weight: what that mean divides by; 0 where nothing counts, and then the rest says nothing.
-        product: multiplies a vector with its matrix.
-        claims: what a difference can check, put together on demand.
-        graph: what its nodes tell.
+        loss: the mean loss of the piece, a detached scalar.
+        weight: what that mean divides by; where it is 0 nothing counts and the other fields mean
+            nothing.
+        product: multiplies the matrix of the piece with a vector.
+        claims: makes what a difference can check.
+        graph: facts read from the nodes of the graph.
         missing: indices of the selected parameters that have no gradient.
     """
 
@@ -39,7 +41,8 @@ class Kept(NamedTuple):
     """A graph for all products, and what it was built from.
 
     Attributes:
-        recomputes: whether products run code of the model, and so need the surroundings that the graph was built in.
+        recomputes: whether products run code of the model, and so need the modes and hooks that the
+            graph was built under.
     """
 
     piece: Piece
@@ -53,13 +56,13 @@ def check_finite(loss: Tensor) -> None:
     Raises:
         NonFiniteError: with what to look at.
     """
-    # One synchronisation per graph built, so that no time goes into products of nan.
+    # One synchronisation per graph, so that no time is spent on products that are nan.
     if not bool(torch.isfinite(loss.detach()).all()):
         raise NonFiniteError("the loss is not finite (nan or inf); look at the weights and the inputs")
 
 
 def counted(weight: float) -> float:
-    """The weight itself.
+    """Return the weight, and refuse a weight of 0.
 
     Raises:
         HessianFlowError: it is 0.

@@ -1,18 +1,21 @@
 """The leading eigenvalue during training: small, repeatable, warm-started, and free of side effects.
 
-Each call measures the Hessian of the mean loss over the probe batch at the current weights. The start is the last
-call's leading vector, each of its other Ritz vectors as RUNNER_UP_WEIGHT says, DIRECTION_WEIGHT times the direction in
-which that search would have gone on, and a random part (RANDOM_SHARE in eigenpairs.py). From the old leading vector
-alone an iteration settles on what may now be the second eigenvalue, low by 4-8 %, with a small residual; one whose
-vector is among the old Ritz vectors is found through the sum, unless it was far below: few products leave its Ritz
-vector rough (WARM in evidence.py has the count). A new one outside of them grows in the direction from
-call to call, as it would in one longer search: experiments/benchmarks/warm_start.py found those 20 to 100 % above the
-old in the fourth call at the latest, one 5 % above in the fifth. Few products cannot do better, so a single warm
-reading may miss it; every `cold_every`-th call starts at random.
+Each call measures the Hessian of the mean loss over the probe batch at the current weights. The
+start vector is a sum: the last call's leading vector, its other Ritz vectors weighted by
+RUNNER_UP_WEIGHT, DIRECTION_WEIGHT times the direction in which that search would have gone on, and
+a random part (RANDOM_SHARE in eigenpairs.py). From the old leading vector alone, an iteration
+settles with a small residual on what may by now be the second eigenvalue, 4-8 % too low. The sum
+finds a new leading value whose vector is among the old Ritz vectors, unless it was far below the
+leading one: after few products such a vector is still rough (WARM in evidence.py has the count). A
+new leading value outside the Ritz vectors grows in the direction from call to call, as in one
+longer search.
+In experiments/benchmarks/warm_start.py, values 20 to 100 % above the old one were found in the
+fourth call at the latest, and one 5 % above it in the fifth. Few products cannot do better, so a
+single warm reading may miss the leading value; every `cold_every`-th call starts at random.
 
-Choices of ours: the batch of 64 to 128 examples is fixed by default (batch-to-batch spread is 8-10 %); readings that
-are not finite, not converged or not reliable are returned as such and never enter the smoothed value, nor do the first
-two enter the next start.
+Choices of ours: the batch of 64 to 128 examples is fixed by default, because batches differ by 8 to
+10 %. Readings that are not finite, not converged or not reliable are returned as such and never enter
+the smoothed value; the first two kinds do not enter the next start either.
 """
 
 import hashlib
@@ -41,19 +44,22 @@ from hessianflow.norm_statistics import is_unsettled
 Smoothing = Literal["none", "median", "ema"]
 
 GRADIENTS_PER_PRODUCT = 2.0
-"""Cost of one product on a kept graph, in gradients of as many training examples. Measured: 1.8, ResNet-20, CPU,
-products of 64 examples beside steps of 128 (in gradients of the same batch in evaluation mode 1.3 to 1.7)."""
+"""Cost of one product on a kept graph, in gradients of as many training examples. Measured: 1.8,
+for ResNet-20 on a CPU with products of 64 examples and steps of 128 (1.3 to 1.7 in gradients of the
+same batch in evaluation mode)."""
 
 SPARE_VECTORS = 2
 """Ritz vectors remembered beyond the k tracked ones. Ours."""
 
 RUNNER_UP_WEIGHT = 0.5
-"""Weight of another Ritz vector in a warm start, times its value by the leading one: what is near may soon lead, and a
-large part of what is far costs products. Ours; experiments/benchmarks/warm_start.py compares it with equal weights."""
+"""Weight of the other Ritz vectors in a warm start, each times the ratio of its value to the
+leading one: a near value may soon lead, while a large part of a far one costs products. Ours;
+experiments/benchmarks/warm_start.py compares it with equal weights."""
 
 DIRECTION_WEIGHT = 0.3
-"""Weight of the direction in which the last search would have gone on. Ours: without it a new leading value outside the
-remembered vectors went unnoticed for up to ten calls, with it for one to three."""
+"""Weight of the direction in which the last search would have gone on. Ours: a new leading value
+outside the remembered vectors went unnoticed for up to ten calls without it, for one to three with
+it."""
 
 
 class ProbeOperator(LinearOperator, Protocol):
@@ -75,14 +81,14 @@ class CurvatureProbe:
         k: eigenvalues to track.
         tol: allowed relative error of each. Default: the tolerance of ABSA's code.
         warm_start: start from the vectors of the last reading.
-        cold_every: every so many calls start at random, whatever the last vectors; ours.
+        cold_every: every `cold_every`-th call starts at random, whatever the last vectors; ours.
         which: "LM" largest magnitude, "LA" largest or "SA" smallest algebraic.
         params: parameters to differentiate by; see HessianOperator.
         norm_mode: batch-normalisation statistics, recorded with each reading.
         microbatch_size: examples per pass; bounds memory, at about 1.4x the time.
-        max_matvecs: most products a call; then the reading says converged=False.
-        first_matvecs: most products of the first call, whose price nobody knows beforehand; None: `max_matvecs`; 0:
-            :meth:`is_affordable` says no until a call was made all the same.
+        max_matvecs: most products per call; a search that needs more returns converged=False.
+        first_matvecs: most products of the first call, whose price is not known beforehand; None:
+            `max_matvecs`; 0: :meth:`is_affordable` says no until a call has been made regardless.
         smoothing: adds `details["smoothed"]`: the median of the last `window` good readings, or an exponential moving
             average of all of them, which each enters with weight 2 / (window + 1) and the first starts.
         window: see `smoothing`.
@@ -183,7 +189,8 @@ class CurvatureProbe:
         return self._reading(result, examples, time.perf_counter() - began, unsettled)
 
     def is_affordable(self, examples: int) -> bool:
-        """Whether the next call, at the price of the last, fits the budget after `examples` training examples.
+        """Return whether the next call, at the price of the last, fits the budget after `examples`
+        training examples.
 
         Cost is counted in gradients of one example, so the answer depends on no clock and repeats in a resumed run.
         """
@@ -194,7 +201,7 @@ class CurvatureProbe:
         return self._spent + self._last_cost <= self._budget * examples
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever the next reading depends on, beside model and batch."""
+        """Return what the next reading depends on besides the model and the batch."""
         return {
             "calls": self._calls,
             "spent": self._spent,
@@ -208,7 +215,7 @@ class CurvatureProbe:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a probe of the same model and options stopped.
 
-        In states of before an average was kept, it is that of the readings there, the last `window` ones.
+        States saved before the average was kept give it as that of their last `window` readings.
         """
         state = _updated(state, self._window)
         self._calls, self._spent, self._last_cost = state["calls"], state["spent"], state["last_cost"]
@@ -235,7 +242,8 @@ class CurvatureProbe:
         )
 
     def _unsettled_losses(self, operator: ProbeOperator) -> tuple[float, float] | None:
-        """Return the losses under running and under own statistics where the former have not settled."""
+        """Return the losses under running and own statistics if the former have not settled, else
+        None."""
         ask = getattr(operator, "statistics_losses", None)  # of operators that run a model
         found = ask() if self._check_statistics and ask is not None else None
         if found is None:
@@ -286,7 +294,8 @@ class CurvatureProbe:
 
 
 def by_value(nearness: Tensor) -> Tensor:
-    """Weights of remembered Ritz vectors, shape [m], from their values by the leading one."""
+    """Return the weights of remembered Ritz vectors, shape [m], from their values relative to the
+    leading one."""
     return RUNNER_UP_WEIGHT * nearness
 
 
@@ -308,18 +317,20 @@ def remembered(result: EigenResult, weigh: Callable[[Tensor], Tensor] = by_value
 
 
 def _mixed(seed: int, call: int) -> int:
-    """One 63-bit seed for each pair, of any size: a shifted sum would overflow a generator's 64 bits."""
+    """Return one 63-bit seed for each pair, of any size: a shifted sum would overflow a generator's
+    64 bits."""
     digest = hashlib.blake2b(f"{seed},{call}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def _averaged(average: float | None, value: float, window: int) -> float:
-    """The exponential moving average after one more value; the first is its seed."""
+    """Return the exponential moving average after one more value; the first value starts it."""
     return value if average is None else average + 2 / (window + 1) * (value - average)
 
 
 def _updated(state: Mapping[str, Any], window: int) -> Mapping[str, Any]:
-    """A state in today's form: earlier ones hold the columns that the start sums up, and no average."""
+    """Return a state in today's form: earlier ones hold the columns that the start sums up, and no
+    average."""
     if "start" in state:
         return state
     columns, average = state["vectors"], None

@@ -1,4 +1,4 @@
-"""When a product is checked by a difference of gradients, and what is said where the two contradict each other."""
+"""When a product is checked by a difference of gradients, and the error where the two disagree."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from hessianflow.curvature.differences import Disagreement
 from hessianflow.interfaces import HessianFlowError
 
 CHECK_FROM = 100
-"""Products from which on the check costs about a percent of them, or less. Ours; a check costs three to ten gradients
-of a few examples, in float64."""
+"""Number of products beside which the check costs about a percent or less. Ours; a check costs
+three to ten gradients of a few examples, in float64."""
 
 
 class ProductCheck:
@@ -26,12 +26,13 @@ class ProductCheck:
         self._missing: tuple[int, ...] = ()
 
     def note(self, graph: Graph, missing: tuple[int, ...]) -> None:
-        """Take what a graph shows: reasons to doubt are foreign functions, and selected weights without a gradient."""
+        """Note a graph's reasons for doubt: foreign functions, and selected weights without a
+        gradient."""
         self._foreign = graph.foreign or self._foreign
         self._missing = missing or self._missing
 
     def is_due(self) -> bool:
-        """Count a product; whether it is the one to be checked."""
+        """Count a product, and return whether it is the one to be checked."""
         self._products += 1
         if self._wanted is None:
             self._wanted = bool(self._foreign or self._missing) or self._products >= CHECK_FROM or None
@@ -51,7 +52,7 @@ class ProductCheck:
         place = "" if found.place is None else f" at {names[found.place]}"
         raise HessianFlowError(
             f"a product is {found.share:.1%} off from a difference of gradients{place}: {self._causes(names)}; "
-            "mend it, or pass check_product=False if it is meant"
+            "correct it, or pass check_product=False if it is intended"
         )
 
     def _causes(self, names: Sequence[str]) -> str:

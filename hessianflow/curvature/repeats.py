@@ -1,4 +1,5 @@
-"""Whether a loss repeats: without that, a random operator would pass for a matrix."""
+"""Whether a loss repeats: a random operator is not a matrix, but its products would look like
+one's."""
 
 import torch
 from torch import Tensor
@@ -10,12 +11,12 @@ from hessianflow.interfaces import HessianFlowError
 class RepeatCheck:
     """Compares each loss with the last one at the same weights and the same batch.
 
-    Products repeat each other's random numbers (measuring restores the generators), a kept graph its
-    own: only a second pass within one product shows that the loss is random.
+    All products draw the same random numbers, because measuring restores the generators, and a kept
+    graph keeps its own. Only a second pass within one product shows that the loss is random.
 
     Args:
-        wanted: whether that second pass is to be made, with the first product.
-        dtype: of the vectors: losses may differ by the square root of its resolution.
+        wanted: whether to make that second pass with the first product.
+        dtype: the type of the vectors; losses may differ by the square root of its resolution.
     """
 
     def __init__(self, wanted: bool, dtype: torch.dtype) -> None:
@@ -24,16 +25,16 @@ class RepeatCheck:
         self._last: tuple[Snapshot, float] | None = None
 
     def is_due(self) -> bool:
-        """Whether a second pass is to be made now; once."""
+        """Return whether a second pass is to be made now; True at most once."""
         is_due = self._wanted
         self._wanted = False
         return is_due
 
     def compare(self, snapshot: Snapshot, loss: Tensor) -> None:
-        """Take a loss and what it was computed from.
+        """Compare a loss with the last one, if it was computed from the same values.
 
         Raises:
-            HessianFlowError: it differs from the last one, and nothing else does.
+            HessianFlowError: the loss differs although nothing that it was computed from does.
         """
         value = float(loss)  # one number from the device for each graph that is built
         if self._last is not None and self._last[0].has_values_of(snapshot):
@@ -46,5 +47,5 @@ class RepeatCheck:
         self._last = (snapshot, value)
 
     def forget(self) -> None:
-        """Compare with nothing before."""
+        """Forget the last loss, so that the next one is compared with nothing."""
         self._last = None

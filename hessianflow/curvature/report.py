@@ -76,7 +76,7 @@ class SpectrumReport:
     matvecs: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; eigenvectors are left out."""
+        """Return plain values, for JSON; eigenvectors are left out."""
         return {
             "size": self.size,
             "num_examples": self.num_examples,
@@ -110,7 +110,8 @@ def spectrum_report(
     check_product: bool = True,
     progress: Progress | None = None,
 ) -> SpectrumReport:
-    """Leading eigenvalues, and on request trace, density and single layers; the model is left as found.
+    """Measure leading eigenvalues, and on request trace, density and single layers; the model is
+    left as found.
 
     Args:
         model: the model.
@@ -193,7 +194,8 @@ class _Watched:
 
 
 def _matching_modules(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Modules with trainable parameters of their own whose name, or that of a module around them, matches."""
+    """Return modules with trainable parameters of their own whose name, or that of a module around
+    them, matches."""
     owners = [
         (name, module)
         for name, module in unwrap(model).named_modules()

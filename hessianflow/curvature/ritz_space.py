@@ -101,7 +101,8 @@ class RitzSpace:
         return True
 
     def _solve(self) -> None:
-        """Ritz values in the wanted order, the vectors' coordinates, and what can be said of residuals for free."""
+        """Find Ritz values in the wanted order, the vectors' coordinates, and what is known of
+        residuals for free."""
         theta, coordinates = np.linalg.eigh(self._projected[: self.size, : self.size])
         self._scale = max(self._scale, float(np.abs(theta).max()))
         places = order(theta, self._which, self._tie)
@@ -112,7 +113,8 @@ class RitzSpace:
         self._is_measured = False
 
     def _measure(self) -> None:
-        """Residuals and estimated errors of the wanted pairs, once for each set of Ritz pairs."""
+        """Measure residuals and estimated errors of the wanted pairs, once for each set of Ritz
+        pairs."""
         if self._is_measured:
             return
         wanted = min(self._k, self.size)
@@ -124,7 +126,7 @@ class RitzSpace:
         self._is_measured = True
 
     def is_accurate(self) -> bool:
-        """Whether all k wanted pairs are found and accurate enough to stop."""
+        """Return whether all k wanted pairs are found and accurate enough to stop."""
         if self._operator.size <= FEW_ROWS and not self.is_complete:
             return False
         if self.size < self._k or self._surely_inaccurate().any():
@@ -132,7 +134,8 @@ class RitzSpace:
         return bool(self._accurate().all()) and self._rival() is None
 
     def meets_demand(self) -> bool:
-        """Whether pairs that are accurate enough to stop meet the tolerances, not just `noise`.
+        """Return whether pairs that are accurate enough to stop meet the tolerances, not just
+        `noise`.
 
         A value that would vanish in a sum with the largest is zero; no relative error is asked of
         it.
@@ -143,7 +146,8 @@ class RitzSpace:
         return bool((good | (magnitudes <= ZERO / ROUNDING * self.noise)).all())
 
     def direction(self) -> Tensor:
-        """Where the space is wrong: the residual of the first wanted pair that is (surely) not accurate yet."""
+        """Return where the space is wrong: the residual of the first wanted pair that is (surely)
+        not accurate yet."""
         hopeless = self._surely_inaccurate()
         if hopeless.any():
             return self._residuals_of([int(hopeless.argmax())])[0]
@@ -154,7 +158,7 @@ class RitzSpace:
         return self._residual_vectors[int(np.argmin(accurate))]  # of the first that is not
 
     def is_invariant(self) -> bool:
-        """Whether all pairs are exact up to rounding, so that products lead nowhere new."""
+        """Return whether all pairs are exact up to rounding, so that products lead nowhere new."""
         self._measure()
         limit = 20 * self.noise  # rounding errors of a few steps
         if float(self.residuals.max()) > limit:
@@ -162,11 +166,12 @@ class RitzSpace:
         return float(self._norms_of(self._residuals_of(list(range(self.size)))).max()) <= limit
 
     def agrees_with(self, settled: Array) -> bool:
-        """Whether the wanted values are what they were."""
+        """Return whether the wanted values are what they were."""
         return np.allclose(settled, self.values[: self._k], rtol=self._demand.tol, atol=self.noise)
 
     def is_unreached_since(self, first: int) -> bool:
-        """Whether the vectors added from `first` on, each the product of the one before, lead to nothing wanted."""
+        """Return whether the vectors added from `first` on, each the product of the one before,
+        lead to nothing wanted."""
         theta, coordinates = np.linalg.eigh(self._projected[first : self.size, first : self.size])
         # The next vector's length, ||product||^2 less its part in the basis, times the last coordinate: the residual.
         last = self.size - 1
@@ -176,7 +181,7 @@ class RitzSpace:
         return bool(reach.max() <= wanted + max(self._demand.tol * abs(wanted), self.noise))
 
     def make_room(self, vectors: int) -> int:
-        """Compress if fewer than so many vectors fit; how many fit now."""
+        """Compress if fewer than this many vectors fit, and return how many fit now."""
         if self.size + vectors > self._capacity < self._operator.size:
             self._compress()
         return self._capacity - self.size
@@ -187,7 +192,7 @@ class RitzSpace:
         return ROUNDING * torch.finfo(self._operator.dtype).eps * self._scale
 
     def result(self, *, converged: bool) -> EigenResult:
-        """The pairs to keep; converged refers to the k wanted ones.
+        """Return the pairs to keep; converged refers to the k wanted ones.
 
         Raises:
             HessianFlowError: not converged, and the operator is not symmetric.
@@ -237,7 +242,8 @@ class RitzSpace:
         return product / self._unit
 
     def _compress(self) -> None:
-        """Thick restart: keep the best Ritz vectors and as many again, for the sake of convergence."""
+        """Restart thickly: keep the best Ritz vectors and as many again, for the sake of
+        convergence."""
         keep = min(self.size - 1, max(self._keep, self._capacity // 2))
         kept = self._coordinates[:, :keep]
         self._gram[:keep, :keep] = kept.T @ self._gram[: self.size, : self.size] @ kept
@@ -249,7 +255,7 @@ class RitzSpace:
         self._solve()
 
     def _limits(self) -> Array:
-        """Largest residuals of the wanted pairs."""
+        """Return the largest residuals of the wanted pairs."""
         magnitudes = np.abs(self.values[: self._k])
         most = SPREAD_SHARE * float(self.values.max() - self.values.min())
         if self._k == 1:
@@ -259,7 +265,8 @@ class RitzSpace:
         return np.maximum(limits, self.noise)
 
     def _gap(self) -> float:
-        """From the first value to the next that is another answer: not one that agrees with it within the tolerance."""
+        """Return the gap from the first value to the next that does not agree with it within the
+        tolerance."""
         distances = np.abs(self.values[1:] - self.values[0])
         others = distances[distances > self._demand.tol * abs(self.values[0])]
         return float(others.min()) if len(others) else math.inf
@@ -276,7 +283,8 @@ class RitzSpace:
         return accurate
 
     def _bounds(self) -> Array:
-        """Errors that values of accurate pairs may have: the residual, or at least what was asked.
+        """Return errors that values of accurate pairs may have: the residual, or at least what was
+        asked.
 
         The gap in r^2/gap is that of values seen; between eigenvalues closer than the tolerance it
         means nothing.
@@ -287,7 +295,7 @@ class RitzSpace:
         return np.maximum(bounds, self.noise)
 
     def _rival(self) -> int | None:
-        """An unwanted pair that might, within its residual, still outdo the last wanted one.
+        """Return an unwanted pair that might, within its residual, still outdo the last wanted one.
 
         A single pair has it among those of the other sign: both ends of a spectrum may lie equally
         far from zero.
@@ -331,7 +339,8 @@ class RitzSpace:
 
 
 def _orthogonal_part(direction: Tensor, basis: Rows) -> Tensor | None:
-    """The unit vector along the part of `direction` outside the span of the orthonormal rows; None without one."""
+    """Return the unit vector along the part of `direction` outside the span of the orthonormal
+    rows; None without one."""
     unit: Tensor = direction / direction.norm()
     for _ in range(3):
         unit = unit - basis.combine(basis.dot(unit))

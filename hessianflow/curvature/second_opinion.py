@@ -69,11 +69,12 @@ class SecondOpinion:
     num_examples: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     def table(self) -> str:
-        """A table in plain text: every difference relative to the larger value, the distance of densities in a note."""
+        """Return a table in plain text: every difference relative to the larger value, the distance
+        of densities in a note."""
         lines = [f"{'quantity':<22}{'hessianflow':>14}{'+-':>11}{'PyHessian':>14}{'difference':>12}"]
         notes = []
         for row in self.rows:
@@ -168,7 +169,8 @@ def _peer(model: nn.Module, loss_fn: LossFn, batch: Batch, operator: HessianOper
 
 
 def _attempt(measure: Callable[[], Any], name: str, notes: list[str]) -> Any:
-    """PyHessian's answer, or None and a note: whatever another library raises is a finding here."""
+    """Return PyHessian's answer, or None and a note: whatever another library raises is a finding
+    here."""
     try:
         return measure()
     except Exception as error:

@@ -15,7 +15,8 @@ Selection = str | Iterable[str | Tensor] | Tensor | None
 
 
 def listed(params: Selection) -> Sequence[str | Tensor] | None:
-    """The selection as a list: a generator of parameters ends after one reading, and a tensor iterates over its rows.
+    """Return the selection as a list: a generator of parameters ends after one reading, and a
+    tensor iterates over its rows.
 
     Raises:
         HessianFlowError: something that is neither a name pattern nor a tensor.
@@ -33,7 +34,8 @@ def listed(params: Selection) -> Sequence[str | Tensor] | None:
 
 
 def select_parameters(model: nn.Module, params: Selection) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """Names and tensors of the chosen trainable parameters, each tensor once however often it is tied.
+    """Return names and tensors of the chosen trainable parameters, each tensor once however often
+    it is tied.
 
     A pattern matches a parameter's name or that of a module that holds it. Frozen parameters are constants.
 
@@ -83,7 +85,8 @@ def _nothing_chosen(named: Sequence[tuple[str, Tensor]], model: nn.Module, param
 
 
 def batches_of(data: Any) -> Iterable[Any]:
-    """The data as a re-iterable of batches; :func:`hessianflow.batches.as_batches` says what one batch is.
+    """Return the data as a re-iterable of batches; :func:`hessianflow.batches.as_batches` says what
+    one batch is.
 
     Raises:
         HessianFlowError: an iterator that can be read only once, something that cannot be iterated,
@@ -101,12 +104,12 @@ def batches_of(data: Any) -> Iterable[Any]:
 
 
 def single_batch(batches: Iterable[Any]) -> Any | None:
-    """The one batch the data consists of, if it can be told without reading a data set."""
+    """Return the one batch the data consists of, if it can be told without reading a data set."""
     return next(checked_batches(batches)) if isinstance(batches, list) and len(batches) == 1 else None
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, one by one; each must be a pair or a mapping.
+    """Yield the batches one by one; refuse one that is neither a pair nor a mapping.
 
     Raises:
         HessianFlowError: something else, or nothing at all.

@@ -5,16 +5,18 @@ Golub and Meurant, Matrices, Moments and Quadrature, 2010, chapter 6 (its weight
 measure).
 
 The m nodes and weights of Lanczos quadrature fix 2m moments of the spectral measure of the start
-vector, and many measures have those. Whatever the measure, the rule with one more node at x says:
-at least the weights below x lie below x, and at most these and the weight at x. The weight at x is
-what the quadrature cannot tell. Where one eigenvalue, say 0, holds half of the spectrum, it is half
-or more; counting nodes instead would put all of it on the side to which rounding moved a node.
+vector, and many measures share those moments. For all of them, the rule with one more node at x
+bounds the mass below x: it is at least the sum of the weights below x, and at most that sum plus
+the weight at x. The weight at x is what the quadrature cannot decide. Where one eigenvalue, such as
+0, holds half of the spectrum, that weight is a half or more; counting nodes instead would put all
+of it on the side to which rounding moved a node.
 
-Choices of ours: for the mass below a value, x is moved by the rounding of products, outwards either
-way; for shares by sign, an eigenvalue within that of 0 is zero, as products cannot tell. The part
-that a random unit vector of n rows has in s n of n eigenvectors varies by 2 s (1 - s) / (n + 2)
-(the beta distribution), so its error is known, not estimated from a few probes; limits are Wilson's
-for that variance, at two standard errors.
+Choices of ours: for the mass below a value, x is moved outwards on either side by the rounding of
+products; for shares by sign, an eigenvalue within that rounding of 0 counts as zero, because
+products cannot tell it from 0. The squared part of a random unit vector of n rows in s n of n
+eigenvectors has variance 2 s (1 - s) / (n + 2) (the beta distribution). Its error is therefore
+known, not estimated from a few probes; the limits are Wilson's for that variance, at two standard
+errors.
 """
 
 from dataclasses import dataclass
@@ -23,12 +25,12 @@ import torch
 from torch import Tensor
 
 NONE = 1e-6
-"""Of the squared part in one eigenvector that a random start has on average, less than this is
-found in one start of a thousand: a share below that of one eigenvalue is none."""
+"""Multiples of the mean squared part of a random start in one eigenvector. A start has less than
+this once in a thousand, so a smaller share is taken for no eigenvalue at all."""
 
 NEAREST = 1e-8
-"""Least distance, relative to the largest magnitude, between a node that is put and the others:
-nearer ones would make numbers too large for the rule to be accurate."""
+"""Least distance, relative to the largest magnitude, between the added node and the others: a
+smaller one would give numbers too large for an accurate rule."""
 
 DEVIATIONS = 2.0
 """Standard errors on either side: 95 % where parts are roughly normal."""
@@ -39,7 +41,7 @@ class Share:
     """A share of the eigenvalues.
 
     Attributes:
-        value: what the quadrature says, mean over probes.
+        value: the share by quadrature, averaged over probes.
         low: the true share is at least this (95 %).
         high: the true share is at most this (95 %).
     """
@@ -56,11 +58,11 @@ class SignShares:
     Attributes:
         negative: surely below 0. The limits are on all that are, by more than the rounding of
             products.
-        zero: what cannot be told from 0, by rounding or because the quadrature takes too few steps
-            to look closer. The limits are on what is 0 up to rounding.
+        zero: what cannot be told from 0, because of rounding or of too few steps of the quadrature.
+            The limits are on what is 0 up to rounding.
         positive: surely above 0, with limits as for negative.
-        zone: the first nodes on either side that are not 0, mean over probes, or the rounding of
-            products where there is none: between them nothing is told apart.
+        zone: the first nodes on either side that are not 0, averaged over probes, or the rounding
+            of products where there is none. Values between them cannot be told apart.
     """
 
     negative: Share
@@ -70,7 +72,7 @@ class SignShares:
 
 
 def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, float]:
-    """Least of the spectral measure of one start below `first`, most up to `last`.
+    """Return the least spectral measure of one start below `first`, and the most up to `last`.
 
     Args:
         recurrence: diagonal and off-diagonal of the tridiagonal matrix of Lanczos, shape [2,
@@ -86,7 +88,8 @@ def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, f
 
 
 def with_node(recurrence: Tensor, value: float, side: int) -> tuple[Tensor, Tensor, int]:
-    """Nodes and weights of the rule with a node put at a value, and the place of that node.
+    """Return the nodes and weights of the rule with a node at a given value, and the place of that
+    node.
 
     After a breakdown all nodes are eigenvalues, and none is put: the place is where it would be.
 
@@ -112,12 +115,12 @@ def with_node(recurrence: Tensor, value: float, side: int) -> tuple[Tensor, Tens
 
 
 def tridiagonal(diagonal: Tensor, beside: Tensor) -> Tensor:
-    """The symmetric matrix [m, m] of a diagonal [m] and an off-diagonal [m - 1]."""
+    """Return the symmetric matrix [m, m] of a diagonal [m] and an off-diagonal [m - 1]."""
     return torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)
 
 
 def limits_of(least: float, most: float, size: int, probes: int) -> tuple[float, float]:
-    """Limits on a share of which random starts have between `least` and `most`, on average."""
+    """Return limits on a share, from the mean bounds `least` and `most` over random starts."""
     return _wilson(least, size, probes)[0], _wilson(most, size, probes)[1]
 
 
@@ -126,7 +129,8 @@ def _wilson(part: float, size: int, probes: int) -> tuple[float, float]:
         return 0.0, 0.0
     if (1 - part) * size <= NONE:
         return 1.0, 1.0
-    count, square = probes * (size + 2) / 2, DEVIATIONS**2
+    count = probes * (size + 2) / 2
+    square = DEVIATIONS**2
     middle = part + square / (2 * count)
     half = (square * (part * (1 - part) / count + square / (4 * count**2))) ** 0.5
     low, high = ((middle + sign * half) / (1 + square / count) for sign in (-1, 1))

@@ -1,9 +1,10 @@
-"""Whether a graph still belongs to the weights, the batch and the loss at hand.
+"""Whether a graph still belongs to the current weights, batch and loss.
 
-Places and versions of tensors show what autograd knows of. Writes through `.data` and through NumPy leave no version
-behind, so numbers made from all values are compared too: sums with a fixed weight for each place, which a permutation
-or a change of sign moves, where a norm stays. Of what a model keeps in Python its modules are watched, their forward
-hooks, and the numbers, text and tensors among their attributes; what lists and other objects hold is not.
+The addresses and versions of tensors show the changes that autograd knows of. Writes through
+`.data` and through NumPy change no version, so sums over all values are compared too. Each place
+has a fixed weight in its sum, so that a permutation or a change of sign shows, which would leave a
+norm as it was. Of a model's Python state, the modules, their forward hooks, and the numbers, text
+and tensors among their attributes are watched; the content of lists and other objects is not.
 """
 
 import math
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from hessianflow.batches import map_tensors
 
 CHUNK = 2**20
-"""Values summed up at once: bounds the memory for weights and for values in another type. Ours."""
+"""Most values in one sum: bounds the memory for weights and for converted values. Ours."""
 
 SMALL = 2**13
-"""Tensors of up to so many values are summed up together: a kernel for each would cost more than their copy. Ours."""
+"""Tensors of at most this many values are summed together: a kernel for each would cost more than
+copying them. Ours."""
 
 _GOLDEN = 0.6180339887498949
 _ODD = -7046029254386353131  # the golden ratio in 64 bits
@@ -44,7 +46,8 @@ _OF_NUMPY = (
 class Snapshot:
     """What a graph was built from: weights and buffers of the model and of the loss, options of the loss, the batch.
 
-    It holds no copy of any of them. It is looked at before every product, so what is looked at is listed beforehand.
+    It holds no copy of any of them. The comparison runs before every product, so what it compares
+    is listed beforehand.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, batch: Any) -> None:
@@ -58,25 +61,31 @@ class Snapshot:
         self._numbers = self._contents.numbers()
 
     def is_current(self) -> bool:
-        """Whether everything is still as it was."""
+        """Return whether everything is still as it was."""
         if not self._structure.is_as_found():
             return False
         if self._may_be_refilled and not _are_same(_tensors_of(self._sources[2]), self._of_batch):
             return False
         if _places(self._tensors) != self._places:
             return False
-        # A comparison on the host is worth a synchronisation: the alternative is a product at forgotten weights.
+        # Comparing on the host is worth a synchronisation: the alternative is a product at outdated
+        # weights.
         return self._contents.numbers() == self._numbers
 
     def renew(self) -> None:
-        """Take places, versions and attributes anew, where a forward pass wrote to them in between."""
+        """Read addresses, versions and attributes anew, after a forward pass that may have changed
+        them."""
         model, loss_fn, _ = self._sources
         self._structure = _Structure(model, loss_fn)
         self._tensors = [*self._structure.tensors(), *self._of_batch]
         self._places = _places(self._tensors)
 
     def has_values_of(self, other: "Snapshot") -> bool:
-        """Whether another one was taken of equal values in equal layouts, wherever they were, in the same modules."""
+        """Return whether another snapshot was taken of equal values in equal layouts, in the same
+        modules.
+
+        Where the tensors lie in memory does not matter.
+        """
         layouts = [place[-1] for place in self._places] == [place[-1] for place in other._places]
         return layouts and self._structure.is_that_of(other._structure) and self._numbers == other._numbers
 
@@ -101,18 +110,20 @@ class _Structure:
         ]
         self._keys = [(held, key) for held, key, _ in plain]
         self._values = [value for _, _, value in plain]
-        # Plain tensors of a model are told apart, but not read: those of a partial are options, and are.
+        # A module's plain tensors are compared by identity only; those of a partial are options,
+        # and are read.
         self._further = _tensors_of(loss_fn.keywords) if isinstance(loss_fn, partial) else []
 
     def is_as_found(self) -> bool:
-        """Whether nothing was replaced, added or taken away; the values of tensors are not looked at."""
+        """Return whether nothing was replaced, added or removed; the values of tensors are not
+        compared."""
         if not _are_same([entry for table in self._tables for entry in table.values()], self._entries):
             return False
         now = [held.get(key) for held, key in self._keys]
         return _are_same(now, self._values) or all(map(_is_same, now, self._values))
 
     def is_that_of(self, other: "_Structure") -> bool:
-        """Whether another one found the same."""
+        """Return whether another structure holds the same."""
         if not _are_same(self._entries, other._entries) or len(self._values) != len(other._values):
             return False
         keys = [key for _, key in self._keys] == [key for _, key in other._keys]
@@ -132,7 +143,7 @@ def _is_same(now: Any, before: Any) -> bool:
 
 
 class _Contents:
-    """Views of all values, in the order of memory, and what they come to."""
+    """Views of all values, in the order of memory, and their weighted sums."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         chunks: list[list[Tensor]] = []
@@ -154,7 +165,7 @@ class _Contents:
         self._summed = [(group, _weights_of(group)) for group in (*small.values(), *chunks)]
 
     def numbers(self) -> list[float | int]:
-        """A few numbers; two sets of values that differ have different ones."""
+        """Return a few numbers that differ whenever the values do."""
         with np.errstate(over="ignore", invalid="ignore"):
             numbers: list[float | int] = [array.dot(weights).item() for array, weights in self._arrays]
         for place, number in enumerate(numbers):
@@ -175,7 +186,7 @@ class _Contents:
 
 
 def _weights_of(group: list[Tensor]) -> Tensor:
-    """A weight for each place in a row of tensors of one type, the same in every process."""
+    """Return a weight for each place in a row of tensors of one type, the same in every process."""
     dtype = torch.int64
     if group[0].dtype in _FLOATS:
         dtype = torch.float64 if group[0].dtype in (torch.float64, torch.complex128) else torch.float32
@@ -192,7 +203,7 @@ def _table(dtype: torch.dtype, device: torch.device, bits: int) -> Tensor:
 
 
 def _sum(group: list[Tensor], weights: Tensor) -> Tensor:
-    """The values of some tensors of one type in one row, times the weights."""
+    """Return the weighted sum of the values of some tensors of one type, joined in one row."""
     values = group[0] if len(group) == 1 else torch.cat(group)
     if values.dtype != weights.dtype:
         if values.is_complex():
@@ -206,14 +217,14 @@ def _sum(group: list[Tensor], weights: Tensor) -> Tensor:
 
 
 def _as_integers(group: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The bits of floating-point values, and the weights of their places."""
+    """Return the bits of floating-point values as integers, and the weights of their places."""
     row = torch.cat(group)
     bits = [(torch.view_as_real(row).reshape(-1) if row.is_complex() else row).contiguous().view(torch.uint8)]
     return bits, _weights_of(bits)
 
 
 def _on_the_host(numbers: list[Tensor]) -> list[float | int]:
-    """The numbers, in one transfer for each type and device."""
+    """Return the numbers on the host, moved in one transfer for each type and device."""
     if all(number.device.type == "cpu" for number in numbers):
         return [number.item() for number in numbers]
     kinds: dict[Any, list[int]] = {}
@@ -232,7 +243,8 @@ def _tensors_of(batch: Any) -> list[Tensor]:
 
 
 def _all_modules(model: nn.Module) -> list[nn.Module]:
-    """All modules, shared ones as often as they occur: `modules()` would cost more than all else that is watched."""
+    """Return all modules, shared ones as often as they occur: `modules()` would cost more than all
+    other checks."""
     found = [model]
     for module in found:
         if module._modules:
@@ -255,7 +267,8 @@ def _place(tensor: Tensor) -> Any:
 
 
 def _strided_parts(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that hold the values of one of any kind; none where they cannot be reached."""
+    """Return the ordinary tensors that hold the values of a tensor of any kind; none where they
+    cannot be reached."""
     if type(tensor) not in (Tensor, nn.Parameter):
         if hasattr(tensor, "__tensor_flatten__"):  # torch's protocol of tensors made of others
             inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
@@ -272,7 +285,8 @@ def _strided_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def _flat_view(tensor: Tensor) -> Tensor | None:
-    """All values in one dimension, as they lie in memory; None where there are gaps between them."""
+    """Return a view of all values in one dimension, in memory order; None where there are gaps
+    between them."""
     if tensor.is_contiguous():
         return tensor.detach().view(-1)
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)

@@ -53,7 +53,7 @@ TraceMethod = Literal["krylov", "hutchpp", "hutchinson"]
 def trace(
     operator: LinearOperator, *, num_matvecs: int, method: TraceMethod = "krylov", seed: int | None = None
 ) -> TraceResult:
-    """The trace, tr A = E[g^T A g] for random signs g, with its standard error.
+    """Return the trace, tr A = E[g^T A g] for random signs g, with its standard error.
 
     Args:
         operator: any symmetric operator.
@@ -106,7 +106,8 @@ def _krylov(operator: LinearOperator, num_matvecs: int, source: torch.Generator)
 
 
 def _sketched(operator: LinearOperator, most: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Probes and their products, both [size, j] with 2 <= j <= `most`: as many as it takes to see outliers."""
+    """Return probes and their products, both [size, j] with 2 <= j <= `most`: as many as it takes
+    to see outliers."""
     starts = rademacher(operator, source, 0)
     images = starts.clone()
     while starts.shape[1] < most:
@@ -119,7 +120,8 @@ def _sketched(operator: LinearOperator, most: int, source: torch.Generator) -> t
 
 
 def _orthonormal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal columns that span `vectors`, and their products, by the same combinations of `images`."""
+    """Return orthonormal columns that span `vectors`, and their products, by the same combinations
+    of `images`."""
     basis, products = vectors[:, :0], images[:, :0]
     for vector, image in zip(vectors.unbind(1), images.unbind(1), strict=True):
         inside = basis.T @ vector
@@ -133,7 +135,8 @@ def _orthonormal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _next_direction(basis: Tensor, products: Tensor) -> Tensor | None:
-    """The unit vector along which the products leave the basis most; None where they do not."""
+    """Return the unit vector along which the products leave the basis most; None where they do
+    not."""
     largest = _finite(products.abs().max())
     if largest == 0:
         return None
@@ -164,7 +167,8 @@ def _hutchpp(operator: LinearOperator, num_matvecs: int, source: torch.Generator
 
 
 def _missed_energy(sketch: Tensor) -> float:
-    """Share of ||A s||^2 of columns that lies outside the span of all others, left out in up to 8 groups in turn."""
+    """Return the share of ||A s||^2 of columns that lies outside the span of all others, left out
+    in up to 8 groups in turn."""
     largest = _finite(sketch.abs().max())
     if largest == 0:
         return 0.0
@@ -180,7 +184,8 @@ def _missed_energy(sketch: Tensor) -> float:
 
 
 def diagonal(operator: LinearOperator, *, num_matvecs: int, seed: int | None = None) -> DiagonalResult:
-    """The diagonal, diag A = E[g * (A g)] for random signs g, with the standard error of each entry.
+    """Return the diagonal, diag A = E[g * (A g)] for random signs g, with the standard error of
+    each entry.
 
     Raises:
         HessianFlowError: fewer than 2 products.
@@ -200,7 +205,8 @@ def diagonal(operator: LinearOperator, *, num_matvecs: int, seed: int | None = N
 
 
 def frobenius_norm(operator: LinearOperator, *, num_matvecs: int, seed: int | None = None) -> TraceResult:
-    """The Frobenius norm, ||A||_F^2 = E[||A g||^2] for random signs g; standard error by the delta method.
+    """Return the Frobenius norm, ||A||_F^2 = E[||A g||^2] for random signs g; standard error by the
+    delta method.
 
     Raises:
         HessianFlowError: fewer than 2 products.
@@ -225,7 +231,8 @@ def _product(operator: LinearOperator, columns: Tensor) -> Tensor:
 
 
 def _samples(operator: LinearOperator, count: int, source: torch.Generator, basis: Tensor | None = None) -> Tensor:
-    """g^T A g for `count` random signs g, in the complement of the orthonormal columns `basis` if there are any."""
+    """Return g^T A g for `count` random signs g, in the complement of the orthonormal columns
+    `basis` if there are any."""
     samples = []
     for _ in range(count):
         probe = rademacher(operator, source)

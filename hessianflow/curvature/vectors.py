@@ -10,7 +10,8 @@ from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 
 def generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """A generator of our own on `device`; the global ones stay untouched. None: fresh entropy."""
+    """Return a generator of our own on `device`; the global ones stay untouched. None: fresh
+    entropy."""
     made = torch.Generator(device)
     if seed is None:
         made.seed()
@@ -32,27 +33,29 @@ def estimating(operator: LinearOperator) -> Iterator[None]:
 
 
 def gaussian(operator: LinearOperator, source: torch.Generator, columns: int | None = None) -> Tensor:
-    """Standard normal entries (unit variance, everywhere in this room), shape [size] or [size, columns]."""
+    """Return standard normal entries (unit variance, as everywhere in this package), shape [size]
+    or [size, columns]."""
     shape = (operator.size,) if columns is None else (operator.size, columns)
     return torch.randn(shape, generator=source, device=operator.device, dtype=operator.dtype)
 
 
 def rademacher(operator: LinearOperator, source: torch.Generator, columns: int | None = None) -> Tensor:
-    """Independent entries +1 or -1, shape [size] or [size, columns]."""
+    """Return independent entries +1 or -1, shape [size] or [size, columns]."""
     shape = (operator.size,) if columns is None else (operator.size, columns)
     bits = torch.randint(0, 2, shape, generator=source, device=operator.device)
     return bits.to(operator.dtype).mul_(2).sub_(1)
 
 
 def norm(vector: Tensor) -> Tensor:
-    """The Euclidean norm, also where squares of the entries leave the range of the type."""
+    """Return the Euclidean norm, also where squares of the entries leave the range of the type."""
     scale = vector.abs().amax().clamp_min(torch.finfo(vector.dtype).tiny)
     length: Tensor = torch.linalg.vector_norm(vector / scale) * scale
     return length
 
 
 def normalised(vectors: Tensor) -> Tensor:
-    """A vector, or each column of a matrix, divided by its Euclidean norm, whatever its size; zero stays zero."""
+    """Return a vector, or each column of a matrix, divided by its Euclidean norm, whatever its
+    size; zero stays zero."""
     tiny = torch.finfo(vectors.dtype).tiny
     largest = vectors.abs().amax(dim=0).clamp_min(tiny)
     # The power of two at or below the largest entry: where squares fit the type anyway, no bit of the result changes.
@@ -64,20 +67,21 @@ def normalised(vectors: Tensor) -> Tensor:
 
 
 def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One flat vector; None stands for zeros of the shape of its neighbour in `like`."""
+    """Return one flat vector; None stands for zeros of the shape of its neighbour in `like`."""
     pieces = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)]
     # Gradients of sparse embeddings are sparse.
     return torch.cat([(piece.to_dense() if piece.is_sparse else piece).reshape(-1).to(dtype) for piece in pieces])
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of the flat vector with the shapes (and types) of `like`."""
+    """Return views of the flat vector with the shapes (and types) of `like`."""
     pieces = torch.split(vector, [p.numel() for p in like])
     return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, like, strict=True)]
 
 
 def vector_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    """The type of flat vectors: the widest of the parameters, and float32 for 16-bit ones."""
+    """Return the type of flat vectors: the widest of the parameters, and float32 for 16-bit
+    ones."""
     widest = torch.float32
     for parameter in parameters:
         widest = torch.promote_types(widest, parameter.dtype)

@@ -85,7 +85,8 @@ def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) 
 def read_members(
     archive: Path, names: Collection[str], *, max_bytes: int, max_total: int = MAX_UNPACKED_BYTES
 ) -> dict[str, bytes]:
-    """The contents of those of `names` that a tar archive holds, in one pass, without unpacking.
+    """Return the contents of those of `names` that a tar archive holds, in one pass, without
+    unpacking.
 
     Args:
         archive: plain or packed with gzip.
@@ -113,7 +114,7 @@ def read_members(
 
 @contextmanager
 def open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """A zip archive whose table of contents is of a sensible size.
+    """Open a zip archive whose table of contents is of a sensible size.
 
     Raises:
         zipfile.BadZipFile: it is no zip archive, or has too large a table or too many members.
@@ -125,7 +126,7 @@ def open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def zip_blocks(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
-    """The content of one member, piece by piece; its checksum is compared at the end.
+    """Yield the content of one member, piece by piece; its checksum is compared at the end.
 
     Raises:
         zipfile.BadZipFile: a damaged member, or one packed in a way that cannot be unpacked piece by piece.

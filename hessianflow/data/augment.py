@@ -36,11 +36,11 @@ class Draws:
     centres: Tensor | None
 
     def to(self, device: torch.device) -> "Draws":
-        """The same draws on `device`."""
+        """Return the same draws on `device`."""
         return replace(self, **{name: value.to(device) for name, value in self._present().items()})
 
     def rows(self, start: int, stop: int) -> "Draws":
-        """The draws of examples start..stop-1."""
+        """Return the draws of examples start..stop-1."""
         return replace(self, **{name: value[start:stop] for name, value in self._present().items()})
 
     def inverse(self, padding: int) -> "Draws":
@@ -81,7 +81,8 @@ class Augmentation:
         return bool(self.crop_padding or self.flip or self.cutout)
 
     def draw(self, count: int, height: int, width: int, *, seed: int, epoch: int) -> Draws:
-        """All draws for `count` images of this size in one epoch; each kind from a generator of its own."""
+        """Return all draws for `count` images of this size in one epoch; each kind from a generator
+        of its own."""
         offsets = flips = centres = None
         if self.crop_padding:
             shape, source = (count, 2), generator(seed, "crop", epoch)
@@ -129,7 +130,8 @@ class Augmentation:
 
 
 def _take_rows(rows: Tensor, tops: Tensor, height: int) -> Tensor:
-    """Rows tops[i] .. tops[i]+height-1 of image i; whole rows are copied, which is what makes it fast."""
+    """Return rows tops[i] .. tops[i]+height-1 of image i; whole rows are copied, which is what
+    makes it fast."""
     n, planes, padded_height, length = rows.shape
     firsts = torch.arange(n * planes, device=rows.device).view(n, planes, 1) * padded_height
     window = tops[:, None] + torch.arange(height, device=rows.device)

@@ -106,7 +106,7 @@ CIFAR100 = CifarLayout(
 
 
 def read_cifar(layout: CifarLayout, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 [N, 3, 32, 32], targets int64 [N] and class names of one split.
+    """Return images uint8 [N, 3, 32, 32], targets int64 [N] and class names of one split.
 
     `root` is the folder of the files, the folder above it, or holds the archive; the binary version is preferred.
     Class names are numbers where their file is missing.
@@ -153,7 +153,7 @@ def _read_files(
 
 
 def _archive(root: Path, name: str) -> Path | None:
-    """The archive in a folder, or given itself."""
+    """Return the archive in a folder, or given itself."""
     return next((path for path in (root / name, root) if path.name == name and path.is_file()), None)
 
 

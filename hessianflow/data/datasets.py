@@ -72,7 +72,8 @@ class ImageSet:
         return len(self.images)
 
     def take(self, count: int) -> "ImageSet":
-        """The first `count` examples only (all, if there are fewer); for runs at reduced scale."""
+        """Return the first `count` examples only (all, if there are fewer); for runs at reduced
+        scale."""
         return replace(self, images=self.images[:count], targets=self.targets[:count])
 
     def batches(
@@ -86,7 +87,8 @@ class ImageSet:
         channels_last: bool = False,
         num_workers: int = 0,
     ) -> DeviceBatches:
-        """The whole set on `device`; shuffled and augmented if `train`, else plain and in the stored order.
+        """Return the whole set on `device`; shuffled and augmented if `train`, else plain and in
+        the stored order.
 
         `num_workers` is there for the sake of :meth:`ImageFolder.batches`: nothing is left to load here.
         """
@@ -136,7 +138,7 @@ def load(
 
 
 def names() -> list[str]:
-    """Every name that :func:`load` knows, sorted."""
+    """Return every name that :func:`load` knows, sorted."""
     return sorted([*_LOADERS, *FOLDER_SETS])
 
 
@@ -146,7 +148,7 @@ def _close(name: str) -> str:
 
 
 def _digits(_: Path, split: Split) -> ImageSet:
-    """The 1797 handwritten digits bundled with scikit-learn, 1x8x8, values 0 to 16.
+    """Return the 1797 handwritten digits bundled with scikit-learn, 1x8x8, values 0 to 16.
 
     Split (ours): from every class a fifth, drawn with a fixed seed, is the test set: 1438 and 359 images.
     """

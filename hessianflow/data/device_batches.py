@@ -127,7 +127,8 @@ class DeviceBatches(ExampleStream):
         return self._augment.crop_and_flip(maps, self._latest[1].inverse(self._augment.crop_padding))
 
     def examples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples stored at `indices` (int64 [n]), normalised but not augmented; the stream does not move."""
+        """Return the examples stored at `indices` (int64 [n]), normalised but not augmented; the
+        stream does not move."""
         return self._batch(indices.to(self.device), Draws(None, None, None))
 
     def sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ def _report_unpacked(name: str, path: Path, source: Source) -> FileReport:
 
 
 def _is_there(source: Source, path: Path) -> bool:
-    """Whether the file needs no download.
+    """Return whether the file needs no download.
 
     Raises:
         HessianFlowError: something else has its name.
@@ -201,7 +201,8 @@ def _open_part(part: Path) -> BinaryIO:
 
 
 def _locked(file: BinaryIO) -> bool:
-    """Whether no other process writes to the file; where files cannot be locked, that is taken for granted."""
+    """Return whether no other process writes to the file; where files cannot be locked, that is
+    taken for granted."""
     try:
         import fcntl
 
@@ -232,7 +233,8 @@ def _continue_download(source: Source, file: BinaryIO, progress: Progress | None
 
 
 def _request(source: Source, have: int) -> HTTPResponse | None:
-    """The answer with all bytes from number `have` on; None where the server says that there are none.
+    """Return the answer with all bytes from number `have` on; None where the server says that there
+    are none.
 
     Raises:
         HessianFlowError: an address, of the file or of where the server sends us, that is none.
@@ -270,7 +272,7 @@ def _copy(source: Source, response: HTTPResponse, file: BinaryIO, progress: Prog
 
 
 def _announced(source: Source, response: HTTPResponse) -> int:
-    """The bytes that the server says it will send; 0 where it does not say."""
+    """Return the bytes that the server says it will send; 0 where it does not say."""
     length: str = response.headers.get("Content-Length") or "0"
     if not (length.isascii() and length.isdigit() and len(length) < 20):
         raise HessianFlowError(f"{source.url}: the server announces {length[:20]!r} bytes, which is no number; stopped")

@@ -33,7 +33,7 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def read_plain(path: Path, max_bytes: int) -> bytes:
-    """The whole content of a plain file.
+    """Return the whole content of a plain file.
 
     Raises:
         HessianFlowError: no plain file, or one of more than `max_bytes`.

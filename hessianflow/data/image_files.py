@@ -30,7 +30,8 @@ def training_images(root: str | Path, most: int) -> list[Path]:
 
 
 def usual_side(files: Sequence[Path], largest: int) -> int:
-    """The shorter side of most of the images in pixels: the median over a sample, at most `largest`.
+    """Return the shorter side of most of the images in pixels: the median over a sample, at most
+    `largest`.
 
     Only headers are read. Files that are no images, or no plain files, are passed over.
 

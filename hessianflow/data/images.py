@@ -220,7 +220,8 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _image_names(folder: Path) -> list[str]:
-    """Names of the images of one class, sorted; where links lead is seen when they are read."""
+    """Return names of the images of one class, sorted; where links lead is seen when they are
+    read."""
     with os.scandir(folder) as entries:
         images = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
     for entry in images:
@@ -241,7 +242,7 @@ def _content(path: Path) -> bytes:
 
 
 def _opened(content: bytes, origin: str, side: int | None = None) -> Any:
-    """A decoded RGB Pillow image, of `side` x `side` pixels where that is given."""
+    """Return a decoded RGB Pillow image, of `side` x `side` pixels where that is given."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -274,7 +275,8 @@ def _uniform(low: float, high: float) -> float:
 
 
 def _random_crop(image: Any, size: int) -> Any:
-    """A window of random area and aspect ratio, resized and perhaps mirrored; the largest square if none fits."""
+    """Return a window of random area and aspect ratio, resized and perhaps mirrored; the largest
+    square if none fits."""
     from PIL import Image
 
     width, height = image.size
@@ -293,7 +295,8 @@ def _random_crop(image: Any, size: int) -> Any:
 
 
 def _central_crop(image: Any, size: int) -> Any:
-    """The central square of side shorter_side / RESIZE_TO_CROP, resized: the same as resizing first."""
+    """Return the central square of side shorter_side / RESIZE_TO_CROP, resized: the same as
+    resizing first."""
     from PIL import Image
 
     width, height = image.size

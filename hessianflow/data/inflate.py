@@ -12,7 +12,7 @@ class Source(Protocol):
     """Bytes that are read in order."""
 
     def read(self, size: int, /) -> bytes:
-        """At most `size` bytes; none only at the end."""
+        """Return at most `size` bytes; none only at the end."""
         ...
 
 
@@ -33,7 +33,8 @@ class Inflated:
         self._waiting = b""
 
     def read(self, size: int, /) -> bytes:
-        """The next `size` bytes, fewer only at the end; the stream's own checksum is compared there.
+        """Return the next `size` bytes, fewer only at the end; the stream's own checksum is
+        compared there.
 
         Raises:
             EOFError: the stream is cut short.
@@ -58,7 +59,7 @@ class Inflated:
         return b""
 
     def _begin_another(self) -> bool:
-        """Whether another gzip stream follows the one that has ended."""
+        """Return whether another gzip stream follows the one that has ended."""
         rest = self._machine.unused_data
         while self._kind == "gzip" and not rest.strip(b"\0") and (rest := self._more()):
             pass  # padding

@@ -56,7 +56,7 @@ class SeededExamples(Dataset[Any]):
         self.randomness = Randomness(dataset)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Any] | Failure:
-        """The items, in order; all generators are left as found."""
+        """Return the items, in order; all generators are left as found."""
         items = []
         try:
             with self.randomness.kept():
@@ -94,7 +94,7 @@ def _end_when_told(parent: int) -> None:
 
 
 def stacked(items: list[Any]) -> Any:
-    """The batch that torch's default collate makes.
+    """Return the batch that torch's default collate makes.
 
     Raises:
         HessianFlowError: items that it cannot stack.
@@ -112,7 +112,7 @@ def stacked(items: list[Any]) -> Any:
 
 
 def stacked_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
-    """(number of items, their batch)."""
+    """Return (number of items, their batch)."""
     if isinstance(items, Failure):
         return items
     try:
@@ -124,7 +124,7 @@ def stacked_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
 
 
 def kept_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
-    """(number of items, the items), in a form that travels well where this is a worker."""
+    """Return (number of items, the items), in a form that travels well where this is a worker."""
     if isinstance(items, Failure):
         return items
     return len(items), items if get_worker_info() is None else Packed(items)
@@ -151,7 +151,7 @@ class Packed:
             place.copy_(tensor)
 
     def unpacked(self) -> Any:
-        """The objects; their tensors lie in the memory that was sent."""
+        """Return the objects; their tensors lie in the memory that was sent."""
         return _Unpickler(io.BytesIO(self._pickled), list(self._views())).load()
 
     def _views(self) -> Iterator[Tensor]:
@@ -186,7 +186,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def rows_of(stack: Any, rows: slice) -> Any:
-    """Some examples of what the default collate made: all in it has one row or entry an example.
+    """Return some examples of what the default collate made: all in it has one row or entry an
+    example.
 
     Raises:
         HessianFlowError: an entry of a type that torch does not stack by itself.
@@ -198,7 +199,7 @@ def rows_of(stack: Any, rows: slice) -> Any:
 
 
 def joined(stacks: list[Any]) -> Any:
-    """One batch from several that the default collate made.
+    """Return one batch joined from several that the default collate made.
 
     Raises:
         HessianFlowError: as :func:`rows_of`.

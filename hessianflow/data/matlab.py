@@ -52,7 +52,7 @@ class MatArray:
 
 
 def mat_arrays(file: BinaryIO) -> Iterator[MatArray]:
-    """The variables of a file, in order.
+    """Yield the variables of a file, in order.
 
     Raises:
         MatFileError: no such file, or a damaged one.
@@ -116,7 +116,8 @@ def _matrix(stream: Source, kind: int, order: str) -> MatArray:
 
 
 def _tag(stream: Source, order: str) -> tuple[int, int, bytes]:
-    """Kind and length of an element; the content too where it is short enough to stand in the tag."""
+    """Return the kind and length of an element; the content too where it is short enough to stand
+    in the tag."""
     tag = _exactly(stream, 8)
     kind, length = struct.unpack(f"{order}II", tag)
     if kind >> 16:
@@ -128,7 +129,7 @@ def _tag(stream: Source, order: str) -> tuple[int, int, bytes]:
 
 
 def _small(stream: Source, order: str, most: int) -> bytes:
-    """The content of an element of at most so many bytes."""
+    """Return the content of an element of at most so many bytes."""
     _, length, short = _tag(stream, order)
     if short:
         return short
@@ -147,7 +148,7 @@ def _fill(target: NDArray[np.uint8], stream: Source, short: bytes) -> None:
 
 
 def _expect_end(stream: Inflated, padding: int, name: str) -> None:
-    """Nothing but padding may follow; the checksum is compared at the end of the packed content."""
+    """Refuse anything but padding; the checksum is compared at the end of the packed content."""
     rest = stream.read(padding + 1)
     if len(rest) > padding:
         raise MatFileError(f"the variable {name!r} has more content than numbers")

@@ -74,12 +74,13 @@ class Randomness:
                 _seed(generator, stream_seed(seed, "held", number, *key))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was found: another process has copies of its own."""
+        """Return the state without what was found: another process has copies of its own."""
         return {"_owner": self._owner, "_held": None}
 
 
 def generators_of(owner: Any) -> list[Any]:
-    """The random generators among what `owner` holds, in an order that depends on nothing else."""
+    """Return the random generators among what `owner` holds, in an order that depends on nothing
+    else."""
     found: list[Any] = []
     seen: set[int] = set()
     waiting = deque([owner])
@@ -111,7 +112,7 @@ def _parts(part: Any) -> Iterator[Any]:
 
 
 def _state_of(generator: Any) -> Callable[[], Any]:
-    """A function that puts the generator back where it is now."""
+    """Return a function that puts the generator back where it is now."""
     if isinstance(generator, np.random.Generator):
         bits, state = generator.bit_generator, generator.bit_generator.state
         return lambda: setattr(bits, "state", state)

@@ -139,7 +139,7 @@ class AdaptiveBatches(ExampleStream):
         return self._value_range
 
     def set_batch_size(self, batch_size: int) -> None:
-        """Takes effect on the very next batch; workers go on."""
+        """Set the batch size from the very next batch on; workers go on."""
         super().set_batch_size(batch_size)
         if self._world_size > 1:
             self._forget_chunks()
@@ -159,7 +159,8 @@ class AdaptiveBatches(ExampleStream):
         self._forget_chunks()
 
     def examples(self, indices: Tensor) -> Batch:
-        """The examples at `indices` (int64 [n]), loaded here and now; the stream does not move.
+        """Return the examples at `indices` (int64 [n]), loaded here and now; the stream does not
+        move.
 
         Transforms of the data set apply as in epoch 0: give a set without random ones to measure on.
         """
@@ -167,7 +168,8 @@ class AdaptiveBatches(ExampleStream):
         return self._finished(self._collated(items, 0, self._num_examples))
 
     def sample(self, count: int, seed: int = 0) -> Batch:
-        """`count` different examples chosen by `seed` alone: the fixed batch of a curvature probe.
+        """Return `count` different examples chosen by `seed` alone: the fixed batch of a curvature
+        probe.
 
         Raises:
             HessianFlowError: `count` below 1 or above the number of examples.
@@ -190,7 +192,8 @@ class AdaptiveBatches(ExampleStream):
             take_rows(tuple(batch) if is_list(batch) else batch, slice(1), size)
 
     def _places_from(self, start: int, stop: int) -> Tensor:
-        """Places this rank will need: those of the batch at hand, then of all later ones at the current size."""
+        """Return the places this rank will need: those of the batch at hand, then of all later ones
+        at the current size."""
         if self._world_size == 1:
             return torch.arange(start, self._num_examples)
         parts = [torch.arange(start, stop)]
@@ -202,7 +205,7 @@ class AdaptiveBatches(ExampleStream):
         return torch.cat(parts)
 
     def _loaded_batch(self, start: int, stop: int) -> Batch:
-        """The batch of this rank's places, from what was loaded ahead."""
+        """Return the batch of this rank's places, from what was loaded ahead."""
         try:
             if self._chunks is None:
                 self._start_loading(start, stop)
@@ -249,7 +252,8 @@ class AdaptiveBatches(ExampleStream):
         return chunk  # type: ignore[no-any-return]
 
     def _next_rows(self, count: int) -> Any:
-        """The next `count` examples, joined from chunks; what is left of the last one stays."""
+        """Return the next `count` examples, joined from chunks; what is left of the last one
+        stays."""
         parts = []
         while count > 0:
             if not self._loaded:
@@ -273,11 +277,12 @@ class AdaptiveBatches(ExampleStream):
         return self._loaded.popleft()
 
     def _without_rows(self) -> Any:
-        """A batch of no example: the first example's, less its one row."""
+        """Return a batch of no example: the first example's, less its one row."""
         return take_rows(self._collated(self._examples.__getitems__([(0, 0)]), 0, self._num_examples), slice(0, 0), 1)
 
     def _collated(self, items: Any, epoch: int, place: int) -> Any:
-        """A batch of items on the device; what `collate_fn` draws depends on epoch and place alone.
+        """Return a batch of items on the device; what `collate_fn` draws depends on epoch and place
+        alone.
 
         For items that are outside the order the place is the one behind the last.
         """
@@ -295,7 +300,8 @@ class AdaptiveBatches(ExampleStream):
         return batch if self._transform is None else self._transform(batch)
 
     def _end_workers(self) -> None:
-        """After an error: the loader is of no use, and what was taken off it is needed again."""
+        """End the workers after an error: the loader is of no use, and what was taken off it is
+        needed again."""
         # The traceback holds on to the iterator. Processes forked later would inherit it, and try
         # to end its workers.
         if self._ending is not None:

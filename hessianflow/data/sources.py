@@ -66,21 +66,23 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
 
 
 def default_root() -> Path:
-    """Where data is looked for when no folder is given: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data."""
+    """Return where data is looked for when no folder is given: $HESSIANFLOW_DATA, else
+    ~/.cache/hessianflow/data."""
     given = environ.get("HESSIANFLOW_DATA")
     return in_home(given, "$HESSIANFLOW_DATA") if given else in_home("~/.cache/hessianflow/data")
 
 
 def remedy(name: str) -> str:
-    """How to get a data set, to end an error message with."""
+    """Return how to get a data set, to end an error message with."""
     return f"get it with `hessianflow data fetch {name}` or from {' and '.join(s.url for s in SOURCES[name])}"
 
 
 def damaged(name: str, file: object, what: str) -> HessianFlowError:
-    """The error for a file of data set `name` that is not as it should be, with the way out."""
+    """Return the error for a file of data set `name` that is not as it should be, with the way
+    out."""
     return HessianFlowError(f"{file}: {what}; {remedy(name)}")
 
 
 def one_line(error: Exception) -> str:
-    """Kind and words of an error, without line breaks."""
+    """Return the kind and words of an error, without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -33,13 +33,15 @@ _STATE_KEYS = ("seed", "epoch", "cursor", "batch_size", "num_examples")
 
 
 def stream_seed(seed: int, stream: Stream, *key: int) -> int:
-    """A 63-bit seed for one named stream and key (an epoch, an example, ...), independent of all others."""
+    """Return a 63-bit seed for one named stream and key (an epoch, an example, ...), independent of
+    all others."""
     sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM_KEYS[stream], *key))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
-    """A CPU generator seeded with :func:`stream_seed`: draws are the same whichever device they end on."""
+    """Return a CPU generator seeded with :func:`stream_seed`: draws are the same whichever device
+    they end on."""
     return torch.Generator().manual_seed(stream_seed(seed, stream, *key))
 
 
@@ -105,7 +107,7 @@ class ExampleStream:
         return self._cursor
 
     def set_batch_size(self, batch_size: int) -> None:
-        """Takes effect on the very next batch."""
+        """Set the batch size from the very next batch on."""
         self._batch_size = self._checked_batch_size(batch_size)
 
     def set_shard(self, rank: int, world_size: int) -> None:
@@ -186,7 +188,7 @@ class ExampleStream:
             )
 
     def _next_size(self, start: int) -> int:
-        """Examples of the batch that starts at place `start`."""
+        """Return the number of examples of the batch that starts at place `start`."""
         left = self._num_examples - start
         tail = left - self._batch_size
         if tail <= 0:
@@ -198,7 +200,8 @@ class ExampleStream:
         return half if left - half > 1 else left
 
     def _order(self) -> Tensor:
-        """Which example stands at each place of the current epoch, int64 [num_examples], on the CPU."""
+        """Return which example stands at each place of the current epoch, int64 [num_examples], on
+        the CPU."""
         if not self._shuffle:
             return torch.arange(self._num_examples)
         return torch.randperm(self._num_examples, generator=generator(self._seed, "order", self._epoch))

@@ -23,7 +23,7 @@ RECORDS: Mapping[str, int] = {"train": 73_257, "test": 26_032, "extra": 531_131}
 
 
 def read_svhn(root: Path, split: str, *, records: Mapping[str, int] = RECORDS) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 3, 32, 32] and digits int64 [N] of "train", "test" or "extra".
+    """Return images uint8 [N, 3, 32, 32] and digits int64 [N] of "train", "test" or "extra".
 
     `root` is the folder that holds the .mat file, or one with a folder svhn in it.
 

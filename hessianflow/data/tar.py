@@ -78,7 +78,7 @@ class TarReader:
         raise TarReadError(f"more than {MAX_HEADERS} members")
 
     def blocks(self) -> Iterator[bytes]:
-        """What is left of the content of the last member handed out."""
+        """Yield what is left of the content of the last member handed out."""
         while self._left:
             block = self._take(min(self._left, _PIECE))
             self._left -= len(block)
@@ -102,7 +102,7 @@ class TarReader:
         self._take(-stored % _BLOCK)
 
     def _read_extension(self, flag: bytes, size: int, overrides: dict[str, str]) -> None:
-        """A header that describes the next member: GNU's long names, or pax attributes."""
+        """Read a header that describes the next member: GNU's long names, or pax attributes."""
         if size > MAX_HEADER_BYTES:
             raise TarReadError(f"a header of {size} bytes")
         content = self._take(size)

@@ -33,7 +33,8 @@ class TinyLayout:
 def read_tiny_imagenet(
     root: Path, split: str, *, layout: TinyLayout = TinyLayout()
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 [N, 3, 64, 64], targets int64 [N] and class identifiers of one split; needs Pillow.
+    """Return images uint8 [N, 3, 64, 64], targets int64 [N] and class identifiers of one split;
+    needs Pillow.
 
     Raises:
         HessianFlowError: files that are missing or damaged, or a number of classes or images that is not as published.
@@ -78,7 +79,7 @@ class _Files:
         self._to_close.close()
 
     def paths(self, below: str) -> list[str]:
-        """Every JPEG below a folder, sorted."""
+        """Return every JPEG below a folder, sorted."""
         if self._zip is not None:
             names = (name.removeprefix(f"{FOLDER}/") for name in self._zip.namelist())
             return sorted(name for name in names if name.startswith(f"{below}/") and name.endswith(".JPEG"))
@@ -90,7 +91,7 @@ class _Files:
         return sorted(found)
 
     def content(self, path: str) -> bytes:
-        """The bytes of one member."""
+        """Return the bytes of one member."""
         try:
             if self._zip is not None:
                 member = self._zip.getinfo(f"{FOLDER}/{path}")
@@ -109,7 +110,7 @@ class _Files:
             raise damaged(NAME, path, f"damaged in the archive ({one_line(error)})") from error
 
     def text(self, path: str) -> str:
-        """The text of one member."""
+        """Return the text of one member."""
         return self.content(path).decode("utf-8", errors="replace")
 
 

@@ -73,7 +73,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, content: bytes) -> Any:
-        """The object that the pickle describes."""
+        """Return the object that the pickle describes."""
         for instruction, argument, _ in pickletools.genops(content):
             if instruction.name == "PROTO":
                 continue
@@ -189,7 +189,8 @@ def _new_dtype(*arguments: Any) -> _UInt8:
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
-    """What Python 3 writes for bytes in an old protocol: latin-1 only, not every codec there is."""
+    """Return what Python 3 writes for bytes in an old protocol: latin-1 only, not every codec there
+    is."""
     if encoding != "latin1":
         raise ValueError(f"unexpected encoding {str(encoding)[:40]!r}")
     return bytes(_of_type(text, str).encode("latin1"))
@@ -205,7 +206,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any] | None] = {
 
 
 def _array(version: Any, shape: Any, dtype: Any, by_columns: Any, raw: Any) -> NDArray[np.uint8]:
-    """An array from what NumPy wrote of it."""
+    """Return an array from what NumPy wrote of it."""
     if version != 1 or not isinstance(dtype, _UInt8) or type(by_columns) not in (bool, int):
         raise ValueError("an array in another form than NumPy writes")
     if not (type(shape) is tuple and len(shape) == 2 and all(type(side) is int and side >= 0 for side in shape)):
@@ -217,7 +218,7 @@ def _array(version: Any, shape: Any, dtype: Any, by_columns: Any, raw: Any) -> N
 
 
 def _values(record: Any) -> dict[str, Any]:
-    """What a file may hold, its arrays in the place of their builders."""
+    """Return what a file may hold, its arrays in the place of their builders."""
     found: dict[str, Any] = {}
     for key, value in _of_type(record, dict).items():
         plain = value.value if isinstance(value, _Array) else value

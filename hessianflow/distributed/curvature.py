@@ -106,7 +106,8 @@ class AllReducedOperator(Operator):
 
 
 def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
-    """This rank's contiguous part of a batch that all ranks hold, and its number of examples.
+    """Return this rank's contiguous part of a batch that all ranks hold, and its number of
+    examples.
 
     Rank r of w gets rows n*r//w to n*(r+1)//w. Where that is none, the first row comes back with the count 0, so that
     an operator can still be built on it.
@@ -119,7 +120,8 @@ def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
 
 
 def sharded(reducer: Reducer, make: Callable[..., MeanLossOperator] = HessianOperator) -> Callable[..., Operator]:
-    """The `operator` of a :class:`~hessianflow.curvature.CurvatureProbe` that measures on all ranks at once.
+    """Return the `operator` of a :class:`~hessianflow.curvature.CurvatureProbe` that measures on
+    all ranks at once.
 
     Each rank multiplies with the matrix of its part of the probe batch, which all must hold alike, and products are
     summed. Where batch normalisation uses the statistics of the batch (`norm_mode="batch"`, or layers without running

@@ -178,7 +178,8 @@ class ElasticRun:
             self._resize()
 
     def _ended(self) -> bool:
-        """Whether nothing is left to do, the last snapshot included; when a member fails at that, go on without it."""
+        """Return whether nothing is left to do, the last snapshot included; when a member fails at
+        that, go on without it."""
         if not (self._report.done or self._stopping):
             return False
         found = self._cluster.describe()

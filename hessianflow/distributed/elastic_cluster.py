@@ -124,7 +124,7 @@ class Cluster:
         return lost
 
     def arrived(self) -> bool:
-        """Whether a newcomer is ready."""
+        """Return whether a newcomer is ready."""
         refs = [p.ready for p in self.pending]
         return bool(refs) and bool(self._ray.wait(refs, timeout=0)[0])
 
@@ -163,7 +163,8 @@ class Cluster:
         return len(ready)
 
     def part(self, leaving: int) -> bool:
-        """All members leave their generation, the last `leaving` for good; False when some member failed."""
+        """Have all members leave their generation, the last `leaving` for good; return False when
+        some member failed."""
         if self._ask("leave") is None:
             return False
         keep = len(self.members) - leaving
@@ -196,7 +197,7 @@ class Cluster:
         return None if answers is None else (answers[0][0], [busy for _, busy, _ in answers], answers[0][2])
 
     def describe(self) -> Row | None:
-        """What rank 0's job says of itself; None when some member failed."""
+        """Return what rank 0's job says of itself; None when some member failed."""
         answers = self._ask("describe")
         return None if answers is None else answers[0]
 
@@ -228,7 +229,7 @@ class Cluster:
         return bool(self.members) and time.monotonic() - self._snapshot_at > self._settings.snapshot_seconds
 
     def snapshot(self) -> Any:
-        """The state last kept.
+        """Return the state last kept.
 
         Raises:
             HessianFlowError: it is lost.
@@ -309,7 +310,7 @@ class Cluster:
         grace: float,
         recoverable: tuple[type[Exception], ...] = (RuntimeError,),
     ) -> dict[Any, Any]:
-        """The answers that came; who died or hung is noted in `_fates`."""
+        """Return the answers that came; who died or hung is noted in `_fates`."""
         actors = {ref: actor for actor, ref in refs.items()}
         answers: dict[Any, Any] = {}
         left = list(actors)
@@ -336,7 +337,8 @@ class Cluster:
 
 
 def _own_error(error: Any) -> Exception:
-    """What a member's job raised: as itself where it says what to do, else as Ray's exception, with its traceback."""
+    """Return what a member's job raised: as itself where it says what to do, else as Ray's
+    exception, with its traceback."""
     return error.cause if isinstance(error.cause, HessianFlowError) else error
 
 

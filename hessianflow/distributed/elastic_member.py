@@ -58,7 +58,7 @@ class ElasticJob(Protocol):
         ...
 
     def rows(self, start: int) -> Sequence[Row]:
-        """The records made so far, the same on every rank, from number `start` on."""
+        """Return the records made so far, the same on every rank, from number `start` on."""
         ...
 
     def describe(self) -> Row:
@@ -70,7 +70,7 @@ class ElasticJob(Protocol):
         ...
 
     def state(self) -> Any:
-        """Everything another process needs to go on: nested plain values and tensors."""
+        """Return everything another process needs to go on: nested plain values and tensors."""
         ...
 
     def load_state(self, state: Any) -> None:
@@ -109,7 +109,8 @@ class Member:
         return self._job.report()
 
     def run_until(self, updates: int, start: int) -> tuple[JobReport, float, Sequence[Row]]:
-        """The report, the seconds spent computing rather than waiting for others, and rank 0's records from `start`."""
+        """Return the report, the seconds spent computing rather than waiting for others, and rank
+        0's records from `start`."""
         began, waited = time.perf_counter(), self._job.waited_seconds
         report = self._job.run_until(updates)
         busy = time.perf_counter() - began - (self._job.waited_seconds - waited)

@@ -25,7 +25,8 @@ _NATIVE = frozenset({bool, int, float, str, type(None)})
 
 
 def dumps(value: Any) -> bytes:
-    """The bytes of a plain value; tensors come back on the CPU, and NumPy's numbers as Python's.
+    """Return the bytes of a plain value; tensors come back on the CPU, and NumPy's numbers as
+    Python's.
 
     Raises:
         HessianFlowError: something that is no plain value, named by its type.
@@ -37,7 +38,7 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(content: bytes) -> Any:
-    """The value again.
+    """Return the value again.
 
     Raises:
         HessianFlowError: bytes that :func:`dumps` does not make.
@@ -141,7 +142,7 @@ def _record(module: str, name: str, kept: dict[str, Any]) -> Any:
 
 
 def _is_record(kind: Any) -> bool:
-    """Whether this is one of this package's own classes, made of its fields alone."""
+    """Return whether this is one of this package's own classes, made of its fields alone."""
     own = isinstance(kind, type) and kind.__module__.partition(".")[0] == _PACKAGE and is_dataclass(kind)
     return own and kind.__dataclass_params__.frozen and all(field.init for field in fields(kind))
 

@@ -56,7 +56,8 @@ class Generation:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Generation | None:
-    """The place torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK) gave to this process.
+    """Return the place torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK) gave to
+    this process.
 
     Returns:
         None when RANK is not set: an ordinary run of one process.
@@ -84,7 +85,8 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
 
 
 def local_device(name: str, local_rank: int) -> torch.device:
-    """The device of one process of a machine: "cuda" becomes "cuda:<local_rank>", others stay.
+    """Return the device of one process of a machine: "cuda" becomes "cuda:<local_rank>", others
+    stay.
 
     Raises:
         HessianFlowError: more processes than CUDA devices on this machine.
@@ -136,7 +138,7 @@ def process_group(
 def _meeting_point(
     generation: Generation, address: str, port: int, timeout_seconds: float, one_machine: bool
 ) -> TCPStore:
-    """The store of the launcher's environment: served here, or that of whoever serves it.
+    """Return the store of the launcher's environment: served here, or that of whoever serves it.
 
     Rank 0 serves on MASTER_ADDR alone, where that is one address of its machine that the others can reach.
     """
@@ -159,7 +161,8 @@ def _meeting_point(
 
 
 def _is_one_address(name: str, one_machine: bool) -> bool:
-    """Whether all ranks reach this machine by the same address; a name may mean others elsewhere."""
+    """Return whether all ranks reach this machine by the same address; a name may mean others
+    elsewhere."""
     try:
         found = {info[4][0] for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
@@ -241,7 +244,8 @@ class ProcessGroupReducer:
         return self.generation.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks: `tensor` itself, overwritten, or a new one where it is not contiguous."""
+        """Return the sum over all ranks: `tensor` itself, overwritten, or a new one where it is not
+        contiguous."""
         summed = tensor.contiguous()
         dist.all_reduce(summed)
         return summed
@@ -266,7 +270,7 @@ class ProcessGroupReducer:
         dist.broadcast(tensor, src=0)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's plain value, in the order of ranks, on every rank."""
+        """Return every rank's plain value, in the order of ranks, on every rank."""
         content = dumps(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(content)]))
@@ -288,7 +292,7 @@ def _forget_failed_group() -> None:
 
 
 def _carrier(content: bytes, size: int) -> Tensor:
-    """A tensor of so many bytes that begins with `content`."""
+    """Return a tensor of so many bytes that begins with `content`."""
     carrier = torch.zeros(size, dtype=torch.uint8)
     carrier[: len(content)] = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)[: len(content)]
     return carrier

@@ -50,13 +50,14 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
 
 
 def endings(ray: Any) -> tuple[type[Exception], ...]:
-    """What Ray raises where the process that was asked has ended, for whatever reason."""
+    """Return what Ray raises where the process that was asked has ended, for whatever reason."""
     names = ("RayActorError", "OutOfMemoryError", "NodeDiedError", "WorkerCrashedError")
     return tuple(getattr(ray.exceptions, name) for name in names if hasattr(ray.exceptions, name))
 
 
 def answer(ray: Any, ref: Any) -> Any:
-    """What an actor answers; an error of its own code comes as itself where it says what to do."""
+    """Return what an actor answers; an error of its own code comes as itself where it says what to
+    do."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:

@@ -22,7 +22,7 @@ _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def serve(address: str = LOCAL, port: int = 0, *, timeout: timedelta = timedelta(seconds=300)) -> TCPStore:
-    """A store that listens on one address of this machine.
+    """Return a store that listens on one address of this machine.
 
     An address that others reach this machine by, but that it does not have itself (behind a translation of addresses),
     cannot be listened on: then the store listens on all of them.

@@ -266,7 +266,8 @@ def _number(value: float | Tensor) -> Callable[[], float]:
 
 
 def _shaped(piece: Tensor, parameter: Tensor) -> Tensor:
-    """The piece in the parameter's shape and, where that is channels-last, its memory layout: copies are then fast."""
+    """Return the piece in the parameter's shape and, where that is channels-last, its memory
+    layout: copies are then fast."""
     if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
     return piece.view(parameter.shape)

@@ -105,7 +105,7 @@ class GroupWorld:
         average_buffers(self._reducer, self._module)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Return the sum over all ranks."""
         with torch.no_grad():
             return self._reducer.sum(tensor)
 
@@ -114,7 +114,7 @@ class GroupWorld:
         return broadcast_state(self._reducer, value)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's plain value, in the order of ranks."""
+        """Return every rank's plain value, in the order of ranks."""
         return self._reducer.gather(value)
 
 

@@ -80,7 +80,7 @@ class Schedule:
 
 
 def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> DualBatchTrainer:
-    """A run for a prepared `config` (see :func:`hessianflow.build.prepare`).
+    """Return a run for a prepared `config` (see :func:`hessianflow.build.prepare`).
 
     The time model is the one given, or the one that the run directory recorded, or it is measured here and now.
 
@@ -118,7 +118,7 @@ def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> D
 
 
 def all_stages(config: TrainConfig, parts: Parts) -> tuple[Stage, ...]:
-    """The stages of a run; without a schedule, one at full resolution."""
+    """Return the stages of a run; without a schedule, one at full resolution."""
     full = Level(parts.train.sample(1)[0].shape[-1], given(config.batch_size))
     return build_stages(config) or (Stage(0, given(config.epochs), 0, full),)
 
@@ -126,7 +126,7 @@ def all_stages(config: TrainConfig, parts: Parts) -> tuple[Stage, ...]:
 def plan_schedule(
     config: TrainConfig, stages: tuple[Stage, ...], num_examples: int, times: Mapping[int, TimeModel]
 ) -> Schedule:
-    """A plan for each resolution.
+    """Return a plan for each resolution.
 
     Raises:
         HessianFlowError: a plan that cannot be, or a batch larger than what a worker takes in an epoch.
@@ -155,7 +155,8 @@ def plan_schedule(
 
 
 def rate_at(config: TrainConfig, epoch: int) -> float:
-    """The learning rate of an epoch; a warm-up goes in whole epochs, lr * (epoch + 1) / warm-up, as published."""
+    """Return the learning rate of an epoch; a warm-up goes in whole epochs, lr * (epoch + 1) /
+    warm-up, as published."""
     warmup = min((epoch + 1) / config.warmup_epochs, 1.0) if config.warmup_epochs > 0 else 1.0
     return given(config.lr) * warmup * schedule_shape(config)(epoch)
 
@@ -194,7 +195,7 @@ def worker_of(config: TrainConfig, parts: Parts, schedule: Schedule, number: int
 
 
 def make_server(weights: Any, plan: DualBatchPlan, synchrony: Any) -> ParameterServer:
-    """The server of a plan; the factors are the same at every resolution."""
+    """Return the server of a plan; the factors are the same at every resolution."""
     factors = {number: worker.update_factor for number, worker in enumerate(plan.workers)}
     return ParameterServer(weights, factors, synchrony)
 
@@ -216,7 +217,8 @@ def time_worker(config: TrainConfig, number: int) -> dict[int, list[tuple[int, f
 
 
 def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]:
-    """The time model at each resolution: given, recorded by the run that is resumed, or measured."""
+    """Return the time model at each resolution: given, recorded by the run that is resumed, or
+    measured."""
     resolutions = sorted({stage.level.resolution for stage in stages})
     if config.slope is not None:
         return _given_times(config, resolutions)
@@ -237,7 +239,7 @@ def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]
 def _recorded_times(
     times: Mapping[str, Mapping[str, Any]], resolutions: Sequence[int], source: str
 ) -> dict[int, TimeModel]:
-    """The time models that a run recorded; `source` names the file."""
+    """Return the time models that a run recorded; `source` names the file."""
     models: dict[int, TimeModel] = {}
     for resolution in resolutions:
         try:
@@ -261,7 +263,7 @@ def _given_times(config: TrainConfig, resolutions: Sequence[int]) -> dict[int, T
 
 
 def _measured_together(config: TrainConfig) -> list[dict[int, list[tuple[int, float]]]]:
-    """What every worker measures while all of them do: they share memory and caches."""
+    """Return what every worker measures while all of them do: they share memory and caches."""
     ray = connect(config.ray_address)
     resources = _resources(config)
     task = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)(time_worker)
@@ -285,7 +287,8 @@ def _transport(config: TrainConfig, parts: Parts, schedule: Schedule) -> Transpo
 
 
 def _resources(config: TrainConfig) -> Resources:
-    """A share of the processors and GPUs of this machine; a cluster gives every worker at least that."""
+    """Return a share of the processors and GPUs of this machine; a cluster gives every worker at
+    least that."""
     workers = given(config.workers)
     gpus = torch.cuda.device_count() if find_device(config.device).type == "cuda" else 0
     return Resources(min(1.0, (os.cpu_count() or 1) / workers), min(1.0, gpus / workers))

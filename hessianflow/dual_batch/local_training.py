@@ -40,7 +40,7 @@ class FlatWeights:
         self._tensors = [t for t in state if isinstance(t, Tensor) and t.is_floating_point()]
 
     def read(self) -> Weights:
-        """A copy."""
+        """Return a copy."""
         flat: Weights = torch.cat([t.detach().reshape(-1) for t in self._tensors]).cpu().numpy()
         return flat
 
@@ -155,7 +155,8 @@ class LocalTraining:
         return made
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, loss scale (fp16) and count of local epochs; the weights are the server's."""
+        """Return optimizer, loss scale (fp16) and count of local epochs; the weights are the
+        server's."""
         return {
             "next": self._next,
             "optimizer": checkpoint.plain(self._optimizer.state_dict()),
@@ -173,7 +174,8 @@ class LocalTraining:
                 self._accumulate.scaler.load_state_dict(state["loss_scale"])
 
     def measure(self, epoch: int, batch_size: int, steps: int) -> list[float]:
-        """Seconds of each of `steps` steps of `batch_size` examples at the resolution of `epoch`; trains the model.
+        """Return seconds of each of `steps` steps of `batch_size` examples at the resolution of
+        `epoch`; trains the model.
 
         Goes through as many shuffles as that takes; a last batch of another size is trained on, and not counted.
 
@@ -222,14 +224,14 @@ class LocalTraining:
 
 
 def checkable(state: Any) -> Any:
-    """A nested state with tensors in place of arrays: what a checkpoint may hold."""
+    """Return a nested state with tensors in place of arrays: what a checkpoint may hold."""
     if isinstance(state, np.ndarray):
         return torch.from_numpy(state.copy())
     return _mapped(checkable, state)
 
 
 def with_arrays(state: Any) -> Any:
-    """The state that :func:`checkable` was made of; optimizer states keep their tensors."""
+    """Return the state that :func:`checkable` was made of; optimizer states keep their tensors."""
     if isinstance(state, Mapping) and "optimizer" in state:
         return state
     if isinstance(state, Tensor):

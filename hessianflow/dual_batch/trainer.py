@@ -261,7 +261,8 @@ class DualBatchTrainer:
             self._save(None, BEST)
 
     def _decision(self) -> Decision:
-        """The largest batch of the epoch last completed (or of the first), for the records."""
+        """Return the largest batch of the epoch last completed (or of the first), for the
+        records."""
         _, plan = self._job.stage_at(max(0, self.progress.epoch - 1))
         return Decision(max(worker.batch_size for worker in plan.workers))
 

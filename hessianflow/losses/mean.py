@@ -27,8 +27,8 @@ STATED = "the count it states"
 class WeightedLoss(nn.Module):
     """A loss together with what its mean divides by.
 
-    Use it where a loss is not one of torch's own and does not divide by the number of examples.
-    A stated weight is believed and not checked.
+    Use it for a loss that is not one of torch's own and does not divide by the number of examples.
+    A stated weight is not checked.
 
     Args:
         loss_fn: loss_fn(outputs, targets), a mean; for a batch that is a dict, loss_fn(model, batch).
@@ -62,12 +62,12 @@ class Averaged:
     """The mean loss of one batch.
 
     Attributes:
-        value: the mean, a scalar tensor; not a number where nothing counts.
+        value: the mean, a scalar tensor; nan where nothing counts.
         weight: what the mean divides by.
-        source: what that is, in words.
+        source: what the weight counts, in words.
         ignore_index: the class index of targets that do not count, where the loss has one.
-        may_break_on_nothing: whether the gradient may be nan where the weight is 0: not so for losses
-            of torch, and for a sum of nothing.
+        may_break_on_nothing: whether the gradient may be nan where the weight is 0. It cannot be
+            for losses of torch, nor for an empty sum.
     """
 
     value: Tensor
@@ -78,14 +78,14 @@ class Averaged:
 
 
 class MeanLoss:
-    """A loss function as every room calls it.
+    """A loss function as every part of the package calls it.
 
     Args:
         loss_fn: see :data:`hessianflow.interfaces.LossFn`.
 
     Attributes:
-        loss_fn: the same.
-        is_known: whether it is one of torch's losses, so that no call is needed to tell its weight.
+        loss_fn: the loss function as it was given.
+        is_known: whether it is one of torch's losses, whose weight is known without a call.
     """
 
     def __init__(self, loss_fn: LossFn) -> None:
@@ -100,13 +100,14 @@ class MeanLoss:
         """Return the mean loss over a batch, whatever reduction the loss uses.
 
         A scalar counts as a mean unless the loss (or the function that a `functools.partial` wraps)
-        says `reduction="sum"`. A tensor of several values counts as one for each example, or each
-        pixel or token.
+        says `reduction="sum"`. A tensor of several values holds one for each example, pixel or
+        token.
 
         Args:
-            outputs: of the model; for a loss that is called as loss_fn(model, batch), the model.
-            targets: or the batch.
-            weight: what :meth:`weight_ahead` said of these targets, if it was asked.
+            outputs: the model's outputs; the model itself for a loss called as
+                loss_fn(model, batch).
+            targets: the targets; the batch for a loss called as loss_fn(model, batch).
+            weight: the answer of :meth:`weight_ahead` for these targets, if it was asked.
 
         Raises:
             HessianFlowError: the loss returns neither a tensor nor (sum, count).
@@ -149,7 +150,7 @@ def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
 
 
 def _divided(total: Any, count: Weight, may_break_on_nothing: bool) -> Averaged:
-    """Return the mean of a loss that returned (sum, count); of nothing it is 0."""
+    """Return the mean of a loss that returned (sum, count); it is 0 where the count is 0."""
     if not isinstance(total, Tensor) or total.ndim > 0:
         raise HessianFlowError(
             f"a loss that returns a pair must return (sum, count), two scalars, got {_described(total)} as the sum"

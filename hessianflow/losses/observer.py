@@ -1,4 +1,5 @@
-"""Watch a loss of the user's own run, and tell from the calls inside what its mean divides by."""
+"""Observes a user's own loss while it runs, and tells from the calls inside what its mean divides
+by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ class Observer(TorchFunctionMode):
         return next((call for call in reversed(self._calls) if call.result is loss), None)
 
     def _count(self, divisor: Tensor) -> Tensor:
-        """A count as it was before it was kept from being 0: where it was, nothing counts."""
+        """Return a count as it was before it was clamped away from 0, so that 0 still means that
+        nothing counts."""
         for call in self._calls:
             before = call.arguments.get("input")
             if call.result is divisor and call.function in _CLAMPS and isinstance(before, Tensor) and before.ndim == 0:

@@ -1,4 +1,5 @@
-"""Check that a loss may be cut into parts: the weighted mean over them must be the loss of the whole."""
+"""Checks that a loss may be cut into parts: their weighted mean must equal the loss of the
+whole."""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from hessianflow.structure import entries, is_list, rebuilt
 
 NO_ROWS = "the outputs have no row for each example, so nothing shows what the mean loss divides by"
 ALIKE, SLOPE_TOLERANCE = 0.1, 1e-2
-"""Parts whose losses differ by a smaller share than the first hardly show how they are weighted; then gradients by the
-outputs are compared, too, to the second. Ours: a wrong weight moves them by tenths."""
+"""Parts whose losses differ by a share below ALIKE hardly show how they are weighted. In that case
+gradients by the outputs are compared too, to within SLOPE_TOLERANCE. Ours: a wrong weight moves
+them by tenths."""
 
 WAY_OUT = (
     "wrap it in hf.WeightedLoss(loss_fn, weight), which says what the mean divides by, or keep every batch in one pass"
@@ -29,14 +31,15 @@ WAY_OUT = (
 class SplitCheck:
     """Compares a loss over some rows with the weighted mean over two parts of them.
 
-    Stated weights are not checked, nor are losses of torch, but for outputs and targets whose rows
-    they mix. The first part of a batch is, then the second, fourth, eighth and so on: rows that all
-    count show nothing. Each time some rows are kept and compared together with rows of the next
-    part: what all rows of one part have in common shows nothing either, as where a whole part is
-    padding or data are sorted by class.
+    Stated weights are not checked. Losses of torch are checked only for outputs and targets whose
+    rows they would mix. For any other loss the first part of a batch is checked, then the second,
+    fourth, eighth and so on, because parts in which every row counts show nothing. Each time some
+    rows are kept and compared together with rows of the next part, because a property that all rows
+    of one part share shows nothing either: a whole part may be padding, or data may be sorted by
+    class.
 
     Args:
-        loss: what is called.
+        loss: the loss that is checked.
     """
 
     def __init__(self, loss: MeanLoss) -> None:
@@ -47,15 +50,16 @@ class SplitCheck:
         self._kept: tuple[Any, Any] | None = None
 
     def __call__(self, outputs: Any, targets: Any) -> None:
-        """Check, if it is time, with what one part of a larger batch gave.
+        """Check the loss, if a check is due, on what one part of a larger batch gave.
 
         Args:
-            outputs: of the model; for a loss that is called as loss_fn(model, batch), the model.
-            targets: or the batch. A single row is only compared with the next one.
+            outputs: the model's outputs; the model itself for a loss called as
+                loss_fn(model, batch).
+            targets: the targets, or the batch. A single row is compared only with the next one.
 
         Raises:
-            HessianFlowError: the two differ, or the outputs have no row for each example, so that
-                nothing can be compared.
+            HessianFlowError: the loss is not the weighted mean, or the outputs have no row for each
+                example, so that nothing can be compared.
         """
         if self._loss.is_known and mixes_rows(self._loss.loss_fn, outputs, targets):
             shapes = f"outputs of shape {list(outputs.shape)} and targets of shape {list(targets.shape)}"
@@ -121,7 +125,7 @@ class SplitCheck:
                 parts.append(self._loss(*pair))
             except Exception as error:  # whatever a loss raises that was not made for so few rows
                 raise HessianFlowError(
-                    f"the loss cannot be taken of {span.stop - span.start} of {rows} examples "
+                    f"the loss cannot be computed for {span.stop - span.start} of {rows} examples "
                     f"({type(error).__name__}), so nothing shows what its mean divides by: {WAY_OUT}"
                 ) from error
         # The host waits for the device here, a few times a run.
@@ -130,7 +134,8 @@ class SplitCheck:
         value = float(whole.value.detach())
         found, scale = _mean(parts)
         tolerance = _tolerance(whole.value.dtype) * max(scale, abs(value), torch.finfo(whole.value.dtype).tiny)
-        # The loss may have diverged; but where only a part is not a number, no weight gives the whole.
+        # A whole that is not finite shows divergence, not weights. A part alone that is not finite
+        # fails below.
         if not math.isfinite(value):
             return
         if abs(found - value) <= tolerance:
@@ -140,14 +145,17 @@ class SplitCheck:
             return
         again = float(self._loss(outputs, targets).value.detach())
         if not abs(again - value) <= tolerance:
-            return  # the loss is random, and differs from itself: nothing can be told
+            return  # a random loss differs from itself: the comparison shows nothing
         raise HessianFlowError(
             f"the loss of {rows} examples is {value:.6g}, but {found:.6g} as the mean over parts of {cut} and "
             f"{rows - cut} of them, weighted by {whole.source}: {WAY_OUT}"
         )
 
     def _compare_slopes(self, outputs: Any, targets: Any, spans: tuple[slice, slice]) -> None:
-        """Compare the gradients by the outputs: equal losses, as at the start of a training, have any mean."""
+        """Compare the gradients by the outputs.
+
+        Parts with equal losses, as at the start of training, give the same mean under any weights.
+        """
         rows = num_examples(targets)
         leaves: list[Tensor] = []
 
@@ -196,14 +204,17 @@ def _mean(parts: list[Averaged]) -> tuple[float, float]:
 def _tolerance(dtype: torch.dtype) -> float:
     """Return the relative difference that rounding explains: a thousand roundings of a sum.
 
-    In 16 bits so many would be larger than the value; there it is four.
+    In 16 bits a thousand roundings would exceed the value itself; there it is four.
     """
     eps = torch.finfo(dtype).eps
     return max(4 * eps, min(1e-4, 1024 * eps))
 
 
 def _rows(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any] | None:
-    """Return some rows of outputs and targets, a model as it is; None where the outputs have no rows."""
+    """Return some rows of outputs and targets; None where the outputs have no rows.
+
+    A model in the place of outputs is returned as it is.
+    """
     if not isinstance(outputs, nn.Module):
         if not any(t.ndim > 0 and len(t) == rows for t in _tensors(outputs)):
             return None
@@ -215,17 +226,20 @@ def _rows(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any]
 
 
 def _rows_of(part: Any, span: slice, rows: int, name: str) -> Any:
-    # Two tensors of two rows can be read in two ways. Here, where a batch has been cut already, each has the rows.
+    # A list of two tensors of two rows may be two examples or two inputs. Of a batch that was cut
+    # it is two inputs.
     if is_list(part) and all(isinstance(t, Tensor) and t.ndim > 0 and len(t) == rows for t in part):
         return type(part)(t[span] for t in part)
     return take_rows(part, span, rows, name)
 
 
 def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
-    """Return two structures as one of `rows` + `others` rows; what has no rows, such as a model, as it is.
+    """Return two structures joined into one of `rows` + `others` rows.
+
+    Whatever has no rows, such as a model, is returned as it is.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: the structures differ.
     """
     if isinstance(first, Tensor) and first.ndim > 0 and (len(first), len(second)) == (rows, others):
         return torch.cat([first, second])

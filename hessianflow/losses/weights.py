@@ -1,4 +1,4 @@
-"""What a mean divides by, as a number or as a scalar on the device; and what torch's own losses divide by."""
+"""What a mean divides by, as a number or a scalar tensor, and what torch's own losses divide by."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,8 @@ from hessianflow.batches import num_examples
 from hessianflow.interfaces import LossFn
 
 Weight = int | float | Tensor
-"""What a mean divides by. A tensor is a scalar that stays on the device, so that nobody waits for it."""
+"""What a mean divides by. A tensor is a scalar that stays on the device, so that the host does not
+wait for it."""
 
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
@@ -35,7 +36,7 @@ BROADCASTING_LOSSES = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
     *(nn.KLDivLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss),
 )
-"""Those of them that take outputs and targets of other shapes."""
+"""Elementwise losses that broadcast outputs and targets of different shapes."""
 
 IGNORE_INDEX = -100
 """The class index of targets that do not count, unless a loss says otherwise. Default of torch."""

@@ -17,7 +17,7 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def is_external(name: str) -> bool:
-    """Whether `name` is "package.module:function", "timm/NAME" or "torchvision/NAME"."""
+    """Return whether `name` is "package.module:function", "timm/NAME" or "torchvision/NAME"."""
     return ":" in name or name.startswith(("timm/", "torchvision/"))
 
 
@@ -72,7 +72,7 @@ def _working_directory_first() -> Iterator[None]:
 
 
 def _factory(name: str, module: str, function: str) -> Callable[..., Any]:
-    """The function, or the class of modules, that an import path names."""
+    """Return the function, or the class of modules, that an import path names."""
     if module.endswith(".py") or "/" in module:
         raise HessianFlowError(f"model {name!r}: name the module, not its file: {Path(module).stem}:{function}")
     found = _attribute(name, module, function)
@@ -87,7 +87,7 @@ def _factory(name: str, module: str, function: str) -> Callable[..., Any]:
 def _taken(
     name: str, factory: Callable[..., Any], num_classes: int, input_size: int, in_channels: int
 ) -> dict[str, int]:
-    """What of our arguments the function takes."""
+    """Return what of our arguments the function takes."""
     offered = {"num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     try:
         signature = inspect.signature(factory)
@@ -124,7 +124,7 @@ def _attribute(name: str, module: str, attribute: str) -> Callable[..., Any]:
 
 
 def _way_out(name: str, module: str, error: BaseException) -> str:
-    """What to do about a module that was not found."""
+    """Return what to do about a module that was not found."""
     if not isinstance(error, ModuleNotFoundError):
         return _place(error)
     library, slash, _ = name.partition("/")
@@ -136,7 +136,8 @@ def _way_out(name: str, module: str, error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The file and the line of the user's code that an error came from; empty where that is unknown."""
+    """Return the file and the line of the user's code that an error came from; empty where that is
+    unknown."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(os.getcwd())]
     return f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""

@@ -112,7 +112,8 @@ class CLARS(LARS):
         self._tally: Tensor | None = None
 
     def capped_share(self) -> float:
-        """Share of all layer rates since the last call that the cap bound (synchronises); 0 before any step."""
+        """Return the share of all layer rates since the last call that the cap bound
+        (synchronises); 0 before any step."""
         if self._tally is None:
             return 0.0
         capped, seen = self._tally.tolist()

@@ -162,7 +162,7 @@ class LARS(CheckedOptimizer):
         return torch._foreach_add(current, velocity, alpha=momentum)
 
     def _ratios(self, group: dict[str, Any], params: Tensors, grads: Tensors, decayed: Tensors, decay: float) -> Tensor:
-        """The ratio of every tensor, shape [len(params)]."""
+        """Return the ratio of every tensor, shape [len(params)]."""
         of_decayed = group["form"] in ("tensorflow", "late")
         both = norms([*params, *(decayed if of_decayed else grads)]).view(2, -1)
         weight, denominator = both.unbind()

@@ -68,7 +68,7 @@ class _NormTable:
         self._sum, self._examples = None, 0
 
     def mean_norms(self, params: Sequence[Tensor]) -> Tensor:
-        """The mean norm of each of `params`, weighted by examples, shape [len(params)].
+        """Return the mean norm of each of `params`, weighted by examples, shape [len(params)].
 
         Raises:
             HessianFlowError: nothing was measured, or a parameter is not among those watched.
@@ -270,7 +270,7 @@ class ExtraBatchNorms(_NormTable):
         return NO_SIGNALS
 
     def state_dict(self) -> dict[str, Any]:
-        """The norms in force and the steps seen."""
+        """Return the norms in force and the steps seen."""
         return {"sum": self._sum, "examples": self._examples, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -358,7 +358,7 @@ class GradientMoments:
         sums.begin_step()
 
     def signals(self) -> Mapping[str, float]:
-        """The figures since the last call (the one synchronisation); starts afresh."""
+        """Return the figures since the last call (the one synchronisation); starts afresh."""
         sums = self._sums
         if sums.small is None or sums.large is None:
             return NO_SIGNALS
@@ -375,7 +375,7 @@ class GradientMoments:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far, as copies: the observer goes on adding to its own."""
+        """Return the sums so far, as copies: the observer goes on adding to its own."""
         return copy.deepcopy(vars(self._sums))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -410,7 +410,8 @@ def _plus(total: Tensor | None, gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _beside(total: list[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The total where the gradients are (one from a checkpoint may be elsewhere); zeros where there is none yet."""
+    """Return the total where the gradients are (one from a checkpoint may be elsewhere); zeros
+    where there is none yet."""
     if not total:
         return [torch.zeros_like(gradient) for gradient in gradients]
     return [own.to(gradient.device) for own, gradient in zip(total, gradients, strict=True)]

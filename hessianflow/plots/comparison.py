@@ -136,7 +136,7 @@ def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = Non
 
 
 def _legend(groups: Sequence[Group]) -> list[str]:
-    """What the legend calls the groups: labels short enough for it, still all different."""
+    """Return what the legend calls the groups: labels short enough for it, still all different."""
     ends = [f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "" for group in groups]
     labels = [style.cut(group.label, _LEGEND - len(end)) + end for group, end in zip(groups, ends, strict=True)]
     return [n if labels.count(n) == 1 else f"{i}: {style.cut(n, _LEGEND - 4)}" for i, n in enumerate(labels, start=1)]

@@ -52,7 +52,8 @@ def accuracy_over_time(runs: RunSource | Iterable[RunSource], path: str | Path |
 
 
 def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: int = SHOWN_EPOCHS) -> Figure:
-    """Every local epoch as a bar, one line a worker, from pull to push; grey where a worker waited for others.
+    """Return every local epoch as a bar, one line a worker, from pull to push; grey where a worker
+    waited for others.
 
     Args:
         run: on a parameter server.
@@ -97,7 +98,8 @@ def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: i
 
 
 def batch_and_resolution(run: RunSource, path: str | Path | None = None) -> Figure:
-    """Batch sizes (of both kinds of workers, where there are two) and resolution over epochs.
+    """Return batch sizes (of both kinds of workers, where there are two) and resolution over
+    epochs.
 
     Args:
         run: on a parameter server, or with a schedule of resolutions.
@@ -139,7 +141,8 @@ def _draw_batches(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
 
 
 def _resolutions(run: Run, rows: Sequence[Row]) -> tuple[Array, list[float]]:
-    """Epochs at which the resolution was set, the end of the run among them, and the resolution from there on."""
+    """Return epochs at which the resolution was set, the end of the run among them, and the
+    resolution from there on."""
     stages = run.config.get("resolution_stages") or []
     if stages:
         done = max((number(row, "epoch") for row in rows), default=0.0)

@@ -31,7 +31,7 @@ class Growth:
 
 
 def growths(run: Run, colour: str) -> list[Growth]:
-    """Every change of the batch size of a run, in order."""
+    """Return every change of the batch size of a run, in order."""
     events = []
     for row in run.of_kind("batch"):
         before, after = number(row, "from"), number(row, "to")

@@ -20,7 +20,8 @@ _LOG_SPAN = 30.0
 def landscape(
     alphas: Any, losses: Any, betas: Any = None, path: str | Path | None = None, *, title: str = "Loss landscape"
 ) -> Figure:
-    """A curve (one direction) or contours (two directions) of the loss; the trained weights are at the origin.
+    """Return a curve (one direction) or contours (two directions) of the loss; the trained weights
+    are at the origin.
 
     Points where the loss is not finite are left blank.
 

@@ -53,7 +53,7 @@ class Run:
     folder: Path | None = None
 
     def of_kind(self, kind: str) -> list[Row]:
-        """All rows of one kind."""
+        """Return all rows of one kind."""
         return [row for row in self.records if row.get("kind") == kind]
 
     @property
@@ -84,7 +84,7 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
 
 
 def number(row: Row, key: str) -> float:
-    """A field as a float; nan where it is missing, null or not a number."""
+    """Return a field as a float; nan where it is missing, null or not a number."""
     value = row.get(key)
     if isinstance(value, (int, float)):
         return float(value)
@@ -97,7 +97,8 @@ def column(rows: Iterable[Row], key: str) -> Array:
 
 
 def batch_steps(run: Run) -> tuple[Array, Array]:
-    """The batch size as a staircase: (examples at which it was set, batch size from there on).
+    """Return the batch size as a staircase: (examples at which it was set, batch size from there
+    on).
 
     The last point repeats the last size at the end of the run.
     """

@@ -86,7 +86,8 @@ def spectral_density(
 
 
 def broaden(nodes: Array, weights: Array, grid: Array, sigma: float) -> tuple[Array, Array]:
-    """Mean density on the grid and its standard error over probes (zero for one probe), shape [points] each."""
+    """Return the mean density on the grid and its standard error over probes (zero for one probe),
+    shape [points] each."""
     each = np.stack([_smoothed(*probe, grid, sigma) for probe in zip(nodes, weights, strict=True)])
     error = each.std(0, ddof=1) / math.sqrt(len(each)) if len(each) > 1 else np.zeros(len(grid))
     return each.mean(0), error

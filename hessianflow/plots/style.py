@@ -33,7 +33,8 @@ _MAX_NAME = 90
 
 
 def colour(index: int) -> str:
-    """The colour of the run with this index: seven, then a darker shade of each (grey for black), then those again."""
+    """Return the colour of the run with this index: seven, then a darker shade of each (grey for
+    black), then those again."""
     plain = COLOURS[index % len(COLOURS)]
     if index // len(COLOURS) % 2 == 0:
         return plain
@@ -42,7 +43,8 @@ def colour(index: int) -> str:
 
 
 def marker(index: int) -> str:
-    """The marker of the run with this index: none for the first seven, another one each time the colours repeat."""
+    """Return the marker of the run with this index: none for the first seven, another one each time
+    the colours repeat."""
     return MARKERS[index // len(COLOURS) % len(MARKERS)]
 
 
@@ -54,12 +56,14 @@ def look(index: int, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
 
 
 def dash(index: int) -> Any:
-    """A line style that changes when the colours repeat, for figures in which dashes mean nothing else."""
+    """Return a line style that changes when the colours repeat, for figures in which dashes mean
+    nothing else."""
     return ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))[index // len(COLOURS) % 4]
 
 
 def new_figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """An empty figure of this size in inches; "constrained" keeps labels and legends from overlapping."""
+    """Return an empty figure of this size in inches; "constrained" keeps labels and legends from
+    overlapping."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
@@ -125,12 +129,13 @@ def run_handles(names: Sequence[str]) -> list[Line2D]:
 
 
 def cut(label: str, room: int = _MAX_NAME) -> str:
-    """A label of settings, which begin with what matters most, cut on the right to so many characters."""
+    """Return a label of settings, which begin with what matters most, cut on the right to so many
+    characters."""
     return label if len(label) <= room else label[: room - 1].rstrip(" ,") + "…"
 
 
 def legend_columns(handles: Sequence[Line2D]) -> int:
-    """How many legend columns fit side by side below a figure nine inches wide."""
+    """Return how many legend columns fit side by side below a figure nine inches wide."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     return max(1, min(4, len(handles), 110 // (longest + 8)))
 

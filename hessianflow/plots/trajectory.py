@@ -88,13 +88,14 @@ def _layout(events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Ax
 
 
 def _norm_mode(run: Run) -> str:
-    """The batch normalisation of the run's readings, as an addition to a label; empty where they do not say."""
+    """Return the batch normalisation of the run's readings, as an addition to a label; empty where
+    they do not say."""
     found = dict.fromkeys(str(row["norm_mode"]) for row in run.of_kind("curvature") if "norm_mode" in row)
     return f" (norm mode: {style.cut(plain(', '.join(found)), _LONGEST_MODE)})" if found else ""
 
 
 def _marks(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Where each kind of mark goes: (examples, height)."""
+    """Return where each kind of mark goes: (examples, height)."""
     rows = run.of_kind("curvature")
     x, y = column(rows, "examples"), column(rows, "eigenvalue")
     settled = np.array([bool(row.get("converged", True)) for row in rows], dtype=bool)

@@ -25,7 +25,7 @@ _MARKS = {
 
 
 def has_workers(run: RunSource) -> bool:
-    """Whether the run was an elastic one."""
+    """Return whether the run was an elastic one."""
     return any("workers" in row for row in read_runs([run])[0].of_kind("event"))
 
 

@@ -1,8 +1,9 @@
 """Checkpoints as files: written atomically, read without executing code, refused when damaged or foreign.
 
-A checkpoint is one dict of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads it.
-`last.pt` is always a whole file: it is written beside, synced, and renamed over; the one before it stays as
-`previous.pt`, which :func:`load_newest` falls back to when `last.pt` turns out to be damaged on disk.
+A checkpoint is one dict of tensors, numbers, strings, lists and dicts, so
+`torch.load(weights_only=True)` reads it. `last.pt` is always a whole file: a new one is written
+beside it, synced, and renamed over it. The one before stays as `previous.pt`, to which
+:func:`load_newest` falls back if `last.pt` is damaged.
 """
 
 import os
@@ -26,16 +27,17 @@ FORMAT, VERSION = "hessianflow-checkpoint", 2
 
 
 class UnreadableError(HessianFlowError):
-    """A checkpoint may not be read, or is not there: which says nothing of what it holds."""
+    """A checkpoint does not exist or may not be read; that says nothing about its content."""
 
 
 def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
     """Write `state` to `path` atomically.
 
-    An existing `last.pt` stays as `previous.pt`, that one as `previous-2.pt`, and so on, `keep` files in all.
+    An existing `last.pt` becomes `previous.pt`, which becomes `previous-2.pt`, and so on; `keep`
+    files stay in all.
 
     Raises:
-        HessianFlowError: the disk is full or the folder cannot be written; the file that was there stays.
+        HessianFlowError: the disk is full or the folder cannot be written; existing files stay.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
             with open(temporary, "wb") as file:
                 torch.save({"format": FORMAT, "version": VERSION, **state}, file)
                 file.flush()
-                os.fsync(file.fileno())  # before the older ones change their names
+                os.fsync(file.fileno())  # before the older files are renamed
             if path.name == LAST and path.exists() and keep > 1:
                 _keep_previous(path, keep)
         _sync(path.parent)
@@ -65,7 +67,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         _check_records(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of a foreign file is no news for the user
+            warnings.simplefilter("ignore")  # torch's warnings about a foreign file do not help the user
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UnreadableError(f"checkpoint {path} cannot be read: {error.strerror}") from None
@@ -78,15 +80,15 @@ def load(path: Path) -> dict[str, Any]:
         raise HessianFlowError(f"{path} is a file of torch but not a hessianflow checkpoint")
     version = found.get("version")
     if type(version) is not int or version != VERSION:
-        raise HessianFlowError(f"{path} has checkpoint version {shown(version)}, this release reads {VERSION}")
+        raise HessianFlowError(f"{path} has checkpoint version {shown(version)}, but this release reads {VERSION}")
     return found
 
 
 def load_checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Read a checkpoint and let `check` look at what it holds; what that finds wrong is said with the file's name.
+    """Read a checkpoint and check its content.
 
     Raises:
-        HessianFlowError: as :func:`load`, and what `check` raises.
+        HessianFlowError: as :func:`load`; or what `check` raises, with the name of the file.
     """
     state = load(path)
     try:
@@ -102,21 +104,23 @@ def load_newest(
     check: Callable[[dict[str, Any]], None] = lambda _state: None,
     refused: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], str, str | None]:
-    """Read `last.pt`, or an older one when that is damaged or later than the history.
+    """Read `last.pt`, or an older checkpoint if that is damaged or later than the history.
 
-    Whoever goes on from an older one calls :func:`set_aside` before the next save.
+    A caller that continues from an older one must call :func:`set_aside` before the next save.
 
     Args:
-        folder: of the checkpoints.
-        history_bytes: length of history.jsonl; a checkpoint made when it was longer cannot be continued.
-        check: looks at what each holds, and raises a HessianFlowError over what is wrong.
-        refused: names of files that turned out to be damaged when they were put back, and how.
+        folder: the folder of the checkpoints.
+        history_bytes: the length of history.jsonl; a checkpoint made when it was longer cannot be
+            continued.
+        check: checks the content of each, and raises a HessianFlowError where it is wrong.
+        refused: by file name, what was found wrong with files when they were restored.
 
     Returns:
-        The state, the name of its file, and a warning when an older file had to be used.
+        The state, the name of its file, and a warning if it is an older file.
 
     Raises:
-        HessianFlowError: none of the files can be used; what is wrong with the newest.
+        HessianFlowError: none of the files can be used; the message says what is wrong with the
+            newest.
     """
     if not any(folder.glob("*.pt")):
         run_dir = folder.parent
@@ -132,7 +136,7 @@ def load_newest(
             state = load_checked(folder / name, check)
             _check_history(folder, name, state, history_bytes)
         except UnreadableError as error:
-            if (folder / name).exists():  # it may be whole: it is neither passed over nor set aside
+            if (folder / name).exists():  # it may be whole, so it is neither skipped nor set aside
                 raise
             first = first or error
         except HessianFlowError as error:
@@ -144,7 +148,7 @@ def load_newest(
 
 
 def set_aside(folder: Path) -> None:
-    """Give a damaged `last.pt` another name: the next save would move it over a good one.
+    """Rename a damaged `last.pt`, which the next save would otherwise move over a good one.
 
     Raises:
         HessianFlowError: the folder cannot be written.
@@ -162,7 +166,8 @@ def _newest_first(folder: Path) -> list[str]:
 
 
 def _check_history(folder: Path, name: str, state: Mapping[str, Any], history_bytes: int) -> None:
-    """Refuse a checkpoint that the history beside it does not reach, or has been changed before."""
+    """Refuse a checkpoint whose history is shorter now, or was changed after the checkpoint was
+    made."""
     made_at = state.get("history_bytes")
     if type(made_at) is not int or made_at < 0:
         raise HessianFlowError(f"checkpoint {folder / name}: history_bytes must be a whole number from 0 on")
@@ -181,8 +186,8 @@ def _check_records(path: Path) -> None:
     """Compare every record of the archive with its checksum, which torch does not do.
 
     Raises:
-        OSError: it cannot be read.
-        zipfile.BadZipFile: it is no archive, or a record is damaged.
+        OSError: the file cannot be read.
+        zipfile.BadZipFile: it is not an archive, or a record is damaged.
     """
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
@@ -193,7 +198,8 @@ def _check_records(path: Path) -> None:
 
 
 def _keep_previous(path: Path, keep: int) -> None:
-    """Let every older checkpoint take the name of the next older one, up to the first name that is free."""
+    """Rename every older checkpoint to the name of the next older one, up to the first free
+    name."""
     names = [path.with_name(PREVIOUS)]
     while names[-1].exists() and len(names) < keep - 1:
         names.append(path.with_name(f"{Path(PREVIOUS).stem}-{len(names) + 1}.pt"))
@@ -207,7 +213,8 @@ def _keep_previous(path: Path, keep: int) -> None:
         os.replace(path, path.with_name(PREVIOUS))
         return
     os.replace(link, path.with_name(PREVIOUS))
-    # After a kill at this place previous.pt is last.pt under another name, and then a rename leaves both.
+    # After a kill here, previous.pt and last.pt are one file, and renaming one over the other
+    # leaves both names.
     link.unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
-"""The JSON files of a run directory beside its history: what each holds, and its reader.
+"""The JSON files of a run directory besides its history: what each holds, and its reader.
 
-A reader returns {} where there is no file, and refuses a damaged one by the place and the value that are wrong. Files
-may hold more than what is listed here.
+A reader returns {} or None where there is no file, and refuses a damaged file with the place and
+the value that are wrong. Files may hold more than is listed here.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from hessianflow.runs.names import CONFIG, ROBUSTNESS, SPECTRUM, SUMMARY
 from hessianflow.runs.schema import Between, Count, Fault, Figure, Share, Size, fault_of
 
 _MOST_NODES = 20_000
-"""Nodes of a spectral density; the command measures 120. Ours."""
+"""Most nodes of a spectral density; the command measures 120. Ours."""
 _MOST_SIZES = 1000
-"""Points that a line of step times is put through: it looks at every pair of them."""
+"""Most points of a fit of step times, whose cost grows with the number of pairs. Ours."""
 _NotNegative = Annotated[float, Between(0, 1e100)]
 _Positive = Annotated[float, Between(1e-100, 1e100)]
 
 
 class TrainerFacts(TypedDict, total=False):
-    """What a trainer tells of itself in config.json."""
+    """What config.json holds about the trainer."""
 
     model: str
     parameters: Count
@@ -48,7 +48,7 @@ class _Stage(TypedDict):
 
 
 class TimeLine(TypedDict, total=False):
-    """A time model: seconds a step, over the size of the batch."""
+    """A time model: seconds per step as a line over the batch size."""
 
     slope: _Positive
     intercept: _Positive
@@ -147,7 +147,7 @@ class _SpectrumRequired(TypedDict):
 
 
 class SpectrumFile(_SpectrumRequired, total=False):
-    """spectrum.json: what `hessianflow spectrum` measured at a run's weights; null is what it did not measure."""
+    """spectrum.json: what `hessianflow spectrum` measured at a run's weights; null for the rest."""
 
     size: Count
     num_examples: Count
@@ -163,14 +163,16 @@ class SpectrumFile(_SpectrumRequired, total=False):
 
 
 class RobustnessFile(TypedDict):
-    """robustness.json: by attack, (accuracy, lower end, upper end) at each size of the perturbation."""
+    """robustness.json: for each attack, (accuracy, lower, upper limit) at each perturbation
+    size."""
 
     eps: list[float]
     accuracy: dict[str, list[tuple[Share, Share, Share]]]
 
 
 class Measurement(TypedDict, total=False):
-    """Step times of one worker, as a plan.json keeps them under "measured": a line, or the points it goes through."""
+    """Step times of one worker, as plan.json keeps them under "measured": points, or a line fit to
+    them."""
 
     sizes: list[Size]
     seconds: list[_Positive]
@@ -259,7 +261,8 @@ def _read(
     further: Callable[[Any], Fault | None] = lambda _found: None,
     remedy: str = "",
 ) -> Any:
-    """Read a file and check it by its form, then by what a form cannot say; `remedy` ends the message."""
+    """Read a file, check its form, then check it with `further`; `remedy` ends the error
+    message."""
     if not path.is_file():
         return {}
     try:

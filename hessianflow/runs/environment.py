@@ -1,4 +1,4 @@
-"""What someone who repeats a run must know of the machine and the software."""
+"""What is needed to repeat a run: facts about the machine and the software."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, processor and revision."""
+    """Return versions, devices, threads and the revision."""
     packages = {}
     for name in ("hessianflow", "torch", "numpy", "scipy", "scikit-learn"):
         try:

@@ -1,8 +1,9 @@
 """Reads JSON that may be damaged, and writes files whole.
 
-A file in a run directory may hold anything by the time it is read: half a line, another program's data, numbers of a
-thousand digits. Every reader of this room goes through :func:`parsed`, which bounds size, depth and numbers before
-anything computes with them. Every file that is not appended to is written through :func:`replacing`.
+By the time it is read, a file in a run directory may hold anything: half a line, another program's
+data, numbers of a thousand digits. Every reader in this package goes through :func:`parsed`, which
+bounds depth and numbers before anything computes with them. Every file that is not appended to is
+written through :func:`replacing`.
 """
 
 import json
@@ -22,9 +23,9 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.schema import LARGEST, LARGEST_WHOLE, Fault
 
 MOST_BYTES = 64 * 2**20
-"""Size of a JSON file, in bytes: a spectral density of many probes is a hundredth of it. Ours."""
+"""Largest JSON file in bytes, a hundred times a spectral density of many probes. Ours."""
 MOST_DEPTH = 50
-"""Lists and objects inside each other. Ours."""
+"""Most levels of nested lists and objects. Ours."""
 _DIGITS = len(str(LARGEST_WHOLE))
 _BRACKET_OR_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
@@ -34,11 +35,11 @@ class NotJSONError(ValueError):
 
 
 def parsed(text: bytes) -> Any:
-    """Return what JSON text holds, every number finite and of sane size.
+    """Return what JSON text holds; every number in it is finite and of sane size.
 
     Raises:
-        NotJSONError: it is not JSON.
-        HessianFlowError: it is nested too deep, or holds a number that nothing here could have written.
+        NotJSONError: the text is not JSON.
+        HessianFlowError: it is nested too deep, or holds a number that no run could have written.
     """
     if _depth(text) > MOST_DEPTH:
         raise HessianFlowError(f"lists or objects are nested deeper than {MOST_DEPTH}")
@@ -56,7 +57,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds; {} if there is no such file.
 
     Raises:
-        HessianFlowError: the file cannot be read, holds something else, or is out of every proportion.
+        HessianFlowError: the file cannot be read, is too large, or holds something else.
     """
     if not path.is_file():
         return {}
@@ -79,12 +80,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> float:
-    """Return a whole number, or a float where it is so long that none of ours can be meant."""
+    """Return an integer, or a float where it has more digits than any that a run writes."""
     return int(digits) if len(digits) <= _DIGITS else float(digits)
 
 
 def _depth(text: bytes) -> int:
-    """Return how deep lists and objects are nested, brackets inside strings apart."""
+    """Return how deep lists and objects are nested, not counting brackets inside strings."""
     brackets = text.count(b"[") + text.count(b"{")
     if brackets <= MOST_DEPTH:
         return brackets
@@ -119,13 +120,13 @@ def _number_fault(value: Any) -> Fault | None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a path to write to; what was written there takes the place of `target` whole, or nothing does.
+    """Yield a path to write to; at the end, the whole new file replaces `target`, or nothing does.
 
     What a killed process left of an earlier attempt is removed.
 
     Raises:
-        HessianFlowError: `target` is something else than a file (a folder, a device, a pipe).
-        OSError: it cannot be written; nothing is left behind.
+        HessianFlowError: `target` is something other than a file (a folder, a device, a pipe).
+        OSError: the file cannot be written; nothing is left behind.
     """
     target = Path(os.path.realpath(target))
     refuse_special(target)
@@ -142,10 +143,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse to write where something other than a file stands.
+    """Refuse to write to a path that is not a regular file.
 
     Raises:
-        HessianFlowError: a folder, a device, a pipe or a socket stands there.
+        HessianFlowError: the path is a folder, a device, a pipe or a socket.
     """
     with suppress(OSError):
         if not stat.S_ISREG(path.stat().st_mode):
@@ -173,7 +174,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write settings as the YAML that `hessianflow train --config` reads; the run directory is not among them."""
+    """Write settings, without the run directory, as the YAML that `hessianflow train --config`
+    reads."""
     import yaml
 
     kept = {key: value for key, value in settings.items() if key != "run_dir"}
@@ -181,7 +183,7 @@ def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return the same structure with None for floats that standard JSON, or our reader, has no place for."""
+    """Return the same structure with None for floats that JSON, or our reader, does not allow."""
     if isinstance(value, (np.generic, torch.Tensor)):
         value = value.item()
     if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= LARGEST):
@@ -194,7 +196,7 @@ def finite(value: Any) -> Any:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file's content is on the disk: else a power cut may leave the new name with nothing in it."""
+    """Wait until a file's content is on the disk: otherwise a power cut may leave an empty file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -203,12 +205,12 @@ def _to_disk(path: Path) -> None:
 
 
 def _literal(name: str) -> str:
-    """Return a name as a pattern that only it fits."""
+    """Return a glob pattern that matches only this name."""
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def _runs(process: int) -> bool:
-    """Return whether a process of this number is there, other than this one."""
+    """Return whether a process other than this one has this number."""
     if process == os.getpid():
         return False
     try:

@@ -1,8 +1,9 @@
-"""The run directory itself: the names in it, whom it belongs to, and whether a run may begin in it.
+"""The run directory itself: its names, which process holds it, and whether a run may begin in it.
 
-A process that writes to a run holds a lock on a file in it from before its first write to its end; two that are
-started together can never share a directory. The lock is the process's own (POSIX): worker processes do not inherit it,
-so none of them can hold it beyond a crash, after which the file may stay and is in nobody's way.
+A process that writes to a run holds a lock on a file in the directory, from before its first write
+to its end, so that two processes can never share a directory. The lock belongs to the process
+(POSIX): workers do not inherit it, so none of them holds it after a crash. A lock file that a crash
+leaves behind does no harm.
 """
 
 import os
@@ -18,18 +19,18 @@ from hessianflow.runs.names import CHECKPOINTS, CONFIG, HISTORY, LOCK, SETTINGS,
 from hessianflow.runs.rows import has_no_step
 
 _OF_A_START = (CONFIG, SETTINGS, HISTORY, CHECKPOINTS, LOCK)
-"""What a run has made by its first checkpoint."""
+"""Everything that a run makes up to its first checkpoint."""
 
 
 class Claim:
-    """A run directory, held for this process until it is released or the process ends, in whatever way.
+    """A run directory held by this process, until it is released or the process ends in any way.
 
     Args:
-        folder: exists.
+        folder: the run directory, which must exist.
 
     Raises:
         HessianFlowError: another process holds it.
-        OSError: the file of the lock cannot be made.
+        OSError: the lock file cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,12 +43,12 @@ class Claim:
         self._finalizer = weakref.finalize(self, _let_go, path, descriptor, os.getpid())
 
     def release(self) -> None:
-        """Let go of the directory and remove the file of the lock."""
+        """Release the directory and remove the lock file."""
         self._finalizer()
 
 
 def _locked(path: Path, folder: Path) -> int:
-    """Open the file of a lock and lock it, where files can be locked at all."""
+    """Open a lock file and lock it, where the file system can lock files."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         import fcntl
@@ -79,11 +80,11 @@ def _let_go(path: Path, descriptor: int, owner: int) -> None:
 
 
 def begin_in(folder: Path) -> Claim:
-    """Make a directory for a new run, or take one in which none has made a step, and hold it.
+    """Make a directory for a new run, or take one whose run made no step, and hold it.
 
     Raises:
-        HessianFlowError: it holds a run, or anything else; another process holds it.
-        OSError: it cannot be made or written.
+        HessianFlowError: the directory holds a run or anything else, or another process holds it.
+        OSError: the directory cannot be made or written.
     """
     refuse_used(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -111,10 +112,13 @@ def _made_and_held(folder: Path) -> Claim:
 
 @contextmanager
 def new_folder(base: Path) -> Iterator[Path]:
-    """Make a directory called `base`, or `base`-2 and so on, that no other process makes; removed at the end if empty.
+    """Yield a new directory called `base`, or `base`-2 and so on, and remove it at the end if
+    empty.
+
+    No other process can get the same one.
 
     Raises:
-        HessianFlowError: it cannot be made.
+        HessianFlowError: the directory cannot be made.
     """
     made = [path for path in base.parents if not path.exists()]
     path = base
@@ -134,7 +138,7 @@ def new_folder(base: Path) -> Iterator[Path]:
 
 
 def _made_alone(path: Path) -> bool:
-    """Make a directory; False if there is something of its name."""
+    """Make a directory and return True; return False if its name is taken."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -154,7 +158,8 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process left half-written; only for the process that holds the directory."""
+    """Remove what a killed process left half-written; only the holder of the directory may call
+    this."""
     for place in (folder, folder / CHECKPOINTS):
         for path in place.glob("*.tmp"):
             if _of_what(path.name) != path.name:
@@ -163,7 +168,8 @@ def clean(folder: Path) -> None:
 
 
 def _of_what(name: str) -> str:
-    """Return the name of the file that a temporary one was to become; any other name as it is.
+    """Return the name of the file that a temporary file was to become; return other names
+    unchanged.
 
     Temporary files are called .NAME.PROCESS.tmp; those of earlier releases NAME.tmp.
     """
@@ -179,11 +185,11 @@ def _of_what(name: str) -> str:
 def refuse_used(folder: Path) -> None:
     """Refuse a folder that holds a run, or anything else, before a new run begins in it.
 
-    A run that ended before its first step leaves nothing worth keeping and nothing to continue from: another may begin
-    in its place.
+    A run that ended before its first step leaves nothing to keep and nothing to continue from, so
+    another may begin in its place.
 
     Raises:
-        HessianFlowError: saying what to do.
+        HessianFlowError: the folder is in use; the message says what to do.
     """
     if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
         return
@@ -199,11 +205,15 @@ def refuse_used(folder: Path) -> None:
 
 
 def _never_stepped(folder: Path) -> bool:
-    """Return whether a run began here and ended before its first step: no checkpoint, no row made after an update."""
+    """Return whether a run began here and ended before its first step.
+
+    Such a run has no checkpoint, and no row made after an update.
+    """
     names = {_of_what(path.name) for path in folder.iterdir()}
     if not names <= set(_OF_A_START) or any((folder / CHECKPOINTS).glob("*.pt")):
         return False
-    # A run begins with the file of its lock, and with config.json in a temporary file: both are signs of ours.
+    # A run begins with its lock file and a temporary file for config.json: either shows that it is
+    # ours.
     whole = {path.name for path in folder.iterdir()}
     begun = LOCK in whole or not whole & {CONFIG, SETTINGS, HISTORY, CHECKPOINTS} or _is_ours(folder / CONFIG)
     return begun and _is_ours(folder / CONFIG, absent=True) and _has_no_step(folder / HISTORY)

@@ -1,8 +1,8 @@
-"""The one reader of what a run leaves behind, for training, plots, commands and experiments.
+"""The one reader of a run's records, for training, plots, commands and experiments.
 
-`history.jsonl` holds one JSON object a line, appended and flushed as it happens; `kind` says which (see
-:mod:`hessianflow.runs.rows`). A run that dies leaves every completed line behind, and perhaps half of one: that last
-line is left out in silence.
+`history.jsonl` holds one JSON object per line, appended and flushed as it happens; `kind` tells
+what it is (see :mod:`hessianflow.runs.rows`). A run that is killed leaves every completed line, and
+perhaps half of one; that last line is skipped silently.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +18,10 @@ from hessianflow.runs.names import CONFIG, HISTORY
 from hessianflow.runs.rows import Record, row_fault
 
 LONGEST_LINE = 2**20
-"""Bytes of a row; those that runs write have a few hundred. Ours."""
+"""Most bytes of a row; runs write rows of a few hundred. Ours."""
 
 Damaged = Literal["refuse", "skip"]
-"""What to do about a damaged line: refuse the file, or leave the line out."""
+"""What to do about a damaged line: refuse the file, or skip the line."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class History:
         records: every row of history.jsonl.
         config: what config.json holds (empty for a run without a run directory).
         summary: what summary.json holds (empty while the run has not ended).
-        run_dir: where it came from.
+        run_dir: the run directory; None for a run without one.
     """
 
     records: Sequence[Record]
@@ -42,14 +42,16 @@ class History:
 
     @classmethod
     def load(cls, run_dir: str | Path, damaged: Damaged = "refuse") -> "History":
-        """Read a run directory; a last line cut short by a crash is left out.
+        """Read a run directory; a last line cut short by a crash is skipped.
 
         Args:
             run_dir: the directory.
-            damaged: "refuse" a history with a damaged line, or "skip" such lines: rows are missing then.
+            damaged: "refuse" a history with a damaged line, or "skip" such lines, whose rows are
+                then missing.
 
         Raises:
-            HessianFlowError: no history there, or a damaged file; which line or field, and what it holds.
+            HessianFlowError: there is no history, or a file is damaged; the message names the line
+                or the field, and its value.
         """
         if damaged not in ("refuse", "skip"):
             raise HessianFlowError(f'damaged must be "refuse" or "skip", got {damaged!r}')
@@ -80,10 +82,11 @@ class History:
         return [row for row in self.of_kind("batch") if row["to"] > row["from"]]
 
     def fact(self, name: str) -> Any:
-        """Return what config.json says of the trainer under `name`, such as "examples_per_epoch".
+        """Return what config.json holds about the trainer under `name`, such as
+        "examples_per_epoch".
 
         Raises:
-            HessianFlowError: it says nothing.
+            HessianFlowError: config.json has no such entry.
         """
         facts = self.config.get("trainer", {})
         if name not in facts:
@@ -140,7 +143,8 @@ def _refusal(path: Path, number: int, what: str) -> HessianFlowError:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the text of every line that is not blank; of an overlong one its beginning alone."""
+    """Yield the number and the text of every line that is not blank; overlong lines are cut
+    short."""
     try:
         with open(path, "rb") as file:
             number = 0

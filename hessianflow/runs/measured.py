@@ -1,8 +1,8 @@
-"""What is measured of a run after the fact goes beside what was measured before, and never over it.
+"""Keeps what is measured after a run beside earlier measurements, and never overwrites them.
 
-A second `hessianflow spectrum` adds its parts to those of the first where both are of the same function: the same
-weights, examples and statistics of normalisation. Otherwise, and where results cannot be joined, the earlier file is
-kept under another name.
+A second `hessianflow spectrum` adds its parts to those of the first if both measured the same
+function: the same weights, examples and normalisation statistics. Otherwise, and where results
+cannot be joined, the earlier file is kept under another name.
 """
 
 import math
@@ -17,24 +17,25 @@ from hessianflow.runs.files import write_json
 from hessianflow.runs.names import ROBUSTNESS, SPECTRUM
 
 SAME_LOSS = 1e-4
-"""Losses of the same weights and examples differ by less, relative to one of them, whatever the microbatch. Ours."""
+"""Relative difference that losses of the same weights and examples stay below, for any microbatch
+size. Ours."""
 _FUNCTION = ("size", "num_examples", "norm_mode")
 _APART = (*_FUNCTION, "loss", "trace", "density", "layers", "matvecs")
-"""What a spectrum holds beside its eigenvalues and what belongs to them."""
+"""What a spectrum holds besides its eigenvalues and their details."""
 
 
 def keep_spectrum(folder: Path, found: Mapping[str, Any]) -> Path | None:
-    """Write spectrum.json, with what an earlier one holds besides.
+    """Write spectrum.json, together with what an earlier one holds besides.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         found: what was measured; None and an empty list stand for what was not.
 
     Returns:
-        Where the earlier file is now, if it was of another function, or damaged.
+        The new path of the earlier file, if that was of another function, or damaged.
 
     Raises:
-        HessianFlowError: something other than a file stands there.
+        HessianFlowError: spectrum.json is something other than a file.
         OSError: it cannot be written.
     """
     try:
@@ -51,17 +52,17 @@ def keep_spectrum(folder: Path, found: Mapping[str, Any]) -> Path | None:
 
 
 def keep_robustness(folder: Path, found: Mapping[str, Any]) -> Path | None:
-    """Write robustness.json; an earlier one goes only if all of it was measured again.
+    """Write robustness.json; an earlier one is overwritten only if all of it was measured again.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         found: what was measured.
 
     Returns:
-        Where the earlier file is now, if it holds anything else.
+        The new path of the earlier file, if that holds anything else.
 
     Raises:
-        HessianFlowError: something other than a file stands there.
+        HessianFlowError: robustness.json is something other than a file.
         OSError: it cannot be written.
     """
     try:
@@ -82,7 +83,11 @@ def _of_one_function(earlier: SpectrumFile, found: Mapping[str, Any]) -> bool:
 
 
 def _joined(earlier: SpectrumFile, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all parts of both; of a part that both have, the new one, and of eigenvalues the more."""
+    """Return the parts of both; where both have a part, the new one, but the longer list of
+    eigenvalues.
+
+    A shorter new list wins only if the longer one did not converge and the new one did.
+    """
     joined = cast("dict[str, Any]", {**earlier})
     joined |= {name: value for name, value in found.items() if value is not None}
     more = len(earlier["eigenvalues"]) > len(found["eigenvalues"])

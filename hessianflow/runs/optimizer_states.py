@@ -1,6 +1,6 @@
-"""What a checkpoint holds of an optimizer, checked against the optimizer that is to take it.
+"""Checks a saved optimizer state against the optimizer that is to take it.
 
-torch takes whatever it is given and fails at the next step, or goes on with options lost.
+torch takes any state, and then fails at the next step or goes on without some options.
 """
 
 import math
@@ -19,7 +19,7 @@ _LIKE_WEIGHTS = (
     *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"),
     *("acc_delta", "sum", "prev", "step_size", "ax"),
 )
-"""What torch's optimizers, and ours, keep in the shape of the weights."""
+"""State entries that torch's optimizers, and ours, keep in the shape of the weights."""
 
 
 class OtherGroupsError(HessianFlowError):
@@ -27,19 +27,19 @@ class OtherGroupsError(HessianFlowError):
 
 
 def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Refuse options of another kind than an optimizer has, and what it keeps of a weight in another shape.
+    """Refuse saved options of the wrong kind, and entries for a weight in the wrong shape.
 
-    It would take them, and fail at a step.
+    The optimizer would take them, and fail at a step.
 
     Raises:
-        DamagedStateError: which entry.
+        DamagedStateError: naming the entry.
     """
     for number, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=False)):
         for name in (own.keys() & group.keys()) - {"params"}:
             if not _is_alike(own[name], group[name]):
                 raise DamagedStateError(f"optimizer.param_groups.{number}.{name} cannot be {shown(group[name])}")
     if not type(optimizer).__module__.startswith(("torch.optim.", "hessianflow.optim.", "hessianflow.adversarial.")):
-        return  # what a foreign one keeps under these names is its business
+        return  # a foreign optimizer may keep anything under these names
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in _numbers(group)]
     shapes = dict(zip(numbers, (weight.shape for weight in weights), strict=False))
@@ -49,7 +49,7 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         if number in added:
             continue
         if number not in shapes or not isinstance(kept, dict):
-            raise DamagedStateError(f"optimizer.state.{shown(number)} is of no weight")
+            raise DamagedStateError(f"optimizer.state.{shown(number)} belongs to no weight")
         for name, value in kept.items():
             fits = not isinstance(value, Tensor) or value.ndim == 0 or value.shape == shapes[number]
             if name in _LIKE_WEIGHTS and not (fits and (value is None or isinstance(value, Tensor))):
@@ -62,15 +62,16 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 
 
 def in_order(saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return the saved state of an optimizer with its weights in the order in which another optimizer has them.
+    """Return the saved state of an optimizer with its weights in the order of another optimizer.
 
-    torch pairs weights by their place alone: a state taken from [weight, bias] would be that of
-    [bias, weight] without a word where the shapes agree.
+    torch pairs weights by place alone: where shapes agree, a state saved for [weight, bias] would
+    silently be used for [bias, weight].
 
     Args:
         saved: the state.
-        named: the names of the saved weights, by group; empty names for weights that have none.
-        own: the same of the optimizer that is to take the state. It may lack groups at the end.
+        named: the names of the saved weights, by group; empty for weights without a name.
+        own: the names of the weights of the optimizer that is to take the state, by group. It may
+            lack groups at the end.
 
     Raises:
         OtherGroupsError: a weight is in another group, or in none.
@@ -78,7 +79,7 @@ def in_order(saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequ
     groups = list(saved["param_groups"])
     for number, (before, now) in enumerate(zip(named, own, strict=False)):
         if number >= len(groups) or len(_numbers(groups[number])) != len(before):
-            break  # damaged, which others tell
+            break  # damaged, which other checks report
         if list(before) == list(now):
             continue
         moved = sorted({*before} ^ {*now}) or [name for name in now if before.count(name) != now.count(name)]
@@ -97,7 +98,8 @@ def in_order(saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequ
 
 @contextmanager
 def keeping_options(optimizer: Optimizer) -> Iterator[None]:
-    """While an optimizer takes a saved state, see that it loses none of its options; torch fills in its newer ones.
+    """Keep all options of an optimizer while it takes a saved state, and let torch fill in newer
+    ones.
 
     Raises:
         DamagedStateError: the state lacks an option.
@@ -111,7 +113,8 @@ def keeping_options(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _is_alike(own: Any, saved: Any) -> bool:
-    """Return whether a saved option is of the kind of an optimizer's own; finite, where it is a number."""
+    """Return whether a saved option is of the same kind as an optimizer's own, and finite if a
+    number."""
     if isinstance(own, Tensor) or isinstance(saved, Tensor):
         return isinstance(own, (Tensor, float, int)) and isinstance(saved, (Tensor, float, int))
     if isinstance(own, (list, tuple)):

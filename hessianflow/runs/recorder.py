@@ -1,4 +1,4 @@
-"""The one writer of what a run leaves behind: config.json, history.jsonl and summary.json, and every sink."""
+"""The one writer of a run's records, to config.json, history.jsonl, summary.json and every sink."""
 
 import json
 import os
@@ -21,8 +21,8 @@ class Recorder:
     """Writes the records of one run to its directory, if it has one, and to every sink.
 
     Args:
-        run_dir: made if absent. None keeps records in memory only.
-        sinks: further receivers of every record.
+        run_dir: the run directory, made if absent; None keeps records in memory only.
+        sinks: other receivers of every record.
     """
 
     def __init__(self, run_dir: str | Path | None, sinks: Iterable[RecordSink] = ()) -> None:
@@ -56,7 +56,8 @@ class Recorder:
         """Hold a run directory that is to be continued, before anything in it is read.
 
         Raises:
-            HessianFlowError: another process is writing to it, or nothing can be written there.
+            HessianFlowError: it is not a run directory, another process is writing to it, or it
+                cannot be written.
         """
         if not (run_dir / CONFIG).exists() and not (run_dir / CHECKPOINTS).exists():
             raise HessianFlowError(f"{run_dir} is not a run directory: it holds no {CONFIG}")
@@ -67,14 +68,17 @@ class Recorder:
         clean(run_dir)
 
     def reopen(self, run_dir: Path, history_bytes: int) -> None:
-        """Take over a run directory at its checkpoint: rows written after it are cut off, to be made again.
+        """Take over a run directory at its checkpoint, and cut off the rows written after it.
+
+        The resumed run makes those rows again.
 
         Args:
             run_dir: the directory; held from here on.
-            history_bytes: length of the history when the checkpoint was made.
+            history_bytes: the length of the history when the checkpoint was made.
 
         Raises:
-            HessianFlowError: another process is writing to it; the history does not fit the checkpoint.
+            HessianFlowError: another process is writing to the directory, or the history does not
+                fit the checkpoint.
         """
         if self._claim is None:
             self.hold(run_dir)
@@ -93,7 +97,7 @@ class Recorder:
         self.records = read_records(path)
 
     def last_checkpoint(self) -> str:
-        """Return where the newest checkpoint is, in words."""
+        """Return a phrase that says where the newest checkpoint is."""
         if self.run_dir is None or not (self.run_dir / CHECKPOINTS / LAST).exists():
             return "no checkpoint was made yet"
         return f"the last good checkpoint is {self.run_dir / CHECKPOINTS / 'last.pt'}"
@@ -120,13 +124,15 @@ class Recorder:
             sink.write(row)
 
     def has_event(self, event: str, message: str | None = None) -> bool:
-        """Return whether such an event was written before, with that message if one is given, here or in the run
-        continued."""
+        """Return whether an event was recorded before, here or in the run that is continued.
+
+        If `message` is given, only events with that message count.
+        """
         found = (row for row in self.records if row["kind"] == "event" and row["event"] == event)
         return any(message is None or row["message"] == message for row in found)
 
     def replace(self, records: Sequence[Record]) -> None:
-        """Put these rows in the place of all that were written; sinks have seen those already."""
+        """Replace all rows that were written by these; sinks keep what they received."""
         self.records = list(records)
         if self.run_dir is not None:
             try:
@@ -144,7 +150,7 @@ class Recorder:
                 raise _cannot("write", self.run_dir / SUMMARY, error) from None
 
     def close(self) -> None:
-        """Close the sinks and let go of the directory, whether the run ended well or not."""
+        """Close the sinks and release the directory, whether the run ended well or not."""
         self._release()
         for sink in self._sinks:
             sink.close()
@@ -154,12 +160,15 @@ class Recorder:
         return History(list(self.records), self._config, self._summary, self.run_dir)
 
     def _write_first(self, folder: Path, settings: Mapping[str, Any] | None) -> None:
-        """Write the files that a run begins with, or none: a full disk must not leave a directory that looks used."""
+        """Write the files that a run begins with, or none of them.
+
+        A full disk must not leave a directory that looks used.
+        """
         try:
             write_json(folder / CONFIG, self._config)
             if settings is not None:
                 write_yaml(folder / SETTINGS, settings)
-            (folder / HISTORY).write_bytes(b"")  # events of a run that ended before its first step go
+            (folder / HISTORY).write_bytes(b"")  # drops the events of a run that ended before its first step
         except OSError:
             for name in (CONFIG, SETTINGS, HISTORY):
                 (folder / name).unlink(missing_ok=True)

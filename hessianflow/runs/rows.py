@@ -1,7 +1,7 @@
-"""The rows of history.jsonl: what each kind holds, how each is made, and the check of those that are read.
+"""The rows of history.jsonl: what each kind holds, how it is made, and how it is checked when read.
 
-`kind` says which row it is. Every row begins with its place in the run: epochs completed, examples and updates used so
-far. Rows may hold more than what is listed here; what is listed has this form wherever it stands.
+Every row begins with its kind and its place in the run: epochs completed, and examples and updates
+used so far. Rows may hold more fields than are listed here; a listed field always has this form.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from hessianflow.interfaces import CurvatureReading, Decision, Progress
 from hessianflow.runs.schema import Count, Fault, Figure, Share, Size, checker
 
 PARTS = ("training", "data", "adversary", "curvature", "evaluation", "checkpoint")
-"""What the seconds of a run are spent on."""
+"""The parts of a run that its seconds are spent on."""
 
 Record = dict[str, Any]
 """Any row."""
@@ -36,10 +36,11 @@ class _EpochRequired(Place):
 class EpochRow(_EpochRequired, total=False):
     """A completed epoch: the setting it ended with, its figures, and the seconds spent on each part.
 
-    `statistics` is "remeasured" where running statistics had not settled and were measured anew before the evaluation.
+    `statistics` is "remeasured" where running statistics had not settled and were measured anew
+    before the evaluation.
 
-    A run on a parameter server adds clock_seconds (the server's clock), predicted_seconds (the sum of the plans' target
-    times), small_batch_size and resolution.
+    A run on a parameter server adds clock_seconds (the server's clock), predicted_seconds (the sum
+    of the plans' target times), small_batch_size and resolution.
     """
 
     lr_factor: Figure
@@ -67,7 +68,7 @@ class _CurvatureRequired(Place):
 
 
 class CurvatureRow(_CurvatureRequired, total=False):
-    """A curvature reading; `note` says what the controller made of it when it changed nothing."""
+    """A curvature reading; `note` says why the controller changed nothing, where it did not."""
 
     residual: Figure
     matvecs: Count
@@ -102,7 +103,7 @@ class _CommitRequired(Place):
 
 
 class CommitRow(_CommitRequired, total=False):
-    """A worker's push to a parameter server; times are on the server's clock."""
+    """A worker's push to a parameter server; times are those of the server's clock."""
 
     staleness: Count
     rate_epoch: Count
@@ -127,7 +128,7 @@ class EventRow(_EventRequired, total=False):
 
 
 class ThroughputRow(Place):
-    """What an elastic run got done with its workers up to `elapsed` seconds."""
+    """The throughput of an elastic run and its workers, `elapsed` seconds after its start."""
 
     elapsed: Figure
     workers: Count
@@ -154,13 +155,14 @@ _FORMS: Mapping[str, Any] = {
     "throughput": ThroughputRow,
     "signals": Place,
 }
-"""Kinds with a form of their own; others are measurements, which name their figures themselves."""
+"""Kinds with a fixed form; all others are measurements, which name their own figures."""
 _CHECKS: Mapping[str, Callable[[Any], Fault | None]] = {kind: checker(form) for kind, form in _FORMS.items()}
 _CHECK_MEASUREMENT = checker(_Measurement)
 
 
 def row_fault(row: Any) -> Fault | None:
-    """Return the first field of a row that is missing or has another form; None for a row as it should be."""
+    """Return the first field of a row that is missing or has the wrong form; None for a valid
+    row."""
     kind = row.get("kind") if isinstance(row, dict) else None
     check = _CHECKS.get(kind) if isinstance(kind, str) else None
     return (check or _CHECK_MEASUREMENT)(row)
@@ -177,11 +179,11 @@ def place(kind: str, progress: Progress) -> Record:
 
 
 def spent_on(seconds: Mapping[str, float], examples: int) -> Record:
-    """Return the fields of an epoch's row that tell its seconds.
+    """Return the fields of an epoch's row that hold its seconds and throughput.
 
     Args:
-        seconds: spent in the epoch, by part, and all of them as "wall".
-        examples: trained in it.
+        seconds: seconds spent in the epoch, by part, with the total as "wall".
+        examples: examples trained in the epoch.
     """
     working = seconds["training"] + seconds["data"]
     return {
@@ -195,7 +197,8 @@ def spent_on(seconds: Mapping[str, float], examples: int) -> Record:
 
 
 def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Record:
-    """Return the row of one reading; `note` says what the controller made of it when it changed nothing."""
+    """Return the row of one reading; `note` says why the controller changed nothing, if it did
+    not."""
     row: Record = {
         **place("curvature", progress),
         "eigenvalue": reading.eigenvalue,
@@ -216,7 +219,7 @@ def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Rec
 
 
 def signals_row(progress: Progress, signals: Mapping[str, float]) -> Record:
-    """Return the row of what gradient observers measured for the controller."""
+    """Return the row of the signals that gradient observers measured for the controller."""
     return {**place("signals", progress), **signals}
 
 

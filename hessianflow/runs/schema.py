@@ -1,7 +1,8 @@
-"""Does a value have the form that a type describes? One answer for records, settings and checkpoints.
+"""Checks that a value has the form that a type describes, for records, settings and checkpoints.
 
-The types are those that the code is checked with: TypedDicts of numbers, text, lists and further TypedDicts, and
-`Annotated[int, Between(1, 10)]` where a number has bounds. What does not fit is named by its place and its value.
+Forms are ordinary types, which mypy uses too: TypedDicts of numbers, text, lists and further
+TypedDicts, and `Annotated[int, Between(1, 10)]` where a number has bounds. A fault is named by its
+place and its value.
 """
 
 import json
@@ -16,13 +17,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import torch
 
 LARGEST = 1e100
-"""Bound of every figure's magnitude: far above any loss or eigenvalue, and its square is still a float64. Ours."""
+"""Largest magnitude of a figure: far above any loss or eigenvalue, and its square still fits a
+float64. Ours."""
 LARGEST_WHOLE = 2**63 - 1
-"""Bound of whole numbers without bounds of their own: what NumPy and torch can hold."""
+"""Largest whole number without bounds of its own: the largest that NumPy and torch can hold."""
 LARGEST_COUNT = 2**53
-"""Bound of counts: up to here a float64 tells any two of them apart."""
+"""Largest count: a float64 tells any two counts up to here apart."""
 _SHOWN = 60
-"""Characters of a value in a message."""
+"""Most characters of a value in a message."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Between:
 Count = Annotated[int, Between(0, LARGEST_COUNT)]
 """A number of examples, updates or epochs."""
 Size = Annotated[int, Between(1, LARGEST_COUNT)]
-"""A number of which there is at least one."""
+"""A count of at least one."""
 Figure = float | None
 """Anything measured; null where it was not finite."""
 Number = Annotated[float, Between(-math.inf, math.inf)]
@@ -52,7 +54,8 @@ class Fault:
     Attributes:
         where: its place, such as "trainer.epochs"; empty for the value itself.
         words: what is wrong with it.
-        of_kind: whether it is of the right kind (a number, a list) and wrong in its content only.
+        of_kind: whether the value is of the right kind (a number, a list) and wrong only in
+            content.
     """
 
     where: str
@@ -80,7 +83,7 @@ def fault_of(value: Any, form: Any) -> Fault | None:
 
 @cache
 def checker(form: Any) -> Check:
-    """Return the check of one type, made once."""
+    """Return the check of one type; it is made once and cached."""
     if typing.is_typeddict(form):
         return _fields_check(form)
     origin, parts = get_origin(form), get_args(form)
@@ -116,7 +119,7 @@ def in_words(form: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it stands in a message: JSON where it can be, and never long."""
+    """Return a value as a message shows it: as JSON where possible, and cut short where long."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, (dict, list, tuple, set)) and len(value) > _SHOWN:

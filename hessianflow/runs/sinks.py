@@ -1,6 +1,6 @@
-"""Receivers of a run's records beside history.jsonl: TensorBoard files, and lines of the standard logging module.
+"""Receivers of a run's records besides history.jsonl: TensorBoard files, and the logging module.
 
-Anything with `write(record)` and `close()` is one (:class:`hessianflow.interfaces.RecordSink`).
+Any object with `write(record)` and `close()` is one (:class:`hessianflow.interfaces.RecordSink`).
 """
 
 import logging
@@ -14,17 +14,18 @@ from hessianflow.interfaces import HessianFlowError
 LOGGER = logging.getLogger("hessianflow")
 _PLACE = ("kind", "epoch", "examples", "updates")
 _SPOKEN = ("fallback", "rollback", "alarm")
-"""Events that the run goes on after: nothing else would tell that they happened."""
+"""Events that are logged as warnings: the run goes on after them, and nothing else shows them."""
 
 
 class TensorBoardSink:
     """Writes every number of every record as a scalar over training examples, and events and reasons as text.
 
-    Tags are KIND/FIELD, such as "epoch/eval_accuracy", "curvature/eigenvalue", "batch/to". In a resumed run the records
-    made after the checkpoint are made again: TensorBoard shows only the new ones.
+    Tags are KIND/FIELD, such as "epoch/eval_accuracy", "curvature/eigenvalue", "batch/to". A
+    resumed run makes the records after its checkpoint again, and TensorBoard shows only the new
+    ones.
 
     Args:
-        folder: of the files, made at the first record.
+        folder: the folder of the files, made at the first record.
 
     Raises:
         HessianFlowError: the package `tensorboard` is not installed.
@@ -37,15 +38,17 @@ class TensorBoardSink:
             raise HessianFlowError(
                 "TensorBoard files need the package tensorboard: pip install 'hessianflow[tensorboard]'"
             ) from None
-        self._make, self._folder = SummaryWriter, in_home(folder)
+        self._make = SummaryWriter
+        self._folder = in_home(folder)
         self._writer: SummaryWriter | None = None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record; the end of an epoch is flushed."""
         kind, step = record["kind"], record["examples"]
         if self._writer is None:
-            # Whatever an interrupted run wrote later than this is orphaned. The first record of a resumed run may be an
-            # event at the checkpoint itself, where records from before the checkpoint belong, too.
+            # TensorBoard hides whatever an interrupted run wrote later than this. The first record of a resumed run may
+            # be an event at the checkpoint itself, the place of records from before the checkpoint,
+            # too.
             self._writer = self._make(str(self._folder), purge_step=step + (kind == "event"))
         for name, value in record.items():
             if name in _PLACE or value is None:
@@ -67,11 +70,12 @@ class TensorBoardSink:
 class LogSink:
     """Logs one line per epoch and per decision to the logger "hessianflow" at level INFO, readings at DEBUG.
 
-    A fallback to an older checkpoint and a rollback after a divergence are at WARNING, other events at INFO.
+    A fallback to an older checkpoint, a rollback after a divergence and an alarm are logged at
+    WARNING, other events at INFO.
     """
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log one record; kinds that have no line of their own are left out."""
+        """Log one record; kinds without a line of their own are skipped."""
         kind = record["kind"]
         if kind == "epoch":
             LOGGER.info(_epoch_line(record))
@@ -84,7 +88,7 @@ class LogSink:
             LOGGER.log(level, f"{record['event']}: {record['message']}")
 
     def close(self) -> None:
-        """Nothing to close: handlers belong to whoever set them up."""
+        """Do nothing: handlers belong to whoever set them up."""
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str:
@@ -113,5 +117,5 @@ def _reading_line(row: Mapping[str, Any]) -> str:
 
 
 def _figure(value: float | None, form: str = ".4g") -> str:
-    """Return a figure of a row; one that was not finite is null there."""
+    """Return a figure of a row as text; a row holds null for a figure that was not finite."""
     return "not finite" if value is None else format(value, form)

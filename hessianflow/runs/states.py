@@ -1,7 +1,8 @@
-"""The form of what a checkpoint holds, checked as a whole before anything of it is used.
+"""The form of a checkpoint, checked as a whole before any of it is used.
 
-A checkpoint is a dict of tensors, numbers, text, lists and dicts. What a part of a run (a controller, a probe) keeps in
-it is that part's business; its own `load_state_dict` is asked inside :func:`restoring`.
+A checkpoint is a dict of tensors, numbers, text, lists and dicts. The entry of a part of the run (a
+controller, a probe) has a form of its own: the part's `load_state_dict` checks it, called inside
+:func:`restoring`.
 """
 
 import random
@@ -27,7 +28,7 @@ _BROKEN = (
     AssertionError,
     RuntimeError,
 )
-"""What Python, NumPy and torch raise where a state is not as it should be."""
+"""Errors that Python, NumPy and torch raise over a damaged state."""
 
 
 class DamagedStateError(HessianFlowError):
@@ -86,7 +87,8 @@ class _TrainingRequired(_Common):
 
 
 class TrainingState(_TrainingRequired, total=False):
-    """What a trainer saves; see `hessianflow.training.state`. What may be missing, earlier versions did not save."""
+    """What a trainer saves; see `hessianflow.training.state`. Earlier versions lack the optional
+    entries."""
 
     rank_generators: list[dict[str, Any]]
     late_buffers: list[str]
@@ -144,7 +146,7 @@ class _ServerCounters(TypedDict):
 
 
 class DualBatchState(_Common):
-    """What a run on a parameter server saves; no server before its first push."""
+    """What a run on a parameter server saves; `dual_batch` is None before the first push."""
 
     counters: _ServerCounters
     dual_batch: _ServerRun | None
@@ -154,17 +156,17 @@ def check_weights(state: Mapping[str, Any]) -> None:
     """Refuse a checkpoint without usable weights.
 
     Raises:
-        DamagedStateError: which entry is wrong.
+        DamagedStateError: naming the entry that is wrong.
     """
     _refuse(fault_of(state, _Weights) or _tensor_fault(state))
 
 
 def check_training_state(state: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of a trainer that is not whole.
+    """Refuse a trainer's checkpoint that is not whole.
 
     Raises:
-        HessianFlowError: it is of a run on a parameter server.
-        DamagedStateError: which entry is missing or has another form.
+        HessianFlowError: the checkpoint is of a run on a parameter server.
+        DamagedStateError: naming the entry that is missing or has the wrong form.
     """
     if "dual_batch" in state:
         raise HessianFlowError("the checkpoint is of a run on a parameter server")
@@ -178,11 +180,11 @@ def check_training_state(state: Mapping[str, Any]) -> None:
 
 
 def check_dual_batch_state(state: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of a run on a parameter server that is not whole.
+    """Refuse a parameter-server run's checkpoint that is not whole.
 
     Raises:
-        HessianFlowError: it is of another kind of run.
-        DamagedStateError: which entry is missing or has another form.
+        HessianFlowError: the checkpoint is of another kind of run.
+        DamagedStateError: naming the entry that is missing or has the wrong form.
     """
     if "dual_batch" not in state:
         raise HessianFlowError("the checkpoint is of a run without a parameter server")
@@ -191,13 +193,14 @@ def check_dual_batch_state(state: Mapping[str, Any]) -> None:
 
 
 def model_fault(model: nn.Module, state: Mapping[str, Any]) -> str | None:
-    """Return how saved weights differ in name, shape or type from those of a model; None if they are of its kind."""
+    """Return how saved weights differ in name, shape or type from a model's; None if they do
+    not."""
     own = model.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own:
             return f"only {'the model' if name in own else 'the checkpoint'} has {name!r}"
         mine, saved = own[name], state[name]
-        if not isinstance(mine, Tensor):  # a module's own extra state: its business
+        if not isinstance(mine, Tensor):  # a module's extra state has a form of its own
             continue
         if not isinstance(saved, Tensor):
             return f"{name!r} is {shown(saved)} there, a tensor here"
@@ -210,10 +213,10 @@ def model_fault(model: nn.Module, state: Mapping[str, Any]) -> str | None:
 
 
 def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse trained weights that are not finite: none are ever saved.
+    """Refuse trained weights that are not finite: a run never saves any.
 
     Raises:
-        DamagedStateError: which weight.
+        DamagedStateError: naming the weight.
     """
     for name, parameter in model.named_parameters():
         saved = state.get(name)
@@ -223,13 +226,14 @@ def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def restoring(source: str) -> Iterator[None]:
-    """While a state is put back, turn what a part of it raises over a damaged entry into one line.
+    """Turn whatever is raised over a damaged entry into a one-line error, while a state is
+    restored.
 
     Args:
-        source: what the state is of, such as "the checkpoint in runs/a".
+        source: where the state comes from, such as "the checkpoint in runs/a".
 
     Raises:
-        DamagedStateError: an entry is missing or has another form.
+        DamagedStateError: an entry is missing or has the wrong form.
     """
     try:
         yield
@@ -248,7 +252,8 @@ def _refuse(fault: Fault | None) -> None:
 
 
 def _tensor_fault(value: Any, depth: int = 0) -> Fault | None:
-    """Return the first tensor in a state that is not plain, dense and on the CPU; or where it is nested too deep."""
+    """Return the first tensor that is not plain, dense and on the CPU, or where nesting is too
+    deep."""
     if isinstance(value, Tensor):
         plain = value.layout is torch.strided and value.device.type == "cpu"
         return None if plain and not value.is_quantized else Fault("", f"must be a plain tensor, got {_sort(value)}")
@@ -274,7 +279,7 @@ def _sort(value: Tensor) -> str:
 
 
 def _generators_fault(states: Mapping[str, Any], where: str) -> Fault | None:
-    """Return which state of a random generator cannot be set, tried on generators of no use."""
+    """Return which state of a random generator cannot be set, as tried on throw-away generators."""
     for name, trial in (("torch", _try_torch), ("numpy", _try_numpy), ("python", _try_python)):
         if name not in states:
             return Fault(f"{where}.{name}", "is missing")

@@ -17,7 +17,7 @@ def summary_of(
     device: torch.device,
     world_size: int = 1,
 ) -> dict[str, Any]:
-    """Return what summary.json holds, from the records and from where the run stands."""
+    """Return what summary.json holds, from the records and the progress of the run."""
     last = history.epochs[-1] if history.epochs else {}
     accuracies = [row["eval_accuracy"] for row in history.epochs if row["eval_accuracy"] is not None]
     final_loss = last.get("eval_loss")
@@ -40,9 +40,9 @@ def summary_of(
 
 
 def _largest_batch(history: History, progress: Progress, decision: Decision) -> int:
-    """Return the largest size that steps were taken with, those that changed within their epoch included.
+    """Return the largest batch size of any step, including sizes that lasted less than an epoch.
 
-    A size decided on at the very end, or taken back by a rollback, had no step.
+    A size that was decided at the very end, or taken back by a rollback, had no step.
     """
     sizes = [row["batch_size"] for row in history.epochs]
     began = 0
@@ -56,7 +56,7 @@ def _largest_batch(history: History, progress: Progress, decision: Decision) -> 
 
 
 def _peak_memory_mib(device: torch.device) -> float:
-    """Return the peak of this process: allocated on a CUDA device, resident in memory otherwise."""
+    """Return this process's peak memory in MiB: allocated on a CUDA device, or else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # Unix only, and only needed here

@@ -1,9 +1,10 @@
 """The gradient of the mean loss over one optimization batch, in as many microbatches as it takes.
 
-Each microbatch counts by its examples: with n_i of n examples its mean loss enters with weight n_i / n, so that the sum
-of the weights is 1 for every split, a ragged tail and a batch size that has just changed included. Where a loss divides
-by something else (class weights, ignored targets), so do the weights (:mod:`hessianflow.losses`); where that is a
-guess, the first batches that are cut are checked.
+Each microbatch is weighted by its examples: with n_i of n examples its mean loss has weight n_i /
+n, so the weights sum to 1 for every split, including one with a ragged tail or after a change of
+the batch size. Where a loss divides by something else (class weights, ignored targets), so do the
+weights (:mod:`hessianflow.losses`). Where that divisor is a guess, the first batches that are cut
+are checked.
 """
 
 import warnings
@@ -28,14 +29,14 @@ Precision = Literal["float32", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class OwnResult:
-    """What one rank's part of a batch gave, or its twins; tensors stay on the device.
+    """The result of one rank's part of a batch, or of its twins; tensors stay on the device.
 
     Attributes:
-        loss: mean over its rows.
+        loss: the mean loss over the rows.
         weight: what that mean divides by; 0 where there is no row.
         hits: how many targets were hit, and how many count; None where they are not counted.
-        rows: how many.
-        twins: the same of adversarial twins.
+        rows: the number of rows.
+        twins: the result of the adversarial twins.
         failure: why the loss cannot be cut into parts, if it cannot.
     """
 
@@ -49,16 +50,17 @@ class OwnResult:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What one optimization batch gave over all ranks; tensors stay on the device.
+    """The result of one optimization batch over all ranks; tensors stay on the device.
 
     Attributes:
-        loss: mean over its rows.
+        loss: the mean loss over the rows.
         weight: what that mean divides by; 0 where nothing counts.
         hits: how many targets were hit, and how many count; None where they are not counted.
-        examples: drawn from the data.
-        trained: rows; a transform may have made another number of them.
-        twin_loss: mean loss over adversarial twins, where there are any; `loss` and `hits` are those of the batch.
-        flags: what any rank raised during the step.
+        examples: the number of examples drawn from the data.
+        trained: the number of rows trained; a transform may have changed it.
+        twin_loss: the mean loss over adversarial twins, where there are any; `loss` and `hits` are
+            those of the batch itself.
+        flags: for each flag, whether any rank raised it during the step.
     """
 
     loss: Tensor
@@ -155,7 +157,8 @@ class GradientAccumulator:
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
-        """Within it gradients are shown to nobody, neither to observers nor to whoever wants those by the inputs."""
+        """Show gradients to nobody while active: not to observers, nor to those who want gradients
+        by the inputs."""
         observers, self.observers, self._shows_inputs = self.observers, (), False
         try:
             yield
@@ -245,7 +248,7 @@ class GradientAccumulator:
         return OwnResult(loss, weight, summed(hits), total, None, failure)
 
     def _be_zero(self) -> None:
-        """Where no part of a batch gave a gradient, for nothing counts in it: the gradient is 0.
+        """Set the gradient to 0 where no part of a batch gave one, because nothing counts in it.
 
         So it is for losses of torch, too: momentum goes on, and a scaler of the loss finds what it
         looks for.
@@ -255,7 +258,7 @@ class GradientAccumulator:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _split_failure(self, outputs: Any, targets: Any) -> HessianFlowError | None:
-        """Why the loss cannot be cut into parts; the ranks raise it together."""
+        """Return why the loss cannot be cut into parts; the ranks raise it together."""
         try:
             self._check_split(outputs, targets)
         except HessianFlowError as error:
@@ -377,8 +380,8 @@ class GradientAccumulator:
             scaled.backward(create_graph=True)  # type: ignore[no-untyped-call]
 
     def _is_hooked(self) -> bool:
-        """Whether somebody's hooks run when a gradient is accumulated; the world's own do not
-        count."""
+        """Return whether somebody's hooks run when a gradient is accumulated; the world's own do
+        not count."""
         for parameter in self.parameters:
             hooks = parameter._post_accumulate_grad_hooks  # torch has no public way to ask
             if hooks and not all(_is_ours(hook) for hook in hooks.values()):
@@ -459,7 +462,8 @@ def _ratio(part: Weight, whole: Weight) -> Weight:
 
 
 def _share_of_mean(loss: Tensor, part: Weight, whole: Weight) -> Tensor:
-    """What the mean loss of a part adds to that of the whole; 0 where nothing counts, whatever that loss is."""
+    """Return what the mean loss of a part adds to that of the whole; 0 where nothing counts,
+    whatever that loss is."""
     if part is not whole:
         return weighted(loss, _like(_ratio(part, whole), loss))
     if isinstance(whole, Tensor):

@@ -1,5 +1,5 @@
-"""What is made of the model after each epoch: it is put where it is to be used, evaluated,
-measured, and put back."""
+"""What happens after each epoch: the model gets the weights it is to be used with, is evaluated and
+measured, and gets back the weights that are trained."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,15 +19,16 @@ class AfterEpoch:
     """The parts of an evaluation.
 
     Attributes:
-        model: evaluated.
-        data: evaluated on; None: it is not.
-        loss_fn: as in training.
-        optimizer: told when its weights are to be used, if it makes a difference to it.
-        measurements: made after the evaluation.
+        model: the model to evaluate.
+        data: the data to evaluate on; None: no evaluation.
+        loss_fn: the loss, as in training.
+        optimizer: the optimizer, told when its weights are to be used rather than trained, if it
+            distinguishes the two.
+        measurements: what is measured after the evaluation.
         watch: counts the time.
         world: the ranks that evaluate together.
         before: called first.
-        after: called last, whatever happens between.
+        after: called last, whatever happens in between.
     """
 
     model: nn.Module
@@ -42,7 +43,7 @@ class AfterEpoch:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it the weights are those to be used, and not those to be trained on."""
+        """Hold the weights that are to be used, instead of those to be trained on, while active."""
         try:
             with self.watch.part("evaluation"):
                 set_mode(self.optimizer, training=False)
@@ -56,14 +57,14 @@ class AfterEpoch:
                 set_mode(self.optimizer, training=True)
 
     def evaluate(self) -> Evaluation | None:
-        """Loss and accuracy on the data, if there are any."""
+        """Return the loss and accuracy on the data; None if there are no data."""
         if self.data is None:
             return None
         with self.watch.part("evaluation"):
             return evaluate(self.model, self.data, self.loss_fn, reducer=self.world)
 
     def measure(self, made: int) -> Iterator[tuple[str, Mapping[str, float], str]]:
-        """Kind, figures and warning of every measurement but the first `made`, as they are made."""
+        """Yield the kind, figures and warning of every measurement but the first `made`, as it is made."""
         for measurement in self.measurements[made:]:
             with self.watch.part("evaluation"):
                 figures, warning = measurement()

@@ -1,5 +1,4 @@
-"""What the arguments of a trainer must be, one by one; whether they fit together is asked in
-:mod:`checks`."""
+"""What each argument of a trainer must be; :mod:`checks` tells whether they fit together."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -24,7 +23,7 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "sinks": ("hf.training.LogSink()", ("write", "close")),
     "state": ("torch.optim.swa_utils.AveragedModel(model)", ("state_dict", "load_state_dict")),
 }
-"""An example of each part, and what tells one from other objects."""
+"""An example of each part, and the members by which it is told from other objects."""
 
 
 def check_settings(
@@ -46,10 +45,10 @@ def check_settings(
     max_rollbacks: object,
     show_progress: object,
 ) -> None:
-    """Refuse a choice that does not exist and a number out of its range.
+    """Refuse a choice that does not exist and a number out of range.
 
     Raises:
-        HessianFlowError: naming the first one, what it may be, and what it was.
+        HessianFlowError: naming the first wrong argument, what it may be, and what it was.
     """
     check_choice("schedule_unit", schedule_unit, get_args(ScheduleUnit))
     check_choice("curvature", curvature, get_args(CurvatureSchedule))
@@ -72,21 +71,20 @@ def check_settings(
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no module.
+    """Refuse a model that is not a module.
 
     Raises:
-        HessianFlowError: with its type.
+        HessianFlowError: naming its type.
     """
     if not isinstance(model, nn.Module):
         raise HessianFlowError(f"model must be a torch.nn.Module, got {_named(model)}")
 
 
 def check_data(train_data: object, eval_data: object) -> None:
-    """Refuse training data that cannot change their batch size, and evaluation data that are no
-    batches.
+    """Refuse training data whose batch size cannot change, and evaluation data without batches.
 
     Raises:
-        HessianFlowError: with what to wrap them in.
+        HessianFlowError: naming a class to wrap them in.
     """
     if not isinstance(train_data, ResizableBatches):
         raise HessianFlowError(
@@ -104,16 +102,17 @@ def check_data(train_data: object, eval_data: object) -> None:
         )
     if isinstance(eval_data, Iterator):
         raise HessianFlowError(
-            f"eval_data must be iterated after every epoch, and {_named(eval_data)} can be once: use a list of batches"
+            f"eval_data must be iterated after every epoch, and {_named(eval_data)} allows it only once: use a list of "
+            "batches"
         )
 
 
 def check_parts(**parts: Any) -> None:
-    """Refuse an object in the place of a controller, an adversary, ... that cannot be one.
+    """Refuse an object that cannot be the controller, the adversary, ... it is passed as.
 
     Args:
-        parts: by the name of the argument; None is none, lists are looked into, and so is the
-            mapping of states.
+        parts: the objects, by the name of the argument. None stands for no object; each member of
+            a list, or of the mapping of states, is checked.
 
     Raises:
         HessianFlowError: with an example of what fits.
@@ -129,7 +128,7 @@ def check_parts(**parts: Any) -> None:
 
 
 def check_functions(**functions: Any) -> None:
-    """Refuse what cannot be called; None is none.
+    """Refuse a function that cannot be called; None stands for no function.
 
     Raises:
         HessianFlowError: naming the argument.
@@ -140,10 +139,10 @@ def check_functions(**functions: Any) -> None:
 
 
 def as_list(argument: str, value: Any) -> list[Any]:
-    """The members of an iterable argument.
+    """Return the members of an iterable argument as a list.
 
     Raises:
-        HessianFlowError: it is one member instead.
+        HessianFlowError: the argument is a single member instead.
     """
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise HessianFlowError(f"{argument} must be a list, got {_named(value)}: put it into one")

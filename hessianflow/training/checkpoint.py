@@ -17,7 +17,7 @@ from hessianflow.runs.states import check_finite, model_fault
 
 
 def generator_states() -> dict[str, Any]:
-    """The global random generators as plain data."""
+    """Return the global random generators as plain data."""
     numpy_state = np.random.get_state(legacy=False)
     assert isinstance(numpy_state, dict)
     inner = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in numpy_state["state"].items()}
@@ -41,7 +41,8 @@ def restore_generators(states: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The same structure with NumPy scalars as Python numbers: reading a checkpoint admits no other types."""
+    """Return the same structure with NumPy scalars as Python numbers: reading a checkpoint admits
+    no other types."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -53,7 +54,7 @@ def plain(value: Any) -> Any:
 
 
 def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether every number in them is finite (waits for the device once)."""
+    """Return whether every number in them is finite (waits for the device once)."""
     present = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
     if not present:
         return True

@@ -20,10 +20,11 @@ from hessianflow.training.optimizers import check_followed, check_optimizer
 
 
 def check_rows(train_data: ResizableBatches) -> None:
-    """Refuse training data that cannot be cut, if they have a method `check_rows` that tells.
+    """Refuse training data that cannot be cut, as told by their method `check_rows`, if they have
+    one.
 
     Raises:
-        HessianFlowError: an entry of their batches that has not one row an example.
+        HessianFlowError: an entry of their batches does not have one row for each example.
     """
     check = getattr(train_data, "check_rows", None)
     if check is not None:
@@ -31,7 +32,8 @@ def check_rows(train_data: ResizableBatches) -> None:
 
 
 LOOP_SIGNALS = frozenset({"train_loss", "epoch_loss", "learning_rate"})
-"""What the training loop itself can tell a controller; all else is a probe's or an observer's."""
+"""Signals that the training loop itself gives a controller; all others come from a probe or an
+observer."""
 
 
 def check_signals(controller: BatchController | None, has_probe: bool, has_observers: bool, num_examples: int) -> None:
@@ -103,8 +105,8 @@ def check_probe(probe: CurvatureProbe | None, model: nn.Module, state: Mapping[s
 
 
 def check_adversary(controller: BatchController | None, adversary: Adversary | None) -> str:
-    """What to tell of an adversary that is asked for nothing, or of a share that nobody attacks;
-    empty: they fit.
+    """Return a warning about an adversary that is asked for nothing, or of a share that nobody
+    attacks; empty: they fit.
 
     Raises:
         HessianFlowError: an adversary, and no controller that could ever ask for a share.
@@ -129,8 +131,8 @@ def check_adversary(controller: BatchController | None, adversary: Adversary | N
 
 
 def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, object]) -> str:
-    """What to tell of a run whose checkpoints may lack something; empty where nothing is known, or
-    none are made."""
+    """Return a warning about a run whose checkpoints may lack something; empty where nothing is
+    known, or none are made."""
     kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public way to ask
     if run_dir is None or state or not any(getattr(optimizer, kind, None) for kind in kinds):
         return ""
@@ -141,7 +143,8 @@ def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, obje
 
 
 def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
-    """Whether layers exchange statistics in every forward pass (SyncBatchNorm), so that all ranks must make the same.
+    """Return whether layers exchange statistics in every forward pass (SyncBatchNorm), so that all
+    ranks must make the same.
 
     Raises:
         HessianFlowError: they cannot run on this device, or microbatches that ranks may cut differently.

@@ -19,12 +19,14 @@ class DivergenceError(AgreedError):
 
 
 class DivergenceWatch:
-    """Looks for a loss that diverged, a weight that is not finite, and a buffer that no longer is, on any rank.
+    """Looks on all ranks for a diverged loss, a weight that is not finite, or a buffer that turned
+    so.
 
     Args:
-        weights: says what is trained.
-        model: a buffer of its may hold infinities of its own (an attention mask): those finite now are watched.
-        totals: know the losses.
+        weights: returns the parameters that are trained.
+        model: the model, whose buffers are watched if they are finite now; others, such as an
+            attention mask, may hold infinities on purpose.
+        totals: the running totals, which hold the losses.
         world: the ranks that look together.
     """
 
@@ -36,7 +38,8 @@ class DivergenceWatch:
         self._largest = _largest(weights())
 
     def first_bad_update(self, updates: int, *, at_end: bool) -> int | None:
-        """The first update that diverged, at the latest the last of `updates`; None: none did.
+        """Return the first update that diverged, at the latest the last of `updates`; None if none
+        did.
 
         Args:
             updates: so far.
@@ -65,7 +68,7 @@ class DivergencePolicy:
     max_rollbacks: int = 3
 
     def cap(self, growths: Sequence[dict[str, Any]], rollbacks: int, cap: int | None) -> int | None:
-        """The largest batch to allow from now on; None: stop.
+        """Return the largest batch to allow from now on; None: stop.
 
         Args:
             growths: rows of the growths so far.
@@ -79,7 +82,8 @@ class DivergencePolicy:
 
 
 def rate_rule(decisions: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """(p, factor): the learning rate went with batch^p in the last growth, p in [0, 1]; its factor until then.
+    """Return (p, factor): the last growth scaled the rate with batch^p, p in [0, 1], from this
+    factor.
 
     Args:
         decisions: rows of all changes so far, the last growth among them.
@@ -93,7 +97,7 @@ def rate_rule(decisions: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:
-    """The largest magnitude among all their numbers; waits for the device once."""
+    """Return the largest magnitude among all their numbers; waits for the device once."""
     present = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
     if not present:
         return 0.0
@@ -102,7 +106,7 @@ def _largest(tensors: Sequence[Tensor]) -> float:
 
 
 def hold(decision: Decision, cap: int | None, power: float = 1.0, max_factor: float = math.inf) -> Decision:
-    """The decision with the batch held at `cap` examples, and the learning rate with it.
+    """Return the decision with the batch held at `cap` examples, and the learning rate with it.
 
     Its factor goes with batch^power, and is never above `max_factor`: a controller whose rate does not follow one power
     of the batch may have gone far ahead with either.

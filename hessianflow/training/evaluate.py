@@ -38,7 +38,8 @@ class Evaluation:
 def evaluate(
     model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn, *, reducer: Reducer | None = None
 ) -> Evaluation:
-    """Mean loss and accuracy of the model in evaluation mode; mode, buffers and random generators are left as found.
+    """Return the mean loss and accuracy of the model in evaluation mode; mode, buffers and random
+    generators are left as found.
 
     Args:
         model: any module.

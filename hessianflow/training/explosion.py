@@ -1,16 +1,16 @@
 """When a finite loss counts as exploded: it stays far above what it was, and does not come back.
 
-A loss that is large once says little: of rare large targets (claims, prices) one batch may hold
-many. One that diverges stays large. So single losses are never judged, but streaks of losses above
-`ratio` times the mean of all before them: by Markov's inequality at most one loss in `ratio` lies
-there, whatever its distribution, and a streak of three happens by chance once in some `ratio`^3
-updates. As long as few losses came before, the streak must be longer: the largest m of n + m losses
-that are alike in distribution come last once in C(n + m, m) runs, and that must be once in ten
-thousand. A single loss below does not end a streak: classifiers that diverged still get a batch
-right at times. Ours.
+A single large loss says little: where large targets (claims, prices) are rare, one batch may hold
+many of them. A loss that diverges stays large. The rule therefore never judges a single loss, only
+streaks of losses above `ratio` times the mean of all losses before them. By Markov's inequality at
+most one loss in `ratio` lies that high, whatever the distribution, and a streak of three happens by
+chance about once in `ratio`^3 updates. While few losses are known, the streak must be longer: the m
+largest of n + m losses that are alike in distribution come last once in C(n + m, m) runs, and the
+rule requires that this be rarer than once in ten thousand. One loss below the limit does not end a
+streak: a classifier that has diverged still gets a batch right at times. The rule is ours.
 
-Where many losses must be waited for, the weights tell sooner: a streak of three with weights that
-have grown `ratio` times meanwhile, too, is one of a run that diverged.
+Where the streak must be long, the weights tell sooner: after a streak of three during which the
+weights grew by more than `ratio`, the run has diverged.
 """
 
 import math
@@ -18,41 +18,44 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHORTEST, LONGEST = 3, 50
-"""Updates in a row: once many losses are known, and when one is."""
+"""Length of a streak in updates: the shortest, once many losses are known, and the longest."""
 RUNS = 10_000
-"""A healthy run is stopped by chance less often than once in so many."""
+"""Chance stops at most one healthy run in this many."""
 FLOOR = 1.0
-"""A mean below this counts as this: losses near 0 may rise a hundredfold and still be small."""
+"""A smaller mean is replaced by this: a loss near 0 may rise a hundredfold and still be small."""
 
 
 class ExplosionRule:
     """Judges the losses of a run, in the order of its updates.
 
     Args:
-        ratio: how many times the mean loss so far counts as far above it; None: no finite loss
-            does.
+        ratio: a loss above this many times the mean so far is far above it; None: no finite loss
+            ever is.
     """
 
     def __init__(self, ratio: float | None) -> None:
         self._ratio = ratio
-        self._count, self._mean = 0, 0.0
+        self._count = 0
+        self._mean = 0.0
         self._was_below = False
         self.forget_streak()
         self._known = 0, 0.0
 
     @property
     def mean(self) -> float:
-        """Of the losses so far, those under suspicion apart."""
+        """The mean of the losses so far, without those of the present streak."""
         return self._mean
 
     @property
     def in_doubt(self) -> bool:
-        """Whether the latest losses lie far above those before, for too short a time to say."""
+        """Whether a streak has begun that is still too short to decide."""
         return bool(self._streak)
 
     def first_bad(self, losses: Sequence[float]) -> int | None:
-        """Which of the next losses is where the run diverged; negative: one of those seen before.
-        None: none did."""
+        """Return which of the next losses is where the run diverged; None: none is.
+
+        A negative number counts back into the losses seen before.
+        """
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
                 return number
@@ -69,32 +72,33 @@ class ExplosionRule:
         return None
 
     def weights_tell(self, growth: float) -> int | None:
-        """With how many losses before the next the run diverged, if weights that grew by such a
-        factor show it."""
+        """Return how many losses back the run diverged, if weights that grew by this factor show
+        it; None otherwise."""
         has_grown = self._ratio is not None and growth > self._ratio
         return len(self._streak) if has_grown and self._above >= SHORTEST else None
 
     def start_epoch(self) -> None:
-        """Remember the mean so far, to hold that of the epoch against it."""
+        """Remember the mean so far, to compare the mean of the epoch with it."""
         self._known = self._count, self._mean
 
     def epoch_exploded(self, mean: float) -> bool:
-        """Whether the mean loss of an epoch lies far above that of all epochs before: of the same
-        data, it should not.
+        """Return whether the mean loss of an epoch lies far above the mean loss of all epochs
+        before.
 
-        So that it is seen also where an epoch has no more than a step or two.
+        On the same data it should not. This shows an explosion even where an epoch has only a step
+        or two.
         """
         count, known = self._known
         return self.in_doubt and self._is_far_above(mean, known, count)
 
     def forget_streak(self) -> None:
-        """Begin to watch afresh."""
+        """Drop the present streak."""
         self._streak: list[float] = []
         self._above = 0
         self._was_below = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen so far."""
+        """Return what was seen so far."""
         return {
             "count": self._count,
             "mean": self._mean,
@@ -106,10 +110,13 @@ class ExplosionRule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._count, self._mean = int(state["count"]), float(state["mean"])
+        self._count = int(state["count"])
+        self._mean = float(state["mean"])
         count, mean = state["known"]
         self._known = int(count), float(mean)
-        self._streak, self._above, self._was_below = list(state["streak"]), state["above"], state["was_below"]
+        self._streak = list(state["streak"])
+        self._above = state["above"]
+        self._was_below = state["was_below"]
 
     def _is_far_above(self, loss: float, mean: float, count: int) -> bool:
         return self._ratio is not None and count > 0 and abs(loss) > self._ratio * max(mean, FLOOR)
@@ -121,7 +128,8 @@ class ExplosionRule:
 
 
 def streak_needed(count: int) -> int:
-    """Losses far above the mean of `count` others, in a row, that healthy runs do not show."""
+    """Return how many losses in a row, far above the mean of `count` others, no healthy run
+    shows."""
     length = SHORTEST
     while length < LONGEST and math.comb(count + length, length) < RUNS:
         length += 1

@@ -1,4 +1,4 @@
-"""The learning rate of a run: a schedule of the user's, times the controller's factor."""
+"""The learning rate of a run: the user's schedule times the controller's factor."""
 
 import copy
 import math
@@ -18,26 +18,25 @@ SET_BY_HAND = (
     "a learning rate was set by hand: it is taken as stated at the reference batch size, and trained with "
     "times the controller's factor"
 )
-"""Said once a run, where there is such a factor."""
+"""A notice, given once a run where there is such a factor."""
 
 
 class LearningRate:
     """Multiplies the rates in the optimizer's groups by a factor, for as long as a step takes.
 
-    Between steps every group holds its rate without the factor, as it is stated at the reference
-    batch size. Whoever sets it (a scheduler, the user by hand, a group that is added) therefore
-    sets what the factor multiplies, at any time, and nothing is remembered of how the run began. A
-    rate that is changed in the middle of a step (by the optimizer itself, or by a hook) is one with
-    the factor.
+    Between steps every group holds its rate without the factor, as stated at the reference batch
+    size. Setting a rate (by a scheduler, by hand, or with an added group) therefore sets what the
+    factor multiplies, at any time; the rates at the start of the run are not remembered. A rate
+    that is changed during a step (by the optimizer itself, or by a hook) includes the factor.
 
     Args:
-        optimizer: asked for its groups at each step.
-        scheduler: of that optimizer; None: the rates stay as they are set.
+        optimizer: the optimizer, whose groups are read at each step.
+        scheduler: a scheduler of that optimizer; None: the rates stay as they are set.
         unit: what the scheduler's steps count.
 
     Attributes:
-        factor: the controller's.
-        set_by_hand: whether somebody but the scheduler changed a rate while there was a factor
+        factor: the controller's factor.
+        set_by_hand: whether anything but the scheduler changed a rate while there was a factor
             other than 1.
 
     Raises:
@@ -66,7 +65,7 @@ class LearningRate:
 
     @contextmanager
     def in_force(self, factor: float) -> Iterator[None]:
-        """Within it the groups hold their rates times `factor` (absolute, not on top of the factor
+        """Set the groups' rates times `factor` while active (absolute, not on top of the factor
         before)."""
         self.factor = factor
         if factor == 1:
@@ -111,7 +110,7 @@ class LearningRate:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Factor, the rates without it, and the scheduler's own state."""
+        """Return the factor, the rates without it, and the scheduler's own state."""
         schedule = self._schedule
         return {
             "factor": self.factor,
@@ -177,7 +176,8 @@ def _set(group: dict[str, Any], rate: float) -> Mark:
 
 
 def _is_untouched(group: dict[str, Any], mark: Mark) -> bool:
-    """Whether nobody set the rate of the group since; found without waiting for the device."""
+    """Return whether nobody set the rate of the group since; found without waiting for the
+    device."""
     rate = group["lr"]
     if isinstance(rate, Tensor):
         return rate is mark[0] and rate._version == mark[1]

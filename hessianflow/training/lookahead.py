@@ -90,7 +90,7 @@ class Lookahead:
         self._place.forget()
 
     def plan(self, now: Now) -> Iterator[tuple[Planned, Planned | None] | None]:
-        """(batch to train on, batch drawn for `depth` steps later), to the end of the run.
+        """Yield (batch to train on, batch drawn for `depth` steps later), to the end of the run.
 
         The second is the first itself without look-ahead, and None when all batches of the run are
         drawn. None in the place of both: the data ended the epoch with the batch that was trained
@@ -105,14 +105,14 @@ class Lookahead:
             yield self._queue[0], self._queue[-1] if len(self._queue) > self.depth else None
 
     def trained(self) -> None:
-        """The first batch of the queue has been trained."""
+        """Remove the first batch of the queue, which has been trained."""
         self._queue.popleft()
 
     def _is_all_drawn(self, now: Now) -> bool:
         return self._next_place(now)[0] >= now()[0].total_epochs
 
     def _next_place(self, now: Now) -> tuple[int, int]:
-        """Epoch of the next draw, and examples of that epoch drawn before it."""
+        """Return the epoch of the next draw, and the examples of that epoch drawn before it."""
         progress, place, _ = now()
         epoch = progress.epoch
         for entry in self._queue:
@@ -156,7 +156,7 @@ class Lookahead:
         return True
 
     def _next_batch(self) -> Batch | None:
-        """The next batch; None at the end of an epoch."""
+        """Return the next batch; None at the end of an epoch."""
         if self._place.put_back() or self._batches is None:
             self._batches = iter(self._data)
         try:
@@ -177,7 +177,7 @@ class Lookahead:
             entry.decision = change(entry.decision)
 
     def state_dict(self) -> dict[str, Any]:
-        """The queued batches with their adversarial inputs; waits for attacks under way."""
+        """Return the queued batches with their adversarial inputs; waits for attacks under way."""
         return {
             "queue": [
                 {
@@ -221,7 +221,7 @@ class Place:
         self._noted: tuple[int, int] | None = None
 
     def find(self) -> tuple[int, int] | None:
-        """The place remembered, or, if none is, where the stream stands."""
+        """Return the place remembered, or, if none is, where the stream stands."""
         return self._read() if self._noted is None else self._noted
 
     def note(self, place: tuple[int, int] | None = None) -> None:

@@ -125,7 +125,8 @@ class TrainingLoop:
         return Progress(counters.epoch, counters.examples, counters.updates, per_epoch, self.epochs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to continue as if it had never stopped: tensors and plain values."""
+        """Return everything a run needs to continue as if it had never stopped: tensors and plain
+        values."""
         return self.state.capture(self.decision, self.record.sync())
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
@@ -178,7 +179,7 @@ class TrainingLoop:
         return self.stop_requested or (updates is not None and settled and counters.updates >= updates)
 
     def _train(self, updates: int | None) -> None:
-        """The steps from here to the end of the run, to so many updates, or to a stop."""
+        """Take the steps from here to the end of the run, to `updates` updates, or to a stop."""
         counters = self.state.counters
         if counters.settled < counters.updates and self._settle(None, stop=False, save=False):
             return  # another rank, or the evaluation, had failed between an update and what follows it
@@ -194,8 +195,8 @@ class TrainingLoop:
                 return
 
     def _take_step(self, now: Planned, ahead: Planned | None) -> tuple[bool, bool]:
-        """One optimizer step and its counts; whether a signal or a clock asks to stop, and to
-        save."""
+        """Take one optimizer step, count it, and return whether a signal or a clock asks to stop,
+        and to save."""
         counters = self.state.counters
         with self.rate.in_force(now.decision.lr_factor):
             result = self.step(now, ahead, self._flags)
@@ -229,11 +230,13 @@ class TrainingLoop:
             self.rate.set_by_hand = False
 
     def _flags(self) -> Sequence[bool]:
-        """Whether to stop, to save, to show figures: whatever a signal or a clock told this rank."""
+        """Return whether to stop, to save, to show figures: whatever a signal or a clock told this
+        rank."""
         return self.stop_requested, self.saver.time_is_up, self._bar.is_due
 
     def _settle(self, batch: Batch | None, *, stop: bool, save: bool) -> bool:
-        """What follows an update on `batch`: decide, evaluate, save; whether to stop then."""
+        """Return what follows an update on `batch`: decide, evaluate, save; whether to stop
+        then."""
         counters = self.state.counters
         self.stop_requested |= stop
         at_end = counters.place == 0
@@ -261,7 +264,8 @@ class TrainingLoop:
         return stop
 
     def _settle_statistics(self, batch: Batch | None) -> None:
-        """Before a reading or an evaluation rests on them; after a resume there is no batch, and nothing is done."""
+        """Settle statistics before a reading or an evaluation rests on them; without a batch, after
+        a resume, do nothing."""
         self._were_unsettled = False
         if batch is None or self.norm_statistics == "running":
             return
@@ -376,8 +380,8 @@ class TrainingLoop:
         self.apply(held)
 
     def _held(self, decision: Decision) -> Decision:
-        """The decision as far as it can be carried out: below the cap, and without a share that
-        nobody attacks."""
+        """Return the decision as far as it can be carried out: below the cap, and without a share
+        that nobody attacks."""
         counters = self.state.counters
         if self.step.adversary is None and decision.adversarial_share > 0:
             decision = replace(decision, adversarial_share=0.0)

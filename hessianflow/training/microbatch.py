@@ -62,7 +62,7 @@ class MicrobatchSize:
         return _largest_piece(self._batch, self.size) <= self._proven
 
     def begin(self, batch_size: int) -> int:
-        """The size to run a step of `batch_size` examples with."""
+        """Return the size to run a step of `batch_size` examples with."""
         self._candidate, self._batch = None, batch_size
         if self._searching and batch_size >= 2 * self._size and (self._limit is None or 2 * self._size <= self._limit):
             if len(self._seconds.get(self._size, ())) >= TIMED_STEPS:
@@ -97,7 +97,7 @@ class MicrobatchSize:
         self._candidate, self._searching = None, False
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found so far."""
+        """Return what was found so far."""
         return {"size": self._size, "limit": self._limit, "searching": self._searching}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ class MicrobatchSize:
 
 
 def _largest_piece(batch_size: int, size: int) -> int:
-    """Examples in the largest of the equal pieces that a batch is cut into."""
+    """Return the number of examples in the largest of the equal pieces that a batch is cut into."""
     pieces = max(1, -(-batch_size // size))
     return -(-batch_size // pieces)
 
@@ -120,8 +120,8 @@ def _largest_piece(batch_size: int, size: int) -> int:
 def microbatches(
     model: nn.Module, world: World, size: int | Literal["auto"] | None, reference: int, examples: int
 ) -> tuple[MicrobatchSize, bool]:
-    """The size to run with, and whether the passes of all ranks are paired, so that each part is
-    one pass.
+    """Return the size to run with, and whether the passes of all ranks are paired, so that each
+    part is one pass.
 
     Args:
         model: on its device.

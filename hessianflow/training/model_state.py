@@ -1,9 +1,8 @@
-"""What of a model and its optimizer goes beyond their `state_dict`, and must survive an
-interruption all the same.
+"""State of a model and its optimizer that their `state_dict` omits but a resumed run needs.
 
-Which parameters are trained, in which groups; which modules are in evaluation mode; buffers that
-the first forward pass makes, and those that are not persistent but were written to; parameters that
-nobody but the optimizer holds.
+That is: which parameters are trained, and in which groups; which modules are in evaluation mode;
+buffers that the first forward pass makes; buffers that are not persistent but were written to; and
+parameters that only the optimizer holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,22 +19,23 @@ from hessianflow.training import checkpoint
 
 
 class ModelState:
-    """Takes and puts back the weights and what goes with them.
+    """Captures and restores the weights and what goes with them.
 
     Args:
-        model: the unwrapped module counts.
-        optimizer: asked for its groups each time.
-        loss_fn: its parameters are its own affair, if it is a module.
+        model: the model; wrappers are looked through.
+        optimizer: the optimizer, whose groups are read anew each time.
+        loss_fn: the loss; if it is a module, its parameters are saved elsewhere.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, loss_fn: object) -> None:
-        self._model, self._optimizer = unwrap(model), optimizer
+        self._model = unwrap(model)
+        self._optimizer = optimizer
         self._loss = loss_fn if isinstance(loss_fn, nn.Module) else None
         self._built_trainable = self._trainable()
         self._built_buffers = {name: (buffer, _version(buffer)) for name, buffer in self._model.named_buffers()}
 
     def capture(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return the weights and what goes with them, as tensors and plain values."""
         state = self._model.state_dict()
         buffers = dict(self._model.named_buffers())
         return {
@@ -52,12 +52,12 @@ class ModelState:
         }
 
     def restore_model(self, state: Mapping[str, Any], source: str) -> None:
-        """Put back the model, and give the optimizer the groups that were added during the run.
+        """Restore the model, and give the optimizer the groups that were added during the run.
 
-        States of earlier versions hold the weights alone.
+        States saved by earlier versions hold only the weights.
 
         Raises:
-            HessianFlowError: the state is of another model; `source` names it.
+            HessianFlowError: the state is of another model; `source` names the state.
         """
         self._match_buffers(state, source)
         checkpoint.load_model(self._model, state["model"], source)
@@ -77,7 +77,7 @@ class ModelState:
         """Return the saved state of the optimizer with its weights in this optimizer's order.
 
         Raises:
-            HessianFlowError: they are in other groups; `source` names the state.
+            HessianFlowError: the weights are in other groups; `source` names the state.
         """
         try:
             return in_order(state["optimizer"], state.get("groups", []), group_names(self._model, self._optimizer))
@@ -87,7 +87,7 @@ class ModelState:
             ) from None
 
     def restore_beside(self, tensors: Sequence[Tensor], source: str) -> None:
-        """Put back the parameters that nobody but the optimizer holds.
+        """Restore the parameters that only the optimizer holds.
 
         Raises:
             HessianFlowError: their number or shapes differ.
@@ -96,7 +96,7 @@ class ModelState:
         if [p.shape for p in own] != [t.shape for t in tensors]:
             raise HessianFlowError(
                 f"{source} has {len(tensors)} parameters of shapes {[[*t.shape] for t in tensors]} that the optimizer "
-                f"alone holds, this run has {[[*p.shape] for p in own]}"
+                f"alone holds, this run has {[[*p.shape] for p in own]}: give it the same parameters"
             )
         with torch.no_grad():
             for parameter, tensor in zip(own, tensors, strict=True):
@@ -116,14 +116,14 @@ class ModelState:
                 self._optimizer.add_param_group({"params": [own[name] for name in names]})
 
     def _is_new(self, name: str, buffer: Tensor) -> bool:
-        """Whether a buffer is another than at the start, or was written to."""
+        """Return whether a buffer was replaced, added or written to since the start."""
         built = self._built_buffers.get(name)
         return built is None or built[0] is not buffer or built[1] != _version(buffer)
 
     def _match_buffers(self, state: Mapping[str, Any], source: str) -> None:
-        """Give the model the buffers that its first pass made, and take away those that it had not
-        made then."""
-        saved, own = state["model"], self._model.state_dict()
+        """Add the buffers that the saved model's first pass made, and remove those made since."""
+        saved = state["model"]
+        own = self._model.state_dict()
         for name in [name for name, _ in self._model.named_buffers() if name in own and name not in saved]:
             if name not in self._built_buffers:
                 module, local = self._owner(name)

@@ -1,4 +1,4 @@
-"""What the trainer must know of an optimizer of anybody's, asked of the optimizer itself."""
+"""What the trainer must know about any optimizer, read from the optimizer itself."""
 
 from collections.abc import Iterator
 from inspect import signature
@@ -16,7 +16,7 @@ calls, or the first one before its step and further ones by the closure."""
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse what is no optimizer with parameter groups, or several.
+    """Refuse an object that is not an optimizer with parameter groups, or is several optimizers.
 
     Raises:
         HessianFlowError: saying what to pass.
@@ -37,18 +37,18 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_followed(optimizer: Optimizer) -> None:
-    """Refuse an optimizer around another one whose groups are no longer those that the other steps by.
+    """Refuse an optimizer that wraps another one but no longer shares its groups.
 
-    What is set in them, a learning rate for one, would be recorded and never used. The state that an
-    optimizer saves tells which groups it steps by.
+    A value set in its groups, such as a learning rate, would be recorded and never used. The state
+    that an optimizer saves tells which groups it steps by.
 
     Raises:
-        HessianFlowError: naming its class, and what its `load_state_dict` lacks.
+        HessianFlowError: naming the class, and what its `load_state_dict` lacks.
     """
     held = optimizer.param_groups
     saved = _groups_of(optimizer)
     if len(saved) != len(held):
-        return  # a state of a kind of its own, which does not tell
+        return  # a state of another form, which does not tell
     for number, group in enumerate(held):
         if "lr" not in group or not isinstance(saved[number], dict) or "lr" not in saved[number]:
             continue
@@ -76,12 +76,11 @@ def _groups_of(optimizer: Optimizer) -> list[Any]:
 
 
 def gradients_wanted(optimizer: Optimizer) -> Gradients:
-    """How the optimizer wants its gradients.
+    """Return how the optimizer wants its gradients.
 
-    By a closure where its step cannot do without (SAM, LBFGS), or where it says so by a true
-    `wants_closure`. Both where it has the two halves of a step, `first_step` and `second_step`,
-    that the common packages of SAM have: their step moves along the gradient that is there, and the
-    closure is for the second.
+    It is "by closure" where the step requires one (SAM, LBFGS), or where `wants_closure` is true.
+    It is "both" for an optimizer with the two half steps of common SAM packages, `first_step` and
+    `second_step`: its step moves along the gradient in `.grad`, and the closure gives the second.
     """
     if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         return "both"
@@ -91,7 +90,7 @@ def gradients_wanted(optimizer: Optimizer) -> Gradients:
 
 
 def wants_graph(optimizer: Optimizer) -> bool:
-    """Whether the optimizer differentiates the gradients again.
+    """Return whether the optimizer differentiates the gradients again.
 
     It says so by a true `is_second_order` (as timm's do), or by a step that could be given the
     Hessian instead.
@@ -100,8 +99,8 @@ def wants_graph(optimizer: Optimizer) -> bool:
 
 
 def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError | None:
-    """What to say when a step without a closure failed for want of one; None: it failed for another
-    reason."""
+    """Return the error to raise if a step failed because it had no closure; None for other
+    failures."""
     text = f"{type(error).__name__} {error}"
     if "closure" not in text.lower() and "'NoneType' object is not callable" not in text:
         return None
@@ -113,8 +112,8 @@ def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError 
 
 
 def label(part: object, depth: int = 3) -> str:
-    """Its class, and in parentheses those of the stateful parts that it wraps: SAM(SGD),
-    RateRule(ABSA)."""
+    """Return the class of a part, and in parentheses those of the stateful parts that it wraps:
+    SAM(SGD), RateRule(ABSA)."""
     inner = [label(held, depth - 1) for held in _wrapped(part)] if depth > 1 else []
     name = type(part).__name__
     return f"{name}({', '.join(inner)})" if inner else name
@@ -130,8 +129,8 @@ def _wrapped(part: object) -> Iterator[object]:
 def set_mode(optimizer: Optimizer, *, training: bool) -> None:
     """Put the weights where they are trained, or where they are to be used.
 
-    For optimizers whose `train()` and `eval()` do that (the schedule-free ones); nothing for all
-    others.
+    This calls `train()` or `eval()` of an optimizer that has both (the schedule-free ones) and does
+    nothing for all others.
     """
     train, evaluate = getattr(optimizer, "train", None), getattr(optimizer, "eval", None)
     if callable(train) and callable(evaluate):

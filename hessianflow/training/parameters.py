@@ -1,5 +1,7 @@
-"""What is trained, asked of model and optimizer before every step: layers are frozen and unfrozen,
-groups are added."""
+"""Which parameters are trained, read from the model and the optimizer before every step.
+
+Between two steps, layers may be frozen or unfrozen and parameter groups added.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +13,17 @@ from torch.optim import Optimizer
 from hessianflow.measuring import unwrap
 
 SHOWN = 3
-"""Names in a message. Ours."""
+"""Most names in a message. Ours."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """How what is trained differs from before.
+    """A change in which parameters are trained.
 
     Attributes:
-        added: trained from now on.
-        removed: no longer trained.
-        message: for the record.
+        added: the parameters that are trained from now on.
+        removed: the parameters that are no longer trained.
+        message: the change in words, for the run's record.
     """
 
     added: Sequence[nn.Parameter]
@@ -30,26 +32,28 @@ class Change:
 
 
 class TrainedParameters:
-    """The model's trainable parameters, then others that the optimizer holds (those of a loss,
-    say).
+    """The model's trainable parameters, then those that only the optimizer holds, such as a loss's.
 
     Args:
-        model: a module that is put into it later is seen when the optimizer's groups change.
-        optimizer: asked for its groups each time.
+        model: the model; a module added to it later is noticed when the optimizer's groups change.
+        optimizer: the optimizer, whose groups are read anew each time.
 
     Attributes:
-        current: as of the last :meth:`ask`.
+        current: the trained parameters as of the last :meth:`ask`.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._model, self._optimizer = unwrap(model), optimizer
+        self._model = unwrap(model)
+        self._optimizer = optimizer
         self._held_by_optimizer = self._of_optimizer()
         self._all = self._known()
         self.current = [p for p in self._all if p.requires_grad]
 
     def ask(self) -> Change | None:
-        """What has changed since the last time; None: nothing. Costs some microseconds, and waits
-        for no device."""
+        """Return what has changed since the last call; None: nothing.
+
+        It takes a few microseconds and does not wait for the device.
+        """
         held = self._of_optimizer()
         if len(held) != len(self._held_by_optimizer) or any(map(is_not, held, self._held_by_optimizer)):
             self._held_by_optimizer = held
@@ -61,7 +65,7 @@ class TrainedParameters:
         return self._change(before, trained)
 
     def name(self, parameter: nn.Parameter) -> str:
-        """See :func:`name_of`."""
+        """Return the name of a parameter; see :func:`name_of`."""
         return name_of(self._model, parameter)
 
     def _of_optimizer(self) -> list[nn.Parameter]:
@@ -72,7 +76,8 @@ class TrainedParameters:
 
     def _change(self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter]) -> Change:
         were, are = set(before), set(after)
-        added, removed = [p for p in after if p not in were], [p for p in before if p not in are]
+        added = [p for p in after if p not in were]
+        removed = [p for p in before if p not in are]
         held = set(self._held_by_optimizer)
         strangers = [p for p in added if p not in held]
         parts = [f"trained from now on: {self._names(added)}"] if added else []
@@ -88,7 +93,8 @@ class TrainedParameters:
 
 
 def name_of(model: nn.Module, parameter: nn.Parameter) -> str:
-    """What the model calls a parameter."""
+    """Return the name that a parameter has in the model, or its shape where it is outside the
+    model."""
     for name, own in unwrap(model).named_parameters():
         if own is parameter:
             return name

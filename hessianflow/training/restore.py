@@ -1,4 +1,4 @@
-"""Goes back to the newest checkpoint that can be put back, on all ranks alike."""
+"""Restores the newest checkpoint that can be restored, the same one on all ranks."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,23 +32,24 @@ def restore_newest(
     model: nn.Module,
     optimizer: Optimizer,
 ) -> tuple[dict[str, Any], str | None]:
-    """Put back `last.pt`, or an older checkpoint where that is damaged; then `last.pt` is set aside.
+    """Restore `last.pt`, or set it aside where it is damaged and restore an older checkpoint.
 
-    Rank 0 reads, for the others need not see its disk.
+    Rank 0 reads the files, because the other ranks need not see its disk.
 
     Args:
         world: the ranks.
         run_dir: the run directory.
-        history_bytes: tells the length of the history.
-        put_back: given a state and its name for errors.
-        model: what the weights are for.
-        optimizer: what its state is for.
+        history_bytes: returns the length of the history in bytes.
+        put_back: restores a state; called with the state and the name that errors give it.
+        model: the model that the saved weights must fit.
+        optimizer: the optimizer that the saved state must fit.
 
     Returns:
-        The state that was put back, and a warning when it was an older one.
+        The state that was restored, and a warning when it was not the newest.
 
     Raises:
-        HessianFlowError: no checkpoint can be put back; what is wrong with the newest.
+        HessianFlowError: no checkpoint can be restored; the message says what is wrong with the
+            newest.
     """
     folder = run_dir / CHECKPOINTS
     source = f"the checkpoint in {run_dir}"
@@ -84,12 +85,12 @@ def _check_fits(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer
     """Refuse the state of a checkpoint that is damaged, or of another model.
 
     Raises:
-        HessianFlowError: which entry.
+        HessianFlowError: the state does not fit; the message names the entry.
     """
     check_training_state(state)
     inner = unwrap(model)
     own = inner.state_dict()
-    # Names may differ where buffers come with the first pass: whoever puts them back sees to that.
+    # Names may differ where the first pass makes buffers: restoring the model takes care of those.
     shared = {name: value for name, value in state["model"].items() if name in own}
     fault = model_fault(inner, {**own, **shared})
     if fault is not None:
@@ -99,5 +100,5 @@ def _check_fits(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer
         try:
             saved = in_order(state["optimizer"], state.get("groups", []), group_names(inner, optimizer))
         except OtherGroupsError:
-            return  # of another run, which whoever puts it back says
+            return  # a state of another run: restoring it reports that
         check_optimizer(optimizer, saved)

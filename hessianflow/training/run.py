@@ -1,5 +1,5 @@
-"""A run that is put together: it is begun and continued, stopped, asked how far it is, saved and
-put back."""
+"""A run once it is built: begin it, continue it, stop it, ask how far it is, save it, restore
+it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,14 +34,14 @@ from hessianflow.training.world import on_first_rank
 
 
 class Run:
-    """What can be done with a trainer once it is built; it is built by a subclass.
+    """What can be done with a trainer once a subclass has built it.
 
     Args:
         loop: the parts of the run.
-        config: settings to write to config.json beside the trainer's own.
-        notices: what somebody who trains should be told as the run begins; empty ones are left out.
-        controller: decides the batch size; None: nobody.
-        reference_batch_size: batch size that the learning rate is stated at.
+        config: settings to write to config.json besides the trainer's own.
+        notices: messages for the user as the run begins; empty ones are left out.
+        controller: decides the batch size; None: the batch size stays as it is.
+        reference_batch_size: the batch size at which the learning rate is stated.
     """
 
     def __init__(
@@ -52,25 +52,27 @@ class Run:
         controller: BatchController | None,
         reference_batch_size: int,
     ) -> None:
-        self._loop, self._config = loop, dict(config)
+        self._loop = loop
+        self._config = dict(config)
         self._notices = [text for text in notices if text]
-        self.controller, self.reference_batch_size = controller, reference_batch_size
+        self.controller = controller
+        self.reference_batch_size = reference_batch_size
         self.world.attach(self.model, loop.step.trained.current)
         self.rejoin()
 
     @property
     def model(self) -> nn.Module:
-        """What is trained."""
+        """The model that is trained."""
         return self._loop.model
 
     @property
     def train_data(self) -> ResizableBatches:
-        """What it is trained on."""
+        """The data that the model is trained on."""
         return self._loop.train_data
 
     @property
     def adversary(self) -> Adversary | None:
-        """What attacks the batches."""
+        """The adversary that attacks the batches; None: there is none."""
         return self._loop.step.adversary
 
     @property
@@ -91,10 +93,10 @@ class Run:
     def fit(self) -> History:
         """Train for `epochs` epochs and return the records.
 
-        Training begins with the first example of the epoch that the data stand in: a batch that was
-        looked at before, or an epoch that another run left, does not count. After an interruption
-        (Ctrl-C, an error of the data) in the same process it goes on where it stopped, with the
-        batch that was not trained; a run with a run directory is continued by :meth:`resume`
+        Training begins with the first example of the data's current epoch, even if batches of it
+        were read before, or another run stopped within it. After an interruption in the same
+        process (Ctrl-C, an error in the data), a second call goes on where training stopped, with
+        the batch that was not trained. A run with a run directory is continued by :meth:`resume`
         instead.
 
         Raises:
@@ -126,7 +128,7 @@ class Run:
         """Put the controller's first setting in force, before any training with :meth:`run_until`.
 
         Raises:
-            HessianFlowError: weights that are not finite.
+            HessianFlowError: the model's weights are not finite.
         """
         self._loop.ahead.begin()
         set_mode(self._loop.step.optimizer, training=True)
@@ -147,7 +149,8 @@ class Run:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
         """
         self.world.meet(self.settings())
-        loop, folder = self._loop, in_home(run_dir)
+        loop = self._loop
+        folder = in_home(run_dir)
         loop.run_dir = folder
         try:
             on_first_rank(self.world, lambda: loop.record.hold(folder))
@@ -162,8 +165,7 @@ class Run:
         return self._run()
 
     def _tell(self, changed: str = "") -> None:
-        """Say what somebody who trains should know, once a run; `changed`: since the run that is
-        resumed."""
+        """Record and log the notices, and `changed` since the run that is resumed, once a run."""
         for event, message in [*(("notice", text) for text in self._notices), ("settings", changed)]:
             if message and not self._loop.record.has_event(event, message):
                 self._loop.event(event, message)
@@ -171,11 +173,11 @@ class Run:
                     LOGGER.warning(message)
 
     def request_stop(self) -> None:
-        """Ask the loop to save a checkpoint and return after the step it is in, or at the latest
-        the one after it.
+        """Ask the loop to save a checkpoint and return after the present step, or the one after it.
 
-        Asked while the end of an epoch is recorded (by a sink, a measurement), it returns there.
-        Safe in a signal handler. On several ranks it is enough to ask on one.
+        A request made while the end of an epoch is recorded (by a sink or a measurement) takes
+        effect there. The call is safe in a signal handler. On several ranks, one call on any rank
+        is enough.
         """
         self._loop.stop_requested = True
 
@@ -191,19 +193,21 @@ class Run:
 
     @property
     def is_settled(self) -> bool:
-        """Whether all that follows the last update (decision, evaluation) was done; not so when a
-        rank failed there."""
+        """Whether everything after the last update (decision, evaluation) was done.
+
+        It was not if a rank failed there.
+        """
         counters = self._loop.state.counters
         return counters.settled == counters.updates
 
     @property
     def microbatch_size(self) -> int:
-        """Examples a forward pass, as far as is known by now."""
+        """Examples per forward pass, as far as is known by now."""
         return self._loop.step.microbatch.size
 
     @property
     def records(self) -> list[Record]:
-        """All rows made so far: those of every rank on rank 0, and the same ones on the others."""
+        """All rows made so far, the same on every rank."""
         return self._loop.record.records
 
     def rejoin(self) -> None:
@@ -215,8 +219,9 @@ class Run:
         join_parts(self.world, self._loop.control.observers, self._loop.step.adversary)
 
     def run_until(self, updates: int | None = None) -> None:
-        """Train until so many updates have been made in all, or to the end; the records stay open
-        for more.
+        """Train until `updates` updates have been made in all, or to the end for None.
+
+        The records stay open for more.
 
         Raises:
             DivergenceError: the loss stopped being finite.
@@ -224,13 +229,15 @@ class Run:
         self._loop.run_until(updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to continue as if it had never stopped: tensors and plain
+        """Return all that a run needs to continue as if it had never stopped, as tensors and plain
         values."""
         return self._loop.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
-        """Continue from :meth:`state_dict` of a trainer of the same settings; `source` names it in
-        errors."""
+        """Continue from the :meth:`state_dict` of a trainer with the same settings.
+
+        `source` names the state in errors.
+        """
         self._loop.load_state_dict(state, source)
 
     def _run(self) -> History:
@@ -244,13 +251,14 @@ class Run:
         return on_first_rank(self.world, loop.record.history)
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json would hold if the run ended now."""
+        """Return what summary.json would hold if the run ended now."""
         loop = self._loop
-        seconds, size = loop.watch.totals(), self.world.world_size
+        seconds = loop.watch.totals()
+        size = self.world.world_size
         return summary_of(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
 
     def settings(self) -> dict[str, Any]:
-        """What config.json holds of the trainer itself."""
+        """Return what config.json holds about the trainer itself."""
         step = self._loop.step
         return {
             "model": type(unwrap(self.model)).__name__,

@@ -1,5 +1,4 @@
-"""A scheduler of anybody's: whether it fits the run, how it is stepped, and after how many steps it
-is over."""
+"""Schedulers from any source: whether one fits the run, how it is stepped, and when it is over."""
 
 import inspect
 import math
@@ -15,23 +14,23 @@ from hessianflow.interfaces import HessianFlowError
 ScheduleUnit = Literal["epoch", "reference_batch"]
 
 _LENGTHS = ("total_steps", "T_max", "total_iters", "t_initial")
-"""What schedulers of torch and timm call the number of steps that they are built for."""
+"""Names that schedulers of torch and timm give to the number of steps they are built for."""
 _EACH: Mapping[ScheduleUnit, str] = {"epoch": "once an epoch", "reference_batch": "once a reference batch of examples"}
 
 
 class Schedule:
-    """One scheduler under the trainer.
+    """A learning-rate scheduler as the trainer steps it.
 
     Args:
-        scheduler: of torch; or with the same `step()`; or with the `step(epoch)` and
-            `step_update(num_updates)` of timm's, which are told the steps taken so far.
-        optimizer: whose rates it must set.
-        unit: what a step is.
+        scheduler: a scheduler of torch; any object with the same `step()`; or one with timm's
+            `step(epoch)` and `step_update(num_updates)`, which are given the steps taken so far.
+        optimizer: the optimizer whose rates it must set.
+        unit: what one step stands for.
 
     Raises:
-        HessianFlowError: it is no scheduler, or one of another optimizer; its step wants what
-            nobody can tell; a schedule of the other unit; a ReduceLROnPlateau that should step
-            within epochs.
+        HessianFlowError: the object is no scheduler, belongs to another optimizer, was made for the
+            other unit, or has a step with arguments that the trainer cannot supply; or a
+            ReduceLROnPlateau is to step within epochs.
     """
 
     def __init__(self, scheduler: LRScheduler, optimizer: Optimizer, unit: ScheduleUnit) -> None:
@@ -49,12 +48,12 @@ class Schedule:
         """Take one step.
 
         Args:
-            loss: what a ReduceLROnPlateau of mode "min" watches.
-            accuracy: what one of mode "max" watches.
+            loss: the figure that a ReduceLROnPlateau of mode "min" watches.
+            accuracy: the figure that one of mode "max" watches.
 
         Raises:
-            HessianFlowError: mode "max" without an accuracy; parameter groups that the scheduler
-                was not made for.
+            HessianFlowError: the mode is "max" and there is no accuracy, or the optimizer has
+                parameter groups that the scheduler was not made for.
         """
         self.steps += 1
         try:
@@ -82,14 +81,18 @@ class Schedule:
 
 
 def described(scheduler: object) -> str:
-    """Its class, and in parentheses those of the schedulers within."""
+    """Return the class of a scheduler, followed in parentheses by those of the schedulers within
+    it."""
     inner = [described(part) for part in getattr(scheduler, "_schedulers", ())]
     name = type(scheduler).__name__
     return f"{name}({', '.join(inner)})" if inner else name
 
 
 def length(scheduler: object) -> int | None:
-    """Steps after which the schedule is over; None: it does not say.
+    """Return the number of steps after which the schedule is over; None: it does not say.
+
+    That of a SequentialLR follows from its last milestone and its last part, that of a transformers
+    schedule from a keyword of its lambda.
 
     Those of a SequentialLR are known by its last milestone and its last part, those of transformers
     by a keyword of their lambda.
@@ -110,24 +113,28 @@ def length(scheduler: object) -> int | None:
 
 
 def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> int:
-    """Steps that a scheduler takes in a run; `batches_per_epoch`: examples over the reference batch
-    size."""
+    """Return how many steps a scheduler takes in a run.
+
+    `batches_per_epoch` is the number of examples divided by the reference batch size.
+    """
     return epochs if unit == "epoch" else int(epochs * batches_per_epoch + 1e-9)
 
 
 def misfit(scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> str:
-    """What to tell of a schedule that the run does not reach the end of; empty where it does, or
-    has none.
+    """Return a warning about a schedule whose end the run does not reach; empty where it does, or
+    there is none.
 
     Raises:
-        HessianFlowError: it was built for one step a batch and would take one an epoch, or ends in
-            an error before the run does.
+        HessianFlowError: the schedule was built for one step a batch and would take one an epoch,
+            or it would raise an error before the run ends.
     """
-    planned, steps = length(scheduler), steps_of_run(unit, epochs, batches_per_epoch)
+    planned = length(scheduler)
     if planned is None:
         return ""
+    steps = steps_of_run(unit, epochs, batches_per_epoch)
     within = steps_of_run("reference_batch", epochs, batches_per_epoch)
-    name, each = type(scheduler).__name__, _EACH[unit].replace("once", "one")
+    name = type(scheduler).__name__
+    each = _EACH[unit].replace("once", "one")
     if isinstance(scheduler, OneCycleLR) and planned < steps:
         raise HessianFlowError(
             f"{name} is built for {planned} steps, and this run takes {steps}, {each}: "
@@ -161,20 +168,22 @@ def _check_methods(scheduler: object) -> None:
 
 
 def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
-    """Whoever wraps an optimizer shares its groups, so they tell more than the object."""
+    """Refuse a scheduler of another optimizer, told by its groups: a wrapped optimizer shares
+    them."""
     owner = getattr(scheduler, "optimizer", None)
     if owner is None or owner is optimizer:
         return
     own = {id(group) for group in optimizer.param_groups}
     if not any(id(group) in own for group in owner.param_groups):
         raise HessianFlowError(
-            f"the scheduler {type(scheduler).__name__} sets the rates of another {type(owner).__name__} than the "
-            f"optimizer: build it from the {type(optimizer).__name__} that is passed"
+            f"the scheduler {type(scheduler).__name__} sets the rates of a different {type(owner).__name__}: build it "
+            f"from the {type(optimizer).__name__} that is passed as the optimizer"
         )
 
 
 def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
-    """The method that is told how many steps were taken; None: `step()` counts by itself."""
+    """Return the name of the method that is told how many steps were taken; None: `step()` counts
+    by itself."""
     name = type(scheduler).__name__
     in_epochs = getattr(scheduler, "t_in_epochs", None)
     if in_epochs is not None and in_epochs != (unit == "epoch"):
@@ -183,20 +192,20 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     if isinstance(scheduler, ReduceLROnPlateau):
         return None
     if isinstance(getattr(scheduler, "lr_scheduler", None), ReduceLROnPlateau):
-        raise HessianFlowError(f"{name} must be told a figure at each step: use torch's ReduceLROnPlateau")
+        raise HessianFlowError(f"{name} needs a figure at each step: use torch's ReduceLROnPlateau")
     wanted_by_step = required_arguments(scheduler.step)
     if not wanted_by_step:
         return None
     if wanted_by_step != ["epoch"] or (unit == "reference_batch" and not hasattr(scheduler, "step_update")):
         raise HessianFlowError(
-            f"{name}.step wants {', '.join(wanted_by_step)}, which the trainer cannot tell it {_EACH[unit]}: give the "
+            f"{name}.step needs {', '.join(wanted_by_step)}, which the trainer cannot pass {_EACH[unit]}: give the "
             "scheduler a step() without arguments"
         )
     return "step" if unit == "epoch" else "step_update"
 
 
 def required_arguments(function: Callable[..., object]) -> list[str]:
-    """Names of what a function cannot be called without."""
+    """Return the names of the arguments that a function cannot be called without."""
     free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.kind not in free]

@@ -1,5 +1,7 @@
-"""The settings of a run as flat, plain values, kept with every checkpoint: to say which are in
-force after a resume."""
+"""The settings of a run as flat, plain values, saved with every checkpoint.
+
+After a resume they show which settings are in force.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,17 +11,18 @@ from torch.optim import Optimizer
 
 _PLAIN = (int, float, str, bool, type(None))
 _OF_CHECKPOINT = ("optimizer.", "scheduler.")
-"""These come back with the states of optimizer and scheduler, whatever this run was built with."""
+"""Settings that come from the saved states of optimizer and scheduler, whatever this run was built
+with."""
 
 
 def flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The public entries that are numbers, names or lists of them, as "name.key"."""
+    """Return the public entries that are numbers, text or lists of them, keyed "name.key"."""
     plain = {key: _plain(value) for key, value in values.items() if not key.startswith("_")}
     return {f"{name}.{key}": value for key, value in plain.items() if _is_plain(value)}
 
 
 def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """The options of every parameter group, its learning rate among them."""
+    """Return the options of every parameter group, the learning rate included."""
     found: dict[str, Any] = {}
     several = len(optimizer.param_groups) > 1
     for number, group in enumerate(optimizer.param_groups):
@@ -29,12 +32,12 @@ def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def of_controller(controller: object) -> dict[str, Any]:
-    """Its public attributes, such as the cap of the batch."""
+    """Return the public attributes of a controller, such as the cap on the batch size."""
     return flat("controller", vars(controller)) if hasattr(controller, "__dict__") else {}
 
 
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """What to say of a run that is resumed with other settings; empty where there are none."""
+    """Return a message about a run that is resumed with other settings; empty where none differ."""
     changed = [key for key in own if key in saved and saved[key] != own[key]]
     kept = [key for key in changed if key.startswith(_OF_CHECKPOINT)]
     parts = []

@@ -1,4 +1,5 @@
-"""Running statistics that have not settled are measured anew at the end of an epoch, before anything rests on them."""
+"""Remeasures running statistics that have not settled, at the end of an epoch, before they are
+used."""
 
 from typing import Literal
 
@@ -15,27 +16,30 @@ NormStatistics = Literal["settled", "running"]
 
 
 def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, usual_loss: float, size: int, world: World) -> str:
-    """Compare the loss under running statistics with that under the batch's own; if need be, measure the former anew.
+    """Compare the loss under running and under batch statistics, and remeasure the former if
+    needed.
 
-    They become the plain average over the microbatches of `batch`. In training only attacks meet
-    them, which run in evaluation mode.
+    Statistics measured anew are the plain average over the microbatches of `batch`. During training
+    only attacks use them, because attacks run in evaluation mode.
 
     Args:
-        model: in training mode; one without batch normalisation is not run at all.
-        batch: the one trained last, on the device; on several ranks this rank's part of it.
-        loss_fn: of the training.
-        usual_loss: of the training so far; small differences beside it tell nothing.
-        size: examples of a microbatch.
-        world: the ranks, which agree.
+        model: the model, in training mode; one without batch normalisation is not run at all.
+        batch: the batch trained last, on the device; on several ranks this rank's part of it.
+        loss_fn: the loss of the training.
+        usual_loss: the usual loss of the training so far; differences that are small beside it are
+            ignored.
+        size: examples per microbatch.
+        world: the ranks, which all come to the same answer.
 
     Returns:
-        What was found, in words; empty where the statistics have settled, or nothing can be told.
+        A message about what was found; empty where the statistics have settled or the losses do not
+        tell.
     """
     layers = moving_layers(model)
     if not layers:
         return ""
     parts = [part for part in split(batch, size) if num_examples(part) > 1]
-    # Where layers sum over ranks, all must run as often.
+    # Layers that sum over ranks need the same number of passes on each.
     passes = min(world.gather(len(parts)))
     if passes == 0:
         return ""

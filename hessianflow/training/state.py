@@ -55,8 +55,8 @@ class Counters:
     settled: int = 0
 
     def is_best(self, accuracy: float | None, loss: float) -> bool:
-        """Whether the model is better than ever: by its accuracy, or by its loss where there is
-        none; remembers it."""
+        """Return whether the model is better than ever: by its accuracy, or by its loss where there
+        is none; remembers it."""
         if accuracy is not None:
             is_best = self.best is None or accuracy > self.best
             self.best = accuracy if is_best else self.best
@@ -95,7 +95,7 @@ class RunState:
     counters: Counters = field(default_factory=Counters)
 
     def capture(self, decision: Decision, history_bytes: int) -> dict[str, Any]:
-        """Tensors and plain values only."""
+        """Return the state as tensors and plain values only."""
         return {
             **self.model.capture(),
             "optimizer_class": label(self.optimizer),
@@ -165,7 +165,7 @@ def stateful_parts(
     rate: LearningRate,
     totals: RunningTotals,
 ) -> dict[str, Any]:
-    """The parts of every run, by the names that checkpoints know them by."""
+    """Return the parts of every run, by the names that checkpoints know them by."""
     accumulate = step.accumulate
     return {
         "train_data": train_data,
@@ -185,12 +185,12 @@ def stateful_parts(
 
 
 def numbered(name: str, parts: Sequence[Any]) -> dict[str, Any]:
-    """The parts as "name 0", "name 1", ..."""
+    """Return the parts as "name 0", "name 1", ..."""
     return {f"{name} {number}": part for number, part in enumerate(parts)}
 
 
 def _is_in(state: Mapping[str, Any], name: str, part: object, source: str) -> bool:
-    """Whether this run has such a part and the checkpoint has its state.
+    """Return whether this run has such a part and the checkpoint has its state.
 
     Raises:
         HessianFlowError: one of the two lacks it, or it is of another class.
@@ -206,7 +206,7 @@ def _is_in(state: Mapping[str, Any], name: str, part: object, source: str) -> bo
 
 
 def _label(name: str, part: object) -> str:
-    """What a part must be to take up a state; a learning rate compares schedulers itself."""
+    """Return what a part must be to take up a state; a learning rate compares schedulers itself."""
     return type(part).__name__ if name == "learning rate" else label(part)
 
 

@@ -62,7 +62,8 @@ class TrainingStep:
             )
 
     def load(self, batch: Batch, progress: Progress) -> Batch:
-        """A batch as it will be trained: on the device, transformed; `progress` is that at its use."""
+        """Return a batch as it will be trained: on the device, transformed; `progress` is that at
+        its use."""
         with self.watch.part("training"):
             inputs, targets = training_pair(move(batch, self.device, non_blocking=True))
             if self.transform is None or num_examples(targets) == 0:
@@ -190,7 +191,8 @@ class TrainingStep:
                 torch.cuda.empty_cache()
 
     def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
-        """What to train on; attacks that are due are started, those made before are waited for."""
+        """Return what to train on; attacks that are due are started, those made before are waited
+        for."""
         adversary, share = self.adversary, now.decision.adversarial_share
         if adversary is None:
             return Exposure(now.batch)
@@ -226,5 +228,5 @@ class TrainingStep:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's error type, or the message of the processor's allocator."""
+    """Return a GPU's error type, or the message of the processor's allocator."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "t allocate" in str(error)

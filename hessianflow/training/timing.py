@@ -45,7 +45,7 @@ class Stopwatch:
                 self._totals[name] += time.perf_counter() - started
 
     def totals(self) -> dict[str, float]:
-        """Seconds per part so far, the parts before an interruption included."""
+        """Return seconds per part so far, the parts before an interruption included."""
         for name, begin, end in self._pending:
             end.synchronize()  # called once an epoch: the host waits here for the last marked part
             self._totals[name] += begin.elapsed_time(end) / 1000

@@ -1,4 +1,4 @@
-"""Running sums of an epoch, kept on the device until somebody asks."""
+"""Running sums of an epoch, kept on the device until they are read."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from hessianflow.training.evaluate import Evaluation
 from hessianflow.training.explosion import ExplosionRule
 
 UNREAD = 512
-"""Losses of single updates held as tensors of their own; so many are joined, without being read.
+"""Most losses held as single tensors; once there are this many, they are joined without being read.
 Ours."""
 
 
@@ -23,9 +23,9 @@ class RunningTotals:
     """Loss, hits and the first update whose loss diverged; adding to them never waits for the device.
 
     Args:
-        device: where the sums live.
+        device: the device that holds the sums.
         seconds: the stopwatch's totals as the epoch begins.
-        rule: judges the losses that are finite.
+        rule: judges the losses.
     """
 
     def __init__(self, device: torch.device, seconds: Mapping[str, float], rule: ExplosionRule) -> None:
@@ -82,11 +82,12 @@ class RunningTotals:
         }
 
     def last_loss(self) -> float:
-        """Mean loss of the latest optimization batch (waits for the device)."""
+        """Return the mean loss of the latest optimization batch (waits for the device)."""
         return float(self._last.item())
 
     def means(self) -> tuple[float, float | None]:
-        """Mean loss, nan if no target counts, and accuracy since the epoch began (waits for the device)."""
+        """Return the mean loss, nan if no target counts, and accuracy since the epoch began (waits
+        for the device)."""
         loss, weight, correct, counted = torch.stack(
             [self._loss, self._weight, self._correct.to(self._loss), self._counted]
         ).tolist()
@@ -94,20 +95,23 @@ class RunningTotals:
         return loss / weight if weight else math.nan, accuracy
 
     def first_bad_update(self, *, at_end: bool = False) -> int | None:
-        """The first update whose loss diverged, or None; waits for the device. `at_end`: the epoch
-        is judged, too."""
+        """Return the first update whose loss diverged, or None (waits for the device).
+
+        With `at_end`, the mean loss of the epoch is judged too.
+        """
         self._judge()
         if at_end and self._first_bad is None and self._rule.epoch_exploded(self.means()[0]):
             self._first_bad = self._updates
         return self._first_bad
 
     def weights_grew(self, growth: float) -> int | None:
-        """The first update whose loss diverged, if weights that grew by such a factor show it."""
+        """Return the first update whose loss diverged, if weights that grew by such a factor show
+        it."""
         ago = self._rule.weights_tell(growth)
         return None if ago is None else self._updates + 1 - ago
 
     def mean_so_far(self) -> float:
-        """Mean loss of the updates of the run (waits for the device)."""
+        """Return the mean loss of the updates of the run (waits for the device)."""
         self._judge()
         return self._rule.mean
 
@@ -126,7 +130,7 @@ class RunningTotals:
     def epoch_row(
         self, progress: Progress, evaluation: Evaluation | None, seconds: Mapping[str, float]
     ) -> dict[str, Any]:
-        """The record of the epoch just completed; `seconds`: the stopwatch's totals now."""
+        """Return the record of the epoch just completed; `seconds`: the stopwatch's totals now."""
         loss, accuracy = self.means()
         spent = {name: value - self._seconds[name] for name, value in seconds.items()}
         return {
@@ -141,11 +145,12 @@ class RunningTotals:
         }
 
     def _adversarial_gain(self) -> dict[str, float]:
-        """By how much the twins' mean loss exceeds that of the clean rows: below 0 they are too stale to be harder."""
+        """Return by how much the twins' mean loss exceeds that of the clean rows: below 0 they are
+        too stale to be harder."""
         return {"adversarial_gain": self._gain.item() / self._with_twins} if self._with_twins else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, for a checkpoint in the middle of an epoch."""
+        """Return the sums, for a checkpoint in the middle of an epoch."""
         self._judge()
         return {
             "loss": self._loss.clone(),

@@ -91,17 +91,17 @@ class AdaptiveBatchTrainer(Run):
             `hf.data.AdaptiveBatches` (any map-style Dataset).
         eval_data: one (inputs, targets) pair or a re-iterable of pairs, evaluated after every epoch.
         optimizer: any torch optimizer; stepped by its own `step()`, with a closure where that requires one (SAM,
-            LBFGS) or where it has a true `wants_closure`, on gradients with a graph where it has a
-            true `is_second_order`. One with `train()` and `eval()` (the schedule-free ones) is put
-            into the mode that goes with training and with evaluation.
+            LBFGS) or where its `wants_closure` is true, on gradients with a graph where its
+            `is_second_order` is true. One with `train()` and `eval()` (the schedule-free ones) is
+            switched to the mode of training or evaluation.
         loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see `LossFn`).
         controller: decides the batch size; None keeps that of `train_data`.
         adversary: perturbs the share of each batch that the controller asks for, or trains on adversarial twins of it
             (:class:`~hessianflow.adversarial.ConcurrentAdversary`); progress counts the examples drawn from the data.
         epochs: passes over the training data.
-        scheduler: any scheduler of torch or timm, of this optimizer. What it (or anybody, at any
-            time) sets in the optimizer's groups is the rate at the reference batch size; for the
-            length of each step the controller's factor multiplies it.
+        scheduler: any scheduler of torch or timm, built for this optimizer. A rate that it sets in
+            the optimizer's groups (or that is set by hand, at any time) is the rate at the
+            reference batch size; during each step the controller's factor multiplies it.
         schedule_unit: "epoch": the scheduler takes `epochs` steps, one an epoch. "reference_batch":
             one per reference batch of examples, int(epochs * num_examples / reference_batch_size)
             in all, so that a schedule counted in steps keeps its meaning when the batch grows.
@@ -117,38 +117,39 @@ class AdaptiveBatchTrainer(Run):
             code of ABSA.
         transform: applied to each whole batch before the adversary.
         before_evaluation: called after every epoch, before the model is evaluated and saved as the
-            best: may set its buffers, or put an average in the place of the weights.
-        after_evaluation: called after that, and after an error in it: puts the weights back.
+            best; it may set buffers, or replace the weights by an average.
+        after_evaluation: called after that, even after an error, to restore the weights.
         measurements: made and recorded after every epoch, such as :class:`~hessianflow.adversarial.RobustnessWatch`.
         observers: shown the gradient of every microbatch; their signals go to the controller.
         max_grad_norm: clip the gradient of each step to this norm; None: do not.
         precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
         run_dir: where config, history, checkpoints and summary go; None keeps records in memory.
-        config: settings to write to config.json beside the trainer's own.
-        sinks: further receivers of every record.
-        state: by name, whatever else every checkpoint is to hold, with `state_dict` and
-            `load_state_dict` of tensors and plain values: an average of the weights
-            (`torch.optim.swa_utils.AveragedModel`), a generator in a class of its own. The trainer
-            itself keeps model, optimizer, scheduler, data, controller, adversary, probe, observers,
-            measurements, a transform and a loss that have states, and the global random generators.
-        checkpoint_examples: also save a checkpoint every so many examples within an epoch.
-        checkpoint_minutes: also save one every so many minutes.
-        keep_checkpoints: how many of the newest are kept (the best one is kept besides).
+        config: settings to write to config.json besides the trainer's own.
+        sinks: other receivers of every record.
+        state: by name, other objects whose state every checkpoint is to hold, such as an average of
+            the weights (`torch.optim.swa_utils.AveragedModel`) or a generator in a class of its
+            own. Their `state_dict` and `load_state_dict` must deal in tensors and plain values. The
+            trainer itself saves model, optimizer, scheduler, data, controller, adversary, probe,
+            observers, measurements, a transform and a loss that have states, and the global random
+            generators.
+        checkpoint_examples: also save a checkpoint each time this many examples have been trained.
+        checkpoint_minutes: also save a checkpoint each time this many minutes have passed.
+        keep_checkpoints: how many of the newest are kept (the best one is kept as well).
         on_divergence: when the loss is no longer finite, or explodes: "stop", or "rollback": go back to the last
             checkpoint, undo the last growth and keep the batch below it from then on.
         max_loss_ratio: a loss explodes if it stays above this many times the mean of the run so
             far, for longer than rare large losses do (:mod:`~hessianflow.training.explosion`);
             None: a finite loss never does.
-        max_rollbacks: how often, before stopping all the same.
+        max_rollbacks: how many rollbacks are made before the run stops anyway.
         show_progress: True, False, or None: only on a terminal.
         world: the ranks to train with, such as `hf.distributed.GroupWorld(reducer)`; every rank makes a trainer of the
             same settings and calls the same methods. None: this process alone.
 
     Raises:
-        HessianFlowError: an argument that is not what it must be; no trainable parameter; a batch
-            larger than the data; a scheduler of another optimizer, or one built for another number
-            of steps; an adversary that nobody asks for a share, or that is staler than the run is
-            long; a probe of another model.
+        HessianFlowError: an argument is not what it must be; no parameter is trainable; the batch
+            is larger than the data; the scheduler belongs to another optimizer, or was built for
+            another number of steps; the adversary is staler than the run is long; or the probe is
+            of another model.
     """
 
     def __init__(

@@ -18,13 +18,13 @@ class LocalWorld:
     world_size = 1
 
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        """The gradients are whole as they are."""
+        """Do nothing: the gradients are whole as they are."""
 
     def meet(self, settings: Mapping[str, Any]) -> None:
-        """Nobody to differ from."""
+        """Do nothing: there is no other rank to differ from."""
 
     def shard(self, data: Any) -> None:
-        """The data stay whole."""
+        """Do nothing: the data stay whole."""
 
     def begin(self, examples: int) -> None:
         """Remember the size of the batch.
@@ -49,27 +49,27 @@ class LocalWorld:
         counts: Sequence[int] = (),
         means: Sequence[tuple[Tensor, float | Tensor]] = (),
     ) -> BatchTotals:
-        """The figures as they are."""
+        """Return the figures as they are."""
         return BatchTotals(loss, hits, self._examples, tuple(counts), tuple(means), self._weight)
 
     def average_buffers(self) -> None:
-        """They are those of all."""
+        """Do nothing: the buffers are those of all ranks."""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """The value itself."""
+        """Return the value itself."""
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """A list of this one value."""
+        """Return a list of this one value."""
         return [value]
 
 
 def on_first_rank(world: World, action: Callable[[], T]) -> T:
-    """Rank 0 acts; what it returns (plain values) reaches every rank.
+    """Act on rank 0; what it returns (plain values) reaches every rank.
 
     Raises:
         HessianFlowError: what the action raised, on every rank.
@@ -89,7 +89,7 @@ def on_first_rank(world: World, action: Callable[[], T]) -> T:
 
 
 def on_all_ranks(world: World, action: Callable[[], T]) -> T:
-    """Every rank acts; if one of them fails, all do, so that none waits for it.
+    """Act on every rank; if one of them fails, fail on all, so that none waits for it.
 
     Raises:
         HessianFlowError: what the action raised on the first rank where it did, on every rank.

@@ -132,7 +132,7 @@ def test_outputs_and_targets_in_several_tensors_are_cut(kind, rows):
 
 def test_a_loss_that_takes_no_fewer_rows_is_refused_in_one_line():
     check = SplitCheck(MeanLoss(lambda outputs, targets: outputs.view(4, 3).square().sum()))
-    with pytest.raises(HessianFlowError, match=r"cannot be taken of 1 of 4 examples \(RuntimeError\)"):
+    with pytest.raises(HessianFlowError, match=r"cannot be computed for 1 of 4 examples \(RuntimeError\)"):
         check(torch.ones(4, 3), torch.ones(4))
 
 

@@ -207,7 +207,7 @@ def test_foreign_file_of_torch(tmp_path: Path):
 @pytest.mark.parametrize("version", [1, 99, "2", torch.ones(2)])
 def test_other_version(tmp_path: Path, version: object):
     torch.save({"format": checkpoints.FORMAT, "version": version}, tmp_path / "last.pt")
-    with pytest.raises(HessianFlowError, match=r"has checkpoint version .*, this release reads 2"):
+    with pytest.raises(HessianFlowError, match=r"has checkpoint version .*, but this release reads 2"):
         checkpoints.load(tmp_path / "last.pt")
 
 

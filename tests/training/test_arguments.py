@@ -82,9 +82,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"eval_data": 5}, r"eval_data must be batches \(inputs, targets\), got 5"),
     (
         {"eval_data": iter([DATA.tensors])},
-        "eval_data must be iterated after every epoch, and a list_iterator can be onc",
+        "eval_data must be iterated after every epoch, and a list_iterator allows it",
     ),
-    ({"eval_data": (pair for pair in [DATA.tensors])}, "and a generator can be once: use a list of batches"),
+    ({"eval_data": (pair for pair in [DATA.tensors])}, "and a generator allows it only once: use a list of"),
 ]
 
 

@@ -298,7 +298,7 @@ class SimpleDoubling:
 def test_a_scheduler_of_another_optimizer_is_refused():
     model = linear()
     stranger = schedulers.StepLR(SGD(model.parameters(), lr=0.1), 1)
-    with pytest.raises(HessianFlowError, match="StepLR sets the rates of another SGD than the optimizer: build it"):
+    with pytest.raises(HessianFlowError, match="StepLR sets the rates of a different SGD: build it"):
         trainer(model, SGD(model.parameters(), lr=0.1), scheduler=stranger)
     base = SGD(model.parameters(), lr=0.1)
     for owner in (base, SAM(base)):  # they share their groups

@@ -221,11 +221,9 @@ def test_schedulers_that_cannot_be_stepped_are_refused():
         def step(self):
             pass
 
-    with pytest.raises(
-        HessianFlowError, match=r"Wants.step wants metric, which the trainer cannot tell it once an epoch"
-    ):
+    with pytest.raises(HessianFlowError, match=r"Wants.step needs metric, which the trainer cannot pass once an epoch"):
         trainer(lambda o: Wants(o, 6))
-    with pytest.raises(HessianFlowError, match="Plateau must be told a figure at each step: use torch's ReduceLROnPl"):
+    with pytest.raises(HessianFlowError, match="Plateau needs a figure at each step: use torch's ReduceLROnPl"):
         trainer(Plateau)
     with pytest.raises(HessianFlowError, match=r"must be a learning-rate scheduler with state_dict\(\), got a Unsaved"):
         trainer(Unsaved)
