@@ -67,9 +67,10 @@ class CurvatureReading:
         residual: ||H v - eigenvalue v|| for the unit vector v found; a true eigenvalue lies no farther away.
         matvecs: products spent.
         converged: whether the residual met the probe's tolerance.
-        reliable: whether the running statistics of batch normalisation belong to the weights. Where they have not
-            settled, the loss that was measured is not the one that is trained, and its eigenvalues say nothing of it;
-            `details` then hold the loss under them ("running_loss") and under the batch's own statistics ("own_loss").
+        reliable: whether the loss under running statistics of batch normalisation is near that under the batch's own.
+            Where it is not, they have not settled, and the eigenvalues say nothing of the loss that is trained;
+            `details` then hold both losses, of up to 32 examples ("running_loss", "own_loss"). It is judged by the loss
+            alone: True does not prove that the curvature is the same.
         eigenvalues: all pairs tracked, leading first, when more than one is.
         norm_mode: the batch-normalisation statistics the value belongs to.
         num_examples: examples the loss was averaged over.

@@ -107,19 +107,27 @@ class UnfitPathError(ArgumentTypeError, ValueError):
     """Text that no path can be: argparse repeats the words of the first kind, jsonargparse those of the second."""
 
 
-def path(text: str) -> str:
-    """Return the type of an option that is a path: with the home folder in place of `~`, and
-    something that can be one.
+class _Path:
+    """The type of an option that is a path: with the home folder in place of `~`, and something that can be one."""
 
-    Raises:
-        UnfitPathError: it cannot.
-    """
-    if not text or "\0" in text:
-        raise UnfitPathError("a path must not be empty, nor hold a NUL character")
-    try:
-        return user_path(text, "path")
-    except HessianFlowError as error:
-        raise UnfitPathError(str(error)) from None
+    def __call__(self, text: str) -> str:
+        """Return the path.
+
+        Raises:
+            UnfitPathError: it cannot be one.
+        """
+        if not text or "\0" in text:
+            raise UnfitPathError("a path must not be empty, nor hold a NUL character")
+        try:
+            return user_path(text, "path")
+        except HessianFlowError as error:
+            raise UnfitPathError(str(error)) from None
+
+    def __repr__(self) -> str:
+        return "path"  # as help texts show it
+
+
+path = _Path()
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -95,9 +95,9 @@ class CurvatureProbe:
         budget: largest share of the training cost to be spent, for :meth:`is_affordable`; None: no limit.
         seed: of the random parts of all starts.
         check_product: compare a product of the first call with a difference of gradients; see HessianOperator.
-        check_statistics: in norm_mode "eval", compare the loss with that under the probe batch's own statistics, one
-            forward pass a call, and say in `reliable` whether the running ones have settled (norm_statistics.py).
-            False: say that they have, as the published code of ABSA takes for granted.
+        check_statistics: in norm_mode "eval", compare the loss of up to 32 examples under running statistics with that
+            under their own, and say in `reliable` whether the former have settled (norm_statistics.py). False: say
+            that they have, as the published code of ABSA takes for granted.
         operator: makes what is measured, called as HessianOperator is; on several ranks
             `hessianflow.distributed.sharded(world)`.
 

@@ -113,8 +113,8 @@ class AdaptiveBatchTrainer(Run):
             the reference batch size, as the published runs had in effect. 0: the whole microbatch.
         norm_statistics: "settled": where the running statistics of batch normalisation have not settled at the end of
             an epoch, they are measured anew on the batch trained last, before anything is measured, evaluated or saved
-            (:mod:`~hessianflow.training.settle`). "running": they are left as training made them, as in the published
-            code of ABSA.
+            (:mod:`~hessianflow.training.settle`). "running": they are left as training made them; with it the probe's
+            `check_statistics=False` gives the signal of ABSA's published code.
         transform: applied to each whole batch before the adversary.
         before_evaluation: called after every epoch, before the model is evaluated and saved as the
             best; it may set buffers, or replace the weights by an average.

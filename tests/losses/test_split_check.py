@@ -162,3 +162,21 @@ def test_a_fit_to_the_last_digit_is_not_refused(dtype, margin):
         outputs = torch.randn(16, 2, generator=source) * 0.1 + F.one_hot(targets, 2) * margin
         for loss in (focal, lambda o, t: F.cross_entropy(o, t) * 1):
             SplitCheck(MeanLoss(loss))(outputs.to(dtype), targets)
+
+
+@pytest.mark.parametrize("what", ["sum", "mean"])
+def test_a_mean_that_is_returned_for_a_sum_is_seen_where_the_batch_is_cut(what):
+    """(sum, count) of the parts adds up to that of the whole; (mean, count) gives twice as much for two parts."""
+
+    def stated(outputs, targets):
+        losses = F.cross_entropy(outputs, targets, reduction="none")
+        return (losses.sum() if what == "sum" else losses.mean()), len(targets)
+
+    net, inputs, targets = problem()
+    whole = HessianOperator(net, stated, (inputs, targets)).mean_loss()
+    in_parts = HessianOperator(net, stated, (inputs, targets), microbatch_size=4)
+    if what == "sum":
+        assert in_parts.mean_loss() == pytest.approx(whole, rel=1e-12)
+    else:
+        with pytest.raises(HessianFlowError, match="weighted by the count it states"):
+            in_parts.mean_loss()
