@@ -300,7 +300,7 @@ def test_commands_that_read_runs(capsys):
     status, out, _ = run("replay", "run0", "--patience", "1", capsys=capsys)
     assert status == 0
     assert "epoch   1: batch 64, rate x 2" in out
-    assert "no growth for 1 estimates" in out
+    assert "no growth for 1 estimate" in out
     for controller, words in (
         ("critical", "note: the run measured with running statistics"),
         ("timed", "epoch   1: batch 256, rate x 8, adversarial share 0.2: planned"),

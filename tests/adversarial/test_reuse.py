@@ -99,7 +99,13 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
     model, batches = network(), data(AUGMENTED)
     made = train(model, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4, run_dir=tmp_path / "run")
     finish = made._loop._finish_epoch
-    made._loop._finish_epoch = lambda: (finish(), made.request_stop()) if made.progress.epoch == 2 else finish()
+
+    def stopping(*arguments):
+        finish(*arguments)
+        if made.progress.epoch == 2:
+            made.request_stop()
+
+    made._loop._finish_epoch = stopping
     made.fit()
     batches = data(AUGMENTED)
     train(again, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).resume(tmp_path / "run")

@@ -48,7 +48,13 @@ def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrain
     )
     if stop_at:
         loop, decide = made._loop, made._loop._decide
-        loop._decide = lambda at_end: (decide(at_end), made.request_stop() if made.progress.updates == stop_at else 0)
+
+        def stopping(*arguments):
+            decide(*arguments)
+            if made.progress.updates == stop_at:
+                made.request_stop()
+
+        loop._decide = stopping
     return made
 
 

@@ -47,7 +47,7 @@ class Counter:
 def test_rows_and_alarms_are_recorded_and_go_on_after_a_resume(tmp_path):
     _, trainer = train([Counter], run_dir=tmp_path / "run")
     finish = trainer._loop._finish_epoch
-    trainer._loop._finish_epoch = lambda: (finish(), trainer.request_stop())
+    trainer._loop._finish_epoch = lambda *arguments: (finish(*arguments), trainer.request_stop())
     trainer.fit()
     history = train([Counter])[1].resume(tmp_path / "run")
     assert [(row["epoch"], row["calls"]) for row in history.of_kind("count")] == [(1, 1), (2, 2), (3, 3)]
