@@ -12,31 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_runs import in_a_folder_of_its_own, run  # noqa: F401  (the fixture serves every test here)
 
 import hessianflow
 from hessianflow import History
 from hessianflow.build import load_parts
-from hessianflow.cli import main
 
 QUICK = ["--epochs", "2", "--plots", "false"]
-
-
-def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error of one command in this process."""
-    try:
-        status = main(list(arguments))
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):

@@ -1,35 +1,14 @@
 """Resolutions and dual-batch runs from the command line."""
 
-from pathlib import Path
-
 import pytest
-import torch
+from command_runs import in_a_folder_of_its_own, run  # noqa: F401  (the fixture serves every test here)
 
 from hessianflow import History
 from hessianflow.build import build_trainer
-from hessianflow.cli import main
 from hessianflow.config import TrainConfig
 
 FAKE = ["--data", "fake", "--model", "resnet8", "--train-examples", "256", "--test-examples", "64", "--plots", "false"]
 CYCLIC = ["--resolution", "cyclic", "--epochs", "4", "--milestones", "[2]", "--curvature", "off"]
-
-
-def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error of one command in this process."""
-    try:
-        status = main(list(arguments))
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_resolution_under_any_controller(capsys):

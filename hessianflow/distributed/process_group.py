@@ -11,6 +11,7 @@ counts, flags and plain values are agreed on without waiting for the device.
 import gc
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -304,11 +305,8 @@ def _finish(work: Any) -> None:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment[name]
-    try:
-        if len(text) <= _LONGEST_NUMBER:
-            return int(text)
-    except ValueError:
-        pass
+    if len(text) <= _LONGEST_NUMBER and re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):
+        return int(text)
     shown = repr(text) if len(text) <= _LONGEST_NUMBER else f"{text[:_LONGEST_NUMBER]!r}..."
     raise HessianFlowError(f"{name} must be a whole number, got {shown}: start with torchrun, or unset RANK")
 

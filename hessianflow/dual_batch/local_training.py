@@ -23,7 +23,6 @@ from hessianflow.batches import move
 from hessianflow.control import WorkerPlan
 from hessianflow.distributed.parameter_server import Weights
 from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
-from hessianflow.losses import weighted
 from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
@@ -138,7 +137,7 @@ class LocalTraining:
         local, self._next = max(self._next, epoch), max(self._next, epoch) + 1
         results = list(self._steps(epoch, local * self._course.workers + self._course.worker, plan))
         trained = sum(result.rows for result in results)
-        losses = torch.stack([weighted(result.loss.double(), result.weight) for result in results])
+        losses = torch.stack([result.loss.double() * result.weight for result in results])
         weight = float(sum(result.weight for result in results))
         hits = summed([result.hits for result in results])
         made = self._flat.read()  # waits for the device, so that the clock may be read and the sums may leave it

@@ -66,6 +66,7 @@ class Averaged:
         weight: what the mean divides by.
         source: what the weight counts, in words.
         ignore_index: the class index of targets that do not count, where the loss has one.
+        counted: the number of targets that count, where that is known.
         may_break_on_nothing: whether the gradient may be nan where the weight is 0. It cannot be
             for losses of torch, nor for an empty sum.
     """
@@ -75,6 +76,7 @@ class Averaged:
     source: str
     ignore_index: int | None = None
     may_break_on_nothing: bool = False
+    counted: Weight | None = None
 
 
 class MeanLoss:
@@ -141,7 +143,8 @@ class MeanLoss:
         ignore_index = setting(self.loss_fn, "ignore_index") if by_class else None
         if weight is None:
             weight = known_weight(self.loss_fn, targets)
-        return Averaged(result, weight, EXAMPLES, ignore_index)
+        is_count = by_class and setting(self.loss_fn, "weight") is None and setting(self.loss_fn, "reduction") == "mean"
+        return Averaged(result, weight, EXAMPLES, ignore_index, counted=weight if is_count else None)
 
 
 def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:

@@ -235,7 +235,7 @@ class GradientAccumulator:
             self._backward(averaged, divisor.value, count, leaf, last=is_last and done == total)
             parts.append((averaged.value.detach().float(), averaged.weight))
             slopes.append(None if leaf is None else leaf.grad)
-            hits.append(count_hits(map_tensors(Tensor.detach, outputs), targets, averaged.ignore_index))
+            hits.append(count_hits(map_tensors(Tensor.detach, outputs), targets, averaged))
         if on_input_gradient is not None:
             found = [slope for slope in slopes if slope is not None]
             if not found:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hessianflow.batches import as_batches, as_pair, explaining_types, map_tensors, move, num_examples
 from hessianflow.interfaces import AgreedError, Batch, HessianFlowError, Hits, LossFn, Reducer
-from hessianflow.losses import MeanLoss, SplitCheck, exact_type, weighted
+from hessianflow.losses import Averaged, MeanLoss, SplitCheck, exact_type, weighted
 from hessianflow.measuring import measuring
 from hessianflow.training.world import LocalWorld
 
@@ -95,7 +95,7 @@ def evaluate(
 def _figures(outputs: Any, targets: Any, mean_loss: MeanLoss, like: Tensor) -> Tensor:
     averaged = mean_loss(outputs, targets)
     loss = weighted(averaged.value.to(like), averaged.weight)
-    hits = count_hits(outputs, targets, averaged.ignore_index)
+    hits = count_hits(outputs, targets, averaged)
     correct, counted = (0, 0) if hits is None else hits
     figures = [loss, averaged.weight, correct, counted, num_examples(targets), hits is None]
     return torch.stack([torch.as_tensor(figure, dtype=like.dtype, device=like.device) for figure in figures])
@@ -110,13 +110,13 @@ def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
         )
 
 
-def count_hits(outputs: Any, targets: Any, ignore_index: int | None = None) -> Hits | None:
+def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
     """Count the rows whose largest score is at the target class.
 
     Args:
         outputs: scores, shape [B, classes].
         targets: class indices, shape [B].
-        ignore_index: the index of targets that do not count; None: all do.
+        averaged: the loss, which tells which targets count.
 
     Returns:
         None where `outputs` and `targets` are not of that kind.
@@ -126,12 +126,13 @@ def count_hits(outputs: Any, targets: Any, ignore_index: int | None = None) -> H
     if outputs.ndim != 2 or targets.ndim != 1 or targets.dtype.is_floating_point:
         return None
     hit = outputs.argmax(dim=1) == targets
-    if ignore_index is None:
+    ignored = averaged.ignore_index
+    if ignored is None:
         return Hits(hit.sum(), len(targets))
-    counts = targets != ignore_index
-    if ignore_index >= 0:  # no class of the model has another index
-        hit = hit & counts
-    return Hits(hit.sum(), counts.sum())
+    if ignored >= 0:  # no class of the model has another index
+        hit = hit & (targets != ignored)
+    counted = (targets != ignored).sum() if averaged.counted is None else averaged.counted
+    return Hits(hit.sum(), counted)
 
 
 def summed(hits: Sequence[Hits | None]) -> Hits | None:

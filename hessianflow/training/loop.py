@@ -14,6 +14,7 @@ from torch import nn
 from hessianflow.interfaces import Batch, Decision, Progress, ResizableBatches, World
 from hessianflow.runs import Recorder, rows
 from hessianflow.runs.names import BEST, LAST
+from hessianflow.runs.rows import Record
 from hessianflow.training import checkpoint
 from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.control_point import ControlPoint
@@ -48,6 +49,8 @@ class _Done:
     Attributes:
         place: updates made and epochs completed; that an epoch is over may be told after its last update.
         decided: whether the controller has been asked.
+        remeasured: whether running statistics were, before that; None: nobody has looked yet.
+        rows: of what was measured and decided, those that are not written yet.
         evaluation: at the end of an epoch; None where there is none.
         row: of the epoch.
         measurements: how many of them were made.
@@ -56,6 +59,8 @@ class _Done:
 
     place: tuple[int, int]
     decided: bool = False
+    remeasured: bool | None = None
+    rows: list[Record] = field(default_factory=list)
     evaluation: Evaluation | None = None
     row: dict[str, Any] | None = None
     measurements: int = 0
@@ -114,7 +119,6 @@ class TrainingLoop:
     show_progress: bool | None
     norm_statistics: NormStatistics = "settled"
     stop_requested: bool = field(default=False, init=False)
-    _were_unsettled: bool = field(default=False, init=False)
     _done: "_Done | None" = field(default=None, init=False)
     _said: set[str] = field(default_factory=set, init=False)
 
@@ -247,12 +251,15 @@ class TrainingLoop:
         place = counters.updates, counters.epoch
         if self._done is None or self._done.place != place:
             self._done = _Done(place)
-        if not self._done.decided:
-            if at_end:
-                self._settle_statistics(batch)
-            self._decide(at_end, self._done)
+        done = self._done
+        if at_end and done.remeasured is None:
+            done.remeasured = self._settle_statistics(batch)
+        if not done.decided:
+            self._decide(at_end, done)
+        while done.rows:
+            self.record.write(done.rows.pop(0))
         if at_end:
-            self._finish_epoch(self._done)
+            self._finish_epoch(done)
             # Whoever heard of the end of the epoch may want to stop there: with the weights of that epoch.
             stop = stop or any(self.world.gather(self.stop_requested))
         counters.settled = counters.updates
@@ -263,18 +270,20 @@ class TrainingLoop:
             self.save()
         return stop
 
-    def _settle_statistics(self, batch: Batch | None) -> None:
-        """Settle statistics before a reading or an evaluation rests on them; without a batch, after
-        a resume, do nothing."""
-        self._were_unsettled = False
+    def _settle_statistics(self, batch: Batch | None) -> bool:
+        """Return whether running statistics had to be measured anew, before a reading or an
+        evaluation rests on them.
+
+        Without a batch, after a resume, nothing is done.
+        """
         if batch is None or self.norm_statistics == "running":
-            return
+            return False
         with self.watch.part("evaluation"):
             usual, size = self.totals.mean_so_far(), self.step.microbatch.size
             found = settle(self.model, batch, self.after_epoch.loss_fn, usual, size, self.world)
         if found:
-            self._were_unsettled = True
             self._say_once("statistics", found)
+        return bool(found)
 
     def _decide(self, at_end: bool, done: "_Done") -> None:
         progress, before = self.progress, self.decision
@@ -292,14 +301,14 @@ class TrainingLoop:
         if outcome.is_over_budget:
             self._say_once("budget", OVER_BUDGET)
         if outcome.signals:
-            self.record.write(rows.signals_row(progress, outcome.signals))
+            done.rows.append(rows.signals_row(progress, outcome.signals))
         if outcome.reading is not None:
             # Where the controller was not asked, its last reason belongs to an earlier reading.
             note = "" if changed or outcome.decision is None else after.reason
-            self.record.write(rows.reading_row(progress, outcome.reading, note))
+            done.rows.append(rows.reading_row(progress, outcome.reading, note))
         # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
         if changed and (at_end or after.setting[::2] != before.setting[::2]):
-            self.record.write(rows.decision_row(progress, before, after))
+            done.rows.append(rows.decision_row(progress, before, after))
 
     def apply(self, decision: Decision) -> None:
         """Train under `decision` from the very next batch on."""
@@ -313,7 +322,7 @@ class TrainingLoop:
             if done.row is None:
                 done.evaluation = self.after_epoch.evaluate()
                 done.row = self.totals.epoch_row(self.progress, done.evaluation, self.watch.totals())
-                if self._were_unsettled:
+                if done.remeasured:
                     done.row["statistics"] = "remeasured"
                 self.record.write(done.row)
             for kind, figures, warning in self.after_epoch.measure(done.measurements):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hessianflow.interfaces import Decision, Progress
-from hessianflow.losses import exact_type, weighted
+from hessianflow.losses import exact_type
 from hessianflow.runs.rows import place, spent_on
 from hessianflow.training.accumulate import BatchResult
 from hessianflow.training.evaluate import Evaluation
@@ -58,7 +58,7 @@ class RunningTotals:
     def add(self, result: BatchResult, update: int, decision: Decision, rate: float) -> None:
         """Count one optimization batch, trained under `decision` at learning rate `rate`."""
         self._last = result.loss
-        self._loss += weighted(result.loss, result.weight)
+        self._loss += result.loss * result.weight  # where nothing counts, both are 0
         self._weight += result.weight
         if result.hits is None:
             self._classified = False

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError, History
 from hessianflow.adversarial import FGSM, ConcurrentAdversary
 from hessianflow.control import AdaBatch, FixedBatch
+from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.training.progressive import ProgressiveResize
 
@@ -259,7 +260,9 @@ class Failing:
         self.controller.load_state_dict(state)
 
 
-@pytest.mark.parametrize("place", ["before", "after", "measurement", "row epoch", "row batch", "row counted", "none"])
+@pytest.mark.parametrize(
+    "place", ["before", "after", "measurement", "row epoch", "row curvature", "row batch", "row counted", "none"]
+)
 def test_nothing_that_follows_an_update_is_done_twice(place: str):
     """Asked twice, the controller would double the batch twice; rows and steps of the schedule would be twofold."""
     failing, calm = Failing(place), Failing("none")
@@ -269,6 +272,7 @@ def test_nothing_that_follows_an_update_is_done_twice(place: str):
             model,
             STREAMS["device"](),
             controller=parts,
+            probe=CurvatureProbe(model, nn.CrossEntropyLoss(), (IMAGES[:16], TARGETS[:16])),
             measurements=[Constant(), parts],
             sinks=[parts],
             before_evaluation=lambda: parts.fail("before"),
