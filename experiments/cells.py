@@ -1,4 +1,5 @@
-"""The cells of a grid and their processes: each is one training run, started, continued, and read when it has ended."""
+"""The cells of a grid and their processes: each is one training run, started, continued, and read
+when it has ended."""
 
 import json
 import os
@@ -33,9 +34,11 @@ class Cell:
         problem: what is trained, on which data.
         method: how its batch size is chosen.
         seed: of the run.
-        settings: of `hessianflow train`, by their names in a settings file; without seed, data_dir and run_dir.
-        program: None: `hessianflow train`. Or a module that is run as `python -m MODULE SETTINGS.json RUN_DIR` and
-            trains, or continues what it finds in RUN_DIR; a measured.json that it leaves there goes into the row.
+        settings: of `hessianflow train`, by their names in a settings file; without seed, data_dir
+            and run_dir.
+        program: None: `hessianflow train`. Or a module that is run as `python -m MODULE
+            SETTINGS.json RUN_DIR` and trains, or continues what it finds in RUN_DIR; a
+            measured.json that it leaves there goes into the row.
         extra: further settings of that module.
     """
 
@@ -95,7 +98,8 @@ class Workplace:
         return self.runs / cell.problem / cell.method / f"seed{cell.seed}"
 
     def start(self, cell: Cell, beside: Sequence["Job"] = ()) -> "Job":
-        """Start the process of a cell, or of the rest of it; a run of other settings in its place is deleted.
+        """Start the process of a cell, or of the rest of it; a run of other settings in its place
+        is deleted.
 
         It gets the device that the fewest of the jobs `beside` it use.
         """
@@ -103,8 +107,12 @@ class Workplace:
         file.parent.mkdir(parents=True, exist_ok=True)
         settings = cell.all_settings
         if settings.get("data", "digits") not in NEEDS_NO_FILES:
-            settings["data_dir"] = None if self.data_dir is None else str(Path(self.data_dir).expanduser().absolute())
-        same = file.is_file() and _without_paths(json.loads(file.read_text("utf-8"))) == _without_paths(settings)
+            settings["data_dir"] = (
+                None if self.data_dir is None else str(Path(self.data_dir).expanduser().absolute())
+            )
+        same = file.is_file() and _without_paths(
+            json.loads(file.read_text("utf-8"))
+        ) == _without_paths(settings)
         if not (same and (run_dir / "checkpoints" / "last.pt").is_file()):
             shutil.rmtree(run_dir, ignore_errors=True)
         file.write_text(json.dumps(settings, indent=1), "utf-8")
@@ -129,7 +137,16 @@ class Workplace:
             model = cell.settings.get("model") or ""
             trusted = ["--model", model] if ":" in model else []
             return [self.python, "-m", "hessianflow", "resume", str(run_dir), *trusted]
-        return [self.python, "-m", "hessianflow", "train", "--config", str(settings), "--run-dir", str(run_dir)]
+        return [
+            self.python,
+            "-m",
+            "hessianflow",
+            "train",
+            "--config",
+            str(settings),
+            "--run-dir",
+            str(run_dir),
+        ]
 
 
 def _without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,31 +164,52 @@ class Job:
 
     def outcome(self) -> Outcome:
         """What the ended process left."""
-        lines = self.run_dir.with_suffix(".log").read_text("utf-8", errors="replace").strip().splitlines()
+        lines = (
+            self.run_dir.with_suffix(".log")
+            .read_text("utf-8", errors="replace")
+            .strip()
+            .splitlines()
+        )
         if self.process.returncode != 0:
             last = lines[-1] if lines else "no message"
             return Outcome(self.cell, None, f"exit status {self.process.returncode}: {last}")
         try:
             history = History.load(self.run_dir)
             if history.summary.get("status") != "finished":
-                return Outcome(self.cell, None, "stopped before the last epoch; run again to continue")
+                return Outcome(
+                    self.cell, None, "stopped before the last epoch; run again to continue"
+                )
             row = row_of(self.cell.problem, self.cell.method, self.cell.all_settings, history)
             measured = self.run_dir / MEASURED
             if measured.is_file():
                 row["measured"] = read_object(measured)
-        except (ValueError, KeyError, OSError) as error:  # a run directory that cannot be read stops no other cell
+        except (
+            ValueError,
+            KeyError,
+            OSError,
+        ) as error:  # a run directory that cannot be read stops no other cell
             return Outcome(self.cell, None, f"{self.run_dir}: {type(error).__name__}: {error}")
         return Outcome(self.cell, row)
 
 
 def unfinished(cells: Sequence[Cell], results: Path) -> list[Cell]:
     """The cells without a row of the same settings."""
-    done = {(row["problem"], row["method"], row["seed"]): row.get("settings") for row in read_rows(results)}
-    return [c for c in cells if done.get((c.problem, c.method, c.seed)) != json.loads(json.dumps(c.all_settings))]
+    done = {
+        (row["problem"], row["method"], row["seed"]): row.get("settings")
+        for row in read_rows(results)
+    }
+    return [
+        c
+        for c in cells
+        if done.get((c.problem, c.method, c.seed)) != json.loads(json.dumps(c.all_settings))
+    ]
 
 
-def run_grid(cells: Sequence[Cell], results: Path, place: Workplace, jobs: int = 1) -> Iterator[Outcome]:
-    """Run every cell that has no row of the same settings yet; yield each as it ends, its row already written.
+def run_grid(
+    cells: Sequence[Cell], results: Path, place: Workplace, jobs: int = 1
+) -> Iterator[Outcome]:
+    """Run every cell that has no row of the same settings yet; yield each as it ends, its row
+    already written.
 
     Args:
         cells: in the order they are started.

@@ -1,7 +1,8 @@
-"""The methods of the large-batch literature as changes of a problem's settings, for the studies that compare them.
+"""The methods of the large-batch literature as changes of a problem's settings, for the studies
+that compare them.
 
-The rate of every problem is stated at its first batch size, and batch normalisation sees groups of that size whatever
-the batch, so that only the size of a step differs between methods.
+The rate of every problem is stated at its first batch size, and batch normalisation sees groups of
+that size whatever the batch, so that only the size of a step differs between methods.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from hessianflow.config import cooldown_start
 Settings = dict[str, Any]
 PUBLISHED_EPOCHS, PUBLISHED_PATIENCE = 90, 10
 NO_LIMIT = 100
-"""Curvature budget of a study on few images: a reading after every epoch, whatever its share of the cost."""
+"""Curvature budget of a study on few images: a reading after every epoch, whatever its share of the
+cost."""
 
 PUBLISHED: Settings = {
     "batch_size": 128,
@@ -27,7 +29,8 @@ PUBLISHED: Settings = {
     "precision": "bf16",
     "channels_last": True,
 }
-"""The published ABSA runs on CIFAR (arXiv:1810.01021 and its code): momentum 0.9, no weight decay."""
+"""The published ABSA runs on CIFAR (arXiv:1810.01021 and its code): momentum 0.9, no weight
+decay."""
 
 
 def shortened(settings: Settings, part: int) -> Settings:
@@ -39,18 +42,31 @@ def shortened(settings: Settings, part: int) -> Settings:
 def _absa(base: Settings, **changes: Any) -> Settings:
     """The published settings, the patience being the same part of the run: 10 of 90 epochs."""
     patience = max(1, round(base["epochs"] * PUBLISHED_PATIENCE / PUBLISHED_EPOCHS))
-    return {"controller": "absa", "adversary": "fgsm", "patience": patience, "curvature": "needed", **changes}
+    return {
+        "controller": "absa",
+        "adversary": "fgsm",
+        "patience": patience,
+        "curvature": "needed",
+        **changes,
+    }
 
 
 def cooldown(base: Settings) -> Settings:
-    """The schedule of ours, as the command has it by default: constant for two thirds, then linearly to 0."""
+    """The schedule of ours, as the command has it by default: constant for two thirds, then
+    linearly to 0."""
     return {"schedule": "cooldown", "decay_from": cooldown_start(base["epochs"])}
 
 
 def critical(base: Settings) -> Settings:
     """Ours with the command's defaults spelled out, so that rows name what they were made with."""
-    bounds = {"loss_power": 1 / 0.21, "edge_share": 3 / 4, "excess_power": 1 / 4, "norm_mode": "batch"}
-    return {"controller": "critical", **cooldown(base), **bounds, "curvature": "needed"}  # no readings at the cap
+    bounds = {
+        "loss_power": 1 / 0.21,
+        "edge_share": 3 / 4,
+        "excess_power": 1 / 4,
+        "norm_mode": "batch",
+    }
+    # no readings at the cap
+    return {"controller": "critical", **cooldown(base), **bounds, "curvature": "needed"}
 
 
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
@@ -79,9 +95,13 @@ ONE_SIZE = ("fixed", "fixed-fgsm", "fixed-cooldown")
 
 
 def cells(
-    problems: Mapping[str, Settings], caps: Sequence[int], seeds: Sequence[int], methods: Iterable[str]
+    problems: Mapping[str, Settings],
+    caps: Sequence[int],
+    seeds: Sequence[int],
+    methods: Iterable[str],
 ) -> list[Cell]:
-    """Every method on every problem under every cap, seed by seed; named METHOD, or METHOD-CAP where there are caps.
+    """Every method on every problem under every cap, seed by seed; named METHOD, or METHOD-CAP
+    where there are caps.
 
     Args:
         problems: their settings by name.
@@ -95,12 +115,19 @@ def cells(
             for method in methods:
                 for cap in caps or [base["max_batch_size"]]:
                     name = f"{method}-{cap}" if caps and method not in ONE_SIZE else method
-                    found.append(_cell(problem, {**base, "max_batch_size": cap}, method, name, seed))
+                    found.append(
+                        _cell(problem, {**base, "max_batch_size": cap}, method, name, seed)
+                    )
     return list({(cell.problem, cell.method, cell.seed): cell for cell in found}.values())
 
 
 def _cell(problem: str, base: Settings, method: str, name: str, seed: int) -> Cell:
-    common = {"controller": "fixed", "adversary": "none", "curvature": "off", "curvature_budget": NO_LIMIT}
+    common = {
+        "controller": "fixed",
+        "adversary": "none",
+        "curvature": "off",
+        "curvature_budget": NO_LIMIT,
+    }
     common |= {"plots": False, "threads": 1}
     if method in ONE_SIZE:
         base = {**base, "max_batch_size": base["batch_size"]}

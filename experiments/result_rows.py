@@ -1,7 +1,8 @@
 """The rows of results.jsonl: their form, their reader, and how one is added.
 
-Every row carries its `format`. Rows of another format are left in the file, reported and not used, so their cells run
-again; a last line cut short by a crash is cut off. Of several rows of one cell the last counts.
+Every row carries its `format`. Rows of another format are left in the file, reported and not used,
+so their cells run again; a last line cut short by a crash is cut off. Of several rows of one cell
+the last counts.
 """
 
 import json
@@ -86,11 +87,12 @@ class ResultRow(_CellOfRow, total=False):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the usable rows of a results file, the newest per (problem, method, seed); none where there is no file.
+    """Return the usable rows of a results file, the newest per (problem, method, seed); none where
+    there is no file.
 
     Raises:
-        HessianFlowError: a line before the last is not a JSON object; a row does not say which cell it is of, or a
-            field of it has another form.
+        HessianFlowError: a line before the last is not a JSON object; a row does not say which cell
+            it is of, or a field of it has another form.
     """
     found: dict[tuple[str, str, int], Row] = {}
     foreign = 0
@@ -101,13 +103,18 @@ def read_rows(path: Path) -> list[Row]:
             continue
         lacking = [name for name in ("problem", "method", "seed") if name not in row]
         if lacking:
-            raise HessianFlowError(f"{path} line {number} has no {', '.join(lacking)}: mend it or delete the line")
+            raise HessianFlowError(
+                f"{path} line {number} has no {', '.join(lacking)}: mend it or delete the line"
+            )
         fault = fault_of(row, ResultRow)
         if fault is not None:
             raise HessianFlowError(f"{path} line {number}: {fault}: mend it or delete the line")
         found[row["problem"], row["method"], row["seed"]] = row
     if foreign:
-        sys.stderr.write(f"{path}: {foreign} rows of a format other than {FORMAT} not used; their cells run again\n")
+        sys.stderr.write(
+            f"{path}: {foreign} rows of a format other than {FORMAT} not used; their cells run"
+            " again\n"
+        )
     return list(found.values())
 
 
@@ -117,9 +124,13 @@ def _parsed_row(path: Path, number: int, line: bytes) -> Row:
     except NotJSONError:
         row = None
     except HessianFlowError as error:
-        raise HessianFlowError(f"{path} line {number}: {error}: mend it or delete the line") from None
+        raise HessianFlowError(
+            f"{path} line {number}: {error}: mend it or delete the line"
+        ) from None
     if not isinstance(row, dict):
-        raise HessianFlowError(f"{path} line {number} is not a JSON object: mend it or move the file away")
+        raise HessianFlowError(
+            f"{path} line {number} is not a JSON object: mend it or move the file away"
+        )
     return row
 
 
@@ -134,7 +145,9 @@ def field(row: Mapping[str, Any], *names: str) -> Any:
         found = found.get(name) if isinstance(found, Mapping) else None
     if found is None:
         where = f"{row['problem']} {row['method']}"
-        raise HessianFlowError(f"a row of {where} has no {'.'.join(names)}: delete it, its cell runs again")
+        raise HessianFlowError(
+            f"a row of {where} has no {'.'.join(names)}: delete it, its cell runs again"
+        )
     return found
 
 
@@ -150,7 +163,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
-    """Return the lines of a file with their numbers; the last one only if it is whole: valid JSON, or ended.
+    """Return the lines of a file with their numbers; the last one only if it is whole: valid JSON,
+    or ended.
 
     Raises:
         HessianFlowError: the file cannot be read, or a line has no end.
@@ -162,7 +176,9 @@ def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
         with open(path, "rb") as file:
             while line := file.readline(LONGEST_LINE + 1):
                 if len(line) > LONGEST_LINE:
-                    raise HessianFlowError(f"{path} line {len(found) + 1} is longer than {LONGEST_LINE} bytes")
+                    raise HessianFlowError(
+                        f"{path} line {len(found) + 1} is longer than {LONGEST_LINE} bytes"
+                    )
                 found.append(line)
     except OSError as error:
         raise HessianFlowError(f"cannot read {path}: {error.strerror or error}") from None

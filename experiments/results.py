@@ -1,4 +1,5 @@
-"""results.jsonl: one row per finished cell of a grid; and the tables and figures made from it alone."""
+"""results.jsonl: one row per finished cell of a grid; and the tables and figures made from it
+alone."""
 
 import csv
 import os
@@ -29,11 +30,21 @@ __all__ = [
     "row_of",
     "write_reports",
 ]
-_COLUMNS = ("problem", "method", "seeds", "accuracy", "spread", "updates", "largest batch", "seconds")
+_COLUMNS = (
+    "problem",
+    "method",
+    "seeds",
+    "accuracy",
+    "spread",
+    "updates",
+    "largest batch",
+    "seconds",
+)
 
 
 def row_of(problem: str, method: str, settings: Mapping[str, Any], history: History) -> Row:
-    """The row of a finished run, but for its format; `settings`: all of them, the seed among them."""
+    """The row of a finished run, but for its format; `settings`: all of them, the seed among
+    them."""
     summary = history.summary
     curvature = {row["examples"]: row["eigenvalue"] for row in history.curvature}
     return {
@@ -49,9 +60,14 @@ def row_of(problem: str, method: str, settings: Mapping[str, Any], history: Hist
         "clock_seconds": summary.get("clock_seconds"),
         "seconds_by_part": summary["seconds"],
         "peak_memory_mib": summary["peak_memory_mib"],
-        "growths": [{key: row[key] for key in ("epoch", "from", "to", "reason")} for row in history.growths],
+        "growths": [
+            {key: row[key] for key in ("epoch", "from", "to", "reason")} for row in history.growths
+        ],
         "epochs": [
-            {key: row[key] for key in ("batch_size", "lr", "updates", "train_loss", "eval_accuracy")}
+            {
+                key: row[key]
+                for key in ("batch_size", "lr", "updates", "train_loss", "eval_accuracy")
+            }
             | {"eigenvalue": curvature.get(row["examples"])}
             for row in history.epochs
         ],
@@ -65,8 +81,13 @@ def row_of(problem: str, method: str, settings: Mapping[str, Any], history: Hist
 def hardware() -> str:
     """The processor and how many of its cores there are."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    names = [
+        line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")
+    ]
+    return (
+        f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()}"
+        " cores"
+    )
 
 
 def _lines(path: Path) -> list[str]:
@@ -92,7 +113,9 @@ class Group:
         Raises:
             HessianFlowError: a row without it.
         """
-        return [float(field(row, name)) for row in sorted(self.rows, key=lambda row: int(row["seed"]))]
+        return [
+            float(field(row, name)) for row in sorted(self.rows, key=lambda row: int(row["seed"]))
+        ]
 
     def cells(self) -> dict[str, str]:
         """The line of the table, as text by column."""
@@ -121,7 +144,8 @@ def groups(rows: Sequence[Row]) -> list[Group]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A PNG: for every problem, accuracy against updates, and the batch size by epoch of each method's first seed."""
+    """A PNG: for every problem, accuracy against updates, and the batch size by epoch of each
+    method's first seed."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     from hessianflow.plots import style
@@ -140,19 +164,29 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         left.xaxis.set_major_formatter("{x:.0f}")
         left.xaxis.set_minor_formatter(NullFormatter())
         left.tick_params(axis="x", which="both", labelsize=7)
-        sizes = [epoch["batch_size"] for group in here for row in group.rows for epoch in field(row, "epochs")]
+        sizes = [
+            epoch["batch_size"]
+            for group in here
+            for row in group.rows
+            for epoch in field(row, "epochs")
+        ]
         style.batch_axis(right, sizes)
         style.finish(left, "optimizer updates", "test accuracy (%)")
         style.finish(right, "epoch", "batch size")
         columns = -(-len(here) // 14)  # as many names stand beside a panel
         right.legend(
-            *left.get_legend_handles_labels(), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns
+            *left.get_legend_handles_labels(),
+            fontsize=7,
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            ncols=columns,
         )
     figure.savefig(path, dpi=110)
 
 
 def _draw_group(left: Any, right: Any, group: Group, index: int) -> None:
-    """A point for every run of a group, a line for its first, in the colour and the marker of the method everywhere."""
+    """A point for every run of a group, a line for its first, in the colour and the marker of the
+    method everywhere."""
     from hessianflow.plots import style
 
     colour, marker = style.colour(index), "os^vDPX*"[index // len(style.COLOURS) % 8]
@@ -169,11 +203,22 @@ def _draw_group(left: Any, right: Any, group: Group, index: int) -> None:
     first = min(group.rows, key=lambda row: int(row["seed"]))
     sizes = [epoch["batch_size"] for epoch in field(first, "epochs")]
     dash = style.dash(index)
-    right.step(range(1, len(sizes) + 1), sizes, where="mid", linewidth=1.1, color=colour, alpha=0.8, linestyle=dash)
+    right.step(
+        range(1, len(sizes) + 1),
+        sizes,
+        where="mid",
+        linewidth=1.1,
+        color=colour,
+        alpha=0.8,
+        linestyle=dash,
+    )
 
 
-def write_reports(rows: Sequence[Row], folder: Path, draw: Callable[[Sequence[Row], Path], None] = draw) -> list[Path]:
-    """Write table.md, table.tex, table.csv, and results.png by `draw`; returns their paths, none without rows."""
+def write_reports(
+    rows: Sequence[Row], folder: Path, draw: Callable[[Sequence[Row], Path], None] = draw
+) -> list[Path]:
+    """Write table.md, table.tex, table.csv, and results.png by `draw`; returns their paths, none
+    without rows."""
     if not rows:
         return []
     lines = [group.cells() for group in groups(rows)]
@@ -183,7 +228,9 @@ def write_reports(rows: Sequence[Row], folder: Path, draw: Callable[[Sequence[Ro
     write_text(table_md, "\n".join(markdown) + "\n")
     body = [" & ".join(map(in_latex, line.values())) + r" \\" for line in lines]
     header = " & ".join(_COLUMNS) + r" \\ \hline"
-    write_text(table_tex, "\n".join([r"\begin{tabular}{lllrrrrr}", header, *body, r"\end{tabular}"]) + "\n")
+    write_text(
+        table_tex, "\n".join([r"\begin{tabular}{lllrrrrr}", header, *body, r"\end{tabular}"]) + "\n"
+    )
     with open(table_csv, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()

@@ -1,8 +1,9 @@
 """Runs a grid of training runs over seeds, and keeps what came out of each.
 
-A cell is one `hessianflow train` in a process of its own. One whose row is in results.jsonl is not repeated, an
-interrupted one is continued from its checkpoint, one that fails is reported and the others go on. Where there are GPUs,
-every process sees one of them. A study (a folder below experiments/) says what the cells are and calls :func:`main`.
+A cell is one `hessianflow train` in a process of its own. One whose row is in results.jsonl is not
+repeated, an interrupted one is continued from its checkpoint, one that fails is reported and the
+others go on. Where there are GPUs, every process sees one of them. A study (a folder below
+experiments/) says what the cells are and calls :func:`main`.
 """
 
 import argparse
@@ -40,8 +41,8 @@ class Study:
         folder: where results.jsonl, tables and figures are kept.
         cells: the grid at a scale, for the given seeds, in the order of usefulness.
         draw: makes the figure, a PNG at the given path, from the rows alone.
-        recorded: folder of results that come with the study, to which nothing is added unless somebody names it; they
-            tell how long the cells took.
+        recorded: folder of results that come with the study, to which nothing is added unless
+            somebody names it; they tell how long the cells took.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Study:
 
 
 def main(study: Study, arguments: Sequence[str] | None = None) -> int:
-    """The command line of a study; 0 when every cell has a row, 1 when one has none, 2 on bad input."""
+    """The command line of a study; 0 when every cell has a row, 1 when one has none, 2 on bad
+    input."""
     options = _parser(study).parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
@@ -76,7 +78,9 @@ def _main(study: Study, options: argparse.Namespace) -> int:
     smoke = scale == "smoke"  # made-up data: their figures are kept apart
     folder = Path(options.out or (runs / "smoke" if smoke else study.folder)).expanduser()
     if smoke and study.recorded is not None and folder.resolve() == study.recorded.resolve():
-        raise HessianFlowError(f"--out {folder}: rows of made-up data do not belong there, name another folder")
+        raise HessianFlowError(
+            f"--out {folder}: rows of made-up data do not belong there, name another folder"
+        )
     cells = [cell for cell in study.cells(scale, options.seeds) if _wanted(cell, options.only)]
     if not cells:
         raise HessianFlowError(f"no cell of the {scale} grid fits --only {' '.join(options.only)}")
@@ -89,7 +93,11 @@ def _main(study: Study, options: argparse.Namespace) -> int:
     todo = unfinished(cells, results)
     check_data(todo, place.data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{len(cells)} cells, {len(cells) - len(todo)} of them in {results}{_estimate(todo, study)}", flush=True)
+    print(
+        f"{len(cells)} cells, {len(cells) - len(todo)} of them in"
+        f" {results}{_estimate(todo, study)}",
+        flush=True,
+    )
     failed = _run(todo, results, place, options.jobs or max(1, len(devices)))
     if len(failed) < len(todo) or not todo:
         _write_reports(study, results)
@@ -100,14 +108,16 @@ def _write_reports(study: Study, results: Path, *, must_have_rows: bool = False)
     """Tables and figure from the rows of a file; nothing where it has none."""
     rows = read_rows(results)
     if must_have_rows and not rows:
-        stand = f", or name those that come with it: --out {study.recorded}" if study.recorded else ""
+        stand = (
+            f", or name those that come with it: --out {study.recorded}" if study.recorded else ""
+        )
         raise HessianFlowError(f"{results} holds no rows: run the study first{stand}")
     try:
         paths = write_reports(rows, results.parent, study.draw)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise HessianFlowError(
-            f"{results} holds a row that is not of this study ({type(error).__name__} {error}): delete it, its cell "
-            "runs again"
+            f"{results} holds a row that is not of this study ({type(error).__name__} {error}):"
+            " delete it, its cell runs again"
         ) from error
     for path in paths:
         print(path)
@@ -123,8 +133,9 @@ def check_data(cells: Sequence[Cell], data_dir: str | None) -> None:
     for name in [name for name in names if name not in NEEDS_NO_FILES]:
         if data_dir is None:
             raise HessianFlowError(
-                f"{name} is needed: name the folder of its official files with --data-dir (`hessianflow data fetch "
-                f"{name} --data-dir DIR` gets them), or try --smoke, which needs none"
+                f"{name} is needed: name the folder of its official files with --data-dir"
+                f" (`hessianflow data fetch {name} --data-dir DIR` gets them), or try --smoke,"
+                " which needs none"
             )
         load(name, data_dir, "test")
 
@@ -135,11 +146,18 @@ def _estimate(cells: Sequence[Cell], study: Study) -> str:
     took: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         took.setdefault((row["problem"], row["method"]), []).append(row["seconds"])
-    known = [statistics.mean(took[cell.problem, cell.method]) for cell in cells if (cell.problem, cell.method) in took]
+    known = [
+        statistics.mean(took[cell.problem, cell.method])
+        for cell in cells
+        if (cell.problem, cell.method) in took
+    ]
     if not known:
         return ""
     rest = f"; nobody timed the other {len(cells) - len(known)}" if len(known) < len(cells) else ""
-    return f"; {len(known)} of the rest took {sum(known) / 60:.0f} min, one by one, on {rows[-1]['hardware']}{rest}"
+    return (
+        f"; {len(known)} of the rest took {sum(known) / 60:.0f} min, one by one, on"
+        f" {rows[-1]['hardware']}{rest}"
+    )
 
 
 def _run(cells: Sequence[Cell], results: Path, place: Workplace, jobs: int) -> list[Outcome]:
@@ -184,21 +202,41 @@ def _count(text: str) -> int:
         argparse.ArgumentTypeError: there cannot be so many.
     """
     if not text.isdecimal() or len(text) > len(str(MOST_JOBS)) or not 1 <= int(text) <= MOST_JOBS:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST_JOBS}, got {text[:20]}")
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 1 to {MOST_JOBS}, got {text[:20]}"
+        )
     return int(text)
 
 
 def _parser(study: Study) -> argparse.ArgumentParser:
-    parser = _Parser(prog=study.name, description=f"Run the grid of the study {study.name!r}.", allow_abbrev=False)
-    parser.add_argument("--scale", choices=get_args(Scale), default="cpu", help="size of the grid; default: cpu")
-    parser.add_argument("--smoke", action="store_true", help="--scale smoke: seconds, on made-up data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--jobs", type=_count, help="processes at once; default: one a GPU, or one without GPUs")
+    parser = _Parser(
+        prog=study.name,
+        description=f"Run the grid of the study {study.name!r}.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="PATTERN", help="only cells whose PROBLEM/METHOD fits"
+        "--scale", choices=get_args(Scale), default="cpu", help="size of the grid; default: cpu"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="--scale smoke: seconds, on made-up data"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument(
+        "--jobs", type=_count, help="processes at once; default: one a GPU, or one without GPUs"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="only cells whose PROBLEM/METHOD fits",
     )
     parser.add_argument("--data-dir", help="folder of the data sets' official files")
     parser.add_argument("--runs", help=f"folder of the run directories; default: runs/{study.name}")
-    parser.add_argument("--out", help=f"folder of results.jsonl, tables and figures; default: {study.folder}")
-    parser.add_argument("--report", action="store_true", help="run nothing; make tables and figures anew")
+    parser.add_argument(
+        "--out", help=f"folder of results.jsonl, tables and figures; default: {study.folder}"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing; make tables and figures anew"
+    )
     return parser

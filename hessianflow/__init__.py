@@ -1,7 +1,8 @@
-"""hessianflow: Hessian-driven batch sizes, adversarial regularization and large-batch training for PyTorch.
+"""hessianflow: Hessian-driven batch sizes, adversarial regularization and large-batch training for
+PyTorch.
 
-Rooms (`hf.curvature`, `hf.control`, ...) are imported when first used, so that `import hessianflow` stays light;
-torch, too, so that the command can be interrupted while it loads.
+Rooms (`hf.curvature`, `hf.control`, ...) are imported when first used, so that `import hessianflow`
+stays light; torch, too, so that the command can be interrupted while it loads.
 """
 
 from importlib import import_module
@@ -55,7 +56,9 @@ _CLASSES = {
     "AdaptiveBatchTrainer": "hessianflow.training.trainer",
     "History": "hessianflow.runs.history",
     "WeightedLoss": "hessianflow.losses",
-    **dict.fromkeys(("CurvatureReading", "Decision", "HessianFlowError", "Progress"), "hessianflow.interfaces"),
+    **dict.fromkeys(
+        ("CurvatureReading", "Decision", "HessianFlowError", "Progress"), "hessianflow.interfaces"
+    ),
 }
 
 

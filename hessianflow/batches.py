@@ -54,12 +54,14 @@ def num_examples(batch: Any) -> int:
         return found.pop()
     if found:
         raise HessianFlowError(
-            f"cannot tell the number of examples of {article(batch)} whose entries have {_listed(found)} rows: pass a "
-            "pair (inputs, targets), or call the entry with one row an example 'labels'"
+            f"cannot tell the number of examples of {article(batch)} whose entries have"
+            f" {_listed(found)} rows: pass a pair (inputs, targets), or call the entry with one row"
+            " an example 'labels'"
         )
     raise HessianFlowError(
-        f"a batch must hold at least one tensor with a row an example, found none in {article(batch)}: pass batches, "
-        "such as next(iter(loader)), and not a loader or a single example"
+        "a batch must hold at least one tensor with a row an example, found none in"
+        f" {article(batch)}: pass batches, such as next(iter(loader)), and not a loader or a single"
+        " example"
     )
 
 
@@ -81,16 +83,19 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 
 def split(batch: Batch, size: int | None, group: int | None = None) -> Iterator[Batch]:
-    """Cut a batch, in order, into the fewest microbatches of at most `size` examples. None: one piece.
+    """Cut a batch, in order, into the fewest microbatches of at most `size` examples. None: one
+    piece.
 
-    The pieces are as equal as can be (130 examples at size 128 make 65 + 65): batch normalisation then never sees a
-    microbatch of a few examples next to full ones. Of an odd number in twos, one piece has three (:func:`num_parts`).
+    The pieces are as equal as can be (130 examples at size 128 make 65 + 65): batch normalisation
+    then never sees a microbatch of a few examples next to full ones. Of an odd number in twos, one
+    piece has three (:func:`num_parts`).
 
     Args:
         batch: (inputs, targets), or one mapping.
         size: most examples a piece.
-        group: the batch is thought of as the fewest equal groups of at most this many, and a piece that can hold one
-            holds whole groups only: what is normalised together does not depend on `size`.
+        group: the batch is thought of as the fewest equal groups of at most this many, and a piece
+            that can hold one holds whole groups only: what is normalised together does not depend
+            on `size`.
 
     Raises:
         HessianFlowError: as :func:`take_rows`.
@@ -129,13 +134,17 @@ def take_rows(part: Any, rows: slice | Tensor, total: int, name: str = "") -> An
     values = entries(part)
     if values is None:
         raise HessianFlowError(
-            f"{name or 'batch'} is {article(part)}, whose rows are not known: it cannot be cut into parts; use "
-            "tensors in dicts, or leave the batch in one piece"
+            f"{name or 'batch'} is {article(part)}, whose rows are not known: it cannot be cut into"
+            " parts; use tensors in dicts, or leave the batch in one piece"
         )
     is_pair = not name and is_list(part) and len(part) == 2
     if not is_pair and is_list(part) and _is_one_an_example(part, total, name):
         return type(part)(values[number] for number in _numbers(rows, total))
-    names = ["inputs", "targets"] if is_pair else [(name or "batch") + entry for entry in entry_names(part)]
+    names = (
+        ["inputs", "targets"]
+        if is_pair
+        else [(name or "batch") + entry for entry in entry_names(part)]
+    )
     return rebuilt(part, [take_rows(v, rows, total, n) for v, n in zip(values, names, strict=True)])
 
 
@@ -154,9 +163,9 @@ def _has_rows(part: Tensor | np.ndarray[Any, Any], total: int, name: str) -> boo
     reading = _reading(part, total)
     if reading == "unknown":
         raise HessianFlowError(
-            f"{name or 'batch'} has {part.shape[0]} rows in a batch of {total} examples and cannot be cut with "
-            "them: if all examples share it, give it a first dimension of 1 (t[None]); if they have several rows each, "
-            "pad these to one"
+            f"{name or 'batch'} has {part.shape[0]} rows in a batch of {total} examples and cannot"
+            " be cut with them: if all examples share it, give it a first dimension of 1"
+            " (t[None]); if they have several rows each, pad these to one"
         )
     return reading == "rows"
 
@@ -173,8 +182,9 @@ def _is_one_an_example(part: Sequence[Any], total: int, name: str) -> bool:
     can_be_cut = "rows" in readings and "unknown" not in readings
     if can_be_cut and total > 1:
         raise HessianFlowError(
-            f"{name or 'batch'} is a {type(part).__name__} of {total} entries of {total} rows in a batch of "
-            f"{total} examples: is it one entry an example, or one row? Use a dict, or leave this batch in one piece"
+            f"{name or 'batch'} is a {type(part).__name__} of {total} entries of {total} rows in a"
+            f" batch of {total} examples: is it one entry an example, or one row? Use a dict, or"
+            " leave this batch in one piece"
         )
     return not can_be_cut
 
@@ -202,8 +212,8 @@ def _numbers(rows: slice | Tensor, total: int) -> Iterable[int]:
 def num_parts(total: int, size: int) -> int:
     """Return the fewest parts of at most `size` examples that leave none alone.
 
-    Batch normalisation cannot train on one example. Equal parts hold fewer than two only where an odd number is cut in
-    twos; one part then has three. Parts of one are what was asked for.
+    Batch normalisation cannot train on one example. Equal parts hold fewer than two only where an
+    odd number is cut in twos; one part then has three. Parts of one are what was asked for.
     """
     parts = -(-total // size)
     return max(min(parts, total // 2), 1) if size > 1 else parts
@@ -231,14 +241,22 @@ def as_batches(data: Any) -> Iterable[Any]:
         return [data]
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
         return [data]
-    if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[1], (tuple, list)):
+    if (
+        isinstance(data, (tuple, list))
+        and len(data) == 2
+        and not isinstance(data[1], (tuple, list))
+    ):
         return data if isinstance(data[0], Mapping) and isinstance(data[1], Mapping) else [data]
     if isinstance(data, (tuple, list)) and any(isinstance(entry, Tensor) for entry in data):
-        raise HessianFlowError(f"a batch must be a pair (inputs, targets), got {article(data)} of {len(data)}")
-    if isinstance(data, Tensor) or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
         raise HessianFlowError(
-            f"data must be a pair (inputs, targets) or an iterable of pairs, got {article(data)}: batch a data set by "
-            "torch.utils.data.DataLoader(dataset, batch_size)"
+            f"a batch must be a pair (inputs, targets), got {article(data)} of {len(data)}"
+        )
+    if isinstance(data, Tensor) or (
+        isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+    ):
+        raise HessianFlowError(
+            f"data must be a pair (inputs, targets) or an iterable of pairs, got {article(data)}:"
+            " batch a data set by torch.utils.data.DataLoader(dataset, batch_size)"
         )
     rewind = getattr(data, "rewind", None)
     if callable(rewind):
@@ -256,8 +274,8 @@ def as_pair(batch: Any) -> Batch:
         return batch[0], batch[1]
     size = f" of {len(batch)}" if isinstance(batch, (list, tuple, Mapping)) else ""
     raise HessianFlowError(
-        f"a batch must be a pair (inputs, targets), got {article(batch)}{size}: let each item of the data set, or what "
-        "collate_fn returns, be (inputs, targets); either may be a dict"
+        f"a batch must be a pair (inputs, targets), got {article(batch)}{size}: let each item of"
+        " the data set, or what collate_fn returns, be (inputs, targets); either may be a dict"
     )
 
 
@@ -271,14 +289,15 @@ def training_pair(batch: Any) -> Batch:
     inputs, targets = as_pair(batch)
     if is_list(targets) and targets and _are_alike(targets):
         raise HessianFlowError(
-            f"targets must be tensors with one row an example, got {article(targets)} of {len(targets)} entries of "
-            f"type {type(targets[0]).__name__}: pad them to tensors in one dict"
+            f"targets must be tensors with one row an example, got {article(targets)} of"
+            f" {len(targets)} entries of type {type(targets[0]).__name__}: pad them to tensors in"
+            " one dict"
         )
     count, possible = num_examples(targets), _counts(inputs, lists=True) - {1}
     if possible and count not in possible:
         raise HessianFlowError(
-            f"inputs of {_listed(possible)} rows do not go with targets of {count}: both must have one row an example; "
-            "reshape outputs and targets in the loss"
+            f"inputs of {_listed(possible)} rows do not go with targets of {count}: both must have"
+            " one row an example; reshape outputs and targets in the loss"
         )
     return inputs, targets
 
@@ -316,7 +335,8 @@ def _listed(counts: set[int]) -> str:
 
 
 _OF_TYPES = ("same dtype", "target dtype", "Found dtype", "scalar type", "Input type (")
-"""What torch's errors about two types say: of products, classes, losses, embeddings and convolutions."""
+"""What torch's errors about two types say: of products, classes, losses, embeddings and
+convolutions."""
 
 
 @contextmanager
@@ -337,11 +357,13 @@ def explaining_types(model: nn.Module, batch: Any) -> Iterator[None]:
             raise
         weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         parts = batch if is_list(batch) and len(batch) == 2 else (batch, ())
-        inputs, targets = (", ".join(sorted({str(t.dtype) for t in _tensors(part)})) or "none" for part in parts)
+        inputs, targets = (
+            ", ".join(sorted({str(t.dtype) for t in _tensors(part)})) or "none" for part in parts
+        )
         raise HessianFlowError(
-            f"the model or the loss does not take inputs of {inputs} and targets of {targets} with weights of "
-            f"{weights} ({str(error).splitlines()[0]}); convert where examples are made, such as inputs.float() and, "
-            "for classes, targets.long()"
+            f"the model or the loss does not take inputs of {inputs} and targets of {targets} with"
+            f" weights of {weights} ({str(error).splitlines()[0]}); convert where examples are"
+            " made, such as inputs.float() and, for classes, targets.long()"
         ) from error
 
 

@@ -26,7 +26,8 @@ LARGEST = 1e30
 LONGEST_TEXT = 4096
 """Most characters of a name or a path: the longest path of Linux."""
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")
-"""Kinds of characters that no name may hold: control characters, halves of pairs, separators of lines."""
+"""Kinds of characters that no name may hold: control characters, halves of pairs, separators of
+lines."""
 _SHOWN = 80
 """Most characters of a wrong value that an error repeats."""
 
@@ -112,7 +113,9 @@ def check_setting(name: str, value: Any, hint: Any) -> None:
         low, high = BOUNDS[name]
         numbers = _numbers(value)
         if name in ABOVE and any(number <= low for number in numbers):
-            raise HessianFlowError(f"{option(name)} must be greater than {low:g}, got {shown(value)}")
+            raise HessianFlowError(
+                f"{option(name)} must be greater than {low:g}, got {shown(value)}"
+            )
         for number in numbers:
             check_range(option(name), number, low, high)
 
@@ -128,7 +131,9 @@ def check_range(where: str, number: float, low: float, high: float) -> None:
     if number > high:
         raise HessianFlowError(f"{where} must be at most {high:g}, got {shown(number)}")
     if not low <= number <= high:
-        raise HessianFlowError(f"{where} must be a number from {low:g} to {high:g}, got {shown(number)}")
+        raise HessianFlowError(
+            f"{where} must be a number from {low:g} to {high:g}, got {shown(number)}"
+        )
 
 
 def option(name: str) -> str:
@@ -190,8 +195,12 @@ def _described(hint: Any) -> str:
     if kind is Literal:
         return ("one of " if len(parts) > 1 else "") + ", ".join(map(repr, parts))
     if kind is tuple and parts[-1] is Ellipsis:
-        return f"a list like {'[[2, 256], [4, 512]]' if get_origin(parts[0]) is tuple else '[30, 60]'}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+        return (
+            f"a list like {'[[2, 256], [4, 512]]' if get_origin(parts[0]) is tuple else '[30, 60]'}"
+        )
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        hint, str(hint)
+    )
 
 
 def _numbers(value: Any) -> list[float]:
@@ -206,9 +215,12 @@ def _check_text(name: str, value: str) -> None:
     if not value.strip():
         raise HessianFlowError(f"{option(name)} must not be empty: leave it out instead")
     if len(value) > LONGEST_TEXT:
-        raise HessianFlowError(f"{option(name)} must be at most {LONGEST_TEXT} characters long, got {len(value)}")
+        raise HessianFlowError(
+            f"{option(name)} must be at most {LONGEST_TEXT} characters long, got {len(value)}"
+        )
     wrong = next((sign for sign in value if unicodedata.category(sign) in _UNSEEN), None)
     if wrong is not None:
         raise HessianFlowError(
-            f"{option(name)} must not hold the character {wrong!a}: records, plots and tables could not show it"
+            f"{option(name)} must not hold the character {wrong!a}: records, plots and tables could"
+            " not show it"
         )

@@ -26,11 +26,25 @@ from hessianflow.config import TrainConfig, from_dict, option, resolve, to_dict
 from hessianflow.control import Stage, stage_at
 from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, ProbeOperator
-from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches, ImageFolder, ImageSet, load
+from hessianflow.data import (
+    AdaptiveBatches,
+    Augmentation,
+    DeviceBatches,
+    ImageFolder,
+    ImageSet,
+    load,
+)
 from hessianflow.distributed.curvature import sharded
 from hessianflow.earlier import before_image_size
 from hessianflow.fitting import fitted
-from hessianflow.interfaces import Batch, EpochMeasurement, HessianFlowError, LinearOperator, RecordSink, World
+from hessianflow.interfaces import (
+    Batch,
+    EpochMeasurement,
+    HessianFlowError,
+    LinearOperator,
+    RecordSink,
+    World,
+)
 from hessianflow.machine import computes_in_bf16, find_device
 from hessianflow.memory import keep_freed_memory
 from hessianflow.models import create
@@ -48,17 +62,21 @@ from hessianflow.training.recalibrate import recalibrate
 from hessianflow.training.world import LocalWorld
 
 EVALUATION_BATCH = {"cpu": 128}
-"""Test examples per forward pass by kind of device, else 1000: on a processor the caches hold no more. Ours."""
+"""Test examples per forward pass by kind of device, else 1000: on a processor the caches hold no
+more. Ours."""
 FLOAT32_PER_16_BIT = 1.7
-"""Cost of a gradient in float32, in gradients under 16-bit autocast; measured: ResNet-20, AMD EPYC with bf16 units."""
+"""Cost of a gradient in float32, in gradients under 16-bit autocast; measured: ResNet-20, AMD EPYC
+with bf16 units."""
 
 FIRST_SHARE, FEWEST_PRODUCTS = 0.25, 5
-"""Share of the cost of the whole training that the first reading may take, and the fewest products that it is made
-with. Ours: it comes before there is a price, and a short run on few images would spend most of its time on it."""
+"""Share of the cost of the whole training that the first reading may take, and the fewest products
+that it is made with. Ours: it comes before there is a price, and a short run on few images would
+spend most of its time on it."""
 RECALIBRATION_EXAMPLES = 1024
 """Training examples that statistics of normalisation are measured on before an evaluation. Ours."""
 WATCHED_EXAMPLES, INPUT_CURVATURE_EXAMPLES, MOST_PRODUCTS = 256, 16, 60
-"""Sizes of the measurements after an epoch, and the most products that one eigenvalue may take. Ours."""
+"""Sizes of the measurements after an epoch, and the most products that one eigenvalue may take.
+Ours."""
 _BUNDLED = ("digits", "fake")
 
 
@@ -70,7 +88,8 @@ class Parts:
         model: on its device.
         train: shuffled and augmented.
         test: plain, in the stored order.
-        spread: standard deviation per channel that the pixels were divided by: an eps in pixel units is, too.
+        spread: standard deviation per channel that the pixels were divided by: an eps in pixel
+            units is, too.
     """
 
     model: nn.Module
@@ -86,7 +105,8 @@ def build_trainer(
     None for one process.
 
     Raises:
-        HessianFlowError: data that is missing or damaged, a name that is unknown, sizes that do not fit.
+        HessianFlowError: data that is missing or damaged, a name that is unknown, sizes that do not
+            fit.
     """
     config = resolve(config)
     world = LocalWorld() if world is None else world
@@ -115,7 +135,9 @@ def build_trainer(
         measurements=build_measurements(config, parts),
         curvature="needed" if config.curvature == "needed" else "epoch",
         reference_batch_size=config.batch_size,
-        microbatch_size=microbatch_default(config) if config.microbatch_size is None else config.microbatch_size,
+        microbatch_size=(
+            microbatch_default(config) if config.microbatch_size is None else config.microbatch_size
+        ),
         norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
         norm_statistics=config.norm_statistics,
         observers=build_observers(config, optimizer),
@@ -135,7 +157,8 @@ def build_trainer(
 def prepare(config: TrainConfig) -> TrainConfig:
     """Resolve `config` for this machine and its files, and set what is kept for the whole process.
 
-    Settings left open are fitted to image files of one's own; device and precision are those of this machine.
+    Settings left open are fitted to image files of one's own; device and precision are those of
+    this machine.
     """
     config = resolve(fitted(config))
     device = find_device(config.device)
@@ -159,9 +182,11 @@ def build_parts(config: TrainConfig) -> Parts:
         size = getattr(config, name)
         if size is not None and size > len(train):
             raise HessianFlowError(
-                f"{option(name)} {size} is larger than the {len(train)} training examples of {config.data}"
+                f"{option(name)} {size} is larger than the {len(train)} training examples of"
+                f" {config.data}"
             )
-    torch.manual_seed(config.seed)  # the stream of initialisation; all others have generators of their own
+    # the stream of initialisation; all others have generators of their own
+    torch.manual_seed(config.seed)
     channels, side, _ = train.input_shape
     variant: Variant = "imagenet" if side > 64 else "cifar"
     model = create(config.model or "", train.num_classes, side, variant, in_channels=channels)
@@ -175,7 +200,11 @@ def build_parts(config: TrainConfig) -> Parts:
     layout = bool(config.channels_last)
     if layout:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shared: dict[str, Any] = {"device": device, "channels_last": layout, "num_workers": config.loader_workers}
+    shared: dict[str, Any] = {
+        "device": device,
+        "channels_last": layout,
+        "num_workers": config.loader_workers,
+    }
     return Parts(
         model,
         train.batches(batch, train=True, seed=config.seed, **shared),
@@ -264,12 +293,20 @@ def build_measurements(config: TrainConfig, parts: Parts) -> list[EpochMeasureme
     if config.overfitting_alarm:
         eps = config.eps / torch.tensor(parts.spread)
         batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
-        found.append(RobustnessWatch(parts.model, batch, eps, value_range=parts.train.value_range, seed=config.seed))
+        found.append(
+            RobustnessWatch(
+                parts.model, batch, eps, value_range=parts.train.value_range, seed=config.seed
+            )
+        )
     if config.input_curvature:
-        batch = parts.test.examples(torch.arange(min(INPUT_CURVATURE_EXAMPLES, parts.test.num_examples)))
+        batch = parts.test.examples(
+            torch.arange(min(INPUT_CURVATURE_EXAMPLES, parts.test.num_examples))
+        )
 
         def solve(operator: LinearOperator) -> dict[str, float]:
-            result = top_eigenpairs(operator, tol=config.probe_tolerance, max_matvecs=MOST_PRODUCTS, seed=config.seed)
+            result = top_eigenpairs(
+                operator, tol=config.probe_tolerance, max_matvecs=MOST_PRODUCTS, seed=config.seed
+            )
             value, residual = float(result.values[0]), float(result.residuals[0])
             return {"eigenvalue": value, "residual": residual, "matvecs": result.matvecs}
 
@@ -289,7 +326,9 @@ def load_config(run_dir: str | Path) -> TrainConfig:
         raise HessianFlowError(f"{folder} is not a run directory: it holds no {CONFIG}")
     settings = read_config(folder).get("settings")
     if settings is None:
-        raise HessianFlowError(f"{path} holds no settings: a run made from Python is continued from Python")
+        raise HessianFlowError(
+            f"{path} holds no settings: a run made from Python is continued from Python"
+        )
     unrecorded = {**_unrecorded(settings), **before_image_size(settings)}
     return from_dict({**settings, **unrecorded, "run_dir": str(folder)}, str(path))
 
@@ -299,9 +338,15 @@ def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
     keeps to it."""
     if "excess_power" in settings:
         return {}
-    found: dict[str, Any] = {"excess_power": 0.0} if settings.get("controller") == "critical" else {}
+    found: dict[str, Any] = (
+        {"excess_power": 0.0} if settings.get("controller") == "critical" else {}
+    )
     epochs = settings.get("epochs")
-    if settings.get("schedule") == "cooldown" and settings.get("decay_from") is None and type(epochs) is int:
+    if (
+        settings.get("schedule") == "cooldown"
+        and settings.get("decay_from") is None
+        and type(epochs) is int
+    ):
         found["decay_from"] = min(-(-epochs // 3), epochs - 1)
     return found
 
@@ -331,7 +376,9 @@ def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
     state = checkpoints.load_checked(file, check_weights)
     parts = build_parts(config)
     checkpoint.load_model(parts.model, state["model"], str(file))
-    return config, replace(parts, model=merge_batch_norm(parts.model)) if is_split(parts.model) else parts
+    return config, (
+        replace(parts, model=merge_batch_norm(parts.model)) if is_split(parts.model) else parts
+    )
 
 
 def tensorboard_sinks(config: TrainConfig) -> list[RecordSink]:
@@ -358,13 +405,16 @@ def _read(config: TrainConfig, part: Any) -> ImageSet | ImageFolder:
         )
     images = load(config.data, config.data_dir, part, image_size=config.image_size or FILE_SIDE)
     if not config.augment:
-        plain: dict[str, Any] = {"augment": Augmentation() if isinstance(images, ImageSet) else False}
+        plain: dict[str, Any] = {
+            "augment": Augmentation() if isinstance(images, ImageSet) else False
+        }
         images = replace(images, **plain)
     count = config.train_examples if part == "train" else config.test_examples
     if count is None:
         return images
     if count > len(images):
         raise HessianFlowError(
-            f"--{part}-examples {count} is more than the {len(images)} that the {part} set of {config.data} has"
+            f"--{part}-examples {count} is more than the {len(images)} that the {part} set of"
+            f" {config.data} has"
         )
     return images.take(count)

@@ -47,7 +47,9 @@ def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
     if value is None:
         return
     if not is_number(value) or not above < float(value) < math.inf:  # type: ignore[arg-type]
-        raise HessianFlowError(f"{name} must be a finite number > {above:g}, got {value!r}: use None for {none}")
+        raise HessianFlowError(
+            f"{name} must be a finite number > {above:g}, got {value!r}: use None for {none}"
+        )
 
 
 def check_callable(name: str, value: object) -> None:
@@ -82,9 +84,13 @@ def in_home(path: str | Path, where: str = "") -> Path:
     try:
         found = Path(path).expanduser()
     except TypeError:
-        raise HessianFlowError(f"{where or 'a path'} must be text or a Path, got {path!r}") from None
+        raise HessianFlowError(
+            f"{where or 'a path'} must be text or a Path, got {path!r}"
+        ) from None
     except RuntimeError:
-        raise HessianFlowError(f"{name}: no home folder is known; write the path out, or ./{path}") from None
+        raise HessianFlowError(
+            f"{name}: no home folder is known; write the path out, or ./{path}"
+        ) from None
     if "\0" in str(found):
         raise HessianFlowError(f"{name!r} holds a zero byte, which no path can: remove it")
     return found

@@ -1,4 +1,5 @@
-"""What the names in a configuration stand for: optimizer, schedule, controller, attack, observers."""
+"""What the names in a configuration stand for: optimizer, schedule, controller, attack,
+observers."""
 
 import math
 from collections.abc import Callable
@@ -41,12 +42,21 @@ from hessianflow.control import (
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.interfaces import Adversary, BatchController, GradientObserver, HessianFlowError
-from hessianflow.optim import CLARS, LAMB, LARS, GradientMoments, MicrobatchNorms, cooldown, polynomial_decay
+from hessianflow.optim import (
+    CLARS,
+    LAMB,
+    LARS,
+    GradientMoments,
+    MicrobatchNorms,
+    cooldown,
+    polynomial_decay,
+)
 from hessianflow.optim.lars import Form
 
 T = TypeVar("T")
 WARMUP_EPOCHS = 5
-"""Length of the warm-up controller's ramp where none is given: that of Goyal et al., arXiv:1706.02677."""
+"""Length of the warm-up controller's ramp where none is given: that of Goyal et al.,
+arXiv:1706.02677."""
 
 
 def given(value: T | None) -> T:
@@ -66,12 +76,16 @@ def _base_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate, momentum, decay = given(config.lr), config.momentum, config.weight_decay
     form: Form = "outside" if config.momentum_correction else "paper"
-    trust: dict[str, Any] = {} if config.trust_coefficient is None else {"trust_coefficient": config.trust_coefficient}
+    trust: dict[str, Any] = (
+        {} if config.trust_coefficient is None else {"trust_coefficient": config.trust_coefficient}
+    )
     makers: dict[str, Callable[[], Optimizer]] = {
         "sgd": lambda: SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay),
         "adam": lambda: Adam(parameters, lr=rate, weight_decay=decay),
         "adamw": lambda: AdamW(parameters, lr=rate, weight_decay=decay),
-        "lars": lambda: LARS(parameters, rate, momentum=momentum, weight_decay=decay, form=form, **trust),
+        "lars": lambda: LARS(
+            parameters, rate, momentum=momentum, weight_decay=decay, form=form, **trust
+        ),
         "clars": lambda: CLARS(parameters, rate, momentum=momentum, weight_decay=decay, **trust),
         "lamb": lambda: LAMB(parameters, rate, weight_decay=decay),
     }
@@ -83,8 +97,8 @@ def build_scheduler(
 ) -> tuple[LRScheduler | None, Literal["epoch", "reference_batch"]]:
     """Return the schedule below the controller's factor, and what it counts.
 
-    Without warm-up it takes one step an epoch. With warm-up it takes one a reference batch of examples, so that the
-    rate rises smoothly.
+    Without warm-up it takes one step an epoch. With warm-up it takes one a reference batch of
+    examples, so that the rate rises smoothly.
     """
     epochs, milestones = given(config.epochs), list(config.milestones or ())
     if config.warmup_epochs > 0 and config.controller != "warmup":  # which has a ramp of its own
@@ -138,7 +152,9 @@ def build_stages(config: TrainConfig) -> tuple[Stage, ...]:
     try:
         return resolution_stages(ends, levels, config.resolution)
     except HessianFlowError as error:
-        raise HessianFlowError(f"--resolution {config.resolution}: {error}; see --milestones and --epochs") from None
+        raise HessianFlowError(
+            f"--resolution {config.resolution}: {error}; see --milestones and --epochs"
+        ) from None
 
 
 _OWN_RULE = ("warmup", "timed")
@@ -153,7 +169,9 @@ def build_controller(config: TrainConfig) -> BatchController:
         HessianFlowError: dual-batch, which plans its batches beforehand.
     """
     if config.controller == "dual-batch":
-        raise HessianFlowError("--controller dual-batch plans its batches before a run: it decides nothing during one")
+        raise HessianFlowError(
+            "--controller dual-batch plans its batches before a run: it decides nothing during one"
+        )
     controller, stages = _named_controller(config), build_stages(config)
     if config.lr_rule is not None and config.controller not in _OWN_RULE:
         controller = RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)
@@ -162,16 +180,24 @@ def build_controller(config: TrainConfig) -> BatchController:
 
 def _named_controller(config: TrainConfig) -> BatchController:
     batch, cap = given(config.batch_size), given(config.max_batch_size)
-    share = 0.0 if config.adversary == "none" or config.controller == "abs" else given(config.adversarial_share)
+    share = (
+        0.0
+        if config.adversary == "none" or config.controller == "abs"
+        else given(config.adversarial_share)
+    )
 
     def adabatch() -> BatchController:
         every, factor = config.every_epochs, config.growth_factor
-        return AdaBatch(batch, cap, every_epochs=every, growth_factor=factor, adversarial_share=share)
+        return AdaBatch(
+            batch, cap, every_epochs=every, growth_factor=factor, adversarial_share=share
+        )
 
     def grow_instead() -> BatchController:
         factor = 1 / config.lr_decay
         milestones = config.milestones or ()
-        return GrowInsteadOfDecay(batch, cap, milestones=milestones, decay_factor=factor, adversarial_share=share)
+        return GrowInsteadOfDecay(
+            batch, cap, milestones=milestones, decay_factor=factor, adversarial_share=share
+        )
 
     makers: dict[str, Callable[[], BatchController]] = {
         "absa": lambda: _absa(config, share),
@@ -255,9 +281,14 @@ def build_adversary(
     if config.adversary == "reuse":
         return GradientReuse(batches, eps, value_range=limits)  # type: ignore[arg-type]
     if config.adversary == "conadv":
-        attack, runner = makers[config.conadv_attack or "fgsm"](), build_runner(config, batches.device)
+        attack, runner = (
+            makers[config.conadv_attack or "fgsm"](),
+            build_runner(config, batches.device),
+        )
         staleness = 1 if config.staleness is None else config.staleness
-        return ConcurrentAdversary(attack, staleness=staleness, combine=config.combine or "sum", runner=runner)
+        return ConcurrentAdversary(
+            attack, staleness=staleness, combine=config.combine or "sum", runner=runner
+        )
     return makers[config.adversary]()
 
 
@@ -270,7 +301,9 @@ def build_runner(config: TrainConfig, device: torch.device) -> AttackRunner:
     on_gpu = device.type == "cuda"
     if config.attack_runner == ("process" if on_gpu else "stream"):
         other = "stream" if on_gpu else "process"
-        raise HessianFlowError(f"--attack-runner {config.attack_runner} cannot attack on {device}: use {other}")
+        raise HessianFlowError(
+            f"--attack-runner {config.attack_runner} cannot attack on {device}: use {other}"
+        )
     makers: dict[str, Callable[[], AttackRunner]] = {
         "interleaved": Interleaved,
         "process": WorkerProcess,
@@ -282,7 +315,9 @@ def build_runner(config: TrainConfig, device: torch.device) -> AttackRunner:
 def split_for_twins(config: TrainConfig, model: nn.Module) -> nn.Module:
     """Return the model, with batch-normalisation statistics of their own for the twins of conadv if
     it is to have them."""
-    normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    normalises = any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
+    )
     wanted = normalises if config.split_norm is None else config.split_norm
     return split_batch_norm(model) if config.adversary == "conadv" and wanted else model
 
@@ -299,6 +334,11 @@ def build_observers(config: TrainConfig, optimizer: Optimizer) -> list[GradientO
 
 
 def microbatch_default(config: TrainConfig) -> int | None:
-    """Methods that compare microbatch gradients need several a step: a quarter of the batch. Others: None."""
-    compares = config.optimizer == "clars" or config.controller in ("noise-scale", "cabs", "divebatch")
+    """Methods that compare microbatch gradients need several a step: a quarter of the batch.
+    Others: None."""
+    compares = config.optimizer == "clars" or config.controller in (
+        "noise-scale",
+        "cabs",
+        "divebatch",
+    )
     return max(1, given(config.batch_size) // 4) if compares else None

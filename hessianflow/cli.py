@@ -1,6 +1,8 @@
-"""The `hessianflow` command: every mistake or bad input is one line on standard error and exit status 2.
+"""The `hessianflow` command: every mistake or bad input is one line on standard error and exit
+status 2.
 
-Everything heavy is imported below :func:`main`, so that a signal while it loads ends like any other.
+Everything heavy is imported below :func:`main`, so that a signal while it loads ends like any
+other.
 """
 
 import os
@@ -18,17 +20,21 @@ SETTING = ("train", "plan")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status.
 
-    0: done. 2: a mistake or bad input. 130, 143: stopped by SIGINT or SIGTERM (128 + its number, as shells count).
+    0: done. 2: a mistake or bad input. 130, 143: stopped by SIGINT or SIGTERM (128 + its number, as
+    shells count).
 
     Args:
-        arguments: the words of the command line; None: those of this process, which ends with the command.
+        arguments: the words of the command line; None: those of this process, which ends with the
+            command.
     """
     if arguments is not None:
         with signals_raised(own_process=False):
             return _run(list(arguments))
     _open_streams()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a rank that waits for another prints stacks of C++
-    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a name that Matplotlib does not know would end all
+    # else a rank that waits for another prints stacks of C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # pictures go to files; a name that Matplotlib does not know would end all
+    os.environ["MPLBACKEND"] = "agg"
     with signals_raised(own_process=True):
         status = _run(sys.argv[1:])
         ignore_signals()  # the interpreter takes a while to end, and would report one as a crash
@@ -41,14 +47,18 @@ def _run(given: list[str]) -> int:
             return _main(given)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone: nothing is left to say, here or at exit
+    except (
+        BrokenPipeError
+    ):  # the reader of our output has gone: nothing is left to say, here or at exit
         _discard_output()
         return 0
     except OSError as error:
         _discard_output()
         sys.stderr.write(f"hessianflow: error: standard output: {error.strerror or error}\n")
         return 2
-    except KeyboardInterrupt as stop:  # while training, a handler of its own ends the run in good order
+    except (
+        KeyboardInterrupt
+    ) as stop:  # while training, a handler of its own ends the run in good order
         number = stop.number if isinstance(stop, Signalled) else signal.SIGINT
         sys.stderr.write(f"hessianflow: {WORDS[number]}\n")
         return 128 + number
@@ -61,7 +71,9 @@ def _main(given: list[str]) -> int:
     from hessianflow.commands.words import words_of
     from hessianflow.interfaces import AgreedError, HessianFlowError
 
-    parser = main_parser("hessianflow", "Train with a batch size that the curvature of the loss drives.")
+    parser = main_parser(
+        "hessianflow", "Train with a batch size that the curvature of the loss drives."
+    )
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
     runs = {
         name: run
@@ -98,7 +110,9 @@ def _parsed(parser: Any, words: Any) -> Any:
     from hessianflow.commands.settings import Given
 
     if words.files:
-        parser.announce(f"in {', '.join(dict.fromkeys(file for _, file in words.files.values()))}: ")
+        parser.announce(
+            f"in {', '.join(dict.fromkeys(file for _, file in words.files.values()))}: "
+        )
         parser.parse_args([*words.command, *words.from_files])
         parser.announce("")
     parsed = parser.parse_args(words.all)
@@ -141,9 +155,11 @@ def _rank() -> int:
 
 
 def _open_streams() -> None:
-    """Give this process the three standard streams, where it was started without, and let them write any name.
+    """Give this process the three standard streams, where it was started without, and let them
+    write any name.
 
-    A file that is opened while one of them is closed would take its number, and what libraries print would go there.
+    A file that is opened while one of them is closed would take its number, and what libraries
+    print would go there.
     """
     handle = os.open(os.devnull, os.O_RDWR)
     while handle <= 2:

@@ -1,4 +1,5 @@
-"""Runs of earlier releases: what they were trained with and did not record, so that they go on as they began."""
+"""Runs of earlier releases: what they were trained with and did not record, so that they go on as
+they began."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,8 +23,13 @@ def before_image_size(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("data") in FOLDER_SETS:
         found["image_size"] = (settings.get("resolutions") or [FILE_SIDE])[-1]
     has_own_rate = settings.get("lr_rule") is not None or settings.get("edge_share")
-    if settings.get("optimizer") in ADAPTIVE and settings.get("controller") in SCALED and not has_own_rate:
+    if (
+        settings.get("optimizer") in ADAPTIVE
+        and settings.get("controller") in SCALED
+        and not has_own_rate
+    ):
         found["lr_rule"] = "linear"
-    if settings.get("probe_examples") and settings.get("train_examples"):  # it measured on what was there
+    # it measured on what was there
+    if settings.get("probe_examples") and settings.get("train_examples"):
         found["probe_examples"] = min(settings["probe_examples"], settings["train_examples"])
     return found

@@ -41,7 +41,10 @@ _ATTACKED: Case = {"adversary": AllBut(("none",)), "controller": AllBut(("abs", 
 _ONE_TRAINER: Case = {"controller": AllBut(("dual-batch",))}
 _DUAL_BATCH: Case = {"controller": ("dual-batch",)}
 _CONADV: Case = {"adversary": ("conadv",), "controller": AllBut(("abs", "dual-batch"))}
-_MILESTONES: tuple[Case, ...] = ({"schedule": ("multistep",)}, {"controller": ("grow-instead-of-decay",)})
+_MILESTONES: tuple[Case, ...] = (
+    {"schedule": ("multistep",)},
+    {"controller": ("grow-instead-of-decay",)},
+)
 _RESOLUTION: Case = {"resolution": ("cyclic", "once", "uniform")}
 _FILES = ("imagenet", "folder")
 
@@ -53,7 +56,10 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "adversarial_share": (_ATTACKED,),
     "eps": (_ATTACKED, {"overfitting_alarm": (True,)}),
     "share_decay": ({"controller": ("absa",), "adversary": AllBut(("none",))},),
-    "momentum": ({"optimizer": ("sgd", "lars", "clars")}, {"controller": ("critical",), "edge_share": Above(0)}),
+    "momentum": (
+        {"optimizer": ("sgd", "lars", "clars")},
+        {"controller": ("critical",), "edge_share": Above(0)},
+    ),
     "trust_coefficient": ({"optimizer": ("lars", "clars")},),
     "momentum_correction": ({"optimizer": ("lars",)},),
     "milestones": _MILESTONES,
@@ -65,7 +71,9 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "every_epochs": ({"controller": ("adabatch",)},),
     "edge_share": ({"controller": ("critical",)},),
     "loss_power": ({"controller": ("critical",)},),
-    "excess_power": ({"controller": ("critical",), "edge_share": Above(0), "loss_power": Above(0)},),
+    "excess_power": (
+        {"controller": ("critical",), "edge_share": Above(0), "loss_power": Above(0)},
+    ),
     "stages": ({"controller": ("timed",)},),
     "decay_from": ({"schedule": ("cooldown",)}, {"controller": ("timed",)}),
     "overfitting_alarm": (_ONE_TRAINER,),

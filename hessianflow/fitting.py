@@ -23,12 +23,18 @@ def fitted(config: TrainConfig) -> TrainConfig:
     sized = ("max_batch_size", "probe_examples")
     changes: dict[str, Any] = {}
     wanted = [name for name in (*sized, "image_size") if getattr(config, name) is None]
-    files = training_images(config.data_dir, preset["max_batch_size"]) if wanted and config.data_dir else []
+    files = (
+        training_images(config.data_dir, preset["max_batch_size"])
+        if wanted and config.data_dir
+        else []
+    )
     for name in sized:
         if name in wanted and 0 < len(files) < preset[name]:
             changes[name] = min(len(files), config.train_examples or len(files))
     if "max_batch_size" in changes:
-        changes["max_batch_size"] = max(changes["max_batch_size"], config.batch_size or preset["batch_size"])
+        changes["max_batch_size"] = max(
+            changes["max_batch_size"], config.batch_size or preset["batch_size"]
+        )
     if "image_size" in wanted:
         from_files = config.data == "folder" and config.resolutions is None and files
         side = usual_side(files, FILE_SIDE) if from_files else FILE_SIDE

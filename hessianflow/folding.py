@@ -1,12 +1,15 @@
-"""Batch normalisation with running statistics, folded into the weights of the convolution before it.
+"""Batch normalisation with running statistics, folded into the weights of the convolution before
+it.
 
     norm(conv(x; w, b)) = conv(x; s w, s (b - mean) + bias),    s = weight / sqrt(var + eps)
 
-The same function of the same parameters, so every derivative by them is the same up to rounding; but no pass over the
-activations is spent on normalisation, and none is kept for it. Measured on a ResNet-20 on a processor: an input
-gradient of 25 images takes 18 % less time (in bf16 17 %), a product with the Hessian 11 % less, with its graph 14 %.
+The same function of the same parameters, so every derivative by them is the same up to rounding;
+but no pass over the activations is spent on normalisation, and none is kept for it. Measured on a
+ResNet-20 on a processor: an input gradient of 25 images takes 18 % less time (in bf16 17 %), a
+product with the Hessian 11 % less, with its graph 14 %.
 
-Folded are neighbours in a plain `nn.Sequential` only, where it is certain that nothing else sees what is between them.
+Folded are neighbours in a plain `nn.Sequential` only, where it is certain that nothing else sees
+what is between them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,9 +43,14 @@ class FoldedSequence(nn.Sequential):
 
     @classmethod
     def of(cls, sequence: nn.Module) -> "FoldedSequence | None":
-        """The sequence in this form; None if there is nothing to fold in it, or it is no plain sequence."""
-        # A compiled (scripted, traced) module is no `nn.Sequential`, and its class cannot be asked for `forward`.
-        if not isinstance(sequence, nn.Sequential) or type(sequence).forward is not nn.Sequential.forward:
+        """The sequence in this form; None if there is nothing to fold in it, or it is no plain
+        sequence."""
+        # A compiled (scripted, traced) module is no `nn.Sequential`, and its class cannot be asked
+        # for `forward`.
+        if (
+            not isinstance(sequence, nn.Sequential)
+            or type(sequence).forward is not nn.Sequential.forward
+        ):
             return None
         found = [
             (first, second, pair)
@@ -73,23 +81,30 @@ class FoldedSequence(nn.Sequential):
 
 @cache
 def _form(kind: type[Any]) -> type[FoldedSequence]:
-    """A class that is `kind`, too: its other methods may be used, and its instances told by their type."""
-    return FoldedSequence if kind is nn.Sequential else type(kind.__name__, (FoldedSequence, kind), {})
+    """A class that is `kind`, too: its other methods may be used, and its instances told by their
+    type."""
+    return (
+        FoldedSequence if kind is nn.Sequential else type(kind.__name__, (FoldedSequence, kind), {})
+    )
 
 
 @contextmanager
 def folded_normalisation(model: nn.Module) -> Iterator[nn.Module]:
-    """While active, plain sequences run folded wherever the model uses them; they come back afterwards.
+    """While active, plain sequences run folded wherever the model uses them; they come back
+    afterwards.
 
     Yields:
         What to call: the model, or its stand-in where the model itself is such a sequence.
     """
     parents = list(model.modules())
-    stand_ins = {parent: folded for parent in parents if (folded := FoldedSequence.of(parent)) is not None}
+    stand_ins = {
+        parent: folded for parent in parents if (folded := FoldedSequence.of(parent)) is not None
+    }
     places = [
         (parent, name, layer)
         for parent in parents
-        for name, layer in parent._modules.items()  # all places of a layer, also those that share it
+        # all places of a layer, also those that share it
+        for name, layer in parent._modules.items()
         if layer in stand_ins
     ]
     try:
@@ -104,7 +119,8 @@ def folded_normalisation(model: nn.Module) -> Iterator[nn.Module]:
 
 def has_fixed_statistics(layer: nn.Module | None) -> bool:
     """Whether this is torch's batch normalisation, by running statistics now."""
-    # Another class may do anything in its forward, unless it says that in evaluation mode it is torch's own.
+    # Another class may do anything in its forward, unless it says that in evaluation mode it is
+    # torch's own.
     return (
         isinstance(layer, _BatchNorm)
         and (type(layer) in _NORMALISATIONS or getattr(layer, "is_torchs_in_evaluation", False))
@@ -114,7 +130,8 @@ def has_fixed_statistics(layer: nn.Module | None) -> bool:
 
 
 def affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift per channel of a layer with running statistics, differentiable by its parameters."""
+    """Scale and shift per channel of a layer with running statistics, differentiable by its
+    parameters."""
     assert layer.running_mean is not None
     assert layer.running_var is not None
     weight: Tensor | None = layer.weight
@@ -127,29 +144,47 @@ def affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def is_watched() -> bool:
-    """Whether the graph is another's business: of checkpointing, which builds it twice and compares, or torch.func."""
+    """Whether the graph is another's business: of checkpointing, which builds it twice and
+    compares, or torch.func."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch >= 2.6
-    return hooks is None or hooks(True) is not None or torch._C._functorch.maybe_current_level() is not None
+    return (
+        hooks is None
+        or hooks(True) is not None
+        or torch._C._functorch.maybe_current_level() is not None
+    )
 
 
-def _pair(convolution: nn.Module | None, norm: nn.Module | None) -> tuple[_ConvNd, _BatchNorm] | None:
+def _pair(
+    convolution: nn.Module | None, norm: nn.Module | None
+) -> tuple[_ConvNd, _BatchNorm] | None:
     if type(convolution) not in _CONVOLUTIONS or not has_fixed_statistics(norm):
         return None
     assert isinstance(convolution, _ConvNd)
     assert isinstance(norm, _BatchNorm)
     assert norm.running_mean is not None
     # With a hook, somebody looks at what is between the two.
-    if _is_changed(convolution) or _is_changed(norm) or convolution.weight.dtype != norm.running_mean.dtype:
+    if (
+        _is_changed(convolution)
+        or _is_changed(norm)
+        or convolution.weight.dtype != norm.running_mean.dtype
+    ):
         return None
     return convolution, norm
 
 
 def _is_changed(layer: nn.Module) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
     return any(hooks) or "forward" in layer.__dict__
 
 
 def _folded(convolution: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     scale, shift = affine(norm)
     weight = convolution.weight * scale.view(-1, *(1 for _ in convolution.weight.shape[1:]))
-    return weight, shift if convolution.bias is None else torch.addcmul(shift, convolution.bias, scale)
+    return weight, shift if convolution.bias is None else torch.addcmul(
+        shift, convolution.bias, scale
+    )

@@ -1,11 +1,12 @@
 """Records and protocols shared by every room of the toolkit.
 
-This module and :mod:`hessianflow.batches` are the only ones that every room may import. Records are frozen: a
-measurement or a decision, once made, never changes. Protocols are small: the trainer knows nothing else about the
-methods it runs.
+This module and :mod:`hessianflow.batches` are the only ones that every room may import. Records are
+frozen: a measurement or a decision, once made, never changes. Protocols are small: the trainer
+knows nothing else about the methods it runs.
 
-Units: `batch_size` counts examples per optimizer step over all ranks, `microbatch_size` examples per forward pass on
-one device, progress counts examples. A learning rate is stated at a reference batch size.
+Units: `batch_size` counts examples per optimizer step over all ranks, `microbatch_size` examples
+per forward pass on one device, progress counts examples. A learning rate is stated at a reference
+batch size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,21 +19,24 @@ import torch
 from torch import Tensor, nn
 
 Batch = tuple[Any, Any]
-"""One pair (inputs, targets); each a tensor, or a mapping, dataclass, list or tuple; see :mod:`hessianflow.batches`."""
+"""One pair (inputs, targets); each a tensor, or a mapping, dataclass, list or tuple; see
+:mod:`hessianflow.batches`."""
 
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | float | Tensor]]
-"""loss_fn(outputs, targets): a mean, a scalar tensor; or, with a `reduction` attribute that says so, a sum or one value
-per example; or the pair (sum, count). :mod:`hessianflow.losses` says how it is found what a mean divides by."""
+"""loss_fn(outputs, targets): a mean, a scalar tensor; or, with a `reduction` attribute that says
+so, a sum or one value per example; or the pair (sum, count). :mod:`hessianflow.losses` says how it
+is found what a mean divides by."""
 
 NormMode = Literal["eval", "batch"]
-"""Statistics that batch normalisation uses in a measurement: "eval" the running ones, "batch" those of the batch
-measured (the running ones stay untouched)."""
+"""Statistics that batch normalisation uses in a measurement: "eval" the running ones, "batch" those
+of the batch measured (the running ones stay untouched)."""
 
 NO_SIGNALS: Mapping[str, float] = MappingProxyType({})
 
 
 class HessianFlowError(ValueError):
-    """An input or a state that the user can put right; the message says how. The command prints it on one line."""
+    """An input or a state that the user can put right; the message says how. The command prints it
+    on one line."""
 
 
 class AgreedError(HessianFlowError):
@@ -63,14 +67,17 @@ class CurvatureReading:
     """One measurement of the loss curvature; `float("nan")` where nothing finite was found.
 
     Attributes:
-        eigenvalue: the leading eigenvalue (largest in magnitude unless the probe was told otherwise), with its sign.
-        residual: ||H v - eigenvalue v|| for the unit vector v found; a true eigenvalue lies no farther away.
+        eigenvalue: the leading eigenvalue (largest in magnitude unless the probe was told
+            otherwise), with its sign.
+        residual: ||H v - eigenvalue v|| for the unit vector v found; a true eigenvalue lies no
+            farther away.
         matvecs: products spent.
         converged: whether the residual met the probe's tolerance.
-        reliable: whether the loss under running statistics of batch normalisation is near that under the batch's own.
-            Where it is not, they have not settled, and the eigenvalues say nothing of the loss that is trained;
-            `details` then hold both losses, of up to 32 examples ("running_loss", "own_loss"). It is judged by the loss
-            alone: True does not prove that the curvature is the same.
+        reliable: whether the loss under running statistics of batch normalisation is near that
+            under the batch's own. Where it is not, they have not settled, and the eigenvalues say
+            nothing of the loss that is trained; `details` then hold both losses, of up to 32
+            examples ("running_loss", "own_loss"). It is judged by the loss alone: True does not
+            prove that the curvature is the same.
         eigenvalues: all pairs tracked, leading first, when more than one is.
         norm_mode: the batch-normalisation statistics the value belongs to.
         num_examples: examples the loss was averaged over.
@@ -92,11 +99,13 @@ class CurvatureReading:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a controller wants from now on. Every field is an absolute setting, so applying it twice changes nothing.
+    """What a controller wants from now on. Every field is an absolute setting, so applying it twice
+    changes nothing.
 
     Attributes:
         batch_size: examples per optimizer step, from the very next batch on.
-        lr_factor: multiplier of the scheduled learning rate (1: the rate as stated at the reference batch size).
+        lr_factor: multiplier of the scheduled learning rate (1: the rate as stated at the reference
+            batch size).
         adversarial_share: share of each batch made adversarial, in [0, 1].
         reason: why, in words; empty when nothing changed.
     """
@@ -128,10 +137,12 @@ class CurvatureProbe(Stateful, Protocol):
 
 
 class BatchController(Stateful, Protocol):
-    """A deterministic state machine: measurements in, a :class:`Decision` out; no model, optimizer or clock inside.
+    """A deterministic state machine: measurements in, a :class:`Decision` out; no model, optimizer
+    or clock inside.
 
-    `needs` names the signals it wants at the next update ("eigenvalue" for a curvature reading; other names are keys of
-    `signals`), so that nothing unneeded is measured. It may change with the state.
+    `needs` names the signals it wants at the next update ("eigenvalue" for a curvature reading;
+    other names are keys of `signals`), so that nothing unneeded is measured. It may change with the
+    state.
     """
 
     @property
@@ -145,17 +156,27 @@ class BatchController(Stateful, Protocol):
     def is_due(self, progress: Progress) -> bool: ...
 
     def update(
-        self, progress: Progress, reading: CurvatureReading | None = None, signals: Mapping[str, float] = NO_SIGNALS
+        self,
+        progress: Progress,
+        reading: CurvatureReading | None = None,
+        signals: Mapping[str, float] = NO_SIGNALS,
     ) -> Decision: ...
 
 
 class InputAttack(Stateful, Protocol):
-    """Perturbs a share of a batch with the weights of the moment; gradients flow through the input only."""
+    """Perturbs a share of a batch with the weights of the moment; gradients flow through the input
+    only."""
 
     def perturb(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        share: float,
+        microbatch_size: int | None = None,
     ) -> Tensor:
-        """Return the inputs with about `share` of the rows perturbed; the given tensor is not changed."""
+        """Return the inputs with about `share` of the rows perturbed; the given tensor is not
+        changed."""
         ...
 
 
@@ -171,11 +192,12 @@ class Exposure:
 
     Attributes:
         batch: (inputs, targets) of the N rows; some inputs may be perturbed.
-        twins: adversarial (inputs, targets) of M rows that are trained besides, in forward passes of their own.
+        twins: adversarial (inputs, targets) of M rows that are trained besides, in forward passes
+            of their own.
         twin_mode: entered around each of those passes (another set of normalisation statistics).
         average: divide by all rows.
-        on_input_gradient: given the gradient of the step's loss with respect to the N inputs, up to a positive factor
-            per row, shaped like them; None: it is not computed.
+        on_input_gradient: given the gradient of the step's loss with respect to the N inputs, up to
+            a positive factor per row, shaped like them; None: it is not computed.
     """
 
     batch: Batch
@@ -188,8 +210,9 @@ class Exposure:
 class Adversary(Stateful, Protocol):
     """Decides what is trained on in place of a clean batch.
 
-    For the batch of step t the trainer calls :meth:`attack` with the weights of step t - `staleness`, :meth:`expose` at
-    step t, and :meth:`after_step` after each step. Batches whose share is 0 are trained as they are.
+    For the batch of step t the trainer calls :meth:`attack` with the weights of step t -
+    `staleness`, :meth:`expose` at step t, and :meth:`after_step` after each step. Batches whose
+    share is 0 are trained as they are.
     """
 
     @property
@@ -199,16 +222,25 @@ class Adversary(Stateful, Protocol):
 
     @property
     def attacks_late(self) -> bool:
-        """Whether a batch that was not attacked ahead is attacked at its use; if not, it is trained as it is."""
+        """Whether a batch that was not attacked ahead is attacked at its use; if not, it is trained
+        as it is."""
         ...
 
     def attack(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        share: float,
+        microbatch_size: int | None = None,
     ) -> Callable[[], Tensor]:
-        """Start the attack on a batch with the weights of now; what is returned waits for the adversarial inputs."""
+        """Start the attack on a batch with the weights of now; what is returned waits for the
+        adversarial inputs."""
         ...
 
-    def expose(self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float) -> Exposure:
+    def expose(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float
+    ) -> Exposure:
         """Return what to train on, given the batch and what its attack made of it."""
         ...
 
@@ -224,23 +256,26 @@ class BatchTransform(Protocol):
 
 
 class GradientObserver(Stateful, Protocol):
-    """Sees the gradient of every microbatch, and the whole gradient before each step; changes neither.
+    """Sees the gradient of every microbatch, and the whole gradient before each step; changes
+    neither.
 
-    Tensors are on the device; an observer keeps them there and synchronises only in :meth:`signals`. Each rank sees its
-    own microbatches; one that is to be used on several ranks has a `join(reducer: Reducer)`, and in `on_step`, which
-    all ranks call together, adds up over them what its microbatches gave. `join` is called before training, and again
-    where the ranks have changed; the microbatches of a step that this interrupted are then to be forgotten.
+    Tensors are on the device; an observer keeps them there and synchronises only in
+    :meth:`signals`. Each rank sees its own microbatches; one that is to be used on several ranks
+    has a `join(reducer: Reducer)`, and in `on_step`, which all ranks call together, adds up over
+    them what its microbatches gave. `join` is called before training, and again where the ranks
+    have changed; the microbatches of a step that this interrupted are then to be forgotten.
 
-    One that must know whose gradients these are has a `watch(parameters: Sequence[nn.Parameter])`, called before
-    training, and again before the first step after layers were frozen or unfrozen: gradients come
-    in the order of `parameters`, which need not be that of any optimizer's groups. Without it such
-    a change is an error.
+    One that must know whose gradients these are has a `watch(parameters: Sequence[nn.Parameter])`,
+    called before training, and again before the first step after layers were frozen or unfrozen:
+    gradients come in the order of `parameters`, which need not be that of any optimizer's groups.
+    Without it such a change is an error.
 
     Of an optimizer that asks for several gradients a step (SAM) only the first is shown.
     """
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
-        """`gradients`: of the mean loss over this microbatch of `examples`, one tensor a trainable parameter."""
+        """`gradients`: of the mean loss over this microbatch of `examples`, one tensor a trainable
+        parameter."""
         ...
 
     def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:
@@ -260,7 +295,8 @@ class ResizableBatches(Stateful, Protocol):
     that ends before `num_examples` were handed out is over all the same. Where there are attributes
     `epoch` (completed) and `cursor` (examples handed out of the epoch under way), and both in the
     state, a trainer puts back what others read from the stream. The order of examples and their
-    augmentation depend on (seed, epoch) only, never on the batch size or on how often the run was interrupted.
+    augmentation depend on (seed, epoch) only, never on the batch size or on how often the run was
+    interrupted.
     """
 
     @property
@@ -277,7 +313,8 @@ class ResizableBatches(Stateful, Protocol):
 
 
 class Reducer(Protocol):
-    """How ranks agree: sums weighted by the caller, and one rank's word for all. One process: both do nothing."""
+    """How ranks agree: sums weighted by the caller, and one rank's word for all. One process: both
+    do nothing."""
 
     @property
     def rank(self) -> int: ...
@@ -341,16 +378,19 @@ class BatchTotals:
 
 
 class World(Reducer, Protocol):
-    """The ranks that train one model together, as a trainer sees them. One process: a world that does nothing.
+    """The ranks that train one model together, as a trainer sees them. One process: a world that
+    does nothing.
 
-    For each gradient: `begin`; backward passes that leave in `.grad` that of a mean over this rank's own examples, the
-    last of them within `last_backward`; `finish`, after which `.grad` is that of the mean over all. Every rank takes
-    part, also one without examples; every method but `attach`, `shard`, `begin` and `last_backward` must be called by
-    all ranks together. Plain values are nested dicts, lists and tuples of numbers, strings and tensors.
+    For each gradient: `begin`; backward passes that leave in `.grad` that of a mean over this
+    rank's own examples, the last of them within `last_backward`; `finish`, after which `.grad` is
+    that of the mean over all. Every rank takes part, also one without examples; every method but
+    `attach`, `shard`, `begin` and `last_backward` must be called by all ranks together. Plain
+    values are nested dicts, lists and tuples of numbers, strings and tensors.
     """
 
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        """Take over the gradients of `parameters`, those of the model and others; no rank is met yet."""
+        """Take over the gradients of `parameters`, those of the model and others; no rank is met
+        yet."""
         ...
 
     def meet(self, settings: Mapping[str, Any]) -> None:
@@ -366,10 +406,12 @@ class World(Reducer, Protocol):
         ...
 
     def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
-        """Within it every gradient is final as soon as it is computed; may be entered again if the pass failed.
+        """Within it every gradient is final as soon as it is computed; may be entered again if the
+        pass failed.
 
         Args:
-            weight: what the mean that this rank differentiates divides by; it counts for that among the ranks.
+            weight: what the mean that this rank differentiates divides by; it counts for that among
+                the ranks.
         """
         ...
 

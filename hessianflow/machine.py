@@ -28,7 +28,9 @@ def find_device(name: str) -> torch.device:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         cut = f"{reason[:LONGEST_REASON]}..." if len(reason) > LONGEST_REASON else reason
-        raise HessianFlowError(f"--device {name} cannot be used here: {cut}; use cpu or auto") from None
+        raise HessianFlowError(
+            f"--device {name} cannot be used here: {cut}; use cpu or auto"
+        ) from None
     return device
 
 
@@ -38,4 +40,6 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cpu" and bool(
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    )

@@ -1,4 +1,5 @@
-"""Measure a model and leave no trace on it: the one context manager that curvature, attacks and evaluation share."""
+"""Measure a model and leave no trace on it: the one context manager that curvature, attacks and
+evaluation share."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the module behind DataParallel, DistributedDataParallel or `torch.compile`, however
     nested.
 
-    Second derivatives do not go through compiled graphs, and products must not fire the hooks that reduce gradients.
+    Second derivatives do not go through compiled graphs, and products must not fire the hooks that
+    reduce gradients.
     """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -31,7 +33,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Refuse a model whose weights were made in inference mode: torch lets no gradient through them.
+    """Refuse a model whose weights were made in inference mode: torch lets no gradient through
+    them.
 
     Raises:
         HessianFlowError: with the name of the first such weight.
@@ -39,8 +42,9 @@ def check_differentiable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not is_lazy(parameter) and parameter.is_inference():
             raise HessianFlowError(
-                f"the parameter {name!r} was made within torch.inference_mode() and cannot be differentiated; "
-                "build the model outside of it, or load its state dict into one that was"
+                f"the parameter {name!r} was made within torch.inference_mode() and cannot be"
+                " differentiated; build the model outside of it, or load its state dict into one"
+                " that was"
             )
 
 
@@ -48,15 +52,16 @@ def check_differentiable(model: nn.Module) -> None:
 def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Module]:
     """Run the unwrapped model in evaluation mode with gradients enabled, then put everything back.
 
-    Afterwards train/eval flags, buffers, `requires_grad` and the states of the random generators (torch CPU and the
-    model's CUDA device, NumPy, Python) are as found, also when the body raises. `.grad` is never touched, provided the
-    body differentiates with `torch.autograd.grad` or `torch.func`.
+    Afterwards train/eval flags, buffers, `requires_grad` and the states of the random generators
+    (torch CPU and the model's CUDA device, NumPy, Python) are as found, also when the body raises.
+    `.grad` is never touched, provided the body differentiates with `torch.autograd.grad` or
+    `torch.func`.
 
     Args:
         model: the model, wrapped or not.
-        norm_mode: "eval": batch normalisation uses its running statistics. "batch": it uses those of the batch that is
-            forwarded; the running ones are neither read nor moved. Everything else (dropout) is in evaluation mode in
-            both cases.
+        norm_mode: "eval": batch normalisation uses its running statistics. "batch": it uses those
+            of the batch that is forwarded; the running ones are neither read nor moved. Everything
+            else (dropout) is in evaluation mode in both cases.
 
     Yields:
         The unwrapped model.
@@ -66,7 +71,9 @@ def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Mod
     modes = [(m, m.training, m.__dict__.get("track_running_stats")) for m in modules]
     buffers = [(m, dict(m._buffers)) for m in modules]
     copies = _copies(b for _, found in buffers for b in found.values() if b is not None)
-    trainable = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
+    trainable = [
+        (p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None
+    ]
     generators = _generator_states({p.device for p, _ in trainable if p.device.type == "cuda"})
     try:
         _set_evaluation(modules, norm_mode)
@@ -95,16 +102,21 @@ _Copy = tuple[list[Tensor], list[int], Tensor]
 
 
 def _copies(buffers: Iterable[Tensor]) -> list[_Copy]:
-    """Tensors of one type and device, their versions, and all their values in one: few kernels for many buffers."""
+    """Tensors of one type and device, their versions, and all their values in one: few kernels for
+    many buffers."""
     groups: dict[Any, list[Tensor]] = {}
     for buffer in buffers:
         strided = buffer.layout == torch.strided
-        groups.setdefault((buffer.dtype, buffer.device) if strided else id(buffer), []).append(buffer)
+        groups.setdefault((buffer.dtype, buffer.device) if strided else id(buffer), []).append(
+            buffer
+        )
     with torch.no_grad():
         return [
-            (group, [_version(b) for b in group], torch.cat([b.reshape(-1) for b in group]))
-            if group[0].layout == torch.strided
-            else (group, [_version(group[0])], group[0].clone())
+            (
+                (group, [_version(b) for b in group], torch.cat([b.reshape(-1) for b in group]))
+                if group[0].layout == torch.strided
+                else (group, [_version(group[0])], group[0].clone())
+            )
             for group in groups.values()
         ]
 
@@ -122,7 +134,8 @@ def _put_back(group: list[Tensor], versions: list[int], flat: Tensor) -> None:
 
 
 def _set(module: nn.Module, name: str, value: bool) -> None:
-    # This runs at every attacked step, and nn.Module's own way to set an attribute is slow; scripted modules need it.
+    # This runs at every attacked step, and nn.Module's own way to set an attribute is slow;
+    # scripted modules need it.
     if name in module.__dict__:
         module.__dict__[name] = value
     else:
@@ -130,7 +143,8 @@ def _set(module: nn.Module, name: str, value: bool) -> None:
 
 
 def _version(tensor: Tensor) -> int:
-    # A tensor made in inference mode keeps no version, and cannot be written to where gradients are on.
+    # A tensor made in inference mode keeps no version, and cannot be written to where gradients are
+    # on.
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -139,12 +153,15 @@ def _set_evaluation(modules: list[nn.Module], norm_mode: NormMode) -> None:
     for module in modules:
         _set(module, "training", False)
         if norm_mode == "batch" and isinstance(module, _BATCH_NORM):
-            # In training mode without tracking, the layer normalises by the batch and writes to no buffer.
+            # In training mode without tracking, the layer normalises by the batch and writes to no
+            # buffer.
             _set(module, "training", True)
             _set(module, "track_running_stats", False)
 
 
-def _generator_states(devices: set[torch.device]) -> tuple[Tensor, dict[torch.device, Tensor], Any, Any]:
+def _generator_states(
+    devices: set[torch.device],
+) -> tuple[Tensor, dict[torch.device, Tensor], Any, Any]:
     cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 

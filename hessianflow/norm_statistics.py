@@ -80,7 +80,11 @@ def _both(
     model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
 ) -> tuple[float, float, float]:
     is_graph_wanted = torch.is_grad_enabled()
-    with measuring(model) as inner, untouched(mean_loss.loss_fn), torch.set_grad_enabled(is_graph_wanted):
+    with (
+        measuring(model) as inner,
+        untouched(mean_loss.loss_fn),
+        torch.set_grad_enabled(is_graph_wanted),
+    ):
         running = _averaged(inner, batch, mean_loss)
         for layer in layers:  # measuring puts both flags back
             layer.training = True
@@ -99,7 +103,8 @@ def _averaged(model: nn.Module, batch: Any, mean_loss: MeanLoss) -> Averaged:
 
 
 def is_unsettled(running: float, own: float, scale: float = 0.0) -> bool:
-    """Return whether two mean losses of the same examples show that running statistics have not settled.
+    """Return whether two mean losses of the same examples show that running statistics have not
+    settled.
 
     Args:
         running: the loss under running statistics; one that is not finite counts as large.

@@ -65,14 +65,19 @@ def rebuilt(part: Any, values: Sequence[Any]) -> Any:
         return type(part)(values)
     made = copy.copy(part)
     for field, value in zip(dataclasses.fields(part), values, strict=True):
-        object.__setattr__(made, field.name, value)  # frozen or not: nobody else holds this copy yet
+        # frozen or not: nobody else holds this copy yet
+        object.__setattr__(made, field.name, value)
     return made
 
 
 def mapped(function: Callable[[Any], Any], part: Any) -> Any:
     """Return the same structure with `function` applied to whatever has no entries."""
     values = entries(part)
-    return function(part) if values is None else rebuilt(part, [mapped(function, value) for value in values])
+    return (
+        function(part)
+        if values is None
+        else rebuilt(part, [mapped(function, value) for value in values])
+    )
 
 
 def is_named_tuple(part: Any) -> bool:
@@ -89,7 +94,9 @@ def is_list(part: Any) -> bool:
 def is_plain(part: Any) -> bool:
     """Return whether a value is text, a number or another value that has no row for each
     example."""
-    return part is None or isinstance(part, (str, bytes, Number, np.generic, Enum, torch.dtype, torch.device))
+    return part is None or isinstance(
+        part, (str, bytes, Number, np.generic, Enum, torch.dtype, torch.device)
+    )
 
 
 def article(value: Any) -> str:

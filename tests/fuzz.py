@@ -1,12 +1,14 @@
 """Runs the command on hostile input, hundreds of times in one process, and says what went wrong.
 
-A case passes if the command ends with status 0, or with status 2 and exactly one line on standard error, without an
-exception and within its time. A test makes cases, runs them, and asserts that none failed:
+A case passes if the command ends with status 0, or with status 2 and exactly one line on standard
+error, without an exception and within its time. A test makes cases, runs them, and asserts that
+none failed:
 
     tally = run_all([Case("a batch of 0", ["train", "--batch-size", "0"])], tmp_path, seconds=20)
     assert not tally.failures, report(tally)
 
-:data:`VALUES` and :func:`torn` are stocks of what files and options may hold instead of what is meant.
+:data:`VALUES` and :func:`torn` are stocks of what files and options may hold instead of what is
+meant.
 """
 
 import contextlib
@@ -28,10 +30,59 @@ from hessianflow.cli import main
 
 VALUES: Sequence[Any] = (
     *(None, True, False, 0, -1, 1, 7, 2**31, 2**53, 2**63, 10**30, 10**400, -(10**400)),
-    *(0.0, -0.5, 0.5, 1.5, 1e-320, 1e99, 1e101, 1e308, -1e308, float("inf"), float("-inf"), float("nan")),
-    *("", " ", "x", "5", "nan", "auto", "none", "$x^$", r"$\frac{a}$", "_a", "a\nb", "a\0b", "a\udcffb", "\x1b[31m"),
-    *("\u202e\u2028", "<b>&lt;|`", "=1+1", "../../x", "/dev/null", "builtins:input", "x" * 3000, "日本\U0001f600"),
-    *([], [1], ["x"], [None], [[1]], [1, 2, 3], [float("nan")], {}, {"a": 1}, {"value": {}}, {"5": [None]}),
+    *(
+        0.0,
+        -0.5,
+        0.5,
+        1.5,
+        1e-320,
+        1e99,
+        1e101,
+        1e308,
+        -1e308,
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+    ),
+    *(
+        "",
+        " ",
+        "x",
+        "5",
+        "nan",
+        "auto",
+        "none",
+        "$x^$",
+        r"$\frac{a}$",
+        "_a",
+        "a\nb",
+        "a\0b",
+        "a\udcffb",
+        "\x1b[31m",
+    ),
+    *(
+        "\u202e\u2028",
+        "<b>&lt;|`",
+        "=1+1",
+        "../../x",
+        "/dev/null",
+        "builtins:input",
+        "x" * 3000,
+        "日本\U0001f600",
+    ),
+    *(
+        [],
+        [1],
+        ["x"],
+        [None],
+        [[1]],
+        [1, 2, 3],
+        [float("nan")],
+        {},
+        {"a": 1},
+        {"value": {}},
+        {"5": [None]},
+    ),
 )
 """Values of every kind that JSON can hold, and some that it cannot."""
 
@@ -115,7 +166,8 @@ def _outcome(case: Case, place: Path, seconds: float) -> tuple[int, str]:
 
 
 def run(argv: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """Exit status and standard error of a command in this process; None and what happened where it has none."""
+    """Exit status and standard error of a command in this process; None and what happened where it
+    has none."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # as strict as a terminal
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
 
@@ -140,7 +192,9 @@ def torn(content: bytes, chance: random.Random) -> tuple[str, bytes]:
     kinds: dict[str, Callable[[], bytes]] = {
         "cut": lambda: content[:place],
         "beginning lost": lambda: content[place:],
-        "flipped bits": lambda: bytes(b ^ (chance.random() < 0.01) * chance.randrange(256) for b in content),
+        "flipped bits": lambda: bytes(
+            b ^ (chance.random() < 0.01) * chance.randrange(256) for b in content
+        ),
         "zeros inside": lambda: content[:place] + b"\0" * 300 + content[place:],
         "zeros at the end": lambda: content + b"\0" * 5000,
         "noise inside": lambda: content[:place] + chance.randbytes(50) + content[place:],
@@ -170,7 +224,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(10 * seconds, exit=True)  # for what does not even see a signal
+    # for what does not even see a signal
+    faulthandler.dump_traceback_later(10 * seconds, exit=True)
     try:
         yield
     finally:
@@ -206,7 +261,10 @@ def _remove(place: Path) -> None:
 def report(tally: Tally) -> str:
     """What a test says when cases failed."""
     shown = "\n".join(tally.failures[:40])
-    return f"{len(tally.failures)} of {sum(tally.counts.values())} cases failed ({tally.counts}):\n{shown}"
+    return (
+        f"{len(tally.failures)} of {sum(tally.counts.values())} cases failed"
+        f" ({tally.counts}):\n{shown}"
+    )
 
 
 if sys.platform == "win32":

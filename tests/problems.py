@@ -1,4 +1,5 @@
-"""Problems with known answers, shared by the tests and the benchmarks: matrices from a spectrum, small trained nets."""
+"""Problems with known answers, shared by the tests and the benchmarks: matrices from a spectrum,
+small trained nets."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 from hessianflow.curvature import CallableOperator
 
 
-def symmetric(spectrum: Iterable[float], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def symmetric(
+    spectrum: Iterable[float], seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """A dense symmetric matrix with exactly this spectrum, in a random orthonormal basis."""
     values = torch.tensor(list(spectrum), dtype=torch.float64)
     source = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=source, dtype=torch.float64))
+    basis, _ = torch.linalg.qr(
+        torch.randn(len(values), len(values), generator=source, dtype=torch.float64)
+    )
     return ((basis * values) @ basis.T).to(dtype)
 
 
@@ -44,9 +49,15 @@ class Problem:
 
 
 def classification(
-    model: nn.Module, shape: Sequence[int], examples: int, classes: int = 10, seed: int = 0, noise: float = 2.0
+    model: nn.Module,
+    shape: Sequence[int],
+    examples: int,
+    classes: int = 10,
+    seed: int = 0,
+    noise: float = 2.0,
 ) -> Problem:
-    """Cross-entropy on noisy class templates, in the dtype of the model: easy enough to train in seconds."""
+    """Cross-entropy on noisy class templates, in the dtype of the model: easy enough to train in
+    seconds."""
     source = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     templates = torch.randn((classes, *shape), generator=source)
@@ -55,7 +66,9 @@ def classification(
     return Problem(model, nn.functional.cross_entropy, inputs.to(dtype), targets)
 
 
-def mlp(widths: Sequence[int] = (20, 40, 40, 10), seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+def mlp(
+    widths: Sequence[int] = (20, 40, 40, 10), seed: int = 0, dtype: torch.dtype = torch.float64
+) -> nn.Module:
     """A tanh network with reproducible weights; the default has 2,890 of them."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
@@ -85,14 +98,21 @@ def initialised(model: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=source) / parameter[0].numel() ** 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=source) / parameter[0].numel() ** 0.5
+                )
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=source))
     return model
 
 
 def train(
-    problem: Problem, steps: int, lr: float = 0.05, batch_size: int = 64, momentum: float = 0.9, seed: int = 1
+    problem: Problem,
+    steps: int,
+    lr: float = 0.05,
+    batch_size: int = 64,
+    momentum: float = 0.9,
+    seed: int = 1,
 ) -> None:
     """Plain SGD on the problem's own examples; the model is left in training mode."""
     source = torch.Generator().manual_seed(seed)
@@ -107,7 +127,8 @@ def train(
 
 
 def dense_hessian(problem: Problem) -> Tensor:
-    """The Hessian of the mean loss by `torch.autograd.functional.hessian` on flat weights: no code of ours."""
+    """The Hessian of the mean loss by `torch.autograd.functional.hessian` on flat weights: no code
+    of ours."""
     names = [name for name, p in problem.model.named_parameters() if p.requires_grad]
     tensors = [p.detach() for p in problem.model.parameters() if p.requires_grad]
     was_training = problem.model.training
@@ -115,8 +136,12 @@ def dense_hessian(problem: Problem) -> Tensor:
 
     def loss(flat: Tensor) -> Tensor:
         pieces = torch.split(flat, [t.numel() for t in tensors])
-        weights = {name: piece.view_as(t) for name, piece, t in zip(names, pieces, tensors, strict=True)}
-        return problem.loss_fn(torch.func.functional_call(problem.model, weights, (problem.inputs,)), problem.targets)
+        weights = {
+            name: piece.view_as(t) for name, piece, t in zip(names, pieces, tensors, strict=True)
+        }
+        return problem.loss_fn(
+            torch.func.functional_call(problem.model, weights, (problem.inputs,)), problem.targets
+        )
 
     matrix = torch.autograd.functional.hessian(loss, torch.cat([t.reshape(-1) for t in tensors]))
     problem.model.train(was_training)

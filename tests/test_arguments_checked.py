@@ -21,7 +21,16 @@ from hessianflow.interfaces import HessianFlowError
 
 MODEL = nn.Linear(2, 2)
 RESULTS = {
-    *("Decision", "DualBatchPlan", "Pair", "PairLoss", "Published", "RateAndWarmup", "Replay", "ReplayStep"),
+    *(
+        "Decision",
+        "DualBatchPlan",
+        "Pair",
+        "PairLoss",
+        "Published",
+        "RateAndWarmup",
+        "Replay",
+        "ReplayStep",
+    ),
     *("RobustAccuracy", "Stage", "TimeModel", "Worker", "WorkerPlan"),
 }
 """Made by the toolkit, not by its users."""
@@ -114,4 +123,10 @@ def test_a_wrong_argument_is_refused_in_one_line(make: Any, argument: str):
 def test_the_arguments_were_found():
     names = {case.id for case in CASES}
     assert len(names) > 80
-    assert {"ABSA-decay_factor", "LARS-form", "PGD-norm_mode", "ConcurrentAdversary-first", "Level-dropout"} <= names
+    assert {
+        "ABSA-decay_factor",
+        "LARS-form",
+        "PGD-norm_mode",
+        "ConcurrentAdversary-first",
+        "Level-dropout",
+    } <= names

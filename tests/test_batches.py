@@ -1,4 +1,5 @@
-"""What counts as one batch, how many examples it has, and what happens to each kind of entry when it is cut."""
+"""What counts as one batch, how many examples it has, and what happens to each kind of entry when
+it is cut."""
 
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import MutableMapping
@@ -13,7 +14,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessianflow.batches import as_batches, as_pair, map_tensors, move, num_examples, split, take_rows, training_pair
+from hessianflow.batches import (
+    as_batches,
+    as_pair,
+    map_tensors,
+    move,
+    num_examples,
+    split,
+    take_rows,
+    training_pair,
+)
 from hessianflow.interfaces import HessianFlowError
 
 X, Y = torch.zeros(4, 2), torch.zeros(4)
@@ -44,7 +54,13 @@ def test_pairs_dicts_and_streams_are_told_apart():
     pairs = ((X, Y), [X, Y], ((X, X), Y), (X, (Y, Y)), ({"a": X}, Y), (X, {"b": Y}))
     for one in (*pairs, {"a": X, "labels": Y}, mapping):
         assert list(as_batches(one)) == [one]
-    for several in ([(X, Y), (X, Y)], [[X, Y], [X, Y]], [{"a": X}, {"a": X}], [mapping, mapping], [(X, Y)] * 3):
+    for several in (
+        [(X, Y), (X, Y)],
+        [[X, Y], [X, Y]],
+        [{"a": X}, {"a": X}],
+        [mapping, mapping],
+        [(X, Y)] * 3,
+    ):
         assert as_batches(several) is several
     loader = DataLoader(TensorDataset(X, Y), 2)
     assert as_batches(loader) is loader
@@ -56,7 +72,10 @@ def test_pairs_dicts_and_streams_are_told_apart():
         ((X, Y, Y), r"a batch must be a pair \(inputs, targets\), got a tuple of 3"),
         ([X], r"a batch must be a pair \(inputs, targets\), got a list of 1"),
         (X, "an iterable of pairs, got a Tensor: batch a data set by torch.utils.data.DataLoader"),
-        (TensorDataset(X, Y), "got a TensorDataset: batch a data set by torch.utils.data.DataLoader"),
+        (
+            TensorDataset(X, Y),
+            "got a TensorDataset: batch a data set by torch.utils.data.DataLoader",
+        ),
     ],
 )
 def test_what_is_no_batch_is_refused(data, message):
@@ -78,7 +97,14 @@ def test_what_is_no_batch_is_refused(data, message):
         ({"temperature": torch.tensor(1.0), "x": X, "y": Y}, 4),
         ({"prototypes": torch.zeros(100, 3, 3), "x": X, "labels": Y}, 4),
         (UserDict(prototypes=torch.zeros(100, 3), input_ids=X, labels=Y), 4),
-        ({"input_ids": torch.zeros(1, 50), "cu_seqlens": torch.zeros(9), "labels": torch.zeros(1, 50)}, 1),
+        (
+            {
+                "input_ids": torch.zeros(1, 50),
+                "cu_seqlens": torch.zeros(9),
+                "labels": torch.zeros(1, 50),
+            },
+            1,
+        ),
         ((Y, Y, Y), 4),
         ([("a", "b", "c"), [1, 2, 3]], 3),
         (["a", "b", "c"], 3),
@@ -96,10 +122,19 @@ def test_the_number_of_examples(batch, count):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"p": torch.zeros(100, 3), "x": X}, "number of examples of a dict whose entries have 4 and 100 rows: pass a"),
-        ((Y, torch.zeros(5), torch.zeros(5)), "number of examples of a tuple whose entries have 4 and 5 rows"),
+        (
+            {"p": torch.zeros(100, 3), "x": X},
+            "number of examples of a dict whose entries have 4 and 100 rows: pass a",
+        ),
+        (
+            (Y, torch.zeros(5), torch.zeros(5)),
+            "number of examples of a tuple whose entries have 4 and 5 rows",
+        ),
         (torch.tensor(1.0), "found none in a Tensor: pass batches"),
-        (DataLoader(TensorDataset(X), 2), r"found none in a DataLoader: pass batches, such as next\(iter\(loader\)\)"),
+        (
+            DataLoader(TensorDataset(X), 2),
+            r"found none in a DataLoader: pass batches, such as next\(iter\(loader\)\)",
+        ),
         ({}, "found none in a dict"),
     ],
 )
@@ -129,11 +164,16 @@ def test_everything_per_example_goes_with_its_rows():
     assert [len(targets) for _, targets in pieces] == [11, 11, 10]
     assert torch.equal(torch.cat([targets for _, targets in pieces]), CLASSES)
     for name in ("x", "array"):
-        assert torch.cat([torch.as_tensor(piece[name]) for piece, _ in pieces]).tolist() == inputs[name].tolist()
+        assert (
+            torch.cat([torch.as_tensor(piece[name]) for piece, _ in pieces]).tolist()
+            == inputs[name].tolist()
+        )
     for name in ("names", "lengths", "metas"):
         assert [entry for piece, _ in pieces for entry in piece[name]] == list(inputs[name])
         assert type(pieces[0][0][name]) is type(inputs[name])
-    assert [len(boxes) for piece, _ in pieces for boxes in piece["boxes"]] == [n % 3 for n in range(32)]
+    assert [len(boxes) for piece, _ in pieces for boxes in piece["boxes"]] == [
+        n % 3 for n in range(32)
+    ]
     for piece, targets in pieces:
         for name in ("mask", "temperature", "nothing"):
             assert piece[name] is inputs[name]
@@ -145,7 +185,9 @@ def test_everything_per_example_goes_with_its_rows():
             assert torch.equal(rows[:, 0].long(), targets)
 
 
-@pytest.mark.parametrize("make", [dict, UserDict, OrderedDict, Encoding, lambda d: defaultdict(list, d)])
+@pytest.mark.parametrize(
+    "make", [dict, UserDict, OrderedDict, Encoding, lambda d: defaultdict(list, d)]
+)
 def test_mappings_are_cut_and_moved_like_a_dict_and_keep_their_type(make):
     mapping = make({"x": ROWS, "y": CLASSES})
     pieces = list(split(mapping, 16))
@@ -235,8 +277,14 @@ def test_a_batch_in_one_piece_may_hold_anything(size):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"x": ROWS, "mask": torch.ones(4, 4)}, r"inputs\['mask'\] has 4 rows in a batch of 32 examples and cannot"),
-        ({"x": ROWS, "p": np.ones((100, 3))}, r"inputs\['p'\] has 100 rows .* first dimension of 1 \(t\[None\]\)"),
+        (
+            {"x": ROWS, "mask": torch.ones(4, 4)},
+            r"inputs\['mask'\] has 4 rows in a batch of 32 examples and cannot",
+        ),
+        (
+            {"x": ROWS, "p": np.ones((100, 3))},
+            r"inputs\['p'\] has 100 rows .* first dimension of 1 \(t\[None\]\)",
+        ),
         ((ROWS, {"ids": ROWS.T.repeat(5, 1)}), r"inputs\[1\]\['ids'\] has 5 rows"),
         (Graph(torch.zeros(40, 2)), r"inputs\.nodes has 40 rows"),
         (Pair(ROWS, torch.zeros(31)), r"inputs\.right has 31 rows"),
@@ -244,7 +292,10 @@ def test_a_batch_in_one_piece_may_hold_anything(size):
         (torch.zeros(35, 32, 2), r"inputs has 35 rows .* pad these to one"),
         ({"x": ROWS, "tree": object()}, r"inputs\['tree'\] is an object, whose rows are not known"),
         ({"x": ROWS, "ids": {1, 2}}, r"inputs\['ids'\] is a set, whose rows are not known"),
-        (pack_sequence([torch.zeros(2)] * 32), r"inputs is a PackedSequence, whose rows are not known"),
+        (
+            pack_sequence([torch.zeros(2)] * 32),
+            r"inputs is a PackedSequence, whose rows are not known",
+        ),
     ],
 )
 def test_what_might_be_shared_or_several_rows_an_example_is_refused_by_name(inputs, message):
@@ -253,14 +304,18 @@ def test_what_might_be_shared_or_several_rows_an_example_is_refused_by_name(inpu
 
 
 def test_an_entry_of_a_mapping_batch_is_named_too():
-    with pytest.raises(HessianFlowError, match=r"batch\['p'\] has 100 rows in a batch of 32 examples"):
+    with pytest.raises(
+        HessianFlowError, match=r"batch\['p'\] has 100 rows in a batch of 32 examples"
+    ):
         list(split({"p": torch.zeros(100, 3), "x": ROWS, "y": CLASSES}, 8))
 
 
 def test_a_list_that_can_be_read_in_two_ways_is_refused():
     """Three colour images in a list, or three inputs of three examples each."""
     batch = ([torch.zeros(3, 8, 8)] * 3, torch.zeros(3))
-    with pytest.raises(HessianFlowError, match="inputs is a list of 3 entries of 3 rows in a batch of 3 examples"):
+    with pytest.raises(
+        HessianFlowError, match="inputs is a list of 3 entries of 3 rows in a batch of 3 examples"
+    ):
         list(split(batch, 2))
     three = {str(n): torch.zeros(3, 8, 8) for n in range(3)}
     assert [len(targets) for _, targets in split((three, torch.zeros(3)), 2)] == [3]  # none alone
@@ -272,13 +327,19 @@ def test_a_list_that_can_be_read_in_two_ways_is_refused():
     [
         (
             {"x": X, "labels": Y},
-            r"a batch must be a pair \(inputs, targets\), got a dict of 2: let each item of the data set",
+            (
+                r"a batch must be a pair \(inputs, targets\), got a dict of 2: let each item of the"
+                r" data set"
+            ),
         ),
         (UserDict(x=X, labels=Y), "got a UserDict of 2"),
         ((X, Y, Y), "got a tuple of 3"),
         ((X,), "got a tuple of 1"),
         (X, "got a Tensor: let each item"),
-        ((X, tuple({"boxes": torch.zeros(n, 4)} for n in range(4))), "got a tuple of 4 entries of type dict: pad them"),
+        (
+            (X, tuple({"boxes": torch.zeros(n, 4)} for n in range(4))),
+            "got a tuple of 4 entries of type dict: pad them",
+        ),
         ((X, [Graph(torch.zeros(1))] * 2), "got a list of 2 entries of type Graph"),
         ((X, torch.zeros(40)), "inputs of 4 rows do not go with targets of 40"),
         ((X, torch.tensor(1.0)), "found none in a Tensor"),
@@ -291,7 +352,13 @@ def test_what_cannot_be_trained_on_is_refused(batch, message):
 
 @pytest.mark.parametrize(
     "inputs",
-    [X, {"x": X, "mask": torch.ones(3, 3)}, [torch.zeros(3, n, 8) for n in range(4)], torch.zeros(1, 2), list("abcd")],
+    [
+        X,
+        {"x": X, "mask": torch.ones(3, 3)},
+        [torch.zeros(3, n, 8) for n in range(4)],
+        torch.zeros(1, 2),
+        list("abcd"),
+    ],
 )
 def test_pairs_to_train_on_pass(inputs):
     assert training_pair((inputs, Y)) == (inputs, Y)
@@ -302,7 +369,8 @@ def test_a_pair_to_evaluate_need_not_agree_on_rows():
     flattened = torch.zeros(20)
     assert as_pair([X, flattened]) == (X, flattened)
     with pytest.raises(
-        HessianFlowError, match=r"a batch must be a pair \(inputs, targets\), got a tuple of 3: let each"
+        HessianFlowError,
+        match=r"a batch must be a pair \(inputs, targets\), got a tuple of 3: let each",
     ):
         as_pair((X, Y, Y))
 

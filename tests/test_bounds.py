@@ -32,12 +32,18 @@ def refusal(**settings: Any) -> str:
         ({"lr": math.nan}, "--lr must be a number from 0 to 1e+30, got nan"),
         ({"lr": "0.1"}, "--lr must be a number, got '0.1'"),
         ({"lr": [0.1]}, "--lr must be a number, got [0.1]"),
-        ({"keep_checkpoints": 1_000_000_000}, "--keep-checkpoints must be at most 1000, got 1000000000"),
+        (
+            {"keep_checkpoints": 1_000_000_000},
+            "--keep-checkpoints must be at most 1000, got 1000000000",
+        ),
         ({"growth_factor": 1}, "--growth-factor must be greater than 1, got 1"),
         ({"decay_factor": math.nan}, "--decay-factor must be a number from 1 to 1e+30, got nan"),
         ({"controller": None}, "--controller must be one of 'absa', 'abs',"),
         ({"controller": "ABSA"}, "got 'ABSA'"),
-        ({"log_level": "x"}, "--log-level must be one of 'debug', 'info', 'warning', 'error', got 'x'"),
+        (
+            {"log_level": "x"},
+            "--log-level must be one of 'debug', 'info', 'warning', 'error', got 'x'",
+        ),
         ({"plots": "yes"}, "--plots must be true or false, got 'yes'"),
         ({"plots": 1}, "--plots must be true or false, got 1"),
         ({"model": 5}, "--model must be text, got 5"),
@@ -49,11 +55,20 @@ def refusal(**settings: Any) -> str:
         ({"data_dir": "x" * 5000}, "--data-dir must be at most 4096 characters long, got 5000"),
         ({"milestones": "abc"}, "--milestones must be a list like [30, 60], got 'abc'"),
         ({"milestones": (1, 2.5)}, "--milestones must be a list like [30, 60], got (1, 2.5)"),
-        ({"milestones": (10**400,)}, "--milestones must be at most 1e+06, got a number of about 400 digits"),
+        (
+            {"milestones": (10**400,)},
+            "--milestones must be at most 1e+06, got a number of about 400 digits",
+        ),
         ({"stages": ((1, 2, 3),)}, "--stages must be a list like [[2, 256], [4, 512]]"),
         ({"stages": (1, 2)}, "--stages must be a list like [[2, 256], [4, 512]], got (1, 2)"),
-        ({"microbatch_size": "big"}, "--microbatch-size must be a whole number or 'auto', got 'big'"),
-        ({"resolution": "once", "resolution_batch_sizes": ()}, "--resolution-batch-sizes must be 1 or more, got []"),
+        (
+            {"microbatch_size": "big"},
+            "--microbatch-size must be a whole number or 'auto', got 'big'",
+        ),
+        (
+            {"resolution": "once", "resolution_batch_sizes": ()},
+            "--resolution-batch-sizes must be 1 or more, got []",
+        ),
         ({"eps": None}, "--eps must be a number, got None"),
         ({"device": ["cpu"]}, "--device must be text, got ['cpu']"),
         ({"model": "x" * 100_000}, "--model must be at most 4096 characters long"),
@@ -74,7 +89,9 @@ def kinds(hint: Any) -> set[Any]:
 def test_every_number_has_bounds():
     """So that none of them meets an overflow further down."""
     hints = get_type_hints(TrainConfig)
-    numeric = {field.name for field in fields(TrainConfig) if kinds(hints[field.name]) & {int, float}}
+    numeric = {
+        field.name for field in fields(TrainConfig) if kinds(hints[field.name]) & {int, float}
+    }
     assert numeric - BOUNDS.keys() == {"dropouts"}, "which have a check of their own"
 
 
@@ -84,7 +101,9 @@ def test_whole_numbers_are_numbers_and_lists_are_lists():
 
 
 def test_a_recorded_setting_of_another_type_is_refused_like_one_that_is_typed():
-    with pytest.raises(HessianFlowError, match=r"--keep-checkpoints must be a whole number, got 1\.5"):
+    with pytest.raises(
+        HessianFlowError, match=r"--keep-checkpoints must be a whole number, got 1\.5"
+    ):
         from_dict({"keep_checkpoints": 1.5}, "here")
 
 
@@ -93,6 +112,9 @@ def test_paths_begin_at_home_with_a_tilde(monkeypatch: pytest.MonkeyPatch):
     config = resolve(TrainConfig(data="cifar10", data_dir="~/data", run_dir="~"))
     assert (config.data_dir, config.run_dir) == ("/home/somebody/data", "/home/somebody")
     assert resolve(TrainConfig(run_dir="./a//~b/")).run_dir == "./a//~b/", "nothing else is touched"
-    with pytest.raises(HessianFlowError, match="--run-dir ~nobody-here/x: no home folder is known; write the path out"):
+    with pytest.raises(
+        HessianFlowError,
+        match="--run-dir ~nobody-here/x: no home folder is known; write the path out",
+    ):
         resolve(TrainConfig(run_dir="~nobody-here/x"))
     assert user_path(None, "--out") is None

@@ -10,7 +10,9 @@ from hessianflow.config import TrainConfig, resolve
 
 
 @pytest.mark.parametrize(("correction", "form"), [(False, "paper"), (True, "outside")])
-def test_momentum_correction_takes_the_rate_out_of_the_velocity_of_lars(correction: bool, form: str):
+def test_momentum_correction_takes_the_rate_out_of_the_velocity_of_lars(
+    correction: bool, form: str
+):
     config = resolve(TrainConfig(optimizer="lars", momentum_correction=correction))
     assert build_optimizer(config, nn.Linear(2, 2)).param_groups[0]["form"] == form
 
@@ -23,10 +25,15 @@ def test_momentum_correction_takes_the_rate_out_of_the_velocity_of_lars(correcti
         ({"epochs": 3}, [1, 1, 0.5]),
         ({"epochs": 2}, [1, 0.5]),
         ({"epochs": 1}, [1]),
-        ({"epochs": 4, "decay_from": 0, "controller": "critical", "schedule": None}, [1, 0.75, 0.5, 0.25]),
+        (
+            {"epochs": 4, "decay_from": 0, "controller": "critical", "schedule": None},
+            [1, 0.75, 0.5, 0.25],
+        ),
     ],
 )
-def test_cooldown_is_constant_and_then_falls_by_the_epoch(settings: dict[str, Any], rates: list[float]):
+def test_cooldown_is_constant_and_then_falls_by_the_epoch(
+    settings: dict[str, Any], rates: list[float]
+):
     config = resolve(TrainConfig(lr=1.0, **{"schedule": "cooldown", **settings}))
     optimizer = build_optimizer(config, nn.Linear(2, 2))
     scheduler, unit = build_scheduler(config, optimizer, 1000)
@@ -41,8 +48,14 @@ def test_cooldown_is_constant_and_then_falls_by_the_epoch(settings: dict[str, An
 
 
 def test_cooldown_after_a_warmup_falls_by_the_batch():
-    """Two of ten batches an epoch up, then from the middle of 4 epochs on down to the last batch."""
-    settings: dict[str, Any] = {"epochs": 4, "decay_from": 2, "warmup_epochs": 0.2, "batch_size": 10}
+    """Two of ten batches an epoch up, then from the middle of 4 epochs on down to the last
+    batch."""
+    settings: dict[str, Any] = {
+        "epochs": 4,
+        "decay_from": 2,
+        "warmup_epochs": 0.2,
+        "batch_size": 10,
+    }
     config = resolve(TrainConfig(lr=1.0, schedule="cooldown", **settings))
     optimizer = build_optimizer(config, nn.Linear(2, 2))
     scheduler, unit = build_scheduler(config, optimizer, 100)

@@ -1,4 +1,5 @@
-"""The command as a user meets it: exit status, one clear line, files on disk; interrupted and resumed."""
+"""The command as a user meets it: exit status, one clear line, files on disk; interrupted and
+resumed."""
 
 import json
 import os
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_runs import in_a_folder_of_its_own, run  # noqa: F401  (the fixture serves every test here)
+from command_runs import (
+    in_a_folder_of_its_own,  # noqa: F401
+    run,
+)
 
 import hessianflow
 from hessianflow import History
@@ -32,10 +36,23 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
     assert all(row["reason"] for row in history.growths)
     assert history.summary["updates"] * 2 <= 30 * 45  # 45 updates an epoch at the fixed batch of 32
     assert run_dir.name in out
-    assert {p.name for p in (run_dir / "plots").iterdir()} == {"curvature_trajectory.png", "training_curves.png"}
-    names = {"config.json", "settings.yaml", "history.jsonl", "summary.json", "checkpoints", "plots"}
+    assert {p.name for p in (run_dir / "plots").iterdir()} == {
+        "curvature_trajectory.png",
+        "training_curves.png",
+    }
+    names = {
+        "config.json",
+        "settings.yaml",
+        "history.jsonl",
+        "summary.json",
+        "checkpoints",
+        "plots",
+    }
     assert {p.name for p in run_dir.iterdir()} == names
-    assert torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)["updates"] == history.summary["updates"]
+    assert (
+        torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)["updates"]
+        == history.summary["updates"]
+    )
     config = json.loads((run_dir / "config.json").read_text())
     assert config["settings"]["batch_size"] == 32
     assert config["environment"]["packages"]["torch"].startswith(torch.__version__.split("+")[0])
@@ -52,7 +69,10 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--batch-size", "0"], ["--batch-size", "at least 1", "0"]),
         (["--batch-size", "2000"], ["--batch-size 2000", "1438 training examples"]),
         (["--max-batch-size", "1439"], ["--max-batch-size 1439", "1438 training examples"]),
-        (["--batch-size", "64", "--max-batch-size", "32"], ["--max-batch-size 32", "below --batch-size 64"]),
+        (
+            ["--batch-size", "64", "--max-batch-size", "32"],
+            ["--max-batch-size 32", "below --batch-size 64"],
+        ),
         (["--max-batch-size", "16"], ["--max-batch-size 16", "32", "digits"]),
         (["--lr", "nan"], ["--lr", "nan"]),
         (["--lr", "-1"], ["--lr", "at least 0", "-1"]),
@@ -60,9 +80,15 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--adversarial-share", "1.5"], ["--adversarial-share", "at most 1", "1.5"]),
         (["--eps", "-0.1"], ["--eps", "at least 0", "-0.1"]),
         (["--adversary", "conadv", "--staleness", "-1"], ["--staleness", "at least 0", "-1"]),
-        (["--adversary", "conadv", "--attack-runner", "stream", "--device", "cpu"], ["stream cannot attack on cpu"]),
+        (
+            ["--adversary", "conadv", "--attack-runner", "stream", "--device", "cpu"],
+            ["stream cannot attack on cpu"],
+        ),
         (["--staleness", "1"], ["--staleness is a setting of --adversary conadv"]),
-        (["--adversary", "conadv", "--staleness", "9999"], ["--staleness must be smaller than the number of steps"]),
+        (
+            ["--adversary", "conadv", "--staleness", "9999"],
+            ["--staleness must be smaller than the number of steps"],
+        ),
         (["--sam-rho", "-1"], ["--sam-rho", "at least 0", "-1"]),
         (["--sam-rho", "0.1", "--precision", "fp16"], ["SAM", "bf16"]),
         (["--milestones", "[5, 2]"], ["--milestones", "increasing"]),
@@ -73,15 +99,36 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
             ["--controller", "timed", "--stages", "[[2, 64], [2, 128]]"],
             ["--stages must have increasing epochs, got [2, 2]"],
         ),
-        (["--controller", "critical", "--edge-share", "1"], ["--momentum and --edge-share must be < 1", "1.0"]),
-        (["--controller", "critical", "--edge-share", "0", "--loss-power", "0"], ["--edge-share and --loss-power"]),
+        (
+            ["--controller", "critical", "--edge-share", "1"],
+            ["--momentum and --edge-share must be < 1", "1.0"],
+        ),
+        (
+            ["--controller", "critical", "--edge-share", "0", "--loss-power", "0"],
+            ["--edge-share and --loss-power"],
+        ),
         (["--controller", "critical", "--lr-rule", "sqrt"], ["--lr-rule sqrt", "--edge-share 0"]),
-        (["--controller", "critical", "--norm-mode", "eval"], ["--norm-mode eval", "--edge-share 0"]),
+        (
+            ["--controller", "critical", "--norm-mode", "eval"],
+            ["--norm-mode eval", "--edge-share 0"],
+        ),
         (["--controller", "critical", "--excess-power", "2"], ["--excess-power", "at most 1", "2"]),
-        (["--schedule", "cooldown", "--decay-from", "9", "--epochs", "9"], ["--decay-from 9", "below --epochs 9"]),
-        (["--schedule", "cooldown", "--decay-from", "30"], ["--decay-from 30", "below --epochs 30"]),
-        (["--schedule", "cooldown", "--controller", "timed"], ["--controller timed decays by itself"]),
-        (["--optimizer", "lars", "--trust-coefficient", "-1"], ["--trust-coefficient", "at least 0", "-1"]),
+        (
+            ["--schedule", "cooldown", "--decay-from", "9", "--epochs", "9"],
+            ["--decay-from 9", "below --epochs 9"],
+        ),
+        (
+            ["--schedule", "cooldown", "--decay-from", "30"],
+            ["--decay-from 30", "below --epochs 30"],
+        ),
+        (
+            ["--schedule", "cooldown", "--controller", "timed"],
+            ["--controller timed decays by itself"],
+        ),
+        (
+            ["--optimizer", "lars", "--trust-coefficient", "-1"],
+            ["--trust-coefficient", "at least 0", "-1"],
+        ),
         (["--curvature", "off"], ["--controller absa needs curvature"]),
         (["--device", "cuda:77"], ["--device cuda:77"]),
         (["--device", "toaster"], ["--device toaster"]),
@@ -92,7 +139,9 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
-def test_bad_input_is_one_line_and_status_2(arguments: list[str], words: list[str], tmp_path: Path, capsys):
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys
+):
     (tmp_path / "file").write_text("")
     status, out, err = run("train", *arguments, capsys=capsys)
     assert status == 2
@@ -106,7 +155,10 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], words: list[st
 
 def test_only_a_model_with_batch_normalisation_can_be_split(tmp_path: Path, capsys, monkeypatch):
     layers = "nn.Sequential(nn.Flatten(), nn.Linear(input_size**2, num_classes))"
-    code = f"from torch import nn\n\ndef net(num_classes=10, input_size=8, in_channels=1):\n    return {layers}\n"
+    code = (
+        "from torch import nn\n\ndef net(num_classes=10, input_size=8, in_channels=1):\n    return"
+        f" {layers}\n"
+    )
     (tmp_path / "unnormalised.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     options = ["--adversary", "conadv", "--model", "unnormalised:net", *QUICK]
@@ -114,7 +166,8 @@ def test_only_a_model_with_batch_normalisation_can_be_split(tmp_path: Path, caps
     assert status == 2
     assert err.count("\n") == 1
     assert "needs a model with batch normalisation, found none" in err
-    status, _, err = run("train", *options, capsys=capsys)  # left open: split only where that is possible
+    # left open: split only where that is possible
+    status, _, err = run("train", *options, capsys=capsys)
     assert status == 0, err
 
 
@@ -128,11 +181,14 @@ def test_what_was_trained_with_twins_is_measured_with_the_main_set_alone(capsys)
     assert accuracy == pytest.approx(History.load("twins").summary["final_accuracy"])
     status, out, _ = run("second-opinion", "twins", capsys=capsys)
     assert status == 0
-    assert "eigenvalues() failed" not in out  # as it would with parameters that the loss does not depend on
+    # as it would with parameters that the loss does not depend on
+    assert "eigenvalues() failed" not in out
 
 
 def test_robustness_and_input_curvature_are_recorded_when_asked_for(capsys):
-    status, _, err = run("train", *QUICK, "--overfitting-alarm", "true", "--input-curvature", "true", capsys=capsys)
+    status, _, err = run(
+        "train", *QUICK, "--overfitting-alarm", "true", "--input-curvature", "true", capsys=capsys
+    )
     assert status == 0, err
     (folder,) = Path("runs").iterdir()
     history = History.load(folder)
@@ -159,11 +215,20 @@ def test_truncated_data_file_is_named_with_its_size(tmp_path: Path, capsys):
 
 
 def test_config_file_gives_settings_and_refuses_unknown_keys(tmp_path: Path, capsys):
-    (tmp_path / "good.yaml").write_text("epochs: 2\nbatch_size: 48\nplots: false\nmilestones: [1]\n")
-    status, _, _ = run("train", "--config", "good.yaml", "--run-dir", "run", "--lr", "0.02", capsys=capsys)
+    (tmp_path / "good.yaml").write_text(
+        "epochs: 2\nbatch_size: 48\nplots: false\nmilestones: [1]\n"
+    )
+    status, _, _ = run(
+        "train", "--config", "good.yaml", "--run-dir", "run", "--lr", "0.02", capsys=capsys
+    )
     assert status == 0
     settings = History.load("run").config["settings"]
-    assert (settings["epochs"], settings["batch_size"], settings["lr"], settings["milestones"]) == (2, 48, 0.02, [1])
+    assert (settings["epochs"], settings["batch_size"], settings["lr"], settings["milestones"]) == (
+        2,
+        48,
+        0.02,
+        [1],
+    )
     (tmp_path / "bad.yaml").write_text("epochs: 2\nbatchsize: 48\n")
     status, _, err = run("train", "--config", "bad.yaml", capsys=capsys)
     assert status == 2
@@ -193,8 +258,13 @@ def test_settings_of_a_run_are_a_config_file(capsys):
     again = ["--config", "run/settings.yaml", "--run-dir", "again"]
     assert run("train", *again, capsys=capsys)[0] == 0
     first, second = (History.load(name).config["settings"] for name in ("run", "again"))
-    assert {k: v for k, v in first.items() if k != "run_dir"} == {k: v for k, v in second.items() if k != "run_dir"}
-    assert History.load("run").epochs[-1]["train_loss"] == History.load("again").epochs[-1]["train_loss"]
+    assert {k: v for k, v in first.items() if k != "run_dir"} == {
+        k: v for k, v in second.items() if k != "run_dir"
+    }
+    assert (
+        History.load("run").epochs[-1]["train_loss"]
+        == History.load("again").epochs[-1]["train_loss"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,15 +315,28 @@ def test_every_choice_trains_under_its_own_name(arguments: list[str], capsys):
 def test_grow_instead_of_decay_does_not_decay_too(capsys):
     options = ["--controller", "grow-instead-of-decay", "--milestones", "[1]", *QUICK]
     assert run("train", *options, "--run-dir", "run", capsys=capsys)[0] == 0
-    assert [(r["batch_size"], r["lr"]) for r in History.load("run").epochs] == [(32, 0.05), (160, 0.05)]
+    assert [(r["batch_size"], r["lr"]) for r in History.load("run").epochs] == [
+        (32, 0.05),
+        (160, 0.05),
+    ]
     status, _, err = run("train", *options, "--schedule", "multistep", capsys=capsys)
     assert status == 2
     assert "replaces --schedule multistep" in err
 
 
 def test_a_replay_leaves_the_end_of_another_schedule_out(capsys):
-    """A decay that timed never reaches is no error of the controller replayed, which nobody told of it."""
-    options = ["--controller", "timed", "--stages", "[[1, 64]]", "--decay-from", "2", "--run-dir", "run"]
+    """A decay that timed never reaches is no error of the controller replayed, which nobody told of
+    it."""
+    options = [
+        "--controller",
+        "timed",
+        "--stages",
+        "[[1, 64]]",
+        "--decay-from",
+        "2",
+        "--run-dir",
+        "run",
+    ]
     assert run("train", *QUICK, *options, capsys=capsys)[0] == 0
     for controller in ("critical", "timed"):
         status, out, err = run("replay", "run", "--controller", controller, capsys=capsys)
@@ -262,7 +345,16 @@ def test_a_replay_leaves_the_end_of_another_schedule_out(capsys):
 
 
 def test_a_replay_leaves_the_rate_rule_of_another_controller_out(capsys):
-    options = ["--controller", "fixed", "--lr-rule", "sqrt", "--curvature", "epoch", "--run-dir", "run"]
+    options = [
+        "--controller",
+        "fixed",
+        "--lr-rule",
+        "sqrt",
+        "--curvature",
+        "epoch",
+        "--run-dir",
+        "run",
+    ]
     assert run("train", *QUICK, *options, capsys=capsys)[0] == 0
     status, out, err = run("replay", "run", "--controller", "critical", capsys=capsys)
     assert (status, err) == (0, "")
@@ -271,7 +363,9 @@ def test_a_replay_leaves_the_rate_rule_of_another_controller_out(capsys):
 
 def test_commands_that_read_runs(capsys):
     for seed in ("0", "1"):
-        assert run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0
+        assert (
+            run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0
+        )
     status, out, _ = run("compare", "run0", "run1", "--out", "cmp", capsys=capsys)
     assert status == 0
     assert out.startswith("| settings | runs |")
@@ -292,14 +386,29 @@ def test_commands_that_read_runs(capsys):
         assert (status, err) == (0, "")
         assert words in out
     status, out, _ = run(
-        "spectrum", "run0", "--k", "2", "--trace", "true", "--density", "true", "--examples", "64", capsys=capsys
+        "spectrum",
+        "run0",
+        "--k",
+        "2",
+        "--trace",
+        "true",
+        "--density",
+        "true",
+        "--examples",
+        "64",
+        capsys=capsys,
     )
     assert status == 0
     found = json.loads(Path("run0/spectrum.json").read_text())
     assert len(found["eigenvalues"]) == 2
     assert found["num_examples"] == 64
     assert Path("run0/plots/spectral_density.png").exists()
-    for words in ("share below 0 ", "share not told from 0 ", "share above 0 ", "not told from 0: between"):
+    for words in (
+        "share below 0 ",
+        "share not told from 0 ",
+        "share above 0 ",
+        "not told from 0: between",
+    ):
         assert words in out
     status, out, _ = run(
         "spectrum",
@@ -328,11 +437,15 @@ def test_robustness(capsys):
     assert status == 0, err
     found = json.loads(Path("run/robustness.json").read_text())["accuracy"]
     clean = found["clean"][0][0]
-    assert found["fgsm"][0][0] == found["pgd3"][0][0] == found["clean"][1][0] == clean  # eps 0 changes nothing
+    # eps 0 changes nothing
+    assert found["fgsm"][0][0] == found["pgd3"][0][0] == found["clean"][1][0] == clean
     assert found["worst"][1][0] <= min(found["fgsm"][1][0], found["pgd3"][1][0]) < clean - 0.2
     assert f"{clean:.2%}" in out
     assert Path("run/plots/robustness.png").stat().st_size > 5000
-    for bad, words in ((["--attack", "pgd"], "such as pgd20"), (["--eps", "2"], "--eps must lie between 0 and 1")):
+    for bad, words in (
+        (["--attack", "pgd"], "such as pgd20"),
+        (["--eps", "2"], "--eps must lie between 0 and 1"),
+    ):
         status, _, err = run("robustness", "run", *bad, capsys=capsys)
         assert (status, err.count("\n")) == (2, 1)
         assert words in err
@@ -390,14 +503,22 @@ def test_statistics_of_all_ranks_are_those_of_one_alone(capsys):
     """Without torchrun the synchronised layers see the microbatch, as plain ones do."""
     options = [*QUICK, "--train-examples", "200", "--microbatch-size", "32"]
     for name, group in (("synchronised", "ranks"), ("plain", "0")):
-        assert run("train", *options, "--norm-batch-size", group, "--run-dir", name, capsys=capsys)[0] == 0
-    losses = [[row["train_loss"] for row in History.load(name).epochs] for name in ("synchronised", "plain")]
+        assert (
+            run("train", *options, "--norm-batch-size", group, "--run-dir", name, capsys=capsys)[0]
+            == 0
+        )
+    losses = [
+        [row["train_loss"] for row in History.load(name).epochs]
+        for name in ("synchronised", "plain")
+    ]
     assert losses[0] == losses[1]
 
 
 def test_plot_overlays_runs(capsys):
     for seed in ("0", "1"):
-        assert run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0
+        assert (
+            run("train", *QUICK, "--seed", seed, "--run-dir", f"run{seed}", capsys=capsys)[0] == 0
+        )
     status, out, _ = run("plot", "run0", "run1", "--out", "pictures", capsys=capsys)
     assert status == 0
     assert Path("pictures/curvature_trajectory.png").stat().st_size > 10_000
@@ -411,13 +532,17 @@ def synthetic_run(name: str, *rows: dict, **config: object) -> Path:
     first = {"kind": "epoch", "epoch": 1, "examples": 64, "updates": 2, "batch_size": 32, "lr": 0.1}
     first |= {"train_loss": 1.5, "eval_accuracy": 0.5}
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, *rows)))
-    (folder / "config.json").write_text(json.dumps({"trainer": {"examples_per_epoch": 64}, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"trainer": {"examples_per_epoch": 64}, **config})
+    )
     return folder
 
 
 def test_a_run_named_twice_counts_once(capsys):
     run_dir = synthetic_run("k/fixed")
-    status, out, err = run("compare", "k/fixed", f"{run_dir.resolve()}", "k/../k/fixed/", capsys=capsys)
+    status, out, err = run(
+        "compare", "k/fixed", f"{run_dir.resolve()}", "k/../k/fixed/", capsys=capsys
+    )
     assert status == 0
     assert "| fixed (1 unfinished) | 1 | 50.00 | 2 | 64 |" in out
     assert err.count("is named more than once and counts once\n") == err.count("\n") == 2
@@ -429,7 +554,10 @@ def test_a_value_that_is_no_number_is_one_line(command: str, capsys):
     synthetic_run("run", row, settings={})
     status, _, err = run(command, "run", capsys=capsys)
     assert status == 2
-    words = 'run/history.jsonl line 2: eigenvalue must be a number or null, got "big": the file is damaged; delete the '
+    words = (
+        'run/history.jsonl line 2: eigenvalue must be a number or null, got "big": the file is'
+        " damaged; delete the "
+    )
     assert err.startswith(f"hessianflow {command}: error: {words}")
     assert err.count("\n") == 1
 
@@ -445,11 +573,16 @@ def test_a_value_that_is_no_number_is_one_line(command: str, capsys):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_run_made_from_python_is_refused_with_what_to_call(command: list[str], instead: str, capsys):
+def test_a_run_made_from_python_is_refused_with_what_to_call(
+    command: list[str], instead: str, capsys
+):
     synthetic_run("run")
     status, _, err = run(*command, capsys=capsys)
     assert (status, err.count("\n")) == (2, 1)
-    needs = f"run/config.json holds no settings: `hessianflow {command[0]}` needs a run of `hessianflow train`"
+    needs = (
+        f"run/config.json holds no settings: `hessianflow {command[0]}` needs a run of `hessianflow"
+        " train`"
+    )
     assert f"{needs}; with one made from Python, call {instead}" in err
     room, name = instead.removeprefix("hf.").split(".")
     assert callable(getattr(getattr(hessianflow, room), name))
@@ -457,7 +590,9 @@ def test_a_run_made_from_python_is_refused_with_what_to_call(command: list[str],
 
 def test_a_batch_that_shrank_is_told(capsys):
     """cabs halves the batch of 32 within the first epoch."""
-    status, out, _ = run("train", *QUICK, "--epochs", "1", "--controller", "cabs", "--run-dir", "run", capsys=capsys)
+    status, out, _ = run(
+        "train", *QUICK, "--epochs", "1", "--controller", "cabs", "--run-dir", "run", capsys=capsys
+    )
     assert status == 0
     assert "largest batch 32" in out
     assert re.search(r"\n  epoch   0: batch 32 -> 16: rate ", out)
@@ -496,7 +631,10 @@ def test_help_and_no_command(capsys):
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "hessianflow", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "hessianflow", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -516,7 +654,8 @@ def wait_for_epochs(run_dir: str, epochs: int) -> None:
 
 
 def test_killed_at_a_random_moment_and_resumed_is_bit_equal(capsys):
-    """SIGKILL twice, at moments nobody chose; weights and records end as in the uninterrupted run."""
+    """SIGKILL twice, at moments nobody chose; weights and records end as in the uninterrupted
+    run."""
     options = ["--epochs", "8", "--plots", "false", "--checkpoint-examples", "200"]
     assert run("train", *options, "--run-dir", "whole", capsys=capsys)[0] == 0
     moment = random.Random(os.getpid())
@@ -536,7 +675,9 @@ def test_killed_at_a_random_moment_and_resumed_is_bit_equal(capsys):
         assert torch.equal(value, expected[name]), name
 
     def rows(folder: str):
-        return [{k: v for k, v in r.items() if "second" not in k} for r in History.load(folder).records]
+        return [
+            {k: v for k, v in r.items() if "second" not in k} for r in History.load(folder).records
+        ]
 
     assert rows("run") == rows("whole")
 
@@ -550,4 +691,7 @@ def test_sigterm_saves_and_exits_143_as_preempted(capsys):
     assert "preempted" in out
     history = History.load("run")
     assert history.summary["status"] == "preempted"
-    assert torch.load("run/checkpoints/last.pt", weights_only=True)["examples"] == history.summary["examples"]
+    assert (
+        torch.load("run/checkpoints/last.pt", weights_only=True)["examples"]
+        == history.summary["examples"]
+    )

@@ -15,7 +15,10 @@ SMALL = ["--train-examples", "64", "--test-examples", "32", "--epochs", "1", "--
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    assert main(["train", *SMALL, "--plots", "false", "--controller", "fixed", "--run-dir", "run"]) == 0
+    assert (
+        main(["train", *SMALL, "--plots", "false", "--controller", "fixed", "--run-dir", "run"])
+        == 0
+    )
     yield
     torch.set_num_threads(threads)
 
@@ -31,7 +34,10 @@ def test_a_second_spectrum_adds_to_the_first(capsys):
         assert after[name] == before[name]
     capsys.readouterr()
     assert main(["spectrum", "run", "--examples", "16", "--k", "1"]) == 0
-    assert "run/spectrum-1.json (of other weights, examples or norm mode, measured earlier)" in capsys.readouterr().out
+    assert (
+        "run/spectrum-1.json (of other weights, examples or norm mode, measured earlier)"
+        in capsys.readouterr().out
+    )
     assert json.loads(Path("run/spectrum-1.json").read_text()) == after
     assert main(["report", "run"]) == 0
 
@@ -40,8 +46,14 @@ def test_other_attacks_are_kept_apart_and_the_report_shows_the_last(capsys):
     attack = ["robustness", "run", "--examples", "32", "--eps", "0.1"]
     for name in ("fgsm", "pgd2"):
         assert main([*attack, "--attack", name]) == 0
-    assert "run/robustness-1.json (other attacks, sizes or examples, measured earlier)" in capsys.readouterr().out
-    assert set(json.loads(Path("run/robustness-1.json").read_text())["accuracy"]) == {"clean", "fgsm"}
+    assert (
+        "run/robustness-1.json (other attacks, sizes or examples, measured earlier)"
+        in capsys.readouterr().out
+    )
+    assert set(json.loads(Path("run/robustness-1.json").read_text())["accuracy"]) == {
+        "clean",
+        "fgsm",
+    }
     assert main(["report", "run"]) == 0
     page = Path("run/report.html").read_text()
     assert "Accuracy under attack: run" in page

@@ -1,4 +1,5 @@
-"""Nothing is mis-set or ignored in silence: what a user may get wrong at the command, each with its one line."""
+"""Nothing is mis-set or ignored in silence: what a user may get wrong at the command, each with its
+one line."""
 
 import json
 import os
@@ -7,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_runs import in_a_folder_of_its_own, run  # noqa: F401  (the fixture serves every test here)
+from command_runs import (
+    in_a_folder_of_its_own,  # noqa: F401
+    run,
+)
 
 from hessianflow import History
 from hessianflow.config import TrainConfig, resolve
@@ -18,20 +22,38 @@ QUICK = ["--epochs", "1", "--plots", "false", "--run-dir", "run"]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "--batch_size", "32"], "unknown option: --batch_size 32 (did you mean --batch-size?)"),
-        (["train", "--batchsize=32"], "unknown option: --batchsize=32 (did you mean --batch-size?)"),
+        (
+            ["train", "--batch_size", "32"],
+            "unknown option: --batch_size 32 (did you mean --batch-size?)",
+        ),
+        (
+            ["train", "--batchsize=32"],
+            "unknown option: --batchsize=32 (did you mean --batch-size?)",
+        ),
         (["train", "--epoch", "3"], "unknown option: --epoch 3 (did you mean --epochs?)"),
         (["train", "--lr.x", "3"], "unknown option: --lr.x (did you mean --lr?)"),
         (["train", "--data", "digit"], "got digit (did you mean digits?)"),
         (["train", "--controller", "null"], "got null"),
         (["train", "stray"], "unknown option: stray"),
         (["trian"], "unknown command 'trian' (did you mean train?); there are train, resume,"),
-        (["--lr", "3", "train"], "--lr stands before the command: name that first, as in hessianflow train --lr"),
+        (
+            ["--lr", "3", "train"],
+            "--lr stands before the command: name that first, as in hessianflow train --lr",
+        ),
         (["train", "--lr", "-1e3"], "--lr must be at least 0, got -1000.0"),
         (["train", "--lr", "-inf"], "--lr: expected float, got -inf"),
-        (["train", "--milestones", "[" * 100_000], "--milestones: 100000 characters, more than 65536"),
-        (["train", "--milestones", "[" * 50_000], "--milestones: more than 8 levels: no setting has as many"),
-        (["train", "--milestones", "&a [*a]"], "--milestones: aliases are not read here: write the value out"),
+        (
+            ["train", "--milestones", "[" * 100_000],
+            "--milestones: 100000 characters, more than 65536",
+        ),
+        (
+            ["train", "--milestones", "[" * 50_000],
+            "--milestones: more than 8 levels: no setting has as many",
+        ),
+        (
+            ["train", "--milestones", "&a [*a]"],
+            "--milestones: aliases are not read here: write the value out",
+        ),
         (["train", "--epochs=&a [*a]"], "--epochs: aliases are not read here"),
         (["train", "--model", "&a [*a]"], "unknown model '&a [*a]'"),
         (
@@ -40,17 +62,35 @@ QUICK = ["--epochs", "1", "--plots", "false", "--run-dir", "run"]
         ),
         (["train", "--epochs", "9" * 400], "--epochs: a number of 400 digits"),
         (["train", "--lr", "-" + "9" * 400], "--lr: a number of 400 digits"),
-        (["train", "--epochs", "9" * 20], "--epochs must be at most 1e+06, got 99999999999999999999"),
+        (
+            ["train", "--epochs", "9" * 20],
+            "--epochs must be at most 1e+06, got 99999999999999999999",
+        ),
         (["train", "--run-dir", "a\0b"], r"--run-dir must not hold the character '\x00'"),
         (["train", "--run-dir", ""], "--run-dir must not be empty"),
         (["plot"], "the following arguments are required: run_dirs (see hessianflow plot --help)"),
-        (["compare"], "the following arguments are required: run_dirs (see hessianflow compare --help)"),
-        (["data"], "hessianflow data: error: name what to do: fetch or verify (see hessianflow data --help)"),
+        (
+            ["compare"],
+            "the following arguments are required: run_dirs (see hessianflow compare --help)",
+        ),
+        (
+            ["data"],
+            (
+                "hessianflow data: error: name what to do: fetch or verify (see hessianflow data"
+                " --help)"
+            ),
+        ),
         (["data", "fetch"], "required: name (see hessianflow data fetch --help)"),
         (["plan", "nope"], "hessianflow plan: error: unknown kind 'nope'; there are dual-batch"),
         (["resume", "~nobody-here"], "no home folder is known"),
-        (["train", "--data", "folder", "--data-dir", "~nobody-here/x"], "~nobody-here/x: no home folder is known"),
-        (["train", "--data", "cifar10", "--data-dir", "~nobody-here/x"], "~nobody-here/x: no home folder is known"),
+        (
+            ["train", "--data", "folder", "--data-dir", "~nobody-here/x"],
+            "~nobody-here/x: no home folder is known",
+        ),
+        (
+            ["train", "--data", "cifar10", "--data-dir", "~nobody-here/x"],
+            "~nobody-here/x: no home folder is known",
+        ),
         (["report", "x", "--out", ""], "a path must not be empty"),
         (["train", "--config"], "--config needs the name of a file of settings"),
         (["train", "--device", "hpu"], "--device hpu cannot be used here"),
@@ -62,10 +102,19 @@ QUICK = ["--epochs", "1", "--plots", "false", "--run-dir", "run"]
         ),
         (["spectrum", "run", "--k", "1000000"], "--k must be at most 1000, got 1000000"),
         (["spectrum", "run", "--seed", "-1"], "--seed must be at least 0, got -1"),
-        (["plan", "--workers", "9" * 400], "--workers must be at most 1e+09, got a number of about 400 digits"),
+        (
+            ["plan", "--workers", "9" * 400],
+            "--workers must be at most 1e+09, got a number of about 400 digits",
+        ),
         (["plan", "--price", "nan"], "--price: expected float, got nan"),
-        (["plan", "dual-batch", "--preset", "cifar100", "--workers", "-1"], "--workers must be at least 1, got -1"),
-        (["plan", "dual-batch", "--preset", "cifar100", "--extra-time", "1e308"], "--extra-time must be at most 1e+06"),
+        (
+            ["plan", "dual-batch", "--preset", "cifar100", "--workers", "-1"],
+            "--workers must be at least 1, got -1",
+        ),
+        (
+            ["plan", "dual-batch", "--preset", "cifar100", "--extra-time", "1e308"],
+            "--extra-time must be at most 1e+06",
+        ),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )
@@ -80,19 +129,46 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments: list[str], words: str
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--schedule", "cosine", "--milestones", "[3]"], "--milestones is a setting of --schedule multistep"),
-        (["--controller", "fixed", "--patience", "3"], "--patience is a setting of --controller absa or abs"),
-        (["--data-dir", "somewhere"], "--data-dir does nothing with --data digits: name the data set"),
-        (["--probe-examples", "5000"], "--probe-examples 5000 is larger than the 1438 training examples of digits"),
-        (["--train-examples", "5000"], "--train-examples 5000 is more than the 1438 that the train set of digits has"),
-        (["--test-examples", "360"], "--test-examples 360 is more than the 359 that the test set of digits has"),
-        (["--adversary", "pgd", "--adversarial-share", "0"], "--adversary does nothing with --adversarial-share 0"),
+        (
+            ["--schedule", "cosine", "--milestones", "[3]"],
+            "--milestones is a setting of --schedule multistep",
+        ),
+        (
+            ["--controller", "fixed", "--patience", "3"],
+            "--patience is a setting of --controller absa or abs",
+        ),
+        (
+            ["--data-dir", "somewhere"],
+            "--data-dir does nothing with --data digits: name the data set",
+        ),
+        (
+            ["--probe-examples", "5000"],
+            "--probe-examples 5000 is larger than the 1438 training examples of digits",
+        ),
+        (
+            ["--train-examples", "5000"],
+            "--train-examples 5000 is more than the 1438 that the train set of digits has",
+        ),
+        (
+            ["--test-examples", "360"],
+            "--test-examples 360 is more than the 359 that the test set of digits has",
+        ),
+        (
+            ["--adversary", "pgd", "--adversarial-share", "0"],
+            "--adversary does nothing with --adversarial-share 0",
+        ),
         (
             ["--adversary", "none", "--adversarial-share", "0.5"],
             "--adversarial-share does nothing with --adversary none",
         ),
-        (["--controller", "abs", "--adversary", "pgd"], "--adversary does nothing with --controller abs"),
-        (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum is a setting of --optimizer sgd, lars or clars"),
+        (
+            ["--controller", "abs", "--adversary", "pgd"],
+            "--adversary does nothing with --controller abs",
+        ),
+        (
+            ["--optimizer", "adamw", "--momentum", "0.5"],
+            "--momentum is a setting of --optimizer sgd, lars or clars",
+        ),
         (
             ["--data", "cifar10", "--optimizer", "lamb"],
             "--optimizer lamb needs --lr: 0.1, the rate of cifar10 runs, is",
@@ -114,7 +190,9 @@ def test_an_option_that_would_be_ignored_is_refused(arguments: list[str], words:
 
 def test_a_replay_and_a_plan_refuse_them_too(capsys):
     assert run("train", *QUICK, capsys=capsys)[0] == 0
-    status, _, err = run("replay", "run", "--controller", "critical", "--patience", "3", capsys=capsys)
+    status, _, err = run(
+        "replay", "run", "--controller", "critical", "--patience", "3", capsys=capsys
+    )
     assert (status, err.count("\n")) == (2, 1)
     assert "--patience is a setting of --controller absa or abs" in err
     status, _, err = run("plan", "--controller", "fixed", "--growth-factor", "3", capsys=capsys)
@@ -124,14 +202,30 @@ def test_a_replay_and_a_plan_refuse_them_too(capsys):
 
 def test_what_a_file_holds_for_other_choices_is_said_not_refused(capsys):
     """One file may serve several choices; what is as it would be anyway is no word worth."""
-    Path("base.yaml").write_text("epochs: 1\nplots: false\nmilestones: [1]\npatience: 3\nmomentum: 0.9\nseed: null\n")
-    options = ["--config", "base.yaml", "--schedule", "cosine", "--optimizer", "adamw", "--run-dir", "run"]
+    Path("base.yaml").write_text(
+        "epochs: 1\nplots: false\nmilestones: [1]\npatience: 3\nmomentum: 0.9\nseed: null\n"
+    )
+    options = [
+        "--config",
+        "base.yaml",
+        "--schedule",
+        "cosine",
+        "--optimizer",
+        "adamw",
+        "--run-dir",
+        "run",
+    ]
     status, _, err = run("train", *options, capsys=capsys)
     assert (status, err) == (0, "hessianflow: note: not used with these settings: milestones\n")
     again = ["train", "--config", "run/settings.yaml", "--run-dir", "again"]
-    assert run(*again, capsys=capsys)[::2] == (0, "hessianflow: note: not used with these settings: milestones\n")
+    assert run(*again, capsys=capsys)[::2] == (
+        0,
+        "hessianflow: note: not used with these settings: milestones\n",
+    )
     assert run("train", *QUICK[:-1], "plain", capsys=capsys)[0] == 0
-    assert run("train", "--config", "plain/settings.yaml", "--run-dir", "copy", capsys=capsys)[::2] == (0, "")
+    assert run("train", "--config", "plain/settings.yaml", "--run-dir", "copy", capsys=capsys)[
+        ::2
+    ] == (0, "")
 
 
 def test_what_is_typed_counts_wherever_it_stands_beside_a_file(capsys):
@@ -166,7 +260,8 @@ def test_a_mistake_in_a_file_names_the_file(content: str, words: str, capsys):
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "lars", "clars", "lamb"])
 def test_an_optimizer_has_a_rate_of_its_own(optimizer: str):
-    """Not SGD's 0.05; on digits all have one, measured; and where the noise follows the root, the rate does."""
+    """Not SGD's 0.05; on digits all have one, measured; and where the noise follows the root, the
+    rate does."""
     config = resolve(TrainConfig(optimizer=optimizer))  # type: ignore[arg-type]
     assert config.lr is not None
     assert config.lr != 0.05
@@ -186,7 +281,9 @@ def test_an_optimizer_has_a_rate_of_its_own(optimizer: str):
         ("adabatch", None),
     ],
 )
-def test_the_rule_of_adaptive_optimizers_is_for_controllers_that_scale_the_rate(controller: str, rule: str | None):
+def test_the_rule_of_adaptive_optimizers_is_for_controllers_that_scale_the_rate(
+    controller: str, rule: str | None
+):
     assert resolve(TrainConfig(optimizer="adamw", controller=controller)).lr_rule == rule  # type: ignore[arg-type]
     assert resolve(TrainConfig(controller=controller)).lr_rule is None  # type: ignore[arg-type]
 
@@ -214,23 +311,40 @@ def test_a_growth_under_adamw_multiplies_the_rate_by_the_root(capsys):
 
 def test_the_warm_up_of_the_warmup_controller_is_the_one_asked_for(capsys):
     """From the rate of 32 to that of 64 within one epoch; the schedule has no ramp beside it."""
-    options = ["--controller", "warmup", "--max-batch-size", "64", "--warmup-epochs", "1", "--epochs", "2"]
+    options = [
+        "--controller",
+        "warmup",
+        "--max-batch-size",
+        "64",
+        "--warmup-epochs",
+        "1",
+        "--epochs",
+        "2",
+    ]
     options += ["--schedule", "constant"]
     assert run("train", *options, "--plots", "false", "--run-dir", "run", capsys=capsys)[0] == 0
     history = History.load("run")
-    assert [row["lr"] for row in history.epochs] == [pytest.approx(0.1, rel=0.05), pytest.approx(0.1)]
+    assert [row["lr"] for row in history.epochs] == [
+        pytest.approx(0.1, rel=0.05),
+        pytest.approx(0.1),
+    ]
     assert [row["lr_factor"] for row in history.of_kind("batch")][-1] == 2
 
 
 def test_switches_are_true_when_nothing_follows(capsys):
     assert run("train", "--overfitting-alarm", *QUICK, capsys=capsys)[0] == 0
     assert History.load("run").of_kind("robustness")
-    status, _, err = run("spectrum", "--density", "run", "--k", "1", "--examples", "16", "--trace", capsys=capsys)
+    status, _, err = run(
+        "spectrum", "--density", "run", "--k", "1", "--examples", "16", "--trace", capsys=capsys
+    )
     assert status == 0, err
     found = json.loads(Path("run/spectrum.json").read_text())
     assert found["density"] is not None
     assert found["trace"] is not None
-    assert run("train", "--plots", "false", "--augment", "false", "--epochs", "1", capsys=capsys)[0] == 0
+    assert (
+        run("train", "--plots", "false", "--augment", "false", "--epochs", "1", capsys=capsys)[0]
+        == 0
+    )
 
 
 def test_paths_begin_at_home_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -258,7 +372,9 @@ def own_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A model beside the user's, in a folder that is not on Python's path."""
     (tmp_path / "own_net.py").write_text(MODEL)
     (tmp_path / "helper_of_own_net.py").write_text("")
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    monkeypatch.setattr(
+        sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))]
+    )
     yield "own_net:net"
     for name in ("own_net", "helper_of_own_net"):
         sys.modules.pop(name, None)
@@ -280,14 +396,19 @@ def test_a_model_in_the_working_directory_is_found(own_net: str, capsys):
     ],
     ids=lambda command: command[0],
 )
-def test_a_run_directory_alone_runs_no_code(command: list[str], own_net: str, tmp_path: Path, capsys):
+def test_a_run_directory_alone_runs_no_code(
+    command: list[str], own_net: str, tmp_path: Path, capsys
+):
     assert run("train", "--model", own_net, *QUICK, capsys=capsys)[0] == 0
     del sys.modules["own_net"]
     source = tmp_path / "own_net.py"
     source.write_text(f"open('ran', 'w').close()\n{source.read_text()}")
     status, _, err = run(*command, capsys=capsys)
     assert (status, err.count("\n")) == (2, 1)
-    assert "run/config.json names code that would be run: if you trust it, add --model own_net:net" in err
+    assert (
+        "run/config.json names code that would be run: if you trust it, add --model own_net:net"
+        in err
+    )
     assert not Path("ran").exists()
     assert run(*command, "--model", own_net, capsys=capsys)[0] == 0
     status, _, err = run(*command, "--model", "other:net", capsys=capsys)
@@ -315,8 +436,9 @@ def test_an_error_of_a_loading_process_is_its_last_line():
     from hessianflow.cli import _last_cause
 
     wrapped = (
-        "Caught HessianFlowError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        '  File "x.py", line 3, in f\n    raise E\nhessianflow.interfaces.HessianFlowError: a.png: cannot be decoded\n'
+        "Caught HessianFlowError in DataLoader worker process 0.\nOriginal Traceback (most recent"
+        ' call last):\n  File "x.py", line 3, in f\n    raise'
+        " E\nhessianflow.interfaces.HessianFlowError: a.png: cannot be decoded\n"
     )
     assert _last_cause(wrapped) == "a.png: cannot be decoded"
     assert _last_cause("plain: words") == "plain: words"
@@ -324,17 +446,28 @@ def test_an_error_of_a_loading_process_is_its_last_line():
 
 def started(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "hessianflow", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, **options
+    )  # type: ignore[call-overload,no-any-return]
 
 
 def test_standard_output_that_is_closed_or_full(tmp_path: Path):
     """`>&-` and `>/dev/full`: silence, or one line, but never a traceback."""
-    code = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'hessianflow', '--version'])"
-    closed = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    code = (
+        "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m',"
+        " 'hessianflow', '--version'])"
+    )
+    closed = subprocess.run(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False, timeout=120
+    )
     assert (closed.returncode, closed.stderr) == (0, "")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "hessianflow", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "hessianflow", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
     assert (done.returncode, done.stderr) == (2, "hessianflow: error: No space left on device\n")
 

@@ -66,7 +66,9 @@ def test_a_fallback_is_said_on_stderr_whatever_the_place(capsys):
     last = Path("run/checkpoints/last.pt")
     last.write_bytes(last.read_bytes()[:2000])
     [line] = errors("resume", "run", capsys=capsys)
-    assert line.startswith("hessianflow: fallback: checkpoint run/checkpoints/last.pt (2000 bytes) cannot be read")
+    assert line.startswith(
+        "hessianflow: fallback: checkpoint run/checkpoints/last.pt (2000 bytes) cannot be read"
+    )
     assert line.endswith("continuing from previous.pt")
     assert History.load("run").summary["status"] == "finished"
 
@@ -79,18 +81,23 @@ def test_tensorboard_files_hold_the_history(capsys):
     events = EventAccumulator("run/tensorboard").Reload()
     for tag in ("eval_accuracy", "train_loss", "batch_size"):
         shown = [(e.step, e.value) for e in events.Scalars(f"epoch/{tag}")]
-        assert shown == [(row["examples"], pytest.approx(row[tag])) for row in History.load("run").epochs]
+        assert shown == [
+            (row["examples"], pytest.approx(row[tag])) for row in History.load("run").epochs
+        ]
     assert len(events.Scalars("curvature/eigenvalue")) == 3
 
 
 def test_curvature_is_measured_on_fewer_examples_where_it_costs_more(capsys):
-    errors("train", "--data", "fake", *QUICK, "--train-examples", "256", "--epochs", "1", capsys=capsys)
+    errors(
+        "train", "--data", "fake", *QUICK, "--train-examples", "256", "--epochs", "1", capsys=capsys
+    )
     assert History.load("run").config["settings"]["probe_examples"] == 64
     assert History.load("run").curvature[0]["num_examples"] == 64
 
 
 def test_a_curvature_budget_is_kept(capsys):
-    """Digits: 1438 examples an epoch, a reading on 128. Cost is counted in gradients, 2 a product and 1 a graph."""
+    """Digits: 1438 examples an epoch, a reading on 128. Cost is counted in gradients, 2 a product
+    and 1 a graph."""
     errors("train", *QUICK, "--epochs", "8", "--curvature-budget", "0.5", capsys=capsys)
     history = History.load("run")
     spent = [(1 + 2 * row["matvecs"]) * row["num_examples"] for row in history.curvature]

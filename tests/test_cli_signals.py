@@ -1,4 +1,5 @@
-"""Signals to the command: a line and a status wherever they come, from the first import to the last."""
+"""Signals to the command: a line and a status wherever they come, from the first import to the
+last."""
 
 import os
 import re
@@ -15,7 +16,10 @@ from hessianflow.cli import main
 from hessianflow.commands.signals import Signalled, signals_raised
 
 TRAIN = ["train", "--epochs", "1", "--run-dir", "run"]
-SAID = {signal.SIGINT: (130, "hessianflow: interrupted\n"), signal.SIGTERM: (143, "hessianflow: terminated\n")}
+SAID = {
+    signal.SIGINT: (130, "hessianflow: interrupted\n"),
+    signal.SIGTERM: (143, "hessianflow: terminated\n"),
+}
 BOTH = pytest.mark.parametrize("number", list(SAID), ids=lambda number: number.name)
 
 
@@ -65,7 +69,8 @@ def loads(module: str) -> Callable[["subprocess.Popen[str]"], None]:
 @BOTH
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_while_a_library_is_imported(number: signal.Signals):
-    """Torch catches every exception of its import of NumPy, and fails later on the half that was left."""
+    """Torch catches every exception of its import of NumPy, and fails later on the half that was
+    left."""
     status, out, err = ended(number, loads("numpy"))
     assert (status, out, err) == (SAID[number][0], "", SAID[number][1])
     assert not Path("run").exists()
@@ -95,8 +100,15 @@ def test_when_all_is_done_the_status_is_that_of_the_command():
 
 
 def test_while_it_waits_for_other_ranks():
-    """Within torch's store, where no exception would be raised for ten minutes; the wait itself is spoken of."""
-    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
+    """Within torch's store, where no exception would be raised for ten minutes; the wait itself is
+    spoken of."""
+    place = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "LOCAL_RANK": "0",
+    }
 
     def wait(process: "subprocess.Popen[str]") -> None:
         assert process.stderr is not None
@@ -105,11 +117,15 @@ def test_while_it_waits_for_other_ranks():
     began = time.monotonic()
     status, out, err = ended(signal.SIGTERM, wait, **place)
     assert (status, out, err) == (143, "", SAID[signal.SIGTERM][1])
-    assert re.match("hessianflow: note: rank 1 of 2 waits for the others at 127.0.0.1:1, as RANK", wait.line)  # type: ignore[attr-defined]
+    assert re.match(
+        "hessianflow: note: rank 1 of 2 waits for the others at 127.0.0.1:1, as RANK", wait.line
+    )  # type: ignore[attr-defined]
     assert time.monotonic() - began < 100
 
 
-def test_within_another_program_only_sigterm_is_taken_and_given_back(capsys, monkeypatch: pytest.MonkeyPatch):
+def test_within_another_program_only_sigterm_is_taken_and_given_back(
+    capsys, monkeypatch: pytest.MonkeyPatch
+):
     def told(*_: object) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.raise_signal(signal.SIGTERM)

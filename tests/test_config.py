@@ -1,4 +1,5 @@
-"""Settings: what is filled in, what survives being written down, and that a default is stated once."""
+"""Settings: what is filled in, what survives being written down, and that a default is stated
+once."""
 
 import inspect
 import json
@@ -9,11 +10,18 @@ from hessianflow.control import AdaBatch, CriticalBatch
 
 
 def test_timed_stages_are_planned_for_the_epochs_and_the_cap() -> None:
-    """A twelfth, a sixth and a third of 24 epochs are 2, 4 and 8; of 30: 2.5, 5 and 10, the first rounded up."""
-    planned = resolve(TrainConfig(data="cifar10", controller="timed", epochs=24, batch_size=128, max_batch_size=2048))
+    """A twelfth, a sixth and a third of 24 epochs are 2, 4 and 8; of 30: 2.5, 5 and 10, the first
+    rounded up."""
+    planned = resolve(
+        TrainConfig(
+            data="cifar10", controller="timed", epochs=24, batch_size=128, max_batch_size=2048
+        )
+    )
     assert (planned.stages, planned.decay_from) == (((2, 256), (4, 512), (8, 1024)), 8)
     assert planned.schedule == "constant"
-    capped = resolve(TrainConfig(controller="timed", epochs=30, batch_size=32, max_batch_size=100, decay_from=20))
+    capped = resolve(
+        TrainConfig(controller="timed", epochs=30, batch_size=32, max_batch_size=100, decay_from=20)
+    )
     assert (capped.stages, capped.decay_from) == (((3, 64), (5, 100), (10, 100)), 20)
     by_hand = resolve(TrainConfig(controller="timed", stages=((3, 64),)))
     assert (by_hand.stages, by_hand.decay_from) == (((3, 64),), None)

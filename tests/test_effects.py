@@ -1,4 +1,5 @@
-"""The table of what has an effect where: complete, of choices that exist, and right for pairs worked out by hand."""
+"""The table of what has an effect where: complete, of choices that exist, and right for pairs
+worked out by hand."""
 
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
@@ -10,10 +11,45 @@ from hessianflow.effects import EFFECTIVE, Above, AllBut, check_effects, is_igno
 from hessianflow.interfaces import HessianFlowError
 
 ALWAYS = {
-    *("data", "train_examples", "test_examples", "model", "controller", "optimizer", "sam_rho", "batch_size"),
-    *("max_batch_size", "epochs", "lr", "weight_decay", "schedule", "warmup_epochs", "microbatch_size"),
-    *("norm_batch_size", "augment", "precision", "channels_last", "compile", "deterministic", "device", "threads"),
-    *("seed", "keep_checkpoints", "run_dir", "tensorboard", "log_level", "plots", "resolution", "elastic"),
+    *(
+        "data",
+        "train_examples",
+        "test_examples",
+        "model",
+        "controller",
+        "optimizer",
+        "sam_rho",
+        "batch_size",
+    ),
+    *(
+        "max_batch_size",
+        "epochs",
+        "lr",
+        "weight_decay",
+        "schedule",
+        "warmup_epochs",
+        "microbatch_size",
+    ),
+    *(
+        "norm_batch_size",
+        "augment",
+        "precision",
+        "channels_last",
+        "compile",
+        "deterministic",
+        "device",
+        "threads",
+    ),
+    *(
+        "seed",
+        "keep_checkpoints",
+        "run_dir",
+        "tensorboard",
+        "log_level",
+        "plots",
+        "resolution",
+        "elastic",
+    ),
 }
 """Settings that every run looks at, or that hold whatever the others are."""
 
@@ -33,9 +69,17 @@ def test_cases_are_made_of_settings_and_choices_that_exist():
     hints = get_type_hints(TrainConfig)
     for cases in EFFECTIVE.values():
         for name, values in (item for case in cases for item in case.items()):
-            named = values.names if isinstance(values, AllBut) else () if isinstance(values, Above) else values
+            named = (
+                values.names
+                if isinstance(values, AllBut)
+                else ()
+                if isinstance(values, Above)
+                else values
+            )
             for value in named:
-                assert value in words(hints[name]) or (hints[name] is bool and value in (True, False)), (name, value)
+                assert value in words(hints[name]) or (
+                    hints[name] is bool and value in (True, False)
+                ), (name, value)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +110,15 @@ def test_cases_are_made_of_settings_and_choices_that_exist():
         ({"data": "cifar10", "loader_workers": 2}, ["loader_workers"]),
         ({"data": "folder", "loader_workers": 2, "image_size": 32}, []),
         ({"controller": "fixed", "curvature": "off", "probe_examples": 8}, ["probe_examples"]),
-        ({"controller": "fixed", "curvature": "off", "probe_tolerance": 0.1, "input_curvature": True}, []),
+        (
+            {
+                "controller": "fixed",
+                "curvature": "off",
+                "probe_tolerance": 0.1,
+                "input_curvature": True,
+            },
+            [],
+        ),
         ({"max_rollbacks": 5}, ["max_rollbacks"]),
         ({"max_rollbacks": 5, "on_divergence": "rollback"}, []),
         ({"elastic": True, "checkpoint_examples": 100}, ["checkpoint_examples"]),
@@ -91,16 +143,34 @@ def test_what_would_be_ignored(settings: dict[str, Any], ignored: list[str]):
     [
         (
             {"schedule": "cosine", "milestones": (3,)},
-            "--milestones is a setting of --schedule multistep or of --controller grow-instead-of-decay: leave it out",
+            (
+                "--milestones is a setting of --schedule multistep or of --controller"
+                " grow-instead-of-decay: leave it out"
+            ),
         ),
-        ({"data_dir": "x"}, "--data-dir does nothing with --data digits: name the data set that is there with --data"),
-        ({"controller": "abs", "adversary": "pgd"}, "--adversary does nothing with --controller abs: leave it out"),
-        ({"adversarial_share": 0.0}, "--adversary does nothing with --adversarial-share 0.0: leave it out"),
+        (
+            {"data_dir": "x"},
+            (
+                "--data-dir does nothing with --data digits: name the data set that is there with"
+                " --data"
+            ),
+        ),
+        (
+            {"controller": "abs", "adversary": "pgd"},
+            "--adversary does nothing with --controller abs: leave it out",
+        ),
+        (
+            {"adversarial_share": 0.0},
+            "--adversary does nothing with --adversarial-share 0.0: leave it out",
+        ),
         (
             {"elastic": True, "checkpoint_minutes": 1.0},
             "--checkpoint-minutes does nothing with --elastic: leave it out",
         ),
-        ({"max_rollbacks": 2}, "--max-rollbacks is a setting of --on-divergence rollback: leave it out"),
+        (
+            {"max_rollbacks": 2},
+            "--max-rollbacks is a setting of --on-divergence rollback: leave it out",
+        ),
     ],
 )
 def test_the_refusal_names_what_the_option_belongs_to(settings: dict[str, Any], words: str):
@@ -114,13 +184,24 @@ def test_the_refusal_names_what_the_option_belongs_to(settings: dict[str, Any], 
     [
         ({"staleness": 1}, "--staleness is a setting of --adversary conadv: leave it out"),
         ({"server": "ray"}, "--server is a setting of --controller dual-batch: leave it out"),
-        ({"ray_address": "auto"}, "--ray-address is a setting of --elastic runs or of --controller dual-batch"),
+        (
+            {"ray_address": "auto"},
+            "--ray-address is a setting of --elastic runs or of --controller dual-batch",
+        ),
         ({"max_workers": 3}, "--max-workers is a setting of --elastic runs: add --elastic"),
-        ({"dropouts": (0.1, 0.2)}, "--dropouts needs --resolution cyclic, once or uniform: leave it out"),
-        ({"controller": "dual-batch", "checkpoint_minutes": 1}, "--checkpoint-minutes does nothing with --controller"),
+        (
+            {"dropouts": (0.1, 0.2)},
+            "--dropouts needs --resolution cyclic, once or uniform: leave it out",
+        ),
+        (
+            {"controller": "dual-batch", "checkpoint_minutes": 1},
+            "--checkpoint-minutes does nothing with --controller",
+        ),
     ],
 )
-def test_what_resolving_never_fills_is_refused_from_python_too(settings: dict[str, Any], words: str):
+def test_what_resolving_never_fills_is_refused_from_python_too(
+    settings: dict[str, Any], words: str
+):
     with pytest.raises(HessianFlowError) as refused:
         TrainConfig(**settings)
     assert words in str(refused.value)

@@ -1,4 +1,5 @@
-"""Image files of one's own: how many there are and how large they are decides what a preset cannot know."""
+"""Image files of one's own: how many there are and how large they are decides what a preset cannot
+know."""
 
 import json
 import os
@@ -24,7 +25,9 @@ def images(root: Path, count: int, side: int, split: str = "train", classes: int
     for index in range(count):
         folder = root / split / f"c{index % classes}"
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(index).integers(0, 256, (side, side + index % 3, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(index).integers(
+            0, 256, (side, side + index % 3, 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
@@ -43,7 +46,12 @@ def test_open_settings_are_those_of_the_files(tree: Path):
     config = resolve(fitted(TrainConfig(data="folder", data_dir=str(tree), batch_size=8)))
     assert (config.max_batch_size, config.probe_examples, config.image_size) == (24, 24, 12)
     given = TrainConfig(
-        data="folder", data_dir=str(tree), batch_size=8, max_batch_size=16, image_size=20, probe_examples=4
+        data="folder",
+        data_dir=str(tree),
+        batch_size=8,
+        max_batch_size=16,
+        image_size=20,
+        probe_examples=4,
     )
     assert fitted(given) == given
     few = fitted(TrainConfig(data="folder", data_dir=str(tree), batch_size=8, train_examples=10))
@@ -54,20 +62,28 @@ def test_open_settings_are_those_of_the_files(tree: Path):
 
 
 def test_the_size_of_a_folder_that_is_not_there_is_the_preset(tmp_path: Path):
-    for config in (TrainConfig(data="folder"), TrainConfig(data="folder", data_dir=str(tmp_path / "nowhere"))):
+    for config in (
+        TrainConfig(data="folder"),
+        TrainConfig(data="folder", data_dir=str(tmp_path / "nowhere")),
+    ):
         assert (fitted(config).image_size, fitted(config).max_batch_size) == (224, None)
         assert resolve(config).image_size == 224
 
 
 def test_resolutions_end_with_the_size_of_the_files(tree: Path):
-    config = resolve(fitted(TrainConfig(data="folder", data_dir=str(tree), batch_size=8, resolution="cyclic")))
+    config = resolve(
+        fitted(TrainConfig(data="folder", data_dir=str(tree), batch_size=8, resolution="cyclic"))
+    )
     assert (config.resolutions, config.image_size) == ((9, 12), 12)
-    chosen = fitted(TrainConfig(data="folder", data_dir=str(tree), resolution="once", resolutions=(16, 32)))
+    chosen = fitted(
+        TrainConfig(data="folder", data_dir=str(tree), resolution="once", resolutions=(16, 32))
+    )
     assert resolve(chosen).image_size == 32
 
 
 def test_most_files_count_and_what_is_none_is_passed_over(tree: Path):
-    """Two large ones, a text, a pipe and a link to nowhere among them change nothing; none is waited for."""
+    """Two large ones, a text, a pipe and a link to nowhere among them change nothing; none is
+    waited for."""
     folder = tree / "train" / "c0"
     for name in ("large1.png", "large2.png"):
         Image.new("RGB", (400, 300)).save(folder / name)
@@ -89,30 +105,56 @@ def test_large_images_are_cut_to_the_preset(tmp_path: Path):
 
 
 def test_a_run_on_few_images_spends_little_on_its_first_reading(tree: Path, capsys):
-    """48 gradients of an example in all, where a reading could take 100 products of 24: it is left out, and said."""
-    options = ["--data", "folder", "--data-dir", str(tree), "--model", "resnet8", "--batch-size", "8", "--epochs", "2"]
+    """48 gradients of an example in all, where a reading could take 100 products of 24: it is left
+    out, and said."""
+    options = [
+        "--data",
+        "folder",
+        "--data-dir",
+        str(tree),
+        "--model",
+        "resnet8",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "2",
+    ]
     assert main(["train", *options, "--plots", "false", "--run-dir", "run"]) == 0
-    assert "no curvature was measured: a reading may cost a quarter of it all" in capsys.readouterr().out
+    assert (
+        "no curvature was measured: a reading may cost a quarter of it all"
+        in capsys.readouterr().out
+    )
     history = History.load("run")
     assert history.curvature == []
     assert [row["event"] for row in history.of_kind("event")] == ["budget"]
     settings = history.config["settings"]
     assert (settings["image_size"], settings["max_batch_size"]) == (12, 24)
-    assert main(["train", *options, "--plots", "false", "--run-dir", "all", "--curvature-budget", "100"]) == 0
+    assert (
+        main(
+            ["train", *options, "--plots", "false", "--run-dir", "all", "--curvature-budget", "100"]
+        )
+        == 0
+    )
     assert len(History.load("all").curvature) == 2
     assert main(["train", *options, "--max-batch-size", "25"]) == 2
-    assert "--max-batch-size 25 is larger than the 24 training examples of folder" in capsys.readouterr().err
+    assert (
+        "--max-batch-size 25 is larger than the 24 training examples of folder"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "products"),
     [
-        ({"data": "cifar10"}, 8788),  # (90 * 50,000 / 4 / 64 - 1) / 2: no bound in effect, a call takes 100 at most
+        # (90 * 50,000 / 4 / 64 - 1) / 2: no bound in effect, a call takes 100 at most
+        ({"data": "cifar10"}, 8788),
         ({"data": "cifar10", "epochs": 5, "curvature_budget": 0.5}, 976),
         ({"data": "digits"}, None),  # no budget
     ],
 )
-def test_the_first_reading_may_take_a_quarter_of_the_run_or_what_the_budget_allows(settings, products: int | None):
+def test_the_first_reading_may_take_a_quarter_of_the_run_or_what_the_budget_allows(
+    settings, products: int | None
+):
     config = resolve(TrainConfig(precision="float32", **settings))
     assert first_products(config, 64, 50_000) == products
 
@@ -127,9 +169,16 @@ def test_images_are_not_cropped_where_that_is_not_wanted(tree: Path):
     """Twice through the training set: the same pixels, in another order."""
     shown = []
     for augment in (True, False):
-        config = TrainConfig(data="folder", data_dir=str(tree), batch_size=8, augment=augment, model="resnet8")
+        config = TrainConfig(
+            data="folder", data_dir=str(tree), batch_size=8, augment=augment, model="resnet8"
+        )
         parts = build_parts(resolve(fitted(config)))
-        shown.append([torch.cat([inputs for inputs, _ in parts.train]).sum(dim=(1, 2, 3)).sort().values for _ in "ab"])
+        shown.append(
+            [
+                torch.cat([inputs for inputs, _ in parts.train]).sum(dim=(1, 2, 3)).sort().values
+                for _ in "ab"
+            ]
+        )
     assert not torch.allclose(*shown[0])
     assert torch.allclose(*shown[1])
 
@@ -138,11 +187,21 @@ def test_runs_of_before_go_on_as_they_began(tmp_path: Path):
     assert before_image_size({"image_size": None, "data": "folder"}) == {}
     assert before_image_size({"data": "folder"}) == {"image_size": 224}
     assert before_image_size({"data": "imagenet", "resolutions": [128, 160]}) == {"image_size": 160}
-    assert before_image_size({"data": "digits", "optimizer": "adamw", "controller": "absa"}) == {"lr_rule": "linear"}
+    assert before_image_size({"data": "digits", "optimizer": "adamw", "controller": "absa"}) == {
+        "lr_rule": "linear"
+    }
     assert before_image_size({"optimizer": "lamb", "controller": "absa", "lr_rule": "none"}) == {}
-    assert before_image_size({"optimizer": "adam", "controller": "critical", "edge_share": 0.5}) == {}
+    assert (
+        before_image_size({"optimizer": "adam", "controller": "critical", "edge_share": 0.5}) == {}
+    )
     assert before_image_size({"optimizer": "adam", "controller": "fixed"}) == {}
-    recorded = {"controller": "absa", "optimizer": "adamw", "lr": 0.1, "probe_examples": 128, "train_examples": 64}
+    recorded = {
+        "controller": "absa",
+        "optimizer": "adamw",
+        "lr": 0.1,
+        "probe_examples": 128,
+        "train_examples": 64,
+    }
     (tmp_path / "config.json").write_text(json.dumps({"settings": recorded}))
     config = load_config(tmp_path)
     assert (config.lr_rule, config.probe_examples) == ("linear", 64)

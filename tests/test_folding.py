@@ -38,7 +38,14 @@ def trained_block(options=None):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bias": False}, {"groups": 2}, {"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}, {"stride": 2}],
+    [
+        {},
+        {"bias": False},
+        {"groups": 2},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"padding": "same"},
+        {"stride": 2},
+    ],
     ids=str,
 )
 def test_a_folded_convolution_gives_what_the_two_give(options):
@@ -48,11 +55,17 @@ def test_a_folded_convolution_gives_what_the_two_give(options):
     [slope] = torch.autograd.grad(expected.square().sum(), inputs)
     kinds = [type(layer) for layer in model.modules()]
     with folded_normalisation(model) as folded:
-        assert [type(layer).__name__ for layer in folded.children()] == ["FoldedSequence", "Conv2d", "BatchNorm2d"]
+        assert [type(layer).__name__ for layer in folded.children()] == [
+            "FoldedSequence",
+            "Conv2d",
+            "BatchNorm2d",
+        ]
         found = folded(inputs)
         [gradient] = torch.autograd.grad(found.square().sum(), inputs)
         # Its layers one by one are what they were.
-        torch.testing.assert_close(model.body[1](model.body[0](inputs)), nn.Sequential(*model.body[:2])(inputs))
+        torch.testing.assert_close(
+            model.body[1](model.body[0](inputs)), nn.Sequential(*model.body[:2])(inputs)
+        )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-12)
     assert [type(layer) for layer in model.modules()] == kinds
@@ -79,7 +92,9 @@ def with_normalised_weights(block):
     block.body[0] = nn.utils.parametrizations.weight_norm(block.body[0])
 
 
-@pytest.mark.parametrize("change", [with_hook, with_own_order, with_own_forward, with_normalised_weights])
+@pytest.mark.parametrize(
+    "change", [with_hook, with_own_order, with_own_forward, with_normalised_weights]
+)
 def test_what_somebody_looks_at_or_runs_otherwise_is_not_folded(change):
     model, inputs = trained_block(), torch.randn(3, 2, 6, 6, dtype=torch.float64)
     change(model)
@@ -111,7 +126,9 @@ def test_folded_under_autocast_is_as_near_as_16_bits_allow():
         found = model(inputs)
     assert found.dtype == torch.bfloat16
     scale = float(expected.detach().abs().max())
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps * scale)
+    torch.testing.assert_close(
+        found.float(), expected, rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps * scale
+    )
 
 
 def test_derivatives_by_parameters_are_those_of_the_layers():
@@ -151,7 +168,10 @@ class Own(nn.Sequential):
 
 def test_a_class_of_its_own_keeps_its_type_and_methods():
     torch.manual_seed(0)
-    model, inputs = Own(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4)).double().eval(), torch.randn(3, 2, 6).double()
+    model, inputs = (
+        Own(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4)).double().eval(),
+        torch.randn(3, 2, 6).double(),
+    )
     expected = model.twice(inputs)
     with folded_normalisation(model) as folded:
         assert isinstance(folded, Own)
@@ -160,11 +180,14 @@ def test_a_class_of_its_own_keeps_its_type_and_methods():
 
 
 class Sliced(nn.Module):
-    """Runs its sequence in two halves; the cut is between a convolution and its normalisation, or behind them."""
+    """Runs its sequence in two halves; the cut is between a convolution and its normalisation, or
+    behind them."""
 
     def __init__(self, kind, cut):
         super().__init__()
-        self.body = kind(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Conv1d(4, 2, 3), nn.BatchNorm1d(2))
+        self.body = kind(
+            nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Conv1d(4, 2, 3), nn.BatchNorm1d(2)
+        )
         self.cut = cut
 
     def forward(self, x):
@@ -201,7 +224,9 @@ def check_attack_and_product(model, inputs, reference=None):
     for step in (1e-5, -2e-5, 1e-5):  # ahead, behind, back
         with torch.no_grad():
             torch._foreach_add_(parameters, direction, alpha=step)
-        slopes.append(flat(torch.autograd.grad(F.cross_entropy(reference(inputs), targets), parameters)))
+        slopes.append(
+            flat(torch.autograd.grad(F.cross_entropy(reference(inputs), targets), parameters))
+        )
     product = HessianOperator(model, F.cross_entropy, (inputs, targets)).matvec(flat(direction))
     torch.testing.assert_close(product, (slopes[0] - slopes[1]) / 2e-5, rtol=1e-6, atol=1e-7)
 
@@ -214,7 +239,9 @@ def flat(tensors):
 @pytest.mark.parametrize("way", ["script", "trace"])
 def test_a_compiled_model_may_be_attacked_and_measured(way):
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
+    layers = nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)
+    )
     layers, inputs = layers.double().eval(), torch.randn(3, 2, 6).double()
     model = torch.jit.script(layers) if way == "script" else torch.jit.trace(layers, inputs)
     check_attack_and_product(model, inputs, layers)

@@ -1,7 +1,8 @@
-"""Hostile words for every option of every command: each case is done, or refused on one line, within its time.
+"""Hostile words for every option of every command: each case is done, or refused on one line,
+within its time.
 
-The options are those of the parsers, and every setting of `train` is tried where the table of effects says that
-something looks at it. Runs are of a second or less; none starts Ray.
+The options are those of the parsers, and every setting of `train` is tried where the table of
+effects says that something looks at it. Runs are of a second or less; none starts Ray.
 """
 
 import itertools
@@ -114,7 +115,16 @@ WORDS: Sequence[str] = (
         "../..",
         "/dev/null",
     ),
-    *("builtins:input", "os:abort", "http.server:test", "nowhere:net", "a b:c", ":", "timm/x", "torch.nn:Identity"),
+    *(
+        "builtins:input",
+        "os:abort",
+        "http.server:test",
+        "nowhere:net",
+        "a b:c",
+        ":",
+        "timm/x",
+        "torch.nn:Identity",
+    ),
 )
 """Words that no option expects, or that few do."""
 TINY = {
@@ -126,7 +136,13 @@ TINY = {
         "epochs": 1,
         "milestones": "[]",
     },
-    **{"microbatch_size": 16, "probe_examples": 8, "plots": "false", "threads": 1, "run_dir": "{}/run"},
+    **{
+        "microbatch_size": 16,
+        "probe_examples": 8,
+        "plots": "false",
+        "threads": 1,
+        "run_dir": "{}/run",
+    },
 }
 """Settings of a run that takes a moment."""
 ON_RAY = ("elastic", "min_workers", "max_workers", "ray_address", "server")
@@ -172,10 +188,15 @@ def where_it_counts(name: str) -> dict[str, Any]:
 def train_case(settings: Mapping[str, Any], name: str) -> Case:
     dual = settings.get("controller") == "dual-batch"
     left_out = ("probe_examples", "milestones") if dual else ()
-    base = {key: value for key, value in TINY.items() if key not in left_out and key not in settings}
+    base = {
+        key: value for key, value in TINY.items() if key not in left_out and key not in settings
+    }
     if settings.get("curvature") == "off" or settings.get("controller") in ("timed", "adabatch"):
         base.pop("probe_examples", None)
-    if settings.get("schedule", "multistep") != "multistep" or settings.get("controller", "absa") != "absa":
+    if (
+        settings.get("schedule", "multistep") != "multistep"
+        or settings.get("controller", "absa") != "absa"
+    ):
         base.pop("milestones", None)
     words = [f"{option(key)}={value}" for key, value in {**base, **settings}.items()]
     return Case(name, ["train", *words])
@@ -188,7 +209,11 @@ def test_every_setting_with_words_that_it_does_not_expect(tmp_path: Path):
         name = field.name
         words = [word for word in WORDS if word not in SLOW_WORDS.get(name, ())]
         if name in ON_RAY:
-            words = [word for word in words if word.startswith(("-", "9" * 100, "[", "{", "a\0", "a\n", "&"))]
+            words = [
+                word
+                for word in words
+                if word.startswith(("-", "9" * 100, "[", "{", "a\0", "a\n", "&"))
+            ]
         if name == "data_dir":
             words = [word for word in words if word != "/dev/null"]
         cases += [
@@ -237,7 +262,8 @@ PAIRS: Mapping[str, Sequence[Any]] = {
 
 
 def test_choices_that_contradict_each_other(tmp_path: Path):
-    """Two or three of them at once, drawn at random: what goes together trains, the rest is one line."""
+    """Two or three of them at once, drawn at random: what goes together trains, the rest is one
+    line."""
     chance = random.Random(20)
     cases = []
     pairs = list(itertools.combinations(PAIRS, 2))
@@ -312,17 +338,26 @@ FILES: Sequence[str | bytes] = (
         "lr: '[0.1]'",
     ),
     '{"settings": {"epochs": 1}, "environment": {}}',
-    "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefghij", "bcdefghijk", strict=True)),
+    "a: &a [x, x]\n"
+    + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefghij", "bcdefghijk", strict=True)),
 )
 
 
 def test_files_of_settings(tmp_path: Path):
     def case(number: int, content: str | bytes) -> Case:
         def prepare(folder: Path) -> None:
-            (folder / "x.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+            (folder / "x.yaml").write_bytes(
+                content.encode() if isinstance(content, str) else content
+            )
 
-        small = [f"{option(key)}={value}" for key, value in TINY.items() if key not in ("epochs", "milestones")]
-        return Case(f"file {number}: {content[:30]!r}", ["train", "--config", "{}/x.yaml", *small], prepare)
+        small = [
+            f"{option(key)}={value}"
+            for key, value in TINY.items()
+            if key not in ("epochs", "milestones")
+        ]
+        return Case(
+            f"file {number}: {content[:30]!r}", ["train", "--config", "{}/x.yaml", *small], prepare
+        )
 
     check([case(*item) for item in enumerate(FILES)], tmp_path, least=45)
 
@@ -352,11 +387,13 @@ QUICK: Mapping[str, Sequence[str]] = {
     "data fetch": ["nothing"],
     "data verify": ["cifar10", "--data-dir={}"],
 }
-"""Further words with which a command is fast; data that are not there are not fetched. RUN: a finished run."""
+"""Further words with which a command is fast; data that are not there are not fetched. RUN: a
+finished run."""
 
 
 ANSWERED = {("data verify", "--data-dir")}
-"""What says on standard output that files are missing, and ends with status 2: no mistake of the command line."""
+"""What says on standard output that files are missing, and ends with status 2: no mistake of the
+command line."""
 
 
 def test_further_commands_with_words_that_they_do_not_expect(tmp_path: Path):
@@ -373,12 +410,17 @@ def test_further_commands_with_words_that_they_do_not_expect(tmp_path: Path):
         out = ["--out={}/out"] if "--out" in child.options else []
         options = [key for key in child.options if (name, key) not in ANSWERED]
         for key in options:
-            kept = [word for word in [*usual, *out] if not word.startswith(f"{key}=") and word != key]
+            kept = [
+                word for word in [*usual, *out] if not word.startswith(f"{key}=") and word != key
+            ]
             cases += [
                 Case(f"{name} {key} = {word[:30]!r}", [*words, *kept, f"{key}={word}"])
                 for word in chance.sample([word for word in WORDS if word != "/dev/null"], 7)
             ]
-        cases += [Case(f"{name} on {word[:30]!r}", [*words, word, *out]) for word in chance.sample(WORDS, 9)]
+        cases += [
+            Case(f"{name} on {word[:30]!r}", [*words, word, *out])
+            for word in chance.sample(WORDS, 9)
+        ]
     check(cases, tmp_path, least=350)
 
 
@@ -386,19 +428,39 @@ def test_words_that_name_no_command_and_stray_ones(tmp_path: Path):
     stray = [word for word in WORDS if word]
     cases = [Case(f"{word[:20]!r} alone", [word]) for word in stray]
     cases += [Case(f"train {word[:20]!r}", ["train", word]) for word in stray if word != " "]
-    cases += [Case(f"train --{word[:20]!r}", ["train", f"--{word}"]) for word in stray if word not in ("-", "--")]
+    cases += [
+        Case(f"train --{word[:20]!r}", ["train", f"--{word}"])
+        for word in stray
+        if word not in ("-", "--")
+    ]
     check(cases, tmp_path, least=180)
 
 
-RANKS = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+RANKS = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29400",
+}
 
 
 @pytest.mark.parametrize(
     ("environment", "status"),
     [
         ({"MPLBACKEND": "nonsense"}, 0),
-        ({"HOME": "", "TMPDIR": "/nowhere", "COLUMNS": "x", "TERM": "nonsense", "LC_ALL": "xx_YY"}, 0),
-        ({"WORLD_SIZE": "x", "LOCAL_RANK": "-5", "MASTER_PORT": "x"}, 0),  # without RANK nobody looks at them
+        (
+            {
+                "HOME": "",
+                "TMPDIR": "/nowhere",
+                "COLUMNS": "x",
+                "TERM": "nonsense",
+                "LC_ALL": "xx_YY",
+            },
+            0,
+        ),
+        # without RANK nobody looks at them
+        ({"WORLD_SIZE": "x", "LOCAL_RANK": "-5", "MASTER_PORT": "x"}, 0),
         ({"RANK": "0"}, 2),
         *(
             ({**RANKS, name: value}, 2)
@@ -409,10 +471,15 @@ RANKS = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
         ({**RANKS, "RANK": "7"}, 2),
         ({**RANKS, "MASTER_ADDR": ""}, 2),
     ],
-    ids=lambda value: " ".join(f"{k}={v[:9]}" for k, v in value.items()) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        " ".join(f"{k}={v[:9]}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
 )
 def test_environments(environment: dict[str, str], status: int, tmp_path: Path):
-    words = [f"{option(key)}={value}" for key, value in {**TINY, "run_dir": tmp_path / "run", "plots": "true"}.items()]
+    words = [
+        f"{option(key)}={value}"
+        for key, value in {**TINY, "run_dir": tmp_path / "run", "plots": "true"}.items()
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "hessianflow", "train", *words],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""Hundreds of damaged run directories before every command that reads them: refused in one line, or read."""
+"""Hundreds of damaged run directories before every command that reads them: refused in one line, or
+read."""
 
 import copy
 import json
@@ -22,7 +23,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 SECONDS = 120.0
 """Far more than the 2 s that a case takes on an idle machine."""
-SMALL = ["--data", "fake", "--train-examples", "64", "--test-examples", "32", "--model", "c1", "--batch-size", "16"]
+SMALL = [
+    "--data",
+    "fake",
+    "--train-examples",
+    "64",
+    "--test-examples",
+    "32",
+    "--model",
+    "c1",
+    "--batch-size",
+    "16",
+]
 SMALL += ["--epochs", "3", "--plots", "false", "--device", "cpu"]
 GROWING = [*SMALL, "--probe-examples", "16", "--max-batch-size", "32", "--patience", "1"]
 SERVER = [*SMALL, "--controller", "dual-batch", "--slope", "0.1", "--intercept", "1.0"]
@@ -32,14 +44,18 @@ Change = Callable[[Any, random.Random], None]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Finished runs: one with readings and growths, one on a parameter server; with what was measured of the first."""
+    """Finished runs: one with readings and growths, one on a parameter server; with what was
+    measured of the first."""
     folder = tmp_path_factory.mktemp("runs")
     threads = torch.get_num_threads()
     for name, arguments in (("absa", GROWING), ("server", SERVER)):
         status, error = run(["train", *arguments, "--run-dir", str(folder / name)], 600)
         assert status == 0, error
     small = ["--examples", "16"]
-    for command in (["spectrum", "--k", "1", "--density", "true", "--layers", "*"], ["robustness", "--eps", "0.1"]):
+    for command in (
+        ["spectrum", "--k", "1", "--density", "true", "--layers", "*"],
+        ["robustness", "--eps", "0.1"],
+    ):
         status, error = run([command[0], str(folder / "absa"), *command[1:], *small], 600)
         assert status == 0, error
     yield folder
@@ -80,7 +96,13 @@ def dumped(value: Any) -> bytes:
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) inside a JSON value."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in list(entries):
         yield value, key
         yield from places(item)
@@ -116,10 +138,17 @@ def history_cases(source: Path, count: int, chance: random.Random) -> Iterator[C
         def change(run_dir: Path, content: bytes = content) -> None:
             (run_dir / "history.jsonl").write_bytes(content)
 
-        yield Case(f"history: {', '.join(what)}", chance.choice(READERS), placed(source, change), keeps=RUN_FILES)
+        yield Case(
+            f"history: {', '.join(what)}",
+            chance.choice(READERS),
+            placed(source, change),
+            keeps=RUN_FILES,
+        )
 
 
-def json_cases(source: Path, name: str, commands: Any, count: int, chance: random.Random) -> Iterator[Case]:
+def json_cases(
+    source: Path, name: str, commands: Any, count: int, chance: random.Random
+) -> Iterator[Case]:
     """One or several values of a JSON file changed, or its bytes damaged."""
     whole = json.loads((source / name).read_text())
     for _ in range(count):
@@ -137,11 +166,17 @@ def json_cases(source: Path, name: str, commands: Any, count: int, chance: rando
         def change(run_dir: Path, content: bytes = content) -> None:
             (run_dir / name).write_bytes(content)
 
-        yield Case(f"{name}: {', '.join(what)}", chance.choice(commands), placed(source, change), keeps=RUN_FILES)
+        yield Case(
+            f"{name}: {', '.join(what)}",
+            chance.choice(commands),
+            placed(source, change),
+            keeps=RUN_FILES,
+        )
 
 
 def checked(cases: list[Case], folder: Path) -> None:
-    """Run all, and say how many ended how; where no case was accepted, something else would be tested than is meant."""
+    """Run all, and say how many ended how; where no case was accepted, something else would be
+    tested than is meant."""
     tally = run_all(cases, folder, seconds=SECONDS)
     print(f"{len(cases)} cases: {tally.counts}; slowest {tally.slowest}")
     assert not tally.failures, report(tally)
@@ -151,22 +186,37 @@ def checked(cases: list[Case], folder: Path) -> None:
 
 def test_histories(runs: Path, tmp_path: Path):
     chance = random.Random(1)
-    cases = [*history_cases(runs / "absa", 130, chance), *history_cases(runs / "server", 40, chance)]
+    cases = [
+        *history_cases(runs / "absa", 130, chance),
+        *history_cases(runs / "server", 40, chance),
+    ]
     checked(cases, tmp_path)
 
 
 def test_configs_before_readers(runs: Path, tmp_path: Path):
     chance = random.Random(2)
     cases = [*json_cases(runs / "absa", "config.json", READERS, 100, chance)]
-    cases += json_cases(runs / "server", "config.json", [*READERS, ["plot", "run", "--out", "p"]], 30, chance)
+    cases += json_cases(
+        runs / "server", "config.json", [*READERS, ["plot", "run", "--out", "p"]], 30, chance
+    )
     checked(cases, tmp_path)
 
 
 def test_settings_before_what_trains_and_measures(runs: Path, tmp_path: Path):
-    """One setting of the file changed; what trains is small, so settings that make it large are left out."""
+    """One setting of the file changed; what trains is small, so settings that make it large are
+    left out."""
     chance = random.Random(3)
     whole = json.loads((runs / "absa" / "config.json").read_text())
-    heavy = {"epochs", "model", "threads", "loader_workers", "compile", "data", "resolution", "precision"}
+    heavy = {
+        "epochs",
+        "model",
+        "threads",
+        "loader_workers",
+        "compile",
+        "data",
+        "resolution",
+        "precision",
+    }
     measure = (
         ["spectrum", "run", "--k", "1", "--examples", "8"],
         ["robustness", "run", "--eps", "0.1"],
@@ -202,7 +252,14 @@ def test_summaries_and_measurements(runs: Path, tmp_path: Path):
 
 def test_step_times(runs: Path, tmp_path: Path):
     chance = random.Random(5)
-    plan = {"measured": {"sizes": [1, 2, 4], "seconds": [0.1, 0.15, 0.25], "update_seconds": 0.01, "source": "here"}}
+    plan = {
+        "measured": {
+            "sizes": [1, 2, 4],
+            "seconds": [0.1, 0.15, 0.25],
+            "update_seconds": 0.01,
+            "source": "here",
+        }
+    }
 
     def prepared(content: bytes) -> Prepare:
         return lambda folder: (folder / "plan.json").write_bytes(content) and None
@@ -213,8 +270,27 @@ def test_step_times(runs: Path, tmp_path: Path):
         what, content = spoil(value, chance), dumped(value)
         if chance.random() < 0.2:
             what, content = torn(content, chance)
-        argv = ["plan", "--data", "fake", "--train-examples", "64", "--batch-size", "16", "--max-batch-size", "16"]
-        argv += ["--gradient-bytes", "1000", "--workers", "1,2", "--measured", "plan.json", "--controller", "fixed"]
+        argv = [
+            "plan",
+            "--data",
+            "fake",
+            "--train-examples",
+            "64",
+            "--batch-size",
+            "16",
+            "--max-batch-size",
+            "16",
+        ]
+        argv += [
+            "--gradient-bytes",
+            "1000",
+            "--workers",
+            "1,2",
+            "--measured",
+            "plan.json",
+            "--controller",
+            "fixed",
+        ]
         cases.append(Case(f"plan.json: {what}", argv, prepared(content)))
     checked(cases, tmp_path)
 
@@ -222,7 +298,11 @@ def test_step_times(runs: Path, tmp_path: Path):
 def test_checkpoints(runs: Path, tmp_path: Path):
     """Well-formed files with something else inside, and files with damaged bytes."""
     chance = random.Random(6)
-    commands = (["resume", "run"], ["resume", "run"], ["spectrum", "run", "--k", "1", "--examples", "8"])
+    commands = (
+        ["resume", "run"],
+        ["resume", "run"],
+        ["spectrum", "run", "--k", "1", "--examples", "8"],
+    )
     cases = []
     for number in range(120):
         source = runs / ("server" if number % 4 == 0 else "absa")
@@ -254,7 +334,12 @@ def damage(run_dir: Path, chance: random.Random, *, older: bool) -> None:
             del container[key]
         elif isinstance(container[key], torch.Tensor) and chance.random() < 0.5:
             container[key] = chance.choice(
-                [container[key] * math.inf, container[key].flatten(), container[key].to(torch.int8), container[key][:0]]
+                [
+                    container[key] * math.inf,
+                    container[key].flatten(),
+                    container[key].to(torch.int8),
+                    container[key][:0],
+                ]
                 if container[key].ndim
                 else [container[key] * math.nan]
             )
@@ -265,22 +350,57 @@ def damage(run_dir: Path, chance: random.Random, *, older: bool) -> None:
 
 def test_names_and_targets(runs: Path, tmp_path: Path):
     """Run directories with odd names, and odd places to write to."""
-    names = ["$x^$", "a\nb", "a\udcffb", "_a", " ", "日本", "=1", "<b>|`", "\x1b[31m", "x" * 200, "-", "a$b$c"]
+    names = [
+        "$x^$",
+        "a\nb",
+        "a\udcffb",
+        "_a",
+        " ",
+        "日本",
+        "=1",
+        "<b>|`",
+        "\x1b[31m",
+        "x" * 200,
+        "-",
+        "a$b$c",
+    ]
     given = ["--slope", "0.001", "--intercept", "0.01", "--workers", "1,2"]
-    readers = (["plot", "{{}}/{}"], ["compare", "{{}}/{}", "--out", "o"], ["report", "{{}}/{}"], ["resume", "{{}}/{}"])
+    readers = (
+        ["plot", "{{}}/{}"],
+        ["compare", "{{}}/{}", "--out", "o"],
+        ["report", "{{}}/{}"],
+        ["resume", "{{}}/{}"],
+    )
     readers = (*readers, ["plan", *given, "--run", "{{}}/{}"])
     cases = [
-        Case(f"named {name[:20]!r}", [word.format(name) for word in argv], placed(runs / "absa", unchanged, name))
+        Case(
+            f"named {name[:20]!r}",
+            [word.format(name) for word in argv],
+            placed(runs / "absa", unchanged, name),
+        )
         for name in names
         for argv in readers
     ]
-    targets = [*RUN_FILES, "/dev/null", "/dev/full", "/proc/self/mem", "run/pipe", "run/folder", "run/nowhere"]
+    targets = [
+        *RUN_FILES,
+        "/dev/null",
+        "/dev/full",
+        "/proc/self/mem",
+        "run/pipe",
+        "run/folder",
+        "run/nowhere",
+    ]
     targets += ["run/mine.html", "run/plots/x.html", "", "x" * 300, "a\udcffb"]
     drawing = ["run/pipe", "run/history.jsonl", "/dev/null", "run/folder", "run/nowhere"]
     commands = [["report", "run", "--out", target] for target in targets]
-    commands += [[command, "run", "--out", target] for target in drawing for command in ("plot", "compare")]
+    commands += [
+        [command, "run", "--out", target] for target in drawing for command in ("plot", "compare")
+    ]
     keeps = (*RUN_FILES, "run/mine.html")
-    cases += [Case(f"to {argv[-1][:20]}", argv, placed(runs / "absa", odd), keeps=keeps) for argv in commands]
+    cases += [
+        Case(f"to {argv[-1][:20]}", argv, placed(runs / "absa", odd), keeps=keeps)
+        for argv in commands
+    ]
     checked(cases, tmp_path)
 
 
@@ -299,9 +419,28 @@ def odd(run_dir: Path) -> None:
 def test_directories_that_hold_something(runs: Path, tmp_path: Path):
     """A run is started, or resumed, where there is something already."""
     chance = random.Random(7)
-    files = ["config.json", "settings.yaml", "history.jsonl", "summary.json", "checkpoints", "notes.txt", LOCK]
+    files = [
+        "config.json",
+        "settings.yaml",
+        "history.jsonl",
+        "summary.json",
+        "checkpoints",
+        "notes.txt",
+        LOCK,
+    ]
     sorts = ["empty", "folder", "link", "pipe", "json", "noise", "temporary"]
-    train = ["train", *SMALL, "--epochs", "1", "--controller", "fixed", "--curvature", "off", "--run-dir", "run"]
+    train = [
+        "train",
+        *SMALL,
+        "--epochs",
+        "1",
+        "--controller",
+        "fixed",
+        "--curvature",
+        "off",
+        "--run-dir",
+        "run",
+    ]
     cases = []
     for number in range(40):
         chosen = [name for name in files if chance.random() < 0.25]
@@ -328,4 +467,6 @@ def make(path: Path, kind: str) -> None:
     elif kind == "temporary":
         path.with_name(f".{path.name}.1.tmp").touch()
     else:
-        path.write_bytes({"empty": b"", "json": b'{"architectures": []}', "noise": b"\xff\0[{"}[kind])
+        path.write_bytes(
+            {"empty": b"", "json": b'{"architectures": []}', "noise": b"\xff\0[{"}[kind]
+        )

@@ -1,4 +1,5 @@
-"""The arrows of the design: who may import whom, read from the source, not from what happens to run."""
+"""The arrows of the design: who may import whom, read from the source, not from what happens to
+run."""
 
 import ast
 import subprocess
@@ -10,9 +11,22 @@ import pytest
 import hessianflow
 
 PACKAGE = Path(hessianflow.__file__).parent
-SHARED = {"interfaces", "batches", "structure", "losses", "measuring", "norm_statistics", "folding", "memory", "checks"}
+SHARED = {
+    "interfaces",
+    "batches",
+    "structure",
+    "losses",
+    "measuring",
+    "norm_statistics",
+    "folding",
+    "memory",
+    "checks",
+}
 ALLOWED: dict[str, set[str]] = {
-    **{room: SHARED | {room} for room in ("curvature", "control", "adversarial", "optim", "models", "data")},
+    **{
+        room: SHARED | {room}
+        for room in ("curvature", "control", "adversarial", "optim", "models", "data")
+    },
     "runs": {"interfaces", "checks", "runs"},
     "training": SHARED | {"training", "runs"},
     "plots": SHARED | {"plots", "runs"},
@@ -39,7 +53,17 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 ROOMS_OF_BUILD = {
-    *("curvature", "control", "adversarial", "optim", "models", "data", "training", "distributed", "runs"),
+    *(
+        "curvature",
+        "control",
+        "adversarial",
+        "optim",
+        "models",
+        "data",
+        "training",
+        "distributed",
+        "runs",
+    ),
     *("config", "settings", "build", "choices", "fitting", "earlier", "machine", *SHARED),
 }
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
@@ -47,13 +71,35 @@ ALLOWED["elastic"] = ROOMS_OF_BUILD | {"elastic"}
 ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch"}
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
-    *("commands", "config", "build", "choices", "dual_batch", "elastic", "plots", "training", "control", "curvature"),
-    *("adversarial", "data", "distributed", "settings", "runs", "bounds", "effects", "fitting", *SHARED),
+    *(
+        "commands",
+        "config",
+        "build",
+        "choices",
+        "dual_batch",
+        "elastic",
+        "plots",
+        "training",
+        "control",
+        "curvature",
+    ),
+    *(
+        "adversarial",
+        "data",
+        "distributed",
+        "settings",
+        "runs",
+        "bounds",
+        "effects",
+        "fitting",
+        *SHARED,
+    ),
 }
 
 
 def imported_rooms(source: str) -> set[str]:
-    """Rooms of the package that a module imports, at the top or inside a function, type-checking blocks apart."""
+    """Rooms of the package that a module imports, at the top or inside a function, type-checking
+    blocks apart."""
     tree = ast.parse(source)
     skipped = {
         id(inner)
@@ -69,7 +115,11 @@ def imported_rooms(source: str) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports inside the package are absolute"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "hessianflow" else []
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "hessianflow"
+                else []
+            )
             names += [node.module or ""]
         else:
             continue
@@ -91,8 +141,15 @@ def test_imports_follow_the_arrows(path: Path):
 def test_control_uses_no_tensors():
     for path in (PACKAGE / "control").glob("*.py"):
         tree = ast.parse(path.read_text())
-        names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        names |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        names = {
+            a.name.split(".")[0]
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Import)
+            for a in n.names
+        }
+        names |= {
+            (n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
+        }
         assert "torch" not in names, path.name
 
 
@@ -105,9 +162,9 @@ def test_the_parser_sees_every_way_to_import():
 def test_import_is_light():
     """Heavy libraries must not come in with the package; counted, not timed."""
     code = (
-        "import sys, torch; before = set(sys.modules); import hessianflow; "
-        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
-        "print(sorted(new & {'sklearn', 'matplotlib', 'scipy', 'PIL', 'ray', 'pyhessian', 'jsonargparse', 'pandas'}))"
+        "import sys, torch; before = set(sys.modules); import hessianflow; new = {m.split('.')[0]"
+        " for m in set(sys.modules) - before}; print(sorted(new & {'sklearn', 'matplotlib',"
+        " 'scipy', 'PIL', 'ray', 'pyhessian', 'jsonargparse', 'pandas'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,5 @@
-"""Measuring leaves no trace: every piece of state is compared before and after, also when the body raises."""
+"""Measuring leaves no trace: every piece of state is compared before and after, also when the body
+raises."""
 
 import copy
 import random
@@ -13,7 +14,8 @@ from hessianflow.measuring import measuring, unwrap
 
 
 class Recorder(nn.Module):
-    """Dropout, batch normalisation, a frozen weight and a child left in another mode than its parent."""
+    """Dropout, batch normalisation, a frozen weight and a child left in another mode than its
+    parent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,9 +42,15 @@ def snapshot(model: nn.Module) -> dict:
 
 
 def same(first: dict, second: dict) -> bool:
-    plain = all(first[key] == second[key] for key in ("modes", "tracks", "flags", "numpy", "python"))
-    buffers = all(torch.equal(first["buffers"][name], second["buffers"][name]) for name in first["buffers"])
-    grads = all((a is None) == (b is None) for a, b in zip(first["grads"], second["grads"], strict=True))
+    plain = all(
+        first[key] == second[key] for key in ("modes", "tracks", "flags", "numpy", "python")
+    )
+    buffers = all(
+        torch.equal(first["buffers"][name], second["buffers"][name]) for name in first["buffers"]
+    )
+    grads = all(
+        (a is None) == (b is None) for a, b in zip(first["grads"], second["grads"], strict=True)
+    )
     return plain and buffers and grads and torch.equal(first["torch"], second["torch"])
 
 
@@ -95,7 +103,9 @@ def test_a_buffer_made_in_inference_mode_is_no_obstacle():
     assert torch.equal(model.table, torch.ones(2))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, on its first compile
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning"
+)  # torch's own, on its first compile
 def test_wrappers_are_looked_through_however_nested():
     model = nn.Linear(2, 2)
     assert unwrap(nn.DataParallel(torch.compile(model))) is model
@@ -121,13 +131,21 @@ def test_buffers_that_were_none_replaced_or_added_are_as_found():
 
 
 def test_a_buffer_nobody_wrote_to_keeps_its_version():
-    """Restoring it would invalidate every graph that saved it, such as one kept for further products."""
+    """Restoring it would invalidate every graph that saved it, such as one kept for further
+    products."""
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     before = [buffer._version for buffer in model.buffers()]
     with measuring(model) as inner:
         inner[1].running_var.add_(1)
     after = [buffer._version for buffer in model.buffers()]
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, True, True, False, True]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
     assert model[1].running_var.tolist() == [1.0, 1.0]
 
 

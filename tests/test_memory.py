@@ -25,8 +25,11 @@ print(answer, pages() - before)
 
 
 def left(way: str) -> tuple[str, float]:
-    """What the setting answered, and how much of 128 MiB the process still holds when they are free, in MiB."""
-    done = subprocess.run([sys.executable, "-c", RESIDENT, way], check=True, capture_output=True, text=True)
+    """What the setting answered, and how much of 128 MiB the process still holds when they are
+    free, in MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, way], check=True, capture_output=True, text=True
+    )
     answer, pages = done.stdout.split()
     return answer, int(pages) * 4096 / 2**20
 

@@ -1,6 +1,8 @@
-"""Running statistics that have not settled: told apart, measured anew, and never compared by a controller.
+"""Running statistics that have not settled: told apart, measured anew, and never compared by a
+controller.
 
-The oracle is a network of one normalised weight, whose losses and whose Hessian are known in closed form.
+The oracle is a network of one normalised weight, whose losses and whose Hessian are known in closed
+form.
 """
 
 import math
@@ -26,7 +28,8 @@ N = 64
 
 
 class Normalised(nn.Module):
-    """gamma (x - mean) / sqrt(var + eps) of one feature, with the mean and variance of the data or of the buffers."""
+    """gamma (x - mean) / sqrt(var + eps) of one feature, with the mean and variance of the data or
+    of the buffers."""
 
     def __init__(self, gamma: float = 1.0):
         super().__init__()
@@ -44,7 +47,8 @@ def half_square(outputs, targets):
 
 
 def problem(scale: float = 0.01):
-    """Inputs of standard deviation `scale`: their running variance, 1 at the start, has not settled."""
+    """Inputs of standard deviation `scale`: their running variance, 1 at the start, has not
+    settled."""
     x = torch.linspace(-1, 1, N, dtype=torch.float64)[:, None]
     x = scale * x / x.std(unbiased=False)
     return x, torch.zeros(N, 1, dtype=torch.float64)
@@ -85,7 +89,8 @@ def test_a_difference_that_is_small_beside_the_usual_loss_tells_nothing():
 
 
 def test_losses_by_statistics_in_closed_form():
-    """With the buffers E x^2 gamma^2 / 2 / var, with the data's own gamma^2 / 2, whatever their scale."""
+    """With the buffers E x^2 gamma^2 / 2 / var, with the data's own gamma^2 / 2, whatever their
+    scale."""
     model, (x, y) = running(Normalised(3.0).train(), var=0.25), problem(scale=2.0)
     layers = moving_layers(model)
     found = compared_losses(model, (x, y), MeanLoss(half_square), layers)
@@ -102,14 +107,20 @@ def test_a_model_of_one_batch_size_and_a_loss_that_differentiates_are_asked_abou
             return self.norm(x.reshape(N, 1))
 
     def slope(outputs, targets):
-        (by_outputs,) = torch.autograd.grad(half_square(outputs, targets), outputs, create_graph=True)
+        (by_outputs,) = torch.autograd.grad(
+            half_square(outputs, targets), outputs, create_graph=True
+        )
         return 0.5 * N * by_outputs.square().sum()
 
     batch = problem(scale=2.0)
     model = running(Whole().train(), var=0.25)
-    assert compared_losses(model, batch, MeanLoss(half_square), moving_layers(model)) == pytest.approx((8, 0.5, N))
+    assert compared_losses(
+        model, batch, MeanLoss(half_square), moving_layers(model)
+    ) == pytest.approx((8, 0.5, N))
     model = running(Normalised().train(), var=0.25)
-    assert compared_losses(model, batch, MeanLoss(slope), moving_layers(model)) == pytest.approx((8, 0.5, N))
+    assert compared_losses(model, batch, MeanLoss(slope), moving_layers(model)) == pytest.approx(
+        (8, 0.5, N)
+    )
 
 
 def test_measuring_leaves_no_trace():
@@ -126,7 +137,9 @@ def test_measuring_leaves_no_trace():
 
 
 def test_frozen_layers_belong_to_the_function():
-    model = nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1), nn.BatchNorm1d(1, track_running_stats=False)).train()
+    model = nn.Sequential(
+        nn.BatchNorm1d(1), nn.BatchNorm1d(1), nn.BatchNorm1d(1, track_running_stats=False)
+    ).train()
     model[0].eval()
     assert moving_layers(model) == [model[1]]
     assert moving_layers(model.eval()) == [model[0], model[1]]
@@ -146,11 +159,17 @@ class TestReading:
     def test_of_those_that_have(self):
         x, y = problem(scale=100.0)
         reading = CurvatureProbe(running(Normalised().train(), var=1e4), half_square, (x, y))()
-        assert (reading.eigenvalue, reading.reliable, reading.details) == (pytest.approx(1.0), True, {})
+        assert (reading.eigenvalue, reading.reliable, reading.details) == (
+            pytest.approx(1.0),
+            True,
+            {},
+        )
 
     @pytest.mark.parametrize("options", [{"norm_mode": "batch"}, {"check_statistics": False}])
     def test_where_nothing_is_asked(self, options):
-        reading = CurvatureProbe(running(Normalised().train()), half_square, problem(scale=100.0), **options)()
+        reading = CurvatureProbe(
+            running(Normalised().train()), half_square, problem(scale=100.0), **options
+        )()
         assert reading.reliable
 
     def test_of_frozen_statistics_and_of_none(self):
@@ -174,7 +193,10 @@ class TestReading:
         reading = probe()
         assert not reading.reliable
         own = torch.cat(
-            [(part / part.std(unbiased=False) - part.mean() / part.std(unbiased=False)) for part in x.split(16)]
+            [
+                (part / part.std(unbiased=False) - part.mean() / part.std(unbiased=False))
+                for part in x.split(16)
+            ]
         )
         assert reading.details["own_loss"] == pytest.approx(0.5 * float(own.square().mean()))
 
@@ -188,7 +210,8 @@ class TestReading:
         assert probe().details["smoothed"] == pytest.approx(1.0)
 
     def test_losses_of_a_fitted_model_are_held_against_those_before(self):
-        """Losses of 5000 x 1e-6 and 0.5 x 1e-6 beside 0.5, of the same model with a smaller weight."""
+        """Losses of 5000 x 1e-6 and 0.5 x 1e-6 beside 0.5, of the same model with a smaller
+        weight."""
         model, batch = running(Normalised().train(), var=1e4), problem(scale=100.0)
         probe = CurvatureProbe(model, half_square, batch)
         assert probe().reliable
@@ -208,7 +231,8 @@ class TestReading:
         assert operator.statistics_losses() == pytest.approx((5e3, 0.5, N / 2))
         assert (
             AllReducedOperator(
-                kind(running(Normalised().train()), half_square, (x, y), norm_mode="batch"), LocalReducer()
+                kind(running(Normalised().train()), half_square, (x, y), norm_mode="batch"),
+                LocalReducer(),
             ).statistics_losses()
             is None
         )
@@ -241,12 +265,17 @@ class TestSettling:
 def trained(**options):
     """Four normalised layers of large weights, two updates an epoch.
 
-    After two updates a running variance is 0.19 of the true one, so that each layer's outputs are 2.3 times too large.
+    After two updates a running variance is 0.19 of the true one, so that each layer's outputs are
+    2.3 times too large.
     """
     torch.manual_seed(0)
     x = torch.rand(32, 8)
     data = DeviceBatches(x, (x.sum(1) > 4).long(), 16)
-    layers = [layer for _ in range(4) for layer in (nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU())]
+    layers = [
+        layer
+        for _ in range(4)
+        for layer in (nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU())
+    ]
     model = nn.Sequential(*layers, nn.Linear(8, 2))
     with torch.no_grad():
         for layer in layers[::3]:
@@ -284,7 +313,8 @@ class TestTrainer:
             assert torch.equal(own, other), name
 
     def test_a_reading_that_nobody_was_shown_has_no_note(self):
-        """After the last epoch nothing is decided: the reason of the last growth belongs to an earlier reading."""
+        """After the last epoch nothing is decided: the reason of the last growth belongs to an
+        earlier reading."""
         torch.manual_seed(0)
         x = torch.rand(32, 8)
         data = DeviceBatches(x, (x.sum(1) > 4).long(), 8)
@@ -303,7 +333,9 @@ class TestTrainer:
         assert [row.get("note") for row in history.curvature] == [None, None]
 
     def test_a_choice_that_there_is_not(self):
-        with pytest.raises(HessianFlowError, match="norm_statistics must be one of settled, running, got 'batch'"):
+        with pytest.raises(
+            HessianFlowError, match="norm_statistics must be one of settled, running, got 'batch'"
+        ):
             trained(norm_statistics="batch")
 
 
@@ -319,7 +351,10 @@ class TestControllers:
     def test_absa_compares_no_unreliable_reading(self):
         controller = ABSA(16, 256, patience=None, adversarial_share=0)
         decision = controller.update(progress(1), reading(1e9, reliable=False))
-        assert decision.reason == "eigenvalue not used: on running statistics that have not settled (1e+09)"
+        assert (
+            decision.reason
+            == "eigenvalue not used: on running statistics that have not settled (1e+09)"
+        )
         controller.update(progress(2), reading(100.0))
         assert controller.update(progress(3), reading(1.0, reliable=False)).batch_size == 16
         assert controller.update(progress(4), reading(50.0)).batch_size == 32

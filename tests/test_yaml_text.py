@@ -1,4 +1,5 @@
-"""Files of settings and values from strangers: read within bounds, or refused without a word of what they hold."""
+"""Files of settings and values from strangers: read within bounds, or refused without a word of
+what they hold."""
 
 import json
 import os
@@ -51,7 +52,10 @@ def refusal(content: str | bytes) -> str:
         ("password hunter2", "found a scalar"),
         ("- secret\n- hunter2", "found a sequence"),
         ("epochs: [hunter2\n", "not the YAML of a settings file"),
-        ("epochs: {hunter2: 3}", "line 1: epochs must be a number, a word or a list, found a mapping"),
+        (
+            "epochs: {hunter2: 3}",
+            "line 1: epochs must be a number, a word or a list, found a mapping",
+        ),
         ("epochs: 2\nlr: 1\nepochs: 3\n", "line 3: epochs is set a second time"),
         ("? [hunter2]\n: 3", "the name of a setting must be a word, found a sequence"),
         ("model: !!python/object/apply:os.system [hunter2]", "found a tag"),
@@ -89,8 +93,9 @@ def test_what_is_no_plain_file_is_not_waited_for():
 
 def test_values_are_what_would_be_typed():
     Path("x.yaml").write_text(
-        "\ufeff# a comment\nepochs: 2\nlr: 1e-3\nplots: no\nmodel: '010'\nrun_dir: 2024-01-02\nmilestones: [1,\n  2]\n"
-        'stages:\n- [2, 64]\n- - 3\n  - 128\nseed:\ndata_dir: null\nlog_level: ~\ncontroller: "null"\n'
+        "\ufeff# a comment\nepochs: 2\nlr: 1e-3\nplots: no\nmodel: '010'\nrun_dir:"
+        " 2024-01-02\nmilestones: [1,\n  2]\nstages:\n- [2, 64]\n- - 3\n  - 128\nseed:\ndata_dir:"
+        ' null\nlog_level: ~\ncontroller: "null"\n'
     )
     assert read_settings("x.yaml") == {
         **{"epochs": "2", "lr": "1e-3", "plots": "no", "model": "010", "run_dir": "2024-01-02"},
@@ -103,14 +108,30 @@ def test_values_are_what_would_be_typed():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("[1, 2]", [1, 2]), ("1e-3", 1e-3), ("[1E3, .5]", [1000.0, 0.5]), ("true", True), ("a b", "a b"), ("", "")],
+    [
+        ("[1, 2]", [1, 2]),
+        ("1e-3", 1e-3),
+        ("[1E3, .5]", [1000.0, 0.5]),
+        ("true", True),
+        ("a b", "a b"),
+        ("", ""),
+    ],
 )
 def test_values_of_the_command_line(text: str, value: object):
     assert load_value(text) == value
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 50_000, "&a [*a]", "9" * 5000, "x" * (MOST_CHARACTERS + 1), "\ud800", "[" * 9 + "]" * 9, "- " * 9]
+    "text",
+    [
+        "[" * 50_000,
+        "&a [*a]",
+        "9" * 5000,
+        "x" * (MOST_CHARACTERS + 1),
+        "\ud800",
+        "[" * 9 + "]" * 9,
+        "- " * 9,
+    ],
 )
 def test_values_beyond_the_bounds_are_an_error_of_yaml(text: str):
     with pytest.raises(yaml.YAMLError):

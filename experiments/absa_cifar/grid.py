@@ -57,7 +57,11 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     if scale == "smoke":
         return large_batch.cells({"fake": SMOKE}, [], [0], MAIN)
     if scale == "cpu":
-        return large_batch.cells({"cifar10-resnet20-fifth": {**FIFTH, "model": "resnet20"}}, [], seeds, METHODS)
+        return large_batch.cells(
+            {"cifar10-resnet20-fifth": {**FIFTH, "model": "resnet20"}}, [], seeds, METHODS
+        )
     if scale == "gpu":
-        return large_batch.cells({"cifar10-resnet20": WHOLE["cifar10-resnet20"]}, [2048, 16_384], seeds, METHODS)
+        return large_batch.cells(
+            {"cifar10-resnet20": WHOLE["cifar10-resnet20"]}, [2048, 16_384], seeds, METHODS
+        )
     return large_batch.cells(WHOLE, [512, 2048, 8192, 16_384], seeds, METHODS)

@@ -1,11 +1,13 @@
 """Time of a training step with adversarial examples, as a ratio to the same step without.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/adversarial.py [--rounds 40] [--channels-last] [--bf16]
+    OMP_NUM_THREADS=1 python experiments/benchmarks/adversarial.py [--rounds 40] [--channels-last]
+    [--bf16]
 
-Every round times each kind of step once, in an order that rotates; what is printed is the median over rounds of the
-ratio to the clean step of the same round, with its quartiles, so that a slow spell of the machine hits both sides of a
-ratio. On a processor the time is that of the process, which other programs take no part in, and freed memory is kept,
-as the command does (`hf.keep_freed_memory`).
+Every round times each kind of step once, in an order that rotates; what is printed is the median
+over rounds of the ratio to the clean step of the same round, with its quartiles, so that a slow
+spell of the machine hits both sides of a ratio. On a processor the time is that of the process,
+which other programs take no part in, and freed memory is kept, as the command does
+(`hf.keep_freed_memory`).
 """
 
 import argparse
@@ -36,7 +38,8 @@ def training_step(model: nn.Module) -> Callable[[Tensor, Tensor], None]:
 
 
 def naive_fgsm(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """FGSM as it is commonly written: backward() also computes every weight gradient, to be thrown away."""
+    """FGSM as it is commonly written: backward() also computes every weight gradient, to be thrown
+    away."""
     leaf = x.clone().requires_grad_()
     model.eval()
     cross_entropy(model(leaf), y).backward()
@@ -64,7 +67,9 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
         adversary = hf.adversarial.FGSM(EPS, value_range=RANGE)
 
         def step() -> None:
-            (twins,) = hf.adversarial.ConcurrentAdversary(adversary, staleness=0).pairs(net, [(x, y)])
+            (twins,) = hf.adversarial.ConcurrentAdversary(adversary, staleness=0).pairs(
+                net, [(x, y)]
+            )
             optimizer.zero_grad()
             hf.adversarial.pair_loss(net, twins, cross_entropy).total.backward()
             optimizer.step()
@@ -74,7 +79,9 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
     def reuse(share: float) -> Callable[[], object]:
         net = copy.deepcopy(model)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-        data = hf.data.DeviceBatches(x, y, len(x), augment=hf.data.Augmentation(crop_padding=4, flip=True))
+        data = hf.data.DeviceBatches(
+            x, y, len(x), augment=hf.data.Augmentation(crop_padding=4, flip=True)
+        )
         next(iter(data))  # the batch whose augmentation is undone and made again
         adversary = hf.adversarial.GradientReuse(data, EPS, value_range=RANGE)
 
@@ -102,7 +109,9 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
     }
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+def measure(
+    steps: dict[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
     """Seconds of one step, by name, one entry a round."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     clock = time.perf_counter if device == "cuda" else time.process_time
@@ -124,9 +133,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--channels-last", action="store_true", help="images and model in that memory layout")
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="WORDS", help="clean, and steps whose name holds them"
+        "--channels-last", action="store_true", help="images and model in that memory layout"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="WORDS",
+        help="clean, and steps whose name holds them",
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action="store_true", help="steps and attacks under autocast")
@@ -136,20 +151,31 @@ def main() -> None:
     y = torch.randint(0, 10, (options.batch_size,), generator=generator).to(options.device)
     model = hf.models.create("resnet20", num_classes=10).to(options.device).train()
     if options.channels_last:
-        x, model = x.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
+        x, model = (
+            x.to(memory_format=torch.channels_last),
+            model.to(memory_format=torch.channels_last),
+        )
     steps = contenders(model, x, y)
-    chosen = {name: step for name, step in steps.items() if name == "clean" or any(w in name for w in options.only)}
+    chosen = {
+        name: step
+        for name, step in steps.items()
+        if name == "clean" or any(w in name for w in options.only)
+    }
     with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
         seconds = measure(chosen, options.rounds, options.device)
     threads = f"{torch.get_num_threads()} thread(s)"
     print(
-        f"torch {torch.__version__}, {options.device}, {threads}, batch {options.batch_size}, {options.rounds} rounds\n"
+        f"torch {torch.__version__}, {options.device}, {threads}, batch {options.batch_size},"
+        f" {options.rounds} rounds\n"
     )
     print("| step | median ms | ratio to clean (quartiles) |\n| --- | --- | --- |")
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds["clean"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {name} | {1000 * statistics.median(values):.1f} | {middle:.3f} ({low:.3f}-{high:.3f}) |")
+        print(
+            f"| {name} | {1000 * statistics.median(values):.1f} | {middle:.3f}"
+            f" ({low:.3f}-{high:.3f}) |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Curvature beside PyHessian, curvlinops and scipy, in one process: cost, accuracy, memory.
 
-    python experiments/benchmarks/curvature.py [--problems mlp-3k mlp-50k resnet20 squeezenext] [--parts ...]
+    python experiments/benchmarks/curvature.py [--problems mlp-3k mlp-50k resnet20 squeezenext]
+    [--parts ...]
 
-Prints one Markdown table. Times are process CPU seconds with one thread (`torch.set_num_threads(1)`), which other
-processes on the machine disturb little. The libraries take turns in every round; given are medians and, of three or
-more rounds, [lower..upper quartile]. Every problem is trained for 50 SGD steps on noisy class templates first.
-References are Lanczos runs to an estimated error of 1e-4, for the small MLP the dense spectrum in float64. Peers that
+Prints one Markdown table. Times are process CPU seconds with one thread
+(`torch.set_num_threads(1)`), which other processes on the machine disturb little. The libraries
+take turns in every round; given are medians and, of three or more rounds, [lower..upper quartile].
+Every problem is trained for 50 SGD steps on noisy class templates first. References are Lanczos
+runs to an estimated error of 1e-4, for the small MLP the dense spectrum in float64. Peers that
 cannot be imported are skipped.
 """
 
@@ -85,7 +87,9 @@ def product_cost(name: str, problem: Problem, rounds: int) -> list[Row]:
     operator = hf.curvature.HessianOperator(model, problem.loss_fn, problem.pair)
     vector = torch.randn(operator.size, generator=torch.Generator().manual_seed(0))
     routes: dict[str, Callable[[], Any]] = {"ours, kept graph": lambda: operator @ vector}
-    half = hf.curvature.HessianOperator(model, problem.loss_fn, problem.pair, microbatch_size=len(problem.targets) // 2)
+    half = hf.curvature.HessianOperator(
+        model, problem.loss_fn, problem.pair, microbatch_size=len(problem.targets) // 2
+    )
     routes["ours, two microbatches"] = lambda: half @ vector
     if importable("pyhessian"):
         from pyhessian.utils import hessian_vector_product
@@ -100,14 +104,19 @@ def product_cost(name: str, problem: Problem, rounds: int) -> list[Row]:
         route()
     ratios: dict[str, list[float]] = {key: [] for key in routes}
     for _ in range(rounds):
-        gradient = timed(lambda: torch.autograd.grad(problem.loss_fn(model(problem.inputs), targets), params))[1]
+        gradient = timed(
+            lambda: torch.autograd.grad(problem.loss_fn(model(problem.inputs), targets), params)
+        )[1]
         for key, route in routes.items():
             ratios[key].append(timed(route)[1] / gradient)
     return [(name, "one product, gradients", key, spread(r)) for key, r in ratios.items()]
 
 
-def eigenvalues(name: str, problem: Problem, k: int, seeds: int, reference: list[float]) -> list[Row]:
-    """Each seed is a round in which all libraries take their turn, PyHessian twice if it has missed GOAL."""
+def eigenvalues(
+    name: str, problem: Problem, k: int, seeds: int, reference: list[float]
+) -> list[Row]:
+    """Each seed is a round in which all libraries take their turn, PyHessian twice if it has missed
+    GOAL."""
     routes = eigen_routes(problem, k)
     tighter = [pyhessian_route(problem, k, tol) for tol in TIGHTER] if "PyHessian" in routes else []
     runs: dict[str, list[Run]] = {key: [] for key in routes}
@@ -116,13 +125,23 @@ def eigenvalues(name: str, problem: Problem, k: int, seeds: int, reference: list
             runs[key].append(measured(route, seed, reference))
         if tighter:
             first = runs["PyHessian"][-1]
-            runs.setdefault(f"PyHessian to {GOAL:g}", []).append(until_accurate(first, tighter, seed, reference))
+            runs.setdefault(f"PyHessian to {GOAL:g}", []).append(
+                until_accurate(first, tighter, seed, reference)
+            )
     rows = []
     for key, made in runs.items():
-        ratio = spread([run.seconds / own.seconds for own, run in zip(runs["ours"], made, strict=True)])
+        ratio = spread(
+            [run.seconds / own.seconds for own, run in zip(runs["ours"], made, strict=True)]
+        )
         errors = [run.error for run in made]
-        text = f"{spread([run.products for run in made])} products, {spread([run.seconds for run in made])} s, "
-        text += f"{ratio} x ours, error {statistics.median(errors):.1e}, worst {max(errors):.1e} of {seeds}"
+        text = (
+            f"{spread([run.products for run in made])} products,"
+            f" {spread([run.seconds for run in made])} s, "
+        )
+        text += (
+            f"{ratio} x ours, error {statistics.median(errors):.1e}, worst {max(errors):.1e} of"
+            f" {seeds}"
+        )
         rows.append((name, f"top-{k}", key, text))
     return rows
 
@@ -137,13 +156,16 @@ class Run(NamedTuple):
 
 def measured(route: Route, seed: int, reference: list[float]) -> Run:
     (values, count), spent = timed(lambda: route(seed))
-    return Run(count, spent, max(abs(v - r) / abs(r) for v, r in zip(values, reference, strict=True)))
+    return Run(
+        count, spent, max(abs(v - r) / abs(r) for v, r in zip(values, reference, strict=True))
+    )
 
 
 def until_accurate(run: Run, tighter: list[Route], seed: int, reference: list[float]) -> Run:
     """The first run that reaches GOAL, the last if none does; those before it count for nothing.
 
-    The reference chooses the tolerance, which no user could: it is the best that the library can do for this seed.
+    The reference chooses the tolerance, which no user could: it is the best that the library can do
+    for this seed.
     """
     for route in tighter:
         if run.error <= GOAL:
@@ -159,18 +181,28 @@ def warm(name: str, problem: Problem, seeds: int, probes: int = 3) -> list[Row]:
     probe()
     warm_counts, cold_counts, worst, excess = [], [], 0.0, -99.0
     for step in range(probes):
-        train(twin, 20, lr=0.05 if step % 2 == 0 else 0.005, batch_size=min(32, len(twin.targets)), seed=10 + step)
+        train(
+            twin,
+            20,
+            lr=0.05 if step % 2 == 0 else 0.005,
+            batch_size=min(32, len(twin.targets)),
+            seed=10 + step,
+        )
         reading = probe()
         operator = hf.curvature.HessianOperator(twin.model, twin.loss_fn, twin.pair)
         runs = [hf.curvature.top_eigenpairs(operator, tol=1e-2, seed=s) for s in range(seeds)]
-        truth = float(hf.curvature.top_eigenpairs(operator, tol=1e-4, max_matvecs=40, seed=99).values[0])
+        truth = float(
+            hf.curvature.top_eigenpairs(operator, tol=1e-4, max_matvecs=40, seed=99).values[0]
+        )
         cold = statistics.median(r.matvecs for r in runs)
         warm_counts.append(reading.matvecs)
         cold_counts.append(cold)
         excess = max(excess, reading.matvecs - cold)
         worst = max(worst, abs(reading.eigenvalue - truth) / abs(truth))
     share = sum(warm_counts) / sum(cold_counts)
-    text = f"{warm_counts} of {cold_counts}: {share:.0%}, at most {excess:+g}, worst error {worst:.1e}"
+    text = (
+        f"{warm_counts} of {cold_counts}: {share:.0%}, at most {excess:+g}, worst error {worst:.1e}"
+    )
     return [(name, "warm, 20 steps later", "ours", text)]
 
 
@@ -183,7 +215,10 @@ def traces(name: str, problem: Problem, truth: float | None, seeds: int) -> list
         note = " (exact reference)"
     rows = []
     for method in ("hutchinson", "hutchpp", "krylov"):
-        runs = [hf.curvature.trace(operator, num_matvecs=18, method=method, seed=s) for s in range(seeds)]
+        runs = [
+            hf.curvature.trace(operator, num_matvecs=18, method=method, seed=s)
+            for s in range(seeds)
+        ]
         rms = statistics.mean(((r.value - truth) / truth) ** 2 for r in runs) ** 0.5
         covered = sum(abs(r.value - truth) <= 2 * r.stderr for r in runs)
         text = f"rms error {rms:.1e}, within 2 standard errors {covered}/{seeds}{note}"
@@ -192,7 +227,8 @@ def traces(name: str, problem: Problem, truth: float | None, seeds: int) -> list
 
 
 def density(name: str, problem: Problem, spectrum: np.ndarray, seeds: int) -> list[Row]:
-    """One probe of 40 steps each; PyHessian with a stand-in for the `torch.eig` that torch has removed."""
+    """One probe of 40 steps each; PyHessian with a stand-in for the `torch.eig` that torch has
+    removed."""
     from scipy.stats import wasserstein_distance
 
     operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
@@ -219,38 +255,51 @@ def density(name: str, problem: Problem, spectrum: np.ndarray, seeds: int) -> li
                 distances[key].append(wasserstein_distance(nodes, spectrum, weights))
                 seconds[key].append(spent)
     return [
-        (name, "density, 40 steps, W1 to exact", key, f"{spread(distances[key], '.1e')}, {spread(seconds[key])} s")
+        (
+            name,
+            "density, 40 steps, W1 to exact",
+            key,
+            f"{spread(distances[key], '.1e')}, {spread(seconds[key])} s",
+        )
         for key in routes
     ]
 
 
 def high_water() -> float:
-    """MiB of resident memory at its highest in this process (`ru_maxrss` would start at that of the parent)."""
+    """MiB of resident memory at its highest in this process (`ru_maxrss` would start at that of the
+    parent)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def peak_memory(path: str, route: str) -> float:
     """MiB of resident memory above a warmed-up gradient, four products, in this (fresh) process."""
-    # A file that this script has just written for its own child process: a whole model, not data from elsewhere.
+    # A file that this script has just written for its own child process: a whole model, not data
+    # from elsewhere.
     problem = Problem(*torch.load(path, weights_only=False))
     model = problem.model.eval()
     for _ in range(2):
-        torch.autograd.grad(problem.loss_fn(model(problem.inputs), problem.targets), list(model.parameters()))
+        torch.autograd.grad(
+            problem.loss_fn(model(problem.inputs), problem.targets), list(model.parameters())
+        )
     before = high_water()
     if route == "PyHessian":
         from pyhessian.utils import hessian_vector_product
 
         peer = Peers(problem).pyhessian()
         for _ in range(4):
-            hessian_vector_product(peer.gradsH, peer.params, [torch.randn_like(p) for p in peer.params])
+            hessian_vector_product(
+                peer.gradsH, peer.params, [torch.randn_like(p) for p in peer.params]
+            )
     elif route == "curvlinops":
         other = Peers(problem).curvlinops()
         for _ in range(4):
             other @ torch.randn(other.shape[0])
     else:
         size = None if route == "ours, kept graph" else 32
-        operator = hf.curvature.HessianOperator(model, problem.loss_fn, problem.pair, microbatch_size=size)
+        operator = hf.curvature.HessianOperator(
+            model, problem.loss_fn, problem.pair, microbatch_size=size
+        )
         for _ in range(4):
             operator @ torch.randn(operator.size)
     return high_water() - before
@@ -279,7 +328,14 @@ def repeated(probes: int = 200) -> list[Row]:
     for _ in range(probes):
         probe()
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
-    return [("mlp-50k", f"{probes} probes, growth in MiB after the 20th", "ours", f"{sizes[-1] - sizes[19]:.1f}")]
+    return [
+        (
+            "mlp-50k",
+            f"{probes} probes, growth in MiB after the 20th",
+            "ours",
+            f"{sizes[-1] - sizes[19]:.1f}",
+        )
+    ]
 
 
 def references(name: str, problem: Problem) -> tuple[list[float], np.ndarray | None]:
@@ -290,14 +346,21 @@ def references(name: str, problem: Problem) -> tuple[list[float], np.ndarray | N
         exact = torch.linalg.eigvalsh(dense_hessian(double)).numpy()
         return sorted(exact.tolist(), key=abs, reverse=True)[:5], exact
     operator = hf.curvature.HessianOperator(problem.model, problem.loss_fn, problem.pair)
-    return hf.curvature.top_eigenpairs(operator, 5, tol=1e-4, max_matvecs=60, seed=77).values.tolist(), None
+    return (
+        hf.curvature.top_eigenpairs(operator, 5, tol=1e-4, max_matvecs=60, seed=77).values.tolist(),
+        None,
+    )
 
 
 def measure(name: str, seeds: int, parts: list[str]) -> Iterator[list[Row]]:
     """All rows of one problem, each group as soon as it is measured."""
     problem = problem_of(name)
     small = name.startswith("mlp")
-    needs_truth = {"density", "top1", "top5", "trace"} & set(parts) if small else {"top1", "top5"} & set(parts)
+    needs_truth = (
+        {"density", "top1", "top5", "trace"} & set(parts)
+        if small
+        else {"top1", "top5"} & set(parts)
+    )
     values, exact = references(name, problem) if needs_truth else ([], None)
     if "product" in parts:
         yield product_cost(name, problem, 41 if small else 5)
@@ -310,7 +373,9 @@ def measure(name: str, seeds: int, parts: list[str]) -> Iterator[list[Row]]:
     if "warm" in parts:
         yield warm(name, problem, seeds, 12 if small else 3)
     if "trace" in parts:
-        yield traces(name, problem, None if exact is None else float(exact.sum()), 40 if small else 6)
+        yield traces(
+            name, problem, None if exact is None else float(exact.sum()), 40 if small else 6
+        )
     if "memory" in parts and not small:
         yield memory(name, problem)
 

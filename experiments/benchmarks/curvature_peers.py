@@ -1,4 +1,5 @@
-"""The other curvature libraries, driven as their documentation does, with the products they spend counted."""
+"""The other curvature libraries, driven as their documentation does, with the products they spend
+counted."""
 
 import copy
 import importlib
@@ -32,7 +33,9 @@ class Peers:
         from curvlinops import HessianLinearOperator
 
         parameters, data = list(self.model.parameters()), [self.problem.pair]
-        return HessianLinearOperator(self.model, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False)
+        return HessianLinearOperator(
+            self.model, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False
+        )
 
 
 def importable(name: str) -> bool:
@@ -47,11 +50,13 @@ Route = Callable[[int], tuple[list[float], int]]
 """Maps a seed to (eigenvalues, products), set-up included."""
 
 DEFAULT_TOLERANCE, TIGHTER = 1e-3, (3e-4, 1e-4, 3e-5, 1e-5)
-"""PyHessian stops when a value changes by less than this share, which bounds no error: it may need a tighter one."""
+"""PyHessian stops when a value changes by less than this share, which bounds no error: it may need
+a tighter one."""
 
 
 def pyhessian_route(problem: Problem, k: int, tol: float = DEFAULT_TOLERANCE) -> Route:
-    """Its power iteration with deflation; with a tighter tolerance also more iterations than the 100 of its default."""
+    """Its power iteration with deflation; with a tighter tolerance also more iterations than the
+    100 of its default."""
     peers, iterations = Peers(problem), 100 if tol == DEFAULT_TOLERANCE else 2000
 
     def route(seed: int) -> tuple[list[float], int]:
@@ -112,7 +117,7 @@ def eigen_routes(problem: Problem, k: int) -> dict[str, Route]:
     return routes
 
 
-def symmetric_eig(matrix: Any, eigenvectors: bool = True) -> tuple[Any, Any]:  # noqa: ARG001 - the signature of `torch.eig`
+def symmetric_eig(matrix: Any, eigenvectors: bool = True) -> tuple[Any, Any]:  # noqa: ARG001
     """What `torch.eig` gave for a symmetric matrix: values as (real, imaginary), and vectors."""
     values, vectors = torch.linalg.eigh(matrix)
     return torch.stack([values, torch.zeros_like(values)], dim=1), vectors

@@ -1,12 +1,16 @@
-"""Speed of the data path alone: batches cut on the device against a DataLoader with per-image Pillow transforms.
+"""Speed of the data path alone: batches cut on the device against a DataLoader with per-image
+Pillow transforms.
 
-    python experiments/benchmarks/data_path.py [--device cpu] [--batch-size 128] [--num-workers 0] [--rounds 5]
+    python experiments/benchmarks/data_path.py [--device cpu] [--batch-size 128] [--num-workers 0]
+    [--rounds 5]
 
-Both sides pad by 4, crop at random, mirror half, normalise, and put float32 batches of 3x32x32 images on the device.
-They run in turn, round by round, in one process; the printed ratio is the median of the ratios of the rounds. Pixels
-are random (their values do not influence the time). Goal: a ratio of at least 5. Needs Pillow.
+Both sides pad by 4, crop at random, mirror half, normalise, and put float32 batches of 3x32x32
+images on the device. They run in turn, round by round, in one process; the printed ratio is the
+median of the ratios of the rounds. Pixels are random (their values do not influence the time).
+Goal: a ratio of at least 5. Needs Pillow.
 
-Also printed: the time of `set_batch_size` (goal: below 1 ms) and whether the very next batch has the new size.
+Also printed: the time of `set_batch_size` (goal: below 1 ms) and whether the very next batch has
+the new size.
 """
 
 import argparse
@@ -65,7 +69,11 @@ def main() -> None:
         pin_memory=device.type == "cuda",
         persistent_workers=options.num_workers > 0,
     )
-    sides: dict[str, Iterable[Any]] = {"DataLoader, Pillow": loader, "device": ours, "device, channels-last": last}
+    sides: dict[str, Iterable[Any]] = {
+        "DataLoader, Pillow": loader,
+        "device": ours,
+        "device, channels-last": last,
+    }
     seconds = {name: [] for name in sides}
     for number in range(options.rounds + 1):
         for name, batches in sides.items():
@@ -76,7 +84,9 @@ def main() -> None:
     report_resizing(ours)
 
 
-def device_batches(images: Tensor, targets: Tensor, options: argparse.Namespace, channels_last: bool) -> DeviceBatches:
+def device_batches(
+    images: Tensor, targets: Tensor, options: argparse.Namespace, channels_last: bool
+) -> DeviceBatches:
     augment = Augmentation(crop_padding=4, flip=True)
     return DeviceBatches(
         images,
@@ -106,7 +116,10 @@ def timed(action: Callable[[], None], device: torch.device) -> float:
 
 def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
     base = seconds["DataLoader, Pillow"]
-    print(f"{options.images} images a round, batch {options.batch_size}, {options.device}, torch {torch.__version__}")
+    print(
+        f"{options.images} images a round, batch {options.batch_size}, {options.device}, torch"
+        f" {torch.__version__}"
+    )
     for name, times in seconds.items():
         ratios = [b / t for b, t in zip(base, times, strict=True)]
         speed = options.images / statistics.median(times)
@@ -124,13 +137,15 @@ def report_resizing(batches: DeviceBatches) -> None:
         if len(next(stream)[1]) != size:
             raise SystemExit(f"the batch after set_batch_size({size}) has another size")
     print(
-        f"set_batch_size: median {1e6 * statistics.median(times):.1f} us, worst {1e6 * max(times):.1f} us; "
-        "every next batch had the new size"
+        f"set_batch_size: median {1e6 * statistics.median(times):.1f} us, worst"
+        f" {1e6 * max(times):.1f} us; every next batch had the new size"
     )
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--images", type=int, default=25_000)

@@ -1,4 +1,5 @@
-"""How often a difference of gradients refuses a healthy network, and how often it sees a faulty one.
+"""How often a difference of gradients refuses a healthy network, and how often it sees a faulty
+one.
 
     python experiments/benchmarks/differences.py [--nets 300]
 
@@ -22,8 +23,26 @@ from torch.nn import functional
 
 import hessianflow as hf
 
-ACTIVATIONS = (nn.ReLU, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Tanh, nn.GELU, nn.ELU, nn.Hardswish, nn.SiLU)
-KINDS = ("dense", "dense", "dense, normalised", "convolutions", "convolutions, normalised", "residual", "attention")
+ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ReLU6,
+    nn.Tanh,
+    nn.GELU,
+    nn.ELU,
+    nn.Hardswish,
+    nn.SiLU,
+)
+KINDS = (
+    "dense",
+    "dense",
+    "dense, normalised",
+    "convolutions",
+    "convolutions, normalised",
+    "residual",
+    "attention",
+)
 CLASSES = 4
 
 
@@ -73,7 +92,11 @@ def network(kind: str, draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]
             layers += [nn.Linear(fan_in, fan_out), *norm, activation()]
         return nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES)), (widths[0],)
     if kind == "residual":
-        layers = [nn.Conv2d(3, 8, 3, padding=1), Residual(8, activation()), Residual(8, activation())]
+        layers = [
+            nn.Conv2d(3, 8, 3, padding=1),
+            Residual(8, activation()),
+            Residual(8, activation()),
+        ]
         widths = [3, 8]
     else:
         widths[0] = 3
@@ -111,7 +134,9 @@ class Case:
                 parameter.mul_(scale if parameter.ndim > 1 else 1)
         steps = draw.choice([0, 10, 100])
         normalises = "normalised" in kind or kind == "residual"
-        self.options = {"norm_mode": draw.choice(["eval", "batch"])} if normalises and examples > 4 else {}
+        self.options = (
+            {"norm_mode": draw.choice(["eval", "batch"])} if normalises and examples > 4 else {}
+        )
         dtype = draw.choice([torch.float32, torch.float32, torch.float64])
         if draw.random() < 0.3:
             self._put_on_kinks()
@@ -119,7 +144,8 @@ class Case:
         self.to(dtype)
 
     def _put_on_kinks(self) -> None:
-        """Let half of each input be 0, and all biases: many units are then exactly where relu has no derivative."""
+        """Let half of each input be 0, and all biases: many units are then exactly where relu has
+        no derivative."""
         self.inputs[..., : (self.inputs.shape[-1] + 1) // 2] = 0
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -229,8 +255,12 @@ DISGUISES: dict[str, Callable[[Case], object]] = {
     "as they are": unchanged,
     "weights in 16 bits": lambda case: case.to(torch.bfloat16),
     "run in float32 only": bound_to_float32,
-    "every layer rounds to float32": lambda case: case.after(case.layers(), lambda a: a.float().to(a.dtype)),
-    "every layer rounds to 16 bits": lambda case: case.after(case.layers(), lambda a: a.bfloat16().to(a.dtype)),
+    "every layer rounds to float32": lambda case: case.after(
+        case.layers(), lambda a: a.float().to(a.dtype)
+    ),
+    "every layer rounds to 16 bits": lambda case: case.after(
+        case.layers(), lambda a: a.bfloat16().to(a.dtype)
+    ),
     "the same, hidden from the graph": lambda case: case.after(case.layers(), HiddenRounding.apply),
 }
 FIRST = "an intermediate kept on ctx"
@@ -238,7 +268,9 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     FIRST: lambda a: a * KeptOnContext.apply(a),
     "a reversed gradient": Reversed.apply,
     "a hook that halves a gradient": lambda a: hooked(a, lambda g: g * 0.5),
-    "a hook that clamps a gradient": lambda a: hooked(a, lambda g: torch.clamp(g, -g.abs().mean(), g.abs().mean())),
+    "a hook that clamps a gradient": lambda a: hooked(
+        a, lambda g: torch.clamp(g, -g.abs().mean(), g.abs().mean())
+    ),
     "a detached part": lambda a: a * a.detach().sigmoid(),
 }
 
@@ -252,9 +284,13 @@ def distance(seed: int) -> float:
         layers = case.layers()
         case.after([layers[len(layers) // 2]], lambda a, f=function: a * f(a))
         pair = case.inputs, case.targets
-        operator = hf.curvature.HessianOperator(case.model, case.loss_fn, pair, check_product=False, **case.options)
+        operator = hf.curvature.HessianOperator(
+            case.model, case.loss_fn, pair, check_product=False, **case.options
+        )
         source = torch.Generator().manual_seed(seed)
-        products.append(operator.matvec(torch.randn(operator.size, generator=source, dtype=torch.float64)))
+        products.append(
+            operator.matvec(torch.randn(operator.size, generator=source, dtype=torch.float64))
+        )
     return float((products[0] - products[1]).norm() / products[1].norm().clamp_min(1e-300))
 
 
@@ -285,7 +321,10 @@ def main() -> None:
         if name == FIRST:
             for low, high in ((1e-3, 1e-2), (1e-2, float("inf"))):
                 off = [seen for seed, seen in enumerate(refused) if low <= distance(seed) < high]
-                print(f"| ... of which off by {low:g} to {high:g} | {sum(off)} of {len(off)} |", flush=True)
+                print(
+                    f"| ... of which off by {low:g} to {high:g} | {sum(off)} of {len(off)} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

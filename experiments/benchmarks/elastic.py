@@ -1,4 +1,5 @@
-"""What many ranks cost: synchronisation against DDP, pauses of a resize, a parameter server's push and pull.
+"""What many ranks cost: synchronisation against DDP, pauses of a resize, a parameter server's push
+and pull.
 
     python experiments/benchmarks/elastic.py sync --rounds 60
     python experiments/benchmarks/elastic.py trainer --rounds 40
@@ -6,9 +7,10 @@
     python experiments/benchmarks/elastic.py server --rounds 30
     python experiments/benchmarks/elastic.py kill --kills 10 --seconds 120
 
-`sync` pairs, on two gloo ranks, our GradientSynchronizer with torch's DistributedDataParallel in otherwise the same
-loop, step by step in turn. `trainer` pairs the whole trainer with a hand-written loop around DDP on the same batches, a
-few steps at a time in turn. `resize` trains on Ray with 1, 2, 1, 2 workers. `kill` ends random workers while it trains.
+`sync` pairs, on two gloo ranks, our GradientSynchronizer with torch's DistributedDataParallel in
+otherwise the same loop, step by step in turn. `trainer` pairs the whole trainer with a hand-written
+loop around DDP on the same batches, a few steps at a time in turn. `resize` trains on Ray with 1,
+2, 1, 2 workers. `kill` ends random workers while it trains.
 """
 
 import argparse
@@ -49,7 +51,9 @@ BATCH, STEPS = 32, 8
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    {"sync": sync, "trainer": trainer, "resize": resize, "server": server, "kill": kill}[options.what](options)
+    {"sync": sync, "trainer": trainer, "resize": resize, "server": server, "kill": kill}[
+        options.what
+    ](options)
 
 
 def sync(options: argparse.Namespace) -> None:
@@ -67,10 +71,19 @@ def trainer(options: argparse.Namespace) -> None:
 def show(title: str, name: str, ours: "Times", ddp: "Times") -> None:
     megabytes = sum(p.numel() for p in network(name).parameters()) * 4 / 1e6
     print(f"{title}, {megabytes:.1f} MB of gradients, batch {BATCH} a rank")
-    for clock, mine, theirs in zip(("wall", "processor"), zip(*ours, strict=True), zip(*ddp, strict=True), strict=True):
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, theirs, strict=True)], n=4)
-        medians = f"ours {1e3 * statistics.median(mine):6.1f} ms, DDP {1e3 * statistics.median(theirs):6.1f} ms"
-        print(f"  {clock:9s} {medians}, ours / DDP {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+    for clock, mine, theirs in zip(
+        ("wall", "processor"), zip(*ours, strict=True), zip(*ddp, strict=True), strict=True
+    ):
+        low, middle, high = statistics.quantiles(
+            [a / b for a, b in zip(mine, theirs, strict=True)], n=4
+        )
+        medians = (
+            f"ours {1e3 * statistics.median(mine):6.1f} ms, DDP"
+            f" {1e3 * statistics.median(theirs):6.1f} ms"
+        )
+        print(
+            f"  {clock:9s} {medians}, ours / DDP {middle:.3f} (quartiles {low:.3f} to {high:.3f})"
+        )
 
 
 Times = list[tuple[float, float]]
@@ -81,7 +94,9 @@ def compare(reducer: GroupReducer, name: str, rounds: int) -> tuple[Times, Times
     """The steps of ours and of DDP, in turn."""
     torch.set_num_threads(1)
     inputs, targets = pixels(BATCH, seed=reducer.rank)
-    return in_turn(reducer, our_loop(reducer, name, inputs, targets), ddp_loop(name, inputs, targets), rounds)
+    return in_turn(
+        reducer, our_loop(reducer, name, inputs, targets), ddp_loop(name, inputs, targets), rounds
+    )
 
 
 def compare_trainer(reducer: GroupReducer, name: str, rounds: int) -> tuple[Times, Times]:
@@ -108,7 +123,9 @@ def in_turn(
     return result
 
 
-def our_loop(reducer: GroupReducer, name: str, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
+def our_loop(
+    reducer: GroupReducer, name: str, inputs: Tensor, targets: Tensor
+) -> Callable[[], None]:
     model = network(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     synchronizer = GradientSynchronizer(model.parameters(), reducer)
@@ -234,7 +251,11 @@ class PixelsJob:
     def state(self) -> dict[str, Any]:
         """Weights, momentum and counts."""
         done = [self.updates, self.examples]
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "done": done}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "done": done,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from them."""
@@ -257,14 +278,18 @@ def resize(options: argparse.Namespace) -> None:
     total = time.perf_counter() - began
     for event in run.events:
         print(
-            f"{event.seconds:7.1f} s  update {event.updates:6d}  {event.kind:9s} {event.message}  {event.pause:.3f} s"
+            f"{event.seconds:7.1f} s  update {event.updates:6d}  {event.kind:9s} {event.message} "
+            f" {event.pause:.3f} s"
         )
     pauses = sum(event.pause for event in run.events)
     trained = total - run.events[0].seconds
     print(f"{trained:.1f} s of training, pauses {pauses:.3f} s = {100 * pauses / trained:.3f} %")
     for workers in (1, 2):
         rates = [s.examples_per_second for s in run.samples if s.workers == workers]
-        print(f"{workers} workers: {statistics.median(rates):.1f} examples/s (median of {len(rates)} stretches)")
+        print(
+            f"{workers} workers: {statistics.median(rates):.1f} examples/s (median of {len(rates)}"
+            " stretches)"
+        )
 
 
 def kill(options: argparse.Namespace) -> None:
@@ -286,7 +311,8 @@ def kill(options: argparse.Namespace) -> None:
     report = run.run()
     for event in run.events:
         print(
-            f"{event.seconds:7.1f} s  update {event.updates:6d}  {event.kind:9s} {event.message}  {event.pause:.3f} s"
+            f"{event.seconds:7.1f} s  update {event.updates:6d}  {event.kind:9s} {event.message} "
+            f" {event.pause:.3f} s"
         )
     print(f"{killed} kills; {report.examples} examples trained, {updates * 2 * BATCH} planned")
 
@@ -294,7 +320,9 @@ def kill(options: argparse.Namespace) -> None:
 def server(options: argparse.Namespace) -> None:
     """Push 10 MB from a worker process to the server's, and pull 10 MB back into the worker's."""
     ray = connect()
-    actor = ray.remote(num_cpus=0)(ServerActor).remote(lambda: ParameterServer(weights(), {0: 1.0}), None)
+    actor = ray.remote(num_cpus=0)(ServerActor).remote(
+        lambda: ParameterServer(weights(), {0: 1.0}), None
+    )
 
     @ray.remote(num_cpus=0)
     class Worker:
@@ -310,7 +338,10 @@ def server(options: argparse.Namespace) -> None:
 
     seconds = ray.get(Worker.remote().measure.remote(options.rounds + 3))
     low, middle, high = statistics.quantiles(seconds, n=4)
-    print(f"push + pull of 10 MB: {1e3 * middle:.1f} ms (quartiles {1e3 * low:.1f} to {1e3 * high:.1f})")
+    print(
+        f"push + pull of 10 MB: {1e3 * middle:.1f} ms (quartiles {1e3 * low:.1f} to"
+        f" {1e3 * high:.1f})"
+    )
 
 
 def weights() -> np.ndarray:
@@ -331,24 +362,33 @@ def updates_within(seconds: float) -> int:
 
 def pixels(count: int, seed: int) -> tuple[Tensor, Tensor]:
     source = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 32, 32, generator=source), torch.randint(0, 10, (count,), generator=source)
+    return torch.randn(count, 3, 32, 32, generator=source), torch.randint(
+        0, 10, (count,), generator=source
+    )
 
 
 def network(name: str) -> nn.Module:
-    """ResNet-20, or a net with as many bytes of gradients for as little work: hard on the exchange."""
+    """ResNet-20, or a net with as many bytes of gradients for as little work: hard on the
+    exchange."""
     if name == "resnet20":
         return models.create("resnet20")
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 256), nn.ReLU(),
+        nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 256), nn.ReLU(),
         nn.Linear(256, 10),
     )  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["sync", "trainer", "resize", "server", "kill"])
-    parser.add_argument("--nets", nargs="+", choices=["resnet20", "wide"], default=["resnet20", "wide"])
+    parser.add_argument(
+        "--nets", nargs="+", choices=["resnet20", "wide"], default=["resnet20", "wide"]
+    )
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--kills", type=int, default=10)

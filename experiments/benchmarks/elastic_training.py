@@ -1,10 +1,12 @@
-"""The trainer on Ray while its workers change: pauses of resizes, and what ten random kills do to a run.
+"""The trainer on Ray while its workers change: pauses of resizes, and what ten random kills do to a
+run.
 
     python experiments/benchmarks/elastic_training.py resize --seconds 300 --out DIR
     python experiments/benchmarks/elastic_training.py kill --seeds 0 1 2 --kills 10 --out DIR
 
-`resize` trains a ResNet-20 on made-up images with 1, 2, 1, 2 workers. `kill` trains digits with ABSA on up to two
-workers, of which a random one is sent SIGKILL at a random moment in each of so many equal parts of the run.
+`resize` trains a ResNet-20 on made-up images with 1, 2, 1, 2 workers. `kill` trains digits with
+ABSA on up to two workers, of which a random one is sent SIGKILL at a random moment in each of so
+many equal parts of the run.
 """
 
 import argparse
@@ -32,7 +34,13 @@ def main() -> None:
 
 def resize(options: argparse.Namespace) -> None:
     config = TrainConfig(
-        data="fake", model="resnet20", controller="fixed", batch_size=64, microbatch_size=32, epochs=1000, threads=1
+        data="fake",
+        model="resnet20",
+        controller="fixed",
+        batch_size=64,
+        microbatch_size=32,
+        epochs=1000,
+        threads=1,
     )
     began: list[float] = []
 
@@ -44,14 +52,17 @@ def resize(options: argparse.Namespace) -> None:
         return (1, 2, 1, 2)[min(3, int(4 * part))]
 
     folder = Path(options.out, "resize")
-    trainer = ElasticTrainer(partial(make_trainer, config), ElasticSettings(1, 2), run_dir=folder, policy=policy)
+    trainer = ElasticTrainer(
+        partial(make_trainer, config), ElasticSettings(1, 2), run_dir=folder, policy=policy
+    )
     history = trainer.fit()
     show(history)
     events = history.of_kind("event")
     trained = events[-1]["elapsed"] - events[0]["elapsed"]
     pauses = [event["pause"] for event in events if event["event"] in ("joined", "left")]
     print(
-        f"{trained:.1f} s of training, {len(pauses)} resizes, pauses {sum(pauses):.3f} s = {sum(pauses) / trained:.4%}"
+        f"{trained:.1f} s of training, {len(pauses)} resizes, pauses {sum(pauses):.3f} s ="
+        f" {sum(pauses) / trained:.4%}"
     )
     print(f"1 -> 2 -> 1: {sum(pauses[:2]):.3f} s")
 
@@ -65,8 +76,9 @@ def kill(options: argparse.Namespace) -> None:
         summary = history.summary
         died = sum(event["event"] == "died" for event in history.of_kind("event"))
         print(
-            f"seed {seed}: {died} deaths; {summary['examples']} examples trained, {30 * 1438} planned; "
-            f"{summary['updates']} updates; test accuracy {summary['final_accuracy']:.2%}",
+            f"seed {seed}: {died} deaths; {summary['examples']} examples trained, {30 * 1438}"
+            f" planned; {summary['updates']} updates; test accuracy"
+            f" {summary['final_accuracy']:.2%}",
             flush=True,
         )
 
@@ -81,7 +93,11 @@ def killed_run(seed: int, kills: int, folder: Path) -> History:
         os.kill(int(victim.name), signal.SIGKILL)
 
     def policy(report: JobReport, _: Sequence[Sample]) -> int:
-        if victims[0] < kills and report.examples >= (victims[0] + 0.5) * 30 * 1438 / kills and any(pids.iterdir()):
+        if (
+            victims[0] < kills
+            and report.examples >= (victims[0] + 0.5) * 30 * 1438 / kills
+            and any(pids.iterdir())
+        ):
             victims[0] += 1
             threading.Timer(dice.uniform(0, 0.5), strike).start()
         return 2
@@ -100,13 +116,15 @@ def show(history: History) -> None:
     for event in history.of_kind("event"):
         if event["event"] != "snapshot":
             print(
-                f"{event['elapsed']:7.1f} s  update {event['updates']:6d}  {event['event']:9s} {event['message']}  "
-                f"{event['pause']:.3f} s"
+                f"{event['elapsed']:7.1f} s  update {event['updates']:6d}  {event['event']:9s}"
+                f" {event['message']}  {event['pause']:.3f} s"
             )
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["resize", "kill"])
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--kills", type=int, default=10)

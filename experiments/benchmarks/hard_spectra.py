@@ -64,7 +64,9 @@ def spectra(random: np.random.Generator) -> dict[str, Array]:
     }
 
 
-def over_bulk(random: np.random.Generator, lead: npt.ArrayLike, low: float = -0.1, high: float = 0.5) -> Array:
+def over_bulk(
+    random: np.random.Generator, lead: npt.ArrayLike, low: float = -0.1, high: float = 0.5
+) -> Array:
     """Leading values over uniform ones."""
     first = np.asarray(lead, dtype=np.float64)
     return np.concatenate([first, random.uniform(low, high, SIZE - len(first))])
@@ -150,7 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--starts", type=int, default=100, help="of each cell of the second table; 0: none")
+    parser.add_argument(
+        "--starts", type=int, default=100, help="of each cell of the second table; 0: none"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = "| searches | converged | wrong | between | bound | products |\n" + "|---" * 7 + "|"

@@ -1,10 +1,12 @@
-"""Time one optimizer step: ours on lists of tensors, the same rule tensor by tensor, and torch's own foreach SGD.
+"""Time one optimizer step: ours on lists of tensors, the same rule tensor by tensor, and torch's
+own foreach SGD.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/optimizers.py [--tensors 60] [--shrink 1] [--rounds 300]
+    OMP_NUM_THREADS=1 python experiments/benchmarks/optimizers.py [--tensors 60] [--shrink 1]
+    [--rounds 300]
 
-Every round times each optimizer once, in an order that rotates; what is printed is the median over rounds of the ratio
-within a round, with its quartiles, so that a slow spell of the machine hits both sides of a ratio. On a processor the
-clock counts the time of this process alone.
+Every round times each optimizer once, in an order that rotates; what is printed is the median over
+rounds of the ratio within a round, with its quartiles, so that a slow spell of the machine hits
+both sides of a ratio. On a processor the clock counts the time of this process alone.
 """
 
 import argparse
@@ -19,9 +21,12 @@ from hessianflow.optim import CLARS, LAMB, LARS, MicrobatchNorms
 
 
 class LoopLARS(torch.optim.Optimizer):
-    """LARS as it is commonly written: one tensor after another, asking the host whether a norm is zero."""
+    """LARS as it is commonly written: one tensor after another, asking the host whether a norm is
+    zero."""
 
-    def __init__(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: list[Tensor], lr: float, momentum: float, weight_decay: float
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -44,13 +49,17 @@ class LoopLARS(torch.optim.Optimizer):
 
 
 class FusedLARS(torch.optim.Optimizer):
-    """A trial: torch's fused SGD kernel once a tensor, which reads and writes each of them once. For a processor.
+    """A trial: torch's fused SGD kernel once a tensor, which reads and writes each of them once.
+    For a processor.
 
-    buffer = momentum * buffer + (1 - dampening) * (gradient + decay * weight), so 1 - dampening is rate times ratio.
-    Only for gradients with the strides of their weights: the kernel does not look.
+    buffer = momentum * buffer + (1 - dampening) * (gradient + decay * weight), so 1 - dampening is
+    rate times ratio. Only for gradients with the strides of their weights: the kernel does not
+    look.
     """
 
-    def __init__(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: list[Tensor], lr: float, momentum: float, weight_decay: float
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for p in params:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -61,16 +70,22 @@ class FusedLARS(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, decay, params = group["lr"], group["weight_decay"], group["params"]
             matrices = [p for p in params if p.ndim > 1]
-            norms = torch.stack(torch._foreach_norm([*matrices, *(p.grad for p in matrices)], 2)).view(2, -1)
+            norms = torch.stack(
+                torch._foreach_norm([*matrices, *(p.grad for p in matrices)], 2)
+            ).view(2, -1)
             weight, gradient = norms.unbind()
-            rates = torch.where((norms > 0).all(0), lr * 0.001 * weight / (gradient + decay * weight), lr)
+            rates = torch.where(
+                (norms > 0).all(0), lr * 0.001 * weight / (gradient + decay * weight), lr
+            )
             for p, rate in zip(matrices, rates.tolist(), strict=True):
                 self._fused([p], group["momentum"], 1 - rate, 1.0, decay)
             vectors = [p for p in params if p.ndim <= 1]
             if vectors:
                 self._fused(vectors, group["momentum"], 0.0, lr, 0.0)
 
-    def _fused(self, params: list[Tensor], momentum: float, dampening: float, lr: float, decay: float) -> None:
+    def _fused(
+        self, params: list[Tensor], momentum: float, dampening: float, lr: float, decay: float
+    ) -> None:
         torch._fused_sgd_(
             params,
             [p.grad for p in params],
@@ -85,8 +100,11 @@ class FusedLARS(torch.optim.Optimizer):
         )
 
 
-def peers(make: Callable[[], list[Tensor]], options: dict[str, float]) -> dict[str, Callable[[], object]]:
-    """LARS of pytorch_optimizer, where that is installed; vectors without decay, as ours has them."""
+def peers(
+    make: Callable[[], list[Tensor]], options: dict[str, float]
+) -> dict[str, Callable[[], object]]:
+    """LARS of pytorch_optimizer, where that is installed; vectors without decay, as ours has
+    them."""
     try:
         import pytorch_optimizer
     except ImportError:
@@ -99,12 +117,15 @@ def peers(make: Callable[[], list[Tensor]], options: dict[str, float]) -> dict[s
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        found[f"pytorch_optimizer, {name}"] = pytorch_optimizer.LARS(groups, 1e-3, foreach=foreach, **options).step
+        found[f"pytorch_optimizer, {name}"] = pytorch_optimizer.LARS(
+            groups, 1e-3, foreach=foreach, **options
+        ).step
     return found
 
 
 def parameters(tensors: int, kind: str, shrink: int, device: str) -> list[Tensor]:
-    """`tensors` tensors with gradients. "network": convolution, scale and shift in turn, as in ResNet-20.
+    """`tensors` tensors with gradients. "network": convolution, scale and shift in turn, as in
+    ResNet-20.
 
     Widths are those of ResNet-20 divided by `shrink`.
     """
@@ -119,7 +140,9 @@ def parameters(tensors: int, kind: str, shrink: int, device: str) -> list[Tensor
     return found
 
 
-def contenders(tensors: int, kind: str, shrink: int, device: str) -> dict[str, Callable[[], object]]:
+def contenders(
+    tensors: int, kind: str, shrink: int, device: str
+) -> dict[str, Callable[[], object]]:
     """A step function by name, each on its own copy of the same parameters."""
     options = {"momentum": 0.9, "weight_decay": 1e-4}
     make = lambda: parameters(tensors, kind, shrink, device)  # noqa: E731
@@ -130,7 +153,11 @@ def contenders(tensors: int, kind: str, shrink: int, device: str) -> dict[str, C
         "torch SGD, foreach": torch.optim.SGD(make(), 1e-3, foreach=True, **options).step,
         "LARS": LARS(make(), 1e-3, **options).step,
         "LARS, tensor by tensor": LoopLARS(make(), 1e-3, **options).step,
-        **({"LARS, fused trial": FusedLARS(make(), 1e-3, **options).step} if device == "cpu" else {}),
+        **(
+            {"LARS, fused trial": FusedLARS(make(), 1e-3, **options).step}
+            if device == "cpu"
+            else {}
+        ),
         **peers(make, options),
         "CLARS": CLARS(clars_params, 1e-3, norms=norms, **options).step,
         "torch AdamW, foreach": torch.optim.AdamW(make(), 1e-3, foreach=True).step,
@@ -138,7 +165,9 @@ def contenders(tensors: int, kind: str, shrink: int, device: str) -> dict[str, C
     }
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+def measure(
+    steps: dict[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
     """Seconds of one step, by name, one entry a round."""
     wait, clock = lambda: None, time.process_time
     if device == "cuda":
@@ -182,14 +211,17 @@ def show(seconds: dict[str, list[float]], kind: str) -> None:
 
 def main() -> None:
     """Time both kinds of parameter list."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tensors", type=int, default=60)
     parser.add_argument("--shrink", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, {arguments.rounds} rounds"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device},"
+        f" {arguments.rounds} rounds"
     )
     for kind in ("network", "matrices"):
         steps = contenders(arguments.tensors, kind, arguments.shrink, arguments.device)

@@ -1,15 +1,18 @@
-"""How much of an attack is hidden behind training, when it runs in a second process or on a second CUDA stream.
+"""How much of an attack is hidden behind training, when it runs in a second process or on a second
+CUDA stream.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/overlap.py [--rounds 12] [--steps 6] [--device cuda]
+    OMP_NUM_THREADS=1 python experiments/benchmarks/overlap.py [--rounds 12] [--steps 6] [--device
+    cuda]
 
-Three ways take turns, a block of consecutive steps each: training on clean rows and twins that are given (no attack at
-all), with the attack in turn with training, and with the attack beside it. The first step of a block is not counted:
-its twins were made before. The part of the attack that is hidden, from medians over rounds, is measured twice:
+Three ways take turns, a block of consecutive steps each: training on clean rows and twins that are
+given (no attack at all), with the attack in turn with training, and with the attack beside it. The
+first step of a block is not counted: its twins were made before. The part of the attack that is
+hidden, from medians over rounds, is measured twice:
 
 - by the whole step: 1 - (beside - none) / (in turn - none);
-- by what the training process does for the attack itself (start it, hand over the weights, wait for the twins):
-  1 - beside / in turn. Other programs on the machine disturb this less. On a GPU, where the host never waits, it says
-  nothing.
+- by what the training process does for the attack itself (start it, hand over the weights, wait for
+  the twins): 1 - beside / in turn. Other programs on the machine disturb this less. On a GPU, where
+  the host never waits, it says nothing.
 """
 
 import argparse
@@ -33,7 +36,8 @@ Timed = tuple[float, float, float]
 def stepper(
     model: torch.nn.Module, x: Tensor, y: Tensor, runner: hf.adversarial.AttackRunner | None
 ) -> Callable[[], float]:
-    """A training step on clean rows and twins; without a runner these are given. Returns the attack's seconds."""
+    """A training step on clean rows and twins; without a runner these are given. Returns the
+    attack's seconds."""
     model = hf.adversarial.split_batch_norm(copy.deepcopy(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     attack = hf.adversarial.FGSM(EPS, value_range=RANGE)
@@ -66,7 +70,9 @@ def block(step: Callable[[], float], steps: int, wait: Callable[[], None]) -> li
     return found
 
 
-def measure(ways: dict[str, Callable[[], float]], rounds: int, steps: int, device: str) -> dict[str, list[Timed]]:
+def measure(
+    ways: dict[str, Callable[[], float]], rounds: int, steps: int, device: str
+) -> dict[str, list[Timed]]:
     """The median step of every block, one entry a round."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     found: dict[str, list[Timed]] = {name: [] for name in ways}
@@ -81,7 +87,8 @@ def measure(ways: dict[str, Callable[[], float]], rounds: int, steps: int, devic
 
 
 def medians(times: dict[str, list[Timed]], clock: int) -> list[float]:
-    """Of every way, over rounds, in milliseconds: differences within a round are lost in a shared machine's noise."""
+    """Of every way, over rounds, in milliseconds: differences within a round are lost in a shared
+    machine's noise."""
     return [1000 * statistics.median(each[clock] for each in values) for values in times.values()]
 
 
@@ -97,7 +104,11 @@ def main() -> None:
     x = torch.rand(options.batch_size, 3, 32, 32, generator=generator).to(options.device)
     y = torch.randint(0, 10, (options.batch_size,), generator=generator).to(options.device)
     model = hf.models.create(options.model, num_classes=10).to(options.device).train()
-    beside = hf.adversarial.SecondStream() if options.device == "cuda" else hf.adversarial.WorkerProcess()
+    beside = (
+        hf.adversarial.SecondStream()
+        if options.device == "cuda"
+        else hf.adversarial.WorkerProcess()
+    )
     ways = {
         "twins given, no attack": stepper(model, x, y, None),
         "attack in turn": stepper(model, x, y, hf.adversarial.Interleaved()),
@@ -106,17 +117,28 @@ def main() -> None:
     load = os.getloadavg()[0]
     times = measure(ways, options.rounds, options.steps, options.device)
     print(
-        f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} thread(s), {options.model}, batch "
-        f"{options.batch_size}, {options.rounds} rounds, load average {load:.1f} to {os.getloadavg()[0]:.1f}\n"
+        f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} thread(s),"
+        f" {options.model}, batch {options.batch_size}, {options.rounds} rounds, load average"
+        f" {load:.1f} to {os.getloadavg()[0]:.1f}\n"
     )
-    print("| step | wall ms | processor ms of the training process | wall ms for the attack | ratio of wall times |")
+    print(
+        "| step | wall ms | processor ms of the training process | wall ms for the attack | ratio"
+        " of wall times |"
+    )
     print("| --- | --- | --- | --- | --- |")
     wall, cpu, attack = (medians(times, clock) for clock in range(3))
     for name, *figures in zip(times, wall, cpu, attack, strict=True):
-        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in figures) + f" | {figures[0] / wall[0]:.2f} |")
+        print(
+            f"| {name} | "
+            + " | ".join(f"{value:.1f}" for value in figures)
+            + f" | {figures[0] / wall[0]:.2f} |"
+        )
     print(f"\nhidden, by the whole step: {1 - (wall[2] - wall[0]) / (wall[1] - wall[0]):.0%}")
     if options.device == "cpu":
-        print(f"hidden, by what the training process does for the attack: {1 - attack[2] / attack[1]:.0%}")
+        print(
+            "hidden, by what the training process does for the attack:"
+            f" {1 - attack[2] / attack[1]:.0%}"
+        )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ PACK = Path(__file__).parents[3] / "shared" / "data" / "cifar10.py"
 """A module beside the checkout with `load(split, count)`; optional."""
 
 
-def cifar10(count: int, data_dir: str | None = None, split: str = "train") -> tuple[Tensor, Tensor, str]:
-    """The first `count` images uint8 [count, 3, 32, 32], their classes int64 [count], and where they come from.
+def cifar10(
+    count: int, data_dir: str | None = None, split: str = "train"
+) -> tuple[Tensor, Tensor, str]:
+    """The first `count` images uint8 [count, 3, 32, 32], their classes int64 [count], and where
+    they come from.
 
     From the official archive in `data_dir`, else from the pack beside the checkout, else made up.
     """

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/precision.py --seeds 0 1
 
-ResNet-8 on the first CIFAR-10 images, crops and flips, batch 128, momentum 0.9, rate 0.1 with cosine decay. Both runs
-of a seed start at the same weights and see the same batches.
+ResNet-8 on the first CIFAR-10 images, crops and flips, batch 128, momentum 0.9, rate 0.1 with
+cosine decay. Both runs of a seed start at the same weights and see the same batches.
 """
 
 import argparse
@@ -21,18 +21,37 @@ import hessianflow as hf
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    train, test = (cifar10(n, options.data_dir, s) for n, s in ((options.images, "train"), (options.tests, "test")))
-    print(f"{train[2]}: {options.images} training, {options.tests} test images, {options.epochs} epochs", flush=True)
-    print("\n| seed | float32 | bf16 | difference, points | float32 / bf16 CPU seconds |\n|---|---|---|---|---|")
+    train, test = (
+        cifar10(n, options.data_dir, s)
+        for n, s in ((options.images, "train"), (options.tests, "test"))
+    )
+    print(
+        f"{train[2]}: {options.images} training, {options.tests} test images, {options.epochs}"
+        " epochs",
+        flush=True,
+    )
+    print(
+        "\n| seed | float32 | bf16 | difference, points | float32 / bf16 CPU seconds"
+        " |\n|---|---|---|---|---|"
+    )
     differences = []
     for seed in options.seeds:
-        found = [accuracy(precision, seed, train, test, options.epochs) for precision in ("float32", "bf16")]
+        found = [
+            accuracy(precision, seed, train, test, options.epochs)
+            for precision in ("float32", "bf16")
+        ]
         (exact, slow), (rounded, fast) = found
         differences.append(100 * (rounded - exact))
-        print(f"| {seed} | {exact:.2%} | {rounded:.2%} | {differences[-1]:+.2f} | {slow / fast:.2f} |", flush=True)
+        print(
+            f"| {seed} | {exact:.2%} | {rounded:.2%} | {differences[-1]:+.2f} |"
+            f" {slow / fast:.2f} |",
+            flush=True,
+        )
     error = 100 * 0.5 / options.tests**0.5
     print(
-        f"\nmean difference {statistics.mean(differences):+.2f} points; one accuracy has a standard error of ", end=""
+        f"\nmean difference {statistics.mean(differences):+.2f} points; one accuracy has a standard"
+        " error of ",
+        end="",
     )
     print(f"at most {error:.2f} points from {options.tests} test images")
 
@@ -41,7 +60,12 @@ def accuracy(precision: Any, seed: int, train: Any, test: Any, epochs: int) -> t
     """Final test accuracy, and CPU seconds."""
     torch.manual_seed(seed)
     model = hf.models.create("resnet8").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pixels: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "num_classes": 10, "channels_last": True}
+    pixels: dict[str, Any] = {
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "num_classes": 10,
+        "channels_last": True,
+    }
     augment = hf.data.Augmentation(crop_padding=4, flip=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     started = time.process_time()
@@ -60,7 +84,9 @@ def accuracy(precision: Any, seed: int, train: Any, test: Any, epochs: int) -> t
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--tests", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=6)

@@ -1,12 +1,13 @@
-"""Kill a run again and again at random moments, resume it each time, and compare it with one that was left alone.
+"""Kill a run again and again at random moments, resume it each time, and compare it with one that
+was left alone.
 
     python experiments/benchmarks/torture.py --kills 10
 
-The run trains ResNet-8 on the first CIFAR-10 images with ABSA (growing batches), PGD from random starts, augmentation,
-a warm-started curvature probe, momentum and checkpoints in the middle of epochs. Each kill is a SIGKILL (with `--term`:
-every other one is a SIGTERM, on which the job must save and stop) at a moment drawn at random. In the end weights,
-optimizer and controller must be equal bit for bit, and the records equal but for wall-clock figures; else the exit
-status is 1.
+The run trains ResNet-8 on the first CIFAR-10 images with ABSA (growing batches), PGD from random
+starts, augmentation, a warm-started curvature probe, momentum and checkpoints in the middle of
+epochs. Each kill is a SIGKILL (with `--term`: every other one is a SIGTERM, on which the job must
+save and stop) at a moment drawn at random. In the end weights, optimizer and controller must be
+equal bit for bit, and the records equal but for wall-clock figures; else the exit status is 1.
 """
 
 import argparse
@@ -47,11 +48,16 @@ def main() -> int:
         done = interrupt(broken, options, random.Random(seed), seconds)
         differences = compare(whole, broken)
     print(f"uninterrupted: {seconds:.1f} s; {done}; seed of the moments {seed}")
-    print("\n".join(differences) or "equal: weights, optimizer, controller, adversary, probe, data stream and records")
+    print(
+        "\n".join(differences)
+        or "equal: weights, optimizer, controller, adversary, probe, data stream and records"
+    )
     return 1 if differences else 0
 
 
-def interrupt(run_dir: Path, options: argparse.Namespace, moments: random.Random, seconds: float) -> str:
+def interrupt(
+    run_dir: Path, options: argparse.Namespace, moments: random.Random, seconds: float
+) -> str:
     """Start, kill and resume until the run ends by itself; returns what was done, in words."""
     signals = [signal.SIGKILL, signal.SIGTERM if options.term else signal.SIGKILL]
     places = []
@@ -74,7 +80,8 @@ def interrupt(run_dir: Path, options: argparse.Namespace, moments: random.Random
 
 
 def start(run_dir: Path, options: argparse.Namespace) -> BaseProcess:
-    """A process that trains in `run_dir`, once it is ready to. Forked: it need not load torch again."""
+    """A process that trains in `run_dir`, once it is ready to. Forked: it need not load torch
+    again."""
     ready, told = FORK.Pipe(duplex=False)
     process = FORK.Process(target=job, args=(run_dir, options, told))
     process.start()
@@ -104,9 +111,13 @@ def examples_saved(run_dir: Path) -> int:
 
 def compare(whole: Path, broken: Path) -> list[str]:
     """What differs, in words."""
-    first, second = (torch.load(p / "checkpoints" / "last.pt", weights_only=True) for p in (whole, broken))
+    first, second = (
+        torch.load(p / "checkpoints" / "last.pt", weights_only=True) for p in (whole, broken)
+    )
     different = [f"{part} differs" for part in PARTS if not equal(first[part], second[part])]
-    different += [f"{p} differs" for p in STATEFUL if not equal(first["parts"][p], second["parts"][p])]
+    different += [
+        f"{p} differs" for p in STATEFUL if not equal(first["parts"][p], second["parts"][p])
+    ]
     if rows(whole) != rows(broken):
         different.append("records differ")
     return different
@@ -116,7 +127,9 @@ def equal(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(
+            equal(first[key], second[key]) for key in first
+        )
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(equal, first, second))
     return bool(first == second)
@@ -129,7 +142,8 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def job(run_dir: Path, options: argparse.Namespace, told: Connection) -> None:
-    """Train in `run_dir` from its newest checkpoint, or from the start if it was killed before the first one."""
+    """Train in `run_dir` from its newest checkpoint, or from the start if it was killed before the
+    first one."""
     trainer = build(run_dir, options)
     signal.signal(signal.SIGTERM, lambda *_: trainer.request_stop())
     told.send("ready")
@@ -143,7 +157,12 @@ def job(run_dir: Path, options: argparse.Namespace, told: Connection) -> None:
 def build(run_dir: Path, options: argparse.Namespace) -> hf.AdaptiveBatchTrainer:
     images, targets, _ = cifar10(options.images, options.data_dir)
     test_images, test_targets, _ = cifar10(100, options.data_dir, "test")
-    pixels: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "num_classes": 10, "channels_last": True}
+    pixels: dict[str, Any] = {
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "num_classes": 10,
+        "channels_last": True,
+    }
     augment = hf.data.Augmentation(crop_padding=4, flip=True, cutout=8)
     batches = hf.data.DeviceBatches(images, targets, 16, augment=augment, **pixels)
     torch.manual_seed(0)
@@ -169,7 +188,9 @@ def build(run_dir: Path, options: argparse.Namespace) -> hf.AdaptiveBatchTrainer
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--term", action="store_true", help="every other signal is a SIGTERM")
     parser.add_argument("--images", type=int, default=320)

@@ -1,19 +1,23 @@
-"""What the trainer costs over a bare PyTorch loop, and what its defaults gain: paired ratios in one run.
+"""What the trainer costs over a bare PyTorch loop, and what its defaults gain: paired ratios in one
+run.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/training.py [--parts loop defaults ...]
 
-ResNet-20 at batch 128 on CIFAR-10 images with crops and flips. Whatever is compared runs in turn, round by round, in
-one process; the ratio is taken within each round, and the table gives its median and quartiles. Times are process
-CPU seconds of one thread: on a machine that others use, too, wall clocks measure them. Freed memory is kept on both
-sides (`hf.keep_freed_memory`), as the command does, unless --give-back is given.
+ResNet-20 at batch 128 on CIFAR-10 images with crops and flips. Whatever is compared runs in turn,
+round by round, in one process; the ratio is taken within each round, and the table gives its median
+and quartiles. Times are process CPU seconds of one thread: on a machine that others use, too, wall
+clocks measure them. Freed memory is kept on both sides (`hf.keep_freed_memory`), as the command
+does, unless --give-back is given.
 
 A curvature reading is set against epochs of 390 steps (CIFAR-10) and 78 (10,000 images).
 
-    loop      trainer, trainer with FGSM or reuse on a fifth of each batch, and readings, against the bare loop
+    loop      trainer, trainer with FGSM or reuse on a fifth of each batch, and readings, against
+              the bare loop
     price     a product with the Hessian, in gradients of as many training examples
     defaults  layout and precision
     batches   images a second as the batch grows at microbatch 128
-    allocation  the bare loop with freed memory kept and given back, in two processes that take turns
+    allocation  the bare loop with freed memory kept and given back, in two processes that take
+                turns
     memory    peak resident memory of a process each
     resize    how long a change of the batch size takes, and whether the very next batch has it
     profile   where the time goes, before (float32, NCHW) and after (bf16, channels last)
@@ -73,14 +77,17 @@ class TickingBatches(hf.data.DeviceBatches):
             yield batch
 
     def step_seconds(self) -> float:
-        """Median over the last epoch, without its first step (which warms up) and its last (which closes the epoch)."""
+        """Median over the last epoch, without its first step (which warms up) and its last (which
+        closes the epoch)."""
         return statistics.median(b - a for a, b in pairwise(self.ticks[1:]))
 
 
 class Subject:
     """A ResNet-20 with its optimizer and its data, new for every way of training it."""
 
-    def __init__(self, path: Path, images: Tensor, targets: Tensor, batch_size: int = BATCH) -> None:
+    def __init__(
+        self, path: Path, images: Tensor, targets: Tensor, batch_size: int = BATCH
+    ) -> None:
         torch.manual_seed(0)
         self.path = path
         self.model = hf.models.create("resnet20")
@@ -110,7 +117,8 @@ class Subject:
             self.optimizer.step()
 
     def attack(self, name: str) -> Any:
-        """An adversary; reuse keeps what it has learned of the images from one epoch to the next."""
+        """An adversary; reuse keeps what it has learned of the images from one epoch to the
+        next."""
         limits = {"value_range": self.batches.value_range}
         if name == "reuse":
             return hf.adversarial.GradientReuse(self.batches, 0.02, **limits)
@@ -135,7 +143,9 @@ class Subject:
 
     def probe(self, examples: int, **options: Any) -> hf.curvature.CurvatureProbe:
         """A warm-started probe on `examples` fixed images."""
-        return hf.curvature.CurvatureProbe(self.model, self.loss_fn, self.batches.sample(examples), **options)
+        return hf.curvature.CurvatureProbe(
+            self.model, self.loss_fn, self.batches.sample(examples), **options
+        )
 
 
 def loop(options: argparse.Namespace) -> None:
@@ -168,7 +178,8 @@ def loop(options: argparse.Namespace) -> None:
 
 
 def price(options: argparse.Namespace) -> None:
-    """What a product costs beside training: least squares over readings of 64 after every few steps."""
+    """What a product costs beside training: least squares over readings of 64 after every few
+    steps."""
     for path in map(Path, options.precisions):
         subject = Subject(path, *cifar10((options.steps + 2) * BATCH, options.data_dir)[:2])
         probe = subject.probe(64)
@@ -183,32 +194,64 @@ def price(options: argparse.Namespace) -> None:
                 products.append(float(reading.matvecs))
                 costs.append(seconds / step * BATCH / 64)
         slope, graph = statistics.linear_regression(products, costs)
-        print(f"\n{path}: {slope:.2f} gradients a product, {graph:.2f} a reading ({len(costs)} readings)", flush=True)
+        print(
+            f"\n{path}: {slope:.2f} gradients a product, {graph:.2f} a reading ({len(costs)}"
+            " readings)",
+            flush=True,
+        )
 
 
-def report(path: Path, steps: Mapping[str, Sequence[float]], readings: Mapping[int, Sequence[float]]) -> None:
+def report(
+    path: Path, steps: Mapping[str, Sequence[float]], readings: Mapping[int, Sequence[float]]
+) -> None:
     bare = statistics.median(steps["bare"])
-    print(f"\n{path}: bare step {1000 * bare:.0f} ms\n\n| against the bare loop | ratio (quartiles) |\n|---|---|")
+    print(
+        f"\n{path}: bare step {1000 * bare:.0f} ms\n\n| against the bare loop | ratio (quartiles)"
+        " |\n|---|---|"
+    )
     over = {name: ratios(found, steps["bare"]) for name, found in steps.items()}
     for name in ("trainer", *ATTACKS):
         print(f"| {name} | {spread(over[name], '{:.3f}')} |")
     fgsm = ratios(steps["trainer + FGSM"], steps["trainer"])
     print(f"| FGSM over the trainer without | {spread(fgsm, '{:.3f}')} |")
     for n, found in readings.items():
-        shares = [f"{spread([s / (count * bare) for s in found], '{:.1%}')} of {count} steps" for count in EPOCHS]
-        print(f"| reading of {n} examples | {spread([s / bare for s in found], '{:.1f}')} steps; {'; '.join(shares)} |")
-        both = statistics.median(over["trainer + FGSM"]) - 1 + statistics.median(found) / (EPOCHS[1] * bare)
-        print(f"| trainer, FGSM and a reading of {n}, {EPOCHS[1]} steps | +{both:.1%} (of medians) |", flush=True)
+        shares = [
+            f"{spread([s / (count * bare) for s in found], '{:.1%}')} of {count} steps"
+            for count in EPOCHS
+        ]
+        print(
+            f"| reading of {n} examples | {spread([s / bare for s in found], '{:.1f}')} steps;"
+            f" {'; '.join(shares)} |"
+        )
+        both = (
+            statistics.median(over["trainer + FGSM"])
+            - 1
+            + statistics.median(found) / (EPOCHS[1] * bare)
+        )
+        print(
+            f"| trainer, FGSM and a reading of {n}, {EPOCHS[1]} steps | +{both:.1%} (of medians) |",
+            flush=True,
+        )
 
 
-def report_budget(steps: Mapping[str, Sequence[float]], spent: Mapping[int, Sequence[float]]) -> None:
+def report_budget(
+    steps: Mapping[str, Sequence[float]], spent: Mapping[int, Sequence[float]]
+) -> None:
     """Each round counts as an epoch; the median step stands for all of its steps."""
     bare = statistics.median(steps["bare"])
-    over = {kind: statistics.median(ratios(steps[name], steps["bare"])) - 1 for name, kind in ATTACKS.items()}
+    over = {
+        kind: statistics.median(ratios(steps[name], steps["bare"])) - 1
+        for name, kind in ATTACKS.items()
+    }
     for count, found in spent.items():
         share = sum(found) / (len(found) * count * bare)
-        made = f"{sum(seconds > 0 for seconds in found)} readings of 64 in {len(found)} epochs of {count} steps"
-        both = ", ".join(f"with trainer and {kind} {value + share:+.1%}" for kind, value in over.items())
+        made = (
+            f"{sum(seconds > 0 for seconds in found)} readings of 64 in {len(found)} epochs of"
+            f" {count} steps"
+        )
+        both = ", ".join(
+            f"with trainer and {kind} {value + share:+.1%}" for kind, value in over.items()
+        )
         print(f"| budget {BUDGET:.0%}: {made} | {share:.2%}; {both} |", flush=True)
 
 
@@ -227,9 +270,14 @@ def batches(options: argparse.Namespace) -> None:
     pixels = cifar10(4096, options.data_dir)[:2]
     sizes = (128, 256, 512, 1024, 2048, 4096)
     subjects = {str(size): Subject(Path(), *pixels, batch_size=size) for size in sizes}
-    ways = {name: lambda s=s: s.trained(norm_batch_size=BATCH).fit() for name, s in subjects.items()}
+    ways = {
+        name: lambda s=s: s.trained(norm_batch_size=BATCH).fit() for name, s in subjects.items()
+    }
     seconds = in_turn(ways, max(2, options.rounds // 3))
-    print("\n| batch (microbatch 128) | images a CPU second | times batch 128 (range) |\n|---|---|---|")
+    print(
+        "\n| batch (microbatch 128) | images a CPU second | times batch 128 (range)"
+        " |\n|---|---|---|"
+    )
     for name, found in seconds.items():
         speeds = ratios(seconds["128"], found)
         text = f"{statistics.median(speeds):.2f} ({min(speeds):.2f}-{max(speeds):.2f})"
@@ -242,24 +290,34 @@ def allocation(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         for name, flags in (("given back", ["--give-back"]), ("kept", [])):
             found[name].append(in_a_process(["--epoch", *flags], options))
-    print("\n| freed memory | CPU ms a step | times the first (quartiles) | page faults a step | peak MiB |")
+    print(
+        "\n| freed memory | CPU ms a step | times the first (quartiles) | page faults a step | peak"
+        " MiB |"
+    )
     print("|---|---|---|---|---|")
     base = [row[0] for row in found["given back"]]
     for name, rows in found.items():
         seconds, faults, high = (list(column) for column in zip(*rows, strict=True))
         speed = spread(ratios(seconds, base), "{:.2f}")
-        text = f"{1000 * statistics.median(seconds):.0f} | {speed} | {statistics.median(faults):.0f}"
+        text = (
+            f"{1000 * statistics.median(seconds):.0f} | {speed} | {statistics.median(faults):.0f}"
+        )
         print(f"| {name} | {text} | {statistics.median(high):.0f} |", flush=True)
 
 
 def epoch(options: argparse.Namespace) -> None:
-    """Seconds and page faults of a bare step, after one epoch to warm up, and the peak of this process in MiB."""
+    """Seconds and page faults of a bare step, after one epoch to warm up, and the peak of this
+    process in MiB."""
     subject = Subject(Path("float32"), *cifar10((options.steps + 2) * BATCH, options.data_dir)[:2])
     subject.bare()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     subject.bare()
     after = resource.getrusage(resource.RUSAGE_SELF)
-    print(subject.batches.step_seconds(), (after.ru_minflt - before) / (options.steps + 2), after.ru_maxrss / 1024)
+    print(
+        subject.batches.step_seconds(),
+        (after.ru_minflt - before) / (options.steps + 2),
+        after.ru_maxrss / 1024,
+    )
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -275,7 +333,15 @@ def memory(options: argparse.Namespace) -> None:
 
 def in_a_process(flags: Sequence[str], options: argparse.Namespace) -> list[float]:
     """The numbers that this script prints in a process of its own."""
-    command = [sys.executable, __file__, *flags, "--threads", str(options.threads), "--steps", str(options.steps)]
+    command = [
+        sys.executable,
+        __file__,
+        *flags,
+        "--threads",
+        str(options.threads),
+        "--steps",
+        str(options.steps),
+    ]
     command += [] if options.data_dir is None else ["--data-dir", options.data_dir]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(word) for word in done.stdout.split()]
@@ -307,7 +373,10 @@ def resize(options: argparse.Namespace) -> None:
             times.append(time.perf_counter() - started)
             if len(next(iterator)[1]) != size:
                 raise SystemExit(f"the batch after set_batch_size({size}) has another size")
-        row = f"{1e6 * statistics.median(times):.1f} us | {1e6 * max(times):.1f} us | the new size, {len(sizes)} times"
+        row = (
+            f"{1e6 * statistics.median(times):.1f} us | {1e6 * max(times):.1f} us | the new size,"
+            f" {len(sizes)} times"
+        )
         print(f"| {type(stream).__name__} | {row} |", flush=True)
 
 
@@ -322,7 +391,10 @@ def profile(options: argparse.Namespace) -> None:
         total = sum(event.self_cpu_time_total for event in events)
         print(f"\n{path}, two steps\n\n| operation | share of the time | calls |\n|---|---|---|")
         for event in events[:8]:
-            print(f"| `{event.key[:60]}` | {event.self_cpu_time_total / total:.1%} | {event.count} |", flush=True)
+            print(
+                f"| `{event.key[:60]}` | {event.self_cpu_time_total / total:.1%} | {event.count} |",
+                flush=True,
+            )
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -336,7 +408,8 @@ def timed_value(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each way in each round, the order reversed every other round; a first round warms up."""
+    """CPU seconds of each way in each round, the order reversed every other round; a first round
+    warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name in list(ways)[:: -1 if number % 2 else 1]:
@@ -367,22 +440,36 @@ def main() -> None:
         epoch(options)
         return
     source = cifar10(1, options.data_dir)[2]
-    print(f"ResNet-20, batch {BATCH}, {source}, torch {torch.__version__}, {options.threads} thread(s), ", end="")
+    print(
+        f"ResNet-20, batch {BATCH}, {source}, torch {torch.__version__}, {options.threads}"
+        " thread(s), ",
+        end="",
+    )
     print(f"{options.steps} steps a round, {options.rounds} rounds", flush=True)
-    works = {f.__name__: f for f in (loop, price, defaults, batches, allocation, memory, resize, profile)}
+    works = {
+        f.__name__: f for f in (loop, price, defaults, batches, allocation, memory, resize, profile)
+    }
     for part in options.parts:
         works[part](options)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=("float32", "bf16"))
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("float32", "bf16"), default=("float32", "bf16")
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-dir", default=None, help="folder with the CIFAR-10 binary archive")
-    parser.add_argument("--give-back", action="store_true", help="freed memory goes back to the system, as torch alone")
+    parser.add_argument(
+        "--give-back",
+        action="store_true",
+        help="freed memory goes back to the system, as torch alone",
+    )
     parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--epoch", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -1,12 +1,16 @@
-"""What large batches buy on a GPU: wall time to the accuracy of batch 128, and whether the host ever waits.
+"""What large batches buy on a GPU: wall time to the accuracy of batch 128, and whether the host
+ever waits.
 
-    python experiments/benchmarks/training_gpu.py --data-dir DIR [--parts speed waits race] [--seeds 0 1 2]
+    python experiments/benchmarks/training_gpu.py --data-dir DIR [--parts speed waits race] [--seeds
+    0 1 2]
 
-    speed   images a second at each batch size (the largest microbatch that fits), with bf16 and channels last
-    waits   host synchronisations in ten steady steps, counted by the profiler, plain and with FGSM (goal: none; twice a
-            second, whatever the speed, the loop reads a few figures to notice a divergence)
-    race    ResNet-20 to the end of the batch-128 schedule and, with ABSA, to the same test accuracy: the ratio of wall
-            times (goal: at most 1/2)
+    speed   images a second at each batch size (the largest microbatch that fits), with bf16 and
+            channels last
+    waits   host synchronisations in ten steady steps, counted by the profiler, plain and with FGSM
+            (goal: none; twice a second, whatever the speed, the loop reads a few figures to notice
+            a divergence)
+    race    ResNet-20 to the end of the batch-128 schedule and, with ABSA, to the same test
+            accuracy: the ratio of wall times (goal: at most 1/2)
 
 Needs a CUDA device; without one it says so and ends with status 0.
 """
@@ -24,7 +28,13 @@ from torch import Tensor, nn
 import hessianflow as hf
 
 PARTS = ("speed", "waits", "race")
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item", "aten::_local_scalar")
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "aten::item",
+    "aten::_local_scalar",
+)
 """What the profiler calls it when the host waits for the device."""
 Images = tuple[Tensor, Tensor]
 
@@ -34,7 +44,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing was measured")
         return 0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}",
+        flush=True,
+    )
     train = cifar10(options.images, options.data_dir)
     test = cifar10(10_000, options.data_dir, "test")
     print(f"{train[2]}: {len(train[1])} training and {len(test[1])} test images")
@@ -50,7 +63,11 @@ def trainer(
     """ResNet-20 with the defaults of the command, on the GPU."""
     torch.manual_seed(seed)
     model = hf.models.create("resnet20").to("cuda", memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pixels: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616), "num_classes": 10}
+    pixels: dict[str, Any] = {
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.247, 0.2435, 0.2616),
+        "num_classes": 10,
+    }
     pixels |= {"device": "cuda", "channels_last": True}
     augment = hf.data.Augmentation(crop_padding=4, flip=True)
     batches = hf.data.DeviceBatches(*train, batch_size, seed=seed, augment=augment, **pixels)
@@ -58,8 +75,12 @@ def trainer(
     epochs = options.setdefault("epochs", 1)
     milestones = [epochs // 2, epochs * 3 // 4]
     if options.pop("absa", False):
-        options["controller"] = hf.control.ABSA(batch_size, options.pop("cap"), patience=options.pop("patience"))
-        options["probe"] = hf.curvature.CurvatureProbe(model, nn.CrossEntropyLoss(), batches.sample(128), seed=seed)
+        options["controller"] = hf.control.ABSA(
+            batch_size, options.pop("cap"), patience=options.pop("patience")
+        )
+        options["probe"] = hf.curvature.CurvatureProbe(
+            model, nn.CrossEntropyLoss(), batches.sample(128), seed=seed
+        )
         options["curvature"] = "needed"
     if options.pop("attack", False):
         eps = 0.005 / torch.tensor(pixels["std"]).view(-1, 1, 1)
@@ -84,7 +105,11 @@ def speed(train: Images, _test: Images, options: argparse.Namespace) -> None:
         made = trainer(train, size, epochs=4, microbatch_size="auto", norm_batch_size=128)
         rows = made.fit().epochs[1:]
         found = made.state_dict()["parts"]["microbatch"]["size"]
-        print(f"| {size} | {found} | {statistics.median(r['images_per_second'] for r in rows):,.0f} |", flush=True)
+        print(
+            f"| {size} | {found} |"
+            f" {statistics.median(r['images_per_second'] for r in rows):,.0f} |",
+            flush=True,
+        )
 
 
 def waits(train: Images, _test: Images, _options: argparse.Namespace) -> None:
@@ -94,7 +119,9 @@ def waits(train: Images, _test: Images, _options: argparse.Namespace) -> None:
             activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         )
 
-        def watch(inputs: Tensor, targets: Tensor, progress: Any, profiler: Any = profiler) -> Images:
+        def watch(
+            inputs: Tensor, targets: Tensor, progress: Any, profiler: Any = profiler
+        ) -> Images:
             if progress.updates == 30:
                 profiler.__enter__()
             if progress.updates == 40:
@@ -106,25 +133,40 @@ def waits(train: Images, _test: Images, _options: argparse.Namespace) -> None:
         # Stopping the profiler itself waits once.
         allowed = {"cudaDeviceSynchronize": 1}
         extra = {key: count for key, count in found.items() if count > allowed.get(key, 0)}
-        print(f"\n10 steps{' with FGSM' if attack else ''}: host waits {extra or 'none'}", flush=True)
+        print(
+            f"\n10 steps{' with FGSM' if attack else ''}: host waits {extra or 'none'}", flush=True
+        )
 
 
 def race(train: Images, test: Images, options: argparse.Namespace) -> None:
-    print("\n| seed | batch 128: accuracy, s | ABSA: accuracy, s, largest batch | s to the accuracy | ratio |")
+    print(
+        "\n| seed | batch 128: accuracy, s | ABSA: accuracy, s, largest batch | s to the accuracy |"
+        " ratio |"
+    )
     print("|---|---|---|---|---|")
     for seed in options.seeds:
         common: dict[str, Any] = {"epochs": options.epochs, "seed": seed, "microbatch_size": "auto"}
         base, base_seconds = timed(trainer(train, 128, test, **common))
         goal = base.summary["final_accuracy"] - options.slack
-        ours = trainer(train, 128, test, absa=True, attack=True, cap=options.cap, patience=options.patience, **common)
+        ours = trainer(
+            train,
+            128,
+            test,
+            absa=True,
+            attack=True,
+            cap=options.cap,
+            patience=options.patience,
+            **common,
+        )
         history, seconds = timed(ours)
         reached = seconds_to(history, goal)
         ratio = "not reached" if reached is None else f"{reached / base_seconds:.2f}"
         shown = "-" if reached is None else f"{reached:.0f}"
         summary = history.summary
         print(
-            f"| {seed} | {base.summary['final_accuracy']:.2%}, {base_seconds:.0f} | {summary['final_accuracy']:.2%}, "
-            f"{seconds:.0f}, {summary['largest_batch']} | {shown} | {ratio} |",
+            f"| {seed} | {base.summary['final_accuracy']:.2%}, {base_seconds:.0f} |"
+            f" {summary['final_accuracy']:.2%}, {seconds:.0f}, {summary['largest_batch']} | {shown}"
+            f" | {ratio} |",
             flush=True,
         )
 
@@ -146,15 +188,21 @@ def seconds_to(history: hf.History, goal: float) -> float | None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--data-dir", default=None, help="folder with the CIFAR-10 binary archive")
     parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192]
+    )
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--cap", type=int, default=4096, help="largest batch of ABSA")
     parser.add_argument("--patience", type=int, default=5, help="of ABSA, in epochs")
-    parser.add_argument("--slack", type=float, default=0.002, help="how far below the accuracy counts as reached")
+    parser.add_argument(
+        "--slack", type=float, default=0.002, help="how far below the accuracy counts as reached"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     return parser.parse_args()
 

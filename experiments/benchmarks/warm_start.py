@@ -1,17 +1,21 @@
-"""What a warm start saves and what it misses, by how it weighs the remembered Ritz vectors and when it stops.
+"""What a warm start saves and what it misses, by how it weighs the remembered Ritz vectors and when
+it stops.
 
     python experiments/benchmarks/warm_start.py [--seeds 10] [--rules ...]
 
-Prints one Markdown table; seconds and hardware play no part. Matrices of 400 rows with the spectra of SPECTRA, whose
-eigenvectors turn by about a quarter (radian) between calls; the first call is cold, two follow warm, and the fourth
-counts:
+Prints one Markdown table; seconds and hardware play no part. Matrices of 400 rows with the spectra
+of SPECTRA, whose eigenvectors turn by about a quarter (radian) between calls; the first call is
+cold, two follow warm, and the fourth counts:
 
     products    drift only: products of the warm call by the median of three cold ones
-    jumps       the second or third value, at 20 or 96 % of the leading one so far, is now 5 or 30 % above it: how often
-                the warm call gives an answer more than its tolerance of 1e-2 away and calls it converged
-    swaps       no drift; of 1,000 values one at 96 or 90 % of the leading one comes to lie 3, 8 or 20 % above it
-    newcomers   no drift; of 20,000 values one that no remembered vector holds comes to lie 5, 20, 50 or 100 % above the
-                leading one: the most warm calls until it is found (5 %, then the others)
+    jumps       the second or third value, at 20 or 96 % of the leading one so far, is now 5 or 30 %
+                above it: how often the warm call gives an answer more than its tolerance of 1e-2
+                away and calls it converged
+    swaps       no drift; of 1,000 values one at 96 or 90 % of the leading one comes to lie 3, 8 or
+                20 % above it
+    newcomers   no drift; of 20,000 values one that no remembered vector holds comes to lie 5, 20,
+                50 or 100 % above the leading one: the most warm calls until it is found (5 %, then
+                the others)
 """
 
 import argparse
@@ -37,7 +41,8 @@ Array = npt.NDArray[np.float64]
 
 
 class Rule(NamedTuple):
-    """Weights of remembered vectors, from their values by the leading one, [m]; and what is asked of a residual."""
+    """Weights of remembered vectors, from their values by the leading one, [m]; and what is asked
+    of a residual."""
 
     weights: Callable[[Tensor], Tensor]
     evidence: Evidence = WARM
@@ -60,7 +65,9 @@ SPECTRA = {
     "0.89": _spectrum([1, 0.89, 0.78, 0.7, 0.64, 0.55, 0.5, 0.45, 0.4], 0.35, 0.5),
     "0.97": _spectrum([1, 0.97, 0.9, 0.8, 0.76, 0.7, 0.62, 0.55], 0.45, 0.5),
 }
-JUMPS = [(which, level, above) for which in (1, 2) for level in (0.2, 0.96) for above in (0.05, 0.3)]
+JUMPS = [
+    (which, level, above) for which in (1, 2) for level in (0.2, 0.96) for above in (0.05, 0.3)
+]
 SWAPS = [(rival, gap) for rival in (1, 2) for gap in (0.03, 0.08, 0.2)]
 NEWCOMERS = (0.05, 0.2, 0.5, 1.0)
 HEADS = ([1.0, 0.3, 0.12, 0.08], [1.0, 0.96, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5])
@@ -76,13 +83,16 @@ RULES = {
     "equal, 0.2": Rule(lambda nearness: torch.full_like(nearness, 0.2)),
     "leading vector alone": Rule(torch.zeros_like),
     "by value, residual up to 3 %": Rule(by_value, WARM._replace(cap=0.03)),
-    "by value, residual up to 3 %, of the gap 10 %": Rule(by_value, WARM._replace(cap=0.03, angle=0.1)),
+    "by value, residual up to 3 %, of the gap 10 %": Rule(
+        by_value, WARM._replace(cap=0.03, angle=0.1)
+    ),
     "by value, as strict as a cold start": Rule(by_value, COLD),
 }
 
 
 def turned(vectors: Array, random: np.random.Generator) -> Array:
-    """The orthonormal columns after a random rotation that turns each by about TURN (Cayley's form)."""
+    """The orthonormal columns after a random rotation that turns each by about TURN (Cayley's
+    form)."""
     skew = random.standard_normal((SIZE, SIZE))
     skew -= skew.T
     skew *= TURN / np.linalg.norm(skew[:, 0])
@@ -119,8 +129,11 @@ def diagonal(values: Tensor) -> LinearOperator:
     return CallableOperator(lambda v: values * v, len(values), values.dtype)
 
 
-def fourth_call(values: Array, after: Array, rule: Rule, seed: int) -> tuple[EigenResult, LinearOperator]:
-    """A cold and two warm calls at `values`, then a warm one at `after`; its result and its matrix."""
+def fourth_call(
+    values: Array, after: Array, rule: Rule, seed: int
+) -> tuple[EigenResult, LinearOperator]:
+    """A cold and two warm calls at `values`, then a warm one at `after`; its result and its
+    matrix."""
     random = np.random.default_rng(seed)
     vectors = np.linalg.qr(random.standard_normal((SIZE, SIZE)))[0]
     operator = operator_of(vectors, values)
@@ -135,7 +148,9 @@ def fourth_call(values: Array, after: Array, rule: Rule, seed: int) -> tuple[Eig
 def drifted(values: Array, rule: Rule, seed: int) -> tuple[int, float]:
     """Products of a warm call and of a cold one."""
     result, operator = fourth_call(values, values, rule, seed)
-    return result.matvecs, statistics.median(searched(operator, 1000 * seed + 500 + i).matvecs for i in range(3))
+    return result.matvecs, statistics.median(
+        searched(operator, 1000 * seed + 500 + i).matvecs for i in range(3)
+    )
 
 
 def missed_jumps(values: Array, rule: Rule, seed: int) -> int:
@@ -163,7 +178,9 @@ def calls_to_find(rule: Rule, above: float, seed: int, most: int = 20) -> int:
     """Warm calls until a newcomer is found, the slower of the two spectra."""
     slowest = 0
     for head in HEADS:
-        values = torch.cat([torch.tensor(head), torch.linspace(-0.02, 0.04, 20_000 - len(head))]).double()
+        values = torch.cat(
+            [torch.tensor(head), torch.linspace(-0.02, 0.04, 20_000 - len(head))]
+        ).double()
         result, calls = searched(diagonal(values), seed), 0
         values[100] = 1 + above
         while calls < most and abs(float(result.values[0]) - 1 - above) > TOL * (1 + above):
@@ -189,9 +206,13 @@ def main() -> None:
             shares.append(sum(warm for warm, _ in pairs) / sum(cold for _, cold in pairs))
             jumps += sum(missed_jumps(values, rule, seed) for seed in seeds)
         swaps = sum(missed_swaps(rule, seed) for seed in seeds)
-        small, *large = (max(calls_to_find(rule, above, seed) for seed in seeds) for above in NEWCOMERS)
+        small, *large = (
+            max(calls_to_find(rule, above, seed) for seed in seeds) for above in NEWCOMERS
+        )
         cells = [f"{share:.0%}" for share in [*shares, statistics.mean(shares)]]
-        of_jumps, of_swaps = (len(seeds) * count for count in (len(SPECTRA) * len(JUMPS), len(SWAPS)))
+        of_jumps, of_swaps = (
+            len(seeds) * count for count in (len(SPECTRA) * len(JUMPS), len(SWAPS))
+        )
         cells += [f"{jumps} of {of_jumps}", f"{swaps} of {of_swaps}", f"{small}, {max(large)}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

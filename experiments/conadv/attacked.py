@@ -1,7 +1,9 @@
-"""Trains a cell, then attacks what it trained: `python -m experiments.conadv.attacked SETTINGS.json RUN_DIR`.
+"""Trains a cell, then attacks what it trained: `python -m experiments.conadv.attacked SETTINGS.json
+RUN_DIR`.
 
-Beside the settings of `hessianflow train` the file holds attack_eps, attack_steps and attack_examples. The accuracy
-under attack, and the processor seconds of training (those of every piece of an interrupted run), go to measured.json.
+Beside the settings of `hessianflow train` the file holds attack_eps, attack_steps and
+attack_examples. The accuracy under attack, and the processor seconds of training (those of every
+piece of an interrupted run), go to measured.json.
 """
 
 import json
@@ -37,7 +39,9 @@ def main(file: Path, run_dir: Path) -> int:
     status = command(["robustness", str(run_dir), *attack])
     if status == 0:
         found = read_object(run_dir / ROBUSTNESS)
-        (run_dir / MEASURED).write_text(json.dumps({"cpu_seconds": seconds, "robustness": found}), "utf-8")
+        (run_dir / MEASURED).write_text(
+            json.dumps({"cpu_seconds": seconds, "robustness": found}), "utf-8"
+        )
     return status
 
 

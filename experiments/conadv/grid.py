@@ -1,7 +1,9 @@
-"""The cells of the study: one large batch, trained clean, on adversarial examples made in several ways, and with SAM.
+"""The cells of the study: one large batch, trained clean, on adversarial examples made in several
+ways, and with SAM.
 
-The published runs sum the two means, under LARS, whose steps do not depend on the size of the gradient. Here twins are
-averaged in, so that the rate means the same for every method under any optimizer.
+The published runs sum the two means, under LARS, whose steps do not depend on the size of the
+gradient. Here twins are averaged in, so that the rate means the same for every method under any
+optimizer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,9 +85,19 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     if scale == "smoke":
         attack = {"attack_eps": [EPS], "attack_steps": 2, "attack_examples": 32}
         return [_cell("fake", FAKE, method, 0, attack) for method in METHODS]
-    problems = {"digits": DIGITS, "cifar-resnet8-fifth": CIFAR} if scale == "cpu" else {"cifar-resnet20": _whole(scale)}
+    problems = (
+        {"digits": DIGITS, "cifar-resnet8-fifth": CIFAR}
+        if scale == "cpu"
+        else {"cifar-resnet20": _whole(scale)}
+    )
     return [
-        _cell(problem, base, method, seed, {**_attack(problem), "attack_eps": [base["eps"], 2 * base["eps"]]})
+        _cell(
+            problem,
+            base,
+            method,
+            seed,
+            {**_attack(problem), "attack_eps": [base["eps"], 2 * base["eps"]]},
+        )
         for problem, base in problems.items()
         for seed in seeds
         for method in METHODS
@@ -93,15 +105,25 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
 
 
 def _attack(problem: str) -> Settings:
-    """Half the steps and images where a processor attacks large ones: else it takes as long as the training."""
+    """Half the steps and images where a processor attacks large ones: else it takes as long as the
+    training."""
     short = problem == "cifar-resnet8-fifth"
     return {"attack_steps": 10 if short else 20, "attack_examples": 500 if short else 1000}
 
 
 def _whole(scale: Scale) -> Settings:
     batch = 8192 if scale == "full" else 2048
-    whole = {name: value for name, value in CIFAR.items() if name not in ("train_examples", "test_examples")}
-    sizes = {"batch_size": batch, "max_batch_size": batch, "optimizer": "sgd", "lr": 0.1 * batch / 128}
+    whole = {
+        name: value
+        for name, value in CIFAR.items()
+        if name not in ("train_examples", "test_examples")
+    }
+    sizes = {
+        "batch_size": batch,
+        "max_batch_size": batch,
+        "optimizer": "sgd",
+        "lr": 0.1 * batch / 128,
+    }
     return {
         **whole,
         **sizes,

@@ -1,4 +1,5 @@
-"""What do adversarial examples buy, and what do they cost? `python -m experiments.conadv`, or this file."""
+"""What do adversarial examples buy, and what do they cost? `python -m experiments.conadv`, or this
+file."""
 
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ FOLDER = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(FOLDER.parents[1]))
 
-from experiments.conadv.grid import cells  # noqa: E402  (found by the line above when run as a file)
+from experiments.conadv.grid import cells  # noqa: E402
 from experiments.conadv.table import report  # noqa: E402
 from experiments.runner import RUNS, Study, main  # noqa: E402
 

@@ -8,7 +8,16 @@ from typing import Any
 from experiments.conadv.grid import METHODS
 from experiments.results import Group, Row, field, groups
 
-HEADER = ("problem", "method", "test accuracy", "FGSM", "PGD", "PGD, twice eps", "CPU seconds", "ratio to clean")
+HEADER = (
+    "problem",
+    "method",
+    "test accuracy",
+    "FGSM",
+    "PGD",
+    "PGD, twice eps",
+    "CPU seconds",
+    "ratio to clean",
+)
 ORDER = list(METHODS)
 """Of lines and colours."""
 
@@ -16,7 +25,8 @@ ORDER = list(METHODS)
 def report(rows: Sequence[Row], path: Path) -> None:
     """Write robustness.md beside `path`, and the figure to `path`."""
     attacked = groups([row for row in rows if "measured" in row])
-    attacked = sorted(attacked, key=lambda group: ORDER.index(group.method))  # stable: problems stay together below
+    # stable: problems stay together below
+    attacked = sorted(attacked, key=lambda group: ORDER.index(group.method))
     lines = [HEADER, ["---"] * len(HEADER)]
     for problem in dict.fromkeys(row["problem"] for row in rows):
         found = [group for group in attacked if group.problem == problem]
@@ -28,10 +38,13 @@ def report(rows: Sequence[Row], path: Path) -> None:
 
 
 def _line(group: Group, clean: dict[int, float]) -> list[str]:
-    """Mean and standard deviation over seeds, in %; seconds and their ratio to clean training of the same seed."""
+    """Mean and standard deviation over seeds, in %; seconds and their ratio to clean training of
+    the same seed."""
     seconds = [_seconds(row) for row in group.rows]
     ratios = [_seconds(row) / clean[row["seed"]] for row in group.rows if row["seed"] in clean]
-    attacks = [_accuracies(group, name, index) for name, index in (("fgsm", 0), ("pgd", 0), ("pgd", -1))]
+    attacks = [
+        _accuracies(group, name, index) for name, index in (("fgsm", 0), ("pgd", 0), ("pgd", -1))
+    ]
     return [
         group.problem,
         group.method,
@@ -43,7 +56,8 @@ def _line(group: Group, clean: dict[int, float]) -> list[str]:
 
 
 def _accuracies(group: Group, attack: str, index: int) -> list[float]:
-    """Accuracy in % under the attack whose name begins so, at one of the perturbations; one value a seed."""
+    """Accuracy in % under the attack whose name begins so, at one of the perturbations; one value a
+    seed."""
     found = []
     for row in group.rows:
         curves = field(row, "measured", "robustness", "accuracy")
@@ -63,7 +77,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _draw(found: Sequence[Group], path: Path) -> None:
-    """A line a problem: accuracy under PGD against clean accuracy, every seed a point; and what a method costs."""
+    """A line a problem: accuracy under PGD against clean accuracy, every seed a point; and what a
+    method costs."""
     from matplotlib.lines import Line2D
 
     from hessianflow.plots import style
@@ -71,7 +86,9 @@ def _draw(found: Sequence[Group], path: Path) -> None:
     problems = list(dict.fromkeys(group.problem for group in found))
     looks = {method: _look(index) for index, method in enumerate(ORDER)}
     figure = style.new_figure(9, 3.2 * len(problems))
-    for (left, right), problem in zip(figure.subplots(len(problems), 2, squeeze=False), problems, strict=True):
+    for (left, right), problem in zip(
+        figure.subplots(len(problems), 2, squeeze=False), problems, strict=True
+    ):
         for group in (each for each in found if each.problem == problem):
             look = looks[group.method]
             clean = [100 * field(row, "accuracy") for row in group.rows]
@@ -83,7 +100,9 @@ def _draw(found: Sequence[Group], path: Path) -> None:
         style.finish(left, "test accuracy (%)", "accuracy under PGD (%)")
         style.finish(right, "processor seconds of training", "")
     used = {group.method for group in found}
-    style.legend_below(figure, [Line2D([], [], label=name, **look) for name, look in looks.items() if name in used])
+    style.legend_below(
+        figure, [Line2D([], [], label=name, **look) for name, look in looks.items() if name in used]
+    )
     figure.savefig(path, dpi=100)
 
 

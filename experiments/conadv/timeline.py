@@ -1,9 +1,11 @@
-"""Draws where the time of a few ConAdv steps goes, with the attack in turn with training and in a second process.
+"""Draws where the time of a few ConAdv steps goes, with the attack in turn with training and in a
+second process.
 
-    OMP_NUM_THREADS=1 python -m experiments.conadv.timeline [--steps 4] [--out experiments/conadv/timeline.png]
+    OMP_NUM_THREADS=1 python -m experiments.conadv.timeline [--steps 4] [--out
+    experiments/conadv/timeline.png]
 
-The spans are torch.profiler's, of both processes, on the clock they share. Profiling slows the steps down: the figures
-to quote are those of experiments/benchmarks/overlap.py.
+The spans are torch.profiler's, of both processes, on the clock they share. Profiling slows the
+steps down: the figures to quote are those of experiments/benchmarks/overlap.py.
 """
 
 import argparse
@@ -37,7 +39,12 @@ class Labelled(hf.adversarial.FGSM):
     """Marks its passes for the profiler of the process it runs in."""
 
     def perturb(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        share: float,
+        microbatch_size: int | None = None,
     ) -> Tensor:
         """As FGSM."""
         with record_function("attack"):
@@ -50,7 +57,12 @@ class Profiled(Labelled):
     found: Sequence[Any] = ()
 
     def perturb(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        share: float,
+        microbatch_size: int | None = None,
     ) -> Tensor:
         """As FGSM."""
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -71,7 +83,10 @@ class Profiled(Labelled):
 def run(attack: hf.adversarial.FGSM, runner: hf.adversarial.AttackRunner, steps: int) -> list[Span]:
     """Spans of the training process over the last steps of a few."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.rand(128, 3, 32, 32, generator=generator), torch.randint(0, 10, (128,), generator=generator)
+    x, y = (
+        torch.rand(128, 3, 32, 32, generator=generator),
+        torch.randint(0, 10, (128,), generator=generator),
+    )
     model = hf.adversarial.split_batch_norm(hf.models.create("resnet20", num_classes=10).train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     ahead = hf.adversarial.ConcurrentAdversary(attack, staleness=1, runner=runner)
@@ -100,19 +115,27 @@ def draw(panels: Mapping[str, Mapping[str, Sequence[Span]]], path: Path) -> None
     from hessianflow.plots import style
 
     figure = style.new_figure(9, 3.6)
-    for axes, (title, lines) in zip(figure.subplots(len(panels), 1, sharex=True), panels.items(), strict=True):
+    for axes, (title, lines) in zip(
+        figure.subplots(len(panels), 1, sharex=True), panels.items(), strict=True
+    ):
         begin = min(start for _, start, _ in next(iter(lines.values())))
         for place, found in enumerate(lines.values()):
             for name, start, end in found:
                 if end > begin:
                     colour = style.colour(LABELS.index(name))
-                    axes.barh(place, end - start, left=start - begin, height=0.7, color=colour, label=name)
+                    axes.barh(
+                        place, end - start, left=start - begin, height=0.7, color=colour, label=name
+                    )
         axes.set_yticks(range(len(lines)), list(lines))
         axes.set_title(title)
         axes.set_xlim(left=0)
         style.finish(axes, "", "")
     axes.set_xlabel("seconds")
-    shown = {label: bar for a in figure.axes for bar, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    shown = {
+        label: bar
+        for a in figure.axes
+        for bar, label in zip(*a.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(shown.values(), shown.keys(), fontsize=7, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=110)
 

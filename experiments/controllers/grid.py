@@ -1,7 +1,8 @@
-"""The cells of the controller study: problems times methods, every method with one setting for all problems.
+"""The cells of the controller study: problems times methods, every method with one setting for all
+problems.
 
-The rate of every problem is stated at its first batch size, and batch normalisation sees groups of that size whatever
-the batch, so that only the size of a step differs between methods.
+The rate of every problem is stated at its first batch size, and batch normalisation sees groups of
+that size whatever the batch, so that only the size of a step differs between methods.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,34 +66,56 @@ MAIN = ("fixed", "timed", "absa", "critical-reuse")
 ALL = ("digits", "cifar-resnet8")
 """The problems on which every method runs."""
 VARIANTS = ("critical", "fixed-cooldown", "timed-reuse", "fixed-reuse")
-"""Ours without an attack, fixed under the schedule of ours, timed and fixed with an attack; on every problem, last."""
+"""Ours without an attack, fixed under the schedule of ours, timed and fixed with an attack; on
+every problem, last."""
 
 
 def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     """The grid, seed by seed, in the order of usefulness.
 
-    smoke: the main four once on made-up data.
-    cpu: the main four on one problem after the other, then all other methods on digits and the first, then the
+    smoke: the main four once on made-up data. cpu: the main four on one problem after the other,
+    then all other methods on digits and the first, then the
         variants on the rest.
     gpu, full: the same on all of CIFAR-10 with the published 90 epochs, ResNet-20.
     """
     if scale == "smoke":
         return [cell("fake", PROBLEMS["fake"], method, 0) for method in MAIN]
     if scale != "cpu":
-        return [cell("cifar-resnet20", _whole(scale), method, seed) for seed in seeds for method in METHODS]
+        return [
+            cell("cifar-resnet20", _whole(scale), method, seed)
+            for seed in seeds
+            for method in METHODS
+        ]
     problems = [name for name in PROBLEMS if name != "fake"]
-    found = [cell(name, PROBLEMS[name], method, seed) for name in problems for seed in seeds for method in MAIN]
+    found = [
+        cell(name, PROBLEMS[name], method, seed)
+        for name in problems
+        for seed in seeds
+        for method in MAIN
+    ]
     rest = [method for method in METHODS if method not in MAIN]
-    found += [cell(name, PROBLEMS[name], method, seed) for name in ALL for seed in seeds for method in rest]
+    found += [
+        cell(name, PROBLEMS[name], method, seed)
+        for name in ALL
+        for seed in seeds
+        for method in rest
+    ]
     others = [name for name in problems if name not in ALL]
     return found + [
-        cell(name, PROBLEMS[name], method, seed) for name in others for seed in seeds for method in VARIANTS
+        cell(name, PROBLEMS[name], method, seed)
+        for name in others
+        for seed in seeds
+        for method in VARIANTS
     ]
 
 
 def _whole(scale: Scale) -> Settings:
     """ResNet-20 on all 50,000 images; the cap of the published runs on the full scale."""
-    whole = {key: value for key, value in _CIFAR.items() if key not in ("train_examples", "test_examples")}
+    whole = {
+        key: value
+        for key, value in _CIFAR.items()
+        if key not in ("train_examples", "test_examples")
+    }
     cap = 16_384 if scale == "full" else 4_096
     longer = {"epochs": 90, "milestones": [30, 60, 80], "augment": True, "max_batch_size": cap}
     return {**whole, **longer, "model": "resnet20", "microbatch_size": "auto"}
@@ -112,19 +135,28 @@ def _large(base: Settings, **changes: Any) -> Settings:
 
 
 def _clars_split(base: Settings, factor: float) -> Settings:
-    """CLARS with `factor` times the rate for layers that are not adapted, and the default's for those that are."""
-    return _large({**base, "lr": factor * base["lr"]}, optimizer="clars", trust_coefficient=0.01 / factor)
+    """CLARS with `factor` times the rate for layers that are not adapted, and the default's for
+    those that are."""
+    return _large(
+        {**base, "lr": factor * base["lr"]}, optimizer="clars", trust_coefficient=0.01 / factor
+    )
 
 
 def _absa(_base: Settings, **changes: Any) -> Settings:
-    """The published setting: fast gradient sign attack on a fifth, patience 10, running statistics, 128 examples."""
+    """The published setting: fast gradient sign attack on a fifth, patience 10, running statistics,
+    128 examples."""
     published = {"controller": "absa", "adversary": "fgsm", "patience": 10, "probe_examples": 128}
     return {**published, "curvature": "needed", **changes}
 
 
 def _adabatch(base: Settings) -> Settings:
-    """Twice the batch and 0.75 times the rate after every fifth of the run, as in the published 100 epochs."""
-    return {"controller": "adabatch", "schedule": "constant", "every_epochs": max(1, round(base["epochs"] / 5))}
+    """Twice the batch and 0.75 times the rate after every fifth of the run, as in the published 100
+    epochs."""
+    return {
+        "controller": "adabatch",
+        "schedule": "constant",
+        "every_epochs": max(1, round(base["epochs"] / 5)),
+    }
 
 
 _TIMED: Settings = {"controller": "timed", "schedule": "constant"}
@@ -137,14 +169,21 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed-max": _large,
     "fixed-max-warmup": lambda _: {"controller": "warmup"},
     "lars-warmup": lambda _: {"controller": "warmup", "optimizer": "lars"},
-    "lars-warmup-0.003": lambda _: {"controller": "warmup", "optimizer": "lars", "trust_coefficient": 0.003},
+    "lars-warmup-0.003": lambda _: {
+        "controller": "warmup",
+        "optimizer": "lars",
+        "trust_coefficient": 0.003,
+    },
     "clars": lambda base: _large(base, optimizer="clars"),
     "clars-0.02": lambda base: _large(base, optimizer="clars", trust_coefficient=0.02),
     "clars-0.03": lambda base: _large(base, optimizer="clars", trust_coefficient=0.03),
     "clars-0.04-quarter-rate": lambda base: _clars_split(base, 1 / 4),
     "clars-0.005-twice-rate": lambda base: _clars_split(base, 2),
     "clars-0.0025-four-rate": lambda base: _clars_split(base, 4),
-    "noise-scale": lambda base: {"controller": "noise-scale", "microbatch_size": base["batch_size"] // 4},
+    "noise-scale": lambda base: {
+        "controller": "noise-scale",
+        "microbatch_size": base["batch_size"] // 4,
+    },
     "adabatch": _adabatch,
     "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
     "abs": lambda base: _absa(base, controller="abs", adversary="none"),
@@ -158,4 +197,5 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed-cosine": lambda _: {"schedule": "cosine"},
     "fixed-cooldown": cooldown,
 }
-"""What each method changes in a problem's settings. Rows of other names were made by code that is no longer here."""
+"""What each method changes in a problem's settings. Rows of other names were made by code that is
+no longer here."""

@@ -4,7 +4,8 @@ from torch import nn
 
 
 def plain(num_classes: int = 10, input_size: int = 32, in_channels: int = 3) -> nn.Sequential:
-    """Four 3x3 convolutions (32, 32, 64, 64 channels), two poolings, two linear layers; no normalisation anywhere.
+    """Four 3x3 convolutions (32, 32, 64, 64 channels), two poolings, two linear layers; no
+    normalisation anywhere.
 
     Inputs [N, in_channels, input_size, input_size], outputs [N, num_classes].
     """

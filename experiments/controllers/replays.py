@@ -1,6 +1,8 @@
-"""What each controller would have done with the measurements of a recorded run, and how near the edge the run was.
+"""What each controller would have done with the measurements of a recorded run, and how near the
+edge the run was.
 
-    python -m experiments.controllers.replays                       # batch 128 on every problem, from results.jsonl
+    # batch 128 on every problem, from results.jsonl
+    python -m experiments.controllers.replays
     python -m experiments.controllers.replays 'digits/critical*'    # other rows, by PROBLEM/METHOD
 
 Only the decisions are replayed: the measurements stay those of the run as it was trained.
@@ -19,7 +21,16 @@ from hessianflow.config import from_dict, resolve
 from hessianflow.interfaces import BatchController
 
 RESULTS = Path(__file__).with_name("results.jsonl")
-SCHEDULE = ("data", "controller", "epochs", "lr", "schedule", "milestones", "lr_decay", "decay_from")
+SCHEDULE = (
+    "data",
+    "controller",
+    "epochs",
+    "lr",
+    "schedule",
+    "milestones",
+    "lr_decay",
+    "decay_from",
+)
 """What the rate of the schedule is made of."""
 
 
@@ -37,7 +48,8 @@ def controllers(batch: int, cap: int) -> Mapping[str, BatchController]:
 
 
 def history(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The records of a run, as far as a row of results.jsonl holds them; readings count as converged."""
+    """The records of a run, as far as a row of results.jsonl holds them; readings count as
+    converged."""
     size = row["examples"] // len(row["epochs"])
     # Of earlier releases some settings are unknown; those that make the schedule are not.
     known = {name: value for name, value in row["settings"].items() if name in SCHEDULE}
@@ -55,7 +67,10 @@ def history(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def show(row: Mapping[str, Any]) -> None:
     """Print what each controller makes of one run."""
     settings = row["settings"]
-    print(f"\n{row['problem']}/{row['method']} seed {row['seed']}: {row['updates']} updates; epoch:batch")
+    print(
+        f"\n{row['problem']}/{row['method']} seed {row['seed']}: {row['updates']} updates;"
+        " epoch:batch"
+    )
     for name, controller in controllers(settings["batch_size"], settings["max_batch_size"]).items():
         replay = hf.control.replay(history(row), controller)
         sizes = ", ".join(f"{step.epoch}:{step.decision.batch_size}" for step in replay.changes)

@@ -2,10 +2,10 @@
 
     python -m experiments.dual_batch.on_ray --data-dir DIR
 
-Each worker is a process with one thread. First both measure, at the same time, what a step takes at several batch
-sizes; a line through that gives the plan (one small, one large worker, k = 1.1); then they train by it. Everything is
-told on two clocks: the wall's, and the processors' own (seconds that the workers' processes computed), which other work
-on the machine disturbs less.
+Each worker is a process with one thread. First both measure, at the same time, what a step takes at
+several batch sizes; a line through that gives the plan (one small, one large worker, k = 1.1); then
+they train by it. Everything is told on two clocks: the wall's, and the processors' own (seconds
+that the workers' processes computed), which other work on the machine disturbs less.
 """
 
 import argparse
@@ -29,7 +29,14 @@ from hessianflow.distributed import ParameterServer, train_on_ray
 from hessianflow.distributed.ray_server import ServerActor
 from hessianflow.distributed.ray_session import connect
 from hessianflow.distributed.simulated_server import Commit
-from hessianflow.dual_batch.build import Schedule, all_stages, make_server, make_worker, plan_schedule, worker_of
+from hessianflow.dual_batch.build import (
+    Schedule,
+    all_stages,
+    make_server,
+    make_worker,
+    plan_schedule,
+    worker_of,
+)
 from hessianflow.dual_batch.local_training import FlatWeights
 from hessianflow.interfaces import HessianFlowError
 
@@ -42,12 +49,36 @@ Points = list[tuple[int, float, float]]
 
 def settings(arguments: argparse.Namespace) -> TrainConfig:
     """Of the runs: real pixels where there are some, made-up ones else."""
-    common: dict[str, Any] = {"controller": "dual-batch", "model": "resnet8", "workers": 2, "small_workers": 1}
-    common |= {"extra_time": 1.1, "epochs": arguments.epochs, "milestones": (), "threads": 1, "device": "cpu"}
+    common: dict[str, Any] = {
+        "controller": "dual-batch",
+        "model": "resnet8",
+        "workers": 2,
+        "small_workers": 1,
+    }
+    common |= {
+        "extra_time": 1.1,
+        "epochs": arguments.epochs,
+        "milestones": (),
+        "threads": 1,
+        "device": "cpu",
+    }
     if arguments.data_dir is None:
-        return prepare(TrainConfig(data="fake", train_examples=1024, batch_size=64, precision="float32", **common))
-    sizes: dict[str, Any] = {"train_examples": 2000, "test_examples": 100, "batch_size": 64, "augment": False}
-    return prepare(TrainConfig(data="cifar10", data_dir=arguments.data_dir, precision="auto", **sizes, **common))
+        return prepare(
+            TrainConfig(
+                data="fake", train_examples=1024, batch_size=64, precision="float32", **common
+            )
+        )
+    sizes: dict[str, Any] = {
+        "train_examples": 2000,
+        "test_examples": 100,
+        "batch_size": 64,
+        "augment": False,
+    }
+    return prepare(
+        TrainConfig(
+            data="cifar10", data_dir=arguments.data_dir, precision="auto", **sizes, **common
+        )
+    )
 
 
 def step_times(config: TrainConfig, number: int) -> Points:
@@ -73,7 +104,10 @@ class TimedWorker:
         """One local epoch."""
         began = time.process_time()
         made = self._worker(weights, epoch)
-        self.figures: Mapping[str, float] = {**self._worker.figures, "processor": time.process_time() - began}
+        self.figures: Mapping[str, float] = {
+            **self._worker.figures,
+            "processor": time.process_time() - began,
+        }
         return made
 
 
@@ -82,12 +116,19 @@ def fitted(points: Points, clock: int) -> TimeModel:
     return fit_time_model([point[0] for point in points], [point[clock] for point in points])
 
 
-def compared(plan: DualBatchPlan, commits: list[Commit], model: TimeModel, clock: str) -> dict[str, Any]:
+def compared(
+    plan: DualBatchPlan, commits: list[Commit], model: TimeModel, clock: str
+) -> dict[str, Any]:
     """Predicted and measured seconds of a local epoch of each kind, the first epoch left out."""
-    found: dict[str, Any] = {"predicted": plan.target_seconds, "line": [model.slope, model.intercept, model.residual]}
+    found: dict[str, Any] = {
+        "predicted": plan.target_seconds,
+        "line": [model.slope, model.intercept, model.residual],
+    }
     for number, worker in enumerate(plan.workers):
         mine = [c for c in commits if c.worker == number][1:]
-        seconds = [c.figures["processor"] if clock == "processor" else c.finished - c.started for c in mine]
+        seconds = [
+            c.figures["processor"] if clock == "processor" else c.finished - c.started for c in mine
+        ]
         found["small" if worker.small else "large"] = statistics.median(seconds)
     found["error"] = max(found["small"], found["large"]) / found["predicted"] - 1
     found["apart"] = 1 - min(found["small"], found["large"]) / max(found["small"], found["large"])
@@ -97,7 +138,9 @@ def compared(plan: DualBatchPlan, commits: list[Commit], model: TimeModel, clock
 def push_and_pull(ray: Any) -> list[float]:
     """Milliseconds of a push and a pull of 10 MB between two processes."""
     size = MEGABYTES * 10**6 // 4
-    server = ray.remote(ServerActor).remote(partial(ParameterServer, np.zeros(size, np.float32), {0: 1.0}), None)
+    server = ray.remote(ServerActor).remote(
+        partial(ParameterServer, np.zeros(size, np.float32), {0: 1.0}), None
+    )
 
     def rounds() -> list[float]:
         weights, found = np.ones(size, np.float32), []
@@ -115,7 +158,9 @@ def push_and_pull(ray: Any) -> list[float]:
 
 def main() -> int:
     """Measure, print, and write on_ray.json."""
-    parser = argparse.ArgumentParser(description="Predicted and measured epochs of two Ray workers.")
+    parser = argparse.ArgumentParser(
+        description="Predicted and measured epochs of two Ray workers."
+    )
     parser.add_argument("--data-dir", help="folder of CIFAR-10; without it, made-up images")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--out", default=str(FOLDER / "on_ray.json"))
@@ -123,19 +168,30 @@ def main() -> int:
     config = settings(arguments)
     ray = connect(num_cpus=4)
     load = os.getloadavg()[0]
-    points = [p for found in ray.get([ray.remote(step_times).remote(config, n) for n in (0, 1)]) for p in found]
-    result: dict[str, Any] = {"cores": os.cpu_count(), "load_before": load, "push_pull_ms": push_and_pull(ray)}
+    points = [
+        p
+        for found in ray.get([ray.remote(step_times).remote(config, n) for n in (0, 1)])
+        for p in found
+    ]
+    result: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "load_before": load,
+        "push_pull_ms": push_and_pull(ray),
+    }
     models = {}
     for index, clock in enumerate(CLOCKS, start=1):
         try:
             models[clock] = fitted(points, index)
-        except HessianFlowError as error:  # other work on the machine can bend the wall's line beyond use
+        except (
+            HessianFlowError
+        ) as error:  # other work on the machine can bend the wall's line beyond use
             result[clock] = {"no plan": str(error)}
     parts = build_parts(config)
     stages = all_stages(config, parts)
     side = stages[0].level.resolution
     schedules = {
-        clock: plan_schedule(config, stages, parts.train.num_examples, {side: model}) for clock, model in models.items()
+        clock: plan_schedule(config, stages, parts.train.num_examples, {side: model})
+        for clock, model in models.items()
     }
     for clock, schedule in schedules.items():
         plan = schedule.plans[side]

@@ -7,7 +7,7 @@ FOLDER = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(FOLDER.parents[1]))
 
-from experiments.dual_batch.grid import cells  # noqa: E402  (found by the line above when run as a file)
+from experiments.dual_batch.grid import cells  # noqa: E402
 from experiments.runner import RUNS, Study, main  # noqa: E402
 
 STUDY = Study("dual_batch", RUNS / "dual_batch", cells, recorded=FOLDER)

@@ -1,4 +1,5 @@
-"""The study's own table, from results.jsonl alone: `python -m experiments.dual_batch.tables [FOLDER]` prints it."""
+"""The study's own table, from results.jsonl alone: `python -m experiments.dual_batch.tables
+[FOLDER]` prints it."""
 
 import statistics
 import sys
@@ -21,13 +22,19 @@ def by_method(rows: Sequence[Row]) -> Found:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a plan: accuracy (mean and standard deviation in %, seeds) and predicted seconds, fixed and cyclic."""
+    """A line a plan: accuracy (mean and standard deviation in %, seeds) and predicted seconds,
+    fixed and cyclic."""
     found = by_method(rows)
     lines = [
-        "| plan | accuracy, full resolution | gain | predicted s | accuracy, cyclic | gain | predicted s | time |",
+        (
+            "| plan | accuracy, full resolution | gain | predicted s | accuracy, cyclic | gain |"
+            " predicted s | time |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method in sorted({method for method, _ in found}, key=lambda m: (m != "s0", m.partition("-")[2], m)):
+    for method in sorted(
+        {method for method, _ in found}, key=lambda m: (m != "s0", m.partition("-")[2], m)
+    ):
         cells = [method]
         for kind in KINDS:
             cells += [_accuracy(found.get((method, kind), ())), _gain(found, method, kind)]
@@ -46,9 +53,14 @@ def _accuracy(rows: Sequence[Row]) -> str:
 
 
 def _gain(found: Found, method: str, kind: str) -> str:
-    """Mean difference to no small workers on the same resolutions, over the seeds that both have."""
+    """Mean difference to no small workers on the same resolutions, over the seeds that both
+    have."""
     base = {row["seed"]: float(row["accuracy"]) for row in found.get(("s0", kind), ())}
-    pairs = [100 * (float(r["accuracy"]) - base[r["seed"]]) for r in found.get((method, kind), ()) if r["seed"] in base]
+    pairs = [
+        100 * (float(r["accuracy"]) - base[r["seed"]])
+        for r in found.get((method, kind), ())
+        if r["seed"] in base
+    ]
     return f"{statistics.mean(pairs):+.2f}" if pairs and method != "s0" else ""
 
 
@@ -60,7 +72,10 @@ def _saved(found: Found, method: str) -> str:
     """Predicted seconds with resolutions against those without."""
     if not all((method, kind) in found for kind in KINDS):
         return ""
-    cyclic, fixed = (statistics.mean(r["clock_seconds"] for r in found[method, kind]) for kind in ("cyclic", "fixed"))
+    cyclic, fixed = (
+        statistics.mean(r["clock_seconds"] for r in found[method, kind])
+        for kind in ("cyclic", "fixed")
+    )
     return f"{100 * (cyclic / fixed - 1):+.1f} %"
 
 

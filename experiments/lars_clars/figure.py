@@ -10,7 +10,8 @@ from hessianflow.runs.text import in_figure
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """For every problem, an optimizer a panel: accuracy against the rate, with and without warm-up, every seed."""
+    """For every problem, an optimizer a panel: accuracy against the rate, with and without warm-up,
+    every seed."""
     from hessianflow.plots import style
 
     problems = list(dict.fromkeys(row["problem"] for row in rows))
@@ -25,14 +26,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 means = [statistics.mean(each) for each in found.values()]
                 axes.plot(list(found), means, label="with warm-up" if warm else "without", **look)
                 points = [(rate, value) for rate, each in found.items() for value in each]
-                axes.plot(*zip(*points, strict=True), "o", markersize=3, alpha=0.6, color=look["color"])
+                axes.plot(
+                    *zip(*points, strict=True), "o", markersize=3, alpha=0.6, color=look["color"]
+                )
             axes.set(xscale="log", title=in_figure(f"{optimizer}, {problem}"))
             style.finish(axes, "learning rate", "test accuracy (%)")
         line[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 
-def by_rate(rows: Sequence[Row], problem: str, optimizer: str, *, warm: bool) -> dict[float, list[float]]:
+def by_rate(
+    rows: Sequence[Row], problem: str, optimizer: str, *, warm: bool
+) -> dict[float, list[float]]:
     """The accuracies, in %, by learning rate in rising order."""
     found: dict[float, list[float]] = defaultdict(list)
     for row in rows:

@@ -13,7 +13,8 @@ LEAST = 1e-4
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """For the first seed of the last problem: spectra through training above; top eigenvalue and slices below."""
+    """For the first seed of the last problem: spectra through training above; top eigenvalue and
+    slices below."""
     from hessianflow.plots import style
 
     problem = rows[-1]["problem"]
@@ -24,7 +25,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for axes, row in zip(above, shown, strict=False):
         _spectra(axes, row)
     for index, row in enumerate(shown):
-        look = {"color": style.colour(index), "linestyle": style.dash(index), "label": row["method"], "linewidth": 1.4}
+        look = {
+            "color": style.colour(index),
+            "linestyle": style.dash(index),
+            "label": row["method"],
+            "linewidth": 1.4,
+        }
         below[0].plot(*_tops(row), **look)
         for axes, scaling in zip(below[1:], ("unit", "filter"), strict=True):
             line = field(row, "measured", "slices", scaling)
@@ -45,7 +51,8 @@ def _tops(row: Row) -> tuple[range, list[Any]]:
 
 
 def _spectra(axes: Any, row: Row) -> None:
-    """The share of eigenvalues that are larger than what the axis says, one line an epoch, darker the later."""
+    """The share of eigenvalues that are larger than what the axis says, one line an epoch, darker
+    the later."""
     import matplotlib as mpl
 
     from hessianflow.plots import style
@@ -58,7 +65,9 @@ def _spectra(axes: Any, row: Row) -> None:
         shown = values > LEAST
         colour = mpl.colormaps["viridis_r"](0.15 + 0.85 * place / max(len(found) - 1, 1))
         label = f"epoch {one['epoch']}: top {one['top']:.2g}"
-        axes.step(values[shown], shares[shown], where="post", color=colour, linewidth=1.2, label=label)
+        axes.step(
+            values[shown], shares[shown], where="post", color=colour, linewidth=1.2, label=label
+        )
     axes.set(xscale="log", yscale="log", xlim=(LEAST, 100), ylim=(1e-6, 1), title=row["method"])
     axes.title.set_fontsize(9)
     style.finish(axes, "eigenvalue", "share of eigenvalues above")

@@ -1,4 +1,5 @@
-"""The cells of the study: one small and one large batch, the large one at the same rate and at a scaled one."""
+"""The cells of the study: one small and one large batch, the large one at the same rate and at a
+scaled one."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,8 +21,16 @@ _DIGITS: Settings = {
 _PROBLEMS: Mapping[Scale, tuple[str, Settings, Sequence[int]]] = {
     "smoke": ("fake", {**SMOKE, "epochs": 2, "milestones": [1]}, (1, 2)),
     "cpu": ("digits", _DIGITS, (1, 5, 15, 40)),
-    "gpu": ("cifar10-resnet20", {**CIFAR10, "model": "resnet20", "max_batch_size": 4096}, (1, 15, 45, 90)),
-    "full": ("cifar10-resnet20", {**CIFAR10, "model": "resnet20", "max_batch_size": 16_384}, (1, 15, 45, 90)),
+    "gpu": (
+        "cifar10-resnet20",
+        {**CIFAR10, "model": "resnet20", "max_batch_size": 4096},
+        (1, 15, 45, 90),
+    ),
+    "full": (
+        "cifar10-resnet20",
+        {**CIFAR10, "model": "resnet20", "max_batch_size": 16_384},
+        (1, 15, 45, 90),
+    ),
 }
 """Name, settings, and the epochs after which the spectrum is measured."""
 PRECISION: Mapping[Scale, Settings] = {
@@ -30,14 +39,20 @@ PRECISION: Mapping[Scale, Settings] = {
     "gpu": {"examples": 1024, "probes": 4, "steps": 80, "points": 41},
     "full": {"examples": 2048, "probes": 8, "steps": 100, "points": 41},
 }
-"""Of the measurements: training examples, random starts and steps of the density, points of a slice."""
+"""Of the measurements: training examples, random starts and steps of the density, points of a
+slice."""
 
 
 def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     """The grid, method by method, each seed after the other."""
     problem, base, epochs = _PROBLEMS[scale]
     extra = {"measured_after": list(epochs), **PRECISION[scale]}
-    common: Settings = {"controller": "fixed", "adversary": "none", "curvature": "epoch", "norm_mode": "batch"}
+    common: Settings = {
+        "controller": "fixed",
+        "adversary": "none",
+        "curvature": "epoch",
+        "norm_mode": "batch",
+    }
     common["curvature_budget"] = NO_LIMIT
     common |= {"keep_checkpoints": base["epochs"] + 1, "plots": False, "threads": 1}
     return [
@@ -48,7 +63,8 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
 
 
 def _methods(base: Settings) -> dict[str, Settings]:
-    """The last with a warm-up over the 5 epochs of Goyal et al., or less in a run shorter than 10."""
+    """The last with a warm-up over the 5 epochs of Goyal et al., or less in a run shorter than
+    10."""
     small, large = base["batch_size"], base["max_batch_size"]
     scaled = {"lr": base["lr"] * large / small, "warmup_epochs": min(5, base["epochs"] / 2)}
     return {

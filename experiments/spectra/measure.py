@@ -2,10 +2,11 @@
 
     python -m experiments.spectra.measure SETTINGS.json RUN_DIR
 
-SETTINGS.json holds the settings of `hessianflow train` and those of the measurement, see grid.PRECISION. What was
-measured goes to RUN_DIR/measured.json: spectral densities by epoch, and the loss along two lines through the final
-weights: the leading eigenvector (unit length), and a random direction scaled filter by filter (Li et al.,
-arXiv:1712.09913). All in batch statistics, on the same training examples.
+SETTINGS.json holds the settings of `hessianflow train` and those of the measurement, see
+grid.PRECISION. What was measured goes to RUN_DIR/measured.json: spectral densities by epoch, and
+the loss along two lines through the final weights: the leading eigenvector (unit length), and a
+random direction scaled filter by filter (Li et al., arXiv:1712.09913). All in batch statistics, on
+the same training examples.
 """
 
 import json
@@ -47,7 +48,9 @@ def main(settings_file: str, run_dir: str) -> int:
             trainer.fit()
     parts = build_parts(config)
     batch = parts.train.sample(min(precision["examples"], parts.train.num_examples), config.seed)
-    operator = hf.curvature.HessianOperator(parts.model, nn.CrossEntropyLoss(), batch, norm_mode="batch")
+    operator = hf.curvature.HessianOperator(
+        parts.model, nn.CrossEntropyLoss(), batch, norm_mode="batch"
+    )
     densities = []
     for epoch, weights in _weights(folder, parts.train.num_examples).items():
         if epoch in precision["measured_after"]:
@@ -61,12 +64,18 @@ def main(settings_file: str, run_dir: str) -> int:
 def _weights(folder: Path, examples_per_epoch: int) -> dict[int, Mapping[str, Any]]:
     """Of every epoch whose checkpoint was kept, in their order."""
     files = [file for file in (folder / CHECKPOINTS).glob("*.pt") if file.name != BEST]
-    states = sorted((checkpoints.load(file) for file in files), key=lambda state: int(state["examples"]))
+    states = sorted(
+        (checkpoints.load(file) for file in files), key=lambda state: int(state["examples"])
+    )
     return {state["examples"] // examples_per_epoch: state["model"] for state in states}
 
 
-def _density(operator: hf.curvature.HessianOperator, precision: Mapping[str, int]) -> dict[str, Any]:
-    density = hf.curvature.spectral_density(operator, num_probes=precision["probes"], steps=precision["steps"], seed=0)
+def _density(
+    operator: hf.curvature.HessianOperator, precision: Mapping[str, int]
+) -> dict[str, Any]:
+    density = hf.curvature.spectral_density(
+        operator, num_probes=precision["probes"], steps=precision["steps"], seed=0
+    )
     top = hf.curvature.top_eigenpairs(operator, which="LA", seed=0)
     return {
         "nodes": _rounded(density.nodes),
@@ -82,11 +91,16 @@ def _slices(operator: hf.curvature.HessianOperator, points: int) -> dict[str, An
     """The loss along both lines, by how their directions are scaled."""
     leading = hf.curvature.top_eigenpairs(operator, which="LA", seed=0).vectors[:, 0]
     source = torch.Generator(operator.device).manual_seed(0)
-    random = torch.randn(operator.size, generator=source, device=operator.device, dtype=operator.dtype)
+    random = torch.randn(
+        operator.size, generator=source, device=operator.device, dtype=operator.dtype
+    )
     unit = loss_landscape(operator, leading, span=SPANS["unit"], points=points, normalise="unit")
-    by_filter = loss_landscape(operator, random, span=SPANS["filter"], points=points, normalise="filter")
+    by_filter = loss_landscape(
+        operator, random, span=SPANS["filter"], points=points, normalise="filter"
+    )
     return {
-        one.normalise: {"offsets": _rounded(one.offsets), "losses": _rounded(one.losses)} for one in (unit, by_filter)
+        one.normalise: {"offsets": _rounded(one.offsets), "losses": _rounded(one.losses)}
+        for one in (unit, by_filter)
     }
 
 

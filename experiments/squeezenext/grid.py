@@ -23,7 +23,8 @@ SMALL: Settings = {
     "microbatch_size": 128,
     "probe_examples": 32,
 }
-"""A tenth of the images, a fifth of epochs, milestones and patience, and about a tenth of the batches."""
+"""A tenth of the images, a fifth of epochs, milestones and patience, and about a tenth of the
+batches."""
 _TINY: Settings = {"train_examples": 64, "max_batch_size": 64, "epochs": 3, "probe_examples": 8}
 
 

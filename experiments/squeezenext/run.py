@@ -8,7 +8,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(FOLDER.parents[1]))
 
 from experiments.runner import RUNS, Study, main  # noqa: E402
-from experiments.squeezenext.grid import cells  # noqa: E402  (found by the line above when run as a file)
+from experiments.squeezenext.grid import cells  # noqa: E402
 
 STUDY = Study("squeezenext", RUNS / "squeezenext", cells, recorded=FOLDER)
 

@@ -7,10 +7,20 @@ from hessianflow.adversarial.input_hessian import InputHessian
 from hessianflow.adversarial.mixing import perturbed_rows
 from hessianflow.adversarial.monitors import InputCurvature, RobustnessWatch
 from hessianflow.adversarial.reuse import GradientReuse
-from hessianflow.adversarial.robustness import OverfittingAlarm, RobustAccuracy, robust_accuracy, wilson_interval
+from hessianflow.adversarial.robustness import (
+    OverfittingAlarm,
+    RobustAccuracy,
+    robust_accuracy,
+    wilson_interval,
+)
 from hessianflow.adversarial.runners import AttackRunner, Interleaved, SecondStream
 from hessianflow.adversarial.sam import SAM, sam_perturbation
-from hessianflow.adversarial.split_norm import clean_rows, is_split, merge_batch_norm, split_batch_norm
+from hessianflow.adversarial.split_norm import (
+    clean_rows,
+    is_split,
+    merge_batch_norm,
+    split_batch_norm,
+)
 from hessianflow.adversarial.worker import WorkerProcess
 
 __all__ = [

@@ -1,8 +1,9 @@
-"""Attacks as training plug-ins: they perturb a share of every optimization batch (:class:`interfaces.Adversary`).
+"""Attacks as training plug-ins: they perturb a share of every optimization batch
+(:class:`interfaces.Adversary`).
 
-ABSA (arXiv 1810.01021) trains on FGSM examples in place of the clean ones, labels unchanged. Its reference
-implementation attacks with cross-entropy whatever is trained on, and clamps to the extremes of the attacked slice; here
-the loss is given, and the range is the valid one.
+ABSA (arXiv 1810.01021) trains on FGSM examples in place of the clean ones, labels unchanged. Its
+reference implementation attacks with cross-entropy whatever is trained on, and clamps to the
+extremes of the attacked slice; here the loss is given, and the range is the valid one.
 """
 
 import hashlib
@@ -39,14 +40,17 @@ ABSA_EPS = 0.005
 """Perturbation of ABSA's reference implementation, for inputs in [0, 1] that are not normalised."""
 
 CHECKED_CALL = 3
-"""The call at which the gradient is checked once: by then a last layer that began at zero lets it through. Ours."""
+"""The call at which the gradient is checked once: by then a last layer that began at zero lets it
+through. Ours."""
 
 
 class PGD:
-    """Projected gradient ascent on a share of each batch; see :func:`attacks.pgd` for the arguments.
+    """Projected gradient ascent on a share of each batch; see :func:`attacks.pgd` for the
+    arguments.
 
-    Random starts come from `seed` and the number of calls so far, so a resumed run repeats them on any device, and
-    they do not depend on the microbatch size. On several ranks (`join`) each has random starts of its own.
+    Random starts come from `seed` and the number of calls so far, so a resumed run repeats them on
+    any device, and they do not depend on the microbatch size. On several ranks (`join`) each has
+    random starts of its own.
 
     Args:
         seed: of the random starts.
@@ -89,7 +93,12 @@ class PGD:
         self._reducer = reducer
 
     def perturb(
-        self, model: nn.Module, inputs: Tensor, targets: Any, share: float, microbatch_size: int | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Any,
+        share: float,
+        microbatch_size: int | None = None,
     ) -> Tensor:
         """Return a copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked;
         the very tensor at 0.
@@ -114,7 +123,12 @@ class PGD:
         return result
 
     def attack(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        share: float,
+        microbatch_size: int | None = None,
     ) -> Callable[[], Tensor]:
         """:meth:`perturb`, at once."""
         perturbed = self.perturb(model, inputs, targets, share, microbatch_size)
@@ -152,7 +166,9 @@ class PGD:
         perturbed = torch.empty_like(x)
         with attacking(model, self._norm_mode) as frozen:
             if self._calls == CHECKED_CALL:
-                check_gradient(frozen, x[:size], take_rows(y, slice(size), len(x), "targets"), self._loss_fn)
+                check_gradient(
+                    frozen, x[:size], take_rows(y, slice(size), len(x), "targets"), self._loss_fn
+                )
             for first in range(0, len(x), size):
                 part = slice(first, first + size)
                 perturbed[part] = ascend(
@@ -169,8 +185,12 @@ class PGD:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         # Hashed, so that neighbouring seeds do not share streams one call apart.
-        rank = f":{self._reducer.rank}" if self._reducer is not None and self._reducer.rank > 0 else ""
-        digest = hashlib.blake2b(f"{self._seed}:{self._calls}{rank}".encode(), digest_size=8).digest()
+        rank = (
+            f":{self._reducer.rank}" if self._reducer is not None and self._reducer.rank > 0 else ""
+        )
+        digest = hashlib.blake2b(
+            f"{self._seed}:{self._calls}{rank}".encode(), digest_size=8
+        ).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little"))
 
 

@@ -1,19 +1,20 @@
 """Adversarial attacks as pure functions: model, inputs and targets in, perturbed inputs out.
 
-FGSM (Goodfellow, Shlens, Szegedy, arXiv 1412.6572, section 4):  x' = x + eps * sign(dL/dx).
-FGSM with random start (Wong, Rice, Kolter, arXiv 2001.03994):  start at x + U(-eps, eps), step 1.25 eps,
-project back.
-PGD (Madry et al., arXiv 1706.06083):  repeat x' = project(x' + step * ascent direction), where the
-direction is the sign of the gradient in l_inf and the normalised gradient in l_2.
+FGSM (Goodfellow, Shlens, Szegedy, arXiv 1412.6572, section 4):  x' = x + eps * sign(dL/dx). FGSM
+with random start (Wong, Rice, Kolter, arXiv 2001.03994):  start at x + U(-eps, eps), step 1.25 eps,
+project back. PGD (Madry et al., arXiv 1706.06083):  repeat x' = project(x' + step * ascent
+direction), where the direction is the sign of the gradient in l_inf and the normalised gradient in
+l_2.
 
-All are one loop; they differ in start, step and number of steps. Choices of ours: the valid range is given by the user
-and never taken from the batch (a batch that spans its own range could not be perturbed at its extremes); steps are
-fractions of eps, so that an eps per channel keeps its meaning; the last iterate is returned. The gradient is that of
-the summed loss, in which examples do not weigh each other down.
+All are one loop; they differ in start, step and number of steps. Choices of ours: the valid range
+is given by the user and never taken from the batch (a batch that spans its own range could not be
+perturbed at its extremes); steps are fractions of eps, so that an eps per channel keeps its
+meaning; the last iterate is returned. The gradient is that of the summed loss, in which examples do
+not weigh each other down.
 
-The attack leaves no trace: modes, statistics, `.grad`, `requires_grad` and random generators are as found. Parameters
-are frozen meanwhile, so nothing but the gradient with respect to the input is computed or kept. Run it inside
-`torch.autocast` to attack in mixed precision.
+The attack leaves no trace: modes, statistics, `.grad`, `requires_grad` and random generators are as
+found. Parameters are frozen meanwhile, so nothing but the gradient with respect to the input is
+computed or kept. Run it inside `torch.autocast` to attack in mixed precision.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hessianflow.adversarial.budget import Budget, Norm, PerChannel, ValueRange, check_in_range, make_budget, place
+from hessianflow.adversarial.budget import (
+    Budget,
+    Norm,
+    PerChannel,
+    ValueRange,
+    check_in_range,
+    make_budget,
+    place,
+)
 from hessianflow.adversarial.fixed_norm import fixed_normalisation
 from hessianflow.checks import check_choice, check_count, is_number
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
@@ -53,23 +62,27 @@ def fgsm(
     Args:
         model: maps inputs to whatever `loss_fn` takes; wrapped models are unwrapped.
         x: inputs, floating point, shape [N, ...].
-        y: targets, shape [N, ...]; class probabilities for soft labels. With `targeted`, the targets to move towards.
-        eps: largest change of a component, in the units of `x`: one number or one per channel (eps / std for inputs
-            normalised by std).
-        value_range: (smallest, largest) valid value of `x`, each one number or one per channel; None: do not clamp.
+        y: targets, shape [N, ...]; class probabilities for soft labels. With `targeted`, the
+            targets to move towards.
+        eps: largest change of a component, in the units of `x`: one number or one per channel (eps
+            / std for inputs normalised by std).
+        value_range: (smallest, largest) valid value of `x`, each one number or one per channel;
+            None: do not clamp.
         loss_fn: the loss to raise; use the one trained on.
-        random_start: start at a random point of the ball, step 1.25 eps and project back (Wong et al., 2020).
-        norm_mode: statistics used by batch normalisation during the attack: "eval" the running ones, "batch" those of
-            `x`. Neither moves the running ones.
+        random_start: start at a random point of the ball, step 1.25 eps and project back (Wong et
+            al., 2020).
+        norm_mode: statistics used by batch normalisation during the attack: "eval" the running
+            ones, "batch" those of `x`. Neither moves the running ones.
         targeted: lower the loss instead of raising it.
-        generator: source of the random start; None: fresh entropy. The global generators are never used.
+        generator: source of the random start; None: fresh entropy. The global generators are never
+            used.
 
     Returns:
         The perturbed inputs, detached; `x` is not changed.
 
     Raises:
-        HessianFlowError: an eps that is negative, not finite or wider than the range; inputs that are integers or lie
-            outside the range; a loss that does not depend on the inputs.
+        HessianFlowError: an eps that is negative, not finite or wider than the range; inputs that
+            are integers or lie outside the range; a loss that does not depend on the inputs.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)
@@ -82,7 +95,9 @@ def fgsm(
     check_in_range(budget, x)
     start = random_deltas(budget, x, generator) if random_start else None
     with attacking(model, norm_mode) as frozen:
-        return ascend(frozen, x, y, budget, loss_fn, steps=1, step=step, start=start, targeted=targeted)
+        return ascend(
+            frozen, x, y, budget, loss_fn, steps=1, step=step, start=start, targeted=targeted
+        )
 
 
 def pgd(
@@ -103,18 +118,20 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent on the loss within a ball around the inputs.
 
-    x' = clamp(project(x' + relative_step * eps * direction)), `steps` times; direction: sign(g) in l_inf, g / ||g|| in
-    l_2 (for an eps per channel: the steepest direction in units of eps). See :func:`fgsm` for what is not said here.
+    x' = clamp(project(x' + relative_step * eps * direction)), `steps` times; direction: sign(g) in
+    l_inf, g / ||g|| in l_2 (for an eps per channel: the steepest direction in units of eps). See
+    :func:`fgsm` for what is not said here.
 
     Args:
         model: maps inputs to whatever `loss_fn` takes.
         x: inputs, shape [N, ...].
         y: targets, shape [N, ...].
-        eps: radius of the ball, one number or one per channel. In l_2 the norm is that of delta / eps over all
-            components of an example, at most 1.
+        eps: radius of the ball, one number or one per channel. In l_2 the norm is that of delta /
+            eps over all components of an example, at most 1.
         value_range: (smallest, largest) valid value; None: do not clamp.
         steps: gradient steps (default ours).
-        relative_step: step size in units of eps; None: 2.5 / steps, enough to reach the far side of the ball (ours).
+        relative_step: step size in units of eps; None: 2.5 / steps, enough to reach the far side of
+            the ball (ours).
         norm: "l_inf" or "l_2".
         loss_fn: the loss to raise.
         random_start: start at a random point of the ball (Madry et al.).
@@ -133,7 +150,9 @@ def pgd(
     check_in_range(budget, x)
     start = random_deltas(budget, x, generator) if random_start else None
     with attacking(model, norm_mode) as frozen:
-        return ascend(frozen, x, y, budget, loss_fn, steps=steps, step=step, start=start, targeted=targeted)
+        return ascend(
+            frozen, x, y, budget, loss_fn, steps=steps, step=step, start=start, targeted=targeted
+        )
 
 
 @contextmanager
@@ -186,8 +205,8 @@ def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
     Raises:
         HessianFlowError: no path leads from the loss back to the inputs.
     """
-    # clone: a tensor made in inference mode cannot take part in a graph. On a CPU, convolutions run faster on images
-    # with the channels last, whatever the layout of the weights.
+    # clone: a tensor made in inference mode cannot take part in a graph. On a CPU, convolutions run
+    # faster on images with the channels last, whatever the layout of the weights.
     images_on_cpu = x.ndim == 4 and x.device.type == "cpu"
     layout = torch.channels_last if images_on_cpu else torch.preserve_format
     leaf = x.detach().clone(memory_format=layout).requires_grad_()
@@ -195,22 +214,23 @@ def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
     gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:
         raise HessianFlowError(
-            "the loss does not depend on the inputs, so they cannot be attacked; "
-            "the model must be differentiable from input to loss (no detach, no_grad or rounding on the way)"
+            "the loss does not depend on the inputs, so they cannot be attacked; the model must be"
+            " differentiable from input to loss (no detach, no_grad or rounding on the way)"
         )
     return gradient
 
 
 def check_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> None:
-    """Refuse a loss whose gradient by the inputs is zero everywhere: no attack with it could change anything.
+    """Refuse a loss whose gradient by the inputs is zero everywhere: no attack with it could change
+    anything.
 
     Raises:
         HessianFlowError: cross-entropy over a single output, for one.
     """
     if not bool(input_gradient(frozen, x, y, loss_fn).any()):
         raise HessianFlowError(
-            "the gradient of the attack's loss by the inputs is zero everywhere, so nothing is perturbed; "
-            "give it the loss that is trained on (loss_fn=)"
+            "the gradient of the attack's loss by the inputs is zero everywhere, so nothing is"
+            " perturbed; give it the loss that is trained on (loss_fn=)"
         )
 
 
@@ -232,5 +252,7 @@ def resolve_step(steps: int, relative_step: float | None) -> float:
     if relative_step is None:
         return 2.5 / steps
     if not is_number(relative_step) or not 0 < relative_step < float("inf"):
-        raise HessianFlowError(f"relative_step must be positive and finite (in units of eps), got {relative_step}")
+        raise HessianFlowError(
+            f"relative_step must be positive and finite (in units of eps), got {relative_step}"
+        )
     return relative_step

@@ -1,7 +1,9 @@
-"""What an attack may do to an input: how far it may move it, and within which valid range of values.
+"""What an attack may do to an input: how far it may move it, and within which valid range of
+values.
 
-Perturbations are measured in units of eps: delta = eps * u with u in the unit ball of the norm, so that a value per
-channel (eps / std for inputs normalised by std) needs no code of its own, also in l_2.
+Perturbations are measured in units of eps: delta = eps * u with u in the unit ball of the norm, so
+that a value per channel (eps / std for inputs normalised by std) needs no code of its own, also in
+l_2.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,8 @@ PerChannel = float | Sequence[float] | Tensor
 ValueRange = tuple[PerChannel, PerChannel]
 """Smallest and largest valid input value."""
 
-# Inputs may leave the stated range by this part of its width: rounding of half-precision normalised images.
+# Inputs may leave the stated range by this part of its width: rounding of half-precision normalised
+# images.
 RANGE_SLACK = 1e-3
 
 
@@ -46,7 +49,8 @@ class Budget:
         return x if self.low is None else torch.clamp(x, self.low, self.high)
 
     def project(self, perturbed: Tensor, x: Tensor) -> Tensor:
-        """Back into the ball around `x`, then into the valid range (which contains `x`, so the ball is kept)."""
+        """Back into the ball around `x`, then into the valid range (which contains `x`, so the ball
+        is kept)."""
         if self.norm == "l_inf":
             return self.clamp(torch.clamp(perturbed, x - self.eps, x + self.eps))
         delta = perturbed - x
@@ -76,7 +80,9 @@ class Budget:
             return self.eps * (2 * uniform - 1).to(x.device)
         direction = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
         rows = (x.shape[0], *[1] * (x.ndim - 1))
-        radius = torch.rand(rows, generator=generator, device=device, dtype=x.dtype) ** (1 / max(x[:1].numel(), 1))
+        radius = torch.rand(rows, generator=generator, device=device, dtype=x.dtype) ** (
+            1 / max(x[:1].numel(), 1)
+        )
         return self.eps * (direction / _row_norm(direction) * radius).to(x.device)
 
 
@@ -84,8 +90,8 @@ def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> 
     """Check and resolve what the user gave.
 
     Raises:
-        HessianFlowError: eps negative, not finite or larger than the width of the range; an empty range; an unknown
-            norm.
+        HessianFlowError: eps negative, not finite or larger than the width of the range; an empty
+            range; an unknown norm.
     """
     if norm not in ("l_inf", "l_2"):
         raise HessianFlowError(f"norm must be 'l_inf' or 'l_2', got {norm!r}")
@@ -96,11 +102,13 @@ def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> 
         return Budget(radius, None, None, norm)
     low, high = _range(value_range)
     radius, low, high = _broadcast(radius, low, high)
-    # In l_2 eps bounds the length of the whole perturbation, which may exceed the range of one component.
+    # In l_2 eps bounds the length of the whole perturbation, which may exceed the range of one
+    # component.
     if norm == "l_inf" and bool((radius > high - low).any()):
         raise HessianFlowError(
-            f"eps must not exceed the width {_show(high - low)} of value_range, got {_show(radius)}; "
-            "state it in the units of the inputs (divide by the std for normalised ones)"
+            f"eps must not exceed the width {_show(high - low)} of value_range, got"
+            f" {_show(radius)}; state it in the units of the inputs (divide by the std for"
+            " normalised ones)"
         )
     return Budget(radius, low, high, norm)
 
@@ -132,7 +140,8 @@ def place(budget: Budget, x: Tensor) -> Budget:
     check_one_tensor(x)
     if not x.is_floating_point():
         raise HessianFlowError(
-            f"inputs must be floating point to be perturbed, got {x.dtype}; convert them (for images: x.float() / 255)"
+            f"inputs must be floating point to be perturbed, got {x.dtype}; convert them (for"
+            " images: x.float() / 255)"
         )
 
     def shaped(value: Tensor | None) -> Tensor | None:
@@ -140,7 +149,7 @@ def place(budget: Budget, x: Tensor) -> Budget:
             return None
         if value.ndim and (x.ndim < 2 or x.shape[1] != len(value)):
             raise HessianFlowError(
-                f"eps and value_range must have one value per channel (dimension 1) of the inputs, "
+                "eps and value_range must have one value per channel (dimension 1) of the inputs, "
                 f"got {len(value)} values for inputs of shape {list(x.shape)}"
             )
         shape = (1, -1, *[1] * (x.ndim - 2)) if value.ndim else ()
@@ -164,18 +173,23 @@ def check_in_range(budget: Budget, x: Tensor) -> None:
     slack = RANGE_SLACK * (budget.high - budget.low)
     if bool(((x < budget.low - slack) | (x > budget.high + slack)).any()):
         raise HessianFlowError(
-            f"inputs must lie in value_range [{_show(budget.low)}, {_show(budget.high)}], got values from "
-            f"{float(x.min()):g} to {float(x.max()):g}; give the range of the inputs as the model sees them"
+            f"inputs must lie in value_range [{_show(budget.low)}, {_show(budget.high)}], got"
+            f" values from {float(x.min()):g} to {float(x.max()):g}; give the range of the inputs"
+            " as the model sees them"
         )
 
 
 def _range(value_range: ValueRange) -> tuple[Tensor, Tensor]:
     if not isinstance(value_range, (tuple, list, Tensor)) or len(value_range) != 2:
-        raise HessianFlowError(f"value_range must be (low, high) or None for no clamping, got {value_range!r}")
+        raise HessianFlowError(
+            f"value_range must be (low, high) or None for no clamping, got {value_range!r}"
+        )
     low, high = _as_tensor(value_range[0], "value_range"), _as_tensor(value_range[1], "value_range")
     low, high = _broadcast(low, high)
     if not bool((low < high).all()):
-        raise HessianFlowError(f"value_range must have low < high, got [{_show(low)}, {_show(high)}]")
+        raise HessianFlowError(
+            f"value_range must have low < high, got [{_show(low)}, {_show(high)}]"
+        )
     return low, high
 
 
@@ -183,10 +197,13 @@ def _as_tensor(value: PerChannel, name: str) -> Tensor:
     try:
         tensor: Tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").squeeze()
     except (TypeError, ValueError):
-        raise HessianFlowError(f"{name} must be a number or one number per channel, got {value!r}") from None
+        raise HessianFlowError(
+            f"{name} must be a number or one number per channel, got {value!r}"
+        ) from None
     if tensor.ndim > 1:
         raise HessianFlowError(
-            f"{name} must be a number or one number per channel, got a tensor of shape {list(tensor.shape)}"
+            f"{name} must be a number or one number per channel, got a tensor of shape"
+            f" {list(tensor.shape)}"
         )
     return tensor
 
@@ -194,7 +211,9 @@ def _as_tensor(value: PerChannel, name: str) -> Tensor:
 def _broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     channels = {len(t) for t in tensors if t.ndim}
     if len(channels) > 1:
-        raise HessianFlowError(f"eps and value_range must agree on the number of channels, got {sorted(channels)}")
+        raise HessianFlowError(
+            f"eps and value_range must agree on the number of channels, got {sorted(channels)}"
+        )
     return tuple(tensor.expand(tuple(channels)) for tensor in tensors)
 
 

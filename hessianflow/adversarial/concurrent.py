@@ -1,19 +1,22 @@
-"""ConAdv: adversarial examples from weights a few steps old, so that attack and training run at the same time.
+"""ConAdv: adversarial examples from weights a few steps old, so that attack and training run at the
+same time.
 
-Liu, Chen, Cheng, Hsieh, You, "Concurrent adversarial learning for large-batch training", arXiv 2106.00221, algorithm 1.
-With staleness tau, step t trains on batch t and its twin made with theta_{t-tau}, while batch t + tau is attacked at
-theta_t; the loss is the mean over the clean examples plus the mean over their twins (a sum of two means). Staleness 0
-is the synchronous method.
+Liu, Chen, Cheng, Hsieh, You, "Concurrent adversarial learning for large-batch training", arXiv
+2106.00221, algorithm 1. With staleness tau, step t trains on batch t and its twin made with
+theta_{t-tau}, while batch t + tau is attacked at theta_t; the loss is the mean over the clean
+examples plus the mean over their twins (a sum of two means). Staleness 0 is the synchronous method.
 
-Where the paper's text leaves a choice: the first tau batches have no twin and are trained clean (`first="clean"`) or
-attacked at the moment they are used (`first="synchronous"`); with split batch normalisation the attack goes through the
-adversarial set by default. A change of the batch size drains the queue: batches already drawn are used as they are, so
-each keeps its twin and the change arrives tau steps later. A share below 1 makes twins of that share of the rows, and
-the sum of two means becomes mean over the clean rows + share x mean over the twins: every row counts alike.
+Where the paper's text leaves a choice: the first tau batches have no twin and are trained clean
+(`first="clean"`) or attacked at the moment they are used (`first="synchronous"`); with split batch
+normalisation the attack goes through the adversarial set by default. A change of the batch size
+drains the queue: batches already drawn are used as they are, so each keeps its twin and the change
+arrives tau steps later. A share below 1 makes twins of that share of the rows, and the sum of two
+means becomes mean over the clean rows + share x mean over the twins: every row counts alike.
 
-In a training loop of one's own :meth:`ConcurrentAdversary.pairs` holds the queue and :func:`pair_loss` makes one
-concatenated forward pass. In `AdaptiveBatchTrainer` the trainer holds the queue and calls `attack` and `expose`
-(`interfaces.Adversary`); clean rows and twins then go through the network in microbatches of their own.
+In a training loop of one's own :meth:`ConcurrentAdversary.pairs` holds the queue and
+:func:`pair_loss` makes one concatenated forward pass. In `AdaptiveBatchTrainer` the trainer holds
+the queue and calls `attack` and `expose` (`interfaces.Adversary`); clean rows and twins then go
+through the network in microbatches of their own.
 """
 
 from collections import deque
@@ -70,8 +73,8 @@ class PairLoss:
     Attributes:
         total: what to differentiate.
         clean: mean over the clean examples, detached.
-        gain: mean loss of the twins minus `clean`, detached; positive unless the twins are too stale to be harder.
-            nan without a twin.
+        gain: mean loss of the twins minus `clean`, detached; positive unless the twins are too
+            stale to be harder. nan without a twin.
     """
 
     total: Tensor
@@ -88,16 +91,21 @@ class _Queued:
 
 
 class ConcurrentAdversary:
-    """A queue of batches between the data and the training step, attacked `staleness` steps before their use.
+    """A queue of batches between the data and the training step, attacked `staleness` steps before
+    their use.
 
     Args:
         adversary: makes the twins, such as `FGSM(eps, value_range=(0, 1))`.
-        staleness: steps between attack and use; 0: none. Default (ours): 1, the smallest concurrent value.
-        first: what to do with the first `staleness` batches, which nobody attacked ahead of time (ours: "clean").
-        attack_set: batch-normalisation set of a split model that the attack goes through; ignored for other models.
-        combine: "sum" of the two means, as in the paper, or their "average", which keeps the scale of the gradient; for
-            the trainer (:func:`pair_loss` has its own).
-        microbatch_size: most rows attacked in one forward pass; None: all, or what the trainer says.
+        staleness: steps between attack and use; 0: none. Default (ours): 1, the smallest concurrent
+            value.
+        first: what to do with the first `staleness` batches, which nobody attacked ahead of time
+            (ours: "clean").
+        attack_set: batch-normalisation set of a split model that the attack goes through; ignored
+            for other models.
+        combine: "sum" of the two means, as in the paper, or their "average", which keeps the scale
+            of the gradient; for the trainer (:func:`pair_loss` has its own).
+        microbatch_size: most rows attacked in one forward pass; None: all, or what the trainer
+            says.
         runner: where attacks run; None: :class:`~hessianflow.adversarial.runners.Interleaved`.
 
     Raises:
@@ -130,10 +138,13 @@ class ConcurrentAdversary:
         check_count("microbatch_size", microbatch_size, none="all rows at once")
         if not hasattr(adversary, "perturb"):
             raise HessianFlowError(
-                f"adversary must make the twins, such as FGSM(...), got a {type(adversary).__name__}"
+                "adversary must make the twins, such as FGSM(...), got a"
+                f" {type(adversary).__name__}"
             )
         if runner is not None and not hasattr(runner, "submit"):
-            raise HessianFlowError(f"runner must run attacks, such as SecondStream(), got a {type(runner).__name__}")
+            raise HessianFlowError(
+                f"runner must run attacks, such as SecondStream(), got a {type(runner).__name__}"
+            )
         self._adversary = adversary
         self._staleness = staleness
         self._first = first
@@ -152,11 +163,17 @@ class ConcurrentAdversary:
 
     @property
     def attacks_late(self) -> bool:
-        """Whether a batch without a twin is attacked at its use: always without staleness, else as `first` says."""
+        """Whether a batch without a twin is attacked at its use: always without staleness, else as
+        `first` says."""
         return self._staleness == 0 or self._first == "synchronous"
 
     def attack(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, share: float, microbatch_size: int | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        share: float,
+        microbatch_size: int | None = None,
     ) -> Callable[[], Tensor]:
         """Start to make the twins of `share` of the rows, spread evenly, with the weights of now.
 
@@ -173,7 +190,9 @@ class ConcurrentAdversary:
         )
         return self._latest
 
-    def expose(self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float) -> Exposure:
+    def expose(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float
+    ) -> Exposure:
         """Clean rows and twins; these through the adversarial set where the model is split."""
         mode = partial(clean_rows, model, 0) if is_split(model) else nullcontext
         twins = (adversarial, targets[_chosen(inputs, share)])
@@ -185,10 +204,12 @@ class ConcurrentAdversary:
     def pairs(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Pair]:
         """One pair a batch, in order, for a whole run; step the optimizer between two pairs.
 
-        Batches are drawn `staleness` ahead. Chain the epochs into one iterable, so that the queue crosses their ends.
+        Batches are drawn `staleness` ahead. Chain the epochs into one iterable, so that the queue
+        crosses their ends.
 
         Raises:
-            HessianFlowError: the run is not longer than `staleness`, so that no twin made ahead would ever be used.
+            HessianFlowError: the run is not longer than `staleness`, so that no twin made ahead
+                would ever be used.
         """
         for batch in batches:
             if len(self._queue) < self._staleness:
@@ -197,8 +218,8 @@ class ConcurrentAdversary:
                 yield self.step(model, *batch)
         if self._step == 0 and self._staleness > 0:
             raise HessianFlowError(
-                f"staleness must be smaller than the number of steps, got {self._staleness} for a run of "
-                f"{len(self._queue)} steps"
+                f"staleness must be smaller than the number of steps, got {self._staleness} for a"
+                f" run of {len(self._queue)} steps"
             )
         yield from self.drain(model)
 
@@ -210,12 +231,14 @@ class ConcurrentAdversary:
         """
         if len(self._queue) >= self._staleness:
             raise HessianFlowError(
-                f"the queue of {self._staleness} batches is full: use step(model, inputs, targets) from now on"
+                f"the queue of {self._staleness} batches is full: use step(model, inputs, targets)"
+                " from now on"
             )
         self._queue.append(_Queued(inputs, targets))
 
     def step(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Pair:
-        """Start the attack on the batch of `staleness` steps ahead with the weights of now; hand out that of now.
+        """Start the attack on the batch of `staleness` steps ahead with the weights of now; hand
+        out that of now.
 
         Call it before the optimizer changes the weights.
 
@@ -224,7 +247,8 @@ class ConcurrentAdversary:
         """
         if len(self._queue) < self._staleness:
             raise HessianFlowError(
-                f"staleness {self._staleness} needs as many batches queued, got {len(self._queue)}: call prime first"
+                f"staleness {self._staleness} needs as many batches queued, got {len(self._queue)}:"
+                " call prime first"
             )
         ahead = _Queued(inputs, targets)
         self._attack(model, ahead)
@@ -252,16 +276,19 @@ class ConcurrentAdversary:
         return {"step": self._step, "queue": queue, "adversary": self._adversary.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; the data must go on with the batch after the last one queued."""
+        """Continue from :meth:`state_dict`; the data must go on with the batch after the last one
+        queued."""
         self._settle()
         self._step = int(state["step"])
         self._adversary.load_state_dict(state["adversary"])
         self._queue = deque(
-            _Queued(e["inputs"], e["targets"], _ready(e["adversarial"]), e["attacked_at"]) for e in state["queue"]
+            _Queued(e["inputs"], e["targets"], _ready(e["adversarial"]), e["attacked_at"])
+            for e in state["queue"]
         )
 
     def _settle(self) -> None:
-        """Wait for the attack under way, at whose end its runner may move the adversary's random starts on."""
+        """Wait for the attack under way, at whose end its runner may move the adversary's random
+        starts on."""
         if self._latest is not None:
             with suppress(Exception):  # told to whoever asks for the twins
                 self._latest()
@@ -281,14 +308,18 @@ class ConcurrentAdversary:
         entry.attacked_at = self._step
 
 
-def pair_loss(model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Combine = "sum") -> PairLoss:
+def pair_loss(
+    model: nn.Module, pair: Pair, loss_fn: LossFn, *, combine: Combine = "sum"
+) -> PairLoss:
     """Return the loss of a pair from one concatenated forward pass.
 
     Args:
         model: called in the mode it is in; split batch normalisation is told which rows are clean.
-        pair: from :meth:`ConcurrentAdversary.pairs`. Without a twin the clean loss alone is used, whatever `combine`.
+        pair: from :meth:`ConcurrentAdversary.pairs`. Without a twin the clean loss alone is used,
+            whatever `combine`.
         loss_fn: a mean over examples (or a sum or a vector: see `LossFn`).
-        combine: "sum" of the two means, as in the paper, or their "average", which keeps the scale of the gradient.
+        combine: "sum" of the two means, as in the paper, or their "average", which keeps the scale
+            of the gradient.
 
     Raises:
         HessianFlowError: another way to combine.

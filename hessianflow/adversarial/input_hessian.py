@@ -1,8 +1,8 @@
 """The Hessian of the loss with respect to the inputs: what adversarial regularisation flattens.
 
-Products come from a second reverse pass through the graph of the input gradient, which is built once and reused. The
-object has size, device, dtype and matvec (:class:`interfaces.LinearOperator`), so the eigenvalue routines of
-`hf.curvature` take it as it is.
+Products come from a second reverse pass through the graph of the input gradient, which is built
+once and reused. The object has size, device, dtype and matvec (:class:`interfaces.LinearOperator`),
+so the eigenvalue routines of `hf.curvature` take it as it is.
 """
 
 import torch
@@ -16,10 +16,12 @@ from hessianflow.losses import mean_loss
 
 
 class InputHessian:
-    """The Hessian of the summed loss of a batch with respect to its inputs, as a matrix-free operator.
+    """The Hessian of the summed loss of a batch with respect to its inputs, as a matrix-free
+    operator.
 
-    With `norm_mode="eval"` examples do not see each other: the matrix is block diagonal, one block an example, and its
-    top eigenvalue is the largest of the examples'. Valid until the weights change: make a new one after a step.
+    With `norm_mode="eval"` examples do not see each other: the matrix is block diagonal, one block
+    an example, and its top eigenvalue is the largest of the examples'. Valid until the weights
+    change: make a new one after a step.
 
     Args:
         model: maps inputs to whatever `loss_fn` takes; left as found.
@@ -32,7 +34,8 @@ class InputHessian:
         HessianFlowError: inputs that are not one tensor, or a loss that does not depend on them.
 
     Example:
-        >>> operator = InputHessian(nn.Identity(), torch.ones(1, 2), torch.zeros(1, 2), nn.MSELoss(reduction="sum"))
+        >>> loss_fn = nn.MSELoss(reduction="sum")
+        >>> operator = InputHessian(nn.Identity(), torch.ones(1, 2), torch.zeros(1, 2), loss_fn)
         >>> operator.matvec(torch.tensor([1.0, 3.0]))
         tensor([2., 6.])
     """
@@ -49,17 +52,21 @@ class InputHessian:
         check_one_tensor(x)
         if not x.is_floating_point():
             raise HessianFlowError(
-                f"inputs must be floating point to be differentiated by, got {x.dtype}; convert them (for images: "
-                "x.float() / 255)"
+                f"inputs must be floating point to be differentiated by, got {x.dtype}; convert"
+                " them (for images: x.float() / 255)"
             )
         with attacking(model, norm_mode) as frozen:
             self._inputs = x.detach().clone().requires_grad_()
             loss = mean_loss(loss_fn, frozen(self._inputs), y) * len(x)
             found: tuple[Tensor | None, ...] = (None,)
             if loss.requires_grad:
-                found = torch.autograd.grad(loss, self._inputs, create_graph=True, allow_unused=True)
+                found = torch.autograd.grad(
+                    loss, self._inputs, create_graph=True, allow_unused=True
+                )
         if found[0] is None:
-            raise HessianFlowError("the loss does not depend on the inputs: there is no input curvature to measure")
+            raise HessianFlowError(
+                "the loss does not depend on the inputs: there is no input curvature to measure"
+            )
         self._gradient = found[0]
 
     @property
@@ -83,6 +90,10 @@ class InputHessian:
         if not self._gradient.requires_grad:
             return torch.zeros_like(vector)
         (product,) = torch.autograd.grad(
-            self._gradient, self._inputs, vector.reshape(self._inputs.shape), retain_graph=True, allow_unused=True
+            self._gradient,
+            self._inputs,
+            vector.reshape(self._inputs.shape),
+            retain_graph=True,
+            allow_unused=True,
         )
         return torch.zeros_like(vector) if product is None else product.flatten()

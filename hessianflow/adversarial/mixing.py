@@ -1,9 +1,10 @@
 """Which rows of an optimization batch are perturbed.
 
-floor(B * share) rows, spread evenly: row i is chosen iff floor((i + 1) * share) > floor(i * share). The choice is made
-on the optimization batch, so it does not depend on how the batch is cut into microbatches, and every cut keeps the mix
-to within one example. ABSA's reference implementation perturbs the first rows of each microbatch instead; as examples
-are shuffled, that differs in nothing but which ones.
+floor(B * share) rows, spread evenly: row i is chosen iff floor((i + 1) * share) > floor(i * share).
+The choice is made on the optimization batch, so it does not depend on how the batch is cut into
+microbatches, and every cut keeps the mix to within one example. ABSA's reference implementation
+perturbs the first rows of each microbatch instead; as examples are shuffled, that differs in
+nothing but which ones.
 """
 
 from fractions import Fraction
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from hessianflow.interfaces import HessianFlowError
 
-# Shares are read as the nearest fraction with at most this denominator: 0.29 * 100 is 28.999999999999996 in floating
-# point, and its floor would lose a row.
+# Shares are read as the nearest fraction with at most this denominator: 0.29 * 100 is
+# 28.999999999999996 in floating point, and its floor would lose a row.
 _MAX_DENOMINATOR = 10**6
 
 
@@ -32,7 +33,8 @@ def perturbed_rows(batch_size: int, share: float, device: torch.device | str = "
     """
     part = exact_share(share)
     count = batch_size * part.numerator // part.denominator
-    # Row i is the k-th chosen one iff it is the smallest with (i + 1) * share >= k, i.e. i = ceil(k / share) - 1.
+    # Row i is the k-th chosen one iff it is the smallest with (i + 1) * share >= k, i.e. i = ceil(k
+    # / share) - 1.
     k = torch.arange(1, count + 1, device=device)
     return (k * part.denominator + part.numerator - 1) // max(part.numerator, 1) - 1
 

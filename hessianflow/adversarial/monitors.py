@@ -1,4 +1,5 @@
-"""What adversarial training does to a network, measured after each epoch (:class:`interfaces.EpochMeasurement`)."""
+"""What adversarial training does to a network, measured after each epoch
+(:class:`interfaces.EpochMeasurement`)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,8 @@ from hessianflow.adversarial.robustness import OverfittingAlarm, robust_accuracy
 from hessianflow.interfaces import LinearOperator, LossFn
 
 PGD_STEPS = 10
-"""Enough to see a collapse (Wong et al., arXiv 2001.03994, watch PGD with few steps on one batch). Ours."""
+"""Enough to see a collapse (Wong et al., arXiv 2001.03994, watch PGD with few steps on one batch).
+Ours."""
 
 
 class RobustnessWatch:
@@ -80,12 +82,14 @@ class RobustnessWatch:
 
 
 class InputCurvature:
-    """The top eigenvalue of the loss by the inputs, over the examples of a fixed batch: the sharpest of them.
+    """The top eigenvalue of the loss by the inputs, over the examples of a fixed batch: the
+    sharpest of them.
 
     Args:
         model: left as found.
         batch: (inputs, targets).
-        solve: finds the top eigenpair of an operator and returns its figures by name, "eigenvalue" among them.
+        solve: finds the top eigenpair of an operator and returns its figures by name, "eigenvalue"
+            among them.
         loss_fn: the loss trained on.
 
     Raises:

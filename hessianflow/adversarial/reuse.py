@@ -1,16 +1,21 @@
-"""Adversarial examples at no extra pass: the input gradient of an example's last visit, kept until the next.
+"""Adversarial examples at no extra pass: the input gradient of an example's last visit, kept until
+the next.
 
-Ours. The backward pass of a training step reaches the inputs for the price of one more product in the first layer. The
-sign of what arrives there is kept for every example of the data set (one byte a component), in the frame of the stored
-image: the crop and the flip of the visit are undone, and those of the next one applied. The next visit then trains on
+Ours. The backward pass of a training step reaches the inputs for the price of one more product in
+the first layer. The sign of what arrives there is kept for every example of the data set (one byte
+a component), in the frame of the stored image: the crop and the flip of the visit are undone, and
+those of the next one applied. The next visit then trains on
 
-    x' = clamp(x + eps * sign(g)),   g: gradient of the loss at the last visit, at the inputs trained on then,
+    x' = clamp(x + eps * sign(g)),
+    g: gradient of the loss at the last visit, at the inputs trained on then,
 
-an FGSM example that is one epoch stale. The relatives are "free" adversarial training (Shafahi et al., arXiv
-1904.12843), which replays one batch several times, and ATTA (Zheng et al., arXiv 1912.11969), which keeps perturbations
-between epochs and attacks once more from there; this one never makes a pass of its own.
+an FGSM example that is one epoch stale. The relatives are "free" adversarial training (Shafahi et
+al., arXiv 1904.12843), which replays one batch several times, and ATTA (Zheng et al., arXiv
+1912.11969), which keeps perturbations between epochs and attacks once more from there; this one
+never makes a pass of its own.
 
-Pixels that the last visit cropped away have no gradient and are not moved; on its first visit an example is clean.
+Pixels that the last visit cropped away have no gradient and are not moved; on its first visit an
+example is clean.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,13 +25,21 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.adversarial.adversaries import ABSA_EPS
-from hessianflow.adversarial.budget import PerChannel, ValueRange, check_in_range, check_one_tensor, make_budget, place
+from hessianflow.adversarial.budget import (
+    PerChannel,
+    ValueRange,
+    check_in_range,
+    check_one_tensor,
+    make_budget,
+    place,
+)
 from hessianflow.adversarial.mixing import perturbed_rows
 from hessianflow.interfaces import Exposure, HessianFlowError, Reducer
 
 
 class TracedBatches(Protocol):
-    """Batches that know which examples the latest one held and where its pixels came from: `hf.data.DeviceBatches`."""
+    """Batches that know which examples the latest one held and where its pixels came from:
+    `hf.data.DeviceBatches`."""
 
     @property
     def num_examples(self) -> int:
@@ -49,7 +62,8 @@ class TracedBatches(Protocol):
         ...
 
     def as_in_latest(self, maps: Tensor) -> Tensor:
-        """Maps in the frame of the stored images, [n, C, H, W], moved as the latest batch was augmented."""
+        """Maps in the frame of the stored images, [n, C, H, W], moved as the latest batch was
+        augmented."""
         ...
 
     def as_stored(self, maps: Tensor) -> Tensor:
@@ -62,7 +76,8 @@ class GradientReuse:
 
     Args:
         batches: the training data; asked which examples the batch at hand holds.
-        eps: largest change of a component, one number or one per channel, in the units of the inputs. Default: ABSA's.
+        eps: largest change of a component, one number or one per channel, in the units of the
+            inputs. Default: ABSA's.
         value_range: (smallest, largest) valid value; None: do not clamp.
 
     Raises:
@@ -72,11 +87,13 @@ class GradientReuse:
     staleness: int = 0  # nothing is drawn ahead (the gradients themselves are an epoch old),
     attacks_late: bool = True  # every batch is perturbed at its use
 
-    def __init__(self, batches: TracedBatches, eps: PerChannel = ABSA_EPS, *, value_range: ValueRange | None) -> None:
+    def __init__(
+        self, batches: TracedBatches, eps: PerChannel = ABSA_EPS, *, value_range: ValueRange | None
+    ) -> None:
         if not hasattr(batches, "as_in_latest"):
             raise HessianFlowError(
-                f"reuse must know which examples a batch holds, which {type(batches).__name__} does not tell: "
-                "use DeviceBatches, or another adversary"
+                f"reuse must know which examples a batch holds, which {type(batches).__name__} does"
+                " not tell: use DeviceBatches, or another adversary"
             )
         self._batches = batches
         self._budget = make_budget(eps, value_range, "l_inf")
@@ -92,11 +109,12 @@ class GradientReuse:
         share: float,
         microbatch_size: int | None = None,  # noqa: ARG002
     ) -> Callable[[], Tensor]:
-        """`share` of the rows, spread evenly, moved by what their last visit left; no pass through the model.
+        """`share` of the rows, spread evenly, moved by what their last visit left; no pass through
+        the model.
 
         Raises:
-            HessianFlowError: a share outside [0, 1]; integer inputs, or (first call) inputs outside the valid range;
-                inputs that are not the latest batch, of its size.
+            HessianFlowError: a share outside [0, 1]; integer inputs, or (first call) inputs outside
+                the valid range; inputs that are not the latest batch, of its size.
         """
         self._check(inputs)
         rows = perturbed_rows(len(inputs), share, inputs.device)
@@ -125,8 +143,8 @@ class GradientReuse:
         """
         if reducer.world_size > 1:
             raise HessianFlowError(
-                f"reuse keeps the gradients of one process's examples, which go to other ranks in the next epoch: use "
-                f"another adversary on {reducer.world_size} ranks"
+                "reuse keeps the gradients of one process's examples, which go to other ranks in"
+                f" the next epoch: use another adversary on {reducer.world_size} ranks"
             )
 
     def after_step(self, model: nn.Module) -> None:
@@ -148,8 +166,9 @@ class GradientReuse:
         expected = (len(self._batches.latest), *self._batches.input_shape)
         if tuple(inputs.shape) != expected:
             raise HessianFlowError(
-                f"reuse keeps gradients of images as they are stored, {list(expected)}, but was given inputs of shape "
-                f"{list(inputs.shape)}: leave out the transform that changes their size or number"
+                f"reuse keeps gradients of images as they are stored, {list(expected)}, but was"
+                f" given inputs of shape {list(inputs.shape)}: leave out the transform that changes"
+                " their size or number"
             )
         budget = place(self._budget, inputs)
         if not self._checked:

@@ -1,8 +1,8 @@
 """Accuracy under attack, with confidence intervals, and the alarm for catastrophic overfitting.
 
-Intervals are Wilson's (1927): for k of n correct and z the normal quantile,
-(k + z^2/2 +- z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2); unlike the textbook interval it stays inside [0, 1] and is
-not empty at 0 or 100 %.
+Intervals are Wilson's (1927): for k of n correct and z the normal quantile, (k + z^2/2 +- z sqrt(k
+(n - k) / n + z^2 / 4)) / (n + z^2); unlike the textbook interval it stays inside [0, 1] and is not
+empty at 0 or 100 %.
 """
 
 import math
@@ -21,7 +21,8 @@ from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""attack(model, inputs, targets) -> perturbed inputs: `functools.partial(pgd, eps=8 / 255, value_range=(0, 1))`."""
+"""attack(model, inputs, targets) -> perturbed inputs: `functools.partial(pgd, eps=8 / 255,
+value_range=(0, 1))`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ class RobustAccuracy:
 
 
 def robust_accuracy(
-    model: nn.Module, data: Batch | Iterable[Batch], attacks: Mapping[str, Attack], *, confidence: float = 0.95
+    model: nn.Module,
+    data: Batch | Iterable[Batch],
+    attacks: Mapping[str, Attack],
+    *,
+    confidence: float = 0.95,
 ) -> dict[str, RobustAccuracy]:
     """Accuracy on clean inputs, under each attack, and under the worst of them for each example.
 
@@ -55,12 +60,14 @@ def robust_accuracy(
 
     Args:
         model: classifier; outputs of shape [N, classes].
-        data: one (inputs, targets) pair or an iterable of pairs; targets are class numbers, shape [N].
+        data: one (inputs, targets) pair or an iterable of pairs; targets are class numbers, shape
+            [N].
         attacks: by name.
         confidence: of the intervals.
 
     Returns:
-        "clean", every name given, and, with more than one attack, "worst": correct under all attacks and clean.
+        "clean", every name given, and, with more than one attack, "worst": correct under all
+            attacks and clean.
 
     Raises:
         HessianFlowError: no example; batches that are no pairs, or targets that are not one tensor;
@@ -68,7 +75,9 @@ def robust_accuracy(
     """
     taken = {"clean", "worst"} & set(attacks)
     if taken:
-        raise HessianFlowError(f"attacks must not be called {sorted(taken)[0]!r}: that name is used for the result")
+        raise HessianFlowError(
+            f"attacks must not be called {sorted(taken)[0]!r}: that name is used for the result"
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     named: dict[str, Attack] = {"clean": lambda _model, x, _y: x, **attacks}
     names = [*named, "worst"] if len(attacks) > 1 else [*named]
@@ -84,7 +93,10 @@ def robust_accuracy(
         total += len(y)
     counts = [int(k) for k in correct.tolist()]
     intervals = [wilson_interval(k, total, confidence) for k in counts]
-    return {name: RobustAccuracy(k, total, *ends) for name, k, ends in zip(names, counts, intervals, strict=True)}
+    return {
+        name: RobustAccuracy(k, total, *ends)
+        for name, k, ends in zip(names, counts, intervals, strict=True)
+    }
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -95,7 +107,8 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     """
     if total < 1 or not 0 <= correct <= total:
         raise HessianFlowError(
-            f"correct must lie between 0 and total >= 1, got {correct} of {total}: is the data empty?"
+            f"correct must lie between 0 and total >= 1, got {correct} of {total}: is the data"
+            " empty?"
         )
     if not 0 < confidence < 1:
         raise HessianFlowError(f"confidence must lie between 0 and 1, got {confidence}")
@@ -108,11 +121,12 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
 
 
 class OverfittingAlarm:
-    """Tells when FGSM training overfits catastrophically: accuracy under FGSM up while that under PGD collapses.
+    """Tells when FGSM training overfits catastrophically: accuracy under FGSM up while that under
+    PGD collapses.
 
-    Wong, Rice, Kolter (arXiv 2001.03994) watch PGD accuracy during training; the rule is ours: an alarm
-    when PGD accuracy is below `collapse` times its best so far and FGSM accuracy is not below what it was then. Once
-    raised, it is raised again only after PGD accuracy has recovered.
+    Wong, Rice, Kolter (arXiv 2001.03994) watch PGD accuracy during training; the rule is ours: an
+    alarm when PGD accuracy is below `collapse` times its best so far and FGSM accuracy is not below
+    what it was then. Once raised, it is raised again only after PGD accuracy has recovered.
 
     Args:
         collapse: share of the best PGD accuracy that counts as collapsed.
@@ -129,7 +143,8 @@ class OverfittingAlarm:
         self._raised = False
 
     def update(self, fgsm: float, pgd: float) -> str:
-        """Feed the accuracies of one evaluation; returns why the alarm is raised, or an empty string."""
+        """Feed the accuracies of one evaluation; returns why the alarm is raised, or an empty
+        string."""
         if pgd > self._best_pgd:
             self._best_pgd, self._fgsm_then = pgd, fgsm
         collapsed = pgd < self._collapse * self._best_pgd and fgsm >= self._fgsm_then
@@ -138,8 +153,9 @@ class OverfittingAlarm:
         if not news:
             return ""
         return (
-            f"catastrophic overfitting: accuracy under PGD fell from {self._best_pgd:.1%} to {pgd:.1%} while that "
-            f"under FGSM went from {self._fgsm_then:.1%} to {fgsm:.1%}; use a random start, a smaller eps, or PGD"
+            f"catastrophic overfitting: accuracy under PGD fell from {self._best_pgd:.1%} to"
+            f" {pgd:.1%} while that under FGSM went from {self._fgsm_then:.1%} to {fgsm:.1%}; use a"
+            " random start, a smaller eps, or PGD"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Where the attacks of :class:`concurrent.ConcurrentAdversary` run: here and now, or on a second CUDA stream.
+"""Where the attacks of :class:`concurrent.ConcurrentAdversary` run: here and now, or on a second
+CUDA stream.
 
 A third runner, in a second process, has a module of its own (:mod:`worker`).
 """
@@ -46,7 +47,9 @@ class TwinAttack:
         inner = unwrap(weights)
         through_twins = self.attack_set == "adversarial" and is_split(inner)
         with clean_rows(inner, 0) if through_twins else nullcontext():
-            return self.adversary.perturb(inner, self.inputs, self.targets, 1.0, self.microbatch_size)
+            return self.adversary.perturb(
+                inner, self.inputs, self.targets, 1.0, self.microbatch_size
+            )
 
 
 class AttackRunner(Protocol):
@@ -70,10 +73,11 @@ class Interleaved:
 
 
 class SecondStream:
-    """Runs attacks on a CUDA stream of their own, on a copy of the weights, while the main stream trains.
+    """Runs attacks on a CUDA stream of their own, on a copy of the weights, while the main stream
+    trains.
 
-    The copy costs the memory of one model; it keeps running statistics and weights of the moment, which the training
-    step changes meanwhile. The host never waits.
+    The copy costs the memory of one model; it keeps running statistics and weights of the moment,
+    which the training step changes meanwhile. The host never waits.
     """
 
     def __init__(self) -> None:
@@ -89,13 +93,16 @@ class SecondStream:
         inner = unwrap(model)
         device = next(inner.parameters()).device
         if device.type != "cuda":
-            raise HessianFlowError(f"SecondStream needs a model on a CUDA device, got {device}: use Interleaved()")
+            raise HessianFlowError(
+                f"SecondStream needs a model on a CUDA device, got {device}: use Interleaved()"
+            )
         main = torch.cuda.current_stream(device)
         stream = self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         main.wait_stream(stream)  # the attack before may still read the replica
         replica = self._snapshot(inner)
         stream.wait_stream(main)
-        for tensor in (attack.inputs, attack.targets):  # the caller may free them while the attack reads them
+        # the caller may free them while the attack reads them
+        for tensor in (attack.inputs, attack.targets):
             tensor.record_stream(stream)
         with torch.cuda.stream(stream):
             result = attack(replica)

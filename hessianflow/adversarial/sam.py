@@ -2,15 +2,16 @@
 
 Foret, Kleiner, Mobahi, Neyshabur, arXiv 2010.01412, equation 2 and algorithm 1 (p = 2):
 
-    e = rho * g / ||g||,  g the gradient at w over all parameters;  w = base optimizer's step from w along the gradient
-    at w + e.
+    e = rho * g / ||g||,  g the gradient at w over all parameters;  w = base optimizer's step from w
+    along the gradient at w + e.
 
-`AdaptiveBatchTrainer` gives every optimizer whose `step` requires a closure one that computes the gradient of the same
-batch anew: the same adversarial examples, with the loss and the hits at the clean weights recorded.
+`AdaptiveBatchTrainer` gives every optimizer whose `step` requires a closure one that computes the
+gradient of the same batch anew: the same adversarial examples, with the loss and the hits at the
+clean weights recorded.
 
-A gradient of zero names no direction: the weights are then not moved (no epsilon in the denominator). Batch
-normalisation's running statistics should see the clean weights only: run the second closure inside
-:func:`frozen_statistics`, which `SAM(..., model=model)` does by itself.
+A gradient of zero names no direction: the weights are then not moved (no epsilon in the
+denominator). Batch normalisation's running statistics should see the clean weights only: run the
+second closure inside :func:`frozen_statistics`, which `SAM(..., model=model)` does by itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,8 @@ def sam_perturbation(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
         rho: length, in the units of the weights.
 
     Returns:
-        One tensor a parameter; zeros where the whole gradient is zero. Computed without waiting for the device.
+        One tensor a parameter; zeros where the whole gradient is zero. Computed without waiting for
+            the device.
 
     Raises:
         HessianFlowError: rho negative or not finite.
@@ -52,9 +54,11 @@ class SAM(Optimizer):
     """Steps any optimizer along the gradient at the worst nearby weights.
 
     Args:
-        base: the optimizer that steps; parameter groups and state are shared with it, so schedulers work on either.
+        base: the optimizer that steps; parameter groups and state are shared with it, so schedulers
+            work on either.
         rho: radius of the neighbourhood; 0: the base optimizer. Default: the usual one.
-        model: its batch-normalisation statistics are held during the second gradient; None: no model has any.
+        model: its batch-normalisation statistics are held during the second gradient; None: no
+            model has any.
 
     Raises:
         HessianFlowError: `rho` is negative or not finite, or `base` no optimizer.
@@ -71,10 +75,14 @@ class SAM(Optimizer):
         2.65
     """
 
-    def __init__(self, base: Optimizer, *, rho: float = 0.05, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, base: Optimizer, *, rho: float = 0.05, model: nn.Module | None = None
+    ) -> None:
         _check_rho(rho)
         if not isinstance(base, Optimizer):
-            raise HessianFlowError(f"SAM steps another optimizer, such as torch.optim.SGD(...), got {base!r}")
+            raise HessianFlowError(
+                f"SAM steps another optimizer, such as torch.optim.SGD(...), got {base!r}"
+            )
         self.base, self.rho, self._model = base, rho, model
         super().__init__(base.param_groups, {})
         self.param_groups = base.param_groups
@@ -84,8 +92,9 @@ class SAM(Optimizer):
         """Two gradients, one step.
 
         Args:
-            closure: zeroes the gradients, computes them anew and returns the loss; called at the weights and at the
-                perturbed ones. The weights are put back exactly, also when it raises.
+            closure: zeroes the gradients, computes them anew and returns the loss; called at the
+                weights and at the perturbed ones. The weights are put back exactly, also when it
+                raises.
 
         Returns:
             The loss at the weights themselves.
@@ -95,14 +104,20 @@ class SAM(Optimizer):
         """
         if closure is None:
             raise HessianFlowError(
-                "SAM needs two gradients a step: call step(closure), with a closure that zeroes the gradients, "
-                "computes them anew and returns the loss (AdaptiveBatchTrainer gives it one)"
+                "SAM needs two gradients a step: call step(closure), with a closure that zeroes the"
+                " gradients, computes them anew and returns the loss (AdaptiveBatchTrainer gives it"
+                " one)"
             )
         with torch.enable_grad():
             loss = closure()
-            params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            params = [
+                p for group in self.param_groups for p in group["params"] if p.grad is not None
+            ]
             gradients = [p.grad for p in params]
-            with _moved(params, sam_perturbation(gradients, self.rho)), frozen_statistics(self._model):
+            with (
+                _moved(params, sam_perturbation(gradients, self.rho)),
+                frozen_statistics(self._model),
+            ):
                 closure()
         self.base.step()
         return loss
@@ -120,7 +135,8 @@ class SAM(Optimizer):
 
 @contextmanager
 def frozen_statistics(model: nn.Module | None) -> Iterator[None]:
-    """Inside, batch normalisation in training mode uses the batch's statistics and leaves the running ones alone."""
+    """Inside, batch normalisation in training mode uses the batch's statistics and leaves the
+    running ones alone."""
     modules = [] if model is None else unwrap(model).modules()
     layers = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [layer.track_running_stats for layer in layers]

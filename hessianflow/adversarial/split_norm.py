@@ -1,12 +1,12 @@
 """Split batch normalisation: one set of statistics for clean examples, one for adversarial ones.
 
-Xie et al., "Adversarial examples improve image recognition" (AdvProp), arXiv 1911.09665; used by ConAdv,
-arXiv 2106.00221. Clean and adversarial images have different distributions; with one set of statistics the running
-ones become a mixture and clean accuracy falls.
+Xie et al., "Adversarial examples improve image recognition" (AdvProp), arXiv 1911.09665; used by
+ConAdv, arXiv 2106.00221. Clean and adversarial images have different distributions; with one set of
+statistics the running ones become a mixture and clean accuracy falls.
 
-A batch is one concatenation, clean rows first: each layer splits it where :func:`clean_rows` says, so that a step is
-one forward and one backward pass also under DistributedDataParallel. Everything else, evaluation and export included,
-uses the main set.
+A batch is one concatenation, clean rows first: each layer splits it where :func:`clean_rows` says,
+so that a step is one forward and one backward pass also under DistributedDataParallel. Everything
+else, evaluation and export included, uses the main set.
 """
 
 import copy
@@ -26,10 +26,11 @@ class SplitBatchNorm(nn.Module):
     """A main and an adversarial batch normalisation in one layer.
 
     Attributes:
-        main: the layer that was converted, itself: its parameters stay those an optimizer already holds.
+        main: the layer that was converted, itself: its parameters stay those an optimizer already
+            holds.
         adversarial: a copy of it, with affine parameters of its own or shared ones.
-        clean: leading rows normalised by `main`, the rest by `adversarial`; None: all by `main`. Set it through
-            :func:`clean_rows`.
+        clean: leading rows normalised by `main`, the rest by `adversarial`; None: all by `main`.
+            Set it through :func:`clean_rows`.
     """
 
     def __init__(self, main: nn.modules.batchnorm._BatchNorm, *, share_affine: bool) -> None:
@@ -55,12 +56,13 @@ class SplitBatchNorm(nn.Module):
 def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Module:
     """Give every batch normalisation of a model a second, adversarial set.
 
-    The layers are replaced in place; make the optimizer afterwards, or add the new parameters to it, unless the affine
-    ones are shared.
+    The layers are replaced in place; make the optimizer afterwards, or add the new parameters to
+    it, unless the affine ones are shared.
 
     Args:
         model: any module with batch normalisation.
-        share_affine: one scale and shift for both sets (statistics are always separate). Default (AdvProp): False.
+        share_affine: one scale and shift for both sets (statistics are always separate). Default
+            (AdvProp): False.
 
     Returns:
         The model (a new layer if it was itself a batch normalisation).
@@ -71,11 +73,14 @@ def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Modu
     if is_split(model):
         raise HessianFlowError("the model's batch normalisation is split already")
     layers: dict[nn.Module, nn.Module] = {
-        m: SplitBatchNorm(m, share_affine=share_affine) for m in model.modules() if isinstance(m, _BATCH_NORM)
+        m: SplitBatchNorm(m, share_affine=share_affine)
+        for m in model.modules()
+        if isinstance(m, _BATCH_NORM)
     }
     if not layers:
         raise HessianFlowError(
-            "split_batch_norm needs a model with batch normalisation, found none: train this one without splitting"
+            "split_batch_norm needs a model with batch normalisation, found none: train this one"
+            " without splitting"
         )
     return _replace(model, layers)
 
@@ -97,7 +102,8 @@ def merge_batch_norm(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def clean_rows(model: nn.Module, clean: int | None) -> Iterator[None]:
-    """Inside, the first `clean` rows of every batch use the main set and the rest the adversarial one.
+    """Inside, the first `clean` rows of every batch use the main set and the rest the adversarial
+    one.
 
     Args:
         clean: number of clean rows; 0: all rows are adversarial; None: all are clean.
@@ -121,12 +127,15 @@ def clean_rows(model: nn.Module, clean: int | None) -> Iterator[None]:
 def _split_layers(model: nn.Module) -> list[SplitBatchNorm]:
     layers = [module for module in model.modules() if isinstance(module, SplitBatchNorm)]
     if not layers:
-        raise HessianFlowError("the model has no split batch normalisation: convert it with split_batch_norm(model)")
+        raise HessianFlowError(
+            "the model has no split batch normalisation: convert it with split_batch_norm(model)"
+        )
     return layers
 
 
 def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> nn.Module:
-    # Listed first: the tree changes on the way. A layer used twice is replaced by one and the same layer.
+    # Listed first: the tree changes on the way. A layer used twice is replaced by one and the same
+    # layer.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in layers:

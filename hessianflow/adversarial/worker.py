@@ -1,12 +1,15 @@
-"""A process that only attacks, while the process that started it trains: ConAdv on a machine with several cores.
+"""A process that only attacks, while the process that started it trains: ConAdv on a machine with
+several cores.
 
-The weights go through shared memory: :meth:`WorkerProcess.submit` waits for the attack before, copies weights, buffers
-and the batch into memory that both processes see, and returns; the worker attacks from there. One attack is under way
-at a time, so the copy is never written to while it is read. The state of the adversary (its random starts) comes back
-with each result, so a checkpoint holds what an attack in this process would have left.
+The weights go through shared memory: :meth:`WorkerProcess.submit` waits for the attack before,
+copies weights, buffers and the batch into memory that both processes see, and returns; the worker
+attacks from there. One attack is under way at a time, so the copy is never written to while it is
+read. The state of the adversary (its random starts) comes back with each result, so a checkpoint
+holds what an attack in this process would have left.
 
-For models on a processor; a GPU has a second stream for this (:class:`runners.SecondStream`). The process is started
-afresh, not forked: a script that uses it needs `if __name__ == "__main__":` around what it runs.
+For models on a processor; a GPU has a second stream for this (:class:`runners.SecondStream`). The
+process is started afresh, not forked: a script that uses it needs `if __name__ == "__main__":`
+around what it runs.
 """
 
 import copy
@@ -31,7 +34,9 @@ from hessianflow.memory import keep_freed_memory
 GOODBYE_SECONDS = 5.0
 """How long a worker may take to end before it is killed. Ours."""
 
-_ENDED = "the process that attacks has ended: was it killed for memory? After close() another is started"
+_ENDED = (
+    "the process that attacks has ended: was it killed for memory? After close() another is started"
+)
 
 
 class WorkerProcess:
@@ -55,15 +60,19 @@ class WorkerProcess:
         """Copy the weights, start the attack, return; the callable returned waits for the twins.
 
         Raises:
-            HessianFlowError: the model is not on a processor, or cannot be sent to another process; the process has
-                ended; an error in the attack (from the callable, each time that it is asked).
+            HessianFlowError: the model is not on a processor, or cannot be sent to another process;
+                the process has ended; an error in the attack (from the callable, each time that it
+                is asked).
         """
         inner = unwrap(model)
         device = next(inner.parameters()).device
         if device.type != "cpu":
-            raise HessianFlowError(f"WorkerProcess needs a model on a processor, got {device}: use SecondStream()")
+            raise HessianFlowError(
+                f"WorkerProcess needs a model on a processor, got {device}: use SecondStream()"
+            )
         if self._pending is not None:
-            self._pending.settle()  # it reads the replica, and its adversary's state is what this attack goes on from
+            # It reads the replica, and its adversary's state is what this attack goes on from.
+            self._pending.settle()
             self._pending = None
         line = self._line or self._start(inner)
         self._snapshot(inner)
@@ -83,10 +92,13 @@ class WorkerProcess:
 
     def _start(self, model: nn.Module) -> Connection:
         replica = copy.deepcopy(model).share_memory()
-        context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+        # a fork would copy locks that other threads hold
+        context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(theirs, replica, self._threads or torch.get_num_threads()), daemon=True
+            target=_serve,
+            args=(theirs, replica, self._threads or torch.get_num_threads()),
+            daemon=True,
         )
         try:
             with _telling_why_not_sent():
@@ -165,13 +177,14 @@ def _telling_why_not_sent() -> Iterator[None]:
         raise HessianFlowError(_ENDED) from None
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise HessianFlowError(
-            f"the model or the attack cannot be sent to another process ({error}): define its classes and functions at "
-            "the top of a module, or use Interleaved()"
+            f"the model or the attack cannot be sent to another process ({error}): define its"
+            " classes and functions at the top of a module, or use Interleaved()"
         ) from None
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """In memory that another process can see; a slice of something larger is copied out of it first."""
+    """In memory that another process can see; a slice of something larger is copied out of it
+    first."""
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     shared: Tensor = (tensor if whole else tensor.clone()).share_memory_()  # type: ignore[no-untyped-call]
     return shared

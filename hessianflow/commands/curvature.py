@@ -1,4 +1,5 @@
-"""`hessianflow spectrum` and `hessianflow second-opinion`: the curvature of a trained run, after the fact."""
+"""`hessianflow spectrum` and `hessianflow second-opinion`: the curvature of a trained run, after
+the fact."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,13 @@ from jsonargparse import Namespace
 
 from hessianflow.bounds import check_range, check_setting
 from hessianflow.commands.parser import add_command, path
-from hessianflow.commands.runs import MODEL_HELP, printable, require_named_code, require_settings, writing_to
+from hessianflow.commands.runs import (
+    MODEL_HELP,
+    printable,
+    require_named_code,
+    require_settings,
+    writing_to,
+)
 from hessianflow.interfaces import NormMode
 
 if TYPE_CHECKING:
@@ -22,28 +29,46 @@ MOST_EIGENVALUES = 1000
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     spectrum = add_command(
-        commands, "spectrum", "measure the Hessian's eigenvalues, trace and density at a run's weights"
+        commands,
+        "spectrum",
+        "measure the Hessian's eigenvalues, trace and density at a run's weights",
     )
     spectrum.add("run", type=path, help="run directory, or a checkpoint inside one")
     spectrum.add("--k", type=int, default=5, help="leading eigenvalues")
     spectrum.add("--density", type=bool, default=False, help="spectral density too, with a picture")
     spectrum.add("--trace", type=bool, default=False, help="trace too")
-    spectrum.add("--layers", type=str | None, default=None, help="single layers by name, e.g. 'layer1.*' or '*'")
+    spectrum.add(
+        "--layers",
+        type=str | None,
+        default=None,
+        help="single layers by name, e.g. 'layer1.*' or '*'",
+    )
     spectrum.add("--out", type=path, default=None, help="folder for spectrum.json and pictures")
-    second = add_command(commands, "second-opinion", "print our eigenvalues, trace and density beside PyHessian's")
+    second = add_command(
+        commands, "second-opinion", "print our eigenvalues, trace and density beside PyHessian's"
+    )
     second.add("run", type=path, help="run directory, or a checkpoint inside one")
     second.add("--k", type=int, default=2, help="leading eigenvalues")
     for parser in (spectrum, second):
-        parser.add("--examples", type=int, default=256, help="training examples the loss is averaged over")
+        parser.add(
+            "--examples", type=int, default=256, help="training examples the loss is averaged over"
+        )
         parser.add("--seed", type=int, default=0, help="of the examples and of all random starts")
         parser.add("--model", type=str | None, default=None, help=MODEL_HELP)
     spectrum.add(
         "--microbatch-size",
         type=int | None,
         default=None,
-        help="examples per pass; default: all in one graph, the fastest; set it when memory runs out",
+        help=(
+            "examples per pass; default: all in one graph, the fastest; set it when memory runs out"
+        ),
     )
-    spectrum.add("--norm-mode", type=NormMode, default="eval", help="statistics of batch normalisation: eval or batch")
+    spectrum.add(
+        "--norm-mode",
+        type=NormMode,
+        default="eval",
+        help="statistics of batch normalisation: eval or batch",
+    )
     return {"spectrum": _spectrum, "second-opinion": _second_opinion}
 
 
@@ -52,7 +77,9 @@ def _spectrum(arguments: Namespace) -> int:
 
     from hessianflow.curvature import spectrum_report
 
-    model, loss_fn, batch = _load(arguments, "spectrum", "hf.curvature.top_eigenpairs or hf.curvature.spectrum_report")
+    model, loss_fn, batch = _load(
+        arguments, "spectrum", "hf.curvature.top_eigenpairs or hf.curvature.spectrum_report"
+    )
     with tqdm(disable=None, unit=" products") as bar:
 
         def progress(stage: str, _done: int) -> None:
@@ -103,8 +130,10 @@ def _load(arguments: Namespace, command: str, instead: str) -> tuple[Any, Any, A
 
 def _table(report: "SpectrumReport") -> str:
     lines = [
-        f"{report.size} weights, {report.num_examples} examples, batch normalisation: {report.norm_mode}, "
-        f"loss {report.loss:.4g}, {report.matvecs} products",
+        (
+            f"{report.size} weights, {report.num_examples} examples, batch normalisation:"
+            f" {report.norm_mode}, loss {report.loss:.4g}, {report.matvecs} products"
+        ),
         f"{'':<24}{'value':>14}{'+-':>12}{'gradient':>10}",
     ]
     rows = zip(report.eigen.values, report.eigen.residuals, report.gradient_overlap, strict=True)
@@ -119,8 +148,8 @@ def _table(report: "SpectrumReport") -> str:
     for layer in report.layers:
         mark = "" if layer.converged else "  not converged"
         lines.append(
-            f"{layer.name:<24}{layer.eigenvalue:>14.6g}{layer.residual:>12.1e}   trace {layer.trace:.4g} "
-            f"+- {layer.trace_stderr:.1g}, {layer.size} weights{mark}"
+            f"{layer.name:<24}{layer.eigenvalue:>14.6g}{layer.residual:>12.1e}   trace"
+            f" {layer.trace:.4g} +- {layer.trace_stderr:.1g}, {layer.size} weights{mark}"
         )
     return "\n".join(lines)
 
@@ -151,7 +180,9 @@ def _write(report: "SpectrumReport", folder: Path) -> None:
         moved = keep_spectrum(folder, finite(report.to_dict()))
         print(f"  {printable(folder / 'spectrum.json')}")
         if moved is not None:
-            print(f"  {printable(moved)} (of other weights, examples or norm mode, measured earlier)")
+            print(
+                f"  {printable(moved)} (of other weights, examples or norm mode, measured earlier)"
+            )
         if report.density is not None:
             path = folder / "plots" / "spectral_density.png"
             plots.spectral_density(report.density, path=path)

@@ -18,7 +18,9 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     ):
         action = add_command(actions, name, text, prefix="hessianflow data")
         action.add("name", type=str, help="cifar10, cifar100, svhn or tiny-imagenet")
-        action.add("--data-dir", type=path, default=None, help="folder; default: a cache of this user")
+        action.add(
+            "--data-dir", type=path, default=None, help="folder; default: a cache of this user"
+        )
     return {"data": _data}
 
 
@@ -35,7 +37,9 @@ def _fetch(arguments: Namespace) -> int:
     bars: dict[str, Any] = {}
 
     def progress(file: str, done: int, total: int) -> None:
-        bar = bars.setdefault(file, tqdm(total=total or None, desc=file, unit="B", unit_scale=True, disable=None))
+        bar = bars.setdefault(
+            file, tqdm(total=total or None, desc=file, unit="B", unit_scale=True, disable=None)
+        )
         bar.update(done - bar.n)
 
     try:
@@ -43,7 +47,10 @@ def _fetch(arguments: Namespace) -> int:
     finally:
         for bar in bars.values():
             bar.close()
-    print(f"{arguments.name} is in {folder}: hessianflow train --data {arguments.name} --data-dir {folder}")
+    print(
+        f"{arguments.name} is in {folder}: hessianflow train --data {arguments.name} --data-dir"
+        f" {folder}"
+    )
     return 0
 
 

@@ -18,7 +18,8 @@ class _AboveTheBar(logging.Handler):
 
 @contextmanager
 def logging_to_stderr(level: str | None) -> Iterator[None]:
-    """While active, what is logged to "hessianflow" at `level` or above is written to standard error.
+    """While active, what is logged to "hessianflow" at `level` or above is written to standard
+    error.
 
     None: "info" where standard error is a terminal, "warning" elsewhere.
     """

@@ -1,4 +1,5 @@
-"""The argument parser: every mistake is one line in the words of the command line, with exit status 2."""
+"""The argument parser: every mistake is one line in the words of the command line, with exit status
+2."""
 
 import difflib
 import re
@@ -44,7 +45,8 @@ class Parser(ArgumentParser):
     def add(self, *args: Any, **kwargs: Any) -> Any:
         """Add an argument as `add_argument` does, and remember how it is spelled.
 
-        jsonargparse compiles the source of an `add_argument` of a subclass anew, for groups: so this is another method.
+        jsonargparse compiles the source of an `add_argument` of a subclass anew, for groups: so
+        this is another method.
         """
         self.options += [word for word in args if word.startswith("--")]
         if kwargs.get("type") in (bool, bool | None):
@@ -74,14 +76,24 @@ class Parser(ArgumentParser):
         """Return the mistake in the words of the command line."""
         parser = self.current or self
         if key := re.match(r'Parser key "(?:[\w-]+\.)*(\w+)":? ?(?:element \d+: )?(.*)', line):
-            return f"{option(key[1]) if option(key[1]) in parser.options else key[1]}: {plain(key[2])}"
+            return (
+                f"{option(key[1]) if option(key[1]) in parser.options else key[1]}: {plain(key[2])}"
+            )
         if unknown := re.match(r"unrecognized arguments: ((--[^\s=]+).*|.*)", line):
-            return f"unknown option: {shortened(unknown[1])}{did_you_mean(unknown[2] or '', parser.options)}"
+            return (
+                "unknown option:"
+                f" {shortened(unknown[1])}{did_you_mean(unknown[2] or '', parser.options)}"
+            )
         if choice := re.match(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)", line):
             known = re.findall(r"'([^']*)'", choice[3])
             hint = did_you_mean(choice[2], known)
-            return f"unknown {choice[1].lower()} {shortened(choice[2])!r}{hint}; there are {', '.join(known)}"
-        if not_given := re.match(r'expected "[\w.]+" to be one of \{(.*)\}, but it was not provided', line):
+            return (
+                f"unknown {choice[1].lower()} {shortened(choice[2])!r}{hint}; there are"
+                f" {', '.join(known)}"
+            )
+        if not_given := re.match(
+            r'expected "[\w.]+" to be one of \{(.*)\}, but it was not provided', line
+        ):
             return f"name what to do: {' or '.join(not_given[1].split(','))}"
         line = re.sub(r"(arguments are required: )(?:\w+\.)*(\w+)", r"\1\2", line)
         return shortened(line, 5 * LONGEST)
@@ -104,11 +116,13 @@ def add_command(commands: Any, name: str, help_text: str, *, prefix: str = "hess
 
 
 class UnfitPathError(ArgumentTypeError, ValueError):
-    """Text that no path can be: argparse repeats the words of the first kind, jsonargparse those of the second."""
+    """Text that no path can be: argparse repeats the words of the first kind, jsonargparse those of
+    the second."""
 
 
 class _Path:
-    """The type of an option that is a path: with the home folder in place of `~`, and something that can be one."""
+    """The type of an option that is a path: with the home folder in place of `~`, and something
+    that can be one."""
 
     def __call__(self, text: str) -> str:
         """Return the path.
@@ -145,7 +159,9 @@ def plain(message: str) -> str:
     """Return jsonargparse's words without Python's."""
     union = re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)", message)
     if union:
-        message = f"Expected a {union[1]}. Got value: {union[2]}".replace(", <class 'NoneType'>", "")
+        message = f"Expected a {union[1]}. Got value: {union[2]}".replace(
+            ", <class 'NoneType'>", ""
+        )
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     message = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", message)
     message = message.replace("tuple[int, ...]", "list of whole numbers like [30, 60]")

@@ -32,12 +32,29 @@ ORIGINS = {
 """Where the default figures of the all-reduce come from."""
 
 SCHEDULE = (
-    *("data", "train_examples", "model", "controller", "optimizer", "batch_size", "max_batch_size", "epochs"),
+    *(
+        "data",
+        "train_examples",
+        "model",
+        "controller",
+        "optimizer",
+        "batch_size",
+        "max_batch_size",
+        "epochs",
+    ),
     *("milestones", "lr_decay", "growth_factor", "patience"),
 )
 HERE = ("data_dir", "microbatch_size", "precision", "channels_last", "device", "threads")
 """Settings that say what is trained, and settings that say how it is measured."""
-FIGURES = ("slope", "intercept", "update_seconds", "gradient_bytes", "bandwidth", "latency", "price")
+FIGURES = (
+    "slope",
+    "intercept",
+    "update_seconds",
+    "gradient_bytes",
+    "bandwidth",
+    "latency",
+    "price",
+)
 ABOVE_ZERO = ("slope", "gradient_bytes", "bandwidth")
 """Options that are figures, and those among them that must not be 0."""
 
@@ -61,14 +78,29 @@ class Basis:
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
-    plan = add_command(commands, "plan", "predict time, efficiency and cost of a run on many workers")
-    plan.add("--workers", type=str, default="1..1024", help="1..1024 doubles from 1 to 1024; 1,2,6 is a list")
-    plan.add("--run", type=path, default=None, help="run directory with the settings and batches to plan for")
+    plan = add_command(
+        commands, "plan", "predict time, efficiency and cost of a run on many workers"
+    )
+    plan.add(
+        "--workers",
+        type=str,
+        default="1..1024",
+        help="1..1024 doubles from 1 to 1024; 1,2,6 is a list",
+    )
+    plan.add(
+        "--run",
+        type=path,
+        default=None,
+        help="run directory with the settings and batches to plan for",
+    )
     plan.add(
         "--measured",
         type=path,
         default=None,
-        help="JSON file with step times, such as the plan.json of a plan made elsewhere; default: measured here",
+        help=(
+            "JSON file with step times, such as the plan.json of a plan made elsewhere; default:"
+            " measured here"
+        ),
     )
     for name, text in (
         ("slope", "seconds an example in forward and backward pass, in place of a measurement"),
@@ -76,19 +108,34 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         ("update_seconds", "seconds of an optimizer step; default: measured with the rest"),
     ):
         plan.add(option(name), type=float | None, default=None, help=text)
-    plan.add("--gradient-bytes", type=int | None, default=None, help="default: those of the model, in float32")
-    plan.add("--bandwidth", type=float | None, default=None, help="bytes a second between two workers")
-    plan.add("--latency", type=float | None, default=None, help="seconds a message between two workers")
+    plan.add(
+        "--gradient-bytes",
+        type=int | None,
+        default=None,
+        help="default: those of the model, in float32",
+    )
+    plan.add(
+        "--bandwidth", type=float | None, default=None, help="bytes a second between two workers"
+    )
+    plan.add(
+        "--latency", type=float | None, default=None, help="seconds a message between two workers"
+    )
     plan.add(
         "--membership",
         type=Literal["fixed", "elastic"],
         default="fixed",
-        help="fixed: all workers are held throughout; elastic: as many as get a full microbatch each",
+        help=(
+            "fixed: all workers are held throughout; elastic: as many as get a full microbatch each"
+        ),
     )
     plan.add("--price", type=float, default=0.0, help="of one worker for one hour, in any currency")
-    plan.add("--out", type=path, default=None, help="folder; default: plan, in the run directory if any")
+    plan.add(
+        "--out", type=path, default=None, help="folder; default: plan, in the run directory if any"
+    )
     add_settings(plan, (*SCHEDULE, *HERE))
-    plan_dual_batch.add(plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND"))
+    plan_dual_batch.add(
+        plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND")
+    )
     return {"plan": _plan}
 
 
@@ -139,7 +186,9 @@ def _run(arguments: Namespace) -> "Run":
         return Run(config)
     for name in SCHEDULE:
         if name in changed and name != "model":
-            raise HessianFlowError(f"{option(name)} {changed[name]}: --run {arguments.run} sets that, leave one out")
+            raise HessianFlowError(
+                f"{option(name)} {changed[name]}: --run {arguments.run} sets that, leave one out"
+            )
     require_settings(arguments.run, "plan", "hf.distributed.predict")
     require_named_code(arguments.run, arguments.model)
     return Run(prepare(replace(load_config(arguments.run), **changed)), History.load(arguments.run))
@@ -152,32 +201,55 @@ def _basis(arguments: Namespace, run: "Run") -> Basis:
 
     config = run.config
     by_batch = not isinstance(config.microbatch_size, int)
-    microbatch = config.microbatch_size if isinstance(config.microbatch_size, int) else given(config.batch_size)
+    microbatch = (
+        config.microbatch_size
+        if isinstance(config.microbatch_size, int)
+        else given(config.batch_size)
+    )
     if run.history is None:
         phases, how = planned_phases(run)
     else:
-        phases, how = recorded_phases(run.history, given(config.epochs)), f"recorded in {arguments.run}"
+        phases, how = (
+            recorded_phases(run.history, given(config.epochs)),
+            f"recorded in {arguments.run}",
+        )
     measured = _measured(arguments, run, microbatch)
-    update = measured.update_seconds if arguments.update_seconds is None else arguments.update_seconds
+    update = (
+        measured.update_seconds if arguments.update_seconds is None else arguments.update_seconds
+    )
     size = arguments.gradient_bytes or measured.gradient_bytes or run.gradient_bytes
-    bandwidth, latency = arguments.bandwidth or BANDWIDTH, LATENCY if arguments.latency is None else arguments.latency
-    origins = {name: "as given" if arguments[name] is not None else text for name, text in ORIGINS.items()}
+    bandwidth, latency = (
+        arguments.bandwidth or BANDWIDTH,
+        LATENCY if arguments.latency is None else arguments.latency,
+    )
+    origins = {
+        name: "as given" if arguments[name] is not None else text for name, text in ORIGINS.items()
+    }
     line = measured.step_time
     sizes = f"{len(measured.sizes)} sizes up to {max(measured.sizes)}, " if measured.sizes else ""
     fit = f"; {sizes}at most {line.residual:.0%} off the line" if sizes else ""
     sources = {
-        "step": f"{1e3 * line.intercept:.3g} ms + {1e3 * line.slope:.3g} ms an example: {measured.source}{fit}",
+        "step": (
+            f"{1e3 * line.intercept:.3g} ms + {1e3 * line.slope:.3g} ms an example:"
+            f" {measured.source}{fit}"
+        ),
         "update": "not counted: unknown" if update is None else f"{1e3 * update:.3g} ms",
         "gradients": f"{size / 1e6:.3g} MB",
         "bandwidth": f"{bandwidth / 1e9:.3g} GB/s: {origins['bandwidth']}",
         "latency": f"{1e6 * latency:.3g} us: {origins['latency']}",
-        "microbatch": f"at most {microbatch} examples: {'the batch size at the start' if by_batch else 'as given'}",
+        "microbatch": (
+            f"at most {microbatch} examples:"
+            f" {'the batch size at the start' if by_batch else 'as given'}"
+        ),
         "batches": f"{_sizes(phases)} over {sum(p.examples for p in phases)} examples: {how}",
-        "left out": "adversary, curvature, evaluation, data; no sum is hidden behind a backward pass",
+        "left out": (
+            "adversary, curvature, evaluation, data; no sum is hidden behind a backward pass"
+        ),
     }
     if measured.sizes and (line.residual > LARGE_RESIDUAL or line.intercept == 0):
         sources["doubtful"] = (
-            "the step times make no clean line (a busy machine?): measure again, or give both --slope and --intercept"
+            "the step times make no clean line (a busy machine?): measure again, or give both"
+            " --slope and --intercept"
         )
     model = PerformanceModel(
         line,
@@ -188,7 +260,9 @@ def _basis(arguments: Namespace, run: "Run") -> Basis:
         arguments.price,
         "; ".join(f"{name}: {text}" for name, text in sources.items()),
     )
-    return Basis(model, replace(measured, update_seconds=update, gradient_bytes=size), phases, sources)
+    return Basis(
+        model, replace(measured, update_seconds=update, gradient_bytes=size), phases, sources
+    )
 
 
 def _measured(arguments: Namespace, run: "Run", microbatch: int) -> "Measured":
@@ -197,7 +271,11 @@ def _measured(arguments: Namespace, run: "Run", microbatch: int) -> "Measured":
 
     if arguments.slope is not None:
         return Measured(StepTime(arguments.slope, arguments.intercept), source="as given")
-    return measure(run, microbatch) if arguments.measured is None else read_measured(arguments.measured)
+    return (
+        measure(run, microbatch)
+        if arguments.measured is None
+        else read_measured(arguments.measured)
+    )
 
 
 def _sizes(phases: "Sequence[Phase]") -> str:
@@ -209,10 +287,16 @@ def _sizes(phases: "Sequence[Phase]") -> str:
 
 
 def _table(predictions: "Sequence[Prediction]", price: float) -> str:
-    head = f"{'workers':>8}{'time':>12}{'speed-up':>10}{'efficiency':>12}{'all-reduce':>12}{'updates':>9}"
+    head = (
+        f"{'workers':>8}{'time':>12}{'speed-up':>10}{'efficiency':>12}{'all-reduce':>12}"
+        f"{'updates':>9}"
+    )
     lines = [f"{head}{'worker hours':>14}{'cost':>11}" if price else f"{head}{'worker hours':>14}"]
     for p in predictions:
-        line = f"{p.workers:>8}{duration(p.seconds):>12}{p.speedup:>10.4g}{p.efficiency:>12.1%}{p.communication:>12.1%}"
+        line = (
+            f"{p.workers:>8}{duration(p.seconds):>12}{p.speedup:>10.4g}{p.efficiency:>12.1%}"
+            f"{p.communication:>12.1%}"
+        )
         line += f"{p.updates:>9}{p.worker_seconds / 3600:>14.4g}"
         lines.append(f"{line}{p.cost:>11.4g}" if price else line)
     return "\n".join(lines)
@@ -233,7 +317,9 @@ def duration(seconds: float) -> str:
     return f"{1e3 * seconds:.4g} ms"
 
 
-def _write(folder: Path, arguments: Namespace, basis: Basis, predictions: "Sequence[Prediction]") -> None:
+def _write(
+    folder: Path, arguments: Namespace, basis: Basis, predictions: "Sequence[Prediction]"
+) -> None:
     from hessianflow import plots
     from hessianflow.commands.planning import as_json, merged
     from hessianflow.runs.files import write_json

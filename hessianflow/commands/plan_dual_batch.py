@@ -1,4 +1,5 @@
-"""`hessianflow plan dual-batch`: shares, batch sizes and predicted times of workers with small and large batches."""
+"""`hessianflow plan dual-batch`: shares, batch sizes and predicted times of workers with small and
+large batches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,18 +24,39 @@ _GIVEN = ("examples", "batch_size", "slope", "intercept")
 def add(kinds: Any) -> None:
     """Add the parser to the kinds of plans."""
     plan = add_command(
-        kinds, NAME, "print the shares, batches and times of a dual-batch run", prefix="hessianflow plan"
+        kinds,
+        NAME,
+        "print the shares, batches and times of a dual-batch run",
+        prefix="hessianflow plan",
     )
-    plan.add("--preset", type=PresetName | None, default=None, help="a published setting (arXiv:2509.26092)")
+    plan.add(
+        "--preset",
+        type=PresetName | None,
+        default=None,
+        help="a published setting (arXiv:2509.26092)",
+    )
     plan.add("--workers", type=int, default=4, help="how many there are")
-    plan.add("--small-workers", type=int | None, default=None, help="of them; default: a line for each number")
-    plan.add("--extra-time", type=float, default=1.05, help="what an epoch may take, relative to large batches")
+    plan.add(
+        "--small-workers",
+        type=int | None,
+        default=None,
+        help="of them; default: a line for each number",
+    )
+    plan.add(
+        "--extra-time",
+        type=float,
+        default=1.05,
+        help="what an epoch may take, relative to large batches",
+    )
     plan.add("--examples", type=int | None, default=None, help="of an epoch")
     plan.add("--batch-size", type=int | None, default=None, help="the large batch")
     plan.add("--slope", type=float | None, default=None, help="seconds an example")
     plan.add("--intercept", type=float | None, default=None, help="seconds a step")
     plan.add(
-        "--resolution", type=ResolutionName, default="cyclic", help="schedule of a preset with several resolutions"
+        "--resolution",
+        type=ResolutionName,
+        default="cyclic",
+        help="schedule of a preset with several resolutions",
     )
 
 
@@ -54,7 +76,11 @@ def run(arguments: Namespace) -> int:
     for index, (level, time) in enumerate(zip(setting.levels, setting.times, strict=True)):
         at = f"{level.resolution} pixels: " if arguments.preset else ""
         print(f"{at}t(B) = {time.slope:g} B + {time.intercept:g} s, large batch {level.batch_size}")
-        print(_table([_plan(setting, index, workers, small, arguments.extra_time) for small in counts]))
+        print(
+            _table(
+                [_plan(setting, index, workers, small, arguments.extra_time) for small in counts]
+            )
+        )
     if arguments.preset:
         _print_run(setting, arguments, counts[-1])
     return 0
@@ -68,21 +94,28 @@ def _setting(arguments: Namespace) -> Published:
         preset = PUBLISHED[arguments.preset]
         if given.keys() - {"examples"}:
             name = next(iter(given.keys() - {"examples"})).replace("_", "-")
-            raise HessianFlowError(f"--{name} and --preset {arguments.preset} both give it: leave one out")
+            raise HessianFlowError(
+                f"--{name} and --preset {arguments.preset} both give it: leave one out"
+            )
         return replace(preset, **given)
     missing = [name.replace("_", "-") for name in _GIVEN if name not in given]
     if missing:
         raise HessianFlowError(f"--{missing[0]} is needed, or --preset {', '.join(PUBLISHED)}")
     time = TimeModel(given["slope"], given["intercept"])
-    return Published("", given["examples"], (Level(1, given["batch_size"]),), (time,), (1,), 0.0, 0.0)
+    return Published(
+        "", given["examples"], (Level(1, given["batch_size"]),), (time,), (1,), 0.0, 0.0
+    )
 
 
-def _plan(setting: Published, level: int, workers: int, small: int, ratio: float) -> DualBatchPlan | str:
+def _plan(
+    setting: Published, level: int, workers: int, small: int, ratio: float
+) -> DualBatchPlan | str:
     """Return the plan, or why there is none."""
     try:
         return setting.plan(level, workers, small, ratio)
     except HessianFlowError as error:
-        if "must be <" not in str(error):  # anything but too much extra time is wrong for every line
+        # anything but too much extra time is wrong for every line
+        if "must be <" not in str(error):
             raise
         return str(error)
 
@@ -126,9 +159,12 @@ def _print_run(setting: Published, arguments: Namespace, small: int) -> None:
             )
         epochs = setting.phase_ends[-1]
         text = (
-            f"{epochs} epochs with {count} small workers: {total[None]:.1f} s at {setting.levels[-1].resolution} pixels"
+            f"{epochs} epochs with {count} small workers: {total[None]:.1f} s at"
+            f" {setting.levels[-1].resolution} pixels"
         )
         if several:
             share = total[arguments.resolution] / total[None]
-            text += f", {total[arguments.resolution]:.1f} s {arguments.resolution} ({share:.4f} of it)"
+            text += (
+                f", {total[arguments.resolution]:.1f} s {arguments.resolution} ({share:.4f} of it)"
+            )
         print(text)

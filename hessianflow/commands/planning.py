@@ -1,4 +1,5 @@
-"""What a plan rests on: how long steps take, what is summed between workers, and the batches of the run."""
+"""What a plan rests on: how long steps take, what is summed between workers, and the batches of the
+run."""
 
 import platform
 from collections.abc import Iterable
@@ -53,7 +54,8 @@ class Measured:
 
 @dataclass
 class Run:
-    """The run that is planned: settings, records where it has some, and a model that is built only when needed."""
+    """The run that is planned: settings, records where it has some, and a model that is built only
+    when needed."""
 
     config: TrainConfig
     history: History | None = None
@@ -82,40 +84,57 @@ def read_measured(path: str) -> Measured:
     """Return figures from a JSON file: a plan.json, or an object with the keys of its "measured".
 
     Raises:
-        HessianFlowError: no such file, no step times in it, or values of another type or out of bounds.
+        HessianFlowError: no such file, no step times in it, or values of another type or out of
+            bounds.
     """
     try:
         found = read_measurement(Path(path))
         sizes, seconds = tuple(found.get("sizes", ())), tuple(map(float, found.get("seconds", ())))
-        line = fit_step_time(sizes, seconds) if sizes else StepTime(found["slope"], found["intercept"])
+        line = (
+            fit_step_time(sizes, seconds) if sizes else StepTime(found["slope"], found["intercept"])
+        )
     except HessianFlowError as error:
         raise HessianFlowError(f"--measured {error}") from None
     source = f"{found.get('source', 'measured')} ({path})"
-    return Measured(line, sizes, seconds, found.get("update_seconds"), found.get("gradient_bytes"), source)
+    return Measured(
+        line, sizes, seconds, found.get("update_seconds"), found.get("gradient_bytes"), source
+    )
 
 
 def measure(run: Run, microbatch_size: int) -> Measured:
-    """Time forward and backward passes of a few sizes, and the optimizer's step, on this machine."""
+    """Time forward and backward passes of a few sizes, and the optimizer's step, on this
+    machine."""
     config, parts = run.config, run.parts
     largest = min(microbatch_size, parts.train.num_examples)
-    sizes = sorted({max(1, largest // part) for part in (8, 4, 2, 1)} | ({2} if largest == 1 else set()))
+    sizes = sorted(
+        {max(1, largest // part) for part in (8, 4, 2, 1)} | ({2} if largest == 1 else set())
+    )
     batches = {size: parts.train.sample(size, config.seed) for size in sizes}
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     optimizer = build_optimizer(config, parts.model)
     precision = config.precision
     assert precision is not None, "prepared configurations have one"
     assert precision != "auto", "nor is it left to the machine"
-    accumulate = GradientAccumulator(parts.model, nn.CrossEntropyLoss(), trained, precision=precision)
+    accumulate = GradientAccumulator(
+        parts.model, nn.CrossEntropyLoss(), trained, precision=precision
+    )
 
     def update(_: int) -> float:
         optimizer.step()
         return float(trained[0].detach().flatten()[0])  # waits for the device
 
     parts.model.train()
-    seconds = measure_steps(lambda size: float(accumulate(batches[size]).loss), sizes, repeats=REPEATS)
+    seconds = measure_steps(
+        lambda size: float(accumulate(batches[size]).loss), sizes, repeats=REPEATS
+    )
     [update_seconds] = measure_steps(update, [1], repeats=REPEATS)
     return Measured(
-        fit_step_time(sizes, seconds), tuple(sizes), tuple(seconds), update_seconds, run.gradient_bytes, _here(config)
+        fit_step_time(sizes, seconds),
+        tuple(sizes),
+        tuple(seconds),
+        update_seconds,
+        run.gradient_bytes,
+        _here(config),
     )
 
 
@@ -131,8 +150,8 @@ def planned_phases(run: Run) -> tuple[list[Phase], str]:
         phases.append(Phase(run.examples, controller.decision.batch_size))
         if controller.needs - {"eigenvalue"}:
             raise HessianFlowError(
-                f"--controller {config.controller} decides from measurements of a run: name one it made with --run, or "
-                "plan with --controller fixed"
+                f"--controller {config.controller} decides from measurements of a run: name one it"
+                " made with --run, or plan with --controller fixed"
             )
         guessed = guessed or "eigenvalue" in controller.needs
         progress = Progress(epoch, epoch * run.examples, 0, run.examples, epochs)
@@ -157,7 +176,8 @@ def recorded_phases(history: History, epochs: int) -> list[Phase]:
         first = history.fact("reference_batch_size")
     changes = [(0, int(first))]
     for row in rows:
-        while len(changes) > 1 and changes[-1][0] >= row["examples"]:  # trained again after a rollback
+        # trained again after a rollback
+        while len(changes) > 1 and changes[-1][0] >= row["examples"]:
             changes.pop()
         changes.append((row["examples"], row["to"]))
     edges = sorted({*range(0, (epochs + 1) * examples, examples), *(at for at, _ in changes)})
@@ -189,17 +209,24 @@ def worker_counts(text: str) -> list[int]:
             counts = [int(word) for word in text.split(",")]
         else:
             low, high = int(first), int(last)
-            counts = [low * 2**power for power in range(max(1, high).bit_length()) if low * 2**power < high] + [high]
+            counts = [
+                low * 2**power
+                for power in range(max(1, high).bit_length())
+                if low * 2**power < high
+            ] + [high]
             counts = counts if 1 <= low <= high else [0]
     except ValueError:
         counts = [0]
     if min(counts) < 1:
         raise HessianFlowError(
-            f"--workers must be a range like 1..1024 or a list like 1,2,6 from 1 on, got {shortened(text)}"
+            "--workers must be a range like 1..1024 or a list like 1,2,6 from 1 on, got"
+            f" {shortened(text)}"
         )
     check_range("--workers", max(counts), 1, MOST)
     if len(counts) > MOST_COUNTS:
-        raise HessianFlowError(f"--workers must hold at most {MOST_COUNTS} numbers, got {len(counts)}")
+        raise HessianFlowError(
+            f"--workers must hold at most {MOST_COUNTS} numbers, got {len(counts)}"
+        )
     return sorted(set(counts))
 
 
@@ -216,7 +243,11 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in text.splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.machine()
 
 

@@ -13,7 +13,8 @@ from hessianflow.interfaces import AgreedError, HessianFlowError, World
 from hessianflow.training.world import LocalWorld
 
 PATIENCE_SECONDS = 10.0
-"""A wait for other ranks that is longer is spoken of. Ours: ranks that were started together come within seconds."""
+"""A wait for other ranks that is longer is spoken of. Ours: ranks that were started together come
+within seconds."""
 
 
 @contextmanager
@@ -21,13 +22,15 @@ def launched(make: Callable[[], TrainConfig]) -> Iterator[tuple[World, TrainConf
     """Meet the other ranks, if this process is one of several, and leave them at the end.
 
     Args:
-        make: the prepared settings; what is wrong with them, the first process of each machine says.
+        make: the prepared settings; what is wrong with them, the first process of each machine
+            says.
 
     Yields:
         The world, and the settings, `run_dir` apart the same on all ranks.
 
     Raises:
-        HessianFlowError: ranks with different code or settings, and what :func:`launched_world` raises.
+        HessianFlowError: ranks with different code or settings, and what :func:`launched_world`
+            raises.
     """
     place = from_environment()
     try:
@@ -48,11 +51,13 @@ def launched(make: Callable[[], TrainConfig]) -> Iterator[tuple[World, TrainConf
 
 @contextmanager
 def _said_to_wait(place: Generation) -> Iterator[None]:
-    """While active, a long wait is spoken of: who has RANK in the environment may not know of others to wait for."""
+    """While active, a long wait is spoken of: who has RANK in the environment may not know of
+    others to wait for."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     line = (
-        f"hessianflow: note: rank {place.rank} of {place.world_size} waits for the others at {address}, as RANK, "
-        "WORLD_SIZE and MASTER_ADDR in the environment say; unset RANK to train alone\n"
+        f"hessianflow: note: rank {place.rank} of {place.world_size} waits for the others at"
+        f" {address}, as RANK, WORLD_SIZE and MASTER_ADDR in the environment say; unset RANK to"
+        " train alone\n"
     )
     timer = Timer(PATIENCE_SECONDS, sys.stderr.write, [line])
     timer.daemon = True

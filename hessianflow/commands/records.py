@@ -19,27 +19,57 @@ PLOTS = "plots"
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
-    plot = add_command(commands, "plot", "draw curvature trajectory and training curves of one or several runs")
+    plot = add_command(
+        commands, "plot", "draw curvature trajectory and training curves of one or several runs"
+    )
     plot.add("run_dirs", type=path, nargs="+", help="run directories, drawn over each other")
-    plot.add("--out", type=path, default=None, help="folder for the pictures; default: RUN_DIR/plots or plots")
-    compare = add_command(commands, "compare", "print and draw who needs how many updates at which accuracy")
-    compare.add("run_dirs", type=path, nargs="+", help="run directories; those that differ in seed are averaged")
-    compare.add("--out", type=path, default=None, help="folder for compare.md, compare.csv and compare.png")
-    report = add_command(commands, "report", "write one self-contained HTML page about one or several runs")
+    plot.add(
+        "--out",
+        type=path,
+        default=None,
+        help="folder for the pictures; default: RUN_DIR/plots or plots",
+    )
+    compare = add_command(
+        commands, "compare", "print and draw who needs how many updates at which accuracy"
+    )
+    compare.add(
+        "run_dirs",
+        type=path,
+        nargs="+",
+        help="run directories; those that differ in seed are averaged",
+    )
+    compare.add(
+        "--out", type=path, default=None, help="folder for compare.md, compare.csv and compare.png"
+    )
+    report = add_command(
+        commands, "report", "write one self-contained HTML page about one or several runs"
+    )
     report.add("run_dirs", type=path, nargs="+", help="run directories")
-    report.add("--out", type=path, default=None, help="file; default: RUN_DIR/report.html or report.html")
-    replay = add_command(commands, "replay", "print what another controller would have done with a run's measurements")
+    report.add(
+        "--out", type=path, default=None, help="file; default: RUN_DIR/report.html or report.html"
+    )
+    replay = add_command(
+        commands,
+        "replay",
+        "print what another controller would have done with a run's measurements",
+    )
     replay.add("run_dir", type=path, help="run directory")
     replay.add(
-        "--controller", type=ControllerName, default="absa", help=f"one of {', '.join(get_args(ControllerName))}"
+        "--controller",
+        type=ControllerName,
+        default="absa",
+        help=f"one of {', '.join(get_args(ControllerName))}",
     )
-    replay.add("--max-batch-size", type=int | None, default=None, help="its cap; default: the run's")
+    replay.add(
+        "--max-batch-size", type=int | None, default=None, help="its cap; default: the run's"
+    )
     replay.add("--patience", type=int | None, default=None, help="of absa; default: the run's")
     return {"plot": _plot, "compare": _compare, "report": _report, "replay": _replay}
 
 
 def draw(runs: list[Path], folder: Path) -> None:
-    """Draw the pictures of `runs` into `folder` and print their paths; a run with a server or with stages has more."""
+    """Draw the pictures of `runs` into `folder` and print their paths; a run with a server or with
+    stages has more."""
     from hessianflow import plots
     from hessianflow.runs import History
 
@@ -68,7 +98,9 @@ def draw(runs: list[Path], folder: Path) -> None:
 
 def _plot(arguments: Namespace) -> int:
     runs = _runs(arguments)
-    out = Path(arguments.out) if arguments.out else runs[0] / PLOTS if len(runs) == 1 else Path(PLOTS)
+    out = (
+        Path(arguments.out) if arguments.out else runs[0] / PLOTS if len(runs) == 1 else Path(PLOTS)
+    )
     draw(runs, out)
     return 0
 
@@ -103,7 +135,11 @@ def _report(arguments: Namespace) -> int:
     from hessianflow import plots
 
     runs = _runs(arguments)
-    out = Path(arguments.out) if arguments.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    out = (
+        Path(arguments.out)
+        if arguments.out
+        else (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    )
     _make(out.parent)
     plots.report(runs, path=out)
     print(f"  {printable(out)}")
@@ -124,7 +160,11 @@ def _replay(arguments: Namespace) -> int:
     require_settings(arguments.run_dir, "replay", "hf.control.replay")
     # No rate is set here, and some controllers would refuse the schedule of the run.
     changes = {"controller": arguments.controller, "schedule": None}
-    changes |= {name: arguments[name] for name in ("max_batch_size", "patience") if arguments[name] is not None}
+    changes |= {
+        name: arguments[name]
+        for name in ("max_batch_size", "patience")
+        if arguments[name] is not None
+    }
     recorded = load_config(arguments.run_dir)
     if arguments.controller != recorded.controller:
         # These may mean another thing there, or not go with it.
@@ -132,16 +172,27 @@ def _replay(arguments: Namespace) -> int:
     config = resolve(replace(recorded, **changes))
     check_effects(config, [name for name in ("patience",) if arguments[name] is not None])
     if config.controller == "critical" and recorded.norm_mode == "eval":
-        print("note: the run measured with running statistics; critical means eigenvalues in batch statistics")
+        print(
+            "note: the run measured with running statistics; critical means eigenvalues in batch"
+            " statistics"
+        )
     examples = history.fact("examples_per_epoch")
-    result = replay(history.records, build_controller(config), examples_per_epoch=examples, total_epochs=config.epochs)
+    result = replay(
+        history.records,
+        build_controller(config),
+        examples_per_epoch=examples,
+        total_epochs=config.epochs,
+    )
     for step in result.changes:
         decision = step.decision
         print(
             f"epoch {step.epoch:>3}: batch {decision.batch_size}, rate x {decision.lr_factor:g}, "
             f"adversarial share {decision.adversarial_share:g}: {decision.reason}"
         )
-    print(f"{arguments.controller}: {result.updates} updates; the run itself took {history.epochs[-1]['updates']}")
+    print(
+        f"{arguments.controller}: {result.updates} updates; the run itself took"
+        f" {history.epochs[-1]['updates']}"
+    )
     return 0
 
 

@@ -10,7 +10,13 @@ from jsonargparse import Namespace
 
 from hessianflow.bounds import check_setting, shown
 from hessianflow.commands.parser import add_command, path
-from hessianflow.commands.runs import MODEL_HELP, printable, require_named_code, require_settings, writing_to
+from hessianflow.commands.runs import (
+    MODEL_HELP,
+    printable,
+    require_named_code,
+    require_settings,
+    writing_to,
+)
 from hessianflow.interfaces import HessianFlowError
 
 MOST_STEPS = 10_000
@@ -21,9 +27,19 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parser; returns what runs the command."""
     parser = add_command(commands, "robustness", "measure a run's test accuracy under attack")
     parser.add("run", type=path, help="run directory, or a checkpoint inside one")
-    parser.add("--attack", type=str, nargs="+", default=["fgsm", "pgd20"], help="fgsm, or pgd and its steps")
     parser.add(
-        "--eps", type=float, nargs="+", default=[0.005, 0.02, 0.06], help="perturbations, in pixels scaled to [0, 1]"
+        "--attack",
+        type=str,
+        nargs="+",
+        default=["fgsm", "pgd20"],
+        help="fgsm, or pgd and its steps",
+    )
+    parser.add(
+        "--eps",
+        type=float,
+        nargs="+",
+        default=[0.005, 0.02, 0.06],
+        help="perturbations, in pixels scaled to [0, 1]",
     )
     parser.add("--examples", type=int, default=1000, help="test examples, from the first")
     parser.add("--seed", type=int, default=0, help="of the random starts of pgd")
@@ -44,7 +60,9 @@ def _robustness(arguments: Namespace) -> int:
     makers = {name: _maker(name) for name in arguments.attack}
     for size in arguments.eps:
         if not 0 <= size <= 1:
-            raise HessianFlowError(f"--eps must lie between 0 and 1 (pixels scaled to [0, 1]), got {size}")
+            raise HessianFlowError(
+                f"--eps must lie between 0 and 1 (pixels scaled to [0, 1]), got {size}"
+            )
     run_dir = find_checkpoint(arguments.run)[0]
     require_settings(run_dir, "robustness", "hf.adversarial.robust_accuracy")
     require_named_code(run_dir, arguments.model)
@@ -54,7 +72,9 @@ def _robustness(arguments: Namespace) -> int:
     rows = []
     for size in tqdm(arguments.eps, disable=None, desc="eps"):
         generator = torch.Generator(device=batch[0].device).manual_seed(arguments.seed)
-        attacks = {n: make(size / spread, parts.train.value_range, generator) for n, make in makers.items()}
+        attacks = {
+            n: make(size / spread, parts.train.value_range, generator) for n, make in makers.items()
+        }
         rows.append(robust_accuracy(parts.model, batch, attacks))
     _show(arguments.eps, rows)
     _write(arguments, rows, Path(arguments.out) if arguments.out else run_dir)
@@ -73,7 +93,8 @@ def _maker(name: str) -> Callable[..., Callable[..., Any]]:
             pgd, eps=eps, value_range=limits, steps=int(steps[1]), generator=generator
         )
     raise HessianFlowError(
-        f"--attack must be fgsm or pgd and a number of steps up to {MOST_STEPS}, such as pgd20, got {shown(name)}"
+        f"--attack must be fgsm or pgd and a number of steps up to {MOST_STEPS}, such as pgd20, got"
+        f" {shown(name)}"
     )
 
 
@@ -89,8 +110,15 @@ def _write(arguments: Namespace, rows: list[dict[str, Any]], folder: Path) -> No
     from hessianflow import plots
     from hessianflow.runs.measured import keep_robustness
 
-    curves = {name: [(row[name].value, row[name].low, row[name].high) for row in rows] for name in rows[0]}
-    values = {"eps": arguments.eps, "examples": rows[0]["clean"].total, "seed": arguments.seed, "accuracy": curves}
+    curves = {
+        name: [(row[name].value, row[name].low, row[name].high) for row in rows] for name in rows[0]
+    }
+    values = {
+        "eps": arguments.eps,
+        "examples": rows[0]["clean"].total,
+        "seed": arguments.seed,
+        "accuracy": curves,
+    }
     path = folder / "plots" / "robustness.png"
     with writing_to(folder):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,8 @@ def printable(path: str | Path) -> str:
 
 
 MODEL_HELP = (
-    "for a run with a model of your own: its package.module:function again, because a run directory may not run code"
+    "for a run with a model of your own: its package.module:function again, because a run directory"
+    " may not run code"
 )
 
 
@@ -55,7 +56,8 @@ def require_named_code(run_dir: str | Path, model: str | None) -> None:
         raise HessianFlowError(f"--model {model}: the model of {run_dir} is {recorded}")
     if ":" in recorded and model is None:
         raise HessianFlowError(
-            f"{Path(run_dir) / CONFIG} names code that would be run: if you trust it, add --model {recorded}"
+            f"{Path(run_dir) / CONFIG} names code that would be run: if you trust it, add --model"
+            f" {recorded}"
         )
 
 
@@ -77,8 +79,8 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
     path = Path(run_dir) / CONFIG
     if path.is_file() and "settings" not in read_config(Path(run_dir)):
         raise HessianFlowError(
-            f"{path} holds no settings: `hessianflow {command}` needs a run of `hessianflow train`; with one made from "
-            f"Python, call {instead}"
+            f"{path} holds no settings: `hessianflow {command}` needs a run of `hessianflow train`;"
+            f" with one made from Python, call {instead}"
         )
 
 

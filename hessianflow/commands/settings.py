@@ -1,4 +1,5 @@
-"""Options of the command that are settings of a run, in the words of the one place that documents them."""
+"""Options of the command that are settings of a run, in the words of the one place that documents
+them."""
 
 import os
 import re
@@ -25,13 +26,16 @@ class Given:
 
     def settings(self, arguments: Any) -> dict[str, Any]:
         """Their values."""
-        names = [f.name for f in fields(TrainConfig) if f.name in self.typed or f.name in self.in_files]
+        names = [
+            f.name for f in fields(TrainConfig) if f.name in self.typed or f.name in self.in_files
+        ]
         return {name: arguments[name] for name in names if arguments[name] is not None}
 
     def check(self, config: TrainConfig) -> None:
         """Refuse settings typed that nothing would look at; say which of a file's are not used.
 
-        A file may serve several choices. Of its settings, those are passed over that are as they would be anyway.
+        A file may serve several choices. Of its settings, those are passed over that are as they
+        would be anyway.
 
         Args:
             config: resolved.
@@ -41,12 +45,20 @@ class Given:
         """
         names = [field.name for field in fields(TrainConfig)]
         check_effects(config, [name for name in names if name in self.typed])
-        unused = [name for name in names if name in self.in_files - self.typed and is_ignored(config, name)]
-        defaults: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig) if field.name in unused}
+        unused = [
+            name
+            for name in names
+            if name in self.in_files - self.typed and is_ignored(config, name)
+        ]
+        defaults: dict[str, Any] = {
+            field.name: field.default for field in fields(TrainConfig) if field.name in unused
+        }
         usual = resolve(replace(config, **defaults))
         said = [name for name in unused if getattr(usual, name) != getattr(config, name)]
         if said and os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"hessianflow: note: not used with these settings: {', '.join(said)}\n")
+            sys.stderr.write(
+                f"hessianflow: note: not used with these settings: {', '.join(said)}\n"
+            )
 
 
 def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
@@ -54,7 +66,9 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
     texts, hints = _field_texts(), get_type_hints(TrainConfig)
     chosen = None if names is None else set(names)
     # The fields of the classes that TrainConfig extends come after its own.
-    for field in sorted(fields(TrainConfig), key=lambda f: f.name not in TrainConfig.__annotations__):
+    for field in sorted(
+        fields(TrainConfig), key=lambda f: f.name not in TrainConfig.__annotations__
+    ):
         if chosen is None or field.name in chosen:
             parser.settings.add(field.name)
             parser.add(

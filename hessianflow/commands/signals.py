@@ -42,7 +42,10 @@ def signals_raised(*, own_process: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    defaults: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
     ours = [number for number in NUMBERS if signal.getsignal(number) == defaults[number]]
     if not own_process:
         ours = [number for number in ours if number == signal.SIGTERM]

@@ -36,9 +36,15 @@ fill the screen."""
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers; returns what runs each command."""
     train = add_command(commands, "train", "train a network; no argument needed")
-    train.add("--config", action="config", help="YAML file of settings, spelled as in settings.yaml of a run")
+    train.add(
+        "--config",
+        action="config",
+        help="YAML file of settings, spelled as in settings.yaml of a run",
+    )
     add_settings(train)
-    resume = add_command(commands, "resume", "continue an interrupted run from its newest checkpoint")
+    resume = add_command(
+        commands, "resume", "continue an interrupted run from its newest checkpoint"
+    )
     resume.add("run_dir", type=path, help="run directory")
     resume.add("--model", type=str | None, default=None, help=MODEL_HELP)
     return {"train": _train, "resume": _resume}
@@ -58,7 +64,9 @@ def _train(arguments: Namespace) -> int:
         return config
 
     with launched(settings) as (world, given), ExitStack() as stack:
-        run_dir = on_first_rank(world, lambda: given.run_dir or stack.enter_context(_new_run_dir(given)))
+        run_dir = on_first_rank(
+            world, lambda: given.run_dir or stack.enter_context(_new_run_dir(given))
+        )
         config = replace(given, run_dir=run_dir)
         status, history = _run(world, config, lambda trainer: trainer.fit())
     return _shown(world, config, history, status)
@@ -90,7 +98,9 @@ def _has_finished(world: "World", run_dir: str) -> bool:
     return finished
 
 
-def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], History]") -> tuple[int, "History"]:
+def _run(
+    world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], History]"
+) -> tuple[int, "History"]:
     """Build a trainer, run `work` on it, and return the exit status and the records.
 
     A signal stops all ranks alike.
@@ -106,7 +116,8 @@ def _run(world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], Hist
         signal.signal(number, abandon)
 
     def abandon(number: int, _frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a third signal ends the process at once, whatever it does
+        # a third signal ends the process at once, whatever it does
+        signal.signal(number, signal.SIG_DFL)
         raise Signalled(number)
 
     previous = {number: signal.signal(number, stop) for number in NUMBERS}
@@ -127,7 +138,9 @@ def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
         from hessianflow.dual_batch import build_dual_batch
 
         if world.world_size > 1:
-            raise HessianFlowError("--controller dual-batch has workers of its own: start it without torchrun")
+            raise HessianFlowError(
+                "--controller dual-batch has workers of its own: start it without torchrun"
+            )
         return build_dual_batch(config, [LogSink()])
     if config.elastic:
         from hessianflow.elastic import build_elastic
@@ -158,7 +171,9 @@ def _print_summary(history: "History", model: str) -> None:
     seconds = history.summary["seconds"]
     accuracy = ""
     if summary["final_accuracy"] is not None:
-        accuracy = f"test accuracy {summary['final_accuracy']:.2%} (best {summary['best_accuracy']:.2%}); "
+        accuracy = (
+            f"test accuracy {summary['final_accuracy']:.2%} (best {summary['best_accuracy']:.2%}); "
+        )
     print(
         f"{summary['status']}: {accuracy}{summary['epochs']} epochs, {summary['updates']} updates, "
         f"largest batch {summary['largest_batch']}; {summary['wall_seconds']:.1f} s, of which "
@@ -171,7 +186,8 @@ def _print_summary(history: "History", model: str) -> None:
         print(f"  and {len(changes) - SHOWN_CHANGES} more changes, listed in history.jsonl")
     if not history.curvature and any(row["event"] == "budget" for row in history.of_kind("event")):
         print(
-            "  no curvature was measured: a reading may cost a quarter of it all (--curvature-budget 100 reads anyway)"
+            "  no curvature was measured: a reading may cost a quarter of it all"
+            " (--curvature-budget 100 reads anyway)"
         )
     run_dir = printable(history.run_dir or "")
     print(f"  {run_dir}")
@@ -187,5 +203,7 @@ def _new_run_dir(config: TrainConfig) -> Iterator[str]:
 
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     model = (config.model or "").replace(":", "-").replace("/", "-")
-    with new_folder(Path("runs") / f"{config.data}-{model}-{config.controller}-seed{config.seed}-{stamp}") as path:
+    with new_folder(
+        Path("runs") / f"{config.data}-{model}-{config.controller}-seed{config.seed}-{stamp}"
+    ) as path:
         yield str(path)

@@ -51,7 +51,10 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
     words = ["--print_config" if word == "--print-config" else word for word in given]
     found = Words()
     if words and words[0].startswith("-") and words[0] not in _ROOT_OPTIONS:
-        parser.error(f"{words[0]} stands before the command: name that first, as in hessianflow train {words[0]}")
+        parser.error(
+            f"{words[0]} stands before the command: name that first, as in hessianflow train"
+            f" {words[0]}"
+        )
     current = parser
     for word in words:
         if word in current.children:
@@ -98,7 +101,9 @@ def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
     if not path:
         raise HessianFlowError("--config needs the name of a file of settings")
     found = read_settings(path)
-    known = {word[2:].replace("-", "_") for word in parser.options if word not in ("--config", "--help")}
+    known = {
+        word[2:].replace("-", "_") for word in parser.options if word not in ("--config", "--help")
+    }
     for name in found:
         if name not in known:
             hint = did_you_mean(name, [word.replace("_", "-") for word in known]).replace("-", "_")

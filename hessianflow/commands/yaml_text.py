@@ -22,7 +22,9 @@ MOST_DIGITS = 300
 """Most digits of a number: a float reaches about as many. Ours."""
 DEEPEST, MOST_EVENTS = 8, 20_000
 """Most levels of nested lists, and most YAML events. Ours; no setting has more than two levels."""
-_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp"))
+_PLAIN_TAGS = frozenset(
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")
+)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 _NULL, _LIST = "tag:yaml.org,2002:null", "tag:yaml.org,2002:seq"
 
@@ -42,7 +44,9 @@ def load_value(text: str) -> Any:
     check_value(text)
     try:
         return get_loader("yaml")(text)
-    except ValueError as error:  # from Python: a number it does not convert, or text that is not Unicode
+    except (
+        ValueError
+    ) as error:  # from Python: a number it does not convert, or text that is not Unicode
         raise UnfitTextError(str(error)) from None
 
 
@@ -57,7 +61,9 @@ def check_value(text: str) -> None:
         raise UnfitTextError(f"{len(text)} characters, more than {MOST_CHARACTERS}")
     digits = max(map(len, re.findall(r"\d+", text)), default=0)
     if digits > MOST_DIGITS:
-        raise UnfitTextError(f"a number of {digits} digits: none that is used here has more than {MOST_DIGITS}")
+        raise UnfitTextError(
+            f"a number of {digits} digits: none that is used here has more than {MOST_DIGITS}"
+        )
     try:
         _check_events(text)
     except UnfitTextError:
@@ -79,18 +85,28 @@ def read_settings(path: str) -> dict[str, str]:
         _check_events(text)
         node = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
-        raise HessianFlowError(f"--config {path}: not the YAML of a settings file: {_reason(error)}") from None
+        raise HessianFlowError(
+            f"--config {path}: not the YAML of a settings file: {_reason(error)}"
+        ) from None
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise HessianFlowError(f"--config {path}: must hold names of settings and their values, found a {node.id}")
-    if {"settings", "environment"} <= {key.value for key, _ in node.value if isinstance(key.value, str)}:
-        raise HessianFlowError(f"--config {path} is the record of a run: its settings are in settings.yaml beside it")
+        raise HessianFlowError(
+            f"--config {path}: must hold names of settings and their values, found a {node.id}"
+        )
+    if {"settings", "environment"} <= {
+        key.value for key, _ in node.value if isinstance(key.value, str)
+    }:
+        raise HessianFlowError(
+            f"--config {path} is the record of a run: its settings are in settings.yaml beside it"
+        )
     found: dict[str, str] = {}
     for key, value in node.value:
         where = f"--config {path} line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
-            raise HessianFlowError(f"{where}: the name of a setting must be a word, found a {key.id}")
+            raise HessianFlowError(
+                f"{where}: the name of a setting must be a word, found a {key.id}"
+            )
         if key.value in found:
             raise HessianFlowError(f"{where}: {key.value} is set a second time: remove one of them")
         found[key.value] = _as_word(value, f"{where}: {key.value}")
@@ -107,7 +123,9 @@ def _text(path: str) -> str:
         raise HessianFlowError(f"--config {path}: cannot be read: {reason}") from None
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise HessianFlowError(f"--config {path}: must be a plain file: write the settings into one")
+            raise HessianFlowError(
+                f"--config {path}: must be a plain file: write the settings into one"
+            )
         with os.fdopen(handle, "rb", closefd=False) as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
@@ -115,11 +133,15 @@ def _text(path: str) -> str:
     finally:
         os.close(handle)
     if len(content) > MOST_BYTES:
-        raise HessianFlowError(f"--config {path}: more than {MOST_BYTES} bytes: no settings file is that large")
+        raise HessianFlowError(
+            f"--config {path}: more than {MOST_BYTES} bytes: no settings file is that large"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise HessianFlowError(f"--config {path}: not UTF-8 text: save it in that encoding") from None
+        raise HessianFlowError(
+            f"--config {path}: not UTF-8 text: save it in that encoding"
+        ) from None
 
 
 def _check_events(text: str) -> None:
@@ -137,7 +159,11 @@ def _check_events(text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > DEEPEST or count > MOST_EVENTS:
-            what = f"more than {DEEPEST} levels" if depth > DEEPEST else f"more than {MOST_EVENTS} parts"
+            what = (
+                f"more than {DEEPEST} levels"
+                if depth > DEEPEST
+                else f"more than {MOST_EVENTS} parts"
+            )
             raise UnfitTextError(f"{what}: no setting has as many")
 
 

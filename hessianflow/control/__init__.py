@@ -1,15 +1,28 @@
-"""Batch-size controllers: deterministic state machines without tensors; measurements in, a decision out."""
+"""Batch-size controllers: deterministic state machines without tensors; measurements in, a decision
+out."""
 
 from hessianflow.control.absa import ABSA
 from hessianflow.control.cabs import CABS
 from hessianflow.control.critical_batch import CriticalBatch
 from hessianflow.control.diversity import DiveBatch
-from hessianflow.control.dual_batch import DualBatchPlan, Worker, WorkerPlan, dual_batch_plan, plan_workers
+from hessianflow.control.dual_batch import (
+    DualBatchPlan,
+    Worker,
+    WorkerPlan,
+    dual_batch_plan,
+    plan_workers,
+)
 from hessianflow.control.lr_scaling import lr_factor, momentum_correction
 from hessianflow.control.noise_scale import NoiseScale
 from hessianflow.control.published import PUBLISHED, Published
 from hessianflow.control.replay import Replay, ReplayStep, replay
-from hessianflow.control.resolution import Level, ProgressiveResolution, Stage, resolution_stages, stage_at
+from hessianflow.control.resolution import (
+    Level,
+    ProgressiveResolution,
+    Stage,
+    resolution_stages,
+    stage_at,
+)
 from hessianflow.control.schedules import AdaBatch, FixedBatch, GrowInsteadOfDecay, Warmup
 from hessianflow.control.time_model import TimeModel, fit_time_model
 from hessianflow.control.timed import TimedSchedule

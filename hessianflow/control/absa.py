@@ -1,25 +1,29 @@
 """ABSA: adaptive batch size driven by the Hessian's top eigenvalue, with adversarial training.
 
-Yao, Gholami, Arfeen, Liaw, Gonzalez, Keutzer, Mahoney, "Large batch size training of neural networks with adversarial
-training and second-order information", arXiv:1810.01021.
+Yao, Gholami, Arfeen, Liaw, Gonzalez, Keutzer, Mahoney, "Large batch size training of neural
+networks with adversarial training and second-order information", arXiv:1810.01021.
 
 Once per epoch, with lambda the top eigenvalue of the Hessian of the training loss:
 
-1. The first usable lambda becomes the reference. Later, if lambda <= reference / decay_factor: the reference
-   becomes lambda, GROW.
-2. Otherwise, if this is the `patience`-th estimate since the last growth: GROW, the reference unchanged.
+1. The first usable lambda becomes the reference. Later, if lambda <= reference / decay_factor: the
+   reference becomes lambda, GROW.
+2. Otherwise, if this is the `patience`-th estimate since the last growth: GROW, the reference
+   unchanged.
 3. From half of the epochs on: adversarial share = 0.
 
-GROW: batch = floor(growth_factor * batch), at most the cap; the learning rate times the ratio of the batches; the
-adversarial share divided by share_decay, and 0 at the cap. ABS is ABSA with an adversarial share of 0.
+GROW: batch = floor(growth_factor * batch), at most the cap; the learning rate times the ratio of
+the batches; the adversarial share divided by share_decay, and 0 at the cap. ABS is ABSA with an
+adversarial share of 0.
 
 Deviations from the published code:
 
-- a reading that is missing, not finite, <= 0, not converged or not reliable counts towards the patience but is never
-  compared, nor taken as the reference (there, a negative estimate makes the test true for ever, a NaN as the first one
-  never, and estimates of 10^9 to 10^3 under running statistics that had not settled drove one growth after another);
+- a reading that is missing, not finite, <= 0, not converged or not reliable counts towards the
+  patience but is never compared, nor taken as the reference (there, a negative estimate makes the
+  test true for ever, a NaN as the first one never, and estimates of 10^9 to 10^3 under running
+  statistics that had not settled drove one growth after another);
 - decay, growth and share factors are three settings instead of one, and the patience is a setting;
-- sizes count examples, not microbatches, so that any cap is possible; a growth adds at least one example.
+- sizes count examples, not microbatches, so that any cap is possible; a growth adds at least one
+  example.
 """
 
 import math
@@ -32,7 +36,8 @@ from hessianflow.interfaces import CurvatureReading, Progress
 
 @dataclass
 class ABSAState(ControllerState):
-    """Adds the reference eigenvalue (None until one was usable) and the estimates since the last growth."""
+    """Adds the reference eigenvalue (None until one was usable) and the estimates since the last
+    growth."""
 
     reference: float | None = None
     estimates: int = 0
@@ -43,14 +48,18 @@ class ABSA(Controller[ABSAState]):
 
     Args:
         batch_size: examples per step at the start; the learning rate belongs to this size.
-        max_batch_size: the cap. Equal to `batch_size`: the batch never grows and no eigenvalue is asked for.
-        decay_factor: the eigenvalue must fall to reference / decay_factor (alpha; 2 in the published code).
+        max_batch_size: the cap. Equal to `batch_size`: the batch never grows and no eigenvalue is
+            asked for.
+        decay_factor: the eigenvalue must fall to reference / decay_factor (alpha; 2 in the
+            published code).
         growth_factor: the batch grows by this factor (beta; 2 in the published code).
-        patience: estimates without a growth before one is forced (kappa; 10 in the published code). None: never.
-        adversarial_share: share of each batch made adversarial at the start (gamma; 0.2 in the published code).
-            0 is the method ABS.
+        patience: estimates without a growth before one is forced (kappa; 10 in the published code).
+            None: never.
+        adversarial_share: share of each batch made adversarial at the start (gamma; 0.2 in the
+            published code). 0 is the method ABS.
         share_decay: divides the share at each growth (omega; 2 in the published code).
-        total_epochs: epochs of the run, at half of which (rounded down) the share becomes 0. None: as `progress` says.
+        total_epochs: epochs of the run, at half of which (rounded down) the share becomes 0. None:
+            as `progress` says.
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
@@ -73,7 +82,9 @@ class ABSA(Controller[ABSAState]):
         self.growth_factor = check_number("growth_factor", growth_factor, above=1)
         self.patience = None if patience is None else check_count("patience", patience)
         self.share_decay = check_number("share_decay", share_decay, low=1)
-        self.total_epochs = None if total_epochs is None else check_count("total_epochs", total_epochs)
+        self.total_epochs = (
+            None if total_epochs is None else check_count("total_epochs", total_epochs)
+        )
         self.initial_batch_size = batch_size
 
     @property
@@ -82,7 +93,8 @@ class ABSA(Controller[ABSAState]):
         return frozenset({"eigenvalue"} if self._can_grow else ())
 
     def forget_reference(self) -> None:
-        """The next usable eigenvalue becomes the reference: the loss is another one from here on."""
+        """The next usable eigenvalue becomes the reference: the loss is another one from here
+        on."""
         self._state.reference = None
 
     def _decide(self, measured: Measured, /) -> str:
@@ -116,7 +128,9 @@ class ABSA(Controller[ABSAState]):
         state = self._state
         state.batch_size = grown(state.batch_size, self.growth_factor, self.max_batch_size)
         state.lr_factor = state.batch_size / self.initial_batch_size
-        state.adversarial_share = state.adversarial_share / self.share_decay if self._can_grow else 0.0
+        state.adversarial_share = (
+            state.adversarial_share / self.share_decay if self._can_grow else 0.0
+        )
         state.estimates = 0
 
     def _consider_half_way(self, progress: Progress) -> list[str]:

@@ -1,15 +1,17 @@
 """CABS: the batch that couples with the learning rate.
 
-Balles, Romero, Hennig, "Coupling adaptive batch sizes with learning rates", UAI 2017, arXiv:1612.05086.
+Balles, Romero, Hennig, "Coupling adaptive batch sizes with learning rates", UAI 2017,
+arXiv:1612.05086.
 
     batch = scale * learning_rate * S / (loss - loss_floor)
 
-with S the trace of the covariance of one example's gradient. S and loss are moving averages that start at 0 and 1,
-without bias correction, as in the published code. Meant for plain SGD; the learning rate does not follow the batch.
+with S the trace of the covariance of one example's gradient. S and loss are moving averages that
+start at 0 and 1, without bias correction, as in the published code. Meant for plain SGD; the
+learning rate does not follow the batch.
 
-Deviation: S comes from gradient norms at two batch sizes (see :mod:`hessianflow.control.noise_scale`), not from second
-moments of every coordinate; the published code decides after every update and has no hysteresis (every_updates=1,
-hysteresis=1).
+Deviation: S comes from gradient norms at two batch sizes (see
+:mod:`hessianflow.control.noise_scale`), not from second moments of every coordinate; the published
+code decides after every update and has no hysteresis (every_updates=1, hysteresis=1).
 """
 
 import math
@@ -24,7 +26,8 @@ from hessianflow.interfaces import HessianFlowError, Progress
 
 @dataclass
 class CABSState(ControllerState):
-    """Adds the moving averages of variance and loss, and the updates counted at the last decision."""
+    """Adds the moving averages of variance and loss, and the updates counted at the last
+    decision."""
 
     variance: float = 0.0
     loss: float = 1.0
@@ -35,15 +38,16 @@ class CABS(BoundedController[CABSState]):
     """Set the batch to learning rate times gradient variance over loss.
 
     Signals used, every `every_updates` updates:
-        learning_rate: the rate in force.
-        train_loss: mean training loss of the latest batch.
-        small_gradient_sq, small_batch_size, large_gradient_sq, large_batch_size: as for `NoiseScale`.
+        learning_rate: the rate in force. train_loss: mean training loss of the latest batch.
+        small_gradient_sq, small_batch_size, large_gradient_sq, large_batch_size: as for
+        `NoiseScale`.
 
     Args:
         batch_size: examples per step at the start.
         max_batch_size: the cap (2048 in the published code).
         min_batch_size: the floor (16 in the published code).
-        smoothing: weight of the past in the moving averages, in [0, 1) (0.95 in the published code).
+        smoothing: weight of the past in the moving averages, in [0, 1) (0.95 in the published
+            code).
         scale: constant factor (c; 1 in the paper).
         loss_floor: a known lower bound of the loss, as with label smoothing (0 in the paper).
         every_updates: updates between decisions (ours: 10; every decision reads the device).
@@ -77,7 +81,9 @@ class CABS(BoundedController[CABSState]):
         )
         self.smoothing = check_number("smoothing", smoothing, low=0, high=1)
         if smoothing == 1:
-            raise HessianFlowError("smoothing must be < 1, got 1: the averages would stay where they start")
+            raise HessianFlowError(
+                "smoothing must be < 1, got 1: the averages would stay where they start"
+            )
         self.scale = check_number("scale", scale, above=0)
         self.loss_floor = check_number("loss_floor", loss_floor)
         self.every_updates = check_count("every_updates", every_updates)
@@ -98,7 +104,10 @@ class CABS(BoundedController[CABSState]):
         if unusable := defect(signals):
             return f"variance unknown: {unusable}"
         if not math.isfinite(signals["train_loss"] * signals["learning_rate"]):
-            return f"batch unknown: loss {signals['train_loss']}, rate {signals['learning_rate']} must be finite"
+            return (
+                f"batch unknown: loss {signals['train_loss']}, rate {signals['learning_rate']} must"
+                " be finite"
+            )
         past = self.smoothing
         state.variance = past * state.variance + (1 - past) * two_batch_estimate(signals)[1]
         state.loss = past * state.loss + (1 - past) * (signals["train_loss"] - self.loss_floor)

@@ -1,4 +1,5 @@
-"""Argument checks shared by the controllers: each names the parameter, the value received and the bound."""
+"""Argument checks shared by the controllers: each names the parameter, the value received and the
+bound."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +19,12 @@ def check_count(name: str, value: int, minimum: int = 1) -> int:
 
 
 def check_number(
-    name: str, value: float, *, above: float | None = None, low: float = -math.inf, high: float = math.inf
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
 ) -> float:
     """`value` as given, if it is finite, > `above` (when given) and within [low, high].
 
@@ -30,7 +36,9 @@ def check_number(
         bounds = [f" > {above:g}"] if above is not None else []
         bounds += [f" >= {low:g}"] if low > -math.inf else []
         bounds += [f" <= {high:g}"] if high < math.inf else []
-        raise HessianFlowError(f"{name} must be a finite number{' and'.join(bounds)}, got {value!r}")
+        raise HessianFlowError(
+            f"{name} must be a finite number{' and'.join(bounds)}, got {value!r}"
+        )
     return value
 
 
@@ -43,7 +51,8 @@ def check_cap(batch_size: int, max_batch_size: int) -> int:
     check_count("max_batch_size", max_batch_size)
     if max_batch_size < batch_size:
         raise HessianFlowError(
-            f"max_batch_size must be >= batch_size {batch_size}, got {max_batch_size}: raise it or start smaller"
+            f"max_batch_size must be >= batch_size {batch_size}, got {max_batch_size}: raise it or"
+            " start smaller"
         )
     return max_batch_size
 
@@ -56,7 +65,8 @@ def check_fits(max_batch_size: int, examples_per_epoch: int) -> None:
     """
     if max_batch_size > examples_per_epoch:
         raise HessianFlowError(
-            f"max_batch_size must be <= the {examples_per_epoch} training examples, got {max_batch_size}: lower it"
+            f"max_batch_size must be <= the {examples_per_epoch} training examples, got"
+            f" {max_batch_size}: lower it"
         )
 
 
@@ -69,6 +79,7 @@ def check_signals(names: frozenset[str], signals: Mapping[str, float]) -> None:
     missing = sorted(names - signals.keys())
     if missing:
         raise HessianFlowError(
-            f"signals must hold {', '.join(missing)}, got {sorted(signals) or 'none'}: pass them to update(progress, "
-            "reading, signals), or attach the GradientObserver that measures them (hf.optim.GradientMoments)"
+            f"signals must hold {', '.join(missing)}, got {sorted(signals) or 'none'}: pass them to"
+            " update(progress, reading, signals), or attach the GradientObserver that measures"
+            " them (hf.optim.GradientMoments)"
         )

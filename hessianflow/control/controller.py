@@ -6,12 +6,19 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from hessianflow.control.checks import check_cap, check_count, check_fits, check_number
-from hessianflow.interfaces import NO_SIGNALS, CurvatureReading, Decision, HessianFlowError, Progress
+from hessianflow.interfaces import (
+    NO_SIGNALS,
+    CurvatureReading,
+    Decision,
+    HessianFlowError,
+    Progress,
+)
 
 
 @dataclass
 class ControllerState:
-    """The setting in force and the last epoch seen; controllers with a memory add their own plain fields.
+    """The setting in force and the last epoch seen; controllers with a memory add their own plain
+    fields.
 
     Attributes:
         batch_size: examples per optimizer step.
@@ -42,14 +49,16 @@ S = TypeVar("S", bound=ControllerState)
 class Controller(ABC, Generic[S]):
     """A state machine that decides once per completed epoch.
 
-    A subclass adds `_decide`, which changes the state and returns the reason, and `needs` if it measures something.
+    A subclass adds `_decide`, which changes the state and returns the reason, and `needs` if it
+    measures something.
 
     Args:
         state: the setting to start with.
         max_batch_size: the cap.
 
     Raises:
-        HessianFlowError: a size is not a whole number >= 1, the share not in [0, 1], or the cap below the first size.
+        HessianFlowError: a size is not a whole number >= 1, the share not in [0, 1], or the cap
+            below the first size.
     """
 
     def __init__(self, state: S, max_batch_size: int) -> None:
@@ -74,12 +83,16 @@ class Controller(ABC, Generic[S]):
         return progress.epoch > self._state.epoch
 
     def update(
-        self, progress: Progress, reading: CurvatureReading | None = None, signals: Mapping[str, float] = NO_SIGNALS
+        self,
+        progress: Progress,
+        reading: CurvatureReading | None = None,
+        signals: Mapping[str, float] = NO_SIGNALS,
     ) -> Decision:
         """The setting from now on, decided from what `needs` named.
 
         Raises:
-            HessianFlowError: the largest batch would exceed the training set, or a signal asked for is missing.
+            HessianFlowError: the largest batch would exceed the training set, or a signal asked for
+                is missing.
         """
         check_fits(self.max_batch_size, progress.examples_per_epoch)
         self._state.epoch = progress.epoch
@@ -104,7 +117,8 @@ class Controller(ABC, Generic[S]):
         if state.keys() != expected:
             different = sorted(expected.symmetric_difference(state.keys()))
             raise HessianFlowError(
-                f"state must come from {type(self).__name__}, but the names {different} are missing or unknown"
+                f"state must come from {type(self).__name__}, but the names {different} are missing"
+                " or unknown"
             )
         self._state = type(self._state)(**state)
 
@@ -112,6 +126,7 @@ class Controller(ABC, Generic[S]):
 def grown(batch_size: int, factor: float, cap: int) -> int:
     """floor(batch_size * factor), at least one more than before, at most `cap`.
 
-    The small constant keeps a product that is whole in exact arithmetic from being rounded down (100 * 1.15 = 115).
+    The small constant keeps a product that is whole in exact arithmetic from being rounded down
+    (100 * 1.15 = 115).
     """
     return min(cap, max(batch_size + 1, int(batch_size * factor + 1e-9)))

@@ -1,17 +1,20 @@
 """Planning of dual-batch learning: which worker trains on how many examples in steps of which size.
 
-Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed training",
-arXiv:2509.26092, and their COMPSAC 2022 paper.
+Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed
+training", arXiv:2509.26092, and their COMPSAC 2022 paper.
 
-Of n workers, n_S use a small batch and the others the largest that fits, B_L. With the time model t(B) = a B + b, D
-examples an epoch, and k >= 1 the extra-time ratio:
+Of n workers, n_S use a small batch and the others the largest that fits, B_L. With the time model
+t(B) = a B + b, D examples an epoch, and k >= 1 the extra-time ratio:
 
-    t0 = (a + b / B_L) D / n,    t1 = k t0,    d_L = k D / n,    d_S = (D - n_L d_L) / n_S,    B_S = b / (t1 / d_S - a),
+    t0 = (a + b / B_L) D / n,    t1 = k t0,    d_L = k D / n,    d_S = (D - n_L d_L) / n_S,
+    B_S = b / (t1 / d_S - a),
 
-so that both kinds finish at t1; the server weighs a small worker's update by f = d_S / d_L. Feasible while k < n / n_L.
+so that both kinds finish at t1; the server weighs a small worker's update by f = d_S / d_L.
+Feasible while k < n / n_L.
 
-Workers of different speed (ours): with r_i = 1 / (a_i + b_i / B_L,i) examples a second, t0 = D / sum r, a large worker
-takes t1 r_i examples and the small ones share the rest in proportion to r_i. Equal workers give the formulas above.
+Workers of different speed (ours): with r_i = 1 / (a_i + b_i / B_L,i) examples a second, t0 = D /
+sum r, a large worker takes t1 r_i examples and the small ones share the rest in proportion to r_i.
+Equal workers give the formulas above.
 """
 
 import math
@@ -28,7 +31,8 @@ Rounding = Literal["nearest", "down"]
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker as it is: its time model, the largest batch it can hold, and whether it is to use a small one."""
+    """One worker as it is: its time model, the largest batch it can hold, and whether it is to use
+    a small one."""
 
     time: TimeModel
     large_batch_size: int
@@ -85,12 +89,14 @@ class DualBatchPlan:
 
     @property
     def one_device_seconds(self) -> float:
-        """Predicted epoch on one device on which the workers take turns (dual batch on a single device)."""
+        """Predicted epoch on one device on which the workers take turns (dual batch on a single
+        device)."""
         return sum(worker.seconds for worker in self.workers)
 
     @property
     def imbalance(self) -> float:
-        """Share of the epoch that the first to finish waits for the last: rounding, or what a floor has cost."""
+        """Share of the epoch that the first to finish waits for the last: rounding, or what a floor
+        has cost."""
         seconds = [worker.seconds for worker in self.workers]
         return 1 - min(seconds) / max(seconds)
 
@@ -121,7 +127,8 @@ def dual_batch_plan(
         min_small_batch_size: floor of the small batch; `imbalance` says what balance it costs.
 
     Raises:
-        HessianFlowError: an argument is out of its bounds, or k too large for the small workers to have any data.
+        HessianFlowError: an argument is out of its bounds, or k too large for the small workers to
+            have any data.
     """
     check_count("num_workers", num_workers)
     check_count("num_small", num_small, 0)
@@ -130,7 +137,11 @@ def dual_batch_plan(
     time = TimeModel(slope, intercept)
     workers = [Worker(time, large_batch_size, index < num_small) for index in range(num_workers)]
     return plan_workers(
-        workers, num_examples, extra_time_ratio, rounding=rounding, min_small_batch_size=min_small_batch_size
+        workers,
+        num_examples,
+        extra_time_ratio,
+        rounding=rounding,
+        min_small_batch_size=min_small_batch_size,
     )
 
 
@@ -142,7 +153,8 @@ def plan_workers(
     rounding: Rounding = "nearest",
     min_small_batch_size: int = 1,
 ) -> DualBatchPlan:
-    """Plan for workers that differ in speed or memory; the options are those of :func:`dual_batch_plan`.
+    """Plan for workers that differ in speed or memory; the options are those of
+    :func:`dual_batch_plan`.
 
     Raises:
         HessianFlowError: as there.
@@ -154,7 +166,9 @@ def plan_workers(
         raise HessianFlowError(f"rounding must be nearest or down, got {rounding!r}")
     if not workers:
         raise HessianFlowError("workers must hold at least one worker, got none")
-    rates = [1 / w.time.seconds(1, check_count("large_batch_size", w.large_batch_size)) for w in workers]
+    rates = [
+        1 / w.time.seconds(1, check_count("large_batch_size", w.large_batch_size)) for w in workers
+    ]
     base = num_examples / sum(rates)
     # Without small workers nobody takes the examples of those who are given more time.
     target = base * extra_time_ratio if any(w.small for w in workers) else base
@@ -168,30 +182,41 @@ def plan_workers(
 
 
 def _left_for_small(
-    workers: Sequence[Worker], rates: Sequence[float], num_examples: int, target: float, ratio: float
+    workers: Sequence[Worker],
+    rates: Sequence[float],
+    num_examples: int,
+    target: float,
+    ratio: float,
 ) -> float:
     large_rate = sum(rate for w, rate in zip(workers, rates, strict=True) if not w.small)
     left = num_examples - target * large_rate
     if left <= 0 and any(w.small for w in workers):
         count = sum(not w.small for w in workers)
         raise HessianFlowError(
-            f"extra_time_ratio must be < {sum(rates) / large_rate:.4g} with {count} large of {len(workers)} workers, "
-            f"got {ratio:g}: the large ones would take all examples"
+            f"extra_time_ratio must be < {sum(rates) / large_rate:.4g} with {count} large of"
+            f" {len(workers)} workers, got {ratio:g}: the large ones would take all examples"
         )
     return left
 
 
-def _plan(worker: Worker, examples: float, nominal: float, target: float, rounding: Rounding, floor: int) -> WorkerPlan:
+def _plan(
+    worker: Worker, examples: float, nominal: float, target: float, rounding: Rounding, floor: int
+) -> WorkerPlan:
     """`nominal`: the examples that the worker would take by `target` in its large batch."""
     size, rounded = worker.large_batch_size, _rounded(examples, rounding)
     if rounded < 1:
-        raise HessianFlowError(f"num_examples must give every worker at least one example, got {examples:.2g} for one")
+        raise HessianFlowError(
+            f"num_examples must give every worker at least one example, got {examples:.2g} for one"
+        )
     if worker.small:
-        # From the rounded count, as the published codes do. Rounding up a tiny count may leave no time for a step.
+        # From the rounded count, as the published codes do. Rounding up a tiny count may leave no
+        # time for a step.
         spare = target / rounded - worker.time.slope
         exact = worker.time.intercept / spare if spare > 0 else math.inf
         size = max(_rounded(min(exact, size), rounding), min(floor, size))
-    return WorkerPlan(worker.small, rounded, size, examples / nominal, worker.time.seconds(rounded, size))
+    return WorkerPlan(
+        worker.small, rounded, size, examples / nominal, worker.time.seconds(rounded, size)
+    )
 
 
 def _rounded(value: float, rounding: Rounding) -> int:
@@ -202,7 +227,8 @@ def _rounded(value: float, rounding: Rounding) -> int:
 def mixing_share(update_factor: float, rule: Literal["journal", "compsac"] = "journal") -> float:
     """Share of the worker's weights in the server's after one asynchronous push.
 
-    "journal": f / (1 + f), from w_s = (w_s + f w) / (1 + f). "compsac": f / 2, from w_s = ((2 - f) w_s + f w) / 2.
+    "journal": f / (1 + f), from w_s = (w_s + f w) / (1 + f). "compsac": f / 2, from w_s = ((2 - f)
+    w_s + f w) / 2.
 
     Raises:
         HessianFlowError: f outside (0, 1], or the rule unknown.

@@ -1,9 +1,9 @@
 """The published settings of dual-batch learning, as numbers to plan with.
 
-Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed training",
-arXiv:2509.26092, and its official code: ResNet-18, four workers, journal rounding; times of a GTX 1080 (CIFAR-100) and
-of an RTX 3090 with mixed precision (ImageNet). COMPSAC 2022: CIFAR-100, one resolution, times of a GTX 1080,
-truncation.
+Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed
+training", arXiv:2509.26092, and its official code: ResNet-18, four workers, journal rounding; times
+of a GTX 1080 (CIFAR-100) and of an RTX 3090 with mixed precision (ImageNet). COMPSAC 2022:
+CIFAR-100, one resolution, times of a GTX 1080, truncation.
 """
 
 from collections.abc import Mapping
@@ -38,12 +38,20 @@ class Published:
     lr_decay: float
     rounding: Rounding = "nearest"
 
-    def plan(self, level: int, num_workers: int, num_small: int, extra_time_ratio: float) -> DualBatchPlan:
+    def plan(
+        self, level: int, num_workers: int, num_small: int, extra_time_ratio: float
+    ) -> DualBatchPlan:
         """The plan at a level, counted from 0 for the lowest resolution."""
         time, batch = self.times[level], self.levels[level].batch_size
         lines = time.slope, time.intercept
         return dual_batch_plan(
-            num_workers, num_small, self.examples, batch, *lines, extra_time_ratio, rounding=self.rounding
+            num_workers,
+            num_small,
+            self.examples,
+            batch,
+            *lines,
+            extra_time_ratio,
+            rounding=self.rounding,
         )
 
     def stages(self, schedule: Schedule | None) -> tuple[Stage, ...]:

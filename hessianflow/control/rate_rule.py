@@ -1,4 +1,5 @@
-"""Another learning-rate rule under any controller: the batch is the controller's, the rate follows it by the rule."""
+"""Another learning-rate rule under any controller: the batch is the controller's, the rate follows
+it by the rule."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,8 +12,8 @@ from hessianflow.interfaces import NO_SIGNALS, BatchController, CurvatureReading
 class RateRule:
     """A controller whose learning-rate factor is replaced by a rule of batch / reference batch.
 
-    Not for a controller that finds the rate itself, as CriticalBatch with its stability bound: it takes the rate in
-    force for the schedule's times its own factor.
+    Not for a controller that finds the rate itself, as CriticalBatch with its stability bound: it
+    takes the rate in force for the schedule's times its own factor.
 
     Args:
         controller: decides everything else.
@@ -23,7 +24,9 @@ class RateRule:
         HessianFlowError: an unknown rule, or a cap that is not positive.
     """
 
-    def __init__(self, controller: BatchController, rule: LRRule, *, max_factor: float | None = None) -> None:
+    def __init__(
+        self, controller: BatchController, rule: LRRule, *, max_factor: float | None = None
+    ) -> None:
         check_rule(rule)
         self.controller, self.rule, self.max_factor = controller, rule, max_factor
         self._reference = controller.decision.batch_size
@@ -48,7 +51,10 @@ class RateRule:
         return self.controller.is_due(progress)
 
     def update(
-        self, progress: Progress, reading: CurvatureReading | None = None, signals: Mapping[str, float] = NO_SIGNALS
+        self,
+        progress: Progress,
+        reading: CurvatureReading | None = None,
+        signals: Mapping[str, float] = NO_SIGNALS,
     ) -> Decision:
         """The controller's decision, with the factor of the rule."""
         return self._ruled(self.controller.update(progress, reading, signals))
@@ -62,5 +68,7 @@ class RateRule:
         self.controller.load_state_dict(state)
 
     def _ruled(self, decision: Decision) -> Decision:
-        factor = lr_factor(decision.batch_size, self._reference, self.rule, max_factor=self.max_factor)
+        factor = lr_factor(
+            decision.batch_size, self._reference, self.rule, max_factor=self.max_factor
+        )
         return replace(decision, lr_factor=factor)

@@ -1,7 +1,7 @@
 """What another controller would have done with the measurements of a recorded run.
 
-A replay changes only the decisions: the measurements stay those of the run as it was trained, under its own batch
-sizes. It answers when a rule would have fired, not what the accuracy would have been.
+A replay changes only the decisions: the measurements stay those of the run as it was trained, under
+its own batch sizes. It answers when a rule would have fired, not what the accuracy would have been.
 """
 
 import math
@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessianflow.control.checks import check_count
-from hessianflow.interfaces import BatchController, CurvatureReading, Decision, HessianFlowError, Progress
+from hessianflow.interfaces import (
+    BatchController,
+    CurvatureReading,
+    Decision,
+    HessianFlowError,
+    Progress,
+)
 
 _MEASURING_KINDS = ("epoch", "curvature", "signals")
 _SIGNALS = {"lr": "learning_rate", "train_loss": "epoch_loss"}
@@ -58,21 +64,24 @@ def replay(
 ) -> Replay:
     """Feed the rows of a history.jsonl to a fresh controller.
 
-    Rows of kind "epoch", "curvature" and "signals" are gathered by their number of examples, each such moment being one
-    opportunity to decide. The curvature row becomes the reading; every number in the rows of that moment is a signal
-    under its own name; `lr` and `train_loss` of the epoch row also as "learning_rate" and "epoch_loss", the names the
-    trainer gives them. The recorded rate is the schedule's times the factor of the controller that trained; the
-    replayed one is shown the schedule's times its own. Updates are counted anew from the batch sizes decided here,
+    Rows of kind "epoch", "curvature" and "signals" are gathered by their number of examples, each
+    such moment being one opportunity to decide. The curvature row becomes the reading; every number
+    in the rows of that moment is a signal under its own name; `lr` and `train_loss` of the epoch
+    row also as "learning_rate" and "epoch_loss", the names the trainer gives them. The recorded
+    rate is the schedule's times the factor of the controller that trained; the replayed one is
+    shown the schedule's times its own. Updates are counted anew from the batch sizes decided here,
     every started batch as one.
 
     Args:
         rows: the records, in any order.
-        controller: changed by the replay; its `decision` before is the setting that the run starts with.
+        controller: changed by the replay; its `decision` before is the setting that the run starts
+            with.
         examples_per_epoch: size of the training set; None: read off the records.
         total_epochs: planned epochs; None: the last epoch recorded.
 
     Raises:
-        HessianFlowError: no record of an epoch, or a signal that the controller needs was not recorded.
+        HessianFlowError: no record of an epoch, or a signal that the controller needs was not
+            recorded.
     """
     rows = list(rows)
     moments = _moments(rows)
@@ -81,7 +90,9 @@ def replay(
         raise HessianFlowError("rows must hold at least one record of a completed epoch, got none")
     # Only where an epoch ends do the examples used so far tell its size.
     recorded_size = max(row["examples"] // row["epoch"] for row in ends)
-    size = check_count("examples_per_epoch", recorded_size if examples_per_epoch is None else examples_per_epoch)
+    size = check_count(
+        "examples_per_epoch", recorded_size if examples_per_epoch is None else examples_per_epoch
+    )
     last = max(moment["epoch"] for moment in moments)
     total = check_count("total_epochs", last if total_epochs is None else total_epochs)
     steps: list[ReplayStep] = []
@@ -90,13 +101,16 @@ def replay(
         updates += math.ceil((moment["examples"] - used) / decision.batch_size)
         used = moment["examples"]
         progress = Progress(moment["epoch"], used, updates, size, total)
-        # As in training: at the end nothing is left that a decision could change, and nothing was measured for one.
+        # As in training: at the end nothing is left that a decision could change, and nothing was
+        # measured for one.
         if progress.epoch >= total or not controller.is_due(progress):
             continue
         signals = _signals(moment, decision.lr_factor / (moment["lr_factor"] or 1.0))
         _check_recorded(controller, signals, progress.epoch)
         before, decision = decision, controller.update(progress, _reading(moment), signals)
-        steps.append(ReplayStep(progress.epoch, used, updates, decision, decision.setting != before.setting))
+        steps.append(
+            ReplayStep(progress.epoch, used, updates, decision, decision.setting != before.setting)
+        )
     return Replay(tuple(steps), updates)
 
 
@@ -104,8 +118,9 @@ def _moments(rows: Iterable[Mapping[str, Any]]) -> Sequence[dict[str, Any]]:
     """Return the measurements made after the same number of examples, merged; in the order of
     training.
 
-    `lr_factor` of each is that by which the recorded controller had multiplied the rate until then. Records from before
-    epochs told it have it in their decisions alone, which follow the measurements made at the same place.
+    `lr_factor` of each is that by which the recorded controller had multiplied the rate until then.
+    Records from before epochs told it have it in their decisions alone, which follow the
+    measurements made at the same place.
     """
     found: dict[int, dict[str, Any]] = {}
     decided: dict[int, float] = {}
@@ -138,8 +153,14 @@ def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
 def _signals(moment: Mapping[str, Any], rate_ratio: float) -> dict[str, float]:
     """Return the numbers of a moment by name; `rate_ratio`: the replayed rate over the recorded
     one."""
-    numbers = {k: float(v) for k, v in moment.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    signals = {signal: numbers[name] for name, signal in _SIGNALS.items() if name in numbers} | numbers
+    numbers = {
+        k: float(v)
+        for k, v in moment.items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
+    signals = {
+        signal: numbers[name] for name, signal in _SIGNALS.items() if name in numbers
+    } | numbers
     if "learning_rate" in signals:
         signals["learning_rate"] *= rate_ratio
     return signals
@@ -149,8 +170,9 @@ def _check_recorded(controller: BatchController, signals: Mapping[str, float], e
     missing = sorted(controller.needs - {"eigenvalue"} - signals.keys())
     if missing:
         raise HessianFlowError(
-            f"the record holds no {', '.join(missing)} at epoch {epoch}, by which {type(controller).__name__} decides: "
-            "replay a run whose controller measured them (of this name, or one that needs the same)"
+            f"the record holds no {', '.join(missing)} at epoch {epoch}, by which"
+            f" {type(controller).__name__} decides: replay a run whose controller measured them (of"
+            " this name, or one that needs the same)"
         )
 
 

@@ -1,7 +1,7 @@
 """Resolution over training time: cyclic, once, or uniform, with batch size and dropout in step.
 
-Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed training",
-arXiv:2509.26092, part 2.
+Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed
+training", arXiv:2509.26092, part 2.
 
 Training is cut into phases of constant learning rate. With resolutions r_1 < ... < r_m:
 
@@ -32,7 +32,8 @@ Schedule = Literal["cyclic", "once", "uniform"]
 
 @dataclass(frozen=True)
 class Level:
-    """What goes with one resolution: side of the images in pixels, examples per step, dropout probability."""
+    """What goes with one resolution: side of the images in pixels, examples per step, dropout
+    probability."""
 
     resolution: int
     batch_size: int
@@ -46,7 +47,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs [start, end) at one level, within learning-rate phase `phase` (counted from 0 at its first epoch)."""
+    """Epochs [start, end) at one level, within learning-rate phase `phase` (counted from 0 at its
+    first epoch)."""
 
     start: int
     end: int
@@ -54,33 +56,42 @@ class Stage:
     level: Level
 
 
-def resolution_stages(phase_ends: Sequence[int], levels: Sequence[Level], schedule: Schedule) -> tuple[Stage, ...]:
+def resolution_stages(
+    phase_ends: Sequence[int], levels: Sequence[Level], schedule: Schedule
+) -> tuple[Stage, ...]:
     """Return the stages of a run, in order and without gaps from epoch 0 to the last phase end.
 
     Args:
-        phase_ends: epochs at which the learning rate falls, and the last one, where training ends; increasing.
+        phase_ends: epochs at which the learning rate falls, and the last one, where training ends;
+            increasing.
         levels: from the lowest resolution to the highest.
         schedule: see the module.
 
     Raises:
-        HessianFlowError: epochs or resolutions do not increase, a value is out of its bounds, or a phase has fewer
-            epochs than it needs stages.
+        HessianFlowError: epochs or resolutions do not increase, a value is out of its bounds, or a
+            phase has fewer epochs than it needs stages.
     """
     ends = [check_count("phase_ends", end) for end in phase_ends]
     if not ends or any(b <= a for a, b in pairwise(ends)):
-        raise HessianFlowError(f"phase_ends must be one or more increasing epochs, got {list(phase_ends)}")
+        raise HessianFlowError(
+            f"phase_ends must be one or more increasing epochs, got {list(phase_ends)}"
+        )
     _check_levels(levels)
     phases = list(pairwise([0, *ends]))
     if schedule == "cyclic":
         cuts = [(a, b, level) for start, end in phases for a, b, level in _cut(start, end, levels)]
     elif schedule == "once":
         if len(phases) < len(levels):
-            raise HessianFlowError(f"phase_ends must give {len(levels)} phases, one a resolution, got {len(phases)}")
+            raise HessianFlowError(
+                f"phase_ends must give {len(levels)} phases, one a resolution, got {len(phases)}"
+            )
         cuts = [(a, b, levels[min(index, len(levels) - 1)]) for index, (a, b) in enumerate(phases)]
     elif schedule == "uniform":
         cuts = _cut(0, ends[-1], levels)
     else:
-        raise HessianFlowError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {schedule!r}")
+        raise HessianFlowError(
+            f"schedule must be one of {', '.join(get_args(Schedule))}, got {schedule!r}"
+        )
     return tuple(Stage(a, b, sum(end <= a for end in ends), level) for a, b, level in cuts)
 
 
@@ -91,16 +102,18 @@ def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
 
 
 class ProgressiveResolution:
-    """Any controller, its batch size in step with the resolution of the day; a batch transform resizes the images.
+    """Any controller, its batch size in step with the resolution of the day; a batch transform
+    resizes the images.
 
-    The controller's sizes are those at the highest resolution; at another one they are multiplied by that level's batch
-    size over the last level's, rounded, and never more than the training set. The learning rate does not follow. At a
-    change of resolution a controller that has a `forget_reference()` is told to forget what it measured: the loss is
-    another one from there on.
+    The controller's sizes are those at the highest resolution; at another one they are multiplied
+    by that level's batch size over the last level's, rounded, and never more than the training set.
+    The learning rate does not follow. At a change of resolution a controller that has a
+    `forget_reference()` is told to forget what it measured: the loss is another one from there on.
 
     Args:
         controller: decides everything else.
-        stages: from :func:`resolution_stages`; the transform, and whoever sets the dropout, reads :func:`stage_at`.
+        stages: from :func:`resolution_stages`; the transform, and whoever sets the dropout, reads
+            :func:`stage_at`.
 
     Raises:
         HessianFlowError: no stage.
@@ -111,7 +124,8 @@ class ProgressiveResolution:
             raise HessianFlowError("stages must hold at least one stage, got none")
         if not hasattr(controller, "decision"):
             raise HessianFlowError(
-                f"controller must be one, such as FixedBatch(128), got a {type(controller).__name__}"
+                "controller must be one, such as FixedBatch(128), got a"
+                f" {type(controller).__name__}"
             )
         self.controller, self.stages = controller, tuple(stages)
         self._epoch, self._reason = 0, ""
@@ -134,7 +148,10 @@ class ProgressiveResolution:
         return self.controller.is_due(progress) or self._changes(progress)
 
     def update(
-        self, progress: Progress, reading: CurvatureReading | None = None, signals: Mapping[str, float] = NO_SIGNALS
+        self,
+        progress: Progress,
+        reading: CurvatureReading | None = None,
+        signals: Mapping[str, float] = NO_SIGNALS,
     ) -> Decision:
         """Return the controller's decision where it is due, at the batch size of the resolution
         from now on."""
@@ -160,7 +177,9 @@ class ProgressiveResolution:
         self.controller.load_state_dict(state["controller"])
 
     def _changes(self, progress: Progress) -> bool:
-        before, after = (stage_at(self.stages, epoch).level for epoch in (self._epoch, progress.epoch))
+        before, after = (
+            stage_at(self.stages, epoch).level for epoch in (self._epoch, progress.epoch)
+        )
         return before.resolution != after.resolution
 
     def _scaled(self, batch_size: int, stage: Stage) -> int:
@@ -171,7 +190,9 @@ class ProgressiveResolution:
 def _cut(start: int, end: int, levels: Sequence[Level]) -> list[tuple[int, int, Level]]:
     length, count = end - start, len(levels)
     if length < count:
-        raise HessianFlowError(f"phase_ends must leave {count} epochs for {count} resolutions, got {start} to {end}")
+        raise HessianFlowError(
+            f"phase_ends must leave {count} epochs for {count} resolutions, got {start} to {end}"
+        )
     edges = [start + round(length * index / count) for index in range(count + 1)]
     return [(a, b, level) for (a, b), level in zip(pairwise(edges), levels, strict=True)]
 
@@ -183,4 +204,6 @@ def _check_levels(levels: Sequence[Level]) -> None:
         check_number("dropout", level.dropout, low=0, high=1)
     resolutions = [level.resolution for level in levels]
     if not resolutions or any(b <= a for a, b in pairwise(resolutions)):
-        raise HessianFlowError(f"levels must have one or more increasing resolutions, got {resolutions}")
+        raise HessianFlowError(
+            f"levels must have one or more increasing resolutions, got {resolutions}"
+        )

@@ -1,13 +1,14 @@
 """Batch sizes that follow a plan and measure nothing.
 
 - :class:`FixedBatch`: one size throughout.
-- :class:`Warmup`: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", arXiv:1706.02677,
-  sections 2.1 (linear scaling) and 2.2 (gradual warm-up).
-- :class:`AdaBatch`: Devarakonda, Naumov, Garland, "AdaBatch: adaptive batch sizes for training deep neural networks",
-  arXiv:1712.02029. Deviation: under a cap, the growth that the cap denies becomes decay of the learning rate, so that
-  the rate per example falls as if there were no cap.
-- :class:`GrowInsteadOfDecay`: Smith, Kindermans, Ying, Le, "Don't decay the learning rate, increase the batch size",
-  ICLR 2018. Deviation: sizes are rounded down from the exact product and the learning rate makes up for the rounding.
+- :class:`Warmup`: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour",
+  arXiv:1706.02677, sections 2.1 (linear scaling) and 2.2 (gradual warm-up).
+- :class:`AdaBatch`: Devarakonda, Naumov, Garland, "AdaBatch: adaptive batch sizes for training deep
+  neural networks", arXiv:1712.02029. Deviation: under a cap, the growth that the cap denies becomes
+  decay of the learning rate, so that the rate per example falls as if there were no cap.
+- :class:`GrowInsteadOfDecay`: Smith, Kindermans, Ying, Le, "Don't decay the learning rate, increase
+  the batch size", ICLR 2018. Deviation: sizes are rounded down from the exact product and the
+  learning rate makes up for the rounding.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ class FixedBatch(Controller[ControllerState]):
     """
 
     def __init__(self, batch_size: int, adversarial_share: float = 0.0) -> None:
-        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), batch_size)
+        super().__init__(
+            ControllerState(batch_size, adversarial_share=adversarial_share), batch_size
+        )
 
     def is_due(self, progress: Progress) -> bool:  # noqa: ARG002
         """Never."""
@@ -44,14 +47,15 @@ class FixedBatch(Controller[ControllerState]):
 class Warmup(Controller[ControllerState]):
     """A large batch from the start, its learning rate scaled linearly after a gradual warm-up.
 
-    With k = batch_size / reference_batch_size and f = examples / (warmup_epochs * examples_per_epoch):
-    lr_factor = 1 + (k - 1) * min(f, 1), changed after every update, so that no step sees a jump. Under another rule
-    than linear scaling, k is what that rule makes of it.
+    With k = batch_size / reference_batch_size and f = examples / (warmup_epochs *
+    examples_per_epoch): lr_factor = 1 + (k - 1) * min(f, 1), changed after every update, so that no
+    step sees a jump. Under another rule than linear scaling, k is what that rule makes of it.
 
     Args:
         batch_size: examples per step throughout.
         reference_batch_size: the size that the learning rate is stated at.
-        warmup_epochs: length of the ramp (5 in the paper). 0: the scaled rate from the first step on.
+        warmup_epochs: length of the ramp (5 in the paper). 0: the scaled rate from the first step
+            on.
         lr_rule: how the rate follows the batch (linear in the paper).
         max_lr_factor: cap of the learning-rate factor.
         adversarial_share: share of each batch made adversarial, in [0, 1].
@@ -70,7 +74,9 @@ class Warmup(Controller[ControllerState]):
         max_lr_factor: float | None = None,
         adversarial_share: float = 0.0,
     ) -> None:
-        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), batch_size)
+        super().__init__(
+            ControllerState(batch_size, adversarial_share=adversarial_share), batch_size
+        )
         self.scale = lr_factor(batch_size, reference_batch_size, lr_rule, max_factor=max_lr_factor)
         self.warmup_epochs = check_number("warmup_epochs", warmup_epochs, low=0)
         if warmup_epochs == 0:
@@ -85,14 +91,19 @@ class Warmup(Controller[ControllerState]):
         length = self.warmup_epochs * progress.examples_per_epoch
         fraction = min(progress.examples / length, 1.0) if length else 1.0
         self._state.lr_factor = self.scale if fraction == 1 else 1 + (self.scale - 1) * fraction
-        return "" if self._state.lr_factor == before else f"warm-up: {progress.examples} of {length:g} examples"
+        return (
+            ""
+            if self._state.lr_factor == before
+            else f"warm-up: {progress.examples} of {length:g} examples"
+        )
 
 
 class AdaBatch(Controller[ControllerState]):
     """Grow the batch and lower the learning rate every few epochs.
 
-    At each event: batch *= growth_factor (rounded down, capped), lr_factor *= lr_decay. The rate per example falls by
-    lr_decay / growth_factor, also when the cap stops the growth: then the learning rate falls by the rest.
+    At each event: batch *= growth_factor (rounded down, capped), lr_factor *= lr_decay. The rate
+    per example falls by lr_decay / growth_factor, also when the cap stops the growth: then the
+    learning rate falls by the rest.
 
     Args:
         batch_size: examples per step at the start.
@@ -116,7 +127,9 @@ class AdaBatch(Controller[ControllerState]):
         lr_decay: float = 0.75,
         adversarial_share: float = 0.0,
     ) -> None:
-        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), max_batch_size)
+        super().__init__(
+            ControllerState(batch_size, adversarial_share=adversarial_share), max_batch_size
+        )
         self.every_epochs = check_count("every_epochs", every_epochs)
         self.growth_factor = check_number("growth_factor", growth_factor, above=1)
         self.lr_decay = check_number("lr_decay", lr_decay, above=0)
@@ -134,11 +147,13 @@ class AdaBatch(Controller[ControllerState]):
 
 
 class GrowInsteadOfDecay(Controller[ControllerState]):
-    """Multiply the batch where a schedule would divide the learning rate; divide the rate once the cap is reached.
+    """Multiply the batch where a schedule would divide the learning rate; divide the rate once the
+    cap is reached.
 
-    After i milestones, with B0 the first batch size: batch = min(cap, floor(B0 * decay_factor^i)) and
-    lr_factor = batch / (B0 * decay_factor^i), so that rate over batch is that of the schedule replaced. Train with a
-    constant learning rate: a scheduler that decays at the same milestones would decay twice.
+    After i milestones, with B0 the first batch size: batch = min(cap, floor(B0 * decay_factor^i))
+    and lr_factor = batch / (B0 * decay_factor^i), so that rate over batch is that of the schedule
+    replaced. Train with a constant learning rate: a scheduler that decays at the same milestones
+    would decay twice.
 
     Args:
         batch_size: examples per step at the start (B0).
@@ -160,11 +175,15 @@ class GrowInsteadOfDecay(Controller[ControllerState]):
         decay_factor: float = 5,
         adversarial_share: float = 0.0,
     ) -> None:
-        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), max_batch_size)
+        super().__init__(
+            ControllerState(batch_size, adversarial_share=adversarial_share), max_batch_size
+        )
         self.decay_factor = check_number("decay_factor", decay_factor, above=1)
         self.milestones = tuple(check_count("milestones", epoch) for epoch in milestones)
         if not self.milestones or any(b <= a for a, b in pairwise(self.milestones)):
-            raise HessianFlowError(f"milestones must be one or more increasing epochs, got {list(milestones)}")
+            raise HessianFlowError(
+                f"milestones must be one or more increasing epochs, got {list(milestones)}"
+            )
         self.initial_batch_size = batch_size
 
     def _decide(self, measured: Measured, /) -> str:

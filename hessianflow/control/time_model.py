@@ -1,4 +1,5 @@
-"""Seconds per optimizer step as a line in the batch size, fitted to measurements without being led by outliers."""
+"""Seconds per optimizer step as a line in the batch size, fitted to measurements without being led
+by outliers."""
 
 import statistics
 from collections.abc import Sequence
@@ -39,36 +40,42 @@ class TimeModel:
         return self.slope * batch_size + self.intercept
 
     def seconds(self, examples: float, batch_size: float) -> float:
-        """(slope + intercept / batch_size) * examples: `examples` taken in steps of `batch_size`."""
+        """(slope + intercept / batch_size) * examples: `examples` taken in steps of
+        `batch_size`."""
         return (self.slope + self.intercept / batch_size) * examples
 
 
 def fit_time_model(batch_sizes: Sequence[int], seconds: Sequence[float]) -> TimeModel:
-    """The line through measured (batch size, seconds per step): Theil-Sen, so that a quarter of outliers does no harm.
+    """The line through measured (batch size, seconds per step): Theil-Sen, so that a quarter of
+    outliers does no harm.
 
-    slope = median of the slopes between all pairs of different sizes, intercept = median of seconds - slope * size.
-    Several measurements of one size are welcome. Leave out the first steps of a run; where seconds rise in jumps
-    (tensor cores, a full memory), fit the range in use.
+    slope = median of the slopes between all pairs of different sizes, intercept = median of seconds
+    - slope * size. Several measurements of one size are welcome. Leave out the first steps of a
+    run; where seconds rise in jumps (tensor cores, a full memory), fit the range in use.
 
     Raises:
-        HessianFlowError: lengths differ, there are fewer than two different sizes, or a value or the fitted slope or
-            intercept is not positive.
+        HessianFlowError: lengths differ, there are fewer than two different sizes, or a value or
+            the fitted slope or intercept is not positive.
     """
     if len(batch_sizes) != len(seconds):
-        raise HessianFlowError(f"seconds must match the {len(batch_sizes)} batch_sizes, got {len(seconds)}")
+        raise HessianFlowError(
+            f"seconds must match the {len(batch_sizes)} batch_sizes, got {len(seconds)}"
+        )
     points = [
         (check_count("batch_sizes", b), check_number("seconds", t, above=0))
         for b, t in zip(batch_sizes, seconds, strict=True)
     ]
     slopes = [(t2 - t1) / (b2 - b1) for (b1, t1), (b2, t2) in combinations(points, 2) if b1 != b2]
     if not slopes:
-        raise HessianFlowError(f"batch_sizes must hold at least two different sizes, got {list(batch_sizes)}")
+        raise HessianFlowError(
+            f"batch_sizes must hold at least two different sizes, got {list(batch_sizes)}"
+        )
     slope = statistics.median(slopes)
     intercept = statistics.median(t - slope * b for b, t in points)
     if slope <= 0 or intercept <= 0:
         raise HessianFlowError(
-            f"the fitted line must rise from a positive time, got slope {slope:.4g} and intercept {intercept:.4g}: "
-            "measure more and larger sizes, after a warm-up"
+            f"the fitted line must rise from a positive time, got slope {slope:.4g} and intercept"
+            f" {intercept:.4g}: measure more and larger sizes, after a warm-up"
         )
     residual = max(abs(slope * b + intercept - t) / t for b, t in points)
     return TimeModel(slope, intercept, residual, min(batch_sizes), max(batch_sizes))

@@ -1,7 +1,8 @@
-"""A batch size set by hand: sizes by epoch, the learning rate scaled with them and, if wanted, run down to 0.
+"""A batch size set by hand: sizes by epoch, the learning rate scaled with them and, if wanted, run
+down to 0.
 
-Ours: the plainest thing a controller that measures has to beat. Linear scaling is that of Goyal et al.,
-arXiv:1706.02677, section 2.1.
+Ours: the plainest thing a controller that measures has to beat. Linear scaling is that of Goyal et
+al., arXiv:1706.02677, section 2.1.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ class TimedSchedule(Controller[ControllerState]):
     Args:
         batch_size: examples per step at the start; the learning rate belongs to this size.
         stages: (epochs completed, batch size from then on), the epochs increasing.
-        decay_from: epochs after which the rate falls linearly, to 0 at the end of the run; use a constant schedule
-            with it. None: it does not.
+        decay_from: epochs after which the rate falls linearly, to 0 at the end of the run; use a
+            constant schedule with it. None: it does not.
         lr_rule: how the rate follows the batch.
         max_lr_factor: cap of the learning-rate factor, before the decay.
         adversarial_share: share of each batch made adversarial, in [0, 1].
@@ -43,11 +44,19 @@ class TimedSchedule(Controller[ControllerState]):
         max_lr_factor: float | None = None,
         adversarial_share: float = 0.0,
     ) -> None:
-        super().__init__(ControllerState(batch_size, adversarial_share=adversarial_share), batch_size)
-        self.stages = tuple((check_count("stages epochs", e), check_count("stages sizes", b)) for e, b in stages)
+        super().__init__(
+            ControllerState(batch_size, adversarial_share=adversarial_share), batch_size
+        )
+        self.stages = tuple(
+            (check_count("stages epochs", e), check_count("stages sizes", b)) for e, b in stages
+        )
         if any(later <= earlier for (earlier, _), (later, _) in pairwise(self.stages)):
-            raise HessianFlowError(f"stages must have increasing epochs, got {[epoch for epoch, _ in self.stages]}")
-        self.decay_from = None if decay_from is None else check_number("decay_from", decay_from, low=0)
+            raise HessianFlowError(
+                f"stages must have increasing epochs, got {[epoch for epoch, _ in self.stages]}"
+            )
+        self.decay_from = (
+            None if decay_from is None else check_number("decay_from", decay_from, low=0)
+        )
         self.initial_batch_size = batch_size
         self.lr_rule, self.max_lr_factor = lr_rule, max_lr_factor
         self._scale()  # checks the rule and the cap
@@ -64,16 +73,25 @@ class TimedSchedule(Controller[ControllerState]):
         self._state.lr_factor = self._scale() * self._decay(progress)
         if self._state.batch_size != before[0]:
             return f"planned for epoch {progress.epoch}"
-        return "" if self._state.lr_factor == before[1] else f"planned decay from epoch {self.decay_from} on"
+        return (
+            ""
+            if self._state.lr_factor == before[1]
+            else f"planned decay from epoch {self.decay_from} on"
+        )
 
     def _scale(self) -> float:
         """Return what the rule makes of the batch in force."""
         state = self._state
-        return lr_factor(state.batch_size, self.initial_batch_size, self.lr_rule, max_factor=self.max_lr_factor)
+        return lr_factor(
+            state.batch_size, self.initial_batch_size, self.lr_rule, max_factor=self.max_lr_factor
+        )
 
     def _decay(self, progress: Progress) -> float:
         """Return what is left of the rate, from 1 down to 0."""
         if self.decay_from is None or progress.total_epochs <= self.decay_from:
             return 1.0
         epochs = progress.examples / progress.examples_per_epoch
-        return min(1.0, max(0.0, (progress.total_epochs - epochs) / (progress.total_epochs - self.decay_from)))
+        return min(
+            1.0,
+            max(0.0, (progress.total_epochs - epochs) / (progress.total_epochs - self.decay_from)),
+        )

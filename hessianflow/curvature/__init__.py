@@ -1,4 +1,5 @@
-"""Curvature: Hessian, Gauss-Newton and Fisher products, and what can be estimated from products alone."""
+"""Curvature: Hessian, Gauss-Newton and Fisher products, and what can be estimated from products
+alone."""
 
 from hessianflow.curvature.density import SmoothedDensity, SpectralDensity, spectral_density
 from hessianflow.curvature.eigenpairs import top_eigenpairs

@@ -1,4 +1,5 @@
-"""Argument checks shared by the eigensolvers and the probe, which makes them before a run starts."""
+"""Argument checks shared by the eigensolvers and the probe, which makes them before a run
+starts."""
 
 from numbers import Integral
 from typing import get_args

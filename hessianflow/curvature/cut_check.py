@@ -27,8 +27,8 @@ for different numbers of rows differ by rounding, at most 1e-6 in float32; mixed
 tenths."""
 
 WAY_OUT = (
-    "keep the batch in one pass; or, if a tensor is shared by all examples, give it a first dimension of 1 (t[None]); "
-    "or pass a list of batches as they are to be run"
+    "keep the batch in one pass; or, if a tensor is shared by all examples, give it a first"
+    " dimension of 1 (t[None]); or pass a list of batches as they are to be run"
 )
 
 
@@ -43,13 +43,16 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
         local: moves a part of the batch to the device of the model.
 
     Raises:
-        HessianFlowError: the rows differ; or fewer examples cannot be run, and more than one tensor would be cut.
+        HessianFlowError: the rows differ; or fewer examples cannot be run, and more than one tensor
+            would be cut.
     """
     inputs = batch[0]
     total = num_examples(batch)
     rows = min(ROWS, total)
     may_be_shared = sum(t.ndim > 0 and len(t) == total for t in _tensors(inputs)) > 1
-    parts = [local(take_rows(inputs, slice(0, count), total, "inputs")) for count in (rows, rows - 1)]
+    parts = [
+        local(take_rows(inputs, slice(0, count), total, "inputs")) for count in (rows, rows - 1)
+    ]
     with measuring(model):
         try:
             longer, shorter = (_outputs(model, part) for part in parts)
@@ -59,12 +62,14 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
             if not may_be_shared:
                 return
             raise HessianFlowError(
-                f"the model cannot be run on {rows} of {total} examples ({type(error).__name__}): {WAY_OUT}"
+                f"the model cannot be run on {rows} of {total} examples ({type(error).__name__}):"
+                f" {WAY_OUT}"
             ) from error
     if differ and not is_random:
         raise HessianFlowError(
-            f"the model's output for an example depends on the others in the batch: runs on {rows} and on {rows - 1} "
-            f"of {total} examples give different rows, so the batch cannot be cut; {WAY_OUT}"
+            f"the model's output for an example depends on the others in the batch: runs on {rows}"
+            f" and on {rows - 1} of {total} examples give different rows, so the batch cannot be"
+            f" cut; {WAY_OUT}"
         )
 
 
@@ -87,7 +92,8 @@ def _differs(one: Tensor, other: Tensor, rows: int) -> bool:
     sizes = list(zip(one.shape[1:], other.shape[1:], strict=True))
     if (rows, rows - 1) in sizes:  # each example is compared with all
         return True
-    for dimension, pair in enumerate(sizes, start=1):  # padded to the longest: the places that both have
+    # padded to the longest: the places that both have
+    for dimension, pair in enumerate(sizes, start=1):
         one, other = (t.narrow(dimension, 0, min(pair)) for t in (one, other))
     if not (one.is_floating_point() or one.is_complex()):
         return False

@@ -1,11 +1,13 @@
 """Spectral density by stochastic Lanczos quadrature (SLQ).
 
-References: Golub and Welsch 1969; Ubaru, Chen, Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature,
-2017; Ghorbani, Krishnan, Xiao, An investigation into neural net optimization via Hessian eigenvalue density, 2019.
+References: Golub and Welsch 1969; Ubaru, Chen, Saad, Fast estimation of tr(f(A)) via stochastic
+Lanczos quadrature, 2017; Ghorbani, Krishnan, Xiao, An investigation into neural net optimization
+via Hessian eigenvalue density, 2019.
 
-For a random unit vector v, `steps` Lanczos steps give a tridiagonal T with eigenpairs (theta_i, s_i); nodes theta_i
-with weights (first entry of s_i)^2 are the Gauss quadrature of the spectral measure of v, exact for polynomials up to
-degree 2 steps - 1. The average over probes estimates the eigenvalue distribution, and their spread its error.
+For a random unit vector v, `steps` Lanczos steps give a tridiagonal T with eigenpairs (theta_i,
+s_i); nodes theta_i with weights (first entry of s_i)^2 are the Gauss quadrature of the spectral
+measure of v, exact for polynomials up to degree 2 steps - 1. The average over probes estimates the
+eigenvalue distribution, and their spread its error.
 
 Deviations: full reorthogonalisation (without it, up to 28 of 150 nodes were copies of the top
 eigenvalue); after a breakdown the quadrature is exact and the remaining nodes repeat the last one
@@ -55,7 +57,8 @@ class SpectralDensity:
     """A quadrature of the eigenvalue distribution for each probe.
 
     Attributes:
-        nodes: eigenvalue estimates, ascending in each row, shape [num_probes, steps], float64 on the CPU.
+        nodes: eigenvalue estimates, ascending in each row, shape [num_probes, steps], float64 on
+            the CPU.
         weights: their shares of the spectrum, rows summing to 1, shape [num_probes, steps].
         size: rows of the operator, so that size * weight counts eigenvalues.
         matvecs: products spent.
@@ -73,7 +76,11 @@ class SpectralDensity:
     noise: float = 0.0
 
     def smoothed(
-        self, points: int = 1000, *, width: float | None = None, limits: tuple[float, float] | None = None
+        self,
+        points: int = 1000,
+        *,
+        width: float | None = None,
+        limits: tuple[float, float] | None = None,
     ) -> SmoothedDensity:
         """Replace each node by a Gaussian and average over probes, keeping the spread between them.
 
@@ -89,10 +96,14 @@ class SpectralDensity:
         scale = max(abs(low), abs(high)) or 1.0
         chosen = width if width is not None else 0.01 * max(high - low, 1e-3 * scale)
         if points < 2 or not chosen > 0:
-            raise HessianFlowError(f"points must be at least 2 and width positive, got {points} and {width}")
+            raise HessianFlowError(
+                f"points must be at least 2 and width positive, got {points} and {width}"
+            )
         first, last = limits or (low - 4 * chosen, high + 4 * chosen)
         grid = torch.linspace(first, last, points, dtype=torch.float64)
-        kernels = torch.exp(-0.5 * ((grid - self.nodes[..., None]) / chosen) ** 2) / (chosen * (2 * torch.pi) ** 0.5)
+        kernels = torch.exp(-0.5 * ((grid - self.nodes[..., None]) / chosen) ** 2) / (
+            chosen * (2 * torch.pi) ** 0.5
+        )
         curves = (self.weights[..., None] * kernels).sum(dim=1)
         return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), chosen)
 
@@ -170,11 +181,14 @@ def spectral_density(
         HessianFlowError: num_probes or steps below 1, or products that are not finite.
     """
     if num_probes < 1 or steps < 1:
-        raise HessianFlowError(f"num_probes and steps must be at least 1, got {num_probes} and {steps}")
+        raise HessianFlowError(
+            f"num_probes and steps must be at least 1, got {num_probes} and {steps}"
+        )
     source = generator(seed, operator.device)
     with estimating(operator):
         rules = [
-            _quadrature(operator, gaussian(operator, source), min(steps, operator.size)) for _ in range(num_probes)
+            _quadrature(operator, gaussian(operator, source), min(steps, operator.size))
+            for _ in range(num_probes)
         ]
     longest = max(len(rule.nodes) for rule in rules)
     padded = [_padded(rule.nodes, rule.weights, longest) for rule in rules]
@@ -227,7 +241,9 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> _Rule:
 
 def _padded(nodes: Tensor, weights: Tensor, length: int) -> tuple[Tensor, Tensor]:
     missing = length - len(nodes)
-    return torch.cat([nodes, nodes[-1:].expand(missing)]), torch.cat([weights, weights.new_zeros(missing)])
+    return torch.cat([nodes, nodes[-1:].expand(missing)]), torch.cat(
+        [weights, weights.new_zeros(missing)]
+    )
 
 
 def _spread(samples: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""The conditions under which second derivatives exist and are exact, and plain words for when they do not.
+"""The conditions under which second derivatives exist and are exact, and plain words for when they
+do not.
 
-Fused kernels (attention, recurrent nets) and compiled graphs have no second derivative, and autocast rounds products to
-16 bits. The fast path of torch's transformer layers, taken where no gradient is asked for, writes zeros at padded
-places, so it is another function. Backward hooks belong to the training step (clipping, rates of layers) and would
-change the matrix. `second_order` turns all of them off for the duration; nothing outlives it.
+Fused kernels (attention, recurrent nets) and compiled graphs have no second derivative, and
+autocast rounds products to 16 bits. The fast path of torch's transformer layers, taken where no
+gradient is asked for, writes zeros at padded places, so it is another function. Backward hooks
+belong to the training step (clipping, rates of layers) and would change the matrix. `second_order`
+turns all of them off for the duration; nothing outlives it.
 """
 
 import re
@@ -34,19 +36,28 @@ def second_order(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_slow_path())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in modules):
-            # Fused recurrent kernels have no second derivative. Only here: without cuDNN convolutions are slow.
+            # Fused recurrent kernels have no second derivative. Only here: without cuDNN
+            # convolutions are slow.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            # Parts of the model may be compiled (only then is dynamo loaded): run them uncompiled (torch >= 2.6).
+            # Parts of the model may be compiled (only then is dynamo loaded): run them uncompiled
+            # (torch >= 2.6).
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Suspend autocast (a product inside the user's autocast block would be rounded) and inference mode."""
-    if not (torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        yield  # nothing to suspend: entering the contexts all the same would cost a small net a tenth of each product
+    """Suspend autocast (a product inside the user's autocast block would be rounded) and inference
+    mode."""
+    if not (
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+    ):
+        # nothing to suspend: entering the contexts all the same would cost a small net a tenth of
+        # each product
+        yield
         return
     with (
         torch.inference_mode(False),
@@ -71,10 +82,12 @@ Hooks = dict[int, Callable[..., Any]]
 
 @contextmanager
 def without_hooks(held: Iterable[Hooks | None]) -> Iterator[None]:
-    """Empty some tables of hooks for the duration; the hooks come back in their order, and handles still remove them.
+    """Empty some tables of hooks for the duration; the hooks come back in their order, and handles
+    still remove them.
 
     Args:
-        held: the tables of tensors or modules that keep their hooks there; None for those that have none.
+        held: the tables of tensors or modules that keep their hooks there; None for those that have
+            none.
     """
     found = [(table, dict(table)) for table in held if table]
     for table, _ in found:
@@ -92,7 +105,12 @@ def _hooks_of(modules: Iterable[nn.Module]) -> list[Hooks | None]:
     """Return tables of the hooks that run backwards: those of modules and of their parameters."""
     kinds = ("_backward_hooks", "_backward_pre_hooks")
     found: list[Hooks | None] = [module.__dict__.get(kind) for module in modules for kind in kinds]
-    return found + [p._backward_hooks for module in modules for p in module._parameters.values() if p is not None]
+    return found + [
+        p._backward_hooks
+        for module in modules
+        for p in module._parameters.values()
+        if p is not None
+    ]
 
 
 @contextmanager
@@ -103,8 +121,8 @@ def explained(num_examples: int) -> Iterator[None]:
         num_examples: examples in the forward pass, for the advice on memory.
 
     Raises:
-        HessianFlowError: out of memory, an operation without a second derivative, or a loss that differentiates by
-            what is a constant here.
+        HessianFlowError: out of memory, an operation without a second derivative, or a loss that
+            differentiates by what is a constant here.
     """
     try:
         yield
@@ -121,14 +139,14 @@ _WRONG = "WeightNormInterfaceBackward"
 """Node whose second derivative torch (2.13, on a processor) gets wrong; see double_backward.py."""
 
 _REENTRANT = (
-    "a part of the model is checkpointed with use_reentrant=True, and autograd.grad does not reach the weights inside; "
-    "pass use_reentrant=False to the checkpoint"
+    "a part of the model is checkpointed with use_reentrant=True, and autograd.grad does not reach"
+    " the weights inside; pass use_reentrant=False to the checkpoint"
 )
 
 
 UNREACHED = (
-    "the loss does not depend on the selected parameters; is it detached, or does a wrapper compute with other tensors "
-    "than the parameters it shows?"
+    "the loss does not depend on the selected parameters; is it detached, or does a wrapper compute"
+    " with other tensors than the parameters it shows?"
 )
 
 
@@ -136,10 +154,11 @@ class Graph(NamedTuple):
     """What the nodes of a graph tell.
 
     Attributes:
-        foreign: names of functions that are neither torch's own nor ours: their derivatives are what others wrote.
+        foreign: names of functions that are neither torch's own nor ours: their derivatives are
+            what others wrote.
         rounds: whether values are rounded to 16 bits on the way.
-        recomputes: whether saved values are made anew when they are needed, as in a checkpointed part: by running code
-            of the model.
+        recomputes: whether saved values are made anew when they are needed, as in a checkpointed
+            part: by running code of the model.
     """
 
     foreign: tuple[str, ...] = ()
@@ -150,9 +169,9 @@ class Graph(NamedTuple):
 def inspect_graph(loss: Tensor) -> Graph:
     """Look at all nodes behind a loss.
 
-    Refused are graphs with a function whose backward is once_differentiable (where the incoming gradient is constant,
-    autograd would silently leave its curvature out instead of raising), one that torch gets wrong, or reentrant
-    checkpointing (weights inside get no gradient).
+    Refused are graphs with a function whose backward is once_differentiable (where the incoming
+    gradient is constant, autograd would silently leave its curvature out instead of raising), one
+    that torch gets wrong, or reentrant checkpointing (weights inside get no gradient).
 
     Raises:
         HessianFlowError: with the names of such functions.
@@ -174,13 +193,14 @@ def inspect_graph(loss: Tensor) -> Graph:
     once = sorted(f.__name__ for f in functions if _is_once_differentiable(f.backward))
     if once:
         raise HessianFlowError(
-            f"the loss has no second derivative: {', '.join(once)} is once_differentiable; make its backward "
-            "differentiable"
+            f"the loss has no second derivative: {', '.join(once)} is once_differentiable; make its"
+            " backward differentiable"
         )
     if any(name.startswith(_WRONG) for name in names):
         raise HessianFlowError(
-            "torch._weight_norm has a wrong second derivative on a processor; use "
-            "torch.nn.utils.parametrizations.weight_norm, which is replaced here, or write g * v / v.norm() out"
+            "torch._weight_norm has a wrong second derivative on a processor; use"
+            " torch.nn.utils.parametrizations.weight_norm, which is replaced here, or write g * v /"
+            " v.norm() out"
         )
     foreign = [f.__name__ for f in functions if not f.__module__.startswith("hessianflow.")]
     return Graph((*foreign, *(name for name in names if "CppNode" in name)), rounds, recomputes)
@@ -240,36 +260,46 @@ def _advice(error: RuntimeError | MemoryError | ValueError, num_examples: int) -
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return (
-            f"out of memory with {num_examples} examples in one pass; try microbatch_size={max(1, num_examples // 2)}"
+            f"out of memory with {num_examples} examples in one pass; try"
+            f" microbatch_size={max(1, num_examples // 2)}"
         )
     missing = _MISSING.search(text)
     if missing:
         way_out = _REPLACE.get(missing.group(1), "replace that operation")
         return f"the loss has no second derivative: '{missing.group(1)}' has none; {way_out}"
     if isinstance(error, CheckpointError):
-        return "a checkpointed part of the model gives other tensors when it runs again; leave the checkpoint out"
+        return (
+            "a checkpointed part of the model gives other tensors when it runs again; leave the"
+            " checkpoint out"
+        )
     return next((advice for sign, advice in _ADVICE.items() if sign in text), None)
 
 
-_REPLACE = {"hardsigmoid_backward": "use nn.Hardsigmoid, which is replaced here, or relu6(x + 3) / 6"}
+_REPLACE = {
+    "hardsigmoid_backward": "use nn.Hardsigmoid, which is replaced here, or relu6(x + 3) / 6"
+}
 _CONSTANT = (
-    "the loss differentiates by something that is a constant here, such as weights that are not selected; "
-    "leave params=None, or call requires_grad_() in the loss"
+    "the loss differentiates by something that is a constant here, such as weights that are not"
+    " selected; leave params=None, or call requires_grad_() in the loss"
 )
 _ADVICE = {
-    "to match target batch_size": "outputs and targets have different numbers of examples; pass as many of each",
+    "to match target batch_size": (
+        "outputs and targets have different numbers of examples; pass as many of each"
+    ),
     "does not currently support double backward": (
         "the loss has no second derivative: a part of the model is compiled; pass it uncompiled"
     ),
     "with @once_differentiable": (
-        "the loss has no second derivative: a function of it is once_differentiable; make its backward differentiable"
+        "the loss has no second derivative: a function of it is once_differentiable; make its"
+        " backward differentiable"
     ),
     "When use_reentrant=True": _REENTRANT,
     "Checkpointing is not compatible with .grad()": _REENTRANT,
     "element 0 of tensors does not require grad": _CONSTANT,
     "One of the differentiated Tensors does not require grad": _CONSTANT,
     "Expected more than 1 value per channel": (
-        "a layer normalises by the statistics of the batch, which one example has none of; pass more than one"
+        "a layer normalises by the statistics of the batch, which one example has none of; pass"
+        " more than one"
     ),
 }
 """What to do, by a part of torch's message."""

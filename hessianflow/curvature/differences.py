@@ -129,7 +129,8 @@ def find_disagreement(
 
     Args:
         linearise: makes the derivatives that are checked.
-        holders: the model and, where it is a module, the loss: their weights and buffers are copied.
+        holders: the model and, where it is a module, the loss: their weights and buffers are
+            copied.
         parameters: the parameters to differentiate by.
         samples: functions that make batches, tried in turn until one can be made and run: first a
             few examples, then all of them.
@@ -141,17 +142,25 @@ def find_disagreement(
         try:
             given = map_tensors(_wide, sample())
             with _copied(holders, parameters) as copies:
-                return _compare(partial(linearise, given, copies), copies, _padding(holders, copies))
-        except Exception:  # whatever a model raises in float64, or on a batch, that it was not made for
+                return _compare(
+                    partial(linearise, given, copies), copies, _padding(holders, copies)
+                )
+        except (
+            Exception
+        ):  # whatever a model raises in float64, or on a batch, that it was not made for
             continue
     return None
 
 
 def _compare(
-    linearise: Callable[[], Linearised], copies: Sequence[Tensor], padding: Sequence[tuple[int, int]]
+    linearise: Callable[[], Linearised],
+    copies: Sequence[Tensor],
+    padding: Sequence[tuple[int, int]],
 ) -> Disagreement | None:
     with torch.no_grad():
-        for copy, piece in zip(copies, unflatten(_direction(copies, padding, seed=1), copies), strict=True):
+        for copy, piece in zip(
+            copies, unflatten(_direction(copies, padding, seed=1), copies), strict=True
+        ):
             copy.add_(piece, alpha=SHIFT)
     base = [copy.detach().clone() for copy in copies]
     claims = linearise()
@@ -168,7 +177,9 @@ def _compare(
             for copy, start, piece in zip(copies, base, unflatten(direction, copies), strict=True):
                 copy.copy_(start).add_(piece, alpha=step)
         moved = linearise()
-        for vector, values in zip((*continuous, *jumping), (*moved.continuous, *moved.jumping), strict=True):
+        for vector, values in zip(
+            (*continuous, *jumping), (*moved.continuous, *moved.jumping), strict=True
+        ):
             vector.add(step, values)
         if all(vector.is_confirmed for vector in (*continuous, *jumping)):
             return None
@@ -179,7 +190,8 @@ def _compare(
 
 
 class _Vector:
-    """One vector of values, the derivative claimed for it, and its differences for several steps."""
+    """One vector of values, the derivative claimed for it, and its differences for several
+    steps."""
 
     def __init__(self, values: Sequence[Tensor], claimed: Sequence[Tensor]) -> None:
         self._values = [value.detach().clone() for value in values]
@@ -191,7 +203,9 @@ class _Vector:
 
     def add(self, step: float, values: Sequence[Tensor]) -> None:
         """Take the values after a step of this length."""
-        difference = [(new.detach() - old) / step for new, old in zip(values, self._values, strict=True)]
+        difference = [
+            (new.detach() - old) / step for new, old in zip(values, self._values, strict=True)
+        ]
         self._differences[step] = difference
         self.is_confirmed = self.is_confirmed or not any(self._off_by(step))
 
@@ -201,7 +215,8 @@ class _Vector:
         return {
             step
             for step, difference in self._differences.items()
-            if _norm([d - c for d, c in zip(difference, self._claimed, strict=True)]) <= TOLERANCE * self._total
+            if _norm([d - c for d, c in zip(difference, self._claimed, strict=True)])
+            <= TOLERANCE * self._total
         }
 
     def disagreement(self, trusted: set[float] | None = None) -> Disagreement | None:
@@ -218,7 +233,11 @@ class _Vector:
                 return None
         worst: dict[int, float] = {}
         for place in range(len(self._claimed)):
-            agreeing = [(one, other) for one, other in pairwise(offs) if self._agree(place, one, other, offs, trusted)]
+            agreeing = [
+                (one, other)
+                for one, other in pairwise(offs)
+                if self._agree(place, one, other, offs, trusted)
+            ]
             if agreeing and (trusted is not None or len(agreeing) == len(offs) - 1):
                 worst[place] = min(offs[step][place] for step in agreeing[0])
         if not worst:
@@ -227,9 +246,16 @@ class _Vector:
         return Disagreement(place if len(self._claimed) > 1 else None, worst[place])
 
     def _agree(
-        self, place: int, one: float, other: float, offs: dict[float, list[float]], trusted: set[float] | None
+        self,
+        place: int,
+        one: float,
+        other: float,
+        offs: dict[float, list[float]],
+        trusted: set[float] | None,
     ) -> bool:
-        if not (offs[one][place] and offs[other][place]) or (trusted is not None and not {one, other} <= trusted):
+        if not (offs[one][place] and offs[other][place]) or (
+            trusted is not None and not {one, other} <= trusted
+        ):
             return False
         first, second = self._differences[one][place], self._differences[other][place]
         nearest = min(float((d - self._claimed[place]).norm()) for d in (first, second))
@@ -240,7 +266,10 @@ class _Vector:
         """Return the relative difference of each tensor, 0 where it passes."""
         difference = self._differences[step]
         total = max(self._total, _norm(difference))
-        allowed = SMALLEST_SHARE * total + ROUNDINGS * torch.finfo(self._values[0].dtype).eps * self._size / step
+        allowed = (
+            SMALLEST_SHARE * total
+            + ROUNDINGS * torch.finfo(self._values[0].dtype).eps * self._size / step
+        )
         found = []
         for claimed, measured in zip(self._claimed, difference, strict=True):
             off = float((measured - claimed).norm())
@@ -258,10 +287,16 @@ def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list
         for module in holder.modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
     ]
-    return [(places[id(m.weight)], int(m.padding_idx or 0)) for m in embeddings if id(m.weight) in places]
+    return [
+        (places[id(m.weight)], int(m.padding_idx or 0))
+        for m in embeddings
+        if id(m.weight) in places
+    ]
 
 
-def _direction(parameters: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int) -> Tensor:
+def _direction(
+    parameters: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int
+) -> Tensor:
     """Return a random flat vector in which each tensor is as long as its weights, so that all move
     by the same share.
 
@@ -291,13 +326,17 @@ def _wide(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _copied(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Let copies stand in for the weights and buffers of some modules; everything is as found afterwards.
+    """Let copies stand in for the weights and buffers of some modules; everything is as found
+    afterwards.
 
     Yields:
         The copies of `parameters`.
     """
     modules = list(dict.fromkeys(module for holder in holders for module in holder.modules()))
-    found = [(module, dict(module._parameters), dict(module._buffers), _held(module)) for module in modules]
+    found = [
+        (module, dict(module._parameters), dict(module._buffers), _held(module))
+        for module in modules
+    ]
     copies = {id(parameter): _copy(parameter) for parameter in parameters}
     try:
         for module in modules:

@@ -1,18 +1,24 @@
-"""Convolution and batch normalisation whose second derivatives cost what their multiplications cost.
+"""Convolution and batch normalisation whose second derivatives cost what their multiplications
+cost.
 
-A product with the Hessian runs backwards through the graph of the gradient. There torch computes two of a convolution's
-six convolutions by transposing activations into kernels as large as an image, and takes normalisation with running
-statistics apart into a dozen passes over the activations. Here each is a pair of autograd functions:
+A product with the Hessian runs backwards through the graph of the gradient. There torch computes
+two of a convolution's six convolutions by transposing activations into kernels as large as an
+image, and takes normalisation with running statistics apart into a dozen passes over the
+activations. Here each is a pair of autograd functions:
 
-    convolution, with G the gradient of its output and a, b the incoming second-order gradients of its gradients by x, w
-        by G: a * w + x * b        by x: the gradient by x for the kernel b     by w: the gradient by w for the input a
-    normalisation, y = c w (x - m) + s with c = 1 / sqrt(var + eps), and a, b, d those of its gradients by x, w, s
+    convolution, with G the gradient of its output and a, b the incoming second-order gradients of
+    its gradients by x, w
+        by G: a * w + x * b
+        by x: the gradient by x for the kernel b
+        by w: the gradient by w for the input a
+    normalisation, y = c w (x - m) + s with c = 1 / sqrt(var + eps), and a, b, d those of its
+    gradients by x, w, s
         by G: c w a + c b (x - m) + d      by x: c b G     by w: c sum(a G)
 
-all of them torch's own forward and backward kernels. Images in float32 on a processor go with the channels last,
-whatever the layout of the weights; from there on the kernels keep it. Measured on one core, in gradients: a product
-with ResNet-20 1.6 instead of 2.7, with SqueezeNext 1.9 instead of 2.9; folding.py takes off another 11 to 18 %.
-The values are those of torch up to rounding.
+all of them torch's own forward and backward kernels. Images in float32 on a processor go with the
+channels last, whatever the layout of the weights; from there on the kernels keep it. Measured on
+one core, in gradients: a product with ResNet-20 1.6 instead of 2.7, with SqueezeNext 1.9 instead of
+2.9; folding.py takes off another 11 to 18 %. The values are those of torch up to rounding.
 """
 
 from collections.abc import Callable
@@ -36,14 +42,18 @@ Sizes = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation
 class CheapDoubleBackward(TorchFunctionMode):
     """While active, calls of convolution and batch normalisation build the graph described above.
 
-    Weight normalisation does, too: torch's kernel for it (2.13, on a processor) has a wrong second derivative; and so
-    does the hard sigmoid, whose kernel has none.
-    Whatever does not fit (batch statistics, padding given as a word, subclasses of tensors, parts that are checkpointed
-    or under a torch.func transform) runs as torch runs it.
+    Weight normalisation does, too: torch's kernel for it (2.13, on a processor) has a wrong second
+    derivative; and so does the hard sigmoid, whose kernel has none. Whatever does not fit (batch
+    statistics, padding given as a word, subclasses of tensors, parts that are checkpointed or under
+    a torch.func transform) runs as torch runs it.
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         replacement = _REPLACEMENTS.get(func)
         made = None if replacement is None or is_watched() else replacement(*args, **(kwargs or {}))
@@ -54,9 +64,9 @@ def has_replacements(model: nn.Module) -> bool:
     """Return whether there may be something to replace; if not, the mode would only slow down every
     call of torch.
 
-    Weights of convolutions have three dimensions and more, running statistics are buffers, and weights are normalised
-    in a parametrization or a hook. A hard sigmoid that is called as a function in a model without any of these is not
-    seen, and refused by its name.
+    Weights of convolutions have three dimensions and more, running statistics are buffers, and
+    weights are normalised in a parametrization or a hook. A hard sigmoid that is called as a
+    function in a model without any of these is not seen, and refused by its name.
     """
     return any(
         module._buffers
@@ -92,7 +102,7 @@ def _normalised(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,  # noqa: ARG001 - the signature is torch's
+    momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> Tensor | None:
     if training or running_mean is None or running_var is None or weight is None or bias is None:
@@ -150,7 +160,12 @@ class _Convolution(torch.autograd.Function):
 class _ConvolutionBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, sizes: Sizes, needs: tuple[bool, bool]
+        ctx: Any,
+        gradient: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        sizes: Sizes,
+        needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.save_for_backward(gradient, x, weight)
         ctx.sizes = sizes
@@ -165,14 +180,22 @@ class _ConvolutionBackward(torch.autograd.Function):
         if b is not None:
             from_weight = _forward(x, b, sizes)
             by_gradient = from_weight if by_gradient is None else by_gradient + from_weight
-        by_x = _backward(gradient, x, b, sizes, True, False)[0] if needs[1] and b is not None else None
-        by_weight = _backward(gradient, a, weight, sizes, False, True)[1] if needs[2] and a is not None else None
+        by_x = (
+            _backward(gradient, x, b, sizes, True, False)[0] if needs[1] and b is not None else None
+        )
+        by_weight = (
+            _backward(gradient, a, weight, sizes, False, True)[1]
+            if needs[2] and a is not None
+            else None
+        )
         return by_gradient, by_x, by_weight, None, None
 
 
 class _Normalisation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         return _fixed(x, weight, bias, mean, var, eps)
@@ -207,7 +230,9 @@ class _NormalisationBackward(torch.autograd.Function):
 
 def _forward(x: Tensor, weight: Tensor, sizes: Sizes, bias: Tensor | None = None) -> Tensor:
     stride, padding, dilation, groups = sizes
-    output: Tensor = _convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    output: Tensor = _convolution(
+        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
+    )
     return output
 
 
@@ -216,12 +241,18 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     stride, padding, dilation, groups = sizes
     zeros, mask = [0] * len(stride), [by_x, by_weight, False]
-    found = _convolution_backward(gradient, x, weight, None, stride, padding, dilation, False, zeros, groups, mask)
+    found = _convolution_backward(
+        gradient, x, weight, None, stride, padding, dilation, False, zeros, groups, mask
+    )
     return (found[0] if by_x else None), (found[1] if by_weight else None)
 
 
-def _fixed(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+def _fixed(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    return torch.batch_norm(
+        x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled
+    )
 
 
 def _fixed_backward(

@@ -36,7 +36,8 @@ def top_eigenpairs(
     Args:
         operator: anything with size, device, dtype and matvec.
         k: number of pairs, from 1 to the size.
-        method: "lanczos" (thick restart, full reorthogonalisation) or "power" (deflated power iteration).
+        method: "lanczos" (thick restart, full reorthogonalisation) or "power" (deflated power
+            iteration).
         which: "LM" largest magnitude, "LA" largest algebraic, "SA" smallest algebraic.
         tol: allowed relative error of each value. Lanczos judges it by min(r, r^2/gap) for the
             residual r, power iteration by r itself; neither by the change of a value. That no more
@@ -51,18 +52,22 @@ def top_eigenpairs(
             vector is off by an angle of about that over the relative gap, good for a warm start or
             the share of a gradient along it, not for projections. None: not asked for. Not for
             "power", whose `tol` is such a rule already.
-        max_matvecs: most products to spend; then `converged` is False. Default max(100, 20 k) for Lanczos, ten times as
-            many for power iteration. Ours.
-        v0: start vector [size] or vectors [size, m], e.g. those of an earlier, similar operator. A random part is added
-            to the first, so that an eigenvector given as start cannot hide a larger eigenvalue.
+        max_matvecs: most products to spend; then `converged` is False. Default max(100, 20 k) for
+            Lanczos, ten times as many for power iteration. Ours.
+        v0: start vector [size] or vectors [size, m], e.g. those of an earlier, similar operator. A
+            random part is added to the first, so that an eigenvector given as start cannot hide a
+            larger eigenvalue.
         seed: of the random start; None: fresh entropy, every call starts elsewhere.
-        extra: further pairs that Lanczos should return after the k wanted ones, at no product and however accurate.
-        warm: whether `v0` sums up several vectors of a recent, similar operator, as CurvatureProbe makes it. Lanczos
-            then accepts a larger residual where the estimated error allows it.
+        extra: further pairs that Lanczos should return after the k wanted ones, at no product and
+            however accurate.
+        warm: whether `v0` sums up several vectors of a recent, similar operator, as CurvatureProbe
+            makes it. Lanczos then accepts a larger residual where the estimated error allows it.
 
     Returns:
-        values [k], vectors [size, k], residuals [k] (with `extra`, up to k + extra), products spent, and whether all k
-        met the tolerance (EigenResult has the exact sense). Fewer pairs come back if `max_matvecs` allows no more.
+        values [k], vectors [size, k], residuals [k] (with `extra`, up to k + extra), products
+            spent, and whether all k
+        met the tolerance (EigenResult has the exact sense). Fewer pairs come back if `max_matvecs`
+            allows no more.
 
     Raises:
         HessianFlowError: an argument out of range, or (NonFiniteError) a product with nan or inf.
@@ -75,7 +80,9 @@ def top_eigenpairs(
         if method == "power":
             more = max(0, k - start.shape[1])
             start = torch.cat([start, gaussian(operator, source, more)], dim=1)
-            return power_iteration(operator, k, which=which, tol=tol, max_matvecs=budget, start=start)
+            return power_iteration(
+                operator, k, which=which, tol=tol, max_matvecs=budget, start=start
+            )
         return lanczos(
             operator,
             k,
@@ -100,10 +107,14 @@ def _start(operator: LinearOperator, v0: Tensor | None, source: torch.Generator)
         return noise
     given = v0[:, None] if v0.ndim == 1 else v0
     if given.ndim != 2 or given.shape[0] != operator.size or given.shape[1] < 1:
-        raise HessianFlowError(f"v0 must have shape [{operator.size}] or [{operator.size}, m], got {list(v0.shape)}")
+        raise HessianFlowError(
+            f"v0 must have shape [{operator.size}] or [{operator.size}, m], got {list(v0.shape)}"
+        )
     given = given.to(operator.device, operator.dtype)
     if not bool(torch.isfinite(given).all()) or not bool((given != 0).any(dim=0).all()):
-        raise HessianFlowError("v0 must be finite with no zero vector; leave it None for a random start")
+        raise HessianFlowError(
+            "v0 must be finite with no zero vector; leave it None for a random start"
+        )
     given = normalised(given)
     first = given[:, :1] + noise * (RANDOM_SHARE / noise.norm())
     return torch.cat([first, given[:, 1:]], dim=1)
@@ -113,20 +124,32 @@ def _check_residual_tol(residual_tol: float | None, method: Method) -> None:
     if residual_tol is None:
         return
     if method == "power":
-        raise HessianFlowError("residual_tol is for 'lanczos'; 'power' stops by residuals: give tol")
+        raise HessianFlowError(
+            "residual_tol is for 'lanczos'; 'power' stops by residuals: give tol"
+        )
     if not residual_tol > 0:
         raise HessianFlowError(f"residual_tol must be positive or None, got {residual_tol}")
 
 
 def _check(
-    operator: LinearOperator, k: int, method: Method, which: Which, tol: float, max_matvecs: int | None, extra: int
+    operator: LinearOperator,
+    k: int,
+    method: Method,
+    which: Which,
+    tol: float,
+    max_matvecs: int | None,
+    extra: int,
 ) -> int:
     """Refuse bad arguments; return the budget of products."""
     if method not in get_args(Method):
-        raise HessianFlowError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+        raise HessianFlowError(
+            f"method must be one of {', '.join(get_args(Method))}, got {method!r}"
+        )
     check_search(k, which, tol, max_matvecs)
     check_count("extra", extra, 0)
     if k > operator.size:
-        raise HessianFlowError(f"k must be between 1 and the operator's size {operator.size}, got {k}")
+        raise HessianFlowError(
+            f"k must be between 1 and the operator's size {operator.size}, got {k}"
+        )
     default = max(100, 20 * k) * (10 if method == "power" else 1)
     return default if max_matvecs is None else max_matvecs

@@ -1,10 +1,11 @@
 """The Fisher matrix, F = sum_n w_n g_n g_n^T / sum_n w_n, g_n the gradient of one example's loss.
 
-With the labels of the data this is the empirical Fisher (the uncentred covariance of the gradients), with labels
-sampled from the model's own softmax an unbiased estimate of the Fisher information (Kunstner, Hennig, Balles,
-Limitations of the empirical Fisher approximation, 2019, for the difference). The weights are those of the mean loss: 1,
-or with class weights that of the example's own target, and 0 where it is ignored. Rows g_n^T form a Jacobian J, so
-F v = J^T (w * J v) / sum w.
+With the labels of the data this is the empirical Fisher (the uncentred covariance of the
+gradients), with labels sampled from the model's own softmax an unbiased estimate of the Fisher
+information (Kunstner, Hennig, Balles, Limitations of the empirical Fisher approximation, 2019, for
+the difference). The weights are those of the mean loss: 1, or with class weights that of the
+example's own target, and 0 where it is ignored. Rows g_n^T form a Jacobian J, so F v = J^T (w * J
+v) / sum w.
 """
 
 from typing import Any, Literal, get_args
@@ -30,12 +31,13 @@ Labels = Literal["data", "model"]
 class FisherOperator(ModelOperator):
     """The Fisher matrix of a model over some data, positive semi-definite.
 
-    Further arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`.
+    Further arguments and attributes: see
+    :class:`~hessianflow.curvature.model_operator.ModelOperator`.
 
     Args:
-        labels: "data": empirical Fisher. "model": one label per example drawn from softmax(outputs); the targets must
-            be class indices and the loss the cross-entropy. The labels are the same in every product and for any
-            microbatch size.
+        labels: "data": empirical Fisher. "model": one label per example drawn from
+            softmax(outputs); the targets must be class indices and the loss the cross-entropy. The
+            labels are the same in every product and for any microbatch size.
         seed: of those labels.
     """
 
@@ -64,7 +66,9 @@ class FisherOperator(ModelOperator):
             check_product=check_product,
         )
         if labels not in get_args(Labels):
-            raise HessianFlowError(f"labels must be one of {', '.join(get_args(Labels))}, got {labels!r}")
+            raise HessianFlowError(
+                f"labels must be one of {', '.join(get_args(Labels))}, got {labels!r}"
+            )
         self._labels, self._seed = labels, seed
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
@@ -75,7 +79,8 @@ class FisherOperator(ModelOperator):
             return Piece(loss, 0.0, torch.zeros_like)
         # The rows of the matrix are the examples, however the data are cut.
         self._check_split(outputs, targets)
-        # Of the data's own targets: drawn labels are no less ignored, and then the mean is that of the Gauss-Newton.
+        # Of the data's own targets: drawn labels are no less ignored, and then the mean is that of
+        # the Gauss-Newton.
         examples = [self._example_loss(outputs, targets, n) for n in range(len(outputs))]
         weights = [float(example.weight) for example in examples]
         if self._labels == "model":
@@ -108,11 +113,22 @@ class FisherOperator(ModelOperator):
         return self._loss(outputs[n : n + 1], _example(targets, n, len(outputs)))
 
     def _sampled(self, outputs: Tensor, targets: Any, batch: Any) -> Tensor:
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.ndim != 2 or targets.ndim != 1:
-            raise HessianFlowError("labels='model' needs outputs [N, classes] and class indices [N]; use labels='data'")
+        if (
+            not isinstance(targets, Tensor)
+            or targets.is_floating_point()
+            or outputs.ndim != 2
+            or targets.ndim != 1
+        ):
+            raise HessianFlowError(
+                "labels='model' needs outputs [N, classes] and class indices [N]; use labels='data'"
+            )
         draws = draws_by_content(batch, len(outputs), self._seed)
         cumulative = torch.softmax(outputs.double(), dim=1).cumsum(dim=1)
-        return torch.searchsorted(cumulative, draws[:, None]).squeeze(1).clamp(max=outputs.shape[1] - 1)
+        return (
+            torch.searchsorted(cumulative, draws[:, None])
+            .squeeze(1)
+            .clamp(max=outputs.shape[1] - 1)
+        )
 
 
 def _example(targets: Any, n: int, total: int) -> Any:

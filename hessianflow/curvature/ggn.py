@@ -1,7 +1,8 @@
 """The generalized Gauss-Newton matrix (Schraudolph, Fast curvature matrix-vector products, 2002).
 
-G = 1/N sum_n J_n^T (d^2 loss / d f^2) J_n with J_n the Jacobian of the outputs: the Hessian without the curvature of
-the network itself; positive semi-definite for a convex loss. For cross-entropy it equals the Fisher information.
+G = 1/N sum_n J_n^T (d^2 loss / d f^2) J_n with J_n the Jacobian of the outputs: the Hessian without
+the curvature of the network itself; positive semi-definite for a convex loss. For cross-entropy it
+equals the Fisher information.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ from hessianflow.losses import Averaged
 class GGNOperator(ModelOperator):
     """The generalized Gauss-Newton matrix of the mean loss.
 
-    Arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`. The data must be pairs,
-    and the model must return one tensor, since the matrix splits loss and network there.
+    Arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`. The
+    data must be pairs, and the model must return one tensor, since the matrix splits loss and
+    network there.
     """
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
@@ -41,7 +43,9 @@ class GGNOperator(ModelOperator):
         def curved(moved: Tensor) -> Tensor:
             if not slope.requires_grad:  # a loss linear in the outputs has no curvature
                 return torch.zeros_like(moved)
-            return torch.autograd.grad(slope, outputs, moved, retain_graph=True, materialize_grads=True)[0]
+            return torch.autograd.grad(
+                slope, outputs, moved, retain_graph=True, materialize_grads=True
+            )[0]
 
         def product(vector: Tensor) -> Tensor:
             return jacobian.transposed(curved(jacobian.forward(vector)))
@@ -51,7 +55,9 @@ class GGNOperator(ModelOperator):
             return [[jacobian.transposed(slope) @ vector], [moved], [curved(moved)]], []
 
         def claims() -> Linearised:
-            return Linearised(mean, [[mean], [outputs.detach()], [slope.detach()]], [], along, graph.rounds)
+            return Linearised(
+                mean, [[mean], [outputs.detach()], [slope.detach()]], [], along, graph.rounds
+            )
 
         mean = loss.detach()
         return Piece(mean, weight, product, claims, graph, jacobian.missing)
@@ -64,10 +70,13 @@ def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:
     """Return outputs and targets of a pair.
 
     Raises:
-        HessianFlowError: a dict batch, or outputs that are not one tensor that depends on the weights.
+        HessianFlowError: a dict batch, or outputs that are not one tensor that depends on the
+            weights.
     """
     if isinstance(batch, Mapping):
-        raise HessianFlowError(f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts")
+        raise HessianFlowError(
+            f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts"
+        )
     outputs = model(batch[0])
     if not isinstance(outputs, Tensor) or not outputs.requires_grad:
         raise HessianFlowError(

@@ -1,8 +1,10 @@
-"""Hessian-vector products by differentiating twice (Pearlmutter, Fast exact multiplication by the Hessian, 1994).
+"""Hessian-vector products by differentiating twice (Pearlmutter, Fast exact multiplication by the
+Hessian, 1994).
 
-H v = d(g(w)^T v)/dw, where the gradient g is computed with its graph. On one batch that graph is kept, and a product is
-one more backward pass through it: measured 1.7 gradients on a ResNet-20 on a CPU core, against 2.8 when it is rebuilt
-(2.65 and 3.7 with torch's own second derivatives; see double_backward.py and ../folding.py).
+H v = d(g(w)^T v)/dw, where the gradient g is computed with its graph. On one batch that graph is
+kept, and a product is one more backward pass through it: measured 1.7 gradients on a ResNet-20 on a
+CPU core, against 2.8 when it is rebuilt (2.65 and 3.7 with torch's own second derivatives; see
+double_backward.py and ../folding.py).
 """
 
 from typing import Any
@@ -20,7 +22,8 @@ from hessianflow.curvature.vectors import flatten
 class HessianOperator(ModelOperator):
     """The Hessian of the mean loss, H = d^2 L / dw^2, symmetric of shape [size, size].
 
-    Arguments, attributes and errors: see :class:`~hessianflow.curvature.model_operator.ModelOperator`.
+    Arguments, attributes and errors: see
+    :class:`~hessianflow.curvature.model_operator.ModelOperator`.
 
     Example:
         >>> operator = HessianOperator(model, torch.nn.functional.cross_entropy, (inputs, targets))
@@ -40,7 +43,9 @@ class HessianOperator(ModelOperator):
         def product(vector: Tensor) -> Tensor:
             if not gradient.requires_grad:  # it does not depend on any weight: the Hessian is zero
                 return torch.zeros_like(vector)
-            second = torch.autograd.grad(gradient, self.parameters, vector, retain_graph=True, allow_unused=True)
+            second = torch.autograd.grad(
+                gradient, self.parameters, vector, retain_graph=True, allow_unused=True
+            )
             return flatten(second, self.parameters, self.dtype)
 
         def along(vector: Tensor) -> tuple[Vectors, Vectors]:

@@ -1,4 +1,5 @@
-"""Jacobian products on a kept graph, forwards by differentiating twice (no forward-mode support needed from any layer).
+"""Jacobian products on a kept graph, forwards by differentiating twice (no forward-mode support
+needed from any layer).
 
 J^T u is linear in u, so the derivative of (J^T u)^T v by u is J v.
 """
@@ -30,10 +31,14 @@ class KeptJacobian:
     def __init__(self, outputs: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._outputs, self._parameters, self._dtype = outputs, parameters, dtype
         self._dummy = torch.zeros_like(outputs, requires_grad=True)
-        transposed = torch.autograd.grad(outputs, parameters, self._dummy, create_graph=True, allow_unused=True)
+        transposed = torch.autograd.grad(
+            outputs, parameters, self._dummy, create_graph=True, allow_unused=True
+        )
         check_reached(transposed)
         self.missing = tuple(i for i, t in enumerate(transposed) if t is None)
-        self._linear = [(i, t) for i, t in enumerate(transposed) if t is not None and t.requires_grad]
+        self._linear = [
+            (i, t) for i, t in enumerate(transposed) if t is not None and t.requires_grad
+        ]
 
     def forward(self, vector: Tensor) -> Tensor:
         """Return J v, of the shape of the outputs."""
@@ -51,5 +56,7 @@ class KeptJacobian:
 
     def transposed(self, cotangent: Tensor) -> Tensor:
         """Return J^T u, flat."""
-        grads = torch.autograd.grad(self._outputs, self._parameters, cotangent, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            self._outputs, self._parameters, cotangent, retain_graph=True, allow_unused=True
+        )
         return flatten(grads, self._parameters, self._dtype)

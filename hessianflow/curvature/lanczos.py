@@ -1,19 +1,23 @@
-"""Thick-restart Lanczos with full reorthogonalisation, stopped by the residuals of the wanted pairs.
+"""Thick-restart Lanczos with full reorthogonalisation, stopped by the residuals of the wanted
+pairs.
 
-References: Lanczos 1950; Golub and Van Loan, Matrix Computations, section 10; Wu and Simon, Thick-restart Lanczos
-method for large symmetric eigenvalue problems, 2000; Davidson 1975 for a start from several vectors.
+References: Lanczos 1950; Golub and Van Loan, Matrix Computations, section 10; Wu and Simon,
+Thick-restart Lanczos method for large symmetric eigenvalue problems, 2000; Davidson 1975 for a
+start from several vectors.
 
-A basis V with its products W = A V is kept. Each step projects (T = V^T W), takes the Ritz pairs (theta, x = V s) of T,
-and extends V by the residual A x - theta x = W s - theta V s of the first wanted pair that is not accurate yet,
-orthogonalised against all of V (no ghost copies). From one start vector all residuals are parallel to the next Lanczos
-vector, so this is Lanczos; from several it is the same idea on a block (Davidson without preconditioner). A full basis
-is compressed to its best Ritz vectors, at no product (thick restart).
+A basis V with its products W = A V is kept. Each step projects (T = V^T W), takes the Ritz pairs
+(theta, x = V s) of T, and extends V by the residual A x - theta x = W s - theta V s of the first
+wanted pair that is not accurate yet, orthogonalised against all of V (no ghost copies). From one
+start vector all residuals are parallel to the next Lanczos vector, so this is Lanczos; from several
+it is the same idea on a block (Davidson without preconditioner). A full basis is compressed to its
+best Ritz vectors, at no product (thick restart).
 
 Choices of ours:
-- Stopping: residual r, and gap to the nearest other Ritz value less that one's residual. A pair is accepted when
-  min(r, r^2/gap) <= tol |value| and r <= cap |value|, cap = max(tol, min(0.01, sqrt(tol/10))). r is a theorem (some
-  eigenvalue is that near); r^2/gap is its quadratic refinement (Temple, Kato); the cap keeps it from trusting a gap
-  estimated too early (with 0.03, values 17 % low were accepted on a spectrum with three close outliers).
+- Stopping: residual r, and gap to the nearest other Ritz value less that one's residual. A pair is
+  accepted when min(r, r^2/gap) <= tol |value| and r <= cap |value|, cap = max(tol, min(0.01,
+  sqrt(tol/10))). r is a theorem (some eigenvalue is that near); r^2/gap is its quadratic refinement
+  (Temple, Kato); the cap keeps it from trusting a gap estimated too early (with 0.03, values 17 %
+  low were accepted on a spectrum with three close outliers).
 - The gap is that of Ritz values, and one of them may stand for two close eigenvalues, between which
   it lies. Then its residual falls only while the rest of the spectrum is damped, and stays at about
   half the distance of the two, or less if one of them has little part in the start. So for k = 1,
@@ -24,9 +28,9 @@ Choices of ours:
   226 did before.
 - Largest magnitude may lie at either end. So for k = 1 the best value of the other sign, too, must
   be known well enough to lose; of a tie the positive one is returned, whatever the start.
-- That the value is the wanted one and not just some eigenvalue no residual can tell. It must also be small beside the
-  spread of the Ritz values, r <= SPREAD_SHARE (largest - smallest): near a multiple of the identity every vector has a
-  small residual, and one product says nothing.
+- That the value is the wanted one and not just some eigenvalue no residual can tell. It must also
+  be small beside the spread of the Ritz values, r <= SPREAD_SHARE (largest - smallest): near a
+  multiple of the identity every vector has a small residual, and one product says nothing.
 - A space from one start may still hide one of several wanted eigenvalues (too small a part of it in
   the start, or a second one of equal value). So for k > 1 the accepted pairs are checked: a fresh
   random vector is followed by Lanczos in the complement of the space until its largest Ritz value
@@ -39,7 +43,8 @@ Choices of ours:
   asks: more products could not make it smaller. `converged` then says whether the tolerance was
   met, by error bounds that are never below that rounding. The check, too, tells values apart no
   better than that.
-- Breakdown (all residuals at rounding level): the space is invariant, and the check is made for k = 1 too.
+- Breakdown (all residuals at rounding level): the space is invariant, and the check is made for k =
+  1 too.
 """
 
 import math
@@ -80,7 +85,8 @@ def lanczos(
     Args:
         start: start vectors, shape [size, s]; those that depend on earlier ones are left out.
         source: generator of the directions tried after a breakdown.
-        extra: further Ritz pairs to return after the wanted ones, however accurate (for a later warm start).
+        extra: further Ritz pairs to return after the wanted ones, however accurate (for a later
+            warm start).
         max_basis: vectors kept at once (and as many products); default max(2k + 20, 40). Ours.
         evidence: what is asked of a residual.
         residual_tol: largest residual of each wanted pair, relative to its value.

@@ -1,8 +1,8 @@
 """The loss around the current weights, along given directions, and how the gradient lies to them.
 
-Reference: Li, Xu, Taylor, Studer, Goldstein, Visualizing the loss landscape of neural nets, 2018, section 4: filter
-normalisation scales each filter of a direction to the norm of the same filter of the weights, and leaves out biases and
-batch-normalisation weights.
+Reference: Li, Xu, Taylor, Studer, Goldstein, Visualizing the loss landscape of neural nets, 2018,
+section 4: filter normalisation scales each filter of a direction to the norm of the same filter of
+the weights, and leaves out biases and batch-normalisation weights.
 """
 
 from collections.abc import Iterator
@@ -36,9 +36,15 @@ class LandscapeSlice:
 
 
 def loss_landscape(
-    operator: ModelOperator, directions: Tensor, *, span: float = 1.0, points: int = 21, normalise: Normalise = "unit"
+    operator: ModelOperator,
+    directions: Tensor,
+    *,
+    span: float = 1.0,
+    points: int = 21,
+    normalise: Normalise = "unit",
 ) -> LandscapeSlice:
-    """The loss at w + a d1 (+ b d2) for a, b from -span to span; the weights are as found afterwards, bit for bit.
+    """The loss at w + a d1 (+ b d2) for a, b from -span to span; the weights are as found
+    afterwards, bit for bit.
 
     Args:
         operator: model, loss and data; its selected parameters are moved.
@@ -51,13 +57,18 @@ def loss_landscape(
         HessianFlowError: an argument out of range, a zero direction.
     """
     if normalise not in get_args(Normalise):
-        raise HessianFlowError(f"normalise must be one of {', '.join(get_args(Normalise))}, got {normalise!r}")
+        raise HessianFlowError(
+            f"normalise must be one of {', '.join(get_args(Normalise))}, got {normalise!r}"
+        )
     if points < 1 or not span > 0:
-        raise HessianFlowError(f"points must be at least 1 and span positive, got {points} and {span}")
+        raise HessianFlowError(
+            f"points must be at least 1 and span positive, got {points} and {span}"
+        )
     columns = directions[:, None] if directions.ndim == 1 else directions
     if columns.ndim != 2 or columns.shape[1] not in (1, 2):
         raise HessianFlowError(
-            f"directions must have shape [size], [size, 1] or [size, 2], got {list(directions.shape)}"
+            "directions must have shape [size], [size, 1] or [size, 2], got"
+            f" {list(directions.shape)}"
         )
     axes = [_scaled(operator, column.contiguous(), normalise) for column in columns.unbind(1)]
     offsets = torch.linspace(-span, span, points, dtype=torch.float64)
@@ -72,10 +83,11 @@ def loss_landscape(
 
 
 def gradient_overlap(operator: ModelOperator, vectors: Tensor) -> Tensor:
-    """Share of the squared gradient along each column, (g^T v_i)^2 / ||g||^2, shape [k]; zeros for a zero gradient.
+    """Share of the squared gradient along each column, (g^T v_i)^2 / ||g||^2, shape [k]; zeros for
+    a zero gradient.
 
-    With orthonormal columns the sum is the share of the gradient in their span (Gur-Ari, Roberts, Dyer, Gradient
-    descent happens in a tiny subspace, 2018).
+    With orthonormal columns the sum is the share of the gradient in their span (Gur-Ari, Roberts,
+    Dyer, Gradient descent happens in a tiny subspace, 2018).
     """
     gradient = operator.gradient()
     squared: Tensor = (gradient @ vectors).square() / gradient.square().sum().clamp(
@@ -88,11 +100,15 @@ def _scaled(operator: ModelOperator, direction: Tensor, normalise: Normalise) ->
     check_vector(operator, direction, "each direction")
     if normalise == "filter":
         pieces = unflatten(direction, operator.parameters)
-        filters = [_filters_scaled(d, w.detach()) for d, w in zip(pieces, operator.parameters, strict=True)]
+        filters = [
+            _filters_scaled(d, w.detach()) for d, w in zip(pieces, operator.parameters, strict=True)
+        ]
         direction = flatten(filters, operator.parameters, operator.dtype)
     length = float(direction.norm())
     if length == 0:
-        raise HessianFlowError(f"a direction is zero (normalise={normalise!r}); filter normalisation drops biases")
+        raise HessianFlowError(
+            f"a direction is zero (normalise={normalise!r}); filter normalisation drops biases"
+        )
     return direction if normalise == "filter" else direction / length
 
 
@@ -100,7 +116,9 @@ def _filters_scaled(direction: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim <= 1:
         return torch.zeros_like(direction)
     rows, targets = direction.reshape(len(direction), -1), weight.reshape(len(weight), -1)
-    scale = targets.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    scale = targets.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(
+        min=torch.finfo(rows.dtype).tiny
+    )
     scaled: Tensor = rows * scale
     return scaled.view_as(direction)
 

@@ -26,12 +26,18 @@ def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: Norm
             cut into microbatches; or the model cannot be measured (:func:`check_measurable`).
     """
     if norm_mode not in get_args(NormMode):
-        raise HessianFlowError(f"norm_mode must be one of {', '.join(get_args(NormMode))}, got {norm_mode!r}")
+        raise HessianFlowError(
+            f"norm_mode must be one of {', '.join(get_args(NormMode))}, got {norm_mode!r}"
+        )
     if microbatch_size is not None and microbatch_size < 1:
         raise HessianFlowError(f"microbatch_size must be at least 1 or None, got {microbatch_size}")
     check_measurable(model)
     if microbatch_size is not None and uses_batch_statistics(model, norm_mode):
-        cause = "norm_mode='batch'" if norm_mode == "batch" else "batch normalisation without running statistics"
+        cause = (
+            "norm_mode='batch'"
+            if norm_mode == "batch"
+            else "batch normalisation without running statistics"
+        )
         raise HessianFlowError(
             f"{cause} needs each batch in one pass, got microbatch_size={microbatch_size}; "
             "leave it None or use norm_mode='eval' with running statistics"
@@ -49,13 +55,17 @@ def check_measurable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, sharding):
             raise HessianFlowError(
-                f"{_name(model, module) or 'the model'} is sharded by {_wrapper(module)}, and autograd does not reach "
-                f"the shards; {_WAY_OUT}"
+                f"{_name(model, module) or 'the model'} is sharded by {_wrapper(module)}, and"
+                f" autograd does not reach the shards; {_WAY_OUT}"
             )
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
-                if tensor is not None and (isinstance(tensor, pieces) or is_lazy(tensor) or tensor.is_meta):
-                    raise HessianFlowError(_unusable(f"{_name(model, module)}.{key}".lstrip("."), module, tensor))
+                if tensor is not None and (
+                    isinstance(tensor, pieces) or is_lazy(tensor) or tensor.is_meta
+                ):
+                    raise HessianFlowError(
+                        _unusable(f"{_name(model, module)}.{key}".lstrip("."), module, tensor)
+                    )
 
 
 def _unusable(name: str, module: nn.Module, tensor: Tensor) -> str:
@@ -71,7 +81,8 @@ def _name(model: nn.Module, module: nn.Module) -> str:
 
 
 def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[Tensor]) -> None:
-    """Refuse selected parameters that were frozen, or replaced in the model, after the operator was made.
+    """Refuse selected parameters that were frozen, or replaced in the model, after the operator was
+    made.
 
     Raises:
         HessianFlowError: with the name of the first one.
@@ -79,9 +90,13 @@ def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[T
     held = {id(tensor) for module in model.modules() for tensor in module._parameters.values()}
     for name, parameter in zip(names, parameters, strict=True):
         if not parameter.requires_grad:
-            raise HessianFlowError(f"{name} was frozen after the operator was made; make a new operator")
+            raise HessianFlowError(
+                f"{name} was frozen after the operator was made; make a new operator"
+            )
         if id(parameter) not in held:
-            raise HessianFlowError(f"{name} was replaced in the model after the operator was made; make a new operator")
+            raise HessianFlowError(
+                f"{name} was replaced in the model after the operator was made; make a new operator"
+            )
 
 
 def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
@@ -90,7 +105,9 @@ def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
 
     Layers without running statistics do so in either mode. Only torch's layers can be recognised.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    layers = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     return any(norm_mode == "batch" or layer.running_mean is None for layer in layers)
 
 
@@ -102,7 +119,9 @@ def _sharding() -> tuple[type[Any], ...]:
 
 
 def _pieces() -> tuple[type[Any], ...]:
-    places = (sys.modules.get(name) for name in ("torch.distributed.tensor", "torch.distributed._tensor"))
+    places = (
+        sys.modules.get(name) for name in ("torch.distributed.tensor", "torch.distributed._tensor")
+    )
     found = (getattr(place, "DTensor", None) for place in places)
     return tuple(kind for kind in found if kind is not None)
 

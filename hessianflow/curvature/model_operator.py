@@ -43,7 +43,13 @@ from hessianflow.curvature.operator import Operator
 from hessianflow.curvature.pieces import NO_TARGET, Kept, Piece, check_finite, counted
 from hessianflow.curvature.product_check import ProductCheck
 from hessianflow.curvature.repeats import RepeatCheck
-from hessianflow.curvature.selection import Selection, batches_of, checked_batches, select_parameters, single_batch
+from hessianflow.curvature.selection import (
+    Selection,
+    batches_of,
+    checked_batches,
+    select_parameters,
+    single_batch,
+)
 from hessianflow.curvature.staleness import Snapshot
 from hessianflow.curvature.vectors import flatten, vector_dtype
 from hessianflow.folding import folded_normalisation
@@ -57,21 +63,27 @@ class ModelOperator(Operator):
     """A curvature matrix of the mean loss of a model over some data.
 
     Args:
-        model: any module; DataParallel, DistributedDataParallel and torch.compile wrappers are looked through.
-        loss_fn: loss_fn(outputs, targets). Mean, sum (said by a `reduction` attribute), (sum, count) and per-example
-            losses count alike, as the mean over what counts. For a batch that is a dict it is called as
-            loss_fn(model, batch).
-        data: one pair (inputs, targets), one dict, or a re-iterable of them (a list, a DataLoader without shuffled
-            augmentation); told apart as in `batches.as_batches`. The model is called as model(inputs).
-        params: trainable parameters to differentiate by: None for all, name patterns ("layer1", "*.bias"), or tensors.
+        model: any module; DataParallel, DistributedDataParallel and torch.compile wrappers are
+            looked through.
+        loss_fn: loss_fn(outputs, targets). Mean, sum (said by a `reduction` attribute), (sum,
+            count) and per-example losses count alike, as the mean over what counts. For a batch
+            that is a dict it is called as loss_fn(model, batch).
+        data: one pair (inputs, targets), one dict, or a re-iterable of them (a list, a DataLoader
+            without shuffled augmentation); told apart as in `batches.as_batches`. The model is
+            called as model(inputs).
+        params: trainable parameters to differentiate by: None for all, name patterns ("layer1",
+            "*.bias"), or tensors.
         microbatch_size: examples per forward pass; None for whole batches with a kept graph.
-        norm_mode: batch normalisation by running statistics ("eval") or by those of each batch ("batch").
-        check_deterministic: run the model a second time when the first graph is kept, to see whether its loss repeats.
-        check_product: compare a product with a difference of gradients, once and in float64 (differences.py); it is
-            left out where the model does not run in float64. None: where it costs less than a percent, at product 100,
-            but with the first one where the graph holds functions that are not torch's own, or not all selected
-            parameters have a gradient. False: leave it out, for a loss that is meant to have other gradients than its
-            values (a straight-through estimator, a detached part).
+        norm_mode: batch normalisation by running statistics ("eval") or by those of each batch
+            ("batch").
+        check_deterministic: run the model a second time when the first graph is kept, to see
+            whether its loss repeats.
+        check_product: compare a product with a difference of gradients, once and in float64
+            (differences.py); it is left out where the model does not run in float64. None: where it
+            costs less than a percent, at product 100, but with the first one where the graph holds
+            functions that are not torch's own, or not all selected parameters have a gradient.
+            False: leave it out, for a loss that is meant to have other gradients than its values (a
+            straight-through estimator, a detached part).
 
     Attributes:
         size: number of selected weights.
@@ -146,7 +158,8 @@ class ModelOperator(Operator):
 
     @property
     def loss_weight(self) -> float:
-        """What the mean loss divides by: examples, or the sum of the class weights of the targets that count.
+        """What the mean loss divides by: examples, or the sum of the class weights of the targets
+        that count.
 
         Reads the data once, and runs the model on them where only the loss can tell.
         """
@@ -161,10 +174,11 @@ class ModelOperator(Operator):
             return float(self._mean_loss(model, self._pieces(model)))
 
     def statistics_losses(self) -> tuple[float, float, float] | None:
-        """Compare the loss under running statistics of normalisation with that under the data's own.
+        """Compare the loss under running statistics of normalisation with that under the data's
+        own.
 
-        See `compared_losses` in :mod:`hessianflow.norm_statistics`; of the first batch. None where the matrix uses no
-        running statistics that training moves.
+        See `compared_losses` in :mod:`hessianflow.norm_statistics`; of the first batch. None where
+        the matrix uses no running statistics that training moves.
         """
         layers = moving_layers(self._model)
         if self.norm_mode == "batch" or not layers:
@@ -210,7 +224,8 @@ class ModelOperator(Operator):
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
-        # The graph saved a buffer that the forward pass writes to and that was put back: there is nothing to keep.
+        # The graph saved a buffer that the forward pass writes to and that was put back: there is
+        # nothing to keep.
         self.release()
         self._can_keep = False
         return self._rebuilt_product(vector)
@@ -220,7 +235,10 @@ class ModelOperator(Operator):
             self._kept = None  # the old graph goes before the new one comes
             check_present(self._model, self.names, self.parameters)
             snapshot = Snapshot(self._model, self.loss_fn, batch)
-            with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
+            with (
+                measuring(self._model, self.norm_mode) as inner,
+                self._differentiating(inner) as model,
+            ):
                 local = next(self._pieces(), None)
                 if local is None:
                     raise HessianFlowError(NO_TARGET)
@@ -242,7 +260,11 @@ class ModelOperator(Operator):
             with explained(num_examples(self._single)), aside:
                 return kept.piece.product(vector)
         surroundings = measuring(self._model, self.norm_mode)
-        with surroundings as inner, self._differentiating(inner), explained(num_examples(self._single)):
+        with (
+            surroundings as inner,
+            self._differentiating(inner),
+            explained(num_examples(self._single)),
+        ):
             product = kept.piece.product(vector)
         kept.snapshot.renew()
         return product
@@ -342,7 +364,8 @@ class ModelOperator(Operator):
 
     def _mean_loss(self, model: nn.Module, pieces: Iterable[Any]) -> Tensor:
         total, whole = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
-        # With gradients enabled, as in a product: a loss may itself differentiate, by its inputs for example.
+        # With gradients enabled, as in a product: a loss may itself differentiate, by its inputs
+        # for example.
         for batch in pieces:
             with explained(num_examples(batch)), explaining_types(self._model, batch):
                 averaged = self._averaged(model, batch)
@@ -353,13 +376,17 @@ class ModelOperator(Operator):
         return total / counted(whole)
 
     def _check_product(self) -> None:
-        holders = [module for module in (self._model, self.loss_fn) if isinstance(module, nn.Module)]
+        holders = [
+            module for module in (self._model, self.loss_fn) if isinstance(module, nn.Module)
+        ]
         with measuring(self._model, self.norm_mode) as inner, self._differentiating(inner) as model:
             whole = next(self._pieces())
             samples: list[Callable[[], Any]] = [lambda: whole]
             if not uses_batch_statistics(inner, self.norm_mode):
                 samples.insert(0, lambda: next(split(whole, EXAMPLES)))
-            found = find_disagreement(partial(self._linearised, model), holders, self.parameters, samples)
+            found = find_disagreement(
+                partial(self._linearised, model), holders, self.parameters, samples
+            )
         self._checking.conclude(found, self.names)
 
     def _linearised(self, model: nn.Module, batch: Any, parameters: Sequence[Tensor]) -> Linearised:

@@ -1,7 +1,7 @@
 """What every estimator sees of a symmetric matrix: size, device, dtype and a product.
 
-The algebra here (sum, scale, shift, deflation, adapter) needs products only, so each estimator can be tested on a plain
-matrix and each model's operator can be combined with any other.
+The algebra here (sum, scale, shift, deflation, adapter) needs products only, so each estimator can
+be tested on a plain matrix and each model's operator can be combined with any other.
 """
 
 import math
@@ -20,12 +20,13 @@ ORTHONORMAL = 1e-3
 
 
 class NonFiniteError(HessianFlowError):
-    """A loss or a product came out as nan or infinite: the weights, the data or the loss hold such values."""
+    """A loss or a product came out as nan or infinite: the weights, the data or the loss hold such
+    values."""
 
 
 NON_FINITE_PRODUCT = (
-    "a product with the operator is not finite (nan or inf); look at the weights and the data, and for an operation "
-    "without a second derivative there, such as a norm, a root or a power at 0"
+    "a product with the operator is not finite (nan or inf); look at the weights and the data, and"
+    " for an operation without a second derivative there, such as a norm, a root or a power at 0"
 )
 
 
@@ -54,28 +55,36 @@ class Operator(ABC):
     def _product(self, vector: Tensor) -> Tensor:
         """Return the product with a vector that is known to fit."""
 
-    def release(self) -> None:  # noqa: B027 - nothing to free is the usual case
+    def release(self) -> None:  # noqa: B027
         """Free whatever is kept between products (a graph); the next product makes it anew."""
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Return `operator @ v` for a vector [size], or column by column for a matrix [size, k].
 
         Raises:
-            HessianFlowError: as :meth:`matvec`, or (NonFiniteError) a product of finite numbers that is not finite.
+            HessianFlowError: as :meth:`matvec`, or (NonFiniteError) a product of finite numbers
+                that is not finite.
         """
         if other.ndim != 2:
             return self._finite_product(other)
         if other.shape[1] == 0:
             return other.clone()
-        return torch.stack([self._finite_product(column.contiguous()) for column in other.unbind(1)], dim=1)
+        return torch.stack(
+            [self._finite_product(column.contiguous()) for column in other.unbind(1)], dim=1
+        )
 
     def _finite_product(self, vector: Tensor) -> Tensor:
         product = self.matvec(vector)
-        # A wait for the device, which searches do without: they look at the numbers that they fetch in any case. One
-        # number tells of most; it may overflow where no entry does, so it only says when to look.
-        if not math.isfinite(torch.dot(product, vector).item()) and not bool(torch.isfinite(product).all()):
+        # A wait for the device, which searches do without: they look at the numbers that they fetch
+        # in any case. One number tells of most; it may overflow where no entry does, so it only
+        # says when to look.
+        if not math.isfinite(torch.dot(product, vector).item()) and not bool(
+            torch.isfinite(product).all()
+        ):
             if not bool(torch.isfinite(vector).all()):
-                raise NonFiniteError("the vector is not finite (nan or inf), nor would be its product")
+                raise NonFiniteError(
+                    "the vector is not finite (nan or inf), nor would be its product"
+                )
             raise NonFiniteError(NON_FINITE_PRODUCT)
         return product
 
@@ -98,7 +107,8 @@ class Operator(ABC):
         return ShiftedOperator(self, shift)
 
     def deflated(self, vectors: Tensor) -> "Operator":
-        """(I - Q Q^T) A (I - Q Q^T) for orthonormal columns Q of shape [size, m]: A without these directions."""
+        """(I - Q Q^T) A (I - Q Q^T) for orthonormal columns Q of shape [size, m]: A without these
+        directions."""
         return DeflatedOperator(self, vectors)
 
     def dense(self) -> Tensor:
@@ -141,7 +151,8 @@ class CallableOperator(Operator):
             raise HessianFlowError(f"size must be at least 1, got {size}")
         if not dtype.is_floating_point:
             raise HessianFlowError(
-                f"dtype must be a floating-point type, got {dtype}; hold complex ones as view_as_real"
+                f"dtype must be a floating-point type, got {dtype}; hold complex ones as"
+                " view_as_real"
             )
         self._function = matvec
         self.size = size
@@ -151,7 +162,9 @@ class CallableOperator(Operator):
     def _product(self, vector: Tensor) -> Tensor:
         product = self._function(vector)
         if product.shape != vector.shape:
-            raise HessianFlowError(f"matvec must return shape [{self.size}], got {list(product.shape)}")
+            raise HessianFlowError(
+                f"matvec must return shape [{self.size}], got {list(product.shape)}"
+            )
         if product.dtype != self.dtype:
             raise HessianFlowError(
                 f"matvec must return {self.dtype}, the type of its vectors, got {product.dtype}; "
@@ -179,14 +192,17 @@ class SumOperator(_DerivedOperator):
     def __init__(self, first: Operator, second: Operator) -> None:
         if not isinstance(second, Operator):
             raise HessianFlowError(
-                f"only an operator can be added to an operator, got {type(second).__name__}; for A + c I: A.shifted(c)"
+                f"only an operator can be added to an operator, got {type(second).__name__}; for A"
+                " + c I: A.shifted(c)"
             )
         if first.size != second.size:
-            raise HessianFlowError(f"operators to be added must have one size, got {first.size} and {second.size}")
+            raise HessianFlowError(
+                f"operators to be added must have one size, got {first.size} and {second.size}"
+            )
         if (first.dtype, first.device) != (second.dtype, second.device):
             raise HessianFlowError(
-                f"operators to be added must have vectors of one type and device, got {first.dtype} on {first.device} "
-                f"and {second.dtype} on {second.device}"
+                f"operators to be added must have vectors of one type and device, got {first.dtype}"
+                f" on {first.device} and {second.dtype} on {second.device}"
             )
         super().__init__(first)
         self._other = second
@@ -228,22 +244,25 @@ class DeflatedOperator(_DerivedOperator):
     def __init__(self, base: LinearOperator, vectors: Tensor) -> None:
         if vectors.ndim != 2 or vectors.shape[0] != base.size:
             raise HessianFlowError(
-                f"vectors must have shape [{base.size}, m], got {list(vectors.shape)}; pass orthonormal columns"
+                f"vectors must have shape [{base.size}, m], got {list(vectors.shape)}; pass"
+                " orthonormal columns"
             )
         if (vectors.dtype, vectors.device.type) != (base.dtype, base.device.type):
             raise HessianFlowError(
-                f"vectors must be {base.dtype} on {base.device}, got {vectors.dtype} on {vectors.device}"
+                f"vectors must be {base.dtype} on {base.device}, got {vectors.dtype} on"
+                f" {vectors.device}"
             )
         super().__init__(base)
         self._vectors = vectors
         with estimating(self):
-            # Once for each operator made, a wait for the device: other columns would scale the matrix in silence.
+            # Once for each operator made, a wait for the device: other columns would scale the
+            # matrix in silence.
             unit = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
             error = float((vectors.T @ vectors - unit).abs().max()) if vectors.numel() else 0.0
         if not error <= ORTHONORMAL:
             raise HessianFlowError(
-                f"vectors must be orthonormal columns, but Q^T Q is off by {error:.2g} from the identity; pass "
-                "torch.linalg.qr(vectors).Q"
+                f"vectors must be orthonormal columns, but Q^T Q is off by {error:.2g} from the"
+                " identity; pass torch.linalg.qr(vectors).Q"
             )
 
     def _product(self, vector: Tensor) -> Tensor:

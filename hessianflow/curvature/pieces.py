@@ -58,7 +58,9 @@ def check_finite(loss: Tensor) -> None:
     """
     # One synchronisation per graph, so that no time is spent on products that are nan.
     if not bool(torch.isfinite(loss.detach()).all()):
-        raise NonFiniteError("the loss is not finite (nan or inf); look at the weights and the inputs")
+        raise NonFiniteError(
+            "the loss is not finite (nan or inf); look at the weights and the inputs"
+        )
 
 
 def counted(weight: float) -> float:

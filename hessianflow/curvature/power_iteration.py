@@ -1,12 +1,14 @@
-"""Power iteration with deflation, as ABSA estimates its top eigenvalue (Yao et al., arXiv 1810.01021, official code).
+"""Power iteration with deflation, as ABSA estimates its top eigenvalue (Yao et al., arXiv
+1810.01021, official code).
 
 v <- A v / ||A v||, theta = v^T A v; pairs found before are projected out of operator and vectors.
 
-Deviations: the stopping rule is the residual ||A v - theta v|| <= tol |theta| instead of the change of theta, which is
-no error bound (12x above its tolerance on a small MLP); `stopping="change"` gives the rule of the ABSA code, and the
-result still says `converged` only if the residual allows it. The newest value is reported, with no epsilon in the norm.
-The largest and smallest algebraic eigenvalues come from a shift by the largest magnitude; reported are value and
-residual of the operator itself.
+Deviations: the stopping rule is the residual ||A v - theta v|| <= tol |theta| instead of the change
+of theta, which is no error bound (12x above its tolerance on a small MLP); `stopping="change"`
+gives the rule of the ABSA code, and the result still says `converged` only if the residual allows
+it. The newest value is reported, with no epsilon in the norm. The largest and smallest algebraic
+eigenvalues come from a shift by the largest magnitude; reported are value and residual of the
+operator itself.
 """
 
 import math
@@ -34,7 +36,8 @@ def power_iteration(
     start: Tensor,
     stopping: Stopping = "residual",
 ) -> EigenResult:
-    """The k most wanted eigenpairs; see :func:`~hessianflow.curvature.eigenpairs.top_eigenpairs` for the arguments.
+    """The k most wanted eigenpairs; see :func:`~hessianflow.curvature.eigenpairs.top_eigenpairs`
+    for the arguments.
 
     Args:
         start: one start vector for each pair, shape [size, k].
@@ -42,8 +45,11 @@ def power_iteration(
     """
     shift, spent = 0.0, 0
     if which != "LM" and max_matvecs > 1:
-        # Shifted by its spectral radius, the operator is definite and its largest magnitude is the wanted end.
-        radius = _iterate(operator, start[:, 0], start[:, :0], 0.0, 0.1, max(1, max_matvecs // 4), "residual")
+        # Shifted by its spectral radius, the operator is definite and its largest magnitude is the
+        # wanted end.
+        radius = _iterate(
+            operator, start[:, 0], start[:, :0], 0.0, 0.1, max(1, max_matvecs // 4), "residual"
+        )
         shift = 1.1 * abs(radius.value) * (1 if which == "LA" else -1)
         spent = radius.matvecs
     found, pairs = start[:, :0], []
@@ -59,7 +65,8 @@ def power_iteration(
 
 @dataclass(frozen=True)
 class _Pair:
-    """One eigenpair; the residual is that of the operator itself, `accurate` refers to the deflated one."""
+    """One eigenpair; the residual is that of the operator itself, `accurate` refers to the deflated
+    one."""
 
     value: float
     vector: Tensor
@@ -70,7 +77,13 @@ class _Pair:
 
 
 def _iterate(
-    operator: LinearOperator, start: Tensor, found: Tensor, shift: float, tol: float, budget: int, stopping: Stopping
+    operator: LinearOperator,
+    start: Tensor,
+    found: Tensor,
+    shift: float,
+    tol: float,
+    budget: int,
+    stopping: Stopping,
 ) -> _Pair:
     following, history = start, list[float]()
     while True:
@@ -87,7 +100,11 @@ def _iterate(
         changed = abs(value - history[-1]) >= tol * abs(history[-1]) if history else True
         history.append(value)
         accurate = deflated <= tol * abs(value)
-        if (not changed if stopping == "change" else accurate) or deflated == 0 or len(history) >= budget:
+        if (
+            (not changed if stopping == "change" else accurate)
+            or deflated == 0
+            or len(history) >= budget
+        ):
             return _Pair(value, unit, residual, len(history), accurate, tuple(history))
         following = product + shift * unit
 

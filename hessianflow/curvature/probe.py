@@ -1,4 +1,5 @@
-"""The leading eigenvalue during training: small, repeatable, warm-started, and free of side effects.
+"""The leading eigenvalue during training: small, repeatable, warm-started, and free of side
+effects.
 
 Each call measures the Hessian of the mean loss over the probe batch at the current weights. The
 start vector is a sum: the last call's leading vector, its other Ritz vectors weighted by
@@ -14,8 +15,8 @@ fourth call at the latest, and one 5 % above it in the fifth. Few products canno
 single warm reading may miss the leading value; every `cold_every`-th call starts at random.
 
 Choices of ours: the batch of 64 to 128 examples is fixed by default, because batches differ by 8 to
-10 %. Readings that are not finite, not converged or not reliable are returned as such and never enter
-the smoothed value; the first two kinds do not enter the next start either.
+10 %. Readings that are not finite, not converged or not reliable are returned as such and never
+enter the smoothed value; the first two kinds do not enter the next start either.
 """
 
 import hashlib
@@ -37,7 +38,13 @@ from hessianflow.curvature.operator import NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
 from hessianflow.curvature.selection import Selection, listed
 from hessianflow.curvature.vectors import normalised
-from hessianflow.interfaces import CurvatureReading, HessianFlowError, LinearOperator, LossFn, NormMode
+from hessianflow.interfaces import (
+    CurvatureReading,
+    HessianFlowError,
+    LinearOperator,
+    LossFn,
+    NormMode,
+)
 from hessianflow.measuring import unwrap
 from hessianflow.norm_statistics import is_unsettled
 
@@ -71,13 +78,15 @@ class ProbeOperator(LinearOperator, Protocol):
 
 
 class CurvatureProbe:
-    """Measures the leading Hessian eigenvalues of a model, again and again, and leaves no trace on it.
+    """Measures the leading Hessian eigenvalues of a model, again and again, and leaves no trace on
+    it.
 
     Args:
         model: the model; wrappers are looked through.
         loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for a dict batch.
-        batch: the probe batch: a pair (inputs, targets) or a dict, kept for all calls; or a function without arguments
-            that returns a fresh one for each call. 64 to 128 examples are enough.
+        batch: the probe batch: a pair (inputs, targets) or a dict, kept for all calls; or a
+            function without arguments that returns a fresh one for each call. 64 to 128 examples
+            are enough.
         k: eigenvalues to track.
         tol: allowed relative error of each. Default: the tolerance of ABSA's code.
         warm_start: start from the vectors of the last reading.
@@ -89,21 +98,25 @@ class CurvatureProbe:
         max_matvecs: most products per call; a search that needs more returns converged=False.
         first_matvecs: most products of the first call, whose price is not known beforehand; None:
             `max_matvecs`; 0: :meth:`is_affordable` says no until a call has been made regardless.
-        smoothing: adds `details["smoothed"]`: the median of the last `window` good readings, or an exponential moving
-            average of all of them, which each enters with weight 2 / (window + 1) and the first starts.
+        smoothing: adds `details["smoothed"]`: the median of the last `window` good readings, or an
+            exponential moving average of all of them, which each enters with weight 2 / (window +
+            1) and the first starts.
         window: see `smoothing`.
-        budget: largest share of the training cost to be spent, for :meth:`is_affordable`; None: no limit.
+        budget: largest share of the training cost to be spent, for :meth:`is_affordable`; None: no
+            limit.
         seed: of the random parts of all starts.
-        check_product: compare a product of the first call with a difference of gradients; see HessianOperator.
-        check_statistics: in norm_mode "eval", compare the loss of up to 32 examples under running statistics with that
-            under their own, and say in `reliable` whether the former have settled (norm_statistics.py). False: say
-            that they have, as the published code of ABSA takes for granted.
+        check_product: compare a product of the first call with a difference of gradients; see
+            HessianOperator.
+        check_statistics: in norm_mode "eval", compare the loss of up to 32 examples under running
+            statistics with that under their own, and say in `reliable` whether the former have
+            settled (norm_statistics.py). False: say that they have, as the published code of ABSA
+            takes for granted.
         operator: makes what is measured, called as HessianOperator is; on several ranks
             `hessianflow.distributed.sharded(world)`.
 
     Raises:
-        HessianFlowError: an option out of range; at a call: what HessianOperator raises, except that weights or a loss
-            that are not finite give a reading of nan.
+        HessianFlowError: an option out of range; at a call: what HessianOperator raises, except
+            that weights or a loss that are not finite give a reading of nan.
     """
 
     def __init__(
@@ -131,22 +144,31 @@ class CurvatureProbe:
         operator: Callable[..., ProbeOperator] = HessianOperator,
     ) -> None:
         if smoothing not in get_args(Smoothing):
-            raise HessianFlowError(f"smoothing must be one of {', '.join(get_args(Smoothing))}, got {smoothing!r}")
+            raise HessianFlowError(
+                f"smoothing must be one of {', '.join(get_args(Smoothing))}, got {smoothing!r}"
+            )
         check_search(k, which, tol, max_matvecs)
         check_options(unwrap(model), microbatch_size, norm_mode)
         check_count("cold_every", cold_every, remark=" (always cold)")
         check_count("window", window)
         if first_matvecs is not None and first_matvecs < 0:
             raise HessianFlowError(
-                f"first_matvecs must be at least 0, got {first_matvecs}: None has no bound of its own"
+                f"first_matvecs must be at least 0, got {first_matvecs}: None has no bound of"
+                " its own"
             )
         if budget is not None and not budget > 0:
-            raise HessianFlowError(f"budget must be a positive share of the training cost, e.g. 0.01, got {budget}")
+            raise HessianFlowError(
+                f"budget must be a positive share of the training cost, e.g. 0.01, got {budget}"
+            )
         self._model, self._loss_fn, self._batch = model, loss_fn, batch
         self._k, self._tol, self._which, self._max_matvecs = k, tol, which, max_matvecs
         self._warm_start, self._cold_every, self._seed = warm_start, cold_every, seed
         self._smoothing, self._window, self._budget = smoothing, window, budget
-        self._params, self._norm_mode, self._microbatch_size = listed(params), norm_mode, microbatch_size
+        self._params, self._norm_mode, self._microbatch_size = (
+            listed(params),
+            norm_mode,
+            microbatch_size,
+        )
         self._operator, self._check_product = operator, check_product
         self._first_matvecs, self._check_statistics = first_matvecs, check_statistics
         self._start: Tensor | None = None
@@ -165,7 +187,8 @@ class CurvatureProbe:
         began = time.perf_counter()
         batch = self._batch() if callable(self._batch) else self._batch
         examples = num_examples(batch)
-        # A new operator each time: no graph and no batch outlives the call. The loss is checked to repeat once.
+        # A new operator each time: no graph and no batch outlives the call. The loss is checked to
+        # repeat once.
         operator = self._operator(
             self._model,
             self._loss_fn,
@@ -192,7 +215,8 @@ class CurvatureProbe:
         """Return whether the next call, at the price of the last, fits the budget after `examples`
         training examples.
 
-        Cost is counted in gradients of one example, so the answer depends on no clock and repeats in a resumed run.
+        Cost is counted in gradients of one example, so the answer depends on no clock and repeats
+        in a resumed run.
         """
         if self._calls == 0:
             return self._first_matvecs != 0
@@ -218,7 +242,11 @@ class CurvatureProbe:
         States saved before the average was kept give it as that of their last `window` readings.
         """
         state = _updated(state, self._window)
-        self._calls, self._spent, self._last_cost = state["calls"], state["spent"], state["last_cost"]
+        self._calls, self._spent, self._last_cost = (
+            state["calls"],
+            state["spent"],
+            state["last_cost"],
+        )
         self._recent, self._average = list(state["recent"]), state["average"]
         self._largest_loss = state.get("largest_loss", 0.0)
         self._start = None if state["start"] is None else state["start"].clone()
@@ -251,7 +279,9 @@ class CurvatureProbe:
         running, own, weight = found
         if weight == 0:
             return None
-        self._largest_loss = max(self._largest_loss, abs(own)) if math.isfinite(own) else self._largest_loss
+        self._largest_loss = (
+            max(self._largest_loss, abs(own)) if math.isfinite(own) else self._largest_loss
+        )
         return (running, own) if is_unsettled(running, own, self._largest_loss) else None
 
     def _account(self, result: EigenResult | None, examples: int, reliable: bool) -> None:
@@ -268,7 +298,11 @@ class CurvatureProbe:
             self._average = _averaged(self._average, value, self._window)
 
     def _reading(
-        self, result: EigenResult | None, examples: int, seconds: float, unsettled: tuple[float, float] | None
+        self,
+        result: EigenResult | None,
+        examples: int,
+        seconds: float,
+        unsettled: tuple[float, float] | None,
     ) -> CurvatureReading:
         values = [] if result is None else result.values[: self._k].tolist()
         return CurvatureReading(
@@ -289,7 +323,9 @@ class CurvatureProbe:
         if unsettled is not None:
             details["running_loss"], details["own_loss"] = unsettled
         if self._smoothing != "none" and self._average is not None:
-            details["smoothed"] = self._average if self._smoothing == "ema" else statistics.median(self._recent)
+            details["smoothed"] = (
+                self._average if self._smoothing == "ema" else statistics.median(self._recent)
+            )
         return details
 
 
@@ -300,7 +336,8 @@ def by_value(nearness: Tensor) -> Tensor:
 
 
 def remembered(result: EigenResult, weigh: Callable[[Tensor], Tensor] = by_value) -> Tensor:
-    """The start vector [size] that sums up a search: the weighted Ritz vectors and the direction it would have gone on.
+    """The start vector [size] that sums up a search: the weighted Ritz vectors and the direction it
+    would have gone on.
 
     Args:
         result: of Lanczos.
@@ -308,7 +345,8 @@ def remembered(result: EigenResult, weigh: Callable[[Tensor], Tensor] = by_value
     """
     assert result.direction is not None  # Lanczos gives one
     tiny = torch.finfo(result.direction.dtype).tiny
-    # Where negative values lead (which="LA" of a negative matrix), those after them are the larger ones: at most 1.
+    # Where negative values lead (which="LA" of a negative matrix), those after them are the larger
+    # ones: at most 1.
     nearness = (result.values.abs() / result.values[0].abs().clamp_min(tiny)).clamp_max(1)
     weights = weigh(nearness)
     weights[0] = 1

@@ -15,8 +15,8 @@ class ProductCheck:
     """One check for each operator, made when it is due.
 
     Args:
-        wanted: True: with the first product. False: never. None: with product CHECK_FROM, but with the first one where
-            the graph gives reason to doubt.
+        wanted: True: with the first product. False: never. None: with product CHECK_FROM, but with
+            the first one where the graph gives reason to doubt.
     """
 
     def __init__(self, wanted: bool | None) -> None:
@@ -35,7 +35,9 @@ class ProductCheck:
         """Count a product, and return whether it is the one to be checked."""
         self._products += 1
         if self._wanted is None:
-            self._wanted = bool(self._foreign or self._missing) or self._products >= CHECK_FROM or None
+            self._wanted = (
+                bool(self._foreign or self._missing) or self._products >= CHECK_FROM or None
+            )
         is_due = self._wanted is True
         if is_due:
             self._wanted = False
@@ -51,8 +53,8 @@ class ProductCheck:
             return
         place = "" if found.place is None else f" at {names[found.place]}"
         raise HessianFlowError(
-            f"a product is {found.share:.1%} off from a difference of gradients{place}: {self._causes(names)}; "
-            "correct it, or pass check_product=False if it is intended"
+            f"a product is {found.share:.1%} off from a difference of gradients{place}:"
+            f" {self._causes(names)}; correct it, or pass check_product=False if it is intended"
         )
 
     def _causes(self, names: Sequence[str]) -> str:
@@ -60,11 +62,11 @@ class ProductCheck:
             first = names[self._missing[0]]
             others = f", one of {len(self._missing)}," if len(self._missing) > 1 else ""
             return (
-                f"{first}{others} has no gradient, but the loss depends on it, as where it is inside a checkpoint with "
-                "use_reentrant=True or behind a copy"
+                f"{first}{others} has no gradient, but the loss depends on it, as where it is"
+                " inside a checkpoint with use_reentrant=True or behind a copy"
             )
         looked_at = f" (look at {', '.join(self._foreign)})" if self._foreign else ""
         return (
-            f"a backward is not the derivative of its forward{looked_at}, a hook changes gradients, or a part of the "
-            "loss is detached"
+            f"a backward is not the derivative of its forward{looked_at}, a hook changes gradients,"
+            " or a part of the loss is detached"
         )

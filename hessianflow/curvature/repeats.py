@@ -41,8 +41,9 @@ class RepeatCheck:
             before = self._last[1]
             if abs(value - before) > self._tolerance * max(abs(value), abs(before)):
                 raise HessianFlowError(
-                    f"the loss changed from {before:.6g} to {value:.6g} between two products at the same weights; "
-                    "switch off dropout and random augmentation in the data or in the model's forward"
+                    f"the loss changed from {before:.6g} to {value:.6g} between two products at the"
+                    " same weights; switch off dropout and random augmentation in the data or in"
+                    " the model's forward"
                 )
         self._last = (snapshot, value)
 

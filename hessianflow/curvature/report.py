@@ -1,4 +1,5 @@
-"""Everything about the spectrum of one set of weights in one call: what `hessianflow spectrum` shows."""
+"""Everything about the spectrum of one set of weights in one call: what `hessianflow spectrum`
+shows."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +20,8 @@ from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import unwrap
 
 Progress = Callable[[str, int], None]
-"""progress(stage, products): called after every product with the stage at hand and its products so far."""
+"""progress(stage, products): called after every product with the stage at hand and its products so
+far."""
 
 TRACE_MATVECS, LAYER_TRACE_MATVECS = 60, 15
 DENSITY_PROBES, DENSITY_STEPS = 3, 40
@@ -87,7 +89,9 @@ class SpectrumReport:
             "error_bounds": self.eigen.error_bounds.tolist(),
             "converged": self.eigen.converged,
             "gradient_overlap": self.gradient_overlap.tolist(),
-            "trace": None if self.trace is None else {"value": self.trace.value, "stderr": self.trace.stderr},
+            "trace": None
+            if self.trace is None
+            else {"value": self.trace.value, "stderr": self.trace.stderr},
             "density": None if self.density is None else _density_dict(self.density),
             "layers": [vars(layer) for layer in self.layers],
             "matvecs": self.matvecs,
@@ -120,7 +124,8 @@ def spectrum_report(
         k: leading eigenpairs (largest magnitude); capped at the number of weights.
         density: also a spectral density (3 probes of 40 steps) with the shares by sign.
         trace: also the trace (60 products).
-        layers: pattern of module names ("layer1.*", "*"): the leading eigenvalue and trace of each that holds weights.
+        layers: pattern of module names ("layer1.*", "*"): the leading eigenvalue and trace of each
+            that holds weights.
         tol: relative error allowed for the eigenvalues.
         microbatch_size: examples per pass; None keeps one graph when the data are a single pair.
         norm_mode: batch-normalisation statistics.
@@ -145,7 +150,9 @@ def spectrum_report(
         )
 
     operator, watched = operator_of(None, check_product), _Watched(progress)
-    eigen = top_eigenpairs(watched(operator, "eigenvalues"), min(k, operator.size), tol=tol, seed=seed)
+    eigen = top_eigenpairs(
+        watched(operator, "eigenvalues"), min(k, operator.size), tol=tol, seed=seed
+    )
     traced = measured = None
     if trace:
         traced = estimate_trace(watched(operator, "trace"), num_matvecs=TRACE_MATVECS, seed=seed)
@@ -169,7 +176,9 @@ def spectrum_report(
         trace=traced,
         density=measured,
         layers=tuple(blocks),
-        matvecs=eigen.matvecs + (traced.matvecs if traced else 0) + (measured.matvecs if measured else 0),
+        matvecs=eigen.matvecs
+        + (traced.matvecs if traced else 0)
+        + (measured.matvecs if measured else 0),
     )
 
 
@@ -201,17 +210,27 @@ def _matching_modules(model: nn.Module, pattern: str) -> list[tuple[str, nn.Modu
         for name, module in unwrap(model).named_modules()
         if any(p.requires_grad for p in module.parameters(recurse=False))
     ]
-    matching = [pair for pair in owners if fnmatchcase(pair[0], pattern) or fnmatchcase(pair[0], f"{pattern}.*")]
+    matching = [
+        pair
+        for pair in owners
+        if fnmatchcase(pair[0], pattern) or fnmatchcase(pair[0], f"{pattern}.*")
+    ]
     if not matching:
         names = ", ".join(name for name, _ in owners[:3])
-        raise HessianFlowError(f"layers: no module with trainable weights matches {pattern!r}; names are like {names}")
+        raise HessianFlowError(
+            f"layers: no module with trainable weights matches {pattern!r}; names are like {names}"
+        )
     return matching
 
 
 def _layer(name: str, operator: CallableOperator, tol: float, seed: int) -> LayerSpectrum:
     leading = top_eigenpairs(operator, 1, tol=tol, seed=seed)
     # Of few rows the exact trace costs little more, and an estimate would not know its error.
-    products = operator.size if LAYER_TRACE_MATVECS < operator.size <= 2 * LAYER_TRACE_MATVECS else LAYER_TRACE_MATVECS
+    products = (
+        operator.size
+        if LAYER_TRACE_MATVECS < operator.size <= 2 * LAYER_TRACE_MATVECS
+        else LAYER_TRACE_MATVECS
+    )
     traced = estimate_trace(operator, num_matvecs=products, seed=seed)
     return LayerSpectrum(
         name=name,

@@ -15,12 +15,14 @@ that is less) the positive one comes first, so that the sign does not hang on th
 
 @dataclass(frozen=True)
 class EigenResult:
-    """Eigenpairs of a symmetric operator, the most wanted first; printed without vectors and history.
+    """Eigenpairs of a symmetric operator, the most wanted first; printed without vectors and
+    history.
 
     Attributes:
         values: Rayleigh quotients of the operator itself, shape [k].
         vectors: orthonormal columns, shape [size, k].
-        residuals: ||A v_i - values_i v_i||_2, shape [k]. Each value lies within its residual of a true eigenvalue.
+        residuals: ||A v_i - values_i v_i||_2, shape [k]. Each value lies within its residual of a
+            true eigenvalue.
         error_bounds: how far each value may be from a true eigenvalue, shape [k]. The residual, a
             theorem, or where the search converged and that is more, tol |values_i| or r_i^2 /
             gap_i, whichever is larger: an estimate, as gap_i is that of the other values seen, and
@@ -33,7 +35,8 @@ class EigenResult:
             hidden (lanczos.py says which; evidence, not proof). A value below 2 machine epsilons of
             the largest magnitude is zero as far as products can tell; it counts as met.
         history: the leading value after each product.
-        direction: where the search would have gone on, the residual of the leading pair, shape [size]; Lanczos only.
+        direction: where the search would have gone on, the residual of the leading pair, shape
+            [size]; Lanczos only.
     """
 
     values: Tensor
@@ -52,9 +55,9 @@ class TraceResult:
 
     Attributes:
         value: the estimate.
-        stderr: its standard error over independent probes (trace and Frobenius norm: widened for their small number, so
-            that two cover 95 % where samples are roughly normal); 0 when the value is exact, infinite with a single
-            probe.
+        stderr: its standard error over independent probes (trace and Frobenius norm: widened for
+            their small number, so that two cover 95 % where samples are roughly normal); 0 when the
+            value is exact, infinite with a single probe.
         matvecs: products spent.
         samples: the independent values whose spread gives `stderr`.
     """

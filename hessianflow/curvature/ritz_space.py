@@ -1,6 +1,8 @@
-"""Ritz pairs of an operator on a growing basis, and what their residuals say; see lanczos.py for the method.
+"""Ritz pairs of an operator on a growing basis, and what their residuals say; see lanczos.py for
+the method.
 
-A basis V with its products W = A V is kept, so projections, Ritz pairs and residuals cost no further product.
+A basis V with its products W = A V is kept, so projections, Ritz pairs and residuals cost no
+further product.
 """
 
 import math
@@ -29,18 +31,25 @@ from hessianflow.curvature.rows import Rows
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 ASYMMETRY = 0.1
-"""Relative difference of V^T A V from its transpose that is put down to rounding. Ours: products in bfloat16 differ by
-a hundredth."""
+"""Relative difference of V^T A V from its transpose that is put down to rounding. Ours: products in
+bfloat16 differ by a hundredth."""
 
 
 class RitzSpace:
     """The basis, its products, and the Ritz pairs of the operator on it.
 
-    All numbers are in units of a power of two near the first product, so that squares neither vanish nor overflow.
+    All numbers are in units of a power of two near the first product, so that squares neither
+    vanish nor overflow.
     """
 
     def __init__(
-        self, operator: LinearOperator, which: Which, k: int, keep: int, capacity: int, demand: Demand
+        self,
+        operator: LinearOperator,
+        which: Which,
+        k: int,
+        keep: int,
+        capacity: int,
+        demand: Demand,
     ) -> None:
         self._operator, self._which, self._k, self._keep = operator, which, k, keep
         self._demand = demand
@@ -77,7 +86,8 @@ class RitzSpace:
         return self._products[self.size - 1]
 
     def extend(self, direction: Tensor) -> bool:
-        """Add the part of `direction` orthogonal to the basis and its product; False if there is no such part."""
+        """Add the part of `direction` orthogonal to the basis and its product; False if there is no
+        such part."""
         unit = _orthogonal_part(direction, self._basis)
         if unit is None:
             return False
@@ -87,7 +97,8 @@ class RitzSpace:
         m, self.matvecs = self.size, self.matvecs + 1
         self._basis.append(unit)
         self._products.append(product)
-        # The one transfer to the host per product: 2 (m + 1) numbers, on which the stopping rule depends.
+        # The one transfer to the host per product: 2 (m + 1) numbers, on which the stopping rule
+        # depends.
         numbers = torch.cat([self._basis.dot(product), self._products.dot(product)])
         column, gram = numbers.to("cpu", torch.float64).numpy().reshape(2, m + 1)
         if not np.isfinite(column).all():
@@ -107,8 +118,11 @@ class RitzSpace:
         self._scale = max(self._scale, float(np.abs(theta).max()))
         places = order(theta, self._which, self._tie)
         self.values, self._coordinates = theta[places], coordinates[:, places]
-        # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2: too rough to accept a pair by, but it costs no vectors.
-        squares = ((self._gram[: self.size, : self.size] @ self._coordinates) * self._coordinates).sum(axis=0)
+        # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2: too rough to accept a pair by, but it
+        # costs no vectors.
+        squares = (
+            (self._gram[: self.size, : self.size] @ self._coordinates) * self._coordinates
+        ).sum(axis=0)
         self._rough = np.sqrt(np.maximum(squares - self.values**2, 0))
         self._is_measured = False
 
@@ -173,7 +187,8 @@ class RitzSpace:
         """Return whether the vectors added from `first` on, each the product of the one before,
         lead to nothing wanted."""
         theta, coordinates = np.linalg.eigh(self._projected[first : self.size, first : self.size])
-        # The next vector's length, ||product||^2 less its part in the basis, times the last coordinate: the residual.
+        # The next vector's length, ||product||^2 less its part in the basis, times the last
+        # coordinate: the residual.
         last = self.size - 1
         square = self._gram[last, last] - (self._projected[: self.size, last] ** 2).sum()
         reach = self._wantedness(theta) + REACH * max(square, 0.0) ** 0.5 * np.abs(coordinates[-1])
@@ -227,9 +242,10 @@ class RitzSpace:
         share = difference / max(float(projected.norm()), torch.finfo(projected.dtype).tiny)
         if share > ASYMMETRY:
             raise HessianFlowError(
-                f"the operator is not symmetric: u.(A v) and v.(A u) differ by {share:.0%} of their size on the "
-                "vectors of the search; pass a symmetric one, such as (A + A^T) / 2, and of a model look for an "
-                "operation whose second derivative overflows or is wrong (check_product=True)"
+                f"the operator is not symmetric: u.(A v) and v.(A u) differ by {share:.0%} of their"
+                " size on the vectors of the search; pass a symmetric one, such as (A + A^T) / 2,"
+                " and of a model look for an operation whose second derivative overflows or is"
+                " wrong (check_product=True)"
             )
 
     def _scaled(self, product: Tensor) -> Tensor:
@@ -328,14 +344,18 @@ class RitzSpace:
     def _residuals_of(self, columns: list[int]) -> Tensor:
         coordinates = self._coordinates[:, columns]
         residuals = self._products.combine(self._on_device(coordinates).T)
-        return residuals.sub_(self._basis.combine(self._on_device(coordinates * self.values[columns]).T))
+        return residuals.sub_(
+            self._basis.combine(self._on_device(coordinates * self.values[columns]).T)
+        )
 
     def _norms_of(self, rows: Tensor) -> Array:
         norms: Array = torch.linalg.vector_norm(rows, dim=1).to("cpu", torch.float64).numpy()
         return norms
 
     def _on_device(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._operator.device, self._operator.dtype)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(
+            self._operator.device, self._operator.dtype
+        )
 
 
 def _orthogonal_part(direction: Tensor, basis: Rows) -> Tensor | None:
@@ -346,7 +366,8 @@ def _orthogonal_part(direction: Tensor, basis: Rows) -> Tensor | None:
         unit = unit - basis.combine(basis.dot(unit))
         remainder = unit.norm()
         unit = unit / remainder
-        # Host synchronisation, on a number the loop depends on. "Twice is enough" (Kahan): no cancellation, no repeat.
+        # Host synchronisation, on a number the loop depends on. "Twice is enough" (Kahan): no
+        # cancellation, no repeat.
         left = float(remainder)
         if not left > 10 * torch.finfo(unit.dtype).eps:
             return None

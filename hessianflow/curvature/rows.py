@@ -6,12 +6,14 @@ from torch import Tensor
 from hessianflow.interfaces import LinearOperator
 
 BLOCK = 2**23
-"""Numbers allocated at once, 32 MiB in float32. Ours: the rows of a network of 200,000 weights lie in one block, where
-calls cost more than arithmetic, and those of a large one are allocated four at a time."""
+"""Numbers allocated at once, 32 MiB in float32. Ours: the rows of a network of 200,000 weights lie
+in one block, where calls cost more than arithmetic, and those of a large one are allocated four at
+a time."""
 
 
 class Rows:
-    """Rows kept in blocks: growing copies nothing, where one matrix would for a moment be held twice.
+    """Rows kept in blocks: growing copies nothing, where one matrix would for a moment be held
+    twice.
 
     Args:
         operator: whose size, type and device they have.
@@ -45,7 +47,8 @@ class Rows:
         return torch.cat(parts) if parts else vector[:0]
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Linear combinations: weights [size] give a vector [n], weights [m, size] a matrix [m, n]."""
+        """Linear combinations: weights [size] give a vector [n], weights [m, size] a matrix [m,
+        n]."""
         first, *others = self._filled() or [self._empty]
         total: Tensor = weights[..., : len(first)] @ first
         done = len(first)
@@ -56,7 +59,8 @@ class Rows:
         return total
 
     def replace(self, weights: Tensor) -> None:
-        """Put linear combinations of the rows, weights [m, size], m below the size, in place of all rows."""
+        """Put linear combinations of the rows, weights [m, size], m below the size, in place of all
+        rows."""
         combined = self.combine(weights)
         self.size = 0
         for row in combined:
@@ -64,4 +68,6 @@ class Rows:
 
     def _filled(self) -> list[Tensor]:
         starts = range(0, self.size, self._height)
-        return [block[: self.size - start] for start, block in zip(starts, self._blocks, strict=False)]
+        return [
+            block[: self.size - start] for start, block in zip(starts, self._blocks, strict=False)
+        ]

@@ -11,7 +11,8 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.structure import article
 
 Selection = str | Iterable[str | Tensor] | Tensor | None
-"""All trainable parameters (None), name patterns ("layer1", ["head", "*.bias"]), or the tensors themselves."""
+"""All trainable parameters (None), name patterns ("layer1", ["head", "*.bias"]), or the tensors
+themselves."""
 
 
 def listed(params: Selection) -> Sequence[str | Tensor] | None:
@@ -23,7 +24,11 @@ def listed(params: Selection) -> Sequence[str | Tensor] | None:
     """
     if params is None:
         return None
-    entries = list(params) if isinstance(params, Iterable) and not isinstance(params, (str, Tensor)) else [params]
+    entries = (
+        list(params)
+        if isinstance(params, Iterable) and not isinstance(params, (str, Tensor))
+        else [params]
+    )
     for entry in entries:
         if not isinstance(entry, (str, Tensor)):
             raise HessianFlowError(
@@ -33,22 +38,27 @@ def listed(params: Selection) -> Sequence[str | Tensor] | None:
     return entries
 
 
-def select_parameters(model: nn.Module, params: Selection) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+def select_parameters(
+    model: nn.Module, params: Selection
+) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
     """Return names and tensors of the chosen trainable parameters, each tensor once however often
     it is tied.
 
-    A pattern matches a parameter's name or that of a module that holds it. Frozen parameters are constants.
+    A pattern matches a parameter's name or that of a module that holds it. Frozen parameters are
+    constants.
 
     Raises:
-        HessianFlowError: nothing trainable is left, an entry that matches no parameter at all, or parameters that do
-            not go together.
+        HessianFlowError: nothing trainable is left, an entry that matches no parameter at all, or
+            parameters that do not go together.
     """
     chosen: dict[int, tuple[str, Tensor]] = {}
     named, entries = list(model.named_parameters(remove_duplicate=False)), listed(params)
     patterns = None if entries is None else [entry for entry in entries if isinstance(entry, str)]
     tensors = {id(entry) for entry in entries or () if isinstance(entry, Tensor)}
     for name, parameter in named:
-        wanted = patterns is None or id(parameter) in tensors or any(_matches(name, p) for p in patterns)
+        wanted = (
+            patterns is None or id(parameter) in tensors or any(_matches(name, p) for p in patterns)
+        )
         if parameter.requires_grad and wanted:
             chosen.setdefault(id(parameter), (name, parameter))
     missed = [entry for entry in entries or () if not _is_among(entry, named)]
@@ -56,10 +66,14 @@ def select_parameters(model: nn.Module, params: Selection) -> tuple[tuple[str, .
         raise HessianFlowError(_nothing_chosen(named, model, missed[0] if missed else params))
     names, found = zip(*chosen.values(), strict=True)
     if any(tensor.is_complex() for tensor in found):
-        raise HessianFlowError("parameters must be real, got a complex one; hold it as view_as_real")
+        raise HessianFlowError(
+            "parameters must be real, got a complex one; hold it as view_as_real"
+        )
     devices = sorted({str(tensor.device) for tensor in found})
     if len(devices) > 1:
-        raise HessianFlowError(f"the selected parameters are on {' and '.join(devices)}; select those of one device")
+        raise HessianFlowError(
+            f"the selected parameters are on {' and '.join(devices)}; select those of one device"
+        )
     return names, found
 
 
@@ -69,13 +83,18 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _is_among(entry: str | Tensor, named: Sequence[tuple[str, Tensor]]) -> bool:
     # One of several patterns with a slip of the pen would be left out in silence.
-    return any(_matches(name, entry) if isinstance(entry, str) else parameter is entry for name, parameter in named)
+    return any(
+        _matches(name, entry) if isinstance(entry, str) else parameter is entry
+        for name, parameter in named
+    )
 
 
 def _nothing_chosen(named: Sequence[tuple[str, Tensor]], model: nn.Module, params: Any) -> str:
     names = [name for name, parameter in named if parameter.requires_grad]
     if not names:
-        return f"{type(model).__name__} has no trainable parameter; set requires_grad_(True) on some"
+        return (
+            f"{type(model).__name__} has no trainable parameter; set requires_grad_(True) on some"
+        )
     shown = "the selection"
     if isinstance(params, str):
         shown = repr(params)
@@ -95,17 +114,21 @@ def batches_of(data: Any) -> Iterable[Any]:
     batches = as_batches(data)
     if isinstance(data, Iterator):
         raise HessianFlowError(
-            f"data must be one pair or a re-iterable of pairs, got {article(data)} that ends after one pass; "
-            "pass a list or a DataLoader"
+            f"data must be one pair or a re-iterable of pairs, got {article(data)} that ends after"
+            " one pass; pass a list or a DataLoader"
         )
     if not isinstance(batches, Iterable):
-        raise HessianFlowError(f"data must be a pair (inputs, targets) or a re-iterable of pairs, got {article(data)}")
+        raise HessianFlowError(
+            f"data must be a pair (inputs, targets) or a re-iterable of pairs, got {article(data)}"
+        )
     return batches
 
 
 def single_batch(batches: Iterable[Any]) -> Any | None:
     """Return the one batch the data consists of, if it can be told without reading a data set."""
-    return next(checked_batches(batches)) if isinstance(batches, list) and len(batches) == 1 else None
+    return (
+        next(checked_batches(batches)) if isinstance(batches, list) and len(batches) == 1 else None
+    )
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
@@ -116,11 +139,13 @@ def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """
     empty = True
     for batch in batches:
-        if not isinstance(batch, Mapping) and not (isinstance(batch, (list, tuple)) and len(batch) == 2):
+        if not isinstance(batch, Mapping) and not (
+            isinstance(batch, (list, tuple)) and len(batch) == 2
+        ):
             size = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
             raise HessianFlowError(
-                f"each batch must be a pair (inputs, targets) or a dict, got {article(batch)}{size}; "
-                "more than one input or target goes into a dict"
+                "each batch must be a pair (inputs, targets) or a dict, got"
+                f" {article(batch)}{size}; more than one input or target goes into a dict"
             )
         empty = False
         yield batch

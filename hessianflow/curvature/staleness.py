@@ -44,7 +44,8 @@ _OF_NUMPY = (
 
 
 class Snapshot:
-    """What a graph was built from: weights and buffers of the model and of the loss, options of the loss, the batch.
+    """What a graph was built from: weights and buffers of the model and of the loss, options of the
+    loss, the batch.
 
     It holds no copy of any of them. The comparison runs before every product, so what it compares
     is listed beforehand.
@@ -54,7 +55,9 @@ class Snapshot:
         self._sources = model, loss_fn, batch
         self._structure = _Structure(model, loss_fn)
         self._of_batch = _tensors_of(batch)
-        self._may_be_refilled = not (type(batch) is tuple and all(isinstance(part, Tensor) for part in batch))
+        self._may_be_refilled = not (
+            type(batch) is tuple and all(isinstance(part, Tensor) for part in batch)
+        )
         self._tensors = [*self._structure.tensors(), *self._of_batch]
         self._places = _places(self._tensors)
         self._contents = _Contents(self._tensors)
@@ -87,11 +90,16 @@ class Snapshot:
         Where the tensors lie in memory does not matter.
         """
         layouts = [place[-1] for place in self._places] == [place[-1] for place in other._places]
-        return layouts and self._structure.is_that_of(other._structure) and self._numbers == other._numbers
+        return (
+            layouts
+            and self._structure.is_that_of(other._structure)
+            and self._numbers == other._numbers
+        )
 
 
 class _Structure:
-    """What the modules of a model and of a loss hold: weights, buffers, modules, forward hooks and plain attributes."""
+    """What the modules of a model and of a loss hold: weights, buffers, modules, forward hooks and
+    plain attributes."""
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
         modules = _all_modules(model)
@@ -100,7 +108,9 @@ class _Structure:
         named = [vars(module) for module in modules]
         if isinstance(loss_fn, partial):
             named.append(loss_fn.keywords)
-        self._tables = [held[name] for held in named for name in _TABLES if held.get(name) is not None]
+        self._tables = [
+            held[name] for held in named for name in _TABLES if held.get(name) is not None
+        ]
         self._entries = [entry for table in self._tables for entry in table.values()]
         plain = [
             (held, key, value)
@@ -117,7 +127,9 @@ class _Structure:
     def is_as_found(self) -> bool:
         """Return whether nothing was replaced, added or removed; the values of tensors are not
         compared."""
-        if not _are_same([entry for table in self._tables for entry in table.values()], self._entries):
+        if not _are_same(
+            [entry for table in self._tables for entry in table.values()], self._entries
+        ):
             return False
         now = [held.get(key) for held, key in self._keys]
         return _are_same(now, self._values) or all(map(_is_same, now, self._values))
@@ -139,7 +151,9 @@ def _are_same(entries: list[Any], others: list[Any]) -> bool:
 
 
 def _is_same(now: Any, before: Any) -> bool:
-    return now is before or (isinstance(before, _NUMBERS) and isinstance(now, _NUMBERS) and now == before)
+    return now is before or (
+        isinstance(before, _NUMBERS) and isinstance(now, _NUMBERS) and now == before
+    )
 
 
 class _Contents:
@@ -167,7 +181,9 @@ class _Contents:
     def numbers(self) -> list[float | int]:
         """Return a few numbers that differ whenever the values do."""
         with np.errstate(over="ignore", invalid="ignore"):
-            numbers: list[float | int] = [array.dot(weights).item() for array, weights in self._arrays]
+            numbers: list[float | int] = [
+                array.dot(weights).item() for array, weights in self._arrays
+            ]
         for place, number in enumerate(numbers):
             if not math.isfinite(number):  # one such value would hide all others
                 array = torch.from_numpy(self._arrays[place][0])
@@ -176,8 +192,16 @@ class _Contents:
 
     def _numbers_of_torch(self) -> list[float | int]:
         with torch.no_grad():
-            loose = [[chunk] for tensor in self._loose for chunk in torch.split(tensor.reshape(-1), CHUNK)]
-            summed = self._summed + [(group, _weights_of(group)) for group in loose] if loose else self._summed
+            loose = [
+                [chunk]
+                for tensor in self._loose
+                for chunk in torch.split(tensor.reshape(-1), CHUNK)
+            ]
+            summed = (
+                self._summed + [(group, _weights_of(group)) for group in loose]
+                if loose
+                else self._summed
+            )
             numbers = _on_the_host([_sum(group, weights) for group, weights in summed])
             for place, number in enumerate(numbers):
                 if not math.isfinite(number):
@@ -189,7 +213,9 @@ def _weights_of(group: list[Tensor]) -> Tensor:
     """Return a weight for each place in a row of tensors of one type, the same in every process."""
     dtype = torch.int64
     if group[0].dtype in _FLOATS:
-        dtype = torch.float64 if group[0].dtype in (torch.float64, torch.complex128) else torch.float32
+        dtype = (
+            torch.float64 if group[0].dtype in (torch.float64, torch.complex128) else torch.float32
+        )
     length = sum(tensor.numel() for tensor in group) * (2 if group[0].is_complex() else 1)
     return _table(dtype, group[0].device, length.bit_length())[:length]
 
@@ -219,7 +245,11 @@ def _sum(group: list[Tensor], weights: Tensor) -> Tensor:
 def _as_integers(group: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Return the bits of floating-point values as integers, and the weights of their places."""
     row = torch.cat(group)
-    bits = [(torch.view_as_real(row).reshape(-1) if row.is_complex() else row).contiguous().view(torch.uint8)]
+    bits = [
+        (torch.view_as_real(row).reshape(-1) if row.is_complex() else row)
+        .contiguous()
+        .view(torch.uint8)
+    ]
     return bits, _weights_of(bits)
 
 
@@ -232,7 +262,9 @@ def _on_the_host(numbers: list[Tensor]) -> list[float | int]:
         kinds.setdefault((number.dtype, number.device), []).append(place)
     found: dict[int, float | int] = {}
     for places in kinds.values():
-        found |= dict(zip(places, torch.stack([numbers[place] for place in places]).tolist(), strict=True))
+        found |= dict(
+            zip(places, torch.stack([numbers[place] for place in places]).tolist(), strict=True)
+        )
     return [found[place] for place in range(len(numbers))]
 
 
@@ -255,7 +287,9 @@ def _all_modules(model: nn.Module) -> list[nn.Module]:
 def _places(tensors: list[Tensor]) -> list[Any]:
     try:
         return [(t.data_ptr(), t._version, t.requires_grad, t.stride()) for t in tensors]
-    except RuntimeError:  # sparse ones have no such place, and those made in inference mode no version
+    except (
+        RuntimeError
+    ):  # sparse ones have no such place, and those made in inference mode no version
         return [_place(t) for t in tensors]
 
 

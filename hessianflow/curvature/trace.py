@@ -1,28 +1,33 @@
 """Trace, diagonal and Frobenius norm from products with random vectors.
 
-References: Hutchinson 1989; Meyer, Musco, Musco, Woodruff, Hutch++: Optimal stochastic trace estimation, 2021
-(algorithm 1); Chen and Hallman, Krylov-aware stochastic trace estimation, 2023; Bekas, Kokiopoulou, Saad, An estimator
-for the diagonal of a matrix, 2007. XTrace (Epperly, Tropp, Webber 2024) was tried beside them: at 18 products on
-spectra like those of nets it was as accurate as "krylov", on flat ones 1.2 to 1.3 times as inaccurate as plain probes,
-and as its samples depend on each other, two standard errors covered 80 to 90 %.
+References: Hutchinson 1989; Meyer, Musco, Musco, Woodruff, Hutch++: Optimal stochastic trace
+estimation, 2021 (algorithm 1); Chen and Hallman, Krylov-aware stochastic trace estimation, 2023;
+Bekas, Kokiopoulou, Saad, An estimator for the diagonal of a matrix, 2007. XTrace (Epperly, Tropp,
+Webber 2024) was tried beside them: at 18 products on spectra like those of nets it was as accurate
+as "krylov", on flat ones 1.2 to 1.3 times as inaccurate as plain probes, and as its samples depend
+on each other, two standard errors covered 80 to 90 %.
 
-All but Hutchinson's split tr A = tr(V^T A V) + tr((I - P) A (I - P)) for an orthonormal basis V and P = V V^T. The
-first part is exact, the second is averaged over probes that are independent of V: the sum is unbiased whatever V is.
+All but Hutchinson's split tr A = tr(V^T A V) + tr((I - P) A (I - P)) for an orthonormal basis V and
+P = V V^T. The first part is exact, the second is averaged over probes that are independent of V:
+the sum is unbiased whatever V is.
 
-"krylov", as Chen and Hallman: the products of a Krylov basis are its first part already, where Hutch++ needs another
-product for each of its vectors; and a few vectors with high powers of A hold leading directions better than many with
-one. Deviations, ours:
-- The basis starts from plain probes g_1, g_2, ...; as soon as the images A g_i show outliers (MISSED_OUTLIERS), it is
-  grown to half the products. If a third of the products shows none, all the rest go to plain probes as well, and the
-  estimate is Hutchinson's: a flat spectrum costs nothing. That choice looks at probes which then count, and those that
-  miss an outlier are low: where one outlier is barely visible (12 to 20 among values of 1), estimates were off by up
-  to a quarter of their standard deviation. Without outliers, or with plain ones, no bias was seen.
-- The next vector is the left singular vector of R = (I - P) A V with the largest singular value: from one start that
-  is Lanczos, from several the direction in which the known products leave V most.
+"krylov", as Chen and Hallman: the products of a Krylov basis are its first part already, where
+Hutch++ needs another product for each of its vectors; and a few vectors with high powers of A hold
+leading directions better than many with one. Deviations, ours:
+- The basis starts from plain probes g_1, g_2, ...; as soon as the images A g_i show outliers
+  (MISSED_OUTLIERS), it is grown to half the products. If a third of the products shows none, all
+  the rest go to plain probes as well, and the estimate is Hutchinson's: a flat spectrum costs
+  nothing. That choice looks at probes which then count, and those that miss an outlier are low:
+  where one outlier is barely visible (12 to 20 among values of 1), estimates were off by up to a
+  quarter of their standard deviation. Without outliers, or with plain ones, no bias was seen.
+- The next vector is the left singular vector of R = (I - P) A V with the largest singular value:
+  from one start that is Lanczos, from several the direction in which the known products leave V
+  most.
 
-Deviation from Hutch++: a third of the products goes into the sketch A S, as in the paper; then the share of A's energy
-that the sketch misses is estimated from held-out columns. If it is a fifth or more, the low-rank part cannot pay for
-itself and all remaining products go to plain probes (those of the sketch count as well).
+Deviation from Hutch++: a third of the products goes into the sketch A S, as in the paper; then the
+share of A's energy that the sketch misses is estimated from held-out columns. If it is a fifth or
+more, the low-rank part cannot pay for itself and all remaining products go to plain probes (those
+of the sketch count as well).
 """
 
 import math
@@ -37,47 +42,61 @@ from hessianflow.curvature.vectors import estimating, generator, rademacher
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 MISSED_ENERGY = 0.2
-"""Share of energy outside the sketch of Hutch++ from which on plain probes are better. Break-even is 1/3; ours, to be
-safe."""
+"""Share of energy outside the sketch of Hutch++ from which on plain probes are better. Break-even
+is 1/3; ours, to be safe."""
 
 MISSED_OUTLIERS = 0.5
 """The same for the Krylov basis: break-even, as the basis takes half the products. Ours."""
 
 DEPENDENT = 1e-3
-"""Part of a start outside the others, relative to its length, below which it is left out of the basis: its product
-would be a difference of nearly equal ones."""
+"""Part of a start outside the others, relative to its length, below which it is left out of the
+basis: its product would be a difference of nearly equal ones."""
 
 TraceMethod = Literal["krylov", "hutchpp", "hutchinson"]
 
 
 def trace(
-    operator: LinearOperator, *, num_matvecs: int, method: TraceMethod = "krylov", seed: int | None = None
+    operator: LinearOperator,
+    *,
+    num_matvecs: int,
+    method: TraceMethod = "krylov",
+    seed: int | None = None,
 ) -> TraceResult:
     """Return the trace, tr A = E[g^T A g] for random signs g, with its standard error.
 
     Args:
         operator: any symmetric operator.
-        num_matvecs: products to spend; all of them are. "krylov" spends fewer where the size is smaller: one for each
-            row, and the trace is exact. At least 2, for the other two methods 6, or there is no standard error.
-        method: "krylov" (default) takes leading directions from a Krylov basis first, "hutchpp" from a sketch,
-            "hutchinson" averages plain probes. The first two become the third where they find no outliers.
+        num_matvecs: products to spend; all of them are. "krylov" spends fewer where the size is
+            smaller: one for each row, and the trace is exact. At least 2, for the other two methods
+            6, or there is no standard error.
+        method: "krylov" (default) takes leading directions from a Krylov basis first, "hutchpp"
+            from a sketch, "hutchinson" averages plain probes. The first two become the third where
+            they find no outliers.
         seed: None: fresh entropy.
 
     Returns:
-        The estimate is unbiased (but see the module on the choice of "krylov"). The standard error comes from the
-        spread of n independent probes (given the basis), widened by Student's t for n - 1 degrees of freedom: two of it
-        cover 95 % where samples are roughly normal, as with many rows; with few probes it is itself rough, relative
-        accuracy about 1 / sqrt(2 n). On a dozen rows, or with rank one or two, samples are far from normal and two of
+        The estimate is unbiased (but see the module on the choice of "krylov"). The standard error
+            comes from the
+        spread of n independent probes (given the basis), widened by Student's t for n - 1 degrees
+            of freedom: two of it
+        cover 95 % where samples are roughly normal, as with many rows; with few probes it is itself
+            rough, relative
+        accuracy about 1 / sqrt(2 n). On a dozen rows, or with rank one or two, samples are far from
+            normal and two of
         it cover less (rank one: 78 to 89 %); spend a product for each row there.
 
     Raises:
         HessianFlowError: too few products, an unknown method, or a product that is not finite.
     """
     if method not in get_args(TraceMethod):
-        raise HessianFlowError(f"method must be one of {', '.join(get_args(TraceMethod))}, got {method!r}")
+        raise HessianFlowError(
+            f"method must be one of {', '.join(get_args(TraceMethod))}, got {method!r}"
+        )
     least = 2 if method == "hutchinson" else 6
     if num_matvecs < least:
-        raise HessianFlowError(f"num_matvecs must be at least {least} for {method}, got {num_matvecs}")
+        raise HessianFlowError(
+            f"num_matvecs must be at least {least} for {method}, got {num_matvecs}"
+        )
     source = generator(seed, operator.device)
     with estimating(operator):
         if method == "hutchinson":
@@ -90,7 +109,9 @@ def trace(
 def _krylov(operator: LinearOperator, num_matvecs: int, source: torch.Generator) -> TraceResult:
     if operator.size <= num_matvecs:
         rows = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
-        return TraceResult(_finite(_product(operator, rows).diagonal().double().sum()), 0.0, operator.size)
+        return TraceResult(
+            _finite(_product(operator, rows).diagonal().double().sum()), 0.0, operator.size
+        )
     starts, images = _sketched(operator, num_matvecs // 3, source)
     if _missed_energy(images) >= MISSED_OUTLIERS:
         more = _samples(operator, num_matvecs - starts.shape[1], source)
@@ -105,7 +126,9 @@ def _krylov(operator: LinearOperator, num_matvecs: int, source: torch.Generator)
     return _averaged(_samples(operator, num_matvecs - spent, source, basis), captured, num_matvecs)
 
 
-def _sketched(operator: LinearOperator, most: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+def _sketched(
+    operator: LinearOperator, most: int, source: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Return probes and their products, both [size, j] with 2 <= j <= `most`: as many as it takes
     to see outliers."""
     starts = rademacher(operator, source, 0)
@@ -163,7 +186,9 @@ def _hutchpp(operator: LinearOperator, num_matvecs: int, source: torch.Generator
         return _averaged(torch.cat([(probes * sketch).sum(dim=0), more]), 0.0, num_matvecs)
     basis, _ = torch.linalg.qr(sketch)
     captured = float((basis * _product(operator, basis)).sum())
-    return _averaged(_samples(operator, num_matvecs - 2 * width, source, basis), captured, num_matvecs)
+    return _averaged(
+        _samples(operator, num_matvecs - 2 * width, source, basis), captured, num_matvecs
+    )
 
 
 def _missed_energy(sketch: Tensor) -> float:
@@ -172,7 +197,8 @@ def _missed_energy(sketch: Tensor) -> float:
     largest = _finite(sketch.abs().max())
     if largest == 0:
         return 0.0
-    _, small = torch.linalg.qr(sketch / largest)  # the same angles in few rows; squares neither vanish nor overflow
+    # the same angles in few rows; squares neither vanish nor overflow
+    _, small = torch.linalg.qr(sketch / largest)
     missed, width = torch.zeros_like(small[0, 0]), small.shape[1]
     for group in torch.arange(width).tensor_split(min(width, 8)):
         others = torch.ones(width, dtype=torch.bool)
@@ -183,7 +209,9 @@ def _missed_energy(sketch: Tensor) -> float:
     return float(missed / small.square().sum())
 
 
-def diagonal(operator: LinearOperator, *, num_matvecs: int, seed: int | None = None) -> DiagonalResult:
+def diagonal(
+    operator: LinearOperator, *, num_matvecs: int, seed: int | None = None
+) -> DiagonalResult:
     """Return the diagonal, diag A = E[g * (A g)] for random signs g, with the standard error of
     each entry.
 
@@ -204,7 +232,9 @@ def diagonal(operator: LinearOperator, *, num_matvecs: int, seed: int | None = N
     return DiagonalResult(mean, (squares / (num_matvecs - 1) / num_matvecs).sqrt(), num_matvecs)
 
 
-def frobenius_norm(operator: LinearOperator, *, num_matvecs: int, seed: int | None = None) -> TraceResult:
+def frobenius_norm(
+    operator: LinearOperator, *, num_matvecs: int, seed: int | None = None
+) -> TraceResult:
     """Return the Frobenius norm, ||A||_F^2 = E[||A g||^2] for random signs g; standard error by the
     delta method.
 
@@ -214,23 +244,33 @@ def frobenius_norm(operator: LinearOperator, *, num_matvecs: int, seed: int | No
     _check_probes(num_matvecs)
     source = generator(seed, operator.device)
     with estimating(operator):
-        samples = [operator.matvec(rademacher(operator, source)).square().sum() for _ in range(num_matvecs)]
+        samples = [
+            operator.matvec(rademacher(operator, source)).square().sum() for _ in range(num_matvecs)
+        ]
     squared = _averaged(torch.stack(samples), 0.0, num_matvecs)
     value = squared.value**0.5
-    return TraceResult(value, squared.stderr / (2 * value) if value > 0 else 0.0, num_matvecs, squared.samples)
+    return TraceResult(
+        value, squared.stderr / (2 * value) if value > 0 else 0.0, num_matvecs, squared.samples
+    )
 
 
 def _check_probes(num_matvecs: int) -> None:
     if num_matvecs < 2:
-        raise HessianFlowError(f"num_matvecs must be at least 2, got {num_matvecs}: one probe has no standard error")
+        raise HessianFlowError(
+            f"num_matvecs must be at least 2, got {num_matvecs}: one probe has no standard error"
+        )
 
 
 def _product(operator: LinearOperator, columns: Tensor) -> Tensor:
     # Column by column: memory does not grow with the number of probes.
-    return torch.stack([operator.matvec(column.contiguous()) for column in columns.unbind(1)], dim=1)
+    return torch.stack(
+        [operator.matvec(column.contiguous()) for column in columns.unbind(1)], dim=1
+    )
 
 
-def _samples(operator: LinearOperator, count: int, source: torch.Generator, basis: Tensor | None = None) -> Tensor:
+def _samples(
+    operator: LinearOperator, count: int, source: torch.Generator, basis: Tensor | None = None
+) -> Tensor:
     """Return g^T A g for `count` random signs g, in the complement of the orthonormal columns
     `basis` if there are any."""
     samples = []
@@ -254,7 +294,10 @@ def _averaged(samples: Tensor, offset: float, matvecs: int) -> TraceResult:
 
     values = samples.double()
     _finite(values.sum() + offset)
-    # Two standard errors are to cover 95.4 % as for a normal variable, also where few samples tell the spread.
+    # Two standard errors are to cover 95.4 % as for a normal variable, also where few samples tell
+    # the spread.
     widening = float(stdtrit(len(values) - 1, ndtr(2.0))) / 2
     stderr = widening * float(values.std() / len(values) ** 0.5)
-    return TraceResult(offset + float(values.mean()), stderr, matvecs, tuple((offset + values).tolist()))
+    return TraceResult(
+        offset + float(values.mean()), stderr, matvecs, tuple((offset + values).tolist())
+    )

@@ -1,8 +1,9 @@
 """Reading and unpacking archives that are not trusted.
 
-Only plain files and folders come out, only below the target folder, and never more bytes than allowed. Links, devices,
-absolute names, names with ".." and names that cannot be are refused before anything is written. Tar archives may be
-packed with gzip; members of zip archives may be stored or deflated.
+Only plain files and folders come out, only below the target folder, and never more bytes than
+allowed. Links, devices, absolute names, names with ".." and names that cannot be are refused before
+anything is written. Tar archives may be packed with gzip; members of zip archives may be stored or
+deflated.
 """
 
 import io
@@ -23,9 +24,11 @@ from hessianflow.data.tar import TarReader
 from hessianflow.interfaces import HessianFlowError
 
 MAX_UNPACKED_BYTES = 4 << 30
-"""Largest total that an archive may unpack to by default (ours; the largest of our sets needs 0.6 GB)."""
+"""Largest total that an archive may unpack to by default (ours; the largest of our sets needs 0.6
+GB)."""
 MAX_NAME_BYTES, MAX_DEPTH = 255, 64
-"""Longest name of a file or folder (what file systems take), and most folders inside each other (ours)."""
+"""Longest name of a file or folder (what file systems take), and most folders inside each other
+(ours)."""
 MAX_MEMBERS = 1 << 18
 """A zip archive with more members is refused. Ours: twice what the largest of our sets has."""
 
@@ -33,7 +36,8 @@ DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
     *(RuntimeError, ValueError, LookupError, OverflowError, MemoryError),
 )
-"""What our readers and the standard library raise on archives that are broken, encrypted, or packed in another way."""
+"""What our readers and the standard library raise on archives that are broken, encrypted, or packed
+in another way."""
 
 _PIECE = 1 << 20
 _OVERHEAD = 16 << 20  # headers and padding of a tar archive, beside the contents
@@ -50,7 +54,8 @@ class Member:
         name: as stored.
         size: in bytes, as the archive says.
         kind: "file", "folder", or "other": a link or a device.
-        blocks: gives the content, piece by piece and no more than `size`, while the archive is at this member.
+        blocks: gives the content, piece by piece and no more than `size`, while the archive is at
+            this member.
     """
 
     name: str
@@ -60,7 +65,8 @@ class Member:
 
 
 def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
-    """Unpack a tar (plain or gzip) or zip archive below `target`; nothing is written if any member is unsafe.
+    """Unpack a tar (plain or gzip) or zip archive below `target`; nothing is written if any member
+    is unsafe.
 
     Args:
         archive: its name ends in .zip where it is one.
@@ -68,7 +74,8 @@ def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) 
         max_bytes: that all members may have together.
 
     Raises:
-        HessianFlowError: a damaged archive, an unsafe member, more than `max_bytes` in all, or a target in use.
+        HessianFlowError: a damaged archive, an unsafe member, more than `max_bytes` in all, or a
+            target in use.
     """
     if target.exists() and any(target.iterdir()):
         raise HessianFlowError(f"{target}: not empty; unpack {archive} into a new folder")
@@ -95,7 +102,8 @@ def read_members(
         max_total: largest size of the whole archive, unpacked.
 
     Raises:
-        HessianFlowError: a damaged archive, a member that is no plain file, or more bytes than allowed.
+        HessianFlowError: a damaged archive, a member that is no plain file, or more bytes than
+            allowed.
     """
     found: dict[str, bytes] = {}
     with _damage_named(archive), _opened(archive, max_total) as members:
@@ -107,7 +115,9 @@ def read_members(
             if member.kind != "file":
                 raise HessianFlowError(f"{archive}: {name} is a folder, not a file; get it again")
             if member.size > max_bytes:
-                raise HessianFlowError(f"{archive}: {name} has {member.size} bytes, expected at most {max_bytes}")
+                raise HessianFlowError(
+                    f"{archive}: {name} has {member.size} bytes, expected at most {max_bytes}"
+                )
             found[name] = b"".join(member.blocks())
     return found
 
@@ -129,10 +139,13 @@ def zip_blocks(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes
     """Yield the content of one member, piece by piece; its checksum is compared at the end.
 
     Raises:
-        zipfile.BadZipFile: a damaged member, or one packed in a way that cannot be unpacked piece by piece.
+        zipfile.BadZipFile: a damaged member, or one packed in a way that cannot be unpacked piece
+            by piece.
     """
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise zipfile.BadZipFile(f"{info.filename!r} is packed by method {info.compress_type}, only 0 and 8 are read")
+        raise zipfile.BadZipFile(
+            f"{info.filename!r} is packed by method {info.compress_type}, only 0 and 8 are read"
+        )
     with opened.open(info) as stream:
         left = info.file_size
         while block := stream.read(min(_PIECE, left)):
@@ -143,7 +156,8 @@ def zip_blocks(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes
 
 
 class _Guarded(io.BufferedIOBase):
-    """A file that refuses to be read as a whole: `zipfile` asks for as much as an archive tells it to."""
+    """A file that refuses to be read as a whole: `zipfile` asks for as much as an archive tells it
+    to."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -176,7 +190,9 @@ def _opened(archive: Path, max_bytes: int) -> Iterator[Iterator[Member]]:
         file.seek(0)
         for mark, kind in _FOREIGN.items():
             if start.startswith(mark):
-                raise HessianFlowError(f"{archive}: packed with {kind}, expected gzip or a plain tar; pack it anew")
+                raise HessianFlowError(
+                    f"{archive}: packed with {kind}, expected gzip or a plain tar; pack it anew"
+                )
         packed = start.startswith(b"\x1f\x8b")
         reader = TarReader(Inflated(file, "gzip") if packed else file, max_bytes + _OVERHEAD)
         yield (Member(member.name, member.size, member.kind, reader.blocks) for member in reader)
@@ -197,7 +213,9 @@ def _damage_named(archive: Path) -> Iterator[None]:
     except HessianFlowError:
         raise
     except DAMAGE as error:
-        raise HessianFlowError(f"{archive}: damaged archive ({one_line(error)}); get it again") from error
+        raise HessianFlowError(
+            f"{archive}: damaged archive ({one_line(error)}); get it again"
+        ) from error
 
 
 def _check_members(archive: Path, members: Iterator[Member], max_bytes: int) -> None:
@@ -209,31 +227,39 @@ def _check_members(archive: Path, members: Iterator[Member], max_bytes: int) -> 
         _check_member(archive, member)
         total += member.size
         if total > max_bytes:
-            raise HessianFlowError(f"{archive}: would unpack to more than the {max_bytes} bytes allowed")
+            raise HessianFlowError(
+                f"{archive}: would unpack to more than the {max_bytes} bytes allowed"
+            )
         if member.kind == "file":
             path = PurePosixPath(member.name)
             files.add(path)
             folders.update(path.parents)
     both = files & folders
     if both:
-        raise HessianFlowError(f"{archive}: refused, {str(min(both))!r} is a file and a folder; get it again")
+        raise HessianFlowError(
+            f"{archive}: refused, {str(min(both))!r} is a file and a folder; get it again"
+        )
 
 
 def _check_member(archive: Path, member: Member) -> None:
     name = member.name
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
-        raise HessianFlowError(f"{archive}: refused, the member {name!r} would land outside the target folder")
+        raise HessianFlowError(
+            f"{archive}: refused, the member {name!r} would land outside the target folder"
+        )
     if member.kind == "other":
-        raise HessianFlowError(f"{archive}: refused, the member {name!r} is a link or a device, not a plain file")
+        raise HessianFlowError(
+            f"{archive}: refused, the member {name!r} is a link or a device, not a plain file"
+        )
     if member.kind == "file" and not path.parts:
         raise HessianFlowError(f"{archive}: refused, the member {name!r} is a file without a name")
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > MAX_NAME_BYTES or len(path.parts) > MAX_DEPTH:
         shown = f"{name[:40]!r}..." if len(name) > 40 else repr(name)
         raise HessianFlowError(
-            f"{archive}: refused, the member {shown} has a name of {longest} bytes and {len(path.parts)} levels, at "
-            f"most {MAX_NAME_BYTES} and {MAX_DEPTH} are allowed"
+            f"{archive}: refused, the member {shown} has a name of {longest} bytes and"
+            f" {len(path.parts)} levels, at most {MAX_NAME_BYTES} and {MAX_DEPTH} are allowed"
         )
 
 
@@ -244,4 +270,6 @@ def _write(archive: Path, member: Member, path: Path) -> None:
             for block in member.blocks():
                 file.write(block)
     except OSError as error:
-        raise HessianFlowError(f"{archive}: {member.name!r} cannot be written ({one_line(error)})") from error
+        raise HessianFlowError(
+            f"{archive}: {member.name!r} cannot be written ({one_line(error)})"
+        ) from error

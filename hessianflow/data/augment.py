@@ -1,10 +1,10 @@
 """Random crop, horizontal flip and cutout of a whole batch in one vectorised pass, on any device.
 
-All draws of an epoch are made at once (:meth:`Augmentation.draw`), one row an example, so that what happens to an
-example never depends on the batch it falls into.
+All draws of an epoch are made at once (:meth:`Augmentation.draw`), one row an example, so that what
+happens to an example never depends on the batch it falls into.
 
-- crop: pad with zero pixels on all sides, then cut out a window of the original size at a uniform offset
-  (He et al., 2015, arXiv:1512.03385, section 4.2: padding 4).
+- crop: pad with zero pixels on all sides, then cut out a window of the original size at a uniform
+  offset (He et al., 2015, arXiv:1512.03385, section 4.2: padding 4).
 - flip: left to right with probability 1/2.
 - cutout: a square around a uniform centre is set to zero after normalisation, clipped at the border
   (DeVries and Taylor, 2017, arXiv:1708.04552).
@@ -49,7 +49,9 @@ class Draws:
             return Draws(None, self.flips, None)
         back = 2 * padding - self.offsets
         if self.flips is not None:  # the mirror comes after the crop, so its own offset undoes it
-            back = torch.stack([back[:, 0], torch.where(self.flips, self.offsets[:, 1], back[:, 1])], dim=1)
+            back = torch.stack(
+                [back[:, 0], torch.where(self.flips, self.offsets[:, 1], back[:, 1])], dim=1
+            )
         return Draws(back, self.flips, None)
 
     def _present(self) -> dict[str, Any]:
@@ -73,7 +75,9 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) < 0:
-                raise HessianFlowError(f"{name} must be at least 0 pixels, got {getattr(self, name)}")
+                raise HessianFlowError(
+                    f"{name} must be at least 0 pixels, got {getattr(self, name)}"
+                )
 
     @property
     def is_active(self) -> bool:
@@ -96,10 +100,11 @@ class Augmentation:
         return Draws(offsets, flips, centres)
 
     def crop_and_flip(self, rows: Tensor, draws: Draws, step: int = 1) -> Tensor:
-        """Crop and mirror images given as rows [n, P, H, W * step] of any dtype; a new tensor of the same shape.
+        """Crop and mirror images given as rows [n, P, H, W * step] of any dtype; a new tensor of
+        the same shape.
 
-        `step` neighbours in a row make up one pixel: 1 for separate colour planes (P = channels), the number of
-        channels for interleaved ones (P = 1).
+        `step` neighbours in a row make up one pixel: 1 for separate colour planes (P = channels),
+        the number of channels for interleaved ones (P = 1).
         """
         if draws.offsets is None and draws.flips is None:
             return rows
@@ -109,15 +114,21 @@ class Augmentation:
             padding = self.crop_padding
             rows = pad(rows, (padding * step, padding * step, padding, padding))
             rows = _take_rows(rows, draws.offsets[:, 0], height)
-        sources = (columns[:, :, None] * step + torch.arange(step, device=rows.device)).view(n, 1, 1, length)
+        sources = (columns[:, :, None] * step + torch.arange(step, device=rows.device)).view(
+            n, 1, 1, length
+        )
         return rows.gather(3, sources.expand(n, planes, height, length))
 
     def cut_out(self, rows: Tensor, draws: Draws, step: int = 1) -> Tensor:
-        """Set the drawn squares of normalised images, laid out as for :meth:`crop_and_flip`, to zero, in place."""
+        """Set the drawn squares of normalised images, laid out as for :meth:`crop_and_flip`, to
+        zero, in place."""
         if draws.centres is None:
             return rows
-        vertical, horizontal = (self._covered(draws.centres[:, axis], rows, axis, step) for axis in (0, 1))
-        # On a CPU, float arithmetic in place takes a fraction of the time of boolean masks or of fresh memory.
+        vertical, horizontal = (
+            self._covered(draws.centres[:, axis], rows, axis, step) for axis in (0, 1)
+        )
+        # On a CPU, float arithmetic in place takes a fraction of the time of boolean masks or of
+        # fresh memory.
         kept = torch.mul(vertical[:, :, None], horizontal[:, None, :]).neg_().add_(1)
         return rows.mul_(kept[:, None])
 

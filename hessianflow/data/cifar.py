@@ -1,8 +1,9 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from their official archives, unpacked or not.
 
-The binary version is read as it is: records of one or two label bytes and 3072 pixel bytes (planes R, G, B of 32 x 32,
-row by row), after a check of sizes and labels. The Python version is a pickle: it is read only if its MD5 is the
-official one, and then by :mod:`hessianflow.data.unpickle`, which makes nothing but numbers, strings and uint8 arrays.
+The binary version is read as it is: records of one or two label bytes and 3072 pixel bytes (planes
+R, G, B of 32 x 32, row by row), after a check of sizes and labels. The Python version is a pickle:
+it is read only if its MD5 is the official one, and then by :mod:`hessianflow.data.unpickle`, which
+makes nothing but numbers, strings and uint8 arrays.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,9 @@ class CifarLayout:
     @property
     def total_bytes(self) -> int:
         """Of all records of both splits."""
-        records = sum(self.records[split] * len(names) for split, names in self.binary_files.items())
+        records = sum(
+            self.records[split] * len(names) for split, names in self.binary_files.items()
+        )
         return records * (self.label_bytes + PIXELS)
 
 
@@ -70,7 +73,10 @@ CIFAR10 = CifarLayout(
     records={"train": 10_000, "test": 10_000},
     binary_folder="cifar-10-batches-bin",
     binary_archive="cifar-10-binary.tar.gz",
-    binary_files={"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)},
+    binary_files={
+        "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        "test": ("test_batch.bin",),
+    },
     class_file="batches.meta.txt",
     python_folder="cifar-10-batches-py",
     python_archive="cifar-10-python.tar.gz",
@@ -105,11 +111,13 @@ CIFAR100 = CifarLayout(
 )
 
 
-def read_cifar(layout: CifarLayout, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def read_cifar(
+    layout: CifarLayout, root: Path, split: str
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Return images uint8 [N, 3, 32, 32], targets int64 [N] and class names of one split.
 
-    `root` is the folder of the files, the folder above it, or holds the archive; the binary version is preferred.
-    Class names are numbers where their file is missing.
+    `root` is the folder of the files, the folder above it, or holds the archive; the binary version
+    is preferred. Class names are numbers where their file is missing.
 
     Raises:
         HessianFlowError: a file that is missing, damaged, or has a label out of range.
@@ -123,21 +131,28 @@ def read_cifar(layout: CifarLayout, root: Path, split: str) -> tuple[Tensor, Ten
         parts = [_binary_part(layout, name, binary.get(name), records) for name in names]
         return (*_stacked(parts), _class_names(binary.get(layout.class_file), layout.num_classes))
     checksums = layout.python_files[split]
-    pickled = _read_files(root, layout.python_folder, layout.python_archive, list(checksums), 2 * limit, total)
+    pickled = _read_files(
+        root, layout.python_folder, layout.python_archive, list(checksums), 2 * limit, total
+    )
     if not pickled:
         _refuse_empty(layout, root)
         raise HessianFlowError(
-            f"no {layout.name} under {root}: neither {layout.binary_folder} nor {layout.binary_archive} is there "
-            f"(nor the Python version, {layout.python_folder}); {remedy(layout.name)}"
+            f"no {layout.name} under {root}: neither {layout.binary_folder} nor"
+            f" {layout.binary_archive} is there (nor the Python version, {layout.python_folder});"
+            f" {remedy(layout.name)}"
         )
-    parts = [_python_part(layout, name, pickled.get(name), checksum) for name, checksum in checksums.items()]
+    parts = [
+        _python_part(layout, name, pickled.get(name), checksum)
+        for name, checksum in checksums.items()
+    ]
     return (*_stacked(parts), _class_names(None, layout.num_classes))
 
 
 def _read_files(
     root: Path, folder: str, archive: str, names: Sequence[str], limit: int, total: int
 ) -> dict[str, bytes]:
-    """Contents of those of `names` that are found, all from the same place; at most one byte more than `limit`.
+    """Contents of those of `names` that are found, all from the same place; at most one byte more
+    than `limit`.
 
     An archive may unpack to `total` bytes.
     """
@@ -148,13 +163,17 @@ def _read_files(
     packed = _archive(root, archive)
     if packed is None:
         return {}
-    members = read_members(packed, {f"{folder}/{name}" for name in names}, max_bytes=limit, max_total=total)
+    members = read_members(
+        packed, {f"{folder}/{name}" for name in names}, max_bytes=limit, max_total=total
+    )
     return {name.removeprefix(f"{folder}/"): content for name, content in members.items()}
 
 
 def _archive(root: Path, name: str) -> Path | None:
     """Return the archive in a folder, or given itself."""
-    return next((path for path in (root / name, root) if path.name == name and path.is_file()), None)
+    return next(
+        (path for path in (root / name, root) if path.name == name and path.is_file()), None
+    )
 
 
 def _refuse_empty(layout: CifarLayout, root: Path) -> None:
@@ -165,7 +184,9 @@ def _refuse_empty(layout: CifarLayout, root: Path) -> None:
     ):
         packed = _archive(root, name)
         if packed is not None:
-            raise damaged(layout.name, packed, f"holds none of the files expected in its folder {folder}")
+            raise damaged(
+                layout.name, packed, f"holds none of the files expected in its folder {folder}"
+            )
 
 
 def _head(path: Path, size: int) -> bytes:
@@ -180,9 +201,13 @@ def _binary_part(
     if content is None:
         raise damaged(layout.name, f"{layout.binary_folder}/{name}", "missing")
     if len(content) != records * record_bytes:
-        found = f"{'at least ' if len(content) > records * record_bytes else ''}{len(content)} bytes"
+        found = (
+            f"{'at least ' if len(content) > records * record_bytes else ''}{len(content)} bytes"
+        )
         expected = f"{records * record_bytes} bytes ({records} records of {record_bytes})"
-        raise damaged(layout.name, f"{layout.binary_folder}/{name}", f"found {found}, expected {expected}")
+        raise damaged(
+            layout.name, f"{layout.binary_folder}/{name}", f"found {found}, expected {expected}"
+        )
     table = np.frombuffer(content, dtype=np.uint8).reshape(records, record_bytes)
     labels = table[:, layout.label_bytes - 1].astype(np.int64)
     _check_labels(layout, f"{layout.binary_folder}/{name}", labels)
@@ -198,16 +223,22 @@ def _python_part(
     found = md5(content, usedforsecurity=False).hexdigest()
     if found != checksum:
         raise damaged(
-            layout.name, file, f"MD5 is {found}, expected {checksum}; not opened, since a pickle can run code"
+            layout.name,
+            file,
+            f"MD5 is {found}, expected {checksum}; not opened, since a pickle can run code",
         )
     record = load_arrays(content, file)
     pixels = record.get("data")
     numbers = record.get(layout.label_key)
-    if not (isinstance(numbers, list) and all(isinstance(n, int) and abs(n) < 1 << 31 for n in numbers)):
+    if not (
+        isinstance(numbers, list) and all(isinstance(n, int) and abs(n) < 1 << 31 for n in numbers)
+    ):
         raise damaged(layout.name, file, f"holds no list of labels named {layout.label_key!r}")
     if not (isinstance(pixels, np.ndarray) and pixels.shape == (len(numbers), PIXELS)):
         found = f"uint8 {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
-        raise damaged(layout.name, file, f"pixels are {found}, expected uint8 ({len(numbers)}, {PIXELS})")
+        raise damaged(
+            layout.name, file, f"pixels are {found}, expected uint8 ({len(numbers)}, {PIXELS})"
+        )
     labels = np.asarray(numbers, dtype=np.int64)
     _check_labels(layout, file, labels)
     return pixels, labels
@@ -216,7 +247,9 @@ def _python_part(
 def _check_labels(layout: CifarLayout, file: str, labels: NDArray[np.int64]) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= layout.num_classes))
     if len(wrong):
-        what = f"label {labels[wrong[0]]} in record {wrong[0]}, expected 0 to {layout.num_classes - 1}"
+        what = (
+            f"label {labels[wrong[0]]} in record {wrong[0]}, expected 0 to {layout.num_classes - 1}"
+        )
         raise damaged(layout.name, file, what)
 
 
@@ -227,4 +260,8 @@ def _stacked(parts: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> tu
 
 def _class_names(content: bytes | None, num_classes: int) -> tuple[str, ...]:
     names = content.decode("latin-1").split() if content else []
-    return tuple(names) if len(names) == num_classes else tuple(str(label) for label in range(num_classes))
+    return (
+        tuple(names)
+        if len(names) == num_classes
+        else tuple(str(label) for label in range(num_classes))
+    )

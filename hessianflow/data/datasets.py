@@ -1,7 +1,8 @@
-"""Data sets by name, as one frozen record each: uint8 pixels and what is needed to normalise and augment them.
+"""Data sets by name, as one frozen record each: uint8 pixels and what is needed to normalise and
+augment them.
 
-Means and standard deviations are those of the training pixels: digits computed here, CIFAR, SVHN and ImageNet as in
-general use, Tiny-ImageNet with ImageNet's.
+Means and standard deviations are those of the training pixels: digits computed here, CIFAR, SVHN
+and ImageNet as in general use, Tiny-ImageNet with ImageNet's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,8 @@ class ImageSet:
         """Return the whole set on `device`; shuffled and augmented if `train`, else plain and in
         the stored order.
 
-        `num_workers` is there for the sake of :meth:`ImageFolder.batches`: nothing is left to load here.
+        `num_workers` is there for the sake of :meth:`ImageFolder.batches`: nothing is left to load
+        here.
         """
         del num_workers
         return DeviceBatches(
@@ -113,21 +115,27 @@ class ImageSet:
 def load(
     name: str, root: str | Path | None = None, split: Split = "train", *, image_size: int = 224
 ) -> ImageSet | ImageFolder:
-    """Read one split of a data set: into memory, or, for "imagenet" and "folder", as a list of image files.
+    """Read one split of a data set: into memory, or, for "imagenet" and "folder", as a list of
+    image files.
 
     Args:
-        name: one of :func:`names`; "folder" is any tree of class folders below train and val (or test).
-        root: where the files are: their own folder, the folder above it, or one that holds the official archive. None:
-            $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits" and "fake" need none.
+        name: one of :func:`names`; "folder" is any tree of class folders below train and val (or
+            test).
+        root: where the files are: their own folder, the folder above it, or one that holds the
+            official archive. None: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits" and
+            "fake" need none.
         split: "train" or "test"; "svhn" also has "extra".
-        image_size: side of the images cut from the files of a class-folder tree; the other sets have a size of their
-            own.
+        image_size: side of the images cut from the files of a class-folder tree; the other sets
+            have a size of their own.
 
     Raises:
-        HessianFlowError: an unknown name or split, or files that are missing or damaged (the message names the file).
+        HessianFlowError: an unknown name or split, or files that are missing or damaged (the
+            message names the file).
     """
     if name not in names():
-        raise HessianFlowError(f"unknown data set {name!r}{_close(name)}; known: {', '.join(names())}")
+        raise HessianFlowError(
+            f"unknown data set {name!r}{_close(name)}; known: {', '.join(names())}"
+        )
     splits = ("train", "test", "extra") if name == "svhn" else ("train", "test")
     if split not in splits:
         raise HessianFlowError(f"split of {name} must be one of {', '.join(splits)}, got {split!r}")
@@ -150,7 +158,8 @@ def _close(name: str) -> str:
 def _digits(_: Path, split: Split) -> ImageSet:
     """Return the 1797 handwritten digits bundled with scikit-learn, 1x8x8, values 0 to 16.
 
-    Split (ours): from every class a fifth, drawn with a fixed seed, is the test set: 1438 and 359 images.
+    Split (ours): from every class a fifth, drawn with a fixed seed, is the test set: 1438 and 359
+    images.
     """
     from sklearn.datasets import load_digits
 
@@ -173,8 +182,14 @@ def _digits(_: Path, split: Split) -> ImageSet:
 
 
 def _fake(_: Path, split: Split) -> ImageSet:
-    """Deterministic images that a network can learn: one smooth random pattern a class, plus noise; 3x16x16."""
-    patterns = np.random.default_rng(0).normal(size=(_FAKE_CLASSES, 3, 4, 4)).repeat(4, axis=2).repeat(4, axis=3)
+    """Deterministic images that a network can learn: one smooth random pattern a class, plus noise;
+    3x16x16."""
+    patterns = (
+        np.random.default_rng(0)
+        .normal(size=(_FAKE_CLASSES, 3, 4, 4))
+        .repeat(4, axis=2)
+        .repeat(4, axis=3)
+    )
     count, rng = _FAKE_EXAMPLES[split], np.random.default_rng(1 if split == "train" else 2)
     targets = rng.permutation(np.arange(count) % _FAKE_CLASSES)
     noise = rng.normal(size=(count, 3, _FAKE_SIDE, _FAKE_SIDE))
@@ -190,9 +205,13 @@ def _fake(_: Path, split: Split) -> ImageSet:
     )
 
 
-def _cifar(layout: CifarLayout, mean: Sequence[float], std: Sequence[float], root: Path, split: Split) -> ImageSet:
+def _cifar(
+    layout: CifarLayout, mean: Sequence[float], std: Sequence[float], root: Path, split: Split
+) -> ImageSet:
     images, targets, classes = read_cifar(layout, root, split)
-    return ImageSet(layout.name, images, targets, classes, tuple(mean), tuple(std), augment=CIFAR_AUGMENTATION)
+    return ImageSet(
+        layout.name, images, targets, classes, tuple(mean), tuple(std), augment=CIFAR_AUGMENTATION
+    )
 
 
 def _svhn(root: Path, split: Split) -> ImageSet:
@@ -201,14 +220,22 @@ def _svhn(root: Path, split: Split) -> ImageSet:
     # No flips: a mirrored digit is no digit.
     augment = Augmentation(crop_padding=4)
     return ImageSet(
-        "svhn", images, targets, digits, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), augment=augment
+        "svhn",
+        images,
+        targets,
+        digits,
+        (0.4377, 0.4438, 0.4728),
+        (0.1980, 0.2010, 0.1970),
+        augment=augment,
     )
 
 
 def _tiny_imagenet(root: Path, split: Split) -> ImageSet:
     images, targets, classes = read_tiny_imagenet(root, split)
     augment = Augmentation(crop_padding=8, flip=True)
-    return ImageSet("tiny-imagenet", images, targets, classes, IMAGENET_MEAN, IMAGENET_STD, augment=augment)
+    return ImageSet(
+        "tiny-imagenet", images, targets, classes, IMAGENET_MEAN, IMAGENET_STD, augment=augment
+    )
 
 
 CIFAR_AUGMENTATION = Augmentation(crop_padding=4, flip=True)

@@ -17,11 +17,12 @@ from hessianflow.structure import article
 
 
 class DeviceBatches(ExampleStream):
-    """Resumable batches whose size may change at any time (see `hessianflow.interfaces.ResizableBatches`).
+    """Resumable batches whose size may change at any time (see
+    `hessianflow.interfaces.ResizableBatches`).
 
-    Iterating yields (inputs float [n, C, H, W], targets [n]) for what is left of the current epoch, the last partial
-    batch included, then enters the next epoch. inputs = (pixels / value_scale - mean) / std after crop and flip, then
-    cutout. All iterators share one place: use one at a time.
+    Iterating yields (inputs float [n, C, H, W], targets [n]) for what is left of the current epoch,
+    the last partial batch included, then enters the next epoch. inputs = (pixels / value_scale -
+    mean) / std after crop and flip, then cutout. All iterators share one place: use one at a time.
 
     Args:
         images: uint8 or floating point [N, C, H, W], or features [N, C], series [N, C, T] and the
@@ -35,7 +36,8 @@ class DeviceBatches(ExampleStream):
         std: likewise; None: 1.
         value_scale: the pixel value that counts as 1; None: 255 for uint8, 1 for floating point.
         num_classes: None: one more than the largest target.
-        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than the set.
+        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than
+            the set.
         dtype: of the inputs.
         channels_last: memory layout of the inputs; the values are the same.
 
@@ -77,10 +79,15 @@ class DeviceBatches(ExampleStream):
             for t in (self._gain, self._shift)
         )
         self._value_scale = value_scale
-        self._num_classes = num_classes or (0 if targets.is_floating_point() else int(targets.max()) + 1)
+        self._num_classes = num_classes or (
+            0 if targets.is_floating_point() else int(targets.max()) + 1
+        )
         self._dtype = dtype
         self._plan: tuple[int, Tensor, Draws] | None = None
-        self._latest = torch.zeros(0, dtype=torch.int64, device=self.device), Draws(None, None, None)
+        self._latest = (
+            torch.zeros(0, dtype=torch.int64, device=self.device),
+            Draws(None, None, None),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +106,8 @@ class DeviceBatches(ExampleStream):
 
     @property
     def value_range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest valid input of every channel after normalisation, each [C], to clamp attacks."""
+        """Lowest and highest valid input of every channel after normalisation, each [C], to clamp
+        attacks."""
         ends = (self._shift, self._value_scale * self._gain + self._shift)
         low, high = (end.flatten().to(self.device, self._dtype) for end in ends)
         return low, high
@@ -113,18 +121,22 @@ class DeviceBatches(ExampleStream):
         return self._latest[0]
 
     def as_in_latest(self, maps: Tensor) -> Tensor:
-        """Maps of its examples in the frame of the stored images, [n, C, H, W] of any type, cropped and flipped alike.
+        """Maps of its examples in the frame of the stored images, [n, C, H, W] of any type, cropped
+        and flipped alike.
 
         What the crop padded is zero.
         """
         return self._augment.crop_and_flip(maps, self._latest[1])
 
     def as_stored(self, maps: Tensor) -> Tensor:
-        """Maps in the frame of the batch handed out last, brought back to that of the stored images.
+        """Maps in the frame of the batch handed out last, brought back to that of the stored
+        images.
 
         Zero where the crop had cut something off.
         """
-        return self._augment.crop_and_flip(maps, self._latest[1].inverse(self._augment.crop_padding))
+        return self._augment.crop_and_flip(
+            maps, self._latest[1].inverse(self._augment.crop_padding)
+        )
 
     def examples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the examples stored at `indices` (int64 [n]), normalised but not augmented; the
@@ -132,7 +144,8 @@ class DeviceBatches(ExampleStream):
         return self._batch(indices.to(self.device), Draws(None, None, None))
 
     def sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """`count` different examples chosen by `seed` alone, not augmented: the fixed batch of a curvature probe.
+        """`count` different examples chosen by `seed` alone, not augmented: the fixed batch of a
+        curvature probe.
 
         Raises:
             HessianFlowError: `count` below 1 or above the number of examples.
@@ -147,7 +160,9 @@ class DeviceBatches(ExampleStream):
     def _epoch_plan(self) -> tuple[Tensor, Draws]:
         if self._plan is None or self._plan[0] != self._epoch:
             height, width = self._shape[-2:] if self._augment.is_active else (0, 0)
-            draws = self._augment.draw(self._num_examples, height, width, seed=self._seed, epoch=self._epoch)
+            draws = self._augment.draw(
+                self._num_examples, height, width, seed=self._seed, epoch=self._epoch
+            )
             self._plan = self._epoch, self._order().to(self.device), draws.to(self.device)
         return self._plan[1:]
 
@@ -162,19 +177,22 @@ class DeviceBatches(ExampleStream):
         return rows, self._targets.index_select(0, indices)
 
     def _to_rows(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] as rows: one plane a channel, or one plane of pixels when the batches are channels-last."""
+        """[N, C, H, W] as rows: one plane a channel, or one plane of pixels when the batches are
+        channels-last."""
         if not self._channels_last:
             return images
         channels, height, width = self._shape
         return images.permute(0, 2, 3, 1).reshape(len(images), 1, height, width * channels)
 
 
-def _check_shapes(images: Tensor, targets: Tensor, augment: Augmentation, channels_last: bool) -> None:
+def _check_shapes(
+    images: Tensor, targets: Tensor, augment: Augmentation, channels_last: bool
+) -> None:
     for name, part in (("images", images), ("targets", targets)):
         if not isinstance(part, Tensor):
             raise HessianFlowError(
-                f"{name} must be one tensor, got {article(part)}: use torch.as_tensor, or hf.data.AdaptiveBatches for "
-                "items of any kind"
+                f"{name} must be one tensor, got {article(part)}: use torch.as_tensor, or"
+                " hf.data.AdaptiveBatches for items of any kind"
             )
     if images.ndim == 0 or (images.ndim != 4 and (augment.is_active or channels_last)):
         option = "augment" if augment.is_active else "channels_last"
@@ -182,11 +200,13 @@ def _check_shapes(images: Tensor, targets: Tensor, augment: Augmentation, channe
         raise HessianFlowError(f"images must have shape {wanted}, got {list(images.shape)}")
     if not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise HessianFlowError(
-            f"images must be uint8 or floating point, got {images.dtype}: convert them by .float(), or use "
-            "hf.data.AdaptiveBatches for tokens"
+            f"images must be uint8 or floating point, got {images.dtype}: convert them by .float(),"
+            " or use hf.data.AdaptiveBatches for tokens"
         )
     if targets.ndim == 0 or len(targets) != len(images):
-        raise HessianFlowError(f"targets must be one for each of the {len(images)} images, got {list(targets.shape)}")
+        raise HessianFlowError(
+            f"targets must be one for each of the {len(images)} images, got {list(targets.shape)}"
+        )
 
 
 def _affine(
@@ -200,9 +220,13 @@ def _affine(
     means, stds = mean or [0.0] * channels, std or [1.0] * channels
     for name, values in (("mean", means), ("std", stds)):
         if len(values) != channels:
-            raise HessianFlowError(f"{name} must hold one value for each of the {channels} channels, got {len(values)}")
+            raise HessianFlowError(
+                f"{name} must hold one value for each of the {channels} channels, got {len(values)}"
+            )
     if min(stds) <= 0 or scale <= 0:
-        raise HessianFlowError(f"std and value_scale must be positive, got {list(stds)} and {scale}")
+        raise HessianFlowError(
+            f"std and value_scale must be positive, got {list(stds)} and {scale}"
+        )
     exact = [(1 / (scale * s), -m / s) for m, s in zip(means, stds, strict=True)]
     gain, shift = torch.tensor(exact, dtype=torch.float64).T
     ones = [1] * (len(shape) - 1)

@@ -1,8 +1,9 @@
 """Download and check the official files of a data set.
 
-A download goes to NAME.part and is renamed once its MD5 is right; an interrupted one is continued where it stopped. No
-file of another content is overwritten, and no link is written through. Archives are unpacked safely
-(:mod:`hessianflow.data.archives`). Only called by the user: nothing here runs on its own.
+A download goes to NAME.part and is renamed once its MD5 is right; an interrupted one is continued
+where it stopped. No file of another content is overwritten, and no link is written through.
+Archives are unpacked safely (:mod:`hessianflow.data.archives`). Only called by the user: nothing
+here runs on its own.
 """
 
 import os
@@ -57,17 +58,19 @@ def fetch(
     progress: Progress | None = None,
     sources: Mapping[str, Sequence[Source]] = SOURCES,
 ) -> Path:
-    """Download what is missing of a data set, check it, unpack archives; returns the folder to give to `load`.
+    """Download what is missing of a data set, check it, unpack archives; returns the folder to give
+    to `load`.
 
     Args:
         name: of the data set.
-        root: folder to put the files in, a leading ~ is a home; None: :func:`hessianflow.data.sources.default_root`.
+        root: folder to put the files in, a leading ~ is a home; None:
+            :func:`hessianflow.data.sources.default_root`.
         progress: called while bytes arrive.
         sources: where files are; the official places unless a mirror is wanted.
 
     Raises:
-        HessianFlowError: an unknown name, a server that does not answer, a file with another MD5, a full disk, or
-            something else under the name of a file to get.
+        HessianFlowError: an unknown name, a server that does not answer, a file with another MD5, a
+            full disk, or something else under the name of a file to get.
     """
     folder = _folder(root)
     for source in _sources(name, sources):
@@ -80,7 +83,8 @@ def fetch(
                 _unpack(path, folder / source.unpacks_to)
         except (OSError, HTTPException) as error:
             raise HessianFlowError(
-                f"fetching {source.url} to {path} failed ({one_line(error)}); run the command again to continue"
+                f"fetching {source.url} to {path} failed ({one_line(error)}); run the command again"
+                " to continue"
             ) from error
     return folder
 
@@ -88,9 +92,11 @@ def fetch(
 def verify(
     name: str, root: str | Path | None = None, *, sources: Mapping[str, Sequence[Source]] = SOURCES
 ) -> list[FileReport]:
-    """Compare every official file of a data set under `root` with its published size and MD5; changes nothing.
+    """Compare every official file of a data set under `root` with its published size and MD5;
+    changes nothing.
 
-    Where an archive is gone but its contents are there, both splits are read instead: sizes, counts and labels.
+    Where an archive is gone but its contents are there, both splits are read instead: sizes, counts
+    and labels.
 
     Raises:
         HessianFlowError: a name without published files.
@@ -106,11 +112,13 @@ def _folder(root: str | Path | None) -> Path:
 def _sources(name: str, sources: Mapping[str, Sequence[Source]]) -> Sequence[Source]:
     if name == "imagenet":
         raise HessianFlowError(
-            "imagenet is given out by its owners after registration at https://image-net.org: arrange the images as "
-            "train/CLASS/*.JPEG and val/CLASS/*.JPEG and pass that folder"
+            "imagenet is given out by its owners after registration at https://image-net.org:"
+            " arrange the images as train/CLASS/*.JPEG and val/CLASS/*.JPEG and pass that folder"
         )
     if name not in sources:
-        raise HessianFlowError(f"no files to get for data set {name!r}; known: {', '.join(sorted(sources))}")
+        raise HessianFlowError(
+            f"no files to get for data set {name!r}; known: {', '.join(sorted(sources))}"
+        )
     return sources[name]
 
 
@@ -134,7 +142,9 @@ def _report_unpacked(name: str, path: Path, source: Source) -> FileReport:
         counts = [len(load(name, path.parent, split)) for split in SPLITS]
     except HessianFlowError as error:
         return FileReport(folder, "damaged", str(error))
-    return FileReport(folder, "ok", f"unpacked, {counts[0]} examples for training and {counts[1]} for testing")
+    return FileReport(
+        folder, "ok", f"unpacked, {counts[0]} examples for training and {counts[1]} for testing"
+    )
 
 
 def _is_there(source: Source, path: Path) -> bool:
@@ -146,7 +156,9 @@ def _is_there(source: Source, path: Path) -> bool:
     if not os.path.lexists(path):
         return False
     if not path.is_file():
-        raise HessianFlowError(f"{path}: is in the way of {source.url}, and no file; move it away, or fetch elsewhere")
+        raise HessianFlowError(
+            f"{path}: is in the way of {source.url}, and no file; move it away, or fetch elsewhere"
+        )
     size = path.stat().st_size
     if source.size and size != source.size:
         found = f"{size} bytes, expected {source.size}"
@@ -163,7 +175,8 @@ def _download(source: Source, path: Path, progress: Progress | None) -> None:
     with _open_part(part) as file:
         try:
             whole = _size(file) and _size(file) <= _limit(source)
-            if not (whole and _md5_of(file) == source.md5):  # complete, but interrupted before it was renamed
+            # complete, but interrupted before it was renamed
+            if not (whole and _md5_of(file) == source.md5):
                 _continue_download(source, file, progress)
             found = _md5_of(file)
         finally:
@@ -171,12 +184,15 @@ def _download(source: Source, path: Path, progress: Progress | None) -> None:
                 part.unlink(missing_ok=True)
     if found != source.md5:
         part.unlink(missing_ok=True)
-        raise HessianFlowError(f"{source.url}: MD5 is {found}, expected {source.md5}; deleted, fetch it again")
+        raise HessianFlowError(
+            f"{source.url}: MD5 is {found}, expected {source.md5}; deleted, fetch it again"
+        )
     part.replace(path)
 
 
 def _open_part(part: Path) -> BinaryIO:
-    """Open a download in progress, or begin one; the file is one of our own, reached under no other name.
+    """Open a download in progress, or begin one; the file is one of our own, reached under no other
+    name.
 
     Raises:
         HessianFlowError: a link, or anything else that writing would lead elsewhere.
@@ -186,14 +202,20 @@ def _open_part(part: Path) -> BinaryIO:
         file = os.fdopen(os.open(part, flags | getattr(os, "O_BINARY", 0), 0o666), "r+b")
     except OSError as error:
         if part.is_symlink() or part.is_dir() or part.exists():
-            raise HessianFlowError(f"{part}: is no file of a download ({one_line(error)}); move it away") from error
+            raise HessianFlowError(
+                f"{part}: is no file of a download ({one_line(error)}); move it away"
+            ) from error
         raise
     try:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise HessianFlowError(f"{part}: is no file of a download (a device, or a file of two names); move it away")
+            raise HessianFlowError(
+                f"{part}: is no file of a download (a device, or a file of two names); move it away"
+            )
         if not _locked(file) or not os.path.samestat(found, os.stat(part)):
-            raise HessianFlowError(f"{part}: another fetch is at work on it; run the command again when it is done")
+            raise HessianFlowError(
+                f"{part}: another fetch is at work on it; run the command again when it is done"
+            )
     except BaseException:
         file.close()
         raise
@@ -241,24 +263,32 @@ def _request(source: Source, have: int) -> HTTPResponse | None:
     """
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
-        answer: HTTPResponse = urlopen(Request(source.url, headers=headers), timeout=TIMEOUT_SECONDS)
+        answer: HTTPResponse = urlopen(
+            Request(source.url, headers=headers), timeout=TIMEOUT_SECONDS
+        )
     except HTTPError as error:
         error.close()
         if error.code != 416:
             raise
         return None
     except (ValueError, LookupError) as error:  # UnicodeError is one of them
-        raise HessianFlowError(f"{source.url}: it, or where it leads, is no address ({one_line(error)})") from error
+        raise HessianFlowError(
+            f"{source.url}: it, or where it leads, is no address ({one_line(error)})"
+        ) from error
     return answer
 
 
-def _copy(source: Source, response: HTTPResponse, file: BinaryIO, progress: Progress | None) -> None:
+def _copy(
+    source: Source, response: HTTPResponse, file: BinaryIO, progress: Progress | None
+) -> None:
     """Write what comes, as long as it may be part of the file."""
     have = file.tell()
     limit = _limit(source)
     total = have + _announced(source, response)
     if total > limit:
-        raise HessianFlowError(f"{source.url}: would send {total} bytes, at most {limit} are expected; stopped")
+        raise HessianFlowError(
+            f"{source.url}: would send {total} bytes, at most {limit} are expected; stopped"
+        )
     while block := response.read(min(BLOCK, limit + 1 - have)):
         have += len(block)
         if have > limit:
@@ -275,7 +305,9 @@ def _announced(source: Source, response: HTTPResponse) -> int:
     """Return the bytes that the server says it will send; 0 where it does not say."""
     length: str = response.headers.get("Content-Length") or "0"
     if not (length.isascii() and length.isdigit() and len(length) < 20):
-        raise HessianFlowError(f"{source.url}: the server announces {length[:20]!r} bytes, which is no number; stopped")
+        raise HessianFlowError(
+            f"{source.url}: the server announces {length[:20]!r} bytes, which is no number; stopped"
+        )
     return int(length)
 
 

@@ -1,4 +1,5 @@
-"""Reading files that are not trusted: plain ones only, never more bytes than allowed, never waiting for a writer."""
+"""Reading files that are not trusted: plain ones only, never more bytes than allowed, never waiting
+for a writer."""
 
 import errno
 import io
@@ -12,7 +13,8 @@ from hessianflow.interfaces import HessianFlowError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe without a writer opens at once
+# a pipe without a writer opens at once
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -22,7 +24,8 @@ def open_plain(path: Path) -> BinaryIO:
         HessianFlowError: a folder, a pipe, a device or a socket.
         OSError: a file that is missing or may not be read.
     """
-    _check_plain(path, os.stat(path))  # before it is opened: opening a device can already set it going
+    # before it is opened: opening a device can already set it going
+    _check_plain(path, os.stat(path))
     raw = _Raw(os.open(path, os.O_RDONLY | _NO_WAITING))
     try:
         _check_plain(path, os.fstat(raw.fileno()))
@@ -43,12 +46,15 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         content = b"" if size > max_bytes else file.read(max_bytes + 1)
     if max(size, len(content)) > max_bytes:
-        raise HessianFlowError(f"{path}: larger than {max_bytes} bytes (it has {size}); replace the file")
+        raise HessianFlowError(
+            f"{path}: larger than {max_bytes} bytes (it has {size}); replace the file"
+        )
     return content
 
 
 class _Raw(io.FileIO):
-    """A file that says so where reading would have to wait: some that the kernel makes up are plain by name only."""
+    """A file that says so where reading would have to wait: some that the kernel makes up are plain
+    by name only."""
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         """As usual, but never None."""
@@ -60,7 +66,9 @@ class _Raw(io.FileIO):
 
 def _check_plain(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise HessianFlowError(f"{path}: is {_kind(found.st_mode)}, not a plain file; remove or replace it")
+        raise HessianFlowError(
+            f"{path}: is {_kind(found.st_mode)}, not a plain file; remove or replace it"
+        )
 
 
 def _kind(mode: int) -> str:

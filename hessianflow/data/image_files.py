@@ -41,7 +41,9 @@ def usual_side(files: Sequence[Path], largest: int) -> int:
     try:
         from PIL import Image
     except ImportError as error:
-        raise HessianFlowError("image files need Pillow: pip install 'hessianflow[images]'") from error
+        raise HessianFlowError(
+            "image files need Pillow: pip install 'hessianflow[images]'"
+        ) from error
     places = np.unique(np.linspace(0, len(files) - 1, min(SAMPLE, len(files))).round().astype(int))
     sides = []
     for place in places:

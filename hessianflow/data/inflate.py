@@ -1,4 +1,5 @@
-"""Unpack a zlib or gzip stream piece by piece, so that it cannot fill the memory whatever it holds."""
+"""Unpack a zlib or gzip stream piece by piece, so that it cannot fill the memory whatever it
+holds."""
 
 import zlib
 from collections.abc import Mapping
@@ -25,7 +26,9 @@ class Inflated:
         length: of the compressed bytes; None: up to the end of the file.
     """
 
-    def __init__(self, file: BinaryIO, kind: Literal["zlib", "gzip"], length: int | None = None) -> None:
+    def __init__(
+        self, file: BinaryIO, kind: Literal["zlib", "gzip"], length: int | None = None
+    ) -> None:
         self._file = file
         self._kind = kind
         self._left = length

@@ -106,8 +106,8 @@ def stacked(items: list[Any]) -> Any:
         if "equal size" in reason or "resize storage" in reason:  # the latter in a worker
             reason = "tensors or lists of different sizes"
         raise HessianFlowError(
-            f"items such as {article(items[0])} cannot be stacked to a batch ({reason}): pass a collate_fn that pads "
-            "or gathers them"
+            f"items such as {article(items[0])} cannot be stacked to a batch ({reason}): pass a"
+            " collate_fn that pads or gathers them"
         ) from error
 
 
@@ -225,7 +225,7 @@ def _opened(stack: Any) -> list[Any]:
     values = entries(stack)
     if values is None or not isinstance(stack, (Mapping, tuple)):
         raise HessianFlowError(
-            f"the default collate made {article(stack)}, which cannot be cut into batches: leave it out in the data "
-            "set, or pass a collate_fn"
+            f"the default collate made {article(stack)}, which cannot be cut into batches: leave it"
+            " out in the data set, or pass a collate_fn"
         )
     return values

@@ -1,7 +1,9 @@
-"""Read arrays of numbers from MATLAB's files of version 5, one variable at a time and never more than asked for.
+"""Read arrays of numbers from MATLAB's files of version 5, one variable at a time and never more
+than asked for.
 
-Every variable is an element: a tag (kind and length), then for a matrix the elements flags, dimensions, name and
-numbers; usually the whole is packed with zlib. Cells, structures, objects and text are told apart but not read.
+Every variable is an element: a tag (kind and length), then for a matrix the elements flags,
+dimensions, name and numbers; usually the whole is packed with zlib. Cells, structures, objects and
+text are told apart but not read.
 """
 
 import math
@@ -20,7 +22,8 @@ _STORED: Mapping[int, str] = {
     **{1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4"},
     **{7: "f4", 9: "f8", 12: "i8", 13: "u8"},
 }
-"""How numbers are stored, by the kind in their tag; 1, 5 and 6 also occur as names, dimensions and flags."""
+"""How numbers are stored, by the kind in their tag; 1, 5 and 6 also occur as names, dimensions and
+flags."""
 NUMBERS = frozenset(np.dtype(code).name for code in _STORED.values())
 """What :attr:`MatArray.kind` is where a variable can be read."""
 _CLASSES: Mapping[int, str] = {1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse"}
@@ -40,7 +43,8 @@ class MatArray:
 
     Attributes:
         name: of the variable.
-        kind: NumPy's name of the type in which its numbers are stored; "char", "cell", ... where it holds none.
+        kind: NumPy's name of the type in which its numbers are stored; "char", "cell", ... where it
+            holds none.
         shape: its dimensions.
         read: gives the numbers, in that shape, while the file is at this variable.
     """
@@ -103,7 +107,9 @@ def _matrix(stream: Source, kind: int, order: str) -> MatArray:
         raise MatFileError(f"the variable {name!r} stores its numbers as kind {stored}")
     dtype = np.dtype(f"{order}{_STORED[stored]}")
     if length != math.prod(shape) * dtype.itemsize:
-        raise MatFileError(f"the variable {name!r} has {length} bytes for {math.prod(shape)} numbers")
+        raise MatFileError(
+            f"the variable {name!r} has {length} bytes for {math.prod(shape)} numbers"
+        )
 
     def read() -> NDArray[np.generic]:
         numbers = np.empty(math.prod(shape), dtype=dtype)

@@ -89,7 +89,9 @@ def generators_of(owner: Any) -> list[Any]:
         if id(part) in seen or isinstance(part, _OPAQUE):
             continue
         seen.add(id(part))
-        if isinstance(part, (np.random.Generator, np.random.RandomState, random.Random)) or _is_of_torch(part):
+        if isinstance(
+            part, (np.random.Generator, np.random.RandomState, random.Random)
+        ) or _is_of_torch(part):
             found.append(part)
         else:
             waiting.extend(_parts(part))

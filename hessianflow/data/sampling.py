@@ -61,20 +61,24 @@ class AdaptiveBatches(ExampleStream):
     process, and workers in the next one.
 
     Args:
-        dataset: any map-style `torch.utils.data.Dataset` with a length; its items are collated by `collate_fn`.
+        dataset: any map-style `torch.utils.data.Dataset` with a length; its items are collated by
+            `collate_fn`.
         batch_size: examples a batch, over all ranks.
         seed: of order and of the examples' own random transforms.
         num_workers: processes that load; 0: load in this one.
         pin_memory: page-locked chunks, for an overlapping copy to a GPU.
         device: where the batches are put.
-        transform: applied to every batch once it is on the device, e.g. :class:`hessianflow.data.Normalise`.
+        transform: applied to every batch once it is on the device, e.g.
+            :class:`hessianflow.data.Normalise`.
         collate_fn: makes a batch of the list of its items (on several ranks, of those of this
             rank's part), in this process: work on single examples belongs in the data set. None:
             torch's default, applied where items are loaded.
-        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than the set.
+        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than
+            the set.
         chunk_size: examples a worker loads at a time.
         prefetch_examples: how far to load ahead, over all workers.
-        value_range: lowest and highest valid input (after `transform`), to clamp attacks; handed through.
+        value_range: lowest and highest valid input (after `transform`), to clamp attacks; handed
+            through.
         worker_init_fn: called in each worker with its number when it starts; `torch.initial_seed()`
             then depends on (seed, epoch) and that number.
         persistent_workers: keep the workers from one epoch to the next. It saves the time to start
@@ -109,7 +113,11 @@ class AdaptiveBatches(ExampleStream):
         self._examples = SeededExamples(dataset, seed)
         self._collate = None if collate_fn is default_collate else collate_fn
         self._randomness = Randomness(collate_fn)
-        self._transform, self._device, self._pin_memory = transform, torch.device(device), pin_memory
+        self._transform, self._device, self._pin_memory = (
+            transform,
+            torch.device(device),
+            pin_memory,
+        )
         self._value_range = value_range
         self._plan = ChunkPlan(chunk_size)
         self._options: dict[str, Any] = {
@@ -120,7 +128,9 @@ class AdaptiveBatches(ExampleStream):
             "generator": torch.Generator(),  # else the loader draws from the global one
             "worker_init_fn": partial(start_worker, worker_init_fn),
             "persistent_workers": persistent_workers and num_workers > 0,
-            "prefetch_factor": max(2, -(-prefetch_examples // (chunk_size * num_workers))) if num_workers else None,
+            "prefetch_factor": (
+                max(2, -(-prefetch_examples // (chunk_size * num_workers))) if num_workers else None
+            ),
         }
         self._loader: DataLoader[Any] = DataLoader(self._examples, **self._options)
         self._chunks: Iterator[Any] | None = None
@@ -150,7 +160,8 @@ class AdaptiveBatches(ExampleStream):
         self._forget_chunks()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the place of `state`, at its batch size; see :meth:`ExampleStream.load_state_dict`."""
+        """Continue at the place of `state`, at its batch size; see
+        :meth:`ExampleStream.load_state_dict`."""
         super().load_state_dict(state)
         self._forget_chunks()
 
@@ -162,7 +173,8 @@ class AdaptiveBatches(ExampleStream):
         """Return the examples at `indices` (int64 [n]), loaded here and now; the stream does not
         move.
 
-        Transforms of the data set apply as in epoch 0: give a set without random ones to measure on.
+        Transforms of the data set apply as in epoch 0: give a set without random ones to measure
+        on.
         """
         items = self._examples.__getitems__([(0, int(index)) for index in indices])
         return self._finished(self._collated(items, 0, self._num_examples))
@@ -200,7 +212,11 @@ class AdaptiveBatches(ExampleStream):
         first = self._cursor
         while first < self._num_examples:
             size = self._next_size(first)
-            parts.append(torch.arange(*(first + size * r // self._world_size for r in (self._rank, self._rank + 1))))
+            parts.append(
+                torch.arange(
+                    *(first + size * r // self._world_size for r in (self._rank, self._rank + 1))
+                )
+            )
             first += size
         return torch.cat(parts)
 
@@ -229,12 +245,14 @@ class AdaptiveBatches(ExampleStream):
         length = len(dataset)  # type: ignore[arg-type]
         if length != self._num_examples:
             raise HessianFlowError(
-                f"the {type(dataset).__name__} had {self._num_examples} examples and now has {length}: make a "
-                "new AdaptiveBatches when a data set changes its length"
+                f"the {type(dataset).__name__} had {self._num_examples} examples and now has"
+                f" {length}: make a new AdaptiveBatches when a data set changes its length"
             )
         self._examples.randomness.look_again()
         self._randomness.look_again()
-        self._plan.keys = [(self._epoch, int(i)) for i in self._order()[self._places_from(start, stop)]]
+        self._plan.keys = [
+            (self._epoch, int(i)) for i in self._order()[self._places_from(start, stop)]
+        ]
         self._options["generator"].manual_seed(stream_seed(self._seed, "workers", self._epoch))
         self._chunks = iter(self._loader)
         # Freed with a cycle of objects, the iterator would find its queues closed, and wait some
@@ -246,7 +264,9 @@ class AdaptiveBatches(ExampleStream):
         assert self._chunks is not None
         chunk = next(self._chunks, None)
         if chunk is None:
-            raise HessianFlowError("the loader ended before the epoch did: does the data set raise StopIteration?")
+            raise HessianFlowError(
+                "the loader ended before the epoch did: does the data set raise StopIteration?"
+            )
         if isinstance(chunk, Failure):
             raise HessianFlowError(chunk.message)
         return chunk  # type: ignore[no-any-return]
@@ -261,7 +281,9 @@ class AdaptiveBatches(ExampleStream):
                 if not self._is_stackable:
                     rows_of(chunk, slice(0, 0))  # refuses at the start what could not be cut later
                     self._is_stackable = True
-                self._loaded.append((size, move(chunk, self._device, non_blocking=self._pin_memory)))
+                self._loaded.append(
+                    (size, move(chunk, self._device, non_blocking=self._pin_memory))
+                )
             size, chunk = self._loaded.popleft()
             if size > count:
                 self._loaded.appendleft((size - count, rows_of(chunk, slice(count, None))))
@@ -278,7 +300,11 @@ class AdaptiveBatches(ExampleStream):
 
     def _without_rows(self) -> Any:
         """Return a batch of no example: the first example's, less its one row."""
-        return take_rows(self._collated(self._examples.__getitems__([(0, 0)]), 0, self._num_examples), slice(0, 0), 1)
+        return take_rows(
+            self._collated(self._examples.__getitems__([(0, 0)]), 0, self._num_examples),
+            slice(0, 0),
+            1,
+        )
 
     def _collated(self, items: Any, epoch: int, place: int) -> Any:
         """Return a batch of items on the device; what `collate_fn` draws depends on epoch and place
@@ -331,12 +357,14 @@ def _end_workers_of(chunks: Any, owner: int) -> None:
         chunks._shutdown_workers()
 
 
-def _check_options(dataset: Dataset[Any], num_workers: int, chunk_size: int, prefetch_examples: int) -> None:
+def _check_options(
+    dataset: Dataset[Any], num_workers: int, chunk_size: int, prefetch_examples: int
+) -> None:
     has_items = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
     if not hasattr(dataset, "__len__") or not has_items:
         raise HessianFlowError(
-            f"dataset must be map-style, with a length and items by index, got {type(dataset).__name__}: "
-            "an iterable data set has no order to resume in"
+            "dataset must be map-style, with a length and items by index, got"
+            f" {type(dataset).__name__}: an iterable data set has no order to resume in"
         )
     for name, value, least in (
         ("num_workers", num_workers, 0),

@@ -45,14 +45,19 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
     ),
     "cifar100": (
         Source(
-            f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", 168_513_733, "cifar-100-binary"
+            f"{_TORONTO}/cifar-100-binary.tar.gz",
+            "03b5dce01913d631647c71ecec9e9cb8",
+            168_513_733,
+            "cifar-100-binary",
         ),
     ),
     "svhn": (
         Source(f"{_SVHN}/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373", 182_040_794),
         Source(f"{_SVHN}/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", 64_275_384),
     ),
-    "svhn-extra": (Source(f"{_SVHN}/extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7", 1_329_278_602),),
+    "svhn-extra": (
+        Source(f"{_SVHN}/extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7", 1_329_278_602),
+    ),
     "tiny-imagenet": (
         Source(
             "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
@@ -62,7 +67,8 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
         ),
     ),
 }
-"""Files that :func:`hessianflow.data.fetch` gets. ImageNet is not among them: its owners ask for a registration."""
+"""Files that :func:`hessianflow.data.fetch` gets. ImageNet is not among them: its owners ask for a
+registration."""
 
 
 def default_root() -> Path:
@@ -74,7 +80,10 @@ def default_root() -> Path:
 
 def remedy(name: str) -> str:
     """Return how to get a data set, to end an error message with."""
-    return f"get it with `hessianflow data fetch {name}` or from {' and '.join(s.url for s in SOURCES[name])}"
+    return (
+        f"get it with `hessianflow data fetch {name}` or from"
+        f" {' and '.join(s.url for s in SOURCES[name])}"
+    )
 
 
 def damaged(name: str, file: object, what: str) -> HessianFlowError:

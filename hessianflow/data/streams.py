@@ -1,8 +1,9 @@
 """The order in which examples are visited, and the place reached in it.
 
-An epoch visits every example once, in an order drawn from (seed, epoch) alone. The place is counted in examples, so it
-means the same whatever the batch size, the number of ranks or the number of interruptions. Order, crops, flips and
-cutouts are drawn from separate generators: switching one on leaves the others, and the order, as they were.
+An epoch visits every example once, in an order drawn from (seed, epoch) alone. The place is counted
+in examples, so it means the same whatever the batch size, the number of ranks or the number of
+interruptions. Order, crops, flips and cutouts are drawn from separate generators: switching one on
+leaves the others, and the order, as they were.
 """
 
 import warnings
@@ -17,7 +18,9 @@ from hessianflow.interfaces import HessianFlowError
 
 T = TypeVar("T")
 
-Stream = Literal["order", "crop", "flip", "cutout", "example", "sample", "collate", "held", "workers"]
+Stream = Literal[
+    "order", "crop", "flip", "cutout", "example", "sample", "collate", "held", "workers"
+]
 _STREAM_KEYS: Mapping[Stream, int] = {
     "order": 0,
     "crop": 1,
@@ -46,27 +49,29 @@ def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
 
 
 class ExampleStream:
-    """Place in a shuffled, endless sequence of epochs over `num_examples` examples; the base of both kinds of batches.
+    """Place in a shuffled, endless sequence of epochs over `num_examples` examples; the base of
+    both kinds of batches.
 
     Iterating yields what is left of the current epoch, the last partial batch included, then enters
     the next epoch. A batch that cannot be made, for an error of the data or an interruption, is the
     next one to come. Without shuffling every iteration starts at the first example, as evaluation
     wants it, until a state is loaded or a rank set: from then on it goes on where it stood, too.
 
-    With several ranks, a batch of n examples that starts at place p is cut into contiguous parts: rank r of w takes
-    [p + n*r//w, p + n*(r+1)//w). All ranks see the same number of batches; where a batch has fewer examples than there
-    are ranks, some parts are empty.
+    With several ranks, a batch of n examples that starts at place p is cut into contiguous parts:
+    rank r of w takes [p + n*r//w, p + n*(r+1)//w). All ranks see the same number of batches; where
+    a batch has fewer examples than there are ranks, some parts are empty.
 
-    An epoch whose examples are no multiple of the batch size ends in a smaller batch. Were that less than half a batch,
-    it shares its examples evenly with the one before (of 4,000 at 398: nine of 398, then 209 and 209; not ten and one
-    of 20). A few examples would take a step at the rate that belongs to many, with their gradient's noise; a rate that
-    grew with the batch can turn a run over that way. A single example left over by batches of two joins them, as batch
+    An epoch whose examples are no multiple of the batch size ends in a smaller batch. Were that
+    less than half a batch, it shares its examples evenly with the one before (of 4,000 at 398: nine
+    of 398, then 209 and 209; not ten and one of 20). A few examples would take a step at the rate
+    that belongs to many, with their gradient's noise; a rate that grew with the batch can turn a
+    run over that way. A single example left over by batches of two joins them, as batch
     normalisation cannot train on one.
 
     Args:
         num_examples: size of the data set.
-        batch_size: examples a batch over all ranks, at most `num_examples` when shuffling (an update that asks for more
-            would silently be smaller).
+        batch_size: examples a batch over all ranks, at most `num_examples` when shuffling (an
+            update that asks for more would silently be smaller).
         seed: of order and augmentation, non-negative.
         shuffle: False visits the examples in the order they are stored (evaluation).
 
@@ -117,7 +122,9 @@ class ExampleStream:
             HessianFlowError: `rank` outside [0, world_size).
         """
         if not 0 <= rank < world_size:
-            raise HessianFlowError(f"rank must lie in [0, world_size), got rank {rank} of world_size {world_size}")
+            raise HessianFlowError(
+                f"rank must lie in [0, world_size), got rank {rank} of world_size {world_size}"
+            )
         self._rank, self._world_size = rank, world_size
         self._is_shared, self._starts_over = True, False
 
@@ -130,18 +137,21 @@ class ExampleStream:
         """Continue at the place of `state`, at its batch size.
 
         Raises:
-            HessianFlowError: a state of other data or of another seed, or one that is incomplete or out of range.
+            HessianFlowError: a state of other data or of another seed, or one that is incomplete or
+                out of range.
         """
         missing = [key for key in _STATE_KEYS if key not in state]
         if missing:
-            raise HessianFlowError(f"this is no state of a data stream: it lacks {', '.join(missing)}")
+            raise HessianFlowError(
+                f"this is no state of a data stream: it lacks {', '.join(missing)}"
+            )
         self._check_same(state, "num_examples", "examples", self._num_examples)
         self._check_same(state, "seed", "as seed", self._seed)
         epoch, cursor = int(state["epoch"]), int(state["cursor"])
         if epoch < 0 or not 0 <= cursor <= self._num_examples:
             raise HessianFlowError(
-                f"the place of a data stream must lie in an epoch of {self._num_examples} examples, "
-                f"got epoch {epoch}, cursor {cursor}: the state is damaged"
+                f"the place of a data stream must lie in an epoch of {self._num_examples} examples,"
+                f" got epoch {epoch}, cursor {cursor}: the state is damaged"
             )
         self._batch_size = self._checked_batch_size(int(state["batch_size"]))
         self._epoch, self._cursor = epoch, cursor
@@ -176,14 +186,20 @@ class ExampleStream:
 
     def _warn_of_equal_ranks(self) -> None:
         """Say once that the ranks of the process group would all go through the same examples."""
-        if self._is_shared or self._has_warned or not self._shuffle or not distributed.is_available():
+        if (
+            self._is_shared
+            or self._has_warned
+            or not self._shuffle
+            or not distributed.is_available()
+        ):
             return
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             self._has_warned = True
             warnings.warn(
-                f"each of the {distributed.get_world_size()} ranks of the process group goes through all "
-                f"{self._num_examples} examples, in the same order: call set_shard(rank, world_size) on this "
-                f"{type(self).__name__}, or set_shard(0, 1) if that is meant",
+                f"each of the {distributed.get_world_size()} ranks of the process group goes"
+                f" through all {self._num_examples} examples, in the same order: call"
+                f" set_shard(rank, world_size) on this {type(self).__name__}, or set_shard(0, 1) if"
+                " that is meant",
                 stacklevel=3,
             )
 
@@ -204,11 +220,15 @@ class ExampleStream:
         the CPU."""
         if not self._shuffle:
             return torch.arange(self._num_examples)
-        return torch.randperm(self._num_examples, generator=generator(self._seed, "order", self._epoch))
+        return torch.randperm(
+            self._num_examples, generator=generator(self._seed, "order", self._epoch)
+        )
 
     def _sampled_indices(self, count: int, seed: int) -> Tensor:
         if not 1 <= count <= self._num_examples:
-            raise HessianFlowError(f"count must lie between 1 and the {self._num_examples} examples, got {count}")
+            raise HessianFlowError(
+                f"count must lie between 1 and the {self._num_examples} examples, got {count}"
+            )
         return torch.randperm(self._num_examples, generator=generator(seed, "sample"))[:count]
 
     def _checked_batch_size(self, batch_size: int) -> int:
@@ -218,12 +238,14 @@ class ExampleStream:
             raise HessianFlowError(f"batch_size must be a whole number, got {batch_size!r}")
         if self._shuffle and batch_size > self._num_examples:
             raise HessianFlowError(
-                f"batch_size must not exceed the {self._num_examples} examples of the data set, got {batch_size}: "
-                "choose a smaller batch, or a smaller maximum for the controller"
+                f"batch_size must not exceed the {self._num_examples} examples of the data set, got"
+                f" {batch_size}: choose a smaller batch, or a smaller maximum for the controller"
             )
         return int(batch_size)
 
     @staticmethod
     def _check_same(state: Mapping[str, Any], key: str, what: str, mine: int) -> None:
         if state[key] != mine:
-            raise HessianFlowError(f"the saved data stream had {state[key]} {what}, this one has {mine}: cannot resume")
+            raise HessianFlowError(
+                f"the saved data stream had {state[key]} {what}, this one has {mine}: cannot resume"
+            )

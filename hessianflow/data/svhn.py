@@ -22,7 +22,9 @@ from hessianflow.interfaces import HessianFlowError
 RECORDS: Mapping[str, int] = {"train": 73_257, "test": 26_032, "extra": 531_131}
 
 
-def read_svhn(root: Path, split: str, *, records: Mapping[str, int] = RECORDS) -> tuple[Tensor, Tensor]:
+def read_svhn(
+    root: Path, split: str, *, records: Mapping[str, int] = RECORDS
+) -> tuple[Tensor, Tensor]:
     """Return images uint8 [N, 3, 32, 32] and digits int64 [N] of "train", "test" or "extra".
 
     `root` is the folder that holds the .mat file, or one with a folder svhn in it.
@@ -32,7 +34,9 @@ def read_svhn(root: Path, split: str, *, records: Mapping[str, int] = RECORDS) -
     """
     name = "svhn-extra" if split == "extra" else "svhn"
     source = next(s for s in SOURCES[name] if s.file.startswith(split))
-    paths = [place / source.file for place in (root, root / "svhn") if (place / source.file).is_file()]
+    paths = [
+        place / source.file for place in (root, root / "svhn") if (place / source.file).is_file()
+    ]
     if not paths:
         raise HessianFlowError(f"no {source.file} under {root}; {remedy(name)}")
     images, labels = _arrays(name, paths[0], records[split])
@@ -69,4 +73,8 @@ def _check_header(name: str, path: Path, array: MatArray, count: int) -> None:
         return
     size = math.prod(array.shape)
     if size != count or array.kind not in NUMBERS:
-        raise damaged(name, path, f"y holds {size} labels of type {array.kind}, expected {count} numbers from 1 to 10")
+        raise damaged(
+            name,
+            path,
+            f"y holds {size} labels of type {array.kind}, expected {count} numbers from 1 to 10",
+        )

@@ -1,8 +1,8 @@
 """Read the headers and files of a tar archive in order, in bounded memory and time.
 
-Known are plain files and folders in the formats ustar, GNU (long names) and pax (paths and sizes); everything else is
-handed out as "other", to be refused. The standard library reads more, but a few bytes can make it loop, or read as much
-as a header asks for.
+Known are plain files and folders in the formats ustar, GNU (long names) and pax (paths and sizes);
+everything else is handed out as "other", to be refused. The standard library reads more, but a few
+bytes can make it loop, or read as much as a header asks for.
 """
 
 import re
@@ -15,12 +15,18 @@ from hessianflow.data.inflate import Source
 _BLOCK = 512
 _PIECE = 1 << 20
 MAX_HEADER_BYTES = 1 << 16
-"""A long name or a list of attributes has at most so many bytes. Ours: eight times what a name and a link need."""
+"""A long name or a list of attributes has at most so many bytes. Ours: eight times what a name and
+a link need."""
 MAX_HEADERS = 1 << 18
 """An archive with more headers is refused. Ours: twice what the largest of our sets has."""
 
 _OCTAL = re.compile(rb" *([0-7]*) *")
-_KINDS: dict[bytes, Literal["file", "folder"]] = {b"0": "file", b"\0": "file", b"7": "file", b"5": "folder"}
+_KINDS: dict[bytes, Literal["file", "folder"]] = {
+    b"0": "file",
+    b"\0": "file",
+    b"7": "file",
+    b"5": "folder",
+}
 _WITHOUT_CONTENT = frozenset(b"123456")
 
 
@@ -44,7 +50,8 @@ class TarMember:
 
 
 class TarReader:
-    """Iterate to get the members; the content of the last one handed out can be read until the next is asked for.
+    """Iterate to get the members; the content of the last one handed out can be read until the next
+    is asked for.
 
     Args:
         stream: the archive, unpacked.
@@ -125,7 +132,8 @@ class TarReader:
         return content
 
     def _drain(self) -> None:
-        """Read what follows the end mark: the checksum of a compressed stream is compared only where it ends."""
+        """Read what follows the end mark: the checksum of a compressed stream is compared only
+        where it ends."""
         while block := self._stream.read(min(_PIECE, self._budget + 1)):
             self._budget -= len(block)
             if self._budget < 0:
@@ -134,7 +142,8 @@ class TarReader:
 
 def _check_sum(header: bytes) -> None:
     plain = header[:148] + b" " * 8 + header[156:]
-    signed = sum(plain) - 256 * sum(byte > 127 for byte in plain)  # some old programs summed signed bytes
+    # some old programs summed signed bytes
+    signed = sum(plain) - 256 * sum(byte > 127 for byte in plain)
     if _number(header[148:156]) not in (sum(plain), signed):
         raise TarReadError("a header with a wrong checksum")
 

@@ -1,7 +1,8 @@
 """Tiny-ImageNet: 200 classes of 64x64 JPEGs, 500 each for training and 50 each for validation.
 
-Read from the official zip file as it is, or from the folder it unpacks to. The validation images are used as the test
-split (the official test images have no labels). Class index = rank of the class's identifier in sorted order.
+Read from the official zip file as it is, or from the folder it unpacks to. The validation images
+are used as the test split (the official test images have no labels). Class index = rank of the
+class's identifier in sorted order.
 """
 
 from contextlib import ExitStack
@@ -37,18 +38,23 @@ def read_tiny_imagenet(
     needs Pillow.
 
     Raises:
-        HessianFlowError: files that are missing or damaged, or a number of classes or images that is not as published.
+        HessianFlowError: files that are missing or damaged, or a number of classes or images that
+            is not as published.
     """
     with _Files(root) as files:
         classes = sorted(files.text("wnids.txt").split())
         if len(classes) != layout.num_classes:
-            raise damaged(NAME, "wnids.txt", f"found {len(classes)} classes, expected {layout.num_classes}")
+            raise damaged(
+                NAME, "wnids.txt", f"found {len(classes)} classes, expected {layout.num_classes}"
+            )
         labelled = _train_files(files) if split == "train" else _test_files(files)
         ranks = {wnid: rank for rank, wnid in enumerate(classes)}
         unknown = sorted({wnid for _, wnid in labelled} - ranks.keys())
         if unknown:
             raise damaged(NAME, split, f"class {unknown[0]!r} is not in wnids.txt")
-        expected = layout.train_per_class * layout.num_classes if split == "train" else layout.test_images
+        expected = (
+            layout.train_per_class * layout.num_classes if split == "train" else layout.test_images
+        )
         if len(labelled) != expected:
             raise damaged(NAME, split, f"found {len(labelled)} images, expected {expected}")
         images = decode_all([path for path, _ in labelled], files.content, side=64)
@@ -60,9 +66,13 @@ class _Files:
 
     def __init__(self, root: Path) -> None:
         folders = [place for place in (root / FOLDER, root) if (place / "wnids.txt").is_file()]
-        archives = [path for path in (root / ARCHIVE, root) if path.name == ARCHIVE and path.is_file()]
+        archives = [
+            path for path in (root / ARCHIVE, root) if path.name == ARCHIVE and path.is_file()
+        ]
         if not folders and not archives:
-            raise HessianFlowError(f"no {NAME} under {root}: neither {FOLDER} nor {ARCHIVE} is there; {remedy(NAME)}")
+            raise HessianFlowError(
+                f"no {NAME} under {root}: neither {FOLDER} nor {ARCHIVE} is there; {remedy(NAME)}"
+            )
         self._folder = folders[0] if folders else None
         self._to_close = ExitStack()
         try:
@@ -82,10 +92,15 @@ class _Files:
         """Return every JPEG below a folder, sorted."""
         if self._zip is not None:
             names = (name.removeprefix(f"{FOLDER}/") for name in self._zip.namelist())
-            return sorted(name for name in names if name.startswith(f"{below}/") and name.endswith(".JPEG"))
+            return sorted(
+                name for name in names if name.startswith(f"{below}/") and name.endswith(".JPEG")
+            )
         assert self._folder is not None
         try:
-            found = [path.relative_to(self._folder).as_posix() for path in (self._folder / below).rglob("*.JPEG")]
+            found = [
+                path.relative_to(self._folder).as_posix()
+                for path in (self._folder / below).rglob("*.JPEG")
+            ]
         except RecursionError:
             raise damaged(NAME, self._folder / below, "folders are nested too deep") from None
         return sorted(found)
@@ -121,10 +136,16 @@ def _train_files(files: _Files) -> list[tuple[str, str]]:
 
 def _test_files(files: _Files) -> list[tuple[str, str]]:
     """(path, class identifier) of every validation image, in the order of the annotation file."""
-    rows = [line.split("\t") for line in files.text("val/val_annotations.txt").splitlines() if line.strip()]
+    rows = [
+        line.split("\t")
+        for line in files.text("val/val_annotations.txt").splitlines()
+        if line.strip()
+    ]
     short = [row for row in rows if len(row) < 2]
     if short:
-        raise damaged(NAME, "val/val_annotations.txt", f"line {short[0]!r} has no tab between file and class")
+        raise damaged(
+            NAME, "val/val_annotations.txt", f"line {short[0]!r} has no tab between file and class"
+        )
     outside = [row[0] for row in rows if not row[0].strip(".") or set(row[0]) & set("/\\\0")]
     if outside:
         raise damaged(NAME, "val/val_annotations.txt", f"{outside[0]!r} is not the name of a file")

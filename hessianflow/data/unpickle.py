@@ -1,8 +1,9 @@
 """Read the pickles of the CIFAR archives without running them.
 
-A pickle is a program: its instructions call whatever function they name, with whatever arguments. This reader carries
-out the few instructions that such a file needs, on objects of its own: numbers, strings, lists, dicts, and arrays of
-uint8 that are made from their shape and their bytes. Everything else is refused.
+A pickle is a program: its instructions call whatever function they name, with whatever arguments.
+This reader carries out the few instructions that such a file needs, on objects of its own: numbers,
+strings, lists, dicts, and arrays of uint8 that are made from their shape and their bytes.
+Everything else is refused.
 """
 
 import math
@@ -17,18 +18,21 @@ from hessianflow.data.sources import one_line
 from hessianflow.interfaces import HessianFlowError
 
 _DTYPE_STATE = (3, "|", None, None, None, -1, -1, 0)
-"""What NumPy writes of a plain one-byte type: version, byte order, and the absence of fields and alignment."""
+"""What NumPy writes of a plain one-byte type: version, byte order, and the absence of fields and
+alignment."""
 
 
 def load_arrays(content: bytes, origin: str) -> dict[str, Any]:
-    """Read a dict of integers, strings, lists of them, and uint8 arrays; text of Python 2 is read as latin-1.
+    """Read a dict of integers, strings, lists of them, and uint8 arrays; text of Python 2 is read
+    as latin-1.
 
     Args:
         content: the pickle, of protocol 1 or 2.
         origin: names the file in errors.
 
     Returns:
-        Keys are strings. A value is an int, a str, bytes, a list of one of these, or a uint8 array of two dimensions,
+        Keys are strings. A value is an int, a str, bytes, a list of one of these, or a uint8 array
+            of two dimensions,
         which cannot be written to.
 
     Raises:
@@ -38,9 +42,19 @@ def load_arrays(content: bytes, origin: str) -> dict[str, Any]:
         return _values(_Machine(origin).run(content))
     except HessianFlowError:
         raise
-    # Of pickletools, which decodes the instructions, and of instructions that find other objects than they need.
-    except (ValueError, TypeError, LookupError, OverflowError, MemoryError, RecursionError) as error:
-        raise HessianFlowError(f"{origin}: damaged pickle ({one_line(error)}); get it again") from error
+    # Of pickletools, which decodes the instructions, and of instructions that find other objects
+    # than they need.
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
+        raise HessianFlowError(
+            f"{origin}: damaged pickle ({one_line(error)}); get it again"
+        ) from error
 
 
 class _Function:
@@ -81,7 +95,9 @@ class _Machine:
                 return self._stack.pop()
             carry_out = _INSTRUCTIONS.get(instruction.name)
             if carry_out is None:
-                raise HessianFlowError(f"{self._origin}: refused, the pickle holds the instruction {instruction.name}")
+                raise HessianFlowError(
+                    f"{self._origin}: refused, the pickle holds the instruction {instruction.name}"
+                )
             carry_out(self, argument)
         raise ValueError("it does not end")
 
@@ -110,7 +126,9 @@ class _Machine:
     def name(self, function: str) -> None:
         """Note a function or class."""
         if function not in _FUNCTIONS:
-            raise HessianFlowError(f"{self._origin}: refused, the pickle would run {function.replace(' ', '.')}")
+            raise HessianFlowError(
+                f"{self._origin}: refused, the pickle would run {function.replace(' ', '.')}"
+            )
         self._stack.append(_Function(_FUNCTIONS[function]))
 
     def call(self, _: None) -> None:
@@ -148,7 +166,8 @@ class _Machine:
 
 
 _PUSH = dict.fromkeys(
-    ("INT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINSTRING", "BINSTRING", "BINUNICODE"), _Machine.push
+    ("INT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINSTRING", "BINSTRING", "BINUNICODE"),
+    _Machine.push,
 )
 _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     **_PUSH,
@@ -209,7 +228,11 @@ def _array(version: Any, shape: Any, dtype: Any, by_columns: Any, raw: Any) -> N
     """Return an array from what NumPy wrote of it."""
     if version != 1 or not isinstance(dtype, _UInt8) or type(by_columns) not in (bool, int):
         raise ValueError("an array in another form than NumPy writes")
-    if not (type(shape) is tuple and len(shape) == 2 and all(type(side) is int and side >= 0 for side in shape)):
+    if not (
+        type(shape) is tuple
+        and len(shape) == 2
+        and all(type(side) is int and side >= 0 for side in shape)
+    ):
         raise ValueError("an array that does not have two dimensions")
     content = raw.encode("latin1") if isinstance(raw, str) else raw
     if type(content) is not bytes or len(content) != math.prod(shape):
@@ -225,7 +248,9 @@ def _values(record: Any) -> dict[str, Any]:
         kinds = {type(item) for item in plain} if type(plain) is list else {type(plain)}
         allowed = {int, str, bytes} if type(plain) is list else {int, str, bytes, np.ndarray}
         if len(kinds) > 1 or not kinds <= allowed:
-            raise ValueError(f"{key[:40]!r} holds {', '.join(sorted(kind.__name__ for kind in kinds))}")
+            raise ValueError(
+                f"{key[:40]!r} holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
+            )
         found[key] = plain
     return found
 

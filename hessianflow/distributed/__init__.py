@@ -1,4 +1,5 @@
-"""From one process to a cluster: process groups, synchronised gradients and curvature, elastic runs, dry runs."""
+"""From one process to a cluster: process groups, synchronised gradients and curvature, elastic
+runs, dry runs."""
 
 from hessianflow.distributed.curvature import AllReducedOperator, shard, sharded
 from hessianflow.distributed.elastic import ElasticEvent, ElasticRun

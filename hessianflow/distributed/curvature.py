@@ -1,9 +1,10 @@
-"""Curvature over the examples of all ranks: each multiplies with the matrix of its own, one sum a product.
+"""Curvature over the examples of all ranks: each multiplies with the matrix of its own, one sum a
+product.
 
-With A_r the curvature matrix of the mean loss over the n_r examples of rank r, that over all N examples is
-A = sum_r (n_r / N) A_r, with class weights in place of numbers where the loss divides by those. Every rank gets bitwise
-the same product, and so, from the same start (same seed), the same eigenpairs after the same number of products,
-provided the ranks are of one kind of machine.
+With A_r the curvature matrix of the mean loss over the n_r examples of rank r, that over all N
+examples is A = sum_r (n_r / N) A_r, with class weights in place of numbers where the loss divides
+by those. Every rank gets bitwise the same product, and so, from the same start (same seed), the
+same eigenpairs after the same number of products, provided the ranks are of one kind of machine.
 """
 
 import math
@@ -43,18 +44,21 @@ class AllReducedOperator(Operator):
     Args:
         base: the operator of this rank's examples.
         reducer: of the group.
-        weight: what this rank counts for; default `base.loss_weight`, mostly its examples. 0: the rank has none of
-            its own, `base` is never asked for a product.
+        weight: what this rank counts for; default `base.loss_weight`, mostly its examples. 0: the
+            rank has none of its own, `base` is never asked for a product.
 
     Attributes:
         total_weight: over all ranks.
 
     Raises:
-        HessianFlowError: no examples on any rank; on all together, a part whose weight cannot be told. At a product,
-            what the base raises, on the rank that raises it; the others receive nan, so that no rank waits for another.
+        HessianFlowError: no examples on any rank; on all together, a part whose weight cannot be
+            told. At a product, what the base raises, on the rank that raises it; the others receive
+            nan, so that no rank waits for another.
     """
 
-    def __init__(self, base: MeanLossOperator, reducer: Reducer, *, weight: float | None = None) -> None:
+    def __init__(
+        self, base: MeanLossOperator, reducer: Reducer, *, weight: float | None = None
+    ) -> None:
         self._base, self._reducer = base, reducer
         self.size, self.device, self.dtype = base.size, base.device, base.dtype
         failure: HessianFlowError | None = None
@@ -64,20 +68,27 @@ class AllReducedOperator(Operator):
             failure = error
             self._weight = math.nan
         # One wait for the device, when the operator is made.
-        self.total_weight = float(reducer.sum(torch.tensor(self._weight, dtype=torch.float64)).item())
+        self.total_weight = float(
+            reducer.sum(torch.tensor(self._weight, dtype=torch.float64)).item()
+        )
         if failure is not None:
             raise failure
         if math.isnan(self.total_weight):
-            raise HessianFlowError("another rank cannot measure its part of the batch; its own message says why")
+            raise HessianFlowError(
+                "another rank cannot measure its part of the batch; its own message says why"
+            )
         if self.total_weight <= 0:
-            raise HessianFlowError("no rank has an example to measure the curvature on: give the probe a batch")
+            raise HessianFlowError(
+                "no rank has an example to measure the curvature on: give the probe a batch"
+            )
 
     def release(self) -> None:
         """Free what the base keeps."""
         self._base.release()
 
     def statistics_losses(self) -> tuple[float, float, float] | None:
-        """Return what the base's method of this name does, over the examples of all ranks; None where it has none."""
+        """Return what the base's method of this name does, over the examples of all ranks; None
+        where it has none."""
         ask = getattr(self._base, "statistics_losses", None)  # of operators that run a model
         found = None if ask is None else ask()
         if found is None:
@@ -109,8 +120,8 @@ def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
     """Return this rank's contiguous part of a batch that all ranks hold, and its number of
     examples.
 
-    Rank r of w gets rows n*r//w to n*(r+1)//w. Where that is none, the first row comes back with the count 0, so that
-    an operator can still be built on it.
+    Rank r of w gets rows n*r//w to n*(r+1)//w. Where that is none, the first row comes back with
+    the count 0, so that an operator can still be built on it.
     """
     examples, rank, world_size = num_examples(batch), reducer.rank, reducer.world_size
     start, stop = examples * rank // world_size, examples * (rank + 1) // world_size
@@ -119,13 +130,16 @@ def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
     return part, stop - start
 
 
-def sharded(reducer: Reducer, make: Callable[..., MeanLossOperator] = HessianOperator) -> Callable[..., Operator]:
+def sharded(
+    reducer: Reducer, make: Callable[..., MeanLossOperator] = HessianOperator
+) -> Callable[..., Operator]:
     """Return the `operator` of a :class:`~hessianflow.curvature.CurvatureProbe` that measures on
     all ranks at once.
 
-    Each rank multiplies with the matrix of its part of the probe batch, which all must hold alike, and products are
-    summed. Where batch normalisation uses the statistics of the batch (`norm_mode="batch"`, or layers without running
-    statistics), the whole batch is needed for them, so every rank measures all of it.
+    Each rank multiplies with the matrix of its part of the probe batch, which all must hold alike,
+    and products are summed. Where batch normalisation uses the statistics of the batch
+    (`norm_mode="batch"`, or layers without running statistics), the whole batch is needed for them,
+    so every rank measures all of it.
 
     Args:
         reducer: of the group, or the trainer's world.

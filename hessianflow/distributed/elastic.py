@@ -1,15 +1,17 @@
 """Elastic training on Ray: workers come, go and fail while the run goes on.
 
-Ray places worker processes, watches them and asks the cluster for room; torch.distributed moves gradients. The members
-of one generation train a stretch of updates, report, and train the next, without ending their processes. Between two
-stretches the world may change: members leave the group (milliseconds), a new one is formed under the next generation's
-prefix in the same key-value store, and newcomers receive the state by broadcast. Newcomers start, import and build
-their job while the others train; a cluster that is slow or has no room is waited for in the same way, without waiting.
+Ray places worker processes, watches them and asks the cluster for room; torch.distributed moves
+gradients. The members of one generation train a stretch of updates, report, and train the next,
+without ending their processes. Between two stretches the world may change: members leave the group
+(milliseconds), a new one is formed under the next generation's prefix in the same key-value store,
+and newcomers receive the state by broadcast. Newcomers start, import and build their job while the
+others train; a cluster that is slow or has no room is waited for in the same way, without waiting.
 
-Faults: a member that dies makes the others fail in their next sum; one that hangs, after `timeout_seconds`. The
-survivors leave that generation, the most advanced becomes rank 0, and all go on from its last complete update; the
-batch that was under way is trained again and counted once. Without survivors the run goes on from the last snapshot.
-When this process itself ends, the job's own checkpoints are what is left.
+Faults: a member that dies makes the others fail in their next sum; one that hangs, after
+`timeout_seconds`. The survivors leave that generation, the most advanced becomes rank 0, and all go
+on from its last complete update; the batch that was under way is trained again and counted once.
+Without survivors the run goes on from the last snapshot. When this process itself ends, the job's
+own checkpoints are what is left.
 """
 
 import time
@@ -25,7 +27,9 @@ from hessianflow.distributed.ray_session import connect, told_in_one_line
 from hessianflow.interfaces import HessianFlowError
 
 Trouble = Literal["died", "hung", "slow", "restored", "refused"]
-EventKind = Trouble | Literal["started", "requested", "joined", "left", "snapshot", "stopped", "finished"]
+EventKind = (
+    Trouble | Literal["started", "requested", "joined", "left", "snapshot", "stopped", "finished"]
+)
 
 MAX_FAILURES = 5
 """Failures in a row, without an update completed in between, after which a run gives up. Ours."""
@@ -58,7 +62,8 @@ class ElasticEvent:
 
 
 Policy = Callable[[JobReport, Sequence[Sample]], int]
-"""policy(report, samples) -> workers wanted from the next boundary on; clipped to the settings' bounds."""
+"""policy(report, samples) -> workers wanted from the next boundary on; clipped to the settings'
+bounds."""
 
 
 @dataclass
@@ -71,9 +76,10 @@ class ElasticRun:
             :func:`~hessianflow.distributed.elastic_policy.workers_for`.
         settings: see :class:`ElasticSettings`.
         on_event: called with each event as it happens.
-        on_rows: on_rows(start, rows): the job's records from number `start` on, whose number it may have had before: a
-            run that goes on from a snapshot makes them again.
-        on_snapshot: called with the job's state whenever a snapshot was taken, at the end too; to be written to disk.
+        on_rows: on_rows(start, rows): the job's records from number `start` on, whose number it may
+            have had before: a run that goes on from a snapshot makes them again.
+        on_snapshot: called with the job's state whenever a snapshot was taken, at the end too; to
+            be written to disk.
         start_from: a state to go on from.
 
     Attributes:
@@ -82,8 +88,9 @@ class ElasticRun:
         samples: throughput of every stretch.
 
     Raises:
-        HessianFlowError: no Ray, or Ray itself failed; no room for `min_workers`; too many failures in a row. A
-            worker's own error comes as itself where it is a HessianFlowError, else as Ray's exception of it.
+        HessianFlowError: no Ray, or Ray itself failed; no room for `min_workers`; too many failures
+            in a row. A worker's own error comes as itself where it is a HessianFlowError, else as
+            Ray's exception of it.
     """
 
     build: Callable[[], ElasticJob]
@@ -120,7 +127,9 @@ class ElasticRun:
             while not self._ended():
                 self._train_stretch()
             kind: EventKind = "finished" if self._report.done else "stopped"
-            self._record(kind, f"{self._report.examples} examples in {self._report.updates} updates")
+            self._record(
+                kind, f"{self._report.examples} examples in {self._report.updates} updates"
+            )
             return self._report
         finally:
             self._cluster.close()
@@ -135,7 +144,8 @@ class ElasticRun:
             lost += [what for _, what in self._cluster.bury()]
         else:
             raise HessianFlowError(
-                f"the first workers could not form a group: {self._cluster.last_error}; look at the workers' logs"
+                f"the first workers could not form a group: {self._cluster.last_error}; look at the"
+                " workers' logs"
             )
         self._rows = self._report.rows
         self._failures = 0
@@ -146,10 +156,13 @@ class ElasticRun:
         self._take_snapshot()
 
     def _form_first(self, lost: list[str]) -> bool:
-        """Start the workers that lack and let all form a generation; False when one of them failed."""
+        """Start the workers that lack and let all form a generation; False when one of them
+        failed."""
         cluster = self._cluster
         cluster.request(self.settings.min_workers - len(cluster.members) - len(cluster.pending))
-        lost += [f"a new worker {reason}" for reason in cluster.await_all(self.settings.start_seconds)]
+        lost += [
+            f"a new worker {reason}" for reason in cluster.await_all(self.settings.start_seconds)
+        ]
         report = cluster.regroup(share_state=True) if cluster.restore() else None
         found = None if report is None else cluster.describe()
         if report is None or found is None:
@@ -161,7 +174,9 @@ class ElasticRun:
     def _train_stretch(self) -> None:
         began = time.monotonic()
         expected = 10 * self.settings.stretch_seconds + self.settings.timeout_seconds
-        outcome = self._cluster.run_until(self._report.updates + self._stretch, self._rows, expected)
+        outcome = self._cluster.run_until(
+            self._report.updates + self._stretch, self._rows, expected
+        )
         if outcome is None:
             self._recover()
             return
@@ -198,14 +213,22 @@ class ElasticRun:
         return taken
 
     def _measure(self, report: JobReport, seconds: float) -> None:
-        updates, examples = report.updates - self._report.updates, report.examples - self._report.examples
+        updates, examples = (
+            report.updates - self._report.updates,
+            report.examples - self._report.examples,
+        )
         batch_size, self._report = self._report.batch_size, report
         if updates > 0:
             now, workers = time.monotonic() - self._began, len(self._cluster.members)
-            self.samples.append(Sample(now, workers, batch_size, report.examples, examples / seconds))
+            self.samples.append(
+                Sample(now, workers, batch_size, report.examples, examples / seconds)
+            )
             per_update = seconds / updates
-            # At most double: one short stretch says little about the next, whose batch may have grown.
-            self._stretch = max(1, min(2 * self._stretch, int(self.settings.stretch_seconds / per_update)))
+            # At most double: one short stretch says little about the next, whose batch may have
+            # grown.
+            self._stretch = max(
+                1, min(2 * self._stretch, int(self.settings.stretch_seconds / per_update))
+            )
 
     def _resize(self) -> None:
         wanted = self.policy(self._report, self.samples)
@@ -214,7 +237,10 @@ class ElasticRun:
         present, coming = len(self._cluster.members), len(self._cluster.pending)
         if wanted > present + coming and time.monotonic() >= self._ask_again_at:
             self._cluster.request(wanted - present - coming)
-            self._record("requested", f"{wanted - present - coming} more for a batch of {self._report.batch_size}")
+            self._record(
+                "requested",
+                f"{wanted - present - coming} more for a batch of {self._report.batch_size}",
+            )
         elif wanted < present + coming:
             self._cluster.cancel(min(coming, present + coming - wanted))
         leaving = max(0, present - wanted)
@@ -267,7 +293,10 @@ class ElasticRun:
 
     def _note_refusals(self) -> None:
         for _ in range(self._cluster.newly_overdue()):
-            self._record("refused", f"no new worker after {self.settings.start_seconds:g} s; training goes on without")
+            self._record(
+                "refused",
+                f"no new worker after {self.settings.start_seconds:g} s; training goes on without",
+            )
         for reason in self._cluster.drop_failed():
             self._ask_again_at = time.monotonic() + self.settings.start_seconds
             self._record("refused", f"a new worker {reason}")
@@ -276,7 +305,10 @@ class ElasticRun:
         self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow_workers(busy)}
         for rank, stretches in self._slow.items():
             if stretches == SLOW_STRETCHES:
-                self._record("slow", f"rank {rank} computed {busy[rank]:.2f} s, the fastest {min(busy):.2f} s")
+                self._record(
+                    "slow",
+                    f"rank {rank} computed {busy[rank]:.2f} s, the fastest {min(busy):.2f} s",
+                )
 
     def _record(self, kind: EventKind, message: str, pause: float = 0.0) -> None:
         now, workers = time.monotonic() - self._began, len(self._cluster.members)

@@ -1,4 +1,5 @@
-"""The worker processes of an elastic run, as Ray actors: asked for, awaited, grouped, and buried."""
+"""The worker processes of an elastic run, as Ray actors: asked for, awaited, grouped, and
+buried."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ MAX_LOST_NEWCOMERS = 5
 
 @dataclass
 class _Pending:
-    """A worker that has been asked for; `ready` is answered once its job is built, with a hash of its program."""
+    """A worker that has been asked for; `ready` is answered once its job is built, with a hash of
+    its program."""
 
     actor: Any
     ready: Any
@@ -32,7 +34,8 @@ class _Pending:
 
 
 class Cluster:
-    """The members of the current generation, in the order of ranks, and the newcomers that are still starting.
+    """The members of the current generation, in the order of ranks, and the newcomers that are
+    still starting.
 
     Args:
         ray: the module, connected.
@@ -45,10 +48,13 @@ class Cluster:
         last_error: what the last failure said.
     """
 
-    def __init__(self, ray: Any, build: Callable[[], ElasticJob], settings: ElasticSettings) -> None:
+    def __init__(
+        self, ray: Any, build: Callable[[], ElasticJob], settings: ElasticSettings
+    ) -> None:
         self._ray, self._settings = ray, settings
         remote = ray.remote(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)(Member)
-        device = "cuda:0" if settings.num_gpus > 0 else "cpu"  # Ray shows a worker its own devices only
+        # Ray shows a worker its own devices only
+        device = "cuda:0" if settings.num_gpus > 0 else "cpu"
         self._new_member: Callable[[], Any] = lambda: remote.remote(build, device)
         # The store lives here, where no worker's death can take it away.
         self._address = LOCAL if settings.address is None else ray.util.get_node_ip_address()
@@ -75,8 +81,9 @@ class Cluster:
                 room = self._ray.cluster_resources().get(name, 0.0)
                 if settings.min_workers * each > room:
                     raise HessianFlowError(
-                        f"{settings.min_workers} workers of {each:g} {name}s need more than the {room:g} {name}s of "
-                        "this machine: lower --min-workers, or give the address of a cluster"
+                        f"{settings.min_workers} workers of {each:g} {name}s need more than the"
+                        f" {room:g} {name}s of this machine: lower --min-workers, or give the"
+                        " address of a cluster"
                     )
         for _ in range(count):
             actor = self._new_member()
@@ -94,7 +101,8 @@ class Cluster:
             self._ray.kill(self.pending.pop().actor)
 
     def await_all(self, seconds: float) -> list[str]:
-        """Wait for all newcomers and make them members; one that ends while it starts is asked for again.
+        """Wait for all newcomers and make them members; one that ends while it starts is asked for
+        again.
 
         Returns:
             What is known of each that ended.
@@ -110,15 +118,17 @@ class Cluster:
             ready, late = self._ray.wait(refs, num_returns=len(refs), timeout=left)
             if late:
                 raise HessianFlowError(
-                    f"{len(ready)} of {len(refs)} workers came within {seconds:g} s; the cluster has "
-                    f"{self._ray.available_resources()} free: lower --min-workers, or wait for nodes"
+                    f"{len(ready)} of {len(refs)} workers came within {seconds:g} s; the cluster"
+                    f" has {self._ray.available_resources()} free: lower --min-workers, or wait for"
+                    " nodes"
                 )
             self.admit()
             new = self.drop_failed()
             lost += new
             if len(lost) > MAX_LOST_NEWCOMERS:
                 raise HessianFlowError(
-                    f"{len(lost)} new workers in a row were of no use, the last {lost[-1]}; look at the workers' logs"
+                    f"{len(lost)} new workers in a row were of no use, the last {lost[-1]}; look at"
+                    " the workers' logs"
                 )
             self.request(len(new))
         return lost
@@ -129,15 +139,21 @@ class Cluster:
         return bool(refs) and bool(self._ray.wait(refs, timeout=0)[0])
 
     def newly_overdue(self) -> int:
-        """Newcomers that have become late since the last call; they are still taken when they come."""
+        """Newcomers that have become late since the last call; they are still taken when they
+        come."""
         now = time.monotonic()
-        late = [p for p in self.pending if not p.overdue and now - p.asked_at > self._settings.start_seconds]
+        late = [
+            p
+            for p in self.pending
+            if not p.overdue and now - p.asked_at > self._settings.start_seconds
+        ]
         for newcomer in late:
             newcomer.overdue = True
         return len(late)
 
     def drop_failed(self) -> list[str]:
-        """Forget newcomers that ended while they started, or run other code; returns what is known of each."""
+        """Forget newcomers that ended while they started, or run other code; returns what is known
+        of each."""
         self._sort_out()
         refused, self._refused = self._refused, []
         return refused
@@ -154,8 +170,9 @@ class Cluster:
         for newcomer in ready:
             if newcomer.program != (self._program or newcomer.program):
                 raise HessianFlowError(
-                    f"all workers must run the same code: one has {self._program}, another {newcomer.program}; "
-                    "install the same versions of hessianflow and torch everywhere"
+                    f"all workers must run the same code: one has {self._program}, another"
+                    f" {newcomer.program}; install the same versions of hessianflow and torch"
+                    " everywhere"
                 )
             self._program = newcomer.program
         self.members += [newcomer.actor for newcomer in ready]
@@ -179,22 +196,35 @@ class Cluster:
         timeout = self._settings.timeout_seconds
         size = len(self.members)
         arguments = [
-            (Generation(self._generation, rank, size), self._address, self._store.port, share_state, timeout)
+            (
+                Generation(self._generation, rank, size),
+                self._address,
+                self._store.port,
+                share_state,
+                timeout,
+            )
             for rank in range(size)
         ]
-        reports: list[JobReport] | None = self._ask("enter", arguments, recoverable=(RuntimeError, HessianFlowError))
+        reports: list[JobReport] | None = self._ask(
+            "enter", arguments, recoverable=(RuntimeError, HessianFlowError)
+        )
         return None if reports is None else reports[0]
 
     def run_until(
         self, updates: int, start: int, seconds: float
     ) -> tuple[JobReport, list[float], Sequence[Row]] | None:
-        """Train all members until so many updates; None when one failed, or took longer than `seconds`.
+        """Train all members until so many updates; None when one failed, or took longer than
+        `seconds`.
 
         Returns:
             The report, each rank's seconds spent computing, and the records from number `start` on.
         """
         answers = self._ask("run_until", [(updates, start)] * len(self.members), seconds=seconds)
-        return None if answers is None else (answers[0][0], [busy for _, busy, _ in answers], answers[0][2])
+        return (
+            None
+            if answers is None
+            else (answers[0][0], [busy for _, busy, _ in answers], answers[0][2])
+        )
 
     def describe(self) -> Row | None:
         """Return what rank 0's job says of itself; None when some member failed."""
@@ -202,22 +232,32 @@ class Cluster:
         return None if answers is None else answers[0]
 
     def bury(self) -> list[tuple[Literal["died", "hung"], str]]:
-        """Let the survivors of a failure leave their generation, the most advanced first; end the others."""
-        aborted = {actor: actor.abort.remote() for actor in self.members if actor not in self._fates}
+        """Let the survivors of a failure leave their generation, the most advanced first; end the
+        others."""
+        aborted = {
+            actor: actor.abort.remote() for actor in self.members if actor not in self._fates
+        }
         answered = self._answers(aborted, time.monotonic() + GRACE_SECONDS, GRACE_SECONDS)
-        survivors = sorted((a for a in aborted if a in answered), key=lambda actor: -answered[actor])
+        survivors = sorted(
+            (a for a in aborted if a in answered), key=lambda actor: -answered[actor]
+        )
         lost = [(self._fates[a], rank) for rank, a in enumerate(self.members) if a in self._fates]
         for actor in self._fates:
             self._ray.kill(actor)
         self.members = survivors
         self._fates.clear()
-        return [(fate, f"rank {rank} of generation {self._generation} {fate}") for fate, rank in lost]
+        return [
+            (fate, f"rank {rank} of generation {self._generation} {fate}") for fate, rank in lost
+        ]
 
     def take_snapshot(self) -> bool:
-        """Keep rank 0's state in the object store; False, and the one before stays, if rank 0 is in trouble."""
+        """Keep rank 0's state in the object store; False, and the one before stays, if rank 0 is in
+        trouble."""
         source = self.members[0]
         taken, snapshot = source.snapshot.options(num_returns=2).remote()
-        answers = self._answers({source: taken}, time.monotonic() + self._settings.timeout_seconds, 0.0)
+        answers = self._answers(
+            {source: taken}, time.monotonic() + self._settings.timeout_seconds, 0.0
+        )
         self._snapshot_at = time.monotonic()
         if source in answers:
             self._snapshot = snapshot
@@ -226,7 +266,10 @@ class Cluster:
     @property
     def snapshot_is_due(self) -> bool:
         """Whether the last one is old enough."""
-        return bool(self.members) and time.monotonic() - self._snapshot_at > self._settings.snapshot_seconds
+        return (
+            bool(self.members)
+            and time.monotonic() - self._snapshot_at > self._settings.snapshot_seconds
+        )
 
     def snapshot(self) -> Any:
         """Return the state last kept.
@@ -244,7 +287,8 @@ class Cluster:
         self._snapshot = self._ray.put(pack(state))
 
     def restore(self) -> bool:
-        """Give the last snapshot to rank 0, or nothing where there is none yet; False if rank 0 is in trouble.
+        """Give the last snapshot to rank 0, or nothing where there is none yet; False if rank 0 is
+        in trouble.
 
         Raises:
             HessianFlowError: the snapshot is lost.
@@ -266,8 +310,11 @@ class Cluster:
             request_resources(bundles=[])
 
     def _sort_out(self) -> None:
-        """Ask the newcomers that are ready for their program, and drop those that cannot be used."""
-        for newcomer in [p for p in self.pending if not p.program and self._ray.wait([p.ready], timeout=0)[0]]:
+        """Ask the newcomers that are ready for their program, and drop those that cannot be
+        used."""
+        for newcomer in [
+            p for p in self.pending if not p.program and self._ray.wait([p.ready], timeout=0)[0]
+        ]:
             try:
                 newcomer.program = self._ray.get(newcomer.ready)
             except endings(self._ray) as error:
@@ -278,7 +325,10 @@ class Cluster:
                 self._refuse(newcomer, f"could not build its job: {first_line(error.cause)}")
             else:
                 if newcomer.program != (self._program or newcomer.program):
-                    self._refuse(newcomer, f"runs other code ({newcomer.program}) than the others ({self._program})")
+                    self._refuse(
+                        newcomer,
+                        f"runs other code ({newcomer.program}) than the others ({self._program})",
+                    )
 
     def _refuse(self, newcomer: _Pending, reason: str) -> None:
         self._refused.append(reason)
@@ -293,12 +343,15 @@ class Cluster:
         seconds: float | None = None,
         recoverable: tuple[type[Exception], ...] = (RuntimeError,),
     ) -> list[Any] | None:
-        """Call a method of all members at once; None when a member died, hung or failed recoverably.
+        """Call a method of all members at once; None when a member died, hung or failed
+        recoverably.
 
         Any other error of a member is its job's own and is raised.
         """
         given = [()] * len(self.members) if arguments is None else arguments
-        refs = {a: getattr(a, method).remote(*args) for a, args in zip(self.members, given, strict=True)}
+        refs = {
+            a: getattr(a, method).remote(*args) for a, args in zip(self.members, given, strict=True)
+        }
         patience = self._settings.timeout_seconds + GRACE_SECONDS if seconds is None else seconds
         answers = self._answers(refs, time.monotonic() + patience, GRACE_SECONDS, recoverable)
         return [answers[a] for a in self.members] if len(answers) == len(refs) else None
@@ -344,5 +397,6 @@ def _own_error(error: Any) -> Exception:
 
 def _lost_snapshot(error: Exception) -> HessianFlowError:
     return HessianFlowError(
-        f"the last snapshot is lost with the node that held it ({first_line(error)}): resume from the run directory"
+        f"the last snapshot is lost with the node that held it ({first_line(error)}): resume from"
+        " the run directory"
     )

@@ -1,4 +1,5 @@
-"""One worker of an elastic run: a job in a process of its own that enters and leaves generations of the group."""
+"""One worker of an elastic run: a job in a process of its own that enters and leaves generations of
+the group."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,13 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hessianflow.distributed.fingerprint import code_fingerprint
-from hessianflow.distributed.process_group import Generation, ProcessGroupReducer, abort, enter, leave
+from hessianflow.distributed.process_group import (
+    Generation,
+    ProcessGroupReducer,
+    abort,
+    enter,
+    leave,
+)
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.state import ByteArray, broadcast_state, pack, unpack
 from hessianflow.distributed.store import LOCAL, gloo_on_this_machine
@@ -45,8 +52,9 @@ class JobReport:
 class ElasticJob(Protocol):
     """Training that can change its world at the boundary between two updates.
 
-    What `state` gives must belong to the last complete update, also after `run_until` was interrupted by an error in
-    the middle of one: examples of an update that was not completed are trained again, and counted once.
+    What `state` gives must belong to the last complete update, also after `run_until` was
+    interrupted by an error in the middle of one: examples of an update that was not completed are
+    trained again, and counted once.
     """
 
     def join(self, reducer: GroupReducer) -> None:
@@ -54,7 +62,8 @@ class ElasticJob(Protocol):
         ...
 
     def run_until(self, updates: int) -> JobReport:
-        """Train until so many updates have been made in all, or to the end; may return earlier, at a `keep`."""
+        """Train until so many updates have been made in all, or to the end; may return earlier, at
+        a `keep`."""
         ...
 
     def rows(self, start: int) -> Sequence[Row]:
@@ -91,12 +100,19 @@ class Member:
         self._device = torch.device(device)
 
     def program(self) -> str:
-        """Build the job, before anything else is asked; returns a hash of the code this process runs."""
-        self._job = self._build()  # not sooner: an error while an actor is made reaches nobody as itself
+        """Build the job, before anything else is asked; returns a hash of the code this process
+        runs."""
+        # not sooner: an error while an actor is made reaches nobody as itself
+        self._job = self._build()
         return code_fingerprint()
 
     def enter(
-        self, generation: Generation, address: str, port: int, share_state: bool, timeout_seconds: float
+        self,
+        generation: Generation,
+        address: str,
+        port: int,
+        share_state: bool,
+        timeout_seconds: float,
     ) -> JobReport:
         """Become a rank of a generation; with `share_state`, go on from rank 0's state."""
         self._rank = generation.rank
@@ -130,7 +146,8 @@ class Member:
         return self._job.report().updates
 
     def snapshot(self) -> tuple[int, tuple[Any, ByteArray]]:
-        """Updates completed, to be read without the rest; and the state as a skeleton and one flat array."""
+        """Updates completed, to be read without the rest; and the state as a skeleton and one flat
+        array."""
         return self._job.report().updates, pack(self._job.state())
 
     def restore(self, snapshot: tuple[Any, ByteArray]) -> None:

@@ -1,4 +1,5 @@
-"""Do all ranks run the same program? Asked once, at the start, instead of found out by wrong weights."""
+"""Do all ranks run the same program? Asked once, at the start, instead of found out by wrong
+weights."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from hessianflow.interfaces import AgreedError
 
 
 def code_fingerprint(files: Sequence[str | Path] = ()) -> str:
-    """A hash of this package's sources, of torch's version, and of further files (the script that is run)."""
+    """A hash of this package's sources, of torch's version, and of further files (the script that
+    is run)."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256(torch.__version__.encode())
     for path in [*sorted(package.rglob("*.py")), *map(Path, files)]:
@@ -26,11 +28,13 @@ def check_same_program(reducer: GroupReducer, settings: Mapping[str, Any], code:
 
     Args:
         reducer: of the group.
-        settings: everything that decides the run, by name; plain values, without what may differ (rank, device index).
+        settings: everything that decides the run, by name; plain values, without what may differ
+            (rank, device index).
         code: from :func:`code_fingerprint`.
 
     Raises:
-        AgreedError: on every rank alike, naming the first rank that differs from rank 0 and in what.
+        AgreedError: on every rank alike, naming the first rank that differs from rank 0 and in
+            what.
     """
     everyone = reducer.gather((dict(settings), code))
     reference, reference_code = everyone[0]
@@ -38,13 +42,15 @@ def check_same_program(reducer: GroupReducer, settings: Mapping[str, Any], code:
         for name in [*reference, *theirs]:
             if reference.get(name, _ABSENT) != theirs.get(name, _ABSENT):
                 raise AgreedError(
-                    f"all ranks must have the same settings: {name} is {reference.get(name, _ABSENT)!r} on rank 0 but "
-                    f"{theirs.get(name, _ABSENT)!r} on rank {rank}; start every rank with the same command"
+                    f"all ranks must have the same settings: {name} is"
+                    f" {reference.get(name, _ABSENT)!r} on rank 0 but {theirs.get(name, _ABSENT)!r}"
+                    f" on rank {rank}; start every rank with the same command"
                 )
         if their_code != reference_code:
             raise AgreedError(
-                f"all ranks must run the same code: rank 0 has {reference_code} but rank {rank} has {their_code}; "
-                "install the same versions of hessianflow, torch and the script everywhere"
+                f"all ranks must run the same code: rank 0 has {reference_code} but rank {rank} has"
+                f" {their_code}; install the same versions of hessianflow, torch and the script"
+                " everywhere"
             )
 
 

@@ -26,10 +26,11 @@ def run_local(
     device: str = "cpu",
     timeout_seconds: float = 60.0,
 ) -> list[Any]:
-    """Run `function(reducer, *arguments)` as every rank of a new group, and return what each returned.
+    """Run `function(reducer, *arguments)` as every rank of a new group, and return what each
+    returned.
 
-    Processes come from a server that has imported torch already: the first call takes seconds, later ones a fraction of
-    a second. If one rank fails the others are ended.
+    Processes come from a server that has imported torch already: the first call takes seconds,
+    later ones a fraction of a second. If one rank fails the others are ended.
 
     Args:
         function: importable by name from a module.
@@ -52,7 +53,15 @@ def run_local(
     processes, pipes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        job = (function, Generation(0, rank, world_size, rank), store.port, arguments, device, timeout_seconds, theirs)
+        job = (
+            function,
+            Generation(0, rank, world_size, rank),
+            store.port,
+            arguments,
+            device,
+            timeout_seconds,
+            theirs,
+        )
         process = context.Process(target=_run_rank, args=job, daemon=True)
         process.start()
         theirs.close()
@@ -71,10 +80,14 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-        ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        ready = multiprocessing.connection.wait(
+            waiting, timeout=max(0.0, deadline - time.monotonic())
+        )
         if not ready:
             left = [rank for rank in range(len(pipes)) if rank not in results]
-            raise HessianFlowError(f"ranks {left} did not finish in time: raise timeout_seconds, or look for a hang")
+            raise HessianFlowError(
+                f"ranks {left} did not finish in time: raise timeout_seconds, or look for a hang"
+            )
         for pipe in ready:
             rank = pipes.index(pipe)
             results[rank] = _received(pipe, rank)
@@ -86,7 +99,9 @@ def _received(pipe: Any, rank: int) -> Any:
         # From a process that this one started, through a pipe of its own: not data from elsewhere.
         succeeded, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
-        raise HessianFlowError(f"rank {rank} died without a word (killed, or out of memory)") from None
+        raise HessianFlowError(
+            f"rank {rank} died without a word (killed, or out of memory)"
+        ) from None
     if not succeeded:
         last = value.strip().splitlines()[-1]
         raise HessianFlowError(f"rank {rank} failed: {last}") from RuntimeError(value)
@@ -113,6 +128,7 @@ def _run_rank(
         # Plain bytes: tensors must not share memory with a process that is about to end.
         pipe.send_bytes(pickle.dumps((True, result)))
     except BaseException:
-        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))  # before the others fail on our account
+        # before the others fail on our account
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         abort()
     pipe.close()

@@ -1,22 +1,25 @@
 """A parameter server as one deterministic object: whole weights are pushed, mixed and pulled.
 
-References: Lu, Hong, Liu, Wu, dual batch size learning on a parameter server (COMPSAC 2022), and its continuation with
-cyclic progressive learning (arXiv 2509.26092; "the journal"). Each worker pulls the weights, trains one local epoch,
-and pushes what came of it. The server knows no clock, no network and no threads; a transport
-(:mod:`~hessianflow.distributed.simulated_server`, :mod:`~hessianflow.distributed.ray_server`) tells it who has pushed.
+References: Lu, Hong, Liu, Wu, dual batch size learning on a parameter server (COMPSAC 2022), and
+its continuation with cyclic progressive learning (arXiv 2509.26092; "the journal"). Each worker
+pulls the weights, trains one local epoch, and pushes what came of it. The server knows no clock, no
+network and no threads; a transport (:mod:`~hessianflow.distributed.simulated_server`,
+:mod:`~hessianflow.distributed.ray_server`) tells it who has pushed.
 
-With the update factor f of a worker (1 with a full share of the data, d_S / d_L with a smaller one), weights w_s on the
-server and w_w from the worker:
+With the update factor f of a worker (1 with a full share of the data, d_S / d_L with a smaller
+one), weights w_s on the server and w_w from the worker:
 
     asynchronous (ASP), COMPSAC   w_s <- ((2 - f) w_s + f w_w) / 2
     asynchronous (ASP), journal   w_s <- (w_s + f w_w) / (1 + f)
-    synchronous (BSP)             w_s <- sum_i f_i w_i / sum_i f_i       once all workers have pushed
-    bounded (SSP)                 ASP, until a push would put a worker more than `staleness` commits ahead of another
+    synchronous (BSP)             w_s <- sum_i f_i w_i / sum_i f_i   once all workers have pushed
+    bounded (SSP)                 ASP, until a push would put a worker more than `staleness`
+                                  commits ahead of another
 
-Deviations: the published code's square-root variant is had by passing sqrt(f) as factor. SSP: the push that would break
-the bound is not mixed but opens a synchronous round, which ends when every other worker has pushed once more; then all
-counters start again (the publications leave open what becomes of that push). A worker that leaves is no longer waited
-for; what it contributed to an open round stays in it.
+Deviations: the published code's square-root variant is had by passing sqrt(f) as factor. SSP: the
+push that would break the bound is not mixed but opens a synchronous round, which ends when every
+other worker has pushed once more; then all counters start again (the publications leave open what
+becomes of that push). A worker that leaves is no longer waited for; what it contributed to an open
+round stays in it.
 """
 
 from collections.abc import Mapping
@@ -29,7 +32,8 @@ import numpy.typing as npt
 from hessianflow.interfaces import HessianFlowError
 
 Weights = npt.NDArray[Any]
-"""All weights of a model, statistics of normalisation included, as one flat floating-point array."""
+"""All weights of a model, statistics of normalisation included, as one flat floating-point
+array."""
 
 Synchrony = Literal["asp", "bsp", "ssp"]
 Mixing = Literal["compsac", "journal"]
@@ -40,7 +44,8 @@ class Receipt:
     """What a push led to.
 
     Attributes:
-        released: workers that may pull and go on, in ascending order; without the pushing one, it has to wait.
+        released: workers that may pull and go on, in ascending order; without the pushing one, it
+            has to wait.
         mixed: whether the server's weights changed.
         staleness: commits of other workers since this one last pulled.
     """
@@ -67,14 +72,15 @@ class ParameterServer:
         factors: update factor f of each worker, by its number; positive.
         synchrony: "asp", "bsp" or "ssp". Default of both papers: "asp".
         mixing: the asynchronous rule, of the "compsac" or the "journal" paper.
-        staleness: with "ssp", how many commits a worker may be ahead of another. Default of the papers' settings file.
+        staleness: with "ssp", how many commits a worker may be ahead of another. Default of the
+            papers' settings file.
 
     Attributes:
         commits: pushes received since the start; as many as there are workers make an epoch.
 
     Raises:
-        HessianFlowError: no worker, a factor that is not positive, an unknown rule; at a push: an unknown worker, one
-            that has to wait, or weights that do not fit.
+        HessianFlowError: no worker, a factor that is not positive, an unknown rule; at a push: an
+            unknown worker, one that has to wait, or weights that do not fit.
     """
 
     weights: Weights
@@ -86,9 +92,13 @@ class ParameterServer:
 
     def __post_init__(self) -> None:
         if self.synchrony not in get_args(Synchrony):
-            raise HessianFlowError(f"synchrony must be one of {', '.join(get_args(Synchrony))}, got {self.synchrony!r}")
+            raise HessianFlowError(
+                f"synchrony must be one of {', '.join(get_args(Synchrony))}, got {self.synchrony!r}"
+            )
         if self.mixing not in get_args(Mixing):
-            raise HessianFlowError(f"mixing must be one of {', '.join(get_args(Mixing))}, got {self.mixing!r}")
+            raise HessianFlowError(
+                f"mixing must be one of {', '.join(get_args(Mixing))}, got {self.mixing!r}"
+            )
         if self.staleness < 0:
             raise HessianFlowError(f"staleness must be at least 0, got {self.staleness}")
         if not self.factors:
@@ -124,7 +134,8 @@ class ParameterServer:
         self._workers[worker] = _Worker(factor, behind, self.commits)
 
     def remove(self, worker: int) -> tuple[int, ...]:
-        """Wait no longer for a worker that died; returns the workers this releases from an open round.
+        """Wait no longer for a worker that died; returns the workers this releases from an open
+        round.
 
         Raises:
             HessianFlowError: an unknown worker.
@@ -143,10 +154,13 @@ class ParameterServer:
         """Take in what `worker` made of the weights it pulled."""
         member = self._known(worker)
         if worker in self._round:
-            raise HessianFlowError(f"worker {worker} has pushed into this round: it must wait for the others")
+            raise HessianFlowError(
+                f"worker {worker} has pushed into this round: it must wait for the others"
+            )
         if weights.shape != self.weights.shape:
             raise HessianFlowError(
-                f"weights must have shape {list(self.weights.shape)}, got {list(weights.shape)} from worker {worker}"
+                f"weights must have shape {list(self.weights.shape)}, got {list(weights.shape)}"
+                f" from worker {worker}"
             )
         staleness = self.commits - member.pulled_at
         self.commits += 1
@@ -160,12 +174,17 @@ class ParameterServer:
         return Receipt((worker,), True, staleness)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, counters and the open round: a server made from it goes on as if nothing had happened."""
+        """Weights, counters and the open round: a server made from it goes on as if nothing had
+        happened."""
         return {
             "weights": self.weights.copy(),
             "commits": self.commits,
-            "workers": {number: (w.factor, w.commits, w.pulled_at) for number, w in self._workers.items()},
-            "round": {number: (factor, pushed.copy()) for number, (factor, pushed) in self._round.items()},
+            "workers": {
+                number: (w.factor, w.commits, w.pulled_at) for number, w in self._workers.items()
+            },
+            "round": {
+                number: (factor, pushed.copy()) for number, (factor, pushed) in self._round.items()
+            },
             "in_round": self._in_round,
         }
 
@@ -183,11 +202,16 @@ class ParameterServer:
         self.weights = np.array(state["weights"])
         self.commits, self._in_round = state["commits"], state["in_round"]
         self._workers = {number: _Worker(*values) for number, values in state["workers"].items()}
-        self._round = {number: (factor, np.array(pushed)) for number, (factor, pushed) in state["round"].items()}
+        self._round = {
+            number: (factor, np.array(pushed))
+            for number, (factor, pushed) in state["round"].items()
+        }
 
     def _known(self, worker: int) -> _Worker:
         if worker not in self._workers:
-            raise HessianFlowError(f"worker {worker} does not take part; those that do: {list(self.workers)}")
+            raise HessianFlowError(
+                f"worker {worker} does not take part; those that do: {list(self.workers)}"
+            )
         return self._workers[worker]
 
     def _too_far_ahead(self, member: _Worker) -> bool:

@@ -1,14 +1,18 @@
 """What a run would take on W workers: a model of step times fed with measurements.
 
-A step on a batch of B examples over W workers takes, with k = ceil(ceil(B / W) / m) microbatches of at most m examples,
+A step on a batch of B examples over W workers takes, with k = ceil(ceil(B / W) / m) microbatches of
+at most m examples,
 
-    compute      k * intercept + slope * ceil(B / W)       t(b) = slope * b + intercept: seconds of a microbatch of b
-    all-reduce   2 ceil(log2 W) latency + 2 (W - 1)/W n / bandwidth      n bytes of gradients, 0 for W = 1
+    compute      k * intercept + slope * ceil(B / W),
+                 t(b) = slope * b + intercept: seconds of a microbatch of b
+    all-reduce   2 ceil(log2 W) latency + 2 (W - 1)/W n / bandwidth,
+                 n bytes of gradients, 0 for W = 1
     update       a constant
 
-The all-reduce is Rabenseifner's algorithm as costed by Thakur, Rabenseifner and Gropp, Optimization of collective
-communication operations in MPICH, 2005. Nothing overlaps, so a run that hides its sums behind backward passes
-is faster than predicted, by at most the share of time given as `communication`.
+The all-reduce is Rabenseifner's algorithm as costed by Thakur, Rabenseifner and Gropp, Optimization
+of collective communication operations in MPICH, 2005. Nothing overlaps, so a run that hides its
+sums behind backward passes is faster than predicted, by at most the share of time given as
+`communication`.
 """
 
 import math
@@ -20,6 +24,7 @@ from itertools import combinations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.interfaces import HessianFlowError
@@ -60,7 +65,10 @@ class AllReduceTime:
         """2 ceil(log2 W) latency + 2 (W - 1)/W n / bandwidth."""
         if workers == 1:
             return 0.0
-        return 2 * math.ceil(math.log2(workers)) * self.latency + _moved(workers) * num_bytes / self.bandwidth
+        return (
+            2 * math.ceil(math.log2(workers)) * self.latency
+            + _moved(workers) * num_bytes / self.bandwidth
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,11 @@ Membership = Literal["fixed", "elastic"]
 
 
 def predict(
-    model: PerformanceModel, phases: Sequence[Phase], workers: Sequence[int], *, membership: Membership = "fixed"
+    model: PerformanceModel,
+    phases: Sequence[Phase],
+    workers: Sequence[int],
+    *,
+    membership: Membership = "fixed",
 ) -> list[Prediction]:
     """Time, efficiency and cost of a run for each number of workers.
 
@@ -131,37 +143,56 @@ def predict(
         model: measured figures.
         phases: the run, e.g. one for each batch size a controller went through.
         workers: numbers of workers to predict for.
-        membership: "fixed": all workers are held throughout. "elastic": each phase holds as many as can be given a full
-            microbatch, min(W, max(1, B // m)).
+        membership: "fixed": all workers are held throughout. "elastic": each phase holds as many as
+            can be given a full microbatch, min(W, max(1, B // m)).
 
     Raises:
         HessianFlowError: no phase, or a number below 1.
     """
     if not phases:
         raise HessianFlowError("phases must hold at least one stretch of the run, got none")
-    numbers = [*workers, model.microbatch_size, *(n for p in phases for n in (p.examples, p.batch_size))]
+    numbers = [
+        *workers,
+        model.microbatch_size,
+        *(n for p in phases for n in (p.examples, p.batch_size)),
+    ]
     if min(numbers) < 1:
-        raise HessianFlowError(f"workers, sizes and examples must be at least 1, got {min(numbers)}")
+        raise HessianFlowError(
+            f"workers, sizes and examples must be at least 1, got {min(numbers)}"
+        )
     alone = _run(model, phases, 1, "fixed")
     return [_prediction(model, phases, count, membership, alone[0]) for count in workers]
 
 
 def fit_step_time(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
-    """The line through measured seconds of microbatches, by Theil and Sen: the median slope between all pairs.
+    """The line through measured seconds of microbatches, by Theil and Sen: the median slope between
+    all pairs.
 
     One measurement in five may be far off (another job on the machine) without moving the line far.
 
     Raises:
         HessianFlowError: fewer than two different sizes, or a line that does not rise.
     """
-    pairs = [(b1 - b0, t1 - t0) for (b0, t0), (b1, t1) in combinations(zip(sizes, seconds, strict=True), 2) if b0 != b1]
+    pairs = [
+        (b1 - b0, t1 - t0)
+        for (b0, t0), (b1, t1) in combinations(zip(sizes, seconds, strict=True), 2)
+        if b0 != b1
+    ]
     if not pairs:
-        raise HessianFlowError(f"a line needs at least two different sizes, got {sorted(set(sizes))}")
+        raise HessianFlowError(
+            f"a line needs at least two different sizes, got {sorted(set(sizes))}"
+        )
     slope = statistics.median(rise / run for run, rise in pairs)
     if not slope > 0:
-        raise HessianFlowError(f"larger batches must take longer, got a slope of {slope:.3g} s: measure longer batches")
-    intercept = max(0.0, statistics.median(t - slope * b for b, t in zip(sizes, seconds, strict=True)))
-    residual = max(abs(t / (slope * b + intercept) - 1) for b, t in zip(sizes, seconds, strict=True))
+        raise HessianFlowError(
+            f"larger batches must take longer, got a slope of {slope:.3g} s: measure longer batches"
+        )
+    intercept = max(
+        0.0, statistics.median(t - slope * b for b, t in zip(sizes, seconds, strict=True))
+    )
+    residual = max(
+        abs(t / (slope * b + intercept) - 1) for b, t in zip(sizes, seconds, strict=True)
+    )
     return StepTime(slope, intercept, residual)
 
 
@@ -172,24 +203,40 @@ def fit_all_reduce(workers: int, sizes: Sequence[int], seconds: Sequence[float])
         HessianFlowError: one worker, or see :func:`fit_step_time`.
     """
     if workers < 2:
-        raise HessianFlowError(f"an all-reduce is measured between at least 2 workers, got {workers}")
+        raise HessianFlowError(
+            f"an all-reduce is measured between at least 2 workers, got {workers}"
+        )
     line = fit_step_time(sizes, seconds)
-    return AllReduceTime(line.intercept / (2 * math.ceil(math.log2(workers))), _moved(workers) / line.slope)
+    return AllReduceTime(
+        line.intercept / (2 * math.ceil(math.log2(workers))), _moved(workers) / line.slope
+    )
 
 
 def measure_all_reduce(
-    reducer: GroupReducer, sizes: Sequence[int], *, repeats: int = 10, device: torch.device | str = "cpu"
+    reducer: GroupReducer,
+    sizes: Sequence[int],
+    *,
+    repeats: int = 10,
+    device: torch.device | str = "cpu",
 ) -> list[float]:
-    """Median seconds of an all-reduce of each of `sizes` bytes; all ranks take part, each with its own clock."""
+    """Median seconds of an all-reduce of each of `sizes` bytes; all ranks take part, each with its
+    own clock."""
     medians = []
     for size in sizes:
         tensor = torch.ones(max(1, size // 4), device=device)
-        medians.append(_median_seconds(lambda tensor=tensor: float(reducer.sum(tensor)[0]), repeats))  # type: ignore[misc]
+
+        def reduce(tensor: Tensor = tensor) -> None:
+            float(reducer.sum(tensor)[0])
+
+        medians.append(_median_seconds(reduce, repeats))
     return medians
 
 
-def measure_steps(step: Callable[[int], object], sizes: Sequence[int], *, repeats: int = 5) -> list[float]:
-    """Median seconds of `step(size)` after one warm-up call; on a CUDA device the step must wait for it to finish."""
+def measure_steps(
+    step: Callable[[int], object], sizes: Sequence[int], *, repeats: int = 5
+) -> list[float]:
+    """Median seconds of `step(size)` after one warm-up call; on a CUDA device the step must wait
+    for it to finish."""
     return [_median_seconds(lambda size=size: step(size), repeats) for size in sizes]  # type: ignore[misc]
 
 
@@ -209,7 +256,11 @@ def _moved(workers: int) -> float:
 
 
 def _prediction(
-    model: PerformanceModel, phases: Sequence[Phase], workers: int, membership: Membership, alone: float
+    model: PerformanceModel,
+    phases: Sequence[Phase],
+    workers: int,
+    membership: Membership,
+    alone: float,
 ) -> Prediction:
     seconds, communication, held, updates = _run(model, phases, workers, membership)
     return Prediction(
@@ -236,7 +287,9 @@ def _run(
         steps = math.ceil(phase.examples / phase.batch_size)
         share = math.ceil(phase.batch_size / count)
         exchange = model.all_reduce.seconds(model.gradient_bytes, count)
-        step = model.step_time.seconds(share, model.microbatch_size) + exchange + model.update_seconds
+        step = (
+            model.step_time.seconds(share, model.microbatch_size) + exchange + model.update_seconds
+        )
         seconds += steps * step
         communication += steps * exchange
         held += steps * step * count

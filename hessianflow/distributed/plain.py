@@ -1,8 +1,9 @@
 """Plain values as bytes, for what ranks tell each other: data that can only become data again.
 
-Pickles would do the same, but whoever can reach a rank's port could run a program with one. Here a value is JSON in
-which everything that JSON lacks is a list that begins with its kind: tuples, dicts with other keys than strings, bytes,
-paths, tensors and arrays of numbers, and the frozen dataclasses of this package.
+Pickles would do the same, but whoever can reach a rank's port could run a program with one. Here a
+value is JSON in which everything that JSON lacks is a list that begins with its kind: tuples, dicts
+with other keys than strings, bytes, paths, tensors and arrays of numbers, and the frozen
+dataclasses of this package.
 """
 
 import json
@@ -34,7 +35,9 @@ def dumps(value: Any) -> bytes:
     try:
         return json.dumps(_encoded(value), separators=(",", ":")).encode("ascii")
     except RecursionError as error:
-        raise HessianFlowError("a value that is nested too deep cannot be sent to other ranks") from error
+        raise HessianFlowError(
+            "a value that is nested too deep cannot be sent to other ranks"
+        ) from error
 
 
 def loads(content: bytes) -> Any:
@@ -47,14 +50,19 @@ def loads(content: bytes) -> Any:
         return _decoded(json.loads(content))
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise HessianFlowError(f"what another rank sent cannot be read ({what}); do all run the same code?") from error
+        raise HessianFlowError(
+            f"what another rank sent cannot be read ({what}); do all run the same code?"
+        ) from error
 
 
 def _encoded(value: Any) -> Any:
     if type(value) in _NATIVE:
         return value
-    if type(value) is dict and all(type(key) is str for key in value):  # the most frequent kind, in its shortest form
-        return {key: item if type(item) in _NATIVE else _encoded(item) for key, item in value.items()}
+    # the most frequent kind, in its shortest form
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {
+            key: item if type(item) in _NATIVE else _encoded(item) for key, item in value.items()
+        }
     for kind, encode in _ENCODERS.items():
         if isinstance(value, kind):
             return encode(value)
@@ -62,14 +70,17 @@ def _encoded(value: Any) -> Any:
         kept = {field.name: _encoded(getattr(value, field.name)) for field in fields(value)}
         return ["record", type(value).__module__, type(value).__qualname__, kept]
     raise HessianFlowError(
-        f"a {type(value).__module__}.{type(value).__qualname__} cannot be sent to other ranks: states and settings are "
-        "numbers, strings, bytes, paths, tensors, and dicts, lists and tuples of them"
+        f"a {type(value).__module__}.{type(value).__qualname__} cannot be sent to other ranks:"
+        " states and settings are numbers, strings, bytes, paths, tensors, and dicts, lists and"
+        " tuples of them"
     )
 
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: item if type(item) in _NATIVE else _decoded(item) for key, item in value.items()}
+        return {
+            key: item if type(item) in _NATIVE else _decoded(item) for key, item in value.items()
+        }
     if isinstance(value, list):
         kind, *rest = value
         return _DECODERS[kind](*rest)
@@ -86,12 +97,19 @@ def _pairs(value: Mapping[Any, Any]) -> list[Any]:
 
 def _tensor(value: Tensor) -> list[Any]:
     content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return ["tensor", str(value.dtype).removeprefix("torch."), list(value.shape), b64encode(content).decode()]
+    return [
+        "tensor",
+        str(value.dtype).removeprefix("torch."),
+        list(value.shape),
+        b64encode(content).decode(),
+    ]
 
 
 def _array(value: NDArray[Any]) -> list[Any]:
     if value.dtype.kind not in "biufc":
-        raise HessianFlowError(f"an array of type {value.dtype} cannot be sent to other ranks: only numbers can")
+        raise HessianFlowError(
+            f"an array of type {value.dtype} cannot be sent to other ranks: only numbers can"
+        )
     return ["array", value.dtype.str, list(value.shape), b64encode(value.tobytes()).decode()]
 
 
@@ -108,7 +126,9 @@ _ENCODERS: Mapping[type, Callable[[Any], Any]] = {
     torch.device: lambda value: ["device", str(value)],
     np.ndarray: _array,
     np.generic: lambda value: _encoded(value.item()),
-    **{kind: kind for kind in (int, float, str)},  # whatever is derived from them: NumPy's numbers, enumerations
+    **{
+        kind: kind for kind in (int, float, str)
+    },  # whatever is derived from them: NumPy's numbers, enumerations
     complex: lambda value: ["complex", value.real, value.imag],
 }
 
@@ -143,7 +163,11 @@ def _record(module: str, name: str, kept: dict[str, Any]) -> Any:
 
 def _is_record(kind: Any) -> bool:
     """Return whether this is one of this package's own classes, made of its fields alone."""
-    own = isinstance(kind, type) and kind.__module__.partition(".")[0] == _PACKAGE and is_dataclass(kind)
+    own = (
+        isinstance(kind, type)
+        and kind.__module__.partition(".")[0] == _PACKAGE
+        and is_dataclass(kind)
+    )
     return own and kind.__dataclass_params__.frozen and all(field.init for field in fields(kind))
 
 

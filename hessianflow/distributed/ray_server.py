@@ -1,8 +1,10 @@
-"""The parameter server and its workers as Ray actors; this process only passes references between them.
+"""The parameter server and its workers as Ray actors; this process only passes references between
+them.
 
-Weights go as one flat array from worker to server and back through Ray's object store. A worker that dies or hangs is
-no longer waited for and is started again from the server's weights; nothing that others have pushed is lost. A server
-that dies is started again from its last snapshot, with the commits since then to be made once more.
+Weights go as one flat array from worker to server and back through Ray's object store. A worker
+that dies or hangs is no longer waited for and is started again from the server's weights; nothing
+that others have pushed is lost. A server that dies is started again from its last snapshot, with
+the commits since then to be made once more.
 """
 
 import math
@@ -27,7 +29,8 @@ class ServerRun:
 
     Attributes:
         weights: the server's at the end.
-        timeline: the pushes, in the order in which they were taken in; `released` as in a simulation.
+        timeline: the pushes, in the order in which they were taken in; `released` as in a
+            simulation.
         events: what happened beside training, one line each.
     """
 
@@ -64,24 +67,37 @@ def train_on_ray(
 
     Args:
         make_server: builds the server with all its workers; called in the server's process.
-        make_worker: make_worker(number) builds one worker's local training; called in the worker's process.
+        make_worker: make_worker(number) builds one worker's local training; called in the worker's
+            process.
         commits: pushes in all; the papers use epochs times workers.
-        snapshot_commits: the server's state is kept aside after every so many commits. Default ours.
+        snapshot_commits: the server's state is kept aside after every so many commits. Default
+            ours.
         timeout_seconds: a local epoch that takes longer counts as hung.
-        max_restarts: restarts of workers and of the server, together, before the run gives up. Default ours.
+        max_restarts: restarts of workers and of the server, together, before the run gives up.
+            Default ours.
         resources: of each worker.
         address: of a Ray cluster; None: a local one.
         on_snapshot: given each snapshot, to be written to disk.
         resume_from: a snapshot to start from.
         on_commit: called after each push.
-        on_event: given every event as it happens, and the commits that count from there on (fewer where a server died).
+        on_event: given every event as it happens, and the commits that count from there on (fewer
+            where a server died).
         should_stop: asked after each push; a last snapshot is taken.
 
     Raises:
-        HessianFlowError: no Ray, Ray itself failed, or too many restarts; or it is what the server or a worker raised.
+        HessianFlowError: no Ray, Ray itself failed, or too many restarts; or it is what the server
+            or a worker raised.
     """
     ray = connect(address)
-    run = _Run(ray, make_server, make_worker, resources or Resources(), timeout_seconds, max_restarts, resume_from)
+    run = _Run(
+        ray,
+        make_server,
+        make_worker,
+        resources or Resources(),
+        timeout_seconds,
+        max_restarts,
+        resume_from,
+    )
     run.on_event = on_event
     weights = None
     try:
@@ -107,13 +123,17 @@ def train_on_ray(
 class ServerActor:
     """A parameter server in a process of its own."""
 
-    def __init__(self, make_server: Callable[[], ParameterServer], state: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, make_server: Callable[[], ParameterServer], state: Mapping[str, Any] | None
+    ) -> None:
         self._make = make_server
         self._state = state
 
     def members(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Build the server, before anything else is asked; returns commits so far, all workers, and those that wait."""
-        self._server = self._make()  # not sooner: an error while an actor is made reaches nobody as itself
+        """Build the server, before anything else is asked; returns commits so far, all workers, and
+        those that wait."""
+        # not sooner: an error while an actor is made reaches nobody as itself
+        self._server = self._make()
         if self._state is not None:
             self._server.load_state_dict(self._state)
             self._state = None
@@ -128,7 +148,8 @@ class ServerActor:
         return self._server.push(worker, weights)
 
     def replace(self, worker: int) -> tuple[int, ...]:
-        """Take a worker out and in again with the factor it had; returns those this releases from a round."""
+        """Take a worker out and in again with the factor it had; returns those this releases from a
+        round."""
         factor = self._server.factors[worker]
         released = self._server.remove(worker)
         self._server.add(worker, factor)
@@ -209,7 +230,8 @@ class _Run:
         self._resumed_at = self.commits
 
     def advance(self) -> Commit | None:
-        """Wait for the next worker to finish and push what it has; None when something failed instead."""
+        """Wait for the next worker to finish and push what it has; None when something failed
+        instead."""
         done, _ = self._ray.wait(list(self._running), timeout=self._first_deadline())
         if not done:
             self._replace(min(self._running.values(), key=lambda t: t.deadline).worker, "hung")
@@ -221,7 +243,9 @@ class _Run:
             self._replace(training.worker, "died")
             return None
         try:
-            receipt: Receipt = self._answer(self.server.push.remote(training.worker, training.weights))
+            receipt: Receipt = self._answer(
+                self.server.push.remote(training.worker, training.weights)
+            )
         except self._endings:
             self._restore_server()
             return None
@@ -254,12 +278,22 @@ class _Run:
             if actor is not None:
                 self._ray.kill(actor)
 
-    def _account(self, training: _Training, receipt: Receipt, figures: Mapping[str, float]) -> Commit:
+    def _account(
+        self, training: _Training, receipt: Receipt, figures: Mapping[str, float]
+    ) -> Commit:
         now = self._now()
         self.commits += 1
         self._last[training.worker] = len(self.timeline)
         self.timeline.append(
-            Commit(training.worker, training.started, now, math.nan, receipt.staleness, training.epoch, figures)
+            Commit(
+                training.worker,
+                training.started,
+                now,
+                math.nan,
+                receipt.staleness,
+                training.epoch,
+                figures,
+            )
         )
         self._release(receipt.released, now)
         return self.timeline[self._last[training.worker]]
@@ -282,7 +316,9 @@ class _Run:
             deadline += START_SECONDS
         epoch = (self.commits + len(self._running)) // self._size
         actor = self._workers[worker]
-        succeeded, weights = actor.train.options(num_returns=2).remote(self.server.pull.remote(worker), epoch)
+        succeeded, weights = actor.train.options(num_returns=2).remote(
+            self.server.pull.remote(worker), epoch
+        )
         self._running[succeeded] = _Training(worker, now, deadline, epoch, weights)
 
     def _first_deadline(self) -> float:
@@ -309,7 +345,8 @@ class _Run:
         self._last = {commit.worker: index for index, commit in enumerate(self.timeline)}
 
     def _start_server(self) -> None:
-        """Start the server, from the last snapshot if there is one, and all workers that need not wait."""
+        """Start the server, from the last snapshot if there is one, and all workers that need not
+        wait."""
         self._running.clear()  # what was under way is dropped
         self.server = self._new_server(self._snapshot)
         try:
@@ -325,7 +362,8 @@ class _Run:
             self._train(worker)
 
     def _start_workers(self, workers: Iterable[int]) -> None:
-        """Let all build what they need before the clock starts; one that fails is noticed at its first local epoch."""
+        """Let all build what they need before the clock starts; one that fails is noticed at its
+        first local epoch."""
         self._workers = {worker: self._new_worker(worker) for worker in workers}
         ready = [actor.ready.remote() for actor in self._workers.values()]
         self._ray.wait(ready, num_returns=len(ready), timeout=START_SECONDS)
@@ -338,5 +376,6 @@ class _Run:
         self._restarts_left -= 1
         if self._restarts_left < 0:
             raise HessianFlowError(
-                f"too many failures, the last: {event}; look at the workers' logs or raise max_restarts"
+                f"too many failures, the last: {event}; look at the workers' logs or raise"
+                " max_restarts"
             )

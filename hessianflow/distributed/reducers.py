@@ -9,10 +9,12 @@ from hessianflow.interfaces import Reducer
 
 
 class GroupReducer(Reducer, Protocol):
-    """A reducer that can also overlap a sum with other work and collect one plain value from every rank."""
+    """A reducer that can also overlap a sum with other work and collect one plain value from every
+    rank."""
 
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to replace a contiguous `tensor` by its sum over ranks; call what is returned before reading it."""
+        """Begin to replace a contiguous `tensor` by its sum over ranks; call what is returned
+        before reading it."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -34,7 +36,7 @@ class LocalReducer:
         """The tensor itself."""
         return tensor
 
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:  # noqa: ARG002 - the sum is the tensor as it is
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:  # noqa: ARG002
         """Nothing to wait for."""
         return _nothing
 

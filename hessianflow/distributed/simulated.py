@@ -1,8 +1,9 @@
 """A world of any size in one process: every rank a thread, every sum exact.
 
-The same functions run as under :func:`~hessianflow.distributed.launch.run_local`, so that code for many ranks can be
-tried, and its numbers checked, on one machine. Sums are taken in float64 in the order of ranks and rounded once, so the
-result does not depend on timing; for two ranks it is bit for bit that of gloo.
+The same functions run as under :func:`~hessianflow.distributed.launch.run_local`, so that code for
+many ranks can be tried, and its numbers checked, on one machine. Sums are taken in float64 in the
+order of ranks and rounded once, so the result does not depend on timing; for two ranks it is bit
+for bit that of gloo.
 """
 
 import threading
@@ -17,10 +18,11 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def run_simulated(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """Run `function(reducer, *arguments)` as every rank of a simulated world, and return what each returned.
+    """Run `function(reducer, *arguments)` as every rank of a simulated world, and return what each
+    returned.
 
-    Memory and work are those of `world_size` ranks. The global random generators are shared by all of them, so ranks
-    that draw must use generators of their own.
+    Memory and work are those of `world_size` ranks. The global random generators are shared by all
+    of them, so ranks that draw must use generators of their own.
 
     Raises:
         HessianFlowError: world_size below 1.
@@ -102,7 +104,8 @@ class _Meeting:
         """What `combine` makes of all ranks' values, computed once when the last rank has come."""
         self._values[rank], self._combine = value, combine
         self._barrier.wait()
-        # The next exchange needs this thread to come to it, and it takes the result with it: no second wait is needed.
+        # The next exchange needs this thread to come to it, and it takes the result with it: no
+        # second wait is needed.
         return self._result
 
     def close(self) -> None:

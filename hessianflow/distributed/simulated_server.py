@@ -1,8 +1,9 @@
 """A parameter server and its workers in one process, on a virtual clock.
 
-A discrete-event simulation: the worker that finishes first, by the time model, pushes first (ties: the lower number).
-Training is real, time is not, so accuracy and the order of commits are those of a cluster with these times, and the
-same from run to run. A snapshot holds all of it, so that an interrupted simulation goes on as if it had not been.
+A discrete-event simulation: the worker that finishes first, by the time model, pushes first (ties:
+the lower number). Training is real, time is not, so accuracy and the order of commits are those of
+a cluster with these times, and the same from run to run. A snapshot holds all of it, so that an
+interrupted simulation goes on as if it had not been.
 """
 
 import heapq
@@ -15,13 +16,16 @@ from hessianflow.distributed.parameter_server import ParameterServer, Weights
 from hessianflow.interfaces import HessianFlowError
 
 LocalEpoch = Callable[[Weights, int], Weights]
-"""local_epoch(weights, epoch) -> weights: train from the pulled weights; `epoch` for the learning-rate schedule.
+"""local_epoch(weights, epoch) -> weights: train from the pulled weights; `epoch` for the
+learning-rate schedule.
 
-`epoch` is (commits + local epochs under way) // workers: that of the push to come, if all keep pace. (The papers take
-commits // workers, by which workers that finish almost together train all but one a second time in epoch 0.)
+`epoch` is (commits + local epochs under way) // workers: that of the push to come, if all keep
+pace. (The papers take commits // workers, by which workers that finish almost together train all
+but one a second time in epoch 0.)
 
-One that is an object may have an attribute `figures` (named numbers about the last local epoch, which the commit
-carries), and a `state_dict` and `load_state_dict`, which a simulation's snapshots include."""
+One that is an object may have an attribute `figures` (named numbers about the last local epoch,
+which the commit carries), and a `state_dict` and `load_state_dict`, which a simulation's snapshots
+include."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Commit:
         worker: who.
         started: seconds when it pulled.
         finished: seconds when it pushed.
-        released: seconds when it could go on; later than `finished` where it had to wait, nan while it waits.
+        released: seconds when it could go on; later than `finished` where it had to wait, nan while
+            it waits.
         staleness: commits of others in between.
         epoch: the learning-rate epoch it trained at.
         figures: what the worker tells of its local epoch.
@@ -67,7 +72,8 @@ def simulate(
         seconds: seconds(worker, epoch): how long a local epoch takes, push and pull included.
         commits: pushes that the server is to have had in all; the papers use epochs times workers.
         on_commit: called after each push; the clock does not see it.
-        snapshot_commits: `on_snapshot` is called after every so many commits. None: only when stopped.
+        snapshot_commits: `on_snapshot` is called after every so many commits. None: only when
+            stopped.
         on_snapshot: given the state of everything: numbers, lists, dicts and arrays.
         should_stop: asked after each push.
         resume_from: a snapshot to go on from.
@@ -82,7 +88,9 @@ def simulate(
     if resume_from is not None:
         simulation.load_state_dict(resume_from)
     if set(workers) != set(server.workers):
-        raise HessianFlowError(f"workers must be those of the server, {list(server.workers)}, got {sorted(workers)}")
+        raise HessianFlowError(
+            f"workers must be those of the server, {list(server.workers)}, got {sorted(workers)}"
+        )
     if resume_from is None:
         for worker in server.workers:
             simulation.start(worker, 0.0)
@@ -101,7 +109,10 @@ def simulate(
 
 class _Simulation:
     def __init__(
-        self, server: ParameterServer, workers: Mapping[int, LocalEpoch], seconds: Callable[[int, int], float]
+        self,
+        server: ParameterServer,
+        workers: Mapping[int, LocalEpoch],
+        seconds: Callable[[int, int], float],
     ) -> None:
         self._server, self._workers, self._seconds = server, workers, seconds
         self._events: list[tuple[float, int]] = []
@@ -114,7 +125,9 @@ class _Simulation:
         epoch = (self._server.commits + len(self._running)) // len(self._workers)
         duration = self._seconds(worker, epoch)
         if not duration > 0:
-            raise HessianFlowError(f"a local epoch must take a positive time, got {duration} s for worker {worker}")
+            raise HessianFlowError(
+                f"a local epoch must take a positive time, got {duration} s for worker {worker}"
+            )
         self._running[worker] = now, epoch, self._server.pull(worker)
         heapq.heappush(self._events, (now + duration, worker))
 
@@ -126,7 +139,9 @@ class _Simulation:
         receipt = self._server.push(worker, local_epoch(weights, epoch))
         self._last[worker] = len(self.timeline)
         figures = dict(getattr(local_epoch, "figures", {}))
-        self.timeline.append(Commit(worker, started, now, math.nan, receipt.staleness, epoch, figures))
+        self.timeline.append(
+            Commit(worker, started, now, math.nan, receipt.staleness, epoch, figures)
+        )
         for released in receipt.released:
             if released in self._last:  # else it pushed before an interruption
                 index = self._last[released]
@@ -136,7 +151,9 @@ class _Simulation:
 
     def state_dict(self) -> dict[str, Any]:
         """Between two pushes."""
-        stateful = {n: worker for n, worker in self._workers.items() if hasattr(worker, "state_dict")}
+        stateful = {
+            n: worker for n, worker in self._workers.items() if hasattr(worker, "state_dict")
+        }
         return {
             "server": self._server.state_dict(),
             "events": list(self._events),
@@ -148,6 +165,8 @@ class _Simulation:
         """Go on from :meth:`state_dict`."""
         self._server.load_state_dict(state["server"])
         self._events = [(time, worker) for time, worker in state["events"]]
-        self._running = {number: (began, epoch, w) for number, (began, epoch, w) in state["running"].items()}
+        self._running = {
+            number: (began, epoch, w) for number, (began, epoch, w) in state["running"].items()
+        }
         for number, saved in state["workers"].items():
             self._workers[number].load_state_dict(saved)  # type: ignore[attr-defined]

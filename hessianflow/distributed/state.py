@@ -1,8 +1,8 @@
 """Nested state as one flat array, and how it gets to ranks that lack it.
 
-A state (dicts, lists, tuples, numbers, strings, tensors) becomes a skeleton, with a slot for every tensor, and one
-array of bytes. One large array travels an order of magnitude faster than many small ones, through a process group and
-through an object store alike.
+A state (dicts, lists, tuples, numbers, strings, tensors) becomes a skeleton, with a slot for every
+tensor, and one array of bytes. One large array travels an order of magnitude faster than many small
+ones, through a process group and through an object store alike.
 """
 
 from collections.abc import Mapping
@@ -38,18 +38,22 @@ def pack(state: Any) -> tuple[Any, ByteArray]:
     data = np.empty(tensors[-1][0].stop if tensors else 0, dtype=np.uint8)
     target = torch.from_numpy(data)
     for slot, tensor in tensors:
-        target[slot.start : slot.stop] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        target[slot.start : slot.stop] = (
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        )
     return skeleton, data
 
 
 def unpack(skeleton: Any, data: ByteArray) -> Any:
     """The nested state again, its tensors on the CPU and independent of `data`."""
-    writable = data if data.flags.writeable else data.copy()  # an object store hands out read-only arrays
+    # an object store hands out read-only arrays
+    writable = data if data.flags.writeable else data.copy()
     return _filled(skeleton, torch.from_numpy(writable))
 
 
 def broadcast_state(reducer: GroupReducer, state: Any) -> Any:
-    """Rank 0's nested state on every rank; what the others pass is ignored. Rank 0 gets its own object back."""
+    """Rank 0's nested state on every rank; what the others pass is ignored. Rank 0 gets its own
+    object back."""
     skeleton, data = pack(state) if reducer.rank == 0 else (None, np.empty(0, dtype=np.uint8))
     skeleton, size = reducer.broadcast((skeleton, data.size))
     carrier = torch.from_numpy(data) if reducer.rank == 0 else torch.empty(size, dtype=torch.uint8)
@@ -72,8 +76,8 @@ def broadcast_module(reducer: GroupReducer, module: nn.Module) -> None:
 def average_buffers(reducer: GroupReducer, module: nn.Module) -> None:
     """Replace floating-point buffers by their mean over ranks and others by rank 0's, in place.
 
-    For running statistics of normalisation, which every rank gathers from its own examples: after it all ranks
-    evaluate, measure and save the same model.
+    For running statistics of normalisation, which every rank gathers from its own examples: after
+    it all ranks evaluate, measure and save the same model.
     """
     if reducer.world_size == 1:
         return
@@ -87,7 +91,9 @@ def average_buffers(reducer: GroupReducer, module: nn.Module) -> None:
                 flat = reducer.sum(flat) / reducer.world_size
             else:
                 reducer.broadcast_tensor(flat)
-            for buffer, value in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+            for buffer, value in zip(
+                buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True
+            ):
                 buffer.copy_(value.view(buffer.shape))
 
 

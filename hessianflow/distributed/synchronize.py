@@ -1,13 +1,16 @@
-"""Gradients, losses and counts of all ranks made one, between the last backward pass and the optimizer.
+"""Gradients, losses and counts of all ranks made one, between the last backward pass and the
+optimizer.
 
-With n_r of N examples on rank r and g_r the gradient of the mean loss over them, every rank gets sum_r (n_r / N) g_r:
-the gradient of the mean loss over all examples, for equal, unequal and empty shares alike. Where a loss divides by
-something other than the number of examples (class weights, ignored targets), that takes the place of n_r and N. Nothing
-is exchanged while microbatches accumulate.
+With n_r of N examples on rank r and g_r the gradient of the mean loss over them, every rank gets
+sum_r (n_r / N) g_r: the gradient of the mean loss over all examples, for equal, unequal and empty
+shares alike. Where a loss divides by something other than the number of examples (class weights,
+ignored targets), that takes the place of n_r and N. Nothing is exchanged while microbatches
+accumulate.
 
-Gradients travel in buckets of a few MB, in the reverse order of the parameters. While the last backward pass runs, a
-bucket leaves as soon as its last gradient is there, so that sums overlap with computing; buckets leave in one order on
-all ranks. The model itself is not wrapped: curvature and attacks differentiate it without setting off any exchange.
+Gradients travel in buckets of a few MB, in the reverse order of the parameters. While the last
+backward pass runs, a bucket leaves as soon as its last gradient is there, so that sums overlap with
+computing; buckets leave in one order on all ranks. The model itself is not wrapped: curvature and
+attacks differentiate it without setting off any exchange.
 """
 
 import time
@@ -28,9 +31,10 @@ BUCKET_BYTES = 25 * 2**20
 class GradientSynchronizer:
     """Makes every `.grad` the gradient of the mean loss over the examples of all ranks.
 
-    A step is: `begin(examples)`; backward passes that leave in `.grad` the gradient of the mean over this rank's own
-    examples (the last of them within `last_backward()`, for overlap); `finish(loss, hits)`; the optimizer's step.
-    All ranks must take part in every step, one without examples by `begin(0)` and `finish(None, None)`.
+    A step is: `begin(examples)`; backward passes that leave in `.grad` the gradient of the mean
+    over this rank's own examples (the last of them within `last_backward()`, for overlap);
+    `finish(loss, hits)`; the optimizer's step. All ranks must take part in every step, one without
+    examples by `begin(0)` and `finish(None, None)`.
 
     A parameter that no rank used keeps None as its gradient.
 
@@ -40,19 +44,26 @@ class GradientSynchronizer:
         bucket_bytes: see :data:`BUCKET_BYTES`.
 
     Attributes:
-        waited_seconds: time the host spent waiting for other ranks, in all. On a CUDA device, which waits by itself,
-            this is not the device's.
+        waited_seconds: time the host spent waiting for other ranks, in all. On a CUDA device, which
+            waits by itself, this is not the device's.
 
     Raises:
-        HessianFlowError: nothing to train; at a step: no examples on any rank, or a sparse gradient.
+        HessianFlowError: nothing to train; at a step: no examples on any rank, or a sparse
+            gradient.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], reducer: GroupReducer, *, bucket_bytes: int = BUCKET_BYTES
+        self,
+        parameters: Iterable[Tensor],
+        reducer: GroupReducer,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         if not self._parameters:
-            raise HessianFlowError("the model has no trainable parameter: there is nothing to synchronise")
+            raise HessianFlowError(
+                "the model has no trainable parameter: there is nothing to synchronise"
+            )
         self._buckets = [_Bucket(group) for group in _grouped(self._parameters[::-1], bucket_bytes)]
         for bucket in self._buckets:
             for parameter in bucket.parameters:
@@ -64,30 +75,36 @@ class GradientSynchronizer:
         self.rejoin(reducer)
 
     def rejoin(self, reducer: GroupReducer) -> None:
-        """Go on in another generation of the group; whatever was under way in the one before is dropped."""
+        """Go on in another generation of the group; whatever was under way in the one before is
+        dropped."""
         self._reducer = reducer
         self._launched = 0
         self._reference = 1.0
 
     def begin(self, examples: int, *, weight: float | Tensor | None = None) -> None:
-        """Announce this rank's share of the next batch, 0 or more examples; nothing is exchanged yet.
+        """Announce this rank's share of the next batch, 0 or more examples; nothing is exchanged
+        yet.
 
         Args:
             examples: of this rank.
             weight: what this rank's mean loss counts for; default `examples`.
         """
-        self._examples, self._read_weight = examples, _number(examples if weight is None else weight)
+        self._examples, self._read_weight = (
+            examples,
+            _number(examples if weight is None else weight),
+        )
         self._launched = 0
 
     @contextmanager
     def last_backward(self, weight: float | Tensor | None = None) -> Iterator[None]:
         """Within it every gradient is final as soon as it is computed, so that buckets may leave.
 
-        May be entered again in the same step, when the pass failed (out of memory) and all were repeated: a bucket that
-        had left before the failure holds the same numbers.
+        May be entered again in the same step, when the pass failed (out of memory) and all were
+        repeated: a bucket that had left before the failure holds the same numbers.
 
         Args:
-            weight: in place of the one that was announced; a tensor on a GPU is not waited for here.
+            weight: in place of the one that was announced; a tensor on a GPU is not waited for
+                here.
         """
         if weight is not None:
             self._read_weight = _number(weight)
@@ -111,7 +128,8 @@ class GradientSynchronizer:
         Args:
             loss: mean over this rank's examples, a scalar; None without examples.
             hits: among this rank's examples; None without examples, or where they are not counted.
-            counts: what else to sum over ranks, such as 1 for a request to stop; as many on every rank.
+            counts: what else to sum over ranks, such as 1 for a request to stop; as many on every
+                rank.
             means: (mean, weight) of what else to average over ranks, as many on every rank.
 
         Returns:
@@ -135,8 +153,11 @@ class GradientSynchronizer:
         examples, weight, *rest = control.tolist()
         summed, used = rest[: len(counts)], rest[len(counts) :]
         if examples == 0:
-            raise HessianFlowError("a batch of 0 examples over all ranks has no mean loss: check the training data")
-        # Where every target is ignored there is nothing to learn: loss and gradient are 0, as in one process.
+            raise HessianFlowError(
+                "a batch of 0 examples over all ranks has no mean loss: check the training data"
+            )
+        # Where every target is ignored there is nothing to learn: loss and gradient are 0, as in
+        # one process.
         divisor = weight or 1.0
         self._settle(used, divisor)
         found = Hits(figures[1].round().to(torch.int64), figures[2]) if self._counts_hits else None
@@ -155,8 +176,12 @@ class GradientSynchronizer:
         if self._reducer.world_size == 1:
             return control, figures
         self._launch(len(self._buckets))
-        vectors = [torch.cat([control, figures])] if self._device.type == "cpu" else [control, figures]
-        waits = [bucket.wait for bucket in self._buckets] + [self._reducer.start_sum(vector) for vector in vectors]
+        vectors = (
+            [torch.cat([control, figures])] if self._device.type == "cpu" else [control, figures]
+        )
+        waits = [bucket.wait for bucket in self._buckets] + [
+            self._reducer.start_sum(vector) for vector in vectors
+        ]
         began = time.perf_counter()
         for wait in waits:
             wait()
@@ -164,7 +189,8 @@ class GradientSynchronizer:
         return vectors[0][: len(control)], vectors[-1][-len(figures) :]
 
     def _settle(self, used: Sequence[float], weight: float) -> None:
-        """Turn the buffers' sums, scaled by the last batch's weight, into this batch's mean, and copy it to `.grad`."""
+        """Turn the buffers' sums, scaled by the last batch's weight, into this batch's mean, and
+        copy it to `.grad`."""
         if self._reducer.world_size == 1:
             return
         for bucket in self._buckets:
@@ -190,7 +216,8 @@ class GradientSynchronizer:
     def _launch(self, stop: int) -> None:
         """Send off the buckets up to `stop` that have not left yet."""
         for bucket in self._buckets[self._launched : stop]:
-            # The weight of all ranks is not known yet; that of the batch before is, and it is mostly the same.
+            # The weight of all ranks is not known yet; that of the batch before is, and it is
+            # mostly the same.
             bucket.gather(self._read_weight() / self._reference)
             bucket.wait = self._reducer.start_sum(bucket.flat)
         self._launched = max(self._launched, stop)
@@ -208,7 +235,9 @@ class _Bucket:
 
     def __post_init__(self) -> None:
         first = self.parameters[0]
-        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
+        self.flat = torch.zeros(
+            sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device
+        )
         pieces = torch.split(self.flat, [p.numel() for p in self.parameters])
         self.views = [_shaped(piece, p) for piece, p in zip(pieces, self.parameters, strict=True)]
 
@@ -223,7 +252,9 @@ class _Bucket:
             if gradient is None:
                 view.zero_()
             elif gradient.layout is not torch.strided:
-                raise HessianFlowError("sparse gradients cannot be summed over ranks: build layers with sparse=False")
+                raise HessianFlowError(
+                    "sparse gradients cannot be summed over ranks: build layers with sparse=False"
+                )
             else:
                 targets.append(view)
                 gradients.append(gradient)
@@ -233,8 +264,9 @@ class _Bucket:
 
     def scatter(self) -> None:
         """Copy the buffer to the gradients."""
-        # Views in place of copies would free the gradients at every step, and have the allocator give their pages back
-        # to the system and fetch them anew: 8 % of a step of ResNet-20 on a CPU.
+        # Views in place of copies would free the gradients at every step, and have the allocator
+        # give their pages back to the system and fetch them anew: 8 % of a step of ResNet-20 on a
+        # CPU.
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
@@ -249,7 +281,8 @@ def _counted(mean: Tensor, weight: float | Tensor) -> Tensor | float:
 
 
 def _number(value: float | Tensor) -> Callable[[], float]:
-    """Reads a number; one on a GPU starts to travel now, behind the work in its queue, and is waited for then."""
+    """Reads a number; one on a GPU starts to travel now, behind the work in its queue, and is
+    waited for then."""
     if not isinstance(value, Tensor) or value.device.type != "cuda":
         number = float(value)
         return lambda: number
@@ -279,7 +312,10 @@ def _grouped(parameters: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
     size = 0
     for parameter in parameters:
         bytes_here = parameter.numel() * parameter.element_size()
-        same = bool(groups) and (groups[-1][0].dtype, groups[-1][0].device) == (parameter.dtype, parameter.device)
+        same = bool(groups) and (groups[-1][0].dtype, groups[-1][0].device) == (
+            parameter.dtype,
+            parameter.device,
+        )
         if not same or size + bytes_here > limit:
             groups.append([])
             size = 0

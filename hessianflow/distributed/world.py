@@ -1,4 +1,5 @@
-"""The trainer's world of several ranks: one process group that shares gradients, buffers and decisions."""
+"""The trainer's world of several ranks: one process group that shares gradients, buffers and
+decisions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,15 +18,17 @@ from hessianflow.measuring import unwrap
 
 
 class GroupWorld:
-    """A rank of several, for `AdaptiveBatchTrainer(..., world=GroupWorld(reducer))`; see `interfaces.World`.
+    """A rank of several, for `AdaptiveBatchTrainer(..., world=GroupWorld(reducer))`; see
+    `interfaces.World`.
 
     Args:
         reducer: of the group. Under torchrun :func:`launched_world` makes the world.
         device: where this rank's model and data belong.
 
     Raises:
-        HessianFlowError: at the start: ranks that differ in code or settings, a model in DistributedDataParallel,
-            training data that cannot be shared out; at a step: see :class:`GradientSynchronizer`.
+        HessianFlowError: at the start: ranks that differ in code or settings, a model in
+            DistributedDataParallel, training data that cannot be shared out; at a step: see
+            :class:`GradientSynchronizer`.
     """
 
     def __init__(self, reducer: GroupReducer, device: torch.device | str = "cpu") -> None:
@@ -48,7 +51,8 @@ class GroupWorld:
         return self._synchronizer.waited_seconds
 
     def rejoin(self, reducer: GroupReducer) -> None:
-        """Go on, between two steps, in another generation of the group; state is shared separately."""
+        """Go on, between two steps, in another generation of the group; state is shared
+        separately."""
         self._reducer = reducer
         self._synchronizer.rejoin(reducer)
 
@@ -56,7 +60,8 @@ class GroupWorld:
         """Sum the gradients of `parameters` over ranks from now on."""
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise HessianFlowError(
-                f"the model is wrapped in {type(model).__name__}: pass the bare module, its gradients are summed here"
+                f"the model is wrapped in {type(model).__name__}: pass the bare module, its"
+                " gradients are summed here"
             )
         self._module, self._parameters = unwrap(model), parameters
         self._synchronizer = GradientSynchronizer(parameters, self._reducer)
@@ -67,10 +72,17 @@ class GroupWorld:
 
     def meet(self, settings: Mapping[str, Any]) -> None:
         """Check that all ranks run the same program, then give all of them rank 0's weights."""
-        self.compare({**settings, **{f"parameter {n}": list(p.shape) for n, p in enumerate(self._parameters)}})
+        self.compare(
+            {
+                **settings,
+                **{f"parameter {n}": list(p.shape) for n, p in enumerate(self._parameters)},
+            }
+        )
         broadcast_module(self._reducer, self._module)
         held = {id(p) for p in self._module.parameters()}
-        broadcast_module(self._reducer, nn.ParameterList(p for p in self._parameters if id(p) not in held))
+        broadcast_module(
+            self._reducer, nn.ParameterList(p for p in self._parameters if id(p) not in held)
+        )
 
     def shard(self, data: Any) -> None:
         """Have the training data hand out this rank's contiguous part of every batch."""
@@ -120,13 +132,15 @@ class GroupWorld:
 
 @contextmanager
 def launched_world(device: str = "cpu") -> Iterator[GroupWorld]:
-    """The world of the processes that torchrun started, or of this one alone; left together at the end.
+    """The world of the processes that torchrun started, or of this one alone; left together at the
+    end.
 
     Args:
         device: "cpu", or "cuda", which becomes a device of its own for each process of a machine.
 
     Raises:
-        HessianFlowError: no device for this process, one device named for several, or another rank that failed.
+        HessianFlowError: no device for this process, one device named for several, or another rank
+            that failed.
     """
     place = from_environment()
     if place is None:
@@ -135,7 +149,8 @@ def launched_world(device: str = "cpu") -> Iterator[GroupWorld]:
     named = torch.device(device)
     if named.index is not None and place.world_size > 1:
         raise AgreedError(
-            f"device {device} is one for {place.world_size} processes: use {named.type}, each takes its own"
+            f"device {device} is one for {place.world_size} processes: use {named.type}, each takes"
+            " its own"
         )
     own = local_device(device, place.local_rank)
     try:
@@ -144,4 +159,6 @@ def launched_world(device: str = "cpu") -> Iterator[GroupWorld]:
     except RuntimeError as error:
         if not any(backend in str(error) for backend in ("gloo", "NCCL")):
             raise
-        raise HessianFlowError(f"another rank failed or was ended: {str(error).splitlines()[0]}") from error
+        raise HessianFlowError(
+            f"another rank failed or was ended: {str(error).splitlines()[0]}"
+        ) from error

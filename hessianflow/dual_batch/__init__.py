@@ -8,4 +8,12 @@ from hessianflow.dual_batch.local_training import Course, LocalTraining
 from hessianflow.dual_batch.trainer import DualBatchTrainer, Job
 from hessianflow.dual_batch.transports import OnRay, Simulated
 
-__all__ = ["Course", "DualBatchTrainer", "Job", "LocalTraining", "OnRay", "Simulated", "build_dual_batch"]
+__all__ = [
+    "Course",
+    "DualBatchTrainer",
+    "Job",
+    "LocalTraining",
+    "OnRay",
+    "Simulated",
+    "build_dual_batch",
+]

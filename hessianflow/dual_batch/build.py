@@ -82,7 +82,8 @@ class Schedule:
 def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> DualBatchTrainer:
     """Return a run for a prepared `config` (see :func:`hessianflow.build.prepare`).
 
-    The time model is the one given, or the one that the run directory recorded, or it is measured here and now.
+    The time model is the one given, or the one that the run directory recorded, or it is measured
+    here and now.
 
     Raises:
         HessianFlowError: as :func:`hessianflow.build.build_trainer`; a plan that cannot be; no Ray.
@@ -124,12 +125,16 @@ def all_stages(config: TrainConfig, parts: Parts) -> tuple[Stage, ...]:
 
 
 def plan_schedule(
-    config: TrainConfig, stages: tuple[Stage, ...], num_examples: int, times: Mapping[int, TimeModel]
+    config: TrainConfig,
+    stages: tuple[Stage, ...],
+    num_examples: int,
+    times: Mapping[int, TimeModel],
 ) -> Schedule:
     """Return a plan for each resolution.
 
     Raises:
-        HessianFlowError: a plan that cannot be, or a batch larger than what a worker takes in an epoch.
+        HessianFlowError: a plan that cannot be, or a batch larger than what a worker takes in an
+            epoch.
     """
     plans = {}
     for level in {stage.level.resolution: stage.level for stage in stages}.values():
@@ -147,8 +152,9 @@ def plan_schedule(
         for worker in plan.workers:
             if worker.batch_size > worker.examples:
                 raise HessianFlowError(
-                    f"a batch of {worker.batch_size} is more than the {worker.examples} examples that a worker takes "
-                    f"in an epoch: use a --batch-size below {level.batch_size}, or fewer --workers"
+                    f"a batch of {worker.batch_size} is more than the {worker.examples} examples"
+                    " that a worker takes in an epoch: use a --batch-size below"
+                    f" {level.batch_size}, or fewer --workers"
                 )
         plans[level.resolution] = plan
     return Schedule(stages, times, plans)
@@ -180,15 +186,21 @@ def worker_of(config: TrainConfig, parts: Parts, schedule: Schedule, number: int
     model = torch.compile(parts.model, dynamic=True) if config.compile else parts.model
     assert isinstance(model, nn.Module)
     if config.norm_batch_size == "ranks":
-        raise HessianFlowError("--norm-batch-size ranks: dual batches train apart, give a number of examples")
+        raise HessianFlowError(
+            "--norm-batch-size ranks: dual batches train apart, give a number of examples"
+        )
     group = config.norm_batch_size or None
     return LocalTraining(
         parts.model,
         parts.train,
         optimizer,
-        GradientAccumulator(model, nn.CrossEntropyLoss(), trained, (), resolved_precision(config), group),
+        GradientAccumulator(
+            model, nn.CrossEntropyLoss(), trained, (), resolved_precision(config), group
+        ),
         build_transform(parts, build_stages(config)),
-        Course(plan_at, partial(rate_at, config), number, given(config.workers), given(config.epochs)),
+        Course(
+            plan_at, partial(rate_at, config), number, given(config.workers), given(config.epochs)
+        ),
         microbatch_size=config.microbatch_size if isinstance(config.microbatch_size, int) else None,
         norm_batch_size=group,
     )
@@ -201,7 +213,8 @@ def make_server(weights: Any, plan: DualBatchPlan, synchrony: Any) -> ParameterS
 
 
 def time_worker(config: TrainConfig, number: int) -> dict[int, list[tuple[int, float]]]:
-    """(batch size, median seconds of a step) at each resolution, measured on a model of its own in this process."""
+    """(batch size, median seconds of a step) at each resolution, measured on a model of its own in
+    this process."""
     prepared = prepare(config)
     parts = build_parts(prepared)
     stages = all_stages(prepared, parts)
@@ -211,8 +224,12 @@ def time_worker(config: TrainConfig, number: int) -> dict[int, list[tuple[int, f
         if stage.level.resolution in found:
             continue
         sizes = sorted({max(1, round(share * stage.level.batch_size)) for share in TIMED_SHARES})
-        timed = [(size, worker.measure(stage.start, size, WARM_STEPS + TIMED_STEPS)) for size in sizes]
-        found[stage.level.resolution] = [(size, statistics.median(s[WARM_STEPS:])) for size, s in timed]
+        timed = [
+            (size, worker.measure(stage.start, size, WARM_STEPS + TIMED_STEPS)) for size in sizes
+        ]
+        found[stage.level.resolution] = [
+            (size, statistics.median(s[WARM_STEPS:])) for size, s in timed
+        ]
     return found
 
 
@@ -222,17 +239,25 @@ def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]
     resolutions = sorted({stage.level.resolution for stage in stages})
     if config.slope is not None:
         return _given_times(config, resolutions)
-    recorded = {} if config.run_dir is None else read_config(Path(config.run_dir)).get("dual_batch", {})
+    recorded = (
+        {} if config.run_dir is None else read_config(Path(config.run_dir)).get("dual_batch", {})
+    )
     if recorded:
-        return _recorded_times(recorded.get("times", {}), resolutions, f"{config.run_dir}/config.json")
+        return _recorded_times(
+            recorded.get("times", {}), resolutions, f"{config.run_dir}/config.json"
+        )
     measured = _measured_together(config) if config.server == "ray" else [time_worker(config, 0)]
     models = {}
     for resolution in resolutions:
-        sizes, seconds = zip(*(point for found in measured for point in found[resolution]), strict=True)
+        sizes, seconds = zip(
+            *(point for found in measured for point in found[resolution]), strict=True
+        )
         try:
             models[resolution] = fit_time_model(sizes, seconds)
         except HessianFlowError as error:
-            raise HessianFlowError(f"at {resolution} pixels {error}, or give --slope and --intercept") from None
+            raise HessianFlowError(
+                f"at {resolution} pixels {error}, or give --slope and --intercept"
+            ) from None
     return models
 
 
@@ -256,7 +281,8 @@ def _given_times(config: TrainConfig, resolutions: Sequence[int]) -> dict[int, T
     for name, values in lines.items():
         if len(values) != len(resolutions):
             raise HessianFlowError(
-                f"--{name} must hold one value for each of the resolutions {list(resolutions)}, got {list(values)}"
+                f"--{name} must hold one value for each of the resolutions {list(resolutions)}, got"
+                f" {list(values)}"
             )
     pairs = zip(lines["slope"], lines["intercept"], strict=True)
     return {r: TimeModel(a, b) for r, (a, b) in zip(resolutions, pairs, strict=True)}
@@ -278,7 +304,13 @@ def _transport(config: TrainConfig, parts: Parts, schedule: Schedule) -> Transpo
     server = partial(make_server, FlatWeights(parts.model).read(), plan, given(config.synchrony))
     if config.server == "ray":
         workers = given(config.workers)
-        return OnRay(server, partial(make_worker, config, schedule), workers, _resources(config), config.ray_address)
+        return OnRay(
+            server,
+            partial(make_worker, config, schedule),
+            workers,
+            _resources(config),
+            config.ray_address,
+        )
 
     def seconds(worker: int, epoch: int) -> float:
         return schedule.at(epoch)[1].workers[worker].seconds

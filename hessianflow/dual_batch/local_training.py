@@ -1,10 +1,12 @@
-"""What one worker of a parameter server does: pull weights, train its share in its batch size, hand weights back.
+"""What one worker of a parameter server does: pull weights, train its share in its batch size, hand
+weights back.
 
-Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed training",
-arXiv:2509.26092. As in the published code, a local epoch draws its examples from a fresh shuffle of the whole training
-set and takes round(d / B) whole batches.
+Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed
+training", arXiv:2509.26092. As in the published code, a local epoch draws its examples from a fresh
+shuffle of the whole training set and takes round(d / B) whole batches.
 
-Deviation: a worker keeps its momentum when the resolution changes (the published code recompiles, and loses it).
+Deviation: a worker keeps its momentum when the resolution changes (the published code recompiles,
+and loses it).
 """
 
 import math
@@ -32,7 +34,8 @@ from hessianflow.training.ghost_norm import ghost_normalisation
 
 
 class FlatWeights:
-    """All floating-point weights and buffers of a model as one array on the host, in the order of its state."""
+    """All floating-point weights and buffers of a model as one array on the host, in the order of
+    its state."""
 
     def __init__(self, model: nn.Module) -> None:
         state = model.state_dict(keep_vars=True).values()
@@ -61,7 +64,9 @@ class FlatWeights:
         """Put them into the model, in place."""
         device = self._tensors[0].device
         # A copy: arrays from an object store cannot be written to, and torch warns of those.
-        parts = torch.split(torch.tensor(weights, device=device), [t.numel() for t in self._tensors])
+        parts = torch.split(
+            torch.tensor(weights, device=device), [t.numel() for t in self._tensors]
+        )
         with torch.no_grad():
             for tensor, part in zip(self._tensors, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
@@ -89,8 +94,9 @@ class Course:
 class LocalTraining:
     """One worker's local epochs; a :data:`~hessianflow.distributed.simulated_server.LocalEpoch`.
 
-    Several workers of a simulation may share a model and its data: every local epoch begins with the weights given and
-    with a place in the data that follows from the worker's number and its count of local epochs alone.
+    Several workers of a simulation may share a model and its data: every local epoch begins with
+    the weights given and with a place in the data that follows from the worker's number and its
+    count of local epochs alone.
 
     Args:
         model: trained in place.
@@ -103,8 +109,8 @@ class LocalTraining:
         norm_batch_size: examples that batch normalisation sees at once; None: the forward pass.
 
     Attributes:
-        figures: of the last local epoch: loss (mean), weight (what it divides by), correct, counted, examples,
-            steps, batch_size, seconds.
+        figures: of the last local epoch: loss (mean), weight (what it divides by), correct,
+            counted, examples, steps, batch_size, seconds.
     """
 
     def __init__(
@@ -119,7 +125,12 @@ class LocalTraining:
         microbatch_size: int | None = None,
         norm_batch_size: int | None = None,
     ) -> None:
-        self._model, self._data, self._optimizer, self._accumulate = model, data, optimizer, accumulate
+        self._model, self._data, self._optimizer, self._accumulate = (
+            model,
+            data,
+            optimizer,
+            accumulate,
+        )
         self._transform, self._course = transform, course
         self._microbatch_size, self._norm_batch_size = microbatch_size, norm_batch_size
         self._flat = FlatWeights(model)
@@ -129,7 +140,8 @@ class LocalTraining:
 
     def __call__(self, weights: Weights, epoch: int) -> Weights:
         """Train from `weights` at the rate, share, batch size and resolution of `epoch`."""
-        epoch = min(epoch, self._course.epochs - 1)  # some are under way when the last push has come
+        # some are under way when the last push has come
+        epoch = min(epoch, self._course.epochs - 1)
         began, plan = time.perf_counter(), self._course.plan_at(epoch)
         self._flat.write(weights)
         for group in self._optimizer.param_groups:
@@ -140,7 +152,8 @@ class LocalTraining:
         losses = torch.stack([result.loss.double() * result.weight for result in results])
         weight = float(sum(result.weight for result in results))
         hits = summed([result.hits for result in results])
-        made = self._flat.read()  # waits for the device, so that the clock may be read and the sums may leave it
+        # waits for the device, so that the clock may be read and the sums may leave it
+        made = self._flat.read()
         self.figures = {
             "loss": losses.sum().item() / weight if weight else math.nan,
             "weight": weight,
@@ -176,7 +189,8 @@ class LocalTraining:
         """Return seconds of each of `steps` steps of `batch_size` examples at the resolution of
         `epoch`; trains the model.
 
-        Goes through as many shuffles as that takes; a last batch of another size is trained on, and not counted.
+        Goes through as many shuffles as that takes; a last batch of another size is trained on, and
+        not counted.
 
         Raises:
             HessianFlowError: a shuffle gives no batch of that size.

@@ -1,8 +1,10 @@
-"""A run on a parameter server that leaves the same files as any other run: records, checkpoints, summary.
+"""A run on a parameter server that leaves the same files as any other run: records, checkpoints,
+summary.
 
-Rows of its own: `commit`, one for each push (worker, when it started and finished on the server's clock, staleness,
-batch size, loss). Rows of an epoch also hold `clock_seconds` (the server's clock: the time model's in a simulation, the
-wall's on Ray), `predicted_seconds` (the sum of the plans' target times), resolution and small batch size.
+Rows of its own: `commit`, one for each push (worker, when it started and finished on the server's
+clock, staleness, batch size, loss). Rows of an epoch also hold `clock_seconds` (the server's clock:
+the time model's in a simulation, the wall's on Ray), `predicted_seconds` (the sum of the plans'
+target times), resolution and small batch size.
 """
 
 import math
@@ -111,7 +113,8 @@ class DualBatchTrainer:
         """Train for all epochs and return the records.
 
         Raises:
-            HessianFlowError: the run directory is in use or cannot be written; the loss stopped being finite.
+            HessianFlowError: the run directory is in use or cannot be written; the loss stopped
+                being finite.
         """
         self._record.start(self._config)
         try:
@@ -122,7 +125,8 @@ class DualBatchTrainer:
         return self._run(None)
 
     def resume(self, run_dir: str | Path) -> History:
-        """Continue an interrupted run of the same settings; simulated on a CPU, it ends bit for bit as if it never had.
+        """Continue an interrupted run of the same settings; simulated on a CPU, it ends bit for bit
+        as if it never had.
 
         Raises:
             HessianFlowError: no usable checkpoint there, or one of another model.
@@ -138,18 +142,21 @@ class DualBatchTrainer:
         return self._run(snapshot)
 
     def request_stop(self) -> None:
-        """Ask the run to save a checkpoint and return after the push it waits for (safe in a signal handler)."""
+        """Ask the run to save a checkpoint and return after the push it waits for (safe in a signal
+        handler)."""
         self._stop_requested = True
 
     @property
     def progress(self) -> Progress:
-        """How far the run has come; an epoch is complete with as many pushes as there are workers."""
+        """How far the run has come; an epoch is complete with as many pushes as there are
+        workers."""
         job, counters = self._job, self._counters
         epoch = counters.commits // job.workers
         return Progress(epoch, counters.examples, counters.updates, job.examples, job.epochs)
 
     def _restore(self, folder: Path) -> tuple[Snapshot | None, str | None]:
-        """Put back the newest checkpoint; returns the server's part of it, and a warning where it is not the last."""
+        """Put back the newest checkpoint; returns the server's part of it, and a warning where it
+        is not the last."""
         self._record.hold(folder)
         kept, source = folder / CHECKPOINTS, f"the checkpoint in {folder}"
         state, _, warning = checkpoints.load_newest(kept, history_length(folder), self._check)
@@ -175,11 +182,22 @@ class DualBatchTrainer:
             self._flat.check(weights)
 
     def _run(self, resume_from: Snapshot | None) -> History:
-        listener = Listener(self._on_commit, self._on_snapshot, self._on_event, lambda: self._stop_requested)
+        listener = Listener(
+            self._on_commit, self._on_snapshot, self._on_event, lambda: self._stop_requested
+        )
         try:
             self._transport(self._job.epochs * self._job.workers, listener, resume_from)
-            found = summary_of(self._record.history(), self.progress, self._decision(), self._seconds(), self._device)
-            clock = {"clock_seconds": self._counters.clock, "predicted_seconds": self._counters.predicted}
+            found = summary_of(
+                self._record.history(),
+                self.progress,
+                self._decision(),
+                self._seconds(),
+                self._device,
+            )
+            clock = {
+                "clock_seconds": self._counters.clock,
+                "predicted_seconds": self._counters.predicted,
+            }
             self._record.finish({**found, **clock})
         finally:
             self._record.close()
@@ -187,7 +205,9 @@ class DualBatchTrainer:
 
     def _on_commit(self, commit: Commit) -> None:
         figures = commit.figures
-        self._counters = c = replace(self._counters, commits=self._counters.commits + 1, clock=commit.finished)
+        self._counters = c = replace(
+            self._counters, commits=self._counters.commits + 1, clock=commit.finished
+        )
         c.examples += int(figures["examples"])
         c.updates += int(figures["steps"])
         c.training_seconds += figures["seconds"]
@@ -201,14 +221,20 @@ class DualBatchTrainer:
         self._record.write(
             {
                 **self._place("commit"),
-                **{name: getattr(commit, name) for name in ("worker", "started", "finished", "staleness")},
+                **{
+                    name: getattr(commit, name)
+                    for name in ("worker", "started", "finished", "staleness")
+                },
                 "rate_epoch": commit.epoch,
                 "resolution": stage.level.resolution,
                 **{name: figures[name] for name in ("batch_size", "steps", "loss", "seconds")},
             }
         )
         if figures["weight"] > 0 and not math.isfinite(figures["loss"]):
-            where = f"the training loss of worker {commit.worker} was not finite in epoch {commit.epoch + 1}"
+            where = (
+                f"the training loss of worker {commit.worker} was not finite in epoch"
+                f" {commit.epoch + 1}"
+            )
             self._event("diverged", where)
             raise DivergenceError(f"{where}: lower the rate; {self._record.last_checkpoint()}")
 
@@ -219,11 +245,15 @@ class DualBatchTrainer:
         if self._counters.commits % self._job.workers == 0:
             self._finish_epoch()
         if self._stop_requested and self.progress.epoch < self._job.epochs:
-            self._event("preempted", "stopped on request before the last epoch; `hessianflow resume` continues")
+            self._event(
+                "preempted",
+                "stopped on request before the last epoch; `hessianflow resume` continues",
+            )
         self._save(state)
 
     def _on_event(self, text: str, commits: int) -> None:
-        """A worker or the server failed; where commits are to be made again, count from the last snapshot."""
+        """A worker or the server failed; where commits are to be made again, count from the last
+        snapshot."""
         if commits < self._counters.commits:
             self._counters = replace(self._saved)
         self._event("restart", text)
@@ -254,9 +284,13 @@ class DualBatchTrainer:
                 **rows.spent_on(spent, c.trained),
             }
         )
-        improved = evaluation.accuracy is not None and (c.best is None or evaluation.accuracy > c.best)
+        improved = evaluation.accuracy is not None and (
+            c.best is None or evaluation.accuracy > c.best
+        )
         best = evaluation.accuracy if improved else c.best
-        self._counters = replace(c, best=best, loss=0.0, weight=0.0, correct=0, counted=0.0, trained=0, seconds=total)
+        self._counters = replace(
+            c, best=best, loss=0.0, weight=0.0, correct=0, counted=0.0, trained=0, seconds=total
+        )
         if improved:
             self._save(None, BEST)
 
@@ -294,7 +328,8 @@ class DualBatchTrainer:
 
 
 def _copies_of_weights(snapshot: Snapshot) -> Iterator[Tensor]:
-    """Yield the weights of the server, those pushed into an open round, and those that workers train from."""
+    """Yield the weights of the server, those pushed into an open round, and those that workers
+    train from."""
     if "server" in snapshot:
         yield snapshot["server"]["weights"]
         yield from (pushed for _, pushed in snapshot["server"]["round"].values())

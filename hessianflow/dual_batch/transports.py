@@ -1,4 +1,5 @@
-"""The two ways to run workers against a server, behind one signature: simulated in this process, or on Ray."""
+"""The two ways to run workers against a server, behind one signature: simulated in this process, or
+on Ray."""
 
 import signal
 import threading
@@ -21,7 +22,8 @@ class Listener:
 
     Attributes:
         on_commit: of every push; its times go on from those before an interruption.
-        on_snapshot: of the state after every epoch, and when stopped; `state["server"]["weights"]` are the server's.
+        on_snapshot: of the state after every epoch, and when stopped; `state["server"]["weights"]`
+            are the server's.
         on_event: of failures, and how many commits still count.
         should_stop: asked after every push.
     """
@@ -72,7 +74,8 @@ class Simulated:
 
 @dataclass(frozen=True)
 class OnRay:
-    """Server and workers in processes of their own; the clock is the wall's. Workers start with no momentum.
+    """Server and workers in processes of their own; the clock is the wall's. Workers start with no
+    momentum.
 
     Attributes:
         make_server: builds the server, in its process.
@@ -96,7 +99,9 @@ class OnRay:
 
         def shifted(commit: Commit) -> None:
             nonlocal clock
-            times = {name: getattr(commit, name) + before for name in ("started", "finished", "released")}
+            times = {
+                name: getattr(commit, name) + before for name in ("started", "finished", "released")
+            }
             clock = times["finished"]
             listener.on_commit(replace(commit, **times))
 
@@ -121,7 +126,11 @@ class OnRay:
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
     """Ray sets handlers of its own when it starts; the caller's come back afterwards."""
-    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    numbers = (
+        (signal.SIGTERM, signal.SIGINT)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
     found = {number: signal.getsignal(number) for number in numbers}
     try:
         yield

@@ -1,4 +1,5 @@
-"""Train on a number of workers that follows the batch: the trainer as a job of `hessianflow.distributed.ElasticRun`."""
+"""Train on a number of workers that follows the batch: the trainer as a job of
+`hessianflow.distributed.ElasticRun`."""
 
 from hessianflow.elastic.build import build_elastic
 from hessianflow.elastic.job import TrainerJob

@@ -16,7 +16,8 @@ from hessianflow.training import AdaptiveBatchTrainer
 def build_elastic(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> ElasticTrainer:
     """An elastic run of `config`; connects to Ray.
 
-    Each worker asks for `threads` processors (1 by default), and for a GPU where the run is to use one.
+    Each worker asks for `threads` processors (1 by default), and for a GPU where the run is to use
+    one.
 
     Raises:
         HessianFlowError: no Ray; a setting that an elastic run does not support.

@@ -1,4 +1,5 @@
-"""A trainer as an elastic job: it trains stretch by stretch, as any rank of any world, and hands on its state."""
+"""A trainer as an elastic job: it trains stretch by stretch, as any rank of any world, and hands on
+its state."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,15 +13,18 @@ from hessianflow.training.state import separate_generators
 class TrainerJob:
     """One rank's trainer; see :class:`hessianflow.distributed.ElasticJob`.
 
-    All ranks keep the same records, so that any of them can go on as the first. When an update was interrupted, its
-    batch is trained again: the place in the data is that of the last complete update. (Running statistics of batch
-    normalisation and random starts of attacks may have seen the interrupted batch twice.)
+    All ranks keep the same records, so that any of them can go on as the first. When an update was
+    interrupted, its batch is trained again: the place in the data is that of the last complete
+    update. (Running statistics of batch normalisation and random starts of attacks may have seen
+    the interrupted batch twice.)
 
     Args:
-        make: builds the trainer for a world, without a run directory; the records are kept by whoever runs the job.
+        make: builds the trainer for a world, without a run directory; the records are kept by
+            whoever runs the job.
 
     Raises:
-        HessianFlowError: an adversary with a staleness: batches drawn ahead would be drawn anew in another world.
+        HessianFlowError: an adversary with a staleness: batches drawn ahead would be drawn anew in
+            another world.
     """
 
     def __init__(self, make: Callable[[World], AdaptiveBatchTrainer]) -> None:
@@ -29,8 +33,8 @@ class TrainerJob:
         adversary = self._trainer.adversary
         if adversary is not None and adversary.staleness > 0:
             raise HessianFlowError(
-                f"staleness must be 0 in an elastic run, whose workers hold no batches for later, got "
-                f"{adversary.staleness}: use --staleness 0, or train without --elastic"
+                "staleness must be 0 in an elastic run, whose workers hold no batches for later,"
+                f" got {adversary.staleness}: use --staleness 0, or train without --elastic"
             )
         self._trainer.begin()
         self._copied = False
@@ -90,7 +94,8 @@ class TrainerJob:
         self._copied = True
 
     def _last_of_epoch(self) -> int:
-        """The update that ends the epoch, if the batch stays; a single example left over joins the batch before it."""
+        """The update that ends the epoch, if the batch stays; a single example left over joins the
+        batch before it."""
         progress, batch = self._trainer.progress, self._trainer.decision.batch_size
         left = progress.examples_per_epoch - progress.examples % progress.examples_per_epoch
         alone = left > batch > 1 and left % batch == 1

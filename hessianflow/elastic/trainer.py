@@ -1,8 +1,10 @@
-"""The process that starts an elastic run and keeps its records: config, history, checkpoints and summary.
+"""The process that starts an elastic run and keeps its records: config, history, checkpoints and
+summary.
 
-Workers come and go, so none of them owns the run directory. They hand their records over at every boundary, and their
-state at the end of every epoch and every so many seconds. When a run goes on from a snapshot, the records that will be
-made again are taken back; those of the world's changes stay.
+Workers come and go, so none of them owns the run directory. They hand their records over at every
+boundary, and their state at the end of every epoch and every so many seconds. When a run goes on
+from a snapshot, the records that will be made again are taken back; those of the world's changes
+stay.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from hessianflow.checks import in_home
-from hessianflow.distributed import ElasticEvent, ElasticRun, ElasticSettings, JobReport, Sample, workers_for
+from hessianflow.distributed import (
+    ElasticEvent,
+    ElasticRun,
+    ElasticSettings,
+    JobReport,
+    Sample,
+    workers_for,
+)
 from hessianflow.distributed.elastic import Policy
 from hessianflow.elastic.job import TrainerJob
 from hessianflow.interfaces import HessianFlowError, Progress, RecordSink, World
@@ -24,23 +33,27 @@ from hessianflow.training import AdaptiveBatchTrainer
 from hessianflow.training.saving import Saver
 
 THROUGHPUT_SHARE = 0.01
-"""A row of throughput is written when the run is older by this share, and by a second, than at the last. Ours."""
+"""A row of throughput is written when the run is older by this share, and by a second, than at the
+last. Ours."""
 
 
 class ElasticTrainer:
     """Trains on Ray with as many workers as the batch deserves.
 
     Args:
-        make: builds a trainer for a world, in each worker's process: importable there, and with `run_dir=None`.
+        make: builds a trainer for a world, in each worker's process: importable there, and with
+            `run_dir=None`.
         settings: how many workers, and what each asks for.
         run_dir: folder of the records, on this machine.
         config: settings to write to config.json beside the trainer's own.
         sinks: further receivers of every record.
         keep_checkpoints: how many of the newest are kept.
-        policy: policy(report, samples) -> workers wanted; None: :func:`hessianflow.distributed.workers_for`.
+        policy: policy(report, samples) -> workers wanted; None:
+            :func:`hessianflow.distributed.workers_for`.
 
     Raises:
-        HessianFlowError: see :class:`hessianflow.distributed.ElasticRun`; the run directory is in use.
+        HessianFlowError: see :class:`hessianflow.distributed.ElasticRun`; the run directory is in
+            use.
     """
 
     def __init__(
@@ -54,11 +67,17 @@ class ElasticTrainer:
         keep_checkpoints: int = 2,
         policy: Policy | None = None,
     ) -> None:
-        self._settings, self._config, self._policy = settings, dict(config or {}), policy or self._by_batch
+        self._settings, self._config, self._policy = (
+            settings,
+            dict(config or {}),
+            policy or self._by_batch,
+        )
         self._record = Recorder(run_dir, sinks)
         self._folder = in_home(run_dir)
         self._saver = Saver(None, None, keep_checkpoints)
-        self._run = ElasticRun(partial(TrainerJob, make), self._workers, settings, self._on_event, self._on_rows)
+        self._run = ElasticRun(
+            partial(TrainerJob, make), self._workers, settings, self._on_event, self._on_rows
+        )
         self._run.on_snapshot = self._on_snapshot
         self._from_job: list[bool] = []
         self._best: float | None = None
@@ -71,7 +90,8 @@ class ElasticTrainer:
         return self._train()
 
     def resume(self, run_dir: str | Path) -> History:
-        """Continue an interrupted run of the same settings, elastic or not, from its newest checkpoint.
+        """Continue an interrupted run of the same settings, elastic or not, from its newest
+        checkpoint.
 
         Raises:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
@@ -89,10 +109,13 @@ class ElasticTrainer:
         return self._train()
 
     def _newest(self) -> tuple[dict[str, Any], str | None]:
-        """Hold the run directory and read its newest checkpoint that can be used; a damaged last one is set aside."""
+        """Hold the run directory and read its newest checkpoint that can be used; a damaged last
+        one is set aside."""
         self._record.hold(self._folder)
         kept = self._folder / CHECKPOINTS
-        state, _, warning = checkpoints.load_newest(kept, history_length(self._folder), check_training_state)
+        state, _, warning = checkpoints.load_newest(
+            kept, history_length(self._folder), check_training_state
+        )
         self._record.reopen(self._folder, state["history_bytes"])
         if warning is not None:
             checkpoints.set_aside(kept)
@@ -110,7 +133,9 @@ class ElasticTrainer:
                 {
                     **self._run.description["summary"],
                     "world_size": max(event.workers for event in events),
-                    "world_changes": sum(event.kind in ("joined", "left", "restored") for event in events),
+                    "world_changes": sum(
+                        event.kind in ("joined", "left", "restored") for event in events
+                    ),
                     "workers_lost": sum(event.kind in ("died", "hung") for event in events),
                     "seconds_paused": sum(event.pause for event in events),
                 }
@@ -158,7 +183,9 @@ class ElasticTrainer:
         if event.kind == "started" and self._warning is not None:
             self._write(rows.event_row(progress, "fallback", self._warning))
         row = rows.event_row(progress, event.kind, event.message)
-        self._write({**row, "elapsed": event.seconds, "workers": event.workers, "pause": event.pause})
+        self._write(
+            {**row, "elapsed": event.seconds, "workers": event.workers, "pause": event.pause}
+        )
 
     def _on_rows(self, start: int, made: Sequence[Mapping[str, Any]]) -> None:
         if start < sum(self._from_job):

@@ -1,4 +1,5 @@
-"""What the mean of a loss divides by: known for torch's own losses, stated by the user, or guessed and checked.
+"""What the mean of a loss divides by: known for torch's own losses, stated by the user, or guessed
+and checked.
 
 A batch may be cut into parts: microbatches, the batches of a data set, the shares of several ranks.
 The mean loss of the whole is then the mean of the parts' losses, each weighted by what its own mean

@@ -31,7 +31,8 @@ class WeightedLoss(nn.Module):
     A stated weight is not checked.
 
     Args:
-        loss_fn: loss_fn(outputs, targets), a mean; for a batch that is a dict, loss_fn(model, batch).
+        loss_fn: loss_fn(outputs, targets), a mean; for a batch that is a dict, loss_fn(model,
+            batch).
         weight: what the mean divides by, called with the same two arguments. It returns a number or
             a scalar tensor, at least 0. Where it is 0 the loss counts for nothing, whatever its
             value.
@@ -95,7 +96,8 @@ class MeanLoss:
         self.is_known = is_torchs(loss_fn)
 
     def weight_ahead(self, targets: Any) -> Weight | None:
-        """Return what the mean over a batch with these targets will divide by; None if only the call tells."""
+        """Return what the mean over a batch with these targets will divide by; None if only the
+        call tells."""
         return known_weight(self.loss_fn, targets) if self.is_known else None
 
     def __call__(self, outputs: Any, targets: Any, weight: Weight | None = None) -> Averaged:
@@ -143,8 +145,14 @@ class MeanLoss:
         ignore_index = setting(self.loss_fn, "ignore_index") if by_class else None
         if weight is None:
             weight = known_weight(self.loss_fn, targets)
-        is_count = by_class and setting(self.loss_fn, "weight") is None and setting(self.loss_fn, "reduction") == "mean"
-        return Averaged(result, weight, EXAMPLES, ignore_index, counted=weight if is_count else None)
+        is_count = (
+            by_class
+            and setting(self.loss_fn, "weight") is None
+            and setting(self.loss_fn, "reduction") == "mean"
+        )
+        return Averaged(
+            result, weight, EXAMPLES, ignore_index, counted=weight if is_count else None
+        )
 
 
 def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
@@ -156,7 +164,8 @@ def _divided(total: Any, count: Weight, may_break_on_nothing: bool) -> Averaged:
     """Return the mean of a loss that returned (sum, count); it is 0 where the count is 0."""
     if not isinstance(total, Tensor) or total.ndim > 0:
         raise HessianFlowError(
-            f"a loss that returns a pair must return (sum, count), two scalars, got {_described(total)} as the sum"
+            "a loss that returns a pair must return (sum, count), two scalars, got"
+            f" {_described(total)} as the sum"
         )
     if isinstance(count, Tensor):
         divisor = torch.where(count > 0, count, 1).to(total.dtype)

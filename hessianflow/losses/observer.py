@@ -27,7 +27,16 @@ _MEANS = frozenset((torch.mean, Tensor.mean))
 _SUMS = frozenset((torch.sum, Tensor.sum))
 _DIVISIONS = frozenset((torch.div, Tensor.div, torch.true_divide, Tensor.true_divide))
 _CLAMPS = frozenset(
-    (torch.clamp, torch.clamp_min, torch.maximum, Tensor.clamp, Tensor.clamp_min, Tensor.maximum, torch.max, Tensor.max)
+    (
+        torch.clamp,
+        torch.clamp_min,
+        torch.maximum,
+        Tensor.clamp,
+        Tensor.clamp_min,
+        Tensor.maximum,
+        torch.max,
+        Tensor.max,
+    )
 )
 COUNT = "the count it divides by"
 
@@ -74,7 +83,9 @@ class Call:
         weight: Tensor | None = self.arguments.get("weight")
         if self.function in CLASS_FUNCTIONS:
             if not targets.is_floating_point():
-                return class_weight(targets, weight, self.arguments.get("ignore_index", IGNORE_INDEX))
+                return class_weight(
+                    targets, weight, self.arguments.get("ignore_index", IGNORE_INDEX)
+                )
             # Probabilities: one target for each place outside of the dimension of the classes.
             return inputs.numel() // inputs.shape[min(1, inputs.ndim - 1)]
         if weight is not None and self.function is functional.mse_loss:
@@ -111,7 +122,8 @@ class Observer(TorchFunctionMode):
         return last is not None and last.is_loss and last.reduction == "sum"
 
     def divisor(self, loss: Tensor) -> tuple[Weight, str] | None:
-        """Return what a scalar loss divides by, and how that is known; None where the calls do not tell."""
+        """Return what a scalar loss divides by, and how that is known; None where the calls do not
+        tell."""
         last = self._returned(loss)
         if last is not None and last.function in _MEANS:
             return last.arguments["input"].numel(), "the values of its mean"
@@ -132,7 +144,12 @@ class Observer(TorchFunctionMode):
         nothing counts."""
         for call in self._calls:
             before = call.arguments.get("input")
-            if call.result is divisor and call.function in _CLAMPS and isinstance(before, Tensor) and before.ndim == 0:
+            if (
+                call.result is divisor
+                and call.function in _CLAMPS
+                and isinstance(before, Tensor)
+                and before.ndim == 0
+            ):
                 return torch.where(before == 0, 0, divisor)
         return divisor
 
@@ -151,5 +168,7 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(signature(function).parameters) if function in _LOSSES else ("input", "other")
 
 
-def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     return {**dict(zip(_names(function), args, strict=False)), **kwargs}

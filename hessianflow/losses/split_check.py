@@ -24,7 +24,8 @@ gradients by the outputs are compared too, to within SLOPE_TOLERANCE. Ours: a wr
 them by tenths."""
 
 WAY_OUT = (
-    "wrap it in hf.WeightedLoss(loss_fn, weight), which says what the mean divides by, or keep every batch in one pass"
+    "wrap it in hf.WeightedLoss(loss_fn, weight), which says what the mean divides by, or keep"
+    " every batch in one pass"
 )
 
 
@@ -62,10 +63,12 @@ class SplitCheck:
                 example, so that nothing can be compared.
         """
         if self._loss.is_known and mixes_rows(self._loss.loss_fn, outputs, targets):
-            shapes = f"outputs of shape {list(outputs.shape)} and targets of shape {list(targets.shape)}"
+            shapes = (
+                f"outputs of shape {list(outputs.shape)} and targets of shape {list(targets.shape)}"
+            )
             raise HessianFlowError(
-                f"the loss compares every row with every other: {shapes} are broadcast, so its parts do not add up "
-                "to it; give both one shape, such as outputs.squeeze(1)"
+                f"the loss compares every row with every other: {shapes} are broadcast, so its"
+                " parts do not add up to it; give both one shape, such as outputs.squeeze(1)"
             )
         if self._is_needless:
             return
@@ -99,7 +102,9 @@ class SplitCheck:
         # A view of a few rows would keep all of them.
         self._kept = map_tensors(Tensor.clone, first[0]), map_tensors(Tensor.clone, first[1])
 
-    def _compare_with_kept(self, before: Any, targets_before: Any, outputs: Any, targets: Any) -> None:
+    def _compare_with_kept(
+        self, before: Any, targets_before: Any, outputs: Any, targets: Any
+    ) -> None:
         kept = num_examples(targets_before)
         rows = num_examples(targets)
         taken = max(1, rows - kept)  # together no more than one part, for the sake of memory
@@ -107,9 +112,14 @@ class SplitCheck:
         if later is None:
             return
         try:
-            pair = _joined(before, later[0], kept, taken), _joined(targets_before, later[1], kept, taken)
+            pair = (
+                _joined(before, later[0], kept, taken),
+                _joined(targets_before, later[1], kept, taken),
+            )
             whole = self._loss(*pair)
-        except Exception:  # parts of different lengths, or whatever a loss asks of rows that belong together
+        except (
+            Exception
+        ):  # parts of different lengths, or whatever a loss asks of rows that belong together
             return
         self._compare(whole, *pair, kept)
 
@@ -125,21 +135,26 @@ class SplitCheck:
                 parts.append(self._loss(*pair))
             except Exception as error:  # whatever a loss raises that was not made for so few rows
                 raise HessianFlowError(
-                    f"the loss cannot be computed for {span.stop - span.start} of {rows} examples "
-                    f"({type(error).__name__}), so nothing shows what its mean divides by: {WAY_OUT}"
+                    f"the loss cannot be computed for {span.stop - span.start} of {rows} examples"
+                    f" ({type(error).__name__}), so nothing shows what its mean divides by:"
+                    f" {WAY_OUT}"
                 ) from error
         # The host waits for the device here, a few times a run.
         if not any(float(part.weight) > 0 for part in parts):
             return
         value = float(whole.value.detach())
         found, scale = _mean(parts)
-        tolerance = _tolerance(whole.value.dtype) * max(scale, abs(value), torch.finfo(whole.value.dtype).tiny)
+        tolerance = _tolerance(whole.value.dtype) * max(
+            scale, abs(value), torch.finfo(whole.value.dtype).tiny
+        )
         # A whole that is not finite shows divergence, not weights. A part alone that is not finite
         # fails below.
         if not math.isfinite(value):
             return
         if abs(found - value) <= tolerance:
-            spread = max(abs(float(part.value.detach()) - value) for part in parts if float(part.weight) > 0)
+            spread = max(
+                abs(float(part.value.detach()) - value) for part in parts if float(part.weight) > 0
+            )
             if spread < ALIKE * abs(value):
                 self._compare_slopes(outputs, targets, spans)
             return
@@ -147,8 +162,8 @@ class SplitCheck:
         if not abs(again - value) <= tolerance:
             return  # a random loss differs from itself: the comparison shows nothing
         raise HessianFlowError(
-            f"the loss of {rows} examples is {value:.6g}, but {found:.6g} as the mean over parts of {cut} and "
-            f"{rows - cut} of them, weighted by {whole.source}: {WAY_OUT}"
+            f"the loss of {rows} examples is {value:.6g}, but {found:.6g} as the mean over parts of"
+            f" {cut} and {rows - cut} of them, weighted by {whole.source}: {WAY_OUT}"
         )
 
     def _compare_slopes(self, outputs: Any, targets: Any, spans: tuple[slice, slice]) -> None:
@@ -172,13 +187,17 @@ class SplitCheck:
         if not leaves or not whole.value.requires_grad:
             return
         total = sum(float(part.weight) for part in parts)
-        mean = sum(part.value * (float(part.weight) / total) for part in parts if float(part.weight) > 0)
+        mean = sum(
+            part.value * (float(part.weight) / total) for part in parts if float(part.weight) > 0
+        )
         ours, theirs = (_slopes(value, leaves) for value in (mean, whole.value))
         tolerance = max(SLOPE_TOLERANCE, 4 * torch.finfo(whole.value.dtype).eps)
-        if float((ours - theirs).norm()) > tolerance * max(float(theirs.norm()), torch.finfo(whole.value.dtype).tiny):
+        if float((ours - theirs).norm()) > tolerance * max(
+            float(theirs.norm()), torch.finfo(whole.value.dtype).tiny
+        ):
             raise HessianFlowError(
-                f"the loss of {rows} examples has another gradient than the mean over two parts of them, weighted by "
-                f"{whole.source}: {WAY_OUT}"
+                f"the loss of {rows} examples has another gradient than the mean over two parts of"
+                f" them, weighted by {whole.source}: {WAY_OUT}"
             )
 
 
@@ -243,14 +262,25 @@ def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
     """
     if isinstance(first, Tensor) and first.ndim > 0 and (len(first), len(second)) == (rows, others):
         return torch.cat([first, second])
-    if isinstance(first, np.ndarray) and first.ndim > 0 and (len(first), len(second)) == (rows, others):
+    if (
+        isinstance(first, np.ndarray)
+        and first.ndim > 0
+        and (len(first), len(second)) == (rows, others)
+    ):
         return np.concatenate([first, second])
     ahead, behind = entries(first), entries(second)
     if ahead is None or behind is None:
         return second
-    if is_list(first) and len(first) == rows and not all(isinstance(part, Tensor) for part in first):
+    if (
+        is_list(first)
+        and len(first) == rows
+        and not all(isinstance(part, Tensor) for part in first)
+    ):
         raise ValueError("one entry may be one example")
-    return rebuilt(second, [_joined(one, other, rows, others) for one, other in zip(ahead, behind, strict=True)])
+    return rebuilt(
+        second,
+        [_joined(one, other, rows, others) for one, other in zip(ahead, behind, strict=True)],
+    )
 
 
 def _tensors(batch: Any) -> list[Tensor]:
@@ -261,7 +291,8 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 @contextmanager
 def untouched(loss_fn: Any) -> Iterator[None]:
-    """Leave the random generators, and the buffers of a loss that is a module, as they were found."""
+    """Leave the random generators, and the buffers of a loss that is a module, as they were
+    found."""
     module = loss_fn if isinstance(loss_fn, nn.Module) else nn.Module()
     modes = [(part, part.training) for part in module.modules()]
     with measuring(module):

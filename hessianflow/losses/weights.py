@@ -104,14 +104,16 @@ def known_weight(loss_fn: LossFn, targets: Any) -> Weight:
 
 
 def counts_classes(loss_fn: LossFn, targets: Any) -> bool:
-    """Return whether one of torch's losses takes these targets as class indices, some of which may be ignored."""
+    """Return whether one of torch's losses takes these targets as class indices, some of which may
+    be ignored."""
     innermost = _innermost(loss_fn)
     by_class = isinstance(innermost, CLASS_LOSSES) or innermost in CLASS_FUNCTIONS
     return by_class and isinstance(targets, Tensor) and not targets.is_floating_point()
 
 
 def mixes_rows(loss_fn: LossFn, outputs: Any, targets: Any) -> bool:
-    """Return whether one of torch's losses compares the outputs of a row with the targets of others.
+    """Return whether one of torch's losses compares the outputs of a row with the targets of
+    others.
 
     It does where their shapes differ so that broadcasting does not pair their rows: outputs [N, 1]
     and targets [N] become [N, N].
@@ -125,7 +127,8 @@ def mixes_rows(loss_fn: LossFn, outputs: Any, targets: Any) -> bool:
 
 
 def setting(loss_fn: Any, name: str) -> Any:
-    """Return an option of a loss: an attribute of a module, a keyword of a partial, or torch's default."""
+    """Return an option of a loss: an attribute of a module, a keyword of a partial, or torch's
+    default."""
     while isinstance(loss_fn, partial):
         if name in loss_fn.keywords:
             return loss_fn.keywords[name]

@@ -44,59 +44,79 @@ def create(
     """Build the network called `name`, freshly initialised from torch's global generator.
 
     Args:
-        name: one of :func:`names`; or "package.module:function", a function that returns a model and is given those of
-            `num_classes`, `input_size` and `in_channels` that it names; or "timm/NAME", "torchvision/NAME" where those
-            packages are installed.
+        name: one of :func:`names`; or "package.module:function", a function that returns a model
+            and is given those of `num_classes`, `input_size` and `in_channels` that it names; or
+            "timm/NAME", "torchvision/NAME" where those packages are installed.
         num_classes: outputs of the last layer.
         input_size: height and width of the images.
-        variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the image at once.
-            Networks that exist in one form only refuse the other.
+        variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the
+            image at once. Networks that exist in one form only refuse the other.
         in_channels: channels of the images; None: 1 for "digits-cnn", 3 for all others.
         shortcut: "A" or "B", residual networks only (He et al., 2015, section 4.2); B: projection.
 
     Raises:
-        HessianFlowError: an unknown name (the message lists the known ones), or an argument out of range.
+        HessianFlowError: an unknown name (the message lists the known ones), or an argument out of
+            range.
     """
     _check(num_classes, input_size, variant, in_channels, shortcut)
     channels = in_channels or (1 if name == "digits-cnn" else 3)
     if external.is_external(name):
-        return external.build(name, num_classes=num_classes, input_size=input_size, in_channels=channels)
+        return external.build(
+            name, num_classes=num_classes, input_size=input_size, in_channels=channels
+        )
     builders = _builders(variant, input_size, shortcut)
     if name not in builders:
         raise HessianFlowError(_unknown(name, variant))
     return builders[name](num_classes=num_classes, in_channels=channels)
 
 
-def _builders(variant: Variant, input_size: int, shortcut: Shortcut) -> dict[str, Callable[..., nn.Module]]:
-    """Every network that exists in this variant, ready but for the numbers of classes and channels."""
+def _builders(
+    variant: Variant, input_size: int, shortcut: Shortcut
+) -> dict[str, Callable[..., nn.Module]]:
+    """Every network that exists in this variant, ready but for the numbers of classes and
+    channels."""
     made: dict[str, Callable[..., nn.Module]] = {
         f"resnet{depth}": partial(resnet.imagenet_resnet, depth, stem=variant, shortcut=shortcut)
         for depth in IMAGENET_RESNETS
     }
     for name, shape in {**CAFFE, **PYTORCHCV}.items():
         style: Style = "pytorchcv" if name in PYTORCHCV else "caffe"
-        made[name] = partial(squeezenext, shape, style=style, variant=variant, input_size=input_size)
+        made[name] = partial(
+            squeezenext, shape, style=style, variant=variant, input_size=input_size
+        )
     if variant == "cifar":
         made |= {name: partial(_small, name, input_size=input_size) for name in SMALL}
-        made |= {f"resnet{depth}": partial(resnet.cifar_resnet, depth, shortcut=shortcut) for depth in CIFAR_RESNETS}
-        made |= {f"wrn-{depth}-{widen}": partial(wide_resnet, depth, widen) for depth, widen in WIDE_RESNETS}
+        made |= {
+            f"resnet{depth}": partial(resnet.cifar_resnet, depth, shortcut=shortcut)
+            for depth in CIFAR_RESNETS
+        }
+        made |= {
+            f"wrn-{depth}-{widen}": partial(wide_resnet, depth, widen)
+            for depth, widen in WIDE_RESNETS
+        }
     return made
 
 
 def _small(name: str, *, num_classes: int, input_size: int, in_channels: int) -> nn.Module:
     build, smallest = SMALL[name]
     if input_size < smallest:
-        raise HessianFlowError(f"{name} needs images of at least {smallest} pixels a side, got input_size={input_size}")
+        raise HessianFlowError(
+            f"{name} needs images of at least {smallest} pixels a side, got input_size={input_size}"
+        )
     return build(num_classes=num_classes, input_size=input_size, in_channels=in_channels)
 
 
-def _check(num_classes: int, input_size: int, variant: str, in_channels: int | None, shortcut: str) -> None:
+def _check(
+    num_classes: int, input_size: int, variant: str, in_channels: int | None, shortcut: str
+) -> None:
     if num_classes < 1:
         raise HessianFlowError(f"num_classes must be at least 1, got {num_classes}")
     if input_size < 1:
         raise HessianFlowError(f"input_size must be at least 1 pixel, got {input_size}")
     if variant == "imagenet" and input_size < 32:
-        raise HessianFlowError(f"variant 'imagenet' needs images of 32 pixels or more, got {input_size}: use 'cifar'")
+        raise HessianFlowError(
+            f"variant 'imagenet' needs images of 32 pixels or more, got {input_size}: use 'cifar'"
+        )
     if in_channels is not None and in_channels < 1:
         raise HessianFlowError(f"in_channels must be at least 1, got {in_channels}")
     if variant not in get_args(Variant):

@@ -10,11 +10,13 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of convolutions and linear layers for one input of `input_shape` (without the batch dimension).
+    """Multiply-adds of convolutions and linear layers for one input of `input_shape` (without the
+    batch dimension).
 
-    A convolution costs out_positions * out_channels * in_channels / groups * kernel area, a linear layer
-    outputs * inputs (the classifier is included). Biases, normalisation, activations, pooling and additions are not
-    counted. The model is left as found: the pass runs in eval mode without gradients.
+    A convolution costs out_positions * out_channels * in_channels / groups * kernel area, a linear
+    layer outputs * inputs (the classifier is included). Biases, normalisation, activations, pooling
+    and additions are not counted. The model is left as found: the pass runs in eval mode without
+    gradients.
     """
     counts: list[int] = []
 

@@ -1,4 +1,5 @@
-"""Networks from elsewhere: the user's own functions by import path, timm and torchvision where they are installed."""
+"""Networks from elsewhere: the user's own functions by import path, timm and torchvision where they
+are installed."""
 
 import inspect
 import os
@@ -24,14 +25,14 @@ def is_external(name: str) -> bool:
 def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> nn.Module:
     """Build a network that is not ours.
 
-    "package.module:function" is code that is imported and run; modules are looked for in the working
-    directory first, as `python -m` does. The function, or the class of modules, is called with those
-    of `num_classes`, `input_size` and `in_channels` that its signature names. Nothing else is called:
-    no builtin, no other class, nothing of Python's own library.
+    "package.module:function" is code that is imported and run; modules are looked for in the
+    working directory first, as `python -m` does. The function, or the class of modules, is called
+    with those of `num_classes`, `input_size` and `in_channels` that its signature names. Nothing
+    else is called: no builtin, no other class, nothing of Python's own library.
 
     Raises:
-        HessianFlowError: the module or function cannot be imported, the function needs other arguments or fails, or
-            what it returns is no `torch.nn.Module`.
+        HessianFlowError: the module or function cannot be imported, the function needs other
+            arguments or fails, or what it returns is no `torch.nn.Module`.
     """
     if name.startswith("timm/"):
         create = _attribute(name, "timm", "create_model")
@@ -44,20 +45,26 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
         factory = _factory(name, module, function)
         taken = _taken(name, factory, num_classes, input_size, in_channels)
         if module.partition(".")[0] in sys.stdlib_module_names:
-            raise HessianFlowError(f"model {name!r}: {module!r} is of Python's own library, which makes no models")
+            raise HessianFlowError(
+                f"model {name!r}: {module!r} is of Python's own library, which makes no models"
+            )
         try:
             return _checked(name, factory(**taken))
         except HessianFlowError:
             raise
         except (Exception, SystemExit) as error:
-            raise HessianFlowError(f"model {name!r}: calling it failed: {_first_line(error)}{_place(error)}") from error
+            raise HessianFlowError(
+                f"model {name!r}: calling it failed: {_first_line(error)}{_place(error)}"
+            ) from error
 
 
 @contextmanager
 def _working_directory_first() -> Iterator[None]:
-    """While active, modules are looked for in the working directory first; afterwards last, if nowhere else.
+    """While active, modules are looked for in the working directory first; afterwards last, if
+    nowhere else.
 
-    What a model imports when it is first used is found then, too, and hides nothing that is installed.
+    What a model imports when it is first used is found then, too, and hides nothing that is
+    installed.
     """
     folder = os.getcwd()
     if folder in sys.path or "" in sys.path:
@@ -74,13 +81,16 @@ def _working_directory_first() -> Iterator[None]:
 def _factory(name: str, module: str, function: str) -> Callable[..., Any]:
     """Return the function, or the class of modules, that an import path names."""
     if module.endswith(".py") or "/" in module:
-        raise HessianFlowError(f"model {name!r}: name the module, not its file: {Path(module).stem}:{function}")
+        raise HessianFlowError(
+            f"model {name!r}: name the module, not its file: {Path(module).stem}:{function}"
+        )
     found = _attribute(name, module, function)
     is_model_class = inspect.isclass(found) and issubclass(found, nn.Module)
     if is_model_class or inspect.isfunction(found) or isinstance(found, partial):
         return found
     raise HessianFlowError(
-        f"model {name!r} must name a function or a class of torch.nn.Module, found a {type(found).__name__}"
+        f"model {name!r} must name a function or a class of torch.nn.Module, found a"
+        f" {type(found).__name__}"
     )
 
 
@@ -95,7 +105,8 @@ def _taken(
         signature.bind(**taken)
     except (TypeError, ValueError) as error:
         raise HessianFlowError(
-            f"model {name!r} cannot be called with {', '.join(offered)} alone ({error}): give the others defaults"
+            f"model {name!r} cannot be called with {', '.join(offered)} alone ({error}): give the"
+            " others defaults"
         ) from None
     return taken
 
@@ -114,11 +125,13 @@ def _attribute(name: str, module: str, attribute: str) -> Callable[..., Any]:
     # A broken torchvision raises RuntimeError; whatever the import raises is the user's answer.
     except (Exception, SystemExit) as error:
         raise HessianFlowError(
-            f"model {name!r}: importing {module!r} failed: {_first_line(error)}{_way_out(name, module, error)}"
+            f"model {name!r}: importing {module!r} failed:"
+            f" {_first_line(error)}{_way_out(name, module, error)}"
         ) from error
     if not callable(found):
         raise HessianFlowError(
-            f"model {name!r}: {module!r} has no function {attribute!r}; write it as package.module:function"
+            f"model {name!r}: {module!r} has no function {attribute!r}; write it as"
+            " package.module:function"
         )
     return found  # type: ignore[no-any-return]
 
@@ -131,7 +144,10 @@ def _way_out(name: str, module: str, error: BaseException) -> str:
     if slash:
         return f"; pip install {library}"
     if error.name == module.partition(".")[0]:
-        return f"; neither {os.getcwd()} nor Python's path has it: go to its folder, or add that to PYTHONPATH"
+        return (
+            f"; neither {os.getcwd()} nor Python's path has it: go to its folder, or add that to"
+            " PYTHONPATH"
+        )
     return _place(error)
 
 
@@ -145,7 +161,9 @@ def _place(error: BaseException) -> str:
 
 def _checked(name: str, model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise HessianFlowError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
+        raise HessianFlowError(
+            f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}"
+        )
     return model
 
 

@@ -1,21 +1,23 @@
-"""Small convolutional networks: one for 8x8 digits, and the two plain networks of the ABSA experiments.
+"""Small convolutional networks: one for 8x8 digits, and the two plain networks of the ABSA
+experiments.
 
-C1 and C2 follow the layer tables of the adaptive-batch-size experiments (Yao, Gholami, Keutzer, Mahoney, 2018,
-arXiv:1810.01021): 1,756,682 and 1,148,746 parameters for 32x32 RGB images and 10 classes. Batch normalisation comes
-after the ReLU in both. `digits_cnn` is ours.
+C1 and C2 follow the layer tables of the adaptive-batch-size experiments (Yao, Gholami, Keutzer,
+Mahoney, 2018, arXiv:1810.01021): 1,756,682 and 1,148,746 parameters for 32x32 RGB images and 10
+classes. Batch normalisation comes after the ReLU in both. `digits_cnn` is ours.
 
-Deviations: other input sizes are accepted (the first fully connected layer follows); the dropout that the published C2
-defines but never applies is left out.
+Deviations: other input sizes are accepted (the first fully connected layer follows); the dropout
+that the published C2 defines but never applies is left out.
 """
 
 from torch import nn
 
 
 def digits_cnn(num_classes: int = 10, input_size: int = 8, in_channels: int = 1) -> nn.Sequential:
-    """Three 3x3 convolutions (32, 32, 64 channels) with batch normalisation, two poolings and one linear layer.
+    """Three 3x3 convolutions (32, 32, 64 channels) with batch normalisation, two poolings and one
+    linear layer.
 
-    30,762 parameters for 1x8x8 images and 10 classes. Inputs [N, in_channels, input_size, input_size], outputs
-    [N, num_classes].
+    30,762 parameters for 1x8x8 images and 10 classes. Inputs [N, in_channels, input_size,
+    input_size], outputs [N, num_classes].
     """
     return nn.Sequential(
         *_conv_norm_relu(in_channels, 32),
@@ -29,7 +31,8 @@ def digits_cnn(num_classes: int = 10, input_size: int = 8, in_channels: int = 1)
 
 
 def c1(num_classes: int = 10, input_size: int = 32, in_channels: int = 3) -> nn.Sequential:
-    """C1: two 5x5 convolutions of 64 channels, each followed by 3x3 pooling of stride 2, then 384-192-classes."""
+    """C1: two 5x5 convolutions of 64 channels, each followed by 3x3 pooling of stride 2, then
+    384-192-classes."""
     side = (input_size + 3) // 4  # two poolings of stride 2, each rounding up
     return nn.Sequential(
         *_conv_relu_norm(in_channels, 64, kernel_size=5, padding=2),
@@ -42,7 +45,8 @@ def c1(num_classes: int = 10, input_size: int = 32, in_channels: int = 3) -> nn.
 
 
 def c2(num_classes: int = 10, input_size: int = 32, in_channels: int = 3) -> nn.Sequential:
-    """C2: two pairs of unpadded 3x3 convolutions (64, 128 channels) with 2x2 pooling, then 256-256-classes."""
+    """C2: two pairs of unpadded 3x3 convolutions (64, 128 channels) with 2x2 pooling, then
+    256-256-classes."""
     side = ((input_size - 4) // 2 - 4) // 2
     return nn.Sequential(
         *_conv_relu_norm(in_channels, 64, kernel_size=3, padding=0),
@@ -61,8 +65,14 @@ def _conv_norm_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 
-def _conv_relu_norm(in_channels: int, out_channels: int, *, kernel_size: int, padding: int) -> list[nn.Module]:
-    return [nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding), nn.ReLU(), nn.BatchNorm2d(out_channels)]
+def _conv_relu_norm(
+    in_channels: int, out_channels: int, *, kernel_size: int, padding: int
+) -> list[nn.Module]:
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding),
+        nn.ReLU(),
+        nn.BatchNorm2d(out_channels),
+    ]
 
 
 def _classifier(features: int, hidden: tuple[int, ...], num_classes: int) -> list[nn.Module]:

@@ -1,25 +1,27 @@
 """SqueezeNext (Gholami, Kwon, Wu, Tai, Yue, Jin, Zhao, Keutzer, 2018, arXiv:1803.10615).
 
-A block narrows twice with 1x1 convolutions, then applies a 3x1 and a 1x3 convolution, widens with a 1x1 convolution,
-and adds the shortcut. Every convolution is followed by batch normalisation and ReLU, the last of the block and the one
-of the shortcut included; another ReLU follows the addition. The shortcut is a 1x1 convolution in the first block of
-every stage, the identity in all others.
+A block narrows twice with 1x1 convolutions, then applies a 3x1 and a 1x3 convolution, widens with a
+1x1 convolution, and adds the shortcut. Every convolution is followed by batch normalisation and
+ReLU, the last of the block and the one of the shortcut included; another ReLU follows the addition.
+The shortcut is a 1x1 convolution in the first block of every stage, the identity in all others.
 
 Styles:
 
-- "caffe" (default): the networks as published by the authors for Caffe. No biases; 3x1 and 1x3 change places in every
-  second block, counted over the whole network; stem (64) and tail (128) keep their width whatever the multiplier; "v5"
-  has a 5x5 stem, and the first block of each of its stages works on the output of the projected shortcut.
-- "pytorchcv": as in the widely used re-implementation. Biases; always 1x3 before 3x1; the multiplier scales stem and
-  tail; a stem padded by one pixel; "v5" differs in its stage depths alone.
+- "caffe" (default): the networks as published by the authors for Caffe. No biases; 3x1 and 1x3
+  change places in every second block, counted over the whole network; stem (64) and tail (128) keep
+  their width whatever the multiplier; "v5" has a 5x5 stem, and the first block of each of its
+  stages works on the output of the projected shortcut.
+- "pytorchcv": as in the widely used re-implementation. Biases; always 1x3 before 3x1; the
+  multiplier scales stem and tail; a stem padded by one pixel; "v5" differs in its stage depths
+  alone.
 
-Variants: "imagenet" has a 7x7 stem of stride 2 and a pooling; "cifar" a 3x3 stem of stride 1 (2 from 64 pixels on)
-and no pooling. The paper has no such variant: it follows a public port, with stem and tail scaled and an ordinary v5 in
-both styles.
+Variants: "imagenet" has a 7x7 stem of stride 2 and a pooling; "cifar" a 3x3 stem of stride 1 (2
+from 64 pixels on) and no pooling. The paper has no such variant: it follows a public port, with
+stem and tail scaled and an ordinary v5 in both styles.
 
-"G" networks use two groups in the first narrowing and in the 3x1 and 1x3 convolutions. The stage depths of the 34 and
-44 networks, (9, 9, 12, 2) and (12, 12, 16, 2), are inferred from their names and published sizes. Initialisation:
-uniform with variance 1 / fan-in, biases zero.
+"G" networks use two groups in the first narrowing and in the 3x1 and 1x3 convolutions. The stage
+depths of the 34 and 44 networks, (9, 9, 12, 2) and (12, 12, 16, 2), are inferred from their names
+and published sizes. Initialisation: uniform with variance 1 / fan-in, biases zero.
 """
 
 from dataclasses import dataclass
@@ -46,7 +48,8 @@ class SqueezeNextShape:
         v5: the variant with a 5x5 stem and projected inputs (style "caffe" for ImageNet only).
 
     Raises:
-        HessianFlowError: a multiplier whose quarter of the first stage does not split into the groups.
+        HessianFlowError: a multiplier whose quarter of the first stage does not split into the
+            groups.
     """
 
     depths: tuple[int, int, int, int] = (6, 6, 8, 1)
@@ -58,8 +61,9 @@ class SqueezeNextShape:
         quarter = STAGE_WIDTHS[0] * self.multiplier / 4
         if quarter <= 0 or quarter % self.groups:
             raise HessianFlowError(
-                f"multiplier must make a quarter of {STAGE_WIDTHS[0]} * multiplier a positive multiple of "
-                f"groups={self.groups}, got {self.multiplier}: a quarter is {quarter:g} channels"
+                f"multiplier must make a quarter of {STAGE_WIDTHS[0]} * multiplier a positive"
+                f" multiple of groups={self.groups}, got {self.multiplier}: a quarter is"
+                f" {quarter:g} channels"
             )
 
 
@@ -75,7 +79,9 @@ CAFFE = {
     "squeezenext-2.0-44": SqueezeNextShape((12, 12, 16, 2), multiplier=2.0),
 }
 PYTORCHCV = {
-    f"squeezenext-{multiplier}-23{suffix}@pytorchcv": SqueezeNextShape(depths, multiplier, v5=bool(suffix))
+    f"squeezenext-{multiplier}-23{suffix}@pytorchcv": SqueezeNextShape(
+        depths, multiplier, v5=bool(suffix)
+    )
     for multiplier in (1.0, 1.5, 2.0)
     for suffix, depths in (("", (6, 6, 8, 1)), ("v5", _V5_DEPTHS))
 }
@@ -95,7 +101,9 @@ class ConvUnit(nn.Sequential):
         groups: int = 1,
         bias: bool = False,
     ) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias
+        )
         super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
@@ -130,7 +138,11 @@ class SqueezeNextBlock(nn.Module):
         entry, entry_stride = (out_channels, 1) if reads_shortcut else (in_channels, stride)
         first, second = ((3, 1), (1, 3)) if vertical_first else ((1, 3), (3, 1))
         self.reads_shortcut = reads_shortcut
-        self.shortcut = ConvUnit(in_channels, out_channels, stride=stride, bias=bias) if project else nn.Identity()
+        self.shortcut = (
+            ConvUnit(in_channels, out_channels, stride=stride, bias=bias)
+            if project
+            else nn.Identity()
+        )
         self.body = nn.Sequential(
             ConvUnit(entry, half, stride=entry_stride, groups=groups, bias=bias),
             ConvUnit(half, quarter, bias=bias),
@@ -163,16 +175,24 @@ def squeezenext(
     faithful_v5 = shape.v5 and not scaled
     bias = style == "pytorchcv"
     stem_width, tail_width = (round(w * shape.multiplier) if scaled else w for w in (64, 128))
-    stem = _stem(in_channels, stem_width, variant=variant, v5=faithful_v5, bias=bias, input_size=input_size)
-    blocks, channels = _blocks(shape, stem_width, bias=bias, alternate=style == "caffe", projected=faithful_v5)
+    stem = _stem(
+        in_channels, stem_width, variant=variant, v5=faithful_v5, bias=bias, input_size=input_size
+    )
+    blocks, channels = _blocks(
+        shape, stem_width, bias=bias, alternate=style == "caffe", projected=faithful_v5
+    )
     tail = ConvUnit(channels, tail_width, bias=bias)
     pool_and_flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    model = nn.Sequential(*stem, *blocks, tail, *pool_and_flatten, nn.Linear(tail_width, num_classes))
+    model = nn.Sequential(
+        *stem, *blocks, tail, *pool_and_flatten, nn.Linear(tail_width, num_classes)
+    )
     _initialise(model)
     return model
 
 
-def _stem(in_channels: int, width: int, *, variant: str, v5: bool, bias: bool, input_size: int) -> list[nn.Module]:
+def _stem(
+    in_channels: int, width: int, *, variant: str, v5: bool, bias: bool, input_size: int
+) -> list[nn.Module]:
     if variant == "cifar":
         stride = 2 if input_size >= 64 else 1
         return [ConvUnit(in_channels, width, 3, stride=stride, padding=1, bias=bias)]

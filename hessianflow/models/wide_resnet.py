@@ -1,8 +1,8 @@
 """Wide residual networks (Zagoruyko and Komodakis, 2016, arXiv:1605.07146).
 
-Depth 6n+4, widths 16, 32, 64 times k, n blocks a stage, each BN-ReLU-conv3x3-BN-ReLU-conv3x3. Where the width or the
-resolution changes, the shortcut is a 1x1 convolution of the activated input. No dropout. Convolutions start from
-N(0, sqrt(2 / (k^2 * out_channels))).
+Depth 6n+4, widths 16, 32, 64 times k, n blocks a stage, each BN-ReLU-conv3x3-BN-ReLU-conv3x3. Where
+the width or the resolution changes, the shortcut is a 1x1 convolution of the activated input. No
+dropout. Convolutions start from N(0, sqrt(2 / (k^2 * out_channels))).
 """
 
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from hessianflow.models.resnet import init_convolutions
 
 
 class PreactivationBlock(nn.Module):
-    """x + conv(relu(bn(conv(relu(bn(x)))))), or the same with a projected shortcut of relu(bn(x))."""
+    """x + conv(relu(bn(conv(relu(bn(x)))))), or the same with a projected shortcut of
+    relu(bn(x))."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +33,9 @@ class PreactivationBlock(nn.Module):
         return body + shortcut
 
 
-def wide_resnet(depth: int, widen: int, num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
+def wide_resnet(
+    depth: int, widen: int, num_classes: int = 10, in_channels: int = 3
+) -> nn.Sequential:
     """WRN-depth-widen for small images. Input [N, in_channels, H, W], output [N, num_classes].
 
     WRN-16-4 has 2,748,890 parameters (10 classes), WRN-28-10 has 36,536,884 (100 classes).
@@ -41,7 +44,9 @@ def wide_resnet(depth: int, widen: int, num_classes: int = 10, in_channels: int 
     channels = 16
     for stage, width in enumerate((16 * widen, 32 * widen, 64 * widen)):
         for index in range((depth - 4) // 6):
-            blocks.append(PreactivationBlock(channels, width, stride=2 if stage > 0 and index == 0 else 1))
+            blocks.append(
+                PreactivationBlock(channels, width, stride=2 if stage > 0 and index == 0 else 1)
+            )
             channels = width
     stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
     head = nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()

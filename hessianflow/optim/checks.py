@@ -1,4 +1,5 @@
-"""Argument checks shared by the optimizers: each names the parameter, the value received and the bound."""
+"""Argument checks shared by the optimizers: each names the parameter, the value received and the
+bound."""
 
 import math
 from abc import abstractmethod
@@ -90,7 +91,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_rate(lr: float | Tensor, capturable: bool) -> None:
-    """Refuse a learning rate that is negative, not finite, or a tensor with dimensions or without `capturable`.
+    """Refuse a learning rate that is negative, not finite, or a tensor with dimensions or without
+    `capturable`.
 
     Raises:
         HessianFlowError: it is one of these.
@@ -98,7 +100,9 @@ def check_rate(lr: float | Tensor, capturable: bool) -> None:
     if isinstance(lr, Tensor) and not capturable:
         raise HessianFlowError(f"lr as a tensor needs capturable=True, got {lr!r}: use a number")
     if isinstance(lr, Tensor) and lr.ndim > 0:
-        raise HessianFlowError(f"lr as a tensor must be 0-dim, got shape {[*lr.shape]}: use lr.squeeze() for one value")
+        raise HessianFlowError(
+            f"lr as a tensor must be 0-dim, got shape {[*lr.shape]}: use lr.squeeze() for one value"
+        )
     check_number("lr", lr.item() if isinstance(lr, Tensor) else lr)
 
 
@@ -109,8 +113,12 @@ def check_parameters(params: Sequence[Tensor], optimizer: str) -> None:
         HessianFlowError: no parameter, or one that is complex or sparse.
     """
     if not params:
-        raise HessianFlowError(f"{optimizer} must get at least one parameter in each group, got an empty list")
+        raise HessianFlowError(
+            f"{optimizer} must get at least one parameter in each group, got an empty list"
+        )
     for index, parameter in enumerate(params):
         if parameter.is_complex() or parameter.layout != torch.strided:
             kind = "complex" if parameter.is_complex() else str(parameter.layout)
-            raise HessianFlowError(f"{optimizer} needs real dense parameters, but number {index} is {kind}")
+            raise HessianFlowError(
+                f"{optimizer} needs real dense parameters, but number {index} is {kind}"
+            )

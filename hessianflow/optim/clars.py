@@ -1,27 +1,27 @@
 """CLARS: complete layer-wise adaptive rate scaling.
 
-Huo, Gu, Huang, "Large batch optimization for deep learning using new complete layer-wise adaptive rate scaling",
-AAAI 2021, arXiv:2002.01576.
+Huo, Gu, Huang, "Large batch optimization for deep learning using new complete layer-wise adaptive
+rate scaling", AAAI 2021, arXiv:2002.01576.
 
-LARS divides by the norm of the mean gradient, which shrinks where the examples disagree. CLARS divides by the mean norm
-A of the gradients of single examples or small batches:
+LARS divides by the norm of the mean gradient, which shrinks where the examples disagree. CLARS
+divides by the mean norm A of the gradients of single examples or small batches:
 
     ratio = min(max_rate, eta * ||w|| / (A + eps)),      step as in LARS with the chosen form;
 
 "larc" makes min(ratio / lr, 1) of that ratio.
 
-As ratio_CLARS = ratio_LARS / M with the disagreement M = A / ||mean gradient|| >= 1, layers whose examples disagree
-move less; the paper claims that no warm-up is needed then.
+As ratio_CLARS = ratio_LARS / M with the disagreement M = A / ||mean gradient|| >= 1, layers whose
+examples disagree move less; the paper claims that no warm-up is needed then.
 
-Where A comes from is a separate matter, see :mod:`hessianflow.optim.observers`: the microbatches of gradient
-accumulation give it for free, extra small batches at a chosen frequency do otherwise. Weight decay enters the step but
-not A.
+Where A comes from is a separate matter, see :mod:`hessianflow.optim.observers`: the microbatches of
+gradient accumulation give it for free, extra small batches at a chosen frequency do otherwise.
+Weight decay enters the step but not A.
 
-The official code is form="late", eps=1e-6, decay_vectors=True, weight_decay=2e-4, and an ExtraBatchNorms that draws 64
-batches of 8 before every step with norm_mode="batch". Deviations from it: the trust coefficient is the same in the
-first step (there 0.001, then 0.01); the cap is a setting (there 0.1); layers are excluded by dimension, not by name;
-the extra batches do not move the statistics of batch normalisation; eps is not also added to ||g + b w||, as that norm
-cancels.
+The official code is form="late", eps=1e-6, decay_vectors=True, weight_decay=2e-4, and an
+ExtraBatchNorms that draws 64 batches of 8 before every step with norm_mode="batch". Deviations from
+it: the trust coefficient is the same in the first step (there 0.001, then 0.01); the cap is a
+setting (there 0.1); layers are excluded by dimension, not by name; the extra batches do not move
+the statistics of batch normalisation; eps is not also added to ||g + b w||, as that norm cancels.
 """
 
 from collections.abc import Sequence
@@ -55,10 +55,12 @@ class CLARS(LARS):
         momentum: as in LARS.
         weight_decay: in the step only.
         trust_coefficient: eta (0.01 in the official code).
-        max_rate: cap of the ratio (0.1 in the official code), None: no cap. :meth:`capped_share` says when it binds.
-        norms: where A comes from. None: a :class:`MicrobatchNorms`, to be attached as an observer of the training loop:
-            it is the attribute `norms`. The trainer tells it whose gradients it shows. A loop of one's own shows those
-            of `params` in their order, or, with several groups, first calls `norms.watch(model.parameters())`.
+        max_rate: cap of the ratio (0.1 in the official code), None: no cap. :meth:`capped_share`
+            says when it binds.
+        norms: where A comes from. None: a :class:`MicrobatchNorms`, to be attached as an observer
+            of the training loop: it is the attribute `norms`. The trainer tells it whose gradients
+            it shows. A loop of one's own shows those of `params` in their order, or, with several
+            groups, first calls `norms.watch(model.parameters())`.
         eps: added to A.
         form: where the rate enters; "late" as in the official code.
         nesterov: as in LARS.
@@ -90,7 +92,8 @@ class CLARS(LARS):
         check_limit("max_rate", max_rate, "no cap")
         if norms is not None and not hasattr(norms, "mean_norms"):
             raise HessianFlowError(
-                f"norms must know mean gradient norms, such as MicrobatchNorms(), got a {type(norms).__name__}"
+                "norms must know mean gradient norms, such as MicrobatchNorms(), got a"
+                f" {type(norms).__name__}"
             )
         super().__init__(
             params,
@@ -106,7 +109,8 @@ class CLARS(LARS):
             capturable=capturable,
         )
         self.max_rate = max_rate
-        # The order of several groups says nothing about that of the gradients: whoever shows them has to tell it.
+        # The order of several groups says nothing about that of the gradients: whoever shows them
+        # has to tell it.
         own = self.param_groups[0]["params"] if len(self.param_groups) == 1 else None
         self.norms = norms or MicrobatchNorms(own)
         self._tally: Tensor | None = None
@@ -120,13 +124,21 @@ class CLARS(LARS):
         self._tally.zero_()
         return float(capped / seen) if seen else 0.0
 
-    def _ratios(self, group: dict[str, Any], params: Tensors, grads: Tensors, decayed: Tensors, decay: float) -> Tensor:  # noqa: ARG002
+    def _ratios(
+        self,
+        group: dict[str, Any],
+        params: Tensors,
+        grads: Tensors,  # noqa: ARG002
+        decayed: Tensors,  # noqa: ARG002
+        decay: float,  # noqa: ARG002
+    ) -> Tensor:
         weight = norms(params)
         small = self.norms.mean_norms(params)
         ratio = group["trust_coefficient"] * weight / (small + group["eps"])
         has_ratio = (weight > 0) & (small > 0)
         ratio = self._capped(torch.where(has_ratio, ratio, 1.0))
-        if group["form"] == "larc":  # a ratio of 1 for want of norms is not divided by the rate, as in LARS
+        # a ratio of 1 for want of norms is not divided by the rate, as in LARS
+        if group["form"] == "larc":
             ratio = torch.where(has_ratio, (ratio / group["lr"]).clamp(max=1.0), ratio)
         return ratio
 
@@ -135,7 +147,8 @@ class CLARS(LARS):
             return ratio
         if self._tally is None:
             self._tally = torch.zeros(2, dtype=torch.float64, device=ratio.device)
-        # In place and on the device, so that counting neither synchronises nor leaves a captured graph.
+        # In place and on the device, so that counting neither synchronises nor leaves a captured
+        # graph.
         self._tally[0] += (ratio > self.max_rate).sum()
         self._tally[1] += len(ratio)
         return ratio.clamp(max=self.max_rate)

@@ -1,14 +1,18 @@
 """Extrapolation (extragradient) around any optimizer.
 
-Lin, Kong, Stich, Jaggi, "Extrapolation for large-batch training in deep learning", ICML 2020, arXiv:2006.05720.
+Lin, Kong, Stich, Jaggi, "Extrapolation for large-batch training in deep learning", ICML 2020,
+arXiv:2006.05720.
 
-    w' = w - lookahead_lr * (gradient at w),     w = base optimizer's step from w along the gradient at w'.
+    w' = w - lookahead_lr * (gradient at w),
+    w = base optimizer's step from w along the gradient at w'.
 
-With several workers the first gradient is each worker's own, of its small batch, without communication; the second is
-averaged as usual. The first gradient may come from other examples than the second.
+With several workers the first gradient is each worker's own, of its small batch, without
+communication; the second is averaged as usual. The first gradient may come from other examples than
+the second.
 
-`AdaptiveBatchTrainer` gives it a closure, as it does to SAM: both gradients are then of the same whole batch, over all
-microbatches and all ranks, so that the steps do not depend on how many there are.
+`AdaptiveBatchTrainer` gives it a closure, as it does to SAM: both gradients are then of the same
+whole batch, over all microbatches and all ranks, so that the steps do not depend on how many there
+are.
 """
 
 from collections.abc import Callable
@@ -28,13 +32,15 @@ Loss = TypeVar("Loss")
 class Extrapolation(Optimizer):
     """Takes the gradient of any optimizer at a point ahead of the weights.
 
-    Either `step(closure)`, which calls the closure twice, or, in one's own loop: gradients, :meth:`lookahead`,
-    gradients at the new point, :meth:`step`. A step without a look-ahead is the base optimizer's.
+    Either `step(closure)`, which calls the closure twice, or, in one's own loop: gradients,
+    :meth:`lookahead`, gradients at the new point, :meth:`step`. A step without a look-ahead is the
+    base optimizer's.
 
     Args:
-        base: the optimizer that steps; parameter groups and state are shared with it, so schedulers work on either.
-        lookahead_lr: rate of the look-ahead, in the range of small-batch rates. 0: the base optimizer, up to the second
-            gradient.
+        base: the optimizer that steps; parameter groups and state are shared with it, so schedulers
+            work on either.
+        lookahead_lr: rate of the look-ahead, in the range of small-batch rates. 0: the base
+            optimizer, up to the second gradient.
 
     Raises:
         HessianFlowError: `lookahead_lr` is negative or not finite, or `base` no optimizer.
@@ -46,7 +52,9 @@ class Extrapolation(Optimizer):
     def __init__(self, base: Optimizer, lookahead_lr: float) -> None:
         check_number("lookahead_lr", lookahead_lr)
         if not isinstance(base, Optimizer):
-            raise HessianFlowError(f"Extrapolation steps another optimizer, such as torch.optim.SGD(...), got {base!r}")
+            raise HessianFlowError(
+                f"Extrapolation steps another optimizer, such as torch.optim.SGD(...), got {base!r}"
+            )
         self.base, self.lookahead_lr = base, lookahead_lr
         self._origin: list[tuple[Tensor, Tensor]] = []
         super().__init__(base.param_groups, {})
@@ -71,8 +79,8 @@ class Extrapolation(Optimizer):
         """Return to the origin and step the base optimizer with the gradients at hand.
 
         Args:
-            closure: computes the gradients and returns the loss; called before and after the look-ahead. The weights
-                are put back also when it raises.
+            closure: computes the gradients and returns the loss; called before and after the
+                look-ahead. The weights are put back also when it raises.
 
         Returns:
             The loss at the weights themselves, if a closure was given.

@@ -1,4 +1,5 @@
-"""Operations on whole lists of tensors with a few kernel launches and without a host synchronisation."""
+"""Operations on whole lists of tensors with a few kernel launches and without a host
+synchronisation."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,8 +15,11 @@ Factor = float | Tensor
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def buckets(params: Iterable[Tensor], optimizer: str) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:
-    """Parameters that have a gradient, by device, dtype and whether they have more than one dimension.
+def buckets(
+    params: Iterable[Tensor], optimizer: str
+) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:
+    """Parameters that have a gradient, by device, dtype and whether they have more than one
+    dimension.
 
     Raises:
         HessianFlowError: a gradient is sparse.
@@ -25,7 +29,9 @@ def buckets(params: Iterable[Tensor], optimizer: str) -> dict[tuple[torch.device
         if parameter.grad is None:
             continue
         if parameter.grad.layout != torch.strided:
-            raise HessianFlowError(f"{optimizer} needs dense gradients, got {parameter.grad.layout}: use sparse=False")
+            raise HessianFlowError(
+                f"{optimizer} needs dense gradients, got {parameter.grad.layout}: use sparse=False"
+            )
         key = (parameter.device, parameter.dtype, parameter.ndim > 1)
         found.setdefault(key, []).append(parameter)
     return found
@@ -44,15 +50,16 @@ def state_tensors(state: dict[Tensor, dict[str, Any]], params: Tensors, name: st
             own[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         if own[name].shape != parameter.shape:
             raise HessianFlowError(
-                f"parameters must keep their shape, but {[*own[name].shape]} became {[*parameter.shape]}: "
-                "make a new optimizer for the changed model"
+                f"parameters must keep their shape, but {[*own[name].shape]} became"
+                f" {[*parameter.shape]}: make a new optimizer for the changed model"
             )
         tensors.append(own[name])
     return tensors
 
 
 def norms(tensors: Tensors) -> Tensor:
-    """The l2 norm of every tensor, shape [len(tensors)], in single precision for half-precision tensors."""
+    """The l2 norm of every tensor, shape [len(tensors)], in single precision for half-precision
+    tensors."""
     half = tensors[0].dtype in (torch.float16, torch.bfloat16)
     return torch.stack(torch._foreach_norm(tensors, 2, torch.float32 if half else None))
 
@@ -74,12 +81,15 @@ def scale_(tensors: Tensors, factor: float) -> None:
 def number(value: float, tensors: Tensors) -> Factor:
     """`value` in the form that an operation of these tensors with one number for all takes fastest.
 
-    On a processor a number would be wrapped into a tensor anew for every tensor of the list, which takes longer than
-    the operation itself where tensors are small; one 0-dim tensor for all gives the same results.
+    On a processor a number would be wrapped into a tensor anew for every tensor of the list, which
+    takes longer than the operation itself where tensors are small; one 0-dim tensor for all gives
+    the same results.
     """
     if tensors[0].is_cuda:
         return value
-    return torch.tensor(value, dtype=torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)
+    return torch.tensor(
+        value, dtype=torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    )
 
 
 def add_scaled_(targets: Tensors, tensors: Tensors, factor: Factor, sign: float = 1.0) -> None:
@@ -89,7 +99,8 @@ def add_scaled_(targets: Tensors, tensors: Tensors, factor: Factor, sign: float 
     elif factor.ndim == 0:
         torch._foreach_add_(targets, torch._foreach_mul(tensors, factor), alpha=sign)
     elif factor.device.type == "cpu":
-        # There the kernel takes one number for each tensor; a list of 0-dim tensors takes half as long again to make.
+        # There the kernel takes one number for each tensor; a list of 0-dim tensors takes half as
+        # long again to make.
         one = torch.ones((), dtype=tensors[0].dtype)
         torch._foreach_addcmul_(targets, tensors, [one] * len(tensors), sign * factor)
     else:
@@ -101,22 +112,31 @@ def spread(factors: Tensor, tensors: Tensors) -> Tensors:
     factors = factors.to(tensors[0].dtype)
     if not tensors[0].is_cuda:
         return factors.unbind()
-    # On a GPU a list that broadcasts would be one launch a tensor; the same factors written out are one launch in all.
+    # On a GPU a list that broadcasts would be one launch a tensor; the same factors written out are
+    # one launch in all.
     return written_out(factors, tensors)
 
 
 def written_out(factors: Tensor, tensors: Tensors) -> Tensors:
     """Factor i repeated in the shape and strides of tensor i, from a single concatenation."""
     sizes = [tensor.numel() for tensor in tensors]
-    flat = torch.cat([factor.expand(size) for factor, size in zip(factors.unbind(), sizes, strict=True)])
+    flat = torch.cat(
+        [factor.expand(size) for factor, size in zip(factors.unbind(), sizes, strict=True)]
+    )
     return [
-        part.as_strided(tensor.shape, tensor.stride()) if _is_dense(tensor) else part.view(tensor.shape)
+        (
+            part.as_strided(tensor.shape, tensor.stride())
+            if _is_dense(tensor)
+            else part.view(tensor.shape)
+        )
         for part, tensor in zip(torch.split(flat, sizes), tensors, strict=True)
     ]
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return reach + 1 == tensor.numel()
 
 

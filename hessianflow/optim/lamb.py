@@ -1,13 +1,16 @@
 """LAMB: layer-wise adaptive moments.
 
-You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh, "Large batch optimization for deep learning:
-training BERT in 76 minutes", ICLR 2020, arXiv:1904.00962, algorithm 2 with phi(z) = z:
+You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh, "Large batch optimization
+for deep learning: training BERT in 76 minutes", ICLR 2020, arXiv:1904.00962, algorithm 2 with
+phi(z) = z:
 
-    m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,   u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + wd w,
+    m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
+    u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + wd w,
     w -= lr * (||w|| / ||u||) * u.
 
-Deviations: the trust ratio is 1 where a norm is 0; tensors that are not adapted take the step with ratio 1 (AdamW); the
-gradient may first be clipped to a global norm, as the common implementations do.
+Deviations: the trust ratio is 1 where a norm is 0; tensors that are not adapted take the step with
+ratio 1 (AdamW); the gradient may first be clipped to a global norm, as the common implementations
+do.
 """
 
 from collections.abc import Callable
@@ -47,19 +50,23 @@ class LAMB(CheckedOptimizer):
     """Adam whose step in each layer has the length lr * ||w||.
 
     Args:
-        params: parameters or parameter groups; every option below but `max_grad_norm` may differ by group.
+        params: parameters or parameter groups; every option below but `max_grad_norm` may differ by
+            group.
         lr: learning rate; a 0-dim tensor only with `capturable`.
         betas: decay rates of the moments (b1, b2).
         eps: added to the root of the second moment (1e-6, as in the paper's code).
         weight_decay: wd, inside the norm (0.01 is usual).
-        max_grad_norm: clip the gradient to this global norm first, without a host sync. None: do not.
+        max_grad_norm: clip the gradient to this global norm first, without a host sync. None: do
+            not.
         adapt_vectors: also adapt tensors of at most one dimension. Default: AdamW for them.
         decay_vectors: also apply weight decay to them. Default: none.
-        capturable: steps are counted on the device, so that a CUDA graph may be captured. `lr` may be a tensor there,
-            which schedules change in place; a number is captured as it is, as by torch's optimizers.
+        capturable: steps are counted on the device, so that a CUDA graph may be captured. `lr` may
+            be a tensor there, which schedules change in place; a number is captured as it is, as by
+            torch's optimizers.
 
     Raises:
-        HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is complex or sparse.
+        HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is
+            complex or sparse.
     """
 
     def __init__(
@@ -108,7 +115,8 @@ class LAMB(CheckedOptimizer):
             closure: recomputes the gradients and returns the loss.
 
         Raises:
-            HessianFlowError: the closure returned None, a gradient is sparse, or a parameter changed its shape.
+            HessianFlowError: the closure returned None, a gradient is sparse, or a parameter
+                changed its shape.
         """
         loss: Loss | None = None if closure is None else evaluate(closure)
         work = [
@@ -125,10 +133,14 @@ class LAMB(CheckedOptimizer):
         """min(1, max_grad_norm / global norm), on the device of the first parameter."""
         if self.max_grad_norm is None or not lists:
             return 1.0
-        squares = [norms(_gradients(params)).square().sum().to(lists[0][0].device) for params in lists]
+        squares = [
+            norms(_gradients(params)).square().sum().to(lists[0][0].device) for params in lists
+        ]
         return (self.max_grad_norm / torch.stack(squares).sum().sqrt()).clamp(max=1.0)
 
-    def _update(self, group: dict[str, Any], params: Tensors, is_matrix: bool, clip: Factor) -> None:
+    def _update(
+        self, group: dict[str, Any], params: Tensors, is_matrix: bool, clip: Factor
+    ) -> None:
         clip = clip.to(params[0]) if isinstance(clip, Tensor) else clip
         direction = self._adam(group, params, scaled(_gradients(params), clip))
         if group["weight_decay"] and (is_matrix or group["decay_vectors"]):
@@ -171,7 +183,8 @@ def _gradients(params: Tensors) -> list[Tensor]:
 
 
 def _multiply_(tensors: Tensors, factors: Tensor) -> None:
-    """tensor *= its factor; those on the host become numbers for a GPU, which needs no synchronisation."""
+    """tensor *= its factor; those on the host become numbers for a GPU, which needs no
+    synchronisation."""
     if factors.device == tensors[0].device:
         torch._foreach_mul_(tensors, spread(factors, tensors))
     else:

@@ -2,10 +2,11 @@
 
 You, Gitman, Ginsburg, "Large batch training of convolutional networks", arXiv:1708.03888.
 
-With w a weight tensor, g its gradient, b the weight decay, m the momentum, lr the rate and eta the trust coefficient,
-the paper's step is
+With w a weight tensor, g its gradient, b the weight decay, m the momentum, lr the rate and eta the
+trust coefficient, the paper's step is
 
-    ratio = eta * ||w|| / (||g|| + b * ||w||),    v = m * v + lr * ratio * (g + b * w),    w = w - v.
+    ratio = eta * ||w|| / (||g|| + b * ||w||),
+    v = m * v + lr * ratio * (g + b * w),    w = w - v.
 
 Published variants, by the name of `form`; d = g + b * w:
 
@@ -16,12 +17,13 @@ Published variants, by the name of `form`; d = g + b * w:
     "larc"        min(eta ||w|| / (||g|| + b ||w||) / lr, 1)   v = m v + ratio d;  w -= lr v
     "late"        eta ||w|| / ||d||                        v = m v + d;           w -= lr ratio v
 
-"tensorflow" is the classic momentum of the TensorFlow models classes, "outside" the order of timm, "larc" the clipped
-rate of apex, "late" that of the official CLARS code. All agree on the first step up to the denominator and differ once
-the learning rate changes. `eps` is added to every denominator.
+"tensorflow" is the classic momentum of the TensorFlow models classes, "outside" the order of timm,
+"larc" the clipped rate of apex, "late" that of the official CLARS code. All agree on the first step
+up to the denominator and differ once the learning rate changes. `eps` is added to every
+denominator.
 
-Deviations: ratio 1 where a norm is 0 (the paper says nothing); tensors that are not adapted take the step of
-`torch.optim.SGD`, rate outside the buffer, in every form.
+Deviations: ratio 1 where a norm is 0 (the paper says nothing); tensors that are not adapted take
+the step of `torch.optim.SGD`, rate outside the buffer, in every form.
 """
 
 from collections.abc import Callable
@@ -60,8 +62,9 @@ Loss = TypeVar("Loss")
 class LARS(CheckedOptimizer):
     """SGD with momentum whose rate in each layer is proportional to ||w|| / ||g||.
 
-    Works on lists of tensors: the number of kernel launches does not grow with the number of tensors, and nothing is
-    read back to the host. Half-precision norms are taken in single precision.
+    Works on lists of tensors: the number of kernel launches does not grow with the number of
+    tensors, and nothing is read back to the host. Half-precision norms are taken in single
+    precision.
 
     Args:
         params: parameters or parameter groups; every option below may differ by group.
@@ -72,13 +75,16 @@ class LARS(CheckedOptimizer):
         eps: added to the denominator of the ratio (ours: 0, as in the paper).
         form: which published form, see the module.
         nesterov: step along (scaled gradient) + momentum * buffer, as `torch.optim.SGD`.
-        adapt_vectors: also adapt tensors of at most one dimension (biases, normalisation). Default: plain SGD for them.
+        adapt_vectors: also adapt tensors of at most one dimension (biases, normalisation). Default:
+            plain SGD for them.
         decay_vectors: also apply weight decay to them. Default: none.
-        capturable: `lr` may be a tensor on the device, which schedules change in place, so that a captured CUDA graph
-            reads the rate of the day; a number is captured as it is, as by torch's optimizers.
+        capturable: `lr` may be a tensor on the device, which schedules change in place, so that a
+            captured CUDA graph reads the rate of the day; a number is captured as it is, as by
+            torch's optimizers.
 
     Raises:
-        HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is complex or sparse.
+        HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is
+            complex or sparse.
     """
 
     def __init__(
@@ -129,7 +135,8 @@ class LARS(CheckedOptimizer):
             closure: recomputes the gradients and returns the loss.
 
         Raises:
-            HessianFlowError: the closure returned None, a gradient is sparse, or a parameter changed its shape.
+            HessianFlowError: the closure returned None, a gradient is sparse, or a parameter
+                changed its shape.
         """
         loss: Loss | None = None if closure is None else evaluate(closure)
         for group in self.param_groups:
@@ -144,11 +151,15 @@ class LARS(CheckedOptimizer):
         inner: Factor = 1.0
         outer: Factor = group["lr"]
         if is_matrix or group["adapt_vectors"]:
-            inner, outer = _placed(group["form"], self._ratios(group, params, grads, decayed, decay), group["lr"])
+            inner, outer = _placed(
+                group["form"], self._ratios(group, params, grads, decayed, decay), group["lr"]
+            )
         direction = self._direction(group, params, decayed, inner)
         add_scaled_(params, direction, outer, sign=-1.0)
 
-    def _direction(self, group: dict[str, Any], params: Tensors, decayed: Tensors, inner: Factor) -> Tensors:
+    def _direction(
+        self, group: dict[str, Any], params: Tensors, decayed: Tensors, inner: Factor
+    ) -> Tensors:
         momentum = group["momentum"]
         if momentum == 0:
             return scaled(decayed, inner)
@@ -161,7 +172,9 @@ class LARS(CheckedOptimizer):
         torch._foreach_add_(velocity, current)
         return torch._foreach_add(current, velocity, alpha=momentum)
 
-    def _ratios(self, group: dict[str, Any], params: Tensors, grads: Tensors, decayed: Tensors, decay: float) -> Tensor:
+    def _ratios(
+        self, group: dict[str, Any], params: Tensors, grads: Tensors, decayed: Tensors, decay: float
+    ) -> Tensor:
         """Return the ratio of every tensor, shape [len(params)]."""
         of_decayed = group["form"] in ("tensorflow", "late")
         both = norms([*params, *(decayed if of_decayed else grads)]).view(2, -1)

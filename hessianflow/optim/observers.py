@@ -1,10 +1,15 @@
-"""Gradient observers: what microbatch gradients tell an optimizer or a controller, gathered without a host sync.
+"""Gradient observers: what microbatch gradients tell an optimizer or a controller, gathered without
+a host sync.
 
-- :class:`MicrobatchNorms`: mean gradient norm of the microbatches, tensor by tensor, for CLARS; free with accumulation.
-- :class:`ExtraBatchNorms`: the same from extra small batches, or true per-example norms, at a chosen frequency.
-- :class:`GradientMoments`: squared norms of small and large gradients, for the noise scale, CABS and DiveBatch.
+- :class:`MicrobatchNorms`: mean gradient norm of the microbatches, tensor by tensor, for CLARS;
+  free with accumulation.
+- :class:`ExtraBatchNorms`: the same from extra small batches, or true per-example norms, at a
+  chosen frequency.
+- :class:`GradientMoments`: squared norms of small and large gradients, for the noise scale, CABS
+  and DiveBatch.
 
-On several ranks (`join`) all of them average over the microbatches of all ranks: one small sum a step.
+On several ranks (`join`) all of them average over the microbatches of all ranks: one small sum a
+step.
 """
 
 import copy
@@ -75,7 +80,8 @@ class _NormTable:
         """
         if self._sum is None:
             raise HessianFlowError(
-                f"{type(self).__name__} has seen no gradient: attach it to the training loop as a gradient observer"
+                f"{type(self).__name__} has seen no gradient: attach it to the training loop as a"
+                " gradient observer"
             )
         order = tuple(self._position.get(parameter, -1) for parameter in params)
         if -1 in order:
@@ -89,11 +95,12 @@ class _NormTable:
 
 
 class MicrobatchNorms(_NormTable):
-    """Mean over the microbatches of the current step of ||gradient||, weighted by examples, for every parameter.
+    """Mean over the microbatches of the current step of ||gradient||, weighted by examples, for
+    every parameter.
 
     Args:
-        params: the model's parameters, in the order of the gradients it will be shown; frozen ones are left out. The
-            trainer tells its own by :meth:`watch`. None: they must be told so.
+        params: the model's parameters, in the order of the gradients it will be shown; frozen ones
+            are left out. The trainer tells its own by :meth:`watch`. None: they must be told so.
 
     Raises:
         HessianFlowError: no trainable parameter.
@@ -104,7 +111,8 @@ class MicrobatchNorms(_NormTable):
         self._complete = False
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
-        """Take the gradients shown from now on as those of `parameters`, in that order; what was seen is forgotten.
+        """Take the gradients shown from now on as those of `parameters`, in that order; what was
+        seen is forgotten.
 
         Args:
             parameters: the model's; frozen ones are left out.
@@ -117,7 +125,8 @@ class MicrobatchNorms(_NormTable):
         self._complete = False
 
     def join(self, reducer: Reducer) -> None:
-        """Average over the gradients of all ranks from now on; the microbatches of an interrupted step are dropped."""
+        """Average over the gradients of all ranks from now on; the microbatches of an interrupted
+        step are dropped."""
         super().join(reducer)
         if not self._complete:
             self._clear()
@@ -126,7 +135,8 @@ class MicrobatchNorms(_NormTable):
         """Add one microbatch; the first one after a step starts afresh.
 
         Raises:
-            HessianFlowError: not one gradient a watched parameter, of its shape; or it is not known whose they are.
+            HessianFlowError: not one gradient a watched parameter, of its shape; or it is not known
+                whose they are.
         """
         self._check(gradients)
         if self._complete:
@@ -149,18 +159,20 @@ class MicrobatchNorms(_NormTable):
     def _check(self, gradients: Sequence[Tensor]) -> None:
         if not self.params:
             raise HessianFlowError(
-                "MicrobatchNorms must know whose gradients it is shown: call watch(parameters) in their order first"
+                "MicrobatchNorms must know whose gradients it is shown: call watch(parameters) in"
+                " their order first"
             )
         if len(gradients) != len(self.params):
             raise HessianFlowError(
-                f"gradients must match the {len(self.params)} watched parameters, got {len(gradients)}: "
-                "call watch(parameters) with those shown"
+                f"gradients must match the {len(self.params)} watched parameters, got"
+                f" {len(gradients)}: call watch(parameters) with those shown"
             )
         for index, (gradient, parameter) in enumerate(zip(gradients, self.params, strict=True)):
             if gradient.shape != parameter.shape:
                 raise HessianFlowError(
-                    f"gradients must be in the order of the watched parameters, but number {index} has shape "
-                    f"{[*gradient.shape]}, its parameter {[*parameter.shape]}: call watch(parameters) in their order"
+                    f"gradients must be in the order of the watched parameters, but number {index}"
+                    f" has shape {[*gradient.shape]}, its parameter {[*parameter.shape]}: call"
+                    " watch(parameters) in their order"
                 )
 
     def signals(self) -> Mapping[str, float]:
@@ -178,19 +190,22 @@ class MicrobatchNorms(_NormTable):
 
 
 class ExtraBatchNorms(_NormTable):
-    """Mean gradient norm over extra small batches (or single examples), measured before every `every`-th step.
+    """Mean gradient norm over extra small batches (or single examples), measured before every
+    `every`-th step.
 
-    The model is measured in evaluation mode and left as found; see :func:`hessianflow.measuring.measuring`.
+    The model is measured in evaluation mode and left as found; see
+    :func:`hessianflow.measuring.measuring`.
 
     Args:
         model: the model; its trainable parameters are the ones watched.
         loss_fn: as in training.
-        draw: called at each measurement, returns the small batches (64 of 8 examples in the official CLARS code); the
-            caller owns the sampling and its generator.
+        draw: called at each measurement, returns the small batches (64 of 8 examples in the
+            official CLARS code); the caller owns the sampling and its generator.
         every: steps between measurements (1 in the official code).
-        per_sample: norms of the gradients of single examples (the paper's sum) instead of small batches. Batch
-            normalisation then uses running statistics.
-        norm_mode: statistics of batch normalisation for small batches; "batch" as in the official code.
+        per_sample: norms of the gradients of single examples (the paper's sum) instead of small
+            batches. Batch normalisation then uses running statistics.
+        norm_mode: statistics of batch normalisation for small batches; "batch" as in the official
+            code.
 
     Raises:
         HessianFlowError: `every` is not a whole number >= 1, or `per_sample` with batch statistics.
@@ -210,7 +225,9 @@ class ExtraBatchNorms(_NormTable):
         check_count("every", every)
         check_choice("norm_mode", norm_mode, get_args(NormMode))
         if per_sample and norm_mode == "batch":
-            raise HessianFlowError('norm_mode must be "eval" with per_sample: a single example has no batch statistics')
+            raise HessianFlowError(
+                'norm_mode must be "eval" with per_sample: a single example has no batch statistics'
+            )
         self.model, self.loss_fn, self.draw = model, loss_fn, draw
         self.every, self.per_sample, self.norm_mode = every, per_sample, norm_mode
         self._steps = 0
@@ -256,14 +273,20 @@ class ExtraBatchNorms(_NormTable):
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
         def loss_of_one(values: tuple[Tensor, ...], one_input: Any, one_target: Any) -> Tensor:
-            outputs = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (one_input,))
+            outputs = torch.func.functional_call(
+                model, dict(zip(names, values, strict=True)), (one_input,)
+            )
             return mean_loss(self.loss_fn, outputs, one_target)
 
         pair = torch.utils._pytree.tree_map(lambda tensor: tensor.unsqueeze(1), (inputs, targets))
         values = tuple(parameter.detach() for parameter in self.params)
-        gradients = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))(values, *pair)
+        gradients = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))(
+            values, *pair
+        )
         # One more dimension, so that there is one to flatten where the parameter has none.
-        return torch.stack([gradient.unsqueeze(-1).flatten(1).norm(dim=1).mean() for gradient in gradients])
+        return torch.stack(
+            [gradient.unsqueeze(-1).flatten(1).norm(dim=1).mean() for gradient in gradients]
+        )
 
     def signals(self) -> Mapping[str, float]:
         """None: the optimizer reads the norms on the device."""
@@ -283,18 +306,18 @@ class ExtraBatchNorms(_NormTable):
 class GradientMoments:
     """Squared gradient norms at two batch sizes, averaged between two calls of :meth:`signals`.
 
-    With G the true gradient and S the trace of the covariance of one example's gradient, a mean gradient over b
-    examples has E||g||^2 = ||G||^2 + S / b. Sizes are therefore reported as harmonic means, which keeps this exact
-    when microbatches or steps differ in size.
+    With G the true gradient and S the trace of the covariance of one example's gradient, a mean
+    gradient over b examples has E||g||^2 = ||G||^2 + S / b. Sizes are therefore reported as
+    harmonic means, which keeps this exact when microbatches or steps differ in size.
 
     Signals (none before the first step):
-        small_gradient_sq: mean of ||g||^2 over microbatches.
-        small_batch_size: harmonic mean of their sizes.
-        large_gradient_sq: mean of ||g||^2 over whole optimization batches.
-        large_batch_size: harmonic mean of their sizes.
-        gradient_sum_sq, gradient_examples: only with `accumulate`: ||sum of example gradients||^2, and how many.
+        small_gradient_sq: mean of ||g||^2 over microbatches. small_batch_size: harmonic mean of
+        their sizes. large_gradient_sq: mean of ||g||^2 over whole optimization batches.
+        large_batch_size: harmonic mean of their sizes. gradient_sum_sq, gradient_examples: only
+        with `accumulate`: ||sum of example gradients||^2, and how many.
 
-    One microbatch a step tells nothing (both sizes are the same): set a smaller microbatch, or train on several ranks.
+    One microbatch a step tells nothing (both sizes are the same): set a smaller microbatch, or
+    train on several ranks.
 
     Args:
         accumulate: also sum the gradients (one more copy of the parameters), for DiveBatch.
@@ -319,7 +342,8 @@ class GradientMoments:
             self._sums.total = [known.get(p, torch.zeros_like(p)) for p in self._watched]
 
     def join(self, reducer: Reducer) -> None:
-        """Count the microbatches of all ranks from now on; those of an interrupted step are dropped."""
+        """Count the microbatches of all ranks from now on; those of an interrupted step are
+        dropped."""
         self._reducer = reducer
         self._sums.begin_step()
 
@@ -379,7 +403,8 @@ class GradientMoments:
         return copy.deepcopy(vars(self._sums))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned, on the device of the gradients to come."""
+        """Continue from what :meth:`state_dict` returned, on the device of the gradients to
+        come."""
         self._sums = _Sums(**copy.deepcopy(dict(state)))
 
 

@@ -1,4 +1,5 @@
-"""Who needs fewer updates, and less time, at which accuracy: a table and a figure over groups of runs."""
+"""Who needs fewer updates, and less time, at which accuracy: a table and a figure over groups of
+runs."""
 
 import csv
 import io
@@ -33,7 +34,8 @@ _UNFINISHED = ": unfinished)"
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Runs that differ in their seed only, or one that belongs to no mean; nan where nothing was recorded.
+    """Runs that differ in their seed only, or one that belongs to no mean; nan where nothing was
+    recorded.
 
     Attributes:
         settings: what tells the group from the others, and why a run stands alone.
@@ -67,17 +69,20 @@ class ComparisonTable:
     rows: tuple[ComparisonRow, ...]
 
     def cells(self) -> list[list[str]]:
-        """Return the text of every cell, line by line, the header first; accuracy in percent, with its deviation."""
+        """Return the text of every cell, line by line, the header first; accuracy in percent, with
+        its deviation."""
         return [list(_HEADER), *(_cells(row) for row in self.rows)]
 
     def to_markdown(self) -> str:
-        """Return a Markdown table; accuracy in percent, plus or minus its standard deviation over runs."""
+        """Return a Markdown table; accuracy in percent, plus or minus its standard deviation over
+        runs."""
         head, *lines = [" | ".join(map(in_markdown, line)) for line in self.cells()]
         rule = "|---|" + "---:|" * (len(_HEADER) - 1)
         return "\n".join([f"| {head} |", rule, *(f"| {line} |" for line in lines)]) + "\n"
 
     def to_csv(self) -> str:
-        """Return comma-separated values with a header; full precision, empty where nothing was recorded."""
+        """Return comma-separated values with a header; full precision, empty where nothing was
+        recorded."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow([f.name for f in fields(ComparisonRow)])
@@ -90,8 +95,9 @@ class ComparisonTable:
 def compare_table(runs: RunSource | Iterable[RunSource]) -> ComparisonTable:
     """Return mean results of runs, grouped by all settings in config.json but the seed.
 
-    A mean is one of finished runs of different seeds. A run that has not ended, and a second one of the same seed, has
-    a row of its own that says so; one that has not ended counts with its last epoch.
+    A mean is one of finished runs of different seeds. A run that has not ended, and a second one of
+    the same seed, has a row of its own that says so; one that has not ended counts with its last
+    epoch.
 
     Args:
         runs: run directories or objects with `.records`.
@@ -99,14 +105,18 @@ def compare_table(runs: RunSource | Iterable[RunSource]) -> ComparisonTable:
     Raises:
         HessianFlowError: no run, a folder that is not a run directory, a damaged file.
     """
-    return ComparisonTable(tuple(row for group in group_runs(read_runs(runs)) for row in _rows(group)))
+    return ComparisonTable(
+        tuple(row for group in group_runs(read_runs(runs)) for row in _rows(group))
+    )
 
 
 def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
-    """Evaluation accuracy against optimizer updates and against training time, one colour a group of runs.
+    """Evaluation accuracy against optimizer updates and against training time, one colour a group
+    of runs.
 
     Args:
-        runs: run directories or objects with `.records`; those that differ in their seed only share a colour.
+        runs: run directories or objects with `.records`; those that differ in their seed only share
+            a colour.
         path: where to write a PNG; None: nowhere.
 
     Returns:
@@ -123,7 +133,10 @@ def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = Non
             rows = run.of_kind("epoch")
             accuracy = 100 * column(rows, "eval_accuracy")
             look, end = style.look(index, accuracy), style.marker(index) or "o"
-            for axes, x in ((by_updates, column(rows, "updates")), (by_seconds, np.cumsum(column(rows, "seconds")))):
+            for axes, x in (
+                (by_updates, column(rows, "updates")),
+                (by_seconds, np.cumsum(column(rows, "seconds"))),
+            ):
                 axes.plot(x, accuracy, linewidth=1.3, alpha=0.8, **look)
                 axes.plot(x[-1:], accuracy[-1:], end, markersize=5, color=style.colour(index))
     style.finish(by_updates, "optimizer updates", "evaluation accuracy (%)")
@@ -138,8 +151,14 @@ def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = Non
 def _legend(groups: Sequence[Group]) -> list[str]:
     """Return what the legend calls the groups: labels short enough for it, still all different."""
     ends = [f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "" for group in groups]
-    labels = [style.cut(group.label, _LEGEND - len(end)) + end for group, end in zip(groups, ends, strict=True)]
-    return [n if labels.count(n) == 1 else f"{i}: {style.cut(n, _LEGEND - 4)}" for i, n in enumerate(labels, start=1)]
+    labels = [
+        style.cut(group.label, _LEGEND - len(end)) + end
+        for group, end in zip(groups, ends, strict=True)
+    ]
+    return [
+        n if labels.count(n) == 1 else f"{i}: {style.cut(n, _LEGEND - 4)}"
+        for i, n in enumerate(labels, start=1)
+    ]
 
 
 def _rows(group: Group) -> list[ComparisonRow]:
@@ -165,7 +184,9 @@ def _is_finished(run: Run) -> bool:
 
 
 def _row(label: str, runs: Sequence[Run]) -> ComparisonRow:
-    accuracies = [a for a in (_final(run, "final_accuracy", "eval_accuracy") for run in runs) if a == a]
+    accuracies = [
+        a for a in (_final(run, "final_accuracy", "eval_accuracy") for run in runs) if a == a
+    ]
     return ComparisonRow(
         settings=label,
         runs=len(runs),
@@ -195,8 +216,11 @@ def _seconds(run: Run) -> float:
 def _largest_batch(run: Run) -> float:
     """Of the summary, the ends of epochs, and the sizes that steps were taken with in between."""
     examples, sizes = batch_steps(run)
-    used = sizes[:-1][np.diff(examples) > 0]  # neither decided on at the end nor taken back by a rollback
-    return _largest([number(run.summary, "largest_batch"), *column(run.of_kind("epoch"), "batch_size"), *used])
+    # neither decided on at the end nor taken back by a rollback
+    used = sizes[:-1][np.diff(examples) > 0]
+    return _largest(
+        [number(run.summary, "largest_batch"), *column(run.of_kind("epoch"), "batch_size"), *used]
+    )
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -217,7 +241,11 @@ def _cells(row: ComparisonRow) -> list[str]:
         settings += f" ({row.runs - row.finished} unfinished)"
     whole: Sequence[float] = (row.updates, row.examples)
     cells = [settings, str(row.runs), accuracy, *(_cell(v, ".0f") for v in whole)]
-    return [*cells, _cell(row.seconds, ".1f"), *(_cell(v, ".0f") for v in (row.peak_memory_mib, row.largest_batch))]
+    return [
+        *cells,
+        _cell(row.seconds, ".1f"),
+        *(_cell(v, ".0f") for v in (row.peak_memory_mib, row.largest_batch)),
+    ]
 
 
 def _cell(value: float, form: str) -> str:

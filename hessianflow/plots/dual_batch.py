@@ -1,4 +1,5 @@
-"""Runs on a parameter server, and runs that change the resolution: when who pushed, and what it cost in seconds."""
+"""Runs on a parameter server, and runs that change the resolution: when who pushed, and what it
+cost in seconds."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,16 @@ from matplotlib.ticker import MaxNLocator
 from hessianflow.checks import check_count
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
-from hessianflow.plots.records import Array, Row, Run, RunSource, batch_steps, column, number, read_runs
+from hessianflow.plots.records import (
+    Array,
+    Row,
+    Run,
+    RunSource,
+    batch_steps,
+    column,
+    number,
+    read_runs,
+)
 
 SMALL, LARGE, WAITING = style.COLOURS[1], style.COLOURS[0], "#dddddd"
 SHOWN_EPOCHS = 6
@@ -23,8 +33,11 @@ SHOWN_WORKERS = 50
 """Workers of the timeline: a picture of more is taller than any screen."""
 
 
-def accuracy_over_time(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
-    """Evaluation accuracy against the server's clock (predicted, in a simulation) and against the wall's.
+def accuracy_over_time(
+    runs: RunSource | Iterable[RunSource], path: str | Path | None = None
+) -> Figure:
+    """Evaluation accuracy against the server's clock (predicted, in a simulation) and against the
+    wall's.
 
     Args:
         runs: one or several; those without a server are drawn in the second panel only.
@@ -39,7 +52,11 @@ def accuracy_over_time(runs: RunSource | Iterable[RunSource], path: str | Path |
     for index, run in enumerate(read):
         rows = run.of_kind("epoch")
         accuracy = 100 * column(rows, "eval_accuracy")
-        look = {"color": style.colour(index), "marker": style.marker(index) or ".", "linewidth": 1.4}
+        look = {
+            "color": style.colour(index),
+            "marker": style.marker(index) or ".",
+            "linewidth": 1.4,
+        }
         left.plot(column(rows, "clock_seconds"), accuracy, **look)
         right.plot(np.cumsum(column(rows, "seconds")), accuracy, **look)
     style.finish(left, "seconds on the server's clock (simulated: predicted)", "test accuracy (%)")
@@ -51,7 +68,9 @@ def accuracy_over_time(runs: RunSource | Iterable[RunSource], path: str | Path |
     return figure
 
 
-def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: int = SHOWN_EPOCHS) -> Figure:
+def commit_timeline(
+    run: RunSource, path: str | Path | None = None, *, epochs: int = SHOWN_EPOCHS
+) -> Figure:
     """Return every local epoch as a bar, one line a worker, from pull to push; grey where a worker
     waited for others.
 
@@ -78,7 +97,9 @@ def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: i
     for row in shown:
         worker, began, ended = (number(row, name) for name in ("worker", "started", "finished"))
         if began > free[int(worker)]:
-            axes.barh(worker, began - free[int(worker)], left=free[int(worker)], height=0.6, color=WAITING)
+            axes.barh(
+                worker, began - free[int(worker)], left=free[int(worker)], height=0.6, color=WAITING
+            )
         colour = SMALL if worker in small else LARGE
         axes.barh(worker, ended - began, left=began, height=0.6, color=colour, edgecolor="white")
         free[int(worker)] = ended
@@ -87,7 +108,11 @@ def commit_timeline(run: RunSource, path: str | Path | None = None, *, epochs: i
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     total = math.ceil(len(commits) / len(every))
-    others = "" if len(every) == len(workers) else f"; {len(every) - len(workers)} further workers left out"
+    others = (
+        ""
+        if len(every) == len(workers)
+        else f"; {len(every) - len(workers)} further workers left out"
+    )
     title = f"first {min(epochs, total)} of {total} epochs; a bar ends with a push{others}"
     axes.set_title(title, fontsize=9, loc="left")
     looks = (("small batch", SMALL), ("large batch", LARGE), ("waiting for others", WAITING))
@@ -134,9 +159,18 @@ def _draw_batches(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
     for _, values, colour in lines:
         axes.step(epochs, np.append(values, values[-1]), where="post", color=colour, linewidth=1.6)
     style.finish(axes, "", "batch size (examples)")
-    style.batch_axis(axes, [value for _, values, _ in lines for value in values if math.isfinite(value)])
+    style.batch_axis(
+        axes, [value for _, values, _ in lines for value in values if math.isfinite(value)]
+    )
     handles = [Line2D([], [], color=colour, label=name) for name, _, colour in lines]
-    axes.legend(handles=handles, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines))
+    axes.legend(
+        handles=handles,
+        fontsize=8,
+        frameon=False,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=len(lines),
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -162,4 +196,9 @@ def _last_of_each(commits: Sequence[Row]) -> list[Row]:
 
 def _small_workers(run: Run) -> set[int]:
     plans = run.config.get("dual_batch", {}).get("plans", {})
-    return {index for plan in plans.values() for index, worker in enumerate(plan["workers"]) if worker["small"]}
+    return {
+        index
+        for plan in plans.values()
+        for index, worker in enumerate(plan["workers"])
+        if worker["small"]
+    }

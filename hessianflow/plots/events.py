@@ -1,4 +1,5 @@
-"""Marks for growth events: numbers on top of the axes that never overlap, and a key below that gives the reasons."""
+"""Marks for growth events: numbers on top of the axes that never overlap, and a key below that
+gives the reasons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +38,18 @@ def growths(run: Run, colour: str) -> list[Growth]:
         before, after = number(row, "from"), number(row, "to")
         if before != after and number(row, "examples") >= 0 and after > 0:
             reason = plain(str(row.get("reason") or "no reason recorded"))
-            short = reason if len(reason) <= _MAX_REASON else reason[: _MAX_REASON - 1].rstrip() + "…"
-            events.append(Growth(number(row, "examples"), f"{before:g} → {after:g}: {short}", colour))
+            short = (
+                reason if len(reason) <= _MAX_REASON else reason[: _MAX_REASON - 1].rstrip() + "…"
+            )
+            events.append(
+                Growth(number(row, "examples"), f"{before:g} → {after:g}: {short}", colour)
+            )
     return events
 
 
 def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
-    """A thin line at every event, and its number (or the range of numbers of a crowd) above the axes.
+    """A thin line at every event, and its number (or the range of numbers of a crowd) above the
+    axes.
 
     Args:
         events: in order of `examples`.
@@ -52,7 +58,9 @@ def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
     left, right = axes.get_xlim()
     points = width_points / max(right - left, 1e-9)
     for event in events:
-        axes.axvline(event.examples, color=event.colour, linewidth=0.8, linestyle=":", alpha=0.7, zorder=1)
+        axes.axvline(
+            event.examples, color=event.colour, linewidth=0.8, linestyle=":", alpha=0.7, zorder=1
+        )
     for first, last in cluster([event.examples * points for event in events]):
         centre = (events[first].examples + events[last].examples) / 2
         same = {event.colour for event in events[first : last + 1]}
@@ -71,7 +79,8 @@ def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
 
 
 def cluster(positions: Sequence[float]) -> list[tuple[int, int]]:
-    """Group events (first, last index) so that the labels of neighbouring groups do not touch; positions in points."""
+    """Group events (first, last index) so that the labels of neighbouring groups do not touch;
+    positions in points."""
     groups: list[tuple[int, int]] = []
     for index in range(len(positions)):
         groups.append((index, index))
@@ -82,7 +91,9 @@ def cluster(positions: Sequence[float]) -> list[tuple[int, int]]:
 
 def key(events: Sequence[Growth]) -> list[tuple[str, str]]:
     """(text, colour) of each line of the key; the last one counts what did not fit."""
-    lines = [(in_figure(f"{i}  {event.text}"), event.colour) for i, event in enumerate(events, start=1)]
+    lines = [
+        (in_figure(f"{i}  {event.text}"), event.colour) for i, event in enumerate(events, start=1)
+    ]
     if len(lines) <= MAX_KEY_LINES:
         return lines
     rest = len(lines) - MAX_KEY_LINES + 1

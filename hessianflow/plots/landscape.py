@@ -1,4 +1,5 @@
-"""The loss along one or two directions through the trained weights (Li et al., arXiv 1712.09913), from given arrays."""
+"""The loss along one or two directions through the trained weights (Li et al., arXiv 1712.09913),
+from given arrays."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ _LOG_SPAN = 30.0
 
 
 def landscape(
-    alphas: Any, losses: Any, betas: Any = None, path: str | Path | None = None, *, title: str = "Loss landscape"
+    alphas: Any,
+    losses: Any,
+    betas: Any = None,
+    path: str | Path | None = None,
+    *,
+    title: str = "Loss landscape",
 ) -> Figure:
     """Return a curve (one direction) or contours (two directions) of the loss; the trained weights
     are at the origin.
@@ -36,13 +42,16 @@ def landscape(
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: shapes that do not fit, fewer than two points a direction, or no finite loss.
+        HessianFlowError: shapes that do not fit, fewer than two points a direction, or no finite
+            loss.
     """
     a, z = np.asarray(alphas, dtype=float), np.asarray(losses, dtype=float)
     b = None if betas is None else np.asarray(betas, dtype=float)
     expected = (len(a),) if b is None else (len(a), len(b))
     if z.shape != expected or min(expected) < 2:
-        raise HessianFlowError(f"losses must have shape {expected} with at least 2 points a side, got {z.shape}")
+        raise HessianFlowError(
+            f"losses must have shape {expected} with at least 2 points a side, got {z.shape}"
+        )
     if not np.isfinite(z).any():
         raise HessianFlowError("losses must hold at least one finite value: take smaller steps")
     figure = style.new_figure(6.5, 5.2 if b is not None else 4.2)
@@ -57,7 +66,9 @@ def landscape(
 
 
 def _curve(axes: Axes, alphas: Array, losses: Array) -> None:
-    axes.plot(alphas, np.where(np.isfinite(losses), losses, np.nan), color=style.colour(0), linewidth=1.6)
+    axes.plot(
+        alphas, np.where(np.isfinite(losses), losses, np.nan), color=style.colour(0), linewidth=1.6
+    )
     axes.axvline(0.0, color=style.GREY, linewidth=0.9, linestyle=":")
     style.finish(axes, "step along the direction", "loss")
     if _spans_decades(losses):
@@ -75,7 +86,9 @@ def _contours(figure: Figure, axes: Axes, alphas: Array, betas: Array, losses: A
     else:
         filled = axes.contourf(alphas, betas, shown, levels=25, cmap="viridis")
         figure.colorbar(filled, ax=axes, label="loss", format="%.3g")
-    axes.contour(filled, levels=np.asarray(filled.levels)[::3], colors="white", linewidths=0.5, alpha=0.7)
+    axes.contour(
+        filled, levels=np.asarray(filled.levels)[::3], colors="white", linewidths=0.5, alpha=0.7
+    )
     axes.plot([0.0], [0.0], marker="*", markersize=11, color="white", markeredgecolor="black")
     axes.set_xlabel("step along direction 1")
     axes.set_ylabel("step along direction 2")

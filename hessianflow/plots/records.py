@@ -1,6 +1,8 @@
-"""Runs as figures see them: named, several at a time, from disk or from memory, and in columns of numbers.
+"""Runs as figures see them: named, several at a time, from disk or from memory, and in columns of
+numbers.
 
-Directories are read by :class:`hessianflow.runs.History`; rows of objects in memory may lack any field.
+Directories are read by :class:`hessianflow.runs.History`; rows of objects in memory may lack any
+field.
 """
 
 import math
@@ -22,7 +24,8 @@ Array = NDArray[np.float64]
 
 
 class HasRecords(Protocol):
-    """A run in memory, such as `hf.History`; `config`, `summary` and `run_dir` are used where there are any."""
+    """A run in memory, such as `hf.History`; `config`, `summary` and `run_dir` are used where there
+    are any."""
 
     @property
     def records(self) -> Sequence[Row]:
@@ -69,7 +72,8 @@ class Run:
 def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
     """Read one run or several; names are the shortest ends of their paths that tell them apart.
 
-    A run directory given twice, however spelled, is one run: it would count as two seeds that agree.
+    A run directory given twice, however spelled, is one run: it would count as two seeds that
+    agree.
 
     Raises:
         HessianFlowError: no run given; a folder without history.jsonl; a damaged file.
@@ -77,8 +81,12 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
     sources = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, str) else [runs]
     if not sources:
         raise HessianFlowError("runs must name at least one run directory, got none")
-    read = [_read_folder(in_home(s)) if isinstance(s, (str, Path)) else _from_object(s) for s in sources]
-    places = [f"run {i}" if run.folder is None else run.folder.resolve() for i, run in enumerate(read)]
+    read = [
+        _read_folder(in_home(s)) if isinstance(s, (str, Path)) else _from_object(s) for s in sources
+    ]
+    places = [
+        f"run {i}" if run.folder is None else run.folder.resolve() for i, run in enumerate(read)
+    ]
     read = [run for i, run in enumerate(read) if places[i] not in places[:i]]
     return [replace(run, name=name) for name, run in zip(_names(read), read, strict=True)]
 
@@ -104,8 +112,18 @@ def batch_steps(run: Run) -> tuple[Array, Array]:
     """
     changes = [r for r in run.of_kind("batch") if number(r, "to") > 0]
     epochs = run.of_kind("epoch")
-    first = number(changes[0], "from") if changes else number(epochs[0], "batch_size") if epochs else math.nan
-    end = max([number(r, "examples") for r in run.records], default=0.0, key=lambda v: -1.0 if math.isnan(v) else v)
+    first = (
+        number(changes[0], "from")
+        if changes
+        else number(epochs[0], "batch_size")
+        if epochs
+        else math.nan
+    )
+    end = max(
+        [number(r, "examples") for r in run.records],
+        default=0.0,
+        key=lambda v: -1.0 if math.isnan(v) else v,
+    )
     examples = [0.0, *(number(r, "examples") for r in changes), end]
     sizes = [first, *(number(r, "to") for r in changes)]
     return np.array(examples), np.array([*sizes, sizes[-1]])
@@ -123,12 +141,16 @@ def _from_object(source: HasRecords) -> Run:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    parts = [r.folder.resolve().parts if r.folder else (f"run {i}",) for i, r in enumerate(runs, start=1)]
+    parts = [
+        r.folder.resolve().parts if r.folder else (f"run {i}",) for i, r in enumerate(runs, start=1)
+    ]
     parts = [tuple(plain(part) for part in one) for one in parts]
     names = [p[-1] for p in parts]
     for depth in range(2, max(map(len, parts)) + 1):
         if len(set(names)) == len(names):
             return names
-        ends = [Path(*p[-depth:]).as_posix() for p in parts]  # joined by hand, the root would give "//"
+        ends = [
+            Path(*p[-depth:]).as_posix() for p in parts
+        ]  # joined by hand, the root would give "//"
         names = [n if names.count(n) == 1 else end for n, end in zip(names, ends, strict=True)]
     return [n if names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(names, start=1)]

@@ -1,4 +1,5 @@
-"""One self-contained HTML page about one run or several: no network, readable on a phone and at night."""
+"""One self-contained HTML page about one run or several: no network, readable on a phone and at
+night."""
 
 import base64
 import io
@@ -23,7 +24,13 @@ from hessianflow.plots.settings import flatten, seed_of
 from hessianflow.plots.spectra import spectral_density
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
-from hessianflow.runs.documents import Layer, RobustnessFile, SpectrumFile, read_robustness, read_spectrum
+from hessianflow.runs.documents import (
+    Layer,
+    RobustnessFile,
+    SpectrumFile,
+    read_robustness,
+    read_spectrum,
+)
 from hessianflow.runs.files import refuse_special, write_text
 from hessianflow.runs.text import plain
 
@@ -35,12 +42,14 @@ _LONG = 40
 """Characters from which on a cell is text to be broken, not a value."""
 
 _STYLE = """
-:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5d5d5; --mild: #5c5c5c; }
+:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5d5d5;
+  --mild: #5c5c5c; }
 @media (prefers-color-scheme: dark) {
   :root { --text: #e6e6e6; --page: #171717; --line: #3d3d3d; --mild: #a8a8a8; }
   img { filter: invert(0.91) hue-rotate(180deg); }
 }
-body { color: var(--text); background: var(--page); font: 16px/1.5 system-ui, sans-serif; max-width: 62rem;
+body { color: var(--text); background: var(--page); font: 16px/1.5 system-ui, sans-serif;
+  max-width: 62rem;
   margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 p { color: var(--mild); } img { width: 100%; min-width: 38rem; height: auto; }
@@ -53,8 +62,14 @@ summary { cursor: pointer; }
 """
 
 
-def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None, *, title: str | None = None) -> str:
-    """Summary table, curvature and batch trajectory, training curves, spectra, decisions and settings as one page.
+def report(
+    runs: RunSource | Iterable[RunSource],
+    path: str | Path | None = None,
+    *,
+    title: str | None = None,
+) -> str:
+    """Summary table, curvature and batch trajectory, training curves, spectra, decisions and
+    settings as one page.
 
     Args:
         runs: run directories or objects with `.records`.
@@ -65,8 +80,8 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
         The HTML text.
 
     Raises:
-        HessianFlowError: no run, a folder that is not a run directory, a damaged file, an unwritable path, or one
-            where something other than an earlier report stands.
+        HessianFlowError: no run, a folder that is not a run directory, a damaged file, an
+            unwritable path, or one where something other than an earlier report stands.
     """
     if path is not None:
         _refuse_other(Path(path))
@@ -74,11 +89,21 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
     heading = title or ("Run " if len(read) == 1 else "Runs ") + ", ".join(run.name for run in read)
     sections = [
         _section("Summary", _summary(compare_table(read))),
-        _section("Curvature and batch size", _image(curvature_trajectory(read), "top eigenvalue and batch size")),
-        _section("Training", _image(training_curves(read), "loss, accuracy, learning rate and batch size")),
+        _section(
+            "Curvature and batch size",
+            _image(curvature_trajectory(read), "top eigenvalue and batch size"),
+        ),
+        _section(
+            "Training",
+            _image(training_curves(read), "loss, accuracy, learning rate and batch size"),
+        ),
     ]
     if len(read) > 1:
-        sections.append(_section("Comparison", _image(compare(read), "accuracy against updates and against time")))
+        sections.append(
+            _section(
+                "Comparison", _image(compare(read), "accuracy against updates and against time")
+            )
+        )
     sections += _measured(read)
     sections += [_section("Decisions", _decisions(read)), _section("Settings", _settings(read))]
     page = _page(heading, "\n".join(sections))
@@ -88,7 +113,8 @@ def report(runs: RunSource | Iterable[RunSource], path: str | Path | None = None
 
 
 def _measured(runs: Sequence[Run]) -> list[str]:
-    """Return what `hessianflow spectrum` and `hessianflow robustness` left in the run directories."""
+    """Return what `hessianflow spectrum` and `hessianflow robustness` left in the run
+    directories."""
     spectra: dict[str, SpectrumFile] = {}
     attacked: dict[str, RobustnessFile] = {}
     for run in runs:
@@ -106,10 +132,15 @@ def _measured_on(stored: SpectrumFile) -> str:
     said = [f"{value} {name}" for name, value in facts.items() if value is not None]
     said += [f"norm mode: {stored['norm_mode']}"] if "norm_mode" in stored else []
     trace = stored.get("trace")
-    said += [f"trace {_short(trace['value'], '.4g')} ± {_short(trace['stderr'], '.1g')}"] if trace else []
+    said += (
+        [f"trace {_short(trace['value'], '.4g')} ± {_short(trace['stderr'], '.1g')}"]
+        if trace
+        else []
+    )
     density = stored.get("density")
     if density is not None and "shares" in density:
-        # Files of earlier versions have no shares: what they call the negative mass may count zeros.
+        # Files of earlier versions have no shares: what they call the negative mass may count
+        # zeros.
         shares = density["shares"]
         said += [
             f"{shares['negative']['value']:.1%} below 0",
@@ -125,12 +156,19 @@ def _spectra(spectra: Mapping[str, SpectrumFile]) -> list[str]:
     rows = [
         [name, str(i), _short(value, ".6g"), _short(residual, ".2g")]
         for name, spectrum in spectra.items()
-        for i, (value, residual) in enumerate(zip(spectrum["eigenvalues"], spectrum["residuals"], strict=True), 1)
+        for i, (value, residual) in enumerate(
+            zip(spectrum["eigenvalues"], spectrum["residuals"], strict=True), 1
+        )
     ]
-    notes = [f"<p>{escape(plain(f'{name}: {_measured_on(spectrum)}'))}</p>" for name, spectrum in spectra.items()]
+    notes = [
+        f"<p>{escape(plain(f'{name}: {_measured_on(spectrum)}'))}</p>"
+        for name, spectrum in spectra.items()
+    ]
     parts = [*notes, _table(["run", "rank", "eigenvalue", "residual"], rows)]
     layers = [
-        [name, *_layer_cells(layer)] for name, spectrum in spectra.items() for layer in spectrum.get("layers", [])
+        [name, *_layer_cells(layer)]
+        for name, spectrum in spectra.items()
+        for layer in spectrum.get("layers", [])
     ]
     if layers:
         parts.append(_table(["run", "layer", "weights", "eigenvalue", "residual", "trace"], layers))
@@ -151,14 +189,24 @@ def _layer_cells(layer: Layer) -> list[str]:
     name = layer["name"] if layer.get("converged", True) else f"{layer['name']} (not converged)"
     size = layer.get("size")
     weights = "-" if size is None else str(size)
-    return [name, weights, _short(layer["eigenvalue"], ".6g"), _short(layer.get("residual"), ".2g"), trace]
+    return [
+        name,
+        weights,
+        _short(layer["eigenvalue"], ".6g"),
+        _short(layer.get("residual"), ".2g"),
+        trace,
+    ]
 
 
 def _robustness(name: str, found: RobustnessFile) -> str:
-    curves = {attack: [_filled(triple) for triple in triples] for attack, triples in found["accuracy"].items()}
+    curves = {
+        attack: [_filled(triple) for triple in triples]
+        for attack, triples in found["accuracy"].items()
+    }
     head = ["perturbation", *curves]
     rows = [
-        [f"{eps:g}", *(_percent(triples[i][0]) for triples in curves.values())] for i, eps in enumerate(found["eps"])
+        [f"{eps:g}", *(_percent(triples[i][0]) for triples in curves.values())]
+        for i, eps in enumerate(found["eps"])
     ]
     picture = _image(robustness(found["eps"], curves), "accuracy under attack")
     return _section(f"Accuracy under attack: {name}", "\n".join([picture, _table(head, rows)]))
@@ -179,11 +227,14 @@ def _short(value: float | None, form: str) -> str:
 
 
 def _page(heading: str, body: str) -> str:
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     head += f'<meta name="generator" content="{_GENERATOR}">'
     title = escape(plain(heading))
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}\n<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
+        "<!doctype html>\n<html"
+        f' lang="en">\n<head>{head}\n<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
         f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
 
@@ -217,7 +268,15 @@ def _decisions(runs: Sequence[Run]) -> str:
             rows.append([run.name, *where, change, *factors, str(row.get("reason", ""))])
     if not rows:
         return "<p>The settings never changed.</p>"
-    head = ["run", "epoch", "examples", "batch size", "learning-rate factor", "adversarial share", "reason"]
+    head = [
+        "run",
+        "epoch",
+        "examples",
+        "batch size",
+        "learning-rate factor",
+        "adversarial share",
+        "reason",
+    ]
     return _table(head, rows)
 
 
@@ -238,15 +297,24 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, align: bool = True) -> str:
-    """Columns of numbers are set to the right with `align`; columns of long text may break their lines."""
+    """Columns of numbers are set to the right with `align`; columns of long text may break their
+    lines."""
     columns = [_column_class([row[i] for row in rows], align=align) for i in range(len(head))]
 
     def line(tag: str, cells: Sequence[str]) -> str:
         pairs = zip(columns, cells, strict=True)
-        return "<tr>" + "".join(f"<{tag}{kind}>{escape(plain(cell))}</{tag}>" for kind, cell in pairs) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{kind}>{escape(plain(cell))}</{tag}>" for kind, cell in pairs)
+            + "</tr>"
+        )
 
     body = "\n".join(line("td", row) for row in rows)
-    return f'<div class="scroll"><table>\n<thead>{line("th", head)}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    return (
+        "<div"
+        f' class="scroll"><table>\n<thead>{line("th", head)}</thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
 
 
 def _column_class(cells: Sequence[str], *, align: bool) -> str:
@@ -264,7 +332,13 @@ def _number(value: float) -> str:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else "-" if value is None else json.dumps(value, default=str)
+    return (
+        value
+        if isinstance(value, str)
+        else "-"
+        if value is None
+        else json.dumps(value, default=str)
+    )
 
 
 def _write(target: Path, text: str) -> None:
@@ -289,4 +363,6 @@ def _refuse_other(target: Path) -> None:
     except OSError as error:
         raise HessianFlowError(f"cannot read {target}: {error.strerror or error}") from None
     if _GENERATOR.encode() not in begins and _EARLIER not in begins:
-        raise HessianFlowError(f"{target} is there already and is no report of ours: name another file")
+        raise HessianFlowError(
+            f"{target} is there already and is no report of ours: name another file"
+        )

@@ -14,13 +14,16 @@ _LONGEST_NAME = 40
 
 
 def robustness(
-    eps: Sequence[float], accuracies: Mapping[str, Sequence[tuple[float, float, float]]], path: str | Path | None = None
+    eps: Sequence[float],
+    accuracies: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: str | Path | None = None,
 ) -> Figure:
     """One line an attack, with its confidence interval as a band.
 
     Args:
         eps: sizes of the perturbation, in the units of pixels scaled to [0, 1].
-        accuracies: by name of the attack, (value, lower end, upper end) for every size, as shares of 1.
+        accuracies: by name of the attack, (value, lower end, upper end) for every size, as shares
+            of 1.
         path: where to write a PNG; None: nowhere.
 
     Returns:
@@ -30,7 +33,9 @@ def robustness(
         HessianFlowError: an attack without one triple a size, or no attack.
     """
     if not accuracies or any(len(triples) != len(eps) for triples in accuracies.values()):
-        raise HessianFlowError(f"accuracies must hold {len(eps)} triples for each of one or more attacks")
+        raise HessianFlowError(
+            f"accuracies must hold {len(eps)} triples for each of one or more attacks"
+        )
     figure = style.new_figure(6.5, 4.2)
     axes = figure.subplots()
     order = np.argsort(eps)

@@ -23,7 +23,8 @@ _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1
 
 
 def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
-    """Predicted time of a run, and how much of the workers' time it uses, over the number of workers.
+    """Predicted time of a run, and how much of the workers' time it uses, over the number of
+    workers.
 
     Args:
         plan: what plan.json holds.
@@ -42,11 +43,23 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
     figure = style.new_figure(9.0, 4.2)
     time_axes, share_axes = figure.subplots(1, 2)
     _draw_time(time_axes, workers, seconds)
-    lines = [in_figure(f"{name}: {text}") for name, text in (plan.get("sources") or {}).items() if name in _SHOWN]
-    figure.suptitle("\n".join(fill(line, 150) for line in lines), x=0.01, ha="left", fontsize=7, color=style.GREY)
+    lines = [
+        in_figure(f"{name}: {text}")
+        for name, text in (plan.get("sources") or {}).items()
+        if name in _SHOWN
+    ]
+    figure.suptitle(
+        "\n".join(fill(line, 150) for line in lines),
+        x=0.01,
+        ha="left",
+        fontsize=7,
+        color=style.GREY,
+    )
     blue, red = style.colour(0), style.colour(1)
     share_axes.plot(workers, 100 * column(rows, "efficiency"), color=blue, marker="o", markersize=4)
-    share_axes.plot(workers, 100 * column(rows, "communication"), color=red, marker="s", markersize=4)
+    share_axes.plot(
+        workers, 100 * column(rows, "communication"), color=red, marker="s", markersize=4
+    )
     share_axes.set_ylim(0, 105)
     style.finish(share_axes, "workers", "share (%)")
     for axes in (time_axes, share_axes):
@@ -54,7 +67,9 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
     style.legend_below(
         figure,
         [
-            Line2D([], [], color=blue, marker="o", markersize=4, label="predicted time; efficiency"),
+            Line2D(
+                [], [], color=blue, marker="o", markersize=4, label="predicted time; efficiency"
+            ),
             Line2D([], [], color=style.GREY, linestyle="--", linewidth=1, label="perfect scaling"),
             Line2D([], [], color=red, marker="s", markersize=4, label="time spent in all-reduces"),
         ],
@@ -64,7 +79,9 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
 
 
 def _draw_time(axes: Axes, workers: Array, seconds: Array) -> None:
-    unit, size = next(((name, size) for name, size in _UNITS if seconds.max() >= 2 * size), _UNITS[-1])
+    unit, size = next(
+        ((name, size) for name, size in _UNITS if seconds.max() >= 2 * size), _UNITS[-1]
+    )
     times, perfect = seconds / size, seconds[0] * workers[0] / workers / size
     axes.plot(workers, perfect, color=style.GREY, linestyle="--", linewidth=1)
     axes.plot(workers, times, color=style.colour(0), marker="o", markersize=4)

@@ -11,10 +11,30 @@ from hessianflow.plots.records import Run
 _IGNORED = frozenset({"seed", "run_dir", "data_dir", "plots", "tensorboard", "keep_checkpoints"})
 # What says where and when, and what follows from other settings.
 _IGNORED_SECTIONS = ("environment.", "versions.", "dual_batch.", "resolution_stages")
-# What a user sets on purpose, that which tells runs apart best first; all others follow as config.json has them.
+# What a user sets on purpose, that which tells runs apart best first; all others follow as
+# config.json has them.
 _FIRST = (
-    *("controller", "optimizer", "adversary", "model", "data", "batch_size", "max_batch_size", "lr", "epochs"),
-    *("schedule", "resolution", "patience", "decay_factor", "growth_factor", "eps", "adversarial_share", "sam_rho"),
+    *(
+        "controller",
+        "optimizer",
+        "adversary",
+        "model",
+        "data",
+        "batch_size",
+        "max_batch_size",
+        "lr",
+        "epochs",
+    ),
+    *(
+        "schedule",
+        "resolution",
+        "patience",
+        "decay_factor",
+        "growth_factor",
+        "eps",
+        "adversarial_share",
+        "sam_rho",
+    ),
 )
 # Settings as given; what other sections hold follows from them.
 _GIVEN = "settings."
@@ -25,7 +45,8 @@ class Group:
     """Runs that differ in their seed only.
 
     Attributes:
-        label: the fewest settings that tell this group from the others; the run's name if there is none.
+        label: the fewest settings that tell this group from the others; the run's name if there is
+            none.
         runs: its members.
     """
 
@@ -50,7 +71,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"trainer.epochs": 30, ...}, without those that only say where and when."""
+    """Nested settings as {"trainer.epochs": 30, ...}, without those that only say where and
+    when."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -74,10 +96,12 @@ def _text(setting: Mapping[str, Any], key: str) -> str:
 
 
 def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Few keys whose values together tell all of these settings apart, those that a user sets on purpose first.
+    """Few keys whose values together tell all of these settings apart, those that a user sets on
+    purpose first.
 
-    Each key is the one that parts most of what those before it leave together, the first of several such; a key that
-    the later ones make superfluous is dropped. What follows from other settings is asked only when those do not do.
+    Each key is the one that parts most of what those before it leave together, the first of several
+    such; a key that the later ones make superfluous is dropped. What follows from other settings is
+    asked only when those do not do.
     """
 
     def parted(keys: Sequence[str]) -> int:
@@ -100,7 +124,8 @@ def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _rank(key: str) -> tuple[int, int]:
-    """How early a setting is asked: those named above, other settings as given, what follows from them."""
+    """How early a setting is asked: those named above, other settings as given, what follows from
+    them."""
     name = key.rsplit(".", 1)[-1]
     if name in _FIRST:
         return (0, 2 * _FIRST.index(name) + (not key.startswith(_GIVEN)))
@@ -110,10 +135,16 @@ def _rank(key: str) -> tuple[int, int]:
 def _label(setting: Mapping[str, Any], keys: Sequence[str]) -> str:
     """The values of these keys, each under the last part of its name."""
     parts = {key.rsplit(".", 1)[-1]: setting[key] for key in reversed(keys) if key in setting}
-    return ", ".join(f"{name}={'default' if value is None else value}" for name, value in reversed(parts.items()))
+    return ", ".join(
+        f"{name}={'default' if value is None else value}" for name, value in reversed(parts.items())
+    )
 
 
 def _distinct(groups: Sequence[Group]) -> list[Group]:
-    """Settings that look the same may differ where nothing is shown: add the first run's name to those labels."""
+    """Settings that look the same may differ where nothing is shown: add the first run's name to
+    those labels."""
     labels = [g.label for g in groups]
-    return [g if labels.count(g.label) == 1 else Group(f"{g.label} ({g.runs[0].name})", g.runs) for g in groups]
+    return [
+        g if labels.count(g.label) == 1 else Group(f"{g.label} ({g.runs[0].name})", g.runs)
+        for g in groups
+    ]

@@ -1,8 +1,8 @@
 """The spectral density of a Hessian, from the nodes and weights of stochastic Lanczos quadrature.
 
-Each probe k gives nodes theta_kj and weights w_kj (summing to 1). They are broadened by Gaussians of width sigma,
-phi_k(t) = sum_j w_kj N(t; theta_kj, sigma^2), and averaged over probes (Ghorbani, Krishnan, Xiao, arXiv 1901.10159);
-the band is one standard error of that mean.
+Each probe k gives nodes theta_kj and weights w_kj (summing to 1). They are broadened by Gaussians
+of width sigma, phi_k(t) = sum_j w_kj N(t; theta_kj, sigma^2), and averaged over probes (Ghorbani,
+Krishnan, Xiao, arXiv 1901.10159); the band is one standard error of that mean.
 """
 
 import math
@@ -18,7 +18,8 @@ from hessianflow.plots import style
 from hessianflow.plots.records import Array
 
 _POINTS = 2000
-# Width of the Gaussians relative to the width of the spectrum (ours): narrow enough to part outliers.
+# Width of the Gaussians relative to the width of the spectrum (ours): narrow enough to part
+# outliers.
 _RELATIVE_SIGMA = 0.01
 # A single eigenvalue among millions still shows; what lies lower is not drawn.
 _DECADES = 8.0
@@ -39,9 +40,13 @@ class Quadrature(Protocol):
 
 
 def spectral_density(
-    density: Quadrature | Mapping[str, Quadrature], path: str | Path | None = None, *, sigma: float | None = None
+    density: Quadrature | Mapping[str, Quadrature],
+    path: str | Path | None = None,
+    *,
+    sigma: float | None = None,
 ) -> Figure:
-    """Density of eigenvalues (logarithmic) over the eigenvalue, with the standard error over probes as a band.
+    """Density of eigenvalues (logarithmic) over the eigenvalue, with the standard error over probes
+    as a band.
 
     Args:
         density: an object with `.nodes` and `.weights`, or several by name, drawn over each other.
@@ -52,7 +57,8 @@ def spectral_density(
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: nodes and weights of different or wrong shape, or not finite; a sigma that is not positive.
+        HessianFlowError: nodes and weights of different or wrong shape, or not finite; a sigma that
+            is not positive.
     """
     named = dict(density) if isinstance(density, Mapping) else {"": density}
     arrays = {name: _arrays(each) for name, each in named.items()}
@@ -71,7 +77,14 @@ def spectral_density(
         # Far from every node there is nothing to mark: the axis ends above it.
         seen = np.where(mean > mean.max() * 10**-_DECADES, mean, np.nan)
         axes.plot(grid, mean, linewidth=1.4, zorder=3, **style.look(index, seen))
-        axes.fill_between(grid, np.maximum(mean - error, 1e-300), mean + error, alpha=0.25, linewidth=0, color=colour)
+        axes.fill_between(
+            grid,
+            np.maximum(mean - error, 1e-300),
+            mean + error,
+            alpha=0.25,
+            linewidth=0,
+            color=colour,
+        )
         peak = max(peak, float(mean.max()))
     axes.set_yscale("log")
     axes.set_ylim(peak * 10**-_DECADES, peak * 3)
@@ -101,13 +114,19 @@ def _smoothed(nodes: Array, weights: Array, grid: Array, sigma: float) -> Array:
 
 
 def _arrays(density: Quadrature) -> tuple[Array, Array]:
-    nodes, weights = np.asarray(density.nodes, dtype=float), np.asarray(density.weights, dtype=float)
+    nodes, weights = (
+        np.asarray(density.nodes, dtype=float),
+        np.asarray(density.weights, dtype=float),
+    )
     if nodes.ndim != 2 or nodes.shape != weights.shape or nodes.size == 0:
         raise HessianFlowError(
-            f"nodes and weights must both have shape [num_probes, steps], got {nodes.shape} and {weights.shape}"
+            f"nodes and weights must both have shape [num_probes, steps], got {nodes.shape} and"
+            f" {weights.shape}"
         )
     if not (np.isfinite(nodes).all() and np.isfinite(weights).all()):
-        raise HessianFlowError("nodes and weights must be finite: the estimate broke down, take fewer steps")
+        raise HessianFlowError(
+            "nodes and weights must be finite: the estimate broke down, take fewer steps"
+        )
     return nodes, weights
 
 
@@ -123,4 +142,7 @@ def _width(low: float, high: float, sigma: float | None) -> float:
 def _title(probes: list[int], width: float) -> str:
     count = str(probes[0]) if len(probes) == 1 else f"{probes[0]} to {probes[-1]}"
     band = ", band: standard error" if probes[-1] > 1 else ""
-    return f"Spectral density ({count} probe{'s' if probes != [1] else ''}, Gaussian width {width:.2g}{band})"
+    return (
+        f"Spectral density ({count} probe{'s' if probes != [1] else ''}, Gaussian width"
+        f" {width:.2g}{band})"
+    )

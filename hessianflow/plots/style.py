@@ -1,4 +1,5 @@
-"""How every figure looks and is saved. Figures are made without pyplot, so no global state is read or left behind."""
+"""How every figure looks and is saved. Figures are made without pyplot, so no global state is read
+or left behind."""
 
 import math
 import warnings
@@ -13,19 +14,28 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.files import replacing
 from hessianflow.runs.text import in_figure
 
-# Okabe and Ito's palette, told apart with any common colour blindness; yellow is left out: too faint on white.
+# Okabe and Ito's palette, told apart with any common colour blindness; yellow is left out: too
+# faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#666666"
 DPI = 150
 MARKERS = ("", "s", "^", "D")
-"""Of the first seven runs, the next seven, ...; dashes are left to what a figure's lines mean, such as training."""
+"""Of the first seven runs, the next seven, ...; dashes are left to what a figure's lines mean, such
+as training."""
 _MARKS = 8
 """Marks along one line: enough to tell it in a crowd."""
 _DARKER, _BLACKS_LIGHTER = 0.65, "#9A9A9A"
@@ -49,7 +59,8 @@ def marker(index: int) -> str:
 
 
 def look(index: int, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """Colour and marks of a line through these values; the same as in the legend of :func:`run_handles`."""
+    """Colour and marks of a line through these values; the same as in the legend of
+    :func:`run_handles`."""
     drawn = np.flatnonzero(np.isfinite(np.asarray(values, dtype=float)))
     every = drawn[:: max(1, len(drawn) // _MARKS)]
     return {"color": colour(index), "marker": marker(index), "markersize": 4, "markevery": every}
@@ -61,7 +72,9 @@ def dash(index: int) -> Any:
     return ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))[index // len(COLOURS) % 4]
 
 
-def new_figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Figure:
+def new_figure(
+    width: float, height: float, *, layout: Literal["constrained"] | None = "constrained"
+) -> Figure:
     """Return an empty figure of this size in inches; "constrained" keeps labels and legends from
     overlapping."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
@@ -91,7 +104,8 @@ def epochs_axis(axes: Axes) -> None:
 
 
 def batch_axis(axes: Axes, sizes: Iterable[float]) -> None:
-    """Batch sizes on a base-2 logarithmic y axis, with ticks at the sizes used, as many as are readable."""
+    """Batch sizes on a base-2 logarithmic y axis, with ticks at the sizes used, as many as are
+    readable."""
     axes.set_yscale("log", base=2)
     used = sorted({s for s in sizes if s > 0})
     ticks: list[float] = []
@@ -106,7 +120,8 @@ def batch_axis(axes: Axes, sizes: Iterable[float]) -> None:
 
 
 def log_axis(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis around the positive ones of these values, with plain numbers on short spans."""
+    """A logarithmic y axis around the positive ones of these values, with plain numbers on short
+    spans."""
     axes.set_yscale("log")
     positive = [v for v in values if math.isfinite(v) and v > 0] or [1.0]
     low, high = min(positive) / 1.3, max(positive) * 1.3
@@ -120,10 +135,19 @@ def log_axis(axes: Axes, values: Iterable[float]) -> None:
 
 
 def run_handles(names: Sequence[str]) -> list[Line2D]:
-    """One legend entry for each run; long names, which are paths, keep their end, which tells them apart."""
+    """One legend entry for each run; long names, which are paths, keep their end, which tells them
+    apart."""
     short = [name if len(name) <= _MAX_NAME else "…" + name[1 - _MAX_NAME :] for name in names]
     return [
-        Line2D([], [], color=colour(i), marker=marker(i), markersize=5, linewidth=2, label=in_figure(name))
+        Line2D(
+            [],
+            [],
+            color=colour(i),
+            marker=marker(i),
+            markersize=5,
+            linewidth=2,
+            label=in_figure(name),
+        )
         for i, name in enumerate(short)
     ]
 
@@ -142,7 +166,13 @@ def legend_columns(handles: Sequence[Line2D]) -> int:
 
 def legend_below(figure: Figure, handles: list[Line2D]) -> None:
     """One legend for the whole figure, outside all axes (constrained layout makes room for it)."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(handles), frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=legend_columns(handles),
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def _plain(value: float, _position: int) -> str:
@@ -150,10 +180,12 @@ def _plain(value: float, _position: int) -> str:
 
 
 def save(figure: Figure, path: str | Path | None) -> None:
-    """Write a PNG so that a reader sees the old file or the new one, never half of it; None: do nothing.
+    """Write a PNG so that a reader sees the old file or the new one, never half of it; None: do
+    nothing.
 
     Raises:
-        HessianFlowError: the folder does not exist or cannot be written, or something other than a file is there.
+        HessianFlowError: the folder does not exist or cannot be written, or something other than a
+            file is there.
     """
     if path is None:
         return

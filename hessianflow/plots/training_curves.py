@@ -16,7 +16,9 @@ from hessianflow.plots.records import Run, RunSource, batch_steps, column, read_
 _LOG_SPAN = 30.0
 
 
-def training_curves(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
+def training_curves(
+    runs: RunSource | Iterable[RunSource], path: str | Path | None = None
+) -> Figure:
     """Loss and accuracy over epochs and over updates, learning rate and batch size over epochs.
 
     Args:
@@ -74,7 +76,8 @@ def _draw_learning_rate(axes: Axes, runs: Sequence[Run]) -> None:
     for index, run in enumerate(runs):
         rows = run.of_kind("epoch")
         x, y = column(rows, "epoch"), column(rows, "lr")
-        # A row tells the rate its epoch ended with: hold it over that epoch, the first from epoch 0 on.
+        # A row tells the rate its epoch ended with: hold it over that epoch, the first from epoch 0
+        # on.
         x, y = np.append(np.zeros(len(rows[:1])), x), np.append(y[:1], y)
         axes.step(x, y, where="pre", linewidth=1.4, **style.look(index, y))
         values.extend(y[np.isfinite(y) & (y > 0)])

@@ -1,4 +1,5 @@
-"""The curvature trajectory: top eigenvalue and batch size over the course of a run, with the reason of every change."""
+"""The curvature trajectory: top eigenvalue and batch size over the course of a run, with the reason
+of every change."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,13 +28,15 @@ _MARKS = {
 }
 
 
-def curvature_trajectory(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
+def curvature_trajectory(
+    runs: RunSource | Iterable[RunSource], path: str | Path | None = None
+) -> Figure:
     """Top eigenvalue (logarithmic) and batch size (second axis, steps) over training examples.
 
-    Readings that did not converge are drawn hollow; negative ones as a triangle at their magnitude; those that are
-    zero or not finite as a cross at the lower edge. Every change of the batch size is marked by a number whose reason
-    stands below. How batch normalisation was treated stands at the axis, or beside each run where runs differ in it:
-    their eigenvalues cannot be compared then.
+    Readings that did not converge are drawn hollow; negative ones as a triangle at their magnitude;
+    those that are zero or not finite as a cross at the lower edge. Every change of the batch size
+    is marked by a number whose reason stands below. How batch normalisation was treated stands at
+    the axis, or beside each run where runs differ in it: their eigenvalues cannot be compared then.
 
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
@@ -43,10 +46,14 @@ def curvature_trajectory(runs: RunSource | Iterable[RunSource], path: str | Path
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: no run, a folder that is not a run directory, a damaged history, an unwritable path.
+        HessianFlowError: no run, a folder that is not a run directory, a damaged history, an
+            unwritable path.
     """
     read = read_runs(runs)
-    events = sorted((e for i, r in enumerate(read) for e in growths(r, style.colour(i))), key=lambda e: e.examples)
+    events = sorted(
+        (e for i, r in enumerate(read) for e in growths(r, style.colour(i))),
+        key=lambda e: e.examples,
+    )
     marks = [_marks(run) for run in read]
     present = {name for found in marks for name, (x, _) in found.items() if len(x)}
     modes = [_norm_mode(run) for run in read]
@@ -58,13 +65,21 @@ def curvature_trajectory(runs: RunSource | Iterable[RunSource], path: str | Path
     for index, (run, found) in enumerate(zip(read, marks, strict=True)):
         _draw_eigenvalues(axes, run, found, index)
         examples, sizes = batch_steps(run)
-        batch_axes.step(examples, sizes, where="post", lw=1.2, ls="--", alpha=0.6, **style.look(index, sizes))
+        batch_axes.step(
+            examples, sizes, where="post", lw=1.2, ls="--", alpha=0.6, **style.look(index, sizes)
+        )
     style.batch_axis(batch_axes, [size for run in read for size in batch_steps(run)[1]])
     batch_axes.set_ylabel("batch size (examples)")
     batch_axes.spines["top"].set_visible(False)
     batch_axes.spines["right"].set_visible(True)
-    style.finish(axes, "training examples", "top Hessian eigenvalue" + (in_figure(modes[0]) if shared else ""))
-    style.log_axis(axes, [y for found in marks for name in _MARKS if name != "missing" for y in found[name][1]])
+    style.finish(
+        axes,
+        "training examples",
+        "top Hessian eigenvalue" + (in_figure(modes[0]) if shared else ""),
+    )
+    style.log_axis(
+        axes, [y for found in marks for name in _MARKS if name != "missing" for y in found[name][1]]
+    )
     style.examples_axis(axes)
     mark(axes, events, (_WIDTH - 2 * _SIDE) * 72)
     style.save(figure, path)
@@ -78,7 +93,9 @@ def _layout(events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Ax
     below = _BELOW_AXES + _LINE * len(lines) + legend
     height = _TOP + _PLOT_HEIGHT + below
     figure = style.new_figure(_WIDTH, height, layout=None)
-    axes = figure.add_axes((_SIDE / _WIDTH, below / height, 1 - 2 * _SIDE / _WIDTH, _PLOT_HEIGHT / height))
+    axes = figure.add_axes(
+        (_SIDE / _WIDTH, below / height, 1 - 2 * _SIDE / _WIDTH, _PLOT_HEIGHT / height)
+    )
     for i, (text, colour) in enumerate(lines):
         y = (below - _BELOW_AXES - _LINE * i) / height
         figure.text(_SIDE / _WIDTH, y, text, color=colour, fontsize=8, va="top")
@@ -90,7 +107,9 @@ def _layout(events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Ax
 def _norm_mode(run: Run) -> str:
     """Return the batch normalisation of the run's readings, as an addition to a label; empty where
     they do not say."""
-    found = dict.fromkeys(str(row["norm_mode"]) for row in run.of_kind("curvature") if "norm_mode" in row)
+    found = dict.fromkeys(
+        str(row["norm_mode"]) for row in run.of_kind("curvature") if "norm_mode" in row
+    )
     return f" (norm mode: {style.cut(plain(', '.join(found)), _LONGEST_MODE)})" if found else ""
 
 
@@ -109,7 +128,9 @@ def _marks(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (x[where], np.abs(y[where])) for name, where in chosen.items()}
 
 
-def _draw_eigenvalues(axes: Axes, run: Run, found: dict[str, tuple[np.ndarray, np.ndarray]], index: int) -> None:
+def _draw_eigenvalues(
+    axes: Axes, run: Run, found: dict[str, tuple[np.ndarray, np.ndarray]], index: int
+) -> None:
     colour = style.colour(index)
     rows = run.of_kind("curvature")
     y = column(rows, "eigenvalue")
@@ -123,16 +144,36 @@ def _draw_eigenvalues(axes: Axes, run: Run, found: dict[str, tuple[np.ndarray, n
             marker = style.marker(index) or marker
         if name == "missing":
             edge = axes.get_xaxis_transform()
-            axes.plot(x, np.full(len(x), 0.02), marker, color=colour, markersize=5, zorder=4, transform=edge)
+            axes.plot(
+                x,
+                np.full(len(x), 0.02),
+                marker,
+                color=colour,
+                markersize=5,
+                zorder=4,
+                transform=edge,
+            )
         else:
-            axes.plot(x, heights, marker, color=colour, markerfacecolor=face, markersize=4.5, zorder=4)
+            axes.plot(
+                x, heights, marker, color=colour, markerfacecolor=face, markersize=4.5, zorder=4
+            )
 
 
 def _mark_handles(present: set[str]) -> list[Line2D]:
     grey = style.GREY
-    handles = [Line2D([], [], color=grey, linestyle="--", alpha=0.8, label="batch size (right axis)")]
+    handles = [
+        Line2D([], [], color=grey, linestyle="--", alpha=0.8, label="batch size (right axis)")
+    ]
     for name, (marker, label) in _MARKS.items():
         if label and name in present:
-            look = Line2D([], [], color=grey, marker=marker, markerfacecolor="white", linestyle="", label=label)
+            look = Line2D(
+                [],
+                [],
+                color=grey,
+                marker=marker,
+                markerfacecolor="white",
+                linestyle="",
+                label=label,
+            )
             handles.append(look)
     return handles

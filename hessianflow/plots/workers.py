@@ -30,7 +30,8 @@ def has_workers(run: RunSource) -> bool:
 
 
 def workers(run: RunSource, path: str | Path | None = None) -> Figure:
-    """Workers, batch size and throughput of an elastic run over its seconds; every change of the world is marked.
+    """Workers, batch size and throughput of an elastic run over its seconds; every change of the
+    world is marked.
 
     Args:
         run: run directory or object with `.records`.
@@ -43,9 +44,15 @@ def workers(run: RunSource, path: str | Path | None = None) -> Figure:
         HessianFlowError: a run that is not elastic, or as :func:`curvature_trajectory`.
     """
     [read] = read_runs([run])
-    events = [row for row in read.of_kind("event") if number(row, "workers") >= 0 and number(row, "elapsed") >= 0]
+    events = [
+        row
+        for row in read.of_kind("event")
+        if number(row, "workers") >= 0 and number(row, "elapsed") >= 0
+    ]
     if not events:
-        raise HessianFlowError(f"{read.name} is no elastic run: no event in it tells a number of workers")
+        raise HessianFlowError(
+            f"{read.name} is no elastic run: no event in it tells a number of workers"
+        )
     figure = style.new_figure(9.0, 7.0)
     world, batch, rate = figure.subplots(3, 1, sharex=True)
     shown = _draw_world(world, events)
@@ -90,6 +97,12 @@ def _draw_measured(batch: Axes, rate: Axes, run: Run) -> None:
     )
     style.finish(batch, "", "batch size (examples)")
     style.batch_axis(batch, sizes)
-    rate.plot(seconds, column(rows, "examples_per_second"), color=style.colour(0), marker=".", linewidth=1.0)
+    rate.plot(
+        seconds,
+        column(rows, "examples_per_second"),
+        color=style.colour(0),
+        marker=".",
+        linewidth=1.0,
+    )
     style.finish(rate, "seconds", "examples a second")
     rate.set_ylim(bottom=0)

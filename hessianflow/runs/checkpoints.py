@@ -1,4 +1,5 @@
-"""Checkpoints as files: written atomically, read without executing code, refused when damaged or foreign.
+"""Checkpoints as files: written atomically, read without executing code, refused when damaged or
+foreign.
 
 A checkpoint is one dict of tensors, numbers, strings, lists and dicts, so
 `torch.load(weights_only=True)` reads it. `last.pt` is always a whole file: a new one is written
@@ -52,7 +53,9 @@ def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         # torch wraps what went wrong on disk in an error of its own.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise HessianFlowError(f"cannot write checkpoint {path}: {_one_line(cause)}; older ones are intact") from None
+        raise HessianFlowError(
+            f"cannot write checkpoint {path}: {_one_line(cause)}; older ones are intact"
+        ) from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -67,20 +70,26 @@ def load(path: Path) -> dict[str, Any]:
     try:
         _check_records(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's warnings about a foreign file do not help the user
+            warnings.simplefilter(
+                "ignore"
+            )  # torch's warnings about a foreign file do not help the user
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UnreadableError(f"checkpoint {path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # zip, unpickling and tensor errors come in many types; each means the same to the user
+    # Errors of zip files, unpickling and tensors come in many types; each means the same here.
+    except Exception as error:
         raise HessianFlowError(
-            f"checkpoint {path} ({_size(path)} bytes) cannot be read: damaged or foreign ({_one_line(error)})"
+            f"checkpoint {path} ({_size(path)} bytes) cannot be read: damaged or foreign"
+            f" ({_one_line(error)})"
         ) from None
     found: dict[str, Any] = state if isinstance(state, dict) else {}
     if not isinstance(found.get("format"), str) or found["format"] != FORMAT:
         raise HessianFlowError(f"{path} is a file of torch but not a hessianflow checkpoint")
     version = found.get("version")
     if type(version) is not int or version != VERSION:
-        raise HessianFlowError(f"{path} has checkpoint version {shown(version)}, but this release reads {VERSION}")
+        raise HessianFlowError(
+            f"{path} has checkpoint version {shown(version)}, but this release reads {VERSION}"
+        )
     return found
 
 
@@ -125,8 +134,9 @@ def load_newest(
     if not any(folder.glob("*.pt")):
         run_dir = folder.parent
         raise UnreadableError(
-            f"no checkpoint at {folder / LAST}: the run ended before its first one; begin it again with "
-            f"`hessianflow train --config {run_dir / SETTINGS} --run-dir {run_dir}` (from Python: trainer.fit)"
+            f"no checkpoint at {folder / LAST}: the run ended before its first one; begin it again"
+            f" with `hessianflow train --config {run_dir / SETTINGS} --run-dir {run_dir}` (from"
+            " Python: trainer.fit)"
         )
     first: HessianFlowError | None = None
     for name in _newest_first(folder):
@@ -161,7 +171,9 @@ def set_aside(folder: Path) -> None:
 
 
 def _newest_first(folder: Path) -> list[str]:
-    older = sorted(folder.glob(f"{Path(PREVIOUS).stem}*.pt"), key=lambda path: (len(path.name), path.name))
+    older = sorted(
+        folder.glob(f"{Path(PREVIOUS).stem}*.pt"), key=lambda path: (len(path.name), path.name)
+    )
     return [LAST, *(path.name for path in older)]
 
 
@@ -170,15 +182,19 @@ def _check_history(folder: Path, name: str, state: Mapping[str, Any], history_by
     made."""
     made_at = state.get("history_bytes")
     if type(made_at) is not int or made_at < 0:
-        raise HessianFlowError(f"checkpoint {folder / name}: history_bytes must be a whole number from 0 on")
+        raise HessianFlowError(
+            f"checkpoint {folder / name}: history_bytes must be a whole number from 0 on"
+        )
     if made_at > history_bytes:
         raise HessianFlowError(
-            f"{folder / name} was made when the history had {made_at} bytes; it has {history_bytes} now: damaged"
+            f"{folder / name} was made when the history had {made_at} bytes; it has {history_bytes}"
+            " now: damaged"
         )
     history = folder.parent / HISTORY
     if history.is_file() and not ends_a_row(history, made_at):
         raise HessianFlowError(
-            f"{history} was changed after {folder / name} was made: byte {made_at} no longer ends a row"
+            f"{history} was changed after {folder / name} was made: byte {made_at} no longer ends"
+            " a row"
         )
 
 

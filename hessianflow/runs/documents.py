@@ -244,7 +244,10 @@ def read_measurement(path: Path) -> Measurement:
     whole = read_object(path)
     found = whole.get("measured", whole)
     fault = fault_of(found, Measurement)
-    remedy = "it must hold sizes and seconds (two lists of equal length), or slope and intercept, as plan.json does"
+    remedy = (
+        "it must hold sizes and seconds (two lists of equal length), or slope and intercept, as"
+        " plan.json does"
+    )
     if fault is not None:
         raise HessianFlowError(f"{path}: {fault}: {remedy}")
     sizes, seconds = found.get("sizes", []), found.get("seconds", [])
@@ -278,7 +281,9 @@ def _read(
 def _spectrum_fault(found: SpectrumFile) -> Fault | None:
     values, residuals = found["eigenvalues"], found["residuals"]
     if len(residuals) != len(values):
-        return Fault("residuals", f"must hold {len(values)} values, one an eigenvalue, got {len(residuals)}")
+        return Fault(
+            "residuals", f"must hold {len(values)} values, one an eigenvalue, got {len(residuals)}"
+        )
     density = found.get("density")
     if density is None:
         return None

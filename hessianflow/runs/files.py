@@ -67,7 +67,9 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise HessianFlowError(f"cannot read {path}: {error.strerror or error}") from None
     if len(text) > MOST_BYTES:
-        raise HessianFlowError(f"{path} is larger than {MOST_BYTES // 2**20} MiB: the file is damaged")
+        raise HessianFlowError(
+            f"{path} is larger than {MOST_BYTES // 2**20} MiB: the file is damaged"
+        )
     try:
         value = parsed(text)
     except NotJSONError:

@@ -56,7 +56,9 @@ def _locked(path: Path, folder: Path) -> int:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
-        raise HessianFlowError(f"another process is writing to the run {folder}: wait for it, or stop it") from None
+        raise HessianFlowError(
+            f"another process is writing to the run {folder}: wait for it, or stop it"
+        ) from None
     except (ImportError, OSError):  # Windows; some network file systems have no locks
         pass
     return descriptor
@@ -130,7 +132,9 @@ def new_folder(base: Path) -> Iterator[Path]:
         made.insert(0, path)
     except OSError as error:
         remove_empty(made)
-        raise HessianFlowError(f"cannot write run directory {path}: {error.strerror or error}") from None
+        raise HessianFlowError(
+            f"cannot write run directory {path}: {error.strerror or error}"
+        ) from None
     try:
         yield path
     finally:
@@ -198,7 +202,9 @@ def refuse_used(folder: Path) -> None:
     if not (folder / HISTORY).exists():
         raise HessianFlowError(f"run directory {folder} is not empty: name a new or an empty one")
     if any((folder / CHECKPOINTS).glob("*.pt")):
-        remedy = f"continue that one with `hessianflow resume {folder}` (from Python: trainer.resume)"
+        remedy = (
+            f"continue that one with `hessianflow resume {folder}` (from Python: trainer.resume)"
+        )
     else:
         remedy = "delete that one, which has no checkpoint to continue from"
     raise HessianFlowError(f"run directory {folder} already holds a run: name another, or {remedy}")
@@ -215,12 +221,17 @@ def _never_stepped(folder: Path) -> bool:
     # A run begins with its lock file and a temporary file for config.json: either shows that it is
     # ours.
     whole = {path.name for path in folder.iterdir()}
-    begun = LOCK in whole or not whole & {CONFIG, SETTINGS, HISTORY, CHECKPOINTS} or _is_ours(folder / CONFIG)
+    begun = (
+        LOCK in whole
+        or not whole & {CONFIG, SETTINGS, HISTORY, CHECKPOINTS}
+        or _is_ours(folder / CONFIG)
+    )
     return begun and _is_ours(folder / CONFIG, absent=True) and _has_no_step(folder / HISTORY)
 
 
 def _is_ours(config: Path, *, absent: bool = False) -> bool:
-    """Return whether a config.json was written by a run; `absent` is the answer where there is none, or none yet."""
+    """Return whether a config.json was written by a run; `absent` is the answer where there is
+    none, or none yet."""
     if not config.exists():
         return absent
     if config.is_file() and config.stat().st_size == 0:

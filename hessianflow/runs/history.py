@@ -91,7 +91,9 @@ class History:
         facts = self.config.get("trainer", {})
         if name not in facts:
             where = CONFIG if self.run_dir is None else self.run_dir / CONFIG
-            raise HessianFlowError(f"{where} holds no trainer.{name}: the file is damaged, or of another program")
+            raise HessianFlowError(
+                f"{where} holds no trainer.{name}: the file is damaged, or of another program"
+            )
         return facts[name]
 
 
@@ -99,7 +101,8 @@ def read_records(path: Path, damaged: Damaged = "refuse") -> list[Record]:
     """Return all complete rows of a history file.
 
     Raises:
-        HessianFlowError: the file cannot be read; a line before the last is not JSON, or any line is not a row.
+        HessianFlowError: the file cannot be read; a line before the last is not JSON, or any line
+            is not a row.
     """
     rows: list[Record] = []
     torn: HessianFlowError | None = None

@@ -94,7 +94,9 @@ def _joined(earlier: SpectrumFile, found: Mapping[str, Any]) -> dict[str, Any]:
     if more and (earlier.get("converged", True) or not found.get("converged", True)):
         joined = {name: value for name, value in joined.items() if name in _APART}
         joined |= {name: value for name, value in earlier.items() if name not in _APART}
-    layers = {layer["name"]: layer for layer in (*earlier.get("layers", ()), *found.get("layers", ()))}
+    layers = {
+        layer["name"]: layer for layer in (*earlier.get("layers", ()), *found.get("layers", ()))
+    }
     products = earlier.get("matvecs", 0) + found.get("matvecs", 0)
     return {**joined, "layers": list(layers.values()), "matvecs": products}
 

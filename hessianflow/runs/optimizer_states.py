@@ -16,7 +16,15 @@ from hessianflow.runs.schema import shown
 from hessianflow.runs.states import DamagedStateError
 
 _LIKE_WEIGHTS = (
-    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"),
+    *(
+        "momentum_buffer",
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "square_avg",
+        "grad_avg",
+    ),
     *("acc_delta", "sum", "prev", "step_size", "ax"),
 )
 """State entries that torch's optimizers, and ours, keep in the shape of the weights."""
@@ -34,17 +42,27 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     Raises:
         DamagedStateError: naming the entry.
     """
-    for number, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=False)):
+    for number, (own, group) in enumerate(
+        zip(optimizer.param_groups, saved["param_groups"], strict=False)
+    ):
         for name in (own.keys() & group.keys()) - {"params"}:
             if not _is_alike(own[name], group[name]):
-                raise DamagedStateError(f"optimizer.param_groups.{number}.{name} cannot be {shown(group[name])}")
-    if not type(optimizer).__module__.startswith(("torch.optim.", "hessianflow.optim.", "hessianflow.adversarial.")):
+                raise DamagedStateError(
+                    f"optimizer.param_groups.{number}.{name} cannot be {shown(group[name])}"
+                )
+    if not type(optimizer).__module__.startswith(
+        ("torch.optim.", "hessianflow.optim.", "hessianflow.adversarial.")
+    ):
         return  # a foreign optimizer may keep anything under these names
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in _numbers(group)]
     shapes = dict(zip(numbers, (weight.shape for weight in weights), strict=False))
     # Groups that were added during the run are not here yet.
-    added = {number for group in saved["param_groups"][len(optimizer.param_groups) :] for number in _numbers(group)}
+    added = {
+        number
+        for group in saved["param_groups"][len(optimizer.param_groups) :]
+        for number in _numbers(group)
+    }
     for number, kept in saved["state"].items():
         if number in added:
             continue
@@ -52,16 +70,22 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             raise DamagedStateError(f"optimizer.state.{shown(number)} belongs to no weight")
         for name, value in kept.items():
             fits = not isinstance(value, Tensor) or value.ndim == 0 or value.shape == shapes[number]
-            if name in _LIKE_WEIGHTS and not (fits and (value is None or isinstance(value, Tensor))):
+            if name in _LIKE_WEIGHTS and not (
+                fits and (value is None or isinstance(value, Tensor))
+            ):
                 raise DamagedStateError(
-                    f"optimizer.state.{number}.{name} must be a tensor of the shape {list(shapes[number])} of its "
-                    f"weight, got {shown(value)}"
+                    f"optimizer.state.{number}.{name} must be a tensor of the shape"
+                    f" {list(shapes[number])} of its weight, got {shown(value)}"
                 )
             if name == "step" and not isinstance(value, (Tensor, int, float)):
-                raise DamagedStateError(f"optimizer.state.{number}.step must be a number, got {shown(value)}")
+                raise DamagedStateError(
+                    f"optimizer.state.{number}.step must be a number, got {shown(value)}"
+                )
 
 
-def in_order(saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequence[Sequence[str]]) -> dict[str, Any]:
+def in_order(
+    saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequence[Sequence[str]]
+) -> dict[str, Any]:
     """Return the saved state of an optimizer with its weights in the order of another optimizer.
 
     torch pairs weights by place alone: where shapes agree, a state saved for [weight, bias] would
@@ -82,13 +106,17 @@ def in_order(saved: Mapping[str, Any], named: Sequence[Sequence[str]], own: Sequ
             break  # damaged, which other checks report
         if list(before) == list(now):
             continue
-        moved = sorted({*before} ^ {*now}) or [name for name in now if before.count(name) != now.count(name)]
+        moved = sorted({*before} ^ {*now}) or [
+            name for name in now if before.count(name) != now.count(name)
+        ]
         if moved:
             found = [index for index, names in enumerate(named) if moved[0] in names]
             stands = f"in its parameter group {found[0]}" if found else "in no parameter group"
             held = next((index for index, names in enumerate(own) if moved[0] in names), None)
             here = "in none" if held is None else f"in group {held}"
-            raise OtherGroupsError(f"{moved[0] or 'a parameter'!r} is {stands}, and {here} of this run")
+            raise OtherGroupsError(
+                f"{moved[0] or 'a parameter'!r} is {stands}, and {here} of this run"
+            )
         places: dict[str, list[Any]] = {}
         for name, weight in zip(before, _numbers(groups[number]), strict=True):
             places.setdefault(name, []).append(weight)

@@ -88,7 +88,8 @@ class Recorder:
             path.touch()  # a run killed before its first row may have none
             if not ends_a_row(path, history_bytes):
                 raise HessianFlowError(
-                    f"{path} was changed after the checkpoint was made: byte {history_bytes} no longer ends a row"
+                    f"{path} was changed after the checkpoint was made: byte {history_bytes} no"
+                    " longer ends a row"
                 )
             os.truncate(path, history_bytes)
         except OSError as error:
@@ -168,7 +169,8 @@ class Recorder:
             write_json(folder / CONFIG, self._config)
             if settings is not None:
                 write_yaml(folder / SETTINGS, settings)
-            (folder / HISTORY).write_bytes(b"")  # drops the events of a run that ended before its first step
+            # drops the events of a run that ended before its first step
+            (folder / HISTORY).write_bytes(b"")
         except OSError:
             for name in (CONFIG, SETTINGS, HISTORY):
                 (folder / name).unlink(missing_ok=True)

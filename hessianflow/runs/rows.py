@@ -34,7 +34,8 @@ class _EpochRequired(Place):
 
 
 class EpochRow(_EpochRequired, total=False):
-    """A completed epoch: the setting it ended with, its figures, and the seconds spent on each part.
+    """A completed epoch: the setting it ended with, its figures, and the seconds spent on each
+    part.
 
     `statistics` is "remeasured" where running statistics had not settled and were measured anew
     before the evaluation.
@@ -120,7 +121,8 @@ class _EventRequired(Place):
 
 
 class EventRow(_EventRequired, total=False):
-    """Anything else worth knowing later: a divergence, a fallback, a preemption, a change of an elastic world."""
+    """Anything else worth knowing later: a divergence, a fallback, a preemption, a change of an
+    elastic world."""
 
     elapsed: Figure
     workers: Count
@@ -156,7 +158,9 @@ _FORMS: Mapping[str, Any] = {
     "signals": Place,
 }
 """Kinds with a fixed form; all others are measurements, which name their own figures."""
-_CHECKS: Mapping[str, Callable[[Any], Fault | None]] = {kind: checker(form) for kind, form in _FORMS.items()}
+_CHECKS: Mapping[str, Callable[[Any], Fault | None]] = {
+    kind: checker(form) for kind, form in _FORMS.items()
+}
 _CHECK_MEASUREMENT = checker(_Measurement)
 
 

@@ -44,7 +44,8 @@ Figure = float | None
 Number = Annotated[float, Between(-math.inf, math.inf)]
 """A number that may be infinite."""
 Share = Annotated[float, Between(0, 1 + 1e-6)] | None
-"""A part of a whole, such as an accuracy, with room for rounding; null where it was not measured."""
+"""A part of a whole, such as an accuracy, with room for rounding; null where it was not
+measured."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,11 @@ def _simple_check(form: Any) -> Check:
 def _whole_fault(value: Any) -> Fault | None:
     if type(value) is not int:
         return _refusal(int, value)
-    return None if abs(value) <= LARGEST_WHOLE else Fault("", f"must be below 2^63, got {_short(value)}")
+    return (
+        None
+        if abs(value) <= LARGEST_WHOLE
+        else Fault("", f"must be below 2^63, got {_short(value)}")
+    )
 
 
 def _number_fault(value: Any) -> Fault | None:
@@ -175,7 +180,11 @@ def _number_fault(value: Any) -> Fault | None:
         return _refusal(float, value)
     if isinstance(value, float) and not math.isfinite(value):
         return Fault("", f"must be a finite number, got {value}")
-    return None if abs(value) <= LARGEST else Fault("", f"must be at most {LARGEST:g}, got {_short(value)}")
+    return (
+        None
+        if abs(value) <= LARGEST
+        else Fault("", f"must be at most {LARGEST:g}, got {_short(value)}")
+    )
 
 
 def _short(value: float) -> str:
@@ -202,7 +211,11 @@ def _bounded_check(form: Any, bounds: Between) -> Check:
 def _literal_check(form: Any, allowed: Sequence[Any]) -> Check:
     def check(value: Any) -> Fault | None:
         same = any(type(value) is type(one) and value == one for one in allowed)
-        return None if same else replace(_refusal(form, value), of_kind=isinstance(value, type(allowed[0])))
+        return (
+            None
+            if same
+            else replace(_refusal(form, value), of_kind=isinstance(value, type(allowed[0])))
+        )
 
     return check
 
@@ -275,7 +288,9 @@ def _entries_check(form: Any, key_form: Any, value_form: Any) -> Check:
 
 
 def _fields_check(form: Any) -> Check:
-    checks = {name: checker(part) for name, part in get_type_hints(form, include_extras=True).items()}
+    checks = {
+        name: checker(part) for name, part in get_type_hints(form, include_extras=True).items()
+    }
     required = sorted(form.__required_keys__, key=list(checks).index)
 
     def check(value: Any) -> Fault | None:

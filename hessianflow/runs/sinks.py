@@ -18,7 +18,8 @@ _SPOKEN = ("fallback", "rollback", "alarm")
 
 
 class TensorBoardSink:
-    """Writes every number of every record as a scalar over training examples, and events and reasons as text.
+    """Writes every number of every record as a scalar over training examples, and events and
+    reasons as text.
 
     Tags are KIND/FIELD, such as "epoch/eval_accuracy", "curvature/eigenvalue", "batch/to". A
     resumed run makes the records after its checkpoint again, and TensorBoard shows only the new
@@ -36,7 +37,8 @@ class TensorBoardSink:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise HessianFlowError(
-                "TensorBoard files need the package tensorboard: pip install 'hessianflow[tensorboard]'"
+                "TensorBoard files need the package tensorboard: pip install"
+                " 'hessianflow[tensorboard]'"
             ) from None
         self._make = SummaryWriter
         self._folder = in_home(folder)
@@ -46,9 +48,9 @@ class TensorBoardSink:
         """Write one record; the end of an epoch is flushed."""
         kind, step = record["kind"], record["examples"]
         if self._writer is None:
-            # TensorBoard hides whatever an interrupted run wrote later than this. The first record of a resumed run may
-            # be an event at the checkpoint itself, the place of records from before the checkpoint,
-            # too.
+            # TensorBoard hides whatever an interrupted run wrote later than this. The first record
+            # of a resumed run may be an event at the checkpoint itself, the place of records from
+            # before the checkpoint, too.
             self._writer = self._make(str(self._folder), purge_step=step + (kind == "event"))
         for name, value in record.items():
             if name in _PLACE or value is None:
@@ -68,7 +70,8 @@ class TensorBoardSink:
 
 
 class LogSink:
-    """Logs one line per epoch and per decision to the logger "hessianflow" at level INFO, readings at DEBUG.
+    """Logs one line per epoch and per decision to the logger "hessianflow" at level INFO, readings
+    at DEBUG.
 
     A fallback to an older checkpoint, a rollback after a divergence and an alarm are logged at
     WARNING, other events at INFO.
@@ -100,12 +103,18 @@ def _epoch_line(row: Mapping[str, Any]) -> str:
     }
     known = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
     speed = f"{_figure(row['images_per_second'], '.0f')} images/s"
-    return f"epoch {row['epoch']}: batch {row['batch_size']}, lr {_figure(row['lr'])}, {known}, {speed}"
+    return (
+        f"epoch {row['epoch']}: batch {row['batch_size']}, lr {_figure(row['lr'])}, {known},"
+        f" {speed}"
+    )
 
 
 def _decision_line(row: Mapping[str, Any]) -> str:
     batch = f"{row['from']} -> {row['to']}" if row["from"] != row["to"] else row["to"]
-    settings = f"lr factor {_figure(row['lr_factor'])}, adversarial share {_figure(row['adversarial_share'])}"
+    settings = (
+        f"lr factor {_figure(row['lr_factor'])}, adversarial share"
+        f" {_figure(row['adversarial_share'])}"
+    )
     return f"epoch {row['epoch']}: batch {batch}, {settings}: {row['reason']}"
 
 
@@ -113,7 +122,10 @@ def _reading_line(row: Mapping[str, Any]) -> str:
     if row["eigenvalue"] is None:
         return f"epoch {row['epoch']}: no finite eigenvalue"
     converged = "converged" if row["converged"] else "not converged"
-    return f"epoch {row['epoch']}: eigenvalue {row['eigenvalue']:.6g} ({converged}, {row['matvecs']} products)"
+    return (
+        f"epoch {row['epoch']}: eigenvalue {row['eigenvalue']:.6g} ({converged}, {row['matvecs']}"
+        " products)"
+    )
 
 
 def _figure(value: float | None, form: str = ".4g") -> str:

@@ -176,7 +176,9 @@ def check_training_state(state: Mapping[str, Any]) -> None:
     _refuse(_generators_fault(state["generators"], "generators"))
     for name in ("examples", "updates"):
         if state[name] != state["counters"][name]:
-            raise DamagedStateError(f"{name} is {state[name]}, but counters.{name} {state['counters'][name]}")
+            raise DamagedStateError(
+                f"{name} is {state[name]}, but counters.{name} {state['counters'][name]}"
+            )
 
 
 def check_dual_batch_state(state: Mapping[str, Any]) -> None:
@@ -220,7 +222,11 @@ def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
     """
     for name, parameter in model.named_parameters():
         saved = state.get(name)
-        if parameter.requires_grad and isinstance(saved, Tensor) and not bool(torch.isfinite(saved).all()):
+        if (
+            parameter.requires_grad
+            and isinstance(saved, Tensor)
+            and not bool(torch.isfinite(saved).all())
+        ):
             raise DamagedStateError(f"model.{name} holds numbers that are not finite")
 
 
@@ -242,7 +248,8 @@ def restoring(source: str) -> Iterator[None]:
     except _BROKEN as error:
         text = " ".join(str(error).split())
         raise DamagedStateError(
-            f"{source} cannot be put back: it is damaged, or of another release ({type(error).__name__}: {text[:120]})"
+            f"{source} cannot be put back: it is damaged, or of another release"
+            f" ({type(error).__name__}: {text[:120]})"
         ) from error
 
 
@@ -256,7 +263,11 @@ def _tensor_fault(value: Any, depth: int = 0) -> Fault | None:
     deep."""
     if isinstance(value, Tensor):
         plain = value.layout is torch.strided and value.device.type == "cpu"
-        return None if plain and not value.is_quantized else Fault("", f"must be a plain tensor, got {_sort(value)}")
+        return (
+            None
+            if plain and not value.is_quantized
+            else Fault("", f"must be a plain tensor, got {_sort(value)}")
+        )
     if depth > _DEEPEST:
         return Fault("", f"is nested deeper than {_DEEPEST}")
     entries: Any = ()
@@ -286,9 +297,14 @@ def _generators_fault(states: Mapping[str, Any], where: str) -> Fault | None:
         try:
             trial(states[name])
         except _BROKEN as error:
-            return Fault(f"{where}.{name}", f"is no state of a generator ({' '.join(str(error).split())[:80]})")
+            return Fault(
+                f"{where}.{name}",
+                f"is no state of a generator ({' '.join(str(error).split())[:80]})",
+            )
     cuda = states.get("cuda", [])
-    if not isinstance(cuda, list) or not all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in cuda):
+    if not isinstance(cuda, list) or not all(
+        isinstance(one, Tensor) and one.dtype == torch.uint8 for one in cuda
+    ):
         return Fault(f"{where}.cuda", f"must be a list of tensors of bytes, got {shown(cuda)}")
     return None
 

@@ -19,7 +19,9 @@ def summary_of(
 ) -> dict[str, Any]:
     """Return what summary.json holds, from the records and the progress of the run."""
     last = history.epochs[-1] if history.epochs else {}
-    accuracies = [row["eval_accuracy"] for row in history.epochs if row["eval_accuracy"] is not None]
+    accuracies = [
+        row["eval_accuracy"] for row in history.epochs if row["eval_accuracy"] is not None
+    ]
     final_loss = last.get("eval_loss")
     return {
         "status": "finished" if progress.epoch >= progress.total_epochs else "preempted",
@@ -33,7 +35,9 @@ def summary_of(
         "growths": len(history.growths),
         "wall_seconds": seconds["wall"],
         # The attack runs inside the step, so the step's own time is what is left.
-        "seconds": {p: seconds[p] - (seconds["adversary"] if p == "training" else 0.0) for p in PARTS},
+        "seconds": {
+            p: seconds[p] - (seconds["adversary"] if p == "training" else 0.0) for p in PARTS
+        },
         "peak_memory_mib": _peak_memory_mib(device),
         "world_size": world_size,
     }

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import map_tensors, num_examples, split
-from hessianflow.interfaces import AgreedError, Batch, Exposure, GradientObserver, HessianFlowError, Hits, LossFn, World
+from hessianflow.interfaces import (
+    AgreedError,
+    Batch,
+    Exposure,
+    GradientObserver,
+    HessianFlowError,
+    Hits,
+    LossFn,
+    World,
+)
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck, Weight, weighted
 from hessianflow.training.evaluate import count_hits, summed
 from hessianflow.training.parameters import name_of
@@ -83,7 +92,8 @@ class GradientAccumulator:
         observers: shown the gradient of each microbatch and the whole.
         world: told which backward pass is the last.
         paired: a rank without rows runs the model all the same: its layers exchange statistics.
-        group_size: examples that batch normalisation sees at once; microbatches of that size or more hold whole groups.
+        group_size: examples that batch normalisation sees at once; microbatches of that size or
+            more hold whole groups.
         precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
         create_graph: gradients can be differentiated again.
     """
@@ -111,7 +121,8 @@ class GradientAccumulator:
         )
 
     def __call__(self, batch: Batch, microbatch_size: int | None = None) -> OwnResult:
-        """Replace every `.grad` by the gradient of the mean loss over `batch` (times the loss scale under fp16).
+        """Replace every `.grad` by the gradient of the mean loss over `batch` (times the loss scale
+        under fp16).
 
         Args:
             batch: (inputs, targets), on the model's device.
@@ -126,7 +137,8 @@ class GradientAccumulator:
         return own
 
     def expose(self, exposure: Exposure, microbatch_size: int | None = None) -> OwnResult:
-        """Replace every `.grad` by the gradient that `exposure` asks for; rows drawn and twins never share a pass.
+        """Replace every `.grad` by the gradient that `exposure` asks for; rows drawn and twins
+        never share a pass.
 
         Without a row there is no gradient.
 
@@ -137,7 +149,9 @@ class GradientAccumulator:
         batch, twins = exposure.batch, exposure.twins
         keep = exposure.on_input_gradient if self._shows_inputs else None
         if self.paired and twins is not None:
-            raise HessianFlowError("adversarial twins cannot be trained with SyncBatchNorm: use norm_batch_size")
+            raise HessianFlowError(
+                "adversarial twins cannot be trained with SyncBatchNorm: use norm_batch_size"
+            )
         if num_examples(batch[1]) == 0:
             return self._nothing(batch)
         if twins is not None and num_examples(twins[1]) == 0:
@@ -145,13 +159,30 @@ class GradientAccumulator:
         ahead = self._loss.weight_ahead(batch[1])
         divisor = _Divisor(num_examples(batch[1]), ahead)
         if twins is None:
-            return self._add(batch, ahead, divisor, microbatch_size, nullcontext, keep, settles=True, is_last=True)
+            return self._add(
+                batch,
+                ahead,
+                divisor,
+                microbatch_size,
+                nullcontext,
+                keep,
+                settles=True,
+                is_last=True,
+            )
         of_twins_ahead = self._loss.weight_ahead(twins[1])
         if exposure.average:
             divisor.expect(of_twins_ahead)
-        own = self._add(batch, ahead, divisor, microbatch_size, nullcontext, keep, settles=not exposure.average)
+        own = self._add(
+            batch, ahead, divisor, microbatch_size, nullcontext, keep, settles=not exposure.average
+        )
         of_twins = self._add(
-            twins, of_twins_ahead, divisor, microbatch_size, exposure.twin_mode, settles=True, is_last=True
+            twins,
+            of_twins_ahead,
+            divisor,
+            microbatch_size,
+            exposure.twin_mode,
+            settles=True,
+            is_last=True,
         )
         return replace(own, twins=of_twins, failure=own.failure or of_twins.failure)
 
@@ -185,15 +216,22 @@ class GradientAccumulator:
         totals = self.world.finish(own.loss, own.hits, counts, means)
         rows, twin_rows, failures, *raised = totals.counts
         if failures:
-            raise own.failure or AgreedError("another rank refuses the loss: it cannot be cut into parts")
+            raise own.failure or AgreedError(
+                "another rank refuses the loss: it cannot be cut into parts"
+            )
         if rows == 0:
             raise AgreedError(
-                f"the transform left no row of a batch of {totals.examples} examples: there is no mean loss"
+                f"the transform left no row of a batch of {totals.examples} examples: there is no"
+                " mean loss"
             )
         (loss, weight), (twin_loss, twin_weight) = totals.means
-        self._show_whole(rows + twin_rows, (weight + twin_weight) / totals.weight if twin_rows else None)
+        self._show_whole(
+            rows + twin_rows, (weight + twin_weight) / totals.weight if twin_rows else None
+        )
         gain = twin_loss.float() if twin_rows else None
-        return BatchResult(loss.float(), weight, totals.hits, totals.examples, rows, gain, tuple(map(bool, raised)))
+        return BatchResult(
+            loss.float(), weight, totals.hits, totals.examples, rows, gain, tuple(map(bool, raised))
+        )
 
     def _add(
         self,
@@ -239,7 +277,9 @@ class GradientAccumulator:
         if on_input_gradient is not None:
             found = [slope for slope in slopes if slope is not None]
             if not found:
-                raise HessianFlowError("the loss does not depend on the inputs: there is no gradient by them to keep")
+                raise HessianFlowError(
+                    "the loss does not depend on the inputs: there is no gradient by them to keep"
+                )
             on_input_gradient(torch.cat(found))
         weight = parts[0][1] if len(parts) == 1 else ahead
         if weight is None:
@@ -295,13 +335,17 @@ class GradientAccumulator:
                 return
         if not averaged.value.requires_grad:
             raise HessianFlowError(
-                "the loss depends on nothing that is trained: its graph was cut (by .detach(), .item() or "
-                "torch.no_grad() in the model or the loss), or all parameters in it are frozen"
+                "the loss depends on nothing that is trained: its graph was cut (by .detach(),"
+                " .item() or torch.no_grad() in the model or the loss), or all parameters in it are"
+                " frozen"
             )
         weight = _like(_ratio(averaged.weight, divisor), averaged.value)
         scaled = self.scaler.scale(averaged.value * weight)
-        hooked = (bool(self.observers) or not last or self.world.world_size > 1) and self._is_hooked()
-        # Ranks may send a gradient off as soon as it is there: not before the hooks have been at it.
+        hooked = (
+            bool(self.observers) or not last or self.world.world_size > 1
+        ) and self._is_hooked()
+        # Ranks may send a gradient off as soon as it is there: not before the hooks have been at
+        # it.
         with self.world.last_backward(divisor) if last and not hooked else nullcontext():
             if self.observers:
                 self._observed_backward(scaled, weight, count, leaf, into_grad=last and hooked)
@@ -314,7 +358,13 @@ class GradientAccumulator:
                 pass
 
     def _observed_backward(
-        self, scaled: Tensor, weight: float | Tensor, count: int, leaf: Tensor | None, *, into_grad: bool
+        self,
+        scaled: Tensor,
+        weight: float | Tensor,
+        count: int,
+        leaf: Tensor | None,
+        *,
+        into_grad: bool,
     ) -> None:
         """Show the gradient of one microbatch to the observers, and add it; `into_grad`: by torch,
         hooks and all."""
@@ -340,7 +390,9 @@ class GradientAccumulator:
         self._refuse_sparse(shown)
         if isinstance(weight, Tensor):
             # A part that weighs nothing has a gradient of 0, which is shown as such.
-            shown = list(torch._foreach_div(shown, weight.clamp_min(torch.finfo(weight.dtype).tiny)))
+            shown = list(
+                torch._foreach_div(shown, weight.clamp_min(torch.finfo(weight.dtype).tiny))
+            )
         elif weight != 1:
             shown = list(torch._foreach_div(shown, weight))
         for observer in self.observers:
@@ -363,7 +415,8 @@ class GradientAccumulator:
             if gradient is None:
                 continue
             if parameter.grad is None:
-                # A copy: two parameters may have been given one tensor, and whoever clips writes to it.
+                # A copy: two parameters may have been given one tensor, and whoever clips writes to
+                # it.
                 parameter.grad = gradient.clone()
             else:
                 sums.append(parameter.grad)
@@ -375,7 +428,8 @@ class GradientAccumulator:
         if not self.create_graph:
             scaled.backward()  # type: ignore[no-untyped-call]
             return
-        with warnings.catch_warnings():  # a parameter and its gradient hold each other then, until the step is over
+        # a parameter and its gradient hold each other then, until the step is over
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             scaled.backward(create_graph=True)  # type: ignore[no-untyped-call]
 
@@ -392,12 +446,14 @@ class GradientAccumulator:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient.layout is not torch.strided:
                 raise HessianFlowError(
-                    f"the gradient of {name_of(self.model, parameter)} is sparse, which "
-                    f"{type(self.observers[0]).__name__} cannot be shown: build its layer with sparse=False"
+                    f"the gradient of {name_of(self.model, parameter)} is sparse, which"
+                    f" {type(self.observers[0]).__name__} cannot be shown: build its layer with"
+                    " sparse=False"
                 )
 
     def _show_whole(self, total: int, factor: float | Tensor | None = None) -> None:
-        """Show the gradient of the mean loss over all rows; `.grad` holds `factor` times that (None: once)."""
+        """Show the gradient of the mean loss over all rows; `.grad` holds `factor` times that
+        (None: once)."""
         if not self.observers:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -417,8 +473,8 @@ class GradientAccumulator:
 class _Divisor:
     """What the gradients in `.grad` are divided by: the weight of all rows that count.
 
-    It is known ahead for losses of torch. For others it is known when the last part has been forwarded; until then the
-    number of rows stands in for it.
+    It is known ahead for losses of torch. For others it is known when the last part has been
+    forwarded; until then the number of rows stands in for it.
 
     Args:
         rows: of the batch.
@@ -441,7 +497,8 @@ class _Divisor:
             self._sum = self._sum + weight
 
     def settle(self, parameters: Sequence[nn.Parameter]) -> None:
-        """All parts have been counted: divide by their weight from now on, and so what is in `.grad` already."""
+        """All parts have been counted: divide by their weight from now on, and so what is in
+        `.grad` already."""
         if self._is_known:
             return
         factor = _ratio(self.value, self._sum)
@@ -453,7 +510,8 @@ class _Divisor:
 
 
 def _ratio(part: Weight, whole: Weight) -> Weight:
-    """part / whole, and 0 of nothing; 1 where they are the very same, whose loss counts for nothing by itself."""
+    """part / whole, and 0 of nothing; 1 where they are the very same, whose loss counts for nothing
+    by itself."""
     if part is whole:
         return 1.0
     if isinstance(whole, Tensor):

@@ -64,7 +64,8 @@ class AfterEpoch:
             return evaluate(self.model, self.data, self.loss_fn, reducer=self.world)
 
     def measure(self, made: int) -> Iterator[tuple[str, Mapping[str, float], str]]:
-        """Yield the kind, figures and warning of every measurement but the first `made`, as it is made."""
+        """Yield the kind, figures and warning of every measurement but the first `made`, as it is
+        made."""
         for measurement in self.measurements[made:]:
             with self.watch.part("evaluation"):
                 figures, warning = measurement()

@@ -17,7 +17,10 @@ from hessianflow.training.settle import NormStatistics
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "controller": ("hf.control.ABSA(32, 512)", ("decision", "is_due")),
     "adversary": ("hf.adversarial.FGSM(0.005, value_range=(0, 1))", ("attack", "expose")),
-    "probe": ("hf.curvature.CurvatureProbe(model, loss_fn, train_data.sample(128))", ("__call__", "state_dict")),
+    "probe": (
+        "hf.curvature.CurvatureProbe(model, loss_fn, train_data.sample(128))",
+        ("__call__", "state_dict"),
+    ),
     "observers": ("hf.optim.GradientMoments()", ("on_microbatch", "on_step", "signals")),
     "measurements": ("hf.adversarial.RobustnessWatch(model, batch, 0.01)", ("__call__", "kind")),
     "sinks": ("hf.training.LogSink()", ("write", "close")),
@@ -67,7 +70,9 @@ def check_settings(
     check_count("keep_checkpoints", keep_checkpoints)
     check_count("max_rollbacks", max_rollbacks, 0)
     if show_progress not in (True, False, None):
-        raise HessianFlowError(f"show_progress must be True, False or None (on a terminal), got {show_progress!r}")
+        raise HessianFlowError(
+            f"show_progress must be True, False or None (on a terminal), got {show_progress!r}"
+        )
 
 
 def check_model(model: object) -> None:
@@ -88,22 +93,26 @@ def check_data(train_data: object, eval_data: object) -> None:
     """
     if not isinstance(train_data, ResizableBatches):
         raise HessianFlowError(
-            f"train_data must be batches whose size can change, got {_named(train_data)}: use "
-            "hf.data.DeviceBatches(inputs, targets, batch_size) or hf.data.AdaptiveBatches(dataset, batch_size)"
+            f"train_data must be batches whose size can change, got {_named(train_data)}: use"
+            " hf.data.DeviceBatches(inputs, targets, batch_size) or"
+            " hf.data.AdaptiveBatches(dataset, batch_size)"
         )
     if eval_data is None:
         return
     if eval_data is train_data:
-        raise HessianFlowError("eval_data are the training data themselves, which would lose their place: use a copy")
+        raise HessianFlowError(
+            "eval_data are the training data themselves, which would lose their place: use a copy"
+        )
     if isinstance(eval_data, Dataset) or not isinstance(eval_data, Iterable):
         raise HessianFlowError(
-            f"eval_data must be batches (inputs, targets), got {_named(eval_data)}, which has single examples at best: "
-            "use hf.data.AdaptiveBatches(dataset, 256, shuffle=False) or a DataLoader"
+            f"eval_data must be batches (inputs, targets), got {_named(eval_data)}, which has"
+            " single examples at best: use hf.data.AdaptiveBatches(dataset, 256, shuffle=False) or"
+            " a DataLoader"
         )
     if isinstance(eval_data, Iterator):
         raise HessianFlowError(
-            f"eval_data must be iterated after every epoch, and {_named(eval_data)} allows it only once: use a list of "
-            "batches"
+            f"eval_data must be iterated after every epoch, and {_named(eval_data)} allows it only"
+            " once: use a list of batches"
         )
 
 
@@ -121,9 +130,12 @@ def check_parts(**parts: Any) -> None:
         example, members = _PARTS[argument]
         for part in _each(argument, value):
             if isinstance(part, type) or any(not hasattr(part, member) for member in members):
-                missing = [member for member in members if not hasattr(part, member)] or ["an instance"]
+                missing = [member for member in members if not hasattr(part, member)] or [
+                    "an instance"
+                ]
                 raise HessianFlowError(
-                    f"{argument} cannot be {_named(part)}, which lacks {missing[0]}: pass one such as {example}"
+                    f"{argument} cannot be {_named(part)}, which lacks {missing[0]}: pass one such"
+                    f" as {example}"
                 )
 
 
@@ -152,7 +164,9 @@ def as_list(argument: str, value: Any) -> list[Any]:
 def _each(argument: str, value: Any) -> Sequence[Any]:
     if argument == "state":
         if not isinstance(value, Mapping):
-            raise HessianFlowError(f'state must name its objects, as {{"average": average}}, got {_named(value)}')
+            raise HessianFlowError(
+                f'state must name its objects, as {{"average": average}}, got {_named(value)}'
+            )
         return list(value.values())
     if isinstance(value, list):
         return value
@@ -162,4 +176,6 @@ def _each(argument: str, value: Any) -> Sequence[Any]:
 def _named(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return f"{value!r}" if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
+    return (
+        f"{value!r}" if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
+    )

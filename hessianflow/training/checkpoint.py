@@ -20,7 +20,9 @@ def generator_states() -> dict[str, Any]:
     """Return the global random generators as plain data."""
     numpy_state = np.random.get_state(legacy=False)
     assert isinstance(numpy_state, dict)
-    inner = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in numpy_state["state"].items()}
+    inner = {
+        k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in numpy_state["state"].items()
+    }
     kind, words, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

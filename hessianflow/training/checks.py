@@ -36,20 +36,23 @@ LOOP_SIGNALS = frozenset({"train_loss", "epoch_loss", "learning_rate"})
 observer."""
 
 
-def check_signals(controller: BatchController | None, has_probe: bool, has_observers: bool, num_examples: int) -> None:
+def check_signals(
+    controller: BatchController | None, has_probe: bool, has_observers: bool, num_examples: int
+) -> None:
     """Refuse a controller that cannot work here.
 
     Raises:
-        HessianFlowError: it needs eigenvalues and there is no probe, or other signals and there is no observer; its
-            largest batch exceeds the data.
+        HessianFlowError: it needs eigenvalues and there is no probe, or other signals and there is
+            no observer; its largest batch exceeds the data.
     """
     if controller is None:
         return
     observed = sorted(controller.needs - LOOP_SIGNALS - {"eigenvalue"})
     if observed and not has_observers:
         raise HessianFlowError(
-            f"{type(controller).__name__} decides by {', '.join(observed)}: pass observers=[...] that measure them, "
-            "such as hf.optim.GradientMoments() (with accumulate=True for gradient_sum_sq)"
+            f"{type(controller).__name__} decides by {', '.join(observed)}: pass observers=[...]"
+            " that measure them, such as hf.optim.GradientMoments() (with accumulate=True for"
+            " gradient_sum_sq)"
         )
     if "eigenvalue" in controller.needs and not has_probe:
         raise HessianFlowError(
@@ -58,7 +61,9 @@ def check_signals(controller: BatchController | None, has_probe: bool, has_obser
         )
     cap = getattr(controller, "max_batch_size", None)
     if cap is not None and cap > num_examples:
-        raise HessianFlowError(f"max_batch_size {cap} is larger than the {num_examples} training examples")
+        raise HessianFlowError(
+            f"max_batch_size {cap} is larger than the {num_examples} training examples"
+        )
 
 
 def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examples: int) -> None:
@@ -71,18 +76,26 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
     check_optimizer(optimizer)
     check_followed(optimizer)
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise HessianFlowError("the model has lazy layers: run it once on a batch before training it")
+        raise HessianFlowError(
+            "the model has lazy layers: run it once on a batch before training it"
+        )
     check_differentiable(model)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not trained:
         raise HessianFlowError("the model has no trainable parameter: nothing to train")
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
-        raise HessianFlowError("the optimizer holds no trainable parameter of the model: build it from this model")
+        raise HessianFlowError(
+            "the optimizer holds no trainable parameter of the model: build it from this model"
+        )
     if not 1 <= batch_size <= num_examples:
-        raise HessianFlowError(f"batch size {batch_size} must lie between 1 and the {num_examples} training examples")
+        raise HessianFlowError(
+            f"batch size {batch_size} must lie between 1 and the {num_examples} training examples"
+        )
 
 
-def check_probe(probe: CurvatureProbe | None, model: nn.Module, state: Mapping[str, object]) -> None:
+def check_probe(
+    probe: CurvatureProbe | None, model: nn.Module, state: Mapping[str, object]
+) -> None:
     """Refuse a probe that says that it measures another model: nothing that training does would
     reach it.
 
@@ -99,8 +112,9 @@ def check_probe(probe: CurvatureProbe | None, model: nn.Module, state: Mapping[s
     known = {id(p) for module in (model, *kept) for p in module.parameters()}
     if not any(id(p) in known for p in measured.parameters()):
         raise HessianFlowError(
-            f"the probe measures another {type(measured).__name__} than the model that is trained, with which it "
-            "shares no parameter: build it from this model (an average of it is named in state={...})"
+            f"the probe measures another {type(measured).__name__} than the model that is trained,"
+            " with which it shares no parameter: build it from this model (an average of it is"
+            " named in state={...})"
         )
 
 
@@ -114,18 +128,20 @@ def check_adversary(controller: BatchController | None, adversary: Adversary | N
     share = 0.0 if controller is None else controller.decision.adversarial_share
     if adversary is not None and controller is None:
         raise HessianFlowError(
-            f"the adversary {type(adversary).__name__} attacks the share that a controller asks for, and there is "
-            "none: pass controller=hf.control.FixedBatch(batch_size, adversarial_share)"
+            f"the adversary {type(adversary).__name__} attacks the share that a controller asks"
+            " for, and there is none: pass controller=hf.control.FixedBatch(batch_size,"
+            " adversarial_share)"
         )
     if adversary is None and share > 0:
         return (
-            f"{type(controller).__name__} asks for an adversarial share of {share:g} and there is no adversary: "
-            "nothing is attacked, and 0 is recorded; pass adversary=hf.adversarial.FGSM(...), or adversarial_share=0"
+            f"{type(controller).__name__} asks for an adversarial share of {share:g} and there is"
+            " no adversary: nothing is attacked, and 0 is recorded; pass"
+            " adversary=hf.adversarial.FGSM(...), or adversarial_share=0"
         )
     if adversary is not None and share == 0:
         return (
-            f"{type(controller).__name__} asks for an adversarial share of 0: {type(adversary).__name__} attacks "
-            "nothing until that changes"
+            f"{type(controller).__name__} asks for an adversarial share of 0:"
+            f" {type(adversary).__name__} attacks nothing until that changes"
         )
     return ""
 
@@ -133,12 +149,13 @@ def check_adversary(controller: BatchController | None, adversary: Adversary | N
 def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, object]) -> str:
     """Return a warning about a run whose checkpoints may lack something; empty where nothing is
     known, or none are made."""
-    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # torch has no public way to ask
+    # torch has no public way to ask
+    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     if run_dir is None or state or not any(getattr(optimizer, kind, None) for kind in kinds):
         return ""
     return (
-        f"{type(optimizer).__name__} has step hooks: what they keep (an average of the weights, say) is in no "
-        'checkpoint unless it is named, as state={"average": average}'
+        f"{type(optimizer).__name__} has step hooks: what they keep (an average of the weights,"
+        ' say) is in no checkpoint unless it is named, as state={"average": average}'
     )
 
 
@@ -147,31 +164,38 @@ def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
     ranks must make the same.
 
     Raises:
-        HessianFlowError: they cannot run on this device, or microbatches that ranks may cut differently.
+        HessianFlowError: they cannot run on this device, or microbatches that ranks may cut
+            differently.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     if not layers or world.world_size == 1:
         return False
     if isinstance(microbatch_size, int):
         raise HessianFlowError(
-            f"microbatch_size {microbatch_size} may cut the parts of ranks differently, and SyncBatchNorm would wait: "
-            "leave it out, each part is one pass then"
+            f"microbatch_size {microbatch_size} may cut the parts of ranks differently, and"
+            " SyncBatchNorm would wait: leave it out, each part is one pass then"
         )
     if next(model.parameters()).device.type == "cpu":
-        raise HessianFlowError("torch's SyncBatchNorm runs on GPUs only, this model is on the cpu: use norm_batch_size")
+        raise HessianFlowError(
+            "torch's SyncBatchNorm runs on GPUs only, this model is on the cpu: use norm_batch_size"
+        )
     return True
 
 
-def join_parts(world: World, observers: Sequence[GradientObserver], adversary: Adversary | None) -> None:
-    """Tell the parts that work on one rank's examples which of how many ranks this is, if they have a `join(reducer)`.
+def join_parts(
+    world: World, observers: Sequence[GradientObserver], adversary: Adversary | None
+) -> None:
+    """Tell the parts that work on one rank's examples which of how many ranks this is, if they have
+    a `join(reducer)`.
 
     Raises:
-        HessianFlowError: on several ranks, an observer that has none: its figures would be those of one; or twins made
-            ahead of time, which are held for later steps as one rank's share.
+        HessianFlowError: on several ranks, an observer that has none: its figures would be those of
+            one; or twins made ahead of time, which are held for later steps as one rank's share.
     """
     if world.world_size > 1 and adversary is not None and adversary.staleness > 0:
         raise HessianFlowError(
-            f"staleness {adversary.staleness} holds batches of one process: use staleness 0 on {world.world_size} ranks"
+            f"staleness {adversary.staleness} holds batches of one process: use staleness 0 on"
+            f" {world.world_size} ranks"
         )
     for part in (*observers, adversary):
         join = getattr(part, "join", None)
@@ -179,13 +203,17 @@ def join_parts(world: World, observers: Sequence[GradientObserver], adversary: A
             join(world)
         elif part is not adversary and world.world_size > 1:
             raise HessianFlowError(
-                f"{type(part).__name__} sees the gradients of one rank only: give it a join(reducer) and let it add up "
-                f"over ranks in on_step, or train with one process instead of {world.world_size}"
+                f"{type(part).__name__} sees the gradients of one rank only: give it a"
+                " join(reducer) and let it add up over ranks in on_step, or train with one process"
+                f" instead of {world.world_size}"
             )
 
 
-def tell_parameters(observers: Sequence[GradientObserver], parameters: Sequence[nn.Parameter]) -> None:
-    """Tell the observers that have a `watch(parameters)` whose gradients they will be shown, and in which order."""
+def tell_parameters(
+    observers: Sequence[GradientObserver], parameters: Sequence[nn.Parameter]
+) -> None:
+    """Tell the observers that have a `watch(parameters)` whose gradients they will be shown, and in
+    which order."""
     for observer in observers:
         watch = getattr(observer, "watch", None)
         if watch is not None:

@@ -1,4 +1,5 @@
-"""Where measuring and deciding meet: is the controller due, what does it need, what does it want now."""
+"""Where measuring and deciding meet: is the controller due, what does it need, what does it want
+now."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,12 +40,14 @@ class Outcome:
 class ControlPoint:
     """Asks the controller after every step, and measures only what it needs.
 
-    All ranks measure together. The controllers of all ranks are shown rank 0's figures, and rank 0's decision counts.
+    All ranks measure together. The controllers of all ranks are shown rank 0's figures, and rank
+    0's decision counts.
 
     Attributes:
         controller: decides; None never does.
-        probe: measures curvature when the controller needs it and, under "epoch", after every epoch. One that has an
-            `is_affordable(examples)` is asked first; where it says no, the controller decides without a reading.
+        probe: measures curvature when the controller needs it and, under "epoch", after every
+            epoch. One that has an `is_affordable(examples)` is asked first; where it says no, the
+            controller decides without a reading.
         observers: their signals go to the controller.
         schedule: "epoch" or "needed".
         watch: counts the time of the probe.
@@ -60,10 +63,14 @@ class ControlPoint:
     world: World
     last_reading: CurvatureReading | None = field(default=None, init=False)
 
-    def __call__(self, progress: Progress, at_end: bool, figures: Mapping[str, Callable[[], float]]) -> Outcome:
-        """Measure and decide; `figures`: what the loop itself can tell by name, read only if needed."""
+    def __call__(
+        self, progress: Progress, at_end: bool, figures: Mapping[str, Callable[[], float]]
+    ) -> Outcome:
+        """Measure and decide; `figures`: what the loop itself can tell by name, read only if
+        needed."""
         controller = self.controller
-        done = progress.epoch >= progress.total_epochs  # nothing is left that a decision could change
+        # nothing is left that a decision could change
+        done = progress.epoch >= progress.total_epochs
         if controller is not None and (done or not controller.is_due(progress)):
             controller = None
         needs = frozenset[str]() if controller is None else controller.needs
@@ -77,7 +84,9 @@ class ControlPoint:
                     reading = self.last_reading = self.world.broadcast(self.probe())
         if controller is None:
             return Outcome(reading, {}, None, over_budget)
-        signals = {name: value for observer in self.observers for name, value in observer.signals().items()}
+        signals = {
+            name: value for observer in self.observers for name, value in observer.signals().items()
+        }
         signals |= {name: figure() for name, figure in figures.items() if name in needs}
         signals = self.world.broadcast(signals) if signals else signals
         decision = self.world.broadcast(controller.update(progress, reading, signals))

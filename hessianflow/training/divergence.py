@@ -31,9 +31,15 @@ class DivergenceWatch:
     """
 
     def __init__(
-        self, weights: Callable[[], Sequence[nn.Parameter]], model: nn.Module, totals: RunningTotals, world: World
+        self,
+        weights: Callable[[], Sequence[nn.Parameter]],
+        model: nn.Module,
+        totals: RunningTotals,
+        world: World,
     ) -> None:
-        self._buffers: list[Tensor] = [buffer for buffer in model.buffers() if math.isfinite(_largest([buffer]))]
+        self._buffers: list[Tensor] = [
+            buffer for buffer in model.buffers() if math.isfinite(_largest([buffer]))
+        ]
         self._weights, self._totals, self._world = weights, totals, world
         self._largest = _largest(weights())
 
@@ -52,7 +58,9 @@ class DivergenceWatch:
         if found is None:
             found = self._totals.weights_grew(largest / max(before, 1.0))
             self._largest = largest
-        return min((update for update in self._world.gather(found) if update is not None), default=None)
+        return min(
+            (update for update in self._world.gather(found) if update is not None), default=None
+        )
 
 
 @dataclass(frozen=True)
@@ -105,11 +113,13 @@ def _largest(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([norm.float() for norm in norms]).max())
 
 
-def hold(decision: Decision, cap: int | None, power: float = 1.0, max_factor: float = math.inf) -> Decision:
+def hold(
+    decision: Decision, cap: int | None, power: float = 1.0, max_factor: float = math.inf
+) -> Decision:
     """Return the decision with the batch held at `cap` examples, and the learning rate with it.
 
-    Its factor goes with batch^power, and is never above `max_factor`: a controller whose rate does not follow one power
-    of the batch may have gone far ahead with either.
+    Its factor goes with batch^power, and is never above `max_factor`: a controller whose rate does
+    not follow one power of the batch may have gone far ahead with either.
     """
     if cap is None or decision.batch_size <= cap:
         return decision

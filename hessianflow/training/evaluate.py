@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import as_batches, as_pair, explaining_types, map_tensors, move, num_examples
+from hessianflow.batches import (
+    as_batches,
+    as_pair,
+    explaining_types,
+    map_tensors,
+    move,
+    num_examples,
+)
 from hessianflow.interfaces import AgreedError, Batch, HessianFlowError, Hits, LossFn, Reducer
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck, exact_type, weighted
 from hessianflow.measuring import measuring
@@ -26,7 +33,8 @@ class Evaluation:
 
     Attributes:
         loss: the mean.
-        accuracy: share of hits among the targets that count; None where outputs are not class scores.
+        accuracy: share of hits among the targets that count; None where outputs are not class
+            scores.
         examples: how many.
     """
 
@@ -36,7 +44,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn, *, reducer: Reducer | None = None
+    model: nn.Module,
+    data: Batch | Iterable[Batch],
+    loss_fn: LossFn,
+    *,
+    reducer: Reducer | None = None,
 ) -> Evaluation:
     """Return the mean loss and accuracy of the model in evaluation mode; mode, buffers and random
     generators are left as found.
@@ -45,26 +57,30 @@ def evaluate(
         model: any module.
         data: one (inputs, targets) pair or a re-iterable of pairs, of any sizes.
         loss_fn: as in training.
-        reducer: of several ranks, which hold the same model and data: each takes its turn of the batches.
+        reducer: of several ranks, which hold the same model and data: each takes its turn of the
+            batches.
 
     Returns:
-        Figures weighted by what each batch's mean divides by, so that a short last batch counts for what it holds.
+        Figures weighted by what each batch's mean divides by, so that a short last batch counts for
+            what it holds.
 
     Raises:
-        HessianFlowError: the data hold no example, or were used up by an iteration before; ranks have other data, by
-            the first batch.
+        HessianFlowError: the data hold no example, or were used up by an iteration before; ranks
+            have other data, by the first batch.
 
     Warns:
-        UserWarning: the loss of a batch is not the weighted mean of its parts' losses, so that the mean over batches
-            is not the loss of the data.
+        UserWarning: the loss of a batch is not the weighted mean of its parts' losses, so that the
+            mean over batches is not the loss of the data.
     """
     device = next(model.parameters()).device
     ranks = LocalWorld() if reducer is None else reducer
     mean_loss = MeanLoss(loss_fn)
     check_split = SplitCheck(mean_loss)
-    # Sums of loss, of what it divides by, of hits, targets that count, examples, and batches without classes.
+    # Sums of loss, of what it divides by, of hits, targets that count, examples, and batches
+    # without classes.
     with measuring(model) as inner, torch.no_grad():
-        # Made within it: outside, the caller may be in inference mode, whose tensors cannot be written to here.
+        # Made within it: outside, the caller may be in inference mode, whose tensors cannot be
+        # written to here.
         sums = torch.zeros(8, dtype=exact_type(device), device=device)
         for number, batch in enumerate(as_batches(data)):
             if number == 0 and ranks.world_size > 1:
@@ -78,15 +94,18 @@ def evaluate(
                 if number > 0:
                     _warn_of_parts(check_split, outputs, targets)
     # The one wait for the device: the figures leave it here.
-    loss, weight, correct, counted, examples, unclassified, marks, squares = ranks.sum(sums).tolist()
+    loss, weight, correct, counted, examples, unclassified, marks, squares = ranks.sum(
+        sums
+    ).tolist()
     if marks**2 != squares * ranks.world_size:
         raise AgreedError(
-            "the evaluation data differ between ranks, each of which takes its turn of the batches: pass the same "
-            "loader on all of them, without a DistributedSampler and not shuffled"
+            "the evaluation data differ between ranks, each of which takes its turn of the batches:"
+            " pass the same loader on all of them, without a DistributedSampler and not shuffled"
         )
     if examples == 0:
         raise HessianFlowError(
-            "the evaluation data hold no example: pass data that can be iterated again, and not the training data"
+            "the evaluation data hold no example: pass data that can be iterated again, and not the"
+            " training data"
         )
     accuracy = None if unclassified or not counted else correct / counted
     return Evaluation(loss / weight if weight else math.nan, accuracy, int(examples))
@@ -98,7 +117,9 @@ def _figures(outputs: Any, targets: Any, mean_loss: MeanLoss, like: Tensor) -> T
     hits = count_hits(outputs, targets, averaged)
     correct, counted = (0, 0) if hits is None else hits
     figures = [loss, averaged.weight, correct, counted, num_examples(targets), hits is None]
-    return torch.stack([torch.as_tensor(figure, dtype=like.dtype, device=like.device) for figure in figures])
+    return torch.stack(
+        [torch.as_tensor(figure, dtype=like.dtype, device=like.device) for figure in figures]
+    )
 
 
 def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
@@ -106,7 +127,9 @@ def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
         check_split(outputs, targets)
     except HessianFlowError as error:
         warnings.warn(
-            f"the evaluation loss is a mean over batches and not that of all examples at once: {error}", stacklevel=3
+            "the evaluation loss is a mean over batches and not that of all examples at once:"
+            f" {error}",
+            stacklevel=3,
         )
 
 
@@ -149,7 +172,8 @@ def summed(hits: Sequence[Hits | None]) -> Hits | None:
 
 
 def fingerprint(batch: Any) -> int:
-    """Return a number below 4096 that tells most batches apart, from the beginning of their tensors.
+    """Return a number below 4096 that tells most batches apart, from the beginning of their
+    tensors.
 
     Waits for the device.
     """

@@ -15,8 +15,8 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.training.schedule import Schedule, ScheduleUnit
 
 SET_BY_HAND = (
-    "a learning rate was set by hand: it is taken as stated at the reference batch size, and trained with "
-    "times the controller's factor"
+    "a learning rate was set by hand: it is taken as stated at the reference batch size, and"
+    " trained with times the controller's factor"
 )
 """A notice, given once a run where there is such a factor."""
 
@@ -45,7 +45,10 @@ class LearningRate:
     """
 
     def __init__(
-        self, optimizer: Optimizer, scheduler: LRScheduler | None = None, unit: ScheduleUnit = "epoch"
+        self,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None = None,
+        unit: ScheduleUnit = "epoch",
     ) -> None:
         self._optimizer = optimizer
         self._tensors: dict[int, tuple[Tensor, int, float]] = {}
@@ -92,7 +95,8 @@ class LearningRate:
             self._left = self._rates()
 
     def advance(self, steps: float) -> None:
-        """Let the scheduler take as many steps as have become whole: for schedules counted in reference batches."""
+        """Let the scheduler take as many steps as have become whole: for schedules counted in
+        reference batches."""
         self._fraction += steps
         for _ in range(int(self._fraction + 1e-9)):
             self.step()
@@ -106,7 +110,9 @@ class LearningRate:
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in self._built.items()
-            if isinstance(value, plain) and not key.startswith("_") and key not in ("last_epoch", "base_lrs")
+            if isinstance(value, plain)
+            and not key.startswith("_")
+            and key not in ("last_epoch", "base_lrs")
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,20 +133,27 @@ class LearningRate:
         schedule = self._schedule
         if (schedule is None) != (state["scheduler"] is None):
             had, has = ("a", "no") if schedule is None else ("no", "a")
-            raise HessianFlowError(f"the checkpoint had {had} learning-rate scheduler, this run has {has}")
+            raise HessianFlowError(
+                f"the checkpoint had {had} learning-rate scheduler, this run has {has}"
+            )
         if schedule is not None:
             made = state["class"]  # earlier versions name the outermost alone
             if made not in (schedule.name, type(schedule.scheduler).__name__):
-                raise HessianFlowError(f"the checkpoint had the scheduler {made}, this run has {schedule.name}")
+                raise HessianFlowError(
+                    f"the checkpoint had the scheduler {made}, this run has {schedule.name}"
+                )
             schedule.scheduler.load_state_dict(state["scheduler"])
             schedule.steps = state.get("steps", 0)
-        # States of earlier versions hold rates with the factor in the optimizer, and those without it here.
+        # States of earlier versions hold rates with the factor in the optimizer, and those without
+        # it here.
         for group, rate in zip(self._optimizer.param_groups, state["scheduled"], strict=True):
             _set(group, rate)
         self._left = self._rates()
 
     def _rates(self) -> list[float]:
-        return [self._rate(number, group) for number, group in enumerate(self._optimizer.param_groups)]
+        return [
+            self._rate(number, group) for number, group in enumerate(self._optimizer.param_groups)
+        ]
 
     def _rate(self, number: int, group: dict[str, Any]) -> float:
         rate = group["lr"]
@@ -148,7 +161,8 @@ class LearningRate:
             return float(rate)
         known = self._tensors.get(number)
         if known is None or known[0] is not rate or known[1] != rate._version:
-            # Waits for the device, once after each change: capturable optimizers keep the rate there.
+            # Waits for the device, once after each change: capturable optimizers keep the rate
+            # there.
             known = self._tensors[number] = rate, rate._version, float(rate)
         return known[2]
 
@@ -158,7 +172,10 @@ def _holders(
 ) -> list[tuple[dict[str, Any], float]]:
     """Groups with their rates, one for each rate: torch gives all groups the tensor that an
     optimizer is built with."""
-    own = {id(group["lr"] if isinstance(group["lr"], Tensor) else group): (group, rate) for group, rate in groups}
+    own = {
+        id(group["lr"] if isinstance(group["lr"], Tensor) else group): (group, rate)
+        for group, rate in groups
+    }
     return list(own.values())
 
 

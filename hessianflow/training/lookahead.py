@@ -1,8 +1,10 @@
-"""Batches on their way from the data to the optimizer step, as many steps ahead as the adversary wants to see them.
+"""Batches on their way from the data to the optimizer step, as many steps ahead as the adversary
+wants to see them.
 
-The order of training is that of the data, across the ends of epochs. A batch is trained under the decision it was drawn
-under, rate and adversarial share included: with a look-ahead of tau steps a change of the batch size arrives tau steps
-later, all of it together. Without look-ahead every batch is drawn just before its step.
+The order of training is that of the data, across the ends of epochs. A batch is trained under the
+decision it was drawn under, rate and adversarial share included: with a look-ahead of tau steps a
+change of the batch size arrives tau steps later, all of it together. Without look-ahead every batch
+is drawn just before its step.
 """
 
 from collections import deque
@@ -51,7 +53,8 @@ class Lookahead:
     Args:
         data: the stream of batches.
         depth: steps that a batch waits.
-        load: puts a drawn batch on the device and transforms it; told the progress at the time of its use.
+        load: puts a drawn batch on the device and transforms it; told the progress at the time of
+            its use.
         device: where batches are put back when a run is resumed.
         watch: counts the time of drawing.
 
@@ -84,7 +87,8 @@ class Lookahead:
         somewhere else."""
         for entry in self._queue:
             if entry.attacked is not None:
-                entry.attacked()  # an attack under way must not end after the adversary has gone back
+                # an attack under way must not end after the adversary has gone back
+                entry.attacked()
         self._queue.clear()
         self._batches = None
         self._place.forget()
@@ -139,7 +143,9 @@ class Lookahead:
         if batch is None:  # the data have entered the epoch that is to be drawn from
             batch = self._next_batch()
         if batch is None:
-            raise HessianFlowError(f"train_data gave no batch in epoch {epoch + 1}: there is nothing to train on")
+            raise HessianFlowError(
+                f"train_data gave no batch in epoch {epoch + 1}: there is nothing to train on"
+            )
         progress, _, decision = now()
         queued = sum(entry.examples for entry in self._queue)
         at_use = replace(
@@ -172,7 +178,8 @@ class Lookahead:
         return batch
 
     def revise(self, change: Callable[[Decision], Decision]) -> None:
-        """Train what is queued under other decisions: at another rate, that is, for its size is given."""
+        """Train what is queued under other decisions: at another rate, that is, for its size is
+        given."""
         for entry in self._queue:
             entry.decision = change(entry.decision)
 
@@ -192,14 +199,20 @@ class Lookahead:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; the data must go on with the batch after the last one queued."""
+        """Continue from :meth:`state_dict`; the data must go on with the batch after the last one
+        queued."""
         self.forget()
         self._queue = deque(self._restored(entry) for entry in state["queue"])
 
     def _restored(self, entry: Mapping[str, Any]) -> Planned:
         inputs, targets = move(entry["batch"], self._device)
         ends_epoch = entry.get("ends_epoch", False)
-        planned = Planned((inputs, targets), entry["examples"], Decision(**entry["decision"]), ends_epoch=ends_epoch)
+        planned = Planned(
+            (inputs, targets),
+            entry["examples"],
+            Decision(**entry["decision"]),
+            ends_epoch=ends_epoch,
+        )
         if entry["adversarial"] is not None:
             adversarial = move(entry["adversarial"], self._device)
             planned.attacked = lambda: adversarial
@@ -240,7 +253,8 @@ class Place:
         return True
 
     def stay(self) -> None:
-        """Let the stream go on from here when it is iterated anew: one without shuffling would start over."""
+        """Let the stream go on from here when it is iterated anew: one without shuffling would
+        start over."""
         place = self.find()
         if place is not None:
             self._go_to(place)
@@ -268,5 +282,6 @@ def check_staleness(staleness: int, batch_size: int, examples: int, epochs: int)
     steps = epochs * -(-examples // batch_size)
     if 0 < steps <= staleness:
         raise HessianFlowError(
-            f"staleness must be smaller than the number of steps, got {staleness} for a run of {steps} steps"
+            f"staleness must be smaller than the number of steps, got {staleness} for a run of"
+            f" {steps} steps"
         )

@@ -1,7 +1,9 @@
-"""What happens from the first batch to the last: steps, decisions, evaluation, checkpoints, and what goes wrong.
+"""What happens from the first batch to the last: steps, decisions, evaluation, checkpoints, and
+what goes wrong.
 
-On several ranks every rank runs this loop on its part of every batch. What depends on a clock, a signal or one rank's
-numbers is agreed on through the world before anybody acts on it; rank 0 alone writes.
+On several ranks every rank runs this loop on its part of every batch. What depends on a clock, a
+signal or one rank's numbers is agreed on through the world before anybody acts on it; rank 0 alone
+writes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,13 @@ from hessianflow.runs.rows import Record
 from hessianflow.training import checkpoint
 from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.control_point import ControlPoint
-from hessianflow.training.divergence import DivergenceError, DivergencePolicy, DivergenceWatch, hold, rate_rule
+from hessianflow.training.divergence import (
+    DivergenceError,
+    DivergencePolicy,
+    DivergenceWatch,
+    hold,
+    rate_rule,
+)
 from hessianflow.training.evaluate import Evaluation
 from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import SET_BY_HAND, LearningRate
@@ -36,18 +44,20 @@ from hessianflow.training.totals import RunningTotals
 from hessianflow.training.world import on_first_rank
 
 OVER_BUDGET = (
-    "a reading was left out: it would have exceeded the curvature budget, a share of the training so far; more will be "
-    "(--curvature-budget raises it, 100 reads after every epoch)"
+    "a reading was left out: it would have exceeded the curvature budget, a share of the training"
+    " so far; more will be (--curvature-budget raises it, 100 reads after every epoch)"
 )
 """Said once a run: a trajectory with gaps should not be a riddle."""
 
 
 @dataclass
 class _Done:
-    """What was done after an update; after an error there, the next :meth:`Run.fit` goes on behind it.
+    """What was done after an update; after an error there, the next :meth:`Run.fit` goes on behind
+    it.
 
     Attributes:
-        place: updates made and epochs completed; that an epoch is over may be told after its last update.
+        place: updates made and epochs completed; that an epoch is over may be told after its last
+            update.
         decided: whether the controller has been asked.
         remeasured: whether running statistics were, before that; None: nobody has looked yet.
         rows: of what was measured and decided, those that are not written yet.
@@ -139,25 +149,30 @@ class TrainingLoop:
         self.apply(self.state.restore(state, source, self.world.rank))
 
     def forget_plans(self) -> None:
-        """Forget what was drawn ahead, and what was done after the last update: the state or the world is another."""
+        """Forget what was drawn ahead, and what was done after the last update: the state or the
+        world is another."""
         self.ahead.forget()
         self._done = None
 
     def run_until(self, updates: int | None = None) -> None:
-        """Train until so many updates have been made in all, or to the end; the records stay open for more.
+        """Train until so many updates have been made in all, or to the end; the records stay open
+        for more.
 
         Raises:
             DivergenceError: the loss stopped being finite.
         """
         modes = [(module, module.training) for module in self.model.modules()]
-        self._watcher = DivergenceWatch(lambda: self.step.trained.current, self.model, self.totals, self.world)
+        self._watcher = DivergenceWatch(
+            lambda: self.step.trained.current, self.model, self.totals, self.world
+        )
         total = self.epochs * self.train_data.num_examples
         self._bar = ProgressBar(total, self.state.counters.examples, show=self.show_progress)
         try:
             set_mode(self.step.optimizer, training=True)
             with ghost_normalisation(self.model, self.norm_batch_size):
                 while self.is_unfinished and not self._reached(updates):
-                    if not self.model.training:  # in training mode already: layers that the user froze stay as they are
+                    # in training mode already: layers that the user froze stay as they are
+                    if not self.model.training:
                         self.model.train()
                     try:
                         self._train(updates)
@@ -180,13 +195,16 @@ class TrainingLoop:
             self.stop_requested = True
         counters = self.state.counters
         settled = counters.settled == counters.updates
-        return self.stop_requested or (updates is not None and settled and counters.updates >= updates)
+        return self.stop_requested or (
+            updates is not None and settled and counters.updates >= updates
+        )
 
     def _train(self, updates: int | None) -> None:
         """Take the steps from here to the end of the run, to `updates` updates, or to a stop."""
         counters = self.state.counters
         if counters.settled < counters.updates and self._settle(None, stop=False, save=False):
-            return  # another rank, or the evaluation, had failed between an update and what follows it
+            # another rank, or the evaluation, had failed between an update and what follows it
+            return
         batch: Batch | None = None
         for planned in self.ahead.plan(lambda: (self.progress, counters.place, self.decision)):
             stop = save = False
@@ -260,11 +278,15 @@ class TrainingLoop:
             self.record.write(done.rows.pop(0))
         if at_end:
             self._finish_epoch(done)
-            # Whoever heard of the end of the epoch may want to stop there: with the weights of that epoch.
+            # Whoever heard of the end of the epoch may want to stop there: with the weights of that
+            # epoch.
             stop = stop or any(self.world.gather(self.stop_requested))
         counters.settled = counters.updates
         if stop and self.is_unfinished:
-            self.event("preempted", "stopped on request before the last epoch; `hessianflow resume` continues")
+            self.event(
+                "preempted",
+                "stopped on request before the last epoch; `hessianflow resume` continues",
+            )
         # In doubt the checkpoint before is kept: it may be the one to go back to.
         if save and (stop or not self.is_unfinished or not self.totals.in_doubt):
             self.save()
@@ -321,7 +343,9 @@ class TrainingLoop:
         with self.after_epoch.in_use():
             if done.row is None:
                 done.evaluation = self.after_epoch.evaluate()
-                done.row = self.totals.epoch_row(self.progress, done.evaluation, self.watch.totals())
+                done.row = self.totals.epoch_row(
+                    self.progress, done.evaluation, self.watch.totals()
+                )
                 if done.remeasured:
                     done.row["statistics"] = "remeasured"
                 self.record.write(done.row)
@@ -337,11 +361,14 @@ class TrainingLoop:
                 if self.schedule_unit == "epoch":
                     loss = done.row["train_loss"] if evaluation is None else evaluation.loss
                     self.rate.step(loss, done.row["eval_accuracy"])
-            if evaluation is not None and self.state.counters.is_best(evaluation.accuracy, evaluation.loss):
+            if evaluation is not None and self.state.counters.is_best(
+                evaluation.accuracy, evaluation.loss
+            ):
                 self.save(BEST)
 
     def _show(self) -> None:
-        self._check(self.totals.first_bad_update())  # the figures leave the device here anyway, alike on all ranks
+        # the figures leave the device here anyway, alike on all ranks
+        self._check(self.totals.first_bad_update())
         loss, accuracy = self.totals.means()
         self._bar.show(
             f"epoch {min(self.progress.epoch + 1, self.epochs)}/{self.epochs}",
@@ -357,18 +384,25 @@ class TrainingLoop:
         if update is None:
             return
         epoch = self.state.counters.epoch + (self.state.counters.place > 0)
-        where = f"the training loss or a weight was not finite, or exploded, in epoch {epoch} at update {update}"
+        where = (
+            f"the training loss or a weight was not finite, or exploded, in epoch {epoch} at update"
+            f" {update}"
+        )
         self.event("diverged", where)
         kept = self.world.broadcast(self.record.last_checkpoint())
         raise DivergenceError(
-            f"{where} (learning rate {self.rate.value:g}, batch {self.decision.batch_size}): lower the rate or the "
-            f"largest batch, or, if the loss was finite and right, set max_loss_ratio=None; {kept}"
+            f"{where} (learning rate {self.rate.value:g}, batch {self.decision.batch_size}): lower"
+            " the rate or the largest batch, or, if the loss was finite and right, set"
+            f" max_loss_ratio=None; {kept}"
         )
 
     def _roll_back(self, error: DivergenceError) -> None:
-        """Go back to the last checkpoint with the last growth undone, or raise the error where that is not possible."""
+        """Go back to the last checkpoint with the last growth undone, or raise the error where that
+        is not possible."""
         counters, history = self.state.counters, self.record.history()
-        cap = self.world.broadcast(self.policy.cap(history.growths, counters.rollbacks, counters.batch_cap))
+        cap = self.world.broadcast(
+            self.policy.cap(history.growths, counters.rollbacks, counters.batch_cap)
+        )
         if cap is None:
             raise error
         power, factor = on_first_rank(self.world, lambda: rate_rule(history.of_kind("batch")))
@@ -382,7 +416,10 @@ class TrainingLoop:
         counters.rollbacks, counters.batch_cap = rollbacks, cap
         counters.cap_power, counters.cap_factor = power, factor
         self._bar.move_to(counters.examples)
-        self.event("rollback", f"back to {self.progress.examples} examples; batch held at {cap} from now on")
+        self.event(
+            "rollback",
+            f"back to {self.progress.examples} examples; batch held at {cap} from now on",
+        )
         self.ahead.revise(self._held)
         held = self._held(self.decision)
         self.record.write(rows.decision_row(self.progress, self.decision, held))
@@ -397,10 +434,16 @@ class TrainingLoop:
         return hold(decision, counters.batch_cap, counters.cap_power, counters.cap_factor)
 
     def restore_newest(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
-        """Put back the newest checkpoint that can be; returns it, and a warning where it is not the last."""
+        """Put back the newest checkpoint that can be; returns it, and a warning where it is not the
+        last."""
         assert self.run_dir is not None
         return restore_newest(
-            self.world, self.run_dir, history_bytes, self.load_state_dict, self.model, self.state.optimizer
+            self.world,
+            self.run_dir,
+            history_bytes,
+            self.load_state_dict,
+            self.model,
+            self.state.optimizer,
         )
 
     def event(self, event: str, message: str) -> None:

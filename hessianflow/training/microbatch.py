@@ -1,11 +1,14 @@
-"""How many examples one forward pass takes: given, or found while training; never more than memory allows.
+"""How many examples one forward pass takes: given, or found while training; never more than memory
+allows.
 
-The optimization batch never depends on it: the gradient is that of the whole batch for every microbatch size.
+The optimization batch never depends on it: the gradient is that of the whole batch for every
+microbatch size.
 
-"auto" climbs by doubling: while the batch has room for twice the size, a few steps are timed at the size in use and at
-twice that; the larger one stays if it is faster per example by more than the noise. On a GPU that usually ends at the
-largest size that fits; on a processor, where caches matter, often at the first. An out-of-memory error halves the size
-for good; the step is repeated, not lost.
+"auto" climbs by doubling: while the batch has room for twice the size, a few steps are timed at the
+size in use and at twice that; the larger one stays if it is faster per example by more than the
+noise. On a GPU that usually ends at the largest size that fits; on a processor, where caches
+matter, often at the first. An out-of-memory error halves the size for good; the step is repeated,
+not lost.
 """
 
 import statistics
@@ -58,13 +61,18 @@ class MicrobatchSize:
 
     @property
     def is_proven(self) -> bool:
-        """Whether a step of this size has already gone through: no out-of-memory error is expected."""
+        """Whether a step of this size has already gone through: no out-of-memory error is
+        expected."""
         return _largest_piece(self._batch, self.size) <= self._proven
 
     def begin(self, batch_size: int) -> int:
         """Return the size to run a step of `batch_size` examples with."""
         self._candidate, self._batch = None, batch_size
-        if self._searching and batch_size >= 2 * self._size and (self._limit is None or 2 * self._size <= self._limit):
+        if (
+            self._searching
+            and batch_size >= 2 * self._size
+            and (self._limit is None or 2 * self._size <= self._limit)
+        ):
             if len(self._seconds.get(self._size, ())) >= TIMED_STEPS:
                 self._candidate = 2 * self._size
             self._started = self._now()
@@ -90,7 +98,9 @@ class MicrobatchSize:
         """
         tried = min(self.size, batch_size)
         if tried <= 1:
-            raise HessianFlowError("out of memory with one example a forward pass: use a smaller model or input")
+            raise HessianFlowError(
+                "out of memory with one example a forward pass: use a smaller model or input"
+            )
         self._limit = tried // 2
         self._size = min(self._size, self._limit)
         self._proven = min(self._proven, self._limit)
@@ -101,9 +111,14 @@ class MicrobatchSize:
         return {"size": self._size, "limit": self._limit, "searching": self._searching}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with what was found before, if this run searches too; a size given by hand stays."""
+        """Continue with what was found before, if this run searches too; a size given by hand
+        stays."""
         if self._searching:
-            self._size, self._limit, self._searching = state["size"], state["limit"], state["searching"]
+            self._size, self._limit, self._searching = (
+                state["size"],
+                state["limit"],
+                state["searching"],
+            )
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -118,7 +133,11 @@ def _largest_piece(batch_size: int, size: int) -> int:
 
 
 def microbatches(
-    model: nn.Module, world: World, size: int | Literal["auto"] | None, reference: int, examples: int
+    model: nn.Module,
+    world: World,
+    size: int | Literal["auto"] | None,
+    reference: int,
+    examples: int,
 ) -> tuple[MicrobatchSize, bool]:
     """Return the size to run with, and whether the passes of all ranks are paired, so that each
     part is one pass.

@@ -32,7 +32,9 @@ class ModelState:
         self._optimizer = optimizer
         self._loss = loss_fn if isinstance(loss_fn, nn.Module) else None
         self._built_trainable = self._trainable()
-        self._built_buffers = {name: (buffer, _version(buffer)) for name, buffer in self._model.named_buffers()}
+        self._built_buffers = {
+            name: (buffer, _version(buffer)) for name, buffer in self._model.named_buffers()
+        }
 
     def capture(self) -> dict[str, Any]:
         """Return the weights and what goes with them, as tensors and plain values."""
@@ -40,13 +42,19 @@ class ModelState:
         buffers = dict(self._model.named_buffers())
         return {
             "model": state,
-            "late_buffers": [name for name in buffers if name in state and name not in self._built_buffers],
+            "late_buffers": [
+                name for name in buffers if name in state and name not in self._built_buffers
+            ],
             "transient_buffers": {
-                name: b for name, b in buffers.items() if name not in state and self._is_new(name, b)
+                name: b
+                for name, b in buffers.items()
+                if name not in state and self._is_new(name, b)
             },
             "trainable": self._trainable(),
             "built_trainable": self._built_trainable,
-            "evaluating": [name for name, module in self._model.named_modules() if not module.training],
+            "evaluating": [
+                name for name, module in self._model.named_modules() if not module.training
+            ],
             "groups": group_names(self._model, self._optimizer),
             "beside": [p.detach() for p in self._beside()],
         }
@@ -80,10 +88,15 @@ class ModelState:
             HessianFlowError: the weights are in other groups; `source` names the state.
         """
         try:
-            return in_order(state["optimizer"], state.get("groups", []), group_names(self._model, self._optimizer))
+            return in_order(
+                state["optimizer"],
+                state.get("groups", []),
+                group_names(self._model, self._optimizer),
+            )
         except OtherGroupsError as error:
             raise HessianFlowError(
-                f"{source} has an optimizer with other parameter groups: {error}; build it with the same groups"
+                f"{source} has an optimizer with other parameter groups: {error}; build it with the"
+                " same groups"
             ) from None
 
     def restore_beside(self, tensors: Sequence[Tensor], source: str) -> None:
@@ -95,19 +108,32 @@ class ModelState:
         own = self._beside()
         if [p.shape for p in own] != [t.shape for t in tensors]:
             raise HessianFlowError(
-                f"{source} has {len(tensors)} parameters of shapes {[[*t.shape] for t in tensors]} that the optimizer "
-                f"alone holds, this run has {[[*p.shape] for p in own]}: give it the same parameters"
+                f"{source} has {len(tensors)} parameters of shapes {[[*t.shape] for t in tensors]}"
+                f" that the optimizer alone holds, this run has {[[*p.shape] for p in own]}: give"
+                " it the same parameters"
             )
         with torch.no_grad():
             for parameter, tensor in zip(own, tensors, strict=True):
                 parameter.copy_(tensor)
 
     def _trainable(self) -> list[str]:
-        return [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
+        return [
+            name for name, parameter in self._model.named_parameters() if parameter.requires_grad
+        ]
 
     def _beside(self) -> list[nn.Parameter]:
-        known = {id(p) for module in (self._model, self._loss) if module is not None for p in module.parameters()}
-        return [p for group in self._optimizer.param_groups for p in group["params"] if id(p) not in known]
+        known = {
+            id(p)
+            for module in (self._model, self._loss)
+            if module is not None
+            for p in module.parameters()
+        }
+        return [
+            p
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+            if id(p) not in known
+        ]
 
     def _add_groups(self, groups: Sequence[Sequence[str]]) -> None:
         own = dict(self._model.named_parameters())
@@ -124,7 +150,9 @@ class ModelState:
         """Add the buffers that the saved model's first pass made, and remove those made since."""
         saved = state["model"]
         own = self._model.state_dict()
-        for name in [name for name, _ in self._model.named_buffers() if name in own and name not in saved]:
+        for name in [
+            name for name, _ in self._model.named_buffers() if name in own and name not in saved
+        ]:
             if name not in self._built_buffers:
                 module, local = self._owner(name)
                 del module._buffers[local]
@@ -132,8 +160,8 @@ class ModelState:
         for name in saved.keys() - own.keys():
             if name not in late:
                 raise HessianFlowError(
-                    f"{source} is of another model: only the checkpoint has {name!r} (if the model makes it in its "
-                    "first forward pass, run it once on a batch before)"
+                    f"{source} is of another model: only the checkpoint has {name!r} (if the model"
+                    " makes it in its first forward pass, run it once on a batch before)"
                 )
             self._set_buffer(name, saved[name], persistent=True)
 
@@ -155,7 +183,8 @@ class ModelState:
 
 
 def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """Return the model's names of the parameters in each group of an optimizer; empty for others."""
+    """Return the model's names of the parameters in each group of an optimizer; empty for
+    others."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 

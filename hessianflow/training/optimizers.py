@@ -23,16 +23,19 @@ def check_optimizer(optimizer: Any) -> None:
     """
     if isinstance(optimizer, (list, tuple)) and all(hasattr(part, "step") for part in optimizer):
         raise HessianFlowError(
-            f"optimizer must be one optimizer, got {len(optimizer)} of them: put them behind one whose step() steps "
-            "all and whose param_groups are those of all"
+            f"optimizer must be one optimizer, got {len(optimizer)} of them: put them behind one"
+            " whose step() steps all and whose param_groups are those of all"
         )
     groups = getattr(optimizer, "param_groups", None)
-    has_groups = isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
+    has_groups = isinstance(groups, list) and all(
+        isinstance(group, dict) and "params" in group for group in groups
+    )
     methods = ("step", "state_dict", "load_state_dict")
     if not has_groups or not all(callable(getattr(optimizer, name, None)) for name in methods):
         raise HessianFlowError(
-            "optimizer must be a torch optimizer, with param_groups, step, state_dict and load_state_dict, got a "
-            f"{type(optimizer).__name__}: pass one such as torch.optim.SGD(model.parameters(), lr=0.1)"
+            "optimizer must be a torch optimizer, with param_groups, step, state_dict and"
+            f" load_state_dict, got a {type(optimizer).__name__}: pass one such as"
+            " torch.optim.SGD(model.parameters(), lr=0.1)"
         )
 
 
@@ -60,9 +63,9 @@ def check_followed(optimizer: Optimizer) -> None:
             group["lr"] = before
         if found != _UNUSUAL:
             raise HessianFlowError(
-                f"{type(optimizer).__name__} does not step by its own param_groups: a learning rate that is set there "
-                "is not in its state_dict(); let its __init__ and its load_state_dict end with "
-                "`self.param_groups = inner.param_groups`"
+                f"{type(optimizer).__name__} does not step by its own param_groups: a learning rate"
+                " that is set there is not in its state_dict(); let its __init__ and its"
+                " load_state_dict end with `self.param_groups = inner.param_groups`"
             )
 
 
@@ -84,7 +87,9 @@ def gradients_wanted(optimizer: Optimizer) -> Gradients:
     """
     if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         return "both"
-    if getattr(optimizer, "wants_closure", False) or "closure" in required_arguments(optimizer.step):
+    if getattr(optimizer, "wants_closure", False) or "closure" in required_arguments(
+        optimizer.step
+    ):
         return "by closure"
     return "before"
 
@@ -95,7 +100,10 @@ def wants_graph(optimizer: Optimizer) -> bool:
     It says so by a true `is_second_order` (as timm's do), or by a step that could be given the
     Hessian instead.
     """
-    return bool(getattr(optimizer, "is_second_order", False)) or "hessian" in signature(optimizer.step).parameters
+    return (
+        bool(getattr(optimizer, "is_second_order", False))
+        or "hessian" in signature(optimizer.step).parameters
+    )
 
 
 def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError | None:
@@ -106,8 +114,8 @@ def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError 
         return None
     name = type(optimizer).__name__
     return HessianFlowError(
-        f"{name}.step() asks for a closure ({text.strip()}): set `wants_closure = True` on the optimizer before the "
-        "trainer is built, if all its gradients are to come from the closure"
+        f"{name}.step() asks for a closure ({text.strip()}): set `wants_closure = True` on the"
+        " optimizer before the trainer is built, if all its gradients are to come from the closure"
     )
 
 

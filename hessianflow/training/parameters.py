@@ -55,7 +55,9 @@ class TrainedParameters:
         It takes a few microseconds and does not wait for the device.
         """
         held = self._of_optimizer()
-        if len(held) != len(self._held_by_optimizer) or any(map(is_not, held, self._held_by_optimizer)):
+        if len(held) != len(self._held_by_optimizer) or any(
+            map(is_not, held, self._held_by_optimizer)
+        ):
             self._held_by_optimizer = held
             self._all = self._known()
         trained = [p for p in self._all if p.requires_grad]
@@ -83,7 +85,9 @@ class TrainedParameters:
         parts = [f"trained from now on: {self._names(added)}"] if added else []
         parts += [f"no longer trained: {self._names(removed)}"] if removed else []
         if strangers:
-            parts.append(f"in no group of the optimizer, which does not move it: {self._names(strangers)}")
+            parts.append(
+                f"in no group of the optimizer, which does not move it: {self._names(strangers)}"
+            )
         return Change(added, removed, "; ".join(parts))
 
     def _names(self, parameters: Sequence[nn.Parameter]) -> str:

@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 
 class ProgressBar:
-    """One bar over the examples of the whole run, showing epoch, batch size, rate, loss, accuracy, eigenvalue.
+    """One bar over the examples of the whole run, showing epoch, batch size, rate, loss, accuracy,
+    eigenvalue.
 
     Args:
         total_examples: examples of all epochs.
@@ -16,7 +17,9 @@ class ProgressBar:
         refresh_seconds: how often figures are read from the device and shown.
     """
 
-    def __init__(self, total_examples: int, done: int, *, show: bool | None, refresh_seconds: float = 0.5) -> None:
+    def __init__(
+        self, total_examples: int, done: int, *, show: bool | None, refresh_seconds: float = 0.5
+    ) -> None:
         disable = None if show is None else not show
         self._bar: tqdm[Any] = tqdm(
             total=total_examples,
@@ -50,7 +53,11 @@ class ProgressBar:
         self._bar.update(self._pending)
         self._pending = 0
         self._bar.set_description(title, refresh=False)
-        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items() if v is not None}
+        shown = {
+            k: f"{v:.4g}" if isinstance(v, float) else v
+            for k, v in figures.items()
+            if v is not None
+        }
         self._bar.set_postfix(shown, refresh=True)
 
     def close(self) -> None:

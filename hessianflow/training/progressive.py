@@ -1,11 +1,12 @@
 """Progressive resolution as a batch transform: images resized on the device, dropout in step.
 
-Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed training",
-arXiv:2509.26092, part 2. Which resolution when is for the caller to say (`hessianflow.control.resolution_stages`). The
-network is the same at every resolution, so it must pool over whatever size is left at its end; the published code
-rebuilds it, with the same weights.
+Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed
+training", arXiv:2509.26092, part 2. Which resolution when is for the caller to say
+(`hessianflow.control.resolution_stages`). The network is the same at every resolution, so it must
+pool over whatever size is left at its end; the published code rebuilds it, with the same weights.
 
-Deviation: images are resized with an antialiased bilinear filter after augmentation at full resolution.
+Deviation: images are resized with an antialiased bilinear filter after augmentation at full
+resolution.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,8 +37,9 @@ class Level(Protocol):
 class ProgressiveResize:
     """Resizes every batch to the resolution of the day, and sets the dropout that goes with it.
 
-    Both happen when a batch is drawn. An adversary with a staleness above 0 draws batches that many steps before they
-    are trained on: dropout would change too early, so give levels without dropout there.
+    Both happen when a batch is drawn. An adversary with a staleness above 0 draws batches that many
+    steps before they are trained on: dropout would change too early, so give levels without dropout
+    there.
 
     Args:
         model: its `torch.nn.Dropout` layers follow the levels; None: no dropout is set.
@@ -47,16 +49,22 @@ class ProgressiveResize:
         level: the one in force, since the last batch.
 
     Raises:
-        HessianFlowError: a dropout above 0 for a model without such a layer; at a batch: images that are not square or
-            smaller than the resolution.
+        HessianFlowError: a dropout above 0 for a model without such a layer; at a batch: images
+            that are not square or smaller than the resolution.
     """
 
     def __init__(self, model: nn.Module | None, level_at: Callable[[int], Level]) -> None:
         self._level_at = level_at
-        self._dropouts = [] if model is None else [m for m in unwrap(model).modules() if isinstance(m, nn.Dropout)]
+        self._dropouts = (
+            []
+            if model is None
+            else [m for m in unwrap(model).modules() if isinstance(m, nn.Dropout)]
+        )
         self.level = level_at(0)
         if self.level.dropout > 0 and not self._dropouts:
-            raise HessianFlowError(f"a dropout of {self.level.dropout:g} needs a model with a torch.nn.Dropout layer")
+            raise HessianFlowError(
+                f"a dropout of {self.level.dropout:g} needs a model with a torch.nn.Dropout layer"
+            )
 
     def __call__(self, inputs: Tensor, targets: Tensor, progress: Progress) -> Batch:
         """The batch at the resolution that `progress` asks for."""
@@ -79,13 +87,19 @@ def resized(images: Tensor, resolution: int) -> Tensor:
     """
     height, width = images.shape[-2:]
     if height != width:
-        raise HessianFlowError(f"progressive resolution needs square images, got {height} x {width} pixels")
+        raise HessianFlowError(
+            f"progressive resolution needs square images, got {height} x {width} pixels"
+        )
     if resolution > height:
-        raise HessianFlowError(f"resolution {resolution} is more than the data can give: they have {height} pixels")
+        raise HessianFlowError(
+            f"resolution {resolution} is more than the data can give: they have {height} pixels"
+        )
     if resolution == height:
         return images
     size = (resolution, resolution)
-    return functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+    return functional.interpolate(
+        images, size, mode="bilinear", antialias=True, align_corners=False
+    )
 
 
 def check_resolutions(model: nn.Module, image: Tensor, resolutions: Iterable[int]) -> None:
@@ -97,15 +111,21 @@ def check_resolutions(model: nn.Module, image: Tensor, resolutions: Iterable[int
     for resolution in resolutions:
         entered: list[str] = []
         with measuring(model) as inner, torch.no_grad():
-            hooks = [_watch(name, module, entered) for name, module in inner.named_modules() if name]
+            hooks = [
+                _watch(name, module, entered) for name, module in inner.named_modules() if name
+            ]
             try:
                 inner(resized(image, resolution))
             except RuntimeError as error:
-                layer = f"layer {entered[-1]!r} ({inner.get_submodule(entered[-1])})" if entered else "the model"
+                layer = (
+                    f"layer {entered[-1]!r} ({inner.get_submodule(entered[-1])})"
+                    if entered
+                    else "the model"
+                )
                 reason = str(error).splitlines()[0]
                 raise HessianFlowError(
-                    f"{layer} takes no images of {resolution} pixels: {reason}; use a network that ends in global "
-                    "average pooling, such as resnet20"
+                    f"{layer} takes no images of {resolution} pixels: {reason}; use a network that"
+                    " ends in global average pooling, such as resnet20"
                 ) from None
             finally:
                 for hook in [hook for pair in hooks for hook in pair]:
@@ -118,4 +138,6 @@ def _watch(name: str, module: nn.Module, entered: list[str]) -> Sequence[Any]:
     def leave(*_: object) -> None:
         entered.pop()
 
-    return module.register_forward_pre_hook(lambda *_: entered.append(name)), module.register_forward_hook(leave)
+    return module.register_forward_pre_hook(
+        lambda *_: entered.append(name)
+    ), module.register_forward_hook(leave)

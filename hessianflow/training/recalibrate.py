@@ -1,4 +1,5 @@
-"""Statistics of batch normalisation measured anew: where running averages belong to other inputs or other weights."""
+"""Statistics of batch normalisation measured anew: where running averages belong to other inputs or
+other weights."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,17 +15,20 @@ from hessianflow.norm_statistics import moving_layers
 
 
 def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
-    """Replace the running means and variances that evaluation uses by the average over the batches of `data`.
+    """Replace the running means and variances that evaluation uses by the average over the batches
+    of `data`.
 
-    The forward passes normalise by the batch, everything else (dropout) is in evaluation mode. Flags, other buffers and
-    random generators are left as found; a model without such layers is not run at all. Layers that these passes do not
-    reach (the adversarial half of a split layer, heads that run in training only) keep their statistics, and so do
-    frozen ones: those in evaluation mode inside a model in training mode. In a model that is in evaluation mode as a
-    whole no layer counts as frozen.
+    The forward passes normalise by the batch, everything else (dropout) is in evaluation mode.
+    Flags, other buffers and random generators are left as found; a model without such layers is not
+    run at all. Layers that these passes do not reach (the adversarial half of a split layer, heads
+    that run in training only) keep their statistics, and so do frozen ones: those in evaluation
+    mode inside a model in training mode. In a model that is in evaluation mode as a whole no layer
+    counts as frozen.
 
     Args:
         model: wrapped or not.
-        data: one (inputs, targets) pair or an iterable of pairs; batches of equal size, as training has them.
+        data: one (inputs, targets) pair or an iterable of pairs; batches of equal size, as training
+            has them.
 
     Raises:
         HessianFlowError: no batch.
@@ -41,7 +45,9 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
         if batches == 0:
             raise HessianFlowError("recalibration needs at least one batch, got none")
         reached = [layer for layer in layers if layer.num_batches_tracked]
-        measured = [(_statistics(layer), [t.clone() for t in _statistics(layer)]) for layer in reached]
+        measured = [
+            (_statistics(layer), [t.clone() for t in _statistics(layer)]) for layer in reached
+        ]
     for statistics, values in measured:
         torch._foreach_copy_(statistics, values)
 

@@ -12,7 +12,12 @@ from hessianflow.interfaces import HessianFlowError, World
 from hessianflow.measuring import unwrap
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS
-from hessianflow.runs.optimizer_states import OtherGroupsError, check_optimizer, in_order, keeping_options
+from hessianflow.runs.optimizer_states import (
+    OtherGroupsError,
+    check_optimizer,
+    in_order,
+    keeping_options,
+)
 from hessianflow.runs.states import (
     check_finite,
     check_training_state,
@@ -59,7 +64,9 @@ def restore_newest(
         try:
             with restoring(source), keeping_options(optimizer):
                 put_back(state, source)
-        except HessianFlowError as error:  # damage, or another run: then the older ones are refused alike
+        except (
+            HessianFlowError
+        ) as error:  # damage, or another run: then the older ones are refused alike
             return str(error)
         return None
 
@@ -98,7 +105,9 @@ def _check_fits(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer
     check_finite(inner, shared)
     if state["optimizer_class"] in (label(optimizer), type(optimizer).__name__):
         try:
-            saved = in_order(state["optimizer"], state.get("groups", []), group_names(inner, optimizer))
+            saved = in_order(
+                state["optimizer"], state.get("groups", []), group_names(inner, optimizer)
+            )
         except OtherGroupsError:
             return  # a state of another run: restoring it reports that
         check_optimizer(optimizer, saved)

@@ -106,13 +106,18 @@ class Run:
         loop = self._loop
         if not loop.is_unfinished:
             raise AgreedError(
-                f"this run is over, after its {self.epochs} epochs: train on with a new trainer, for the same model, "
-                "optimizer and data, or resume a run directory with more epochs"
+                f"this run is over, after its {self.epochs} epochs: train on with a new trainer,"
+                " for the same model, optimizer and data, or resume a run directory with more"
+                " epochs"
             )
         if loop.policy.mode == "rollback" and loop.run_dir is None:
-            raise AgreedError('on_divergence="rollback" goes back to checkpoints: it needs a run_dir')
+            raise AgreedError(
+                'on_divergence="rollback" goes back to checkpoints: it needs a run_dir'
+            )
         self.world.meet(self.settings())
-        on_first_rank(self.world, lambda: loop.record.start({**self._config, "trainer": self.settings()}))
+        on_first_rank(
+            self.world, lambda: loop.record.start({**self._config, "trainer": self.settings()})
+        )
         self._tell()
         if loop.state.counters.updates == 0:
             separate_generators(self.world.rank)
@@ -166,7 +171,10 @@ class Run:
 
     def _tell(self, changed: str = "") -> None:
         """Record and log the notices, and `changed` since the run that is resumed, once a run."""
-        for event, message in [*(("notice", text) for text in self._notices), ("settings", changed)]:
+        for event, message in [
+            *(("notice", text) for text in self._notices),
+            ("settings", changed),
+        ]:
             if message and not self._loop.record.has_event(event, message):
                 self._loop.event(event, message)
                 if self.world.rank == 0:
@@ -213,7 +221,9 @@ class Run:
     def rejoin(self) -> None:
         """Take this rank's place in the world, which may have changed since the last update."""
         if must_pair(self.model, self.world, None) and not self._loop.step.accumulate.paired:
-            raise HessianFlowError("SyncBatchNorm needs all ranks from the start: use norm_batch_size where ranks come")
+            raise HessianFlowError(
+                "SyncBatchNorm needs all ranks from the start: use norm_batch_size where ranks come"
+            )
         self.world.shard(self.train_data)
         self._loop.forget_plans()
         join_parts(self.world, self._loop.control.observers, self._loop.step.adversary)
@@ -255,7 +265,9 @@ class Run:
         loop = self._loop
         seconds = loop.watch.totals()
         size = self.world.world_size
-        return summary_of(loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size)
+        return summary_of(
+            loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return what config.json holds about the trainer itself."""

@@ -27,23 +27,29 @@ class Saver:
         self._proven: set[str] = set()
 
     def is_due(self, examples_since: int) -> bool:
-        """Return whether a checkpoint within the epoch is due by count, `examples_since` the last one."""
+        """Return whether a checkpoint within the epoch is due by count, `examples_since` the last
+        one."""
         return self._every_examples is not None and examples_since >= self._every_examples
 
     @property
     def time_is_up(self) -> bool:
         """Whether one is due by the clock of this process."""
-        return self._every_minutes is not None and time.monotonic() - self._time >= 60 * self._every_minutes
+        return (
+            self._every_minutes is not None
+            and time.monotonic() - self._time >= 60 * self._every_minutes
+        )
 
     def restart_clock(self) -> None:
-        """Note that a checkpoint is being made: the next is due by the clock so many minutes from now."""
+        """Note that a checkpoint is being made: the next is due by the clock so many minutes from
+        now."""
         self._time = time.monotonic()
 
     def save(self, run_dir: Path, state: Mapping[str, Any], name: str) -> None:
         """Write `state` under `name` into the run's folder of checkpoints."""
         path = run_dir / CHECKPOINTS / name
         checkpoints.save(path, state, self._keep)
-        # Better now than at a resume: something in the state, which fills with the first steps, may be unreadable.
+        # Better now than at a resume: something in the state, which fills with the first steps, may
+        # be unreadable.
         stage = "filled" if state["updates"] > 0 else "new"
         if stage not in self._proven:
             self._proven.add(stage)
@@ -51,6 +57,6 @@ class Saver:
                 checkpoints.load(path)
             except HessianFlowError as error:
                 raise HessianFlowError(
-                    f"the state of this run cannot be kept: a part of it holds values other than tensors, numbers and "
-                    f"strings ({error})"
+                    "the state of this run cannot be kept: a part of it holds values other than"
+                    f" tensors, numbers and strings ({error})"
                 ) from None

@@ -7,7 +7,13 @@ from functools import partial
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import (
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from hessianflow.interfaces import HessianFlowError
 
@@ -15,7 +21,10 @@ ScheduleUnit = Literal["epoch", "reference_batch"]
 
 _LENGTHS = ("total_steps", "T_max", "total_iters", "t_initial")
 """Names that schedulers of torch and timm give to the number of steps they are built for."""
-_EACH: Mapping[ScheduleUnit, str] = {"epoch": "once an epoch", "reference_batch": "once a reference batch of examples"}
+_EACH: Mapping[ScheduleUnit, str] = {
+    "epoch": "once an epoch",
+    "reference_batch": "once a reference batch of examples",
+}
 
 
 class Schedule:
@@ -41,7 +50,9 @@ class Schedule:
         _check_owner(scheduler, optimizer)
         self._watches = isinstance(scheduler, ReduceLROnPlateau)
         if self._watches and unit == "reference_batch":
-            raise HessianFlowError('ReduceLROnPlateau watches epochs: use it with schedule_unit="epoch"')
+            raise HessianFlowError(
+                'ReduceLROnPlateau watches epochs: use it with schedule_unit="epoch"'
+            )
         self._counted = _counted_step(scheduler, unit)
 
     def step(self, loss: float, accuracy: float | None) -> None:
@@ -68,15 +79,18 @@ class Schedule:
         except (ValueError, KeyError, IndexError) as error:
             groups = len(self.scheduler.optimizer.param_groups)
             raise HessianFlowError(
-                f"{self.name} could not take its step {self.steps}: {type(error).__name__}: {error}; the optimizer has "
-                f"{groups} parameter groups now: make the scheduler for all of them"
+                f"{self.name} could not take its step {self.steps}: {type(error).__name__}:"
+                f" {error}; the optimizer has {groups} parameter groups now: make the scheduler for"
+                " all of them"
             ) from error
 
     def _watched(self, loss: float, accuracy: float | None) -> float:
         if getattr(self.scheduler, "mode", "min") != "max":
             return loss
         if accuracy is None:
-            raise HessianFlowError('ReduceLROnPlateau(mode="max") needs evaluation data with an accuracy')
+            raise HessianFlowError(
+                'ReduceLROnPlateau(mode="max") needs evaluation data with an accuracy'
+            )
         return accuracy
 
 
@@ -104,7 +118,9 @@ def length(scheduler: object) -> int | None:
     if parts:
         return max((found for found in map(length, parts) if found is not None), default=None)
     if isinstance(scheduler, LambdaLR):
-        return max((found for found in map(_length_of_lambda, scheduler.lr_lambdas) if found), default=None)
+        return max(
+            (found for found in map(_length_of_lambda, scheduler.lr_lambdas) if found), default=None
+        )
     for name in _LENGTHS:
         value = getattr(scheduler, name, None)
         if isinstance(value, (int, float)) and value > 0:
@@ -120,7 +136,9 @@ def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> i
     return epochs if unit == "epoch" else int(epochs * batches_per_epoch + 1e-9)
 
 
-def misfit(scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> str:
+def misfit(
+    scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float
+) -> str:
     """Return a warning about a schedule whose end the run does not reach; empty where it does, or
     there is none.
 
@@ -140,11 +158,15 @@ def misfit(scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batch
             f"{name} is built for {planned} steps, and this run takes {steps}, {each}: "
             f"build it with total_steps={steps}"
         )
-    fewest, most = (epochs * count for count in (math.floor(batches_per_epoch), math.ceil(batches_per_epoch)))
+    fewest, most = (
+        epochs * count for count in (math.floor(batches_per_epoch), math.ceil(batches_per_epoch))
+    )
     if unit == "epoch" and epochs < fewest <= planned <= most:
         raise HessianFlowError(
-            f"{name} is built for {planned} steps, one a batch, and would take {epochs}, one an epoch: pass "
-            f'schedule_unit="reference_batch" and build it for {within} steps, or build it for {epochs}'
+            f"{name} is built for {planned} steps, one a batch, and would take {epochs}, one an"
+            " epoch: pass "
+            f'schedule_unit="reference_batch" and build it for {within} steps, or build it for'
+            f" {epochs}"
         )
     if planned <= steps:
         return ""
@@ -163,7 +185,8 @@ def _check_methods(scheduler: object) -> None:
     for name in ("step", "state_dict", "load_state_dict"):
         if not callable(getattr(scheduler, name, None)):
             raise HessianFlowError(
-                f"scheduler must be a learning-rate scheduler with {name}(), got a {type(scheduler).__name__}"
+                f"scheduler must be a learning-rate scheduler with {name}(), got a"
+                f" {type(scheduler).__name__}"
             )
 
 
@@ -176,8 +199,9 @@ def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
     own = {id(group) for group in optimizer.param_groups}
     if not any(id(group) in own for group in owner.param_groups):
         raise HessianFlowError(
-            f"the scheduler {type(scheduler).__name__} sets the rates of a different {type(owner).__name__}: build it "
-            f"from the {type(optimizer).__name__} that is passed as the optimizer"
+            f"the scheduler {type(scheduler).__name__} sets the rates of a different"
+            f" {type(owner).__name__}: build it from the {type(optimizer).__name__} that is passed"
+            " as the optimizer"
         )
 
 
@@ -188,7 +212,9 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     in_epochs = getattr(scheduler, "t_in_epochs", None)
     if in_epochs is not None and in_epochs != (unit == "epoch"):
         wanted = "epoch" if in_epochs else "reference_batch"
-        raise HessianFlowError(f'{name} was made with t_in_epochs={in_epochs}: use it with schedule_unit="{wanted}"')
+        raise HessianFlowError(
+            f'{name} was made with t_in_epochs={in_epochs}: use it with schedule_unit="{wanted}"'
+        )
     if isinstance(scheduler, ReduceLROnPlateau):
         return None
     if isinstance(getattr(scheduler, "lr_scheduler", None), ReduceLROnPlateau):
@@ -196,10 +222,12 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     wanted_by_step = required_arguments(scheduler.step)
     if not wanted_by_step:
         return None
-    if wanted_by_step != ["epoch"] or (unit == "reference_batch" and not hasattr(scheduler, "step_update")):
+    if wanted_by_step != ["epoch"] or (
+        unit == "reference_batch" and not hasattr(scheduler, "step_update")
+    ):
         raise HessianFlowError(
-            f"{name}.step needs {', '.join(wanted_by_step)}, which the trainer cannot pass {_EACH[unit]}: give the "
-            "scheduler a step() without arguments"
+            f"{name}.step needs {', '.join(wanted_by_step)}, which the trainer cannot pass"
+            f" {_EACH[unit]}: give the scheduler a step() without arguments"
         )
     return "step" if unit == "epoch" else "step_update"
 

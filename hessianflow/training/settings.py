@@ -27,7 +27,10 @@ def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     several = len(optimizer.param_groups) > 1
     for number, group in enumerate(optimizer.param_groups):
         name = f"optimizer.group {number}" if several else "optimizer"
-        found |= flat(name, {key: value for key, value in group.items() if key not in ("params", "initial_lr")})
+        found |= flat(
+            name,
+            {key: value for key, value in group.items() if key not in ("params", "initial_lr")},
+        )
     return found
 
 
@@ -42,7 +45,11 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     kept = [key for key in changed if key.startswith(_OF_CHECKPOINT)]
     parts = []
     if len(kept) < len(changed):
-        new = [f"{key} {own[key]} ({saved[key]} in the checkpoint)" for key in changed if key not in kept]
+        new = [
+            f"{key} {own[key]} ({saved[key]} in the checkpoint)"
+            for key in changed
+            if key not in kept
+        ]
         parts.append(f"in force from here on: {_listed(new)}")
     if kept:
         old = [f"{key} {saved[key]} (this run was built with {own[key]})" for key in kept]
@@ -57,7 +64,11 @@ def _plain(value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    return all(_is_plain(item) for item in value) if isinstance(value, list) else isinstance(value, _PLAIN)
+    return (
+        all(_is_plain(item) for item in value)
+        if isinstance(value, list)
+        else isinstance(value, _PLAIN)
+    )
 
 
 def _listed(parts: Iterable[str]) -> str:

@@ -15,7 +15,9 @@ from hessianflow.training.recalibrate import recalibrate
 NormStatistics = Literal["settled", "running"]
 
 
-def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, usual_loss: float, size: int, world: World) -> str:
+def settle(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, usual_loss: float, size: int, world: World
+) -> str:
     """Compare the loss under running and under batch statistics, and remeasure the former if
     needed.
 
@@ -52,7 +54,8 @@ def settle(model: nn.Module, batch: Batch, loss_fn: LossFn, usual_loss: float, s
     recalibrate(model, parts[:passes])
     world.average_buffers()
     return (
-        f"the running statistics of batch normalisation had not settled (loss {running / weight:.4g} under them, "
-        f"{own / weight:.4g} under those of the batch) and were measured anew on the batch trained last; the row of "
-        'each epoch where this happens says so, and norm_statistics="running" leaves them alone'
+        "the running statistics of batch normalisation had not settled (loss"
+        f" {running / weight:.4g} under them, {own / weight:.4g} under those of the batch) and were"
+        " measured anew on the batch trained last; the row of each epoch where this happens says"
+        ' so, and norm_statistics="running" leaves them alone'
     )

@@ -79,7 +79,8 @@ class RunState:
     Attributes:
         model: weights, buffers and what goes with them.
         optimizer: its state.
-        parts: by name, whatever else has `state_dict` and `load_state_dict`; None where this run has no such part.
+        parts: by name, whatever else has `state_dict` and `load_state_dict`; None where this run
+            has no such part.
         watch: seconds so far.
         settings: of this run, plain values; see :mod:`settings`.
         follow: tells the parts what is trained, once model and optimizer are back.
@@ -101,7 +102,10 @@ class RunState:
             "optimizer_class": label(self.optimizer),
             "optimizer": checkpoint.plain(self.optimizer.state_dict()),
             "parts": checkpoint.plain(
-                {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
+                {
+                    name: None if part is None else part.state_dict()
+                    for name, part in self.parts.items()
+                }
             ),
             "generators": checkpoint.generator_states(),
             "counters": asdict(self.counters),
@@ -118,25 +122,32 @@ class RunState:
         """Put everything back, on `rank` of a world of any size; returns the decision in force.
 
         Raises:
-            HessianFlowError: the state is of another model, of a run with other parts, or damaged; `source` names it.
+            HessianFlowError: the state is of another model, of a run with other parts, or damaged;
+                `source` names it.
         """
         with restoring(source):
             return self._restore(state, source, rank)
 
     def _restore(self, state: Mapping[str, Any], source: str, rank: int) -> Decision:
-        present = {name: part for name, part in self.parts.items() if _is_in(state, name, part, source)}
+        present = {
+            name: part for name, part in self.parts.items() if _is_in(state, name, part, source)
+        }
         own = label(self.optimizer)
         if state["optimizer_class"] not in (own, type(self.optimizer).__name__):
             raise HessianFlowError(
-                f"{source} was made with the optimizer {state['optimizer_class']}, this run has {own}"
+                f"{source} was made with the optimizer {state['optimizer_class']}, this run has"
+                f" {own}"
             )
         self.model.restore_model(state, source)
-        set_mode(self.optimizer, training=True)  # as it was saved: nothing is to be swapped in after the state is back
+        # as it was saved: nothing is to be swapped in after the state is back
+        set_mode(self.optimizer, training=True)
         saved = self.model.in_own_order(state, source)
         try:
             self.optimizer.load_state_dict(saved)  # type: ignore[arg-type]
         except ValueError as error:
-            raise HessianFlowError(f"{source} has an optimizer with other parameter groups: {error}") from None
+            raise HessianFlowError(
+                f"{source} has an optimizer with other parameter groups: {error}"
+            ) from None
         check_followed(self.optimizer)
         if "beside" in state:  # earlier versions do not keep them
             self.model.restore_beside(state["beside"], source)
@@ -169,7 +180,8 @@ def stateful_parts(
     accumulate = step.accumulate
     return {
         "train_data": train_data,
-        # Before the adversary: its attacks under way end first, when states are taken as when they are put back.
+        # Before the adversary: its attacks under way end first, when states are taken as when they
+        # are put back.
         "look-ahead": ahead if ahead.depth > 0 else None,
         "controller": control.controller,
         "adversary": step.adversary,
@@ -198,7 +210,9 @@ def _is_in(state: Mapping[str, Any], name: str, part: object, source: str) -> bo
     if name not in state["parts"] and "settings" not in state:
         return False  # earlier versions kept fewer parts
     if (part is None) != (state["parts"].get(name) is None):
-        raise HessianFlowError(f"{source} was made {'with' if part is None else 'without'} a {name}")
+        raise HessianFlowError(
+            f"{source} was made {'with' if part is None else 'without'} a {name}"
+        )
     made, own = state["classes"].get(name), _label(name, part)
     if part is not None and made not in (own, type(part).__name__):
         raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {own}")
@@ -211,7 +225,10 @@ def _label(name: str, part: object) -> str:
 
 
 def separate_generators(rank: int) -> None:
-    """Give a rank above 0 random numbers of its own where it has those of rank 0: its dropout must differ."""
+    """Give a rank above 0 random numbers of its own where it has those of rank 0: its dropout must
+    differ."""
     if rank > 0:
-        seed = int.from_bytes(hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).digest(), "big")
+        seed = int.from_bytes(
+            hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).digest(), "big"
+        )
         torch.manual_seed((seed + rank) % 2**63)

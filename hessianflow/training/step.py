@@ -1,4 +1,5 @@
-"""One optimizer step on one batch: transform, attack, gradient in microbatches, update; out of memory is survived."""
+"""One optimizer step on one batch: transform, attack, gradient in microbatches, update; out of
+memory is survived."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessianflow.batches import explaining_types, move, num_examples, training_pair
-from hessianflow.interfaces import Adversary, Batch, BatchTransform, Exposure, HessianFlowError, Progress, World
+from hessianflow.interfaces import (
+    Adversary,
+    Batch,
+    BatchTransform,
+    Exposure,
+    HessianFlowError,
+    Progress,
+    World,
+)
 from hessianflow.measuring import unwrap
 from hessianflow.structure import article, is_list
 from hessianflow.training import checkpoint
@@ -25,10 +34,12 @@ from hessianflow.training.timing import Stopwatch
 
 @dataclass
 class TrainingStep:
-    """The parts of a step, and their order. All ranks take a step together, each on its part of the batch.
+    """The parts of a step, and their order. All ranks take a step together, each on its part of the
+    batch.
 
-    An out-of-memory error halves the microbatch and repeats the step as if it had not been tried: buffers, random
-    generators and the adversary go back to where they were (they are kept only while a size has not yet gone through).
+    An out-of-memory error halves the microbatch and repeats the step as if it had not been tried:
+    buffers, random generators and the adversary go back to where they were (they are kept only
+    while a size has not yet gone through).
     """
 
     model: nn.Module
@@ -57,8 +68,9 @@ class TrainingStep:
             )
         if self.accumulate.create_graph and (scales or self.world.world_size > 1):
             raise HessianFlowError(
-                f"{name} differentiates the gradient again, which it cannot where losses are scaled or gradients are "
-                'summed over ranks: use one process and precision="bf16" or "float32"'
+                f"{name} differentiates the gradient again, which it cannot where losses are scaled"
+                ' or gradients are summed over ranks: use one process and precision="bf16" or'
+                ' "float32"'
             )
 
     def load(self, batch: Batch, progress: Progress) -> Batch:
@@ -70,10 +82,14 @@ class TrainingStep:
                 return inputs, targets
             made = self.transform(inputs, targets, progress)
         if not is_list(made) or len(made) != 2:
-            raise HessianFlowError(f"the transform must return a pair (inputs, targets), got {article(made)}")
+            raise HessianFlowError(
+                f"the transform must return a pair (inputs, targets), got {article(made)}"
+            )
         return made[0], made[1]
 
-    def __call__(self, now: Planned, ahead: Planned | None, flags: Callable[[], Sequence[bool]] = tuple) -> BatchResult:
+    def __call__(
+        self, now: Planned, ahead: Planned | None, flags: Callable[[], Sequence[bool]] = tuple
+    ) -> BatchResult:
         """Take the step on `now`; start the attack on `ahead` with the weights before it.
 
         `flags` is asked at the end; in the result are raised those that any rank raised.
@@ -103,14 +119,15 @@ class TrainingStep:
         observers = self.accumulate.observers
         if self.world.world_size > 1 and change.added and not anew:
             raise HessianFlowError(
-                f"{change.message}: on {self.world.world_size} ranks, whose gradients are summed by a plan made at the "
-                "start, only freezing works: unfreeze before the trainer is built, or resume with it unfrozen"
+                f"{change.message}: on {self.world.world_size} ranks, whose gradients are summed by"
+                " a plan made at the start, only freezing works: unfreeze before the trainer is"
+                " built, or resume with it unfrozen"
             )
         deaf = [type(observer).__name__ for observer in observers if not hasattr(observer, "watch")]
         if deaf:
             raise HessianFlowError(
-                f"{change.message}: the observer {deaf[0]} cannot be told whose gradients it is shown from now on: "
-                "give it a watch(parameters), which is called at each change"
+                f"{change.message}: the observer {deaf[0]} cannot be told whose gradients it is"
+                " shown from now on: give it a watch(parameters), which is called at each change"
             )
         for parameter in (*change.added, *change.removed):
             parameter.grad = None
@@ -121,7 +138,8 @@ class TrainingStep:
         self.news = "" if anew else change.message
 
     def _update(self, gradient: Callable[[], BatchResult]) -> BatchResult:
-        """Let the optimizer step; `gradient` fills `.grad`, and is called as often as the optimizer wants it."""
+        """Let the optimizer step; `gradient` fills `.grad`, and is called as often as the optimizer
+        wants it."""
         if self._wanted == "before":
             result = gradient()
             try:
@@ -136,7 +154,8 @@ class TrainingStep:
         results: list[BatchResult] = [gradient()] if self._wanted == "both" else []
 
         def closure() -> Tensor:
-            # The first gradient is that of the step, at its weights: the others are the optimizer's own affair.
+            # The first gradient is that of the step, at its weights: the others are the optimizer's
+            # own affair.
             with self.accumulate.unobserved() if results else nullcontext():
                 results.append(gradient())
             return results[-1].loss
@@ -147,7 +166,8 @@ class TrainingStep:
     def _clipped_gradient(
         self, now: Planned, ahead: Planned | None, flags: Callable[[], Sequence[bool]]
     ) -> BatchResult:
-        # Progress counts examples drawn from the data, whatever the transform or the adversary made of them.
+        # Progress counts examples drawn from the data, whatever the transform or the adversary made
+        # of them.
         self.world.begin(now.examples)
         own = self._gradient(now, ahead)
         result = self.accumulate.share(own, flags())
@@ -161,8 +181,8 @@ class TrainingStep:
         for parameter in self.accumulate.parameters:
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                 raise HessianFlowError(
-                    f"the gradient of {self.trained.name(parameter)} is sparse, which max_grad_norm cannot clip: build "
-                    "its layer with sparse=False, or leave max_grad_norm out"
+                    f"the gradient of {self.trained.name(parameter)} is sparse, which max_grad_norm"
+                    " cannot clip: build its layer with sparse=False, or leave max_grad_norm out"
                 )
 
     def _gradient(self, now: Planned, ahead: Planned | None) -> OwnResult:
@@ -213,7 +233,10 @@ class TrainingStep:
     def _remember(self) -> Callable[[], None]:
         buffers = [(b, b.detach().clone()) for b in unwrap(self.model).buffers()]
         generators = checkpoint.generator_states()
-        stateful = [*self.accumulate.observers, *([] if self.adversary is None else [self.adversary])]
+        stateful = [
+            *self.accumulate.observers,
+            *([] if self.adversary is None else [self.adversary]),
+        ]
         states = [(part, copy.deepcopy(part.state_dict())) for part in stateful]
 
         def undo() -> None:
@@ -229,4 +252,8 @@ class TrainingStep:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Return a GPU's error type, or the message of the processor's allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "t allocate" in str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "not enough memory" in str(error)
+        or "t allocate" in str(error)
+    )

@@ -14,8 +14,8 @@ from hessianflow.runs.rows import PARTS
 class Stopwatch:
     """Adds up the time spent in named parts, and all wall time under "wall".
 
-    On a CUDA device the parts are marked by events on the stream, read only when the totals are asked for, so that
-    measuring never makes the host wait inside a step.
+    On a CUDA device the parts are marked by events on the stream, read only when the totals are
+    asked for, so that measuring never makes the host wait inside a step.
     """
 
     def __init__(self, device: torch.device) -> None:

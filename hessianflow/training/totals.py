@@ -20,7 +20,8 @@ Ours."""
 
 
 class RunningTotals:
-    """Loss, hits and the first update whose loss diverged; adding to them never waits for the device.
+    """Loss, hits and the first update whose loss diverged; adding to them never waits for the
+    device.
 
     Args:
         device: the device that holds the sums.
@@ -28,7 +29,9 @@ class RunningTotals:
         rule: judges the losses.
     """
 
-    def __init__(self, device: torch.device, seconds: Mapping[str, float], rule: ExplosionRule) -> None:
+    def __init__(
+        self, device: torch.device, seconds: Mapping[str, float], rule: ExplosionRule
+    ) -> None:
         self._device, self._rule = device, rule
         self.forget_divergence()
         self._last = torch.zeros((), device=device)
@@ -147,7 +150,9 @@ class RunningTotals:
     def _adversarial_gain(self) -> dict[str, float]:
         """Return by how much the twins' mean loss exceeds that of the clean rows: below 0 they are
         too stale to be harder."""
-        return {"adversarial_gain": self._gain.item() / self._with_twins} if self._with_twins else {}
+        return (
+            {"adversarial_gain": self._gain.item() / self._with_twins} if self._with_twins else {}
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, for a checkpoint in the middle of an epoch."""
@@ -175,9 +180,14 @@ class RunningTotals:
         self._weight = state.get("weight", trained).to(self._loss)
         self._correct = state["correct"].to(self._device)
         self._counted = state.get("counted", trained).to(self._loss)
-        self._classified, self._examples, self._trained = state["classified"], state["examples"], state["trained"]
+        self._classified, self._examples, self._trained = (
+            state["classified"],
+            state["examples"],
+            state["trained"],
+        )
         self._gain, self._with_twins = state["gain"].to(self._device), state["with_twins"]
         self._setting, self._seconds = dict(state["setting"]), dict(state["seconds"])
         self.forget_divergence()
-        if "explosion" in state:  # states of earlier versions hold a limit, and the means begin anew
+        # states of earlier versions hold a limit, and the means begin anew
+        if "explosion" in state:
             self._rule.load_state_dict(state["explosion"])

@@ -1,17 +1,19 @@
-"""The training loop: batches whose size a controller sets, an adversary, and curvature, around any optimizer.
+"""The training loop: batches whose size a controller sets, an adversary, and curvature, around any
+optimizer.
 
-The trainer knows protocols only (:mod:`hessianflow.interfaces`). One step: next batch at the current size -> batch
-transform -> adversary -> gradient in microbatches, each weighted by its examples -> optimizer step ->
-`adversary.after_step` -> progress counted in examples -> if the controller is due: probe -> reading ->
-`controller.update` -> decision applied and recorded.
+The trainer knows protocols only (:mod:`hessianflow.interfaces`). One step: next batch at the
+current size -> batch transform -> adversary -> gradient in microbatches, each weighted by its
+examples -> optimizer step -> `adversary.after_step` -> progress counted in examples -> if the
+controller is due: probe -> reading -> `controller.update` -> decision applied and recorded.
 
 What may change during a run is asked anew at every step: rates and groups of the optimizer, which
 parameters are trained. Hooks on the accumulation of gradients run once a step on the whole
 gradient, whatever the microbatches; hooks on gradients see the share of each microbatch, as in any
 loop that accumulates.
 
-On several ranks every rank runs this loop on its part of every batch. What depends on a clock, a signal or one rank's
-numbers is agreed on through the world before anybody acts on it; rank 0 alone keeps the records.
+On several ranks every rank runs this loop on its part of every batch. What depends on a clock, a
+signal or one rank's numbers is agreed on through the world before anybody acts on it; rank 0 alone
+keeps the records.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,21 +85,25 @@ NO_STATE: Mapping[str, Stateful] = MappingProxyType({})
 
 
 class AdaptiveBatchTrainer(Run):
-    """Trains a model while a controller sets batch size, learning-rate factor and adversarial share.
+    """Trains a model while a controller sets batch size, learning-rate factor and adversarial
+    share.
 
     Args:
         model: any module; trained in place, on the device its parameters are on.
-        train_data: a :class:`~hessianflow.interfaces.ResizableBatches`, such as `hf.data.DeviceBatches` (tensors) or
-            `hf.data.AdaptiveBatches` (any map-style Dataset).
-        eval_data: one (inputs, targets) pair or a re-iterable of pairs, evaluated after every epoch.
-        optimizer: any torch optimizer; stepped by its own `step()`, with a closure where that requires one (SAM,
-            LBFGS) or where its `wants_closure` is true, on gradients with a graph where its
-            `is_second_order` is true. One with `train()` and `eval()` (the schedule-free ones) is
-            switched to the mode of training or evaluation.
-        loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see `LossFn`).
+        train_data: a :class:`~hessianflow.interfaces.ResizableBatches`, such as
+            `hf.data.DeviceBatches` (tensors) or `hf.data.AdaptiveBatches` (any map-style Dataset).
+        eval_data: one (inputs, targets) pair or a re-iterable of pairs, evaluated after every
+            epoch.
+        optimizer: any torch optimizer; stepped by its own `step()`, with a closure where that
+            requires one (SAM, LBFGS) or where its `wants_closure` is true, on gradients with a
+            graph where its `is_second_order` is true. One with `train()` and `eval()` (the
+            schedule-free ones) is switched to the mode of training or evaluation.
+        loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see
+            `LossFn`).
         controller: decides the batch size; None keeps that of `train_data`.
-        adversary: perturbs the share of each batch that the controller asks for, or trains on adversarial twins of it
-            (:class:`~hessianflow.adversarial.ConcurrentAdversary`); progress counts the examples drawn from the data.
+        adversary: perturbs the share of each batch that the controller asks for, or trains on
+            adversarial twins of it (:class:`~hessianflow.adversarial.ConcurrentAdversary`);
+            progress counts the examples drawn from the data.
         epochs: passes over the training data.
         scheduler: any scheduler of torch or timm, built for this optimizer. A rate that it sets in
             the optimizer's groups (or that is set by hand, at any time) is the rate at the
@@ -105,21 +111,27 @@ class AdaptiveBatchTrainer(Run):
         schedule_unit: "epoch": the scheduler takes `epochs` steps, one an epoch. "reference_batch":
             one per reference batch of examples, int(epochs * num_examples / reference_batch_size)
             in all, so that a schedule counted in steps keeps its meaning when the batch grows.
-        probe: measures curvature, when the controller needs it and, with `curvature="epoch"`, after every epoch.
-        reference_batch_size: batch size that the learning rate is stated at; None: the one the run starts with.
-        microbatch_size: examples per forward pass on the device; halved for good when memory runs out. "auto" looks for
-            the fastest that fits. None: "auto" on a GPU, elsewhere the reference batch size.
-        norm_batch_size: examples that batch normalisation sees at once in training ("ghost" batch normalisation). None:
-            the reference batch size, as the published runs had in effect. 0: the whole microbatch.
-        norm_statistics: "settled": where the running statistics of batch normalisation have not settled at the end of
-            an epoch, they are measured anew on the batch trained last, before anything is measured, evaluated or saved
-            (:mod:`~hessianflow.training.settle`). "running": they are left as training made them; with it the probe's
+        probe: measures curvature, when the controller needs it and, with `curvature="epoch"`, after
+            every epoch.
+        reference_batch_size: batch size that the learning rate is stated at; None: the one the run
+            starts with.
+        microbatch_size: examples per forward pass on the device; halved for good when memory runs
+            out. "auto" looks for the fastest that fits. None: "auto" on a GPU, elsewhere the
+            reference batch size.
+        norm_batch_size: examples that batch normalisation sees at once in training ("ghost" batch
+            normalisation). None: the reference batch size, as the published runs had in effect. 0:
+            the whole microbatch.
+        norm_statistics: "settled": where the running statistics of batch normalisation have not
+            settled at the end of an epoch, they are measured anew on the batch trained last, before
+            anything is measured, evaluated or saved (:mod:`~hessianflow.training.settle`).
+            "running": they are left as training made them; with it the probe's
             `check_statistics=False` gives the signal of ABSA's published code.
         transform: applied to each whole batch before the adversary.
         before_evaluation: called after every epoch, before the model is evaluated and saved as the
             best; it may set buffers, or replace the weights by an average.
         after_evaluation: called after that, even after an error, to restore the weights.
-        measurements: made and recorded after every epoch, such as :class:`~hessianflow.adversarial.RobustnessWatch`.
+        measurements: made and recorded after every epoch, such as
+            :class:`~hessianflow.adversarial.RobustnessWatch`.
         observers: shown the gradient of every microbatch; their signals go to the controller.
         max_grad_norm: clip the gradient of each step to this norm; None: do not.
         precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
@@ -135,15 +147,17 @@ class AdaptiveBatchTrainer(Run):
         checkpoint_examples: also save a checkpoint each time this many examples have been trained.
         checkpoint_minutes: also save a checkpoint each time this many minutes have passed.
         keep_checkpoints: how many of the newest are kept (the best one is kept as well).
-        on_divergence: when the loss is no longer finite, or explodes: "stop", or "rollback": go back to the last
-            checkpoint, undo the last growth and keep the batch below it from then on.
+        on_divergence: when the loss is no longer finite, or explodes: "stop", or "rollback": go
+            back to the last checkpoint, undo the last growth and keep the batch below it from then
+            on.
         max_loss_ratio: a loss explodes if it stays above this many times the mean of the run so
             far, for longer than rare large losses do (:mod:`~hessianflow.training.explosion`);
             None: a finite loss never does.
         max_rollbacks: how many rollbacks are made before the run stops anyway.
         show_progress: True, False, or None: only on a terminal.
-        world: the ranks to train with, such as `hf.distributed.GroupWorld(reducer)`; every rank makes a trainer of the
-            same settings and calls the same methods. None: this process alone.
+        world: the ranks to train with, such as `hf.distributed.GroupWorld(reducer)`; every rank
+            makes a trainer of the same settings and calls the same methods. None: this process
+            alone.
 
     Raises:
         HessianFlowError: an argument is not what it must be; no parameter is trainable; the batch
@@ -211,7 +225,10 @@ class AdaptiveBatchTrainer(Run):
         )
         check_model(model)
         check_data(train_data, eval_data)
-        measurements, observers = as_list("measurements", measurements), as_list("observers", observers)
+        measurements, observers = (
+            as_list("measurements", measurements),
+            as_list("observers", observers),
+        )
         sinks = as_list("sinks", sinks)
         world = LocalWorld() if world is None else world
         check_parts(controller=controller, adversary=adversary, probe=probe, observers=observers)

@@ -33,7 +33,9 @@ class LocalWorld:
             HessianFlowError: the batch is empty.
         """
         if examples == 0:
-            raise HessianFlowError("a batch of 0 examples has no mean loss: check the training data")
+            raise HessianFlowError(
+                "a batch of 0 examples has no mean loss: check the training data"
+            )
         self._examples = examples
         self._weight: float | Tensor = 0  # until a row is found
 

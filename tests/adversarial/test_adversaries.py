@@ -10,7 +10,9 @@ from hessianflow.interfaces import HessianFlowError
 
 def problem(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).to(dtype)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+    ).to(dtype)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     x = torch.rand(32, 1, 8, 8, generator=generator, dtype=dtype)
@@ -31,7 +33,8 @@ def test_only_the_share_is_perturbed_and_by_fgsm():
 
 @pytest.mark.parametrize("share", [0.0, 0.01])
 def test_share_zero_returns_the_very_tensor(share):
-    """Off switch equals baseline: also a share worth less than one row touches nothing, not even the model."""
+    """Off switch equals baseline: also a share worth less than one row touches nothing, not even
+    the model."""
     _, x, y = problem()
 
     class Untouchable(nn.Module):
@@ -44,10 +47,13 @@ def test_share_zero_returns_the_very_tensor(share):
 @pytest.mark.parametrize("adversary", [FGSM, PGD])
 @pytest.mark.parametrize("microbatch_size", [1, 3, 7, 100])
 def test_microbatch_size_does_not_matter(adversary, microbatch_size):
-    """Random starts included; float64 rounding of a convolution may depend on the batch, hence no exact equality."""
+    """Random starts included; float64 rounding of a convolution may depend on the batch, hence no
+    exact equality."""
     model, x, y = problem()
     whole = adversary(0.05, value_range=(0, 1), random_start=True).perturb(model, x, y, 0.5)
-    parts = adversary(0.05, value_range=(0, 1), random_start=True).perturb(model, x, y, 0.5, microbatch_size)
+    parts = adversary(0.05, value_range=(0, 1), random_start=True).perturb(
+        model, x, y, 0.5, microbatch_size
+    )
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
 
 
@@ -100,7 +106,10 @@ def test_range_is_checked_on_the_first_batch():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((1.2,), r"adversarial share must lie in \[0, 1\], got 1.2"), ((0.5, 0), "microbatch_size must be at least 1")],
+    [
+        ((1.2,), r"adversarial share must lie in \[0, 1\], got 1.2"),
+        ((0.5, 0), "microbatch_size must be at least 1"),
+    ],
 )
 def test_bad_arguments_of_perturb(arguments, message):
     model, x, y = problem()
@@ -116,13 +125,16 @@ def test_bad_eps_is_refused_at_construction(adversary):
 
 @pytest.mark.parametrize("attack", [FGSM, PGD])
 def test_a_loss_that_does_not_fit_the_model_is_reported(attack):
-    """Cross-entropy over a single output is 0 whatever the input: nothing would be perturbed, and nobody would know."""
+    """Cross-entropy over a single output is 0 whatever the input: nothing would be perturbed, and
+    nobody would know."""
     model = torch.nn.Linear(4, 1)
     inputs, targets = torch.rand(6, 4), torch.rand(6, 1)
     adversary = attack(0.1, value_range=(0.0, 1.0))
     for _ in range(2):
         adversary.perturb(model, inputs, targets, 0.5)
-    with pytest.raises(HessianFlowError, match=r"zero everywhere, .* give it the loss that is trained on"):
+    with pytest.raises(
+        HessianFlowError, match=r"zero everywhere, .* give it the loss that is trained on"
+    ):
         adversary.perturb(model, inputs, targets, 0.5)
     adversary = attack(0.1, value_range=(0.0, 1.0), loss_fn=torch.nn.MSELoss())
     for _ in range(4):

@@ -12,12 +12,17 @@ from hessianflow.training.ghost_norm import ghost_normalisation
 
 def network(affine: bool = True, tracks: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    norms = [nn.BatchNorm2d(4, affine=affine, track_running_stats=tracks), nn.BatchNorm1d(5, eps=0.1)]
+    norms = [
+        nn.BatchNorm2d(4, affine=affine, track_running_stats=tracks),
+        nn.BatchNorm1d(5, eps=0.1),
+    ]
     for norm in norms:
         for tensor in (norm.running_var, norm.running_mean, norm.weight, norm.bias):
             if tensor is not None:
                 nn.init.uniform_(tensor, 0.5, 2)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), norms[0], nn.ReLU(), nn.Flatten(), nn.Linear(16, 5), norms[1]).double()
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), norms[0], nn.ReLU(), nn.Flatten(), nn.Linear(16, 5), norms[1]
+    ).double()
 
 
 @pytest.mark.parametrize(("affine", "tracks"), [(True, True), (False, True), (True, False)])

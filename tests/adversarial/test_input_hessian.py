@@ -20,11 +20,14 @@ def problem():
 
 
 def test_products_equal_the_dense_hessian():
-    """The dense one is built by torch from the summed loss, with double reverse passes of its own."""
+    """The dense one is built by torch from the summed loss, with double reverse passes of its
+    own."""
     model, x, y = problem()
     operator = InputHessian(model, x, y)
     model.eval()
-    dense = torch.autograd.functional.hessian(lambda z: cross_entropy(model(z), y, reduction="sum"), x).reshape(12, 12)
+    dense = torch.autograd.functional.hessian(
+        lambda z: cross_entropy(model(z), y, reduction="sum"), x
+    ).reshape(12, 12)
     ours = torch.stack([operator.matvec(e) for e in torch.eye(12, dtype=D)], 1)
     torch.testing.assert_close(ours, dense, rtol=0, atol=1e-11)
     blocks = ours.reshape(3, 4, 3, 4)
@@ -43,7 +46,9 @@ def test_logistic_regression_in_closed_form():
     p = torch.sigmoid(x[0] @ weight[0])
     v = torch.tensor([0.7, 0.2], dtype=D)
     expected = p * (1 - p) * weight[0] * (weight[0] @ v)
-    torch.testing.assert_close(InputHessian(model, x, torch.tensor([0])).matvec(v), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        InputHessian(model, x, torch.tensor([0])).matvec(v), expected, rtol=0, atol=1e-14
+    )
 
 
 def test_model_is_as_found_and_a_linear_loss_has_no_curvature():

@@ -1,4 +1,5 @@
-"""Which rows are perturbed: against counts worked by hand and the defining condition in exact rational arithmetic."""
+"""Which rows are perturbed: against counts worked by hand and the defining condition in exact
+rational arithmetic."""
 
 from fractions import Fraction
 
@@ -19,13 +20,16 @@ def test_counts_of_absa(halvings, count):
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 300), st.integers(1, 1000), st.integers(0, 1000))
 def test_rows_satisfy_the_definition(batch_size, denominator, numerator):
-    """Row i is chosen iff floor((i+1) s) > floor(i s), evaluated with exact fractions row by row."""
+    """Row i is chosen iff floor((i+1) s) > floor(i s), evaluated with exact fractions row by
+    row."""
     share = Fraction(min(numerator, denominator), denominator)
     expected = [i for i in range(batch_size) if int((i + 1) * share) > int(i * share)]
     assert perturbed_rows(batch_size, float(share)).tolist() == expected
 
 
-@pytest.mark.parametrize(("batch_size", "share", "count"), [(100, 0.29, 29), (10, 0.7, 7), (100, 0.07, 7), (5, 0.2, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "share", "count"), [(100, 0.29, 29), (10, 0.7, 7), (100, 0.07, 7), (5, 0.2, 1)]
+)
 def test_floating_point_does_not_lose_a_row(batch_size, share, count):
     """100 * 0.29 is 28.999999999999996 in double precision; 29 rows are meant."""
     assert len(perturbed_rows(batch_size, share)) == count

@@ -26,7 +26,9 @@ def test_accuracies_are_those_under_the_attacks():
     watch = RobustnessWatch(model, (x, y), EPS, value_range=(0, 1), seed=3)
     figures, warning = watch()
     source = torch.Generator().manual_seed(3)
-    assert figures["fgsm_accuracy"] == accuracy(model, fgsm(model, x, y, EPS, value_range=(0, 1)), y)
+    assert figures["fgsm_accuracy"] == accuracy(
+        model, fgsm(model, x, y, EPS, value_range=(0, 1)), y
+    )
     attacked = pgd(model, x, y, EPS, value_range=(0, 1), steps=10, generator=source)
     assert figures["pgd_accuracy"] == accuracy(model, attacked, y)
     assert warning == ""
@@ -34,7 +36,8 @@ def test_accuracies_are_those_under_the_attacks():
 
 
 class Fooling(nn.Module):
-    """Robust; once `collapsed`, its gradient at 0.5 points to where it is right, away from where it is wrong."""
+    """Robust; once `collapsed`, its gradient at 0.5 points to where it is right, away from where it
+    is wrong."""
 
     def __init__(self):
         super().__init__()
@@ -43,14 +46,21 @@ class Fooling(nn.Module):
 
     def forward(self, x):
         move = self.scale * (x[:, 0] - 0.5)
-        margin = torch.where(move >= 0, 1 - 0.1 * move, 1 + 20 * move) if self.collapsed else 1 - 0.1 * move
+        margin = (
+            torch.where(move >= 0, 1 - 0.1 * move, 1 + 20 * move)
+            if self.collapsed
+            else 1 - 0.1 * move
+        )
         return torch.stack([margin, torch.zeros_like(margin)], 1)
 
 
 def test_the_alarm_is_raised_and_survives_a_checkpoint():
-    """FGSM goes right, where it fools nobody; PGD from a random start also goes left. The alarm knows the past."""
+    """FGSM goes right, where it fools nobody; PGD from a random start also goes left. The alarm
+    knows the past."""
     model, batch = Fooling(), (torch.full((40, 1), 0.5), torch.zeros(40, dtype=torch.int64))
-    watch, again = (RobustnessWatch(model, batch, 0.2, value_range=None, collapse=0.9) for _ in range(2))
+    watch, again = (
+        RobustnessWatch(model, batch, 0.2, value_range=None, collapse=0.9) for _ in range(2)
+    )
     assert watch() == ({"fgsm_accuracy": 1.0, "pgd_accuracy": 1.0}, "")
     model.collapsed = True
     again.load_state_dict(watch.state_dict())

@@ -17,7 +17,9 @@ N, SIDE, EPS = 20, 6, 0.1
 
 
 def data(augment: Augmentation | None = None, batch: int = 8, **options: Any) -> DeviceBatches:
-    images = torch.randint(256, (N, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (N, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     targets = images.float().mean((1, 2, 3)).gt(127).long()
     return DeviceBatches(images, targets, batch, augment=augment or Augmentation(), **options)
 
@@ -27,7 +29,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 2))
 
 
-def train(model: nn.Module, batches: DeviceBatches, adversary: Any, share: float = 1.0, **options: Any):
+def train(
+    model: nn.Module, batches: DeviceBatches, adversary: Any, share: float = 1.0, **options: Any
+):
     settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     settings["controller"] = FixedBatch(batches.batch_size, share)
@@ -37,12 +41,17 @@ def train(model: nn.Module, batches: DeviceBatches, adversary: Any, share: float
 AUGMENTED = Augmentation(crop_padding=2, flip=True)
 
 
-@pytest.mark.parametrize("augment", [Augmentation(), Augmentation(flip=True), Augmentation(crop_padding=2), AUGMENTED])
+@pytest.mark.parametrize(
+    "augment", [Augmentation(), Augmentation(flip=True), Augmentation(crop_padding=2), AUGMENTED]
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_maps_go_to_the_batch_and_back(augment: Augmentation, channels_last: bool):
-    """A map that numbers the stored pixels, moved along, must number the pixels of the batch; and back."""
+    """A map that numbers the stored pixels, moved along, must number the pixels of the batch; and
+    back."""
     images = torch.arange(1.0, N * SIDE * SIDE + 1).view(N, 1, SIDE, SIDE)
-    batches = DeviceBatches(images, torch.zeros(N, dtype=torch.int64), 8, augment=augment, channels_last=channels_last)
+    batches = DeviceBatches(
+        images, torch.zeros(N, dtype=torch.int64), 8, augment=augment, channels_last=channels_last
+    )
     for x, _ in batches:
         stored = images[batches.latest]
         assert torch.equal(batches.as_in_latest(stored), x)
@@ -56,7 +65,11 @@ def test_every_visit_uses_the_sign_of_the_last_one():
     ours, theirs = network(), network()
     batches = data()
     train(ours, batches, GradientReuse(batches, EPS, value_range=(0, 1))).fit()
-    optimizer, kept, again = torch.optim.SGD(theirs.parameters(), lr=0.1), torch.zeros(N, 2, SIDE, SIDE), data()
+    optimizer, kept, again = (
+        torch.optim.SGD(theirs.parameters(), lr=0.1),
+        torch.zeros(N, 2, SIDE, SIDE),
+        data(),
+    )
     for _ in range(3):
         for x, y in again:
             moved = (x + EPS * kept[again.latest].sign()).clamp(0, 1).requires_grad_()
@@ -64,7 +77,9 @@ def test_every_visit_uses_the_sign_of_the_last_one():
             F.cross_entropy(theirs(moved), y).backward()
             kept[again.latest] = moved.grad
             optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
 
 
 def test_the_first_epoch_is_clean_and_a_share_moves_that_share():
@@ -89,7 +104,8 @@ def test_microbatches_and_observers_change_nothing(observers: list[Any]):
         ends.append((model, adversary.state_dict()["signs"]))
     for a, b in zip(ends[0][0].parameters(), ends[1][0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert (ends[0][1] == ends[1][1]).float().mean() > 0.99  # a sign may flip where the gradient is rounding alone
+    # a sign may flip where the gradient is rounding alone
+    assert (ends[0][1] == ends[1][1]).float().mean() > 0.99
 
 
 def test_resumed_it_ends_the_same(tmp_path: Any):
@@ -97,7 +113,13 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
     batches = data(AUGMENTED)
     train(whole, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).fit()
     model, batches = network(), data(AUGMENTED)
-    made = train(model, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4, run_dir=tmp_path / "run")
+    made = train(
+        model,
+        batches,
+        GradientReuse(batches, EPS, value_range=(0, 1)),
+        epochs=4,
+        run_dir=tmp_path / "run",
+    )
     finish = made._loop._finish_epoch
 
     def stopping(*arguments):
@@ -108,21 +130,29 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
     made._loop._finish_epoch = stopping
     made.fit()
     batches = data(AUGMENTED)
-    train(again, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).resume(tmp_path / "run")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    train(again, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).resume(
+        tmp_path / "run"
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_bad_input_is_named():
     batches = data()
     with pytest.raises(ValueError, match="eps must be finite and at least 0, got -1"):
         GradientReuse(batches, -1.0, value_range=(0, 1))
-    with pytest.raises(ValueError, match="reuse must know which examples a batch holds, which AdaptiveBatches does"):
+    with pytest.raises(
+        ValueError, match="reuse must know which examples a batch holds, which AdaptiveBatches does"
+    ):
         GradientReuse(AdaptiveBatches([(torch.zeros(1), 0)] * 4, 2), EPS, value_range=None)
     x, y = next(iter(batches))
     with pytest.raises(ValueError, match="inputs must lie in value_range"):
         GradientReuse(batches, EPS, value_range=(5, 6)).attack(network(), x, y, 1.0)
     adversary = GradientReuse(batches, EPS, value_range=(0, 1))
-    with pytest.raises(ValueError, match=r"reuse keeps gradients of images as they are stored, \[8, 2, 6, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"reuse keeps gradients of images as they are stored, \[8, 2, 6, 6\]"
+    ):
         adversary.attack(network(), x[:, :, :3], y, 1.0)
     with pytest.raises(ValueError, match=r"adversarial share must lie in \[0, 1\], got 2"):
         adversary.attack(network(), x, y, 2.0)
@@ -146,7 +176,9 @@ def test_a_loss_without_input_gradient_is_named():
             return self.bias.expand(len(x), 2)
 
     batches, model = data(), Blind()
-    with pytest.raises(ValueError, match="the loss does not depend on the inputs: there is no gradient by them"):
+    with pytest.raises(
+        ValueError, match="the loss does not depend on the inputs: there is no gradient by them"
+    ):
         train(model, batches, GradientReuse(batches, EPS, value_range=(0, 1))).fit()
 
 

@@ -1,4 +1,5 @@
-"""Accuracy under attack on a model with known margins; Wilson's interval against its defining equation."""
+"""Accuracy under attack on a model with known margins; Wilson's interval against its defining
+equation."""
 
 from functools import partial
 from statistics import NormalDist
@@ -32,7 +33,12 @@ def test_accuracy_counts_margins():
         "large": partial(pgd, eps=0.2, value_range=None),
     }
     result = robust_accuracy(Threshold(), (X, Y), attacks)
-    assert {name: r.correct for name, r in result.items()} == {"clean": 4, "small": 3, "large": 2, "worst": 2}
+    assert {name: r.correct for name, r in result.items()} == {
+        "clean": 4,
+        "small": 3,
+        "large": 2,
+        "worst": 2,
+    }
     assert result["small"].value == 0.5
     assert result["small"].low < 0.5 < result["small"].high
 
@@ -69,7 +75,10 @@ def test_wilson_ends_solve_the_score_equation(correct, total):
 
 def test_alarm_rings_once_when_pgd_collapses_under_rising_fgsm():
     alarm = OverfittingAlarm()
-    assert [bool(alarm.update(f, p)) for f, p in [(0.3, 0.2), (0.4, 0.3), (0.5, 0.28), (0.9, 0.1), (0.95, 0.0)]] == [
+    assert [
+        bool(alarm.update(f, p))
+        for f, p in [(0.3, 0.2), (0.4, 0.3), (0.5, 0.28), (0.9, 0.1), (0.95, 0.0)]
+    ] == [
         False,
         False,
         False,

@@ -14,7 +14,9 @@ D = torch.float64
 
 def test_perturbation_has_length_rho_over_all_parameters():
     """g = (3, 4) over two tensors: norm 5, so e = rho * (.6, .8)."""
-    first, second = sam_perturbation([torch.tensor([3.0], dtype=D), torch.tensor([[4.0]], dtype=D)], 0.5)
+    first, second = sam_perturbation(
+        [torch.tensor([3.0], dtype=D), torch.tensor([[4.0]], dtype=D)], 0.5
+    )
     assert first.item() == pytest.approx(0.3, abs=1e-15)
     assert second.item() == pytest.approx(0.4, abs=1e-15)
 
@@ -40,7 +42,8 @@ def stepper(optimizer, weights):
 
 
 def test_one_step_worked_by_hand():
-    """At (3, 1): g = (3, 4), e = .5 (.6, .8) = (.3, .4), gradient there (3.3, 5.6), step .1: (2.67, .44)."""
+    """At (3, 1): g = (3, 4), e = .5 (.6, .8) = (.3, .4), gradient there (3.3, 5.6), step .1: (2.67,
+    .44)."""
     weights = [nn.Parameter(torch.tensor([v], dtype=D)) for v in (3.0, 1.0)]
     sam = SAM(torch.optim.SGD(weights, lr=0.1), rho=0.5)
     loss = sam.step(stepper(sam, weights))
@@ -49,7 +52,9 @@ def test_one_step_worked_by_hand():
 
 
 def test_rho_zero_is_the_base_optimizer_bit_for_bit():
-    ours, theirs = ([nn.Parameter(torch.tensor([v], dtype=D)) for v in (3.0, 1.0)] for _ in range(2))
+    ours, theirs = (
+        [nn.Parameter(torch.tensor([v], dtype=D)) for v in (3.0, 1.0)] for _ in range(2)
+    )
     sam = SAM(torch.optim.SGD(ours, lr=0.1, momentum=0.9), rho=0.0)
     base = torch.optim.SGD(theirs, lr=0.1, momentum=0.9)
     for _ in range(20):
@@ -117,12 +122,16 @@ def test_bad_input_is_named():
 def test_a_step_without_a_closure_says_what_it_needs():
     """As trainers of others call it."""
     sam = SAM(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
-    with pytest.raises(HessianFlowError, match=r"SAM needs two gradients a step: call step\(closure\)"):
+    with pytest.raises(
+        HessianFlowError, match=r"SAM needs two gradients a step: call step\(closure\)"
+    ):
         sam.step(None)
 
 
 @pytest.mark.parametrize(("base", "rho"), [("sgd", 0.1), (None, "wide")])
 def test_what_cannot_step_or_measure_is_refused(base, rho):
     base = base or torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(HessianFlowError, match=r"SAM steps another optimizer|rho must be finite and at least 0"):
+    with pytest.raises(
+        HessianFlowError, match=r"SAM steps another optimizer|rho must be finite and at least 0"
+    ):
         SAM(base, rho=rho)

@@ -1,4 +1,5 @@
-"""Two sets of statistics: against training on clean examples only, and two separate forward passes."""
+"""Two sets of statistics: against training on clean examples only, and two separate forward
+passes."""
 
 import copy
 
@@ -31,7 +32,9 @@ def _own_generator():
 
 def batch(rows=8):
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(rows, 1, 6, 6, generator=generator, dtype=torch.float64), torch.arange(rows) % 2
+    return torch.rand(rows, 1, 6, 6, generator=generator, dtype=torch.float64), torch.arange(
+        rows
+    ) % 2
 
 
 def sum_of_means(model, x, adversarial, y):
@@ -41,19 +44,23 @@ def sum_of_means(model, x, adversarial, y):
 
 
 def test_main_statistics_are_those_of_clean_training():
-    """ConAdv reference, test 7: main running statistics equal those of clean-only training; adversarial ones differ."""
+    """ConAdv reference, test 7: main running statistics equal those of clean-only training;
+    adversarial ones differ."""
     x, y = batch()
     plain = net().train()
     split = split_batch_norm(net()).train()
     plain(x)
     sum_of_means(split, x, x + 0.3, y)
     for name, value in plain[1].named_buffers():
-        torch.testing.assert_close(dict(split[1].main.named_buffers())[name], value, rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            dict(split[1].main.named_buffers())[name], value, rtol=0, atol=1e-14
+        )
     assert not torch.allclose(split[1].adversarial.running_mean, split[1].main.running_mean)
 
 
 def test_one_concatenated_forward_is_two_separate_ones():
-    """Loss and gradients equal those of two passes through the two sets, by autograd on each alone."""
+    """Loss and gradients equal those of two passes through the two sets, by autograd on each
+    alone."""
     x, y = batch()
     adversarial = (x + 0.1).clamp(0, 1)
     one, two = split_batch_norm(net()).train(), split_batch_norm(net()).train()
@@ -150,7 +157,10 @@ def test_bad_input_is_named():
     split = split_batch_norm(net())
     with pytest.raises(ValueError, match="split already"):
         split_batch_norm(split)
-    with pytest.raises(ValueError, match="clean must be at least 0 rows, got -1"), clean_rows(split, -1):
+    with (
+        pytest.raises(ValueError, match="clean must be at least 0 rows, got -1"),
+        clean_rows(split, -1),
+    ):
         pass
     with pytest.raises(ValueError, match="no split batch normalisation"), clean_rows(net(), 1):
         pass

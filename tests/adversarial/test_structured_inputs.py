@@ -1,4 +1,5 @@
-"""Inputs in a structure are refused in one line by whatever perturbs inputs; targets may be structured."""
+"""Inputs in a structure are refused in one line by whatever perturbs inputs; targets may be
+structured."""
 
 from collections import UserDict
 from collections.abc import Callable
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hessianflow as hf
-from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, GradientReuse, fgsm, pgd, robust_accuracy
+from hessianflow.adversarial import (
+    FGSM,
+    PGD,
+    ConcurrentAdversary,
+    GradientReuse,
+    fgsm,
+    pgd,
+    robust_accuracy,
+)
 from hessianflow.adversarial.input_hessian import InputHessian
 from hessianflow.adversarial.monitors import InputCurvature, RobustnessWatch
 from hessianflow.interfaces import HessianFlowError
@@ -42,10 +51,14 @@ ATTACKS: dict[str, Callable[[Any], Any]] = {
     "pgd": lambda x: pgd(MODEL, x, Y, 0.1, value_range=None),
     "FGSM": lambda x: FGSM(0.1, value_range=None).perturb(MODEL, x, Y, 0.5),
     "PGD": lambda x: PGD(0.1, value_range=None).attack(MODEL, x, Y, 0.0),
-    "concurrent": lambda x: ConcurrentAdversary(FGSM(0.1, value_range=None)).attack(MODEL, x, Y, 1.0),
+    "concurrent": lambda x: ConcurrentAdversary(FGSM(0.1, value_range=None)).attack(
+        MODEL, x, Y, 1.0
+    ),
     "reuse": reuse,
     "input Hessian": lambda x: InputHessian(MODEL, x, Y),
-    "robustness": lambda x: robust_accuracy(MODEL, (x, Y), {"fgsm": partial(fgsm, eps=0.1, value_range=None)}),
+    "robustness": lambda x: robust_accuracy(
+        MODEL, (x, Y), {"fgsm": partial(fgsm, eps=0.1, value_range=None)}
+    ),
     "watch": lambda x: RobustnessWatch(MODEL, (x, Y), 0.1, value_range=None),
     "input curvature": lambda x: InputCurvature(MODEL, (x, Y), lambda _: {}),
 }
@@ -60,28 +73,41 @@ ATTACKS: dict[str, Callable[[Any], Any]] = {
     ],
 )
 def test_structured_inputs_are_refused(name: str, inputs: Any, kind: str) -> None:
-    with pytest.raises(HessianFlowError, match=f"^inputs must be one tensor to be perturbed, got {kind}$"):
+    with pytest.raises(
+        HessianFlowError, match=f"^inputs must be one tensor to be perturbed, got {kind}$"
+    ):
         ATTACKS[name](inputs)
 
 
 def test_lists_and_arrays_are_refused_too() -> None:
     for inputs, kind in (([X, X], "a list"), (X.numpy(), "an ndarray")):
-        with pytest.raises(HessianFlowError, match=f"^inputs must be one tensor to be perturbed, got {kind}$"):
+        with pytest.raises(
+            HessianFlowError, match=f"^inputs must be one tensor to be perturbed, got {kind}$"
+        ):
             ATTACKS["FGSM"](inputs)
 
 
 def test_targets_of_twins_and_of_accuracies_must_be_one_tensor() -> None:
-    with pytest.raises(HessianFlowError, match="targets must be one tensor to have adversarial twins, got a dict"):
+    with pytest.raises(
+        HessianFlowError, match="targets must be one tensor to have adversarial twins, got a dict"
+    ):
         ConcurrentAdversary(FGSM(0.1, value_range=None)).attack(MODEL, X, {"y": Y}, 1.0)  # type: ignore[arg-type]
-    with pytest.raises(HessianFlowError, match="targets must be one tensor of class numbers, got a dict"):
+    with pytest.raises(
+        HessianFlowError, match="targets must be one tensor of class numbers, got a dict"
+    ):
         robust_accuracy(nn.Linear(4, 3), (X, {"y": Y}), {})
-    with pytest.raises(HessianFlowError, match=r"must be a pair \(inputs, targets\), got a dict of 2"):
+    with pytest.raises(
+        HessianFlowError, match=r"must be a pair \(inputs, targets\), got a dict of 2"
+    ):
         robust_accuracy(MODEL, {"x": X, "y": Y}, {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])
-def test_structured_targets_are_cut_with_the_rows_that_are_attacked(microbatch_size: int | None) -> None:
-    """The oracle attacks plain targets with the loss of those; an entry for all examples and a list go along."""
+def test_structured_targets_are_cut_with_the_rows_that_are_attacked(
+    microbatch_size: int | None,
+) -> None:
+    """The oracle attacks plain targets with the loss of those; an entry for all examples and a list
+    go along."""
     model = nn.Linear(4, 3)
 
     def structured_loss(outputs: Tensor, targets: Any) -> Tensor:
@@ -111,6 +137,8 @@ def test_the_trainer_refuses_before_the_first_step() -> None:
         epochs=1,
         show_progress=False,
     )
-    with pytest.raises(HessianFlowError, match="inputs must be one tensor to be perturbed, got a dict"):
+    with pytest.raises(
+        HessianFlowError, match="inputs must be one tensor to be perturbed, got a dict"
+    ):
         trainer.fit()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

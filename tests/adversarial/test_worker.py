@@ -1,4 +1,5 @@
-"""The attacking process must change nothing but where the work is done: interleaving is the oracle, bit for bit."""
+"""The attacking process must change nothing but where the work is done: interleaving is the oracle,
+bit for bit."""
 
 import copy
 from multiprocessing import Pipe
@@ -12,7 +13,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow import AdaptiveBatchTrainer
-from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProcess, pair_loss, split_batch_norm
+from hessianflow.adversarial import (
+    FGSM,
+    PGD,
+    ConcurrentAdversary,
+    WorkerProcess,
+    pair_loss,
+    split_batch_norm,
+)
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
 
@@ -27,24 +35,36 @@ def worker():
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(256, (40, 1, 6, 6), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (40, 1, 6, 6), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
     return split_batch_norm(
-        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+        nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)
+        )
     )
 
 
 def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrainer:
     model = network()
-    adversary = ConcurrentAdversary(PGD(0.1, value_range=RANGE, steps=2), staleness=2, runner=runner)
+    adversary = ConcurrentAdversary(
+        PGD(0.1, value_range=RANGE, steps=2), staleness=2, runner=runner
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     options: dict[str, Any] = {"epochs": 3, "controller": FixedBatch(8, 0.5), "precision": "bf16"}
     made = AdaptiveBatchTrainer(
-        model, data(), optimizer=optimizer, loss_fn=cross_entropy, adversary=adversary, run_dir=run_dir, **options
+        model,
+        data(),
+        optimizer=optimizer,
+        loss_fn=cross_entropy,
+        adversary=adversary,
+        run_dir=run_dir,
+        **options,
     )
     if stop_at:
         loop, decide = made._loop, made._loop._decide
@@ -58,14 +78,19 @@ def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrain
     return made
 
 
-def test_training_resumed_through_another_process_ends_as_interleaved(worker: WorkerProcess, tmp_path: Path):
-    """Random starts, shares, split statistics, autocast; stopped in mid-epoch with attacks under way."""
+def test_training_resumed_through_another_process_ends_as_interleaved(
+    worker: WorkerProcess, tmp_path: Path
+):
+    """Random starts, shares, split statistics, autocast; stopped in mid-epoch with attacks under
+    way."""
     whole = train(None, tmp_path / "whole")
     whole.fit()
     train(worker, tmp_path / "run", stop_at=7).fit()
     again = train(worker, tmp_path / "other")
     again.resume(tmp_path / "run")
-    for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), again.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     assert whole._loop.step.adversary.state_dict() == again._loop.step.adversary.state_dict()
 
@@ -79,8 +104,12 @@ class Failing(FGSM):
 
 def test_what_goes_wrong_there_is_told_here(worker: WorkerProcess):
     model, (x, y) = network(), next(iter(data()))
-    wait = ConcurrentAdversary(Failing(0.1, value_range=RANGE), runner=worker).attack(model, x, y, 1.0)
-    with pytest.raises(ValueError, match="the attack failed in its process: ArithmeticError: no attack today"):
+    wait = ConcurrentAdversary(Failing(0.1, value_range=RANGE), runner=worker).attack(
+        model, x, y, 1.0
+    )
+    with pytest.raises(
+        ValueError, match="the attack failed in its process: ArithmeticError: no attack today"
+    ):
         wait()
 
 
@@ -90,14 +119,17 @@ def test_a_failed_attack_is_told_each_time_and_others_go_on(worker: WorkerProces
     fine = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), runner=worker)
     expected = ConcurrentAdversary(FGSM(0.1, value_range=RANGE)).attack(model, x, y, 1.0)()
     wait = failing.attack(model, x, y, 1.0)
-    assert torch.equal(fine.attack(model, x, y, 1.0)(), expected)  # nobody has asked for the one before
+    # nobody has asked for the one before
+    assert torch.equal(fine.attack(model, x, y, 1.0)(), expected)
     for _ in range(2):
         with pytest.raises(ValueError, match="no attack today"):
             wait()
     assert torch.equal(fine.attack(model, x, y, 1.0)(), expected)
 
 
-def test_a_process_that_cannot_start_leaves_nothing(worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch):
+def test_a_process_that_cannot_start_leaves_nothing(
+    worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+):
     model, (x, y) = network(), next(iter(data()))
     ahead = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), runner=worker)
 
@@ -140,10 +172,14 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="cannot be sent to another process"):
         ahead.attack(Local(3, 2), x, y, 1.0)
     runner = WorkerProcess(threads=1)
-    unnamed = FGSM(0.1, value_range=None, loss_fn=lambda outputs, targets: cross_entropy(outputs, targets))
+    unnamed = FGSM(
+        0.1, value_range=None, loss_fn=lambda outputs, targets: cross_entropy(outputs, targets)
+    )
     with pytest.raises(ValueError, match="cannot be sent to another process"):
         ConcurrentAdversary(unnamed, runner=runner).attack(nn.Linear(3, 2), x, y, 1.0)
-    twins = ConcurrentAdversary(FGSM(0.1, value_range=None), runner=runner).attack(nn.Linear(3, 2), x, y, 1.0)
+    twins = ConcurrentAdversary(FGSM(0.1, value_range=None), runner=runner).attack(
+        nn.Linear(3, 2), x, y, 1.0
+    )
     assert twins().shape == x.shape  # it goes on
     runner.close()
 

@@ -1,4 +1,5 @@
-"""ABSA against the worked traces of the reference; the traces were derived by hand, not by this code."""
+"""ABSA against the worked traces of the reference; the traces were derived by hand, not by this
+code."""
 
 import math
 
@@ -23,7 +24,8 @@ def absa(cap: int = 1024, **options: object) -> ABSA:
 
 
 def test_worked_trace() -> None:
-    """Trace 1 of the reference: eigenvalues 100, 80, 50, 49, 25, 30, 12, 11 with a cap of 8 times the start."""
+    """Trace 1 of the reference: eigenvalues 100, 80, 50, 49, 25, 30, 12, 11 with a cap of 8 times
+    the start."""
     controller = absa()
     table = [  # eigenvalue; reference, estimates, batch ratio, share, still asks for an eigenvalue
         (100, 100, 1, 1, 0.2, True),
@@ -37,7 +39,9 @@ def test_worked_trace() -> None:
     ]
     for epoch, (eigenvalue, reference, estimates, ratio, share, wants) in enumerate(table, 1):
         assert controller.is_due(progress(epoch))
-        decision = controller.update(progress(epoch), reading(eigenvalue) if controller.needs else None)
+        decision = controller.update(
+            progress(epoch), reading(eigenvalue) if controller.needs else None
+        )
         state = controller.state_dict()
         assert (state["reference"], state["estimates"]) == (reference, estimates)
         assert (decision.batch_size, decision.lr_factor) == (128 * ratio, ratio)
@@ -47,7 +51,8 @@ def test_worked_trace() -> None:
 
 
 def test_patience_forces_growth() -> None:
-    """Trace 2: a constant eigenvalue grows the batch after epochs 10, 20 and 30, then never again."""
+    """Trace 2: a constant eigenvalue grows the batch after epochs 10, 20 and 30, then never
+    again."""
     controller, seen = absa(), {}
     for epoch in range(1, 91):
         before = controller.decision.batch_size
@@ -56,14 +61,21 @@ def test_patience_forces_growth() -> None:
             seen[epoch] = (decision.batch_size // 128, decision.adversarial_share, decision.reason)
         if epoch >= 30:
             assert controller.state_dict()["estimates"] == 0
-    assert {epoch: event[:2] for epoch, event in seen.items()} == {10: (2, 0.1), 20: (4, 0.05), 30: (8, 0)}
+    assert {epoch: event[:2] for epoch, event in seen.items()} == {
+        10: (2, 0.1),
+        20: (4, 0.05),
+        30: (8, 0),
+    }
     assert all(event[2] == "no growth for 10 estimates" for event in seen.values())
     assert controller.state_dict()["reference"] == 100
 
 
-@pytest.mark.parametrize(("start", "cap", "updates"), [(128, 128, 35_100), (16_384, 16_384, 274), (128, 16_384, 7_799)])
+@pytest.mark.parametrize(
+    ("start", "cap", "updates"), [(128, 128, 35_100), (16_384, 16_384, 274), (128, 16_384, 7_799)]
+)
 def test_update_counts(start: int, cap: int, updates: int) -> None:
-    """Trace 3: 390 microbatches of 128 an epoch over 90 epochs, remainders carried as in the published code."""
+    """Trace 3: 390 microbatches of 128 an epoch over 90 epochs, remainders carried as in the
+    published code."""
     controller, pending, counted = ABSA(start, cap), 0, 0
     for epoch in range(1, 91):
         for _ in range(390):
@@ -75,7 +87,8 @@ def test_update_counts(start: int, cap: int, updates: int) -> None:
 
 
 def test_growth_beyond_the_cap_scales_the_rate_by_the_actual_ratio() -> None:
-    """Trace 7: a cap of 6 times the start; from 4 the batch grows to 6 and the rate by 1.5, not 2."""
+    """Trace 7: a cap of 6 times the start; from 4 the batch grows to 6 and the rate by 1.5, not
+    2."""
     controller = absa(cap=6 * 128)
     for epoch, eigenvalue in enumerate([100, 50, 25], 1):
         decision = controller.update(progress(epoch), reading(eigenvalue))
@@ -88,7 +101,10 @@ def test_growth_beyond_the_cap_scales_the_rate_by_the_actual_ratio() -> None:
 def test_reasons_carry_the_numbers() -> None:
     controller = absa(decay_factor=1.5)
     assert controller.update(progress(1, 90), reading(100)).reason == ""
-    assert controller.update(progress(2, 90), reading(49)).reason == "eigenvalue fell from 100 to 49 (<= 1/1.5)"
+    assert (
+        controller.update(progress(2, 90), reading(49)).reason
+        == "eigenvalue fell from 100 to 49 (<= 1/1.5)"
+    )
     assert controller.update(progress(3, 90), reading(40)).reason == ""
 
 
@@ -103,8 +119,11 @@ def test_reasons_carry_the_numbers() -> None:
         (reading(10, converged=False), r"not converged \(10, residual 0.01\)"),
     ],
 )
-def test_unusable_readings_are_never_compared_but_count(bad: CurvatureReading | None, reason: str) -> None:
-    """A bad reading would otherwise become the reference, or look like a fall; it still spends patience."""
+def test_unusable_readings_are_never_compared_but_count(
+    bad: CurvatureReading | None, reason: str
+) -> None:
+    """A bad reading would otherwise become the reference, or look like a fall; it still spends
+    patience."""
     controller = absa(patience=4)
     first = controller.update(progress(1, 90), bad)
     assert first.reason == f"eigenvalue not used: {reason}".replace("\\", "")
@@ -147,8 +166,12 @@ def test_growth_and_decay_factor_apart() -> None:
     assert decision.adversarial_share == pytest.approx(0.04)
 
 
-@pytest.mark.parametrize(("start", "factor", "sizes"), [(5, 1.5, [7, 10, 15]), (4, 1.1, [5, 6, 7]), (100, 1.15, [115])])
-def test_non_integer_growth_rounds_down_but_always_grows(start: int, factor: float, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("start", "factor", "sizes"), [(5, 1.5, [7, 10, 15]), (4, 1.1, [5, 6, 7]), (100, 1.15, [115])]
+)
+def test_non_integer_growth_rounds_down_but_always_grows(
+    start: int, factor: float, sizes: list[int]
+) -> None:
     controller = ABSA(start, 1000, growth_factor=factor, patience=1)
     for epoch, size in enumerate(sizes, 1):
         decision = controller.update(progress(epoch, 90), reading(100))
@@ -158,7 +181,10 @@ def test_non_integer_growth_rounds_down_but_always_grows(start: int, factor: flo
 @pytest.mark.parametrize(("own", "of_progress", "last"), [(None, 8, 3), (20, 8, 9), (None, 5, 1)])
 def test_adversary_stops_half_way(own: int | None, of_progress: int, last: int) -> None:
     controller = absa(total_epochs=own, patience=None)
-    shares = [controller.update(progress(e, of_progress), reading(100)).adversarial_share for e in range(1, last + 2)]
+    shares = [
+        controller.update(progress(e, of_progress), reading(100)).adversarial_share
+        for e in range(1, last + 2)
+    ]
     assert shares == [0.2] * last + [0]
     total = own or of_progress
     assert controller.decision.reason == f"adversarial share 0 from half of the {total} epochs on"
@@ -166,7 +192,8 @@ def test_adversary_stops_half_way(own: int | None, of_progress: int, last: int) 
 
 
 def test_shares_of_a_microbatch_of_128() -> None:
-    """25, 12, 6, 3, 1, 0 adversarial images of 128 after k growths, as the reference counts them."""
+    """25, 12, 6, 3, 1, 0 adversarial images of 128 after k growths, as the reference counts
+    them."""
     controller, images = ABSA(128, 50_000, patience=1), []
     for epoch in range(1, 7):
         images.append(int(128 * controller.decision.adversarial_share))
@@ -201,7 +228,9 @@ def test_saved_and_restored_continues_the_same() -> None:
     assert resumed.decision == whole.decision
     assert not resumed.is_due(progress(4))
     for epoch, value in enumerate(eigenvalues[4:], 5):
-        assert resumed.update(progress(epoch, 90), reading(value)) == whole.update(progress(epoch, 90), reading(value))
+        assert resumed.update(progress(epoch, 90), reading(value)) == whole.update(
+            progress(epoch, 90), reading(value)
+        )
     assert resumed.state_dict() == whole.state_dict()
     assert all(isinstance(v, (int, float, str, type(None))) for v in whole.state_dict().values())
 
@@ -219,8 +248,14 @@ def test_saved_and_restored_continues_the_same() -> None:
         ({"growth_factor": math.inf}, r"growth_factor must be a finite number > 1, got inf"),
         ({"growth_factor": "2"}, r"growth_factor must be a finite number > 1, got '2'"),
         ({"patience": 0}, r"patience must be a whole number >= 1, got 0"),
-        ({"adversarial_share": -0.1}, r"adversarial_share must be a finite number >= 0 and <= 1, got -0.1"),
-        ({"adversarial_share": 1.1}, r"adversarial_share must be a finite number >= 0 and <= 1, got 1.1"),
+        (
+            {"adversarial_share": -0.1},
+            r"adversarial_share must be a finite number >= 0 and <= 1, got -0.1",
+        ),
+        (
+            {"adversarial_share": 1.1},
+            r"adversarial_share must be a finite number >= 0 and <= 1, got 1.1",
+        ),
         ({"share_decay": 0.5}, r"share_decay must be a finite number >= 1, got 0.5"),
         ({"total_epochs": 0}, r"total_epochs must be a whole number >= 1, got 0"),
     ],
@@ -231,10 +266,14 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 
 
 def test_a_cap_beyond_the_training_set_is_refused_at_once() -> None:
-    with pytest.raises(HessianFlowError, match="max_batch_size must be <= the 1000 training examples, got 1024"):
+    with pytest.raises(
+        HessianFlowError, match="max_batch_size must be <= the 1000 training examples, got 1024"
+    ):
         absa().update(progress(1, examples_per_epoch=1000), reading(100))
 
 
 def test_a_foreign_state_is_refused() -> None:
-    with pytest.raises(HessianFlowError, match=r"state must come from ABSA, but the names \['estimates'\]"):
+    with pytest.raises(
+        HessianFlowError, match=r"state must come from ABSA, but the names \['estimates'\]"
+    ):
         absa().load_state_dict({k: v for k, v in absa().state_dict().items() if k != "estimates"})

@@ -25,7 +25,8 @@ def test_fixed_batch_never_changes_and_is_never_due() -> None:
 
 
 def test_warmup_rises_linearly_to_the_scaled_rate() -> None:
-    """Batch 8192 of reference 256: k = 32 after 5 epochs; half of the ramp, after 2.5 epochs, is 1 + 31/2 = 16.5."""
+    """Batch 8192 of reference 256: k = 32 after 5 epochs; half of the ramp, after 2.5 epochs, is 1
+    + 31/2 = 16.5."""
     controller = Warmup(8192, 256, warmup_epochs=5)
     assert controller.decision == Decision(8192, 1.0)
     assert not controller.is_due(progress(0))
@@ -49,7 +50,14 @@ def test_warmup_of_no_epochs_is_linear_scaling() -> None:
 def test_adabatch_published_setting() -> None:
     """128, 256, 512 with rates 0.1, 0.075, 0.05625 over 60 epochs."""
     decisions = run(AdaBatch(128, 50_000), 59)
-    assert [decisions[e].batch_size for e in (0, 19, 20, 39, 40, 59)] == [128, 128, 256, 256, 512, 512]
+    assert [decisions[e].batch_size for e in (0, 19, 20, 39, 40, 59)] == [
+        128,
+        128,
+        256,
+        256,
+        512,
+        512,
+    ]
     rates = [0.1 * decisions[e].lr_factor for e in (0, 20, 40)]
     assert rates == pytest.approx([0.1, 0.075, 0.05625])
     assert [d.reason for d in decisions[19:22]] == ["", "epoch 20 is a multiple of 20", ""]
@@ -64,7 +72,8 @@ def test_adabatch_under_a_cap_keeps_the_decay_per_example() -> None:
 
 
 def test_grow_instead_of_decay() -> None:
-    """Start 128, rate 0.1, factor 5, cap 1000: 640 at 0.1, then 1000 at 0.03125, then 1000 at 0.00625."""
+    """Start 128, rate 0.1, factor 5, cap 1000: 640 at 0.1, then 1000 at 0.03125, then 1000 at
+    0.00625."""
     decisions = run(GrowInsteadOfDecay(128, 1000, milestones=[60, 120, 160], decay_factor=5), 165)
     events = [decisions[e] for e in (59, 60, 120, 160)]
     assert [d.batch_size for d in events] == [128, 640, 1000, 1000]
@@ -83,7 +92,11 @@ def test_grow_instead_of_decay_makes_up_for_rounding() -> None:
 
 @pytest.mark.parametrize(
     "controller",
-    [Warmup(512, 128), AdaBatch(128, 1024, every_epochs=2), GrowInsteadOfDecay(128, 1024, milestones=[2, 4])],
+    [
+        Warmup(512, 128),
+        AdaBatch(128, 1024, every_epochs=2),
+        GrowInsteadOfDecay(128, 1024, milestones=[2, 4]),
+    ],
 )
 def test_saved_and_restored_continues_the_same(controller: BatchController) -> None:
     start = controller.state_dict()
@@ -100,18 +113,42 @@ def test_saved_and_restored_continues_the_same(controller: BatchController) -> N
     ("make", "message"),
     [
         (lambda: FixedBatch(0), "batch_size must be a whole number >= 1, got 0"),
-        (lambda: FixedBatch(1, 2), "adversarial_share must be a finite number >= 0 and <= 1, got 2"),
+        (
+            lambda: FixedBatch(1, 2),
+            "adversarial_share must be a finite number >= 0 and <= 1, got 2",
+        ),
         (lambda: Warmup(128, 0), "reference_batch_size must be a whole number >= 1, got 0"),
-        (lambda: Warmup(128, 128, warmup_epochs=-1), "warmup_epochs must be a finite number >= 0, got -1"),
+        (
+            lambda: Warmup(128, 128, warmup_epochs=-1),
+            "warmup_epochs must be a finite number >= 0, got -1",
+        ),
         (lambda: AdaBatch(128, 64), "max_batch_size must be >= batch_size 128, got 64"),
-        (lambda: AdaBatch(128, 256, every_epochs=0), "every_epochs must be a whole number >= 1, got 0"),
-        (lambda: AdaBatch(128, 256, growth_factor=1), "growth_factor must be a finite number > 1, got 1"),
+        (
+            lambda: AdaBatch(128, 256, every_epochs=0),
+            "every_epochs must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: AdaBatch(128, 256, growth_factor=1),
+            "growth_factor must be a finite number > 1, got 1",
+        ),
         (lambda: AdaBatch(128, 256, lr_decay=0), "lr_decay must be a finite number > 0, got 0"),
-        (lambda: GrowInsteadOfDecay(1, 2, milestones=[]), r"milestones must be one or more increasing.*got \[\]"),
+        (
+            lambda: GrowInsteadOfDecay(1, 2, milestones=[]),
+            r"milestones must be one or more increasing.*got \[\]",
+        ),
         (lambda: GrowInsteadOfDecay(1, 2, milestones=[3, 3]), r"increasing epochs, got \[3, 3\]"),
-        (lambda: GrowInsteadOfDecay(1, 2, milestones=[0]), "milestones must be a whole number >= 1, got 0"),
-        (lambda: GrowInsteadOfDecay(1, 2, milestones=[1], decay_factor=1), "decay_factor must be a finite number > 1"),
-        (lambda: FixedBatch(128).update(progress(1, examples_per_epoch=100)), "<= the 100 training examples, got 128"),
+        (
+            lambda: GrowInsteadOfDecay(1, 2, milestones=[0]),
+            "milestones must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: GrowInsteadOfDecay(1, 2, milestones=[1], decay_factor=1),
+            "decay_factor must be a finite number > 1",
+        ),
+        (
+            lambda: FixedBatch(128).update(progress(1, examples_per_epoch=100)),
+            "<= the 100 training examples, got 128",
+        ),
     ],
 )
 def test_bad_arguments(make: object, message: str) -> None:
@@ -120,7 +157,8 @@ def test_bad_arguments(make: object, message: str) -> None:
 
 
 def test_warmup_rises_to_what_the_rule_makes_of_the_batch() -> None:
-    """512 is four times 128: under the root the ramp goes from 1 to 2, half-way through its 2 epochs it is at 1.5."""
+    """512 is four times 128: under the root the ramp goes from 1 to 2, half-way through its 2
+    epochs it is at 1.5."""
     controller = Warmup(512, 128, warmup_epochs=2, lr_rule="sqrt")
     assert controller.decision.lr_factor == 1
     assert controller.update(progress(1)).lr_factor == 1.5

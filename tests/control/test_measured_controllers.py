@@ -19,7 +19,9 @@ def progress(epoch: int = 1, updates: int = 0, examples_per_epoch: int = 50_000)
     return Progress(epoch, epoch * examples_per_epoch, updates, examples_per_epoch, 100)
 
 
-def moments(gradient_sq: float, noise: float, small: float = 16, large: float = 64) -> dict[str, float]:
+def moments(
+    gradient_sq: float, noise: float, small: float = 16, large: float = 64
+) -> dict[str, float]:
     """What an observer would report for E||g_b||^2 = gradient_sq + noise / b."""
     return {
         "small_gradient_sq": gradient_sq + noise / small,
@@ -31,7 +33,12 @@ def moments(gradient_sq: float, noise: float, small: float = 16, large: float = 
 
 def test_two_batch_estimate() -> None:
     """Sizes 1 and 4, squared norms 5 and 2: ||G||^2 = 1 and S = 4."""
-    signals = {"small_gradient_sq": 5.0, "small_batch_size": 1, "large_gradient_sq": 2.0, "large_batch_size": 4}
+    signals = {
+        "small_gradient_sq": 5.0,
+        "small_batch_size": 1,
+        "large_gradient_sq": 2.0,
+        "large_batch_size": 4,
+    }
     assert two_batch_estimate(signals) == pytest.approx((1, 4))
 
 
@@ -49,14 +56,16 @@ def test_noise_scale_sets_the_batch() -> None:
 
 
 def test_noise_scale_averages_numerator_and_denominator_apart() -> None:
-    """Shares 1/101 and 1/11 of ||G||^2: their mean 56/1111 gives 1055/56 = 18.84, not the mean of 100 and 10."""
+    """Shares 1/101 and 1/11 of ||G||^2: their mean 56/1111 gives 1055/56 = 18.84, not the mean of
+    100 and 10."""
     controller = NoiseScale(64, 1024, min_batch_size=1, hysteresis=1)
     controller.update(progress(), signals=moments(1, 100))
     assert controller.update(progress(2), signals=moments(1, 10)).batch_size == 19
 
 
 def test_noise_scale_does_not_depend_on_the_size_of_the_gradients() -> None:
-    """Gradients a thousand times smaller in the second epoch: the same decisions as with the same size."""
+    """Gradients a thousand times smaller in the second epoch: the same decisions as with the same
+    size."""
     decisions = []
     for factor in (1, 1e-6):
         controller = NoiseScale(64, 1024, hysteresis=1)
@@ -73,11 +82,15 @@ def test_goodput_chooses_among_the_measured_sizes() -> None:
 
 
 def test_undefined_noise_scale_keeps_the_batch_and_the_average() -> None:
-    """Shares -3/297 then 12/300: the average 0.01495 contains the negative estimate; (1 - 0.01495) / 0.01495 = 65.9."""
+    """Shares -3/297 then 12/300: the average 0.01495 contains the negative estimate; (1 - 0.01495)
+    / 0.01495 = 65.9."""
     controller = NoiseScale(64, 1024, hysteresis=1)
     first = controller.update(progress(), signals=moments(-3, 300))
     assert first.batch_size == 64
-    assert first.reason == "noise scale undefined: ||G||^2 is -0.0101 of ||G||^2 + S, must be between 0 and 1"
+    assert (
+        first.reason
+        == "noise scale undefined: ||G||^2 is -0.0101 of ||G||^2 + S, must be between 0 and 1"
+    )
     assert controller.update(progress(2), signals=moments(12, 288)).batch_size == 66
 
 
@@ -131,7 +144,8 @@ def test_noise_scale_stays_within_its_bounds(gradient_sq: float, noise: float, r
 
 
 def test_cabs_steady_state() -> None:
-    """Rate 0.5, variance 400, loss 2: batch 100; the first step gives 0.5 * 20 / 1.05 = 9.52, hence the floor 16."""
+    """Rate 0.5, variance 400, loss 2: batch 100; the first step gives 0.5 * 20 / 1.05 = 9.52, hence
+    the floor 16."""
     controller = CABS(32, every_updates=1, hysteresis=1)
     signals = {**moments(1, 400), "learning_rate": 0.5, "train_loss": 2.0}
     first = controller.update(progress(updates=1), signals=signals)
@@ -158,9 +172,14 @@ def test_cabs_is_due_by_updates_and_subtracts_the_loss_floor() -> None:
 def test_cabs_ignores_what_is_not_finite() -> None:
     controller = CABS(32, smoothing=0)
     signals = {**moments(1, 400), "learning_rate": 0.5, "train_loss": math.nan}
-    assert "loss nan, rate 0.5 must be finite" in controller.update(progress(updates=1), signals=signals).reason
+    assert (
+        "loss nan, rate 0.5 must be finite"
+        in controller.update(progress(updates=1), signals=signals).reason
+    )
     same = {**moments(1, 400, 8, 8), "learning_rate": 0.5, "train_loss": 1.0}
-    assert controller.update(progress(updates=2), signals=same).reason.startswith("variance unknown: microbatches")
+    assert controller.update(progress(updates=2), signals=same).reason.startswith(
+        "variance unknown: microbatches"
+    )
     assert controller.state_dict()["loss"] == 1
 
 
@@ -171,8 +190,14 @@ def test_gradient_diversity() -> None:
     assert gradient_diversity(2, 0) == math.inf
 
 
-def dive(gradient_sq: float, noise: float, square_of_sum: float, examples: float = 50_000) -> dict[str, float]:
-    return {**moments(gradient_sq, noise), "gradient_sum_sq": square_of_sum, "gradient_examples": examples}
+def dive(
+    gradient_sq: float, noise: float, square_of_sum: float, examples: float = 50_000
+) -> dict[str, float]:
+    return {
+        **moments(gradient_sq, noise),
+        "gradient_sum_sq": square_of_sum,
+        "gradient_examples": examples,
+    }
 
 
 def test_divebatch_worked() -> None:
@@ -195,7 +220,12 @@ def test_divebatch_cap_and_unusable_figures() -> None:
     controller = DiveBatch(128, lr_rule="none")
     assert "not finite" in controller.update(progress(), signals=dive(math.nan, 3, 1)).reason
     assert controller.decision.batch_size == 128
-    for square_of_sum, examples in ((0.0, 50_000), (math.nan, 50_000), (1.0, math.inf), (1.0, math.nan)):
+    for square_of_sum, examples in (
+        (0.0, 50_000),
+        (math.nan, 50_000),
+        (1.0, math.inf),
+        (1.0, math.nan),
+    ):
         decision = controller.update(progress(2), signals=dive(1, 3, square_of_sum, examples))
         assert (decision.batch_size, decision.lr_factor) == (128, 1)
         assert "is not finite" in decision.reason
@@ -215,7 +245,9 @@ def test_divebatch_cap_and_unusable_figures() -> None:
         (DiveBatch(128), dive(1, 3, 300_000)),
     ],
 )
-def test_saved_and_restored_continues_the_same(controller: BatchController, signals: dict[str, float]) -> None:
+def test_saved_and_restored_continues_the_same(
+    controller: BatchController, signals: dict[str, float]
+) -> None:
     middle = [controller.update(progress(e, e), signals=signals) for e in range(1, 4)][-1]
     state = controller.state_dict()
     expected = [controller.update(progress(e, e), signals=signals) for e in range(4, 8)]
@@ -224,26 +256,35 @@ def test_saved_and_restored_continues_the_same(controller: BatchController, sign
     assert [controller.update(progress(e, e), signals=signals) for e in range(4, 8)] == expected
 
 
-@pytest.mark.parametrize("make", [lambda: NoiseScale(64, 1024), lambda: CABS(32), lambda: DiveBatch(128)])
-def test_a_missing_signal_names_itself_and_its_observer(make: Callable[[], BatchController]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: NoiseScale(64, 1024), lambda: CABS(32), lambda: DiveBatch(128)]
+)
+def test_a_missing_signal_names_itself_and_its_observer(
+    make: Callable[[], BatchController],
+) -> None:
     controller = make()
     signals = {**dive(1, 3, 4), "learning_rate": 0.1, "train_loss": 1.0}
     assert controller.needs <= signals.keys()
     for name in controller.needs:
         rest = {key: value for key, value in signals.items() if key != name}
-        with pytest.raises(HessianFlowError, match=f"signals must hold {name}, got .* or attach the GradientObserver"):
+        with pytest.raises(
+            HessianFlowError,
+            match=f"signals must hold {name}, got .* or attach the GradientObserver",
+        ):
             make().update(progress(), signals=rest)
 
 
 @pytest.mark.parametrize(
-    ("rule", "cap", "factor"), [("linear", None, 4), ("sqrt", None, 2), ("none", None, 1), ("linear", 3.0, 3)]
+    ("rule", "cap", "factor"),
+    [("linear", None, 4), ("sqrt", None, 2), ("none", None, 1), ("linear", 3.0, 3)],
 )
 def test_lr_rules(rule: str, cap: float | None, factor: float) -> None:
     assert lr_factor(512, 128, rule, max_factor=cap) == factor  # type: ignore[arg-type]
 
 
 def test_momentum_correction_restores_the_buffer() -> None:
-    """A buffer v = rate * u updated with the corrected momentum is new_rate * (m u + g), for u = 2, g = 3."""
+    """A buffer v = rate * u updated with the corrected momentum is new_rate * (m u + g), for u = 2,
+    g = 3."""
     momentum, old, new = 0.9, 0.1, 0.4
     corrected = momentum_correction(momentum, old, new)
     assert corrected * (old * 2) + new * 3 == pytest.approx(new * (momentum * 2 + 3))
@@ -254,14 +295,38 @@ def test_momentum_correction_restores_the_buffer() -> None:
     [
         (lambda: NoiseScale(0, 1), "batch_size must be a whole number >= 1, got 0"),
         (lambda: NoiseScale(64, 32), "max_batch_size must be >= batch_size 64, got 32"),
-        (lambda: NoiseScale(64, 128, min_batch_size=65), "min_batch_size must be <= batch_size 64, got 65"),
-        (lambda: NoiseScale(64, 128, min_batch_size=0), "min_batch_size must be a whole number >= 1, got 0"),
-        (lambda: NoiseScale(64, 128, hysteresis=0.9), "hysteresis must be a finite number >= 1, got 0.9"),
-        (lambda: NoiseScale(64, 128, smoothing=1.1), "smoothing must be a finite number >= 0 and <= 1, got 1.1"),
-        (lambda: NoiseScale(64, 128, lr_rule="cubic"), "lr_rule must be one of linear, sqrt, none, got 'cubic'"),
-        (lambda: NoiseScale(64, 128, max_lr_factor=0), "max_lr_factor must be a finite number > 0, got 0"),
-        (lambda: NoiseScale(64, 128, adversarial_share=2), "adversarial_share must be a finite number >= 0 and <= 1"),
-        (lambda: NoiseScale(64, 128, seconds_per_batch={32: 1.0}), r"hold a size from 64 to 128, got \[32\]"),
+        (
+            lambda: NoiseScale(64, 128, min_batch_size=65),
+            "min_batch_size must be <= batch_size 64, got 65",
+        ),
+        (
+            lambda: NoiseScale(64, 128, min_batch_size=0),
+            "min_batch_size must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: NoiseScale(64, 128, hysteresis=0.9),
+            "hysteresis must be a finite number >= 1, got 0.9",
+        ),
+        (
+            lambda: NoiseScale(64, 128, smoothing=1.1),
+            "smoothing must be a finite number >= 0 and <= 1, got 1.1",
+        ),
+        (
+            lambda: NoiseScale(64, 128, lr_rule="cubic"),
+            "lr_rule must be one of linear, sqrt, none, got 'cubic'",
+        ),
+        (
+            lambda: NoiseScale(64, 128, max_lr_factor=0),
+            "max_lr_factor must be a finite number > 0, got 0",
+        ),
+        (
+            lambda: NoiseScale(64, 128, adversarial_share=2),
+            "adversarial_share must be a finite number >= 0 and <= 1",
+        ),
+        (
+            lambda: NoiseScale(64, 128, seconds_per_batch={32: 1.0}),
+            r"hold a size from 64 to 128, got \[32\]",
+        ),
         (
             lambda: NoiseScale(64, 128, seconds_per_batch={64: 0.0}),
             r"seconds_per_batch\[64\] must be a finite number > 0",
@@ -277,7 +342,10 @@ def test_momentum_correction_restores_the_buffer() -> None:
         (lambda: CABS(32, smoothing=1), "smoothing must be < 1, got 1"),
         (lambda: DiveBatch(128, delta=0), "delta must be a finite number > 0, got 0"),
         (lambda: lr_factor(1, 0), "reference_batch_size must be a whole number >= 1, got 0"),
-        (lambda: lr_factor(1, 1, "cubic"), "lr_rule must be one of linear, sqrt, none, got 'cubic'"),
+        (
+            lambda: lr_factor(1, 1, "cubic"),
+            "lr_rule must be one of linear, sqrt, none, got 'cubic'",
+        ),
         (lambda: lr_factor(1, 1, max_factor=0), "max_factor must be a finite number > 0, got 0"),
         (lambda: momentum_correction(1, 1, 1), "momentum must be < 1, got 1"),
         (lambda: momentum_correction(-1, 1, 1), "momentum must be a finite number >= 0, got -1"),

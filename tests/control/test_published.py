@@ -29,14 +29,23 @@ def test_predicted_gain_of_the_schedule(name: str, ratio: float) -> None:
         stages = setting.stages(schedule)  # type: ignore[arg-type]
         assert stages[-1].end == setting.phase_ends[-1]
         seconds[schedule] = sum(
-            (s.end - s.start) * setting.plan(sides.index(s.level.resolution), 4, 0, 1.0).base_seconds for s in stages
+            (s.end - s.start)
+            * setting.plan(sides.index(s.level.resolution), 4, 0, 1.0).base_seconds
+            for s in stages
         )
     assert seconds["cyclic"] / seconds[None] == pytest.approx(ratio, abs=5e-5)
 
 
 def test_rates_and_resolutions_by_epoch() -> None:
     setting = PUBLISHED["cifar100"]
-    table = {0: (0.2, 24), 39: (0.2, 24), 40: (0.2, 32), 80: (0.02, 24), 119: (0.02, 32), 120: (0.002, 24)}
+    table = {
+        0: (0.2, 24),
+        39: (0.2, 24),
+        40: (0.2, 32),
+        80: (0.02, 24),
+        119: (0.02, 32),
+        120: (0.002, 24),
+    }
     for epoch, (rate, resolution) in (table | {130: (0.002, 32), 139: (0.002, 32)}).items():
         stage = stage_at(setting.stages("cyclic"), epoch)
         assert stage.level.resolution == resolution

@@ -32,7 +32,9 @@ def test_factor_follows_the_rule_whatever_the_controller_wants(rule, cap, expect
 
 
 def test_bad_rule_and_cap():
-    with pytest.raises(HessianFlowError, match="lr_rule must be one of linear, sqrt, none, got 'cube'"):
+    with pytest.raises(
+        HessianFlowError, match="lr_rule must be one of linear, sqrt, none, got 'cube'"
+    ):
         RateRule(ABSA(8, 64), "cube")  # type: ignore[arg-type]
     with pytest.raises(HessianFlowError, match="max_factor"):
         RateRule(ABSA(8, 64), "linear", max_factor=0)

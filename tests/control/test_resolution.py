@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 import pytest
 
-from hessianflow.control import ABSA, FixedBatch, Level, ProgressiveResolution, Stage, resolution_stages, stage_at
+from hessianflow.control import (
+    ABSA,
+    FixedBatch,
+    Level,
+    ProgressiveResolution,
+    Stage,
+    resolution_stages,
+    stage_at,
+)
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
 
@@ -16,7 +24,16 @@ def test_cyclic_stages_of_the_cifar_setting() -> None:
     """Learning rate 0.2 * 0.1^phase; 140 epochs."""
     stages = resolution_stages([80, 120, 140], CIFAR, "cyclic")
     assert [stage.end for stage in stages] == [40, 80, 100, 120, 130, 140]
-    table = {0: (0, 24), 39: (0, 24), 40: (0, 32), 80: (1, 24), 119: (1, 32), 120: (2, 24), 130: (2, 32), 139: (2, 32)}
+    table = {
+        0: (0, 24),
+        39: (0, 24),
+        40: (0, 32),
+        80: (1, 24),
+        119: (1, 32),
+        120: (2, 24),
+        130: (2, 32),
+        139: (2, 32),
+    }
     for epoch, (phase, resolution) in table.items():
         stage = stage_at(stages, epoch)
         assert (stage.phase, stage.level.resolution) == (phase, resolution)
@@ -84,9 +101,12 @@ def test_controller_follows_the_stages() -> None:
 
 
 def test_absa_takes_a_new_reference_at_every_resolution() -> None:
-    """Without it, the fall from 100 to 30 at epoch 2, where the resolution changes, would count as a decay."""
+    """Without it, the fall from 100 to 30 at epoch 2, where the resolution changes, would count as
+    a decay."""
     stages = resolution_stages([4], [Level(24, 64), Level(32, 32)], "cyclic")
-    controller = ProgressiveResolution(RateRule(ABSA(100, 400, patience=None, adversarial_share=0), "sqrt"), stages)
+    controller = ProgressiveResolution(
+        RateRule(ABSA(100, 400, patience=None, adversarial_share=0), "sqrt"), stages
+    )
     assert controller.needs == {"eigenvalue"}
     sizes = [controller.decision.batch_size]
     for epoch, eigenvalue in enumerate([100.0, 90.0, 30.0, 14.0], start=1):
@@ -101,7 +121,9 @@ def test_absa_takes_a_new_reference_at_every_resolution() -> None:
 
 
 def test_the_batch_is_never_more_than_the_training_set() -> None:
-    controller = ProgressiveResolution(FixedBatch(70), resolution_stages([2, 4], [Level(8, 2), Level(9, 1)], "cyclic"))
+    controller = ProgressiveResolution(
+        FixedBatch(70), resolution_stages([2, 4], [Level(8, 2), Level(9, 1)], "cyclic")
+    )
     assert controller.decision.batch_size == 140
     assert controller.update(Progress(2, 0, 0, 100, 4)).batch_size == 100
 
@@ -109,24 +131,62 @@ def test_the_batch_is_never_more_than_the_training_set() -> None:
 def test_a_controller_without_memory_needs_no_method_for_it() -> None:
     stages = resolution_stages([2], CIFAR, "cyclic")
     for controller in (RateRule(FixedBatch(560), "sqrt"), FixedBatch(560)):
-        assert ProgressiveResolution(controller, stages).update(Progress(1, 0, 0, 50_000, 2)).batch_size == 560
+        assert (
+            ProgressiveResolution(controller, stages)
+            .update(Progress(1, 0, 0, 50_000, 2))
+            .batch_size
+            == 560
+        )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: resolution_stages([], CIFAR, "cyclic"), r"phase_ends must be one or more increasing epochs, got \[\]"),
+        (
+            lambda: resolution_stages([], CIFAR, "cyclic"),
+            r"phase_ends must be one or more increasing epochs, got \[\]",
+        ),
         (lambda: resolution_stages([5, 5], CIFAR, "cyclic"), r"increasing epochs, got \[5, 5\]"),
-        (lambda: resolution_stages([0], CIFAR, "cyclic"), "phase_ends must be a whole number >= 1, got 0"),
-        (lambda: resolution_stages([1], CIFAR, "cyclic"), "must leave 2 epochs for 2 resolutions, got 0 to 1"),
-        (lambda: resolution_stages([9], CIFAR, "once"), "phase_ends must give 2 phases, one a resolution, got 1"),
-        (lambda: resolution_stages([9], CIFAR, "sine"), "must be one of cyclic, once, uniform, got 'sine'"),
-        (lambda: resolution_stages([9], [], "cyclic"), r"one or more increasing resolutions, got \[\]"),
-        (lambda: resolution_stages([9], CIFAR[::-1], "cyclic"), r"increasing resolutions, got \[32, 24\]"),
-        (lambda: resolution_stages([9], [Level(0, 1)], "cyclic"), "resolution must be a whole number >= 1, got 0"),
-        (lambda: resolution_stages([9], [Level(1, 0)], "cyclic"), "batch_size must be a whole number >= 1, got 0"),
-        (lambda: resolution_stages([9], [Level(1, 1, 2)], "cyclic"), "dropout must be a finite number >= 0 and <= 1"),
-        (lambda: ProgressiveResolution(FixedBatch(1), []), "stages must hold at least one stage, got none"),
+        (
+            lambda: resolution_stages([0], CIFAR, "cyclic"),
+            "phase_ends must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: resolution_stages([1], CIFAR, "cyclic"),
+            "must leave 2 epochs for 2 resolutions, got 0 to 1",
+        ),
+        (
+            lambda: resolution_stages([9], CIFAR, "once"),
+            "phase_ends must give 2 phases, one a resolution, got 1",
+        ),
+        (
+            lambda: resolution_stages([9], CIFAR, "sine"),
+            "must be one of cyclic, once, uniform, got 'sine'",
+        ),
+        (
+            lambda: resolution_stages([9], [], "cyclic"),
+            r"one or more increasing resolutions, got \[\]",
+        ),
+        (
+            lambda: resolution_stages([9], CIFAR[::-1], "cyclic"),
+            r"increasing resolutions, got \[32, 24\]",
+        ),
+        (
+            lambda: resolution_stages([9], [Level(0, 1)], "cyclic"),
+            "resolution must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: resolution_stages([9], [Level(1, 0)], "cyclic"),
+            "batch_size must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: resolution_stages([9], [Level(1, 1, 2)], "cyclic"),
+            "dropout must be a finite number >= 0 and <= 1",
+        ),
+        (
+            lambda: ProgressiveResolution(FixedBatch(1), []),
+            "stages must hold at least one stage, got none",
+        ),
     ],
 )
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:

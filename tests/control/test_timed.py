@@ -13,10 +13,19 @@ def at(controller: TimedSchedule, epochs: float) -> Decision:
 
 
 def test_sizes_and_rates_by_epoch() -> None:
-    """Rate over batch stays until epoch 8; at epoch 16 half of the 16 epochs of decay are left, at 24 nothing."""
+    """Rate over batch stays until epoch 8; at epoch 16 half of the 16 epochs of decay are left, at
+    24 nothing."""
     controller = TimedSchedule(128, STAGES, decay_from=8)
     assert controller.decision == Decision(128)
-    assert [at(controller, e).batch_size for e in (1, 2, 3, 4, 7, 8, 20)] == [128, 256, 256, 512, 512, 1024, 1024]
+    assert [at(controller, e).batch_size for e in (1, 2, 3, 4, 7, 8, 20)] == [
+        128,
+        256,
+        256,
+        512,
+        512,
+        1024,
+        1024,
+    ]
     controller = TimedSchedule(128, STAGES, decay_from=8)
     assert [at(controller, e).lr_factor for e in (1, 2, 4, 8)] == [1, 2, 4, 8]
     assert at(controller, 16).lr_factor == 4
@@ -26,7 +35,11 @@ def test_sizes_and_rates_by_epoch() -> None:
 
 def test_every_change_has_a_reason() -> None:
     controller = TimedSchedule(128, STAGES, decay_from=8)
-    assert [at(controller, e).reason for e in (1, 2, 9)] == ["", "planned for epoch 2", "planned for epoch 9"]
+    assert [at(controller, e).reason for e in (1, 2, 9)] == [
+        "",
+        "planned for epoch 2",
+        "planned for epoch 9",
+    ]
     assert at(controller, 10).reason == "planned decay from epoch 8 on"
     assert at(controller, 10).reason == ""
 
@@ -62,13 +75,17 @@ def test_continues_from_its_state() -> None:
         ([], -1, "decay_from must be a finite number >= 0, got -1"),
     ],
 )
-def test_bad_plans_are_refused(stages: list[tuple[int, int]], decay_from: float | None, message: str) -> None:
+def test_bad_plans_are_refused(
+    stages: list[tuple[int, int]], decay_from: float | None, message: str
+) -> None:
     with pytest.raises(HessianFlowError, match=message):
         TimedSchedule(128, stages, decay_from=decay_from)
 
 
 def test_a_size_beyond_the_data_is_refused() -> None:
-    with pytest.raises(HessianFlowError, match="max_batch_size must be <= the 1000 training examples, got 1024"):
+    with pytest.raises(
+        HessianFlowError, match="max_batch_size must be <= the 1000 training examples, got 1024"
+    ):
         TimedSchedule(128, STAGES).update(Progress(1, 1000, 0, 1000, 24))
 
 
@@ -79,5 +96,7 @@ def test_another_rule_scales_the_rate_and_the_decay_stays() -> None:
     assert at(controller, 16).lr_factor == pytest.approx(8**0.5 / 2)
     capped = TimedSchedule(128, STAGES, max_lr_factor=3)
     assert [at(capped, e).lr_factor for e in (2, 4, 8)] == [2, 3, 3]
-    with pytest.raises(HessianFlowError, match="lr_rule must be one of linear, sqrt, none, got 'cube'"):
+    with pytest.raises(
+        HessianFlowError, match="lr_rule must be one of linear, sqrt, none, got 'cube'"
+    ):
         TimedSchedule(128, STAGES, lr_rule="cube")  # type: ignore[arg-type]

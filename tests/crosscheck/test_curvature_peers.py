@@ -61,7 +61,10 @@ def test_finite_differences_would_mislead_on_relu(problem):
     train(single, 20)
     double = classification(conv_net(), (1, 8, 8), 40)
     double.model.load_state_dict(
-        {k: v.double() if v.is_floating_point() else v for k, v in single.model.state_dict().items()}
+        {
+            k: v.double() if v.is_floating_point() else v
+            for k, v in single.model.state_dict().items()
+        }
     )
     operator = HessianOperator(single.model, single.loss_fn, single.pair)
     exact = HessianOperator(double.model, double.loss_fn, double.pair)

@@ -1,4 +1,5 @@
-"""SqueezeNext in pytorchcv's style is pytorchcv's network: the same outputs and gradients for the same weights."""
+"""SqueezeNext in pytorchcv's style is pytorchcv's network: the same outputs and gradients for the
+same weights."""
 
 import sys
 from pathlib import Path
@@ -6,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("pytorchcv", reason="pytorchcv is not installed: pip install --no-deps pytorchcv")
+pytest.importorskip(
+    "pytorchcv", reason="pytorchcv is not installed: pip install --no-deps pytorchcv"
+)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.benchmarks.models import PAIRS, networks
@@ -14,7 +17,8 @@ from experiments.benchmarks.models import PAIRS, networks
 
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS.items())
 def test_same_outputs_and_gradients(theirs: str, ours: str) -> None:
-    """In float64 and training mode, so that batch statistics and every rounding are the same operations."""
+    """In float64 and training mode, so that batch statistics and every rounding are the same
+    operations."""
     torch.manual_seed(0)
     models = networks(theirs, ours, 64)
     images = torch.randn(2, 3, 224, 224, dtype=torch.float64)

@@ -34,7 +34,9 @@ def dense() -> Tensor:
     model = net().double()
     weights = list(model.parameters())
     loss = cross_entropy(model(INPUTS.double()), TARGETS)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, create_graph=True)])
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, weights, create_graph=True)]
+    )
     rows = [torch.autograd.grad(entry, weights, retain_graph=True) for entry in gradient]
     return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
@@ -50,7 +52,9 @@ def mode(request):
 def test_eigenvalues(mode, method):
     model, expected = net(), torch.linalg.eigvalsh(dense())[-1].item()
     with mode:
-        found = top_eigenpairs(HessianOperator(model, cross_entropy, (INPUTS, TARGETS)), method=method, seed=0)
+        found = top_eigenpairs(
+            HessianOperator(model, cross_entropy, (INPUTS, TARGETS)), method=method, seed=0
+        )
         reading = CurvatureProbe(model, cross_entropy, (INPUTS, TARGETS))()
     assert found.converged
     assert reading.converged
@@ -80,13 +84,17 @@ def test_evaluation_in_inference_mode():
     model = net()
     expected = cross_entropy(model(INPUTS), TARGETS).item()
     with torch.inference_mode():
-        assert evaluate(model, (INPUTS, TARGETS), cross_entropy).loss == pytest.approx(expected, rel=1e-6)
+        assert evaluate(model, (INPUTS, TARGETS), cross_entropy).loss == pytest.approx(
+            expected, rel=1e-6
+        )
 
 
 def test_weights_of_inference_mode_are_refused_by_name():
     with torch.inference_mode():
         model = net()
-    with pytest.raises(HessianFlowError, match=r"the parameter '0.weight' was made within torch.inference_mode\(\)"):
+    with pytest.raises(
+        HessianFlowError, match=r"the parameter '0.weight' was made within torch.inference_mode\(\)"
+    ):
         CurvatureProbe(model, cross_entropy, (INPUTS, TARGETS))()
 
 

@@ -29,10 +29,14 @@ def refused(message, kind=HessianFlowError):
 
 def test_nothing_trainable():
     problem = small()
-    with refused("params: no trainable parameter matches 'head.*'; names are like 0.weight, 0.bias, 2.weight"):
+    with refused(
+        "params: no trainable parameter matches 'head.*'; names are like 0.weight, 0.bias, 2.weight"
+    ):
         HessianOperator(problem.model, problem.loss_fn, problem.pair, params="head.*")
     problem.model.requires_grad_(False)
-    with refused(re.escape("Sequential has no trainable parameter; set requires_grad_(True) on some")):
+    with refused(
+        re.escape("Sequential has no trainable parameter; set requires_grad_(True) on some")
+    ):
         HessianOperator(problem.model, problem.loss_fn, problem.pair)
 
 
@@ -46,11 +50,20 @@ def test_complex_parameters():
     ("data", "message"),
     [
         ([], "data is empty: it must hold at least one batch"),
-        (iter([1]), "data must be one pair or a re-iterable of pairs, got a list_iterator that ends after one pass"),
+        (
+            iter([1]),
+            (
+                "data must be one pair or a re-iterable of pairs, got a list_iterator that ends"
+                " after one pass"
+            ),
+        ),
         (torch.ones(3), "data must be a pair .* or an iterable of pairs, got a Tensor"),
         (3, "data must be a pair .* or a re-iterable of pairs, got an int"),
         ([torch.ones(3, 5)], r"a batch must be a pair \(inputs, targets\), got a list of 1"),
-        ([(torch.ones(3, 5), 1, 2)], r"each batch must be a pair .* or a dict, got a tuple of 3; more than one input"),
+        (
+            [(torch.ones(3, 5), 1, 2)],
+            r"each batch must be a pair .* or a dict, got a tuple of 3; more than one input",
+        ),
         ([3], r"each batch must be a pair \(inputs, targets\) or a dict, got an int"),
         ([{1, 2}], r"each batch must be a pair \(inputs, targets\) or a dict, got a set"),
         (
@@ -72,14 +85,18 @@ def test_options_out_of_range():
     with refused("microbatch_size must be at least 1 or None, got 0"):
         HessianOperator(problem.model, problem.loss_fn, problem.pair, microbatch_size=0)
     with refused("norm_mode='batch' needs each batch in one pass, got microbatch_size=4"):
-        HessianOperator(conv_net(), problem.loss_fn, problem.pair, norm_mode="batch", microbatch_size=4)
+        HessianOperator(
+            conv_net(), problem.loss_fn, problem.pair, norm_mode="batch", microbatch_size=4
+        )
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 7])
 def test_weights_or_loss_that_are_not_finite(microbatch_size):
     problem = small()
     with refused("the loss is not finite", NonFiniteError):
-        product(problem.model, lambda o, t: functional.cross_entropy(o, t) * float("inf"), problem.pair)
+        product(
+            problem.model, lambda o, t: functional.cross_entropy(o, t) * float("inf"), problem.pair
+        )
     with torch.no_grad():
         problem.model[0].weight[0, 0] = float("nan")
     with refused("the loss is not finite", NonFiniteError):
@@ -90,8 +107,13 @@ def test_a_second_derivative_that_is_not_finite():
     """x^1.5 at 0: loss and gradient are finite, the second derivative is not."""
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(model.weight)
-    operator = HessianOperator(model, lambda o, t: (o.abs() ** 1.5).mean(), (torch.ones(2, 1).double(), torch.ones(2)))
-    message = "a product with the operator is not finite .* an operation without a second derivative there"
+    operator = HessianOperator(
+        model, lambda o, t: (o.abs() ** 1.5).mean(), (torch.ones(2, 1).double(), torch.ones(2))
+    )
+    message = (
+        "a product with the operator is not finite .* an operation without a second derivative"
+        " there"
+    )
     with refused(message, NonFiniteError):
         top_eigenpairs(operator, seed=0)
     one = torch.ones(1).double()
@@ -104,7 +126,9 @@ def test_a_second_derivative_that_is_not_finite():
         with refused(message, NonFiniteError):
             multiply()
     with refused("the vector is not finite", NonFiniteError):
-        HessianOperator(model, functional.mse_loss, (torch.ones(2, 1).double(), torch.ones(2, 1).double())) @ (one / 0)
+        HessianOperator(
+            model, functional.mse_loss, (torch.ones(2, 1).double(), torch.ones(2, 1).double())
+        ) @ (one / 0)
 
 
 def test_a_large_product_is_no_infinite_one():
@@ -137,7 +161,12 @@ class OnceOnly(torch.autograd.Function):
 def test_an_operation_without_second_derivative_is_named(microbatch_size):
     problem = small()
     with refused("the loss has no second derivative: OnceOnly is once_differentiable"):
-        product(problem.model, lambda o, t: OnceOnly.apply(o).mean(), problem.pair, microbatch_size=microbatch_size)
+        product(
+            problem.model,
+            lambda o, t: OnceOnly.apply(o).mean(),
+            problem.pair,
+            microbatch_size=microbatch_size,
+        )
 
 
 def test_a_built_in_operation_without_second_derivative_is_named():
@@ -151,7 +180,10 @@ def test_a_built_in_operation_without_second_derivative_is_named():
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0]
 
     data = (torch.ones(1, 1, 4, 4), torch.zeros(1))
-    with refused("the loss has no second derivative: '_scaled_dot_product_flash_attention_for_cpu_backward' has none"):
+    with refused(
+        "the loss has no second derivative: '_scaled_dot_product_flash_attention_for_cpu_backward'"
+        " has none"
+    ):
         product(Fused(), lambda o, t: (o**2).mean(), data)
 
 
@@ -164,7 +196,10 @@ def test_dropout_that_stays_on_is_noticed():
         def forward(self, x):
             return self.body(functional.dropout(x, 0.5))  # training=True whatever the mode
 
-    problem, message = small(), "the loss changed from .* between two products at the same weights; switch off dropout"
+    problem, message = (
+        small(),
+        "the loss changed from .* between two products at the same weights; switch off dropout",
+    )
     for microbatch_size in (None, 7):
         with refused(message):
             product(Random(), problem.loss_fn, problem.pair, microbatch_size=microbatch_size)

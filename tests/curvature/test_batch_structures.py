@@ -1,6 +1,7 @@
 """The matrix of a batch does not depend on what holds its tensors, nor on how it is cut.
 
-Oracle: the dense Hessian that `torch.func` finds for the loss of the whole batch, written out without any batch.
+Oracle: the dense Hessian that `torch.func` finds for the loss of the whole batch, written out
+without any batch.
 """
 
 from collections import UserDict
@@ -38,7 +39,9 @@ class Net(nn.Module):
         if isinstance(part, Tensor):
             return self.linear(part)
         x = part.x if isinstance(part, Record) else part["x"]
-        return self.linear(x) * (part["scale"] if not isinstance(part, Record) and "scale" in part else 1)
+        return self.linear(x) * (
+            part["scale"] if not isinstance(part, Record) and "scale" in part else 1
+        )
 
 
 def problem() -> tuple[Net, Tensor, Tensor]:
@@ -89,7 +92,8 @@ def test_one_mapping_as_the_batch(make, size, several):
 
 
 def test_entries_of_another_length_count_whole_and_are_not_cut():
-    """In one pass nothing is cut, so prototypes of any number are right; microbatches are refused by name."""
+    """In one pass nothing is cut, so prototypes of any number are right; microbatches are refused
+    by name."""
     net, x, y = problem()
     batch = {"p": torch.ones(100, 3).double() / 50, "x": x, "y": y}
     loss = lambda model, b: cross_entropy(model(b["x"]) * b["p"].sum(0), b["y"])  # noqa: E731
@@ -97,7 +101,8 @@ def test_entries_of_another_length_count_whole_and_are_not_cut():
     torch.testing.assert_close(whole.dense(), dense(2.0), rtol=1e-12, atol=1e-14)
     assert whole.num_examples == N
     with pytest.raises(
-        HessianFlowError, match=rf"batch\['p'\] has 100 rows in a batch of {N} examples and cannot be cut"
+        HessianFlowError,
+        match=rf"batch\['p'\] has 100 rows in a batch of {N} examples and cannot be cut",
     ):
         HessianOperator(net, loss, batch, microbatch_size=8).dense()
 
@@ -106,7 +111,9 @@ def test_fisher_takes_targets_that_hold_more_than_rows():
     net, x, y = problem()
     structured = {"labels": y, "smoothing": torch.tensor(0.125).double()}
     loss = lambda o, t: cross_entropy(o, t["labels"], label_smoothing=float(t["smoothing"]))  # noqa: E731
-    plain = FisherOperator(net, lambda o, t: cross_entropy(o, t, label_smoothing=0.125), (x, y)).dense()
+    plain = FisherOperator(
+        net, lambda o, t: cross_entropy(o, t, label_smoothing=0.125), (x, y)
+    ).dense()
     for size in (None, 5):
         found = FisherOperator(net, loss, (x, structured), microbatch_size=size).dense()
         torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-14)
@@ -132,6 +139,8 @@ def test_a_probe_says_at_once_that_a_loader_is_no_batch():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4)
     calls = []
     probe = CurvatureProbe(net, lambda o, t: calls.append(1) or mse_loss(o, t), loader)
-    with pytest.raises(HessianFlowError, match=r"found none in a DataLoader: pass batches, such as next\(iter"):
+    with pytest.raises(
+        HessianFlowError, match=r"found none in a DataLoader: pass batches, such as next\(iter"
+    ):
         probe()
     assert not calls

@@ -25,7 +25,8 @@ def over_bulk(*lead):
 
 
 def missed(values, truth, tol, seeds=60, **options):
-    """How many starts end further than the tolerance from the truth, and how many from all values."""
+    """How many starts end further than the tolerance from the truth, and how many from all
+    values."""
     wrong = between = 0
     for seed in range(seeds):
         result = top_eigenpairs(diagonal(values), tol=tol, seed=seed, **options)
@@ -194,20 +195,25 @@ def test_a_residual_rule_that_means_nothing_is_refused(options, message):
 @pytest.mark.parametrize("size", [3, 4, 5, 8, 15])
 @pytest.mark.parametrize("tol", [1e-2, 1e-3])
 def test_of_few_rows_the_leading_value_is_never_missed(size, tol):
-    """A start with next to no part in the leading vector settles on another one after two products."""
+    """A start with next to no part in the leading vector settles on another one after two
+    products."""
     source = np.random.default_rng(size)
     for seed in range(100):
         basis, _ = np.linalg.qr(source.standard_normal((size, size)))
         matrix = (basis * source.standard_normal(size)) @ basis.T
         matrix = torch.from_numpy((matrix + matrix.T) / 2)
-        result = top_eigenpairs(CallableOperator(matrix.mv, size, torch.float64), 1, tol=tol, seed=seed)
+        result = top_eigenpairs(
+            CallableOperator(matrix.mv, size, torch.float64), 1, tol=tol, seed=seed
+        )
         exact = np.abs(np.linalg.eigvalsh(matrix.numpy())).max()
         assert result.converged
         assert abs(abs(float(result.values[0])) - exact) <= tol * exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("diagonal", [(2.0,) * 7, (0.0,) * 7, (0.0,) * 6 + (-3.0,), (1.0, -1.0, 0.0)])
+@pytest.mark.parametrize(
+    "diagonal", [(2.0,) * 7, (0.0,) * 7, (0.0,) * 6 + (-3.0,), (1.0, -1.0, 0.0)]
+)
 def test_few_rows_that_lead_nowhere_new_are_taken_all_the_same(diagonal, dtype):
     entries = torch.tensor(diagonal, dtype=dtype)
     result = top_eigenpairs(CallableOperator(lambda v: entries * v, len(diagonal), dtype), seed=0)

@@ -1,4 +1,5 @@
-"""A batch is cut only where a row of the outputs is that of its example; the oracle is the batch in one pass."""
+"""A batch is cut only where a row of the outputs is that of its example; the oracle is the batch in
+one pass."""
 
 import pytest
 import torch
@@ -73,8 +74,12 @@ def test_a_first_dimension_of_one_is_the_other_way_out(function, microbatch_size
     torch.manual_seed(0)
     inputs, targets = data()
     inputs["shared"] = inputs["shared"][None]
-    net = Reads(lambda net, inputs: function(net, {**inputs, "shared": inputs["shared"].squeeze(0)}))
-    parts = HessianOperator(net, F.cross_entropy, (inputs, targets), microbatch_size=microbatch_size)
+    net = Reads(
+        lambda net, inputs: function(net, {**inputs, "shared": inputs["shared"].squeeze(0)})
+    )
+    parts = HessianOperator(
+        net, F.cross_entropy, (inputs, targets), microbatch_size=microbatch_size
+    )
     whole = HessianOperator(net, F.cross_entropy, (inputs, targets))
     v = torch.ones(whole.size)
     torch.testing.assert_close(parts @ v, whole @ v, rtol=1e-4, atol=1e-6)
@@ -102,7 +107,9 @@ def test_it_is_made_once_on_a_few_examples_and_leaves_no_trace():
     net, state = Counting(), torch.get_rng_state()
     batch = torch.randn(12, WIDTH), torch.arange(12) % CLASSES
     state = torch.get_rng_state()
-    operator = HessianOperator(net, F.cross_entropy, batch, microbatch_size=6, check_deterministic=False)
+    operator = HessianOperator(
+        net, F.cross_entropy, batch, microbatch_size=6, check_deterministic=False
+    )
     for _ in range(2):
         operator.matvec(torch.ones(operator.size))
     operator.mean_loss()
@@ -110,7 +117,9 @@ def test_it_is_made_once_on_a_few_examples_and_leaves_no_trace():
     assert float(net.seen) == 0
     assert torch.equal(torch.get_rng_state(), state)
     whole = Counting()
-    operator = HessianOperator(whole, F.cross_entropy, batch, microbatch_size=12, check_deterministic=False)
+    operator = HessianOperator(
+        whole, F.cross_entropy, batch, microbatch_size=12, check_deterministic=False
+    )
     operator.matvec(torch.ones(operator.size))
     assert whole.rows == [12]  # nothing is cut
 
@@ -139,13 +148,18 @@ class Sequences(nn.Module):
     def forward(self, inputs):
         longest = int(inputs["length"].max())
         outputs = self.head(inputs["x"][:, :longest])
-        return outputs.masked_fill((torch.arange(longest) >= inputs["length"][:, None])[..., None], 0)
+        return outputs.masked_fill(
+            (torch.arange(longest) >= inputs["length"][:, None])[..., None], 0
+        )
 
 
 def test_outputs_as_long_as_the_longest_of_a_part_are_no_fault():
     torch.manual_seed(0)
     inputs = {"x": torch.randn(ROWS, 9, WIDTH), "length": torch.tensor([4, 5, 8, 3, 9, 6])}
     operator = HessianOperator(
-        Sequences(), lambda o, t: o.square().sum((1, 2)).mean(), (inputs, torch.zeros(ROWS)), microbatch_size=2
+        Sequences(),
+        lambda o, t: o.square().sum((1, 2)).mean(),
+        (inputs, torch.zeros(ROWS)),
+        microbatch_size=2,
     )
     assert operator.matvec(torch.ones(operator.size)).isfinite().all()

@@ -1,4 +1,5 @@
-"""Spectral density: exact quadrature where theory says so, and distances to a known spectrum elsewhere."""
+"""Spectral density: exact quadrature where theory says so, and distances to a known spectrum
+elsewhere."""
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ MATRIX = symmetric(SPECTRUM)
 
 
 def test_moments_are_exact_for_the_start_vector():
-    """Gauss quadrature with m nodes integrates polynomials up to degree 2m - 1: v^T A^p v, with the same v."""
+    """Gauss quadrature with m nodes integrates polynomials up to degree 2m - 1: v^T A^p v, with the
+    same v."""
     from hessianflow.curvature.vectors import gaussian, generator
 
     operator = operator_of(MATRIX)
@@ -39,16 +41,24 @@ def test_weights_are_shares_and_shapes_are_as_stated():
 
 
 def test_close_to_the_exact_distribution_and_closer_with_more_probes():
-    few, many = (spectral_density(operator_of(MATRIX), num_probes=n, steps=30, seed=0) for n in (1, 30))
-    distance = [wasserstein_distance(d.nodes.flatten(), SPECTRUM, d.weights.flatten()) for d in (few, many)]
+    few, many = (
+        spectral_density(operator_of(MATRIX), num_probes=n, steps=30, seed=0) for n in (1, 30)
+    )
+    distance = [
+        wasserstein_distance(d.nodes.flatten(), SPECTRUM, d.weights.flatten()) for d in (few, many)
+    ]
     assert distance[1] < distance[0]
-    # The mass of one eigenvalue of 80 varies as 1/80 sqrt(2/30) over 30 probes, and the top one moves it by 10.
+    # The mass of one eigenvalue of 80 varies as 1/80 sqrt(2/30) over 30 probes, and the top one
+    # moves it by 10.
     assert distance[1] < 4 * 10 / 80 * (2 / 30) ** 0.5
 
 
 def test_no_copies_of_the_top_eigenvalue_after_many_steps():
     found = spectral_density(
-        operator_of(symmetric([100.0, *torch.linspace(0, 1, 199).tolist()])), num_probes=1, steps=150, seed=0
+        operator_of(symmetric([100.0, *torch.linspace(0, 1, 199).tolist()])),
+        num_probes=1,
+        steps=150,
+        seed=0,
     )
     assert int((found.nodes > 50).sum()) == 1
 
@@ -57,7 +67,9 @@ def test_breakdown_ends_early_and_exactly():
     matrix = symmetric([2.0] * 10 + [-1.0] * 30)
     found = spectral_density(operator_of(matrix), num_probes=2, steps=20, seed=0)
     assert found.matvecs == 4
-    assert found.nodes.unique().tolist() == pytest.approx([-1.0, -1.0, 2.0, 2.0], abs=1e-9) or found.nodes.shape == (
+    assert found.nodes.unique().tolist() == pytest.approx(
+        [-1.0, -1.0, 2.0, 2.0], abs=1e-9
+    ) or found.nodes.shape == (
         2,
         2,
     )
@@ -92,11 +104,14 @@ def test_smoothed_density_integrates_to_one_and_shows_the_spread():
 
 
 def test_smoothing_is_the_stated_gaussian():
-    single = SpectralDensity(torch.tensor([[1.0, 3.0]]).double(), torch.tensor([[0.25, 0.75]]).double(), 4, 2)
+    single = SpectralDensity(
+        torch.tensor([[1.0, 3.0]]).double(), torch.tensor([[0.25, 0.75]]).double(), 4, 2
+    )
     smooth = single.smoothed(3, width=0.5, limits=(1.0, 3.0))
     normal = torch.distributions.Normal(0.0, 0.5)
     expected = [
-        0.25 * normal.log_prob(torch.tensor(a)).exp() + 0.75 * normal.log_prob(torch.tensor(b)).exp()
+        0.25 * normal.log_prob(torch.tensor(a)).exp()
+        + 0.75 * normal.log_prob(torch.tensor(b)).exp()
         for a, b in ((0.0, 2.0), (1.0, 1.0), (2.0, 0.0))
     ]
     assert smooth.density.tolist() == pytest.approx([float(e) for e in expected], rel=1e-5)
@@ -106,16 +121,21 @@ def test_smoothing_is_the_stated_gaussian():
 
 def test_bad_arguments_are_refused():
     operator = operator_of(MATRIX)
-    with pytest.raises(HessianFlowError, match="num_probes and steps must be at least 1, got 0 and 5"):
+    with pytest.raises(
+        HessianFlowError, match="num_probes and steps must be at least 1, got 0 and 5"
+    ):
         spectral_density(operator, num_probes=0, steps=5)
     with pytest.raises(NonFiniteError, match="is not finite"):
         spectral_density(CallableOperator(lambda v: v * float("inf"), 4), num_probes=1, steps=2)
-    with pytest.raises(HessianFlowError, match="points must be at least 2 and width positive, got 1 and None"):
+    with pytest.raises(
+        HessianFlowError, match="points must be at least 2 and width positive, got 1 and None"
+    ):
         spectral_density(operator, num_probes=1, steps=2, seed=0).smoothed(1)
 
 
 def test_nodes_of_a_tiny_float32_matrix():
-    """Squares of its entries are 0 in float32: a norm of 0 would pass for a breakdown after one step."""
+    """Squares of its entries are 0 in float32: a norm of 0 would pass for a breakdown after one
+    step."""
     matrix = symmetric([3.0, 2.0, 1.0])
     found = spectral_density(operator_of((1e-25 * matrix).float()), num_probes=1, steps=3, seed=0)
     assert (1e25 * found.nodes[0]) == pytest.approx([1.0, 2.0, 3.0], rel=1e-4)

@@ -1,6 +1,8 @@
-"""Whatever makes products wrong without a word is seen by a difference of gradients, and nothing else is.
+"""Whatever makes products wrong without a word is seen by a difference of gradients, and nothing
+else is.
 
-experiments/benchmarks/differences.py counts false alarms over hundreds of networks; here are a dozen.
+experiments/benchmarks/differences.py counts false alarms over hundreds of networks; here are a
+dozen.
 """
 
 import pytest
@@ -63,7 +65,9 @@ FAULTS = {
     "through .data": lambda a: a * torch.sigmoid(a.data),
     "through NumPy": lambda a: a * torch.from_numpy(a.detach().numpy() ** 2),
 }
-UNSEEN_IN_THE_GRAPH = {name: fault for name, fault in FAULTS.items() if not hasattr(fault, "__self__")}
+UNSEEN_IN_THE_GRAPH = {
+    name: fault for name, fault in FAULTS.items() if not hasattr(fault, "__self__")
+}
 
 
 class Faulty(nn.Module):
@@ -88,10 +92,15 @@ class TestFaults:
             pytest.skip("NumPy has no bfloat16")
         problem = faulty(fault, dtype)
         operator = HessianOperator(
-            problem.model, problem.loss_fn, problem.pair, microbatch_size=microbatch_size, check_product=True
+            problem.model,
+            problem.loss_fn,
+            problem.pair,
+            microbatch_size=microbatch_size,
+            check_product=True,
         )
         with pytest.raises(
-            HessianFlowError, match=r"a product is .*% off from a difference of gradients.*check_product=F"
+            HessianFlowError,
+            match=r"a product is .*% off from a difference of gradients.*check_product=F",
         ):
             operator @ torch.ones(operator.size, dtype=operator.dtype)
 
@@ -100,7 +109,9 @@ class TestFaults:
     def test_of_matrices_of_first_derivatives(self, fault, kind):
         problem = faulty(FAULTS[fault])
         with pytest.raises(HessianFlowError, match="off from a difference of gradients"):
-            top_eigenpairs(kind(problem.model, problem.loss_fn, problem.pair, check_product=True), seed=0)
+            top_eigenpairs(
+                kind(problem.model, problem.loss_fn, problem.pair, check_product=True), seed=0
+            )
 
     @pytest.mark.parametrize("kind", [GGNOperator, FisherOperator])
     def test_what_is_right_in_first_derivatives(self, kind):
@@ -111,7 +122,9 @@ class TestFaults:
 
     def test_of_the_loss_in_the_gauss_newton_matrix(self):
         problem = classification(mlp((4, 6, 3)), (4,), 20, 3)
-        operator = GGNOperator(problem.model, lambda o, t: F.cross_entropy(KeptOnContext.apply(o), t), problem.pair)
+        operator = GGNOperator(
+            problem.model, lambda o, t: F.cross_entropy(KeptOnContext.apply(o), t), problem.pair
+        )
         with pytest.raises(HessianFlowError, match=r"look at KeptOnContext"):
             operator @ torch.ones(operator.size).double()
 
@@ -122,8 +135,12 @@ class TestFaults:
         class Shifted(KeptOnContext):
             pass
 
-        problem.model[1].register_forward_hook(lambda module, inputs, outputs: Shifted.apply(outputs))
-        with pytest.raises(HessianFlowError, match=r"off from .* at [02]\.(weight|bias): .*look at Shifted"):
+        problem.model[1].register_forward_hook(
+            lambda module, inputs, outputs: Shifted.apply(outputs)
+        )
+        with pytest.raises(
+            HessianFlowError, match=r"off from .* at [02]\.(weight|bias): .*look at Shifted"
+        ):
             top_eigenpairs(HessianOperator(problem.model, problem.loss_fn, problem.pair), seed=0)
 
     def test_a_small_fault_in_one_layer_is_seen(self):
@@ -142,7 +159,10 @@ class TestFaults:
                 detached = outputs if self.is_right else outputs.detach()
                 return outputs + 1e-3 * detached * self.model.scale
 
-        right, wrong = (HessianOperator(Scaled(r), problem.loss_fn, problem.pair, check_product=False) for r in (1, 0))
+        right, wrong = (
+            HessianOperator(Scaled(r), problem.loss_fn, problem.pair, check_product=False)
+            for r in (1, 0)
+        )
         v = torch.randn(right.size, generator=torch.Generator().manual_seed(0)).double()
         assert (wrong @ v - right @ v).norm() < 1e-3 * (right @ v).norm()
         HessianOperator(Scaled(True), problem.loss_fn, problem.pair, check_product=True) @ v
@@ -180,7 +200,9 @@ class TestWhen:
         first = len(calls)
         assert (
             first == 4
-        )  # to see whether the loss repeats, the graph, and the check: at the weights and a step further
+            # to see whether the loss repeats, the graph, and the check: at the weights and a step
+            # further
+        )
         for _ in range(120):
             operator @ v
         assert len(calls) == first
@@ -214,7 +236,10 @@ class TestWhen:
     def test_over_all_ranks(self):
         problem = faulty(FAULTS["detached"])
         probe = CurvatureProbe(
-            problem.model, problem.loss_fn, problem.pair, operator=sharded(LocalReducer(), HessianOperator)
+            problem.model,
+            problem.loss_fn,
+            problem.pair,
+            operator=sharded(LocalReducer(), HessianOperator),
         )
         with pytest.raises(HessianFlowError, match="off from a difference"):
             probe()
@@ -223,7 +248,12 @@ class TestWhen:
         problem = faulty(FAULTS["detached"])
         with pytest.raises(HessianFlowError, match="off from a difference"):
             spectrum_report(problem.model, problem.loss_fn, problem.pair, k=1)
-        assert spectrum_report(problem.model, problem.loss_fn, problem.pair, k=1, check_product=False).size == 51
+        assert (
+            spectrum_report(
+                problem.model, problem.loss_fn, problem.pair, k=1, check_product=False
+            ).size
+            == 51
+        )
 
 
 class Rounding(nn.Module):
@@ -250,7 +280,8 @@ class SinglePrecision(nn.Module):
 
 class Dropping(nn.Module):
     def forward(self, x):
-        return x + torch.round(2000 * x.detach()) / 2000 - x.detach()  # a straight-through estimator
+        # a straight-through estimator
+        return x + torch.round(2000 * x.detach()) / 2000 - x.detach()
 
 
 class Tied(nn.Module):
@@ -296,7 +327,13 @@ class Padded(nn.Module):
 def on_kinks():
     """Black borders, no biases: as many units are at 0 exactly, where relu has no derivative."""
     model = nn.Sequential(
-        *(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+        *(
+            nn.Conv2d(1, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(256, 10),
+        )
     )
     problem, options = trained(model, (1, 8, 8), steps=0)
     problem.inputs[:, :, :4] = 0
@@ -310,10 +347,14 @@ HEALTHY = {
     ),
     "16 bits": lambda: trained(mlp((4, 6, 3), dtype=torch.bfloat16), (4,), 3),
     "convolutions": lambda: trained(conv_net(dtype=torch.float32), (1, 8, 8)),
-    "statistics of the batch": lambda: trained(conv_net(dtype=torch.float32), (1, 8, 8), norm_mode="batch"),
+    "statistics of the batch": lambda: trained(
+        conv_net(dtype=torch.float32), (1, 8, 8), norm_mode="batch"
+    ),
     "rounds to float32": lambda: trained(Rounding(mlp((4, 6, 3)), torch.float32), (4,), 3),
     "rounds to 16 bits": lambda: trained(Rounding(mlp((4, 6, 3)), torch.bfloat16), (4,), 3),
-    "straight-through": lambda: trained(nn.Sequential(mlp((4, 6)), Dropping(), nn.Linear(6, 3).double()), (4,), 3),
+    "straight-through": lambda: trained(
+        nn.Sequential(mlp((4, 6)), Dropping(), nn.Linear(6, 3).double()), (4,), 3
+    ),
     "float32 only": lambda: trained(SinglePrecision(mlp((4, 6, 3), dtype=torch.float32)), (4,), 3),
     "tied and partly frozen": lambda: trained(initialised(Tied(), 0), (4,), 3),
     "recurrent": lambda: trained(initialised(Recurrent(), 0), (5, 3), 3),
@@ -333,7 +374,9 @@ def zeroed(layer):
 
 def snapshot(model, loss):
     tensors = [*model.parameters(), *model.buffers(), *loss.parameters(), *loss.buffers()]
-    return [(t, t.data_ptr(), t._version, t.requires_grad, t.dtype, t.detach().clone()) for t in tensors]
+    return [
+        (t, t.data_ptr(), t._version, t.requires_grad, t.dtype, t.detach().clone()) for t in tensors
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated in favor of.*:FutureWarning")
@@ -342,7 +385,10 @@ def snapshot(model, loss):
 def test_healthy_models_pass_and_are_as_found(make, kind):
     problem, options = make()
     loss = nn.CrossEntropyLoss(label_smoothing=0.1)
-    loss.register_buffer("weight", torch.ones(len(problem.targets.unique()) and 10 if problem.inputs.ndim == 4 else 3))
+    loss.register_buffer(
+        "weight",
+        torch.ones(len(problem.targets.unique()) and 10 if problem.inputs.ndim == 4 else 3),
+    )
     loss.weight = loss.weight.to(problem.inputs.dtype)
     for parameter in problem.model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -362,18 +408,26 @@ def test_healthy_models_pass_and_are_as_found(make, kind):
         assert torch.equal(value, value_now)
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in problem.model.parameters())
     for name, module in problem.model.named_modules():
-        tensors = {key: value for key, value in held[name].items() if isinstance(value, torch.Tensor)}
-        # Those that a forward pass sets anew, as the older spectral normalisation does, are of the type of the model.
+        tensors = {
+            key: value for key, value in held[name].items() if isinstance(value, torch.Tensor)
+        }
+        # Those that a forward pass sets anew, as the older spectral normalisation does, are of the
+        # type of the model.
         assert all(vars(module)[key].dtype == value.dtype for key, value in tensors.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("embedding", "tied"),
-    [({"padding_idx": 0}, False), ({"padding_idx": -7, "sparse": True}, False), ({"padding_idx": 1}, True)],
+    [
+        ({"padding_idx": 0}, False),
+        ({"padding_idx": -7, "sparse": True}, False),
+        ({"padding_idx": 1}, True),
+    ],
 )
 def test_rows_for_padding_are_constants(kind, embedding, tied):
-    """The loss depends on them, but torch gives them no gradient: no fault, and frequent in models of language."""
+    """The loss depends on them, but torch gives them no gradient: no fault, and frequent in models
+    of language."""
     torch.manual_seed(0)
     model = Padded(nn.Embedding(9, 4, **embedding), tied)
     pair = torch.randint(0, 3, (16, 5)), torch.randint(0, 3, (16,))

@@ -1,4 +1,5 @@
-"""Oracles: torch's own second derivatives of the same layers in float64, and finite differences (gradgradcheck)."""
+"""Oracles: torch's own second derivatives of the same layers in float64, and finite differences
+(gradgradcheck)."""
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def second_gradients(layer, x, mode):
-    """The derivatives by everything of a random direction's slope along the gradient of a curved function."""
+    """The derivatives by everything of a random direction's slope along the gradient of a curved
+    function."""
     torch.manual_seed(1)
     leaves = [x.clone().requires_grad_(), *layer.parameters()]
     with mode:
@@ -44,7 +46,9 @@ NORMALISATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS + NORMALISATIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("layer", "shape"), CONVOLUTIONS + NORMALISATIONS, ids=lambda value: str(value)
+)
 def test_all_second_derivatives_are_torchs(layer, shape):
     torch.manual_seed(0)
     layer = layer.double().eval()
@@ -59,7 +63,10 @@ def test_all_second_derivatives_are_torchs(layer, shape):
 
 def test_second_derivatives_are_those_of_finite_differences():
     torch.manual_seed(0)
-    x, w, s = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((2, 2, 3, 3), (2, 2, 2, 2), 2))
+    x, w, s = (
+        torch.randn(shape, dtype=torch.float64).requires_grad_()
+        for shape in ((2, 2, 3, 3), (2, 2, 2, 2), 2)
+    )
     mean, var = torch.randn(2, dtype=torch.float64), torch.rand(2, dtype=torch.float64) + 0.5
 
     def function(x, w, s):
@@ -105,14 +112,18 @@ class Raw(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.v, self.g = nn.Parameter(torch.randn(3, 4).double()), nn.Parameter(torch.ones(3, 1).double())
+        self.v, self.g = (
+            nn.Parameter(torch.randn(3, 4).double()),
+            nn.Parameter(torch.ones(3, 1).double()),
+        )
 
     def forward(self, x):
         return x @ torch._weight_norm(self.v, self.g, 0).T
 
 
 def test_weight_normalisation_against_differences_of_gradients():
-    # The oracle uses first derivatives only: torch's second derivative of this kernel is off by half its size.
+    # The oracle uses first derivatives only: torch's second derivative of this kernel is off by
+    # half its size.
     model = weight_normed(nn.utils.parametrizations.weight_norm)
     x, y = torch.randn(7, 4).double(), torch.randint(3, (7,))
     operator = HessianOperator(model, nn.CrossEntropyLoss(), (x, y))
@@ -131,12 +142,16 @@ def test_weight_normalisation_against_differences_of_gradients():
 
 
 def test_weight_normalisation_that_cannot_be_replaced_is_refused():
-    operator = HessianOperator(Raw(), nn.CrossEntropyLoss(), (torch.randn(7, 4).double(), torch.randint(3, (7,))))
+    operator = HessianOperator(
+        Raw(), nn.CrossEntropyLoss(), (torch.randn(7, 4).double(), torch.randint(3, (7,)))
+    )
     with pytest.raises(HessianFlowError, match="_weight_norm has a wrong second derivative"):
         operator @ torch.ones(operator.size).double()
 
 
-@pytest.mark.parametrize(("model", "entered"), [(conv_net(), True), (mlp(), False)], ids=["conv net", "mlp"])
+@pytest.mark.parametrize(
+    ("model", "entered"), [(conv_net(), True), (mlp(), False)], ids=["conv net", "mlp"]
+)
 def test_an_operator_uses_the_cheap_kernels_where_there_are_some(model, entered, monkeypatch):
     made = []
 
@@ -165,7 +180,13 @@ class Functional(nn.Module):
 
 @pytest.mark.parametrize(
     ("model", "expected"),
-    [(mlp(), False), (nn.LayerNorm(3), False), (nn.BatchNorm1d(3), True), (conv_net(), True), (Functional(), True)],
+    [
+        (mlp(), False),
+        (nn.LayerNorm(3), False),
+        (nn.BatchNorm1d(3), True),
+        (conv_net(), True),
+        (Functional(), True),
+    ],
     ids=["mlp", "layer norm", "batch norm", "conv net", "functional"],
 )
 def test_models_without_anything_to_replace_are_told(model, expected):
@@ -189,7 +210,9 @@ def test_the_hessian_in_float32_is_that_in_float64():
     double = HessianOperator(nn.Sequential(*layers), problem.loss_fn, problem.pair)
     v = torch.randn(double.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = double @ v
-    single = HessianOperator(nn.Sequential(*layers).float(), problem.loss_fn, (problem.inputs.float(), problem.targets))
+    single = HessianOperator(
+        nn.Sequential(*layers).float(), problem.loss_fn, (problem.inputs.float(), problem.targets)
+    )
     error = (single @ v.float()).double() - expected
     assert error.norm() < 1e-5 * expected.norm()
 
@@ -209,7 +232,9 @@ def test_a_checkpointed_part_is_left_to_torch():
     train(problem, 10)
     model = problem.model.eval()
     plain = HessianOperator(model, problem.loss_fn, problem.pair)
-    operator = HessianOperator(nn.Sequential(Checkpointed(model[:6]), model[6:]), problem.loss_fn, problem.pair)
+    operator = HessianOperator(
+        nn.Sequential(Checkpointed(model[:6]), model[6:]), problem.loss_fn, problem.pair
+    )
     v = torch.randn(plain.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(operator @ v, plain @ v)
 
@@ -223,13 +248,17 @@ def test_a_model_that_uses_transforms_is_left_to_torch():
             self.layer = weight
 
         def forward(self, x):
-            return torch.func.vmap(torch.func.grad(lambda one: self.layer(one[None]).sin().sum()))(x).flatten(1)
+            return torch.func.vmap(torch.func.grad(lambda one: self.layer(one[None]).sin().sum()))(
+                x
+            ).flatten(1)
 
     x, y = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 3, 5])
     operator = HessianOperator(Slopes(), functional.cross_entropy, (x, y))
     v = torch.ones(operator.size, dtype=torch.float64)
     parameters = list(operator.parameters)
-    first = torch.autograd.grad(functional.cross_entropy(Slopes()(x), y), parameters, create_graph=True)
+    first = torch.autograd.grad(
+        functional.cross_entropy(Slopes()(x), y), parameters, create_graph=True
+    )
     slope = sum(g.sum() for g in first)
     expected = torch.autograd.grad(slope, parameters)
     torch.testing.assert_close(operator @ v, torch.cat([g.flatten() for g in expected]))
@@ -262,7 +291,9 @@ GATES = {
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
 def test_the_hard_sigmoid_is_replaced(gate, kind):
     """The oracle writes it out; torch's own kernel has no second derivative."""
-    written = classification(initialised(Excited(lambda x: (x / 6 + 0.5).clamp(0, 1)).double(), 0), (4,), 20, 3)
+    written = classification(
+        initialised(Excited(lambda x: (x / 6 + 0.5).clamp(0, 1)).double(), 0), (4,), 20, 3
+    )
     model = initialised(Excited(gate()).double(), 0)
     model.register_buffer("any", torch.ones(1))
     found = kind(model, written.loss_fn, written.pair, check_product=True).dense()
@@ -291,6 +322,7 @@ def test_a_hard_sigmoid_that_nothing_shows_is_named():
     problem = classification(initialised(Excited(functional.hardsigmoid).double(), 0), (4,), 20, 3)
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
     with pytest.raises(
-        HessianFlowError, match=r"'hardsigmoid_backward' has none; use nn\.Hardsigmoid, which is replaced"
+        HessianFlowError,
+        match=r"'hardsigmoid_backward' has none; use nn\.Hardsigmoid, which is replaced",
     ):
         operator @ torch.ones(operator.size).double()

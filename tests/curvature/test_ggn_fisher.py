@@ -20,7 +20,9 @@ def jacobians(problem):
     parameters = list(problem.model.parameters())
     outputs = problem.model(problem.inputs)
     rows = [
-        torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters, retain_graph=True)])
+        torch.cat(
+            [g.reshape(-1) for g in torch.autograd.grad(value, parameters, retain_graph=True)]
+        )
         for value in outputs.reshape(-1)
     ]
     return torch.stack(rows).view(*outputs.shape, -1), outputs.detach()
@@ -34,7 +36,9 @@ def test_ggn_of_cross_entropy(microbatch_size):
     p = outputs.softmax(dim=1)
     inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     expected = torch.einsum("ncp,ncd,ndq->pq", jacobian, inner, jacobian) / 23
-    operator = GGNOperator(problem.model, problem.loss_fn, problem.pair, microbatch_size=microbatch_size)
+    operator = GGNOperator(
+        problem.model, problem.loss_fn, problem.pair, microbatch_size=microbatch_size
+    )
     torch.testing.assert_close(operator.dense(), expected)
 
 
@@ -50,7 +54,9 @@ def test_ggn_of_a_loss_without_curvature_is_zero():
     assert operator.dense().abs().max() == 0
 
 
-@pytest.mark.parametrize("loss_fn", [functional.cross_entropy, nn.CrossEntropyLoss(reduction="sum")])
+@pytest.mark.parametrize(
+    "loss_fn", [functional.cross_entropy, nn.CrossEntropyLoss(reduction="sum")]
+)
 @pytest.mark.parametrize("microbatch_size", [None, 6])
 def test_empirical_fisher_is_the_mean_outer_product_of_gradients(loss_fn, microbatch_size):
     problem = small()
@@ -64,11 +70,14 @@ def test_empirical_fisher_is_the_mean_outer_product_of_gradients(loss_fn, microb
 
 
 def test_sampled_fisher_is_an_unbiased_estimate_of_the_gauss_newton_matrix():
-    """For cross-entropy the Fisher information is the Gauss-Newton matrix; the mean over 300 draws of the labels."""
+    """For cross-entropy the Fisher information is the Gauss-Newton matrix; the mean over 300 draws
+    of the labels."""
     problem = small()
     arguments = (problem.model, problem.loss_fn, problem.pair)
     v = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    products = torch.stack([FisherOperator(*arguments, labels="model", seed=s) @ v for s in range(300)])
+    products = torch.stack(
+        [FisherOperator(*arguments, labels="model", seed=s) @ v for s in range(300)]
+    )
     errors = (products.mean(dim=0) - GGNOperator(*arguments) @ v) / (products.std(dim=0) / 300**0.5)
     assert errors.abs().max() < 5
     assert errors.square().mean() < 2
@@ -78,7 +87,8 @@ def test_sampled_labels_do_not_depend_on_the_split():
     problem = small()
     arguments = (problem.model, problem.loss_fn, problem.pair)
     whole, again, split = (
-        FisherOperator(*arguments, labels="model", seed=3, microbatch_size=size).dense() for size in (None, None, 5)
+        FisherOperator(*arguments, labels="model", seed=3, microbatch_size=size).dense()
+        for size in (None, None, 5)
     )
     torch.testing.assert_close(whole, again, rtol=0, atol=0)
     torch.testing.assert_close(whole, split)
@@ -93,17 +103,24 @@ class Shuffled:
     def __iter__(self):
         order = torch.randperm(23)
         yield from zip(
-            self.problem.inputs[order].split(self.sizes), self.problem.targets[order].split(self.sizes), strict=True
+            self.problem.inputs[order].split(self.sizes),
+            self.problem.targets[order].split(self.sizes),
+            strict=True,
         )
 
 
 @pytest.mark.parametrize("sizes", [[23], [8, 8, 7], [1] * 23], ids=len)
 def test_sampled_labels_do_not_depend_on_the_order(sizes):
-    """The first product differed from later ones by 46 %, and again after the user drew a number."""
+    """The first product differed from later ones by 46 %, and again after the user drew a
+    number."""
     problem = small()
-    operator = FisherOperator(problem.model, problem.loss_fn, Shuffled(problem, sizes), labels="model", seed=3)
+    operator = FisherOperator(
+        problem.model, problem.loss_fn, Shuffled(problem, sizes), labels="model", seed=3
+    )
     v = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = FisherOperator(problem.model, problem.loss_fn, problem.pair, labels="model", seed=3) @ v
+    expected = (
+        FisherOperator(problem.model, problem.loss_fn, problem.pair, labels="model", seed=3) @ v
+    )
     for _ in range(3):
         torch.testing.assert_close(operator @ v, expected)
         torch.rand(1)
@@ -113,13 +130,18 @@ def test_sampled_labels_do_not_depend_on_the_order(sizes):
 
 def test_sampled_labels_of_a_shuffled_loader():
     problem = small()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*problem.pair), 8, shuffle=True)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*problem.pair), 8, shuffle=True
+    )
     whole, shuffled = (
         top_eigenpairs(FisherOperator(problem.model, problem.loss_fn, data, labels="model"), seed=0)
         for data in (problem.pair, loader)
     )
     assert shuffled.converged
-    assert (shuffled.matvecs, shuffled.values.item()) == (whole.matvecs, pytest.approx(whole.values.item()))
+    assert (shuffled.matvecs, shuffled.values.item()) == (
+        whole.matvecs,
+        pytest.approx(whole.values.item()),
+    )
 
 
 class TestDraws:
@@ -134,15 +156,21 @@ class TestDraws:
 
         rows, seed = [[3, -7, 0], [2**40, 5, 1]], 11
         odd = [mixed(place + mixed(seed)) | 1 for place in (1, 2, 3)]
-        expected = [mixed(seed + sum(v * o for v, o in zip(row, odd, strict=True))) >> 11 for row in rows]
+        expected = [
+            mixed(seed + sum(v * o for v, o in zip(row, odd, strict=True))) >> 11 for row in rows
+        ]
         found = draws_by_content(torch.tensor(rows), 2, seed)
         assert (found * 2**53).long().tolist() == expected
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.complex64])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.complex64]
+    )
     def test_uniform_whatever_the_type(self, dtype):
         values = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
         values = (values * 50).to(dtype) if dtype == torch.uint8 else values.to(dtype)
-        draws = draws_by_content({"x": values, "places": torch.arange(4000), "shared": torch.ones(3)}, 4000, 0)
+        draws = draws_by_content(
+            {"x": values, "places": torch.arange(4000), "shared": torch.ones(3)}, 4000, 0
+        )
         assert ((draws >= 0) & (draws < 1)).all()
         counts = torch.histc(draws, 10, 0, 1)
         assert ((counts - 400) ** 2 / 400).sum() < 30  # chi-squared, 9 degrees of freedom: 4e-4
@@ -166,7 +194,9 @@ def test_both_are_positive_semi_definite_and_select_parameters():
 def test_what_cannot_be_split_is_refused():
     problem = small()
     batch = {"input": problem.inputs}
-    with pytest.raises(HessianFlowError, match=r"GGNOperator needs pairs \(inputs, targets\), got a dict"):
+    with pytest.raises(
+        HessianFlowError, match=r"GGNOperator needs pairs \(inputs, targets\), got a dict"
+    ):
         GGNOperator(problem.model, problem.loss_fn, batch) @ torch.ones(64, dtype=torch.float64)
 
     class Several(nn.Module):
@@ -178,12 +208,16 @@ def test_what_cannot_be_split_is_refused():
             return self.body(x), x
 
     several = GGNOperator(Several(), problem.loss_fn, problem.pair, microbatch_size=None)
-    with pytest.raises(HessianFlowError, match=r"needs a model that returns one tensor .*, got tuple"):
+    with pytest.raises(
+        HessianFlowError, match=r"needs a model that returns one tensor .*, got tuple"
+    ):
         several @ torch.ones(64, dtype=torch.float64)
     with pytest.raises(HessianFlowError, match="labels must be one of data, model, got 'true'"):
         FisherOperator(problem.model, problem.loss_fn, problem.pair, labels="true")
     regression = FisherOperator(
         problem.model, functional.mse_loss, (problem.inputs, problem.inputs[:, :4]), labels="model"
     )
-    with pytest.raises(HessianFlowError, match=r"labels='model' needs outputs \[N, classes\] and class indices"):
+    with pytest.raises(
+        HessianFlowError, match=r"labels='model' needs outputs \[N, classes\] and class indices"
+    ):
         regression @ torch.ones(64, dtype=torch.float64)

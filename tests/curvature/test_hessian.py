@@ -1,4 +1,5 @@
-"""The Hessian operator against dense autograd in float64, on everything that trips other libraries."""
+"""The Hessian operator against dense autograd in float64, on everything that trips other
+libraries."""
 
 import functools
 
@@ -43,7 +44,9 @@ def test_batch_normalisation_by_batch_statistics():
     """The oracle is the same net with statistics computed by hand."""
     problem = classification(conv_net(), (1, 8, 8), 20)
     train(problem, 10)
-    expected = HessianOperator(without_running_statistics(problem.model), problem.loss_fn, problem.pair)
+    expected = HessianOperator(
+        without_running_statistics(problem.model), problem.loss_fn, problem.pair
+    )
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair, norm_mode="batch")
     v = vector(operator.size)
     torch.testing.assert_close(operator @ v, expected @ v)
@@ -59,7 +62,9 @@ class ByHand(nn.Module):
     def forward(self, x):
         mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
         shape = (1, -1, 1, 1)
-        return (x - mean) / (var + self.eps).sqrt() * self.weight.view(shape) + self.bias.view(shape)
+        return (x - mean) / (var + self.eps).sqrt() * self.weight.view(shape) + self.bias.view(
+            shape
+        )
 
 
 def without_running_statistics(model):
@@ -69,10 +74,13 @@ def without_running_statistics(model):
 @pytest.mark.parametrize("sizes", [(30,), (13, 17), (28, 2), (10, 10, 10), (1, 29)])
 @pytest.mark.parametrize("microbatch_size", [None, 7])
 def test_unequal_batches_and_microbatches_count_by_examples(sizes, microbatch_size):
-    """A mean of batch means is 2 to 33 % off here; the matrix must not depend on the split at all."""
+    """A mean of batch means is 2 to 33 % off here; the matrix must not depend on the split at
+    all."""
     problem = small()
     pairs = list(zip(problem.inputs.split(sizes), problem.targets.split(sizes), strict=True))
-    operator = HessianOperator(problem.model, problem.loss_fn, pairs, microbatch_size=microbatch_size)
+    operator = HessianOperator(
+        problem.model, problem.loss_fn, pairs, microbatch_size=microbatch_size
+    )
     whole = HessianOperator(problem.model, problem.loss_fn, problem.pair)
     v = vector(64)
     torch.testing.assert_close(operator @ v, whole @ v, rtol=1e-12, atol=1e-13)
@@ -108,7 +116,9 @@ def test_a_data_loader_is_data():
     )
     v = vector(64)
     whole = HessianOperator(problem.model, problem.loss_fn, problem.pair)
-    torch.testing.assert_close(HessianOperator(problem.model, problem.loss_fn, loader) @ v, whole @ v)
+    torch.testing.assert_close(
+        HessianOperator(problem.model, problem.loss_fn, loader) @ v, whole @ v
+    )
 
 
 @pytest.mark.parametrize("pattern", ["2", "2.*", "2.weight", ["0.bias", "2"], "*.bias"])
@@ -116,7 +126,12 @@ def test_a_selection_is_the_submatrix(pattern):
     problem = small()
     full = dense_hessian(problem)
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair, params=pattern)
-    spans = {"0.weight": range(0, 30), "0.bias": range(30, 36), "2.weight": range(36, 60), "2.bias": range(60, 64)}
+    spans = {
+        "0.weight": range(0, 30),
+        "0.bias": range(30, 36),
+        "2.weight": range(36, 60),
+        "2.bias": range(60, 64),
+    }
     rows = [i for name in operator.names for i in spans[name]]
     torch.testing.assert_close(operator.dense(), full[rows][:, rows])
     assert all(p.requires_grad for p in problem.model.parameters())
@@ -163,7 +178,9 @@ def test_tied_weights_count_once():
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
     assert operator.size == 24
     check(problem, operator)
-    assert HessianOperator(problem.model, problem.loss_fn, problem.pair, params="again").names == ("again.weight",)
+    assert HessianOperator(problem.model, problem.loss_fn, problem.pair, params="again").names == (
+        "again.weight",
+    )
 
 
 class Branching(nn.Module):
@@ -199,14 +216,17 @@ def test_a_dict_batch_goes_whole_to_the_loss():
         return functional.cross_entropy(model(batch["input"]), batch["labels"])
 
     batches = [
-        {"input": x, "labels": y} for x, y in zip(problem.inputs.split(11), problem.targets.split(11), strict=True)
+        {"input": x, "labels": y}
+        for x, y in zip(problem.inputs.split(11), problem.targets.split(11), strict=True)
     ]
     v = vector(64)
     expected = HessianOperator(problem.model, problem.loss_fn, problem.pair) @ v
     torch.testing.assert_close(HessianOperator(problem.model, loss, batches) @ v, expected)
     whole = {"input": problem.inputs, "labels": problem.targets}
     for size in (None, 7):
-        torch.testing.assert_close(HessianOperator(problem.model, loss, whole, microbatch_size=size) @ v, expected)
+        torch.testing.assert_close(
+            HessianOperator(problem.model, loss, whole, microbatch_size=size) @ v, expected
+        )
 
 
 class Attention(nn.Module):
@@ -221,11 +241,16 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 def test_transformers_whose_attention_kernel_has_no_second_derivative(microbatch_size):
-    """By finite differences of the gradient in float64: error of order h^2 plus eps/h, about 1e-8 for h = 1e-5."""
+    """By finite differences of the gradient in float64: error of order h^2 plus eps/h, about 1e-8
+    for h = 1e-5."""
     problem = classification(initialised(Attention().double(), 0), (5, 8), 6, 3)
-    operator = HessianOperator(problem.model, problem.loss_fn, problem.pair, microbatch_size=microbatch_size)
+    operator = HessianOperator(
+        problem.model, problem.loss_fn, problem.pair, microbatch_size=microbatch_size
+    )
     v = vector(operator.size)
-    torch.testing.assert_close(operator @ v, by_differences(problem, operator, v), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        operator @ v, by_differences(problem, operator, v), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
@@ -241,7 +266,9 @@ def test_recurrent_nets(kind):
     problem = classification(initialised(Recurrent().double(), 0), (5, 3), 6, 3)
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
     v = vector(operator.size)
-    torch.testing.assert_close(operator @ v, by_differences(problem, operator, v), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        operator @ v, by_differences(problem, operator, v), rtol=1e-5, atol=1e-6
+    )
 
 
 def by_differences(problem, operator, v, step=1e-5):
@@ -249,25 +276,33 @@ def by_differences(problem, operator, v, step=1e-5):
     gradients = []
     for sign in (1, -1):
         with torch.no_grad():
-            for p, w, d in zip(operator.parameters, weights, v.split([p.numel() for p in weights]), strict=True):
+            for p, w, d in zip(
+                operator.parameters, weights, v.split([p.numel() for p in weights]), strict=True
+            ):
                 p.copy_(w + sign * step * d.view_as(w))
         problem.model.eval()
         loss = problem.loss_fn(problem.model(problem.inputs), problem.targets)
-        gradients.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(operator.parameters))]))
+        gradients.append(
+            torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(operator.parameters))])
+        )
     with torch.no_grad():
         for p, w in zip(operator.parameters, weights, strict=True):
             p.copy_(w)
     return (gradients[0] - gradients[1]) / (2 * step)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, on its first compile
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning"
+)  # torch's own, on its first compile
 def test_wrapped_and_compiled_models():
     problem = small()
     v = vector(64)
     expected = HessianOperator(problem.model, problem.loss_fn, problem.pair) @ v
     inner = nn.Sequential(torch.compile(problem.model, backend="aot_eager"))
     for model in (nn.DataParallel(problem.model), torch.compile(problem.model), inner):
-        torch.testing.assert_close(HessianOperator(model, problem.loss_fn, problem.pair) @ v, expected)
+        torch.testing.assert_close(
+            HessianOperator(model, problem.loss_fn, problem.pair) @ v, expected
+        )
 
 
 def test_an_autocast_block_around_does_not_round_products():
@@ -277,7 +312,11 @@ def test_an_autocast_block_around_does_not_round_products():
     v = vector(64, dtype=torch.float32)
     expected = operator @ v
     with torch.autocast("cpu", torch.bfloat16):
-        for candidate in (operator, rebuilt, HessianOperator(problem.model, problem.loss_fn, problem.pair)):
+        for candidate in (
+            operator,
+            rebuilt,
+            HessianOperator(problem.model, problem.loss_fn, problem.pair),
+        ):
             product = candidate @ v
             assert product.dtype == torch.float32
             torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-6)
@@ -286,7 +325,9 @@ def test_an_autocast_block_around_does_not_round_products():
 def test_sixteen_bit_models_get_float32_vectors():
     problem = small(dtype=torch.float32)
     expected = HessianOperator(problem.model, problem.loss_fn, problem.pair).dense()
-    half = Problem(problem.model.bfloat16(), problem.loss_fn, problem.inputs.bfloat16(), problem.targets)
+    half = Problem(
+        problem.model.bfloat16(), problem.loss_fn, problem.inputs.bfloat16(), problem.targets
+    )
     operator = HessianOperator(half.model, half.loss_fn, half.pair)
     assert operator.dtype == torch.float32
     assert (operator.dense() - expected).norm() < 0.05 * expected.norm()  # 8 bits of mantissa
@@ -300,7 +341,9 @@ def test_works_where_gradients_are_off(context, microbatch_size):
     expected = HessianOperator(problem.model, problem.loss_fn, problem.pair) @ v
     with context():
         made_here = (problem.inputs.clone(), problem.targets.clone())
-        operator = HessianOperator(problem.model, problem.loss_fn, made_here, microbatch_size=microbatch_size)
+        operator = HessianOperator(
+            problem.model, problem.loss_fn, made_here, microbatch_size=microbatch_size
+        )
         torch.testing.assert_close(operator @ v.clone(), expected)
         assert top_eigenpairs(operator, seed=0).converged
 
@@ -331,7 +374,9 @@ class TestCurrentWeights:
         self.changed(lambda problem: train(problem, 1))
 
     def test_after_loading_a_state(self):
-        self.changed(lambda problem: problem.model.load_state_dict(small(seed=9).model.state_dict()))
+        self.changed(
+            lambda problem: problem.model.load_state_dict(small(seed=9).model.state_dict())
+        )
 
     def test_after_a_write_behind_autograds_back(self):
         self.changed(lambda problem: problem.model[0].weight.data.mul_(1.5))

@@ -1,4 +1,5 @@
-"""Lanczos on prescribed spectra: values, residuals, orthonormality, counts, and what makes others fail."""
+"""Lanczos on prescribed spectra: values, residuals, orthonormality, counts, and what makes others
+fail."""
 
 import statistics
 
@@ -46,7 +47,9 @@ def test_finds_the_wanted_end_of_any_spectrum(name, which, k):
 def test_every_value_lies_within_its_residual_of_an_eigenvalue():
     spectrum = torch.tensor(SPECTRA["indefinite"], dtype=torch.float64)
     for products in range(2, 30, 3):
-        result = top_eigenpairs(operator_of(symmetric(spectrum.tolist())), 2, tol=1e-9, max_matvecs=products, seed=0)
+        result = top_eigenpairs(
+            operator_of(symmetric(spectrum.tolist())), 2, tol=1e-9, max_matvecs=products, seed=0
+        )
         distance = (result.values[:, None] - spectrum[None, :]).abs().min(dim=1).values
         assert (distance <= result.residuals + 1e-12).all()
 
@@ -94,7 +97,8 @@ CROWDED = {
 
 @pytest.mark.parametrize("name", CROWDED)
 def test_no_wrong_value_among_several_is_called_converged(name):
-    """Eigenvalue by eigenvalue against the diagonal, from 25 starts: one start may have no part in one of them."""
+    """Eigenvalue by eigenvalue against the diagonal, from 25 starts: one start may have no part in
+    one of them."""
     outliers = torch.tensor(CROWDED[name], dtype=torch.float64)
     bulk = outliers.abs().max() * 0.03 * torch.linspace(-0.5, 1, 2000, dtype=torch.float64) ** 3
     diagonal = torch.cat([outliers, bulk])
@@ -111,7 +115,9 @@ def test_no_wrong_value_among_several_is_called_converged(name):
 
 def test_the_top_five_of_a_resnet_like_spectrum_take_few_products():
     """The spectrum measured on a trained ResNet-20; the budget includes the check."""
-    diagonal = torch.cat([torch.tensor(CROWDED["a wide range"]), 50 * torch.linspace(-0.5, 1, 20000) ** 3])
+    diagonal = torch.cat(
+        [torch.tensor(CROWDED["a wide range"]), 50 * torch.linspace(-0.5, 1, 20000) ** 3]
+    )
     operator = CallableOperator(lambda v: diagonal * v, len(diagonal))
     assert statistics.median(top_eigenpairs(operator, 5, seed=s).matvecs for s in range(15)) <= 21
 
@@ -137,8 +143,18 @@ def test_near_a_multiple_of_the_identity_one_product_is_no_evidence(width, tol):
 
 
 NEAR_ROUNDING = {
-    "smallest of values up to 100": ([100.0, -0.01, *torch.linspace(-0.0095, 1, 198).tolist()], 1, "SA", 1e-3),
-    "its neighbours 1 % away": ([100.0, -0.01, *torch.linspace(-0.0099, 1, 198).tolist()], 1, "SA", 1e-3),
+    "smallest of values up to 100": (
+        [100.0, -0.01, *torch.linspace(-0.0095, 1, 198).tolist()],
+        1,
+        "SA",
+        1e-3,
+    ),
+    "its neighbours 1 % away": (
+        [100.0, -0.01, *torch.linspace(-0.0099, 1, 198).tolist()],
+        1,
+        "SA",
+        1e-3,
+    ),
     "top five, four of them small": (
         [1.0, 1e-4, 9e-5, 8e-5, 7e-5, *torch.linspace(0, 1e-5, 200).tolist()],
         5,
@@ -150,12 +166,15 @@ NEAR_ROUNDING = {
 
 @pytest.mark.parametrize("name", NEAR_ROUNDING)
 def test_a_value_that_rounding_keeps_from_its_tolerance_is_not_called_converged(name):
-    """Products in float32 are off by about 6e-6 of the largest value; the search must end there all the same."""
+    """Products in float32 are off by about 6e-6 of the largest value; the search must end there all
+    the same."""
     spectrum, k, which, tol = NEAR_ROUNDING[name]
     worst = 0.0
     for seed in range(4):
         matrix = symmetric(spectrum, seed).float()
-        truth = torch.tensor(wanted(torch.linalg.eigvalsh(matrix.double()).tolist(), which, k), dtype=torch.float64)
+        truth = torch.tensor(
+            wanted(torch.linalg.eigvalsh(matrix.double()).tolist(), which, k), dtype=torch.float64
+        )
         result = top_eigenpairs(operator_of(matrix), k, which=which, tol=tol, seed=seed)
         error = float(((result.values - truth) / truth).abs().max())
         worst = max(worst, error)
@@ -175,7 +194,9 @@ def test_values_that_are_zero_up_to_rounding_count_as_converged(which, k):
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
 def test_rounding_is_no_matter_to_a_leading_value(tol):
     for seed in range(10):
-        result = top_eigenpairs(operator_of(symmetric(clustered(), seed).float()), tol=tol, seed=seed)
+        result = top_eigenpairs(
+            operator_of(symmetric(clustered(), seed).float()), tol=tol, seed=seed
+        )
         assert result.converged
         assert result.values.item() == pytest.approx(10.0, rel=tol)
 
@@ -187,10 +208,12 @@ def test_squares_beyond_the_range_of_float32_do_no_harm(scale, method):
     result = top_eigenpairs(operator_of(matrix), 2, method=method, tol=1e-4, seed=0)
     assert result.converged
     assert (result.values / scale) == pytest.approx([4.0, 2.0], rel=1e-4)
-    residuals = (matrix.double() @ result.vectors.double() - result.vectors.double() * result.values.double()).norm(
-        dim=0
+    residuals = (
+        matrix.double() @ result.vectors.double() - result.vectors.double() * result.values.double()
+    ).norm(dim=0)
+    assert (residuals / scale) == pytest.approx(
+        (result.residuals / scale).double(), rel=1e-2, abs=1e-5
     )
-    assert (residuals / scale) == pytest.approx((result.residuals / scale).double(), rel=1e-2, abs=1e-5)
 
 
 def test_a_tie_of_signs_gives_the_positive_one_first():
@@ -219,7 +242,8 @@ def test_zero_matrix_and_size_one():
 
 
 def test_few_products_are_not_called_converged():
-    """A step count tied to k (two steps for one pair) is 50-90 % off on nets; here the result must say so."""
+    """A step count tied to k (two steps for one pair) is 50-90 % off on nets; here the result must
+    say so."""
     operator = operator_of(symmetric(SPECTRA["indefinite"]))
     result = top_eigenpairs(operator, max_matvecs=2, seed=0)
     assert result.matvecs == 2
@@ -240,7 +264,9 @@ def test_never_more_products_than_allowed(method, budget, which):
         return matrix @ vector
 
     operator = CallableOperator(product, len(matrix), torch.float64)
-    result = top_eigenpairs(operator, 3, method=method, which=which, tol=1e-10, max_matvecs=budget, seed=0)
+    result = top_eigenpairs(
+        operator, 3, method=method, which=which, tol=1e-10, max_matvecs=budget, seed=0
+    )
     assert result.matvecs == count <= budget
     assert not result.converged
 
@@ -260,7 +286,9 @@ def test_a_start_on_the_second_eigenvector_does_not_hide_the_first():
     matrix = torch.diag(torch.tensor([1.0, 5.0, 0.5, 0.2, 0.1, 0.0], dtype=torch.float64))
     start = torch.zeros(6, dtype=torch.float64)
     start[0] = 1
-    assert top_eigenpairs(operator_of(matrix), v0=start, seed=0).values.item() == pytest.approx(5.0, rel=1e-3)
+    assert top_eigenpairs(operator_of(matrix), v0=start, seed=0).values.item() == pytest.approx(
+        5.0, rel=1e-3
+    )
 
 
 def test_an_accurate_start_saves_products():
@@ -275,7 +303,9 @@ def test_an_accurate_start_saves_products():
 @pytest.mark.parametrize("k", [1, 3])
 def test_more_start_vectors_than_rows_are_no_reason_for_doubt(k):
     start = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    result = top_eigenpairs(operator_of(torch.diag(torch.tensor([3.0, 2.0, 1.0]))), k, v0=start, seed=0)
+    result = top_eigenpairs(
+        operator_of(torch.diag(torch.tensor([3.0, 2.0, 1.0]))), k, v0=start, seed=0
+    )
     assert result.values == pytest.approx([3.0, 2.0, 1.0][:k])
     assert result.matvecs == 3
     assert result.converged
@@ -286,7 +316,9 @@ def test_more_start_vectors_than_rows_are_no_reason_for_doubt(k):
 def test_the_length_of_a_start_is_of_no_account(scale, method):
     """Also where its square leaves the range of float32."""
     operator, start = operator_of(symmetric(clustered()).float()), torch.linspace(-1, 1, 60)
-    plain, scaled = (top_eigenpairs(operator, method=method, v0=v0, seed=0) for v0 in (start, scale * start))
+    plain, scaled = (
+        top_eigenpairs(operator, method=method, v0=v0, seed=0) for v0 in (start, scale * start)
+    )
     assert plain.history == scaled.history
     assert top_eigenpairs(operator, method=method, seed=0).history != plain.history
 
@@ -303,7 +335,8 @@ def test_seeds_repeat_and_none_does_not():
     operator = operator_of(symmetric(SPECTRA["indefinite"]))
     state = torch.get_rng_state()
     first, again, other, fresh, fresh2 = (
-        top_eigenpairs(operator, seed=seed, max_matvecs=3).values.item() for seed in (0, 0, 1, None, None)
+        top_eigenpairs(operator, seed=seed, max_matvecs=3).values.item()
+        for seed in (0, 0, 1, None, None)
     )
     assert first == again
     assert len({first, other, fresh, fresh2}) == 4

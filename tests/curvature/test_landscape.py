@@ -26,12 +26,14 @@ def test_a_parabola_along_each_eigenvector():
     assert slice_.offsets.tolist() == [-2.0, -1.0, 0.0, 1.0, 2.0]
     a = slice_.offsets
     torch.testing.assert_close(slice_.losses, 3 * a[:, None] ** 2 + 2 * a[None, :] ** 2)
-    line = loss_landscape(operator, 5 * pairs.vectors[:, 0], points=3)  # directions are scaled to length 1
+    # directions are scaled to length 1
+    line = loss_landscape(operator, 5 * pairs.vectors[:, 0], points=3)
     torch.testing.assert_close(line.losses, torch.tensor([3.0, 0.0, 3.0]).double())
 
 
 def test_filters_take_the_norms_of_the_weights_and_biases_stay():
-    """Moving by +1 along the filter-normalised weights themselves doubles them, and leaves the biases."""
+    """Moving by +1 along the filter-normalised weights themselves doubles them, and leaves the
+    biases."""
     problem = classification(mlp((5, 6, 4)), (5,), 20, 4)
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
     direction = torch.cat([p.detach().reshape(-1) * 7 for p in operator.parameters])
@@ -40,7 +42,9 @@ def test_filters_take_the_norms_of_the_weights_and_biases_stay():
         for parameter in problem.model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(2)
-    assert float(found) == pytest.approx(HessianOperator(problem.model, problem.loss_fn, problem.pair).mean_loss())
+    assert float(found) == pytest.approx(
+        HessianOperator(problem.model, problem.loss_fn, problem.pair).mean_loss()
+    )
 
 
 def test_weights_are_as_found_also_when_the_loss_raises():
@@ -57,7 +61,9 @@ def test_weights_are_as_found_also_when_the_loss_raises():
             loss_landscape(operator, torch.ones(64, dtype=torch.float64), points=2)
         except KeyError:
             assert loss_fn is loss
-        assert all(torch.equal(p, b) for p, b in zip(problem.model.parameters(), before, strict=True))
+        assert all(
+            torch.equal(p, b) for p, b in zip(problem.model.parameters(), before, strict=True)
+        )
         assert problem.model.training
 
 
@@ -65,20 +71,44 @@ def test_gradient_overlap_is_the_share_of_the_squared_norm():
     problem = classification(mlp((5, 6, 4)), (5,), 20, 4)
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
     loss = problem.loss_fn(problem.model(problem.inputs), problem.targets)
-    g = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(problem.model.parameters()))])
+    g = torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(loss, list(problem.model.parameters()))]
+    )
     vectors = torch.linalg.qr(torch.stack([g, torch.ones_like(g)], dim=1))[0]
     assert gradient_overlap(operator, vectors).tolist() == pytest.approx([1.0, 0.0], abs=1e-12)
-    assert gradient_overlap(operator, torch.eye(64, dtype=torch.float64)).sum() == pytest.approx(1.0)
-    assert gradient_overlap(quadratic(), torch.eye(3, dtype=torch.float64)).tolist() == [0.0, 0.0, 0.0]
+    assert gradient_overlap(operator, torch.eye(64, dtype=torch.float64)).sum() == pytest.approx(
+        1.0
+    )
+    assert gradient_overlap(quadratic(), torch.eye(3, dtype=torch.float64)).tolist() == [
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize(
     ("directions", "options", "message"),
     [
-        (torch.ones(3), {"normalise": "layer"}, "normalise must be one of unit, filter, got 'layer'"),
-        (torch.ones(3), {"points": 0}, "points must be at least 1 and span positive, got 0 and 1.0"),
-        (torch.ones(3), {"span": 0.0}, "points must be at least 1 and span positive, got 21 and 0.0"),
-        (torch.ones(3, 3), {}, r"directions must have shape \[size\], \[size, 1\] or \[size, 2\], got \[3, 3\]"),
+        (
+            torch.ones(3),
+            {"normalise": "layer"},
+            "normalise must be one of unit, filter, got 'layer'",
+        ),
+        (
+            torch.ones(3),
+            {"points": 0},
+            "points must be at least 1 and span positive, got 0 and 1.0",
+        ),
+        (
+            torch.ones(3),
+            {"span": 0.0},
+            "points must be at least 1 and span positive, got 21 and 0.0",
+        ),
+        (
+            torch.ones(3, 3),
+            {},
+            r"directions must have shape \[size\], \[size, 1\] or \[size, 2\], got \[3, 3\]",
+        ),
         (torch.zeros(3), {}, r"a direction is zero \(normalise='unit'\)"),
         (torch.ones(4), {}, r"each direction must have shape \[3\], got \[4\]"),
     ],

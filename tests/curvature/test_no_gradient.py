@@ -1,4 +1,5 @@
-"""No gradient is not a zero gradient: what autograd does not reach is refused, and what is unused stays zero."""
+"""No gradient is not a zero gradient: what autograd does not reach is refused, and what is unused
+stays zero."""
 
 import pytest
 import torch
@@ -7,7 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hessianflow.curvature import CurvatureProbe, FisherOperator, GGNOperator, HessianOperator, top_eigenpairs
+from hessianflow.curvature import (
+    CurvatureProbe,
+    FisherOperator,
+    GGNOperator,
+    HessianOperator,
+    top_eigenpairs,
+)
 from hessianflow.interfaces import HessianFlowError
 
 KINDS = [HessianOperator, GGNOperator, FisherOperator]
@@ -16,7 +23,12 @@ KINDS = [HessianOperator, GGNOperator, FisherOperator]
 class Checkpointed(nn.Module):
     def __init__(self, run):
         super().__init__()
-        self.stem, self.block, self.head, self.run = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3), run
+        self.stem, self.block, self.head, self.run = (
+            nn.Linear(4, 5),
+            nn.Linear(5, 5),
+            nn.Linear(5, 3),
+            run,
+        )
 
     def forward(self, x):
         return self.head(torch.tanh(self.run(self.block, self.stem(x))))
@@ -27,7 +39,8 @@ def reentrant(block, x):
 
 
 class OwnCheckpoint(torch.autograd.Function):
-    """As older libraries write it: it runs the block again in backward, behind the back of the graph."""
+    """As older libraries write it: it runs the block again in backward, behind the back of the
+    graph."""
 
     @staticmethod
     def forward(ctx, block, x):
@@ -56,13 +69,17 @@ def product(kind, run, **options):
 class TestReentrantCheckpoints:
     @pytest.mark.parametrize("params", [None, ["stem", "head"], ["stem", "block"]])
     def test_seen_in_the_graph(self, params, microbatch_size, kind):
-        with pytest.raises(HessianFlowError, match=r"checkpointed with use_reentrant=True.*; pass use_reentrant=False"):
+        with pytest.raises(
+            HessianFlowError,
+            match=r"checkpointed with use_reentrant=True.*; pass use_reentrant=False",
+        ):
             product(kind, reentrant, params=params, microbatch_size=microbatch_size)
 
     def test_behind_a_constant_input(self, microbatch_size, kind):
         """The checkpoint then leaves no trace in the graph: weights in it look unused."""
         message = (
-            r"block.weight, one of 2, has no gradient, but the loss depends on it, as where it is inside a checkpoint"
+            r"block.weight, one of 2, has no gradient, but the loss depends on it, as where it is"
+            r" inside a checkpoint"
         )
         with pytest.raises(HessianFlowError, match=message):
             product(kind, reentrant, params=["block", "head"], microbatch_size=microbatch_size)
@@ -73,12 +90,15 @@ class TestReentrantCheckpoints:
 
     def test_weights_after_it_do_not_mind(self, microbatch_size, kind):
         found = product(kind, reentrant, params="head", microbatch_size=microbatch_size)
-        expected = product(kind, lambda block, x: block(x), params="head", microbatch_size=microbatch_size)
+        expected = product(
+            kind, lambda block, x: block(x), params="head", microbatch_size=microbatch_size
+        )
         torch.testing.assert_close(found, expected)
 
     def test_a_checkpoint_of_ones_own(self, microbatch_size, kind):
         with pytest.raises(
-            HessianFlowError, match=r"block.weight, one of 2, has no gradient, but the loss depends on it"
+            HessianFlowError,
+            match=r"block.weight, one of 2, has no gradient, but the loss depends on it",
         ):
             product(kind, OwnCheckpoint.apply, microbatch_size=microbatch_size)
 
@@ -105,7 +125,10 @@ class TestWrappers:
         names = [name for name, _ in problem.model.named_parameters()]
         wrapped = Shown(problem.model, names)
         operator = kind(wrapped, problem.loss_fn, problem.pair)
-        message = "depend.* on the selected parameters; is it detached, or does a wrapper compute with other tensors"
+        message = (
+            "depend.* on the selected parameters; is it detached, or does a wrapper compute with"
+            " other tensors"
+        )
         with pytest.raises(HessianFlowError, match=message):
             operator @ torch.ones(operator.size).double()
         with pytest.raises(HessianFlowError, match=message):
@@ -115,7 +138,9 @@ class TestWrappers:
     def test_a_copy_of_one(self, kind):
         problem = classification(mlp((4, 5, 3)), (4,), 12, 3)
         wrapped = Shown(problem.model, ["0.weight"])
-        with pytest.raises(HessianFlowError, match=r"inner.0.weight has no gradient, but the loss depends on it"):
+        with pytest.raises(
+            HessianFlowError, match=r"inner.0.weight has no gradient, but the loss depends on it"
+        ):
             top_eigenpairs(kind(wrapped, problem.loss_fn, problem.pair), seed=0)
 
     def test_the_probe_sees_it_too(self):
@@ -154,9 +179,13 @@ class TestWeightsThatAreNotThere:
 
     def test_lazy_layers(self):
         model = nn.Sequential(nn.Linear(4, 5), nn.LazyLinear(3))
-        self.refused(model, "1.weight of LazyLinear has no shape yet; run the model once on a batch")
+        self.refused(
+            model, "1.weight of LazyLinear has no shape yet; run the model once on a batch"
+        )
         model(torch.ones(1, 4))
-        HessianOperator(model, F.cross_entropy, (torch.ones(2, 4), torch.zeros(2, dtype=torch.long))).dense()
+        HessianOperator(
+            model, F.cross_entropy, (torch.ones(2, 4), torch.zeros(2, dtype=torch.long))
+        ).dense()
         norm = nn.Sequential(nn.Linear(4, 3), nn.LazyBatchNorm1d(affine=False))
         self.refused(norm, "1.running_mean of LazyBatchNorm1d has no shape yet")
 
@@ -168,11 +197,16 @@ class TestWeightsThatAreNotThere:
     def test_two_devices(self, monkeypatch):
         """One machine here has one device, so a tensor of another is pretended."""
         model = mlp((4, 5, 3))
-        monkeypatch.setattr(type(model[2].weight), "device", property(lambda p: torch.device("cpu", len(p))))
+        monkeypatch.setattr(
+            type(model[2].weight), "device", property(lambda p: torch.device("cpu", len(p)))
+        )
         with pytest.raises(
-            HessianFlowError, match="the selected parameters are on cpu:3 and cpu:5; select those of one"
+            HessianFlowError,
+            match="the selected parameters are on cpu:3 and cpu:5; select those of one",
         ):
-            HessianOperator(model, F.cross_entropy, (torch.ones(2, 4), torch.zeros(2, dtype=torch.long)))
+            HessianOperator(
+                model, F.cross_entropy, (torch.ones(2, 4), torch.zeros(2, dtype=torch.long))
+            )
 
 
 class TestChangesAfterConstruction:
@@ -190,14 +224,19 @@ class TestChangesAfterConstruction:
                 lambda m: m.__setitem__(2, nn.Linear(5, 3).double()),
                 "2.weight was replaced in the model after the operator",
             ),
-            (lambda m: setattr(m[2], "bias", None), "2.bias was replaced in the model after the operator was made"),
+            (
+                lambda m: setattr(m[2], "bias", None),
+                "2.bias was replaced in the model after the operator was made",
+            ),
             (lambda m: m.pop(-1), "2.weight was replaced in the model"),
         ],
         ids=["frozen", "head", "without", "removed"],
     )
     def test_named_in_one_line(self, change, message, built, microbatch_size, kind):
         problem = classification(mlp((4, 5, 3)), (4,), 12, 3)
-        operator = kind(problem.model, problem.loss_fn, problem.pair, microbatch_size=microbatch_size)
+        operator = kind(
+            problem.model, problem.loss_fn, problem.pair, microbatch_size=microbatch_size
+        )
         v = torch.ones(operator.size).double()
         if built:
             operator @ v

@@ -1,4 +1,5 @@
-"""What is no symmetric operator on vectors of one type is refused, and not answered with a number."""
+"""What is no symmetric operator on vectors of one type is refused, and not answered with a
+number."""
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ def of_matrix(matrix: Tensor) -> CallableOperator:
 
 
 def random_matrix(size: int = 60) -> Tensor:
-    return torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / size**0.5
+    return (
+        torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        / size**0.5
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -35,7 +39,8 @@ def test_a_search_that_ends_early_says_nothing_of_a_symmetric_matrix():
 
 
 class Product(nn.Module):
-    """The product of its weights; torch's second derivative divides by each, and overflows beside a tiny one."""
+    """The product of its weights; torch's second derivative divides by each, and overflows beside a
+    tiny one."""
 
     def __init__(self, smallest: float) -> None:
         super().__init__()
@@ -51,7 +56,8 @@ def test_refuses_a_second_derivative_that_has_lost_all_digits():
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.mean()
 
-    # Entries (0, j) are 4000, all others 4000 times the smallest weight: the leading value is 4000 sqrt(3) beside 0.
+    # Entries (0, j) are 4000, all others 4000 times the smallest weight: the leading value is 4000
+    # sqrt(3) beside 0.
     found = top_eigenpairs(HessianOperator(Product(0.0), loss, (inputs, inputs)), seed=0)
     assert found.values.abs().item() == pytest.approx(4000 * 3**0.5, rel=1e-3)
     with pytest.raises(HessianFlowError, match="second derivative"):
@@ -60,10 +66,14 @@ def test_refuses_a_second_derivative_that_has_lost_all_digits():
 
 def test_deflation_refuses_columns_that_are_not_orthonormal():
     operator, axis = of_matrix(torch.diag(torch.arange(1.0, 5.0))), torch.eye(4)[:, 3:]
-    assert top_eigenpairs(operator.deflated(axis), seed=0).values.item() == pytest.approx(3.0, rel=1e-3)
+    assert top_eigenpairs(operator.deflated(axis), seed=0).values.item() == pytest.approx(
+        3.0, rel=1e-3
+    )
     with pytest.raises(HessianFlowError, match="vectors must be orthonormal columns"):
         operator.deflated(2 * axis)
-    with pytest.raises(HessianFlowError, match=r"vectors must be torch.float32 on cpu, got torch.float64"):
+    with pytest.raises(
+        HessianFlowError, match=r"vectors must be torch.float32 on cpu, got torch.float64"
+    ):
         operator.deflated(axis.double())
 
 
@@ -76,7 +86,9 @@ def test_a_sum_refuses_other_vectors():
 
 
 def test_a_function_must_return_its_type():
-    with pytest.raises(HessianFlowError, match=r"matvec must return torch.float32, .* got torch.float64"):
+    with pytest.raises(
+        HessianFlowError, match=r"matvec must return torch.float32, .* got torch.float64"
+    ):
         top_eigenpairs(CallableOperator(lambda v: v.double(), 4))
     for dtype in (torch.int64, torch.complex64):
         with pytest.raises(HessianFlowError, match="dtype must be a floating-point type"):

@@ -1,11 +1,21 @@
-"""The probe in a training loop: right values, warm starts that cannot be fooled, bit-identical resumption, no trace."""
+"""The probe in a training loop: right values, warm starts that cannot be fooled, bit-identical
+resumption, no trace."""
 
 import copy
 import math
 
 import pytest
 import torch
-from problems import classification, clustered, conv_net, dense_hessian, mlp, operator_of, symmetric, train
+from problems import (
+    classification,
+    clustered,
+    conv_net,
+    dense_hessian,
+    mlp,
+    operator_of,
+    symmetric,
+    train,
+)
 
 from hessianflow.curvature import CallableOperator, CurvatureProbe, top_eigenpairs
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, SPARE_VECTORS, _mixed, remembered
@@ -56,10 +66,15 @@ def test_warm_starts_save_products():
 @pytest.mark.parametrize("rival", [1, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_eigenvalues_that_changed_places_do_not_fool_it(gap, rival, seed):
-    """From the old leading vector alone the search settles on what is now the second value, low by the gap."""
+    """From the old leading vector alone the search settles on what is now the second value, low by
+    the gap."""
     n = 1000
-    before = torch.cat([torch.tensor([1.0, 0.96, 0.9, 0.5, 0.4, 0.3, 0.2]), torch.linspace(-0.05, 0.1, n - 7)]).double()
-    first = top_eigenpairs(operator_of(torch.diag(before)), tol=1e-2, seed=seed, extra=SPARE_VECTORS)
+    before = torch.cat(
+        [torch.tensor([1.0, 0.96, 0.9, 0.5, 0.4, 0.3, 0.2]), torch.linspace(-0.05, 0.1, n - 7)]
+    ).double()
+    first = top_eigenpairs(
+        operator_of(torch.diag(before)), tol=1e-2, seed=seed, extra=SPARE_VECTORS
+    )
     after = before.clone()
     after[rival] = 1 + gap
     operator = operator_of(torch.diag(after))
@@ -83,9 +98,12 @@ def test_a_vector_that_no_memory_holds_is_found_by_the_next_cold_start():
 
 
 @pytest.mark.parametrize("gap", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("head", [[1.0, 0.3, 0.12, 0.08], [1.0, 0.96, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5]])
+@pytest.mark.parametrize(
+    "head", [[1.0, 0.3, 0.12, 0.08], [1.0, 0.96, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5]]
+)
 def test_a_new_leading_vector_outside_the_memory_is_found_in_a_few_calls(head, gap):
-    """It lies in the bulk of 20,000 values at first; products add up over calls, as a cold start would spend them."""
+    """It lies in the bulk of 20,000 values at first; products add up over calls, as a cold start
+    would spend them."""
     bulk = torch.linspace(-0.02, 0.04, 20000 - len(head), dtype=torch.float64)
     for seed in range(4):
         diagonal = torch.cat([torch.tensor(head, dtype=torch.float64), bulk])
@@ -95,19 +113,26 @@ def test_a_new_leading_vector_outside_the_memory_is_found_in_a_few_calls(head, g
         while abs(float(result.values[0]) - 1 - gap) > 0.01 * (1 + gap) and calls < 10:
             calls += 1
             start = remembered(result)
-            result = top_eigenpairs(operator, tol=1e-2, v0=start, seed=calls, extra=SPARE_VECTORS, warm=True)
+            result = top_eigenpairs(
+                operator, tol=1e-2, v0=start, seed=calls, extra=SPARE_VECTORS, warm=True
+            )
         assert calls <= 4
 
 
 def test_seeds_of_any_size_differ_from_call_to_call():
     problem = small()
-    probes = [probe_of(problem, seed=seed, warm_start=False, max_matvecs=2) for seed in (0, 2**32, 2**64 + 1)]
+    probes = [
+        probe_of(problem, seed=seed, warm_start=False, max_matvecs=2)
+        for seed in (0, 2**32, 2**64 + 1)
+    ]
     assert len({probe().eigenvalue for probe in probes for _ in range(2)}) == 6
     assert len({_mixed(seed, call) for seed in range(100) for call in range(100)}) == 10000
     assert all(0 <= _mixed(seed, 3) < 2**63 for seed in (-1, 0, 2**70))
 
 
-@pytest.mark.parametrize("options", [{}, {"k": 2, "smoothing": "ema", "window": 2}, {"microbatch_size": 20}])
+@pytest.mark.parametrize(
+    "options", [{}, {"k": 2, "smoothing": "ema", "window": 2}, {"microbatch_size": 20}]
+)
 def test_a_resumed_probe_reads_the_same_bits(options):
     problem = small()
     first = probe_of(problem, **options)
@@ -162,7 +187,8 @@ def test_what_is_not_finite_is_reported_and_forgotten(where):
     last = problem.model[-1].weight
     weights = last.detach().clone()
     with torch.no_grad():
-        # Sums of eight such outputs overflow in any order of summation; under a tanh infinities would be harmless.
+        # Sums of eight such outputs overflow in any order of summation; under a tanh infinities
+        # would be harmless.
         last.fill_(float("nan") if where == "weights" else 1e308)
     bad = probe()
     assert math.isnan(bad.eigenvalue)
@@ -200,16 +226,22 @@ def smoothed(values, **options):
 
 
 def test_smoothing_against_hand_worked_values():
-    assert smoothed([4.0, 1.0, 10.0], smoothing="median", window=3)[0] == pytest.approx([4.0, 2.5, 4.0])
+    assert smoothed([4.0, 1.0, 10.0], smoothing="median", window=3)[0] == pytest.approx(
+        [4.0, 2.5, 4.0]
+    )
     # weight 2 / (3 + 1) = 1/2: 4 -> 2.5 -> 6.25
-    assert smoothed([4.0, 1.0, 10.0], smoothing="ema", window=3)[0] == pytest.approx([4.0, 2.5, 6.25])
+    assert smoothed([4.0, 1.0, 10.0], smoothing="ema", window=3)[0] == pytest.approx(
+        [4.0, 2.5, 6.25]
+    )
 
 
 def test_the_median_forgets_what_left_the_window_and_the_average_fades():
     values = [100.0, *[1.0] * 7]
     assert smoothed(values, smoothing="median", window=2)[0] == pytest.approx([100, 50.5, *[1] * 6])
     # weight 2 / (5 + 1) = 1/3: of the 99 above the others two thirds are left after each
-    assert smoothed(values, smoothing="ema", window=5)[0] == pytest.approx([1 + 99 * (2 / 3) ** n for n in range(8)])
+    assert smoothed(values, smoothing="ema", window=5)[0] == pytest.approx(
+        [1 + 99 * (2 / 3) ** n for n in range(8)]
+    )
 
 
 def test_a_state_of_before_averages_were_kept_is_read():
@@ -217,7 +249,9 @@ def test_a_state_of_before_averages_were_kept_is_read():
     _, probe = smoothed([4.0, 1.0, 10.0], smoothing="ema", window=3)
     state = probe.state_dict()
     start, average = state.pop("start"), state.pop("average")
-    probe.load_state_dict({**state, "vectors": torch.stack([start - 1, torch.ones_like(start)], dim=1)})
+    probe.load_state_dict(
+        {**state, "vectors": torch.stack([start - 1, torch.ones_like(start)], dim=1)}
+    )
     assert probe.state_dict()["average"] == average
     assert probe.state_dict()["start"] == pytest.approx(start)
     probe.load_state_dict({**state, "recent": [], "vectors": None})
@@ -229,7 +263,8 @@ def test_what_is_remembered_does_not_depend_on_the_unit_of_curvature(exponent):
     """Also where squares leave the range of float32: of the direction only its direction counts."""
     matrix = symmetric(clustered()).float()
     plain, scaled = (
-        top_eigenpairs(operator_of(m), tol=1e-2, seed=0, extra=SPARE_VECTORS) for m in (matrix, matrix * 2.0**exponent)
+        top_eigenpairs(operator_of(m), tol=1e-2, seed=0, extra=SPARE_VECTORS)
+        for m in (matrix, matrix * 2.0**exponent)
     )
     assert torch.equal(remembered(plain), remembered(scaled))
 
@@ -260,7 +295,8 @@ def test_no_trace_on_model_or_generators(norm_mode):
 
 
 def test_repeated_probes_do_not_grow():
-    """Resident memory of the process: 150 probes after 50 to warm up; one leaked graph a call would be 15 MB in all."""
+    """Resident memory of the process: 150 probes after 50 to warm up; one leaked graph a call would
+    be 15 MB in all."""
     from pathlib import Path
 
     statm = Path("/proc/self/statm")
@@ -295,7 +331,10 @@ def test_microbatches_give_the_same_reading():
         ({"max_matvecs": 0}, "max_matvecs must be at least 1 or None, got 0"),
         ({"norm_mode": "foo"}, "norm_mode must be one of eval, batch, got 'foo'"),
         ({"microbatch_size": 0}, "microbatch_size must be at least 1 or None, got 0"),
-        ({"budget": 0.0}, "budget must be a positive share of the training cost, e.g. 0.01, got 0.0"),
+        (
+            {"budget": 0.0},
+            "budget must be a positive share of the training cost, e.g. 0.01, got 0.0",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):

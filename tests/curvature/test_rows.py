@@ -19,7 +19,9 @@ def test_blocks_compute_what_one_matrix_does(most):
     torch.manual_seed(0)
     matrix = torch.randn(8, 50, dtype=torch.float64)
     rows = rows_of(matrix, most)
-    vector, weights, several = (torch.randn(*shape, dtype=torch.float64) for shape in ((50,), (8,), (3, 8)))
+    vector, weights, several = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((50,), (8,), (3, 8))
+    )
     assert rows.size == 8
     torch.testing.assert_close(rows.dot(vector), matrix @ vector)
     torch.testing.assert_close(rows.combine(weights), weights @ matrix)

@@ -1,4 +1,5 @@
-"""PyHessian beside us: they agree, its failures are reported, and its side effects do not reach the model."""
+"""PyHessian beside us: they agree, its failures are reported, and its side effects do not reach the
+model."""
 
 import copy
 import json
@@ -30,9 +31,9 @@ def test_the_two_libraries_agree(compared):
     rows = {row.quantity: row for row in opinion.rows}
     assert rows["eigenvalue 1"].difference < 2e-2  # PyHessian stops by the change of the value
     # two independent estimates of one trace, 60 products each
-    assert abs(rows["trace"].ours - rows["trace"].theirs) < 10 * rows["trace"].ours_error + 0.5 * abs(
-        rows["trace"].ours
-    )
+    assert abs(rows["trace"].ours - rows["trace"].theirs) < 10 * rows[
+        "trace"
+    ].ours_error + 0.5 * abs(rows["trace"].ours)
     assert opinion.num_examples == 32
 
 
@@ -63,7 +64,8 @@ def test_table_and_json(compared):
 
 
 def test_the_table_has_one_kind_of_difference():
-    """Shares of the larger value; the densities' distance has the unit of an eigenvalue, and a line of its own."""
+    """Shares of the larger value; the densities' distance has the unit of an eigenvalue, and a line
+    of its own."""
     rows = (
         Comparison("eigenvalue 1", 4.0, 1e-3, 5.0, 0.2),
         Comparison("trace", 0.0, 0.5, 0.0, 0.0),
@@ -78,7 +80,9 @@ def test_the_table_has_one_kind_of_difference():
         ["1", "5.0e-01", "failed", "-"],
     ]
     assert "difference: relative to the larger value" in lines[5]
-    assert lines[6].startswith("note: the densities, of one probe each, lie 2.00e-03 apart (Wasserstein distance")
+    assert lines[6].startswith(
+        "note: the densities, of one probe each, lie 2.00e-03 apart (Wasserstein distance"
+    )
     assert lines[7:] == ["note: a finding"]
 
 
@@ -94,8 +98,12 @@ def test_what_pyhessian_cannot_do_is_a_note():
 
 def test_bad_input_and_a_missing_library(monkeypatch):
     problem = classification(mlp((5, 6, 4), dtype=torch.float32), (5,), 20, 4)
-    with pytest.raises(HessianFlowError, match=r"batch must be one pair \(inputs, targets\) of tensors"):
+    with pytest.raises(
+        HessianFlowError, match=r"batch must be one pair \(inputs, targets\) of tensors"
+    ):
         second_opinion(problem.model, problem.loss_fn, {"x": problem.inputs})
     monkeypatch.setitem(sys.modules, "pyhessian", None)
-    with pytest.raises(HessianFlowError, match=r"PyHessian cannot be imported .*; pip install pyhessian"):
+    with pytest.raises(
+        HessianFlowError, match=r"PyHessian cannot be imported .*; pip install pyhessian"
+    ):
         second_opinion(problem.model, problem.loss_fn, problem.pair)

@@ -47,8 +47,12 @@ def test_one_tensor_is_one_parameter_and_not_its_rows():
 def test_a_probe_keeps_the_selection_for_all_calls():
     """A generator would be used up after the first."""
     made = problem()
-    by_list = CurvatureProbe(made.model, made.loss_fn, made.pair, params=list(made.model[2].parameters()))
-    by_generator = CurvatureProbe(made.model, made.loss_fn, made.pair, params=made.model[2].parameters())
+    by_list = CurvatureProbe(
+        made.model, made.loss_fn, made.pair, params=list(made.model[2].parameters())
+    )
+    by_generator = CurvatureProbe(
+        made.model, made.loss_fn, made.pair, params=made.model[2].parameters()
+    )
     for _ in range(3):
         assert by_generator().eigenvalue == by_list().eigenvalue
 
@@ -56,9 +60,18 @@ def test_a_probe_keeps_the_selection_for_all_calls():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (lambda m: ["0", "haed"], "params: no trainable parameter matches 'haed'; names are like 0.weight, 0.bias"),
-        (lambda m: [m[0].weight, torch.ones(3, 2)], r"matches the tensor of shape \[3, 2\]; names are like"),
-        (lambda m: dict(m.named_parameters()).items(), "params must be name patterns or parameters, got a tuple"),
+        (
+            lambda m: ["0", "haed"],
+            "params: no trainable parameter matches 'haed'; names are like 0.weight, 0.bias",
+        ),
+        (
+            lambda m: [m[0].weight, torch.ones(3, 2)],
+            r"matches the tensor of shape \[3, 2\]; names are like",
+        ),
+        (
+            lambda m: dict(m.named_parameters()).items(),
+            "params must be name patterns or parameters, got a tuple",
+        ),
         (
             lambda m: m[0],
             "got a Linear; pass names, or module.parameters()",

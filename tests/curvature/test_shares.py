@@ -28,7 +28,9 @@ def half_zero(n=120):
 MEASURES = {
     "half of it zero": half_zero(),
     "symmetric about zero": torch.linspace(-1, 1, 101, dtype=torch.float64),
-    "outliers over a bulk": torch.tensor([5.0, -2.0, *torch.linspace(-0.1, 0.4, 98).tolist()]).double(),
+    "outliers over a bulk": torch.tensor(
+        [5.0, -2.0, *torch.linspace(-0.1, 0.4, 98).tolist()]
+    ).double(),
 }
 
 

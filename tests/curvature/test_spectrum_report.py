@@ -1,4 +1,5 @@
-"""The report behind `hessianflow spectrum`: each figure against the dense matrix; plain JSON; progress told."""
+"""The report behind `hessianflow spectrum`: each figure against the dense matrix; plain JSON;
+progress told."""
 
 import json
 
@@ -86,6 +87,7 @@ def test_only_what_is_asked_for():
 def test_a_pattern_without_a_module_is_refused():
     problem = classification(mlp((5, 6, 4)), (5,), 30, 4)
     with pytest.raises(
-        HessianFlowError, match="layers: no module with trainable weights matches 'conv'; names are like 0, 2"
+        HessianFlowError,
+        match="layers: no module with trainable weights matches 'conv'; names are like 0, 2",
     ):
         spectrum_report(problem.model, problem.loss_fn, problem.pair, layers="conv")

@@ -1,4 +1,5 @@
-"""A kept graph answers for the values at hand, whoever wrote them, and is not built anew where nothing has changed.
+"""A kept graph answers for the values at hand, whoever wrote them, and is not built anew where
+nothing has changed.
 
 The oracle is an operator made after the change.
 """
@@ -34,21 +35,31 @@ def flip(tensor):
 
 
 CHANGES = {
-    "batch through NumPy": lambda model, x, y, loss: x.numpy().__setitem__(slice(None), 2 * x.numpy() + 1),
+    "batch through NumPy": lambda model, x, y, loss: x.numpy().__setitem__(
+        slice(None), 2 * x.numpy() + 1
+    ),
     "one number of the batch": lambda model, x, y, loss: x.numpy().__setitem__((3, 2), 9.0),
     "targets through NumPy": lambda model, x, y, loss: y.numpy().__setitem__(slice(0, 5), 2),
     "buffer through .data": lambda model, x, y, loss: model.scale.data.mul_(3),
     "sign": lambda model, x, y, loss: model.body[0].weight.data.neg_(),
     "permutation": lambda model, x, y, loss: flip(model.body[0].weight),
-    "transposition": lambda model, x, y, loss: setattr(model.square.weight, "data", model.square.weight.data.T),
-    "swap": lambda model, x, y, loss: model.body[0].weight.data.copy_(model.body[0].weight.data[[1, 0, 2, 3, 4, 5]]),
+    "transposition": lambda model, x, y, loss: setattr(
+        model.square.weight, "data", model.square.weight.data.T
+    ),
+    "swap": lambda model, x, y, loss: model.body[0].weight.data.copy_(
+        model.body[0].weight.data[[1, 0, 2, 3, 4, 5]]
+    ),
     "class weights": lambda model, x, y, loss: loss.weight.data.__setitem__(1, 5.0),
     "number of a module": lambda model, x, y, loss: setattr(model, "factor", 3),
     "tensor of a module": lambda model, x, y, loss: setattr(model, "plain", model.plain * 3),
     "layer replaced": lambda model, x, y, loss: model.body.__setitem__(1, nn.ReLU()),
     "layer added": lambda model, x, y, loss: model.body.append(nn.Tanh()),
-    "forward hook": lambda model, x, y, loss: model.body[0].register_forward_hook(lambda m, i, o: o * 2),
-    "forward pre-hook": lambda model, x, y, loss: model.body.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
+    "forward hook": lambda model, x, y, loss: model.body[0].register_forward_hook(
+        lambda m, i, o: o * 2
+    ),
+    "forward pre-hook": lambda model, x, y, loss: model.body.register_forward_pre_hook(
+        lambda m, i: (i[0] * 2,)
+    ),
     "option of the loss": lambda model, x, y, loss: setattr(loss, "label_smoothing", 0.3),
 }
 
@@ -57,7 +68,10 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_change_is_seen(change, kind):
     torch.manual_seed(0)
-    model, loss = initialised(Scaled(), 0), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]).double())
+    model, loss = (
+        initialised(Scaled(), 0),
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]).double()),
+    )
     x, y = torch.randn(20, 4).double(), torch.randint(0, 3, (20,))
     operator = kind(model, loss, (x, y))
     v = torch.randn(operator.size).double()
@@ -98,7 +112,9 @@ def test_a_number_written_in_forward_is_no_change(microbatch_size):
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 def test_nor_does_it_hide_a_random_loss(microbatch_size):
     batch = torch.randn(8, 4).double(), torch.arange(8) % 3
-    operator = HessianOperator(Counter(1.0), F.cross_entropy, batch, microbatch_size=microbatch_size)
+    operator = HessianOperator(
+        Counter(1.0), F.cross_entropy, batch, microbatch_size=microbatch_size
+    )
     with pytest.raises(HessianFlowError, match="switch off dropout"):
         operator @ torch.ones(operator.size).double()
 
@@ -129,7 +145,9 @@ def test_a_snapshot_sees_one_pair_of_values_change_places(size, dtype):
     holder.register_buffer("values", values.to(dtype))
     snapshot = Snapshot(holder, None, None)
     assert snapshot.is_current()
-    holder.values.data[[0, -1]] = holder.values.data[[-1, 0]] if dtype != torch.bool else torch.tensor([False, True])
+    holder.values.data[[0, -1]] = (
+        holder.values.data[[-1, 0]] if dtype != torch.bool else torch.tensor([False, True])
+    )
     assert not snapshot.is_current()
 
 
@@ -175,7 +193,8 @@ class Observing(nn.Module):
     def forward(self, x):
         self.forwards += 1
         self.seen += len(x)
-        self.largest.copy_(torch.maximum(self.largest, x.detach().abs().max()))  # as observers of quantisation do
+        # as observers of quantisation do
+        self.largest.copy_(torch.maximum(self.largest, x.detach().abs().max()))
         outputs = self.layer(x)
         return outputs * outputs * self.largest if self.uses else outputs
 
@@ -207,7 +226,9 @@ def test_release_is_no_random_loss():
     """What nobody can watch (an attribute in Python) has changed; release() says so."""
     problem = classification(mlp((4, 5, 3)), (4,), 10, 3)
     factor = [1.0]
-    operator = HessianOperator(problem.model, lambda o, t: factor[0] * F.cross_entropy(o, t), problem.pair)
+    operator = HessianOperator(
+        problem.model, lambda o, t: factor[0] * F.cross_entropy(o, t), problem.pair
+    )
     v = torch.ones(operator.size).double()
     before = operator @ v
     factor[0] = 2.0
@@ -219,7 +240,9 @@ class Quantised(nn.Module):
     def __init__(self, dtype):
         super().__init__()
         source = torch.Generator().manual_seed(0)
-        self.frozen = nn.Parameter(torch.randn(5, 4, generator=source).mul(3).to(dtype), requires_grad=False)
+        self.frozen = nn.Parameter(
+            torch.randn(5, 4, generator=source).mul(3).to(dtype), requires_grad=False
+        )
         self.head = nn.Linear(5, 3)
 
     def forward(self, x):
@@ -227,7 +250,16 @@ class Quantised(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
+    "dtype",
+    [
+        torch.float16,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.bool,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
 )
 def test_frozen_weights_of_any_type(dtype):
     """The oracle computes with the same numbers held in float32."""
@@ -238,7 +270,9 @@ def test_frozen_weights_of_any_type(dtype):
     problem = classification(model, (4,), 9, 3)
     inputs = problem.inputs.float()
     found = CurvatureProbe(model, problem.loss_fn, (inputs, problem.targets), tol=1e-4)()
-    expected = HessianOperator(twin, problem.loss_fn, (inputs, problem.targets), params="head").dense()
+    expected = HessianOperator(
+        twin, problem.loss_fn, (inputs, problem.targets), params="head"
+    ).dense()
     assert found.eigenvalue == pytest.approx(float(torch.linalg.eigvalsh(expected)[-1]), rel=1e-3)
 
 

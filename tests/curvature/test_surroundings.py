@@ -1,4 +1,5 @@
-"""A product is that of the function in evaluation mode, whatever hooks, fast paths or checkpoints the model has.
+"""A product is that of the function in evaluation mode, whatever hooks, fast paths or checkpoints
+the model has.
 
 Oracles: the same network without them, and dense autograd in float64.
 """
@@ -37,7 +38,9 @@ class TestHooks:
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("microbatch_size", [None, 7])
-    @pytest.mark.parametrize("hook", [lambda g: g * 0.5, lambda g: g.clamp(-1e-3, 1e-3), torch.zeros_like])
+    @pytest.mark.parametrize(
+        "hook", [lambda g: g * 0.5, lambda g: g.clamp(-1e-3, 1e-3), torch.zeros_like]
+    )
     def test_hooks_of_parameters(self, hook, microbatch_size, kind):
         plain, hooked = small(), small()
         expected = kind(plain.model, plain.loss_fn, plain.pair)
@@ -57,7 +60,9 @@ class TestHooks:
         assert torch.equal(operator @ v, before)
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+    @pytest.mark.parametrize(
+        "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
+    )
     def test_backward_hooks_of_modules(self, register, kind):
         plain, hooked, calls = small(), small(), []
 
@@ -69,7 +74,9 @@ class TestHooks:
             getattr(layer, register)(halve)
         expected = kind(plain.model, plain.loss_fn, plain.pair)
         v = vector(expected.size)
-        torch.testing.assert_close(kind(hooked.model, hooked.loss_fn, hooked.pair) @ v, expected @ v)
+        torch.testing.assert_close(
+            kind(hooked.model, hooked.loss_fn, hooked.pair) @ v, expected @ v
+        )
         assert not calls
 
     def test_hooks_are_as_found(self):
@@ -126,7 +133,12 @@ class TestFastPath:
         problem = self.problem()
         full = HessianOperator(problem.model, problem.loss_fn, problem.pair)
         head = HessianOperator(problem.model, problem.loss_fn, problem.pair, params="head")
-        at = torch.cat([torch.full((p.numel(),), n.startswith("head")) for n, p in problem.model.named_parameters()])
+        at = torch.cat(
+            [
+                torch.full((p.numel(),), n.startswith("head"))
+                for n, p in problem.model.named_parameters()
+            ]
+        )
         columns = [i for i, chosen in enumerate(at.tolist()) if chosen][:5]
         units = torch.eye(full.size, dtype=torch.float64)[:, columns]
         torch.testing.assert_close((full @ units)[at], head @ units[at])
@@ -136,7 +148,9 @@ class TestFastPath:
         problem = self.problem()
         problem.model.eval()
         with torch.enable_grad():
-            expected = float(problem.loss_fn(problem.model(problem.inputs), problem.targets).detach())
+            expected = float(
+                problem.loss_fn(problem.model(problem.inputs), problem.targets).detach()
+            )
         assert torch.backends.mha.get_fastpath_enabled()
         operator = HessianOperator(problem.model, problem.loss_fn, problem.pair, params="head")
         assert operator.mean_loss() == pytest.approx(expected, rel=1e-12)
@@ -173,7 +187,9 @@ def batch_norm():
 
 
 def dropout():
-    return nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh()), lambda model, hidden: model.part(hidden)
+    return nn.Sequential(
+        nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh()
+    ), lambda model, hidden: model.part(hidden)
 
 
 class Counting(nn.Linear):
@@ -188,19 +204,28 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("make", [attention, batch_norm, dropout, lambda: (Counting(), batch_norm()[1])])
-@pytest.mark.parametrize("options", [{}, {"params": ["first", "head"]}, {"params": "part"}], ids=str)
+@pytest.mark.parametrize(
+    "make", [attention, batch_norm, dropout, lambda: (Counting(), batch_norm()[1])]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"params": ["first", "head"]}, {"params": "part"}], ids=str
+)
 @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
 def test_checkpointed_parts_are_computed_again_as_they_were(make, options, kind):
-    """The oracle is the model without checkpoints; flags, modes and kernels must be those of the first pass."""
+    """The oracle is the model without checkpoints; flags, modes and kernels must be those of the
+    first pass."""
     torch.manual_seed(0)
-    plain, recomputed = (initialised(Recomputed(*make(), flag).double(), 0) for flag in (False, True))
+    plain, recomputed = (
+        initialised(Recomputed(*make(), flag).double(), 0) for flag in (False, True)
+    )
     recomputed.train()
     inputs, targets = torch.randn(10, 6, 4).double(), torch.randint(0, 3, (10,))
     expected = kind(plain, F.cross_entropy, (inputs, targets), **options)
     v = vector(expected.size)
     for size in (None, 6):
-        operator = kind(recomputed, F.cross_entropy, (inputs, targets), microbatch_size=size, **options)
+        operator = kind(
+            recomputed, F.cross_entropy, (inputs, targets), microbatch_size=size, **options
+        )
         for _ in range(3):
             torch.testing.assert_close(operator @ v, expected @ v, rtol=1e-10, atol=1e-12)
         assert size is not None or operator._kept is not None
@@ -217,8 +242,12 @@ def test_what_changes_when_it_runs_again_is_refused():
 
     model.run = run
     data = (torch.randn(10, 6, 4).double(), torch.randint(0, 3, (10,)))
-    with pytest.raises(HessianFlowError, match="a checkpointed part of the model gives other tensors when it runs"):
-        HessianOperator(model, F.cross_entropy, data, check_deterministic=False) @ torch.ones(55).double()
+    with pytest.raises(
+        HessianFlowError, match="a checkpointed part of the model gives other tensors when it runs"
+    ):
+        HessianOperator(model, F.cross_entropy, data, check_deterministic=False) @ torch.ones(
+            55
+        ).double()
 
 
 class Field(nn.Module):
@@ -251,7 +280,9 @@ class TestLossesThatDifferentiate:
     def problems(self):
         x = torch.linspace(0, 1, 20)[:, None].double()
         model = initialised(Field().double(), 0)
-        return Problem(model, F.mse_loss, x, x.sin()), Problem(Written(model.body), F.mse_loss, x, x.sin())
+        return Problem(model, F.mse_loss, x, x.sin()), Problem(
+            Written(model.body), F.mse_loss, x, x.sin()
+        )
 
     def test_everything_that_is_measured(self):
         problem, written = self.problems()
@@ -261,7 +292,9 @@ class TestLossesThatDifferentiate:
         expected = float(written.loss_fn(written.model(written.inputs), written.targets).detach())
         assert operator.mean_loss() == pytest.approx(expected)
         leading = float(torch.linalg.eigvalsh(matrix)[-1])
-        assert CurvatureProbe(problem.model, problem.loss_fn, problem.pair)().eigenvalue == pytest.approx(leading, 1e-2)
+        assert CurvatureProbe(
+            problem.model, problem.loss_fn, problem.pair
+        )().eigenvalue == pytest.approx(leading, 1e-2)
         report = spectrum_report(problem.model, problem.loss_fn, problem.pair, k=1)
         assert report.loss == pytest.approx(expected)
         assert float(report.eigen.values[0]) == pytest.approx(leading, 1e-3)
@@ -287,7 +320,9 @@ class TestLossesThatDifferentiate:
         with torch.no_grad():
             for parameter, piece in zip(operator.parameters, v.split(sizes), strict=True):
                 parameter += step * piece.view_as(parameter)
-        torch.testing.assert_close((operator.gradient() - before) / step, matrix @ v, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            (operator.gradient() - before) / step, matrix @ v, rtol=1e-4, atol=1e-5
+        )
 
     def test_weights_that_are_constants_here(self):
         problem = small()
@@ -298,7 +333,9 @@ class TestLossesThatDifferentiate:
             return value + torch.autograd.grad(value, weight, create_graph=True)[0].square().sum()
 
         assert HessianOperator(problem.model, loss, problem.pair).dense().isfinite().all()
-        with pytest.raises(HessianFlowError, match="something that is a constant here, such as weights"):
+        with pytest.raises(
+            HessianFlowError, match="something that is a constant here, such as weights"
+        ):
             HessianOperator(problem.model, loss, problem.pair, params="2") @ vector(28)
 
 
@@ -349,39 +386,58 @@ def test_functions_that_can_be_differentiated_twice(function, kind):
 def test_once_differentiable_is_seen_below_other_decorators(kind):
     problem = small()
     with pytest.raises(HessianFlowError, match="Hidden is once_differentiable"):
-        kind(problem.model, lambda o, t: F.cross_entropy(Hidden.apply(o), t), problem.pair) @ vector(64)
+        kind(
+            problem.model, lambda o, t: F.cross_entropy(Hidden.apply(o), t), problem.pair
+        ) @ vector(64)
 
 
 class TestBatchStatistics:
     def net(self):
         return initialised(
-            nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh(), nn.Linear(6, 3)), 0
+            nn.Sequential(
+                nn.Linear(4, 6),
+                nn.BatchNorm1d(6, track_running_stats=False),
+                nn.Tanh(),
+                nn.Linear(6, 3),
+            ),
+            0,
         ).double()
 
     @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, FisherOperator, CurvatureProbe])
     @pytest.mark.parametrize("microbatch_size", [1, 8, 100])
     def test_layers_without_running_statistics(self, microbatch_size, kind):
         problem = classification(self.net(), (4,), 40, 3)
-        with pytest.raises(HessianFlowError, match="without running statistics needs each batch in one"):
+        with pytest.raises(
+            HessianFlowError, match="without running statistics needs each batch in one"
+        ):
             kind(problem.model, problem.loss_fn, problem.pair, microbatch_size=microbatch_size)
         kind(problem.model, problem.loss_fn, problem.pair)
 
     def test_other_normalisation_is_cut_as_it_likes(self):
         """Instance and layer normalisation see one example at a time, tracked or not."""
         model = nn.Sequential(
-            nn.Conv1d(2, 4, 1), nn.InstanceNorm1d(4, affine=True), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(20, 3)
+            nn.Conv1d(2, 4, 1),
+            nn.InstanceNorm1d(4, affine=True),
+            nn.GroupNorm(2, 4),
+            nn.Flatten(),
+            nn.Linear(20, 3),
         )
         problem = classification(initialised(model.double(), 0), (2, 5), 12, 3)
         whole, cut = (
-            HessianOperator(problem.model, problem.loss_fn, problem.pair, microbatch_size=s) for s in (None, 5)
+            HessianOperator(problem.model, problem.loss_fn, problem.pair, microbatch_size=s)
+            for s in (None, 5)
         )
         v = vector(whole.size)
         torch.testing.assert_close(cut @ v, whole @ v)
 
     def test_one_example_has_no_statistics(self):
         problem = classification(self.net(), (4,), 1, 3)
-        with pytest.raises(HessianFlowError, match="statistics of the batch, which one example has none of"):
+        with pytest.raises(
+            HessianFlowError, match="statistics of the batch, which one example has none of"
+        ):
             HessianOperator(problem.model, problem.loss_fn, problem.pair) @ vector(63)
         tracked = classification(conv_net(), (1, 1, 1), 1, 10)
         with pytest.raises(HessianFlowError, match="which one example has none of"):
-            HessianOperator(tracked.model, tracked.loss_fn, tracked.pair, norm_mode="batch") @ vector(348)
+            HessianOperator(
+                tracked.model, tracked.loss_fn, tracked.pair, norm_mode="batch"
+            ) @ vector(348)

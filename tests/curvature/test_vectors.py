@@ -1,4 +1,5 @@
-"""Random vectors have one width wherever they are drawn, and flat vectors map back to parameters."""
+"""Random vectors have one width wherever they are drawn, and flat vectors map back to
+parameters."""
 
 import math
 
@@ -6,7 +7,14 @@ import pytest
 import torch
 from problems import mlp, operator_of, symmetric
 
-from hessianflow.curvature.vectors import flatten, gaussian, generator, normalised, rademacher, unflatten
+from hessianflow.curvature.vectors import (
+    flatten,
+    gaussian,
+    generator,
+    normalised,
+    rademacher,
+    unflatten,
+)
 
 OPERATOR = operator_of(torch.zeros(2000, 2000, dtype=torch.float64))
 
@@ -29,7 +37,9 @@ def test_rademacher_entries_are_fair_signs():
 
 def test_a_seed_repeats_and_none_is_fresh():
     small = operator_of(symmetric(range(5)))
-    first, again, fresh, fresh2 = (gaussian(small, generator(seed, small.device)) for seed in (3, 3, None, None))
+    first, again, fresh, fresh2 = (
+        gaussian(small, generator(seed, small.device)) for seed in (3, 3, None, None)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(fresh, fresh2)
 
@@ -37,7 +47,9 @@ def test_a_seed_repeats_and_none_is_fresh():
 def test_flatten_and_unflatten_are_inverse():
     parameters = list(mlp((5, 6, 4)).parameters())
     flat = flatten(parameters, parameters, torch.float64)
-    assert all(torch.equal(a, b) for a, b in zip(unflatten(flat, parameters), parameters, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(unflatten(flat, parameters), parameters, strict=True)
+    )
     gaps = flatten([None, *parameters[1:]], parameters, torch.float32)
     assert gaps.dtype == torch.float32
     assert gaps[:30].abs().max() == 0

@@ -1,4 +1,5 @@
-"""Losses that do not divide by the number of examples: class weights and ignored targets, in parts or in one pass."""
+"""Losses that do not divide by the number of examples: class weights and ignored targets, in parts
+or in one pass."""
 
 from functools import partial
 
@@ -18,7 +19,11 @@ LOSSES = {
     "ignored": nn.CrossEntropyLoss(ignore_index=2),
     "both, as a function": partial(functional.cross_entropy, weight=WEIGHT, ignore_index=1),
 }
-BY_HAND = {"class weights": (WEIGHT, -100), "ignored": (torch.ones(4), 2), "both, as a function": (WEIGHT, 1)}
+BY_HAND = {
+    "class weights": (WEIGHT, -100),
+    "ignored": (torch.ones(4), 2),
+    "both, as a function": (WEIGHT, 1),
+}
 OPERATORS = [HessianOperator, GGNOperator, FisherOperator]
 
 
@@ -35,12 +40,16 @@ def by_hand(problem, loss_name, kind):
 
     def losses(flat):
         pieces = [p.view_as(t) for p, t in zip(torch.split(flat, sizes), tensors, strict=True)]
-        outputs = torch.func.functional_call(problem.model, dict(zip(names, pieces, strict=True)), (problem.inputs,))
+        outputs = torch.func.functional_call(
+            problem.model, dict(zip(names, pieces, strict=True)), (problem.inputs,)
+        )
         return functional.cross_entropy(outputs, problem.targets, reduction="none")
 
     flat = torch.cat([t.detach().reshape(-1) for t in tensors])
     if kind is HessianOperator:
-        return torch.autograd.functional.hessian(lambda w: (weights * losses(w)).sum() / weights.sum(), flat)
+        return torch.autograd.functional.hessian(
+            lambda w: (weights * losses(w)).sum() / weights.sum(), flat
+        )
     rows = torch.autograd.functional.jacobian(losses, flat)
     return rows.T @ (rows * weights[:, None]) / weights.sum()
 
@@ -50,7 +59,9 @@ def by_hand(problem, loss_name, kind):
 @pytest.mark.parametrize("loss_name", LOSSES)
 def test_the_matrix_is_that_of_the_weighted_mean(loss_name, kind, microbatch_size):
     problem = small()
-    found = kind(problem.model, LOSSES[loss_name], problem.pair, microbatch_size=microbatch_size).dense()
+    found = kind(
+        problem.model, LOSSES[loss_name], problem.pair, microbatch_size=microbatch_size
+    ).dense()
     torch.testing.assert_close(found, by_hand(problem, loss_name, kind), rtol=1e-9, atol=1e-12)
 
 
@@ -70,11 +81,14 @@ def test_microbatches_and_uneven_batches_equal_one_pass(loss_fn, kind):
 
 
 def test_gauss_newton_and_sampled_fisher_weigh_alike():
-    """For cross-entropy they agree in expectation over the labels drawn: 400 draws, five standard errors."""
+    """For cross-entropy they agree in expectation over the labels drawn: 400 draws, five standard
+    errors."""
     problem = small()
     arguments = (problem.model, LOSSES["class weights"], problem.pair)
     v = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    forms = torch.stack([v @ (FisherOperator(*arguments, labels="model", seed=s) @ v) for s in range(400)])
+    forms = torch.stack(
+        [v @ (FisherOperator(*arguments, labels="model", seed=s) @ v) for s in range(400)]
+    )
     expected = v @ (GGNOperator(*arguments) @ v)
     assert abs(forms.mean() - expected) <= 5 * forms.std() / 20
 
@@ -87,7 +101,9 @@ def test_products_are_weighted_by_what_the_mean_divides_by():
         for rows in (slice(0, 11), slice(11, 30))
     ]
     sums, weights = zip(*(part.weighted_product(v) for part in parts), strict=True)
-    expected = [float(WEIGHT[problem.targets[rows]].sum()) for rows in (slice(0, 11), slice(11, 30))]
+    expected = [
+        float(WEIGHT[problem.targets[rows]].sum()) for rows in (slice(0, 11), slice(11, 30))
+    ]
     assert weights == pytest.approx(expected)
     whole = HessianOperator(problem.model, loss_fn, problem.pair)
     torch.testing.assert_close(sum(sums) / sum(weights), whole @ v, rtol=1e-12, atol=1e-12)
@@ -96,7 +112,8 @@ def test_products_are_weighted_by_what_the_mean_divides_by():
 def test_labels_drawn_do_not_hang_on_what_was_asked_before():
     problem = small()
     first, second = (
-        FisherOperator(problem.model, functional.cross_entropy, problem.pair, labels="model") for _ in "ab"
+        FisherOperator(problem.model, functional.cross_entropy, problem.pair, labels="model")
+        for _ in "ab"
     )
     second.gradient()
     assert torch.equal(first.dense(), second.dense())
@@ -107,7 +124,10 @@ def test_no_counted_target_at_all_is_refused(microbatch_size):
     problem = small()
     targets = torch.full_like(problem.targets, -100)
     operator = HessianOperator(
-        problem.model, functional.cross_entropy, (problem.inputs, targets), microbatch_size=microbatch_size
+        problem.model,
+        functional.cross_entropy,
+        (problem.inputs, targets),
+        microbatch_size=microbatch_size,
     )
     with pytest.raises(HessianFlowError, match="no target counts: all are ignored or of weight 0"):
         operator @ torch.ones(64, dtype=torch.float64)
@@ -151,14 +171,19 @@ class Focal(nn.CrossEntropyLoss):
 
 def by_count(outputs, targets):
     counts = targets != 1
-    return (functional.cross_entropy(outputs, targets, reduction="none") * counts).sum() / counts.sum()
+    return (
+        functional.cross_entropy(outputs, targets, reduction="none") * counts
+    ).sum() / counts.sum()
 
 
 OWN_LOSSES = {
     "a module around torch's": Inside(),
     "a subclass": Focal(),
     "masked by hand": by_count,
-    "sum and count": lambda o, t: (functional.cross_entropy(o, t, reduction="sum", ignore_index=1), (t != 1).sum()),
+    "sum and count": lambda o, t: (
+        functional.cross_entropy(o, t, reduction="sum", ignore_index=1),
+        (t != 1).sum(),
+    ),
     "stated": WeightedLoss(by_count, lambda o, t: (t != 1).sum()),
 }
 
@@ -168,8 +193,13 @@ def dense_hessian(problem, loss_fn):
     parameters = list(problem.model.parameters())
     found = loss_fn(problem.model(problem.inputs), problem.targets)
     loss = found[0] / found[1] if isinstance(found, tuple) else found
-    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, create_graph=True)])
-    rows = [torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in gradient]
+    gradient = torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+    )
+    rows = [
+        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
+        for entry in gradient
+    ]
     return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
 
 
@@ -226,7 +256,9 @@ def test_a_dict_of_tokens_gives_one_matrix_for_any_microbatch():
     net, batch = tokens_in_a_dict()
     whole = HessianOperator(net, language_loss, batch)
     v = torch.randn(whole.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 3), slice(3, 8))]
+    halves = [
+        {key: value[rows] for key, value in batch.items()} for rows in (slice(0, 3), slice(3, 8))
+    ]
     for data, microbatch_size in ((batch, 2), (batch, 1), (halves, None)):
         parts = HessianOperator(net, language_loss, data, microbatch_size=microbatch_size)
         torch.testing.assert_close(parts @ v, whole @ v, rtol=1e-10, atol=1e-12)
@@ -237,7 +269,9 @@ def test_a_dict_of_tokens_gives_one_matrix_for_any_microbatch():
 def test_parts_without_a_target_are_left_out():
     net, batch = tokens_in_a_dict()
     batch["labels"][2:4] = -100
-    whole, parts = (HessianOperator(net, language_loss, batch, microbatch_size=size) for size in (None, 2))
+    whole, parts = (
+        HessianOperator(net, language_loss, batch, microbatch_size=size) for size in (None, 2)
+    )
     v = torch.ones(whole.size, dtype=torch.float64)
     torch.testing.assert_close(parts @ v, whole @ v, rtol=1e-10, atol=1e-12)
     batch["labels"][:] = -100

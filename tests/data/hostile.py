@@ -25,20 +25,56 @@ from layouts import (
 from PIL import Image
 
 NAMES = [
-    *("", ".", "./", "..", "../evil", "/evil", "//evil", "a/../../evil", "a\\..\\evil", "C:evil", "a/./b", "a//b"),
-    *("\0", "a\0b", "a" * 256, "/".join("a" * 200), "\u202eevil", "\n", "-rf", "~", "$HOME", "CON", "nul.", " "),
+    *(
+        "",
+        ".",
+        "./",
+        "..",
+        "../evil",
+        "/evil",
+        "//evil",
+        "a/../../evil",
+        "a\\..\\evil",
+        "C:evil",
+        "a/./b",
+        "a//b",
+    ),
+    *(
+        "\0",
+        "a\0b",
+        "a" * 256,
+        "/".join("a" * 200),
+        "\u202eevil",
+        "\n",
+        "-rf",
+        "~",
+        "$HOME",
+        "CON",
+        "nul.",
+        " ",
+    ),
 ]
-KINDS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+KINDS = [
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.DIRTYPE,
+]
 KINDS += [tarfile.GNUTYPE_SPARSE, b"?", b"V", b"M"]
 
 
 def damaged(content: bytes, rng: np.random.Generator, number: int) -> bytes:
-    """A file of which bytes are changed, cut off, doubled, zeroed or put elsewhere, one way after the other."""
+    """A file of which bytes are changed, cut off, doubled, zeroed or put elsewhere, one way after
+    the other."""
     if not content:
         return b"?"
     start, stop = sorted(int(place) for place in rng.integers(0, len(content) + 1, 2))
     changed = bytearray(content)
-    for place in rng.integers(0, min(len(content), 600 if number % 2 else len(content)), 1 + number % 7):
+    for place in rng.integers(
+        0, min(len(content), 600 if number % 2 else len(content)), 1 + number % 7
+    ):
         changed[place] ^= 1 << int(rng.integers(0, 8))
     ways: list[bytes | bytearray] = [
         changed,
@@ -51,14 +87,18 @@ def damaged(content: bytes, rng: np.random.Generator, number: int) -> bytes:
     return bytes(ways[number % len(ways)])
 
 
-def tar_of(name: str, *, kind: bytes = tarfile.REGTYPE, size: int | None = None, content: bytes = b"x") -> bytes:
+def tar_of(
+    name: str, *, kind: bytes = tarfile.REGTYPE, size: int | None = None, content: bytes = b"x"
+) -> bytes:
     """A tar with one member, whose header may lie about its size."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
         member = tarfile.TarInfo(name)
         member.type, member.linkname = kind, "../../evil"
         member.size = len(content) if size is None else size
-        tar.addfile(member, io.BytesIO(content) if size is None and kind == tarfile.REGTYPE else None)
+        tar.addfile(
+            member, io.BytesIO(content) if size is None and kind == tarfile.REGTYPE else None
+        )
     return stream.getvalue()
 
 
@@ -70,7 +110,9 @@ def gzipped(content: bytes) -> bytes:
 def tars(folder: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     """Archives in the place of CIFAR's."""
     layout = SMALL["cifar10"]
-    good = pack_tar(write_cifar_binary(layout, folder / "good"), folder / "good.tar.gz").read_bytes()
+    good = pack_tar(
+        write_cifar_binary(layout, folder / "good"), folder / "good.tar.gz"
+    ).read_bytes()
     plain = zlib.decompress(good, 31)
     for number in range(24):
         yield f"packed {number}", damaged(good, rng, number)
@@ -83,7 +125,10 @@ def tars(folder: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     yield "zeros", gzipped(plain + bytes(64 << 20))
     yield "zeros only", gzipped(bytes(64 << 20))
     yield "a header of 1 GB", gzipped(tar_of("x", kind=b"x", size=1 << 30) + bytes(1 << 20))
-    yield "a chain of headers", gzipped((tar_of("x", kind=b"x", size=10)[:512] + b"10 path=x\n" + bytes(502)) * 5000)
+    yield (
+        "a chain of headers",
+        gzipped((tar_of("x", kind=b"x", size=10)[:512] + b"10 path=x\n" + bytes(502)) * 5000),
+    )
     yield "digits", gzipped(tar_of("x", kind=b"x", size=60_000)[:512] + b"1" * 60_416)
 
 
@@ -92,14 +137,22 @@ def pickles(_: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     good = python2_cifar(pixels(2), [0, 1], "labels")
     for number in range(24):
         yield f"damaged {number}", damaged(good, rng, number)
-    opcodes = bytes(pickle.__dict__[name][0] for name in dir(pickle) if name.isupper() and _is_opcode(name))
+    opcodes = bytes(
+        pickle.__dict__[name][0] for name in dir(pickle) if name.isupper() and _is_opcode(name)
+    )
     for number in range(24):
         noise = bytes(rng.choice(list(opcodes), 40)) if number % 2 else rng.bytes(200)
         yield f"random {number}", b"\x80\x02" + noise + b"."
     for number, dtype in enumerate(["O", "V8", "S8", "f8", [("a", "O")], "M8[s]", "u1"]):
-        yield f"dtype {number}", pickle.dumps({"data": np.zeros((2, 3072), dtype), "labels": [0, 1]}, protocol=2)
+        yield (
+            f"dtype {number}",
+            pickle.dumps({"data": np.zeros((2, 3072), dtype), "labels": [0, 1]}, protocol=2),
+        )
     for protocol in range(6):
-        yield f"protocol {protocol}", pickle.dumps({"data": pixels(2).reshape(2, -1), "labels": [0, 1]}, protocol)
+        yield (
+            f"protocol {protocol}",
+            pickle.dumps({"data": pixels(2).reshape(2, -1), "labels": [0, 1]}, protocol),
+        )
     yield "memo", b"\x80\x02}r\xff\xff\xff\x7f."
     yield "deep", b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."
     yield "claims 2 GB", b"\x80\x02}U\x04dataT\xff\xff\xff\x7f."
@@ -119,7 +172,10 @@ def mats(folder: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     for number in range(24):
         inside = damaged(zlib.decompress(good[136:first]), rng, number)
         packed = zlib.compress(inside, 1)
-        yield f"inside {number}", good[:128] + struct.pack("<II", 15, len(packed)) + packed + good[first:]
+        yield (
+            f"inside {number}",
+            good[:128] + struct.pack("<II", 15, len(packed)) + packed + good[first:],
+        )
     zeros = zlib.compress(zlib.decompress(good[136:first])[:56] + bytes(200 << 20), 9)
     yield "zeros", good[:128] + struct.pack("<II", 15, len(zeros)) + zeros
 
@@ -138,7 +194,10 @@ def zips(folder: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
             packed.writestr("tiny-imagenet-200/wnids.txt", bytes(64 << 20))
         yield f"zeros by {method}", stream.getvalue()
         size = (64 << 20).to_bytes(4, "little")
-        yield f"hidden zeros by {method}", stream.getvalue().replace(size, (100).to_bytes(4, "little"))
+        yield (
+            f"hidden zeros by {method}",
+            stream.getvalue().replace(size, (100).to_bytes(4, "little")),
+        )
 
 
 def unpacked(folder: Path, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
@@ -187,7 +246,9 @@ def black(side: int) -> bytes:
     rows = b"".join(machine.compress(row) for _ in range(side)) + machine.flush()
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
-    packed = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    packed = (
+        struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
@@ -203,7 +264,10 @@ def entries(_: Path, rng: np.random.Generator) -> Iterator[tuple[str, Callable[[
     yield "a folder", lambda path: path.mkdir()
     yield "a link to a folder", lambda path: path.symlink_to("..")
     yield "100 GB", lambda path: (path.touch(), os.truncate(path, 100 << 30))
-    yield "a link to a pipe", lambda path: (os.mkfifo(path.parent / "pipe"), path.symlink_to("pipe"))
+    yield (
+        "a link to a pipe",
+        lambda path: (os.mkfifo(path.parent / "pipe"), path.symlink_to("pipe")),
+    )
     yield "words", lambda path: path.write_bytes(rng.bytes(100))
     yield "a good one", lambda path: path.write_bytes(jpeg((1, 2, 3)))
 

@@ -16,7 +16,10 @@ from scipy.io import savemat
 from hessianflow.data.cifar import CIFAR10, CIFAR100, CifarLayout
 
 RECORDS = 10
-SMALL = {layout.name: replace(layout, records={"train": RECORDS, "test": RECORDS}) for layout in (CIFAR10, CIFAR100)}
+SMALL = {
+    layout.name: replace(layout, records={"train": RECORDS, "test": RECORDS})
+    for layout in (CIFAR10, CIFAR100)
+}
 
 
 def pixels(count: int = RECORDS, seed: int = 0) -> NDArray[np.uint8]:
@@ -33,18 +36,31 @@ def write_cifar_binary(layout: CifarLayout, root: Path) -> Path:
     for split, names in layout.binary_files.items():
         for number, name in enumerate(names):
             images = pixels(seed=number + (100 if split == "test" else 0)).reshape(RECORDS, -1)
-            (folder / name).write_bytes(np.concatenate([coarse, labels[:, None], images], axis=1).tobytes())
-    (folder / layout.class_file).write_text("".join(f"class{label}\n" for label in range(layout.num_classes)))
+            (folder / name).write_bytes(
+                np.concatenate([coarse, labels[:, None], images], axis=1).tobytes()
+            )
+    (folder / layout.class_file).write_text(
+        "".join(f"class{label}\n" for label in range(layout.num_classes))
+    )
     return folder
 
 
 def python2_array(array: NDArray[np.uint8]) -> bytes:
-    """How Python 2 and an old NumPy pickled an array in protocol 2, opcode by opcode (no protocol header, no memo)."""
-    shape = b"".join(b"K" + bytes([side]) if side < 256 else b"M" + side.to_bytes(2, "little") for side in array.shape)
+    """How Python 2 and an old NumPy pickled an array in protocol 2, opcode by opcode (no protocol
+    header, no memo)."""
+    shape = b"".join(
+        b"K" + bytes([side]) if side < 256 else b"M" + side.to_bytes(2, "little")
+        for side in array.shape
+    )
     raw = array.tobytes()
     # dtype('u1', 0, 1) and its state
-    dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    state = b"(K\x01(" + shape + b"t" + dtype + b"\x89T" + len(raw).to_bytes(4, "little") + raw + b"tb"
+    dtype = (
+        b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ"
+        b"\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
+    state = (
+        b"(K\x01(" + shape + b"t" + dtype + b"\x89T" + len(raw).to_bytes(4, "little") + raw + b"tb"
+    )
     return b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR" + state
 
 
@@ -52,12 +68,15 @@ def python2_cifar(images: NDArray[np.uint8], labels: list[int], label_key: str) 
     """A batch file of the Python version: {"data": uint8 [n, 3072], label_key: list}."""
     numbers = b"".join(b"K" + bytes([label]) for label in labels)
     key = b"U" + bytes([len(label_key)]) + label_key.encode()
-    body = b"U\x04data" + python2_array(images.reshape(len(images), -1)) + key + b"](" + numbers + b"e"
+    body = (
+        b"U\x04data" + python2_array(images.reshape(len(images), -1)) + key + b"](" + numbers + b"e"
+    )
     return b"\x80\x02}(" + body + b"u."
 
 
 def write_cifar_python(layout: CifarLayout, root: Path) -> CifarLayout:
-    """Every file of the Python version; returns the layout with the MD5 sums of what was written."""
+    """Every file of the Python version; returns the layout with the MD5 sums of what was
+    written."""
     folder = root / layout.python_folder
     folder.mkdir(parents=True)
     sums: dict[str, dict[str, str]] = {}

@@ -1,4 +1,5 @@
-"""Unpacking archives that mean harm: nothing may land outside, nothing may be a link, nothing may be too large."""
+"""Unpacking archives that mean harm: nothing may land outside, nothing may be a link, nothing may
+be too large."""
 
 import gzip
 import io
@@ -15,13 +16,19 @@ from hessianflow.data.archives import read_members, unpack
 from hessianflow.interfaces import HessianFlowError
 
 
-def tar_with(path: Path, name: str, *, content: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = "") -> Path:
+def tar_with(
+    path: Path, name: str, *, content: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> Path:
     with tarfile.open(path, "w:gz") as tar:
         good = tarfile.TarInfo("good.txt")
         good.size = 2
         tar.addfile(good, io.BytesIO(b"ok"))
         member = tarfile.TarInfo(name)
-        member.type, member.linkname, member.size = kind, link, len(content) if kind == tarfile.REGTYPE else 0
+        member.type, member.linkname, member.size = (
+            kind,
+            link,
+            len(content) if kind == tarfile.REGTYPE else 0,
+        )
         tar.addfile(member, io.BytesIO(content))
     return path
 
@@ -37,7 +44,10 @@ def zip_with(path: Path, name: str, *, mode: int = 0o100644, content: bytes = b"
 
 def test_plain_archives_unpack(tmp_path: Path) -> None:
     for number, archive in enumerate(
-        (tar_with(tmp_path / "a.tar.gz", "deep/er/file.txt"), zip_with(tmp_path / "a.zip", "deep/er/file.txt"))
+        (
+            tar_with(tmp_path / "a.tar.gz", "deep/er/file.txt"),
+            zip_with(tmp_path / "a.zip", "deep/er/file.txt"),
+        )
     ):
         unpack(archive, tmp_path / str(number))
         assert (tmp_path / str(number) / "deep/er/file.txt").read_bytes() == b"x"
@@ -46,14 +56,20 @@ def test_plain_archives_unpack(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a\\..\\evil", "C:evil"])
 @pytest.mark.parametrize("make", [tar_with, zip_with])
-def test_names_that_lead_outside_are_refused_before_anything_is_written(make, name: str, tmp_path: Path) -> None:
+def test_names_that_lead_outside_are_refused_before_anything_is_written(
+    make, name: str, tmp_path: Path
+) -> None:
     archive = make(tmp_path / ("a.zip" if make is zip_with else "a.tar.gz"), name)
-    with pytest.raises(HessianFlowError, match=r"refused, the member .* would land outside the target folder"):
+    with pytest.raises(
+        HessianFlowError, match=r"refused, the member .* would land outside the target folder"
+    ):
         unpack(archive, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+)
 def test_links_and_devices_in_a_tar_are_refused(kind: bytes, tmp_path: Path) -> None:
     archive = tar_with(tmp_path / "a.tar.gz", "evil", kind=kind, link="/etc/passwd")
     with pytest.raises(HessianFlowError, match="the member 'evil' is a link or a device"):
@@ -71,7 +87,9 @@ def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [tar_with, zip_with])
 def test_more_bytes_than_allowed_are_refused(make, tmp_path: Path) -> None:
-    archive = make(tmp_path / ("a.zip" if make is zip_with else "a.tar.gz"), "big", content=b"\0" * 10_000)
+    archive = make(
+        tmp_path / ("a.zip" if make is zip_with else "a.tar.gz"), "big", content=b"\0" * 10_000
+    )
     with pytest.raises(HessianFlowError, match="would unpack to more than the 5000 bytes allowed"):
         unpack(archive, tmp_path / "out", max_bytes=5000)
     assert not (tmp_path / "out").exists()
@@ -89,7 +107,9 @@ def test_more_bytes_than_allowed_are_refused(make, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("make", [tar_with, zip_with])
-def test_names_that_cannot_be_are_refused_before_anything_is_written(make, name, message, tmp_path: Path) -> None:
+def test_names_that_cannot_be_are_refused_before_anything_is_written(
+    make, name, message, tmp_path: Path
+) -> None:
     archive = make(tmp_path / ("a.zip" if make is zip_with else "a.tar.gz"), name)
     if make is zip_with and name == "./":  # a folder, in a zip
         unpack(archive, tmp_path / "out")
@@ -126,7 +146,9 @@ def test_a_stream_without_end_is_cut_off(name: str, tmp_path: Path) -> None:
     with write(archive, "wb") as file:
         file.write(content + bytes(40 << 20))
     unpack(archive, tmp_path / "whole")
-    with pytest.raises(HessianFlowError, match=r"damaged archive .*more bytes than allowed behind the end"):
+    with pytest.raises(
+        HessianFlowError, match=r"damaged archive .*more bytes than allowed behind the end"
+    ):
         read_members(archive, {"good.txt"}, max_bytes=10, max_total=1000)
 
 
@@ -147,10 +169,15 @@ def test_a_member_that_unpacks_to_more_than_it_says_is_cut_off(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_members_that_cannot_be_unpacked_piece_by_piece_are_refused(method: int, tmp_path: Path) -> None:
+def test_members_that_cannot_be_unpacked_piece_by_piece_are_refused(
+    method: int, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as packed:
         packed.writestr("file", b"x" * 1000)
-    with pytest.raises(HessianFlowError, match=f"damaged archive .*packed by method {method}, only 0 and 8 are read"):
+    with pytest.raises(
+        HessianFlowError,
+        match=f"damaged archive .*packed by method {method}, only 0 and 8 are read",
+    ):
         unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
@@ -159,14 +186,17 @@ def test_another_compression_is_named(kind: str, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar.gz", f"w:{kind}") as tar:
         tar.addfile(tarfile.TarInfo("x"))
     with pytest.raises(
-        HessianFlowError, match=r"a.tar.gz: packed with \w+, expected gzip or a plain tar; pack it anew"
+        HessianFlowError,
+        match=r"a.tar.gz: packed with \w+, expected gzip or a plain tar; pack it anew",
     ):
         unpack(tmp_path / "a.tar.gz", tmp_path / "out")
 
 
 def test_a_refusal_is_no_damage(tmp_path: Path) -> None:
     with pytest.raises(HessianFlowError) as caught:
-        read_members(tar_with(tmp_path / "a.tar.gz", "big", content=b"x" * 20), {"big"}, max_bytes=10)
+        read_members(
+            tar_with(tmp_path / "a.tar.gz", "big", content=b"x" * 20), {"big"}, max_bytes=10
+        )
     assert str(caught.value) == f"{tmp_path / 'a.tar.gz'}: big has 20 bytes, expected at most 10"
 
 
@@ -179,10 +209,14 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["folder", "pipe", "device"])
 def test_what_is_no_plain_file_is_not_opened(what: str, tmp_path: Path) -> None:
     archive = tmp_path / "a.tar"
-    {"folder": archive.mkdir, "pipe": lambda: os.mkfifo(archive), "device": lambda: archive.symlink_to("/dev/zero")}[
-        what
-    ]()
-    with pytest.raises(HessianFlowError, match=r"a.tar: is a .*, not a plain file; remove or replace it"):
+    {
+        "folder": archive.mkdir,
+        "pipe": lambda: os.mkfifo(archive),
+        "device": lambda: archive.symlink_to("/dev/zero"),
+    }[what]()
+    with pytest.raises(
+        HessianFlowError, match=r"a.tar: is a .*, not a plain file; remove or replace it"
+    ):
         unpack(archive, tmp_path / "out")
 
 
@@ -194,7 +228,11 @@ def test_what_is_no_archive_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_broken_compressed_data_is_named(tmp_path: Path) -> None:
-    archive = tar_with(tmp_path / "a.tar.gz", "noise", content=bytes(random.Random(0).choices(b"abcdefgh", k=20_000)))
+    archive = tar_with(
+        tmp_path / "a.tar.gz",
+        "noise",
+        content=bytes(random.Random(0).choices(b"abcdefgh", k=20_000)),
+    )
     content = bytearray(archive.read_bytes())
     content[3000:3100] = b"\xff" * 100
     archive.write_bytes(content)

@@ -1,4 +1,5 @@
-"""A data set that changes, fails, or draws from generators of its own: the same with workers as without."""
+"""A data set that changes, fails, or draws from generators of its own: the same with workers as
+without."""
 
 import itertools
 import random
@@ -17,7 +18,9 @@ from hessianflow.interfaces import HessianFlowError
 
 COUNT = 53
 WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
-COLLATES = pytest.mark.parametrize("collate", [None, lambda items: torch.stack([x for x, _ in items])])
+COLLATES = pytest.mark.parametrize(
+    "collate", [None, lambda items: torch.stack([x for x, _ in items])]
+)
 
 
 class Scaled(Dataset[Any]):
@@ -31,7 +34,9 @@ class Scaled(Dataset[Any]):
 
 
 def make(dataset: Any, batch_size: int = 10, **options: Any) -> AdaptiveBatches:
-    return AdaptiveBatches(dataset, batch_size, **{"seed": 3, "chunk_size": 4, "prefetch_examples": 16, **options})
+    return AdaptiveBatches(
+        dataset, batch_size, **{"seed": 3, "chunk_size": 4, "prefetch_examples": 16, **options}
+    )
 
 
 def inputs_of(batches: Any) -> Tensor:
@@ -66,7 +71,10 @@ def test_a_data_set_of_another_length_is_refused(num_workers: int) -> None:
     batches = make(data, num_workers=num_workers)
     list(batches)
     data.count = 40
-    with pytest.raises(HessianFlowError, match="the Scaled had 53 examples and now has 40: make a new AdaptiveBatches"):
+    with pytest.raises(
+        HessianFlowError,
+        match="the Scaled had 53 examples and now has 40: make a new AdaptiveBatches",
+    ):
         next(iter(batches))
     data.count = COUNT
     assert len(inputs_of(batches)) == COUNT
@@ -87,13 +95,17 @@ class Flaky(Scaled):
 @WORKERS
 @COLLATES
 @pytest.mark.parametrize("error", [OSError, HessianFlowError, StopIteration])
-def test_after_an_error_the_stream_goes_on_where_it_stood(num_workers: int, collate: Any, error: Any) -> None:
+def test_after_an_error_the_stream_goes_on_where_it_stood(
+    num_workers: int, collate: Any, error: Any
+) -> None:
     order = inputs_of(make(Scaled())).flatten().tolist()
     data = Flaky()
     data.bad, data.error = int(order[27]), error
     batches, seen = make(data, num_workers=num_workers, collate_fn=collate), []
     for _ in range(2):  # twice: the second try fails at the same place
-        with pytest.raises((error, HessianFlowError), match=r"stale file handle|loader ended before"):
+        with pytest.raises(
+            (error, HessianFlowError), match=r"stale file handle|loader ended before"
+        ):
             seen.extend(inputs_of([batch]) for batch in batches)
         assert (len(seen), batches.cursor, batches.epoch) == (2, 20, 0)
     data.bad = None
@@ -170,8 +182,10 @@ def test_generators_of_the_data_set_draw_alike_whoever_loads() -> None:
     assert torch.equal(rows[0], others[0])
     assert torch.equal(rows[1], others[1])
     for column in rows[0].T:
-        assert len(column.unique()) == 2 * COUNT  # every example, and every epoch, draws a number of its own
-    assert not torch.equal(rows[0][:, 0], rows[0][:, 1])  # two generators made from one seed are two
+        # every example, and every epoch, draws a number of its own
+        assert len(column.unique()) == 2 * COUNT
+    # two generators made from one seed are two
+    assert not torch.equal(rows[0][:, 0], rows[0][:, 1])
 
 
 @WORKERS
@@ -213,7 +227,9 @@ def test_workers_start_with_a_function_and_seeds_of_the_run(tmp_path: Any, worke
     seeds = []
     for name, epochs, skipped in (("whole", 2, 0), ("resumed", 1, 1)):
         path = tmp_path / name
-        batches = make(Scaled(), num_workers=workers, worker_init_fn=partial(seen_by, path=str(path)))
+        batches = make(
+            Scaled(), num_workers=workers, worker_init_fn=partial(seen_by, path=str(path))
+        )
         batches.load_state_dict({**batches.state_dict(), "epoch": skipped})
         for _ in range(epochs):
             list(batches)

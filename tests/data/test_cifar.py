@@ -1,4 +1,5 @@
-"""CIFAR files in every layout, and damaged ones. The files are written byte by byte from the published layout."""
+"""CIFAR files in every layout, and damaged ones. The files are written byte by byte from the
+published layout."""
 
 import importlib.util
 import os
@@ -41,7 +42,12 @@ def test_binary_version(name: str, where: str, tmp_path: Path) -> None:
     layout = SMALL[name]
     folder = write_cifar_binary(layout, tmp_path / "made")
     archive = pack_tar(folder, tmp_path / layout.binary_archive)
-    root = {"folder": folder, "parent": folder.parent, "archive beside": tmp_path, "archive itself": archive}[where]
+    root = {
+        "folder": folder,
+        "parent": folder.parent,
+        "archive beside": tmp_path,
+        "archive itself": archive,
+    }[where]
     images, targets, classes = read_cifar(layout, root, "train")
     assert torch.equal(images, expected_train(name))
     assert images.dtype == torch.uint8
@@ -67,12 +73,20 @@ def test_python_version_written_by_python_2(name: str, packed: bool, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (-1, r"cifar-10-batches-bin/data_batch_3.bin: found 30729 bytes, expected 30730 bytes \(10 records of 3073\)"),
+        (
+            -1,
+            (
+                r"cifar-10-batches-bin/data_batch_3.bin: found 30729 bytes, expected 30730 bytes"
+                r" \(10 records of 3073\)"
+            ),
+        ),
         (+5, r"data_batch_3.bin: found at least 30731 bytes, expected 30730 bytes"),
         (None, r"data_batch_3.bin: missing"),
     ],
 )
-def test_truncated_oversized_and_missing_files_are_named(change: int | None, message: str, tmp_path: Path) -> None:
+def test_truncated_oversized_and_missing_files_are_named(
+    change: int | None, message: str, tmp_path: Path
+) -> None:
     file = write_cifar_binary(SMALL["cifar10"], tmp_path) / "data_batch_3.bin"
     content = file.read_bytes()
     if change is None:
@@ -81,7 +95,9 @@ def test_truncated_oversized_and_missing_files_are_named(change: int | None, mes
         file.write_bytes(content[:change] if change < 0 else content + b"\0" * change)
     with pytest.raises(HessianFlowError, match=message) as caught:
         read_cifar(SMALL["cifar10"], tmp_path, "train")
-    assert "get it with `hessianflow data fetch cifar10` or from https://www.cs.toronto.edu" in str(caught.value)
+    assert "get it with `hessianflow data fetch cifar10` or from https://www.cs.toronto.edu" in str(
+        caught.value
+    )
     assert "\n" not in str(caught.value)
 
 
@@ -92,20 +108,29 @@ def test_a_label_out_of_range_is_located(name: str, tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[4 * (layout.label_bytes + 3072) + layout.label_bytes - 1] = 200
     file.write_bytes(content)
-    with pytest.raises(HessianFlowError, match=f"label 200 in record 4, expected 0 to {layout.num_classes - 1}"):
+    with pytest.raises(
+        HessianFlowError, match=f"label 200 in record 4, expected 0 to {layout.num_classes - 1}"
+    ):
         read_cifar(layout, tmp_path, "test")
 
 
 def test_nothing_there_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(HessianFlowError, match=r"no cifar100 under .*; get it with `hessianflow data fetch cifar100`"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"no cifar100 under .*; get it with `hessianflow data fetch cifar100`",
+    ):
         data.load("cifar100", tmp_path)
 
 
 def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     layout = SMALL["cifar10"]
-    archive = pack_tar(write_cifar_binary(layout, tmp_path / "made"), tmp_path / layout.binary_archive)
+    archive = pack_tar(
+        write_cifar_binary(layout, tmp_path / "made"), tmp_path / layout.binary_archive
+    )
     archive.write_bytes(archive.read_bytes()[:40_000])
-    with pytest.raises(HessianFlowError, match=r"cifar-10-binary.tar.gz: damaged archive \(EOFError"):
+    with pytest.raises(
+        HessianFlowError, match=r"cifar-10-binary.tar.gz: damaged archive \(EOFError"
+    ):
         read_cifar(layout, tmp_path, "train")
 
 
@@ -114,29 +139,41 @@ def test_a_member_larger_than_it_may_be_is_not_read(tmp_path: Path) -> None:
     folder = write_cifar_binary(layout, tmp_path / "made")
     (folder / "test_batch.bin").write_bytes(b"\0" * 40_000)
     pack_tar(folder, tmp_path / layout.binary_archive)
-    with pytest.raises(HessianFlowError, match=r"test_batch.bin has 40000 bytes, expected at most 30730"):
+    with pytest.raises(
+        HessianFlowError, match=r"test_batch.bin has 40000 bytes, expected at most 30730"
+    ):
         read_cifar(layout, tmp_path, "test")
 
 
 def test_an_archive_without_the_files_is_named(tmp_path: Path) -> None:
     layout = SMALL["cifar10"]
-    for name, folder in ((layout.binary_archive, layout.binary_folder), (layout.python_archive, layout.python_folder)):
+    for name, folder in (
+        (layout.binary_archive, layout.binary_folder),
+        (layout.python_archive, layout.python_folder),
+    ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "notes.txt").write_text("nothing of ours")
         root = tmp_path / name.removesuffix(".tar.gz")
         root.mkdir()
         pack_tar(tmp_path / folder, root / name)
-        with pytest.raises(HessianFlowError, match=f"{name}: holds none of the files expected in its folder {folder}"):
+        with pytest.raises(
+            HessianFlowError,
+            match=f"{name}: holds none of the files expected in its folder {folder}",
+        ):
             read_cifar(layout, root, "test")
 
 
 def test_an_archive_that_unpacks_without_end_is_cut_off(tmp_path: Path) -> None:
-    """Real: 20 MB that become 20 GB of zeros. Here 60 MB, where twice the records and 16 MB are allowed."""
+    """Real: 20 MB that become 20 GB of zeros. Here 60 MB, where twice the records and 16 MB are
+    allowed."""
     layout = SMALL["cifar10"]
     folder = write_cifar_binary(layout, tmp_path / "made")
     (folder / "padding").write_bytes(bytes(60 << 20))
     pack_tar(folder, tmp_path / layout.binary_archive)
-    with pytest.raises(HessianFlowError, match=r"cifar-10-binary.tar.gz: damaged archive \(.*more bytes than allowed"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"cifar-10-binary.tar.gz: damaged archive \(.*more bytes than allowed",
+    ):
         read_cifar(layout, tmp_path, "train")
 
 
@@ -145,7 +182,11 @@ def test_what_is_no_plain_file_is_missing(what: str, tmp_path: Path) -> None:
     layout = SMALL["cifar10"]
     file = write_cifar_binary(layout, tmp_path) / "test_batch.bin"
     file.unlink()
-    {"pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero"), "folder": file.mkdir}[what]()
+    {
+        "pipe": lambda: os.mkfifo(file),
+        "device": lambda: file.symlink_to("/dev/zero"),
+        "folder": file.mkdir,
+    }[what]()
     with pytest.raises(HessianFlowError, match=r"test_batch.bin: missing"):
         read_cifar(layout, tmp_path, "test")
 
@@ -154,15 +195,27 @@ def test_labels_of_a_pickle_that_are_none_are_refused(tmp_path: Path) -> None:
     layout = write_cifar_python(SMALL["cifar10"], tmp_path)
     for record, message in (
         ({"data": pixels(1).reshape(1, -1)}, "holds no list of labels named 'labels'"),
-        ({"data": pixels(1).reshape(1, -1), "labels": [1 << 40]}, "holds no list of labels named 'labels'"),
-        ({"data": pixels(1).reshape(1, -1), "labels": ["1"]}, "holds no list of labels named 'labels'"),
-        ({"data": pixels(1).reshape(1, -1), "labels": [-1]}, "label -1 in record 0, expected 0 to 9"),
+        (
+            {"data": pixels(1).reshape(1, -1), "labels": [1 << 40]},
+            "holds no list of labels named 'labels'",
+        ),
+        (
+            {"data": pixels(1).reshape(1, -1), "labels": ["1"]},
+            "holds no list of labels named 'labels'",
+        ),
+        (
+            {"data": pixels(1).reshape(1, -1), "labels": [-1]},
+            "label -1 in record 0, expected 0 to 9",
+        ),
         ({"data": [1], "labels": [1]}, r"pixels are list, expected uint8 \(1, 3072\)"),
         ({"labels": [1]}, r"pixels are NoneType, expected uint8 \(1, 3072\)"),
     ):
         content = pickle.dumps(record, protocol=2)
         (tmp_path / layout.python_folder / "test_batch").write_bytes(content)
-        sums = {**layout.python_files, "test": {"test_batch": md5(content, usedforsecurity=False).hexdigest()}}
+        sums = {
+            **layout.python_files,
+            "test": {"test_batch": md5(content, usedforsecurity=False).hexdigest()},
+        }
         with pytest.raises(HessianFlowError, match=message):
             read_cifar(replace(layout, python_files=sums), tmp_path, "test")
 
@@ -185,31 +238,44 @@ def test_a_pickle_of_other_arrays_is_refused(tmp_path: Path) -> None:
     layout = write_cifar_python(SMALL["cifar10"], tmp_path)
     content = python2_cifar(pixels(3), [0, 1], "labels")
     (tmp_path / layout.python_folder / "test_batch").write_bytes(content)
-    sums = {**layout.python_files, "test": {"test_batch": md5(content, usedforsecurity=False).hexdigest()}}
-    with pytest.raises(HessianFlowError, match=r"pixels are uint8 \(3, 3072\), expected uint8 \(2, 3072\)"):
+    sums = {
+        **layout.python_files,
+        "test": {"test_batch": md5(content, usedforsecurity=False).hexdigest()},
+    }
+    with pytest.raises(
+        HessianFlowError, match=r"pixels are uint8 \(3, 3072\), expected uint8 \(2, 3072\)"
+    ):
         read_cifar(replace(layout, python_files=sums), tmp_path, "test")
 
 
 def test_a_hostile_pickle_runs_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(HessianFlowError, match=r"a file: refused, the pickle would run (posix|nt)\.system"):
+    with pytest.raises(
+        HessianFlowError, match=r"a file: refused, the pickle would run (posix|nt)\.system"
+    ):
         load_arrays(hostile_pickle(), "a file")
     assert "hostile" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x02}", b"garbage", b"\x80\x02cnumpy\ndtype\n(U\x02??tR."])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02}", b"garbage", b"\x80\x02cnumpy\ndtype\n(U\x02??tR."]
+)
 def test_a_damaged_pickle_is_named(content: bytes) -> None:
     with pytest.raises(HessianFlowError, match="a file: damaged pickle"):
         load_arrays(content, "a file")
 
 
 def test_bytes_pickled_by_python_3_are_read_and_no_other_codec() -> None:
-    assert load_arrays(pickle.dumps({"raw": b"\x00\xff"}, protocol=2), "a file") == {"raw": b"\x00\xff"}
+    assert load_arrays(pickle.dumps({"raw": b"\x00\xff"}, protocol=2), "a file") == {
+        "raw": b"\x00\xff"
+    }
     rot13 = b"\x80\x02c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR."
     with pytest.raises(HessianFlowError, match="unexpected encoding 'rot13'"):
         load_arrays(rot13, "a file")
 
 
-@pytest.mark.skipif(not PACK.exists(), reason="the CIFAR-10 picture pack is not beside the repository")
+@pytest.mark.skipif(
+    not PACK.exists(), reason="the CIFAR-10 picture pack is not beside the repository"
+)
 def test_real_pictures_survive_the_binary_layout(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("cifar_pack", PACK)
     assert spec is not None
@@ -220,7 +286,9 @@ def test_real_pictures_survive_the_binary_layout(tmp_path: Path) -> None:
     layout = SMALL["cifar10"]
     folder = tmp_path / layout.binary_folder
     folder.mkdir()
-    records = np.concatenate([labels[:, None], pictures.transpose(0, 3, 1, 2).reshape(len(pictures), -1)], axis=1)
+    records = np.concatenate(
+        [labels[:, None], pictures.transpose(0, 3, 1, 2).reshape(len(pictures), -1)], axis=1
+    )
     for name, part in zip(layout.binary_files["train"], np.split(records, 5), strict=True):
         part.tofile(folder / name)
     images, targets, _ = read_cifar(layout, tmp_path, "train")

@@ -32,12 +32,15 @@ def padded(items: list[Any]) -> tuple[Tensor, Tensor]:
 
 
 def make(dataset: Any, batch_size: int = 10, **options: Any) -> AdaptiveBatches:
-    return AdaptiveBatches(dataset, batch_size, **{"seed": 3, "chunk_size": 4, "prefetch_examples": 16, **options})
+    return AdaptiveBatches(
+        dataset, batch_size, **{"seed": 3, "chunk_size": 4, "prefetch_examples": 16, **options}
+    )
 
 
 @WORKERS
 def test_a_batch_is_padded_to_its_own_longest(num_workers: int) -> None:
-    """The oracle collates the same examples by hand; sizes change, most are no multiple of a chunk."""
+    """The oracle collates the same examples by hand; sizes change, most are no multiple of a
+    chunk."""
     data, sizes = sequences(), itertools.cycle([10, 3, 17, 1])
     batches, seen = make(data, next(sizes), collate_fn=padded, num_workers=num_workers), []
     for inputs, targets in batches:
@@ -46,7 +49,9 @@ def test_a_batch_is_padded_to_its_own_longest(num_workers: int) -> None:
         seen.append(targets)
         batches.set_batch_size(next(sizes))
     assert [len(targets) for targets in seen] == [10, 3, 17, 1, 10, 3, 9]
-    assert torch.equal(torch.cat(seen), torch.cat([targets for _, targets in make(data, 53, collate_fn=padded)]))
+    assert torch.equal(
+        torch.cat(seen), torch.cat([targets for _, targets in make(data, 53, collate_fn=padded)])
+    )
 
 
 @WORKERS
@@ -54,7 +59,9 @@ def test_the_order_is_that_of_the_default_collate(num_workers: int) -> None:
     data = [(torch.tensor([n]), n) for n in range(COUNT)]
     plain = list(make(data, num_workers=num_workers))
     for collate in (default_collate, lambda items: default_collate(items)):
-        for (a, b), (c, d) in zip(plain, make(data, collate_fn=collate, num_workers=num_workers), strict=True):
+        for (a, b), (c, d) in zip(
+            plain, make(data, collate_fn=collate, num_workers=num_workers), strict=True
+        ):
             assert torch.equal(a, c)
             assert torch.equal(b, d)
 
@@ -63,7 +70,13 @@ def test_the_order_is_that_of_the_default_collate(num_workers: int) -> None:
 @pytest.mark.parametrize("kind", [dict, UserDict])
 def test_dicts_come_out_as_they_are_made(kind: type, num_workers: int) -> None:
     def collate(items: list[Any]) -> Any:
-        return kind({"ids": torch.stack([i["ids"] for i in items]), "mask": torch.ones(4, 4), "n": len(items)})
+        return kind(
+            {
+                "ids": torch.stack([i["ids"] for i in items]),
+                "mask": torch.ones(4, 4),
+                "n": len(items),
+            }
+        )
 
     data = [{"ids": torch.tensor([n, n]), "label": n} for n in range(COUNT)]
     batches = make(data, collate_fn=collate, num_workers=num_workers)
@@ -89,7 +102,10 @@ def test_dict_items_are_stacked_and_joined_without_a_collate(num_workers: int) -
 
 @WORKERS
 def test_detection_batches_keep_images_and_targets_apart(num_workers: int) -> None:
-    data = [(torch.full((3, 4 + n % 3, 5), n), {"boxes": torch.full((n % 4, 4), n), "id": n}) for n in range(COUNT)]
+    data = [
+        (torch.full((3, 4 + n % 3, 5), n), {"boxes": torch.full((n % 4, 4), n), "id": n})
+        for n in range(COUNT)
+    ]
     collate = lambda items: tuple(zip(*items, strict=True))  # noqa: E731
     seen = []
     for images, targets in make(data, 8, collate_fn=collate, num_workers=num_workers):
@@ -111,7 +127,9 @@ class Record:
 @WORKERS
 def test_items_may_be_anything_a_collate_understands(num_workers: int) -> None:
     def collate(items: list[Record]) -> Record:
-        return Record(torch.stack([item.x for item in items]), "+".join(item.name for item in items))
+        return Record(
+            torch.stack([item.x for item in items]), "+".join(item.name for item in items)
+        )
 
     data = [Record(torch.tensor([float(n)]), str(n)) for n in range(COUNT)]
     batches = make(data, collate_fn=collate, num_workers=num_workers)
@@ -143,12 +161,20 @@ def test_items_that_are_no_pairs_are_batched_all_the_same(item: Any, sampled: An
             lambda n: (torch.zeros(1 + n), n),
             r"a tuple cannot be stacked to a batch \(.*of different sizes.*\): pass a collate_fn",
         ),
-        (lambda n: (None, n), r"a tuple cannot be stacked to a batch \(.*NoneType.*\): pass a collate_fn"),
-        (lambda n: Record(torch.zeros(1), "a"), r"a Record cannot be stacked to a batch .*: pass a collate_fn"),
+        (
+            lambda n: (None, n),
+            r"a tuple cannot be stacked to a batch \(.*NoneType.*\): pass a collate_fn",
+        ),
+        (
+            lambda n: Record(torch.zeros(1), "a"),
+            r"a Record cannot be stacked to a batch .*: pass a collate_fn",
+        ),
         (lambda n: {f"key{n}": 1}, r"a dict cannot be stacked to a batch"),
     ],
 )
-def test_items_that_cannot_be_stacked_are_refused_in_one_line(item: Any, message: str, num_workers: int) -> None:
+def test_items_that_cannot_be_stacked_are_refused_in_one_line(
+    item: Any, message: str, num_workers: int
+) -> None:
     with pytest.raises(HessianFlowError, match=message) as caught:
         next(iter(make([item(n) for n in range(COUNT)], num_workers=num_workers)))
     assert "\n" not in str(caught.value)
@@ -170,12 +196,16 @@ def test_what_a_worker_refuses_is_one_line_here() -> None:
 def masked(items: list[Any]) -> tuple[Tensor, Tensor]:
     """As for masked language models: a random part of each sequence is hidden."""
     inputs, targets = padded(items)
-    return torch.where(torch.rand(inputs.shape) < 0.5, -7, inputs) + int(np.random.randint(100)) * 1000, targets
+    return torch.where(torch.rand(inputs.shape) < 0.5, -7, inputs) + int(
+        np.random.randint(100)
+    ) * 1000, targets
 
 
 @WORKERS
 @pytest.mark.parametrize("stop_after", [1, 4, 7])
-def test_a_random_collate_is_repeated_exactly_by_a_resumed_run(stop_after: int, num_workers: int) -> None:
+def test_a_random_collate_is_repeated_exactly_by_a_resumed_run(
+    stop_after: int, num_workers: int
+) -> None:
     first, whole = (make(sequences(), collate_fn=masked) for _ in range(2))
     resumed = make(sequences(), 7, collate_fn=masked, num_workers=num_workers)
     expected = [*whole, *whole]
@@ -227,12 +257,19 @@ def test_packed_items_are_unpacked_as_they_were() -> None:
         base.to_sparse(),
         torch.nn.Parameter(base),
     ]
-    items = [{"name": str(n), "record": Record(t, "r"), "array": np.arange(n)} for n, t in enumerate(kinds)]
+    items = [
+        {"name": str(n), "record": Record(t, "r"), "array": np.arange(n)}
+        for n, t in enumerate(kinds)
+    ]
     for item, found in zip(items, Packed(items).unpacked(), strict=True):
         assert item["name"] == found["name"]
         assert np.array_equal(item["array"], found["array"])
         before, after = item["record"].x, found["record"].x
-        assert (before.dtype, before.layout, type(before)) == (after.dtype, after.layout, type(after))
+        assert (before.dtype, before.layout, type(before)) == (
+            after.dtype,
+            after.layout,
+            type(after),
+        )
         assert torch.equal(before.to_dense().detach(), after.to_dense().detach())
 
 
@@ -245,7 +282,9 @@ def test_an_entry_that_is_shared_is_told_from_rows_whatever_its_length(rows: int
         return {"x": x, "mask": torch.ones(rows, rows)}, y
 
     data = [(torch.ones(3), n) for n in range(COUNT)]
-    with pytest.raises(HessianFlowError, match=rf"inputs\['mask'\] has {rows} rows in a batch of [57] examples"):
+    with pytest.raises(
+        HessianFlowError, match=rf"inputs\['mask'\] has {rows} rows in a batch of [57] examples"
+    ):
         make(data, collate_fn=collate).check_rows()
 
 
@@ -255,7 +294,10 @@ def test_an_entry_that_is_shared_is_told_from_rows_whatever_its_length(rows: int
     [
         None,
         default_collate,
-        lambda items: ({"x": default_collate(items)[0], "mask": torch.ones(1, 7, 7)}, torch.zeros(len(items))),
+        lambda items: (
+            {"x": default_collate(items)[0], "mask": torch.ones(1, 7, 7)},
+            torch.zeros(len(items)),
+        ),
         lambda items: tuple(zip(*items, strict=True)),
         lambda items: ([torch.ones(3, 5, 5)] * len(items), torch.zeros(len(items))),
         lambda items: {"x": torch.ones(len(items), 5), "size": (7, 7), "n": len(items)},

@@ -38,7 +38,9 @@ def test_mean_and_std_are_those_of_the_training_pixels(name: str, tolerance: flo
     train = load(name)
     pixels = train.images.double() / train.value_scale
     assert (pixels.mean((0, 2, 3)) - torch.tensor(train.mean).double()).abs().max() < tolerance
-    assert (pixels.std((0, 2, 3), correction=0) - torch.tensor(train.std).double()).abs().max() < tolerance
+    assert (
+        pixels.std((0, 2, 3), correction=0) - torch.tensor(train.std).double()
+    ).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("name", ["digits", "fake"])
@@ -63,7 +65,9 @@ def test_the_synthetic_set_can_be_learned_but_not_at_a_glance() -> None:
     flat, held_out = (split.images.reshape(len(split), -1).float() for split in (train, test))
     means = torch.stack([flat[train.targets == label].mean(0) for label in range(10)])
     accuracy = (torch.cdist(held_out, means).argmin(1) == test.targets).double().mean()
-    one_pixel = (torch.cdist(held_out[:, :1], means[:, :1]).argmin(1) == test.targets).double().mean()
+    one_pixel = (
+        (torch.cdist(held_out[:, :1], means[:, :1]).argmin(1) == test.targets).double().mean()
+    )
     assert accuracy > 0.9
     assert one_pixel < 0.4
 
@@ -76,7 +80,9 @@ def test_cifar_by_name_from_small_files(tmp_path: Path, monkeypatch: pytest.Monk
         ):  # the official record count is required
             load(name, root=tmp_path)
     read = data.datasets.read_cifar
-    monkeypatch.setattr(data.datasets, "read_cifar", lambda layout, *rest: read(SMALL[layout.name], *rest))
+    monkeypatch.setattr(
+        data.datasets, "read_cifar", lambda layout, *rest: read(SMALL[layout.name], *rest)
+    )
     train = load("cifar10", root=tmp_path)
     assert (train.num_classes, train.input_shape, len(train)) == (10, (3, 32, 32), 50)
     monkeypatch.setenv("HESSIANFLOW_DATA", str(tmp_path))
@@ -102,10 +108,13 @@ def test_names_are_listed(name: str) -> None:
 
 def test_unknown_names_and_splits_are_answered() -> None:
     with pytest.raises(
-        HessianFlowError, match=r"unknown data set 'cifar' \(did you mean 'cifar10'\?\); known: cifar10,"
+        HessianFlowError,
+        match=r"unknown data set 'cifar' \(did you mean 'cifar10'\?\); known: cifar10,",
     ):
         load("cifar")
     with pytest.raises(HessianFlowError, match="unknown data set 'zzz'; known: cifar10"):
         load("zzz")
-    with pytest.raises(HessianFlowError, match="split of digits must be one of train, test, got 'extra'"):
+    with pytest.raises(
+        HessianFlowError, match="split of digits must be one of train, test, got 'extra'"
+    ):
         load("digits", "extra")

@@ -1,4 +1,5 @@
-"""Batches cut on the device: order, place, sharding, augmentation against explicit loops, bad input."""
+"""Batches cut on the device: order, place, sharding, augmentation against explicit loops, bad
+input."""
 
 import itertools
 import math
@@ -22,12 +23,16 @@ EVERYTHING = Augmentation(crop_padding=2, flip=True, cutout=3)
 
 def image_set(count: int = 23, channels: int = 3) -> tuple[Tensor, Tensor]:
     """Random pixels; the target of an example is its index, so that targets tell the order."""
-    pixels = torch.randint(0, 256, (count, channels, 6, 5), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (count, channels, 6, 5), generator=torch.Generator().manual_seed(0)
+    )
     return pixels.to(torch.uint8), torch.arange(count)
 
 
 def make(batch_size: int = 5, count: int = 23, **options: object) -> DeviceBatches:
-    return DeviceBatches(*image_set(count), batch_size, **{"seed": 1, "augment": EVERYTHING, **options})  # type: ignore[arg-type]
+    return DeviceBatches(
+        *image_set(count), batch_size, **{"seed": 1, "augment": EVERYTHING, **options}
+    )  # type: ignore[arg-type]
 
 
 def epoch(batches: DeviceBatches) -> tuple[Tensor, Tensor]:
@@ -54,10 +59,15 @@ def test_an_epoch_visits_every_example_once_and_keeps_the_ragged_tail() -> None:
 
 
 @given(examples=st.integers(2, 200), batch_size=st.integers(2, 200))
-def test_no_training_batch_is_less_than_half_of_what_was_asked_for(examples: int, batch_size: int) -> None:
+def test_no_training_batch_is_less_than_half_of_what_was_asked_for(
+    examples: int, batch_size: int
+) -> None:
     batch_size = min(examples, batch_size)
     sizes = [
-        stop - start for start, stop in ExampleStream(examples, batch_size, seed=0, shuffle=True)._handed_out(place)
+        stop - start
+        for start, stop in ExampleStream(examples, batch_size, seed=0, shuffle=True)._handed_out(
+            place
+        )
     ]
     assert sum(sizes) == examples
     assert 2 * min(sizes) >= batch_size
@@ -79,7 +89,9 @@ def test_a_short_tail_is_shared_in_training_and_stays_in_evaluation() -> None:
 
 @given(sizes=st.lists(st.integers(1, 23), min_size=1, max_size=12), seed=st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
-def test_neither_order_nor_augmentation_depends_on_the_batch_sizes(sizes: list[int], seed: int) -> None:
+def test_neither_order_nor_augmentation_depends_on_the_batch_sizes(
+    sizes: list[int], seed: int
+) -> None:
     whole = epoch(make(23, seed=seed))
     batches, parts = make(sizes[0], seed=seed), []
     sequence = itertools.cycle(sizes)
@@ -109,7 +121,8 @@ def test_changing_the_size_takes_less_than_a_millisecond() -> None:
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 7])
 def test_resuming_anywhere_equals_going_on(stop_after: int) -> None:
-    """Batches of two epochs; the second stream starts from the state of the first, at another size."""
+    """Batches of two epochs; the second stream starts from the state of the first, at another
+    size."""
 
     def two_epochs(batches: DeviceBatches) -> list[tuple[Tensor, Tensor]]:
         return [*batches, *batches]
@@ -163,7 +176,13 @@ def test_augmentation_equals_a_loop_over_single_images(channels: int, channels_l
     """Oracle: pad, slice, mirror, normalise and blank each image by plain indexing."""
     images, targets = image_set(channels=channels)
     mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.25, 0.3][:channels]
-    options = {"mean": mean, "std": std, "seed": 1, "augment": EVERYTHING, "channels_last": channels_last}
+    options = {
+        "mean": mean,
+        "std": std,
+        "seed": 1,
+        "augment": EVERYTHING,
+        "channels_last": channels_last,
+    }
     inputs, order = epoch(DeviceBatches(images, targets, 5, dtype=torch.float64, **options))  # type: ignore[arg-type]
     draws = EVERYTHING.draw(23, 6, 5, seed=1, epoch=0)
     assert draws.offsets is not None
@@ -211,7 +230,8 @@ def test_every_stream_is_new_each_epoch_and_unlike_the_others() -> None:
     square = Augmentation(crop_padding=2, cutout=1).draw(50, 5, 5, seed=0, epoch=0)
     assert square.offsets is not None
     assert square.centres is not None
-    assert not torch.equal(square.offsets.flatten()[:50], square.centres[:, 0])  # both are draws from 0..4
+    # both are draws from 0..4
+    assert not torch.equal(square.offsets.flatten()[:50], square.centres[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -275,7 +295,9 @@ def test_a_batch_that_fails_is_the_next_one() -> None:
 
 
 def test_dtype_rounds_once() -> None:
-    half, full = (next(iter(make(augment=None, dtype=t)))[0] for t in (torch.bfloat16, torch.float32))
+    half, full = (
+        next(iter(make(augment=None, dtype=t)))[0] for t in (torch.bfloat16, torch.float32)
+    )
     assert torch.equal(half, full.to(torch.bfloat16))
 
 
@@ -335,7 +357,8 @@ def test_ranks_that_would_all_see_everything_are_told_once(monkeypatch: pytest.M
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     batches = make()
     with pytest.warns(
-        UserWarning, match=r"each of the 2 ranks .* all 23 examples, .* call set_shard\(rank, world_size\)"
+        UserWarning,
+        match=r"each of the 2 ranks .* all 23 examples, .* call set_shard\(rank, world_size\)",
     ):
         next(iter(batches))
     epoch(batches)  # a warning would be an error
@@ -353,9 +376,15 @@ def test_evaluation_keeps_the_stored_order_and_takes_any_batch_size() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_examples": 24}, "the saved data stream had 24 examples, this one has 23: cannot resume"),
+        (
+            {"num_examples": 24},
+            "the saved data stream had 24 examples, this one has 23: cannot resume",
+        ),
         ({"seed": 2}, "the saved data stream had 2 as seed, this one has 1: cannot resume"),
-        ({"cursor": 24}, "must lie in an epoch of 23 examples, got epoch 0, cursor 24: the state is damaged"),
+        (
+            {"cursor": 24},
+            "must lie in an epoch of 23 examples, got epoch 0, cursor 24: the state is damaged",
+        ),
         ({"epoch": -1}, "got epoch -1, cursor 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
@@ -364,14 +393,19 @@ def test_foreign_states_are_refused(change: dict[str, int], message: str) -> Non
     batches = make()
     with pytest.raises(HessianFlowError, match=message):
         batches.load_state_dict({**batches.state_dict(), **change})
-    with pytest.raises(HessianFlowError, match="this is no state of a data stream: it lacks seed, epoch"):
+    with pytest.raises(
+        HessianFlowError, match="this is no state of a data stream: it lacks seed, epoch"
+    ):
         batches.load_state_dict({})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 24}, "batch_size must not exceed the 23 examples of the data set, got 24: choose a smaller"),
+        (
+            {"batch_size": 24},
+            "batch_size must not exceed the 23 examples of the data set, got 24: choose a smaller",
+        ),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
@@ -388,9 +422,13 @@ def test_bad_arguments_are_named(options: dict[str, object], message: str) -> No
 
 def test_bad_tensors_are_named() -> None:
     images, targets = image_set()
-    with pytest.raises(HessianFlowError, match=r"shape \[N, C, H, W\] for augment, got \[23, 6, 5\]"):
+    with pytest.raises(
+        HessianFlowError, match=r"shape \[N, C, H, W\] for augment, got \[23, 6, 5\]"
+    ):
         DeviceBatches(images[:, 0], targets, 5, augment=EVERYTHING)
-    with pytest.raises(HessianFlowError, match=r"shape \[N, C, H, W\] for channels_last, got \[23, 6, 5\]"):
+    with pytest.raises(
+        HessianFlowError, match=r"shape \[N, C, H, W\] for channels_last, got \[23, 6, 5\]"
+    ):
         DeviceBatches(images[:, 0], targets, 5, channels_last=True)
     with pytest.raises(HessianFlowError, match=r"images must have shape \[N, ...\], got \[\]"):
         DeviceBatches(torch.tensor(1.0), targets, 5)
@@ -398,7 +436,9 @@ def test_bad_tensors_are_named() -> None:
         DeviceBatches({"x": images}, targets, 5)  # type: ignore[arg-type]
     with pytest.raises(HessianFlowError, match="targets must be one tensor, got an ndarray"):
         DeviceBatches(images, targets.numpy(), 5)
-    with pytest.raises(HessianFlowError, match=r"images must be uint8 or floating point, got torch.int64"):
+    with pytest.raises(
+        HessianFlowError, match=r"images must be uint8 or floating point, got torch.int64"
+    ):
         DeviceBatches(images.long(), targets, 5)
     with pytest.raises(HessianFlowError, match=r"one for each of the 23 images, got \[22\]"):
         DeviceBatches(images, targets[1:], 5)
@@ -410,7 +450,9 @@ def test_bad_ranks_counts_and_pixels_are_named() -> None:
     batches = make()
     with pytest.raises(HessianFlowError, match="got rank 2 of world_size 2"):
         batches.set_shard(2, 2)
-    with pytest.raises(HessianFlowError, match="count must lie between 1 and the 23 examples, got 24"):
+    with pytest.raises(
+        HessianFlowError, match="count must lie between 1 and the 23 examples, got 24"
+    ):
         batches.sample(24)
     with pytest.raises(HessianFlowError, match="crop_padding must be at least 0 pixels, got -1"):
         Augmentation(crop_padding=-1)

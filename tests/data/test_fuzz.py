@@ -1,8 +1,8 @@
 """A search for faults in everything that reads files of data: hundreds of damaged and hostile ones.
 
-Each must be read, or refused in one line: without another error, within seconds, in bounded memory, and without a trace
-outside the folder that it was given. A family of cases runs in a process of its own, which may not take more memory
-than it is allowed.
+Each must be read, or refused in one line: without another error, within seconds, in bounded memory,
+and without a trace outside the folder that it was given. A family of cases runs in a process of its
+own, which may not take more memory than it is allowed.
 """
 
 import json
@@ -33,7 +33,8 @@ pytestmark = pytest.mark.slow
 SECONDS = 20
 """For a case; the machine may be busy."""
 MEMORY = 512 << 20
-"""That a family may add to what its process has when it starts: the largest image allowed has 268 MB."""
+"""That a family may add to what its process has when it starts: the largest image allowed has 268
+MB."""
 CASES = 300
 """At least so many over all families."""
 
@@ -55,7 +56,10 @@ def attempt(family: str, name: str, what: Any, folder: Path) -> None:
         read_cifar(layout, folder, "test")
     elif family == "pickles":
         put(folder / layout.python_folder / "test_batch", what)
-        sums = {**layout.python_files, "test": {"test_batch": md5(what, usedforsecurity=False).hexdigest()}}
+        sums = {
+            **layout.python_files,
+            "test": {"test_batch": md5(what, usedforsecurity=False).hexdigest()},
+        }
         read_cifar(replace(layout, python_files=sums), folder, "test")
     elif family == "mats":
         put(folder / "train_32x32.mat", what)
@@ -65,7 +69,9 @@ def attempt(family: str, name: str, what: Any, folder: Path) -> None:
         for split in ("train", "test"):
             read_tiny_imagenet(folder, split, layout=TinyLayout(2, 3, 2))
     elif family == "unpacked":
-        unpack(put(folder / ("a.zip" if name.endswith(".zip") else "a.tar.gz"), what), folder / "out")
+        unpack(
+            put(folder / ("a.zip" if name.endswith(".zip") else "a.tar.gz"), what), folder / "out"
+        )
     else:
         put(folder / "train" / "a" / "0.jpg", what)
         put(folder / "train" / "b" / "0.png", jpeg((0, 0, 250)))
@@ -91,7 +97,9 @@ def survey(family: str, root: str, line: Connection) -> None:
             attempt(family, name, what, own)
             outcome = "read"
         except HessianFlowError as error:
-            outcome = "refused" if "\n" not in str(error) and len(str(error)) < 1000 else f"long: {error}"
+            outcome = (
+                "refused" if "\n" not in str(error) and len(str(error)) < 1000 else f"long: {error}"
+            )
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"
         signal.alarm(0)
@@ -103,12 +111,15 @@ def survey(family: str, root: str, line: Connection) -> None:
 
 
 def escaped(root: Path) -> list[str]:
-    """Files that hostile archives brought, in any place but the folder that their own was unpacked to."""
+    """Files that hostile archives brought, in any place but the folder that their own was unpacked
+    to."""
     evil = (path.relative_to(root) for path in root.rglob("*") if "evil" in path.name)
     return sorted(str(path) for path in evil if path.parts[2:3] != ("out",))
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux, to limit the memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="needs Linux, to limit the memory"
+)
 def test_hundreds_of_damaged_and_hostile_files(tmp_path: Path) -> None:
     found: dict[str, str] = {}
     grown: dict[str, int] = {}

@@ -33,7 +33,9 @@ def tree(tmp_path: Path) -> Path:
             folder = tmp_path / split / label
             folder.mkdir(parents=True)
             for k in range(count):
-                (folder / f"{k}.{'JPEG' if k % 2 else 'jpg'}").write_bytes(jpeg(colour, side=20 + k))
+                (folder / f"{k}.{'JPEG' if k % 2 else 'jpg'}").write_bytes(
+                    jpeg(colour, side=20 + k)
+                )
             (folder / "notes.txt").write_text("no image")
     return tmp_path
 
@@ -50,14 +52,19 @@ def test_class_index_is_the_rank_of_the_folder_name(tree: Path) -> None:
     assert train.targets.tolist() == [0] * 6 + [1] * 6
     for index, channel in ((0, 2), (11, 0)):
         image, target = train[index]
-        assert (image.dtype, tuple(image.shape), target) == (torch.uint8, (3, 16, 16), int(index > 5))
+        assert (image.dtype, tuple(image.shape), target) == (
+            torch.uint8,
+            (3, 16, 16),
+            int(index > 5),
+        )
         assert image[channel].min() > 240
         assert image[2 - channel].max() < 10
     assert train.input_shape == (3, 16, 16)
 
 
 def test_central_crop_equals_resizing_then_cutting(tmp_path: Path) -> None:
-    """Oracle: a horizontal ramp 0..255 over 256 columns; its central square of 224 keeps columns 16..239."""
+    """Oracle: a horizontal ramp 0..255 over 256 columns; its central square of 224 keeps columns
+    16..239."""
     (tmp_path / "test" / "only").mkdir(parents=True)
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "test" / "only" / "ramp.png")
@@ -80,7 +87,8 @@ def test_random_crops_vary_by_the_global_generator_and_mirror_half(tmp_path: Pat
     rows = first[:, 0, 0].float()
     mirrored = (rows[:, 0] > rows[:, -1]).double().mean()
     assert abs(mirrored - 0.5) < 5 * 0.5 / 400**0.5
-    widths = (rows[:, -1] - rows[:, 0]).abs() / 2 * 8 / 7  # columns of the picture that a crop covers
+    # columns of the picture that a crop covers
+    widths = (rows[:, -1] - rows[:, 0]).abs() / 2 * 8 / 7
     assert widths.min() < 50 < widths.max() < 128
     assert rows.min() < 20
     assert rows.max() > 235
@@ -107,7 +115,10 @@ def test_normalise_equals_the_formula() -> None:
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     normalise = Normalise((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), channels_last=True)
     inputs, _ = normalise((images, None))
-    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    mean, std = (
+        torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1),
+        torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1),
+    )
     torch.testing.assert_close(inputs, (images / 255 - mean) / std)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(normalise.value_range[1], ((1 - mean) / std).flatten())
@@ -121,30 +132,43 @@ def test_a_part_of_a_tree_keeps_all_classes(tree: Path) -> None:
 
 
 def test_trees_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(HessianFlowError, match=r"no imagenet under .*: expected class folders such as .*train/CLASS"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"no imagenet under .*: expected class folders such as .*train/CLASS",
+    ):
         data.load("imagenet", tmp_path)
     (tmp_path / "train").mkdir()
     with pytest.raises(HessianFlowError, match="train: no class folders in it"):
         data.load("imagenet", tmp_path)
     (tmp_path / "train" / "cat").mkdir()
-    with pytest.raises(HessianFlowError, match="cat: no image in this class folder; add some or remove it"):
+    with pytest.raises(
+        HessianFlowError, match="cat: no image in this class folder; add some or remove it"
+    ):
         data.load("imagenet", tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", jpeg(RED)[:300]])
 def test_a_broken_image_is_named(tree: Path, content: bytes) -> None:
     (tree / "train" / "a" / "0.jpg").write_bytes(content)
-    with pytest.raises(HessianFlowError, match=r"a/0.jpg: cannot be decoded as an image .*; replace the file"):
+    with pytest.raises(
+        HessianFlowError, match=r"a/0.jpg: cannot be decoded as an image .*; replace the file"
+    ):
         folder_of(tree)[0]
 
 
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(hostile) print\nshowpage\n%%EOF\n"
+EPS = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(hostile)"
+    b" print\nshowpage\n%%EOF\n"
+)
 PICTURE = Image.fromarray(np.arange(3 * 20 * 20, dtype=np.uint8).reshape(20, 20, 3))
 
 
 @pytest.mark.parametrize("form", ["EPS", "GIF", "TIFF", "ICO", "PDF", "JPEG2000"])
-def test_a_format_that_no_suffix_promises_is_refused(tree: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PostScript above all: Pillow would start Ghostscript on it. No program is started here at all."""
+def test_a_format_that_no_suffix_promises_is_refused(
+    tree: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostScript above all: Pillow would start Ghostscript on it. No program is started here at
+    all."""
 
     def started(*arguments: object, **_: object) -> None:
         raise AssertionError(f"a program was started: {arguments}")
@@ -159,7 +183,8 @@ def test_a_format_that_no_suffix_promises_is_refused(tree: Path, form: str, monk
         PICTURE.save(stream, form)
     (tree / "train" / "a" / "0.jpg").write_bytes(stream.getvalue())
     with pytest.raises(
-        HessianFlowError, match=r"a/0.jpg: cannot be decoded as an image .it is none of JPEG, PNG, BMP, WEBP, PPM.;"
+        HessianFlowError,
+        match=r"a/0.jpg: cannot be decoded as an image .it is none of JPEG, PNG, BMP, WEBP, PPM.;",
     ):
         folder_of(tree)[0]
 
@@ -167,7 +192,8 @@ def test_a_format_that_no_suffix_promises_is_refused(tree: Path, form: str, monk
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "PPM", "MPO"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "CMYK"])
 def test_every_promised_format_is_read_under_any_suffix(tree: Path, form: str, mode: str) -> None:
-    """ImageNet itself holds a PNG and some CMYK pictures named .JPEG. Oracle: Pillow without our limits."""
+    """ImageNet itself holds a PNG and some CMYK pictures named .JPEG. Oracle: Pillow without our
+    limits."""
     stream = io.BytesIO()
     try:
         PICTURE.convert(mode).save(stream, form)
@@ -183,7 +209,8 @@ def test_every_promised_format_is_read_under_any_suffix(tree: Path, form: str, m
 
 
 def test_classes_of_both_splits_are_those_of_train(tmp_path: Path) -> None:
-    """A class without pictures for testing shifts no other: they used to be numbered by their own folders."""
+    """A class without pictures for testing shifts no other: they used to be numbered by their own
+    folders."""
     for split, labels in (("train", "abc"), ("val", "bc")):
         for label in labels:
             (tmp_path / split / label).mkdir(parents=True)
@@ -195,7 +222,10 @@ def test_classes_of_both_splits_are_those_of_train(tmp_path: Path) -> None:
     (tmp_path / "val" / "B" / "0.png").write_bytes(jpeg(RED))
     with pytest.raises(
         HessianFlowError,
-        match=r"val: 1 of 3 class folders are not among the 3 of .*train, the first is 'B': give both splits",
+        match=(
+            r"val: 1 of 3 class folders are not among the 3 of .*train, the first is 'B': give both"
+            r" splits"
+        ),
     ):
         folder_of(tmp_path, "test")
 
@@ -219,7 +249,9 @@ def test_a_tree_for_testing_alone_has_its_own_classes(tmp_path: Path) -> None:
         ("100 GB", r"larger than 268435456 bytes \(it has 107374182400\)"),
     ],
 )
-def test_what_is_no_plain_file_is_neither_opened_nor_read(tree: Path, kind: str, message: str) -> None:
+def test_what_is_no_plain_file_is_neither_opened_nor_read(
+    tree: Path, kind: str, message: str
+) -> None:
     path, aside = tree / "train" / "a" / "0.jpg", tree / "aside"
     path.unlink()
     with socket.socket(socket.AF_UNIX) as server:
@@ -275,19 +307,26 @@ def test_of_what_a_loader_hands_on_the_first_words_are_kept() -> None:
 
 @pytest.mark.parametrize(
     ("side", "message"),
-    [(9_000, f"9000x9000 pixels, more than the {MAX_PIXELS} allowed"), (20_000, "DecompressionBombError")],
+    [
+        (9_000, f"9000x9000 pixels, more than the {MAX_PIXELS} allowed"),
+        (20_000, "DecompressionBombError"),
+    ],
 )
 def test_an_enormous_image_is_refused_before_decoding(tree: Path, side: int, message: str) -> None:
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
     start = b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + zlib.crc32(header).to_bytes(4, "big")
-    (tree / "train" / "a" / "0.jpg").write_bytes(start + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
+    (tree / "train" / "a" / "0.jpg").write_bytes(
+        start + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    )
     with pytest.raises(HessianFlowError, match=message):
         folder_of(tree)[0]
 
 
 def test_without_pillow_the_extra_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(HessianFlowError, match=r"image files need Pillow: pip install 'hessianflow\[images\]'"):
+    with pytest.raises(
+        HessianFlowError, match=r"image files need Pillow: pip install 'hessianflow\[images\]'"
+    ):
         folder_of(tree)[0]
 
 
@@ -295,9 +334,18 @@ def test_without_pillow_the_extra_is_named(tree: Path, monkeypatch: pytest.Monke
 def test_tiny_imagenet(where: str, tmp_path: Path) -> None:
     folder = write_tiny_imagenet(tmp_path / "made")
     archive = pack_zip(folder, tmp_path / "tiny-imagenet-200.zip")
-    root = {"folder": folder, "parent": folder.parent, "archive beside": tmp_path, "archive itself": archive}[where]
+    root = {
+        "folder": folder,
+        "parent": folder.parent,
+        "archive beside": tmp_path,
+        "archive itself": archive,
+    }[where]
     images, targets, classes = read_tiny_imagenet(root, "train", layout=SMALL)
-    assert (tuple(images.shape), images.dtype, classes) == ((6, 3, 64, 64), torch.uint8, ("n01", "n02"))
+    assert (tuple(images.shape), images.dtype, classes) == (
+        (6, 3, 64, 64),
+        torch.uint8,
+        ("n01", "n02"),
+    )
     assert targets.tolist() == [0, 0, 0, 1, 1, 1]
     assert images[0, 2].min() > 240
     assert images[0, 0].max() < 10
@@ -337,7 +385,9 @@ def damage_tiny(folder: Path, what: str) -> None:
     ],
 )
 @pytest.mark.parametrize("zipped", [False, True])
-def test_damaged_tiny_imagenet_is_named(what: str, split: str, message: str, zipped: bool, tmp_path: Path) -> None:
+def test_damaged_tiny_imagenet_is_named(
+    what: str, split: str, message: str, zipped: bool, tmp_path: Path
+) -> None:
     folder = write_tiny_imagenet(tmp_path / "made")
     damage_tiny(folder, what)
     root = pack_zip(folder, tmp_path / "tiny-imagenet-200.zip") if zipped else folder
@@ -369,7 +419,9 @@ def test_a_large_picture_is_refused_before_it_is_decoded(zipped: bool, tmp_path:
         ("large", r"n01_0.JPEG: larger than 1048576 bytes \(it has 107374182400\)"),
     ],
 )
-def test_what_is_no_plain_file_is_not_read_in_tiny_imagenet(what: str, message: str, tmp_path: Path) -> None:
+def test_what_is_no_plain_file_is_not_read_in_tiny_imagenet(
+    what: str, message: str, tmp_path: Path
+) -> None:
     folder = write_tiny_imagenet(tmp_path)
     path = folder / "train/n01/images/n01_0.JPEG"
     path.unlink()
@@ -386,12 +438,20 @@ def test_what_is_no_plain_file_is_not_read_in_tiny_imagenet(what: str, message: 
 def test_a_zip_of_a_hundred_gigabytes_is_refused(tmp_path: Path) -> None:
     """Sparse, with a last record that tells of a table of contents of 4 GB."""
     archive = tmp_path / "tiny-imagenet-200.zip"
-    record = b"PK\x05\x06" + bytes(4) + b"\x01\0\x01\0" + (0xFFFFFFF0).to_bytes(4, "little") + bytes(4) + bytes(2)
+    record = (
+        b"PK\x05\x06"
+        + bytes(4)
+        + b"\x01\0\x01\0"
+        + (0xFFFFFFF0).to_bytes(4, "little")
+        + bytes(4)
+        + bytes(2)
+    )
     with archive.open("wb") as file:
         file.seek(100 << 30)
         file.write(record)
     with pytest.raises(
-        HessianFlowError, match=r"damaged archive \(BadZipFile: a table of contents of 4294967280 bytes"
+        HessianFlowError,
+        match=r"damaged archive \(BadZipFile: a table of contents of 4294967280 bytes",
     ):
         read_tiny_imagenet(archive, "train", layout=SMALL)
 
@@ -405,10 +465,14 @@ def test_a_damaged_zip_is_named(tmp_path: Path) -> None:
     with pytest.raises(HessianFlowError, match=r"n01_0.JPEG: damaged in the archive \(BadZipFile"):
         read_tiny_imagenet(tmp_path, "train", layout=SMALL)
     archive.write_bytes(b"nothing")
-    with pytest.raises(HessianFlowError, match=r"tiny-imagenet-200.zip: damaged archive \(BadZipFile"):
+    with pytest.raises(
+        HessianFlowError, match=r"tiny-imagenet-200.zip: damaged archive \(BadZipFile"
+    ):
         read_tiny_imagenet(tmp_path, "train", layout=SMALL)
     archive.unlink()
-    with pytest.raises(HessianFlowError, match=r"no tiny-imagenet under .*hessianflow data fetch tiny-imagenet"):
+    with pytest.raises(
+        HessianFlowError, match=r"no tiny-imagenet under .*hessianflow data fetch tiny-imagenet"
+    ):
         data.load("tiny-imagenet", tmp_path)
 
 

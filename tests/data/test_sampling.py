@@ -1,4 +1,5 @@
-"""Batches from a map-style data set: the same promises as on the device, with workers and random transforms."""
+"""Batches from a map-style data set: the same promises as on the device, with workers and random
+transforms."""
 
 import gc
 import itertools
@@ -31,11 +32,15 @@ class Noisy(Dataset[Any]):
         return COUNT
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.tensor([float(index), random.random(), np.random.rand(), torch.rand(()).item()]), index
+        return torch.tensor(
+            [float(index), random.random(), np.random.rand(), torch.rand(()).item()]
+        ), index
 
 
 def make(batch_size: int = 10, **options: Any) -> AdaptiveBatches:
-    return AdaptiveBatches(Noisy(), batch_size, **{"seed": 3, "chunk_size": 4, "prefetch_examples": 16, **options})
+    return AdaptiveBatches(
+        Noisy(), batch_size, **{"seed": 3, "chunk_size": 4, "prefetch_examples": 16, **options}
+    )
 
 
 def joined(batches: Any) -> tuple[Tensor, Tensor]:
@@ -56,7 +61,8 @@ def test_epochs_visit_every_example_once(num_workers: int) -> None:
         assert sorted(targets.tolist()) == list(range(COUNT))
         assert torch.equal(inputs[:, 0], targets.float())
     assert not torch.equal(first[1], second[1])
-    assert not torch.equal(first[0][first[1].argsort()], second[0][second[1].argsort()])  # transforms vary by epoch
+    # transforms vary by epoch
+    assert not torch.equal(first[0][first[1].argsort()], second[0][second[1].argsort()])
 
 
 def test_workers_change_nothing() -> None:
@@ -90,7 +96,9 @@ def test_resuming_anywhere_equals_going_on(stop_after: int, num_workers: int) ->
     while resumed.epoch < 2:
         rest += list(resumed)
     assert [len(targets) for _, targets in head + rest] == [len(targets) for _, targets in expected]
-    assert all(torch.equal(a, b) for a, b in zip(joined(head + rest), joined(expected), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(joined(head + rest), joined(expected), strict=True)
+    )
 
 
 def test_leaving_a_loop_early_goes_on_where_it_stopped() -> None:
@@ -100,7 +108,8 @@ def test_leaving_a_loop_early_goes_on_where_it_stopped() -> None:
 
 
 def test_a_stream_left_in_an_epoch_is_freed_at_once_with_its_workers() -> None:
-    """In a cycle, as with the traceback of an interrupted run: torch alone waits 5 s for each worker."""
+    """In a cycle, as with the traceback of an interrupted run: torch alone waits 5 s for each
+    worker."""
     before = multiprocessing.active_children()
     batches = make(num_workers=2, prefetch_examples=4)
     iterator = iter(batches)
@@ -118,7 +127,8 @@ def test_a_stream_left_in_an_epoch_is_freed_at_once_with_its_workers() -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals cannot be waited for here")
 def test_workers_go_on_when_somebody_else_ends_all_processes_of_a_job() -> None:
-    """A scheduler sends SIGTERM to workers, too; another process stands in for it. Their parent's ends them."""
+    """A scheduler sends SIGTERM to workers, too; another process stands in for it. Their parent's
+    ends them."""
     before = multiprocessing.active_children()
     batches = make(num_workers=2)
     head = list(itertools.islice(batches, 2))
@@ -222,11 +232,15 @@ class Counted(Endless):
 
 @pytest.mark.parametrize("kind", [Endless, Counted])
 def test_an_iterable_data_set_is_refused_with_a_length_or_without(kind: type[Endless]) -> None:
-    with pytest.raises(HessianFlowError, match=rf"dataset must be map-style, .* got {kind.__name__}: an iterable"):
+    with pytest.raises(
+        HessianFlowError, match=rf"dataset must be map-style, .* got {kind.__name__}: an iterable"
+    ):
         AdaptiveBatches(kind(), 2)
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_workers", -1), ("chunk_size", 0), ("prefetch_examples", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_workers", -1), ("chunk_size", 0), ("prefetch_examples", 0)]
+)
 def test_numbers_out_of_range_are_named(name: str, value: int) -> None:
     with pytest.raises(HessianFlowError, match=f"{name} must be at least .*, got {value}"):
         make(**{name: value})

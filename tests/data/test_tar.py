@@ -1,4 +1,5 @@
-"""The reader of tar archives against the standard library's, and headers that make that one loop or swell."""
+"""The reader of tar archives against the standard library's, and headers that make that one loop or
+swell."""
 
 import io
 import tarfile
@@ -9,7 +10,15 @@ import pytest
 from hessianflow.data.tar import MAX_HEADER_BYTES, TarReader, TarReadError
 
 BLOCK = 512
-NAMES = ["short", "deep/er/file", "a" * 100, "b" * 101, "p" * 90 + "/" + "q" * 90, "\u00fc" * 80, "x/" + "y" * 240]
+NAMES = [
+    "short",
+    "deep/er/file",
+    "a" * 100,
+    "b" * 101,
+    "p" * 90 + "/" + "q" * 90,
+    "\u00fc" * 80,
+    "x/" + "y" * 240,
+]
 
 
 def entries(content: bytes, limit: int = 1 << 24) -> list[tuple[str, str, bytes]]:
@@ -31,7 +40,9 @@ def summed(block: bytearray) -> bytes:
 
 def pax(records: bytes) -> bytes:
     padding = bytes(-len(records) % BLOCK)
-    return bytes(header("pax", len(records), b"x")) + records + padding + bytes(header()) + bytes(1024)
+    return (
+        bytes(header("pax", len(records), b"x")) + records + padding + bytes(header()) + bytes(1024)
+    )
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -99,7 +110,8 @@ def test_large_numbers_of_gnu() -> None:
     ],
 )
 def test_damaged_headers_are_refused_in_no_time(content: bytes, error: str) -> None:
-    """Among them what makes the standard library's reader go back and forth, or search for hours (CVE-2024-6232)."""
+    """Among them what makes the standard library's reader go back and forth, or search for hours
+    (CVE-2024-6232)."""
     began = time.perf_counter()
     with pytest.raises((TarReadError, EOFError), match=error):
         entries(content)
@@ -115,7 +127,9 @@ def test_no_more_is_read_than_allowed() -> None:
         entries(content + bytes(10_000), 6000)
 
 
-def test_headers_that_describe_each_other_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_that_describe_each_other_without_end_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A thousand of them, nested, exhaust the standard library's stack."""
     monkeypatch.setattr("hessianflow.data.tar.MAX_HEADERS", 1000)
     chain = (bytes(header("x", 10, b"x")) + b"10 path=x\n" + bytes(502)) * 2000

@@ -13,7 +13,9 @@ from hessianflow.data.unpickle import load_arrays
 from hessianflow.interfaces import HessianFlowError
 
 IMAGES = pixels(4).reshape(4, -1)
-DTYPE = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+DTYPE = (
+    b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+)
 NEW_ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
 
 
@@ -23,7 +25,10 @@ def record(value: bytes) -> bytes:
 
 
 def array(
-    shape: bytes = b"K\x02K\x03", dtype: bytes = DTYPE, raw: bytes = b"U\x06abcdef", order: bytes = b"\x89"
+    shape: bytes = b"K\x02K\x03",
+    dtype: bytes = DTYPE,
+    raw: bytes = b"U\x06abcdef",
+    order: bytes = b"\x89",
 ) -> bytes:
     return NEW_ARRAY + b"(K\x01(" + shape + b"t" + dtype + order + raw + b"tb"
 
@@ -63,8 +68,14 @@ def test_what_python_3_writes_is_read_alike(order: str) -> None:
 
 
 def test_a_small_array_by_hand() -> None:
-    assert load_arrays(record(array()), "a file")["data"].tolist() == [[97, 98, 99], [100, 101, 102]]
-    assert load_arrays(record(array(order=b"\x88")), "a file")["data"].tolist() == [[97, 99, 101], [98, 100, 102]]
+    assert load_arrays(record(array()), "a file")["data"].tolist() == [
+        [97, 98, 99],
+        [100, 101, 102],
+    ]
+    assert load_arrays(record(array(order=b"\x88")), "a file")["data"].tolist() == [
+        [97, 99, 101],
+        [98, 100, 102],
+    ]
 
 
 def objects_over_bytes() -> bytes:
@@ -77,7 +88,9 @@ def objects_over_bytes() -> bytes:
 @pytest.mark.parametrize("dtype", ["O", "u2", "f8", "i1", "S3", [("a", "u1"), ("b", "O")], "M8[s]"])
 def test_arrays_of_another_dtype_are_refused(dtype: object) -> None:
     content = pickle.dumps({"data": np.zeros((2, 3), dtype=dtype)}, protocol=2)
-    with pytest.raises(HessianFlowError, match=r"a file: (damaged pickle .*dtype|refused, the pickle)"):
+    with pytest.raises(
+        HessianFlowError, match=r"a file: (damaged pickle .*dtype|refused, the pickle)"
+    ):
         load_arrays(content, "a file")
 
 
@@ -88,16 +101,24 @@ def test_arrays_of_another_dtype_are_refused(dtype: object) -> None:
         (record(array(shape=b"K\x02K\x04")), "another number of bytes than its shape needs"),
         (record(array(shape=b"K\x06")), "does not have two dimensions"),
         (record(array(shape=b"K\x01K\x02K\x03")), "does not have two dimensions"),
-        (record(array(shape=b"J\xff\xff\xff\xffJ\xfa\xff\xff\xff")), "does not have two dimensions"),
         (
-            record(array(shape=b"\x8a\x06\x00\x00\x00\x00\x00\x48\x8a\x06\x00\x00\x00\x00\x00\x48")),
+            record(array(shape=b"J\xff\xff\xff\xffJ\xfa\xff\xff\xff")),
+            "does not have two dimensions",
+        ),
+        (
+            record(
+                array(shape=b"\x8a\x06\x00\x00\x00\x00\x00\x48\x8a\x06\x00\x00\x00\x00\x00\x48")
+            ),
             "another number of bytes",
         ),
         (record(array(shape=b"\x88K\x06")), "does not have two dimensions"),
         (record(array(raw=b"](K\x01K\x02e")), "another number of bytes"),
         (record(array(dtype=b"N")), "another form than NumPy writes"),
         (record(array(dtype=DTYPE.replace(b"u1", b"O8"))), "dtype other than uint8"),
-        (record(array(dtype=DTYPE.replace(b"K\x03U\x01|", b"K\x03U\x01<"))), "dtype other than uint8"),
+        (
+            record(array(dtype=DTYPE.replace(b"K\x03U\x01|", b"K\x03U\x01<"))),
+            "dtype other than uint8",
+        ),
         (record(array(dtype=DTYPE.replace(b"NNN", b"N}N"))), "dtype other than uint8"),
         (record(NEW_ARRAY), "holds NoneType"),
         (record(DTYPE), "holds _UInt8"),
@@ -153,7 +174,9 @@ LARGE_MEMO = record(b"]r\xff\xff\xff\x7f")
 def test_bombs_stay_small(content: bytes) -> None:
     tracemalloc.start()
     outcome = refusal(content)
-    assert outcome.startswith(("a file: damaged pickle", "a file: refused")) or content == LARGE_MEMO
+    assert (
+        outcome.startswith(("a file: damaged pickle", "a file: refused")) or content == LARGE_MEMO
+    )
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
 

@@ -7,9 +7,11 @@ import pytest
 
 @pytest.fixture(scope="session")
 def ray():
-    """One local Ray of three processors for all tests that need one; workers can import the modules of this folder.
+    """One local Ray of three processors for all tests that need one; workers can import the modules
+    of this folder.
 
-    Nothing in these tests watches the clock: faults happen at chosen updates, and the test waits for what it needs.
+    Nothing in these tests watches the clock: faults happen at chosen updates, and the test waits
+    for what it needs.
     """
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'hessianflow[ray]'")
     from hessianflow.distributed.ray_session import connect

@@ -1,4 +1,5 @@
-"""An elastic job as a plain loop, for tests: its numbers do not depend on the world, so any run has one answer."""
+"""An elastic job as a plain loop, for tests: its numbers do not depend on the world, so any run has
+one answer."""
 
 import os
 import signal
@@ -15,9 +16,12 @@ from hessianflow.interfaces import HessianFlowError
 
 
 class PlainJob:
-    """SGD over `total` updates; the batch doubles half-way. `faults`: at which update which rank has which, once."""
+    """SGD over `total` updates; the batch doubles half-way. `faults`: at which update which rank
+    has which, once."""
 
-    def __init__(self, folder: str, total: int, faults: dict[int, tuple[int, str]] | None = None) -> None:
+    def __init__(
+        self, folder: str, total: int, faults: dict[int, tuple[int, str]] | None = None
+    ) -> None:
         self.folder, self.total, self.faults = folder, total, faults or {}
         self.model, (self.inputs, self.targets) = network(), data()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
@@ -36,7 +40,9 @@ class PlainJob:
 
     def report(self) -> JobReport:
         done = self.updates >= self.total
-        return JobReport(self.updates, self.examples, self.batch_size, 8, done, self.updates, self.updates == 18)
+        return JobReport(
+            self.updates, self.examples, self.batch_size, 8, done, self.updates, self.updates == 18
+        )
 
     @property
     def batch_size(self) -> int:
@@ -119,7 +125,8 @@ class DyingNewcomer(WritingJob):
 
 
 class DyingStarter(WritingJob):
-    """The first process ends while it builds its job, the second while it joins the world, the third soon after."""
+    """The first process ends while it builds its job, the second while it joins the world, the
+    third soon after."""
 
     def __init__(self, folder: str, total: int) -> None:
         super().__init__(folder, total)

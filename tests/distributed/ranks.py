@@ -10,16 +10,21 @@ from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
 from hessianflow.interfaces import Hits
 
-EXAMPLES, BATCH, MICROBATCH = 75, 16, 3  # 75 = 4 batches of 16 and a tail of 11: ragged over microbatches and ranks
+# 75 = 4 batches of 16 and a tail of 11: ragged over microbatches and ranks
+EXAMPLES, BATCH, MICROBATCH = 75, 16, 3
 
 
 def network(seed: int = 0) -> nn.Sequential:
     """No batch statistics, float64: the same numbers for every split of a batch."""
-    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    model = nn.Sequential(
+        nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4)
+    ).double()
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=source, dtype=torch.float64))
+            parameter.copy_(
+                0.4 * torch.randn(parameter.shape, generator=source, dtype=torch.float64)
+            )
     return model
 
 
@@ -43,7 +48,9 @@ def share(start: int, stop: int, reducer: GroupReducer) -> tuple[int, int]:
     return start + first, start + last
 
 
-def train(reducer: GroupReducer, steps: int, microbatch: int = MICROBATCH, bucket_bytes: int = 600) -> dict:
+def train(
+    reducer: GroupReducer, steps: int, microbatch: int = MICROBATCH, bucket_bytes: int = 600
+) -> dict:
     """SGD with momentum over microbatches; returns weights, losses and hits of every step."""
     model, (inputs, targets) = network(), data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3)

@@ -11,7 +11,8 @@ _LISTENING = "0A"
 
 
 def listening(pid: int | None = None) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket on which a process, this one by default, waits for connections."""
+    """(address, port) of every TCP socket on which a process, this one by default, waits for
+    connections."""
     folder = Path("/proc") / str(pid or os.getpid())
     if not (folder / "net" / "tcp").exists():
         pytest.skip("this system does not tell which sockets are open")

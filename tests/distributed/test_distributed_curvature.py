@@ -22,7 +22,8 @@ def measure(reducer):
 
 
 def dense_eigenvalues():
-    """By numpy from the dense Hessian of `torch.autograd.functional`: neither our products nor our Lanczos."""
+    """By numpy from the dense Hessian of `torch.autograd.functional`: neither our products nor our
+    Lanczos."""
     model, (inputs, targets) = network(), data()
     names = [name for name, _ in model.named_parameters()]
     tensors = [p.detach() for p in model.parameters()]
@@ -88,8 +89,12 @@ def test_shards_make_up_the_batch(world_size):
 
 
 def empty_rank(reducer):
-    matrix = torch.diag(torch.tensor([1.0, 2.0])) if reducer.rank else torch.full((2, 2), float("nan"))
-    operator = AllReducedOperator(CallableOperator(lambda v: matrix @ v, 2), reducer, weight=reducer.rank * 4)
+    matrix = (
+        torch.diag(torch.tensor([1.0, 2.0])) if reducer.rank else torch.full((2, 2), float("nan"))
+    )
+    operator = AllReducedOperator(
+        CallableOperator(lambda v: matrix @ v, 2), reducer, weight=reducer.rank * 4
+    )
     return operator.matvec(torch.ones(2)).tolist()
 
 

@@ -1,4 +1,5 @@
-"""Whole dual-batch runs on Ray: in real processes, with a worker and a server that are killed on the way."""
+"""Whole dual-batch runs on Ray: in real processes, with a worker and a server that are killed on
+the way."""
 
 import os
 import signal
@@ -14,7 +15,9 @@ from hessianflow.distributed.parameter_server import ParameterServer
 from hessianflow.dual_batch import build_dual_batch
 from hessianflow.runs import checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 SETTINGS = TrainConfig(
     data="digits",
@@ -107,8 +110,12 @@ def test_a_run_survives_the_death_of_a_worker_and_of_the_server(ray, tmp_path: P
     assert any("worker 1 died" in event for event in events)
     assert any("server died after 5 commits; back to 4" in event for event in events)
     last = {row["commits"]: row for row in history.of_kind("commit")}.values()
-    assert history.summary["updates"] == sum(row["steps"] for row in last), "what was made again counts once"
-    assert history.summary["predicted_seconds"] == pytest.approx(4 * 1.1 * (1e-3 + 1e-2 / 64) * 1438 / 2)
+    assert history.summary["updates"] == sum(row["steps"] for row in last), (
+        "what was made again counts once"
+    )
+    assert history.summary["predicted_seconds"] == pytest.approx(
+        4 * 1.1 * (1e-3 + 1e-2 / 64) * 1438 / 2
+    )
 
 
 def test_stopped_on_ray_and_resumed_there(ray, tmp_path: Path) -> None:
@@ -117,7 +124,12 @@ def test_stopped_on_ray_and_resumed_there(ray, tmp_path: Path) -> None:
     sink.trainer = build_dual_batch(config, [sink])
     stopped = sink.trainer.fit()
     assert stopped.summary["status"] == "preempted"
-    assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"]["commits"] == 3
+    assert (
+        checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"][
+            "commits"
+        ]
+        == 3
+    )
     resumed = build_dual_batch(prepare(load_config(tmp_path / "run"))).resume(tmp_path / "run")
     assert resumed.summary["status"] == "finished"
     assert commits_of(resumed) == [1, 2, 3, 4]

@@ -20,7 +20,9 @@ from hessianflow.distributed.elastic import ElasticRun
 from hessianflow.distributed.elastic_settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 TOTAL = 24
 STEPWISE = {"stretch_seconds": 0.0, "start_seconds": 600.0}
 """A boundary after every update, and patience with a busy machine."""
@@ -55,9 +57,11 @@ def settle(ray, run) -> None:
 
 
 def test_the_world_follows_the_batch(ray, tmp_path):
-    """One worker for batches of 8, two for 16, one again at the end: the weights are those of one process.
+    """One worker for batches of 8, two for 16, one again at the end: the weights are those of one
+    process.
 
-    The newcomer is asked for after 12 updates, when the batch has doubled, and waited for after 16 only.
+    The newcomer is asked for after 12 updates, when the batch has doubled, and waited for after 16
+    only.
     """
 
     def policy(report, samples):
@@ -82,7 +86,8 @@ def test_the_world_follows_the_batch(ray, tmp_path):
 
 
 def test_members_that_die_or_hang_are_replaced(ray, tmp_path, monkeypatch):
-    """Rank 0 is killed within update 6, rank 1 hangs in update 12; no example is lost or counted twice.
+    """Rank 0 is killed within update 6, rank 1 hangs in update 12; no example is lost or counted
+    twice.
 
     Rank 1 never waits for others, which makes it a slow one.
     """
@@ -96,7 +101,9 @@ def test_members_that_die_or_hang_are_replaced(ray, tmp_path, monkeypatch):
     faults = {6: (0, "dies"), 12: (1, "hangs")}
     run = ElasticRun(partial(UnevenJob, str(tmp_path), TOTAL, faults), policy, settings)
     check_result(tmp_path, run.run())
-    assert {"started", "died", "hung", "restored", "requested", "joined", "finished"} == set(changes(run))
+    assert {"started", "died", "hung", "restored", "requested", "joined", "finished"} == set(
+        changes(run)
+    )
     died = next(event for event in run.events if event.kind == "died")
     assert died.updates == 6
     assert "rank 0" in died.message
@@ -105,7 +112,8 @@ def test_members_that_die_or_hang_are_replaced(ray, tmp_path, monkeypatch):
 
 
 def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, tmp_path):
-    """Snapshots are taken at every boundary: the run goes on from the one before update 12. Records come once each."""
+    """Snapshots are taken at every boundary: the run goes on from the one before update 12. Records
+    come once each."""
     rows, snapshots = [], []
 
     def on_rows(start, made):
@@ -117,11 +125,20 @@ def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, 
         return 2
 
     settings = ElasticSettings(max_workers=2, snapshot_seconds=0.0, **STEPWISE)
-    run = ElasticRun(partial(DyingNewcomer, str(tmp_path), TOTAL, {12: (0, "dies")}), policy, settings)
+    run = ElasticRun(
+        partial(DyingNewcomer, str(tmp_path), TOTAL, {12: (0, "dies")}), policy, settings
+    )
     run.on_rows, run.on_snapshot = on_rows, snapshots.append
     check_result(tmp_path, run.run())
     told = [event for event in run.events if event.kind not in ("slow", "snapshot")]
-    assert [e.kind for e in told] == ["started", "requested", "refused", "died", "restored", "finished"]
+    assert [e.kind for e in told] == [
+        "started",
+        "requested",
+        "refused",
+        "died",
+        "restored",
+        "finished",
+    ]
     _, _, refused, died, restored, _ = told
     assert [row["number"] for row in rows] == list(range(TOTAL))
     assert snapshots[-1]["done"] == [TOTAL, told[-1].examples]
@@ -131,8 +148,11 @@ def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, 
 
 
 def test_first_workers_that_die_while_they_start_are_replaced(ray, tmp_path):
-    """The first process is killed while it builds its job, the next while it joins, one more before it is described."""
-    run = ElasticRun(partial(DyingStarter, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE))
+    """The first process is killed while it builds its job, the next while it joins, one more before
+    it is described."""
+    run = ElasticRun(
+        partial(DyingStarter, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE)
+    )
     check_result(tmp_path, run.run())
     assert [mark for mark in ("building", "joining", "describing") if (tmp_path / mark).exists()]
     assert changes(run) == ["started", "refused", "refused", "refused", "finished"]
@@ -143,10 +163,16 @@ def test_first_workers_that_die_while_they_start_are_replaced(ray, tmp_path):
 
 def test_a_run_whose_workers_cannot_start_says_so_in_one_line(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(elastic_cluster, "MAX_LOST_NEWCOMERS", 1)
-    with pytest.raises(HessianFlowError, match=r"2 new workers in a row were of no use, the last died .*logs$"):
-        ElasticRun(partial(DoomedJob, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE)).run()
+    with pytest.raises(
+        HessianFlowError, match=r"2 new workers in a row were of no use, the last died .*logs$"
+    ):
+        ElasticRun(
+            partial(DoomedJob, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE)
+        ).run()
     with pytest.raises(HessianFlowError, match=r"^no data under x: get it$"):
-        ElasticRun(partial(RefusingJob, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE)).run()
+        ElasticRun(
+            partial(RefusingJob, str(tmp_path), TOTAL), lambda r, s: 1, ElasticSettings(**STEPWISE)
+        ).run()
 
 
 def test_a_cluster_without_room_is_not_waited_for(ray, tmp_path):
@@ -164,21 +190,31 @@ def test_a_cluster_without_room_is_not_waited_for(ray, tmp_path):
     assert "no new worker after 600 s; training goes on without" in run.events[2].message
     settings = ElasticSettings(start_seconds=0.0)
     with pytest.raises(ValueError, match=r"0 of 1 workers came within 0 s"):
-        ElasticRun(partial(WritingJob, str(tmp_path), TOTAL), lambda report, samples: 1, settings).run()
+        ElasticRun(
+            partial(WritingJob, str(tmp_path), TOTAL), lambda report, samples: 1, settings
+        ).run()
 
 
 def test_what_cannot_go_on_says_so(ray, tmp_path):
     settings = ElasticSettings(**STEPWISE)
     with pytest.raises(Exception, match="a bug of the user's"):
         ElasticRun(partial(BrokenJob, str(tmp_path), TOTAL), lambda r, s: 1, settings).run()
-    with pytest.raises(ValueError, match=r"6 failures in a row at update 0, the last: .*device-side assert"):
+    with pytest.raises(
+        ValueError, match=r"6 failures in a row at update 0, the last: .*device-side assert"
+    ):
         ElasticRun(partial(FailingJob, str(tmp_path), TOTAL), lambda r, s: 1, settings).run()
-    crowd = ElasticRun(partial(PlainJob, str(tmp_path), TOTAL), lambda r, s: 9, ElasticSettings(9, 9))
-    with pytest.raises(ValueError, match=r"need more than the 3 CPUs of this machine: lower --min-workers"):
+    crowd = ElasticRun(
+        partial(PlainJob, str(tmp_path), TOTAL), lambda r, s: 9, ElasticSettings(9, 9)
+    )
+    with pytest.raises(
+        ValueError, match=r"need more than the 3 CPUs of this machine: lower --min-workers"
+    ):
         crowd.run()
     assert not crowd._cluster.pending, "nobody was asked for"
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="min_workers must lie between 1 and max_workers, got 3 and 2"):
+    with pytest.raises(
+        ValueError, match="min_workers must lie between 1 and max_workers, got 3 and 2"
+    ):
         ElasticSettings(min_workers=3, max_workers=2)

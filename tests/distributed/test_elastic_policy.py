@@ -11,7 +11,8 @@ def sample(workers, batch_size, rate):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "expected"), [(1, 1), (127, 1), (128, 1), (255, 1), (256, 2), (1000, 7), (1024, 8), (16384, 8)]
+    ("batch_size", "expected"),
+    [(1, 1), (127, 1), (128, 1), (255, 1), (256, 2), (1000, 7), (1024, 8), (16384, 8)],
 )
 def test_each_worker_gets_a_full_microbatch(batch_size, expected):
     assert workers_for(batch_size, 128, max_workers=8) == expected
@@ -23,9 +24,12 @@ def test_bounds():
 
 
 def test_workers_that_do_not_pay_are_let_go():
-    """Rates 100, 180, 190 at 1, 2, 4 workers: 100, 90 and 47.5 a worker; the last is below half, so 3 at most."""
+    """Rates 100, 180, 190 at 1, 2, 4 workers: 100, 90 and 47.5 a worker; the last is below half, so
+    3 at most."""
     samples = 3 * [sample(1, 512, 100.0), sample(2, 512, 180.0), sample(4, 512, 190.0)]
-    assert workers_for(512, 128, samples[:8], max_workers=8) == 4, "two samples at 4 workers are too few"
+    assert workers_for(512, 128, samples[:8], max_workers=8) == 4, (
+        "two samples at 4 workers are too few"
+    )
     assert workers_for(512, 128, samples, max_workers=8) == 3
     assert workers_for(512, 128, samples, max_workers=8, min_efficiency=0.4) == 4
     assert workers_for(512, 128, samples, min_workers=4, max_workers=8) == 4
@@ -44,7 +48,8 @@ def test_one_bad_stretch_changes_nothing():
 
 
 def test_the_answer_does_not_swing():
-    """Asked again with what its own answers lead to (the rate does not grow beyond two workers), it settles."""
+    """Asked again with what its own answers lead to (the rate does not grow beyond two workers), it
+    settles."""
     samples, workers, answers = [], 1, []
     for _ in range(24):
         samples.append(sample(workers, 2048, 100.0 * min(workers, 2)))
@@ -80,7 +85,9 @@ except ValueError as error:
 
 
 def test_without_ray():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_RAY], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY], capture_output=True, text=True, check=True
+    )
     assert "pip install 'hessianflow[ray]'" in done.stdout
 
 
@@ -95,5 +102,7 @@ except ValueError as error:
 
 def test_an_address_where_no_ray_runs():
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'hessianflow[ray]'")
-    done = subprocess.run([sys.executable, "-c", WRONG_ADDRESS], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_ADDRESS], capture_output=True, text=True, check=True
+    )
     assert "no Ray cluster answers at 127.0.0.1:1" in done.stdout

@@ -1,4 +1,5 @@
-"""The trainer as an elastic job: whatever becomes of the world, weights and records are those of one process."""
+"""The trainer as an elastic job: whatever becomes of the world, weights and records are those of
+one process."""
 
 import json
 import os
@@ -59,7 +60,8 @@ def check(made: TrainerJob, options=plain) -> None:
 
 @pytest.mark.parametrize("options", [plain, growing])
 def test_one_worker_two_and_one_again(options):
-    """Batches of 16 with tails of 11, growing to 64 with an eigenvalue in every epoch: as in one process."""
+    """Batches of 16 with tails of 11, growing to 64 with an eigenvalue in every epoch: as in one
+    process."""
     first, second = job(options), job(options)
     first.join(LOCAL)
     first.run_until(3)
@@ -91,7 +93,8 @@ def breaking(model, world):
 
 
 def test_an_interrupted_update_is_made_again():
-    """Another rank fails in the third update; the batch under way is trained again and counted once."""
+    """Another rank fails in the third update; the batch under way is trained again and counted
+    once."""
     first, second = job(), job(breaking)
 
     def both(reducer) -> None:
@@ -101,14 +104,17 @@ def test_an_interrupted_update_is_made_again():
 
     with pytest.raises(RuntimeError, match="device-side assert"):
         run_simulated(both, 2)
-    assert first.report().updates in (1, 2), "the end of the second update may not have reached this rank"
+    assert first.report().updates in (1, 2), (
+        "the end of the second update may not have reached this rank"
+    )
     first.join(LOCAL)
     finish(first)
     check(first)
 
 
 def test_microbatches_of_an_interrupted_update_are_observed_once():
-    """The loss fails in the fifth update, the last of the epoch, after one microbatch of 3 examples."""
+    """The loss fails in the fifth update, the last of the epoch, after one microbatch of 3
+    examples."""
     calls, figures = [], []
 
     def loss(outputs, targets):
@@ -146,7 +152,8 @@ def test_batches_drawn_ahead_are_refused():
 
 
 def test_stretches_end_with_epochs():
-    """75 examples in batches of 16: 5 updates an epoch; the end of an epoch is a good moment for a snapshot."""
+    """75 examples in batches of 16: 5 updates an epoch; the end of an epoch is a good moment for a
+    snapshot."""
     made = job()
     made.join(LOCAL)
     reports = [made.run_until(100) for _ in range(EPOCHS)]
@@ -154,7 +161,8 @@ def test_stretches_end_with_epochs():
     assert all(report.keep for report in reports)
     assert [report.done for report in reports] == [False, False, False, True]
     assert [row["kind"] for row in made.rows(2)] == ["epoch", "epoch"]
-    lonely = TrainerJob(partial(build, options=lambda *_: {"train_data": pixels(37)}))  # 37 + 37 + 1
+    # 37 + 37 + 1
+    lonely = TrainerJob(partial(build, options=lambda *_: {"train_data": pixels(37)}))
     lonely.join(LOCAL)
     assert lonely.run_until(100).updates == 2, "one example joins the batch before it"
 
@@ -181,7 +189,8 @@ def mortal(folder: str, *updates: int):
 
 @RAY_LEAVES_SOCKETS
 def test_workers_that_are_killed_change_no_number(ray, tmp_path):
-    """Killed at updates 6 and 12, of two workers each time; then stopped, and resumed from the last checkpoint."""
+    """Killed at updates 6 and 12, of two workers each time; then stopped, and resumed from the last
+    checkpoint."""
 
     def policy(report, samples):
         settle(ray, trainer._run)
@@ -200,22 +209,42 @@ def test_workers_that_are_killed_change_no_number(ray, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["trainer"]["epochs"] > 1
     (tmp_path / "run" / "summary.json").unlink()
 
-    again = ElasticTrainer(partial(build, options=growing), ElasticSettings(**STEPWISE), run_dir=tmp_path / "run")
+    again = ElasticTrainer(
+        partial(build, options=growing), ElasticSettings(**STEPWISE), run_dir=tmp_path / "run"
+    )
     history = again.resume(tmp_path / "run")
     assert history.summary["status"] == "finished"
     expected, rows = alone(growing)
     assert history.summary["examples"] == rows[-1]["examples"]
     found = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
-    assert torch.allclose(torch.cat([value.reshape(-1) for value in found.values()]), expected, rtol=0, atol=1e-10)
-    mine = [row for row in History.load(tmp_path / "run").records if row["kind"] not in ("event", "throughput")]
-    assert [(row["kind"], row["examples"]) for row in mine] == [(row["kind"], row["examples"]) for row in rows]
+    assert torch.allclose(
+        torch.cat([value.reshape(-1) for value in found.values()]), expected, rtol=0, atol=1e-10
+    )
+    mine = [
+        row
+        for row in History.load(tmp_path / "run").records
+        if row["kind"] not in ("event", "throughput")
+    ]
+    assert [(row["kind"], row["examples"]) for row in mine] == [
+        (row["kind"], row["examples"]) for row in rows
+    ]
     assert (tmp_path / "run" / "checkpoints" / "best.pt").exists()
 
 
 @RAY_LEAVES_SOCKETS
 def test_the_command_trains_and_resumes(ray, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = ["--elastic", "--min-workers", "1", "--max-workers", "2", "--epochs", "2", "--run-dir", "run"]
+    options = [
+        "--elastic",
+        "--min-workers",
+        "1",
+        "--max-workers",
+        "2",
+        "--epochs",
+        "2",
+        "--run-dir",
+        "run",
+    ]
     assert main(["train", *options]) == 0
     out = capsys.readouterr().out
     assert "finished: test accuracy" in out
@@ -238,7 +267,10 @@ def test_the_command_trains_and_resumes(ray, tmp_path, monkeypatch, capsys):
         (["--elastic", "--min-workers", "0"], "--min-workers must be at least 1, got 0"),
         (["--min-workers", "2"], "--min-workers is a setting of --elastic runs: add --elastic"),
         (["--elastic", "--adversary", "conadv"], "--elastic does not go with --adversary conadv"),
-        (["--elastic", "--on-divergence", "rollback"], "--elastic does not go with --on-divergence rollback"),
+        (
+            ["--elastic", "--on-divergence", "rollback"],
+            "--elastic does not go with --on-divergence rollback",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(arguments, words, capsys):
@@ -253,7 +285,9 @@ def test_more_workers_than_there_is_room_for(ray, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--elastic", "--min-workers", "4", "--run-dir", "run"]) == 2
     err = capsys.readouterr().err
-    assert "4 workers of 1 CPUs need more than the 3 CPUs of this machine: lower --min-workers" in err
+    assert (
+        "4 workers of 1 CPUs need more than the 3 CPUs of this machine: lower --min-workers" in err
+    )
     assert not Path("run").exists()
 
 

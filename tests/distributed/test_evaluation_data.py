@@ -1,4 +1,5 @@
-"""Ranks take turns at the batches of one loader; loaders of their own would be counted in part, and twice.
+"""Ranks take turns at the batches of one loader; loaders of their own would be counted in part, and
+twice.
 
 The oracle is the loss over all data in one process.
 """
@@ -44,7 +45,10 @@ def test_the_same_loader_on_all_ranks(size):
 
 
 def test_a_distributed_sampler_is_refused():
-    loaders = [DataLoader(DATA, 3, sampler=DistributedSampler(DATA, 3, rank, shuffle=False)) for rank in range(3)]
+    loaders = [
+        DataLoader(DATA, 3, sampler=DistributedSampler(DATA, 3, rank, shuffle=False))
+        for rank in range(3)
+    ]
     with pytest.raises(HessianFlowError, match="the evaluation data differ between ranks"):
         run_simulated(measured, 3, loaders)
 
@@ -56,9 +60,13 @@ def test_a_shuffled_loader_is_refused():
         run_simulated(measured, 3, loaders)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+)
 def test_fingerprints_tell_values_apart(dtype):
     zeros, ones = torch.zeros(4, 3).to(dtype), torch.ones(4, 3).to(dtype)
-    assert fingerprint({"x": zeros, "y": [ones[0]]}) == fingerprint({"x": zeros.clone(), "y": [ones[1]]})
+    assert fingerprint({"x": zeros, "y": [ones[0]]}) == fingerprint(
+        {"x": zeros.clone(), "y": [ones[1]]}
+    )
     assert fingerprint({"x": zeros, "y": [ones[0]]}) != fingerprint({"x": ones, "y": [ones[0]]})
     assert fingerprint(torch.tensor(1.0)) != fingerprint(torch.tensor(2.0))

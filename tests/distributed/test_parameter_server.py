@@ -8,9 +8,12 @@ def server(factors, start=0.0, **options):
     return ParameterServer(np.array([start]), factors, **options)
 
 
-@pytest.mark.parametrize(("mixing", "expected"), [("compsac", 0.33335), ("journal", 0.6667 / 1.6667)])
+@pytest.mark.parametrize(
+    ("mixing", "expected"), [("compsac", 0.33335), ("journal", 0.6667 / 1.6667)]
+)
 def test_asynchronous_mixing(mixing, expected):
-    """Worked by hand in the publications' notation: w_s = 0, w_w = 1, f = 0.6667 gives .33335 and .40001."""
+    """Worked by hand in the publications' notation: w_s = 0, w_w = 1, f = 0.6667 gives .33335 and
+    .40001."""
     it = server({0: 0.6667}, mixing=mixing)
     receipt = it.push(0, np.array([1.0]))
     assert it.weights[0] == pytest.approx(expected, abs=1e-12)
@@ -21,7 +24,11 @@ def test_asynchronous_mixing(mixing, expected):
 @pytest.mark.parametrize(
     ("factors", "pushed", "expected"),
     [
-        ({0: 1.0, 1: 0.936508, 2: 0.936508, 3: 0.936508}, {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, 0.262500),
+        (
+            {0: 1.0, 1: 0.936508, 2: 0.936508, 3: 0.936508},
+            {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0},
+            0.262500,
+        ),
         ({0: 0.809524, 1: 1.0, 2: 1.0, 3: 1.0}, {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, 0.212500),
         ({0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, 0.25),
     ],
@@ -41,11 +48,14 @@ def test_synchronous_with_full_shares_is_plain_averaging():
     for worker in (2, 0, 3, 1):  # the order of arrival must not show
         it.push(worker, pushed[worker])
     assert it.weights.dtype == np.float32
-    assert np.array_equal(it.weights, (pushed[0] + pushed[1] + pushed[2] + pushed[3]) / np.float32(4))
+    assert np.array_equal(
+        it.weights, (pushed[0] + pushed[1] + pushed[2] + pushed[3]) / np.float32(4)
+    )
 
 
 def test_bounded_staleness():
-    """Bound 1, factor 1, journal mixing (halfway): worker 0's second push would be 2 ahead, so it opens a round."""
+    """Bound 1, factor 1, journal mixing (halfway): worker 0's second push would be 2 ahead, so it
+    opens a round."""
     it = server({0: 1.0, 1: 1.0}, synchrony="ssp", staleness=1)
     assert it.push(0, np.array([8.0])).released == (0,)
     assert it.weights[0] == 4.0
@@ -105,7 +115,8 @@ def test_pulled_weights_are_a_copy():
 
 @pytest.mark.parametrize("synchrony", ["asp", "bsp", "ssp"])
 def test_a_restored_server_goes_on(synchrony):
-    """Stopped in the middle (of a round, where there is one), the restored server gives what the first one gives."""
+    """Stopped in the middle (of a round, where there is one), the restored server gives what the
+    first one gives."""
     source = np.random.default_rng(1)
     pushes = [(0, source.normal(size=3)), (0, source.normal(size=3)), (1, source.normal(size=3))]
     if synchrony == "bsp":

@@ -14,15 +14,24 @@ from hessianflow.distributed.performance import (
 )
 from hessianflow.distributed.simulated import run_simulated
 
-# 1 ms an example, 8 ms a microbatch of at most 16; 8 MB of gradients over 1 GB/s links with 0.5 ms a message.
-MODEL = PerformanceModel(StepTime(1e-3, 8e-3), AllReduceTime(5e-4, 1e9), 8_000_000, 16, update_seconds=4e-3, price=3.6)
+# 1 ms an example, 8 ms a microbatch of at most 16; 8 MB of gradients over 1 GB/s links with 0.5 ms
+# a message.
+MODEL = PerformanceModel(
+    StepTime(1e-3, 8e-3), AllReduceTime(5e-4, 1e9), 8_000_000, 16, update_seconds=4e-3, price=3.6
+)
 
 
 def test_one_and_four_workers_by_hand():
-    """Batch 64. W=1: 4 microbatches, 32 + 64 ms, update 4: 100 ms. W=4: 8 + 16, all-reduce 2 + 1.5*8, 4: 42 ms."""
+    """Batch 64. W=1: 4 microbatches, 32 + 64 ms, update 4: 100 ms. W=4: 8 + 16, all-reduce 2 +
+    1.5*8, 4: 42 ms."""
     alone, four = predict(MODEL, [Phase(640, 64)], [1, 4])
     assert alone.seconds == pytest.approx(1.0)
-    assert (alone.speedup, alone.efficiency, alone.communication, alone.updates) == (1.0, 1.0, 0.0, 10)
+    assert (alone.speedup, alone.efficiency, alone.communication, alone.updates) == (
+        1.0,
+        1.0,
+        0.0,
+        10,
+    )
     assert four.seconds == pytest.approx(0.42)
     assert four.speedup == pytest.approx(1 / 0.42)
     assert four.efficiency == pytest.approx(1 / 1.68)
@@ -32,7 +41,8 @@ def test_one_and_four_workers_by_hand():
 
 
 def test_unequal_shares_and_a_short_last_batch():
-    """65 examples on 4 workers: the largest share is 17, two microbatches; 130 and one example make 3 updates."""
+    """65 examples on 4 workers: the largest share is 17, two microbatches; 130 and one example make
+    3 updates."""
     (four,) = predict(MODEL, [Phase(131, 65)], [4])
     assert four.updates == 3
     assert four.seconds == pytest.approx(3 * (0.016 + 0.017 + 0.014 + 0.004))
@@ -78,7 +88,9 @@ def test_measuring_calls_what_it_measures():
     seconds = measure_steps(calls.append, [1, 2], repeats=3)
     assert calls == [1] * 4 + [2] * 4
     assert min(seconds) >= 0
-    (measured, _) = run_simulated(lambda reducer: measure_all_reduce(reducer, [4, 400], repeats=2), 2)
+    (measured, _) = run_simulated(
+        lambda reducer: measure_all_reduce(reducer, [4, 400], repeats=2), 2
+    )
     assert len(measured) == 2
     assert min(measured) > 0
     assert not torch.distributed.is_initialized()

@@ -33,7 +33,13 @@ from hessianflow.distributed.reducers import LocalReducer
 from hessianflow.distributed.store import serve
 from hessianflow.interfaces import CurvatureReading, Decision
 
-TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+}
 CPU = torch.device("cpu")
 
 
@@ -77,11 +83,16 @@ TENSORS = [
 
 def test_plain_values_travel_whole():
     found = loads(dumps(PLAIN))
-    assert repr(found) == repr(PLAIN)  # also the kinds of numbers and of containers, and the sign of zero
+    # also the kinds of numbers and of containers, and the sign of zero
+    assert repr(found) == repr(PLAIN)
     for sent, received in zip(TENSORS, loads(dumps(TENSORS)), strict=True):
         assert (received.dtype, received.shape) == (sent.dtype, sent.shape)
         assert torch.equal(received, sent)
-    arrays = [np.arange(6, dtype=">i2").reshape(2, 3), np.zeros((0, 2)), np.array(1.5, dtype=np.float32)]
+    arrays = [
+        np.arange(6, dtype=">i2").reshape(2, 3),
+        np.zeros((0, 2)),
+        np.array(1.5, dtype=np.float32),
+    ]
     for sent, received in zip(arrays, loads(dumps(arrays)), strict=True):
         assert (received.dtype, received.shape) == (sent.dtype, sent.shape)
         assert np.array_equal(received, sent)
@@ -103,7 +114,9 @@ class Foreign:
     value: int
 
 
-@pytest.mark.parametrize("value", [object(), print, Foreign(1), {"a": [lambda: 0]}, np.array(["a"]), Thread()])
+@pytest.mark.parametrize(
+    "value", [object(), print, Foreign(1), {"a": [lambda: 0]}, np.array(["a"]), Thread()]
+)
 def test_what_is_no_plain_value_is_not_sent(value):
     with pytest.raises(HessianFlowError, match="cannot be sent to other ranks"):
         dumps(value)
@@ -161,7 +174,8 @@ def reached(reducer, parent):
 
 
 def test_ranks_of_this_machine_are_out_of_reach_of_others():
-    """Of each rank the sockets on which gloo waits, and of this process the store's, beside those it had."""
+    """Of each rank the sockets on which gloo waits, and of this process the store's, beside those
+    it had."""
     before = listening()
     found = set().union(*run_local(reached, 2, os.getpid())) - before
     assert len(found) >= 3
@@ -174,7 +188,9 @@ def test_a_store_serves_one_address_only():
     assert not {address for address, port in listening() if port == store.port} - {"127.0.0.1"}
     TCPStore("127.0.0.1", store.port, is_master=False).set("key", "value")
     assert store.get("key") == b"value"
-    with pytest.raises(HessianFlowError, match=rf"port {store.port} of 127.0.0.1 is taken: name another"):
+    with pytest.raises(
+        HessianFlowError, match=rf"port {store.port} of 127.0.0.1 is taken: name another"
+    ):
         serve("127.0.0.1", store.port)
 
 
@@ -190,11 +206,17 @@ def test_a_name_that_may_mean_another_machine_is_served_on_all():
 def test_one_process_agrees_with_itself():
     total, word, everyone, tensor, flat = agree(LocalReducer())
     assert torch.equal(total, torch.ones(3, 2))
-    assert (word, everyone, tensor.tolist(), flat.tolist()) == ({"rank": 0}, [0], [7, 7], [1.0, 2.0])
+    assert (word, everyone, tensor.tolist(), flat.tolist()) == (
+        {"rank": 0},
+        [0],
+        [7, 7],
+        [1.0, 2.0],
+    )
 
 
 def generations(reducer, port):
-    """World sizes 2, 1, 2, 1, 2 in the same two processes; rank 1 sits out the generations of one."""
+    """World sizes 2, 1, 2, 1, 2 in the same two processes; rank 1 sits out the generations of
+    one."""
     rank = reducer.rank
     store = TCPStore("127.0.0.1", port, is_master=False)
     sums, seconds = [], []
@@ -228,7 +250,8 @@ def one_dies(reducer, port):
 
 
 def test_a_survivor_goes_on_alone():
-    """The survivor reports by its error, since the run as such has failed: whichever pipe is read first says so."""
+    """The survivor reports by its error, since the run as such has failed: whichever pipe is read
+    first says so."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(ValueError, match=r"alone with a sum of 1\.0|rank 1 died without a word"):
         run_local(one_dies, 2, store.port)
@@ -240,7 +263,9 @@ def too_early(reducer, port):
     leave()
     store = TCPStore("127.0.0.1", port, is_master=False)
     if reducer.rank == 0:  # rank 1 never comes
-        with pytest.raises(ValueError, match=r"could not meet the 2 ranks of generation 1 within 0\.5 s"):
+        with pytest.raises(
+            ValueError, match=r"could not meet the 2 ranks of generation 1 within 0\.5 s"
+        ):
             enter(Generation(1, 0, 2), store, CPU, timeout_seconds=0.5)
     enter(Generation(2, reducer.rank, 2), store, CPU)
     return True
@@ -278,7 +303,9 @@ def test_launch_refuses_and_gives_up():
 def test_environment():
     assert from_environment({}) is None
     assert from_environment(TORCHRUN) == Generation(0, 1, 4, 1)
-    assert from_environment({k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"}) == Generation(0, 1, 4, 0)
+    assert from_environment({k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"}) == Generation(
+        0, 1, 4, 0
+    )
     with pytest.raises(ValueError, match="MASTER_PORT is not: start with torchrun"):
         from_environment({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"})
     with pytest.raises(ValueError, match="WORLD_SIZE must be a whole number, got 'many'"):
@@ -295,7 +322,9 @@ def test_environment():
         from_environment({**TORCHRUN, "MASTER_PORT": ""})
     with pytest.raises(ValueError, match="LOCAL_RANK must be at least 0, got -1"):
         from_environment({**TORCHRUN, "LOCAL_RANK": "-1"})
-    with pytest.raises(ValueError, match="RANK is set but MASTER_ADDR is not: start with torchrun, or unset RANK"):
+    with pytest.raises(
+        ValueError, match="RANK is set but MASTER_ADDR is not: start with torchrun, or unset RANK"
+    ):
         from_environment({**TORCHRUN, "MASTER_ADDR": ""})
 
 
@@ -306,7 +335,10 @@ def test_a_store_that_cannot_be_served_is_one_line(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     words = f"rank 0 of 2 cannot meet the others at 127.0.0.1:{taken.port}"
-    with pytest.raises(ValueError, match=words) as refused, process_group(Generation(0, 0, 2), CPU, timeout_seconds=2):
+    with (
+        pytest.raises(ValueError, match=words) as refused,
+        process_group(Generation(0, 0, 2), CPU, timeout_seconds=2),
+    ):
         pass
     assert "\n" not in str(refused.value)
 
@@ -326,14 +358,19 @@ def one_rank(environment, fails):
             raise SystemExit(3)
         if reducer.sum(torch.tensor(1.0)) != 2.0:
             raise SystemExit(4)
-        if sys.platform == "linux" and {address for address, _ in listening()} - {"127.0.0.1", "::1"}:
+        if sys.platform == "linux" and {address for address, _ in listening()} - {
+            "127.0.0.1",
+            "::1",
+        }:
             raise SystemExit(5)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_under_a_launchers_environment(fails, capfd):
-    """The environment of torchrun, without its ten seconds: rank 0 serves the store, to this machine only."""
-    port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port  # a port that is free again
+    """The environment of torchrun, without its ten seconds: rank 0 serves the store, to this
+    machine only."""
+    # a port that is free again
+    port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
     whole = {**TORCHRUN, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     places = [{**whole, "RANK": str(rank)} for rank in range(2)]
     context = multiprocessing.get_context("forkserver")
@@ -348,7 +385,12 @@ def test_under_a_launchers_environment(fails, capfd):
 def test_a_rank_that_is_alone_says_what_it_waited_for(monkeypatch):
     """RANK and the others left in the environment by something else."""
     port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
-    for name, value in {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}.items():
+    for name, value in {
+        **TORCHRUN,
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": str(port),
+    }.items():
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(HessianFlowError, match="rank 0 could not meet the 2 ranks"),
@@ -356,7 +398,10 @@ def test_a_rank_that_is_alone_says_what_it_waited_for(monkeypatch):
     ):
         pytest.fail("there is nobody to meet")
     with (
-        pytest.raises(HessianFlowError, match=rf"rank 1 of 2 cannot meet the others at localhost:{port}, as MASTER"),
+        pytest.raises(
+            HessianFlowError,
+            match=rf"rank 1 of 2 cannot meet the others at localhost:{port}, as MASTER",
+        ),
         process_group(Generation(0, 1, 2), CPU, timeout_seconds=1.0),
     ):
         pytest.fail("nobody serves a store")

@@ -13,7 +13,9 @@ from hessianflow.distributed.ray_server import train_on_ray
 from hessianflow.distributed.simulated_server import simulate
 from hessianflow.interfaces import HessianFlowError
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 COMMITS = 12
 
 
@@ -65,16 +67,20 @@ def test_workers_that_die_or_hang_cost_no_commit(ray, tmp_path):
     """In rounds, where everybody waits for the one that is missing."""
     Path(tmp_path, "server").touch()  # which is to live
     make = partial(make_server, str(tmp_path))
-    run = train_on_ray(make, partial(failing_worker, str(tmp_path)), commits=COMMITS, timeout_seconds=8)
+    run = train_on_ray(
+        make, partial(failing_worker, str(tmp_path)), commits=COMMITS, timeout_seconds=8
+    )
     assert len(run.timeline) == COMMITS
     assert any("worker 1 died" in event for event in run.events)
     assert any("worker 0 hung" in event for event in run.events)
 
 
 def test_a_server_that_dies_goes_on_from_its_snapshot(ray, tmp_path):
-    """Rounds make the order of arrival irrelevant: real processes give the simulated numbers bit for bit.
+    """Rounds make the order of arrival irrelevant: real processes give the simulated numbers bit
+    for bit.
 
-    The run goes on from a simulated server's state after 4 commits, and from its own snapshot at 8 when it dies at 9.
+    The run goes on from a simulated server's state after 4 commits, and from its own snapshot at 8
+    when it dies at 9.
     """
     folder, snapshots, seen = str(tmp_path), [], []
     workers, seconds = {n: make_worker(n) for n in (0, 1)}, lambda worker, epoch: 1.0 + worker
@@ -113,7 +119,11 @@ class DiesAtTheEnd(ParameterServer):
     folder = ""
 
     def __getattribute__(self, name):
-        if name == "weights" and sys._getframe(1).f_code.co_name == "weights" and is_first(self.folder, "end"):
+        if (
+            name == "weights"
+            and sys._getframe(1).f_code.co_name == "weights"
+            and is_first(self.folder, "end")
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getattribute__(name)
 
@@ -126,13 +136,23 @@ def ending_badly(folder):
 
 @pytest.mark.parametrize("make", [starting_badly, ending_badly])
 def test_a_server_that_dies_at_the_start_or_at_the_end_is_replaced(ray, tmp_path, make):
-    """Rounds make the order of arrival irrelevant: real processes give the simulated numbers bit for bit."""
+    """Rounds make the order of arrival irrelevant: real processes give the simulated numbers bit
+    for bit."""
     whole = make_server("")
-    simulate(whole, {n: make_worker(n) for n in (0, 1)}, lambda worker, epoch: 1.0 + worker, commits=COMMITS)
-    run = train_on_ray(partial(make, str(tmp_path)), make_worker, commits=COMMITS, snapshot_commits=5)
+    simulate(
+        whole,
+        {n: make_worker(n) for n in (0, 1)},
+        lambda worker, epoch: 1.0 + worker,
+        commits=COMMITS,
+    )
+    run = train_on_ray(
+        partial(make, str(tmp_path)), make_worker, commits=COMMITS, snapshot_commits=5
+    )
     assert np.array_equal(run.weights, whole.weights)
     assert len(run.timeline) == COMMITS
-    words = "died while it started" if make is starting_badly else "died after 12 commits; back to 10"
+    words = (
+        "died while it started" if make is starting_badly else "died after 12 commits; back to 10"
+    )
     assert [words in event for event in run.events] == [True]
 
 

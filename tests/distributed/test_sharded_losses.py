@@ -1,4 +1,5 @@
-"""A loss whose parts do not add up is refused where ranks share a batch, as it is where one process cuts it."""
+"""A loss whose parts do not add up is refused where ranks share a batch, as it is where one process
+cuts it."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""Models whose weights are in shards are refused by name; replicated ones are measured, wherever the wrapper is.
+"""Models whose weights are in shards are refused by name; replicated ones are measured, wherever
+the wrapper is.
 
 The oracle is the same model unwrapped.
 """
@@ -24,14 +25,18 @@ def batch():
 def fully_sharded(use_orig_params):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    return FullyShardedDataParallel(
+        network(), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
 
 
 def fully_sharded_within():
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = network()
-    model[2] = FullyShardedDataParallel(model[2], device_id=torch.device("cpu"), use_orig_params=True)
+    model[2] = FullyShardedDataParallel(
+        model[2], device_id=torch.device("cpu"), use_orig_params=True
+    )
     return model
 
 
@@ -61,7 +66,11 @@ def gathered(world_size):
 
 def tensor_parallel(world_size):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     mesh = init_device_mesh("cpu", (world_size,))
     return parallelize_module(network(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
@@ -133,7 +142,8 @@ class Outer(nn.Module):
 
 
 def replicated(reducer):
-    """Eigenvalues of the model in DistributedDataParallel, inside and outside, with hooks and a backward in between."""
+    """Eigenvalues of the model in DistributedDataParallel, inside and outside, with hooks and a
+    backward in between."""
     found = []
     for make in (
         lambda: Outer(network()),
@@ -164,8 +174,12 @@ def batch_statistics(reducer):
     from hessianflow.distributed.curvature import sharded
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Tanh(), nn.Linear(5, 4))
-    probe = CurvatureProbe(model.double(), F.cross_entropy, batch(), tol=1e-8, operator=sharded(reducer))
+    model = nn.Sequential(
+        nn.Linear(6, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Tanh(), nn.Linear(5, 4)
+    )
+    probe = CurvatureProbe(
+        model.double(), F.cross_entropy, batch(), tol=1e-8, operator=sharded(reducer)
+    )
     alone = CurvatureProbe(model, F.cross_entropy, batch(), tol=1e-8)
     return probe().eigenvalue, alone().eigenvalue
 

@@ -21,9 +21,19 @@ def test_the_clock_alone_decides_the_order():
     """Epochs of 2 s and 5 s: pushes at 2 4 (5) 6 8 10 10; worker 0 first where times are equal."""
     server, workers = two("asp")
     timeline = simulate(server, workers, lambda worker, epoch: (2.0, 5.0)[worker], commits=7)
-    assert [(c.worker, c.finished) for c in timeline] == [(0, 2), (0, 4), (1, 5), (0, 6), (0, 8), (0, 10), (1, 10)]
+    assert [(c.worker, c.finished) for c in timeline] == [
+        (0, 2),
+        (0, 4),
+        (1, 5),
+        (0, 6),
+        (0, 8),
+        (0, 10),
+        (1, 10),
+    ]
     assert [c.staleness for c in timeline] == [0, 0, 2, 1, 0, 0, 3]
-    assert [c.epoch for c in timeline] == [0, 1, 0, 1, 2, 3, 2], "(commits + under way) // workers when it pulled"
+    assert [c.epoch for c in timeline] == [0, 1, 0, 1, 2, 3, 2], (
+        "(commits + under way) // workers when it pulled"
+    )
     assert all(c.released == c.finished for c in timeline)
 
 
@@ -52,7 +62,9 @@ def test_synchronous_with_full_shares_is_plain_weight_averaging():
     source = np.random.default_rng(3)
     targets = source.normal(size=(3, 50))
     server = ParameterServer(np.zeros(50), dict.fromkeys(range(3), 1.0), synchrony="bsp")
-    simulate(server, {i: pull_towards(targets[i]) for i in range(3)}, lambda w, e: 3.0 - w, commits=12)
+    simulate(
+        server, {i: pull_towards(targets[i]) for i in range(3)}, lambda w, e: 3.0 - w, commits=12
+    )
     weights = np.zeros(50)
     for epoch in range(4):
         made = [weights + (target - weights) / (2 + epoch) for target in targets]
@@ -76,7 +88,9 @@ def test_every_push_is_reported():
 def test_workers_that_keep_pace_train_every_epoch_once():
     server, workers = two("asp")
     timeline = simulate(server, workers, lambda w, e: 1.0 + 0.001 * w, commits=8)
-    assert sorted((c.worker, c.epoch) for c in timeline) == [(w, e) for w in (0, 1) for e in range(4)]
+    assert sorted((c.worker, c.epoch) for c in timeline) == [
+        (w, e) for w in (0, 1) for e in range(4)
+    ]
 
 
 class Counting:
@@ -100,7 +114,10 @@ class Counting:
 @pytest.mark.parametrize("synchrony", ["asp", "bsp", "ssp"])
 def test_stopped_and_resumed_is_bit_equal(synchrony):
     def start():
-        return ParameterServer(np.zeros(3), {0: 1.0, 1: 0.7}, synchrony), {0: Counting(), 1: Counting()}
+        return ParameterServer(np.zeros(3), {0: 1.0, 1: 0.7}, synchrony), {
+            0: Counting(),
+            1: Counting(),
+        }
 
     def seconds(worker, epoch):
         return 1.0 + 0.6 * worker
@@ -111,7 +128,9 @@ def test_stopped_and_resumed_is_bit_equal(synchrony):
     stops = iter([False] * 4 + [True])
     options = {"snapshot_commits": 4, "on_snapshot": snapshots.append}
     first = simulate(*cut, seconds, commits=10, should_stop=lambda: next(stops), **options)
-    assert [s["server"]["commits"] for s in snapshots] == [4, 5], "after four commits, and when stopped"
+    assert [s["server"]["commits"] for s in snapshots] == [4, 5], (
+        "after four commits, and when stopped"
+    )
     again, others = start()
     rest = simulate(again, others, seconds, commits=10, resume_from=snapshots[-1])
     assert np.array_equal(again.weights, server.weights)
@@ -121,7 +140,9 @@ def test_stopped_and_resumed_is_bit_equal(synchrony):
 
 def test_bad_input():
     server, workers = two("asp")
-    with pytest.raises(ValueError, match=r"workers must be those of the server, \[0, 1\], got \[0\]"):
+    with pytest.raises(
+        ValueError, match=r"workers must be those of the server, \[0, 1\], got \[0\]"
+    ):
         simulate(server, {0: workers[0]}, lambda w, e: 1.0, commits=1)
     with pytest.raises(ValueError, match=r"positive time, got 0\.0 s for worker 0"):
         simulate(server, workers, lambda w, e: 0.0, commits=1)

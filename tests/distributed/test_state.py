@@ -8,13 +8,26 @@ from torch import nn
 from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
 from hessianflow.distributed.launch import run_local
 from hessianflow.distributed.reducers import LocalReducer
-from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state, pack, unpack
+from hessianflow.distributed.state import (
+    average_buffers,
+    broadcast_module,
+    broadcast_state,
+    pack,
+    unpack,
+)
 
 
 def nested(scale: float = 1.0) -> dict:
     return {
-        "weights": OrderedDict(a=torch.arange(6.0).view(2, 3) * scale, b=torch.tensor(3, dtype=torch.int64)),
-        "list": [1, "two", None, (torch.ones(3, dtype=torch.bfloat16), torch.tensor([True, False, True]))],
+        "weights": OrderedDict(
+            a=torch.arange(6.0).view(2, 3) * scale, b=torch.tensor(3, dtype=torch.int64)
+        ),
+        "list": [
+            1,
+            "two",
+            None,
+            (torch.ones(3, dtype=torch.bfloat16), torch.tensor([True, False, True])),
+        ],
         "empty": torch.zeros(0, 4),
         "strided": torch.arange(12.0).view(3, 4).T,
     }
@@ -45,7 +58,9 @@ def test_state_without_tensors():
 
 
 def give(reducer):
-    return broadcast_state(reducer, nested() if reducer.rank == 0 else nested(9.0)), broadcast_state(reducer, [1, "x"])
+    return broadcast_state(
+        reducer, nested() if reducer.rank == 0 else nested(9.0)
+    ), broadcast_state(reducer, [1, "x"])
 
 
 def test_rank_zero_gives_its_state():
@@ -56,7 +71,9 @@ def test_rank_zero_gives_its_state():
 
 def one_model(reducer):
     torch.manual_seed(reducer.rank)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), nn.BatchNorm2d(3))
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), nn.BatchNorm2d(3)
+    )
     broadcast_module(reducer, model)
     weights = [p.detach().clone() for p in model.parameters()]
     model[1].running_mean.fill_(float(reducer.rank))
@@ -72,7 +89,11 @@ def test_models_are_made_one():
 
 
 def differ(reducer, what):
-    settings = {"lr": 0.1, "model": "c1", **({"lr": 0.2} if what == "settings" and reducer.rank else {})}
+    settings = {
+        "lr": 0.1,
+        "model": "c1",
+        **({"lr": 0.2} if what == "settings" and reducer.rank else {}),
+    }
     if what == "absent" and reducer.rank:
         del settings["model"]
     check_same_program(reducer, settings, f"code{reducer.rank}" if what == "code" else "code")

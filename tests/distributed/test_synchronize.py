@@ -20,7 +20,8 @@ def check_equal(found: dict, expected: dict) -> None:
 
 
 def test_two_ranks_equal_one_process():
-    """The oracle trains whole batches in a plain torch loop; shares are 8 + 8 and 5 + 6, tails 2 and 3 of 3."""
+    """The oracle trains whole batches in a plain torch loop; shares are 8 + 8 and 5 + 6, tails 2
+    and 3 of 3."""
     first, second = run_local(train, 2, STEPS)
     check_equal(first, train_alone(STEPS))
     assert torch.equal(first["weights"], second["weights"]), "ranks must stay bitwise together"
@@ -37,7 +38,8 @@ def test_one_process_equals_a_plain_loop():
 
 
 def unequal(reducer):
-    """Rank 0 holds no example, rank 1 three; the third parameter is used by neither, the second by rank 1 alone."""
+    """Rank 0 holds no example, rank 1 three; the third parameter is used by neither, the second by
+    rank 1 alone."""
     used, partly, unused = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3))
     sync = GradientSynchronizer([used, partly, unused], reducer)
     if reducer.rank == 0:
@@ -62,13 +64,16 @@ def test_a_rank_without_examples_takes_part():
 
 
 def weighted(reducer):
-    """Class weights 1 and 3: rank 0 holds two examples of the first class, rank 1 one of the second."""
+    """Class weights 1 and 3: rank 0 holds two examples of the first class, rank 1 one of the
+    second."""
     weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     targets = torch.tensor([[0, 0], [1]][reducer.rank])
     classes = torch.tensor([1.0, 3.0], dtype=torch.float64)
     sync = GradientSynchronizer([weight], reducer)
     sync.begin(len(targets), weight=float(classes[targets].sum()))
-    loss = F.cross_entropy(weight.expand(len(targets), 2) + targets[:, None], targets, weight=classes)
+    loss = F.cross_entropy(
+        weight.expand(len(targets), 2) + targets[:, None], targets, weight=classes
+    )
     with sync.last_backward():
         loss.backward()
     return sync.finish(loss, None).loss, weight.grad
@@ -86,7 +91,8 @@ def test_weighted_losses_keep_their_own_mean():
 
 
 def ignoring(reducer):
-    """Every target of rank 1 is ignored: its loss and gradients are nan, and must not reach rank 0's."""
+    """Every target of rank 1 is ignored: its loss and gradients are nan, and must not reach rank
+    0's."""
     weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
     sync = GradientSynchronizer([weight], reducer)
     sync.begin(3, weight=3.0 if reducer.rank == 0 else 0.0)
@@ -126,7 +132,9 @@ def only_ignored(reducer):
     sync = GradientSynchronizer([weight], reducer)
     weight.grad = torch.zeros(1)
     sync.begin(4, weight=0.0)
-    totals = sync.finish(torch.tensor(float("nan")), None, means=[(torch.tensor(float("nan")), 0.0)])
+    totals = sync.finish(
+        torch.tensor(float("nan")), None, means=[(torch.tensor(float("nan")), 0.0)]
+    )
     return float(totals.loss), totals.weight, float(totals.means[0][0]), weight.grad.tolist()
 
 
@@ -143,11 +151,15 @@ def layouts(reducer):
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 3.0 * (1 + reducer.rank))
     sync.finish(torch.tensor(1.0), None)
-    return [(p.grad.dtype, p.grad.stride() == p.stride(), p.grad.float().unique().tolist()) for p in parameters]
+    return [
+        (p.grad.dtype, p.grad.stride() == p.stride(), p.grad.float().unique().tolist())
+        for p in parameters
+    ]
 
 
 def test_memory_layout_and_types_are_kept():
-    """Weights 1/3 and 2/3 of the gradients 3 and 6: 1 + 4 = 5, exact in bfloat16 up to its 3 digits."""
+    """Weights 1/3 and 2/3 of the gradients 3 and 6: 1 + 4 = 5, exact in bfloat16 up to its 3
+    digits."""
     for result in run_local(layouts, 2):
         assert [dtype for dtype, _, _ in result] == [torch.float32] * 2 + [torch.bfloat16] * 2
         assert all(same for _, same, _ in result)

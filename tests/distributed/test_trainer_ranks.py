@@ -1,4 +1,5 @@
-"""The trainer on two gloo ranks against the trainer in one process, which other tests hold against plain loops."""
+"""The trainer on two gloo ranks against the trainer in one process, which other tests hold against
+plain loops."""
 
 import os
 import socket
@@ -54,7 +55,11 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
         for key, value in row.items():
             # Losses are added up in float32; eigenvalues are all float64.
             tolerance = 0 if key == "eigenvalue" else 1e-6
-            close = pytest.approx(other[key], abs=1e-8, rel=tolerance) if isinstance(value, float) else other[key]
+            close = (
+                pytest.approx(other[key], abs=1e-8, rel=tolerance)
+                if isinstance(value, float)
+                else other[key]
+            )
             assert value == close, (key, row, other)
 
 
@@ -80,7 +85,10 @@ def test_a_loss_that_ranks_may_not_cut_is_refused_on_all_of_them():
 def test_more_parameters_during_a_run_are_refused_on_every_rank():
     for message in run_local(unfrozen, 2):
         assert "trained from now on: 1.0.weight" in message
-        assert "on 2 ranks, whose gradients are summed by a plan made at the start, only freezing works" in message
+        assert (
+            "on 2 ranks, whose gradients are summed by a plan made at the start, only freezing"
+            " works" in message
+        )
 
 
 def test_the_batch_grew_on_the_eigenvalue():
@@ -94,7 +102,8 @@ def test_the_batch_grew_on_the_eigenvalue():
 
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (2, 3)])
 def test_a_run_goes_on_at_another_world_size(tmp_path: Path, worlds: tuple[int, int]):
-    """Stopped in the midst of the second epoch; shards and decisions go on as if the world had always been one."""
+    """Stopped in the midst of the second epoch; shards and decisions go on as if the world had
+    always been one."""
     folder = str(tmp_path / "run")
     before, after = worlds
     summary = run_local(preempted, before, folder, 8, before - 1)[0]
@@ -108,8 +117,11 @@ def test_a_run_goes_on_at_another_world_size(tmp_path: Path, worlds: tuple[int, 
     assert untimed(History.load(folder).records) == results[0]["rows"]
 
 
-def test_checkpoints_by_the_clock_are_a_minute_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A step takes 20 s: saved after the third of 5 in an epoch, and at its end. Rank 1 writes nothing itself."""
+def test_checkpoints_by_the_clock_are_a_minute_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A step takes 20 s: saved after the third of 5 in an epoch, and at its end. Rank 1 writes
+    nothing itself."""
     seconds, seen = [0.0], []
     monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
 
@@ -140,10 +152,17 @@ def test_all_ranks_go_back_together(tmp_path: Path):
     first, second = run_local(rolled_back, 2, str(tmp_path / "two"))
     assert torch.equal(first["weights"], second["weights"])
     one = rolled_back(None, str(tmp_path / "one"))
-    for result in (first, one):  # when it is seen depends on the clock, what is done about it does not
-        result["kept"] = {**result, "rows": [row for row in result["rows"] if row["kind"] != "event"]}
+    # when it is seen depends on the clock, what is done about it does not
+    for result in (first, one):
+        result["kept"] = {
+            **result,
+            "rows": [row for row in result["rows"] if row["kind"] != "event"],
+        }
     check_equal(first["kept"], one["kept"])
-    assert [row["event"] for row in first["rows"] if row["kind"] == "event"] == ["diverged", "rollback"]
+    assert [row["event"] for row in first["rows"] if row["kind"] == "event"] == [
+        "diverged",
+        "rollback",
+    ]
 
 
 def test_all_ranks_end_where_there_is_nothing_to_undo(tmp_path: Path):
@@ -172,10 +191,12 @@ def test_refusals_reach_every_rank(what: str, message: str):
 
 
 def test_moments_mean_the_same_at_any_world_size():
-    """Two steps of 16 in microbatches of 4 on one process; on ranks of 8 examples with microbatches of 4 the same."""
+    """Two steps of 16 in microbatches of 4 on one process; on ranks of 8 examples with microbatches
+    of 4 the same."""
     alone, (first, second) = measured(None, (4,)), run_local(measured, 2, (4, 4))
     assert first == second == pytest.approx(alone, rel=1e-10)
-    uneven = run_local(measured, 2, (8, 2))[0]  # 1 of 8 and 4 of 2 a step: harmonic mean 5 / (1/8 + 4/2)
+    # 1 of 8 and 4 of 2 a step: harmonic mean 5 / (1/8 + 4/2)
+    uneven = run_local(measured, 2, (8, 2))[0]
     assert uneven["small_batch_size"] == pytest.approx(5 / (1 / 8 + 4 / 2))
     assert uneven["gradient_sum_sq"] == pytest.approx(alone["gradient_sum_sq"], rel=1e-10)
 
@@ -194,13 +215,16 @@ def test_statistics_are_averaged_and_dropout_differs():
 
 
 def test_statistics_that_have_not_settled_are_measured_anew_on_all_ranks():
-    """The mean over ranks of the variances within their parts lies below that of the whole, by that of their means."""
+    """The mean over ranks of the variances within their parts lies below that of the whole, by that
+    of their means."""
     (first, loss, said), (second, other_loss, other_said) = run_local(unsettled, 2)
     assert torch.equal(first, second)
     assert (loss, said) == (other_loss, other_said)
     whole, loss_of_one, said_by_one = unsettled(None)
     assert said == said_by_one == ["remeasured"]
-    assert torch.all((first[:4] - whole[:4]).abs() < 0.02 * whole[4:].sqrt()), "the first step differed by its parts"
+    assert torch.all((first[:4] - whole[:4]).abs() < 0.02 * whole[4:].sqrt()), (
+        "the first step differed by its parts"
+    )
     assert torch.allclose(first[4:], whole[4:], rtol=0.2)
     assert loss == pytest.approx(loss_of_one, rel=0.2)
 
@@ -217,7 +241,16 @@ def test_layers_that_exchange_statistics_run_as_often_on_every_rank():
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hessianflow", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "hessianflow",
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -233,7 +266,12 @@ def test_torchrun_trains_one_process_goes_on(tmp_path: Path):
 
 def apart(rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
     """One rank by hand: torchrun would start all with the same command."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    place = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     environment = {**os.environ, **place, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "hessianflow", "train", "--device", "cpu", *arguments]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,5 @@
-"""Trainers that the tests run as ranks: no batch statistics, float64, so that any world has one answer."""
+"""Trainers that the tests run as ranks: no batch statistics, float64, so that any world has one
+answer."""
 
 import os
 import signal
@@ -22,7 +23,8 @@ from hessianflow.training import evaluate
 from hessianflow.training.accumulate import GradientAccumulator
 from hessianflow.training.checks import must_pair
 
-EXAMPLES, BATCH, EPOCHS = 75, 16, 4  # 20 steps: batches of 16, and tails of 11 that make 5 + 6 on two ranks
+# 20 steps: batches of 16, and tails of 11 that make 5 + 6 on two ranks
+EXAMPLES, BATCH, EPOCHS = 75, 16, 4
 
 
 def pixels(batch_size: int = BATCH, examples: int = EXAMPLES) -> DeviceBatches:
@@ -45,9 +47,12 @@ def clipped(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
 
 
 def growing(model: nn.Module, world: GroupWorld | None) -> dict[str, Any]:
-    """ABSA, which grows on the eigenvalue and on patience; 31 examples to probe are 15 + 16 on two ranks."""
+    """ABSA, which grows on the eigenvalue and on patience; 31 examples to probe are 15 + 16 on two
+    ranks."""
     operator = HessianOperator if world is None else sharded(world)
-    probe = CurvatureProbe(model, F.cross_entropy, pixels().sample(31), tol=1e-10, operator=operator)
+    probe = CurvatureProbe(
+        model, F.cross_entropy, pixels().sample(31), tol=1e-10, operator=operator
+    )
     controller = ABSA(BATCH, 64, decay_factor=1.05, patience=2, adversarial_share=0.0)
     held_out = pixels(7).examples(torch.arange(20))
     return {"probe": probe, "controller": controller, "eval_data": held_out, "epochs": 6}
@@ -65,7 +70,8 @@ def skewed(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
 
 
 def own_loss(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
-    """The same in a function of the user's own, in microbatches: only the call tells what its mean divides by."""
+    """The same in a function of the user's own, in microbatches: only the call tells what its mean
+    divides by."""
     classes = torch.tensor([1.0, 0.2, 3.0, 1.0], dtype=torch.float64)
 
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -122,8 +128,11 @@ def ended(reducer: GroupReducer, options: Options) -> str:
     return "trained"
 
 
-def build(world: GroupWorld | None, options: Options = plain, **further: Any) -> AdaptiveBatchTrainer:
-    """SGD with momentum; a rank above 0 starts with weights of its own, to see that they are replaced."""
+def build(
+    world: GroupWorld | None, options: Options = plain, **further: Any
+) -> AdaptiveBatchTrainer:
+    """SGD with momentum; a rank above 0 starts with weights of its own, to see that they are
+    replaced."""
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Flatten(), network(seed=0 if world is None else world.rank))
     settings: dict[str, Any] = {
@@ -145,11 +154,17 @@ def untimed(rows: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
-def run(reducer: GroupReducer | None, options: Options, *, resume: bool = False, **further: Any) -> dict[str, Any]:
+def run(
+    reducer: GroupReducer | None, options: Options, *, resume: bool = False, **further: Any
+) -> dict[str, Any]:
     """Train to the end; reducer None: one process without a world."""
     made = build(None if reducer is None else GroupWorld(reducer), options, **further)
     history = made.resume(further["run_dir"]) if resume else made.fit()
-    return {"weights": weights(made.model), "rows": untimed(history.records), "summary": dict(history.summary)}
+    return {
+        "weights": weights(made.model),
+        "rows": untimed(history.records),
+        "summary": dict(history.summary),
+    }
 
 
 def stopping(options: Options, update: int, rank: int) -> Options:
@@ -290,27 +305,41 @@ def compared(reducer: GroupReducer | None) -> Tensor:
 
 
 def normalised(reducer: GroupReducer) -> tuple[Tensor, Tensor, list[float]]:
-    """Batch normalisation: each rank gathers statistics of its own; saved and evaluated are those of all."""
+    """Batch normalisation: each rank gathers statistics of its own; saved and evaluated are those
+    of all."""
     world = GroupWorld(reducer)
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 4), nn.Dropout(0.5)).double()
+    model = nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 4), nn.Dropout(0.5)
+    ).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     evaluation = pixels(10).sample(30)
     made = AdaptiveBatchTrainer(
-        model, pixels(), [evaluation], optimizer=optimizer, loss_fn=F.cross_entropy, epochs=1, world=world
+        model,
+        pixels(),
+        [evaluation],
+        optimizer=optimizer,
+        loss_fn=F.cross_entropy,
+        epochs=1,
+        world=world,
     )
     noise = []
-    model[3].register_forward_hook(lambda module, inputs, output: noise.append((output == 0).double().mean(0)))
+    model[3].register_forward_hook(
+        lambda module, inputs, output: noise.append((output == 0).double().mean(0))
+    )
     row = made.fit().epochs[-1]
     losses = [evaluate(model, evaluation, F.cross_entropy).loss, row["eval_loss"]]
     return torch.cat([b.double().reshape(-1) for b in model.buffers()]), noise[0], losses
 
 
 def unsettled(reducer: GroupReducer | None) -> tuple[Tensor, float, list[str | None]]:
-    """Running statistics that say nothing yet, after one update: measured anew on the parts of that batch."""
+    """Running statistics that say nothing yet, after one update: measured anew on the parts of that
+    batch."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     world = None if reducer is None else GroupWorld(reducer)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 4)).double()
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 4)
+    ).double()
     with torch.no_grad():
         model[1].weight.mul_(100)
         model[3].weight.mul_(10)
@@ -340,13 +369,19 @@ def rolled_back(reducer: GroupReducer | None, run_dir: str) -> dict[str, Any]:
             return (inputs * torch.nan if len(inputs) > limit else inputs), targets
 
         controller = AdaBatch(8, 64, every_epochs=1, lr_decay=1)
-        return {"controller": controller, "transform": poison, "train_data": pixels(8, 64), "epochs": 4}
+        return {
+            "controller": controller,
+            "transform": poison,
+            "train_data": pixels(8, 64),
+            "epochs": 4,
+        }
 
     return run(reducer, grow, run_dir=run_dir, on_divergence="rollback")
 
 
 class Centred(nn.Module):
-    """Subtracts the mean over the rows of all ranks: stands for SyncBatchNorm, which needs a GPU."""
+    """Subtracts the mean over the rows of all ranks: stands for SyncBatchNorm, which needs a
+    GPU."""
 
     def __init__(self, world: GroupWorld) -> None:
         super().__init__()
@@ -354,7 +389,9 @@ class Centred(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.passes += 1
-        sums = self.world.sum(torch.cat([inputs.detach().sum(0), torch.tensor([float(len(inputs))])]))
+        sums = self.world.sum(
+            torch.cat([inputs.detach().sum(0), torch.tensor([float(len(inputs))])])
+        )
         return inputs - sums[:-1] / sums[-1]
 
 

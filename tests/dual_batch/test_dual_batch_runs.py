@@ -56,7 +56,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> History:
 
 
 def test_the_records_of_a_run(whole: History) -> None:
-    """Stages 12, 16, 12, 16 pixels of one epoch each; times by hand from the plan, which its own tests check."""
+    """Stages 12, 16, 12, 16 pixels of one epoch each; times by hand from the plan, which its own
+    tests check."""
     config = json.loads((whole.run_dir / "config.json").read_text())  # type: ignore[operator]
     plans = config["dual_batch"]["plans"]
     assert [row["resolution"] for row in whole.epochs] == [12, 16, 12, 16]
@@ -68,12 +69,18 @@ def test_the_records_of_a_run(whole: History) -> None:
     targets = [plans[str(resolution)]["target_seconds"] for resolution in (12, 16, 12, 16)]
     assert [row["predicted_seconds"] for row in whole.epochs] == pytest.approx(np.cumsum(targets))
     last = max(row["finished"] for row in whole.of_kind("commit"))
-    assert last == whole.summary["clock_seconds"] == pytest.approx(sum(targets), rel=0.03), "rounding apart"
+    assert last == whole.summary["clock_seconds"] == pytest.approx(sum(targets), rel=0.03), (
+        "rounding apart"
+    )
     commits = whole.of_kind("commit")
     assert [row["commits"] for row in commits] == list(range(1, 17))
     assert sorted(row["worker"] for row in commits[:4]) == [0, 1, 2, 3]
     assert whole.summary["status"] == "finished"
-    assert whole.summary["updates"] == sum(row["steps"] for row in commits) == whole.epochs[-1]["updates"]
+    assert (
+        whole.summary["updates"]
+        == sum(row["steps"] for row in commits)
+        == whole.epochs[-1]["updates"]
+    )
     assert whole.epochs[-1]["train_loss"] == pytest.approx(
         sum(row["loss"] * row["steps"] * row["batch_size"] for row in commits[12:])
         / sum(row["steps"] * row["batch_size"] for row in commits[12:])
@@ -114,9 +121,12 @@ class Crash(StopAfter):
 
 
 def test_killed_within_the_first_epoch_and_resumed(whole: History, tmp_path: Path) -> None:
-    """Nothing but the checkpoint of the beginning is there: the run begins again, and ends the same."""
+    """Nothing but the checkpoint of the beginning is there: the run begins again, and ends the
+    same."""
     with pytest.raises(KeyboardInterrupt):
-        build_dual_batch(prepare(replace(SETTINGS, run_dir=str(tmp_path / "cut"))), [Crash(2)]).fit()
+        build_dual_batch(
+            prepare(replace(SETTINGS, run_dir=str(tmp_path / "cut"))), [Crash(2)]
+        ).fit()
     resumed = build_dual_batch(prepare(load_config(tmp_path / "cut"))).resume(tmp_path / "cut")
     losses = [[row["loss"] for row in history.of_kind("commit")] for history in (whole, resumed)]
     assert losses[0] == losses[1]
@@ -125,8 +135,12 @@ def test_killed_within_the_first_epoch_and_resumed(whole: History, tmp_path: Pat
 SERVER_DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no server": lambda s: s["dual_batch"].pop("server"),
     "weights of another number": lambda s: s["dual_batch"]["server"].update(weights=torch.ones(3)),
-    "weights of another type": lambda s: s["dual_batch"]["server"].update(weights=torch.ones(3).to(torch.int8)),
-    "copies of another number": lambda s: s["dual_batch"]["running"].update({0: (0.0, 1, torch.ones(3))}),
+    "weights of another type": lambda s: s["dual_batch"]["server"].update(
+        weights=torch.ones(3).to(torch.int8)
+    ),
+    "copies of another number": lambda s: s["dual_batch"]["running"].update(
+        {0: (0.0, 1, torch.ones(3))}
+    ),
     "commits that are text": lambda s: s["dual_batch"]["server"].update(commits="x"),
     "workers that are a list": lambda s: s["dual_batch"].update(workers=[]),
     "events that are numbers": lambda s: s["dual_batch"].update(events=[1]),
@@ -140,7 +154,9 @@ SERVER_DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("damage", SERVER_DAMAGES)
-def test_a_damaged_last_checkpoint_is_passed_over(damage: str, whole: History, tmp_path: Path) -> None:
+def test_a_damaged_last_checkpoint_is_passed_over(
+    damage: str, whole: History, tmp_path: Path
+) -> None:
     shutil.copytree(whole.run_dir, tmp_path / "run")  # type: ignore[arg-type]
     (tmp_path / "run" / "summary.json").unlink()
     path = tmp_path / "run" / "checkpoints" / "last.pt"
@@ -168,19 +184,28 @@ def test_interrupted_and_resumed_is_bit_equal(commits: int, whole: History, tmp_
     torch.manual_seed(99)
     resumed = build_dual_batch(prepare(load_config(tmp_path / "cut"))).resume(tmp_path / "cut")
     assert whole.run_dir is not None
-    ends = [checkpoints.load(folder / "checkpoints" / "last.pt") for folder in (whole.run_dir, tmp_path / "cut")]
+    ends = [
+        checkpoints.load(folder / "checkpoints" / "last.pt")
+        for folder in (whole.run_dir, tmp_path / "cut")
+    ]
     for name, tensor in ends[0]["model"].items():
         assert torch.equal(tensor, ends[1]["model"][name]), name
     assert np.array_equal(*(end["dual_batch"]["server"]["weights"] for end in ends))
     timings = {"seconds", "images_per_second", "seconds_training", "seconds_evaluation"}
     rows = [
-        [{k: v for k, v in row.items() if k not in timings} for row in history.records if row["kind"] != "event"]
+        [
+            {k: v for k, v in row.items() if k not in timings}
+            for row in history.records
+            if row["kind"] != "event"
+        ]
         for history in (whole, resumed)
     ]
     assert rows[0] == rows[1]
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(whole: History, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_does_not(
+    whole: History, tmp_path: Path
+) -> None:
     for seed, same in ((0, True), (1, False)):
         again = trainer(tmp_path / str(seed), seed=seed, epochs=2, milestones=())
         losses = [row["loss"] for row in again.fit().of_kind("commit")[:4]]
@@ -188,7 +213,14 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(whole: History, t
 
 
 def test_the_time_model_is_measured_once_and_kept(tmp_path: Path) -> None:
-    made = {"slope": None, "intercept": None, "resolution": None, "dropouts": None, "epochs": 1, "milestones": ()}
+    made = {
+        "slope": None,
+        "intercept": None,
+        "resolution": None,
+        "dropouts": None,
+        "epochs": 1,
+        "milestones": (),
+    }
     settings = {**made, "batch_size": 32, "train_examples": 400}
     config = prepare(replace(SETTINGS, run_dir=str(tmp_path / "a"), **settings))  # type: ignore[arg-type]
     sink = StopAfter(2)
@@ -204,7 +236,14 @@ def test_the_time_model_is_measured_once_and_kept(tmp_path: Path) -> None:
 
 def one_worker(**changes: object) -> LocalTraining:
     """The first of a run at full resolution, with a model of its own."""
-    settings = {"resolution": None, "dropouts": None, "milestones": (), "slope": 1e-3, "intercept": 0.02, **changes}
+    settings = {
+        "resolution": None,
+        "dropouts": None,
+        "milestones": (),
+        "slope": 1e-3,
+        "intercept": 0.02,
+        **changes,
+    }
     config = prepare(replace(SETTINGS, **settings))  # type: ignore[arg-type]
     parts = build_parts(config)
     times = {16: TimeModel(1e-3, 0.02)}
@@ -212,7 +251,8 @@ def one_worker(**changes: object) -> LocalTraining:
 
 
 def test_only_full_batches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """400 examples are one batch of 250 and one of 150: three times the first of each shuffle, on a clock of rows."""
+    """400 examples are one batch of 250 and one of 150: three times the first of each shuffle, on a
+    clock of rows."""
     worker, rows = one_worker(), [0]
     accumulate = worker._accumulate
 
@@ -226,14 +266,20 @@ def test_only_full_batches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: float(rows[0]))
     assert worker.measure(0, 250, 3) == [250.0] * 3
     assert rows == [250 + 150 + 250 + 150 + 250], "no shuffle is gone on with when all are timed"
-    with pytest.raises(HessianFlowError, match="400 examples give no batch of 399 to time: use another --batch-size"):
+    with pytest.raises(
+        HessianFlowError,
+        match="400 examples give no batch of 399 to time: use another --batch-size",
+    ):
         worker.measure(0, 399, 3)  # the one left over and those before it are halved
 
 
 def test_a_worker_goes_on_with_its_loss_scale() -> None:
-    """An overflow at a scale of 2^100 halves it at every step; a new worker starts from torch's 2^16."""
+    """An overflow at a scale of 2^100 halves it at every step; a new worker starts from torch's
+    2^16."""
     worker, again = (one_worker(precision="fp16", epochs=1) for _ in range(2))
-    worker._accumulate.scaler.load_state_dict({**worker._accumulate.scaler.state_dict(), "scale": 2.0**100})
+    worker._accumulate.scaler.load_state_dict(
+        {**worker._accumulate.scaler.state_dict(), "scale": 2.0**100}
+    )
     worker(worker._flat.read(), 0)
     scale = worker._accumulate.scaler.get_scale()
     assert 2.0**16 < scale < 2.0**100
@@ -242,11 +288,21 @@ def test_a_worker_goes_on_with_its_loss_scale() -> None:
 
 
 def test_rounds_of_equal_workers_are_plain_averaging_of_weights(tmp_path: Path) -> None:
-    """Bit for bit, against a loop without server or clock: train every worker from the mean, then take the mean."""
-    same = {"resolution": None, "dropouts": None, "slope": 1e-3, "intercept": 0.02, "epochs": 2, "milestones": ()}
+    """Bit for bit, against a loop without server or clock: train every worker from the mean, then
+    take the mean."""
+    same = {
+        "resolution": None,
+        "dropouts": None,
+        "slope": 1e-3,
+        "intercept": 0.02,
+        "epochs": 2,
+        "milestones": (),
+    }
     config = prepare(replace(SETTINGS, synchrony="bsp", small_workers=0, workers=2, **same))  # type: ignore[arg-type]
     build_dual_batch(replace(config, run_dir=str(tmp_path / "run"))).fit()
-    saved = checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"]["weights"]
+    saved = checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"][
+        "weights"
+    ]
     parts = build_parts(config)
     stages = all_stages(config, parts)
     schedule = plan_schedule(config, stages, parts.train.num_examples, {16: TimeModel(1e-3, 0.02)})
@@ -259,22 +315,35 @@ def test_rounds_of_equal_workers_are_plain_averaging_of_weights(tmp_path: Path) 
 
 
 def test_the_cap_for_growing_batches_plays_no_role() -> None:
-    assert resolve(TrainConfig(data="folder", controller="dual-batch", batch_size=16)).max_batch_size == 16
+    assert (
+        resolve(TrainConfig(data="folder", controller="dual-batch", batch_size=16)).max_batch_size
+        == 16
+    )
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(HessianFlowError, match="a batch of 200 is more than the 110 examples that a worker takes"):
+    with pytest.raises(
+        HessianFlowError, match="a batch of 200 is more than the 110 examples that a worker takes"
+    ):
         trainer(tmp_path / "a", batch_size=200)
-    with pytest.raises(HessianFlowError, match=r"--slope must hold one value for each of the resolutions \[12, 16\]"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"--slope must hold one value for each of the resolutions \[12, 16\]",
+    ):
         trainer(tmp_path / "b", slope=0.1)
     with pytest.raises(HessianFlowError, match=r"layer '9' .* takes no images of 12 pixels"):
         trainer(tmp_path / "c", model="c1", dropouts=None)
     checkpoints.save(tmp_path / "d" / "checkpoints" / "last.pt", {"history_bytes": 0, "model": {}})
     with pytest.raises(HessianFlowError, match="is of a run without a parameter server"):
         trainer(tmp_path / "d").resume(tmp_path / "d")
-    with pytest.raises(HessianFlowError, match=r"the training loss of worker . was not finite in epoch 1: lower the r"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"the training loss of worker . was not finite in epoch 1: lower the r",
+    ):
         trainer(tmp_path / "e", lr=1e30).fit()
-    with pytest.raises(HessianFlowError, match=r"f is not a run directory: it holds no config\.json"):
+    with pytest.raises(
+        HessianFlowError, match=r"f is not a run directory: it holds no config\.json"
+    ):
         trainer(tmp_path / "f").resume(tmp_path / "f")
 
 

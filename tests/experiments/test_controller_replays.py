@@ -1,4 +1,5 @@
-"""The recorded runs of our controller, replayed: today's code makes the decisions that they were trained with."""
+"""The recorded runs of our controller, replayed: today's code makes the decisions that they were
+trained with."""
 
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ def test_there_are_runs_of_ours() -> None:
     assert len([row for row in ROWS if row["method"] == "critical-reuse"]) >= 17
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['problem']}-{row['method']}-{row['seed']}")
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: f"{row['problem']}-{row['method']}-{row['seed']}"
+)
 def test_a_replay_decides_as_the_run_did(row: dict[str, Any]) -> None:
     epochs = row["epochs"]
     config = resolve(from_dict(row["settings"], row["method"]))

@@ -23,7 +23,9 @@ def test_the_files_of_settings_are_the_published_ones(name: str) -> None:
     assert config.resolutions == tuple(level.resolution for level in setting.levels)
     assert config.resolution_batch_sizes == tuple(level.batch_size for level in setting.levels)
     assert config.dropouts == tuple(level.dropout for level in setting.levels)
-    assert (config.slope, config.intercept) == tuple(zip(*((t.slope, t.intercept) for t in setting.times), strict=True))
+    assert (config.slope, config.intercept) == tuple(
+        zip(*((t.slope, t.intercept) for t in setting.times), strict=True)
+    )
     assert (*(config.milestones or ()), config.epochs) == setting.phase_ends
     assert (config.lr, config.lr_decay) == (setting.lr, setting.lr_decay)
 
@@ -41,7 +43,9 @@ def test_the_cluster_of_the_study_is_the_published_one_at_a_fifth() -> None:
         for level, (slope, intercept, batch) in enumerate(
             zip(slopes, intercepts, batches, strict=True), 2 - len(slopes)
         ):
-            here = dual_batch_plan(4, s["small_workers"], 10_000, batch, slope, intercept, s["extra_time"])
+            here = dual_batch_plan(
+                4, s["small_workers"], 10_000, batch, slope, intercept, s["extra_time"]
+            )
             there = setting.plan(level, 4, s["small_workers"], s["extra_time"])
             assert here.target_seconds == pytest.approx(there.target_seconds / 5)
             for mine, theirs in zip(here.workers, there.workers, strict=True):
@@ -54,8 +58,16 @@ def test_every_scale_has_a_grid() -> None:
 
 
 def test_the_table_pairs_seeds_and_kinds() -> None:
-    def row(method: str, kind: str, seed: int, accuracy: float, seconds: float) -> dict[str, object]:
-        return {"method": method, "problem": f"p-{kind}", "seed": seed, "accuracy": accuracy, "clock_seconds": seconds}
+    def row(
+        method: str, kind: str, seed: int, accuracy: float, seconds: float
+    ) -> dict[str, object]:
+        return {
+            "method": method,
+            "problem": f"p-{kind}",
+            "seed": seed,
+            "accuracy": accuracy,
+            "clock_seconds": seconds,
+        }
 
     rows = [
         row("s3-k1.05", "fixed", 1, 0.52, 11.0),

@@ -1,4 +1,5 @@
-"""The grid runner: what is run, what is not, what is left behind; on runs that take milliseconds."""
+"""The grid runner: what is run, what is not, what is left behind; on runs that take
+milliseconds."""
 
 import json
 import signal
@@ -25,7 +26,9 @@ STAND_IN = "tests.experiments.stand_in"
 
 
 def cell(method: str = "fixed", seed: int = 0, behaviour: str = "finish", **settings: Any) -> Cell:
-    return Cell("toy", method, seed, {"data": "fake", **settings}, STAND_IN, {"behaviour": behaviour})
+    return Cell(
+        "toy", method, seed, {"data": "fake", **settings}, STAND_IN, {"behaviour": behaviour}
+    )
 
 
 def run(tmp_path: Path, found: Sequence[Cell], jobs: int = 1) -> list[Outcome]:
@@ -42,7 +45,12 @@ def test_each_finished_cell_gives_one_row(tmp_path: Path) -> None:
     rows = sorted(read_rows(tmp_path / "results.jsonl"), key=lambda row: int(row["seed"]))
     assert [row["updates"] for row in rows] == [4, 5]
     row = rows[0]
-    assert (row["accuracy"], row["largest_batch"], row["seconds"], row["format"]) == (0.5, 64, 1.5, FORMAT)
+    assert (row["accuracy"], row["largest_batch"], row["seconds"], row["format"]) == (
+        0.5,
+        64,
+        1.5,
+        FORMAT,
+    )
     assert row["growths"] == [{"epoch": 1, "from": 32, "to": 64, "reason": "why"}]
     assert row["epochs"][0]["eigenvalue"] == 2.5
     assert row["settings"] == {"data": "fake", "behaviour": "finish", "seed": 0}
@@ -72,7 +80,9 @@ def test_an_interrupted_cell_is_continued(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_reported_and_the_others_run(tmp_path: Path) -> None:
-    outcomes = run(tmp_path, [cell("bad", behaviour="fail"), cell("late", behaviour="preempted"), cell("good")])
+    outcomes = run(
+        tmp_path, [cell("bad", behaviour="fail"), cell("late", behaviour="preempted"), cell("good")]
+    )
     errors = {outcome.cell.method: outcome.error for outcome in outcomes}
     assert errors["bad"] == "exit status 3: it broke"
     assert errors["late"] == "stopped before the last epoch; run again to continue"
@@ -81,7 +91,11 @@ def test_a_failure_is_reported_and_the_others_run(tmp_path: Path) -> None:
 
 
 def test_an_impossible_cell_is_reported_and_the_others_run(tmp_path: Path) -> None:
-    impossible = [cell("a", batch_size=64, max_batch_size=32), cell("b", no_such=1), cell("c", lr=-1.0)]
+    impossible = [
+        cell("a", batch_size=64, max_batch_size=32),
+        cell("b", no_such=1),
+        cell("c", lr=-1.0),
+    ]
     outcomes = run(tmp_path, [*impossible, cell("good")])
     errors = {outcome.cell.method: outcome.error for outcome in outcomes}
     assert "--max-batch-size 32 is below --batch-size 64" in errors["a"]
@@ -108,7 +122,12 @@ def test_devices_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_stopping_ends_the_running_processes(tmp_path: Path) -> None:
-    grid = run_grid([cell(), cell("long", behaviour="hang")], tmp_path / "r.jsonl", Workplace(tmp_path / "runs"), 2)
+    grid = run_grid(
+        [cell(), cell("long", behaviour="hang")],
+        tmp_path / "r.jsonl",
+        Workplace(tmp_path / "runs"),
+        2,
+    )
     assert next(grid).cell.method == "fixed"
     began = time.monotonic()
     grid.close()
@@ -147,14 +166,20 @@ CELL = '{"format": 1, "problem": "toy", "method": "a", "seed": 0'
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"format": 1, "problem": null, "method": "a", "seed": 0}', "problem must be text, got null"),
+        (
+            b'{"format": 1, "problem": null, "method": "a", "seed": 0}',
+            "problem must be text, got null",
+        ),
         (f'{CELL}, "accuracy": "high"}}', 'accuracy must be a number or null, got "high"'),
         (f'{CELL}, "largest_batch": [1]}}', r"largest_batch must be a whole number, got \[1\]"),
         (f'{CELL}, "epochs": null}}', "epochs must be a list, got null"),
         (f'{CELL}, "epochs": [{{}}]}}', "epochs.0.batch_size is missing"),
         (f'{CELL}, "updates": {"9" * 400}}}', "updates must be a finite number"),
         (f'{CELL}, "seconds": 1e999}}', "seconds must be a finite number"),
-        (f'{CELL}, "measured": {{"cpu_seconds": "x"}}}}', 'measured.cpu_seconds must be a number, got "x"'),
+        (
+            f'{CELL}, "measured": {{"cpu_seconds": "x"}}}}',
+            'measured.cpu_seconds must be a number, got "x"',
+        ),
         (f'{CELL}, "settings": {"[" * 100_000}', "lists or objects are nested deeper than 50"),
         (b"\xff\xfe\n", "is not a JSON object"),
         ("x" * (2**24 + 2), "is longer than 16777216 bytes"),
@@ -169,7 +194,9 @@ def test_a_damaged_row_is_named(tmp_path: Path, line: str | bytes, words: str) -
 
 
 def test_tables_hold_any_name_literally(tmp_path: Path) -> None:
-    rows = [{**row, "problem": r"\input{x} ~^$", "method": "=<b>|"} for row in rows_of_two_methods()[:2]]
+    rows = [
+        {**row, "problem": r"\input{x} ~^$", "method": "=<b>|"} for row in rows_of_two_methods()[:2]
+    ]
     write_reports(rows, tmp_path)
     latex = (tmp_path / "table.tex").read_text()
     assert r"\textbackslash{}input\{x\} \textasciitilde{}\textasciicircum{}\$" in latex
@@ -177,7 +204,9 @@ def test_tables_hold_any_name_literally(tmp_path: Path) -> None:
     assert (tmp_path / "table.csv").read_text().splitlines()[1].split(",")[1] == "'=<b>|"
 
 
-def test_rows_that_lack_something_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_lack_something_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "results.jsonl"
     append_row(path, {"problem": "toy", "method": "a", "seed": 0})
     assert main(toy_study(tmp_path), ["--report"]) == 2
@@ -193,7 +222,9 @@ def test_a_run_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
     assert outcomes[1].error == ""
 
 
-def test_rows_of_an_older_format_are_left_and_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_an_older_format_are_left_and_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "results.jsonl"
     old = json.dumps({"format": FORMAT - 1, "problem": "toy", "method": "fixed", "seed": 0})
     path.write_text(old + "\n")
@@ -228,24 +259,38 @@ def test_tables_hold_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     assert markdown[2] == "| toy | a_1 | 60.00 62.00 | 61.00 | 1.41 | 15 | 64 | 2 |"
     assert markdown[3] == "| toy | b | 70.00 | 70.00 |  | 5 | 64 | 2 |"
     assert r"toy & a\_1 & 60.00 62.00 & 61.00" in (tmp_path / "table.tex").read_text()
-    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "toy,a_1,60.00 62.00,61.00,1.41,15,64,2"
+    assert (tmp_path / "table.csv").read_text().splitlines()[
+        1
+    ] == "toy,a_1,60.00 62.00,61.00,1.41,15,64,2"
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_groups_keep_the_order_of_the_grid() -> None:
-    assert [(group.problem, group.method) for group in groups(rows_of_two_methods())] == [("toy", "a_1"), ("toy", "b")]
+    assert [(group.problem, group.method) for group in groups(rows_of_two_methods())] == [
+        ("toy", "a_1"),
+        ("toy", "b"),
+    ]
     assert write_reports([], Path("nowhere")) == []
 
 
 def toy_study(folder: Path) -> Study:
     def grid(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
-        return [cell(f"{scale}-{name}", seed, behaviour=name) for seed in seeds for name in ("finish", "fail once")]
+        return [
+            cell(f"{scale}-{name}", seed, behaviour=name)
+            for seed in seeds
+            for name in ("finish", "fail once")
+        ]
 
     return Study("toy", folder, grid)
 
 
-def test_the_command_reports_progress_failures_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study, options = toy_study(tmp_path / "study"), ["--seeds", "0", "--runs", str(tmp_path / "runs")]
+def test_the_command_reports_progress_failures_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, options = (
+        toy_study(tmp_path / "study"),
+        ["--seeds", "0", "--runs", str(tmp_path / "runs")],
+    )
     assert main(study, options) == 1
     told = capsys.readouterr()
     assert "2 cells, 0 of them in" in told.out
@@ -261,12 +306,30 @@ def test_the_command_reports_progress_failures_and_goes_on(tmp_path: Path, capsy
 
 def test_only_picks_cells_and_smoke_stays_out_of_the_study(tmp_path: Path) -> None:
     study = toy_study(tmp_path / "study")
-    assert main(study, ["--smoke", "--only", "toy/smoke-fin*", "--seeds", "0", "--runs", str(tmp_path / "runs")]) == 0
-    assert [row["method"] for row in read_rows(tmp_path / "runs" / "smoke" / "results.jsonl")] == ["smoke-finish"]
+    assert (
+        main(
+            study,
+            [
+                "--smoke",
+                "--only",
+                "toy/smoke-fin*",
+                "--seeds",
+                "0",
+                "--runs",
+                str(tmp_path / "runs"),
+            ],
+        )
+        == 0
+    )
+    assert [row["method"] for row in read_rows(tmp_path / "runs" / "smoke" / "results.jsonl")] == [
+        "smoke-finish"
+    ]
     assert not (tmp_path / "study").exists()
 
 
-def test_a_pattern_that_fits_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pattern_that_fits_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(toy_study(tmp_path), ["--only", "typo/*"]) == 2
     assert capsys.readouterr().err == "toy: no cell of the cpu grid fits --only typo/*\n"
 
@@ -306,7 +369,9 @@ def test_a_study_without_its_data_says_so_once_before_the_first_cell(
         assert told.err.count("\n") == 1
         assert words in told.err
         assert told.out == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"], "nothing was begun, nothing written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"], (
+        "nothing was begun, nothing written"
+    )
 
 
 def test_what_comes_with_a_study_is_neither_skipped_nor_added_to(
@@ -315,7 +380,13 @@ def test_what_comes_with_a_study_is_neither_skipped_nor_added_to(
     """The rows there tell how long a cell took; the same cell runs here all the same."""
     theirs = tmp_path / "theirs" / "results.jsonl"
     settings = {"data": "fake", "seed": 0}
-    row = {"problem": "toy", "method": "fixed", "seed": 0, "seconds": 120.0, "hardware": "an abacus"}
+    row = {
+        "problem": "toy",
+        "method": "fixed",
+        "seed": 0,
+        "seconds": 120.0,
+        "hardware": "an abacus",
+    }
     append_row(theirs, {**row, "settings": settings})
     before = theirs.read_bytes()
     study = study_of(tmp_path / "mine", tmp_path / "theirs", "fake")
@@ -343,18 +414,31 @@ def test_a_study_whose_cells_all_fail_leaves_its_tables_alone(
     assert "failed: toy bad seed 0: exit status 3: it broke" in capsys.readouterr().err
 
 
-def test_a_report_without_rows_says_where_there_are_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_without_rows_says_where_there_are_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = study_of(tmp_path / "mine", tmp_path / "theirs", "fake")
     assert main(study, ["--report"]) == 2
-    assert f"holds no rows: run the study first, or name those that come with it: --out {tmp_path / 'theirs'}" in (
-        capsys.readouterr().err
+    assert (
+        "holds no rows: run the study first, or name those that come with it: --out"
+        f" {tmp_path / 'theirs'}" in (capsys.readouterr().err)
     )
 
 
-GOOD = {"problem": "toy", "method": "a", "seed": 0, "accuracy": 0.5, "updates": 4, "largest_batch": 64, "seconds": 1.5}
+GOOD = {
+    "problem": "toy",
+    "method": "a",
+    "seed": 0,
+    "accuracy": 0.5,
+    "updates": 4,
+    "largest_batch": 64,
+    "seconds": 1.5,
+}
 
 
-def test_a_row_of_another_study_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_of_another_study_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def figure(rows: Sequence[dict[str, Any]], _path: Path) -> None:
         raise KeyError("measured")
 
@@ -364,13 +448,17 @@ def test_a_row_of_another_study_is_named(tmp_path: Path, capsys: pytest.CaptureF
     assert "holds a row that is not of this study (KeyError 'measured')" in capsys.readouterr().err
 
 
-def test_a_damaged_results_file_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_results_file_ends_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "results.jsonl").write_text("?\n\n")
     assert main(toy_study(tmp_path), ["--runs", str(tmp_path / "runs")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_signal_stops_the_grid_and_it_goes_on_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_stops_the_grid_and_it_goes_on_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def grid(_scale: Scale, _seeds: Sequence[int]) -> list[Cell]:
         return [cell("long", behaviour="hang")]
 

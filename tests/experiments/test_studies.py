@@ -35,7 +35,9 @@ def test_every_cell_can_be_and_no_two_are_the_same(name: str, scale: Scale) -> N
 
 
 def cells(caps: Sequence[int]) -> dict[str, Cell]:
-    found = large_batch.cells({"toy": {**FIFTH, "model": "resnet20"}}, caps, [0], large_batch.METHODS)
+    found = large_batch.cells(
+        {"toy": {**FIFTH, "model": "resnet20"}}, caps, [0], large_batch.METHODS
+    )
     return {cell.method: cell for cell in found}
 
 
@@ -50,7 +52,11 @@ def test_what_knows_no_cap_runs_once() -> None:
 def test_a_fifth_of_the_published_run_keeps_its_proportions() -> None:
     """90 epochs, milestones 30, 60, 80 and patience 10, divided by 5."""
     settings = cells([])["absa"].settings
-    assert (settings["epochs"], settings["milestones"], settings["patience"]) == (18, [6, 12, 16], 2)
+    assert (settings["epochs"], settings["milestones"], settings["patience"]) == (
+        18,
+        [6, 12, 16],
+        2,
+    )
 
 
 SMOKE = {
@@ -61,7 +67,8 @@ SMOKE = {
     "conadv": "fake/*conadv-*",
     "dual_batch": "fake-cyclic/*",
 }
-"""Cells of each smallest grid that no other has the like of: each is a process, with 5 s of a core for imports."""
+"""Cells of each smallest grid that no other has the like of: each is a process, with 5 s of a core
+for imports."""
 
 
 @pytest.mark.smoke
@@ -79,6 +86,10 @@ def test_the_smallest_grid_runs(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_rows(tmp_path / "smoke" / "results.jsonl")
-    wanted = [cell for cell in study(name).cells("smoke", [0]) if fnmatch(f"{cell.problem}/{cell.method}", SMOKE[name])]
+    wanted = [
+        cell
+        for cell in study(name).cells("smoke", [0])
+        if fnmatch(f"{cell.problem}/{cell.method}", SMOKE[name])
+    ]
     assert len(rows) == len(wanted) > 0
     assert (tmp_path / "smoke" / "results.png").read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,7 @@
 """Outputs [N, 1] beside targets [N] are broadcast to [N, N]: parts of a batch do not add up to it.
 
-One pass over the whole is what torch computes; whoever cuts it must be refused, for the matrix and the gradient would
-depend on the cut.
+One pass over the whole is what torch computes; whoever cuts it must be refused, for the matrix and
+the gradient would depend on the cut.
 """
 
 import pytest
@@ -28,7 +28,10 @@ def net() -> nn.Linear:
 @pytest.mark.parametrize("loss_fn", LOSSES)
 @pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
 def test_an_operator_refuses_to_cut_it(operator, loss_fn):
-    with pytest.raises(HessianFlowError, match=r"outputs of shape \[4, 1\] and targets of shape \[4\] are broadcast"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"outputs of shape \[4, 1\] and targets of shape \[4\] are broadcast",
+    ):
         operator(net(), loss_fn, (INPUTS, TARGETS), microbatch_size=5).dense()
 
 
@@ -52,7 +55,9 @@ def test_the_whole_is_what_torch_computes():
     model = net()
     loss = (model(INPUTS) - TARGETS).square().mean()
     gradient = torch.autograd.grad(loss, model.weight, create_graph=True)[0].flatten()
-    expected = torch.stack([torch.autograd.grad(g, model.weight, retain_graph=True)[0].flatten() for g in gradient])
+    expected = torch.stack(
+        [torch.autograd.grad(g, model.weight, retain_graph=True)[0].flatten() for g in gradient]
+    )
     found = HessianOperator(model, nn.MSELoss(), (INPUTS, TARGETS), params="weight").dense()
     torch.testing.assert_close(found, expected)
 

@@ -1,4 +1,5 @@
-"""What a mean divides by, for losses of every make. Oracle: the loss of the whole batch in one call, float64."""
+"""What a mean divides by, for losses of every make. Oracle: the loss of the whole batch in one
+call, float64."""
 
 import functools
 
@@ -17,7 +18,8 @@ WEIGHT = torch.tensor([0.1, 1.0, 5.0, 0.0, 2.0], dtype=torch.float64)
 
 
 def tokens():
-    """Scores [rows, length, classes] and targets [rows, length], of which a varying number is padding."""
+    """Scores [rows, length, classes] and targets [rows, length], of which a varying number is
+    padding."""
     source = torch.Generator().manual_seed(0)
     scores = torch.randn(ROWS, LENGTH, CLASSES, generator=source, dtype=torch.float64)
     targets = torch.randint(CLASSES, (ROWS, LENGTH), generator=source)
@@ -66,7 +68,9 @@ TOKEN_LOSSES = {
     "lambda": lambda o, t: F.cross_entropy(*flattened(o, t)),
     "lambda, class weights": lambda o, t: F.cross_entropy(*flattened(o, t), weight=WEIGHT),
     "a multiple": lambda o, t: 0.3 * F.cross_entropy(*flattened(o, t)),
-    "negative log-likelihood": lambda o, t: F.nll_loss(F.log_softmax(o.flatten(0, 1), 1), t.flatten()),
+    "negative log-likelihood": lambda o, t: F.nll_loss(
+        F.log_softmax(o.flatten(0, 1), 1), t.flatten()
+    ),
     "a module inside": InsideAModule(),
     "focal": Focal(),
     "inherited": lambda o, t: Inherited()(*flattened(o, t)),
@@ -74,7 +78,9 @@ TOKEN_LOSSES = {
     "mean of selected": lambda o, t: (o[t >= 0] ** 2).mean(),
     "masked by hand": masked_by_hand,
     "sum and count": sum_and_count,
-    "stated": WeightedLoss(lambda o, t: o[t >= 0].sum() / (t >= 0).sum().item(), lambda o, t: (t >= 0).sum()),
+    "stated": WeightedLoss(
+        lambda o, t: o[t >= 0].sum() / (t >= 0).sum().item(), lambda o, t: (t >= 0).sum()
+    ),
     "values": lambda o, t: F.cross_entropy(*flattened(o, t), reduction="none"),
     "torch's own over places": functools.partial(
         lambda o, t, loss: loss(o.transpose(1, 2), t), loss=nn.CrossEntropyLoss()
@@ -86,7 +92,10 @@ TOKEN_LOSSES = {
 def over_parts(loss, outputs, targets, sizes):
     parts = [loss(*pair) for pair in zip(outputs.split(sizes), targets.split(sizes), strict=True)]
     total = sum(float(part.weight) for part in parts)
-    return sum(float(part.value) * float(part.weight) for part in parts if float(part.weight) > 0) / total
+    return (
+        sum(float(part.value) * float(part.weight) for part in parts if float(part.weight) > 0)
+        / total
+    )
 
 
 @pytest.mark.parametrize("sizes", [[4, 8], [1, 1, 10], [7, 5]], ids=str)
@@ -104,7 +113,10 @@ def test_the_weighted_mean_of_parts_is_the_loss_of_the_whole(name, sizes):
     [
         (nn.MSELoss(), F.mse_loss),
         (nn.MSELoss(reduction="sum"), lambda o, t: F.mse_loss(o, t, reduction="sum") / ROWS),
-        (lambda o, t: F.mse_loss(o, t, reduction="sum"), lambda o, t: F.mse_loss(o, t, reduction="sum") / ROWS),
+        (
+            lambda o, t: F.mse_loss(o, t, reduction="sum"),
+            lambda o, t: F.mse_loss(o, t, reduction="sum") / ROWS,
+        ),
         (nn.MSELoss(reduction="none"), F.mse_loss),
         (lambda o, t: (o - t).abs(), F.l1_loss),
         (lambda o, t: ((o - t).abs().sum(), 2 * len(o)), lambda o, t: F.l1_loss(o, t) * LENGTH / 2),
@@ -114,7 +126,9 @@ def test_the_weighted_mean_of_parts_is_the_loss_of_the_whole(name, sizes):
 def test_every_reduction_counts_as_the_mean(loss_fn, reduced):
     source = torch.Generator().manual_seed(1)
     outputs, targets = torch.randn(2, ROWS, LENGTH, generator=source, dtype=torch.float64)
-    assert float(mean_loss(loss_fn, outputs, targets)) == pytest.approx(float(reduced(outputs, targets)), rel=1e-12)
+    assert float(mean_loss(loss_fn, outputs, targets)) == pytest.approx(
+        float(reduced(outputs, targets)), rel=1e-12
+    )
 
 
 def test_the_weight_is_what_torch_divides_by():
@@ -123,9 +137,13 @@ def test_the_weight_is_what_torch_divides_by():
     for weight in (None, WEIGHT):
         total = F.cross_entropy(*flat, weight=weight, reduction="sum")
         expected = float(total / F.cross_entropy(*flat, weight=weight))
-        found = MeanLoss(lambda o, t, w=weight: F.cross_entropy(*flattened(o, t), weight=w))(outputs, targets)
+        found = MeanLoss(lambda o, t, w=weight: F.cross_entropy(*flattened(o, t), weight=w))(
+            outputs, targets
+        )
         assert float(found.weight) == pytest.approx(expected, rel=1e-12)
-        assert float(MeanLoss(nn.CrossEntropyLoss(weight=weight)).weight_ahead(flat[1])) == pytest.approx(expected)
+        assert float(
+            MeanLoss(nn.CrossEntropyLoss(weight=weight)).weight_ahead(flat[1])
+        ) == pytest.approx(expected)
         assert found.ignore_index == -100
 
 
@@ -134,22 +152,28 @@ def test_probabilities_as_targets_count_by_places():
     soft = outputs.flip(0).softmax(-1)
     loss = MeanLoss(lambda o, t: F.cross_entropy(o.transpose(1, 2), t.transpose(1, 2)))
     assert loss(outputs, soft).weight == ROWS * LENGTH
-    assert over_parts(loss, outputs, soft, [5, 7]) == pytest.approx(float(loss(outputs, soft).value), rel=1e-12)
+    assert over_parts(loss, outputs, soft, [5, 7]) == pytest.approx(
+        float(loss(outputs, soft).value), rel=1e-12
+    )
 
 
 def test_two_losses_of_different_divisors_are_refused_where_a_batch_is_cut():
-    """Token losses with padding beside a mean over examples: no single weight makes the mean of parts right."""
+    """Token losses with padding beside a mean over examples: no single weight makes the mean of
+    parts right."""
     outputs, targets = tokens()
 
     def both(o, t):
-        return F.cross_entropy(*flattened(o, t)) + F.mse_loss(o.sum((1, 2)), t.double().sum(1) / 100)
+        return F.cross_entropy(*flattened(o, t)) + F.mse_loss(
+            o.sum((1, 2)), t.double().sum(1) / 100
+        )
 
     with pytest.raises(HessianFlowError, match=r"the loss of 12 examples is .*hf\.WeightedLoss"):
         SplitCheck(MeanLoss(both))(outputs, targets)
 
 
 def test_a_loss_that_compares_rows_is_refused():
-    """Contrastive: the rows of a batch are each other's negatives, though cross_entropy is what is returned."""
+    """Contrastive: the rows of a batch are each other's negatives, though cross_entropy is what is
+    returned."""
     source = torch.Generator().manual_seed(2)
     outputs = torch.randn(ROWS, 4, generator=source, dtype=torch.float64)
     loss = MeanLoss(lambda o, t: F.cross_entropy(o @ o.flip(0).T, torch.arange(len(t))))
@@ -159,7 +183,9 @@ def test_a_loss_that_compares_rows_is_refused():
 
 def test_single_rows_are_joined_before_they_are_compared():
     outputs, targets = tokens()
-    check = SplitCheck(MeanLoss(lambda o, t: F.cross_entropy(*flattened(o, t)) + o.square().sum((1, 2)).mean()))
+    check = SplitCheck(
+        MeanLoss(lambda o, t: F.cross_entropy(*flattened(o, t)) + o.square().sum((1, 2)).mean())
+    )
     check(outputs[:1], targets[:1])
     with pytest.raises(HessianFlowError, match="the loss of 2 examples"):
         check(outputs[3:4], targets[3:4])

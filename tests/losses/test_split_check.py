@@ -1,4 +1,5 @@
-"""Whether a loss may be cut is told by rows that differ, wherever they are; the oracle is the loss of the whole."""
+"""Whether a loss may be cut is told by rows that differ, wherever they are; the oracle is the loss
+of the whole."""
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ def by_class(outputs, targets):
 
 
 def by_valid_targets(outputs, targets):
-    return F.cross_entropy(outputs, targets, reduction="sum") / float((targets >= 0).sum() or torch.nan)
+    return F.cross_entropy(outputs, targets, reduction="sum") / float(
+        (targets >= 0).sum() or torch.nan
+    )
 
 
 def kept_from_0(outputs, targets, keep=lambda count: count.clamp(min=1)):
@@ -42,14 +45,16 @@ def test_parts_of_one_class_each_are_compared_with_each_other():
     loss = MeanLoss(by_class)
     whole = loss(net(inputs), targets).value.detach()
     parts = [loss(net(x), y).value.detach() for x, y in split((inputs, targets), 4)]
-    assert abs(float(sum(parts) / 3 - whole)) > 0.01  # equal numbers of examples, but not of weights
+    # equal numbers of examples, but not of weights
+    assert abs(float(sum(parts) / 3 - whole)) > 0.01
     with pytest.raises(HessianFlowError, match="weighted by examples"):
         HessianOperator(net, by_class, (inputs, targets), microbatch_size=4).mean_loss()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_equal_losses_hide_no_weights(dtype):
-    """A head of zeros gives every example the loss log 3, and any weighted mean of that is log 3."""
+    """A head of zeros gives every example the loss log 3, and any weighted mean of that is log
+    3."""
     targets = torch.tensor([0, 1, 2, 1, 0, 2])
     outputs = torch.zeros(6, 3, dtype=dtype)
 
@@ -59,7 +64,9 @@ def test_equal_losses_hide_no_weights(dtype):
 
     with pytest.raises(HessianFlowError, match="another gradient than the mean over two parts"):
         SplitCheck(MeanLoss(loss))(outputs, targets)
-    SplitCheck(MeanLoss(lambda o, t: 2 * F.cross_entropy(o, t, WEIGHTS.to(dtype))))(outputs, targets)
+    SplitCheck(MeanLoss(lambda o, t: 2 * F.cross_entropy(o, t, WEIGHTS.to(dtype))))(
+        outputs, targets
+    )
     SplitCheck(MeanLoss(lambda o, t: F.cross_entropy(o, t) * 2))(outputs, targets)
     SplitCheck(MeanLoss(lambda o, t: (o.detach() - 1).square().mean()))(outputs, targets)
 
@@ -85,7 +92,10 @@ def test_a_part_of_padding_alone_hides_nothing():
 def test_a_count_that_is_kept_from_0_counts_nothing_where_nothing_is(keep, microbatch_size):
     net, inputs, targets = problem(padding=5)
     operator = HessianOperator(
-        net, lambda o, t: kept_from_0(o, t, keep), (inputs, targets), microbatch_size=microbatch_size
+        net,
+        lambda o, t: kept_from_0(o, t, keep),
+        (inputs, targets),
+        microbatch_size=microbatch_size,
     )
     vector = torch.ones(operator.size, dtype=torch.float64)
     exact = HessianOperator(net, F.cross_entropy, (inputs[5:], targets[5:]))
@@ -97,7 +107,9 @@ def test_a_count_that_is_kept_from_0_counts_nothing_where_nothing_is(keep, micro
 def test_parts_of_other_lengths_are_not_joined(sizes):
     """As a loader makes them that pads each batch to its own length."""
     source = torch.Generator().manual_seed(0)
-    check = SplitCheck(MeanLoss(lambda outputs, targets: (outputs - targets).square().mean((1,)).mean()))
+    check = SplitCheck(
+        MeanLoss(lambda outputs, targets: (outputs - targets).square().mean((1,)).mean())
+    )
     for number, rows in enumerate(sizes):
         outputs = torch.randn(rows, 5 + number, generator=source)
         check(outputs, torch.zeros_like(outputs))
@@ -116,7 +128,10 @@ def test_outputs_and_targets_in_several_tensors_are_cut(kind, rows):
         return healthy(outputs, targets) + outputs[0].mean().square()
 
     parts = [
-        [kind(torch.randn(n, 2, generator=source, dtype=torch.float64) for _ in range(2)) for _ in range(2)]
+        [
+            kind(torch.randn(n, 2, generator=source, dtype=torch.float64) for _ in range(2))
+            for _ in range(2)
+        ]
         for n in rows
     ]
 
@@ -132,7 +147,9 @@ def test_outputs_and_targets_in_several_tensors_are_cut(kind, rows):
 
 def test_a_loss_that_takes_no_fewer_rows_is_refused_in_one_line():
     check = SplitCheck(MeanLoss(lambda outputs, targets: outputs.view(4, 3).square().sum()))
-    with pytest.raises(HessianFlowError, match=r"cannot be computed for 1 of 4 examples \(RuntimeError\)"):
+    with pytest.raises(
+        HessianFlowError, match=r"cannot be computed for 1 of 4 examples \(RuntimeError\)"
+    ):
         check(torch.ones(4, 3), torch.ones(4))
 
 
@@ -166,7 +183,8 @@ def test_a_fit_to_the_last_digit_is_not_refused(dtype, margin):
 
 @pytest.mark.parametrize("what", ["sum", "mean"])
 def test_a_mean_that_is_returned_for_a_sum_is_seen_where_the_batch_is_cut(what):
-    """(sum, count) of the parts adds up to that of the whole; (mean, count) gives twice as much for two parts."""
+    """(sum, count) of the parts adds up to that of the whole; (mean, count) gives twice as much for
+    two parts."""
 
     def stated(outputs, targets):
         losses = F.cross_entropy(outputs, targets, reduction="none")

@@ -1,4 +1,5 @@
-"""Every network by name: published parameter counts, shapes, gradients, and the answers to bad input."""
+"""Every network by name: published parameter counts, shapes, gradients, and the answers to bad
+input."""
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hessianflow.interfaces import HessianFlowError
 
 CIFAR_MODELS = [name for name in models.names() if "@" not in name]
 QUICK_MODELS = [
-    name for name in CIFAR_MODELS if name not in {"wrn-28-10", "resnet110", "resnet50", "squeezenext-2.0-44"}
+    name
+    for name in CIFAR_MODELS
+    if name not in {"wrn-28-10", "resnet110", "resnet50", "squeezenext-2.0-44"}
 ]
 
 
@@ -39,12 +42,15 @@ def test_published_parameter_counts(name: str, options: dict[str, object], expec
 
 
 def test_resnet50_has_the_parameters_of_its_layer_table() -> None:
-    """Counted from the table of He et al. (2015): stem, 16 bottlenecks, 4 projections, classifier."""
+    """Counted from the table of He et al. (2015): stem, 16 bottlenecks, 4 projections,
+    classifier."""
     total, channels = 3 * 64 * 49 + 2 * 64, 64
     for depth, width in zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True):
         total += channels * 4 * width + 8 * width  # projection with its normalisation
         for _ in range(depth):
-            total += channels * width + 9 * width**2 + 4 * width**2 + 2 * (width + width + 4 * width)
+            total += (
+                channels * width + 9 * width**2 + 4 * width**2 + 2 * (width + width + 4 * width)
+            )
             channels = 4 * width
     total += channels * 1000 + 1000
     assert models.count_parameters(models.create("resnet50", 1000, 224, "imagenet")) == total
@@ -71,11 +77,21 @@ def test_forward_shape_and_a_gradient_for_every_parameter(name: str) -> None:
 
 
 def test_imagenet_variants_take_32_pixels() -> None:
-    for name in ("resnet18", "squeezenext-1.0-23", "squeezenext-1.0-23v5", "squeezenext-1.0-23@pytorchcv"):
-        assert models.create(name, 5, 32, "imagenet").eval()(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    for name in (
+        "resnet18",
+        "squeezenext-1.0-23",
+        "squeezenext-1.0-23v5",
+        "squeezenext-1.0-23@pytorchcv",
+    ):
+        assert models.create(name, 5, 32, "imagenet").eval()(torch.randn(1, 3, 32, 32)).shape == (
+            1,
+            5,
+        )
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenext-1.0-23", "squeezenext-1.0-23v5", "squeezenext-1.0-g-23"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "squeezenext-1.0-23", "squeezenext-1.0-23v5", "squeezenext-1.0-g-23"]
+)
 def test_imagenet_variant_takes_images_of_224_pixels(name: str) -> None:
     model = models.create(name, 1000, 224, "imagenet").eval()
     with torch.no_grad():
@@ -100,7 +116,8 @@ def test_plain_networks_follow_the_input_size(name: str, size: int) -> None:
 
 
 def test_residual_block_ends_with_relu_of_the_sum() -> None:
-    """Oracle: two convolutions and the shortcut written out; normalisation is fresh and in eval mode."""
+    """Oracle: two convolutions and the shortcut written out; normalisation is fresh and in eval
+    mode."""
     block = models.create("resnet8").double().eval()[2]
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
     first, second = (m for m in block.body.modules() if isinstance(m, nn.Conv2d))
@@ -124,7 +141,9 @@ def test_option_a_subsamples_and_pads_with_zeros() -> None:
 
     inputs = torch.arange(2 * 4 * 4, dtype=torch.float64).view(1, 2, 4, 4)
     outputs = PaddedShortcut(2, stride=2)(inputs)
-    expected = torch.tensor([[[0.0, 0], [0, 0]], [[0, 2], [8, 10]], [[16, 18], [24, 26]], [[0, 0], [0, 0]]])
+    expected = torch.tensor(
+        [[[0.0, 0], [0, 0]], [[0, 2], [8, 10]], [[16, 18], [24, 26]], [[0, 0], [0, 0]]]
+    )
     assert torch.equal(outputs, expected.double()[None])
 
 
@@ -142,7 +161,9 @@ def test_projected_shortcut_of_a_wide_block_reads_the_activated_input() -> None:
     active = normalised(x).clamp(min=0)
     inner = nn.functional.conv2d(active, block.conv1.weight, stride=2, padding=1)
     body = nn.functional.conv2d(normalised(inner).clamp(min=0), block.conv2.weight, padding=1)
-    shortcut = torch.einsum("oi,nihw->nohw", block.project.weight[:, :, 0, 0], active[:, :, ::2, ::2])  # type: ignore[union-attr,index]
+    shortcut = torch.einsum(
+        "oi,nihw->nohw", block.project.weight[:, :, 0, 0], active[:, :, ::2, ::2]
+    )  # type: ignore[union-attr,index]
     torch.testing.assert_close(block(x), body + shortcut, rtol=1e-10, atol=1e-10)
 
 
@@ -168,9 +189,20 @@ def test_digits_cnn_learns_the_digits_quickly() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("resnet21",), {}, r"unknown model 'resnet21' \(did you mean 'resnet2?0?1?.*'\?\); known: c1, c2, digits-cnn"),
+        (
+            ("resnet21",),
+            {},
+            (
+                r"unknown model 'resnet21' \(did you mean 'resnet2?0?1?.*'\?\); known: c1, c2,"
+                r" digits-cnn"
+            ),
+        ),
         (("zzz",), {}, "unknown model 'zzz'; known: c1"),
-        (("resnet20", 10, 224, "imagenet"), {}, "model 'resnet20' has no 'imagenet' variant; use variant='cifar'"),
+        (
+            ("resnet20", 10, 224, "imagenet"),
+            {},
+            "model 'resnet20' has no 'imagenet' variant; use variant='cifar'",
+        ),
         (("resnet20", 0), {}, "num_classes must be at least 1, got 0"),
         (("resnet20", 10, 0), {}, "input_size must be at least 1 pixel, got 0"),
         (("resnet20", 10, 32, "tiny"), {}, "variant must be 'cifar' or 'imagenet', got 'tiny'"),

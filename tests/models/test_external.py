@@ -1,4 +1,5 @@
-"""Networks from elsewhere: import paths, timm, torchvision (stand-ins: neither is needed to test the calls)."""
+"""Networks from elsewhere: import paths, timm, torchvision (stand-ins: neither is needed to test
+the calls)."""
 
 import sys
 from collections.abc import Iterator
@@ -40,7 +41,9 @@ def test_timm_and_torchvision_are_asked_by_name(monkeypatch: pytest.MonkeyPatch)
         asked.append((name, options))
         return nn.Identity()
 
-    timm, torchvision, tv_models = (ModuleType(name) for name in ("timm", "torchvision", "torchvision.models"))
+    timm, torchvision, tv_models = (
+        ModuleType(name) for name in ("timm", "torchvision", "torchvision.models")
+    )
     timm.create_model = tv_models.get_model = factory  # type: ignore[attr-defined]
     for module in (timm, torchvision, tv_models):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -53,7 +56,9 @@ def test_timm_and_torchvision_are_asked_by_name(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_cannot_be_imported_is_named(user_module: ModuleType) -> None:
-    with pytest.raises(HessianFlowError, match="importing 'no_such_module' failed: ModuleNotFoundError"):
+    with pytest.raises(
+        HessianFlowError, match="importing 'no_such_module' failed: ModuleNotFoundError"
+    ):
         models.create("no_such_module:build")
     with pytest.raises(HessianFlowError, match="'a_users_module' has no function 'build'"):
         models.create("a_users_module:build")
@@ -66,7 +71,9 @@ def test_what_cannot_be_imported_is_named(user_module: ModuleType) -> None:
 
 def test_a_broken_package_is_reported_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # makes the import raise
-    with pytest.raises(HessianFlowError, match=r"importing 'timm' failed: ModuleNotFoundError.*; pip install timm$"):
+    with pytest.raises(
+        HessianFlowError, match=r"importing 'timm' failed: ModuleNotFoundError.*; pip install timm$"
+    ):
         models.create("timm/resnet26")
 
 
@@ -77,21 +84,35 @@ def test_a_name_unknown_to_the_library_is_passed_on(monkeypatch: pytest.MonkeyPa
     timm = ModuleType("timm")
     timm.create_model = refuse  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "timm", timm)
-    with pytest.raises(HessianFlowError, match=r"timm cannot build 'resnet0': RuntimeError: Unknown model \(resnet0\)"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"timm cannot build 'resnet0': RuntimeError: Unknown model \(resnet0\)",
+    ):
         models.create("timm/resnet0")
 
 
 def test_a_function_that_needs_more_is_refused():
-    with pytest.raises(HessianFlowError, match=r"cannot be called with num_classes.*required argument: 'a'"):
+    with pytest.raises(
+        HessianFlowError, match=r"cannot be called with num_classes.*required argument: 'a'"
+    ):
         models.create("os.path:join")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("builtins:input", "must name a function or a class of torch.nn.Module, found a builtin_function_or_method"),
+        (
+            "builtins:input",
+            (
+                "must name a function or a class of torch.nn.Module, found a"
+                " builtin_function_or_method"
+            ),
+        ),
         ("builtins:dict", "must name a function or a class of torch.nn.Module, found a type"),
-        ("builtins:KeyboardInterrupt", "must name a function or a class of torch.nn.Module, found a type"),
+        (
+            "builtins:KeyboardInterrupt",
+            "must name a function or a class of torch.nn.Module, found a type",
+        ),
         ("os:abort", "found a builtin_function_or_method"),
         ("math:log", "found a builtin_function_or_method"),
         ("torch:Tensor", "must name a function or a class of torch.nn.Module"),
@@ -127,7 +148,9 @@ def test_a_class_of_modules_is_made_with_what_it_names(user_module: ModuleType) 
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, which Python's path does not have."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    monkeypatch.setattr(
+        sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))]
+    )
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -140,16 +163,30 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     [
         (
             "import nothing_here\n",
-            r"importing 'own_net' failed: ModuleNotFoundError: .*nothing_here.* \(own_net.py line 1\)",
+            (
+                r"importing 'own_net' failed: ModuleNotFoundError: .*nothing_here.* \(own_net.py"
+                r" line 1\)"
+            ),
         ),
         ("x = (\n", r"importing 'own_net' failed: SyntaxError: '\(' was never closed"),
-        ("import sys\nsys.exit('bye')\n", r"importing 'own_net' failed: SystemExit: bye \(own_net.py line 2\)"),
-        ("def net():\n    return {}['x']\n", r"calling it failed: KeyError: 'x' \(own_net.py line 2\)"),
-        ("def net():\n    raise SystemExit\n", r"calling it failed: SystemExit: no message \(own_net.py line 2\)"),
+        (
+            "import sys\nsys.exit('bye')\n",
+            r"importing 'own_net' failed: SystemExit: bye \(own_net.py line 2\)",
+        ),
+        (
+            "def net():\n    return {}['x']\n",
+            r"calling it failed: KeyError: 'x' \(own_net.py line 2\)",
+        ),
+        (
+            "def net():\n    raise SystemExit\n",
+            r"calling it failed: SystemExit: no message \(own_net.py line 2\)",
+        ),
         ("def net(): return [1]\n", r"must return a torch.nn.Module, got list"),
     ],
 )
-def test_what_fails_in_the_users_code_is_told_with_its_place(source: str, words: str, own_folder: Path) -> None:
+def test_what_fails_in_the_users_code_is_told_with_its_place(
+    source: str, words: str, own_folder: Path
+) -> None:
     (own_folder / "own_net.py").write_text(source)
     with pytest.raises(HessianFlowError, match=words) as failed:
         models.create("own_net:net")
@@ -158,11 +195,14 @@ def test_what_fails_in_the_users_code_is_told_with_its_place(source: str, words:
 
 def test_the_working_directory_is_looked_in_first_and_stays_last(own_folder: Path) -> None:
     """As with `python -m`; but what is there hides nothing from the rest of the program."""
-    (own_folder / "own_net.py").write_text("from torch import nn\n\n\ndef net():\n    return nn.Linear(2, 3)\n")
+    (own_folder / "own_net.py").write_text(
+        "from torch import nn\n\n\ndef net():\n    return nn.Linear(2, 3)\n"
+    )
     assert isinstance(models.create("own_net:net"), nn.Linear)
     assert sys.path[-1] == str(own_folder)
     assert sys.path[0] != str(own_folder)
     with pytest.raises(
-        HessianFlowError, match=r"neither .* nor Python's path has it: go to its folder, or add that to"
+        HessianFlowError,
+        match=r"neither .* nor Python's path has it: go to its folder, or add that to",
     ):
         models.create("own_other:net")

@@ -1,4 +1,5 @@
-"""SqueezeNext against the published layer tables: parameters, multiply-adds, order of the convolutions."""
+"""SqueezeNext against the published layer tables: parameters, multiply-adds, order of the
+convolutions."""
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from hessianflow.models.squeezenext import SqueezeNextBlock, SqueezeNextShape
 
 def weights_and_norms(module: nn.Module) -> tuple[int, int]:
     """Numbers in convolutions and linear layers, and in batch normalisations."""
-    norms = sum(p.numel() for m in module.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    norms = sum(
+        p.numel() for m in module.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
+    )
     return models.count_parameters(module) - norms, norms
 
 
@@ -112,16 +115,23 @@ def test_layers_of_the_23_network() -> None:
     assert next(v5.parameters()).numel() == 4800
 
 
-@pytest.mark.parametrize(("name", "vertical_first"), [("1.0-23", [True, False]), ("1.0-23@pytorchcv", [False, False])])
+@pytest.mark.parametrize(
+    ("name", "vertical_first"), [("1.0-23", [True, False]), ("1.0-23@pytorchcv", [False, False])]
+)
 def test_order_of_the_separable_pair(name: str, vertical_first: list[bool]) -> None:
     blocks = blocks_of(models.create(f"squeezenext-{name}"))
-    kernels = [[m.kernel_size for m in b.body.modules() if isinstance(m, nn.Conv2d)][2:4] for b in blocks]
-    expected = [[(3, 1), (1, 3)] if vertical_first[i % 2] else [(1, 3), (3, 1)] for i in range(len(blocks))]
+    kernels = [
+        [m.kernel_size for m in b.body.modules() if isinstance(m, nn.Conv2d)][2:4] for b in blocks
+    ]
+    expected = [
+        [(3, 1), (1, 3)] if vertical_first[i % 2] else [(1, 3), (3, 1)] for i in range(len(blocks))
+    ]
     assert kernels == expected
 
 
 def test_block_applies_relu_after_the_expansion_and_after_the_addition() -> None:
-    """Oracle: the five convolutions of an identity block written out, with fresh normalisation in eval mode."""
+    """Oracle: the five convolutions of an identity block written out, with fresh normalisation in
+    eval mode."""
     block = SqueezeNextBlock(8, 8).double().eval()
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
     out = x
@@ -142,13 +152,19 @@ def test_sizes_of_the_feature_maps_at_227_pixels() -> None:
 
 def test_cifar_stem_halves_larger_images() -> None:
     for size, side in ((32, 32), (64, 32)):
-        assert models.create("squeezenext-1.0-23", input_size=size)[0](torch.zeros(2, 3, size, size)).shape[-1] == side
+        assert (
+            models.create("squeezenext-1.0-23", input_size=size)[0](
+                torch.zeros(2, 3, size, size)
+            ).shape[-1]
+            == side
+        )
 
 
 @pytest.mark.parametrize(("multiplier", "groups"), [(0.3, 1), (0.125, 2), (0.0, 1)])
 def test_impossible_multipliers_are_refused(multiplier: float, groups: int) -> None:
     with pytest.raises(
-        HessianFlowError, match=f"multiplier must make .* multiple of groups={groups}, got {multiplier}"
+        HessianFlowError,
+        match=f"multiplier must make .* multiple of groups={groups}, got {multiplier}",
     ):
         SqueezeNextShape(multiplier=multiplier, groups=groups)
 
@@ -171,10 +187,15 @@ def test_counting_restores_the_model_when_the_pass_fails() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("name", "other"), [("1.0-23", "sqnxt23_w1"), ("1.0-23v5", "sqnxt23v5_w1")])
+@pytest.mark.parametrize(
+    ("name", "other"), [("1.0-23", "sqnxt23_w1"), ("1.0-23v5", "sqnxt23v5_w1")]
+)
 def test_pytorchcv_style_computes_what_that_library_computes(name: str, other: str) -> None:
-    """The library itself as oracle: the same weights, layer by layer in the order they run, give the same outputs."""
-    library = pytest.importorskip("pytorchcv.models.squeezenext", reason="pytorchcv is not installed")
+    """The library itself as oracle: the same weights, layer by layer in the order they run, give
+    the same outputs."""
+    library = pytest.importorskip(
+        "pytorchcv.models.squeezenext", reason="pytorchcv is not installed"
+    )
     ours = models.create(f"squeezenext-{name}@pytorchcv", 1000, 224, "imagenet").eval()
     theirs = getattr(library, other)().eval()
     images = torch.randn(2, 3, 224, 224)
@@ -183,7 +204,9 @@ def test_pytorchcv_style_computes_what_that_library_computes(name: str, other: s
         order: list[nn.Module] = []
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
         layers = [module for module in model.modules() if isinstance(module, kinds)]
-        hooks = [layer.register_forward_hook(lambda layer, *_: order.append(layer)) for layer in layers]
+        hooks = [
+            layer.register_forward_hook(lambda layer, *_: order.append(layer)) for layer in layers
+        ]
         model(images[:1])
         for hook in hooks:
             hook.remove()
@@ -193,4 +216,6 @@ def test_pytorchcv_style_computes_what_that_library_computes(name: str, other: s
         mine.load_state_dict(its.state_dict())
     with torch.no_grad():
         expected = theirs(images)
-        torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            ours(images), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+        )

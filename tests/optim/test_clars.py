@@ -12,8 +12,11 @@ from hessianflow.optim import CLARS, LARS, MicrobatchNorms
 F64 = torch.float64
 
 
-def stepped(per_sample: list[tuple[float, float]], lr: float = 1.0, **options: object) -> tuple[Tensor, CLARS]:
-    """w = (3, 4) after one step; every element of `per_sample` is the gradient of one microbatch of one example."""
+def stepped(
+    per_sample: list[tuple[float, float]], lr: float = 1.0, **options: object
+) -> tuple[Tensor, CLARS]:
+    """w = (3, 4) after one step; every element of `per_sample` is the gradient of one microbatch of
+    one example."""
     weight = torch.tensor([[3.0, 4.0]], dtype=F64, requires_grad=True)
     optimizer = CLARS([weight], lr, **options)  # type: ignore[arg-type]
     gradients = [torch.tensor([g], dtype=F64) for g in per_sample]
@@ -37,7 +40,8 @@ def stepped(per_sample: list[tuple[float, float]], lr: float = 1.0, **options: o
     ],
 )
 def test_worked_steps(options: dict[str, object], expected: tuple[float, float]) -> None:
-    """Gradients (1, 0) and (0, 1): A = 1, so the rate is 5 eta; 0.25 is capped at 0.1 in the second case."""
+    """Gradients (1, 0) and (0, 1): A = 1, so the rate is 5 eta; 0.25 is capped at 0.1 in the second
+    case."""
     weight, _ = stepped([(1, 0), (0, 1)], **options)
     assert weight.flatten().tolist() == pytest.approx(expected, abs=1e-12)
 
@@ -78,7 +82,8 @@ def test_identical_samples_are_lars(form: str) -> None:
     ids=["ratio", "clipped", "capped"],
 )
 def test_clipped_ratio(lr: float, eta: float, moved: float) -> None:
-    """LARC with A = 1: the layer's rate lr * min(ratio / lr, 1) is 5 eta, but at most the rate and at most the cap."""
+    """LARC with A = 1: the layer's rate lr * min(ratio / lr, 1) is 5 eta, but at most the rate and
+    at most the cap."""
     weight, _ = stepped([(1, 0)], lr, trust_coefficient=eta, form="larc")
     assert weight.flatten().tolist() == pytest.approx([3 - moved, 4], abs=1e-12)
 
@@ -108,7 +113,11 @@ def test_vectors_are_sgd_and_groups_find_their_norms() -> None:
     model = nn.Linear(3, 2).double()
     norms = MicrobatchNorms(model.parameters())
     optimizer = CLARS(
-        [{"params": [model.bias]}, {"params": [model.weight]}], 1.0, trust_coefficient=0.01, max_rate=None, norms=norms
+        [{"params": [model.bias]}, {"params": [model.weight]}],
+        1.0,
+        trust_coefficient=0.01,
+        max_rate=None,
+        norms=norms,
     )
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
     gradients = [torch.full((2, 3), 2.0, dtype=F64), torch.ones(2, dtype=F64)]
@@ -120,13 +129,19 @@ def test_vectors_are_sgd_and_groups_find_their_norms() -> None:
 
 
 def test_the_order_of_several_groups_must_be_told() -> None:
-    """Two layers of one shape, the second in the first group: nothing but the caller knows which gradient is whose."""
+    """Two layers of one shape, the second in the first group: nothing but the caller knows which
+    gradient is whose."""
     first, second = (torch.ones(2, 2, dtype=F64, requires_grad=True) for _ in range(2))
-    optimizer = CLARS([{"params": [second]}, {"params": [first]}], 1.0, trust_coefficient=0.01, max_rate=None)
+    optimizer = CLARS(
+        [{"params": [second]}, {"params": [first]}], 1.0, trust_coefficient=0.01, max_rate=None
+    )
     assert isinstance(optimizer.norms, MicrobatchNorms)
     first.grad, second.grad = torch.full((2, 2), 4.0, dtype=F64), torch.ones(2, 2, dtype=F64)
     for show in (optimizer.norms.on_microbatch, optimizer.norms.on_step):
-        with pytest.raises(HessianFlowError, match=r"must know whose gradients it is shown: call watch\(parameters\)"):
+        with pytest.raises(
+            HessianFlowError,
+            match=r"must know whose gradients it is shown: call watch\(parameters\)",
+        ):
             show([first.grad, second.grad], 1)
     optimizer.norms.watch([first, second])
     optimizer.norms.on_microbatch([first.grad, second.grad], 1)
@@ -165,7 +180,10 @@ def test_a_step_without_norms_says_what_to_attach() -> None:
     weight = torch.ones(2, 2, requires_grad=True)
     optimizer = CLARS([weight], 0.1)
     weight.grad = torch.ones(2, 2)
-    with pytest.raises(HessianFlowError, match="MicrobatchNorms has seen no gradient: attach it to the training loop"):
+    with pytest.raises(
+        HessianFlowError,
+        match="MicrobatchNorms has seen no gradient: attach it to the training loop",
+    ):
         optimizer.step()
 
 

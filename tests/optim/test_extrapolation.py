@@ -48,9 +48,12 @@ def test_closure_is_called_before_and_after_the_lookahead() -> None:
     assert weight.item() == pytest.approx(1 - 0.4 * 0.96**3)
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: LARS(p, 0.1)])
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: LARS(p, 0.1)]
+)
 def test_no_lookahead_is_the_base_optimizer(make: object) -> None:
-    """Rate 0 in the look-ahead, or no look-ahead at all: bit for bit the base optimizer, momentum included."""
+    """Rate 0 in the look-ahead, or no look-ahead at all: bit for bit the base optimizer, momentum
+    included."""
     results = []
     for wrap in (lambda base: base, lambda base: Extrapolation(base, 0.0)):
         weight = scalar(0.7)
@@ -105,7 +108,9 @@ def test_misuse_is_refused() -> None:
     optimizer = Extrapolation(torch.optim.SGD([weight], 0.1), 0.01)
     weight.grad = torch.ones(1, dtype=F64)
     optimizer.lookahead()
-    with pytest.raises(HessianFlowError, match="lookahead must be followed by step, got a second look-ahead"):
+    with pytest.raises(
+        HessianFlowError, match="lookahead must be followed by step, got a second look-ahead"
+    ):
         optimizer.lookahead()
     with pytest.raises(HessianFlowError, match="closure must return the loss, got None"):
         optimizer.step(lambda: None)

@@ -1,4 +1,5 @@
-"""LAMB against a number worked by hand, a per-tensor loop, and torch's AdamW where the ratio is 1."""
+"""LAMB against a number worked by hand, a per-tensor loop, and torch's AdamW where the ratio is
+1."""
 
 import copy
 import math
@@ -13,13 +14,17 @@ from hessianflow.optim import LAMB
 F64 = torch.float64
 
 
-def draws(shapes: list[tuple[int, ...]], steps: int, seed: int = 0) -> tuple[list[Tensor], list[list[Tensor]]]:
+def draws(
+    shapes: list[tuple[int, ...]], steps: int, seed: int = 0
+) -> tuple[list[Tensor], list[list[Tensor]]]:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda shape: torch.randn(shape, generator=generator, dtype=F64)  # noqa: E731
     return [draw(s) for s in shapes], [[draw(s) for s in shapes] for _ in range(steps)]
 
 
-def run(optimizer: torch.optim.Optimizer, params: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
+def run(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], gradients: list[list[Tensor]]
+) -> list[Tensor]:
     for step in gradients:
         for parameter, gradient in zip(params, step, strict=True):
             parameter.grad = gradient.clone()
@@ -35,8 +40,11 @@ def test_worked_first_step() -> None:
     assert weight.flatten().tolist() == pytest.approx([2.95003766, 3.99805971], abs=1e-7)
 
 
-def reference(weights: list[Tensor], gradients: list[list[Tensor]], clip: float | None) -> list[Tensor]:
-    """Algorithm 2 tensor by tensor, with rate 0.1, betas (0.8, 0.9), eps 1e-6 and decay 0.05; vectors as AdamW."""
+def reference(
+    weights: list[Tensor], gradients: list[list[Tensor]], clip: float | None
+) -> list[Tensor]:
+    """Algorithm 2 tensor by tensor, with rate 0.1, betas (0.8, 0.9), eps 1e-6 and decay 0.05;
+    vectors as AdamW."""
     out, m, v = [w.clone() for w in weights], [0.0 * w for w in weights], [0.0 * w for w in weights]
     for t, grads in enumerate(gradients, 1):
         total = math.sqrt(sum(float((g * g).sum()) for g in grads))
@@ -57,7 +65,9 @@ def test_lists_equal_the_per_tensor_loop(clip: float | None) -> None:
     weights, gradients = draws([(4,), (3, 5), (2, 3, 2, 2), ()], 5)
     params = [w.clone().requires_grad_() for w in weights]
     optimizer = LAMB(params, 0.1, betas=(0.8, 0.9), weight_decay=0.05, max_grad_norm=clip)
-    for ours, expected in zip(run(optimizer, params, gradients), reference(weights, gradients, clip), strict=True):
+    for ours, expected in zip(
+        run(optimizer, params, gradients), reference(weights, gradients, clip), strict=True
+    ):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -78,13 +88,17 @@ def test_step_length_is_rate_times_norm() -> None:
     params = [w.clone().requires_grad_() for w in weights]
     moved = run(LAMB(params, 0.01, adapt_vectors=True), params, gradients)
     for before, after in zip(weights, moved, strict=True):
-        assert float((after - before).norm()) == pytest.approx(0.01 * float(before.norm()), rel=1e-9)
+        assert float((after - before).norm()) == pytest.approx(
+            0.01 * float(before.norm()), rel=1e-9
+        )
 
 
 def test_zero_norms_mean_ratio_one() -> None:
     weight = torch.zeros(2, 2, dtype=F64, requires_grad=True)
     run(LAMB([weight], 0.1), [weight], [[torch.ones(2, 2, dtype=F64)]])
-    torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1, dtype=F64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        weight.detach(), torch.full((2, 2), -0.1, dtype=F64), rtol=1e-5, atol=0
+    )
     still = torch.ones(2, 2, dtype=F64, requires_grad=True)
     run(LAMB([still], 0.1), [still], [[torch.zeros(2, 2, dtype=F64)]])
     assert torch.equal(still.detach(), torch.ones(2, 2, dtype=F64))
@@ -93,7 +107,9 @@ def test_zero_norms_mean_ratio_one() -> None:
 def test_capturable_gives_the_same_steps() -> None:
     weights, gradients = draws([(6,), (2, 3)], 4)
     ours, theirs = ([w.clone().requires_grad_() for w in weights] for _ in range(2))
-    run(LAMB(ours, torch.tensor(0.1, dtype=F64), capturable=True, weight_decay=0.1), ours, gradients)
+    run(
+        LAMB(ours, torch.tensor(0.1, dtype=F64), capturable=True, weight_decay=0.1), ours, gradients
+    )
     run(LAMB(theirs, 0.1, weight_decay=0.1), theirs, gradients)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
@@ -128,7 +144,10 @@ def test_a_late_parameter_has_its_own_bias_correction() -> None:
     ("options", "message"),
     [
         ({"lr": -1}, "lr must be a finite number >= 0, got -1"),
-        ({"lr": torch.ones(1), "capturable": True}, r"lr as a tensor must be 0-dim, got shape \[1\]"),
+        (
+            {"lr": torch.ones(1), "capturable": True},
+            r"lr as a tensor must be 0-dim, got shape \[1\]",
+        ),
         ({"betas": (0.9, 1.0)}, "betas must be a finite number >= 0 and < 1, got 1.0"),
         ({"betas": (0.9,)}, r"betas must be two numbers such as \(0.9, 0.999\), got \(0.9,\)"),
         ({"betas": (0.9, 0.9, 0.9)}, r"betas must be two numbers .* got \(0.9, 0.9, 0.9\)"),

@@ -1,4 +1,5 @@
-"""LARS against numbers worked by hand, a per-tensor loop written from the formulas, and torch.optim.SGD."""
+"""LARS against numbers worked by hand, a per-tensor loop written from the formulas, and
+torch.optim.SGD."""
 
 import copy
 import math
@@ -14,7 +15,8 @@ from hessianflow.optim.foreach import add_scaled_, scaled, written_out
 
 TOLERANCE = 1e-7  # the worked numbers are given to eight decimals
 PUBLISHED = {
-    # form: (options), weights after each of two steps with w = (3, 4), g = (1, 0) and the settings of vector_model
+    # form: (options), weights after each of two steps with w = (3, 4), g = (1, 0) and the settings
+    # of vector_model
     "paper": ({}, (2.95095238, 3.99809524), (2.85807301, 3.99448827)),
     "tensorflow": ({}, (2.95003766, 3.99805971), (2.85542276, 3.99438535)),
     "late": ({"eps": 1e-6}, (2.95003771, 3.99805972), (2.85568341, 3.99439547)),
@@ -57,7 +59,8 @@ def test_a_change_of_rate_tells_the_forms_apart(form: str, second: tuple[float, 
 
 
 def test_rate_outside_is_the_papers_form_with_momentum_correction() -> None:
-    """Goyal et al., section 3: at a change of rate the paper's buffer is multiplied by the ratio of the rates."""
+    """Goyal et al., section 3: at a change of rate the paper's buffer is multiplied by the ratio of
+    the rates."""
     outside, plain = vector_model(form="outside"), vector_model(form="paper")
     for rate in (10.0, 40.0, 40.0, 5.0):
         factor = rate / plain[1].param_groups[0]["lr"]
@@ -79,14 +82,24 @@ def test_clipped_ratio(lr: float, first: tuple[float, float]) -> None:
 
 def network(seed: int = 0) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)
+    ).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3
+            )
     return model
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0, rate: bool = False) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    start: int = 0,
+    rate: bool = False,
+) -> None:
     for step in range(start, start + steps):
         generator = torch.Generator().manual_seed(100 + step)
         inputs = torch.randn(12, 6, generator=generator, dtype=torch.float64)
@@ -104,10 +117,13 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize(("nesterov", "momentum"), [(False, 0.0), (False, 0.9), (True, 0.9)])
 def test_ratio_one_is_sgd_bit_for_bit(nesterov: bool, momentum: float) -> None:
-    """Clipping at 1 with a huge coefficient makes every ratio exactly 1; vectors are not adapted anyway."""
+    """Clipping at 1 with a huge coefficient makes every ratio exactly 1; vectors are not adapted
+    anyway."""
     ours, theirs = network(), network()
     options = {"lr": 0.3, "momentum": momentum, "weight_decay": 0.05, "nesterov": nesterov}
-    lars = LARS(ours.parameters(), form="larc", trust_coefficient=1e12, decay_vectors=True, **options)  # type: ignore[arg-type]
+    lars = LARS(
+        ours.parameters(), form="larc", trust_coefficient=1e12, decay_vectors=True, **options
+    )  # type: ignore[arg-type]
     train(ours, lars, 50, rate=True)
     train(theirs, torch.optim.SGD(theirs.parameters(), **options), 50, rate=True)  # type: ignore[arg-type]
     assert same(ours, theirs)
@@ -121,9 +137,13 @@ def test_vectors_are_sgd_without_decay_by_default() -> None:
     assert same(ours, theirs)
 
 
-def reference_steps(weights: list[Tensor], gradients: list[list[Tensor]], group: dict[str, object]) -> list[Tensor]:
+def reference_steps(
+    weights: list[Tensor], gradients: list[list[Tensor]], group: dict[str, object]
+) -> list[Tensor]:
     """The paper's box tensor by tensor in plain Python; vectors by the rule of torch SGD."""
-    lr, m, b, eta = (group[name] for name in ("lr", "momentum", "weight_decay", "trust_coefficient"))
+    lr, m, b, eta = (
+        group[name] for name in ("lr", "momentum", "weight_decay", "trust_coefficient")
+    )
     weights, buffers = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
     for grads in gradients:
         for i, g in enumerate(grads):
@@ -140,7 +160,8 @@ def reference_steps(weights: list[Tensor], gradients: list[list[Tensor]], group:
 
 
 def test_lists_equal_the_per_tensor_loop() -> None:
-    """Tensors of every dimension, several dtypes aside; 1e-12 allows for another order of summation in the norms."""
+    """Tensors of every dimension, several dtypes aside; 1e-12 allows for another order of summation
+    in the norms."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(4,), (3, 5), (2, 3, 3, 3), (), (7, 1), (2, 0)]
     draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -152,12 +173,15 @@ def test_lists_equal_the_per_tensor_loop() -> None:
         for parameter, gradient in zip(params, grads, strict=True):
             parameter.grad = gradient.clone()
         optimizer.step()
-    for parameter, expected in zip(params, reference_steps(weights, gradients, optimizer.param_groups[0]), strict=True):
+    for parameter, expected in zip(
+        params, reference_steps(weights, gradients, optimizer.param_groups[0]), strict=True
+    ):
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradient_scale_does_not_matter_and_weight_scale_does() -> None:
-    """Without decay, a gradient 1000 times larger gives the same step; weights twice as large, twice the step."""
+    """Without decay, a gradient 1000 times larger gives the same step; weights twice as large,
+    twice the step."""
     moved = []
     for weight_factor, gradient_factor in ((1, 1), (1, 1000), (2, 1)):
         weight, optimizer = vector_model(weight_decay=0)
@@ -178,11 +202,14 @@ def test_zero_norms_mean_ratio_one(form: str, weight: float, gradient: float) ->
     optimizer = LARS([parameter], 0.5, form=form)  # type: ignore[arg-type]
     parameter.grad = torch.full_like(parameter, gradient)
     optimizer.step()
-    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), weight - 0.5 * gradient, dtype=torch.float64))
+    torch.testing.assert_close(
+        parameter.detach(), torch.full((2, 2), weight - 0.5 * gradient, dtype=torch.float64)
+    )
 
 
 def test_switches_for_vectors() -> None:
-    """w = 2, g = 1, lr = 1, decay 0.1, no momentum; the ratio is 0.5 * 2 / (1 + 0.2), without decay 0.5 * 2 / 1."""
+    """w = 2, g = 1, lr = 1, decay 0.1, no momentum; the ratio is 0.5 * 2 / (1 + 0.2), without decay
+    0.5 * 2 / 1."""
     results = []
     for options in (
         {},
@@ -191,7 +218,9 @@ def test_switches_for_vectors() -> None:
         {"adapt_vectors": True},
     ):
         weight = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
-        optimizer = LARS([weight], 1.0, momentum=0, weight_decay=0.1, trust_coefficient=0.5, **options)  # type: ignore[arg-type]
+        optimizer = LARS(
+            [weight], 1.0, momentum=0, weight_decay=0.1, trust_coefficient=0.5, **options
+        )  # type: ignore[arg-type]
         weight.grad = torch.ones_like(weight)
         optimizer.step()
         results.append(float(weight.detach()))
@@ -200,8 +229,15 @@ def test_switches_for_vectors() -> None:
 
 def test_groups_have_their_own_options() -> None:
     first, second = (torch.ones(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    optimizer = LARS([{"params": [first], "lr": 1.0}, {"params": [second], "lr": 2.0}], 0.1, trust_coefficient=0.5)
-    first.grad, second.grad = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
+    optimizer = LARS(
+        [{"params": [first], "lr": 1.0}, {"params": [second], "lr": 2.0}],
+        0.1,
+        trust_coefficient=0.5,
+    )
+    first.grad, second.grad = (
+        torch.ones(2, 2, dtype=torch.float64),
+        torch.ones(2, 2, dtype=torch.float64),
+    )
     optimizer.step()
     torch.testing.assert_close(2 * (1 - first.detach()), 1 - second.detach())
 
@@ -270,7 +306,9 @@ def test_half_precision_norms_do_not_overflow() -> None:
     optimizer = LARS([weight], 1.0, trust_coefficient=0.1)
     weight.grad = torch.full_like(weight, 3e4)
     optimizer.step()
-    torch.testing.assert_close(weight.detach().float(), torch.full((20, 20), 0.9), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        weight.detach().float(), torch.full((20, 20), 0.9), rtol=0, atol=2e-3
+    )
 
 
 def test_factors_written_out_keep_shapes_and_strides() -> None:
@@ -289,7 +327,9 @@ def test_factors_written_out_keep_shapes_and_strides() -> None:
         assert torch.equal(full, factor.expand(tensor.shape))
         if tensor.numel() > 1 and tensor is not tensors[2]:
             assert full.stride() == tensor.stride()
-    for left, right in zip(scaled(tensors, factors), torch._foreach_mul(tensors, list(written)), strict=True):
+    for left, right in zip(
+        scaled(tensors, factors), torch._foreach_mul(tensors, list(written)), strict=True
+    ):
         assert torch.equal(left, right)
 
 
@@ -344,14 +384,26 @@ def test_closure_is_evaluated_with_gradients() -> None:
         ({"lr": "0.1"}, "lr must be a finite number >= 0, got '0.1'"),
         ({"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
         ({"lr": torch.tensor(1.0)}, r"lr as a tensor needs capturable=True, got tensor\(1\.\)"),
-        ({"lr": torch.ones(1), "capturable": True}, r"lr as a tensor must be 0-dim, got shape \[1\]: use lr.squeeze"),
-        ({"lr": torch.ones(2), "capturable": True}, r"lr as a tensor must be 0-dim, got shape \[2\]"),
+        (
+            {"lr": torch.ones(1), "capturable": True},
+            r"lr as a tensor must be 0-dim, got shape \[1\]: use lr.squeeze",
+        ),
+        (
+            {"lr": torch.ones(2), "capturable": True},
+            r"lr as a tensor must be 0-dim, got shape \[2\]",
+        ),
         ({"lr": torch.tensor(-1.0), "capturable": True}, "lr must be a finite number >= 0, got -1"),
         ({"momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
-        ({"trust_coefficient": math.inf}, "trust_coefficient must be a finite number >= 0, got inf"),
+        (
+            {"trust_coefficient": math.inf},
+            "trust_coefficient must be a finite number >= 0, got inf",
+        ),
         ({"eps": -1e-8}, "eps must be a finite number >= 0, got -1e-08"),
-        ({"form": "timm"}, "form must be one of paper, tensorflow, outside, larc, late, got 'timm'"),
+        (
+            {"form": "timm"},
+            "form must be one of paper, tensorflow, outside, larc, late, got 'timm'",
+        ),
         ({"nesterov": True, "momentum": 0.0}, "momentum must be > 0 with nesterov, got 0"),
     ],
 )
@@ -373,7 +425,10 @@ def test_a_refused_group_is_not_kept() -> None:
         ([], "empty parameter list"),
         ([{"params": []}], "LARS must get at least one parameter in each group, got an empty list"),
         ([torch.ones(2, dtype=torch.complex64)], "real dense parameters, but number 0 is complex"),
-        ([torch.ones(2), torch.eye(2).to_sparse()], "real dense parameters, but number 1 is torch.sparse_coo"),
+        (
+            [torch.ones(2), torch.eye(2).to_sparse()],
+            "real dense parameters, but number 1 is torch.sparse_coo",
+        ),
     ],
 )
 def test_bad_parameters(params: list[object], message: str) -> None:
@@ -384,7 +439,9 @@ def test_bad_parameters(params: list[object], message: str) -> None:
 def test_a_sparse_gradient_is_refused() -> None:
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(HessianFlowError, match=r"LARS needs dense gradients, got torch\.sparse_coo"):
+    with pytest.raises(
+        HessianFlowError, match=r"LARS needs dense gradients, got torch\.sparse_coo"
+    ):
         LARS(table.parameters(), 0.1).step()
 
 
@@ -400,7 +457,9 @@ def test_a_parameter_that_changed_its_shape_is_refused() -> None:
     optimizer.step()
     weight.data = torch.ones(3, 3, dtype=torch.float64)
     weight.grad = torch.ones(3, 3, dtype=torch.float64)
-    with pytest.raises(HessianFlowError, match=r"must keep their shape, but \[1, 2\] became \[3, 3\]"):
+    with pytest.raises(
+        HessianFlowError, match=r"must keep their shape, but \[1, 2\] became \[3, 3\]"
+    ):
         optimizer.step()
 
 

@@ -1,4 +1,5 @@
-"""Observers against gradients computed one example at a time, and against the covariance they estimate."""
+"""Observers against gradients computed one example at a time, and against the covariance they
+estimate."""
 
 from collections.abc import Iterator
 
@@ -42,14 +43,20 @@ def test_frozen_parameters_are_not_watched() -> None:
     observer.on_microbatch([torch.ones(2)], 1)
     with pytest.raises(HessianFlowError, match=r"among the 1 watched, got another of shape \[3\]"):
         observer.mean_norms([second])
-    with pytest.raises(HessianFlowError, match="gradients must match the 1 watched parameters, got 2"):
+    with pytest.raises(
+        HessianFlowError, match="gradients must match the 1 watched parameters, got 2"
+    ):
         observer.on_microbatch([torch.ones(2), torch.ones(3)], 1)
-    with pytest.raises(HessianFlowError, match="params must hold at least one trainable parameter, got none"):
+    with pytest.raises(
+        HessianFlowError, match="params must hold at least one trainable parameter, got none"
+    ):
         MicrobatchNorms([second])
 
 
 def test_gradients_in_another_order_are_refused() -> None:
-    observer = MicrobatchNorms([torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)])
+    observer = MicrobatchNorms(
+        [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    )
     message = r"number 0 has shape \[3\], its parameter \[2\]: call watch\(parameters\)"
     for show in (observer.on_microbatch, observer.on_step):
         with pytest.raises(HessianFlowError, match=message):
@@ -73,15 +80,22 @@ def test_extra_batches_equal_a_loop(per_sample: bool) -> None:
     model, inputs, targets = problem()
     pieces = [slice(0, 8), slice(8, 12)]
     observer = ExtraBatchNorms(
-        model, nn.CrossEntropyLoss(), lambda: [(inputs[p], targets[p]) for p in pieces], per_sample=per_sample
+        model,
+        nn.CrossEntropyLoss(),
+        lambda: [(inputs[p], targets[p]) for p in pieces],
+        per_sample=per_sample,
     )
     observer.on_step([], 12)
     model.eval()
     cuts = [slice(i, i + 1) for i in range(12)] if per_sample else pieces
     weighted = [
-        torch.stack([g.norm() for g in gradients(model, inputs[c], targets[c])]) * (c.stop - c.start) for c in cuts
+        torch.stack([g.norm() for g in gradients(model, inputs[c], targets[c])])
+        * (c.stop - c.start)
+        for c in cuts
     ]
-    torch.testing.assert_close(observer.mean_norms(list(model.parameters())), torch.stack(weighted).sum(0) / 12)
+    torch.testing.assert_close(
+        observer.mean_norms(list(model.parameters())), torch.stack(weighted).sum(0) / 12
+    )
 
 
 def test_norms_of_examples_for_parameters_of_any_dimension() -> None:
@@ -98,9 +112,13 @@ def test_norms_of_examples_for_parameters_of_any_dimension() -> None:
             return self.scale * inputs @ self.weight + self.empty.sum()
 
     inputs = torch.tensor([[3.0, 4.0], [-6.0, -8.0]], dtype=F64)
-    observer = ExtraBatchNorms(Scaled(), lambda out, _: out.mean(), lambda: [(inputs, inputs)], per_sample=True)
+    observer = ExtraBatchNorms(
+        Scaled(), lambda out, _: out.mean(), lambda: [(inputs, inputs)], per_sample=True
+    )
     observer.measure()
-    assert observer.mean_norms(observer.params).tolist() == pytest.approx([(7 + 14) / 2, 2 * (5 + 10) / 2, 0])
+    assert observer.mean_norms(observer.params).tolist() == pytest.approx(
+        [(7 + 14) / 2, 2 * (5 + 10) / 2, 0]
+    )
 
 
 @pytest.mark.parametrize("norm_mode", ["eval", "batch"])
@@ -108,7 +126,9 @@ def test_extra_batches_leave_no_trace(norm_mode: str) -> None:
     model, inputs, targets = problem()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    ExtraBatchNorms(model, nn.CrossEntropyLoss(), lambda: [(inputs, targets)], norm_mode=norm_mode).measure()  # type: ignore[arg-type]
+    ExtraBatchNorms(
+        model, nn.CrossEntropyLoss(), lambda: [(inputs, targets)], norm_mode=norm_mode
+    ).measure()  # type: ignore[arg-type]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -143,7 +163,9 @@ def test_extra_batches_are_measured_every_so_often_and_restored() -> None:
 def test_extra_batches_refuse_bad_settings() -> None:
     model, _, _ = problem()
     for every in (0, 1.5, True):
-        with pytest.raises(HessianFlowError, match=f"every must be a whole number >= 1, got {every}"):
+        with pytest.raises(
+            HessianFlowError, match=f"every must be a whole number >= 1, got {every}"
+        ):
             ExtraBatchNorms(model, nn.CrossEntropyLoss(), list, every=every)  # type: ignore[arg-type]
     with pytest.raises(HessianFlowError, match='norm_mode must be "eval" with per_sample'):
         ExtraBatchNorms(model, nn.CrossEntropyLoss(), list, per_sample=True, norm_mode="batch")
@@ -152,7 +174,8 @@ def test_extra_batches_refuse_bad_settings() -> None:
 
 
 def test_moments_of_known_gradients() -> None:
-    """Microbatches of 1 and 3 with squared norms 4 and 16, the whole of 4 with 9; then a second step of 2."""
+    """Microbatches of 1 and 3 with squared norms 4 and 16, the whole of 4 with 9; then a second
+    step of 2."""
     observer = GradientMoments(accumulate=True)
     assert observer.signals() == {}
     observer.on_microbatch([torch.tensor([2.0]), torch.zeros(1)], 1)
@@ -174,8 +197,9 @@ def test_moments_of_known_gradients() -> None:
 
 
 def test_moments_are_unbiased_for_unequal_sizes() -> None:
-    """Gradients of examples drawn from N(mu, I) in 50 dimensions: ||G||^2 = ||mu||^2 and S = 50 must come out, with
-    microbatches of 3 and 7 in turn; tolerance four standard errors, from the spread over 40 repetitions."""
+    """Gradients of examples drawn from N(mu, I) in 50 dimensions: ||G||^2 = ||mu||^2 and S = 50
+    must come out, with microbatches of 3 and 7 in turn; tolerance four standard errors, from the
+    spread over 40 repetitions."""
     generator = torch.Generator().manual_seed(5)
     mu, estimates = torch.full((50,), 0.5, dtype=F64), []
     for _ in range(40):
@@ -190,7 +214,9 @@ def test_moments_are_unbiased_for_unequal_sizes() -> None:
         noise = (s["small_gradient_sq"] - s["large_gradient_sq"]) / inverse
         estimates.append([noise, s["large_gradient_sq"] - noise / s["large_batch_size"]])
     found = torch.tensor(estimates, dtype=F64)
-    errors = (found.mean(0) - torch.tensor([50.0, 12.5], dtype=F64)).abs() / (found.std(0) / 40**0.5)
+    errors = (found.mean(0) - torch.tensor([50.0, 12.5], dtype=F64)).abs() / (
+        found.std(0) / 40**0.5
+    )
     assert errors.max() < 4
 
 

@@ -18,7 +18,8 @@ def test_polynomial_decay_of_a_published_run() -> None:
 
 
 def test_polynomial_decay_drives_a_scheduler() -> None:
-    """Three steps without warm-up, S = 4: factors (3/4)^2, (3/4)^2, (2/4)^2, as step 0 counts as 1."""
+    """Three steps without warm-up, S = 4: factors (3/4)^2, (3/4)^2, (2/4)^2, as step 0 counts as
+    1."""
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], 16.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, polynomial_decay(3))
     rates = []
@@ -36,7 +37,15 @@ def test_linear_warmup() -> None:
 
 def test_cooldown() -> None:
     """Constant for 8 of 24 steps, then a sixteenth less a step."""
-    assert [cooldown(24, 8)(step) for step in (0, 8, 9, 16, 23, 24, 30)] == [1, 1, 15 / 16, 0.5, 1 / 16, 0, 0]
+    assert [cooldown(24, 8)(step) for step in (0, 8, 9, 16, 23, 24, 30)] == [
+        1,
+        1,
+        15 / 16,
+        0.5,
+        1 / 16,
+        0,
+        0,
+    ]
     assert [cooldown(2, 0)(step) for step in (0, 1, 2)] == [1, 0.5, 0]
 
 
@@ -48,7 +57,14 @@ def test_legw() -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "expected"),
-    [(256, (5, 5)), (8191, (5, 5)), (8192, (10, 5)), (16384, (25, 5)), (32768, (32, 14)), (65536, (32, 14))],
+    [
+        (256, (5, 5)),
+        (8191, (5, 5)),
+        (8192, (10, 5)),
+        (16384, (25, 5)),
+        (32768, (32, 14)),
+        (65536, (32, 14)),
+    ],
 )
 def test_published_table(batch_size: int, expected: tuple[float, float]) -> None:
     assert lars_recipe(batch_size) == expected
@@ -66,7 +82,10 @@ def test_published_table_long_warmup() -> None:
         (lambda: polynomial_decay(10, -1), "warmup_steps must be a finite number >= 0, got -1"),
         (lambda: polynomial_decay(10, 10), "warmup_steps must be < total_steps 10, got 10"),
         (lambda: polynomial_decay(10, power=-1), "power must be a finite number >= 0, got -1"),
-        (lambda: polynomial_decay(10, end_factor=math.nan), "end_factor must be a finite number >= 0, got nan"),
+        (
+            lambda: polynomial_decay(10, end_factor=math.nan),
+            "end_factor must be a finite number >= 0, got nan",
+        ),
         (lambda: cooldown(0, 0), "total_steps must be a finite number >= 1, got 0"),
         (lambda: cooldown(8, -1), "decay_from must be a finite number >= 0, got -1"),
         (lambda: cooldown(8, 8), "decay_from must be < total_steps 8, got 8"),

@@ -33,7 +33,14 @@ def curvature(number, eigenvalue, *, converged=True, examples=1000):
 
 
 def growth(examples, before, after, reason="eigenvalue fell from 100 to 49"):
-    row = {"kind": "batch", "epoch": 1, "examples": examples, "updates": 8, "from": before, "to": after}
+    row = {
+        "kind": "batch",
+        "epoch": 1,
+        "examples": examples,
+        "updates": 8,
+        "from": before,
+        "to": after,
+    }
     return row | {"lr_factor": 1.0, "reason": reason}
 
 

@@ -15,7 +15,13 @@ from hessianflow.plots.settings import flatten, group_runs, seed_of
 @pytest.fixture
 def folders(tmp_path):
     def run(name, seed, accuracy, updates, controller):
-        config = {"seed": seed, "controller": controller, "lr": 0.1, "run_dir": name, "environment": {"host": name}}
+        config = {
+            "seed": seed,
+            "controller": controller,
+            "lr": 0.1,
+            "run_dir": name,
+            "environment": {"host": name},
+        }
         summary = {
             "status": "finished",
             "final_accuracy": accuracy,
@@ -38,8 +44,18 @@ def folders(tmp_path):
 def test_mean_and_spread_over_seeds(folders):
     """absa: mean of .60 and .62 is .61, sample standard deviation .02/sqrt(2)."""
     absa, fixed, loose = compare_table(folders).rows
-    assert (absa.settings, fixed.settings, loose.settings) == ("controller=absa", "controller=fixed", "loose")
-    assert (absa.runs, absa.finished, absa.updates, absa.seconds, absa.peak_memory_mib) == (2, 2, 12, 30.5, 101)
+    assert (absa.settings, fixed.settings, loose.settings) == (
+        "controller=absa",
+        "controller=fixed",
+        "loose",
+    )
+    assert (absa.runs, absa.finished, absa.updates, absa.seconds, absa.peak_memory_mib) == (
+        2,
+        2,
+        12,
+        30.5,
+        101,
+    )
     assert absa.accuracy == pytest.approx(0.61)
     assert absa.accuracy_std == pytest.approx(0.02 / math.sqrt(2))
     assert math.isnan(fixed.accuracy_std)
@@ -47,15 +63,24 @@ def test_mean_and_spread_over_seeds(folders):
 
 def test_an_unfinished_run_counts_with_its_last_epoch(folders):
     loose = compare_table(folders).rows[2]
-    assert (loose.accuracy, loose.updates, loose.examples, loose.seconds, loose.finished) == (0.5, 8, 1000, 10.0, 0)
+    assert (loose.accuracy, loose.updates, loose.examples, loose.seconds, loose.finished) == (
+        0.5,
+        8,
+        1000,
+        10.0,
+        0,
+    )
     assert math.isnan(loose.peak_memory_mib)
 
 
 def test_an_unfinished_run_and_a_second_one_of_a_seed_belong_to_no_mean(folders, tmp_path):
-    """The mean is that of seeds 0 and 1 as before; the others stand below it, each with its own figures."""
+    """The mean is that of seeds 0 and 1 as before; the others stand below it, each with its own
+    figures."""
     config = {"seed": 1, "controller": "absa", "lr": 0.1}
     again = {"status": "finished", "final_accuracy": 0.9, "updates": 99}
-    folders.append(write_run(tmp_path / "killed", [epoch(1, updates=7, batch=64, accuracy=0.1)], config=config))
+    folders.append(
+        write_run(tmp_path / "killed", [epoch(1, updates=7, batch=64, accuracy=0.1)], config=config)
+    )
     folders.append(write_run(tmp_path / "again", config=config, summary=again))
     table = compare_table(folders)
     assert [(row.settings, row.runs, row.updates, row.finished) for row in table.rows][:3] == [
@@ -69,9 +94,15 @@ def test_an_unfinished_run_and_a_second_one_of_a_seed_belong_to_no_mean(folders,
 
 def test_two_unfinished_runs_are_not_averaged(tmp_path):
     config = {"seed": 0, "lr": 0.1}
-    runs = [write_run(tmp_path / n, [epoch(1, updates=u, batch=8)], config=config) for n, u in (("a", 5), ("b", 9))]
+    runs = [
+        write_run(tmp_path / n, [epoch(1, updates=u, batch=8)], config=config)
+        for n, u in (("a", 5), ("b", 9))
+    ]
     rows = compare_table(runs).rows
-    assert [(row.settings, row.updates) for row in rows] == [("a (a: unfinished)", 5), ("a (b: unfinished)", 9)]
+    assert [(row.settings, row.updates) for row in rows] == [
+        ("a (a: unfinished)", 5),
+        ("a (b: unfinished)", 9),
+    ]
 
 
 def test_runs_without_a_seed_are_averaged(tmp_path):
@@ -103,7 +134,14 @@ def test_runs_without_anything_recorded():
 
 
 def test_settings_that_say_where_and_when_do_not_part_groups():
-    flat = flatten({"seed": 1, "lr": 0.1, "trainer": {"epochs": 3, "run_dir": "x"}, "environment": {"python": "3"}})
+    flat = flatten(
+        {
+            "seed": 1,
+            "lr": 0.1,
+            "trainer": {"epochs": 3, "run_dir": "x"},
+            "environment": {"python": "3"},
+        }
+    )
     assert flat == {"lr": 0.1, "trainer.epochs": 3}
 
 
@@ -125,19 +163,32 @@ def test_a_label_holds_the_fewest_settings_that_tell_groups_apart(tmp_path):
 
 
 def test_a_label_holds_what_a_user_sets_before_what_follows_from_it(tmp_path):
-    """As config.json has them: the controller sets schedule and norm mode, and the trainer tells its class."""
+    """As config.json has them: the controller sets schedule and norm mode, and the trainer tells
+    its class."""
 
     def config(controller, lr, **more):
-        given = {"schedule": f"of {controller}", "norm_mode": f"of {controller}", "controller": controller, "lr": lr}
-        return {"settings": given | more, "trainer": {"controller": controller.upper(), "key": f"{controller}{lr}"}}
+        given = {
+            "schedule": f"of {controller}",
+            "norm_mode": f"of {controller}",
+            "controller": controller,
+            "lr": lr,
+        }
+        return {
+            "settings": given | more,
+            "trainer": {"controller": controller.upper(), "key": f"{controller}{lr}"},
+        }
 
     one = labels(tmp_path / "one", config("absa", 0.1), config("fixed", 0.1), config("cabs", 0.1))
     assert one == ["controller=absa", "controller=fixed", "controller=cabs"]
-    grid = labels(tmp_path / "two", *(config(c, lr) for c in ("absa", "fixed") for lr in (0.1, 0.2)))
+    grid = labels(
+        tmp_path / "two", *(config(c, lr) for c in ("absa", "fixed") for lr in (0.1, 0.2))
+    )
     assert grid == [f"controller={c}, lr={lr}" for c in ("absa", "fixed") for lr in (0.1, 0.2)]
     odd = labels(tmp_path / "odd", config("absa", 0.1), config("absa", 0.1, probe_examples=8))
     assert odd == ["r0", "probe_examples=8"]
-    none = labels(tmp_path / "none", *(config("absa", 0.1, microbatch_size=size) for size in (None, 8)))
+    none = labels(
+        tmp_path / "none", *(config("absa", 0.1, microbatch_size=size) for size in (None, 8))
+    )
     assert none == ["microbatch_size=default", "microbatch_size=8"]
 
 
@@ -149,8 +200,14 @@ def test_the_same_run_twice_counts_once(folders, tmp_path, monkeypatch):
 
 
 def test_a_batch_that_shrank_within_its_first_epoch_was_the_largest():
-    """One that was decided on when training was over, or that a rollback took back at once, was never trained with."""
-    rows = [growth(320, 32, 16), epoch(1, updates=80, batch=16), growth(1000, 16, 64), growth(1000, 64, 16)]
+    """One that was decided on when training was over, or that a rollback took back at once, was
+    never trained with."""
+    rows = [
+        growth(320, 32, 16),
+        epoch(1, updates=80, batch=16),
+        growth(1000, 16, 64),
+        growth(1000, 64, 16),
+    ]
     rows += [epoch(2, updates=140, batch=16), growth(2000, 16, 128)]
     assert compare_table(in_memory(rows)).rows[0].largest_batch == 32
 

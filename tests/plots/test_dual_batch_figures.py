@@ -1,4 +1,5 @@
-"""Figures of runs on a parameter server and of runs whose resolution changes: what is drawn where."""
+"""Figures of runs on a parameter server and of runs whose resolution changes: what is drawn
+where."""
 
 import numpy as np
 import pytest
@@ -12,26 +13,47 @@ from hessianflow.plots.settings import flatten
 
 
 def commit(number, worker, started, finished, *, batch=10):
-    place = {"kind": "commit", "epoch": (number + 1) // 2, "examples": 100 * number, "updates": number}
-    return {**place, "commits": number, "worker": worker, "started": started, "finished": finished, "batch_size": batch}
+    place = {
+        "kind": "commit",
+        "epoch": (number + 1) // 2,
+        "examples": 100 * number,
+        "updates": number,
+    }
+    return {
+        **place,
+        "commits": number,
+        "worker": worker,
+        "started": started,
+        "finished": finished,
+        "batch_size": batch,
+    }
 
 
 COMMITS = [
     commit(1, 0, 0.0, 2.0),
     commit(2, 1, 0.0, 3.0, batch=20),
-    epoch(1, updates=2, batch=20, accuracy=0.4, clock_seconds=3.0, small_batch_size=10, resolution=24),
+    epoch(
+        1, updates=2, batch=20, accuracy=0.4, clock_seconds=3.0, small_batch_size=10, resolution=24
+    ),
     commit(3, 0, 3.0, 5.0),
     commit(3, 0, 3.5, 5.5),  # made again after the server had died
     commit(4, 1, 3.0, 6.0, batch=20),
-    epoch(2, updates=4, batch=20, accuracy=0.6, clock_seconds=6.0, small_batch_size=10, resolution=32),
+    epoch(
+        2, updates=4, batch=20, accuracy=0.6, clock_seconds=6.0, small_batch_size=10, resolution=32
+    ),
 ]
 PLAN = {"plans": {"32": {"workers": [{"small": True}, {"small": False}]}}}
 
 
 def test_the_timeline_has_a_bar_for_every_local_epoch(tmp_path):
-    figure = commit_timeline(write_run(tmp_path / "run", COMMITS, config={"dual_batch": PLAN}), tmp_path / "t.png")
+    figure = commit_timeline(
+        write_run(tmp_path / "run", COMMITS, config={"dual_batch": PLAN}), tmp_path / "t.png"
+    )
     [axes] = figure.axes
-    bars = {(round(p.get_y() + 0.3), p.get_x(), p.get_width(), to_hex(p.get_facecolor())) for p in axes.patches}
+    bars = {
+        (round(p.get_y() + 0.3), p.get_x(), p.get_width(), to_hex(p.get_facecolor()))
+        for p in axes.patches
+    }
     small, large, waiting = (to_hex(colour) for colour in (SMALL, LARGE, WAITING))
     assert bars == {
         (0, 0.0, 2.0, small),
@@ -61,8 +83,15 @@ def test_both_batches_and_the_resolution_by_epoch(tmp_path):
 
 
 def test_the_batch_of_any_run_with_stages(tmp_path):
-    stages = [{"start": s, "end": s + 1, "level": {"resolution": r}} for s, r in ((0, 12), (1, 16), (2, 12))]
-    records = [epoch(1, updates=8, batch=128), growth(1000, 128, 256), epoch(2, updates=12, batch=256)]
+    stages = [
+        {"start": s, "end": s + 1, "level": {"resolution": r}}
+        for s, r in ((0, 12), (1, 16), (2, 12))
+    ]
+    records = [
+        epoch(1, updates=8, batch=128),
+        growth(1000, 128, 256),
+        epoch(2, updates=12, batch=256),
+    ]
     run = write_run(tmp_path / "run", records, config={"resolution_stages": stages})
     top, bottom = batch_and_resolution(run).axes
     assert list(top.lines[0].get_ydata()) == [128, 256, 256]
@@ -71,7 +100,11 @@ def test_the_batch_of_any_run_with_stages(tmp_path):
 
 
 def test_what_follows_from_other_settings_does_not_tell_runs_apart():
-    config = {"settings": {"epochs": 2}, "dual_batch": {"times": {"32": {"slope": 0.1}}}, "resolution_stages": [1]}
+    config = {
+        "settings": {"epochs": 2},
+        "dual_batch": {"times": {"32": {"slope": 0.1}}},
+        "resolution_stages": [1],
+    }
     assert flatten(config) == {"settings.epochs": 2}
 
 

@@ -25,7 +25,12 @@ def texts(figure):
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
-            hidden |= {label for t in ticks if not low <= t.get_loc() <= high for label in (t.label1, t.label2)}
+            hidden |= {
+                label
+                for t in ticks
+                if not low <= t.get_loc() <= high
+                for label in (t.label1, t.label2)
+            }
     found = figure.findobj(mpl.text.Text)
     return [t for t in found if t.get_text() and t.get_visible() and t not in hidden]
 
@@ -34,25 +39,36 @@ def overlapping(figure):
     """Pairs of drawn texts whose boxes intersect."""
     renderer = figure.canvas.get_renderer()
     boxes = [
-        (t.get_text(), t.get_window_extent(renderer)) for t in texts(figure) if t.get_window_extent(renderer).width
+        (t.get_text(), t.get_window_extent(renderer))
+        for t in texts(figure)
+        if t.get_window_extent(renderer).width
     ]
     return [
         (a, b)
         for i, (a, box_a) in enumerate(boxes)
         for b, box_b in boxes[i + 1 :]
-        if box_a.shrunk(0.98, 0.8).overlaps(box_b.shrunk(0.98, 0.8)) and tuple(box_a.bounds) != tuple(box_b.bounds)
+        if box_a.shrunk(0.98, 0.8).overlaps(box_b.shrunk(0.98, 0.8))
+        and tuple(box_a.bounds) != tuple(box_b.bounds)
     ]
 
 
 def crowded(changes=60):
-    rows = [row for i in range(1, changes + 1) for row in (curvature(i, 100 / i), growth(1000 * i, i, i + 1))]
+    rows = [
+        row
+        for i in range(1, changes + 1)
+        for row in (curvature(i, 100 / i), growth(1000 * i, i, i + 1))
+    ]
     return in_memory([*rows, epoch(changes, updates=100, batch=changes)])
 
 
 @pytest.mark.parametrize("draw", FIGURES)
 @pytest.mark.parametrize(
     "runs",
-    [[in_memory()], [in_memory([])], [in_memory(), crowded(), in_memory([epoch(1, updates=8, batch=128)])]],
+    [
+        [in_memory()],
+        [in_memory([])],
+        [in_memory(), crowded(), in_memory([epoch(1, updates=8, batch=128)])],
+    ],
     ids=["one", "empty", "three"],
 )
 def test_nothing_overlaps_or_leaves_the_picture(draw, runs):
@@ -78,7 +94,9 @@ def test_png_is_written_and_nothing_else(draw, tmp_path):
 
 
 def test_pyplot_is_not_used():
-    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    assert (
+        "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    )
 
 
 def test_unwritable_path_is_named(tmp_path):
@@ -107,16 +125,24 @@ def test_trajectory_shows_every_kind_of_reading():
 
 def test_trajectory_says_how_batch_normalisation_was_treated():
     """At the axis where all runs agree, beside each run where they do not."""
-    one, other = (in_memory([{**curvature(1, 5.0), "norm_mode": mode}]) for mode in ("eval", "batch"))
+    one, other = (
+        in_memory([{**curvature(1, 5.0), "norm_mode": mode}]) for mode in ("eval", "batch")
+    )
     alike = [t.get_text() for t in texts(curvature_trajectory([one, one]))]
     assert "top Hessian eigenvalue (norm mode: eval)" in alike
     mixed = [t.get_text() for t in texts(curvature_trajectory([one, other]))]
     assert "top Hessian eigenvalue" in mixed
-    assert [word.split(" (")[1] for word in mixed if "norm mode" in word] == ["norm mode: eval)", "norm mode: batch)"]
+    assert [word.split(" (")[1] for word in mixed if "norm mode" in word] == [
+        "norm mode: eval)",
+        "norm mode: batch)",
+    ]
 
 
 def test_trajectory_of_ordinary_readings_has_no_special_legend():
-    words = [t.get_text() for t in texts(curvature_trajectory(in_memory([curvature(1, 5.0), curvature(2, 4.0)])))]
+    words = [
+        t.get_text()
+        for t in texts(curvature_trajectory(in_memory([curvature(1, 5.0), curvature(2, 4.0)])))
+    ]
     assert "not converged" not in words
 
 
@@ -149,9 +175,18 @@ def test_fourteen_runs_look_different_and_as_in_the_legend(draw):
     assert looks(legend) == names
     assert {line.get_linestyle() for line in legend} == {"-"}
     for axes in figure.axes:
-        drawn = [line for line in axes.lines if line.get_linestyle() in ("-", "--") and len(line.get_xdata()) > 1]
-        if draw is curvature_trajectory and axes is figure.axes[0]:  # the readings on the line are its marks
-            marks = [line for line in axes.lines if line.get_linestyle() == "None" and line.get_marker() not in "vx"]
+        drawn = [
+            line
+            for line in axes.lines
+            if line.get_linestyle() in ("-", "--") and len(line.get_xdata()) > 1
+        ]
+        # the readings on the line are its marks
+        if draw is curvature_trajectory and axes is figure.axes[0]:
+            marks = [
+                line
+                for line in axes.lines
+                if line.get_linestyle() == "None" and line.get_marker() not in "vx"
+            ]
             assert looks(marks) == {(shade, mark or "o") for shade, mark in names}
         else:
             assert {(shade, mark.strip(".")) for shade, mark in looks(drawn)} >= names
@@ -159,7 +194,10 @@ def test_fourteen_runs_look_different_and_as_in_the_legend(draw):
 
 def test_marks_stand_where_something_is_drawn():
     """Evaluated in every third epoch only, or never."""
-    rows = [epoch(i, updates=i, batch=8, **({} if i % 3 == 0 else {"eval_accuracy": None})) for i in range(1, 61)]
+    rows = [
+        epoch(i, updates=i, batch=8, **({} if i % 3 == 0 else {"eval_accuracy": None}))
+        for i in range(1, 61)
+    ]
     never = [row | {"eval_accuracy": None} for row in rows]
     figure = compare([in_memory(rows)] * 8 + [in_memory(never)])
     line = figure.axes[0].lines[2 * 7]
@@ -177,7 +215,9 @@ def test_compare_counts_seconds_from_the_start():
 @pytest.mark.parametrize("positions", [[0.0] * 50, list(range(0, 600, 3)), [0, 100, 101, 300]])
 def test_clusters_cover_every_event_in_order_and_do_not_touch(positions):
     groups = cluster(positions)
-    assert [i for first, last in groups for i in range(first, last + 1)] == list(range(len(positions)))
+    assert [i for first, last in groups for i in range(first, last + 1)] == list(
+        range(len(positions))
+    )
     centres = [(positions[a] + positions[b]) / 2 for a, b in groups]
     assert all(b - a > 10 for a, b in pairwise(centres))
 

@@ -19,7 +19,9 @@ def test_curve_leaves_out_what_is_not_finite(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "losses", [BOWL, BOWL + 10, np.full_like(BOWL, 2.0), BOWL - 1], ids=["log", "linear", "flat", "neg"]
+    "losses",
+    [BOWL, BOWL + 10, np.full_like(BOWL, 2.0), BOWL - 1],
+    ids=["log", "linear", "flat", "neg"],
 )
 def test_contours_of_any_range(losses):
     figure = landscape(STEPS, losses, STEPS)
@@ -30,7 +32,8 @@ def test_contours_of_any_range(losses):
 
 
 def test_contours_are_drawn_the_right_way_round():
-    """The loss rises faster along the second direction, so the innermost region is wider than it is high."""
+    """The loss rises faster along the second direction, so the innermost region is wider than it is
+    high."""
     filled = landscape(STEPS, BOWL, STEPS).axes[0].collections[0]
     inner = filled.get_paths()[0].get_extents()
     assert inner.width > 1.3 * inner.height
@@ -49,7 +52,10 @@ def test_large_spans_get_a_logarithmic_axis():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((STEPS, STEPS[:3]), r"losses must have shape \(9,\) with at least 2 points a side, got \(3,\)"),
+        (
+            (STEPS, STEPS[:3]),
+            r"losses must have shape \(9,\) with at least 2 points a side, got \(3,\)",
+        ),
         ((STEPS, BOWL, STEPS[:4]), r"losses must have shape \(9, 4\)"),
         ((STEPS[:1], STEPS[:1]), "at least 2 points a side"),
         ((STEPS, np.full(9, np.nan)), "losses must hold at least one finite value"),

@@ -1,4 +1,5 @@
-"""Names, reasons and settings that nobody expected: drawn, tabled and printed without breaking anything."""
+"""Names, reasons and settings that nobody expected: drawn, tabled and printed without breaking
+anything."""
 
 import csv
 import io
@@ -50,7 +51,10 @@ def test_each_form_says_what_it_should():
         "' =1",
         "lr=0.1",
     ]
-    assert in_latex(r"\a{b}~^_<") == r"\textbackslash{}a\{b\}\textasciitilde{}\textasciicircum{}\_\textless{}"
+    assert (
+        in_latex(r"\a{b}~^_<")
+        == r"\textbackslash{}a\{b\}\textasciitilde{}\textasciicircum{}\_\textless{}"
+    )
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["first half", "second half"])
@@ -61,7 +65,12 @@ def test_as_reasons_settings_and_norm_modes_they_are_drawn_and_tabled(part, tmp_
     readings = [curvature(3, 5.0) | {"norm_mode": text} for text in texts]
     settings = {f"a{i}": text for i, text in enumerate(texts)} | dict.fromkeys(texts, "x")
     config = {"seed": 0, "settings": settings, "trainer": {"model": texts[0]}}
-    one = write_run(tmp_path / "one", [*RECORDS, *changes, *readings], config=config, summary={"status": texts[1]})
+    one = write_run(
+        tmp_path / "one",
+        [*RECORDS, *changes, *readings],
+        config=config,
+        summary={"status": texts[1]},
+    )
     two = write_run(tmp_path / "two", config={"settings": dict.fromkeys(settings, "plain")})
     layers = [{"name": text, "eigenvalue": 1} for text in texts]
     spectrum = {"eigenvalues": [1], "residuals": [1], "norm_mode": texts[0], "layers": layers}

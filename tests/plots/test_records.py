@@ -28,7 +28,9 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
 
 def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
     folder = write_run(tmp_path / "a", tail='{"kind":\n{"kind":"epoch"}\n')
-    with pytest.raises(ValueError, match=r"history.jsonl line 10: it is not JSON: the file is damaged"):
+    with pytest.raises(
+        ValueError, match=r"history.jsonl line 10: it is not JSON: the file is damaged"
+    ):
         read_runs(folder)
 
 
@@ -40,7 +42,12 @@ def test_a_damaged_config_is_refused(tmp_path):
 
 
 def test_rows_without_a_field_count_as_unknown():
-    rows = [{"kind": "epoch", "lr": None}, {"kind": "epoch", "lr": 0.5}, {"kind": "epoch"}, {"lr": "fast"}]
+    rows = [
+        {"kind": "epoch", "lr": None},
+        {"kind": "epoch", "lr": 0.5},
+        {"kind": "epoch"},
+        {"lr": "fast"},
+    ]
     np.testing.assert_array_equal(column(rows, "lr"), [math.nan, 0.5, math.nan, math.nan])
     assert math.isnan(number({}, "epoch"))
 
@@ -66,7 +73,9 @@ def test_batch_steps_of_a_run_cut_short_before_its_first_epoch():
 def test_names_are_the_shortest_that_tell_runs_apart(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("x/seed0", "y/seed0", "x/other")]
     assert [run.name for run in read_runs(folders)] == ["x/seed0", "y/seed0", "other"]
-    assert [run.name for run in read_runs([folders[0], str(folders[0])])] == ["seed0"], "one run, given twice"
+    assert [run.name for run in read_runs([folders[0], str(folders[0])])] == ["seed0"], (
+        "one run, given twice"
+    )
 
 
 def test_a_name_that_needs_the_whole_path_has_one_slash_in_front():

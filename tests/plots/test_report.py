@@ -1,4 +1,5 @@
-"""The report is one well-formed page without any outside reference, and it says what the records say."""
+"""The report is one well-formed page without any outside reference, and it says what the records
+say."""
 
 import base64
 import json
@@ -42,8 +43,15 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def folder(tmp_path):
-    config = {"seed": 3, "controller": "absa", "model": "<script>alert(1)</script>", "environment": {"python": "3.12"}}
-    return write_run(tmp_path / "absa", config=config, summary={"status": "finished", "final_accuracy": 0.7})
+    config = {
+        "seed": 3,
+        "controller": "absa",
+        "model": "<script>alert(1)</script>",
+        "environment": {"python": "3.12"},
+    }
+    return write_run(
+        tmp_path / "absa", config=config, summary={"status": "finished", "final_accuracy": 0.7}
+    )
 
 
 def test_page_is_whole_and_self_contained(folder, tmp_path):
@@ -56,7 +64,12 @@ def test_page_is_whole_and_self_contained(folder, tmp_path):
     assert not re.search(r"url\(|@import|<script", text)
     for link in page.links:
         assert b"<svg" in base64.b64decode(link.split(",", 1)[1])
-    assert {"eigenvalue fell from 100 to 49", "128 → 256", "70.00", "<script>alert(1)</script>"} <= set(page.words)
+    assert {
+        "eigenvalue fell from 100 to 49",
+        "128 → 256",
+        "70.00",
+        "<script>alert(1)</script>",
+    } <= set(page.words)
     assert "prefers-color-scheme: dark" in text
     assert "width=device-width" in text
 
@@ -99,32 +112,60 @@ def test_spectrum_is_shown_where_there_is_one(folder):
 
 
 def test_what_was_measured_after_the_run_is_shown(folder):
-    stored = {"eigenvalues": [5.0, None], "residuals": [1e-3, None], "trace": {"value": 2.5, "stderr": None}}
-    layers = [{"name": "conv<1>", "size": 9, "eigenvalue": 4.5, "trace": 3.25, "trace_stderr": 0.125, "residual": 0.5}]
+    stored = {
+        "eigenvalues": [5.0, None],
+        "residuals": [1e-3, None],
+        "trace": {"value": 2.5, "stderr": None},
+    }
+    layers = [
+        {
+            "name": "conv<1>",
+            "size": 9,
+            "eigenvalue": 4.5,
+            "trace": 3.25,
+            "trace_stderr": 0.125,
+            "residual": 0.5,
+        }
+    ]
     layers.append({"name": "fc", "eigenvalue": 1.5, "converged": False})
     (folder / "spectrum.json").write_text(json.dumps(stored | {"layers": layers}))
     curves = {"clean": [[0.875, 0.8, 0.9]] * 2, "pgd5": [[0.5, 0.4, 0.6], [None, None, None]]}
     (folder / "robustness.json").write_text(json.dumps({"eps": [0.01, 0.03], "accuracy": curves}))
     page = Page(report(folder))
-    assert {"conv<1>", "4.5", "3.25 ± 0.1", "fc (not converged)", "Accuracy under attack: absa"} <= set(page.words)
+    assert {
+        "conv<1>",
+        "4.5",
+        "3.25 ± 0.1",
+        "fc (not converged)",
+        "Accuracy under attack: absa",
+    } <= set(page.words)
     assert {"pgd5", "87.50%", "50.00%", "0.03", "-"} <= set(page.words)
     assert len(page.images) == 3
     (folder / "robustness.json").write_text(json.dumps({"eps": [0.01], "accuracy": curves}))
-    with pytest.raises(ValueError, match=r"robustness.json: accuracy.clean must hold 1 values, one an eps, got 2"):
+    with pytest.raises(
+        ValueError, match=r"robustness.json: accuracy.clean must hold 1 values, one an eps, got 2"
+    ):
         report(folder)
 
 
-EARLIER = "<!doctype html>\n<style>\n:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5;"
+EARLIER = (
+    "<!doctype html>\n<style>\n:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff;"
+    " --line: #d5;"
+)
 
 
-@pytest.mark.parametrize("content", ["", '{"kind": "epoch"}', "<!doctype html>\n<html><title>mine</title></html>"])
+@pytest.mark.parametrize(
+    "content", ["", '{"kind": "epoch"}', "<!doctype html>\n<html><title>mine</title></html>"]
+)
 def test_only_a_report_is_replaced(content, folder, tmp_path):
     mine = tmp_path / "mine"
     mine.write_text(content)
     link = tmp_path / "link.html"
     link.symlink_to(mine)
     for path in (mine, link):
-        with pytest.raises(ValueError, match=r"mine|link.html.* is there already and is no report of ours"):
+        with pytest.raises(
+            ValueError, match=r"mine|link.html.* is there already and is no report of ours"
+        ):
             report(folder, path)
     assert mine.read_text() == content
 
@@ -172,18 +213,32 @@ DENSITY = '{"eigenvalues": [1], "residuals": [1], "density": '
     [
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object, found a list"),
-        ('{"eigenvalues": [1, "2"], "residuals": [1, 1]}', 'eigenvalues.1 must be a number or null, got "2"'),
-        ('{"eigenvalues": [1, 2], "residuals": [1]}', "residuals must hold 2 values, one an eigenvalue, got 1"),
+        (
+            '{"eigenvalues": [1, "2"], "residuals": [1, 1]}',
+            'eigenvalues.1 must be a number or null, got "2"',
+        ),
+        (
+            '{"eigenvalues": [1, 2], "residuals": [1]}',
+            "residuals must hold 2 values, one an eigenvalue, got 1",
+        ),
         (DENSITY + "{}}", "density.nodes is missing"),
-        (DENSITY + '{"nodes": [[0], [1, 2]], "weights": [[1], [1, 1]]}}', "density must hold nodes and weights of one"),
-        (DENSITY + '{"nodes": [[0, "x"]], "weights": [[1, 1]]}}', 'density.nodes.0.1 must be a number, got "x"'),
+        (
+            DENSITY + '{"nodes": [[0], [1, 2]], "weights": [[1], [1, 1]]}}',
+            "density must hold nodes and weights of one",
+        ),
+        (
+            DENSITY + '{"nodes": [[0, "x"]], "weights": [[1, 1]]}}',
+            'density.nodes.0.1 must be a number, got "x"',
+        ),
         ('{"eigenvalues": [1e999], "residuals": [1]}', "eigenvalues.0 must be a finite number"),
         ("[" * 100_000, "nested deeper than 50"),
     ],
 )
 def test_damaged_spectrum_is_refused(folder, content, words):
     (folder / "spectrum.json").write_text(content)
-    with pytest.raises(ValueError, match=r"spectrum\.json.*make it anew with `hessianflow spectrum") as caught:
+    with pytest.raises(
+        ValueError, match=r"spectrum\.json.*make it anew with `hessianflow spectrum"
+    ) as caught:
         report(folder)
     assert words in str(caught.value)
 
@@ -197,14 +252,18 @@ def test_numbers_are_set_to_the_right_and_long_text_may_break(folder):
     text = report(folder)
     assert '<th class="number">updates</th>' in text
     assert "<th>reason</th>" in text
-    long = [growth(2000, 128, 256, "a reason that is longer than what stands on one line of a phone")]
+    long = [
+        growth(2000, 128, 256, "a reason that is longer than what stands on one line of a phone")
+    ]
     assert '<th class="text">reason</th>' in report(in_memory([*RECORDS, *long]))
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars"
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    " --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars"
 )
 
 # A window has a least width, a frame has none.
@@ -214,23 +273,40 @@ FRAME = """<!doctype html><meta charset="utf-8"><title>-</title>
   const inside = document.querySelector("iframe").contentWindow, page = inside.document;
   const drawn = [...page.images].map((image) => image.naturalWidth > 0);
   const background = inside.getComputedStyle(page.body).backgroundColor;
-  document.title = [inside.innerWidth, page.documentElement.scrollWidth, background, ...drawn].join("; ");
+  const width = page.documentElement.scrollWidth;
+  document.title = [inside.innerWidth, width, background, ...drawn].join("; ");
 }})</script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium installed: the page is not shown in a browser")
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium installed: the page is not shown in a browser"
+)
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_a_browser_shows_it_on_a_phone_and_on_a_desk(folder, tmp_path, width, scheme):
-    """Every picture is drawn, nothing but tables and pictures needs scrolling sideways, and the night is dark."""
-    stored = {"eigenvalues": [5.0], "residuals": [1e-3], "density": {"nodes": [[0.0, 5.0]], "weights": [[0.9, 0.1]]}}
+    """Every picture is drawn, nothing but tables and pictures needs scrolling sideways, and the
+    night is dark."""
+    stored = {
+        "eigenvalues": [5.0],
+        "residuals": [1e-3],
+        "density": {"nodes": [[0.0, 5.0]], "weights": [[0.9, 0.1]]},
+    }
     (folder / "spectrum.json").write_text(json.dumps(stored))
     file = tmp_path / "frame.html"
     file.write_text(FRAME.format(page=escape(report(folder)), width=width), "utf-8")
     scheme_flag = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
-    flags = [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", scheme_flag]
+    flags = [
+        *FLAGS.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1400,900",
+        scheme_flag,
+    ]
     done = subprocess.run(
-        [str(BROWSER), *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [str(BROWSER), *flags, "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     seen = re.search(r"<title>(.*?)</title>", done.stdout)
     assert seen is not None, done.stderr

@@ -5,9 +5,15 @@ from hessianflow.plots import scaling
 
 
 def plan(workers=(1, 2, 4, 1024)):
-    rows = [{"workers": w, "seconds": 7200 / w + w, "efficiency": 1 / w, "communication": 1 - 1 / w} for w in workers]
+    rows = [
+        {"workers": w, "seconds": 7200 / w + w, "efficiency": 1 / w, "communication": 1 - 1 / w}
+        for w in workers
+    ]
     text = "0.7 ms + 0.2 ms an example: measured here on a processor with a long name, " * 3
-    return {"predictions": rows, "sources": {"step": text, "bandwidth": "1 GB/s: as given", "left out": "much"}}
+    return {
+        "predictions": rows,
+        "sources": {"step": text, "bandwidth": "1 GB/s: as given", "left out": "much"},
+    }
 
 
 @pytest.mark.parametrize("workers", [(1,), (1, 2, 4, 1024), tuple(range(1, 40))])

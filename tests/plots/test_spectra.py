@@ -15,7 +15,9 @@ def quadrature(nodes, weights):
     return SimpleNamespace(nodes=nodes, weights=weights)
 
 
-TWO_PROBES = quadrature(torch.tensor([[0.0, 10.0], [1.0, 9.0]]), torch.tensor([[0.9, 0.1], [0.8, 0.2]]))
+TWO_PROBES = quadrature(
+    torch.tensor([[0.0, 10.0], [1.0, 9.0]]), torch.tensor([[0.9, 0.1], [0.8, 0.2]])
+)
 
 
 def test_one_node_is_a_gaussian():
@@ -26,7 +28,8 @@ def test_one_node_is_a_gaussian():
 
 
 def test_density_integrates_to_one_and_error_is_that_of_the_mean():
-    """Rectangle rule on a fine grid; the two probes' densities differ by d, so the standard error is |d|/2."""
+    """Rectangle rule on a fine grid; the two probes' densities differ by d, so the standard error
+    is |d|/2."""
     nodes, weights = TWO_PROBES.nodes.double().numpy(), TWO_PROBES.weights.double().numpy()
     grid = np.linspace(-10, 20, 20001)
     mean, error = broaden(nodes, weights, grid, 0.5)
@@ -46,7 +49,9 @@ def test_figure_has_a_logarithmic_axis_and_a_band():
 
 def test_several_spectra_share_a_legend(tmp_path):
     one_probe = quadrature([[3.0]], [[1.0]])
-    figure = spectral_density({"start": TWO_PROBES, "end": one_probe}, tmp_path / "s.png", sigma=0.3)
+    figure = spectral_density(
+        {"start": TWO_PROBES, "end": one_probe}, tmp_path / "s.png", sigma=0.3
+    )
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["start", "end"]
     assert (tmp_path / "s.png").stat().st_size > 0
     assert "1 to 2 probes" in figure.axes[0].get_title(loc="left")
@@ -60,7 +65,11 @@ def test_a_spectrum_of_one_point_is_drawn():
 @pytest.mark.parametrize(
     ("density", "sigma", "message"),
     [
-        (quadrature([[1.0]], [[1.0, 2.0]]), None, r"shape \[num_probes, steps\], got \(1, 1\) and \(1, 2\)"),
+        (
+            quadrature([[1.0]], [[1.0, 2.0]]),
+            None,
+            r"shape \[num_probes, steps\], got \(1, 1\) and \(1, 2\)",
+        ),
         (quadrature([1.0], [1.0]), None, "must both have shape"),
         (quadrature([[math.nan]], [[1.0]]), None, "nodes and weights must be finite"),
         (TWO_PROBES, 0.0, "sigma must be positive and finite, got 0.0"),

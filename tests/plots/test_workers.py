@@ -6,17 +6,39 @@ from hessianflow.plots import has_workers, workers
 
 
 def event(kind, elapsed, count):
-    return {"kind": "event", "event": kind, "examples": 0, "elapsed": elapsed, "workers": count, "message": ""}
+    return {
+        "kind": "event",
+        "event": kind,
+        "examples": 0,
+        "elapsed": elapsed,
+        "workers": count,
+        "message": "",
+    }
 
 
 def rate(elapsed, batch_size, examples_per_second):
-    row = {"elapsed": elapsed, "workers": 1, "batch_size": batch_size, "examples_per_second": examples_per_second}
+    row = {
+        "elapsed": elapsed,
+        "workers": 1,
+        "batch_size": batch_size,
+        "examples_per_second": examples_per_second,
+    }
     return {"kind": "throughput", "examples": 0, **row}
 
 
 RUN = [
-    *(event("started", 1.0, 1), rate(10.0, 32, 100.0), event("requested", 11.0, 1), event("joined", 20.0, 2)),
-    *(rate(30.0, 64, 180.0), event("died", 31.0, 0), event("restored", 32.0, 1), rate(40.0, 64, 100.0)),
+    *(
+        event("started", 1.0, 1),
+        rate(10.0, 32, 100.0),
+        event("requested", 11.0, 1),
+        event("joined", 20.0, 2),
+    ),
+    *(
+        rate(30.0, 64, 180.0),
+        event("died", 31.0, 0),
+        event("restored", 32.0, 1),
+        rate(40.0, 64, 100.0),
+    ),
     *(event("finished", 41.0, 1), epoch(1, updates=8, batch=64)),
 ]
 

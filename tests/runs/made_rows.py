@@ -8,7 +8,11 @@ def place(kind: str, number: int = 1) -> dict[str, Any]:
 
 
 def epoch(number: int = 1, **more: Any) -> dict[str, Any]:
-    return place("epoch", number) | {"batch_size": 8, "lr": 0.1, "train_loss": 1.5, "eval_accuracy": 0.5} | more
+    return (
+        place("epoch", number)
+        | {"batch_size": 8, "lr": 0.1, "train_loss": 1.5, "eval_accuracy": 0.5}
+        | more
+    )
 
 
 def curvature(number: int = 1, eigenvalue: float | None = 2.5, **more: Any) -> dict[str, Any]:
@@ -16,7 +20,11 @@ def curvature(number: int = 1, eigenvalue: float | None = 2.5, **more: Any) -> d
 
 
 def batch(before: int, after: int, number: int = 1, **more: Any) -> dict[str, Any]:
-    return place("batch", number) | {"from": before, "to": after, "lr_factor": 1.0, "reason": "why"} | more
+    return (
+        place("batch", number)
+        | {"from": before, "to": after, "lr_factor": 1.0, "reason": "why"}
+        | more
+    )
 
 
 def event(name: str = "preempted", number: int = 1, **more: Any) -> dict[str, Any]:

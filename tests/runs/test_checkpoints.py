@@ -20,12 +20,20 @@ from hessianflow.training import checkpoint
 
 
 def test_round_trip_is_exact_and_loads_without_code(tmp_path: Path):
-    state = {"x": torch.randn(3), "n": 7, "nested": {"list": [1, 2.5, "s", None]}, "o": OrderedDict(a=torch.ones(1))}
+    state = {
+        "x": torch.randn(3),
+        "n": 7,
+        "nested": {"list": [1, 2.5, "s", None]},
+        "o": OrderedDict(a=torch.ones(1)),
+    }
     checkpoints.save(tmp_path / "checkpoints" / "last.pt", state)
     loaded = checkpoints.load(tmp_path / "checkpoints" / "last.pt")
     assert torch.equal(loaded["x"], state["x"])
     assert loaded["nested"] == state["nested"]
-    assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["format"] == checkpoints.FORMAT
+    assert (
+        torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["format"]
+        == checkpoints.FORMAT
+    )
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
 
 
@@ -80,7 +88,8 @@ def test_one_that_does_not_know_its_history_is_passed_over(made_at: object, tmp_
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path):
-    """Each in turn, over the weights' bytes and a few of the rest: torch would load most of them."""
+    """Each in turn, over the weights' bytes and a few of the rest: torch would load most of
+    them."""
     path = tmp_path / "last.pt"
     checkpoints.save(path, {"x": torch.full((64,), -0.0495)})
     whole = path.read_bytes()
@@ -89,12 +98,15 @@ def test_a_flipped_bit_is_found(tmp_path: Path):
         damaged = bytearray(whole)
         damaged[place] ^= 0x40
         path.write_bytes(bytes(damaged))
-        with contextlib.suppress(HessianFlowError):  # in a header that nothing reads a bit may be any
+        # in a header that nothing reads a bit may be any
+        with contextlib.suppress(HessianFlowError):
             assert torch.equal(checkpoints.load(path)["x"], torch.full((64,), -0.0495)), place
     damaged = bytearray(whole)
     damaged[at + 3] ^= 0x40
     path.write_bytes(bytes(damaged))
-    with pytest.raises(HessianFlowError, match=r"damaged or foreign \(the record .* does not fit its checksum"):
+    with pytest.raises(
+        HessianFlowError, match=r"damaged or foreign \(the record .* does not fit its checksum"
+    ):
         checkpoints.load(path)
 
 
@@ -105,7 +117,9 @@ def test_a_bomb_of_compressed_zeros_is_not_unpacked(tmp_path: Path):
         checkpoints.load(tmp_path / "last.pt")
 
 
-def test_a_file_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_may_not_be_read_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for n in (1, 2):
         checkpoints.save(tmp_path / "last.pt", {"n": n, "history_bytes": 0})
 
@@ -113,13 +127,19 @@ def test_a_file_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, monkeypat
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(checkpoints, "_check_records", refusing)
-    with pytest.raises(checkpoints.UnreadableError, match=r"last.pt cannot be read: Permission denied"):
+    with pytest.raises(
+        checkpoints.UnreadableError, match=r"last.pt cannot be read: Permission denied"
+    ):
         checkpoints.load_newest(tmp_path, 0)
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
 
 
-@pytest.mark.parametrize("content", [pickle.dumps({"a": 1}), b"\x80\x02.", b"PK\x05\x06" + b"\0" * 18])
-def test_a_foreign_file_is_refused_in_silence(content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    "content", [pickle.dumps({"a": 1}), b"\x80\x02.", b"PK\x05\x06" + b"\0" * 18]
+)
+def test_a_foreign_file_is_refused_in_silence(
+    content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     (tmp_path / "last.pt").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -129,7 +149,8 @@ def test_a_foreign_file_is_refused_in_silence(content: bytes, tmp_path: Path, ca
 
 
 def test_two_names_of_one_file_leave_nothing_behind(tmp_path: Path):
-    """As a kill between the last two renames of a save leaves them; renaming one to the other would do nothing."""
+    """As a kill between the last two renames of a save leaves them; renaming one to the other would
+    do nothing."""
     checkpoints.save(tmp_path / "last.pt", {"n": 0})
     os.link(tmp_path / "last.pt", tmp_path / "previous.pt")
     checkpoints.save(tmp_path / "last.pt", {"n": 1})
@@ -167,9 +188,17 @@ def test_so_many_are_kept(tmp_path: Path):
 
 
 def test_numpy_scalars_become_plain_and_readable(tmp_path: Path):
-    state = {"a": np.float64(0.1), "b": [np.int64(3), (np.float32(0.5),)], "c": {"d": np.bool_(True)}}
+    state = {
+        "a": np.float64(0.1),
+        "b": [np.int64(3), (np.float32(0.5),)],
+        "c": {"d": np.bool_(True)},
+    }
     checkpoints.save(tmp_path / "x.pt", {"state": checkpoint.plain(state)})
-    assert checkpoints.load(tmp_path / "x.pt")["state"] == {"a": 0.1, "b": [3, (0.5,)], "c": {"d": True}}
+    assert checkpoints.load(tmp_path / "x.pt")["state"] == {
+        "a": 0.1,
+        "b": [3, (0.5,)],
+        "c": {"d": True},
+    }
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -189,7 +218,10 @@ def test_all_finite_sees_weights_and_buffers(value: float):
 def test_damaged_file_is_named_with_its_size(tmp_path: Path, content: bytes):
     path = tmp_path / "last.pt"
     path.write_bytes(content)
-    with pytest.raises(HessianFlowError, match=rf"last.pt \({len(content)} bytes\) cannot be read: damaged or foreign"):
+    with pytest.raises(
+        HessianFlowError,
+        match=rf"last.pt \({len(content)} bytes\) cannot be read: damaged or foreign",
+    ):
         checkpoints.load_newest(tmp_path, 100)
 
 
@@ -207,7 +239,9 @@ def test_foreign_file_of_torch(tmp_path: Path):
 @pytest.mark.parametrize("version", [1, 99, "2", torch.ones(2)])
 def test_other_version(tmp_path: Path, version: object):
     torch.save({"format": checkpoints.FORMAT, "version": version}, tmp_path / "last.pt")
-    with pytest.raises(HessianFlowError, match=r"has checkpoint version .*, but this release reads 2"):
+    with pytest.raises(
+        HessianFlowError, match=r"has checkpoint version .*, but this release reads 2"
+    ):
         checkpoints.load(tmp_path / "last.pt")
 
 
@@ -218,7 +252,10 @@ class _Bomb:
 
 def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "bomb": _Bomb()}, tmp_path / "last.pt")
+    torch.save(
+        {"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "bomb": _Bomb()},
+        tmp_path / "last.pt",
+    )
     with pytest.raises(HessianFlowError, match="cannot be read"):
         checkpoints.load(tmp_path / "last.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(_Bomb()))

@@ -1,4 +1,5 @@
-"""The reader of history.jsonl and of the files beside it: what comes back, and what is refused by name."""
+"""The reader of history.jsonl and of the files beside it: what comes back, and what is refused by
+name."""
 
 import json
 import re
@@ -34,7 +35,11 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path):
 
 
 def test_kinds_and_fields_of_later_releases_are_read(tmp_path: Path):
-    rows = [{"kind": "tomorrow", "figure": 1.5}, epoch(trusted=True, spread={"low": 1}), place("robustness") | {"a": 1}]
+    rows = [
+        {"kind": "tomorrow", "figure": 1.5},
+        epoch(trusted=True, spread={"low": 1}),
+        place("robustness") | {"a": 1},
+    ]
     assert History.load(write(tmp_path, *rows)).records == rows
 
 
@@ -48,16 +53,28 @@ def test_kinds_and_fields_of_later_releases_are_read(tmp_path: Path):
         (batch(32, True), "to must be a whole number, got true"),
         (batch(0, 4), "from must be at least 1, got 0"),
         (epoch(examples=-1), "examples must be at least 0, got -1"),
-        (epoch(examples=10**18), "examples must be at most 9007199254740992, got 1000000000000000000"),
+        (
+            epoch(examples=10**18),
+            "examples must be at most 9007199254740992, got 1000000000000000000",
+        ),
         (epoch(eval_accuracy=7), "eval_accuracy must be at most 1.000001, got 7"),
         (epoch(lr=1e308), "lr must be a finite number of at most 1e+100, got 1e+308"),
-        (epoch(note=[{"deep": 1e200}]), "note.0.deep must be a finite number of at most 1e+100, got 1e+200"),
+        (
+            epoch(note=[{"deep": 1e200}]),
+            "note.0.deep must be a finite number of at most 1e+100, got 1e+200",
+        ),
         (curvature(norm_mode=["eval"]), 'norm_mode must be text, got ["eval"]'),
         (curvature(converged=1), "converged must be true or false, got 1"),
         (curvature(eigenvalues=[1.0, "x"]), 'eigenvalues.1 must be a number or null, got "x"'),
         (curvature(matvecs=None), "matvecs must be a whole number, got null"),
-        ({name: value for name, value in epoch().items() if name != "updates"}, "updates is missing"),
-        ({name: value for name, value in batch(1, 2).items() if name != "lr_factor"}, "lr_factor is missing"),
+        (
+            {name: value for name, value in epoch().items() if name != "updates"},
+            "updates is missing",
+        ),
+        (
+            {name: value for name, value in batch(1, 2).items() if name != "lr_factor"},
+            "lr_factor is missing",
+        ),
         ({name: value for name, value in event().items() if name != "event"}, "event is missing"),
         (place("commit") | {"commits": 1, "worker": "w"}, "started is missing"),
         (place("throughput"), "elapsed is missing"),
@@ -69,7 +86,10 @@ def test_kinds_and_fields_of_later_releases_are_read(tmp_path: Path):
         ('{"kind": "epoch", "lr": 1e999}', "lr must be a finite number"),
         ('{"kind": "epoch", "examples": ' + "9" * 400 + "}", "examples must be a finite number"),
         ('{"kind": "epoch", "examples": ' + "9" * 5000 + "}", "examples must be a finite number"),
-        ('{"kind": "mine", "examples": 99999999999999999999}', "examples must be a whole number, got 1e+20"),
+        (
+            '{"kind": "mine", "examples": 99999999999999999999}',
+            "examples must be a whole number, got 1e+20",
+        ),
         ("[" * 200_000, "lists or objects are nested deeper than 50"),
         ('{"kind": ' * 100 + "1" + "}" * 100, "lists or objects are nested deeper than 50"),
         ('"' + "x" * (LONGEST_LINE + 10) + '"', f"it is longer than {LONGEST_LINE} bytes"),
@@ -81,7 +101,9 @@ def test_kinds_and_fields_of_later_releases_are_read(tmp_path: Path):
 def test_a_damaged_line_is_named_or_skipped(tmp_path: Path, row: Any, words: str):
     folder = write(tmp_path, epoch(), row, curvature(), epoch(2))
     begins = re.escape(f"history.jsonl line 2: {words}")
-    with pytest.raises(HessianFlowError, match=begins + r".*: the file is damaged; delete the line") as caught:
+    with pytest.raises(
+        HessianFlowError, match=begins + r".*: the file is damaged; delete the line"
+    ) as caught:
         History.load(folder)
     assert len(str(caught.value)) < 400 + len(str(folder))
     assert History.load(folder, damaged="skip").records == [epoch(), curvature(), epoch(2)]
@@ -100,7 +122,9 @@ def test_an_endless_line_is_not_read_to_its_end(tmp_path: Path):
 
 
 def test_what_to_do_about_damage_is_one_of_two(tmp_path: Path):
-    with pytest.raises(HessianFlowError, match='damaged must be "refuse" or "skip", got \'ignore\''):
+    with pytest.raises(
+        HessianFlowError, match='damaged must be "refuse" or "skip", got \'ignore\''
+    ):
         History.load(tmp_path, damaged="ignore")  # type: ignore[arg-type]
 
 
@@ -111,14 +135,20 @@ def test_damaged_config_is_named(tmp_path: Path):
         ("[1]", "must hold a JSON object, found a list"),
         ('{"trainer": [1]}', r"trainer must be an object, got \[1\]: the file is damaged"),
         ('{"trainer": {"epochs": "3"}}', r'trainer.epochs must be a whole number, got "3"'),
-        ('{"trainer": {"examples_per_epoch": 0}}', r"trainer.examples_per_epoch must be at least 1, got 0"),
+        (
+            '{"trainer": {"examples_per_epoch": 0}}',
+            r"trainer.examples_per_epoch must be at least 1, got 0",
+        ),
         ('{"settings": 5}', "settings must be an object, got 5"),
         ('{"resolution_stages": [{"start": 0}]}', r"resolution_stages.0.level is missing"),
         (
             '{"dual_batch": {"times": {"8": {"slope": -1}}}}',
             "times.8.slope must be at least 1e-100, got -1",
         ),
-        ('{"dual_batch": {"times": {"x": {}}}}', r"dual_batch.times must have a resolution as each key, got 'x'"),
+        (
+            '{"dual_batch": {"times": {"x": {}}}}',
+            r"dual_batch.times must have a resolution as each key, got 'x'",
+        ),
         ('{"a": ' + "[" * 100_000, "nested deeper than 50"),
         ('{"a": {"b": 1e400}}', r"a.b must be a finite number of at most"),
     ):
@@ -132,7 +162,9 @@ def test_damaged_config_is_named(tmp_path: Path):
 def test_a_file_out_of_proportion_is_not_read(tmp_path: Path):
     with open(tmp_path / "summary.json", "wb") as file:
         file.truncate(10**12)
-    with pytest.raises(HessianFlowError, match=r"summary.json is larger than 64 MiB: the file is damaged"):
+    with pytest.raises(
+        HessianFlowError, match=r"summary.json is larger than 64 MiB: the file is damaged"
+    ):
         read_summary(tmp_path)
 
 
@@ -140,16 +172,26 @@ def test_damaged_summary_and_robustness_are_named(tmp_path: Path):
     assert read_summary(tmp_path) == {}
     assert read_robustness(tmp_path) is None
     (tmp_path / "summary.json").write_text('{"final_accuracy": "high"}')
-    with pytest.raises(HessianFlowError, match=r'final_accuracy must be a number or null, got "high"'):
+    with pytest.raises(
+        HessianFlowError, match=r'final_accuracy must be a number or null, got "high"'
+    ):
         read_summary(tmp_path)
     for text, words in (
         ('{"eps": [0.1]}', "accuracy is missing"),
         ('{"eps": [0.1], "accuracy": {}}', "must hold at least one attack"),
-        ('{"eps": [0.1], "accuracy": {"fgsm": []}}', "accuracy.fgsm must hold 1 values, one an eps, got 0"),
-        ('{"eps": [0.1], "accuracy": {"fgsm": [[0.1, 0.2]]}}', r"accuracy.fgsm.0 must hold 3 values, got \[0.1, 0.2\]"),
+        (
+            '{"eps": [0.1], "accuracy": {"fgsm": []}}',
+            "accuracy.fgsm must hold 1 values, one an eps, got 0",
+        ),
+        (
+            '{"eps": [0.1], "accuracy": {"fgsm": [[0.1, 0.2]]}}',
+            r"accuracy.fgsm.0 must hold 3 values, got \[0.1, 0.2\]",
+        ),
     ):
         (tmp_path / "robustness.json").write_text(text)
-        with pytest.raises(HessianFlowError, match=rf"{words}.*make it anew with `hessianflow robustness"):
+        with pytest.raises(
+            HessianFlowError, match=rf"{words}.*make it anew with `hessianflow robustness"
+        ):
             read_robustness(tmp_path)
 
 

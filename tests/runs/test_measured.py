@@ -15,7 +15,12 @@ FUNCTION = {"size": 10, "num_examples": 64, "norm_mode": "eval", "loss": 1.25}
 
 def spectrum(*values: float, **parts: Any) -> dict[str, Any]:
     """A measurement of these eigenvalues; what is not named was not measured."""
-    found = {**FUNCTION, "eigenvalues": list(values), "residuals": [0.1] * len(values), "converged": True}
+    found = {
+        **FUNCTION,
+        "eigenvalues": list(values),
+        "residuals": [0.1] * len(values),
+        "converged": True,
+    }
     return found | {"trace": None, "density": None, "layers": [], "matvecs": 7} | parts
 
 
@@ -27,7 +32,12 @@ DENSITY = {"nodes": [[0.0, 1.0]], "weights": [[0.5, 0.5]], "negative_mass": 0.0}
 
 
 def test_parts_of_one_function_are_joined(tmp_path: Path):
-    assert keep_spectrum(tmp_path, spectrum(5.0, 3.0, trace={"value": 2.0, "stderr": 0.1}, density=DENSITY)) is None
+    assert (
+        keep_spectrum(
+            tmp_path, spectrum(5.0, 3.0, trace={"value": 2.0, "stderr": 0.1}, density=DENSITY)
+        )
+        is None
+    )
     again = spectrum(5.0, layers=[layer("a", 1.0), layer("b", 2.0)], loss=1.25001)
     assert keep_spectrum(tmp_path, again) is None
     assert keep_spectrum(tmp_path, spectrum(5.0, 3.0, 1.0, layers=[layer("b", 2.5)])) is None
@@ -47,7 +57,11 @@ def test_fewer_eigenvalues_do_not_take_the_place_of_more(tmp_path: Path):
     keep_spectrum(tmp_path, spectrum(5.5, gradient_overlap=[0.6]))
     kept = read_spectrum(tmp_path)
     assert kept is not None
-    assert (kept["eigenvalues"], kept["gradient_overlap"], kept["converged"]) == ([5.5], [0.6], True)
+    assert (kept["eigenvalues"], kept["gradient_overlap"], kept["converged"]) == (
+        [5.5],
+        [0.6],
+        True,
+    )
     keep_spectrum(tmp_path, spectrum(5.0, 3.0, gradient_overlap=[0.5, 0.1]))
     keep_spectrum(tmp_path, spectrum(5.5, gradient_overlap=[0.6]))
     kept = read_spectrum(tmp_path)
@@ -86,7 +100,9 @@ def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path: Path):
         keep_spectrum(tmp_path, spectrum(4.0))
 
 
-def robustness(*attacks: str, eps: tuple[float, ...] = (0.1,), seed: int = 0, examples: int = 9) -> dict[str, Any]:
+def robustness(
+    *attacks: str, eps: tuple[float, ...] = (0.1,), seed: int = 0, examples: int = 9
+) -> dict[str, Any]:
     curves = {name: [[0.5, 0.4, 0.6]] * len(eps) for name in ("clean", *attacks, "worst")}
     return {"eps": list(eps), "examples": examples, "seed": seed, "accuracy": curves}
 

@@ -30,7 +30,8 @@ class Other:
     def __init__(self, act: Callable[[str], str]) -> None:
         ours, theirs = socket.socketpair()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: this one only uses files
+            # of forks beside threads: this one only uses files
+            warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
             ours.close()
@@ -108,10 +109,13 @@ def batch_row(examples: int, before: int, after: int) -> dict:
         ([batch_row(320, 32, 16)], 1438, 16, 32),  # shrank within its first epoch
         ([batch_row(320, 32, 64)], 500, 64, 64),  # interrupted before the epoch ended
         ([batch_row(1438, 32, 64)], 1438, 64, 32),  # decided on when training was over
-        ([batch_row(500, 32, 64), batch_row(500, 64, 32)], 1438, 32, 32),  # taken back by a rollback
+        # taken back by a rollback
+        ([batch_row(500, 32, 64), batch_row(500, 64, 32)], 1438, 32, 32),
     ],
 )
-def test_the_largest_batch_is_one_that_was_trained_with(rows: list[dict], examples: int, now: int, largest: int):
+def test_the_largest_batch_is_one_that_was_trained_with(
+    rows: list[dict], examples: int, now: int, largest: int
+):
     rows = [*rows, epoch(batch_size=16, eval_accuracy=None)] if examples == 1438 else rows
     seconds = dict.fromkeys([*PARTS, "wall"], 0.0)
     progress = Progress(1, examples, 90, 1438, 1)
@@ -121,7 +125,10 @@ def test_the_largest_batch_is_one_that_was_trained_with(rows: list[dict], exampl
 
 def test_a_used_directory_is_refused_and_untouched(tmp_path: Path):
     (tmp_path / "history.jsonl").write_text('{"kind":"epoch"}\n')
-    with pytest.raises(HessianFlowError, match=r"already holds a run: name another, or delete that one, which has no"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"already holds a run: name another, or delete that one, which has no",
+    ):
         Recorder(tmp_path).start({})
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.pt").touch()
@@ -191,7 +198,10 @@ def test_a_history_that_was_edited_is_not_cut_within_a_row(tmp_path: Path):
     path = tmp_path / "history.jsonl"
     edited = path.read_bytes().replace(b"\n", b"\r\n")
     path.write_bytes(edited)
-    with pytest.raises(HessianFlowError, match=rf"was changed after the checkpoint was made: byte {length} no longer"):
+    with pytest.raises(
+        HessianFlowError,
+        match=rf"was changed after the checkpoint was made: byte {length} no longer",
+    ):
         Recorder(None).reopen(tmp_path, length)
     assert path.read_bytes() == edited
 
@@ -206,7 +216,9 @@ def test_a_run_that_another_process_writes_is_not_taken_over(tmp_path: Path):
     other = Other(hold)
     other.tell(str(tmp_path))
     assert other.hear() == "held"
-    with pytest.raises(HessianFlowError, match=r"another process is writing to the run .*: wait for it, or stop"):
+    with pytest.raises(
+        HessianFlowError, match=r"another process is writing to the run .*: wait for it, or stop"
+    ):
         Recorder(None).reopen(tmp_path, 0)
     with pytest.raises(HessianFlowError, match="already holds a run"):
         Recorder(tmp_path).start({})
@@ -237,14 +249,19 @@ def test_a_run_is_held_until_it_is_closed_and_by_no_child(tmp_path: Path):
 
 @posix
 def test_two_that_begin_at_once_never_share_a_directory(tmp_path: Path):
-    """Each of four starts, writes a row and ends; told to begin together, exactly one may, in each of 10 rounds."""
+    """Each of four starts, writes a row and ends; told to begin together, exactly one may, in each
+    of 10 rounds."""
     racers = [Other(begin) for _ in range(4)]
     for number in range(10):
         for racer in racers:
             racer.tell(f"{tmp_path}/deep/run{number}")
         said = [racer.hear() for racer in racers]
         assert said.count("began") == 1, said
-        assert all("another process" in one or "already holds a run" in one for one in said if one != "began"), said
+        assert all(
+            "another process" in one or "already holds a run" in one
+            for one in said
+            if one != "began"
+        ), said
         [row] = History.load(tmp_path / "deep" / f"run{number}").records
         assert row["who"] == racers[said.index("began")].pid
     for racer in racers:
@@ -261,7 +278,10 @@ def test_a_new_folder_is_made_at_the_moment_its_name_is_chosen(tmp_path: Path):
         pass
     assert not (tmp_path / "other").exists(), "nothing is left of a run that never began"
     (tmp_path / "file").touch()
-    with pytest.raises(HessianFlowError, match=r"cannot write run directory .*file/a"), new_folder(tmp_path / "file/a"):
+    with (
+        pytest.raises(HessianFlowError, match=r"cannot write run directory .*file/a"),
+        new_folder(tmp_path / "file/a"),
+    ):
         pass
 
 
@@ -288,10 +308,15 @@ OURS = json.dumps({"environment": {"packages": {"hessianflow": "0"}}})
         ([LOCK, "config.json"], {}),  # a power cut before its content was on the disk
         (["history.jsonl", "settings.yaml"], {"config": OURS}),
         (["settings.yaml", "checkpoints/last.pt.tmp"], {"config": OURS, "history": ""}),
-        (["checkpoints/.last.pt.99999.tmp"], {"config": OURS, "history": json.dumps(event(number=0)) + "\n"}),
+        (
+            ["checkpoints/.last.pt.99999.tmp"],
+            {"config": OURS, "history": json.dumps(event(number=0)) + "\n"},
+        ),
     ],
 )
-def test_a_run_that_died_before_its_first_step_starts_over(names: list[str], texts: dict[str, str], tmp_path: Path):
+def test_a_run_that_died_before_its_first_step_starts_over(
+    names: list[str], texts: dict[str, str], tmp_path: Path
+):
     folder = died(tmp_path / "run", *names, **texts)
     record = Recorder(folder)
     record.start({"settings": {"lr": 0.5}})
@@ -318,7 +343,9 @@ def test_a_run_that_died_before_its_first_step_starts_over(names: list[str], tex
         (["checkpoints/last.pt"], {"config": OURS, "history": ""}),  # to be resumed
     ],
 )
-def test_what_is_not_a_run_that_died_at_once_is_refused_and_kept(names: list[str], texts: dict, tmp_path: Path):
+def test_what_is_not_a_run_that_died_at_once_is_refused_and_kept(
+    names: list[str], texts: dict, tmp_path: Path
+):
     folder = died(tmp_path / "run", *names, **texts)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(HessianFlowError, match=r"is not empty|already holds a run"):
@@ -331,7 +358,12 @@ def test_leftovers_of_a_killed_process_go_when_a_run_goes_on(tmp_path: Path):
     record.start({})
     record.close()
     (tmp_path / "checkpoints").mkdir()
-    torn = [".history.jsonl.1.tmp", "summary.json.tmp", "checkpoints/.last.pt.7.tmp", "checkpoints/previous.pt.tmp"]
+    torn = [
+        ".history.jsonl.1.tmp",
+        "summary.json.tmp",
+        "checkpoints/.last.pt.7.tmp",
+        "checkpoints/previous.pt.tmp",
+    ]
     for name in torn:
         (tmp_path / name).touch()
     (tmp_path / "mine.tmp").touch()

@@ -1,4 +1,5 @@
-"""TensorBoard files read back by TensorBoard's own reader; log lines as the logging module delivers them."""
+"""TensorBoard files read back by TensorBoard's own reader; log lines as the logging module delivers
+them."""
 
 import builtins
 import logging
@@ -44,7 +45,9 @@ def read(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, li
     from tensorboard.util import tensor_util
 
     events = EventAccumulator(str(folder)).Reload()
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    scalars = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
     texts = {
         tag: [tensor_util.make_ndarray(e.tensor_proto).item().decode() for e in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
@@ -58,13 +61,32 @@ def test_every_number_is_a_scalar_over_examples(tmp_path: Path):
     assert not (tmp_path / "tb").exists(), "a run directory must be empty when the run starts"
     sink.write(EPOCH)
     sink.write(BATCH)
-    sink.write({"kind": "event", "epoch": 1, "examples": 50, "updates": 7, "event": "preempted", "message": "stopped"})
+    sink.write(
+        {
+            "kind": "event",
+            "epoch": 1,
+            "examples": 50,
+            "updates": 7,
+            "event": "preempted",
+            "message": "stopped",
+        }
+    )
     sink.close()
     scalars, texts = read(tmp_path / "tb")
     assert scalars["epoch/eval_accuracy"] == [(50, 0.875)]
     assert scalars["batch/to"] == [(50, 16.0)]
     assert set(scalars) == {
-        *(f"epoch/{n}" for n in ("batch_size", "lr", "adversarial_share", "train_loss", "eval_loss", "eval_accuracy")),
+        *(
+            f"epoch/{n}"
+            for n in (
+                "batch_size",
+                "lr",
+                "adversarial_share",
+                "train_loss",
+                "eval_loss",
+                "eval_accuracy",
+            )
+        ),
         "epoch/images_per_second",
         *(f"batch/{n}" for n in ("from", "to", "lr_factor", "adversarial_share")),
     }
@@ -74,7 +96,8 @@ def test_every_number_is_a_scalar_over_examples(tmp_path: Path):
 
 @pytest.mark.parametrize("first", ["epoch", "event"])
 def test_rows_made_again_after_a_resume_are_shown_once(tmp_path: Path, first: str):
-    """Killed after epoch 3, resumed from epoch 1; an event at the checkpoint itself hides nothing made before it."""
+    """Killed after epoch 3, resumed from epoch 1; an event at the checkpoint itself hides nothing
+    made before it."""
     pytest.importorskip("tensorboard")
     sink = TensorBoardSink(tmp_path)
     for epoch in (1, 2, 3):
@@ -82,13 +105,24 @@ def test_rows_made_again_after_a_resume_are_shown_once(tmp_path: Path, first: st
     sink.close()
     again = TensorBoardSink(tmp_path)
     if first == "event":
-        again.write({"kind": "event", "epoch": 1, "examples": 50, "updates": 7, "event": "fallback", "message": "x"})
+        again.write(
+            {
+                "kind": "event",
+                "epoch": 1,
+                "examples": 50,
+                "updates": 7,
+                "event": "fallback",
+                "message": "x",
+            }
+        )
     again.write({**EPOCH, "epoch": 2, "examples": 100, "train_loss": 20.0})
     again.close()
     assert read(tmp_path)[0]["epoch/train_loss"] == [(50, 1.0), (100, 20.0)]
 
 
-def test_a_missing_package_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **options: Any) -> Any:
@@ -109,7 +143,14 @@ def lines(caplog: pytest.LogCaptureFixture):
 
 def test_one_line_per_record(lines):
     sink = LogSink()
-    reading = {"kind": "curvature", "epoch": 1, "examples": 50, "eigenvalue": 12.5, "converged": True, "matvecs": 9}
+    reading = {
+        "kind": "curvature",
+        "epoch": 1,
+        "examples": 50,
+        "eigenvalue": 12.5,
+        "converged": True,
+        "matvecs": 9,
+    }
     event = {"kind": "event", "epoch": 1, "examples": 50, "updates": 7, "message": "because"}
     for record in (
         EPOCH,
@@ -124,7 +165,13 @@ def test_one_line_per_record(lines):
         sink.write(record)
     sink.close()
     assert lines() == [
-        ("INFO", "epoch 1: batch 8, lr 0.1, train loss 0.5, test loss 0.25, test accuracy 0.875, 123 images/s"),
+        (
+            "INFO",
+            (
+                "epoch 1: batch 8, lr 0.1, train loss 0.5, test loss 0.25, test accuracy 0.875, 123"
+                " images/s"
+            ),
+        ),
         ("INFO", "epoch 1: batch 8 -> 16, lr factor 2, adversarial share 0.1: eigenvalue fell"),
         ("INFO", "epoch 1: batch 8, lr factor 0.5, adversarial share 0.1: eigenvalue fell"),
         ("DEBUG", "epoch 1: eigenvalue 12.5 (converged, 9 products)"),

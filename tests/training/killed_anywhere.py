@@ -1,10 +1,12 @@
-"""Kills a run before each of its operations on files, lets it go on, and compares it with one that was left alone.
+"""Kills a run before each of its operations on files, lets it go on, and compares it with one that
+was left alone.
 
     python tests/training/killed_anywhere.py KIND FOLDER [STRIDE]
 
-Every kill is a SIGKILL of a process of its own, before an operation (open, rename, remove, make, link, cut, sync) on a
-path in the run directory. Afterwards the same directory is resumed, where it holds a checkpoint, or started again. In
-the end weights, records and the names of all files must be those of the run that was left alone.
+Every kill is a SIGKILL of a process of its own, before an operation (open, rename, remove, make,
+link, cut, sync) on a path in the run directory. Afterwards the same directory is resumed, where it
+holds a checkpoint, or started again. In the end weights, records and the names of all files must be
+those of the run that was left alone.
 """
 
 import os
@@ -33,7 +35,9 @@ Go = Callable[[Path], object]
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
 
 
@@ -57,7 +61,8 @@ def trainer(run_dir: Path | None, **options: Any) -> AdaptiveBatchTrainer:
 
 
 def rolling_back(run_dir: Path | None) -> AdaptiveBatchTrainer:
-    """The largest batch makes the loss explode: the run goes back to a checkpoint, and stays below it."""
+    """The largest batch makes the loss explode: the run goes back to a checkpoint, and stays below
+    it."""
 
     def poison(inputs: Any, targets: Any, progress: Any) -> Any:
         return (inputs * 1e9 if len(inputs) > 16 else inputs), targets
@@ -67,14 +72,28 @@ def rolling_back(run_dir: Path | None) -> AdaptiveBatchTrainer:
 
 def dual_batch(run_dir: Path) -> Any:
     """Four workers on a parameter server, simulated."""
-    settings: dict[str, Any] = {"data": "fake", "controller": "dual-batch", "epochs": 2, "batch_size": 16}
-    settings |= {"train_examples": 64, "test_examples": 16, "slope": 0.1, "intercept": 1.0, "model": "c1"}
+    settings: dict[str, Any] = {
+        "data": "fake",
+        "controller": "dual-batch",
+        "epochs": 2,
+        "batch_size": 16,
+    }
+    settings |= {
+        "train_examples": 64,
+        "test_examples": 16,
+        "slope": 0.1,
+        "intercept": 1.0,
+        "model": "c1",
+    }
     return build_dual_batch(prepare(TrainConfig(**settings, run_dir=str(run_dir))))
 
 
 KINDS: dict[str, tuple[Go, Go]] = {
     "growing": (lambda folder: trainer(folder).fit(), lambda folder: trainer(None).resume(folder)),
-    "rollback": (lambda folder: rolling_back(folder).fit(), lambda folder: rolling_back(None).resume(folder)),
+    "rollback": (
+        lambda folder: rolling_back(folder).fit(),
+        lambda folder: rolling_back(None).resume(folder),
+    ),
     "dual-batch": (
         lambda folder: dual_batch(folder).fit(),
         lambda folder: build_dual_batch(prepare(load_config(folder))).resume(folder),
@@ -170,7 +189,9 @@ def main(kind: str, place: str, stride: int) -> int:
         shutil.rmtree(broken, ignore_errors=True)
         killed(begin, broken, number)
         kept = sorted(str(path.relative_to(broken)) for path in broken.rglob("*"))
-        resumable = (broken / "checkpoints" / "last.pt").exists() or (broken / "checkpoints" / "previous.pt").exists()
+        resumable = (broken / "checkpoints" / "last.pt").exists() or (
+            broken / "checkpoints" / "previous.pt"
+        ).exists()
         status = 0
         if not (broken / "summary.json").exists():
             status = in_a_process(lambda go=go_on if resumable else begin: go(broken))

@@ -1,4 +1,5 @@
-"""Oracle: the gradient of the mean loss of the whole batch in one pass, float64, by torch.autograd."""
+"""Oracle: the gradient of the mean loss of the whole batch in one pass, float64, by
+torch.autograd."""
 
 import functools
 
@@ -20,11 +21,15 @@ def problem(examples: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]
 
 
 def accumulator(model: nn.Module, loss_fn, **options) -> GradientAccumulator:
-    return GradientAccumulator(model, loss_fn, [p for p in model.parameters() if p.requires_grad], **options)
+    return GradientAccumulator(
+        model, loss_fn, [p for p in model.parameters() if p.requires_grad], **options
+    )
 
 
 def one_pass(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), list(model.parameters())))
+    return list(
+        torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
+    )
 
 
 @pytest.mark.parametrize("examples", [1, 7, 16, 130])
@@ -34,7 +39,9 @@ def test_accumulated_gradient_is_the_one_pass_gradient(examples: int, microbatch
     result = accumulator(model, F.cross_entropy)(batch, microbatch_size)
     for parameter, expected in zip(model.parameters(), one_pass(model, batch), strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-14)
-    assert result.loss.item() == pytest.approx(F.cross_entropy(model(batch[0]), batch[1]).item(), rel=1e-6)
+    assert result.loss.item() == pytest.approx(
+        F.cross_entropy(model(batch[0]), batch[1]).item(), rel=1e-6
+    )
     assert result.hits is not None
     assert result.hits.counted == examples
     assert result.hits.correct.item() == (model(batch[0]).argmax(1) == batch[1]).sum().item()
@@ -62,7 +69,9 @@ def test_old_gradients_never_enter():
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e6)
     accumulator(model, F.cross_entropy)(batch, 4)
-    torch.testing.assert_close(next(model.parameters()).grad, one_pass(model, batch)[0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        next(model.parameters()).grad, one_pass(model, batch)[0], rtol=1e-12, atol=1e-14
+    )
 
 
 class Recorder:
@@ -107,7 +116,9 @@ def test_observers_see_zeros_for_an_unused_parameter():
     recorder = Recorder()
     accumulator(model, F.cross_entropy, observers=[recorder])(batch, 3)
     names = [name for name, _ in model.named_parameters()]
-    assert torch.equal(recorder.parts[0][0][names.index("unused")], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(
+        recorder.parts[0][0][names.index("unused")], torch.zeros(2, dtype=torch.float64)
+    )
     assert model.unused.grad is None
 
 
@@ -132,7 +143,8 @@ def test_no_examples_give_no_gradient():
 
 
 def test_bf16_stays_close_to_float32():
-    """bfloat16 keeps 8 bits: relative errors of a few times 2^-8 in the gradient norm are what to expect."""
+    """bfloat16 keeps 8 bits: relative errors of a few times 2^-8 in the gradient norm are what to
+    expect."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
     batch = (torch.randn(64, 20), torch.randint(4, (64,)))

@@ -27,7 +27,11 @@ def trainer(eval_data: Any = None, **options: Any) -> AdaptiveBatchTrainer:
     torch.manual_seed(0)
     model = options.pop("model", nn.Linear(4, 3))
     batches = options.pop("train_data", AdaptiveBatches(DATA, 16))
-    settings: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "epochs": 2, "show_progress": False}
+    settings: dict[str, Any] = {
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": 2,
+        "show_progress": False,
+    }
     if "optimizer" not in options:
         settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     return AdaptiveBatchTrainer(model, batches, eval_data, **(settings | options))
@@ -36,59 +40,118 @@ def trainer(eval_data: Any = None, **options: Any) -> AdaptiveBatchTrainer:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schedule_unit": "step"}, "schedule_unit must be one of epoch, reference_batch, got 'step'"),
     ({"precision": "fp8"}, "precision must be one of float32, bf16, fp16, got 'fp8'"),
-    ({"precision": torch.float16}, "precision must be one of float32, bf16, fp16, got torch.float16"),
+    (
+        {"precision": torch.float16},
+        "precision must be one of float32, bf16, fp16, got torch.float16",
+    ),
     ({"on_divergence": "skip"}, "on_divergence must be one of stop, rollback, got 'skip'"),
     ({"curvature": "never"}, "curvature must be one of epoch, needed, got 'never'"),
     ({"epochs": 2.5}, "epochs must be a whole number >= 1, got 2.5"),
     ({"epochs": True}, "epochs must be a whole number >= 1, got True"),
     ({"epochs": 0}, "epochs must be a whole number >= 1, got 0"),
     ({"epochs": "3"}, "epochs must be a whole number >= 1, got '3'"),
-    ({"max_grad_norm": 0}, "max_grad_norm must be a finite number > 0, got 0: use None for no clipping"),
+    (
+        {"max_grad_norm": 0},
+        "max_grad_norm must be a finite number > 0, got 0: use None for no clipping",
+    ),
     ({"max_grad_norm": -1.0}, "max_grad_norm must be a finite number > 0, got -1.0"),
     ({"max_grad_norm": float("nan")}, "max_grad_norm must be a finite number > 0, got nan"),
     ({"max_grad_norm": float("inf")}, "max_grad_norm must be a finite number > 0, got inf"),
     ({"max_grad_norm": "1"}, "max_grad_norm must be a finite number > 0, got '1'"),
-    ({"max_loss_ratio": 1}, "max_loss_ratio must be a finite number > 1, got 1: use None for no limit to a finite"),
-    ({"norm_batch_size": -4}, "norm_batch_size must be a whole number >= 0, got -4: use None for the reference batch"),
+    (
+        {"max_loss_ratio": 1},
+        "max_loss_ratio must be a finite number > 1, got 1: use None for no limit to a finite",
+    ),
+    (
+        {"norm_batch_size": -4},
+        "norm_batch_size must be a whole number >= 0, got -4: use None for the reference batch",
+    ),
     ({"norm_batch_size": 2.5}, "norm_batch_size must be a whole number >= 0, got 2.5"),
     (
         {"reference_batch_size": 0},
         "reference_batch_size must be a whole number >= 1, got 0: use None for that of the st",
     ),
-    ({"microbatch_size": 0}, 'microbatch_size must be a whole number >= 1, got 0: use None for the default, or "auto"'),
+    (
+        {"microbatch_size": 0},
+        'microbatch_size must be a whole number >= 1, got 0: use None for the default, or "auto"',
+    ),
     ({"microbatch_size": "largest"}, "microbatch_size must be a whole number >= 1, got 'largest'"),
     ({"checkpoint_examples": 0}, "checkpoint_examples must be a whole number >= 1, got 0"),
     ({"checkpoint_minutes": -1}, "checkpoint_minutes must be a finite number > 0, got -1"),
     ({"keep_checkpoints": 0}, "keep_checkpoints must be a whole number >= 1, got 0"),
     ({"max_rollbacks": -1}, "max_rollbacks must be a whole number >= 0, got -1"),
-    ({"show_progress": "yes"}, r"show_progress must be True, False or None \(on a terminal\), got 'yes'"),
-    ({"controller": "absa"}, r"controller cannot be 'absa', which lacks decision: pass one such as hf.control.ABSA"),
-    ({"controller": ABSA}, "controller cannot be the class ABSA, which lacks an instance: pass one such as"),
-    ({"adversary": "fgsm"}, "adversary cannot be 'fgsm', which lacks attack: pass one such as hf.adversarial.FGSM"),
-    ({"probe": DataLoader(DATA)}, "probe cannot be a DataLoader, which lacks __call__: pass one such as hf.curvature"),
-    ({"observers": GradientMoments()}, "observers must be a list, got a GradientMoments: put it into one"),
-    ({"observers": [lambda: None]}, "observers cannot be a function, which lacks on_microbatch: pass one such as"),
-    ({"measurements": [lambda: {}]}, "measurements cannot be a function, which lacks kind: pass one such as"),
-    ({"sinks": [print]}, "sinks cannot be a builtin_function_or_method, which lacks write: pass one such as"),
-    ({"state": [nn.Linear(1, 1)]}, r'state must name its objects, as {"average": average}, got a list'),
-    ({"state": {"source": torch.Generator()}}, "state cannot be a Generator, which lacks state_dict: pass one such as"),
+    (
+        {"show_progress": "yes"},
+        r"show_progress must be True, False or None \(on a terminal\), got 'yes'",
+    ),
+    (
+        {"controller": "absa"},
+        r"controller cannot be 'absa', which lacks decision: pass one such as hf.control.ABSA",
+    ),
+    (
+        {"controller": ABSA},
+        "controller cannot be the class ABSA, which lacks an instance: pass one such as",
+    ),
+    (
+        {"adversary": "fgsm"},
+        "adversary cannot be 'fgsm', which lacks attack: pass one such as hf.adversarial.FGSM",
+    ),
+    (
+        {"probe": DataLoader(DATA)},
+        "probe cannot be a DataLoader, which lacks __call__: pass one such as hf.curvature",
+    ),
+    (
+        {"observers": GradientMoments()},
+        "observers must be a list, got a GradientMoments: put it into one",
+    ),
+    (
+        {"observers": [lambda: None]},
+        "observers cannot be a function, which lacks on_microbatch: pass one such as",
+    ),
+    (
+        {"measurements": [lambda: {}]},
+        "measurements cannot be a function, which lacks kind: pass one such as",
+    ),
+    (
+        {"sinks": [print]},
+        "sinks cannot be a builtin_function_or_method, which lacks write: pass one such as",
+    ),
+    (
+        {"state": [nn.Linear(1, 1)]},
+        r'state must name its objects, as {"average": average}, got a list',
+    ),
+    (
+        {"state": {"source": torch.Generator()}},
+        "state cannot be a Generator, which lacks state_dict: pass one such as",
+    ),
     ({"transform": "crop"}, "transform must be a function, got 'crop'"),
     ({"loss_fn": "mse"}, "loss_fn must be a function, got 'mse'"),
     ({"before_evaluation": 1}, "before_evaluation must be a function, got 1"),
     ({"after_evaluation": []}, "after_evaluation must be a function, got a list"),
     ({"model": lambda x: x, "optimizer": None}, "model must be a torch.nn.Module, got a function"),
-    ({"train_data": DataLoader(DATA)}, "train_data must be batches whose size can change, got a DataLoader"),
-    ({"eval_data": DATA}, "eval_data must be batches .*, got a TensorDataset, which has single examples at best: use"),
+    (
+        {"train_data": DataLoader(DATA)},
+        "train_data must be batches whose size can change, got a DataLoader",
+    ),
+    (
+        {"eval_data": DATA},
+        "eval_data must be batches .*, got a TensorDataset, which has single examples at best: use",
+    ),
     ({"eval_data": 5}, r"eval_data must be batches \(inputs, targets\), got 5"),
     (
         {"eval_data": iter([DATA.tensors])},
         "eval_data must be iterated after every epoch, and a list_iterator allows it",
     ),
-    ({"eval_data": (pair for pair in [DATA.tensors])}, "and a generator allows it only once: use a list of"),
+    (
+        {"eval_data": (pair for pair in [DATA.tensors])},
+        "and a generator allows it only once: use a list of",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+@pytest.mark.parametrize(
+    ("options", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED]
+)
 def test_refused_before_anything_is_trained(options: dict[str, Any], message: str):
     with pytest.raises(HessianFlowError, match=message) as caught:
         trainer(**options)
@@ -108,21 +171,26 @@ def test_examples_in_a_stream_are_no_batches():
 def test_evaluation_on_the_training_stream_is_refused():
     batches = AdaptiveBatches(DATA, 16)
     with pytest.raises(
-        HessianFlowError, match="eval_data are the training data themselves, which would lose their pla"
+        HessianFlowError,
+        match="eval_data are the training data themselves, which would lose their pla",
     ):
         trainer(batches, train_data=batches)
 
 
 def test_numbers_of_numpy_are_numbers():
     history = trainer(
-        epochs=np.int64(2), max_grad_norm=np.float32(1.0), microbatch_size=np.int32(8), checkpoint_minutes=np.float64(1)
+        epochs=np.int64(2),
+        max_grad_norm=np.float32(1.0),
+        microbatch_size=np.int32(8),
+        checkpoint_minutes=np.float64(1),
     ).fit()
     assert history.summary["status"] == "finished"
 
 
 def test_an_adversary_that_nobody_asks_for_a_share_is_refused():
     with pytest.raises(
-        HessianFlowError, match="the adversary FGSM attacks the share that a controller asks for, and the"
+        HessianFlowError,
+        match="the adversary FGSM attacks the share that a controller asks for, and the",
     ):
         trainer(adversary=FGSM(0.1, value_range=None))
 
@@ -130,14 +198,22 @@ def test_an_adversary_that_nobody_asks_for_a_share_is_refused():
 def test_an_adversary_of_share_0_is_said():
     made = trainer(adversary=FGSM(0.1, value_range=None), controller=FixedBatch(16))
     (row,) = made.fit().of_kind("event")
-    assert row["message"] == "FixedBatch asks for an adversarial share of 0: FGSM attacks nothing until that changes"
+    assert (
+        row["message"]
+        == "FixedBatch asks for an adversarial share of 0: FGSM attacks nothing until that changes"
+    )
 
 
-@pytest.mark.parametrize("controller", [FixedBatch(16, 0.3), AdaBatch(16, 32, every_epochs=1, adversarial_share=0.3)])
+@pytest.mark.parametrize(
+    "controller", [FixedBatch(16, 0.3), AdaBatch(16, 32, every_epochs=1, adversarial_share=0.3)]
+)
 def test_a_share_that_nobody_attacks_is_said_and_recorded_as_0(controller: Any):
     history = trainer(controller=controller, epochs=3).fit()
     (row,) = history.of_kind("event")
-    assert "asks for an adversarial share of 0.3 and there is no adversary: nothing is attacked" in row["message"]
+    assert (
+        "asks for an adversarial share of 0.3 and there is no adversary: nothing is attacked"
+        in row["message"]
+    )
     rows = [*history.epochs, *history.of_kind("batch")]
     assert {row["adversarial_share"] for row in rows} == {0.0}
 
@@ -146,16 +222,23 @@ def test_a_probe_of_another_model_is_refused():
     model, other = nn.Linear(4, 3), nn.Linear(4, 3)
     loss = nn.CrossEntropyLoss()
     probe = CurvatureProbe(other, loss, DATA.tensors)
-    with pytest.raises(HessianFlowError, match="the probe measures another Linear than the model that is trained"):
+    with pytest.raises(
+        HessianFlowError, match="the probe measures another Linear than the model that is trained"
+    ):
         trainer(model=model, probe=probe)
     trainer(model=model, probe=CurvatureProbe(model, loss, DATA.tensors))
-    trainer(model=model, probe=CurvatureProbe(torch.compile(model, backend="eager"), loss, DATA.tensors))
-    trainer(model=nn.Sequential(model), probe=CurvatureProbe(model, loss, DATA.tensors))  # a part of it
+    trainer(
+        model=model, probe=CurvatureProbe(torch.compile(model, backend="eager"), loss, DATA.tensors)
+    )
+    # a part of it
+    trainer(model=nn.Sequential(model), probe=CurvatureProbe(model, loss, DATA.tensors))
     trainer(model=model, probe=probe, state={"average": other})  # kept with the run, so known to it
 
 
 def test_a_probe_of_somebody_else_is_taken_at_its_word():
-    probe = SimpleNamespace(__call__=lambda: None, state_dict=dict, load_state_dict=lambda state: None)
+    probe = SimpleNamespace(
+        __call__=lambda: None, state_dict=dict, load_state_dict=lambda state: None
+    )
     trainer(probe=probe)
 
 
@@ -177,9 +260,18 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             {"transform": lambda x, y, progress: None},
             r"the transform must return a pair \(inputs, targets\), got a N",
         ),
-        ({"transform": lambda x, y, progress: {"x": x}}, "the transform must return a pair .*, got a dict"),
-        ({"loss_fn": lambda o, t: nn.functional.cross_entropy(o, t).detach()}, "the loss depends on nothing that is"),
-        ({"loss_fn": lambda o, t: torch.tensor(1.0), "microbatch_size": 3}, "the loss depends on nothing that is"),
+        (
+            {"transform": lambda x, y, progress: {"x": x}},
+            "the transform must return a pair .*, got a dict",
+        ),
+        (
+            {"loss_fn": lambda o, t: nn.functional.cross_entropy(o, t).detach()},
+            "the loss depends on nothing that is",
+        ),
+        (
+            {"loss_fn": lambda o, t: torch.tensor(1.0), "microbatch_size": 3},
+            "the loss depends on nothing that is",
+        ),
         ({"run_dir": 5}, "a path must be text or a Path, got 5"),
     ],
 )
@@ -190,5 +282,7 @@ def test_what_shows_at_the_first_step_is_one_line(options: dict[str, Any], messa
 
 def test_a_model_frozen_during_the_run_is_one_line():
     made = trainer(transform=lambda x, y, progress: (made.model.requires_grad_(False), (x, y))[1])
-    with pytest.raises(HessianFlowError, match=r"the loss depends on nothing that is trained: .* all .* are frozen"):
+    with pytest.raises(
+        HessianFlowError, match=r"the loss depends on nothing that is trained: .* all .* are frozen"
+    ):
         made.fit()

@@ -18,7 +18,10 @@ from hessianflow.training.progressive import ProgressiveResize
 
 N = 100
 SOURCE = torch.Generator().manual_seed(1)
-IMAGES, TARGETS = torch.randn(N, 1, 4, 4, generator=SOURCE), torch.randint(3, (N,), generator=SOURCE)
+IMAGES, TARGETS = (
+    torch.randn(N, 1, 4, 4, generator=SOURCE),
+    torch.randint(3, (N,), generator=SOURCE),
+)
 
 
 class Foreign:
@@ -49,8 +52,12 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "device": lambda: DeviceBatches(IMAGES, TARGETS, 16),
     "device, in order": lambda: DeviceBatches(IMAGES, TARGETS, 16, shuffle=False),
     "adaptive": lambda: AdaptiveBatches(TensorDataset(IMAGES, TARGETS), 16),
-    "adaptive, in order": lambda: AdaptiveBatches(TensorDataset(IMAGES, TARGETS), 16, shuffle=False),
-    "adaptive, small chunks": lambda: AdaptiveBatches(TensorDataset(IMAGES, TARGETS), 16, chunk_size=5),
+    "adaptive, in order": lambda: AdaptiveBatches(
+        TensorDataset(IMAGES, TARGETS), 16, shuffle=False
+    ),
+    "adaptive, small chunks": lambda: AdaptiveBatches(
+        TensorDataset(IMAGES, TARGETS), 16, chunk_size=5
+    ),
 }
 
 
@@ -61,14 +68,24 @@ def network() -> nn.Module:
 
 def trainer(model: nn.Module, batches: Any, **options: Any) -> AdaptiveBatchTrainer:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    settings: dict[str, Any] = {"epochs": 4, "loss_fn": nn.CrossEntropyLoss(), "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 4,
+        "loss_fn": nn.CrossEntropyLoss(),
+        "show_progress": False,
+    }
     settings["scheduler"] = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     settings["controller"] = AdaBatch(16, 64, every_epochs=1)
-    return AdaptiveBatchTrainer(model, batches, (IMAGES, TARGETS), optimizer=optimizer, **(settings | options))
+    return AdaptiveBatchTrainer(
+        model, batches, (IMAGES, TARGETS), optimizer=optimizer, **(settings | options)
+    )
 
 
 def comparable(history: History) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if "second" not in k} for row in history.records if row["kind"] != "event"]
+    return [
+        {k: v for k, v in row.items() if "second" not in k}
+        for row in history.records
+        if row["kind"] != "event"
+    ]
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
@@ -83,7 +100,9 @@ def look(batches: Any, count: int = 1) -> None:
 
 
 @pytest.mark.parametrize("kind", STREAMS)
-@pytest.mark.parametrize("when", ["before building", "before training", "at every step", "at the ends of epochs"])
+@pytest.mark.parametrize(
+    "when", ["before building", "before training", "at every step", "at the ends of epochs"]
+)
 def test_a_look_at_the_data_changes_nothing(kind: str, when: str):
     """Weights, records and the scheduler end bit for bit as without it."""
     ours, theirs, batches = network(), network(), STREAMS[kind]()
@@ -162,7 +181,9 @@ def test_an_error_in_the_step_keeps_the_batch_for_the_next_try():
         if len(seen) == 5:
             raise RuntimeError("a device that was lost")
 
-    ours.register_forward_pre_hook(lambda module, inputs: fail(module, inputs) if module.training else None)
+    ours.register_forward_pre_hook(
+        lambda module, inputs: fail(module, inputs) if module.training else None
+    )
     made = trainer(ours, Foreign())
     with pytest.raises(RuntimeError, match="a device that was lost"):
         made.fit()
@@ -220,7 +241,8 @@ def test_an_error_after_an_update_repeats_what_follows_it():
 
 
 class Failing:
-    """A sink, a measurement and a controller in one: counts what it is asked, and fails once at a place of choice."""
+    """A sink, a measurement and a controller in one: counts what it is asked, and fails once at a
+    place of choice."""
 
     kind = "counted"
 
@@ -261,10 +283,21 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    "place", ["before", "after", "measurement", "row epoch", "row curvature", "row batch", "row counted", "none"]
+    "place",
+    [
+        "before",
+        "after",
+        "measurement",
+        "row epoch",
+        "row curvature",
+        "row batch",
+        "row counted",
+        "none",
+    ],
 )
 def test_nothing_that_follows_an_update_is_done_twice(place: str):
-    """Asked twice, the controller would double the batch twice; rows and steps of the schedule would be twofold."""
+    """Asked twice, the controller would double the batch twice; rows and steps of the schedule
+    would be twofold."""
     failing, calm = Failing(place), Failing("none")
 
     def run(parts: Failing, model: nn.Module) -> AdaptiveBatchTrainer:
@@ -300,7 +333,9 @@ class Constant:
 def test_a_second_fit_says_that_the_run_is_over():
     made = trainer(network(), STREAMS["device"]())
     made.fit()
-    with pytest.raises(HessianFlowError, match="this run is over, after its 4 epochs: train on with a new trainer"):
+    with pytest.raises(
+        HessianFlowError, match="this run is over, after its 4 epochs: train on with a new trainer"
+    ):
         made.fit()
     trainer(made.model, made.train_data).fit()  # with the same model and data
 
@@ -310,7 +345,9 @@ def test_a_run_directory_is_continued_by_resume(tmp_path):
     made = trainer(ours, STREAMS["adaptive"](), transform=interrupting(9), run_dir=tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         made.fit()
-    with pytest.raises(HessianFlowError, match=r"already holds a run: .* \(from Python: trainer.resume\)"):
+    with pytest.raises(
+        HessianFlowError, match=r"already holds a run: .* \(from Python: trainer.resume\)"
+    ):
         made.fit()
     history = made.resume(tmp_path / "run")
     expected = trainer(theirs, STREAMS["adaptive"]()).fit()
@@ -359,9 +396,15 @@ def test_data_that_leave_out_the_rest_end_their_epochs_all_the_same(looked: bool
     if looked:
         look(batches)
     history = trainer(network(), batches).fit()
-    first = 80 if looked else 96  # nobody can tell that this stream stands inside an epoch: what is left of it is one
+    # nobody can tell that this stream stands inside an epoch: what is left of it is one
+    first = 80 if looked else 96
     assert [row["epoch"] for row in history.epochs] == [1, 2, 3, 4]
-    assert [row["examples"] for row in history.epochs] == [first, first + 96, first + 160, first + 224]
+    assert [row["examples"] for row in history.epochs] == [
+        first,
+        first + 96,
+        first + 160,
+        first + 224,
+    ]
     assert [row["batch_size"] for row in history.epochs] == [16, 32, 64, 64]
     assert history.summary["status"] == "finished"
 
@@ -370,7 +413,11 @@ def test_data_that_leave_out_the_rest_end_their_epochs_all_the_same(looked: bool
 def test_batches_drawn_ahead_end_their_epochs_with_the_data(staleness: int):
     """Twins are made steps before their use, also across the ends of epochs."""
     adversary = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=staleness)
-    options: dict[str, Any] = {"controller": FixedBatch(16, 1.0), "adversary": adversary, "epochs": 3}
+    options: dict[str, Any] = {
+        "controller": FixedBatch(16, 1.0),
+        "adversary": adversary,
+        "epochs": 3,
+    }
     history = trainer(network(), Foreign(drop_last=True), **options).fit()
     assert [row["examples"] for row in history.epochs] == [96, 192, 288]
 
@@ -380,7 +427,9 @@ def test_data_without_a_batch_are_refused():
         def __iter__(self) -> Iterator[Any]:
             return iter(())
 
-    with pytest.raises(HessianFlowError, match="train_data gave no batch in epoch 1: there is nothing to train on"):
+    with pytest.raises(
+        HessianFlowError, match="train_data gave no batch in epoch 1: there is nothing to train on"
+    ):
         trainer(network(), Empty()).fit()
 
 
@@ -427,7 +476,11 @@ def test_stopped_by_a_sink_at_the_end_of_an_epoch(tmp_path, kind: str):
     made = trainer(theirs, STREAMS["device"]())
     made.begin()
     made.run_until(7 + 4)
-    assert (history.summary["status"], history.summary["epochs"], history.summary["updates"]) == ("preempted", 2, 11)
+    assert (history.summary["status"], history.summary["epochs"], history.summary["updates"]) == (
+        "preempted",
+        2,
+        11,
+    )
     assert_same(ours, theirs)
     again = network()
     resumed = trainer(again, STREAMS["device"]()).resume(tmp_path / "run")

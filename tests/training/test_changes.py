@@ -57,7 +57,10 @@ def frozen() -> nn.Sequential:
     return model
 
 
-CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[nn.Sequential], torch.optim.Optimizer], Change]] = {
+CASES: dict[
+    str,
+    tuple[Callable[[], nn.Sequential], Callable[[nn.Sequential], torch.optim.Optimizer], Change],
+] = {
     "freeze": (network, everything, freeze),
     "unfreeze": (frozen, everything, unfreeze),
     "add a group": (network, head_only, add_group),
@@ -75,7 +78,11 @@ def trained(case: str, **options: Any) -> tuple[nn.Sequential, Any]:
             change(model, optimizer)
         return inputs, targets
 
-    settings: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "epochs": 2, "show_progress": False}
+    settings: dict[str, Any] = {
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": 2,
+        "show_progress": False,
+    }
     history = AdaptiveBatchTrainer(
         model, batches(), optimizer=optimizer, transform=transform, **(settings | options)
     ).fit()
@@ -168,7 +175,9 @@ def test_sums_of_gradients_go_on_for_the_parameters_that_stay(case: str):
 
 
 def test_a_controller_that_measures_goes_on_over_a_change():
-    _, history = trained("unfreeze", observers=[GradientMoments(accumulate=True)], controller=DiveBatch(16, 64))
+    _, history = trained(
+        "unfreeze", observers=[GradientMoments(accumulate=True)], controller=DiveBatch(16, 64)
+    )
     assert len(history.of_kind("signals")) == 1
 
 
@@ -185,8 +194,14 @@ def by_clars(kind: type) -> nn.Sequential:
         seen.append((inputs, targets))
         return inputs, targets
 
-    options: dict[str, Any] = {"optimizer": optimizer, "loss_fn": nn.CrossEntropyLoss(), "epochs": 2}
-    AdaptiveBatchTrainer(model, batches(), transform=transform, observers=[norms], show_progress=False, **options).fit()
+    options: dict[str, Any] = {
+        "optimizer": optimizer,
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": 2,
+    }
+    AdaptiveBatchTrainer(
+        model, batches(), transform=transform, observers=[norms], show_progress=False, **options
+    ).fit()
     return model
 
 
@@ -218,7 +233,10 @@ class Deaf:
 
 
 def test_an_observer_that_cannot_be_told_is_named():
-    message = "no longer trained: 0.weight, 0.bias: the observer Deaf cannot be told whose gradients it is shown"
+    message = (
+        "no longer trained: 0.weight, 0.bias: the observer Deaf cannot be told whose gradients it"
+        " is shown"
+    )
     with pytest.raises(HessianFlowError, match=message):
         trained("freeze", observers=[Deaf()])
 
@@ -233,8 +251,10 @@ def test_unfrozen_without_a_group_is_said():
     finally:
         del CASES["stranger"]
     (row,) = [row for row in history.of_kind("event") if row["event"] == "parameters"]
-    assert row["message"] == (
-        "trained from now on: 0.weight, 0.bias; in no group of the optimizer, which does not move it: 0.weight, 0.bias"
+    assert (
+        row["message"]
+        == "trained from now on: 0.weight, 0.bias; in no group of the optimizer, which does not"
+        " move it: 0.weight, 0.bias"
     )
     assert torch.equal(model[0].weight, network()[0].weight)
 
@@ -259,5 +279,7 @@ def test_a_scheduler_that_cannot_follow_an_added_group_is_named():
         transform=transform,
         show_progress=False,
     )
-    with pytest.raises(HessianFlowError, match=r"LambdaLR could not take its step 1: .* has 2 parameter groups now"):
+    with pytest.raises(
+        HessianFlowError, match=r"LambdaLR could not take its step 1: .* has 2 parameter groups now"
+    ):
         run.fit()

@@ -1,4 +1,5 @@
-"""Optimizers that ask for several gradients of one batch: SAM and extrapolation against loops, and torch's LBFGS."""
+"""Optimizers that ask for several gradients of one batch: SAM and extrapolation against loops, and
+torch's LBFGS."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,17 @@ N = 40
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 16)
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 2))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 2)
+    )
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -32,7 +37,12 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any):
-    settings: dict[str, Any] = {"epochs": 2, "loss_fn": F.cross_entropy, "show_progress": False, "norm_batch_size": 0}
+    settings: dict[str, Any] = {
+        "epochs": 2,
+        "loss_fn": F.cross_entropy,
+        "show_progress": False,
+        "norm_batch_size": 0,
+    }
     return AdaptiveBatchTrainer(model, data(), optimizer=optimizer, **(settings | options)).fit()
 
 
@@ -42,7 +52,11 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda model: SAM(sgd(model), rho=0.1, model=model), lambda model: Extrapolation(sgd(model), 0.05)]
+    "make",
+    [
+        lambda model: SAM(sgd(model), rho=0.1, model=model),
+        lambda model: Extrapolation(sgd(model), 0.05),
+    ],
 )
 def test_trains_as_in_a_loop_with_its_closure(make):
     ours, theirs = network(), network()
@@ -71,7 +85,10 @@ def test_radius_zero_is_the_base_optimizer_bit_for_bit():
 
 def test_extrapolation_looks_ahead_along_the_gradient_of_the_whole_batch():
     """However many microbatches it takes; a look-ahead of its own for each would move elsewhere."""
-    ours, theirs = (nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 2)) for _ in range(2))
+    ours, theirs = (
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 2))
+        for _ in range(2)
+    )
     theirs.load_state_dict(ours.state_dict())
     for model, size in ((ours, 5), (theirs, 16)):
         optimizer = Extrapolation(sgd(model.double()), 0.5)
@@ -84,7 +101,12 @@ def test_both_gradients_are_of_the_same_adversarial_examples():
     """The attack runs once a step: its random starts are counted once."""
     model = network()
     adversary = PGD(0.1, value_range=(0.0, 1.0), steps=1)
-    train(model, SAM(sgd(model), rho=0.1, model=model), adversary=adversary, controller=FixedBatch(16, 1.0))
+    train(
+        model,
+        SAM(sgd(model), rho=0.1, model=model),
+        adversary=adversary,
+        controller=FixedBatch(16, 1.0),
+    )
     assert adversary.state_dict()["calls"] == 6
 
 
@@ -105,7 +127,9 @@ def test_lbfgs_gets_its_closure():
 @pytest.mark.parametrize("wrap", [SAM, lambda base: Extrapolation(base, 0.1)])
 def test_loss_scaling_is_refused(wrap):
     optimizer = wrap(sgd(model := network()))
-    message = f"{type(optimizer).__name__} asks for several gradients a step, which loss scaling cannot"
+    message = (
+        f"{type(optimizer).__name__} asks for several gradients a step, which loss scaling cannot"
+    )
     with pytest.raises(HessianFlowError, match=message):
         train(model, optimizer, precision="fp16")
 
@@ -131,7 +155,9 @@ class TwoHalves(torch.optim.SGD):
         super().step()
 
     def step(self, closure=None):
-        assert closure is not None, "Sharpness Aware Minimization requires closure, but it was not provided"
+        assert closure is not None, (
+            "Sharpness Aware Minimization requires closure, but it was not provided"
+        )
         self.first_step()
         closure()
         self.second_step()
@@ -158,7 +184,9 @@ def test_a_sam_of_two_halves_is_that_of_ours(microbatch_size: int):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("error", [AssertionError("requires closure"), TypeError("'NoneType' object is not callable")])
+@pytest.mark.parametrize(
+    "error", [AssertionError("requires closure"), TypeError("'NoneType' object is not callable")]
+)
 def test_a_closure_that_only_looks_optional_is_asked_for_in_one_line(error: Exception):
     class NeedsClosure(torch.optim.SGD):
         def step(self, closure=None):
@@ -169,10 +197,13 @@ def test_a_closure_that_only_looks_optional_is_asked_for_in_one_line(error: Exce
     model = plain_network()
     start = [p.clone() for p in model.parameters()]
     with pytest.raises(
-        HessianFlowError, match=r"NeedsClosure.step\(\) asks for a closure .* set `wants_closure = True`"
+        HessianFlowError,
+        match=r"NeedsClosure.step\(\) asks for a closure .* set `wants_closure = True`",
     ):
         train(model, NeedsClosure(model.parameters(), lr=0.1), transform=as_double)
-    assert all(torch.equal(before, after) for before, after in zip(start, model.parameters(), strict=True))
+    assert all(
+        torch.equal(before, after) for before, after in zip(start, model.parameters(), strict=True)
+    )
     optimizer = NeedsClosure(model.parameters(), lr=0.1)
     optimizer.wants_closure = True
     assert train(model, optimizer, transform=as_double).summary["status"] == "finished"
@@ -200,7 +231,9 @@ class Newton(torch.optim.Optimizer):
 
     def step(self, closure=None):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        product = torch.autograd.grad([p.grad for p in params], params, [torch.ones_like(p) for p in params])
+        product = torch.autograd.grad(
+            [p.grad for p in params], params, [torch.ones_like(p) for p in params]
+        )
         self.seen.append([product[0].clone(), params[0].grad.detach().clone()])
         with torch.no_grad():
             for p, rows in zip(params, product, strict=True):
@@ -239,7 +272,8 @@ def batches_of(optimizer: Newton) -> DeviceBatches:
 def test_second_derivatives_under_loss_scaling_are_refused():
     model = network()
     with pytest.raises(
-        HessianFlowError, match="Newton differentiates the gradient again, which it cannot where losses"
+        HessianFlowError,
+        match="Newton differentiates the gradient again, which it cannot where losses",
     ):
         train(model, Newton(model.parameters()), precision="fp16")
 
@@ -247,10 +281,15 @@ def test_second_derivatives_under_loss_scaling_are_refused():
 def test_what_is_no_optimizer_is_refused():
     model = network()
     two = [sgd(model), sgd(model)]
-    with pytest.raises(HessianFlowError, match="optimizer must be one optimizer, got 2 of them: put them behind one"):
+    with pytest.raises(
+        HessianFlowError,
+        match="optimizer must be one optimizer, got 2 of them: put them behind one",
+    ):
         train(model, two)
     functional = SimpleNamespace(init=lambda params: None, update=lambda grads, state: None)
     listed = SimpleNamespace(param_groups=[tuple(model.parameters())], step=print, state_dict=dict)
     for made in (functional, listed, "sgd", None):
-        with pytest.raises(HessianFlowError, match="optimizer must be a torch optimizer, with param_groups, step"):
+        with pytest.raises(
+            HessianFlowError, match="optimizer must be a torch optimizer, with param_groups, step"
+        ):
             train(model, made)

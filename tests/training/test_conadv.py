@@ -1,4 +1,5 @@
-"""ConAdv in the trainer: against loops written out in full, id traces, clean-only statistics, itself interrupted."""
+"""ConAdv in the trainer: against loops written out in full, id traces, clean-only statistics,
+itself interrupted."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def data(batch_size: int = BATCH) -> DeviceBatches:
 
 def network(split: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)
+    )
     return split_batch_norm(model) if split else model
 
 
@@ -36,10 +39,19 @@ def attack() -> FGSM:
 
 
 def trainer(model: nn.Module, adversary: Any, batches: DeviceBatches | None = None, **options: Any):
-    settings: dict[str, Any] = {"epochs": 2, "loss_fn": F.cross_entropy, "show_progress": False, "norm_batch_size": 0}
-    settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=options.pop("lr", 0.1), momentum=0.9)
+    settings: dict[str, Any] = {
+        "epochs": 2,
+        "loss_fn": F.cross_entropy,
+        "show_progress": False,
+        "norm_batch_size": 0,
+    }
+    settings["optimizer"] = torch.optim.SGD(
+        model.parameters(), lr=options.pop("lr", 0.1), momentum=0.9
+    )
     settings["controller"] = FixedBatch((batches or data()).batch_size, 1.0)
-    return AdaptiveBatchTrainer(model, batches or data(), adversary=adversary, **(settings | options))
+    return AdaptiveBatchTrainer(
+        model, batches or data(), adversary=adversary, **(settings | options)
+    )
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
@@ -65,7 +77,8 @@ def test_staleness_zero_is_the_synchronous_method_bit_for_bit(combine: Any):
 
 
 def test_staleness_two_is_the_published_algorithm():
-    """Algorithm 1 written out: the twins of step t come from the weights (and statistics) of step t - 2."""
+    """Algorithm 1 written out: the twins of step t come from the weights (and statistics) of step t
+    - 2."""
     ours, theirs = network(), network()
     trainer(ours, ConcurrentAdversary(attack(), staleness=2), norm_statistics="running").fit()
     optimizer, batches = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9), data()
@@ -99,11 +112,18 @@ def test_what_is_attacked_is_trained_on_two_steps_later_across_the_ends_of_epoch
             return super().perturb(model, inputs, targets, share, microbatch_size)
 
     model = network()
-    model.register_forward_pre_hook(lambda m, args: trained.append(numbers(args[0])) if m.training else None)
-    history = trainer(model, ConcurrentAdversary(Recording(1e-4, value_range=RANGE), staleness=2), batches).fit()
+    model.register_forward_pre_hook(
+        lambda m, args: trained.append(numbers(args[0])) if m.training else None
+    )
+    history = trainer(
+        model, ConcurrentAdversary(Recording(1e-4, value_range=RANGE), staleness=2), batches
+    ).fit()
     clean, twins = [*trained[:2], *trained[2::2]], trained[3::2]
     assert attacked == twins == clean[2:]
-    expected = [(x[:, 0, 0, 0] * N).round().int().tolist() for x, _ in [*data_again(batches), *data_again(batches, 1)]]
+    expected = [
+        (x[:, 0, 0, 0] * N).round().int().tolist()
+        for x, _ in [*data_again(batches), *data_again(batches, 1)]
+    ]
     assert clean == expected
     assert [row["examples"] for row in history.epochs] == [N, 2 * N]  # clean rows alone are counted
     assert [row["updates"] for row in history.epochs] == [7, 14]
@@ -117,7 +137,8 @@ def data_again(batches: DeviceBatches, epoch: int = 0) -> list[Any]:
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize("microbatch", [8, 3])
 def test_main_statistics_are_those_of_clean_training(staleness: int, microbatch: int):
-    """With a rate of 0 the weights stay, so the running statistics depend on what was normalised alone."""
+    """With a rate of 0 the weights stay, so the running statistics depend on what was normalised
+    alone."""
     split, plain = network(split=True), network()
     options = {"lr": 0.0, "microbatch_size": microbatch, "norm_batch_size": 4}
     trainer(split, ConcurrentAdversary(attack(), staleness=staleness), **options).fit()
@@ -135,7 +156,9 @@ def test_evaluation_and_probe_use_the_main_set_alone():
         model = network(split=True)
         evaluation = data().examples(torch.arange(N))
         probe = CurvatureProbe(model, F.cross_entropy, evaluation, seed=0)
-        made = trainer(model, ConcurrentAdversary(attack()), eval_data=evaluation, probe=probe, lr=0.0)
+        made = trainer(
+            model, ConcurrentAdversary(attack()), eval_data=evaluation, probe=probe, lr=0.0
+        )
         if ruin:
             with torch.no_grad():
                 model[1].adversarial.weight.fill_(50.0)
@@ -148,7 +171,9 @@ class Growing(FixedBatch):
     """Doubles the batch and the rate after 24 examples."""
 
     def update(self, progress, reading=None, signals=None):
-        self._decision = Decision(16, 2.0, 1.0, "grown") if progress.examples >= 24 else Decision(8, 1.0, 1.0)
+        self._decision = (
+            Decision(16, 2.0, 1.0, "grown") if progress.examples >= 24 else Decision(8, 1.0, 1.0)
+        )
         return self._decision
 
     @property
@@ -159,10 +184,16 @@ class Growing(FixedBatch):
         return True
 
 
-@pytest.mark.parametrize(("staleness", "late", "rest"), [(0, 3, [16, 10]), (1, 4, [9, 9]), (2, 5, [10])])
-def test_a_growth_arrives_staleness_steps_late_and_brings_its_rate(staleness: int, late: int, rest: list[int]):
+@pytest.mark.parametrize(
+    ("staleness", "late", "rest"), [(0, 3, [16, 10]), (1, 4, [9, 9]), (2, 5, [10])]
+)
+def test_a_growth_arrives_staleness_steps_late_and_brings_its_rate(
+    staleness: int, late: int, rest: list[int]
+):
     model = network()
-    made = trainer(model, ConcurrentAdversary(attack(), staleness=staleness), controller=Growing(8), epochs=1)
+    made = trainer(
+        model, ConcurrentAdversary(attack(), staleness=staleness), controller=Growing(8), epochs=1
+    )
     steps: list[tuple[int, float]] = []
     rates = made._loop.totals.add
     made._loop.totals.add = lambda result, update, decision, rate: (
@@ -191,7 +222,9 @@ def test_resumed_in_mid_epoch_it_ends_bit_for_bit_the_same(staleness: int, tmp_p
 
     def make(run_dir: Path | None, split: nn.Module, **options: Any) -> AdaptiveBatchTrainer:
         adversary = ConcurrentAdversary(PGD(0.1, value_range=RANGE, steps=2), staleness=staleness)
-        return trainer(split, adversary, controller=Growing(8), run_dir=run_dir, epochs=3, **options)
+        return trainer(
+            split, adversary, controller=Growing(8), run_dir=run_dir, epochs=3, **options
+        )
 
     whole, broken, again = (network(split=True) for _ in range(3))
     make(None, whole, observers=[GradientMoments()]).fit()
@@ -208,7 +241,8 @@ def test_resumed_in_mid_epoch_it_ends_bit_for_bit_the_same(staleness: int, tmp_p
 
 
 def test_after_a_divergence_the_queue_goes_back_and_is_held_too(tmp_path: Path):
-    """The weights are ruined once, while batches drawn at twice the rate are queued: they get the held rate."""
+    """The weights are ruined once, while batches drawn at twice the rate are queued: they get the
+    held rate."""
 
     class Glitch(torch.optim.SGD):
         steps = 0
@@ -221,8 +255,16 @@ def test_after_a_divergence_the_queue_goes_back_and_is_held_too(tmp_path: Path):
                     self.param_groups[0]["params"][0].fill_(float("nan"))
 
     model = network(split=True)
-    options = {"run_dir": tmp_path / "run", "on_divergence": "rollback", "checkpoint_examples": 8, "epochs": 3}
-    optimizer, adversary = Glitch(model.parameters(), lr=0.1), ConcurrentAdversary(attack(), staleness=2)
+    options = {
+        "run_dir": tmp_path / "run",
+        "on_divergence": "rollback",
+        "checkpoint_examples": 8,
+        "epochs": 3,
+    }
+    optimizer, adversary = (
+        Glitch(model.parameters(), lr=0.1),
+        ConcurrentAdversary(attack(), staleness=2),
+    )
     made = trainer(model, adversary, controller=Growing(8), optimizer=optimizer, **options)
     steps: list[tuple[int, float]] = []
     add = made._loop.totals.add
@@ -232,16 +274,20 @@ def test_after_a_divergence_the_queue_goes_back_and_is_held_too(tmp_path: Path):
     )
     history = made.fit()
     assert [row["event"] for row in history.of_kind("event")] == ["diverged", "rollback"]
-    assert steps[5:9] == [(10, 0.2), (10, 0.1), (16, 0.1), (8, 0.1)]  # ruined; it and the other queued one; new
+    # ruined; it and the other queued one; new
+    assert steps[5:9] == [(10, 0.2), (10, 0.1), (16, 0.1), (8, 0.1)]
     assert all(rate == 0.1 for _, rate in steps[6:])
     assert sum(examples for examples, _ in steps) == 3 * N + 10
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
 def test_the_gain_of_the_twins_is_recorded():
-    """Fixed weights, one batch: the loss of the twins minus that of the clean rows, each by hand."""
+    """Fixed weights, one batch: the loss of the twins minus that of the clean rows, each by
+    hand."""
     model, whole = network(), data(N)
-    history = trainer(model, ConcurrentAdversary(attack(), staleness=0), whole, lr=0.0, epochs=1).fit()
+    history = trainer(
+        model, ConcurrentAdversary(attack(), staleness=0), whole, lr=0.0, epochs=1
+    ).fit()
     model = network()
     x, y = next(iter(data(N)))
     twins = fgsm(model, x, y, 0.1, value_range=RANGE)
@@ -255,7 +301,9 @@ def test_a_share_makes_twins_of_that_share_and_every_row_counts_alike():
     """Share 1/2 of 8 rows: the gradient is the summed loss of 12 rows over 8."""
     ours, theirs = network().eval(), network().eval()
     controller = FixedBatch(BATCH, 0.5)
-    made = trainer(ours, ConcurrentAdversary(attack(), staleness=0), controller=controller, epochs=1)
+    made = trainer(
+        ours, ConcurrentAdversary(attack(), staleness=0), controller=controller, epochs=1
+    )
     x, y = next(iter(data()))
     gradient = made._loop.step._clipped_gradient
     seen: list[Tensor] = []
@@ -270,9 +318,13 @@ def test_a_share_makes_twins_of_that_share_and_every_row_counts_alike():
     theirs.train()
     twins = fgsm(theirs, x, y, 0.1, value_range=RANGE)[1::2]
     made.fit()
-    loss = F.cross_entropy(theirs(x), y, reduction="sum") + F.cross_entropy(theirs(twins), y[1::2], reduction="sum")
+    loss = F.cross_entropy(theirs(x), y, reduction="sum") + F.cross_entropy(
+        theirs(twins), y[1::2], reduction="sum"
+    )
     expected = torch.autograd.grad(loss / 8, list(theirs.parameters()))
-    torch.testing.assert_close(seen[0], torch.cat([g.flatten() for g in expected]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        seen[0], torch.cat([g.flatten() for g in expected]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_share_zero_is_clean_training():
@@ -283,7 +335,8 @@ def test_share_zero_is_clean_training():
 
 
 def test_observers_see_the_mean_gradient_whatever_is_summed():
-    """Of the sum of two means `.grad` is twice the mean over all rows: the observer is shown the mean."""
+    """Of the sum of two means `.grad` is twice the mean over all rows: the observer is shown the
+    mean."""
     shown: list[Tensor] = []
 
     class Recorder(GradientMoments):
@@ -301,7 +354,8 @@ def test_observers_see_the_mean_gradient_whatever_is_summed():
 
 
 def test_out_of_memory_repeats_step_and_attack(tmp_path: Path):
-    """Memory runs out once, in the pass of the twins: the run ends as one with that microbatch from the start."""
+    """Memory runs out once, in the pass of the twins: the run ends as one with that microbatch from
+    the start."""
 
     class Small(nn.Module):
         def __init__(self, limit: int) -> None:
@@ -323,6 +377,9 @@ def test_out_of_memory_repeats_step_and_attack(tmp_path: Path):
 
 
 def test_staleness_must_fit_in_the_run():
-    with pytest.raises(HessianFlowError, match="staleness must be smaller than the number of steps, got 14 for a run"):
+    with pytest.raises(
+        HessianFlowError,
+        match="staleness must be smaller than the number of steps, got 14 for a run",
+    ):
         trainer(network(), ConcurrentAdversary(attack(), staleness=14))
     trainer(network(), ConcurrentAdversary(attack(), staleness=13)).fit()

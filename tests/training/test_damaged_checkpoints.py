@@ -1,4 +1,5 @@
-"""A last checkpoint that holds anything but what was saved: the one before it is used, and the run ends the same."""
+"""A last checkpoint that holds anything but what was saved: the one before it is used, and the run
+ends the same."""
 
 import shutil
 from collections.abc import Callable
@@ -23,11 +24,16 @@ Change = Callable[[dict[str, Any]], None]
 
 
 def trainer(run_dir: Path | None) -> AdaptiveBatchTrainer:
-    """With something of everything: momentum, schedule, controller, adversary, probe, batch normalisation."""
+    """With something of everything: momentum, schedule, controller, adversary, probe, batch
+    normalisation."""
     torch.manual_seed(0)
-    images = torch.randint(256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return AdaptiveBatchTrainer(
         model,
@@ -47,7 +53,8 @@ def trainer(run_dir: Path | None) -> AdaptiveBatchTrainer:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of all epochs; its last checkpoint is of the end, the one before it of the epoch before."""
+    """A run of all epochs; its last checkpoint is of the end, the one before it of the epoch
+    before."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     trainer(folder).fit()
     (folder / "summary.json").unlink()
@@ -91,7 +98,10 @@ OTHERS = {"none": None, "number": 5, "text": "x", "list": [1, [2]], "tensor": to
 
 @pytest.mark.parametrize("kind", ["missing", *OTHERS])
 def test_every_entry_is_checked_before_any_is_used(kind: str, whole: Path, tmp_path: Path):
-    names = sorted(torch.load(whole / "checkpoints" / "last.pt", weights_only=True).keys() - {"format", "version"})
+    names = sorted(
+        torch.load(whole / "checkpoints" / "last.pt", weights_only=True).keys()
+        - {"format", "version"}
+    )
     for name in names:
 
         def change(state: dict[str, Any], name: str = name) -> None:
@@ -100,7 +110,11 @@ def test_every_entry_is_checked_before_any_is_used(kind: str, whole: Path, tmp_p
             else:
                 state[name] = OTHERS.get(kind)
 
-        if (name, kind) not in (("optimizer_class", "text"), ("examples", "number"), ("updates", "number")):
+        if (name, kind) not in (
+            ("optimizer_class", "text"),
+            ("examples", "number"),
+            ("updates", "number"),
+        ):
             assert_falls_back(whole, damaged(whole, tmp_path / name, change), name)
 
 
@@ -131,14 +145,22 @@ DAMAGES: dict[str, Change] = {
     "weights that are text": lambda s: first_weight(s, lambda w: "weights"),
     "infinite weights": lambda s: first_weight(s, lambda w: w / 0),
     "sparse weights": lambda s: first_weight(s, lambda w: w.to_sparse()),
-    "quantized weights": lambda s: first_weight(s, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)),
+    "quantized weights": lambda s: first_weight(
+        s, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)
+    ),
     "no weights": lambda s: s["model"].clear(),
-    "momentum of another shape": lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.ones(3, 3)),
+    "momentum of another shape": lambda s: s["optimizer"]["state"][0].update(
+        momentum_buffer=torch.ones(3, 3)
+    ),
     "momentum that is text": lambda s: s["optimizer"]["state"][0].update(momentum_buffer="x"),
-    "momentum of no weight": lambda s: s["optimizer"]["state"].update({99: {"momentum_buffer": torch.ones(1)}}),
+    "momentum of no weight": lambda s: s["optimizer"]["state"].update(
+        {99: {"momentum_buffer": torch.ones(1)}}
+    ),
     "momentum that is a list": lambda s: s["optimizer"]["state"].update({0: [1]}),
     "a rate that is text": lambda s: s["optimizer"]["param_groups"][0].update(lr="x"),
-    "momentum that is infinite": lambda s: s["optimizer"]["param_groups"][0].update(momentum=float("inf")),
+    "momentum that is infinite": lambda s: s["optimizer"]["param_groups"][0].update(
+        momentum=float("inf")
+    ),
     "an option that is missing": lambda s: s["optimizer"]["param_groups"][0].pop("dampening"),
     "a flag that is a list": lambda s: s["optimizer"]["param_groups"][0].update(nesterov=[1]),
     "no parameter groups": lambda s: s["optimizer"].update(param_groups=[]),
@@ -199,7 +221,9 @@ def test_a_part_that_cannot_be_put_back_changes_no_file(whole: Path, tmp_path: P
         raise KeyError("gone")
 
     made.controller.load_state_dict = broken
-    with pytest.raises(HessianFlowError, match=r"the checkpoint in .* cannot be put back: .* \(KeyError: 'gone'\)"):
+    with pytest.raises(
+        HessianFlowError, match=r"the checkpoint in .* cannot be put back: .* \(KeyError: 'gone'\)"
+    ):
         made.resume(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 

@@ -15,11 +15,16 @@ from hessianflow.data import DeviceBatches
 from hessianflow.training.divergence import DivergencePolicy, hold, rate_rule
 
 
-def trainer(run_dir: Path | None, poison_above: int, stop_at: int = 0, **options) -> AdaptiveBatchTrainer:
-    """The batch doubles after every epoch; one above `poison_above` makes the loss explode; may stop at a step."""
+def trainer(
+    run_dir: Path | None, poison_above: int, stop_at: int = 0, **options
+) -> AdaptiveBatchTrainer:
+    """The batch doubles after every epoch; one above `poison_above` makes the loss explode; may
+    stop at a step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    images = torch.randint(256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 4)
 
     steps = []
@@ -54,7 +59,8 @@ def test_rollback_undoes_the_growth_and_holds_the_batch(tmp_path: Path):
     assert "held at 8" in history.of_kind("batch")[-1]["reason"]
     assert [r["batch_size"] for r in history.epochs] == [4, 8, 8, 8, 8]
     assert all(r["train_loss"] < 10 for r in history.epochs)
-    # This controller grows the batch at the same rate, so holding it leaves the rate alone; at 32 it halves the rate.
+    # This controller grows the batch at the same rate, so holding it leaves the rate alone; at 32
+    # it halves the rate.
     assert [r["lr"] for r in history.epochs] == pytest.approx([0.01] * 4 + [0.005])
 
 
@@ -100,11 +106,22 @@ def test_hold_keeps_the_proportion():
 
 
 def test_a_held_rate_stays_below_that_before_the_growth():
-    """4 -> 8 at the same rate: p is 0, and a controller that then goes 2, 4, 8 times as fast is not followed."""
+    """4 -> 8 at the same rate: p is 0, and a controller that then goes 2, 4, 8 times as fast is not
+    followed."""
     power, factor = rate_rule([{"from": 4, "to": 8, "lr_factor": 1.0}])
-    assert [hold(Decision(8, f), 4, power, factor).lr_factor for f in (0.5, 1.0, 2.0, 8.0)] == [0.5, 1.0, 1.0, 1.0]
-    rows = [{"from": 800, "to": 1600, "lr_factor": 2.0}, {"from": 1600, "to": 2000, "lr_factor": 4.0}]
-    assert hold(Decision(2000, 4.0), 1600, *rate_rule(rows)).lr_factor == 2.0, "the growth is undone, rate and all"
+    assert [hold(Decision(8, f), 4, power, factor).lr_factor for f in (0.5, 1.0, 2.0, 8.0)] == [
+        0.5,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    rows = [
+        {"from": 800, "to": 1600, "lr_factor": 2.0},
+        {"from": 1600, "to": 2000, "lr_factor": 4.0},
+    ]
+    assert hold(Decision(2000, 4.0), 1600, *rate_rule(rows)).lr_factor == 2.0, (
+        "the growth is undone, rate and all"
+    )
 
 
 def test_nothing_is_held_without_a_cap():
@@ -112,9 +129,13 @@ def test_nothing_is_held_without_a_cap():
 
 
 def test_the_rate_rule_is_read_off_the_last_growth():
-    """Worked by hand: 4 -> 16 at factors 1 -> 4, 1 -> 2 and 1 -> 1; then a growth after a step of the factor."""
+    """Worked by hand: 4 -> 16 at factors 1 -> 4, 1 -> 2 and 1 -> 1; then a growth after a step of
+    the factor."""
     for factor, power in ((4.0, 1.0), (2.0, 0.5), (1.0, 0.0), (0.5, 0.0), (9.0, 1.0)):
-        assert rate_rule([{"from": 4, "to": 16, "lr_factor": factor}]) == (pytest.approx(power), 1.0)
+        assert rate_rule([{"from": 4, "to": 16, "lr_factor": factor}]) == (
+            pytest.approx(power),
+            1.0,
+        )
     rows = [{"from": 4, "to": 4, "lr_factor": 3.0}, {"from": 4, "to": 16, "lr_factor": 6.0}]
     later = {"from": 16, "to": 16, "lr_factor": 0.1}
     assert rate_rule([*rows, later]) == (pytest.approx(0.5), 3.0)

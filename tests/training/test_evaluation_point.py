@@ -27,8 +27,14 @@ def linear() -> nn.Linear:
     return nn.Linear(4, 3)
 
 
-def trainer(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> AdaptiveBatchTrainer:
-    settings: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "epochs": 3, "show_progress": False}
+def trainer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any
+) -> AdaptiveBatchTrainer:
+    settings: dict[str, Any] = {
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": 3,
+        "show_progress": False,
+    }
     data = AdaptiveBatches(TensorDataset(*PAIR), 16)
     return AdaptiveBatchTrainer(model, data, PAIR, optimizer=optimizer, **(settings | options))
 
@@ -71,7 +77,10 @@ class Averaging(torch.optim.SGD):
 def means_by_hand(epochs: int) -> list[float]:
     """Losses at the mean of all points of plain SGD, after each epoch."""
     model, points, losses = linear(), [], []
-    optimizer, stream = torch.optim.SGD(model.parameters(), lr=0.5), AdaptiveBatches(TensorDataset(*PAIR), 16)
+    optimizer, stream = (
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        AdaptiveBatches(TensorDataset(*PAIR), 16),
+    )
     for _ in range(epochs):
         for inputs, targets in stream:
             optimizer.zero_grad()
@@ -96,14 +105,18 @@ def test_an_optimizer_with_two_points_is_evaluated_at_its_mean_and_trained_at_it
 def test_checkpoints_hold_the_training_point_and_the_best_one_the_mean(tmp_path: Path):
     model = linear()
     history = trainer(model, Averaging(model.parameters()), run_dir=tmp_path / "run").fit()
-    last, best = (checkpoints.load(tmp_path / "run" / "checkpoints" / name) for name in ("last.pt", "best.pt"))
+    last, best = (
+        checkpoints.load(tmp_path / "run" / "checkpoints" / name) for name in ("last.pt", "best.pt")
+    )
     assert torch.equal(last["model"]["weight"], model.weight)
     averaged = linear()
     averaged.load_state_dict(best["model"])
     accuracies = [row["eval_accuracy"] for row in history.epochs]
     found = evaluate(averaged, PAIR, nn.CrossEntropyLoss())
     assert found.accuracy == max(accuracies)
-    assert found.loss == pytest.approx(history.epochs[accuracies.index(max(accuracies))]["eval_loss"], rel=1e-6)
+    assert found.loss == pytest.approx(
+        history.epochs[accuracies.index(max(accuracies))]["eval_loss"], rel=1e-6
+    )
 
 
 def test_such_a_run_is_resumed(tmp_path: Path):
@@ -160,7 +173,10 @@ def test_an_average_is_evaluated_and_put_back(tmp_path: Path):
     found = evaluate(average.module, PAIR, nn.CrossEntropyLoss()).loss
     assert history.epochs[-1]["eval_loss"] == pytest.approx(found, rel=1e-6)
     assert swap.calls == ["before", "after"] * 3
-    assert torch.equal(checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["model"]["weight"], model.weight)
+    assert torch.equal(
+        checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["model"]["weight"],
+        model.weight,
+    )
 
 
 def test_weights_are_put_back_after_an_evaluation_that_failed():
@@ -173,7 +189,9 @@ def test_weights_are_put_back_after_an_evaluation_that_failed():
             raise OSError("the evaluation data are gone")
         return nn.functional.cross_entropy(outputs, targets)
 
-    made = trainer(model, optimizer, loss_fn=fail, before_evaluation=swap.into, after_evaluation=swap.back)
+    made = trainer(
+        model, optimizer, loss_fn=fail, before_evaluation=swap.into, after_evaluation=swap.back
+    )
     with pytest.raises(OSError, match="the evaluation data are gone"):
         made.fit()
     assert swap.calls == ["before", "after"]
@@ -206,14 +224,18 @@ def test_the_best_of_a_regression_is_that_of_the_lowest_loss(tmp_path: Path):
     assert losses.index(min(losses)) == 2
     best = nn.Linear(4, 1)
     best.load_state_dict(checkpoints.load(tmp_path / "run" / "checkpoints" / "best.pt")["model"])
-    assert evaluate(best, (INPUTS, targets), nn.MSELoss()).loss == pytest.approx(min(losses), rel=1e-6)
+    assert evaluate(best, (INPUTS, targets), nn.MSELoss()).loss == pytest.approx(
+        min(losses), rel=1e-6
+    )
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best():
     from hessianflow.training.state import Counters
 
     counters = Counters()
-    assert [counters.is_best(None, loss) for loss in (float("nan"), 2.0, float("nan"), 3.0, 1.0)] == [
+    assert [
+        counters.is_best(None, loss) for loss in (float("nan"), 2.0, float("nan"), 3.0, 1.0)
+    ] == [
         False,
         True,
         False,
@@ -226,10 +248,16 @@ def test_a_loss_that_is_not_finite_is_never_the_best():
 @pytest.mark.parametrize("read", [1, 3, 5])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("kind", ["device", "adaptive"])
-def test_data_that_somebody_has_read_from_are_evaluated_from_the_first_example(kind: str, shuffle: bool, read: int):
-    """A look at a batch, or an evaluation that was interrupted; 5 of 5 batches leave nothing. Oracle: one pass."""
+def test_data_that_somebody_has_read_from_are_evaluated_from_the_first_example(
+    kind: str, shuffle: bool, read: int
+):
+    """A look at a batch, or an evaluation that was interrupted; 5 of 5 batches leave nothing.
+    Oracle: one pass."""
     source = torch.Generator().manual_seed(4)
-    inputs, targets = torch.randn(40, 3, generator=source), torch.randint(3, (40,), generator=source)
+    inputs, targets = (
+        torch.randn(40, 3, generator=source),
+        torch.randint(3, (40,), generator=source),
+    )
     model, loss_fn = nn.Linear(3, 3), nn.CrossEntropyLoss()
     expected = float(loss_fn(model(inputs), targets).detach())
     if kind == "device":
@@ -244,4 +272,6 @@ def test_data_that_somebody_has_read_from_are_evaluated_from_the_first_example(k
         assert found.loss == pytest.approx(expected, rel=1e-6)
     next(iter(data))
     product = HessianOperator(model, loss_fn, data) @ torch.ones(12)
-    torch.testing.assert_close(product, HessianOperator(model, loss_fn, (inputs, targets)) @ torch.ones(12))
+    torch.testing.assert_close(
+        product, HessianOperator(model, loss_fn, (inputs, targets)) @ torch.ones(12)
+    )

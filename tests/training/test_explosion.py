@@ -18,10 +18,16 @@ from hessianflow.training.explosion import ExplosionRule, streak_needed
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 HEALTHY: dict[str, Draw] = {
     "log-normal": lambda source, n: np.exp(2.5 * source.standard_normal(n)),
-    "claims, most batches without": lambda source, n: np.where(source.random(n) < 0.7, 1e-3, 1e5 * source.random(n)),
-    "claims, every other batch with": lambda source, n: np.where(source.random(n) < 0.5, 1e-3, 1e5 * source.random(n)),
+    "claims, most batches without": lambda source, n: np.where(
+        source.random(n) < 0.7, 1e-3, 1e5 * source.random(n)
+    ),
+    "claims, every other batch with": lambda source, n: np.where(
+        source.random(n) < 0.5, 1e-3, 1e5 * source.random(n)
+    ),
     "Pareto without a variance": lambda source, n: source.pareto(1.2, n),
-    "falling from unscaled targets": lambda source, n: 1e9 / (1 + np.arange(n)) ** 2 * source.random(n),
+    "falling from unscaled targets": lambda source, n: (
+        1e9 / (1 + np.arange(n)) ** 2 * source.random(n)
+    ),
     "rising slowly": lambda source, n: (1 + np.arange(n)) * source.random(n),
 }
 
@@ -31,12 +37,17 @@ def test_healthy_losses_pass(name: str):
     """1,000 runs of 300 updates; the rule allows one in 10,000 for each of the first numbers of
     losses known."""
     source = np.random.default_rng(0)
-    stopped = sum(ExplosionRule(100).first_bad(HEALTHY[name](source, 300).tolist()) is not None for _ in range(1000))
+    stopped = sum(
+        ExplosionRule(100).first_bad(HEALTHY[name](source, 300).tolist()) is not None
+        for _ in range(1000)
+    )
     assert stopped <= 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 300])
-@pytest.mark.parametrize("how", ["grows tenfold a step", "stays at 10,000", "stays there but for one that is right"])
+@pytest.mark.parametrize(
+    "how", ["grows tenfold a step", "stays at 10,000", "stays there but for one that is right"]
+)
 def test_losses_that_stay_far_above_do_not_pass(count: int, how: str):
     before = np.random.default_rng(0).uniform(1.0, 3.0, count).tolist()
     after = [1e4] * 60
@@ -105,7 +116,9 @@ def test_an_epoch_of_one_step_is_held_against_those_before():
 # In runs
 
 
-def claims(every: int, scale: float, batch_size: int = 16) -> tuple[AdaptiveBatches, torch.Tensor, torch.Tensor]:
+def claims(
+    every: int, scale: float, batch_size: int = 16
+) -> tuple[AdaptiveBatches, torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     x, y = torch.randn(512, 4), torch.randn(512, 1) * 0.1
     y[::every] *= scale
@@ -128,7 +141,9 @@ def test_a_regression_with_rare_large_targets_trains(every: int, scale: float, b
             optimizer.step()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     batches = claims(every, scale, batch_size)[0]
-    run = AdaptiveBatchTrainer(model, batches, optimizer=optimizer, loss_fn=nn.MSELoss(), epochs=3, show_progress=False)
+    run = AdaptiveBatchTrainer(
+        model, batches, optimizer=optimizer, loss_fn=nn.MSELoss(), epochs=3, show_progress=False
+    )
     assert run.fit().summary["status"] == "finished"
     assert torch.equal(model.weight, hand.weight)
     assert hand.weight.abs().max() < 1

@@ -1,7 +1,8 @@
-"""A disk that fills up: one clear line, nothing half-written in the way, and the run goes on once there is room.
+"""A disk that fills up: one clear line, nothing half-written in the way, and the run goes on once
+there is room.
 
-Fullness is real: the process may write no file beyond a size (RLIMIT_FSIZE), so the operating system refuses the write
-in the middle of the file, as it does on a full disk.
+Fullness is real: the process may write no file beyond a size (RLIMIT_FSIZE), so the operating
+system refuses the write in the middle of the file, as it does on a full disk.
 """
 
 import resource
@@ -37,7 +38,10 @@ def test_checkpoint(tmp_path: Path):
     """The one that was there stays, whole; the torn one goes."""
     last = tmp_path / "last.pt"
     checkpoints.save(last, {"n": 1, "x": torch.zeros(10)})
-    with files_of_at_most(8192), pytest.raises(HessianFlowError, match=r"cannot write checkpoint .*; older ones are"):
+    with (
+        files_of_at_most(8192),
+        pytest.raises(HessianFlowError, match=r"cannot write checkpoint .*; older ones are"),
+    ):
         checkpoints.save(last, {"n": 2, "x": torch.zeros(100_000)})
     assert checkpoints.load(last)["n"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
@@ -51,7 +55,10 @@ def test_history_keeps_every_whole_row(tmp_path: Path):
         for number in range(1000):
             record.write({"kind": "measured", "number": number})
 
-    with files_of_at_most(4096), pytest.raises(HessianFlowError, match=r"cannot write .*history.jsonl: File too large"):
+    with (
+        files_of_at_most(4096),
+        pytest.raises(HessianFlowError, match=r"cannot write .*history.jsonl: File too large"),
+    ):
         write_many()
     rows = History.load(tmp_path / "run").records
     assert [row["number"] for row in rows] == list(range(len(rows)))
@@ -62,7 +69,10 @@ def test_summary_keeps_the_old_one(tmp_path: Path):
     record = Recorder(tmp_path / "run")
     record.start({})
     record.finish({"status": "preempted"})
-    with files_of_at_most(4096), pytest.raises(HessianFlowError, match=r"cannot write .*summary.json: File too large"):
+    with (
+        files_of_at_most(4096),
+        pytest.raises(HessianFlowError, match=r"cannot write .*summary.json: File too large"),
+    ):
         record.finish({"status": "finished", "filler": "x" * 10_000})
     assert History.load(tmp_path / "run").summary == {"status": "preempted"}
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -71,9 +81,15 @@ def test_summary_keeps_the_old_one(tmp_path: Path):
 @pytest.mark.parametrize("part", ["config", "settings"])
 def test_a_start_that_failed_leaves_a_directory_that_can_be_used(part: str, tmp_path: Path):
     # config.json holds the settings, too, but a line break takes two bytes there and more in YAML.
-    config = {"settings": {"filler": "a\n" * 2000}, "more": "x" * (10_000 if part == "config" else 1)}
+    config = {
+        "settings": {"filler": "a\n" * 2000},
+        "more": "x" * (10_000 if part == "config" else 1),
+    }
     record = Recorder(tmp_path / "run")
-    with files_of_at_most(8192), pytest.raises(HessianFlowError, match=r"cannot write run directory .*File too large"):
+    with (
+        files_of_at_most(8192),
+        pytest.raises(HessianFlowError, match=r"cannot write run directory .*File too large"),
+    ):
         record.start(config)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
     record.start(config)
@@ -88,12 +104,16 @@ def test_a_torn_json_file_is_removed(tmp_path: Path):
 
 def trainer(run_dir: Path | None, **options: Any) -> AdaptiveBatchTrainer:
     torch.manual_seed(0)
-    images = torch.randint(256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 400), nn.ReLU(), nn.Linear(400, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
-    return AdaptiveBatchTrainer(model, batches, optimizer=optimizer, run_dir=run_dir, **(settings | options))
+    return AdaptiveBatchTrainer(
+        model, batches, optimizer=optimizer, run_dir=run_dir, **(settings | options)
+    )
 
 
 def test_a_run_stopped_by_a_full_disk_ends_as_if_it_never_had_been_full(tmp_path: Path):

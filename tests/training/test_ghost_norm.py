@@ -10,11 +10,18 @@ from hessianflow.training.ghost_norm import ghost_normalisation
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5)
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+        nn.BatchNorm1d(5),
     ).double()
 
 
-@pytest.mark.parametrize(("examples", "group"), [(12, 4), (13, 4), (12, 5), (4, 4), (3, 4), (12, 100)])
+@pytest.mark.parametrize(
+    ("examples", "group"), [(12, 4), (13, 4), (12, 5), (4, 4), (3, 4), (12, 100)]
+)
 def test_one_pass_is_the_passes_over_its_groups(examples: int, group: int):
     """Outputs, gradients and running statistics, with groups that do not divide the batch."""
     ghost, plain = network(), network()

@@ -41,7 +41,11 @@ def trained(hook: Callable[[Tensor], None], **options: Any) -> nn.Linear:
     model = network()
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(hook)
-    settings: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "epochs": 1, "show_progress": False}
+    settings: dict[str, Any] = {
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": 1,
+        "show_progress": False,
+    }
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.5)
     AdaptiveBatchTrainer(model, batches(), **(settings | options)).fit()
     return model
@@ -62,9 +66,14 @@ def by_hand(hook: Callable[[Tensor], None]) -> nn.Linear:
 @pytest.mark.parametrize("hook", [only_row_0, clamp])
 @pytest.mark.parametrize("microbatch_size", [16, 8, 3])
 @pytest.mark.parametrize("observed", [False, True])
-def test_hooks_on_accumulation_see_the_whole_gradient_once_a_step(hook, microbatch_size: int, observed: bool):
+def test_hooks_on_accumulation_see_the_whole_gradient_once_a_step(
+    hook, microbatch_size: int, observed: bool
+):
     observers = [GradientMoments()] if observed else []
-    ours, theirs = trained(hook, microbatch_size=microbatch_size, observers=observers), by_hand(hook)
+    ours, theirs = (
+        trained(hook, microbatch_size=microbatch_size, observers=observers),
+        by_hand(hook),
+    )
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
     if hook is only_row_0:
@@ -92,8 +101,15 @@ def test_observers_are_shown_the_gradient_before_such_hooks():
         for part in (slice(0, 8), slice(8, 16)):
             model.zero_grad()
             loss = cross_entropy(model(inputs[part]), targets[part])
-            squares.append(sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(model.parameters()))))
-    assert moments.signals()["small_gradient_sq"] == pytest.approx(sum(squares) / len(squares), rel=1e-12)
+            squares.append(
+                sum(
+                    float(g.square().sum())
+                    for g in torch.autograd.grad(loss, list(model.parameters()))
+                )
+            )
+    assert moments.signals()["small_gradient_sq"] == pytest.approx(
+        sum(squares) / len(squares), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("microbatch_size", [16, 8])
@@ -104,9 +120,15 @@ def test_a_hook_on_gradients_acts_alike_with_and_without_observers(microbatch_si
     def run(observers: list[Any]) -> Tensor:
         model = network()
         model.weight.register_hook(lambda gradient: gradient.clamp(-0.02, 0.02))
-        settings: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "epochs": 1, "show_progress": False}
+        settings: dict[str, Any] = {
+            "loss_fn": nn.CrossEntropyLoss(),
+            "epochs": 1,
+            "show_progress": False,
+        }
         settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.5)
-        AdaptiveBatchTrainer(model, batches(), observers=observers, microbatch_size=microbatch_size, **settings).fit()
+        AdaptiveBatchTrainer(
+            model, batches(), observers=observers, microbatch_size=microbatch_size, **settings
+        ).fit()
         return model.weight
 
     assert torch.equal(run([]), run([GradientMoments()]))
@@ -141,10 +163,14 @@ def test_a_hook_that_steps_and_drops_the_gradient():
         microbatch_size=4,
         show_progress=False,
     ).fit()
-    torch.testing.assert_close(model.weight, by_hand(lambda parameter: None).weight, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        model.weight, by_hand(lambda parameter: None).weight, rtol=1e-12, atol=1e-14
+    )
 
 
-@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"observers": [GradientMoments()]}, {"clars": True}])
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": 1.0}, {"observers": [GradientMoments()]}, {"clars": True}]
+)
 def test_sparse_gradients_are_refused_by_name(options: dict[str, Any]):
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
     data = TensorDataset(torch.randint(10, (32, 2)), torch.randint(3, (32,)))
@@ -161,5 +187,7 @@ def test_sparse_gradients_are_refused_by_name(options: dict[str, Any]):
         show_progress=False,
         **options,
     )
-    with pytest.raises(HessianFlowError, match=r"the gradient of 0.weight is sparse, which .* sparse=False"):
+    with pytest.raises(
+        HessianFlowError, match=r"the gradient of 0.weight is sparse, which .* sparse=False"
+    ):
         run.fit()

@@ -49,7 +49,11 @@ def trainer(prepare: Callable[[], Prepared], stop_at: int = -1, **further: Any) 
     torch.manual_seed(0)
     options, result = prepare()
     model, data = options.pop("model"), Stopping(TensorDataset(INPUTS, TARGETS), 16)
-    settings: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "epochs": 4, "show_progress": False}
+    settings: dict[str, Any] = {
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": 4,
+        "show_progress": False,
+    }
     made = AdaptiveBatchTrainer(model, data, **(settings | options | further))
     data.stop_at, data.stop = stop_at, made.request_stop
     return made, result
@@ -80,7 +84,9 @@ def averaged() -> Prepared:
     optimizer = sgd(model.parameters())
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
-    return {"model": model, "optimizer": optimizer, "state": {"average": average}}, tensors(model, average)
+    return {"model": model, "optimizer": optimizer, "state": {"average": average}}, tensors(
+        model, average
+    )
 
 
 class Noise:
@@ -103,7 +109,11 @@ class NoisyTransform(Noise):
 
 def stateful_transform() -> Prepared:
     model = nn.Linear(4, 3)
-    return {"model": model, "optimizer": sgd(model.parameters()), "transform": NoisyTransform()}, tensors(model)
+    return {
+        "model": model,
+        "optimizer": sgd(model.parameters()),
+        "transform": NoisyTransform(),
+    }, tensors(model)
 
 
 def state_of_the_user() -> Prepared:
@@ -112,7 +122,12 @@ def state_of_the_user() -> Prepared:
     def transform(inputs, targets, progress):
         return inputs + torch.randn(inputs.shape, generator=noise.source), targets
 
-    options = {"model": model, "optimizer": sgd(model.parameters()), "state": {"noise": noise}, "transform": transform}
+    options = {
+        "model": model,
+        "optimizer": sgd(model.parameters()),
+        "state": {"noise": noise},
+        "transform": transform,
+    }
     return options, tensors(model)
 
 
@@ -140,7 +155,11 @@ class LearnedLoss(nn.Module):
 
 def module_as_a_loss() -> Prepared:
     model, loss = nn.Linear(4, 3), LearnedLoss()
-    options = {"model": model, "optimizer": sgd([*model.parameters(), *loss.parameters()]), "loss_fn": loss}
+    options = {
+        "model": model,
+        "optimizer": sgd([*model.parameters(), *loss.parameters()]),
+        "loss_fn": loss,
+    }
     return options, tensors(model, loss)
 
 
@@ -208,7 +227,9 @@ def statistics_held_once() -> Prepared:
 def group_added_once() -> Prepared:
     model = layers()
     optimizer = sgd(model[3].parameters())
-    sink = OnceAfterTheFirstEpoch(lambda: optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.01}))
+    sink = OnceAfterTheFirstEpoch(
+        lambda: optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.01})
+    )
     return {"model": model, "optimizer": optimizer, "sinks": [sink]}, tensors(model)
 
 
@@ -247,7 +268,10 @@ def test_a_rollback_puts_back_what_a_checkpoint_holds(tmp_path: Path):
     def poison(inputs, targets, progress):
         return inputs * (torch.nan if len(inputs) > 16 else 1), targets
 
-    options: dict[str, Any] = {"controller": AdaBatch(16, 32, every_epochs=1), "on_divergence": "rollback"}
+    options: dict[str, Any] = {
+        "controller": AdaBatch(16, 32, every_epochs=1),
+        "on_divergence": "rollback",
+    }
     made, _ = trainer(
         lambda: ({"model": model, "optimizer": sgd(model.parameters()), "transform": poison}, list),
         run_dir=tmp_path / "run",
@@ -266,9 +290,14 @@ def test_a_model_handed_over_for_evaluation_trains_on_after_a_rollback_to_the_st
         modes.append(model.training and model[1].training)
         return inputs * (torch.nan if len(inputs) > 16 else 1), targets
 
-    options: dict[str, Any] = {"controller": AdaBatch(16, 32, every_epochs=1), "on_divergence": "rollback"}
+    options: dict[str, Any] = {
+        "controller": AdaBatch(16, 32, every_epochs=1),
+        "on_divergence": "rollback",
+    }
     options |= {"checkpoint_examples": None, "run_dir": tmp_path / "run", "transform": poison}
-    made, _ = trainer(lambda: ({"model": model, "optimizer": sgd(model.parameters())}, list), **options)
+    made, _ = trainer(
+        lambda: ({"model": model, "optimizer": sgd(model.parameters())}, list), **options
+    )
     made._loop.saver.save = only_the_first(made._loop.saver.save)
     made.fit()
     assert all(modes[1:])
@@ -286,7 +315,9 @@ def only_the_first(save: Callable[..., None]) -> Callable[..., None]:
     return saved
 
 
-def test_step_hooks_without_a_state_are_pointed_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_step_hooks_without_a_state_are_pointed_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     def prepare() -> Prepared:
         options, result = averaged()
         del options["state"]
@@ -298,7 +329,9 @@ def test_step_hooks_without_a_state_are_pointed_at_once(tmp_path: Path, caplog: 
     notices = [row["message"] for row in history.of_kind("event") if row["event"] == "notice"]
     assert len(notices) == len(caplog.records) == 1
     assert 'is in no checkpoint unless it is named, as state={"average": average}' in notices[0]
-    assert trainer(prepare)[0].fit().of_kind("event") == [], "nothing is kept without a run directory"
+    assert trainer(prepare)[0].fit().of_kind("event") == [], (
+        "nothing is kept without a run directory"
+    )
 
 
 def test_a_state_that_the_run_did_not_have_is_refused(tmp_path: Path):
@@ -328,7 +361,10 @@ def test_another_model_is_refused_with_a_way_out(tmp_path: Path, missing: str):
         state["model"]["1.weight"] = torch.zeros(3)
     torch.save(state, path)
     name = "0.cache" if missing == "buffer" else "1.weight"
-    message = rf"only the checkpoint has '{name}' \(if the model makes it in its first forward pass, run it once on a"
+    message = (
+        rf"only the checkpoint has '{name}' \(if the model makes it in its first forward pass, run"
+        r" it once on a"
+    )
     with pytest.raises(HessianFlowError, match=message):
         trainer(late_and_transient_buffers)[0].resume(tmp_path / "run")
 
@@ -350,9 +386,18 @@ OTHERS: dict[str, tuple[Callable[[Any], dict[str, Any]], Callable[[Any], dict[st
         r"was made with the controller RateRule\(AdaBatch\), this run has RateRule\(FixedBatch\)",
     ),
     "attack in twins": (
-        lambda m: {"adversary": twins(FGSM(0.1, value_range=None)), "controller": FixedBatch(16, 1.0)},
-        lambda m: {"adversary": twins(PGD(0.1, value_range=None)), "controller": FixedBatch(16, 1.0)},
-        r"was made with the adversary ConcurrentAdversary\(FGSM\), this run has ConcurrentAdversary\(PGD\)",
+        lambda m: {
+            "adversary": twins(FGSM(0.1, value_range=None)),
+            "controller": FixedBatch(16, 1.0),
+        },
+        lambda m: {
+            "adversary": twins(PGD(0.1, value_range=None)),
+            "controller": FixedBatch(16, 1.0),
+        },
+        (
+            r"was made with the adversary ConcurrentAdversary\(FGSM\), this run has"
+            r" ConcurrentAdversary\(PGD\)"
+        ),
     ),
 }
 
@@ -368,7 +413,11 @@ def test_another_part_within_a_part_is_refused(tmp_path: Path, name: str):
     def prepared(options: Callable[[Any], dict[str, Any]]) -> Callable[[], Prepared]:
         def prepare() -> Prepared:
             model = nn.Linear(4, 3)
-            return {"model": model, "optimizer": sgd(model.parameters()), **options(model)}, tensors(model)
+            return {
+                "model": model,
+                "optimizer": sgd(model.parameters()),
+                **options(model),
+            }, tensors(model)
 
         return prepare
 
@@ -391,15 +440,22 @@ def scheduled(epochs: int = 4, decay: float = 0.0, cap: int = 32) -> Prepared:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     controller = AdaBatch(16, cap, every_epochs=2)
-    return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller}, tensors(model)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "controller": controller,
+    }, tensors(model)
 
 
 def test_it_is_said_which_settings_are_in_force(tmp_path: Path):
     message = settings_event(scheduled, tmp_path / "run", epochs=8, decay=0.1, cap=64)
-    assert message == (
-        "resumed with other settings: in force from here on: epochs 8 (4 in the checkpoint), "
-        "controller.max_batch_size 64 (32 in the checkpoint); of the checkpoint, and still in force: "
-        "optimizer.weight_decay 0.0 (this run was built with 0.1), scheduler.T_max 4 (this run was built with 8)"
+    assert (
+        message
+        == "resumed with other settings: in force from here on: epochs 8 (4 in the checkpoint),"
+        " controller.max_batch_size 64 (32 in the checkpoint); of the checkpoint, and still in"
+        " force: optimizer.weight_decay 0.0 (this run was built with 0.1), scheduler.T_max 4"
+        " (this run was built with 8)"
     )
 
 
@@ -441,10 +497,14 @@ def test_the_same_settings_say_nothing(tmp_path: Path):
         lambda state: state["parts"].update({"learning rate": 5}),
         lambda state: state.update(seconds=None),
         lambda state: state["rank_generators"][0].update(torch=torch.zeros(3, dtype=torch.uint8)),
-        lambda state: state.update(late_buffers=["weight.missing"], model={**state["model"], "a.b": torch.ones(1)}),
+        lambda state: state.update(
+            late_buffers=["weight.missing"], model={**state["model"], "a.b": torch.ones(1)}
+        ),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, damage: Callable[[Any], Any]):
+def test_a_state_that_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, damage: Callable[[Any], Any]
+):
     """A checkpoint that reads well and is wrong within."""
     trainer(scheduled_with_momentum, STOP, run_dir=tmp_path / "run")[0].fit()
     path = only_checkpoint(tmp_path / "run")

@@ -22,9 +22,13 @@ MAKERS = {
     "exponential": lambda o: schedulers.ExponentialLR(o, 0.9),
     "lambda": lambda o: schedulers.LambdaLR(o, lambda epoch: 1 / (1 + epoch)),
     "polynomial": lambda o: schedulers.PolynomialLR(o, total_iters=8, power=2),
-    "one-cycle": lambda o: schedulers.OneCycleLR(o, max_lr=0.5, total_steps=20, cycle_momentum=False),
+    "one-cycle": lambda o: schedulers.OneCycleLR(
+        o, max_lr=0.5, total_steps=20, cycle_momentum=False
+    ),
     "sequential": lambda o: schedulers.SequentialLR(
-        o, [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.CosineAnnealingLR(o, 5)], milestones=[3]
+        o,
+        [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.CosineAnnealingLR(o, 5)],
+        milestones=[3],
     ),
 }
 FACTORS = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 0.5]
@@ -32,7 +36,10 @@ FACTORS = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 0.5]
 
 def optimizer() -> SGD:
     return SGD(
-        [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1}, {"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}]
+        [
+            {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1},
+            {"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0},
+        ]
     )
 
 
@@ -109,7 +116,9 @@ def test_a_state_that_held_the_rates_with_the_factor_continues():
 
 
 def tensor_rate(value: float) -> Optimizer:
-    return torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=torch.tensor(value), capturable=False, foreach=False)
+    return torch.optim.Adam(
+        [nn.Parameter(torch.zeros(1))], lr=torch.tensor(value), capturable=False, foreach=False
+    )
 
 
 def test_a_rate_kept_in_a_tensor_is_filled_in_place():
@@ -154,7 +163,11 @@ def test_groups_that_share_a_tensor_as_their_rate(changed: float):
     """Torch gives every group the tensor that the optimizer is built with; one of the user's own
     stays apart. Each is multiplied once, and put back once, whatever the optimizer does to it."""
     own = {"params": [nn.Parameter(torch.zeros(1))], "lr": torch.tensor(1.0)}
-    groups = [{"params": [nn.Parameter(torch.zeros(1))]}, own, {"params": [nn.Parameter(torch.zeros(1))]}]
+    groups = [
+        {"params": [nn.Parameter(torch.zeros(1))]},
+        own,
+        {"params": [nn.Parameter(torch.zeros(1))]},
+    ]
     opt = SGD(groups, lr=torch.tensor(0.5))
     assert opt.param_groups[0]["lr"] is opt.param_groups[2]["lr"]
     rate = LearningRate(opt)
@@ -187,14 +200,23 @@ def linear() -> nn.Linear:
 
 
 def trainer(model: nn.Module, opt: Optimizer, **options: Any) -> AdaptiveBatchTrainer:
-    settings: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "epochs": 4, "show_progress": False}
-    return AdaptiveBatchTrainer(model, AdaptiveBatches(DATA, 16), optimizer=opt, **(settings | options))
+    settings: dict[str, Any] = {
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": 4,
+        "show_progress": False,
+    }
+    return AdaptiveBatchTrainer(
+        model, AdaptiveBatches(DATA, 16), optimizer=opt, **(settings | options)
+    )
 
 
 def test_rates_set_by_hand_are_kept():
     """The loop of the ImageNet example, written by hand: 0.1, halved every epoch."""
     model, hand = linear(), linear()
-    opt, alone = SGD(model.parameters(), lr=0.1, momentum=0.9), SGD(hand.parameters(), lr=0.1, momentum=0.9)
+    opt, alone = (
+        SGD(model.parameters(), lr=0.1, momentum=0.9),
+        SGD(hand.parameters(), lr=0.1, momentum=0.9),
+    )
 
     def adjust(inputs, targets, progress):
         for group in opt.param_groups:
@@ -236,7 +258,9 @@ def test_the_factor_multiplies_what_is_set_by_hand():
     controller = AdaBatch(16, 64, every_epochs=1, lr_decay=1)
     history = trainer(model, opt, transform=adjust, controller=controller, epochs=3).fit()
     factors = [row["lr_factor"] for row in history.epochs]
-    assert used == pytest.approx([0.1 * factors[0]] * 4 + [0.05 * factors[1]] * 2 + [0.025 * factors[2]])
+    assert used == pytest.approx(
+        [0.1 * factors[0]] * 4 + [0.05 * factors[1]] * 2 + [0.025 * factors[2]]
+    )
     assert [row["lr"] for row in history.epochs] == pytest.approx([used[0], used[4], used[6]])
 
 
@@ -298,7 +322,9 @@ class SimpleDoubling:
 def test_a_scheduler_of_another_optimizer_is_refused():
     model = linear()
     stranger = schedulers.StepLR(SGD(model.parameters(), lr=0.1), 1)
-    with pytest.raises(HessianFlowError, match="StepLR sets the rates of a different SGD: build it"):
+    with pytest.raises(
+        HessianFlowError, match="StepLR sets the rates of a different SGD: build it"
+    ):
         trainer(model, SGD(model.parameters(), lr=0.1), scheduler=stranger)
     base = SGD(model.parameters(), lr=0.1)
     for owner in (base, SAM(base)):  # they share their groups
@@ -312,7 +338,9 @@ def test_rates_that_are_no_numbers_are_refused():
             self.param_groups[0]["lr"] = None
 
     model = linear()
-    with pytest.raises(HessianFlowError, match="group 0 of Relative has lr None, which a factor cannot multiply"):
+    with pytest.raises(
+        HessianFlowError, match="group 0 of Relative has lr None, which a factor cannot multiply"
+    ):
         trainer(model, Relative(model.parameters()))
     named = SimpleNamespace(step=lambda: None, state_dict=dict, load_state_dict=lambda state: None)
     named.param_groups = [{"params": list(model.parameters())}]

@@ -1,4 +1,5 @@
-"""Losses that do not divide by examples, in the loop. Oracle: autograd on the whole batch in one pass, float64."""
+"""Losses that do not divide by examples, in the loop. Oracle: autograd on the whole batch in one
+pass, float64."""
 
 import warnings
 
@@ -40,14 +41,18 @@ def masked_by_hand(outputs, targets):
 
 
 def counted(outputs, targets):
-    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum"), (targets != -100).sum()
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum"), (
+        targets != -100
+    ).sum()
 
 
 LOSSES = {
     "observed": token_loss,
     "masked by hand": masked_by_hand,
     "sum and count": counted,
-    "stated": hf.WeightedLoss(lambda o, t: o[t >= 0].square().mean(), lambda o, t: (t >= 0).sum() * 5),
+    "stated": hf.WeightedLoss(
+        lambda o, t: o[t >= 0].square().mean(), lambda o, t: (t >= 0).sum() * 5
+    ),
 }
 
 
@@ -78,7 +83,10 @@ def test_twins_count_by_their_own_targets(microbatch_size, average):
     model = network()
     accumulate = GradientAccumulator(model, token_loss, list(model.parameters()))
     accumulate.expose(Exposure(batch, twins, average=average), microbatch_size)
-    sums = [F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum") for x, y in (batch, twins)]
+    sums = [
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+        for x, y in (batch, twins)
+    ]
     counts = [(y >= 0).sum() for _, y in (batch, twins)]
     whole = sum(sums) / (sum(counts) if average else counts[0])
     for parameter, expected in zip(
@@ -95,7 +103,9 @@ def test_a_microbatch_of_padding_alone_counts_for_nothing(name):
     result = GradientAccumulator(model, loss_fn, list(model.parameters()))((inputs, targets), 5)
     loss = one_pass(loss_fn, model, (inputs, targets))
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        [p.grad for p in model.parameters()], list(expected), rtol=1e-12, atol=1e-14
+    )
     assert float(result.loss) == pytest.approx(float(loss.detach()), rel=1e-6)
 
 
@@ -144,7 +154,9 @@ def test_class_weights_and_ignored_targets_in_the_figures():
     assert history.epochs[0]["eval_accuracy"] == expected
     weight = torch.tensor([0.1, 1.0, 8.0, 0.5, 2.0]).double()
     _, history = fit(nn.CrossEntropyLoss(weight=weight), (x, y), rate=0.0, eval_data=(x, y))
-    assert history.epochs[0]["train_loss"] == pytest.approx(history.epochs[0]["eval_loss"], rel=1e-6)
+    assert history.epochs[0]["train_loss"] == pytest.approx(
+        history.epochs[0]["eval_loss"], rel=1e-6
+    )
 
 
 def test_an_ignored_class_is_never_a_hit():
@@ -152,7 +164,9 @@ def test_an_ignored_class_is_never_a_hit():
     outputs = torch.zeros(4, 3)
     outputs[:, 2] = 1
     found = evaluate(
-        Constant(outputs), (torch.zeros(4, 1), torch.tensor([2, 2, 0, 1])), nn.CrossEntropyLoss(ignore_index=2)
+        Constant(outputs),
+        (torch.zeros(4, 1), torch.tensor([2, 2, 0, 1])),
+        nn.CrossEntropyLoss(ignore_index=2),
     )
     assert found.accuracy == 0.0
 
@@ -173,7 +187,10 @@ def test_a_batch_without_a_target_that_counts_is_passed_over():
     model, history = fit(token_loss, (inputs, targets))
     torch.testing.assert_close(model.weight, network().weight)
     assert history.summary["status"] == "finished"
-    assert history.epochs[0]["train_loss"] is None or history.epochs[0]["train_loss"] != history.epochs[0]["train_loss"]
+    assert (
+        history.epochs[0]["train_loss"] is None
+        or history.epochs[0]["train_loss"] != history.epochs[0]["train_loss"]
+    )
 
 
 class Paired(nn.Module):
@@ -185,11 +202,17 @@ class Paired(nn.Module):
 
 @pytest.mark.parametrize("precision", ["float32", "fp16"])
 @pytest.mark.parametrize(
-    "loss_fn", [hf.WeightedLoss(F.cross_entropy, lambda o, t: (t != -100).sum()), Paired()], ids=["stated", "pair"]
+    "loss_fn",
+    [hf.WeightedLoss(F.cross_entropy, lambda o, t: (t != -100).sum()), Paired()],
+    ids=["stated", "pair"],
 )
 def test_in_a_batch_in_which_nothing_counts_momentum_goes_on(loss_fn, precision):
-    """As for torch's own loss, whose gradient is 0 then; the second of four batches counts nothing."""
-    inputs, targets = torch.randn(8, 4, generator=torch.Generator().manual_seed(3)), torch.arange(8) % 5
+    """As for torch's own loss, whose gradient is 0 then; the second of four batches counts
+    nothing."""
+    inputs, targets = (
+        torch.randn(8, 4, generator=torch.Generator().manual_seed(3)),
+        torch.arange(8) % 5,
+    )
     targets[2:4] = -100
     ends = []
     for used in (nn.CrossEntropyLoss(), loss_fn):
@@ -224,7 +247,8 @@ def test_an_evaluation_in_parts_says_what_it_averages():
     inputs, targets = tokens()
     parts = [(inputs[:8], targets[:8]), (inputs[8:], targets[8:])]
     with pytest.warns(
-        UserWarning, match="the evaluation loss is a mean over batches and not that of all examples at once"
+        UserWarning,
+        match="the evaluation loss is a mean over batches and not that of all examples at once",
     ):
         evaluate(network(), parts, contrastive)
     with warnings.catch_warnings():

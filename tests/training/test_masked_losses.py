@@ -1,4 +1,5 @@
-"""Regression on targets of which some are missing: a part of a batch in which nothing counts adds nothing.
+"""Regression on targets of which some are missing: a part of a batch in which nothing counts adds
+nothing.
 
 The oracle is the loss of the whole batch in one pass, and its gradient by plain autograd.
 """

@@ -10,17 +10,27 @@ from hessianflow.data import DeviceBatches
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(256, (24, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (24, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
 
 
 def train(measurements, **options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     made = [measurement(model) for measurement in measurements]
     trainer = AdaptiveBatchTrainer(
-        model, data(), optimizer=optimizer, loss_fn=cross_entropy, epochs=3, measurements=made, **options
+        model,
+        data(),
+        optimizer=optimizer,
+        loss_fn=cross_entropy,
+        epochs=3,
+        measurements=made,
+        **options,
     )
     return model, trainer
 
@@ -50,7 +60,11 @@ def test_rows_and_alarms_are_recorded_and_go_on_after_a_resume(tmp_path):
     trainer._loop._finish_epoch = lambda *arguments: (finish(*arguments), trainer.request_stop())
     trainer.fit()
     history = train([Counter])[1].resume(tmp_path / "run")
-    assert [(row["epoch"], row["calls"]) for row in history.of_kind("count")] == [(1, 1), (2, 2), (3, 3)]
+    assert [(row["epoch"], row["calls"]) for row in history.of_kind("count")] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+    ]
     (alarm,) = [row for row in history.of_kind("event") if row["event"] == "alarm"]
     assert (alarm["epoch"], alarm["message"]) == (2, "that was the second")
 
@@ -63,5 +77,6 @@ def test_watching_robustness_leaves_no_trace():
     trainer.fit()
     assert len(history.of_kind("robustness")) == 3
     assert all(
-        torch.equal(a, b) for a, b in zip(watched.state_dict().values(), plain.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(watched.state_dict().values(), plain.state_dict().values(), strict=True)
     )

@@ -81,7 +81,8 @@ def test_bad_size():
 
 
 class Limited(nn.Module):
-    """A network that runs out of memory above a number of examples, after its batch norm has seen them."""
+    """A network that runs out of memory above a number of examples, after its batch norm has seen
+    them."""
 
     def __init__(self, limit: int | None) -> None:
         super().__init__()
@@ -98,11 +99,14 @@ class Limited(nn.Module):
 
 
 def test_an_out_of_memory_step_is_repeated_as_if_it_had_not_been_tried():
-    """Equal, bit for bit, to a run with the smaller microbatch from the start: statistics, dropout and attack too."""
+    """Equal, bit for bit, to a run with the smaller microbatch from the start: statistics, dropout
+    and attack too."""
     weights = []
     for limit, size in ((None, 8), (8, 16)):
         model = Limited(limit)
-        images = torch.randint(256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        images = torch.randint(
+            256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+        )
         batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 16)
 
         class Fixed:
@@ -139,7 +143,9 @@ class Growing(FixedBatch):
         super().__init__(8)
 
     def update(self, progress, reading=None, signals=None):
-        self.decision = Decision(16, adversarial_share=1.0) if progress.examples >= 16 else Growing.decision
+        self.decision = (
+            Decision(16, adversarial_share=1.0) if progress.examples >= 16 else Growing.decision
+        )
         return self.decision
 
     def is_due(self, progress):
@@ -148,11 +154,14 @@ class Growing(FixedBatch):
 
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_out_of_memory_with_attacks_under_way_in_another_process(staleness: int):
-    """The random starts of the step repeated, and of all after it, are those of attacks made at once."""
+    """The random starts of the step repeated, and of all after it, are those of attacks made at
+    once."""
     weights, worker = [], WorkerProcess(threads=1)
     for runner in (None, worker):
         model, attack = Limited(8), PGD(0.1, value_range=(0.0, 1.0), steps=2, relative_step=0.2)
-        images = torch.randint(256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        images = torch.randint(
+            256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+        )
         torch.manual_seed(5)
         AdaptiveBatchTrainer(
             model,

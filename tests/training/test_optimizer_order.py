@@ -1,4 +1,5 @@
-"""A checkpoint's optimizer state goes to the weights it was taken from, and not to those in their place.
+"""A checkpoint's optimizer state goes to the weights it was taken from, and not to those in their
+place.
 
 The oracle is the uninterrupted run, bit for bit.
 """
@@ -23,7 +24,8 @@ DATA = TensorDataset(
 
 
 class Around(torch.optim.Optimizer):
-    """Shows the groups of another optimizer, as common wrappers do; `follows`: also after a state was loaded."""
+    """Shows the groups of another optimizer, as common wrappers do; `follows`: also after a state
+    was loaded."""
 
     def __init__(self, inner: torch.optim.Optimizer, *, follows: bool) -> None:
         super().__init__(inner.param_groups, {})
@@ -95,7 +97,9 @@ def test_refuses_weights_in_other_groups(tmp_path):
 
     first, second = net(), net()
     run(first, groups(first, [0, 1]), tmp_path / "run", stop=5).fit()
-    with pytest.raises(HessianFlowError, match=r"'0.bias' is in its parameter group 0, and in group 1 of this run"):
+    with pytest.raises(
+        HessianFlowError, match=r"'0.bias' is in its parameter group 0, and in group 1 of this run"
+    ):
         run(second, groups(second, [1, 0])).resume(tmp_path / "run")
 
 

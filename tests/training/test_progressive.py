@@ -1,4 +1,5 @@
-"""Progressive resolution inside the trainer, and the statistics of normalisation it has to measure anew."""
+"""Progressive resolution inside the trainer, and the statistics of normalisation it has to measure
+anew."""
 
 import copy
 
@@ -9,7 +10,13 @@ from torch.nn import functional
 
 import hessianflow as hf
 from hessianflow.adversarial import split_batch_norm
-from hessianflow.control import FixedBatch, Level, ProgressiveResolution, resolution_stages, stage_at
+from hessianflow.control import (
+    FixedBatch,
+    Level,
+    ProgressiveResolution,
+    resolution_stages,
+    stage_at,
+)
 from hessianflow.interfaces import HessianFlowError, Progress
 from hessianflow.models.dropout import with_head_dropout
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions, resized
@@ -24,7 +31,13 @@ def level_at(epoch: int) -> Level:
 
 def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    layers = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    layers = (
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     return nn.Sequential(*layers, nn.Dropout(0.9), nn.Linear(4, 10))
 
 
@@ -35,7 +48,13 @@ def images(count: int, seed: int = 1) -> torch.Tensor:
 def test_the_batch_and_the_dropout_follow_the_epoch() -> None:
     model, batch = network(), images(5)
     resize = ProgressiveResize(model, level_at)
-    for epoch, side, dropout in ((0, 8, 0.1), (1, 16, 0.3), (2, 8, 0.1), (3, 16, 0.3), (9, 16, 0.3)):
+    for epoch, side, dropout in (
+        (0, 8, 0.1),
+        (1, 16, 0.3),
+        (2, 8, 0.1),
+        (3, 16, 0.3),
+        (9, 16, 0.3),
+    ):
         inputs, targets = resize(batch, torch.arange(5), Progress(epoch, 0, 0, 5, 4))
         assert inputs.shape == (5, 3, side, side)
         assert targets.tolist() == [0, 1, 2, 3, 4]
@@ -45,27 +64,37 @@ def test_the_batch_and_the_dropout_follow_the_epoch() -> None:
 
 
 def test_halving_is_the_antialiased_average() -> None:
-    """The triangle filter of twice the width: weights 1/8, 3/8, 3/8, 1/8 in each direction, away from the border."""
+    """The triangle filter of twice the width: weights 1/8, 3/8, 3/8, 1/8 in each direction, away
+    from the border."""
     weights = torch.tensor([1.0, 3, 3, 1]) / 8
     kernel = (weights[:, None] * weights[None, :]).expand(3, 1, 4, 4)
     expected = functional.conv2d(images(2), kernel, stride=2, padding=1, groups=3)
     inner = slice(1, -1)
-    assert torch.allclose(resized(images(2), 8)[:, :, inner, inner], expected[:, :, inner, inner], atol=1e-6)
+    assert torch.allclose(
+        resized(images(2), 8)[:, :, inner, inner], expected[:, :, inner, inner], atol=1e-6
+    )
 
 
 def test_what_the_data_cannot_give() -> None:
-    with pytest.raises(HessianFlowError, match="resolution 24 is more than the data can give: they have 16 pixels"):
+    with pytest.raises(
+        HessianFlowError, match="resolution 24 is more than the data can give: they have 16 pixels"
+    ):
         resized(images(1), 24)
     with pytest.raises(HessianFlowError, match="needs square images, got 16 x 12 pixels"):
         resized(images(1)[..., :12], 8)
-    with pytest.raises(HessianFlowError, match=r"a dropout of 0\.1 needs a model with a torch\.nn\.Dropout layer"):
+    with pytest.raises(
+        HessianFlowError, match=r"a dropout of 0\.1 needs a model with a torch\.nn\.Dropout layer"
+    ):
         ProgressiveResize(nn.Linear(1, 1), level_at)
 
 
 def test_a_head_that_fixes_the_resolution_is_named() -> None:
     model = hf.models.create("c1", input_size=16)
     check_resolutions(model, images(1), [16])
-    message = r"layer '9' \(Linear\(in_features=1024, .* takes no images of 8 pixels: mat1 and mat2 shapes"
+    message = (
+        r"layer '9' \(Linear\(in_features=1024, .* takes no images of 8 pixels: mat1 and mat2"
+        r" shapes"
+    )
     with pytest.raises(HessianFlowError, match=message):
         check_resolutions(model, images(1), [8, 16])
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
@@ -84,7 +113,9 @@ class Positional(nn.Module):
 
 
 def test_a_fixed_positional_embedding_is_named() -> None:
-    with pytest.raises(HessianFlowError, match=r"layer '0' \(Positional\(\)\) takes no images of 8 pixels"):
+    with pytest.raises(
+        HessianFlowError, match=r"layer '0' \(Positional\(\)\) takes no images of 8 pixels"
+    ):
         check_resolutions(nn.Sequential(Positional(), nn.Flatten()), images(1), [8])
     with pytest.raises(HessianFlowError, match="the model takes no images of 8 pixels"):
         check_resolutions(Positional(), images(1), [8])
@@ -104,7 +135,8 @@ def test_dropout_is_put_before_the_last_linear_layer() -> None:
 
 
 def test_recalibration_measures_the_batches_given() -> None:
-    """Mean and unbiased variance of the convolution's output, averaged over two batches; nothing else moves."""
+    """Mean and unbiased variance of the convolution's output, averaged over two batches; nothing
+    else moves."""
     model = network()
     model(images(4, seed=7))  # leaves other running statistics behind
     model[5].eval()
@@ -117,7 +149,9 @@ def test_recalibration_measures_the_batches_given() -> None:
     variances = torch.stack([o.transpose(0, 1).flatten(1).var(1) for o in outputs]).mean(0)
     assert torch.allclose(model[1].running_mean, means, atol=1e-6)
     assert torch.allclose(model[1].running_var, variances, rtol=1e-5)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {"1.running_mean", "1.running_var"}
     assert model[1].momentum == momentum
     assert [module.training for module in model] == [True] * 5 + [False, True]
@@ -129,7 +163,8 @@ def statistics(layer: nn.Module) -> torch.Tensor:
 
 
 def test_recalibration_leaves_layers_that_evaluation_does_not_use() -> None:
-    """The adversarial half of a split layer, used by twins alone, and a layer that runs in training mode alone."""
+    """The adversarial half of a split layer, used by twins alone, and a layer that runs in training
+    mode alone."""
 
     class Auxiliary(nn.Module):
         def __init__(self) -> None:
@@ -146,12 +181,15 @@ def test_recalibration_leaves_layers_that_evaluation_does_not_use() -> None:
             layer.running_mean.fill_(7)
     unused = [statistics(layer).clone() for layer in (split.adversarial, model.head)]
     recalibrate(model, (images(6), None))
-    assert torch.allclose(split.main.running_mean, model.main[0](images(6)).detach().mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(
+        split.main.running_mean, model.main[0](images(6)).detach().mean((0, 2, 3)), atol=1e-6
+    )
     assert all(map(torch.equal, map(statistics, (split.adversarial, model.head)), unused))
 
 
 def test_recalibration_leaves_frozen_layers() -> None:
-    """Frozen is what is in evaluation mode within a model in training mode; a whole model may be."""
+    """Frozen is what is in evaluation mode within a model in training mode; a whole model may
+    be."""
     for frozen in (True, False):
         model = network()
         (model[1] if frozen else model).eval()
@@ -191,13 +229,18 @@ def trainer(epochs: int, calls: list[int]) -> hf.AdaptiveBatchTrainer:
 
 
 def test_in_the_trainer() -> None:
-    """Batches of 12 at 8 pixels and of 8 at 16; evaluated at full resolution with statistics of that resolution."""
+    """Batches of 12 at 8 pixels and of 8 at 16; evaluated at full resolution with statistics of
+    that resolution."""
     calls: list[int] = []
     made = trainer(4, calls)
     history = made.fit()
     assert [row["updates"] for row in history.epochs] == [2, 5, 7, 10]
     assert calls == [8, 16, 8, 16]
-    assert [(row["from"], row["to"]) for row in history.of_kind("batch")] == [(12, 8), (8, 12), (12, 8)]
+    assert [(row["from"], row["to"]) for row in history.of_kind("batch")] == [
+        (12, 8),
+        (8, 12),
+        (12, 8),
+    ]
     model = made.model
     convolved = model[0](images(24)).detach()
     assert torch.allclose(model[1].running_mean, convolved.mean((0, 2, 3)), atol=1e-6)

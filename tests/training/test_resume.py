@@ -21,7 +21,9 @@ N = 50
 
 
 def data(batch_size: int = 8) -> DeviceBatches:
-    images = torch.randint(256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), batch_size)
 
 
@@ -43,7 +45,10 @@ class Temperature(nn.Module):
 
 def attacked(model: nn.Module) -> dict[str, Any]:
     """Random starts, counted by the adversary; half of each batch."""
-    return {"adversary": PGD(0.1, value_range=(0.0, 1.0), steps=2), "controller": FixedBatch(8, 0.5)}
+    return {
+        "adversary": PGD(0.1, value_range=(0.0, 1.0), steps=2),
+        "controller": FixedBatch(8, 0.5),
+    }
 
 
 def by_noise(model: nn.Module) -> dict[str, Any]:
@@ -65,7 +70,10 @@ def half(model: nn.Module) -> dict[str, Any]:
 
 def learned_loss(model: nn.Module) -> dict[str, Any]:
     loss = Temperature()
-    return {"loss_fn": loss, "optimizer": torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)}
+    return {
+        "loss_fn": loss,
+        "optimizer": torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1),
+    }
 
 
 def growing(model: nn.Module) -> dict[str, Any]:
@@ -73,11 +81,17 @@ def growing(model: nn.Module) -> dict[str, Any]:
 
 
 def trainer(model: nn.Module, run_dir: Path | None, **options: Any) -> AdaptiveBatchTrainer:
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False, "run_dir": run_dir}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "show_progress": False,
+        "run_dir": run_dir,
+    }
     if "optimizer" not in options:
         settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     made = AdaptiveBatchTrainer(model, data(), **(settings | options))
-    made._loop.step.accumulate.scaler._growth_interval = 4  # else the loss scale never moves in so short a run
+    # else the loss scale never moves in so short a run
+    made._loop.step.accumulate.scaler._growth_interval = 4
     return made
 
 
@@ -146,7 +160,9 @@ def test_the_parameter_of_a_loss_is_trained_like_in_the_bare_loop():
                 optimizer.step()
         else:
             trainer(model, None, loss_fn=loss, optimizer=optimizer, epochs=2).fit()
-        found.append((float(loss.scale.detach()), nn.utils.parameters_to_vector(model.parameters()).detach()))
+        found.append(
+            (float(loss.scale.detach()), nn.utils.parameters_to_vector(model.parameters()).detach())
+        )
     assert found[0][0] == found[1][0] != 1.5
     assert torch.equal(found[0][1], found[1][1])
 
@@ -159,8 +175,11 @@ def data_of(epoch: int):
     return list(stream)
 
 
-def traced(ids: list[Tensor], microbatch_size: int, run_dir: Path | None, stop_after: int) -> AdaptiveBatchTrainer:
-    """A trainer on images that say which example they are, and whose batch grows; `ids` gets those of each batch."""
+def traced(
+    ids: list[Tensor], microbatch_size: int, run_dir: Path | None, stop_after: int
+) -> AdaptiveBatchTrainer:
+    """A trainer on images that say which example they are, and whose batch grows; `ids` gets those
+    of each batch."""
     images = torch.arange(N, dtype=torch.float64).view(N, 1, 1, 1).expand(N, 1, 4, 4) / N
     made: list[AdaptiveBatchTrainer] = []
     stop = stopping(made, stop_after)
@@ -188,7 +207,8 @@ def traced(ids: list[Tensor], microbatch_size: int, run_dir: Path | None, stop_a
 
 @pytest.mark.parametrize("stop_after", [8, 24, 52, 90])
 def test_another_microbatch_size_repeats_and_skips_no_example(stop_after: int, tmp_path: Path):
-    """Ids traced through both processes; the updates are the same to rounding, so the weights end close by."""
+    """Ids traced through both processes; the updates are the same to rounding, so the weights end
+    close by."""
     expected: list[Tensor] = []
     whole = traced(expected, 8, None, 3 * N + 1)
     whole.fit()
@@ -199,12 +219,15 @@ def test_another_microbatch_size_repeats_and_skips_no_example(stop_after: int, t
     for epoch in torch.cat(ids).split(N):
         assert torch.equal(epoch.sort().values, torch.arange(N))
     assert [batch.tolist() for batch in ids] == [batch.tolist() for batch in expected]
-    first, second = (nn.utils.parameters_to_vector(made.model.parameters()) for made in (resumed, whole))
+    first, second = (
+        nn.utils.parameters_to_vector(made.model.parameters()) for made in (resumed, whole)
+    )
     torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
 
 
 def test_stopped_and_fitted_again_without_a_run_directory_goes_on():
-    """The trainer itself holds the place; a request made before the start stops at once and is used up."""
+    """The trainer itself holds the place; a request made before the start stops at once and is used
+    up."""
     expected = network()
     trainer(expected, None).fit()
     model, made = network(), []
@@ -229,7 +252,8 @@ class Stopped(BaseException):
 def test_a_checkpoint_write_cut_short_anywhere_leaves_one_to_continue_from(
     name: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Death before any of the system calls of a save: the newest that loads is the old or the new one, whole."""
+    """Death before any of the system calls of a save: the newest that loads is the old or the new
+    one, whole."""
     last, calls = tmp_path / "last.pt", []
     for n in (1, 2, 3):
         checkpoints.save(last, {"n": n, "x": torch.zeros(100), "history_bytes": 0}, keep=3)
@@ -247,7 +271,9 @@ def test_a_checkpoint_write_cut_short_anywhere_leaves_one_to_continue_from(
             checkpoints.save(last, {"n": 4, "x": torch.zeros(100), "history_bytes": 0}, keep=3)
     state, _, warning = checkpoints.load_newest(tmp_path, 0)
     assert (state["n"] in (3, 4), warning) == (True, None)
-    checkpoints.save(last, {"n": 5, "history_bytes": 0}, keep=3)  # what was left behind is in nobody's way
+    checkpoints.save(
+        last, {"n": 5, "history_bytes": 0}, keep=3
+    )  # what was left behind is in nobody's way
     assert checkpoints.load_newest(tmp_path, 0)[0]["n"] == 5
 
 

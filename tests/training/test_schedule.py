@@ -34,9 +34,15 @@ def trainer(make: Any, **options: Any) -> tuple[AdaptiveBatchTrainer, Any]:
     model = nn.Linear(4, 3)
     optimizer = SGD(model.parameters(), lr=0.1)
     scheduler = make(optimizer)
-    settings: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "epochs": EPOCHS, "show_progress": False}
+    settings: dict[str, Any] = {
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": EPOCHS,
+        "show_progress": False,
+    }
     data = AdaptiveBatches(DATA, BATCH)
-    made = AdaptiveBatchTrainer(model, data, optimizer=optimizer, scheduler=scheduler, **(settings | options))
+    made = AdaptiveBatchTrainer(
+        model, data, optimizer=optimizer, scheduler=scheduler, **(settings | options)
+    )
     return made, scheduler
 
 
@@ -50,14 +56,18 @@ def transformers_cosine(step: int, *, num_warmup_steps: int, num_training_steps:
 
 PER_STEP = {
     "one-cycle": lambda o, n: schedulers.OneCycleLR(o, 1.0, total_steps=n),
-    "one-cycle by epochs": lambda o, n: schedulers.OneCycleLR(o, 1.0, epochs=EPOCHS, steps_per_epoch=n // EPOCHS),
+    "one-cycle by epochs": lambda o, n: schedulers.OneCycleLR(
+        o, 1.0, epochs=EPOCHS, steps_per_epoch=n // EPOCHS
+    ),
     "cosine": lambda o, n: schedulers.CosineAnnealingLR(o, n),
     "polynomial": lambda o, n: schedulers.PolynomialLR(o, n),
     "transformers": lambda o, n: schedulers.LambdaLR(
         o, partial(transformers_cosine, num_warmup_steps=0, num_training_steps=n)
     ),
     "sequential": lambda o, n: schedulers.SequentialLR(
-        o, [schedulers.LinearLR(o, 0.1, total_iters=5), schedulers.CosineAnnealingLR(o, n - 5)], milestones=[5]
+        o,
+        [schedulers.LinearLR(o, 0.1, total_iters=5), schedulers.CosineAnnealingLR(o, n - 5)],
+        milestones=[5],
     ),
     "chained": lambda o, n: schedulers.ChainedScheduler(
         [schedulers.LinearLR(o, 0.1, total_iters=5), schedulers.CosineAnnealingLR(o, n)]
@@ -68,7 +78,10 @@ PER_STEP = {
 @pytest.mark.parametrize("name", PER_STEP)
 @pytest.mark.parametrize("steps", [EPOCHS * PER_EPOCH, EPOCHS * (N // BATCH)])
 def test_a_schedule_built_per_step_and_stepped_per_epoch_is_refused(name: str, steps: int):
-    message = f"is built for {steps} steps, one a batch, and would take 6, one an epoch: pass schedule_unit="
+    message = (
+        f"is built for {steps} steps, one a batch, and would take 6, one an epoch: pass"
+        " schedule_unit="
+    )
     with pytest.raises(HessianFlowError, match=message):
         trainer(lambda optimizer: PER_STEP[name](optimizer, steps))
 
@@ -91,11 +104,14 @@ def test_the_number_that_is_named_fits(name: str):
 
 def test_an_end_that_is_not_reached_is_said_and_logged_once(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, "hessianflow"):
-        made, _ = trainer(lambda o: schedulers.OneCycleLR(o, 1.0, total_steps=42), schedule_unit="reference_batch")
+        made, _ = trainer(
+            lambda o: schedulers.OneCycleLR(o, 1.0, total_steps=42), schedule_unit="reference_batch"
+        )
         (message,) = notices(made)
-    assert message == (
-        "OneCycleLR is built for 42 steps and this run takes 37, one a reference batch of examples: its end is not "
-        "reached; 37 would fit"
+    assert (
+        message
+        == "OneCycleLR is built for 42 steps and this run takes 37, one a reference batch of"
+        " examples: its end is not reached; 37 would fit"
     )
     assert [record.message for record in caplog.records] == [message]
 
@@ -126,7 +142,8 @@ def test_schedules_that_fit_are_passed_in_silence(make: Any):
 def test_a_cycle_that_would_end_in_an_error_is_refused():
     """torch raises in the middle of the run: Tried to step 6 times."""
     with pytest.raises(
-        HessianFlowError, match=r"built for 5 steps, and this run takes 6, .*: build it with total_steps=6"
+        HessianFlowError,
+        match=r"built for 5 steps, and this run takes 6, .*: build it with total_steps=6",
     ):
         trainer(lambda o: schedulers.OneCycleLR(o, 1.0, total_steps=5))
 
@@ -177,7 +194,9 @@ def test_timm_is_told_the_epochs_that_are_over():
 
 
 def test_timm_in_updates_is_told_the_reference_batches_that_are_over():
-    made, scheduler = trainer(lambda o: TimmLike(o, 37, t_in_epochs=False), schedule_unit="reference_batch")
+    made, scheduler = trainer(
+        lambda o: TimmLike(o, 37, t_in_epochs=False), schedule_unit="reference_batch"
+    )
     made.fit()
     assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
@@ -199,7 +218,8 @@ def test_timm_is_resumed_at_its_epoch(tmp_path):
 def test_timm_of_the_other_unit_is_refused(in_epochs: bool, unit: Any):
     wanted = "epoch" if in_epochs else "reference_batch"
     with pytest.raises(
-        HessianFlowError, match=f'made with t_in_epochs={in_epochs}: use it with schedule_unit="{wanted}"'
+        HessianFlowError,
+        match=f'made with t_in_epochs={in_epochs}: use it with schedule_unit="{wanted}"',
     ):
         trainer(lambda o: TimmLike(o, 6, in_epochs), schedule_unit=unit)
 
@@ -221,13 +241,23 @@ def test_schedulers_that_cannot_be_stepped_are_refused():
         def step(self):
             pass
 
-    with pytest.raises(HessianFlowError, match=r"Wants.step needs metric, which the trainer cannot pass once an epoch"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"Wants.step needs metric, which the trainer cannot pass once an epoch",
+    ):
         trainer(lambda o: Wants(o, 6))
-    with pytest.raises(HessianFlowError, match="Plateau needs a figure at each step: use torch's ReduceLROnPl"):
+    with pytest.raises(
+        HessianFlowError, match="Plateau needs a figure at each step: use torch's ReduceLROnPl"
+    ):
         trainer(Plateau)
-    with pytest.raises(HessianFlowError, match=r"must be a learning-rate scheduler with state_dict\(\), got a Unsaved"):
+    with pytest.raises(
+        HessianFlowError,
+        match=r"must be a learning-rate scheduler with state_dict\(\), got a Unsaved",
+    ):
         trainer(Unsaved)
-    with pytest.raises(HessianFlowError, match=r"a learning-rate scheduler with step\(\), got a str"):
+    with pytest.raises(
+        HessianFlowError, match=r"a learning-rate scheduler with step\(\), got a str"
+    ):
         trainer(lambda o: "cosine")
     with pytest.raises(HessianFlowError, match="ReduceLROnPlateau watches epochs"):
         trainer(schedulers.ReduceLROnPlateau, schedule_unit="reference_batch")
@@ -237,11 +267,18 @@ def test_a_scheduler_of_other_parts_is_refused(tmp_path):
     """Both are SequentialLR; loading the one's state into the other would mix them."""
 
     def sequential(last: Any) -> Any:
-        return lambda o: schedulers.SequentialLR(o, [schedulers.LinearLR(o, total_iters=2), last(o)], milestones=[2])
+        return lambda o: schedulers.SequentialLR(
+            o, [schedulers.LinearLR(o, total_iters=2), last(o)], milestones=[2]
+        )
 
-    trainer(sequential(lambda o: schedulers.CosineAnnealingLR(o, 4)), run_dir=tmp_path / "run")[0].fit()
+    trainer(sequential(lambda o: schedulers.CosineAnnealingLR(o, 4)), run_dir=tmp_path / "run")[
+        0
+    ].fit()
     other, _ = trainer(sequential(lambda o: schedulers.ExponentialLR(o, 0.5)), epochs=8)
-    message = r"had the scheduler SequentialLR\(LinearLR, CosineAnnealingLR\), this run has SequentialLR\(LinearLR, Exp"
+    message = (
+        r"had the scheduler SequentialLR\(LinearLR, CosineAnnealingLR\), this run has"
+        r" SequentialLR\(LinearLR, Exp"
+    )
     with pytest.raises(HessianFlowError, match=message):
         other.resume(tmp_path / "run")
 

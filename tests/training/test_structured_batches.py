@@ -1,4 +1,5 @@
-"""Batches of dicts, padded sequences and more in the trainer: trained as by hand, or refused before the first step."""
+"""Batches of dicts, padded sequences and more in the trainer: trained as by hand, or refused before
+the first step."""
 
 from collections import UserDict
 from pathlib import Path
@@ -32,7 +33,9 @@ class Net(nn.Module):
 
 
 MASK = torch.ones(4, 4).tril().double()
-ITEMS = [(torch.randn(4, generator=torch.Generator().manual_seed(n)).double(), n % 3) for n in range(N)]
+ITEMS = [
+    (torch.randn(4, generator=torch.Generator().manual_seed(n)).double(), n % 3) for n in range(N)
+]
 
 
 def plain(items: list[Any]) -> Any:
@@ -43,21 +46,30 @@ def plain(items: list[Any]) -> Any:
 def holding(kind: type, mask: Tensor) -> Any:
     def collate(items: list[Any]) -> Any:
         inputs, targets = zip(*items, strict=True)
-        return kind(x=torch.stack(inputs), mask=mask, names=[str(n) for n in targets]), torch.tensor(targets)
+        return kind(
+            x=torch.stack(inputs), mask=mask, names=[str(n) for n in targets]
+        ), torch.tensor(targets)
 
     return collate
 
 
-def trainer(net: nn.Module, dataset: Any, batch_size: int = 16, collate: Any = None, **options: Any) -> Any:
+def trainer(
+    net: nn.Module, dataset: Any, batch_size: int = 16, collate: Any = None, **options: Any
+) -> Any:
     data = hf.data.AdaptiveBatches(dataset, batch_size, collate_fn=collate)
     wanted = {"epochs": 2, "loss_fn": cross_entropy, "show_progress": False, **options}
-    return hf.AdaptiveBatchTrainer(net, data, optimizer=torch.optim.SGD(net.parameters(), lr=0.5), **wanted)
+    return hf.AdaptiveBatchTrainer(
+        net, data, optimizer=torch.optim.SGD(net.parameters(), lr=0.5), **wanted
+    )
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
 @pytest.mark.parametrize(("size", "microbatch_size"), [(16, None), (32, 8), (24, 5), (64, 16)])
-def test_inputs_in_a_mapping_train_as_one_tensor_does(kind: type, size: int, microbatch_size: int | None) -> None:
-    """The mask has a first dimension of 1, so every pass gets the whole of it; the oracle applies it in the data."""
+def test_inputs_in_a_mapping_train_as_one_tensor_does(
+    kind: type, size: int, microbatch_size: int | None
+) -> None:
+    """The mask has a first dimension of 1, so every pass gets the whole of it; the oracle applies
+    it in the data."""
     ours, oracle = Net(), Net()
     trainer(ours, ITEMS, size, holding(kind, MASK[None]), microbatch_size=microbatch_size).fit()
     trainer(oracle, ITEMS, size, plain, microbatch_size=microbatch_size).fit()
@@ -72,24 +84,41 @@ def test_a_mask_of_another_length_is_whole_or_refused_by_name() -> None:
     assert net.seen == {(4, 4)}
     torch.testing.assert_close(net.linear.weight, oracle.linear.weight, rtol=1e-13, atol=1e-15)
     growing = hf.control.AdaBatch(16, 64, adversarial_share=0)
-    for size, options in ((32, {"microbatch_size": 8}), (4, {"microbatch_size": 2}), (16, {"controller": growing})):
-        with pytest.raises(HessianFlowError, match=r"inputs\['mask'\] has 4 rows in a batch of 7 .* dimension of 1"):
+    for size, options in (
+        (32, {"microbatch_size": 8}),
+        (4, {"microbatch_size": 2}),
+        (16, {"controller": growing}),
+    ):
+        with pytest.raises(
+            HessianFlowError, match=r"inputs\['mask'\] has 4 rows in a batch of 7 .* dimension of 1"
+        ):
             trainer(Net(), ITEMS, size, holding(dict, MASK), **options)
 
 
 @pytest.mark.parametrize(
     ("item", "collate", "message"),
     [
-        (lambda n: {"x": torch.rand(4), "labels": n % 2}, None, r"pair \(inputs, targets\), got a dict of 2: let each"),
+        (
+            lambda n: {"x": torch.rand(4), "labels": n % 2},
+            None,
+            r"pair \(inputs, targets\), got a dict of 2: let each",
+        ),
         (lambda n: {"x": torch.rand(4), "m": 1, "labels": n}, None, "got a dict of 3"),
-        (lambda n: (torch.rand(4), n % 2, 1.0), None, "got a tuple of 3: let each item of the data set"),
+        (
+            lambda n: (torch.rand(4), n % 2, 1.0),
+            None,
+            "got a tuple of 3: let each item of the data set",
+        ),
         (lambda n: torch.rand(4), None, "got a Tensor: let each item"),
         (lambda n: (torch.rand(4),), None, "got a tuple of 1"),
         (lambda n: (torch.rand(4), str(n)), lambda items: UserDict(x=items), "got a UserDict of 1"),
         (
             lambda n: (torch.rand(3, 8, 8), {"boxes": torch.rand(1 + n % 4, 4)}),
             lambda items: tuple(zip(*items, strict=True)),
-            "targets must be tensors with one row an example, got a tuple of 16 entries of type dict: pad them",
+            (
+                "targets must be tensors with one row an example, got a tuple of 16 entries of type"
+                " dict: pad them"
+            ),
         ),
         (
             lambda n: (torch.rand(5, 4), torch.zeros(5).long()),
@@ -98,7 +127,9 @@ def test_a_mask_of_another_length_is_whole_or_refused_by_name() -> None:
         ),
     ],
 )
-def test_what_is_no_pair_is_refused_before_the_first_step(item: Any, collate: Any, message: str) -> None:
+def test_what_is_no_pair_is_refused_before_the_first_step(
+    item: Any, collate: Any, message: str
+) -> None:
     net = nn.Linear(4, 2)
     before = net.weight.detach().clone()
     with pytest.raises(HessianFlowError, match=message) as caught:
@@ -107,7 +138,10 @@ def test_what_is_no_pair_is_refused_before_the_first_step(item: Any, collate: An
     assert torch.equal(net.weight, before)
 
 
-SEQUENCES = [(torch.randn(3 + n % 61, 1, generator=torch.Generator().manual_seed(n)), n % 2) for n in range(128)]
+SEQUENCES = [
+    (torch.randn(3 + n % 61, 1, generator=torch.Generator().manual_seed(n)), n % 2)
+    for n in range(128)
+]
 
 
 def padded(items: list[Any]) -> Any:
@@ -132,8 +166,11 @@ class Sums(nn.Module):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_padding_collate_trains_through_growth_and_resumes_exactly(tmp_path: Path, num_workers: int) -> None:
-    """Stopped in the middle of an epoch: weights end bit for bit as in one run, random collate included."""
+def test_a_padding_collate_trains_through_growth_and_resumes_exactly(
+    tmp_path: Path, num_workers: int
+) -> None:
+    """Stopped in the middle of an epoch: weights end bit for bit as in one run, random collate
+    included."""
 
     def run(folder: Path | None, stop: int | None = None) -> Any:
         net, box = sums(), []
@@ -171,9 +208,18 @@ def test_a_padding_collate_trains_through_growth_and_resumes_exactly(tmp_path: P
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([(torch.rand(4, 4), torch.zeros(4).long(), 1.0)], r"must be a pair \(inputs, targets\), got a tuple of 3"),
-        ([{"x": torch.rand(4, 4), "y": torch.zeros(4).long()}], r"must be a pair \(inputs, targets\), got a dict of 2"),
-        (torch.utils.data.TensorDataset(torch.rand(4, 4), torch.zeros(4).long()), "got a TensorDataset: batch a data"),
+        (
+            [(torch.rand(4, 4), torch.zeros(4).long(), 1.0)],
+            r"must be a pair \(inputs, targets\), got a tuple of 3",
+        ),
+        (
+            [{"x": torch.rand(4, 4), "y": torch.zeros(4).long()}],
+            r"must be a pair \(inputs, targets\), got a dict of 2",
+        ),
+        (
+            torch.utils.data.TensorDataset(torch.rand(4, 4), torch.zeros(4).long()),
+            "got a TensorDataset: batch a data",
+        ),
         ((torch.rand(4, 4), torch.zeros(4).long(), 1.0), "got a tuple of 3"),
     ],
 )

@@ -28,14 +28,21 @@ def data(batch_size: int = 8, seed: int = 0, count: int = N, shuffle: bool = Tru
 
 def network(dropout: float = 0.0, norm: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12) if norm else nn.Identity(), nn.ReLU()]
+    layers = [
+        nn.Flatten(),
+        nn.Linear(16, 12),
+        nn.BatchNorm1d(12) if norm else nn.Identity(),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(12, 2))
 
 
 class Script:
     """A controller that follows a script: {examples: decision}; due after every step."""
 
-    def __init__(self, start: Decision, script: Mapping[int, Decision], needs: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, start: Decision, script: Mapping[int, Decision], needs: frozenset[str] = frozenset()
+    ) -> None:
         self.decision, self.script, self.needs = start, dict(script), needs
         self.readings: list[CurvatureReading | None] = []
 
@@ -71,7 +78,9 @@ class Probe:
         self.calls = state["calls"]
 
 
-def trainer(model: nn.Module, batches: DeviceBatches, evaluation: Any = None, **options: Any) -> AdaptiveBatchTrainer:
+def trainer(
+    model: nn.Module, batches: DeviceBatches, evaluation: Any = None, **options: Any
+) -> AdaptiveBatchTrainer:
     settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return AdaptiveBatchTrainer(model, batches, evaluation, **(settings | options))
@@ -99,7 +108,9 @@ def test_fixed_batch_is_the_bare_loop_bit_for_bit(name: str):
             optimizer.zero_grad()
             F.cross_entropy(bare(x), y).backward()
             optimizer.step()
-    history = trainer(ours, data(), optimizer=make(ours.parameters()), norm_statistics="running").fit()
+    history = trainer(
+        ours, data(), optimizer=make(ours.parameters()), norm_statistics="running"
+    ).fit()
     assert torch.equal(weights(ours), weights(bare))
     assert history.summary["updates"] == 3 * math.ceil(N / 8)
     assert history.summary["examples"] == 3 * N
@@ -131,8 +142,12 @@ def test_a_decision_takes_effect_on_the_very_next_batch_with_its_rate():
         sizes.append(len(inputs))
         return inputs, targets
 
-    script = Script(Decision(8), {16: Decision(22, 3.0, reason="test"), 38: Decision(6, 0.5, reason="down")})
-    history = trainer(model, data(), optimizer=optimizer, controller=script, transform=watch, epochs=1).fit()
+    script = Script(
+        Decision(8), {16: Decision(22, 3.0, reason="test"), 38: Decision(6, 0.5, reason="down")}
+    )
+    history = trainer(
+        model, data(), optimizer=optimizer, controller=script, transform=watch, epochs=1
+    ).fit()
     assert sizes == [8, 8, 22, 6, 6]
     assert rates == pytest.approx([0.1, 0.1, 0.3, 0.05, 0.05])
     rows = history.of_kind("batch")
@@ -144,7 +159,8 @@ def test_a_decision_takes_effect_on_the_very_next_batch_with_its_rate():
 
 
 def test_growth_inside_an_epoch_keeps_every_weight_sum_at_one():
-    """No gradient is carried over a change of the batch: each step is the plain mean over exactly its examples."""
+    """No gradient is carried over a change of the batch: each step is the plain mean over exactly
+    its examples."""
     model = network()
     script = Script(Decision(8), {24: Decision(20, 1.0, reason="grow")})
     seen = []
@@ -154,7 +170,15 @@ def test_growth_inside_an_epoch_keeps_every_weight_sum_at_one():
         return inputs, targets
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer(model, data(), optimizer=optimizer, controller=script, transform=watch, epochs=2, microbatch_size=3).fit()
+    trainer(
+        model,
+        data(),
+        optimizer=optimizer,
+        controller=script,
+        transform=watch,
+        epochs=2,
+        microbatch_size=3,
+    ).fit()
     bare = network()
     plain = torch.optim.SGD(bare.parameters(), lr=0.1)
     for x, y in seen:
@@ -166,10 +190,16 @@ def test_growth_inside_an_epoch_keeps_every_weight_sum_at_one():
 
 def test_curvature_is_measured_once_an_epoch_or_only_when_needed():
     needing = frozenset({"eigenvalue"})
-    for schedule, needs, expected in (("epoch", needing, 3), ("needed", needing, 1), ("needed", frozenset(), 0)):
+    for schedule, needs, expected in (
+        ("epoch", needing, 3),
+        ("needed", needing, 1),
+        ("needed", frozenset(), 0),
+    ):
         probe = Probe()
         script = Script(Decision(8), {N: Decision(8)}, needs)
-        history = trainer(network(), data(), controller=script, probe=probe, curvature=schedule).fit()
+        history = trainer(
+            network(), data(), controller=script, probe=probe, curvature=schedule
+        ).fit()
         assert probe.calls == expected
         assert len(history.curvature) == expected
         if expected:
@@ -200,7 +230,9 @@ def test_adversary_sees_the_share_and_each_step():
             pass
 
     adversary = Adversary()
-    script = Script(Decision(10, adversarial_share=0.5), {20: Decision(10, adversarial_share=0.0, reason="off")})
+    script = Script(
+        Decision(10, adversarial_share=0.5), {20: Decision(10, adversarial_share=0.0, reason="off")}
+    )
     trainer(network(), data(), controller=script, adversary=adversary, epochs=1).fit()
     assert calls == [(0.5, 10), (0.5, 10)]
     assert adversary.steps == 5
@@ -236,17 +268,30 @@ def resumable(run_dir: Path | None, model: nn.Module, **options: Any) -> Adaptiv
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], gamma=0.2)
     decisions = {24: Decision(12, 1.5, reason="a"), 2 * N: Decision(20, 2.5, reason="b")}
     script = Script(Decision(8), decisions, frozenset({"eigenvalue"}))
-    settings = {"optimizer": optimizer, "scheduler": scheduler, "controller": script, "probe": Probe(), "epochs": 4}
-    return trainer(model, data(), data(11, count=21, shuffle=False), run_dir=run_dir, **(settings | options))
+    settings = {
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "controller": script,
+        "probe": Probe(),
+        "epochs": 4,
+    }
+    return trainer(
+        model, data(), data(11, count=21, shuffle=False), run_dir=run_dir, **(settings | options)
+    )
 
 
 def comparable(history: History) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if "second" not in k} for row in history.records if row["kind"] != "event"]
+    return [
+        {k: v for k, v in row.items() if "second" not in k}
+        for row in history.records
+        if row["kind"] != "event"
+    ]
 
 
 @pytest.mark.parametrize("stop_at", [8, 36, N, 2 * N, 117])
 def test_resumed_run_is_bit_equal(tmp_path: Path, stop_at: int):
-    """Stop after any step, in or at the end of an epoch, with dropout and batch norm: same weights, same records."""
+    """Stop after any step, in or at the end of an epoch, with dropout and batch norm: same weights,
+    same records."""
     whole = network(dropout=0.3, norm=True)
     expected = resumable(tmp_path / "whole", whole).fit()
     first = network(dropout=0.3, norm=True)
@@ -306,7 +351,14 @@ def test_checkpoints_within_an_epoch(tmp_path: Path):
         cursors.append(checkpoints.load(path)["examples"] if path.exists() else 0)
         return inputs, targets
 
-    trainer(network(), data(), run_dir=tmp_path / "run", transform=watch, checkpoint_examples=13, epochs=1).fit()
+    trainer(
+        network(),
+        data(),
+        run_dir=tmp_path / "run",
+        transform=watch,
+        checkpoint_examples=13,
+        epochs=1,
+    ).fit()
     assert cursors == [0, 0, 16, 16, 32, 32, 45]
 
 
@@ -338,7 +390,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_history(tmp_path:
     def poison(inputs, targets, progress):
         return (inputs * float("nan") if progress.updates == 9 else inputs), targets
 
-    with pytest.raises(HessianFlowError, match=r"epoch 2 at update 10 .* last good checkpoint is .*last.pt"):
+    with pytest.raises(
+        HessianFlowError, match=r"epoch 2 at update 10 .* last good checkpoint is .*last.pt"
+    ):
         trainer(model, data(), run_dir=tmp_path / "run", transform=poison).fit()
     history = History.load(tmp_path / "run")
     assert [row["epoch"] for row in history.epochs] == [1]
@@ -392,10 +446,18 @@ def test_bad_arguments():
 def test_a_controller_that_nobody_measures_for_is_refused_at_the_start():
     for needs, message in (
         ({"eigenvalue"}, "Script decides by the top eigenvalue: pass probe="),
-        ({"small_gradient_sq", "epoch_loss"}, r"Script decides by small_gradient_sq: pass observers=\[...\]"),
+        (
+            {"small_gradient_sq", "epoch_loss"},
+            r"Script decides by small_gradient_sq: pass observers=\[...\]",
+        ),
     ):
         with pytest.raises(HessianFlowError, match=message):
-            trainer(network(), data(), controller=Script(Decision(8), {}, needs=frozenset(needs)), epochs=1)
+            trainer(
+                network(),
+                data(),
+                controller=Script(Decision(8), {}, needs=frozenset(needs)),
+                epochs=1,
+            )
 
 
 def test_what_the_loop_says_it_can_tell_it_tells():
@@ -429,10 +491,14 @@ def test_a_weight_that_is_not_finite_under_a_finite_loss_is_never_kept(tmp_path:
 
     def loss_fn(outputs, targets):
         steps.append(1)
-        return F.cross_entropy(outputs, targets) + ((outputs.sum() * 0).abs().sqrt() if len(steps) == 10 else 0)
+        return F.cross_entropy(outputs, targets) + (
+            (outputs.sum() * 0).abs().sqrt() if len(steps) == 10 else 0
+        )
 
     with pytest.raises(HessianFlowError, match=r"a weight was not finite"):
-        trainer(model, data(), run_dir=tmp_path / "run", loss_fn=loss_fn, checkpoint_examples=8).fit()
+        trainer(
+            model, data(), run_dir=tmp_path / "run", loss_fn=loss_fn, checkpoint_examples=8
+        ).fit()
     for name in ("last", "previous"):
         state = checkpoints.load(tmp_path / "run" / "checkpoints" / f"{name}.pt")
         assert all(torch.isfinite(v).all() for v in state["model"].values())
@@ -459,10 +525,15 @@ def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
     import numpy as np
 
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.1), weight_decay=np.float64(1e-4))
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=np.float64(0.1), weight_decay=np.float64(1e-4)
+    )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [np.int64(1)])
     options = {"optimizer": optimizer, "scheduler": scheduler}
-    assert trainer(model, data(), run_dir=tmp_path / "numpy", **options).fit().summary["status"] == "finished"
+    assert (
+        trainer(model, data(), run_dir=tmp_path / "numpy", **options).fit().summary["status"]
+        == "finished"
+    )
 
     class Odd(torch.optim.SGD):
         def step(self, closure=None):
@@ -470,7 +541,9 @@ def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
             self.state["odd"]["array"] = np.zeros(2)
 
     odd = Odd(model.parameters(), lr=0.1)
-    with pytest.raises(HessianFlowError, match="cannot be kept: a part of it holds values other than tensors"):
+    with pytest.raises(
+        HessianFlowError, match="cannot be kept: a part of it holds values other than tensors"
+    ):
         trainer(model, data(), run_dir=tmp_path / "odd", optimizer=odd, checkpoint_examples=8).fit()
 
 
@@ -480,7 +553,9 @@ def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         first.fit()
     assert (tmp_path / "run" / "config.json").exists()
-    assert trainer(network(), data(), run_dir=tmp_path / "run").fit().summary["status"] == "finished"
+    assert (
+        trainer(network(), data(), run_dir=tmp_path / "run").fit().summary["status"] == "finished"
+    )
 
 
 def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
@@ -489,7 +564,9 @@ def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
     other = resumable(None, model, optimizer=optimizer, scheduler=cosine)
-    with pytest.raises(HessianFlowError, match="had the scheduler MultiStepLR, this run has CosineAnnealingLR"):
+    with pytest.raises(
+        HessianFlowError, match="had the scheduler MultiStepLR, this run has CosineAnnealingLR"
+    ):
         other.resume(tmp_path / "run")
 
     class Another(Script):
@@ -497,7 +574,9 @@ def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
 
     other = resumable(None, network())
     other._loop.state.parts["controller"] = Another(Decision(8), {})
-    with pytest.raises(HessianFlowError, match="made with the controller Script, this run has Another"):
+    with pytest.raises(
+        HessianFlowError, match="made with the controller Script, this run has Another"
+    ):
         other.resume(tmp_path / "run")
 
 
@@ -511,8 +590,12 @@ def test_a_transform_may_change_the_number_of_rows():
 
 
 def test_a_transform_that_leaves_no_row_is_named():
-    with pytest.raises(HessianFlowError, match="the transform left no row of a batch of 8 examples"):
-        trainer(network(), data(), transform=lambda inputs, targets, _: (inputs[:0], targets[:0])).fit()
+    with pytest.raises(
+        HessianFlowError, match="the transform left no row of a batch of 8 examples"
+    ):
+        trainer(
+            network(), data(), transform=lambda inputs, targets, _: (inputs[:0], targets[:0])
+        ).fit()
 
 
 @pytest.mark.parametrize("sizes", [(4, 8), (4, 16), (8, 100), (4, 12)])
@@ -534,7 +617,9 @@ def test_warm_up_of_a_large_batch_keeps_the_schedule_of_the_reference_batch():
 
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step >= 12 else 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.1 if step >= 12 else 1.0
+    )
     history = trainer(
         model,
         data(count=48),

@@ -1,4 +1,5 @@
-"""Examples of a type that the weights do not take are refused in one line: which types, and what to convert."""
+"""Examples of a type that the weights do not take are refused in one line: which types, and what to
+convert."""
 
 from collections.abc import Callable
 

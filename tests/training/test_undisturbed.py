@@ -1,4 +1,5 @@
-"""What must not disturb training, and what training must not disturb: equality with the run that goes without it."""
+"""What must not disturb training, and what training must not disturb: equality with the run that
+goes without it."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ N = 50
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     targets = images.float().mean((1, 2, 3)).gt(127).long()
     return DeviceBatches(images, targets, 8, augment=Augmentation(crop_padding=1, flip=True))
 
@@ -29,14 +32,21 @@ def network() -> nn.Module:
     """Batch normalisation and dropout: what an evaluation in the middle could move."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(16, 2)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(16, 2),
     )
 
 
 def trainer(model: nn.Module, evaluation: Any = None, **options: Any) -> AdaptiveBatchTrainer:
     settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return AdaptiveBatchTrainer(model, data(), evaluation, optimizer=optimizer, **(settings | options))
+    return AdaptiveBatchTrainer(
+        model, data(), evaluation, optimizer=optimizer, **(settings | options)
+    )
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -80,7 +90,8 @@ def test_evaluation_data_of_every_form_give_the_same_figures(kind: str):
 
 
 def test_frozen_batch_normalisation_stays_frozen():
-    """Statistics and affine parameters as they were, used in evaluation mode, as in the bare loop; flags come back."""
+    """Statistics and affine parameters as they were, used in evaluation mode, as in the bare loop;
+    flags come back."""
     found = []
     for bare in (True, False):
         model = network()
@@ -91,7 +102,9 @@ def test_frozen_batch_normalisation_stays_frozen():
         model[1].eval()
         before = {k: v.clone() for k, v in model[1].state_dict().items()}
         if bare:
-            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+            optimizer = torch.optim.SGD(
+                [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+            )
             stream = data()
             for _ in range(3):
                 for x, y in stream:
@@ -108,13 +121,19 @@ def test_frozen_batch_normalisation_stays_frozen():
 
 @pytest.mark.parametrize("adversary", ["fgsm", "pgd"])
 def test_the_same_run_twice_is_bit_equal(adversary: Any, tmp_path: Path):
-    """Every stream comes from the one seed, whatever the global generators hold; another seed gives another run."""
+    """Every stream comes from the one seed, whatever the global generators hold; another seed gives
+    another run."""
     runs = []
     for number, seed in enumerate((3, 3, 4)):
         torch.manual_seed(1000 + number)
         torch.rand(number + 1)
         config = TrainConfig(
-            epochs=3, patience=1, adversary=adversary, seed=seed, device="cpu", run_dir=str(tmp_path / str(number))
+            epochs=3,
+            patience=1,
+            adversary=adversary,
+            seed=seed,
+            device="cpu",
+            run_dir=str(tmp_path / str(number)),
         )
         made = build_trainer(config)
         rows = [{k: v for k, v in row.items() if "second" not in k} for row in made.fit().records]
@@ -144,7 +163,9 @@ def test_weights_that_are_not_finite_are_never_saved_whatever_the_loss(tmp_path:
         return inputs, targets
 
     made = trainer(model, run_dir=tmp_path / "run", transform=poison, checkpoint_examples=16)
-    with pytest.raises(HessianFlowError, match=r"or a weight was not finite, .* in epoch 2 at update 1"):
+    with pytest.raises(
+        HessianFlowError, match=r"or a weight was not finite, .* in epoch 2 at update 1"
+    ):
         made.fit()
     for file in (tmp_path / "run" / "checkpoints").iterdir():
         assert all(torch.isfinite(v).all() for v in checkpoints.load(file)["model"].values()), file

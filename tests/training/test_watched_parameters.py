@@ -14,7 +14,8 @@ from hessianflow.optim import CLARS, LARS, MicrobatchNorms
 
 
 def network() -> nn.Sequential:
-    """Layers of one shape, so that no shape tells them apart, with gradients of different lengths."""
+    """Layers of one shape, so that no shape tells them apart, with gradients of different
+    lengths."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), *(nn.Linear(4, 4, bias=False) for _ in range(3)))
     with torch.no_grad():
@@ -24,7 +25,9 @@ def network() -> nn.Sequential:
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
     source = torch.Generator().manual_seed(1)
-    data = DeviceBatches(torch.randn(24, 1, 2, 2, generator=source), torch.randint(4, (24,), generator=source), 8)
+    data = DeviceBatches(
+        torch.randn(24, 1, 2, 2, generator=source), torch.randint(4, (24,), generator=source), 8
+    )
     settings: dict[str, Any] = {"loss_fn": F.cross_entropy, "epochs": 2, "show_progress": False}
     AdaptiveBatchTrainer(model, data, optimizer=optimizer, **settings, **options).fit()
 
@@ -55,13 +58,17 @@ def with_norms(model: nn.Sequential) -> CLARS:
 @pytest.mark.parametrize("make", [in_groups, in_one_group, with_norms])
 def test_another_order_trains_the_same(make: Callable[[nn.Sequential], CLARS]):
     """As in the model's order, bit for bit."""
-    ours, theirs = by_clars(make), by_clars(lambda model: CLARS(model.parameters(), 0.5, max_rate=None))
+    ours, theirs = (
+        by_clars(make),
+        by_clars(lambda model: CLARS(model.parameters(), 0.5, max_rate=None)),
+    )
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine, other)
 
 
 def test_one_microbatch_a_step_is_lars():
-    """The norm of each layer is that of its own gradient then: LARS, up to the order of its operations."""
+    """The norm of each layer is that of its own gradient then: LARS, up to the order of its
+    operations."""
     ours, theirs = by_clars(in_groups, microbatch_size=8), network()
     train(theirs, LARS(theirs.parameters(), 0.5, trust_coefficient=0.01, form="late"))
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
