@@ -28,6 +28,8 @@ LONGEST_TEXT = 4096
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")
 """Kinds of characters that no name may hold: control characters, halves of pairs, separators of
 lines."""
+LONGEST = 100
+"""Most characters of a wrong value that an error repeats."""
 _SHOWN = 80
 """Most characters of a wrong value that an error repeats."""
 
@@ -156,6 +158,11 @@ def shown(value: Any) -> str:
         return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
     text = str(value) if isinstance(value, (int, float)) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def shortened(text: str, length: int = LONGEST) -> str:
+    """Return the text, cut where it is longer."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessianflow.adversarial import InputCurvature, RobustnessWatch, is_split, merge_batch_norm
+from hessianflow.adversarial import InputCurvature, RobustnessWatch
 from hessianflow.batches import split
 from hessianflow.choices import (
     build_adversary,
@@ -50,6 +50,8 @@ from hessianflow.memory import keep_freed_memory
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
 from hessianflow.models.dropout import with_head_dropout
+from hessianflow.normalisation import is_split, merge_batch_norm
+from hessianflow.normalisation.recalibrate import recalibrate
 from hessianflow.runs import TensorBoardSink, checkpoints
 from hessianflow.runs.documents import read_config
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, LAST, TENSORBOARD
@@ -58,7 +60,6 @@ from hessianflow.settings import FILE_SIDE
 from hessianflow.training import AdaptiveBatchTrainer, checkpoint
 from hessianflow.training.accumulate import Precision
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
-from hessianflow.training.recalibrate import recalibrate
 from hessianflow.training.world import LocalWorld
 
 EVALUATION_BATCH = {"cpu": 128}

@@ -13,14 +13,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from hessianflow.adversarial import (
     FGSM,
     PGD,
-    SAM,
     AttackRunner,
     ConcurrentAdversary,
     GradientReuse,
     Interleaved,
     SecondStream,
     WorkerProcess,
-    split_batch_norm,
 )
 from hessianflow.config import TrainConfig
 from hessianflow.control import (
@@ -42,10 +40,12 @@ from hessianflow.control import (
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.interfaces import Adversary, BatchController, GradientObserver, HessianFlowError
+from hessianflow.normalisation import split_batch_norm
 from hessianflow.optim import (
     CLARS,
     LAMB,
     LARS,
+    SAM,
     GradientMoments,
     MicrobatchNorms,
     cooldown,

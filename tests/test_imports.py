@@ -17,8 +17,7 @@ SHARED = {
     "structure",
     "losses",
     "measuring",
-    "norm_statistics",
-    "folding",
+    "normalisation",
     "memory",
     "checks",
 }
@@ -36,8 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "structure": set(),
     "losses": {"losses", "batches", "interfaces", "measuring", "structure"},
     "measuring": {"interfaces"},
-    "norm_statistics": {"batches", "losses", "measuring"},
-    "folding": set(),
+    "normalisation": {"normalisation", "batches", "interfaces", "losses", "measuring"},
     "memory": set(),
     "checks": {"interfaces"},
     "presets": set(),
@@ -69,6 +67,7 @@ ROOMS_OF_BUILD = {
 ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
 ALLOWED["elastic"] = ROOMS_OF_BUILD | {"elastic"}
 ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch"}
+ALLOWED["planning"] = ROOMS_OF_BUILD | {"planning", "bounds"}
 ALLOWED["cli"] = {"commands", "interfaces", "__version__"}
 ALLOWED["commands"] = {
     *(
@@ -78,6 +77,7 @@ ALLOWED["commands"] = {
         "choices",
         "dual_batch",
         "elastic",
+        "planning",
         "plots",
         "training",
         "control",

@@ -34,15 +34,15 @@ from torch import Tensor, nn
 from hessianflow import AdaptiveBatchTrainer, models
 from hessianflow.data import DeviceBatches
 from hessianflow.distributed import GroupWorld, run_local
-from hessianflow.distributed.elastic import ElasticRun
-from hessianflow.distributed.elastic_member import JobReport
-from hessianflow.distributed.elastic_policy import Sample
-from hessianflow.distributed.elastic_settings import ElasticSettings
-from hessianflow.distributed.parameter_server import ParameterServer
-from hessianflow.distributed.ray_server import ServerActor
 from hessianflow.distributed.ray_session import connect
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
+from hessianflow.dual_batch.ray_server import ServerActor
+from hessianflow.dual_batch.server import ParameterServer
+from hessianflow.elastic.member import JobReport
+from hessianflow.elastic.policy import Sample
+from hessianflow.elastic.run import ElasticRun
+from hessianflow.elastic.settings import ElasticSettings
 
 BATCH, STEPS = 32, 8
 """Examples a rank and step; steps of the trainer between two looks at the clock."""

@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from hessianflow.config import TrainConfig
-from hessianflow.distributed import ElasticSettings, JobReport, Sample
-from hessianflow.elastic import ElasticTrainer
+from hessianflow.elastic import ElasticSettings, ElasticTrainer, JobReport, Sample
 from hessianflow.elastic.build import make_trainer
 from hessianflow.interfaces import World
 from hessianflow.training import AdaptiveBatchTrainer, History

@@ -38,7 +38,7 @@ def stepper(
 ) -> Callable[[], float]:
     """A training step on clean rows and twins; without a runner these are given. Returns the
     attack's seconds."""
-    model = hf.adversarial.split_batch_norm(copy.deepcopy(model))
+    model = hf.normalisation.split_batch_norm(copy.deepcopy(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     attack = hf.adversarial.FGSM(EPS, value_range=RANGE)
     given = hf.adversarial.Pair(x, y, attack.perturb(model, x, y, 1.0), 0, 0)

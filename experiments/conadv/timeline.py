@@ -87,7 +87,7 @@ def run(attack: hf.adversarial.FGSM, runner: hf.adversarial.AttackRunner, steps:
         torch.rand(128, 3, 32, 32, generator=generator),
         torch.randint(0, 10, (128,), generator=generator),
     )
-    model = hf.adversarial.split_batch_norm(hf.models.create("resnet20", num_classes=10).train())
+    model = hf.normalisation.split_batch_norm(hf.models.create("resnet20", num_classes=10).train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     ahead = hf.adversarial.ConcurrentAdversary(attack, staleness=1, runner=runner)
     ahead.prime(x, y)

@@ -25,10 +25,8 @@ from hessianflow.build import build_parts, prepare
 from hessianflow.choices import given
 from hessianflow.config import TrainConfig
 from hessianflow.control import DualBatchPlan, TimeModel, fit_time_model
-from hessianflow.distributed import ParameterServer, train_on_ray
-from hessianflow.distributed.ray_server import ServerActor
 from hessianflow.distributed.ray_session import connect
-from hessianflow.distributed.simulated_server import Commit
+from hessianflow.dual_batch import ParameterServer, train_on_ray
 from hessianflow.dual_batch.build import (
     Schedule,
     all_stages,
@@ -38,6 +36,8 @@ from hessianflow.dual_batch.build import (
     worker_of,
 )
 from hessianflow.dual_batch.local_training import FlatWeights
+from hessianflow.dual_batch.ray_server import ServerActor
+from hessianflow.dual_batch.simulated_server import Commit
 from hessianflow.interfaces import HessianFlowError
 
 FOLDER = Path(__file__).resolve().parent

@@ -1,32 +1,50 @@
 """Adversarial examples: attacks, training plug-ins, and what measures and stabilises them."""
 
-from hessianflow.adversarial.adversaries import FGSM, PGD
-from hessianflow.adversarial.attacks import fgsm, pgd
-from hessianflow.adversarial.concurrent import ConcurrentAdversary, Pair, PairLoss, pair_loss
-from hessianflow.adversarial.input_hessian import InputHessian
-from hessianflow.adversarial.mixing import perturbed_rows
-from hessianflow.adversarial.monitors import InputCurvature, RobustnessWatch
-from hessianflow.adversarial.reuse import GradientReuse
+from hessianflow.adversarial.adversaries import (
+    FGSM,
+    PGD,
+)
+from hessianflow.adversarial.attacks import (
+    fgsm,
+    pgd,
+)
+from hessianflow.adversarial.concurrent import (
+    ConcurrentAdversary,
+    Pair,
+    PairLoss,
+    pair_loss,
+)
+from hessianflow.adversarial.input_hessian import (
+    InputHessian,
+)
+from hessianflow.adversarial.mixing import (
+    perturbed_rows,
+)
+from hessianflow.adversarial.monitors import (
+    InputCurvature,
+    RobustnessWatch,
+)
+from hessianflow.adversarial.reuse import (
+    GradientReuse,
+)
 from hessianflow.adversarial.robustness import (
     OverfittingAlarm,
     RobustAccuracy,
     robust_accuracy,
     wilson_interval,
 )
-from hessianflow.adversarial.runners import AttackRunner, Interleaved, SecondStream
-from hessianflow.adversarial.sam import SAM, sam_perturbation
-from hessianflow.adversarial.split_norm import (
-    clean_rows,
-    is_split,
-    merge_batch_norm,
-    split_batch_norm,
+from hessianflow.adversarial.runners import (
+    AttackRunner,
+    Interleaved,
+    SecondStream,
 )
-from hessianflow.adversarial.worker import WorkerProcess
+from hessianflow.adversarial.worker import (
+    WorkerProcess,
+)
 
 __all__ = [
     "FGSM",
     "PGD",
-    "SAM",
     "AttackRunner",
     "ConcurrentAdversary",
     "GradientReuse",
@@ -40,15 +58,10 @@ __all__ = [
     "RobustnessWatch",
     "SecondStream",
     "WorkerProcess",
-    "clean_rows",
     "fgsm",
-    "is_split",
-    "merge_batch_norm",
     "pair_loss",
     "perturbed_rows",
     "pgd",
     "robust_accuracy",
-    "sam_perturbation",
-    "split_batch_norm",
     "wilson_interval",
 ]

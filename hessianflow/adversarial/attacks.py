@@ -34,11 +34,11 @@ from hessianflow.adversarial.budget import (
     make_budget,
     place,
 )
-from hessianflow.adversarial.fixed_norm import fixed_normalisation
 from hessianflow.checks import check_choice, check_count, is_number
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import mean_loss
 from hessianflow.measuring import measuring
+from hessianflow.normalisation.fixed import fixed_normalisation
 
 FAST_RANDOM_STEP = 1.25
 """Step of FGSM with random start, in units of eps (Wong et al.)."""

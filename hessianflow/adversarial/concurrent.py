@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from hessianflow.adversarial.budget import check_one_tensor
 from hessianflow.adversarial.mixing import perturbed_rows
 from hessianflow.adversarial.runners import AttackRunner, AttackSet, Interleaved, TwinAttack
-from hessianflow.adversarial.split_norm import clean_rows, is_split
 from hessianflow.checks import check_choice, check_count
 from hessianflow.interfaces import Exposure, HessianFlowError, InputAttack, LossFn
 from hessianflow.losses import mean_loss
+from hessianflow.normalisation.split import clean_rows, is_split
 
 First = Literal["clean", "synchronous"]
 Combine = Literal["sum", "average"]

@@ -13,10 +13,10 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from hessianflow.adversarial.split_norm import clean_rows, is_split
 from hessianflow.checks import check_choice
 from hessianflow.interfaces import HessianFlowError, InputAttack
 from hessianflow.measuring import unwrap
+from hessianflow.normalisation.split import clean_rows, is_split
 
 AttackSet = Literal["adversarial", "main"]
 

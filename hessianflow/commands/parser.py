@@ -9,14 +9,12 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_loader
 
-from hessianflow.bounds import option, user_path
+from hessianflow.bounds import LONGEST, option, shortened, user_path
 from hessianflow.commands.yaml_text import UnfitTextError, load_value
 from hessianflow.interfaces import HessianFlowError
 
 MODE = "bounded-yaml"
 """What jsonargparse calls the reader of values that :func:`main_parser` gives it."""
-LONGEST = 100
-"""Most characters of a wrong value that an error repeats."""
 
 
 class Parser(ArgumentParser):
@@ -148,11 +146,6 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """Return a hint at the known word that is nearest; empty where none is near."""
     close = difflib.get_close_matches(word.replace("_", "-").lower(), known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def shortened(text: str, length: int = LONGEST) -> str:
-    """Return the text, cut where it is longer."""
-    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def plain(message: str) -> str:

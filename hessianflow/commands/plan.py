@@ -19,8 +19,8 @@ from hessianflow.config import TrainConfig, option
 from hessianflow.interfaces import HessianFlowError
 
 if TYPE_CHECKING:
-    from hessianflow.commands.planning import Measured, Run
-    from hessianflow.distributed import PerformanceModel, Phase, Prediction
+    from hessianflow.planning import PerformanceModel, Phase, Prediction
+    from hessianflow.planning.measure import Measured, Run
 
 LARGE_RESIDUAL = 0.2
 """Step times that lie farther off their line than this share are called doubtful. Ours."""
@@ -142,8 +142,8 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 def _plan(arguments: Namespace) -> int:
     if arguments.subcommand is not None:
         return plan_dual_batch.run(arguments[arguments.subcommand])
-    from hessianflow.commands.planning import worker_counts
-    from hessianflow.distributed import predict
+    from hessianflow.planning import predict
+    from hessianflow.planning.measure import worker_counts
 
     _check(arguments)
     counts = worker_counts(arguments.workers)
@@ -176,7 +176,7 @@ def _check(arguments: Namespace) -> None:
 
 def _run(arguments: Namespace) -> "Run":
     from hessianflow.build import load_config, prepare
-    from hessianflow.commands.planning import Run
+    from hessianflow.planning.measure import Run
     from hessianflow.runs import History
 
     changed = arguments.given.settings(arguments)
@@ -189,15 +189,15 @@ def _run(arguments: Namespace) -> "Run":
             raise HessianFlowError(
                 f"{option(name)} {changed[name]}: --run {arguments.run} sets that, leave one out"
             )
-    require_settings(arguments.run, "plan", "hf.distributed.predict")
+    require_settings(arguments.run, "plan", "hf.planning.predict")
     require_named_code(arguments.run, arguments.model)
     return Run(prepare(replace(load_config(arguments.run), **changed)), History.load(arguments.run))
 
 
 def _basis(arguments: Namespace, run: "Run") -> Basis:
     from hessianflow.choices import given
-    from hessianflow.commands.planning import planned_phases, recorded_phases
-    from hessianflow.distributed import AllReduceTime, PerformanceModel
+    from hessianflow.planning import AllReduceTime, PerformanceModel
+    from hessianflow.planning.measure import planned_phases, recorded_phases
 
     config = run.config
     by_batch = not isinstance(config.microbatch_size, int)
@@ -266,8 +266,8 @@ def _basis(arguments: Namespace, run: "Run") -> Basis:
 
 
 def _measured(arguments: Namespace, run: "Run", microbatch: int) -> "Measured":
-    from hessianflow.commands.planning import Measured, measure, read_measured
-    from hessianflow.distributed import StepTime
+    from hessianflow.planning import StepTime
+    from hessianflow.planning.measure import Measured, measure, read_measured
 
     if arguments.slope is not None:
         return Measured(StepTime(arguments.slope, arguments.intercept), source="as given")
@@ -279,7 +279,7 @@ def _measured(arguments: Namespace, run: "Run", microbatch: int) -> "Measured":
 
 
 def _sizes(phases: "Sequence[Phase]") -> str:
-    from hessianflow.commands.planning import merged
+    from hessianflow.planning.measure import merged
 
     sizes = [phase.batch_size for phase in merged(phases)]
     shown = sizes if len(sizes) <= 6 else [*sizes[:3], "...", *sizes[-2:]]
@@ -321,7 +321,7 @@ def _write(
     folder: Path, arguments: Namespace, basis: Basis, predictions: "Sequence[Prediction]"
 ) -> None:
     from hessianflow import plots
-    from hessianflow.commands.planning import as_json, merged
+    from hessianflow.planning.measure import as_json, merged
     from hessianflow.runs.files import write_json
 
     plan = {

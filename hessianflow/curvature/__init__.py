@@ -9,10 +9,10 @@ from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.landscape import LandscapeSlice, gradient_overlap, loss_landscape
 from hessianflow.curvature.operator import CallableOperator, NonFiniteError, Operator
 from hessianflow.curvature.probe import CurvatureProbe
-from hessianflow.curvature.report import LayerSpectrum, SpectrumReport, spectrum_report
 from hessianflow.curvature.results import DiagonalResult, EigenResult, TraceResult
 from hessianflow.curvature.second_opinion import Comparison, SecondOpinion, second_opinion
 from hessianflow.curvature.shares import Share, SignShares
+from hessianflow.curvature.spectrum import LayerSpectrum, SpectrumReport, spectrum_report
 from hessianflow.curvature.trace import diagonal, frobenius_norm, trace
 
 __all__ = [

@@ -18,7 +18,7 @@ activations. Here each is a pair of autograd functions:
 all of them torch's own forward and backward kernels. Images in float32 on a processor go with the
 channels last, whatever the layout of the weights; from there on the kernels keep it. Measured on
 one core, in gradients: a product with ResNet-20 1.6 instead of 2.7, with SqueezeNext 1.9 instead of
-2.9; folding.py takes off another 11 to 18 %. The values are those of torch up to rounding.
+2.9; normalisation/folded.py takes off another 11 to 18 %. The values are those of torch up to rounding.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
-from hessianflow.folding import is_watched
+from hessianflow.normalisation.folded import is_watched
 
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default

@@ -4,7 +4,7 @@ Hessian, 1994).
 H v = d(g(w)^T v)/dw, where the gradient g is computed with its graph. On one batch that graph is
 kept, and a product is one more backward pass through it: measured 1.7 gradients on a ResNet-20 on a
 CPU core, against 2.8 when it is rebuilt (2.65 and 3.7 with torch's own second derivatives; see
-double_backward.py and ../folding.py).
+double_backward.py and ../normalisation/folded.py).
 """
 
 from typing import Any

@@ -52,11 +52,11 @@ from hessianflow.curvature.selection import (
 )
 from hessianflow.curvature.staleness import Snapshot
 from hessianflow.curvature.vectors import flatten, vector_dtype
-from hessianflow.folding import folded_normalisation
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck
 from hessianflow.measuring import measuring, unwrap
-from hessianflow.norm_statistics import compared_losses, moving_layers
+from hessianflow.normalisation.folded import folded_normalisation
+from hessianflow.normalisation.statistics import compared_losses, moving_layers
 
 
 class ModelOperator(Operator):
@@ -177,8 +177,8 @@ class ModelOperator(Operator):
         """Compare the loss under running statistics of normalisation with that under the data's
         own.
 
-        See `compared_losses` in :mod:`hessianflow.norm_statistics`; of the first batch. None where
-        the matrix uses no running statistics that training moves.
+        See `compared_losses` in :mod:`hessianflow.normalisation.statistics`; of the first batch.
+        None where the matrix uses no running statistics that training moves.
         """
         layers = moving_layers(self._model)
         if self.norm_mode == "batch" or not layers:

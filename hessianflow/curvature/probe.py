@@ -46,7 +46,7 @@ from hessianflow.interfaces import (
     NormMode,
 )
 from hessianflow.measuring import unwrap
-from hessianflow.norm_statistics import is_unsettled
+from hessianflow.normalisation.statistics import is_unsettled
 
 Smoothing = Literal["none", "median", "ema"]
 
@@ -109,7 +109,7 @@ class CurvatureProbe:
             HessianOperator.
         check_statistics: in norm_mode "eval", compare the loss of up to 32 examples under running
             statistics with that under their own, and say in `reliable` whether the former have
-            settled (norm_statistics.py). False: say that they have, as the published code of ABSA
+            settled (normalisation/statistics.py). False: say that they have, as the published code of ABSA
             takes for granted.
         operator: makes what is measured, called as HessianOperator is; on several ranks
             `hessianflow.distributed.sharded(world)`.

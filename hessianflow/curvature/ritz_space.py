@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hessianflow.curvature.basis import Rows
 from hessianflow.curvature.evidence import (
     FEW_ROWS,
     REACH,
@@ -27,7 +28,6 @@ from hessianflow.curvature.evidence import (
 )
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
-from hessianflow.curvature.rows import Rows
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 ASYMMETRY = 0.1

@@ -33,10 +33,10 @@ from hessianflow.control import (
     fit_time_model,
     stage_at,
 )
-from hessianflow.distributed import ParameterServer
-from hessianflow.distributed.ray_server import Resources
 from hessianflow.distributed.ray_session import connect
 from hessianflow.dual_batch.local_training import Course, FlatWeights, LocalTraining
+from hessianflow.dual_batch.ray_server import Resources
+from hessianflow.dual_batch.server import ParameterServer
 from hessianflow.dual_batch.trainer import DualBatchTrainer, Job
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.interfaces import HessianFlowError, RecordSink

@@ -23,14 +23,14 @@ from torch.optim import Optimizer
 
 from hessianflow.batches import move
 from hessianflow.control import WorkerPlan
-from hessianflow.distributed.parameter_server import Weights
+from hessianflow.dual_batch.server import Weights
 from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
+from hessianflow.normalisation.ghost import ghost_normalisation
 from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator, OwnResult
 from hessianflow.training.evaluate import summed
-from hessianflow.training.ghost_norm import ghost_normalisation
 
 
 class FlatWeights:
@@ -92,7 +92,7 @@ class Course:
 
 
 class LocalTraining:
-    """One worker's local epochs; a :data:`~hessianflow.distributed.simulated_server.LocalEpoch`.
+    """One worker's local epochs; a :data:`~hessianflow.dual_batch.simulated_server.LocalEpoch`.
 
     Several workers of a simulation may share a model and its data: every local epoch begins with
     the weights given and with a place in the data that follows from the worker's number and its

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from hessianflow.checks import in_home
 from hessianflow.control import DualBatchPlan, Stage
-from hessianflow.distributed.simulated_server import Commit
 from hessianflow.dual_batch.local_training import FlatWeights, checkable, with_arrays
+from hessianflow.dual_batch.simulated_server import Commit
 from hessianflow.dual_batch.transports import Listener, Snapshot, Transport
 from hessianflow.interfaces import Batch, Decision, HessianFlowError, LossFn, Progress, RecordSink
 from hessianflow.runs import History, Recorder, checkpoints, rows

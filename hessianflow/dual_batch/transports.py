@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from hessianflow.distributed.parameter_server import ParameterServer
-from hessianflow.distributed.ray_server import Resources, train_on_ray
 from hessianflow.distributed.ray_session import connect
-from hessianflow.distributed.simulated_server import Commit, LocalEpoch, simulate
+from hessianflow.dual_batch.ray_server import Resources, train_on_ray
+from hessianflow.dual_batch.server import ParameterServer
+from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch, simulate
 
 Snapshot = Mapping[str, Any]
 

@@ -6,8 +6,8 @@ from functools import partial
 
 from hessianflow.build import build_trainer, prepare, tensorboard_sinks
 from hessianflow.config import TrainConfig, resolve, to_dict
-from hessianflow.distributed import ElasticSettings
 from hessianflow.distributed.ray_session import connect
+from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.elastic.trainer import ElasticTrainer
 from hessianflow.interfaces import HessianFlowError, RecordSink, World
 from hessianflow.training import AdaptiveBatchTrainer

@@ -4,14 +4,15 @@ its state."""
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hessianflow.distributed import GroupReducer, GroupWorld, JobReport, LocalReducer
+from hessianflow.distributed import GroupReducer, GroupWorld, LocalReducer
+from hessianflow.elastic.member import JobReport
 from hessianflow.interfaces import HessianFlowError, World
 from hessianflow.training import AdaptiveBatchTrainer
 from hessianflow.training.state import separate_generators
 
 
 class TrainerJob:
-    """One rank's trainer; see :class:`hessianflow.distributed.ElasticJob`.
+    """One rank's trainer; see :class:`hessianflow.elastic.ElasticJob`.
 
     All ranks keep the same records, so that any of them can go on as the first. When an update was
     interrupted, its batch is trained again: the place in the data is that of the last complete

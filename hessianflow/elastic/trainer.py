@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hessianflow.checks import in_home
-from hessianflow.distributed import (
-    ElasticEvent,
-    ElasticRun,
-    ElasticSettings,
-    JobReport,
-    Sample,
-    workers_for,
-)
-from hessianflow.distributed.elastic import Policy
 from hessianflow.elastic.job import TrainerJob
+from hessianflow.elastic.member import JobReport
+from hessianflow.elastic.policy import Sample, workers_for
+from hessianflow.elastic.run import ElasticEvent, ElasticRun, Policy
+from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError, Progress, RecordSink, World
 from hessianflow.runs import History, Recorder, checkpoints, rows
 from hessianflow.runs.folder import history_length, refuse_used
@@ -49,10 +44,10 @@ class ElasticTrainer:
         sinks: further receivers of every record.
         keep_checkpoints: how many of the newest are kept.
         policy: policy(report, samples) -> workers wanted; None:
-            :func:`hessianflow.distributed.workers_for`.
+            :func:`hessianflow.elastic.workers_for`.
 
     Raises:
-        HessianFlowError: see :class:`hessianflow.distributed.ElasticRun`; the run directory is in
+        HessianFlowError: see :class:`hessianflow.elastic.ElasticRun`; the run directory is in
             use.
     """
 

@@ -2,8 +2,8 @@
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.dual_batch import accuracy_over_time, batch_and_resolution, commit_timeline
+from hessianflow.plots.html import report
 from hessianflow.plots.landscape import landscape
-from hessianflow.plots.report import report
 from hessianflow.plots.robustness import robustness
 from hessianflow.plots.scaling import scaling
 from hessianflow.plots.spectra import spectral_density

@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hessianflow.plots import style
+from hessianflow.plots.grouping import Group, group_runs, seed_of
 from hessianflow.plots.records import Run, RunSource, batch_steps, column, number, read_runs
-from hessianflow.plots.settings import Group, group_runs, seed_of
 from hessianflow.runs.text import in_csv, in_markdown, plain
 
 _LEGEND = 90

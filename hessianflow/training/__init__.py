@@ -1,10 +1,21 @@
 """The training loop and what it leaves behind."""
 
-from hessianflow.runs import History, LogSink, TensorBoardSink
-from hessianflow.training.evaluate import Evaluation, evaluate
-from hessianflow.training.progressive import ProgressiveResize, check_resolutions
-from hessianflow.training.recalibrate import recalibrate
-from hessianflow.training.trainer import AdaptiveBatchTrainer
+from hessianflow.runs import (
+    History,
+    LogSink,
+    TensorBoardSink,
+)
+from hessianflow.training.evaluate import (
+    Evaluation,
+    evaluate,
+)
+from hessianflow.training.progressive import (
+    ProgressiveResize,
+    check_resolutions,
+)
+from hessianflow.training.trainer import (
+    AdaptiveBatchTrainer,
+)
 
 __all__ = [
     "AdaptiveBatchTrainer",
@@ -15,5 +26,4 @@ __all__ = [
     "TensorBoardSink",
     "check_resolutions",
     "evaluate",
-    "recalibrate",
 ]

@@ -8,11 +8,11 @@ from torch.utils.data import Dataset
 
 from hessianflow.checks import check_choice, check_count, check_limit
 from hessianflow.interfaces import HessianFlowError, ResizableBatches
+from hessianflow.normalisation.settle import NormStatistics
 from hessianflow.training.accumulate import Precision
 from hessianflow.training.control_point import CurvatureSchedule
 from hessianflow.training.divergence import OnDivergence
 from hessianflow.training.schedule import ScheduleUnit
-from hessianflow.training.settle import NormStatistics
 
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "controller": ("hf.control.ABSA(32, 512)", ("decision", "is_due")),

@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 
 from hessianflow.interfaces import Batch, Decision, Progress, ResizableBatches, World
+from hessianflow.normalisation.ghost import ghost_normalisation
+from hessianflow.normalisation.settle import NormStatistics, settle
 from hessianflow.runs import Recorder, rows
 from hessianflow.runs.names import BEST, LAST
 from hessianflow.runs.rows import Record
@@ -28,7 +30,6 @@ from hessianflow.training.divergence import (
     rate_rule,
 )
 from hessianflow.training.evaluate import Evaluation
-from hessianflow.training.ghost_norm import ghost_normalisation
 from hessianflow.training.learning_rate import SET_BY_HAND, LearningRate
 from hessianflow.training.lookahead import Lookahead, Planned
 from hessianflow.training.optimizers import set_mode
@@ -36,7 +37,6 @@ from hessianflow.training.progress import ProgressBar
 from hessianflow.training.restore import restore_newest
 from hessianflow.training.saving import Saver
 from hessianflow.training.schedule import ScheduleUnit
-from hessianflow.training.settle import NormStatistics, settle
 from hessianflow.training.state import RunState
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch

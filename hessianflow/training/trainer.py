@@ -42,6 +42,7 @@ from hessianflow.interfaces import (
     Stateful,
     World,
 )
+from hessianflow.normalisation.settle import NormStatistics
 from hessianflow.runs import Recorder
 from hessianflow.training.accumulate import GradientAccumulator, Precision
 from hessianflow.training.after_epoch import AfterEpoch
@@ -74,7 +75,6 @@ from hessianflow.training.run import Run
 from hessianflow.training.saving import Saver
 from hessianflow.training.schedule import ScheduleUnit, misfit
 from hessianflow.training.settings import flat, of_controller, of_optimizer
-from hessianflow.training.settle import NormStatistics
 from hessianflow.training.state import RunState, numbered, stateful_parts
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
@@ -123,7 +123,7 @@ class AdaptiveBatchTrainer(Run):
             the whole microbatch.
         norm_statistics: "settled": where the running statistics of batch normalisation have not
             settled at the end of an epoch, they are measured anew on the batch trained last, before
-            anything is measured, evaluated or saved (:mod:`~hessianflow.training.settle`).
+            anything is measured, evaluated or saved (:mod:`~hessianflow.normalisation.settle`).
             "running": they are left as training made them; with it the probe's
             `check_statistics=False` gives the signal of ABSA's published code.
         transform: applied to each whole batch before the adversary.

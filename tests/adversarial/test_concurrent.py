@@ -9,15 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hessianflow.adversarial import (
-    FGSM,
-    PGD,
-    ConcurrentAdversary,
-    SecondStream,
-    fgsm,
-    pair_loss,
-    split_batch_norm,
-)
+from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, SecondStream, fgsm, pair_loss
+from hessianflow.normalisation import split_batch_norm
 
 D = torch.float64
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer
-from hessianflow.adversarial import SAM, GradientReuse
+from hessianflow.adversarial import GradientReuse
 from hessianflow.control import FixedBatch
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches
-from hessianflow.optim import GradientMoments
+from hessianflow.optim import SAM, GradientMoments
 
 N, SIDE, EPS = 20, 6, 0.1
 

@@ -13,16 +13,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow import AdaptiveBatchTrainer
-from hessianflow.adversarial import (
-    FGSM,
-    PGD,
-    ConcurrentAdversary,
-    WorkerProcess,
-    pair_loss,
-    split_batch_norm,
-)
+from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProcess, pair_loss
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
+from hessianflow.normalisation import split_batch_norm
 
 RANGE = (0.0, 1.0)
 

@@ -132,7 +132,7 @@ def test_what_is_no_plain_value_is_not_sent(value):
         b'["record", "os", "system", {"command": "echo hostile"}]',
         b'["record", "hessianflow.interfaces", "HessianFlowError", {}]',
         b'["record", "hessianflow.interfaces", "nothing", {}]',
-        b'["record", "hessianflow.distributed.elastic", "ElasticRun", {}]',
+        b'["record", "hessianflow.elastic.run", "ElasticRun", {}]',
         b'["record", "hessianflow.interfaces", "Decision", {"nothing": 1}]',
         b'["record", "hessianflow.never_imported", "X", {}]',
         b'["dtype", "load"]',

@@ -8,8 +8,8 @@ import pytest
 from run_dirs import epoch, growth, in_memory, write_run
 
 from hessianflow.plots import compare, compare_table
+from hessianflow.plots.grouping import flatten, group_runs, seed_of
 from hessianflow.plots.records import read_runs
-from hessianflow.plots.settings import flatten, group_runs, seed_of
 
 
 @pytest.fixture

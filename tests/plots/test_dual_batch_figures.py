@@ -9,7 +9,7 @@ from run_dirs import epoch, growth, in_memory, write_run
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import accuracy_over_time, batch_and_resolution, commit_timeline
 from hessianflow.plots.dual_batch import LARGE, SMALL, WAITING
-from hessianflow.plots.settings import flatten
+from hessianflow.plots.grouping import flatten
 
 
 def commit(number, worker, started, finished, *, batch=10):

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
-from hessianflow.adversarial import PGD, SAM
+from hessianflow.adversarial import PGD
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
-from hessianflow.optim import Extrapolation, GradientMoments
+from hessianflow.optim import SAM, Extrapolation, GradientMoments
 
 N = 40
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError
-from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, fgsm, split_batch_norm
+from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, fgsm
 from hessianflow.control import FixedBatch
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import DeviceBatches
+from hessianflow.normalisation import split_batch_norm
 from hessianflow.optim import GradientMoments
 
 N, BATCH = 50, 8  # seven steps an epoch, the last two of five examples

@@ -17,11 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
-from hessianflow.adversarial import FGSM, PGD, SAM, ConcurrentAdversary
+from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary
 from hessianflow.control import ABSA, AdaBatch, CriticalBatch, FixedBatch
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.data import AdaptiveBatches
-from hessianflow.optim import Extrapolation, GradientMoments
+from hessianflow.optim import SAM, Extrapolation, GradientMoments
 from hessianflow.runs import checkpoints
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))

@@ -11,9 +11,9 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import TensorDataset
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
-from hessianflow.adversarial import SAM
 from hessianflow.control import AdaBatch
 from hessianflow.data import AdaptiveBatches
+from hessianflow.optim import SAM
 from hessianflow.training.learning_rate import LearningRate
 
 MAKERS = {

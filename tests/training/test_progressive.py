@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional
 
 import hessianflow as hf
-from hessianflow.adversarial import split_batch_norm
 from hessianflow.control import (
     FixedBatch,
     Level,
@@ -19,8 +18,9 @@ from hessianflow.control import (
 )
 from hessianflow.interfaces import HessianFlowError, Progress
 from hessianflow.models.dropout import with_head_dropout
+from hessianflow.normalisation import split_batch_norm
+from hessianflow.normalisation.recalibrate import recalibrate
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions, resized
-from hessianflow.training.recalibrate import recalibrate
 
 STAGES = resolution_stages([2, 4], [Level(8, 12, 0.1), Level(16, 8, 0.3)], "cyclic")
 

@@ -13,8 +13,8 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import TensorDataset
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
-from hessianflow.adversarial import SAM
 from hessianflow.data import AdaptiveBatches
+from hessianflow.optim import SAM
 from hessianflow.training.schedule import length, misfit, steps_of_run
 
 N, BATCH, EPOCHS = 100, 16, 6

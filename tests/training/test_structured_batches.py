@@ -227,7 +227,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(data: Any, message: str
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     for measure in (
         lambda: hf.training.evaluate(model, data, cross_entropy),
-        lambda: hf.training.recalibrate(model, data),
+        lambda: hf.normalisation.recalibrate(model, data),
     ):
         with pytest.raises(HessianFlowError, match=message):
             measure()

@@ -1,0 +1,242 @@
+"""A parameter server as one deterministic object: whole weights are pushed, mixed and pulled.
+
+References: Lu, Hong, Liu, Wu, dual batch size learning on a parameter server (COMPSAC 2022), and
+its continuation with cyclic progressive learning (arXiv 2509.26092; "the journal"). Each worker
+pulls the weights, trains one local epoch, and pushes what came of it. The server knows no clock, no
+network and no threads; a transport (:mod:`~hessianflow.dual_batch.simulated_server`,
+:mod:`~hessianflow.dual_batch.ray_server`) tells it who has pushed.
+
+With the update factor f of a worker (1 with a full share of the data, d_S / d_L with a smaller
+one), weights w_s on the server and w_w from the worker:
+
+    asynchronous (ASP), COMPSAC   w_s <- ((2 - f) w_s + f w_w) / 2
+    asynchronous (ASP), journal   w_s <- (w_s + f w_w) / (1 + f)
+    synchronous (BSP)             w_s <- sum_i f_i w_i / sum_i f_i   once all workers have pushed
+    bounded (SSP)                 ASP, until a push would put a worker more than `staleness`
+                                  commits ahead of another
+
+Deviations: the published code's square-root variant is had by passing sqrt(f) as factor. SSP: the
+push that would break the bound is not mixed but opens a synchronous round, which ends when every
+other worker has pushed once more; then all counters start again (the publications leave open what
+becomes of that push). A worker that leaves is no longer waited for; what it contributed to an open
+round stays in it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from hessianflow.interfaces import HessianFlowError
+
+Weights = npt.NDArray[Any]
+"""All weights of a model, statistics of normalisation included, as one flat floating-point
+array."""
+
+Synchrony = Literal["asp", "bsp", "ssp"]
+Mixing = Literal["compsac", "journal"]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a push led to.
+
+    Attributes:
+        released: workers that may pull and go on, in ascending order; without the pushing one, it
+            has to wait.
+        mixed: whether the server's weights changed.
+        staleness: commits of other workers since this one last pulled.
+    """
+
+    released: tuple[int, ...]
+    mixed: bool
+    staleness: int
+
+
+@dataclass
+class _Worker:
+    factor: float
+    commits: int = 0
+    """Since the counters last started again (SSP)."""
+    pulled_at: int = 0
+
+
+@dataclass
+class ParameterServer:
+    """The weights that all workers share.
+
+    Args:
+        weights: the start; copied.
+        factors: update factor f of each worker, by its number; positive.
+        synchrony: "asp", "bsp" or "ssp". Default of both papers: "asp".
+        mixing: the asynchronous rule, of the "compsac" or the "journal" paper.
+        staleness: with "ssp", how many commits a worker may be ahead of another. Default of the
+            papers' settings file.
+
+    Attributes:
+        commits: pushes received since the start; as many as there are workers make an epoch.
+
+    Raises:
+        HessianFlowError: no worker, a factor that is not positive, an unknown rule; at a push: an
+            unknown worker, one that has to wait, or weights that do not fit.
+    """
+
+    weights: Weights
+    factors: Mapping[int, float]
+    synchrony: Synchrony = "asp"
+    mixing: Mixing = "journal"
+    staleness: int = 3
+    commits: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.synchrony not in get_args(Synchrony):
+            raise HessianFlowError(
+                f"synchrony must be one of {', '.join(get_args(Synchrony))}, got {self.synchrony!r}"
+            )
+        if self.mixing not in get_args(Mixing):
+            raise HessianFlowError(
+                f"mixing must be one of {', '.join(get_args(Mixing))}, got {self.mixing!r}"
+            )
+        if self.staleness < 0:
+            raise HessianFlowError(f"staleness must be at least 0, got {self.staleness}")
+        if not self.factors:
+            raise HessianFlowError("a parameter server needs at least one worker, got none")
+        self.weights = np.array(self.weights)
+        self._workers: dict[int, _Worker] = {}
+        self._round: dict[int, tuple[float, Weights]] = {}
+        self._in_round = self.synchrony == "bsp"
+        for worker, factor in self.factors.items():
+            self.add(worker, factor)
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """Those taking part, in ascending order."""
+        return tuple(sorted(self._workers))
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Those that have pushed into the open round."""
+        return tuple(sorted(set(self._round) & set(self._workers)))
+
+    def add(self, worker: int, factor: float) -> None:
+        """Take a new or restarted worker in; it counts as far as the one that is furthest behind.
+
+        Raises:
+            HessianFlowError: it takes part already, or `factor` is not positive.
+        """
+        if worker in self._workers:
+            raise HessianFlowError(f"worker {worker} takes part already: remove it first")
+        if not factor > 0:
+            raise HessianFlowError(f"the factor of worker {worker} must be positive, got {factor}")
+        behind = min((other.commits for other in self._workers.values()), default=0)
+        self._workers[worker] = _Worker(factor, behind, self.commits)
+
+    def remove(self, worker: int) -> tuple[int, ...]:
+        """Wait no longer for a worker that died; returns the workers this releases from an open
+        round.
+
+        Raises:
+            HessianFlowError: an unknown worker.
+        """
+        self._known(worker)
+        del self._workers[worker]
+        return self._close_round()
+
+    def pull(self, worker: int) -> Weights:
+        """A copy of the weights for `worker` to train from."""
+        self._known(worker).pulled_at = self.commits
+        weights: Weights = self.weights.copy()
+        return weights
+
+    def push(self, worker: int, weights: Weights) -> Receipt:
+        """Take in what `worker` made of the weights it pulled."""
+        member = self._known(worker)
+        if worker in self._round:
+            raise HessianFlowError(
+                f"worker {worker} has pushed into this round: it must wait for the others"
+            )
+        if weights.shape != self.weights.shape:
+            raise HessianFlowError(
+                f"weights must have shape {list(self.weights.shape)}, got {list(weights.shape)}"
+                f" from worker {worker}"
+            )
+        staleness = self.commits - member.pulled_at
+        self.commits += 1
+        member.commits += 1
+        if self._in_round or self._too_far_ahead(member):
+            self._in_round = True
+            self._round[worker] = (member.factor, np.array(weights))
+            released = self._close_round()
+            return Receipt(released, bool(released), staleness)
+        self._mix(member.factor, weights)
+        return Receipt((worker,), True, staleness)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, counters and the open round: a server made from it goes on as if nothing had
+        happened."""
+        return {
+            "weights": self.weights.copy(),
+            "commits": self.commits,
+            "workers": {
+                number: (w.factor, w.commits, w.pulled_at) for number, w in self._workers.items()
+            },
+            "round": {
+                number: (factor, pushed.copy()) for number, (factor, pushed) in self._round.items()
+            },
+            "in_round": self._in_round,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a server of the same rules stopped.
+
+        Raises:
+            HessianFlowError: weights of another model.
+        """
+        if state["weights"].shape != self.weights.shape:
+            raise HessianFlowError(
+                f"the saved server has weights of shape {list(state['weights'].shape)}, "
+                f"this one {list(self.weights.shape)}: it is of another model"
+            )
+        self.weights = np.array(state["weights"])
+        self.commits, self._in_round = state["commits"], state["in_round"]
+        self._workers = {number: _Worker(*values) for number, values in state["workers"].items()}
+        self._round = {
+            number: (factor, np.array(pushed))
+            for number, (factor, pushed) in state["round"].items()
+        }
+
+    def _known(self, worker: int) -> _Worker:
+        if worker not in self._workers:
+            raise HessianFlowError(
+                f"worker {worker} does not take part; those that do: {list(self.workers)}"
+            )
+        return self._workers[worker]
+
+    def _too_far_ahead(self, member: _Worker) -> bool:
+        last = min(other.commits for other in self._workers.values())
+        return self.synchrony == "ssp" and member.commits - last > self.staleness
+
+    def _mix(self, factor: float, pushed: Weights) -> None:
+        # In the order of the published formulas, in the type of the weights.
+        if self.mixing == "compsac":
+            self.weights = ((2 - factor) * self.weights + factor * pushed) / 2
+        else:
+            self.weights = (self.weights + factor * pushed) / (1 + factor)
+
+    def _close_round(self) -> tuple[int, ...]:
+        """End the open round if nobody is missing: mix, and release those that waited."""
+        if not self._round or set(self._workers) - set(self._round):
+            return ()
+        pushed = [self._round[number] for number in sorted(self._round)]
+        total = pushed[0][0] * pushed[0][1]
+        for factor, weights in pushed[1:]:
+            total = total + factor * weights
+        self.weights = total / sum(factor for factor, _ in pushed)
+        released = self.waiting
+        self._round = {}
+        self._in_round = self.synchrony == "bsp"
+        for member in self._workers.values():
+            member.commits = 0
+        return released

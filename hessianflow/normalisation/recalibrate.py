@@ -1,0 +1,71 @@
+"""Statistics of batch normalisation measured anew: where running averages belong to other inputs or
+other weights."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hessianflow.batches import as_batches, as_pair, move
+from hessianflow.interfaces import Batch, HessianFlowError
+from hessianflow.measuring import measuring
+from hessianflow.normalisation.statistics import moving_layers
+
+
+def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
+    """Replace the running means and variances that evaluation uses by the average over the batches
+    of `data`.
+
+    The forward passes normalise by the batch, everything else (dropout) is in evaluation mode.
+    Flags, other buffers and random generators are left as found; a model without such layers is not
+    run at all. Layers that these passes do not reach (the adversarial half of a split layer, heads
+    that run in training only) keep their statistics, and so do frozen ones: those in evaluation
+    mode inside a model in training mode. In a model that is in evaluation mode as a whole no layer
+    counts as frozen.
+
+    Args:
+        model: wrapped or not.
+        data: one (inputs, targets) pair or an iterable of pairs; batches of equal size, as training
+            has them.
+
+    Raises:
+        HessianFlowError: no batch.
+    """
+    layers = moving_layers(model)
+    if not layers:
+        return
+    device, batches = next(model.parameters()).device, 0
+    with measuring(model) as inner, torch.no_grad(), _averaging(layers):
+        for batch in as_batches(data):
+            inputs, _ = as_pair(batch)
+            inner(move(inputs, device))
+            batches += 1
+        if batches == 0:
+            raise HessianFlowError("recalibration needs at least one batch, got none")
+        reached = [layer for layer in layers if layer.num_batches_tracked]
+        measured = [
+            (_statistics(layer), [t.clone() for t in _statistics(layer)]) for layer in reached
+        ]
+    for statistics, values in measured:
+        torch._foreach_copy_(statistics, values)
+
+
+@contextmanager
+def _averaging(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Training mode, from scratch, with a plain average (momentum None is torch's name for it)."""
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.training, layer.momentum = True, None
+        layer.reset_running_stats()
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def _statistics(layer: _BatchNorm) -> list[Tensor]:
+    pair = [layer.running_mean, layer.running_var]
+    return [tensor for tensor in pair if tensor is not None]
