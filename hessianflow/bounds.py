@@ -7,7 +7,8 @@ import math
 import types
 import unicodedata
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
@@ -33,93 +34,74 @@ LONGEST = 100
 _SHOWN = 80
 """Most characters of a wrong value that an error repeats."""
 
-BOUNDS: Mapping[str, tuple[float, float]] = {
-    "batch_size": (1, MOST),
-    "max_batch_size": (1, MOST),
-    "epochs": (1, MOST_EPOCHS),
-    "lr": (0, LARGEST),
-    "train_examples": (1, MOST),
-    "test_examples": (1, MOST),
-    "loader_workers": (0, 256),
-    "warmup_epochs": (0, MOST_EPOCHS),
-    "max_lr_factor": (1e-6, LARGEST),
-    "norm_batch_size": (0, MOST),
-    "checkpoint_minutes": (0, MOST),
-    "keep_checkpoints": (1, 1000),
-    "max_rollbacks": (0, MOST),
-    "momentum": (0, 1),
-    "weight_decay": (0, LARGEST),
-    "trust_coefficient": (0, 1e6),
-    "lr_decay": (0, 1),
-    "patience": (0, MOST),
-    "every_epochs": (1, MOST),
-    "edge_share": (0, 1),
-    "loss_power": (0, 1e6),
-    "excess_power": (0, 1),
-    "decay_from": (0, MOST_EPOCHS),
-    "adversarial_share": (0, 1),
-    "share_decay": (1, LARGEST),
-    "eps": (0, 1),
-    "sam_rho": (0, LARGEST),
-    "probe_examples": (1, MOST),
-    "probe_tolerance": (1e-7, 1),
-    "curvature_budget": (1e-6, 1000),
-    "microbatch_size": (1, MOST),
-    "threads": (1, MOST_PROCESSES),
-    "seed": (0, 2**32 - 1),
-    "checkpoint_examples": (1, MOST),
-    "workers": (1, MOST_PROCESSES),
-    "small_workers": (0, MOST_PROCESSES),
-    "min_small_batch_size": (1, MOST),
-    "extra_time": (1, 1e6),
-    "staleness": (0, MOST),
-    "min_workers": (1, MOST_PROCESSES),
-    "max_workers": (1, MOST_PROCESSES),
-    "decay_factor": (1, LARGEST),
-    "growth_factor": (1, LARGEST),
-    "slope": (0, MOST),
-    "intercept": (0, MOST),
-    "milestones": (0, MOST_EPOCHS),
-    "stages": (0, MOST),
-    "resolutions": (0, MOST),
-    "resolution_batch_sizes": (0, MOST),
-    "image_size": (1, 4096),
-    "examples": (1, MOST),
-    "update_seconds": (0, MOST),
-    "gradient_bytes": (0, 1e15),
-    "bandwidth": (0, 1e15),
-    "latency": (0, MOST),
-    "price": (0, MOST),
-}
-"""Least and greatest value of a setting, or of each number in a list of them."""
-ABOVE = frozenset({"decay_factor", "growth_factor", "slope", "intercept"})
-"""Settings whose least value is itself too small."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have, as part of its type: `Annotated[int, Range(1, MOST)]`.
+
+    Attributes:
+        low: the least of them.
+        high: the greatest of them.
+        above: whether `low` itself is too small.
+    """
+
+    low: float
+    high: float
+    above: bool = False
+
+    def check(self, where: str, number: float) -> None:
+        """Refuse a number outside the range, nan among them.
+
+        Raises:
+            HessianFlowError: naming `where`, the bound and the number.
+        """
+        if self.above and number <= self.low:
+            raise HessianFlowError(
+                f"{where} must be greater than {self.low:g}, got {shown(number)}"
+            )
+        check_range(where, number, self.low, self.high)
+
+
+Count = Annotated[int, Range(1, MOST)]
+"""A whole number of things of which there is at least one."""
+CountOrNone = Annotated[int, Range(0, MOST)]
+"""A whole number of things of which there may be none."""
+Epochs = Annotated[int, Range(1, MOST_EPOCHS)]
+EpochTime = Annotated[float, Range(0, MOST_EPOCHS)]
+"""A time in epochs, counted from the start of the run."""
+Processes = Annotated[int, Range(1, MOST_PROCESSES)]
+Rate = Annotated[float, Range(0, LARGEST)]
+Seconds = Annotated[float, Range(0, MOST)]
 
 
 def check_setting(name: str, value: Any, hint: Any) -> None:
     """Refuse a value of the wrong type for its setting, and one that is out of bounds.
 
     Args:
-        name: the name of the setting.
+        name: name of the setting.
         value: the value as given; None passes where the type allows it.
-        hint: the type of the setting, as `typing.get_type_hints` gives it.
+        hint: type of the setting, with its :class:`Range` where it has one.
 
     Raises:
         HessianFlowError: naming the option, what it takes and the value.
     """
+    check_type(option(name), value, hint)
+
+
+def check_type(where: str, value: Any, hint: Any) -> None:
+    """Refuse a value of the wrong type, and one that is out of the bounds of its type.
+
+    Raises:
+        HessianFlowError: naming `where`, what it takes and the value.
+    """
     if not _fits(value, hint):
-        raise HessianFlowError(f"{option(name)} must be {_described(hint)}, got {shown(value)}")
+        raise HessianFlowError(f"{where} must be {_described(hint)}, got {shown(value)}")
     if isinstance(value, str) and value not in _words(hint):
-        _check_text(name, value)
-    if name in BOUNDS:
-        low, high = BOUNDS[name]
-        numbers = _numbers(value)
-        if name in ABOVE and any(number <= low for number in numbers):
-            raise HessianFlowError(
-                f"{option(name)} must be greater than {low:g}, got {shown(value)}"
-            )
-        for number in numbers:
-            check_range(option(name), number, low, high)
+        _check_text(where, value)
+    for allowed in _ranges(hint):
+        for number in _numbers(value):
+            allowed.check(where, number)
 
 
 def check_range(where: str, number: float, low: float, high: float) -> None:
@@ -170,9 +152,16 @@ def _fits(value: Any, hint: Any) -> bool:
 
     An integer is a valid float, true and false are not numbers, and a list is a valid tuple.
     """
-    kind, parts = get_origin(hint), get_args(hint)
+    kind = get_origin(hint)
+    parts = get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Annotated:
+        return _fits(value, parts[0])
     if kind in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return isinstance(value, Mapping)
     if kind is Literal:
         return isinstance(value, str) and value in parts
     if kind is tuple:
@@ -196,7 +185,10 @@ def _words(hint: Any) -> set[str]:
 
 def _described(hint: Any) -> str:
     """Return a type in plain words."""
-    kind, parts = get_origin(hint), get_args(hint)
+    kind = get_origin(hint)
+    parts = get_args(hint)
+    if kind is Annotated:
+        return _described(parts[0])
     if kind in (Union, types.UnionType):
         return " or ".join(_described(part) for part in parts if part is not type(None))
     if kind is Literal:
@@ -210,6 +202,13 @@ def _described(hint: Any) -> str:
     )
 
 
+def _ranges(hint: Any) -> list[Range]:
+    """Return the ranges in a type."""
+    if isinstance(hint, Range):
+        return [hint]
+    return [allowed for part in get_args(hint) for allowed in _ranges(part)]
+
+
 def _numbers(value: Any) -> list[float]:
     """Return every number in a value."""
     if isinstance(value, (tuple, list)):
@@ -217,17 +216,17 @@ def _numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
-def _check_text(name: str, value: str) -> None:
+def _check_text(where: str, value: str) -> None:
     """Refuse text that can be neither a path nor a name."""
     if not value.strip():
-        raise HessianFlowError(f"{option(name)} must not be empty: leave it out instead")
+        raise HessianFlowError(f"{where} must not be empty: leave it out instead")
     if len(value) > LONGEST_TEXT:
         raise HessianFlowError(
-            f"{option(name)} must be at most {LONGEST_TEXT} characters long, got {len(value)}"
+            f"{where} must be at most {LONGEST_TEXT} characters long, got {len(value)}"
         )
     wrong = next((sign for sign in value if unicodedata.category(sign) in _UNSEEN), None)
     if wrong is not None:
         raise HessianFlowError(
-            f"{option(name)} must not hold the character {wrong!a}: records, plots and tables could"
+            f"{where} must not hold the character {wrong!a}: records, plots and tables could"
             " not show it"
         )

@@ -18,11 +18,10 @@ from hessianflow.choices import (
     build_optimizer,
     build_scheduler,
     build_stages,
-    given,
     microbatch_default,
     split_for_twins,
 )
-from hessianflow.config import TrainConfig, from_dict, option, resolve, to_dict
+from hessianflow.config import RunConfig, TrainConfig, from_dict, option, to_dict
 from hessianflow.control import Stage, stage_at
 from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, ProbeOperator
@@ -35,8 +34,6 @@ from hessianflow.data import (
     load,
 )
 from hessianflow.distributed.curvature import sharded
-from hessianflow.earlier import before_image_size
-from hessianflow.fitting import fitted
 from hessianflow.interfaces import (
     Batch,
     EpochMeasurement,
@@ -52,15 +49,17 @@ from hessianflow.models.catalogue import Variant
 from hessianflow.models.dropout import with_head_dropout
 from hessianflow.normalisation import is_split, merge_batch_norm
 from hessianflow.normalisation.recalibrate import recalibrate
+from hessianflow.presets import BUNDLED, FILE_SIDE
+from hessianflow.resolve import resolve
 from hessianflow.runs import TensorBoardSink, checkpoints
 from hessianflow.runs.documents import read_config
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, LAST, TENSORBOARD
 from hessianflow.runs.states import check_weights
-from hessianflow.settings import FILE_SIDE
 from hessianflow.training import AdaptiveBatchTrainer, checkpoint
 from hessianflow.training.accumulate import Precision
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.world import LocalWorld
+from hessianflow.upgrade import upgrade
 
 EVALUATION_BATCH = {"cpu": 128}
 """Test examples per forward pass by kind of device, else 1000: on a processor the caches hold no
@@ -75,10 +74,11 @@ that it is made with. Ours: it comes before there is a price, and a short run on
 spend most of its time on it."""
 RECALIBRATION_EXAMPLES = 1024
 """Training examples that statistics of normalisation are measured on before an evaluation. Ours."""
+WATCHED_EPS = 0.005
+"""Size of the attacks that the overfitting alarm makes where the adversary has none: FGSM's default."""
 WATCHED_EXAMPLES, INPUT_CURVATURE_EXAMPLES, MOST_PRODUCTS = 256, 16, 60
 """Sizes of the measurements after an epoch, and the most products that one eigenvalue may take.
 Ours."""
-_BUNDLED = ("digits", "fake")
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,19 @@ class Parts:
 
 
 def build_trainer(
-    config: TrainConfig, sinks: Iterable[RecordSink] = (), world: World | None = None
+    config: RunConfig, sinks: Iterable[RecordSink] = (), world: World | None = None
 ) -> AdaptiveBatchTrainer:
-    """Return a trainer for `config`, which is resolved first; `world`: the ranks it trains with,
-    None for one process.
+    """Return a trainer for a run; `world`: the ranks it trains with, None for one process.
 
     Raises:
         HessianFlowError: data that is missing or damaged, a name that is unknown, sizes that do not
             fit.
     """
-    config = resolve(config)
     world = LocalWorld() if world is None else world
     parts = build_parts(config)
     optimizer = build_optimizer(config, parts.model)
+    controller = build_controller(config)
+    observers = build_observers(controller, optimizer)
     examples = parts.train.num_examples
     scheduler, unit = build_scheduler(config, optimizer, examples)
     stages = build_stages(config)
@@ -125,9 +125,9 @@ def build_trainer(
         parts.test,
         optimizer=optimizer,
         loss_fn=nn.CrossEntropyLoss(),
-        controller=build_controller(config),
+        controller=controller,
         adversary=build_adversary(config, parts.train, parts.spread),
-        epochs=given(config.epochs),
+        epochs=config.epochs,
         scheduler=scheduler,
         schedule_unit=unit,
         probe=build_probe(config, parts, transform, sharded(world)),
@@ -137,11 +137,11 @@ def build_trainer(
         curvature="needed" if config.curvature == "needed" else "epoch",
         reference_batch_size=config.batch_size,
         microbatch_size=(
-            microbatch_default(config) if config.microbatch_size is None else config.microbatch_size
+            microbatch_default(config, observers) if config.microbatch_size is None else config.microbatch_size
         ),
         norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
         norm_statistics=config.norm_statistics,
-        observers=build_observers(config, optimizer),
+        observers=observers,
         precision=resolved_precision(config),
         run_dir=config.run_dir,
         config={"settings": to_dict(config), **resolution_record(stages)},
@@ -155,13 +155,17 @@ def build_trainer(
     )
 
 
-def prepare(config: TrainConfig) -> TrainConfig:
-    """Resolve `config` for this machine and its files, and set what is kept for the whole process.
+def prepare(config: TrainConfig) -> RunConfig:
+    """Return the settings resolved for this machine, and set what is kept for the whole process.
 
-    Settings left open are fitted to image files of one's own; device and precision are those of
-    this machine.
+    Device and precision are those of this machine.
     """
-    config = resolve(fitted(config))
+    return on_this_machine(resolve(config))
+
+
+def on_this_machine(config: RunConfig) -> RunConfig:
+    """Return the settings of a run with device and precision of this machine, and set what is kept
+    for the whole process: threads, allocator, determinism."""
     device = find_device(config.device)
     config = replace(config, precision=resolved_precision(config))
     if config.threads is not None:
@@ -174,11 +178,11 @@ def prepare(config: TrainConfig) -> TrainConfig:
     return replace(config, device=str(device))
 
 
-def build_parts(config: TrainConfig) -> Parts:
+def build_parts(config: RunConfig) -> Parts:
     """Return the model, training and test batches of a resolved configuration, on its device."""
     device = find_device(config.device)
     train, test = _read(config, "train"), _read(config, "test")
-    batch = given(config.batch_size)
+    batch = config.batch_size
     for name in ("batch_size", "max_batch_size", "probe_examples"):
         size = getattr(config, name)
         if size is not None and size > len(train):
@@ -190,7 +194,7 @@ def build_parts(config: TrainConfig) -> Parts:
     torch.manual_seed(config.seed)
     channels, side, _ = train.input_shape
     variant: Variant = "imagenet" if side > 64 else "cifar"
-    model = create(config.model or "", train.num_classes, side, variant, in_channels=channels)
+    model = create(config.model, train.num_classes, side, variant, in_channels=channels)
     if not any(p.requires_grad for p in model.parameters()):
         raise HessianFlowError(f"model {config.model!r} has no parameter to train: name another")
     model = split_for_twins(config, model).to(device)
@@ -232,7 +236,7 @@ def build_transform(parts: Parts, stages: tuple[Stage, ...]) -> ProgressiveResiz
     return ProgressiveResize(parts.model, lambda epoch: stage_at(stages, epoch).level)
 
 
-def build_recalibration(config: TrainConfig, parts: Parts) -> Callable[[], None]:
+def build_recalibration(config: RunConfig, parts: Parts) -> Callable[[], None]:
     """Measures the statistics of normalisation at full resolution, on batches of the first size."""
     count = min(RECALIBRATION_EXAMPLES, parts.train.num_examples)
     sample = list(split(parts.train.sample(count, config.seed), config.batch_size))
@@ -240,7 +244,7 @@ def build_recalibration(config: TrainConfig, parts: Parts) -> Callable[[], None]
 
 
 def build_probe(
-    config: TrainConfig,
+    config: RunConfig,
     parts: Parts,
     transform: ProgressiveResize | None = None,
     operator: Callable[..., ProbeOperator] = HessianOperator,
@@ -249,7 +253,7 @@ def build_probe(
     training is at."""
     if config.curvature == "off":
         return None
-    count = min(given(config.probe_examples), parts.train.num_examples)
+    count = min(config.probe_examples, parts.train.num_examples)
     sample: Batch = parts.train.sample(count, config.seed)
     return CurvatureProbe(
         parts.model,
@@ -258,14 +262,14 @@ def build_probe(
         tol=config.probe_tolerance,
         budget=_budget(config),
         first_matvecs=first_products(config, count, parts.train.num_examples),
-        norm_mode=given(config.norm_mode),
+        norm_mode=config.norm_mode,
         check_statistics=config.norm_statistics == "settled",
         seed=config.seed,
         operator=operator,
     )
 
 
-def first_products(config: TrainConfig, probe_examples: int, train_examples: int) -> int | None:
+def first_products(config: RunConfig, probe_examples: int, train_examples: int) -> int | None:
     """Return the most products of the first reading, whose price is not known: it may take
     FIRST_SHARE of the whole training.
 
@@ -275,12 +279,12 @@ def first_products(config: TrainConfig, probe_examples: int, train_examples: int
     budget = _budget(config)
     if budget is None:
         return None
-    examples = given(config.epochs) * train_examples * max(budget, FIRST_SHARE)
+    examples = config.epochs * train_examples * max(budget, FIRST_SHARE)
     products = int((examples / probe_examples - 1) / GRADIENTS_PER_PRODUCT)
     return products if products >= FEWEST_PRODUCTS else 0
 
 
-def _budget(config: TrainConfig) -> float | None:
+def _budget(config: RunConfig) -> float | None:
     """Return the share in the probe's units: it counts gradients of the precision that products are
     computed in."""
     if config.curvature_budget is None or resolved_precision(config) == "float32":
@@ -288,11 +292,11 @@ def _budget(config: TrainConfig) -> float | None:
     return config.curvature_budget / FLOAT32_PER_16_BIT
 
 
-def build_measurements(config: TrainConfig, parts: Parts) -> list[EpochMeasurement]:
+def build_measurements(config: RunConfig, parts: Parts) -> list[EpochMeasurement]:
     """Return what is measured after every epoch, on the first test examples."""
     found: list[EpochMeasurement] = []
     if config.overfitting_alarm:
-        eps = config.eps / torch.tensor(parts.spread)
+        eps = config.adversary.options.get("eps", WATCHED_EPS) / torch.tensor(parts.spread)
         batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
         found.append(
             RobustnessWatch(
@@ -315,7 +319,7 @@ def build_measurements(config: TrainConfig, parts: Parts) -> list[EpochMeasureme
     return found
 
 
-def load_config(run_dir: str | Path) -> TrainConfig:
+def load_config(run_dir: str | Path) -> RunConfig:
     """Return the resolved settings of a run directory.
 
     Raises:
@@ -330,26 +334,11 @@ def load_config(run_dir: str | Path) -> TrainConfig:
         raise HessianFlowError(
             f"{path} holds no settings: a run made from Python is continued from Python"
         )
-    unrecorded = {**_unrecorded(settings), **before_image_size(settings)}
-    return from_dict({**settings, **unrecorded, "run_dir": str(folder)}, str(path))
-
-
-def _unrecorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run of an earlier release was trained with but does not record: a resumed run
-    keeps to it."""
-    if "excess_power" in settings:
-        return {}
-    found: dict[str, Any] = (
-        {"excess_power": 0.0} if settings.get("controller") == "critical" else {}
-    )
-    epochs = settings.get("epochs")
-    if (
-        settings.get("schedule") == "cooldown"
-        and settings.get("decay_from") is None
-        and type(epochs) is int
-    ):
-        found["decay_from"] = min(-(-epochs // 3), epochs - 1)
-    return found
+    recorded = from_dict({**upgrade(settings), "run_dir": str(folder)}, str(path))
+    try:
+        return resolve(recorded)
+    except HessianFlowError as error:
+        raise HessianFlowError(f"{path}: {error}") from None
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
@@ -366,14 +355,14 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
     raise HessianFlowError(f"{given_path} is neither a run directory nor a checkpoint inside one")
 
 
-def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
+def load_parts(path: str | Path) -> tuple[RunConfig, Parts]:
     """Return settings, data, and the model with its trained weights, of a run directory or a
     checkpoint inside one.
 
     Of a model with split batch normalisation, the main set.
     """
     run_dir, file = find_checkpoint(path)
-    config = prepare(load_config(run_dir))
+    config = on_this_machine(load_config(run_dir))
     state = checkpoints.load_checked(file, check_weights)
     parts = build_parts(config)
     checkpoint.load_model(parts.model, state["model"], str(file))
@@ -382,7 +371,7 @@ def load_parts(path: str | Path) -> tuple[TrainConfig, Parts]:
     )
 
 
-def tensorboard_sinks(config: TrainConfig) -> list[RecordSink]:
+def tensorboard_sinks(config: RunConfig) -> list[RecordSink]:
     """Return the TensorBoard files of a run, if it is to have them."""
     if not config.tensorboard:
         return []
@@ -391,15 +380,15 @@ def tensorboard_sinks(config: TrainConfig) -> list[RecordSink]:
     return [TensorBoardSink(Path(config.run_dir) / TENSORBOARD)]
 
 
-def resolved_precision(config: TrainConfig) -> Precision:
+def resolved_precision(config: RunConfig) -> Precision:
     """Return the precision asked for; auto: bf16 where the device computes in it."""
     if config.precision is None or config.precision == "auto":
         return "bf16" if computes_in_bf16(find_device(config.device)) else "float32"
     return config.precision
 
 
-def _read(config: TrainConfig, part: Any) -> ImageSet | ImageFolder:
-    if config.data_dir is None and config.data not in _BUNDLED:
+def _read(config: RunConfig, part: Any) -> ImageSet | ImageFolder:
+    if config.data_dir is None and config.data not in BUNDLED:
         raise HessianFlowError(
             f"--data {config.data} needs --data-dir, the folder of its official files "
             f"(`hessianflow data fetch {config.data} --data-dir DIR` gets them)"

@@ -1,344 +1,197 @@
-"""What the names in a configuration stand for: optimizer, schedule, controller, attack,
-observers."""
+"""From the choices of a resolved configuration to the objects that a trainer is made of."""
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from hessianflow.adversarial import (
-    FGSM,
-    PGD,
-    AttackRunner,
-    ConcurrentAdversary,
-    GradientReuse,
-    Interleaved,
-    SecondStream,
-    WorkerProcess,
-)
-from hessianflow.config import TrainConfig
-from hessianflow.control import (
-    ABSA,
-    CABS,
-    AdaBatch,
-    CriticalBatch,
-    DiveBatch,
-    FixedBatch,
-    GrowInsteadOfDecay,
-    Level,
-    NoiseScale,
-    ProgressiveResolution,
-    Stage,
-    TimedSchedule,
-    Warmup,
-    resolution_stages,
-)
+from hessianflow.adversarial import AttackRunner
+from hessianflow.config import RunConfig
+from hessianflow.control import Level, ProgressiveResolution, Stage, resolution_stages
+from hessianflow.control.noise_scale import MOMENT_SIGNALS
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.interfaces import Adversary, BatchController, GradientObserver, HessianFlowError
+from hessianflow.methods import KINDS, Choice, find, make
 from hessianflow.normalisation import split_batch_norm
-from hessianflow.optim import (
-    CLARS,
-    LAMB,
-    LARS,
-    SAM,
-    GradientMoments,
-    MicrobatchNorms,
-    cooldown,
-    polynomial_decay,
-)
-from hessianflow.optim.lars import Form
+from hessianflow.optim import CLARS, SAM, Extrapolation, GradientMoments, MicrobatchNorms
+from hessianflow.options import parameters_of
+from hessianflow.resolve import schedule_of
 
-T = TypeVar("T")
-WARMUP_EPOCHS = 5
-"""Length of the warm-up controller's ramp where none is given: that of Goyal et al.,
-arXiv:1706.02677."""
+MICROBATCHES = 4
+"""Microbatches of the first batch where methods compare their gradients. This default is our
+choice."""
 
 
-def given(value: T | None) -> T:
-    """Return a field that resolving has filled."""
-    assert value is not None, "only resolved configurations are built"
-    return value
-
-
-def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
-    """Return the optimizer by name, over all trainable parameters; within sharpness-aware
-    minimisation if wanted."""
-    base = _base_optimizer(config, model)
-    return SAM(base, rho=config.sam_rho, model=model) if config.sam_rho > 0 else base
-
-
-def _base_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
+def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
+    """Return the optimizer by name, over all trainable parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    rate, momentum, decay = given(config.lr), config.momentum, config.weight_decay
-    form: Form = "outside" if config.momentum_correction else "paper"
-    trust: dict[str, Any] = (
-        {} if config.trust_coefficient is None else {"trust_coefficient": config.trust_coefficient}
+    optimizer = make(
+        KINDS["optimizer"], config.optimizer, params=parameters, lr=config.lr, model=model
     )
-    makers: dict[str, Callable[[], Optimizer]] = {
-        "sgd": lambda: SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay),
-        "adam": lambda: Adam(parameters, lr=rate, weight_decay=decay),
-        "adamw": lambda: AdamW(parameters, lr=rate, weight_decay=decay),
-        "lars": lambda: LARS(
-            parameters, rate, momentum=momentum, weight_decay=decay, form=form, **trust
-        ),
-        "clars": lambda: CLARS(parameters, rate, momentum=momentum, weight_decay=decay, **trust),
-        "lamb": lambda: LAMB(parameters, rate, weight_decay=decay),
-    }
-    return makers[config.optimizer]()
+    if not isinstance(optimizer, Optimizer):
+        raise HessianFlowError(
+            f"--optimizer {config.optimizer.name} must make a torch.optim.Optimizer, got a"
+            f" {type(optimizer).__name__}"
+        )
+    return optimizer
 
 
 def build_scheduler(
-    config: TrainConfig, optimizer: Optimizer, examples: int
+    config: RunConfig, optimizer: Optimizer, examples: int
 ) -> tuple[LRScheduler | None, Literal["epoch", "reference_batch"]]:
     """Return the schedule below the controller's factor, and what it counts.
 
     Without warm-up it takes one step an epoch. With warm-up it takes one a reference batch of
-    examples, so that the rate rises smoothly.
+    examples, so that the rate rises smoothly. A scheduler class of torch takes one step an epoch.
     """
-    epochs, milestones = given(config.epochs), list(config.milestones or ())
-    if config.warmup_epochs > 0 and config.controller != "warmup":  # which has a ramp of its own
-        steps_per_epoch = examples / given(config.batch_size)
-        shape = schedule_shape(config)
-        warmup = config.warmup_epochs
+    kind = KINDS["schedule"]
+    if "optimizer" in parameters_of(find(kind, config.schedule.name, "schedule")):
+        scheduler = make(kind, config.schedule, epochs=config.epochs, optimizer=optimizer)
+        return scheduler, "epoch"
+    shape = schedule_of(config)
+    if config.warmup_epochs == 0:
+        if config.schedule.name == "constant":
+            return None, "epoch"
+        return lr_scheduler.LambdaLR(optimizer, shape), "epoch"
+    steps_per_epoch = examples / config.batch_size
+    warmup_steps = steps_per_epoch * config.warmup_epochs
 
-        def factor(step: int) -> float:
-            epoch = step / steps_per_epoch
-            return min((step + 1) / (steps_per_epoch * warmup), 1.0) * shape(epoch)
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup_steps, 1.0) * float(shape(step / steps_per_epoch))
 
-        return lr_scheduler.LambdaLR(optimizer, factor), "reference_batch"
-    if config.schedule == "multistep":
-        return lr_scheduler.MultiStepLR(optimizer, milestones, gamma=config.lr_decay), "epoch"
-    if config.schedule == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs), "epoch"
-    if config.schedule == "polynomial":
-        return lr_scheduler.LambdaLR(optimizer, polynomial_decay(epochs)), "epoch"
-    if config.schedule == "cooldown":
-        return lr_scheduler.LambdaLR(optimizer, cooldown(epochs, given(config.decay_from))), "epoch"
-    return None, "epoch"
+    return lr_scheduler.LambdaLR(optimizer, factor), "reference_batch"
 
 
-def schedule_shape(config: TrainConfig) -> Callable[[float], float]:
-    """Return the schedule's factor after a fractional number of epochs, warm-up apart."""
-    epochs, milestones = given(config.epochs), list(config.milestones or ())
-    shapes: dict[str | None, Callable[[float], float]] = {
-        "constant": lambda _epoch: 1.0,
-        "multistep": lambda epoch: float(config.lr_decay ** sum(epoch >= m for m in milestones)),
-        "cosine": lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1))),
-        "polynomial": lambda epoch: max(1 - epoch / epochs, 0.0) ** 2,
-        "cooldown": lambda epoch: cooldown(epochs, given(config.decay_from))(epoch),
-    }
-    return shapes[config.schedule]
-
-
-def build_stages(config: TrainConfig) -> tuple[Stage, ...]:
+def build_stages(config: RunConfig) -> tuple[Stage, ...]:
     """Return the resolutions over a run; none where it keeps the full one.
 
     Raises:
         HessianFlowError: a stretch of constant rate has fewer epochs than there are resolutions.
     """
-    if config.resolution is None:
+    resolutions = config.resolutions
+    if config.resolution is None or resolutions is None:
         return ()
-    epochs, resolutions = given(config.epochs), given(config.resolutions)
-    milestones = (config.milestones or ()) if config.schedule == "multistep" else ()
-    ends = [*(milestone for milestone in milestones if milestone < epochs), epochs]
-    sizes = config.resolution_batch_sizes or (given(config.batch_size),) * len(resolutions)
+    milestones = config.schedule.options.get("milestones", ())
+    ends = [*(milestone for milestone in milestones if milestone < config.epochs), config.epochs]
+    sizes = config.resolution_batch_sizes or (config.batch_size,) * len(resolutions)
     dropouts = config.dropouts or (0.0,) * len(resolutions)
     levels = [Level(*level) for level in zip(resolutions, sizes, dropouts, strict=True)]
     try:
         return resolution_stages(ends, levels, config.resolution)
     except HessianFlowError as error:
         raise HessianFlowError(
-            f"--resolution {config.resolution}: {error}; see --milestones and --epochs"
+            f"--resolution {config.resolution}: {error}; see --schedule.milestones and --epochs"
         ) from None
 
 
-_OWN_RULE = ("warmup", "timed")
-"""Controllers that apply the rule themselves, within a ramp or a decay."""
-
-
-def build_controller(config: TrainConfig) -> BatchController:
+def build_controller(config: RunConfig) -> BatchController:
     """Return the controller by name, under the learning-rate rule and with the resolutions that
     were asked for.
 
     Raises:
         HessianFlowError: dual-batch, which plans its batches beforehand.
     """
-    if config.controller == "dual-batch":
+    if config.is_dual_batch:
         raise HessianFlowError(
             "--controller dual-batch plans its batches before a run: it decides nothing during one"
         )
-    controller, stages = _named_controller(config), build_stages(config)
-    if config.lr_rule is not None and config.controller not in _OWN_RULE:
+    kind = KINDS["controller"]
+    rule: dict[str, Any] = {}
+    if config.lr_rule is not None:
+        rule = {"lr_rule": config.lr_rule, "max_lr_factor": config.max_lr_factor}
+    sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size}
+    controller: BatchController = make(kind, config.controller, **sizes, **rule)
+    applies_rule = "lr_rule" in parameters_of(find(kind, config.controller.name, "controller"))
+    if config.lr_rule is not None and not applies_rule:
         controller = RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)
-    return ProgressiveResolution(controller, stages) if stages else controller
-
-
-def _named_controller(config: TrainConfig) -> BatchController:
-    batch, cap = given(config.batch_size), given(config.max_batch_size)
-    share = (
-        0.0
-        if config.adversary == "none" or config.controller == "abs"
-        else given(config.adversarial_share)
-    )
-
-    def adabatch() -> BatchController:
-        every, factor = config.every_epochs, config.growth_factor
-        return AdaBatch(
-            batch, cap, every_epochs=every, growth_factor=factor, adversarial_share=share
-        )
-
-    def grow_instead() -> BatchController:
-        factor = 1 / config.lr_decay
-        milestones = config.milestones or ()
-        return GrowInsteadOfDecay(
-            batch, cap, milestones=milestones, decay_factor=factor, adversarial_share=share
-        )
-
-    makers: dict[str, Callable[[], BatchController]] = {
-        "absa": lambda: _absa(config, share),
-        "abs": lambda: _absa(config, share),
-        "fixed": lambda: FixedBatch(batch, share),
-        "warmup": lambda: _warmup(config, share),
-        "adabatch": adabatch,
-        "grow-instead-of-decay": grow_instead,
-        "noise-scale": lambda: NoiseScale(batch, cap, adversarial_share=share),
-        "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch), adversarial_share=share),
-        "critical": lambda: _critical(config, share),
-        "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
-        "timed": lambda: _timed(config, share),
-    }
-    return makers[config.controller]()
-
-
-def _absa(config: TrainConfig, share: float) -> ABSA:
-    return ABSA(
-        given(config.batch_size),
-        given(config.max_batch_size),
-        decay_factor=config.decay_factor,
-        growth_factor=config.growth_factor,
-        patience=config.patience or None,
-        adversarial_share=share,
-        share_decay=config.share_decay,
-    )
-
-
-def _warmup(config: TrainConfig, share: float) -> Warmup:
-    return Warmup(
-        given(config.max_batch_size),
-        given(config.batch_size),
-        warmup_epochs=config.warmup_epochs or WARMUP_EPOCHS,
-        lr_rule=config.lr_rule or "linear",
-        max_lr_factor=config.max_lr_factor,
-        adversarial_share=share,
-    )
-
-
-def _timed(config: TrainConfig, share: float) -> TimedSchedule:
-    return TimedSchedule(
-        given(config.batch_size),
-        given(config.stages),
-        decay_from=config.decay_from,
-        lr_rule=config.lr_rule or "linear",
-        max_lr_factor=config.max_lr_factor,
-        adversarial_share=share,
-    )
-
-
-def _critical(config: TrainConfig, share: float) -> CriticalBatch:
-    return CriticalBatch(
-        given(config.batch_size),
-        given(config.max_batch_size),
-        momentum=config.momentum,
-        loss_power=config.loss_power or None,
-        edge_share=config.edge_share or None,
-        excess_power=config.excess_power,
-        adversarial_share=share,
-    )
+    stages = build_stages(config)
+    if stages:
+        controller = ProgressiveResolution(controller, stages)
+    return controller
 
 
 def build_adversary(
-    config: TrainConfig, batches: DeviceBatches | AdaptiveBatches, spread: tuple[float, ...]
+    config: RunConfig, batches: DeviceBatches | AdaptiveBatches, spread: tuple[float, ...]
 ) -> Adversary | None:
     """Return the adversary by name, its size and bounds in the units of the normalised inputs.
 
     Args:
+        config: the resolved settings.
         batches: the training data, which know their valid range.
         spread: standard deviation per channel that the pixels were divided by.
     """
-    if config.adversary == "none" or config.controller == "abs":
+    if config.adversary.name == "none":
         return None
-    eps, limits = config.eps / torch.tensor(spread).view(-1, 1, 1), batches.value_range
-    assert limits is not None, "image sets know their valid range"
-    makers: dict[str, Callable[[], FGSM | PGD]] = {
-        "fgsm": lambda: FGSM(eps, value_range=limits, seed=config.seed),
-        "pgd": lambda: PGD(eps, value_range=limits, seed=config.seed),
-    }
-    if config.adversary == "reuse":
-        return GradientReuse(batches, eps, value_range=limits)  # type: ignore[arg-type]
-    if config.adversary == "conadv":
-        attack, runner = (
-            makers[config.conadv_attack or "fgsm"](),
-            build_runner(config, batches.device),
-        )
-        staleness = 1 if config.staleness is None else config.staleness
-        return ConcurrentAdversary(
-            attack, staleness=staleness, combine=config.combine or "sum", runner=runner
-        )
-    return makers[config.adversary]()
+    chosen = _scaled(config.adversary, torch.tensor(spread).view(-1, 1, 1))
+    if chosen.name == "conadv":
+        chosen = chosen.with_options(runner=_runner(chosen.options["runner"], batches.device))
+    adversary: Adversary = make(
+        KINDS["adversary"],
+        chosen,
+        value_range=batches.value_range,
+        seed=config.seed,
+        batches=batches,
+    )
+    return adversary
 
 
-def build_runner(config: TrainConfig, device: torch.device) -> AttackRunner:
-    """Return where the attacks of conadv run.
+def _scaled(chosen: Choice, spread: torch.Tensor) -> Choice:
+    """Return an attack with its size in the units of inputs that were divided by `spread`."""
+    options = dict(chosen.options)
+    for name, value in options.items():
+        if isinstance(value, Choice):
+            options[name] = _scaled(value, spread)
+    if "eps" in options:
+        options["eps"] = options["eps"] / spread
+    return Choice(chosen.name, options)
+
+
+def _runner(chosen: Choice | None, device: torch.device) -> Choice:
+    """Return where the attacks of conadv run, by default beside the training where a device can.
 
     Raises:
         HessianFlowError: a second stream without a GPU, or a second process with one.
     """
     on_gpu = device.type == "cuda"
-    if config.attack_runner == ("process" if on_gpu else "stream"):
+    if chosen is None:
+        return Choice("stream" if on_gpu else "interleaved")
+    if chosen.name == ("process" if on_gpu else "stream"):
         other = "stream" if on_gpu else "process"
         raise HessianFlowError(
-            f"--attack-runner {config.attack_runner} cannot attack on {device}: use {other}"
+            f"--adversary.runner {chosen.name} cannot attack on {device}: use {other}"
         )
-    makers: dict[str, Callable[[], AttackRunner]] = {
-        "interleaved": Interleaved,
-        "process": WorkerProcess,
-        "stream": SecondStream,
-    }
-    return makers[config.attack_runner or ("stream" if on_gpu else "interleaved")]()
+    return chosen
 
 
-def split_for_twins(config: TrainConfig, model: nn.Module) -> nn.Module:
+def split_for_twins(config: RunConfig, model: nn.Module) -> nn.Module:
     """Return the model, with batch-normalisation statistics of their own for the twins of conadv if
     it is to have them."""
-    normalises = any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
-    )
-    wanted = normalises if config.split_norm is None else config.split_norm
-    return split_batch_norm(model) if config.adversary == "conadv" and wanted else model
+    if config.adversary.name != "conadv":
+        return model
+    wanted = config.split_norm
+    if wanted is None:
+        wanted = any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
+        )
+    return split_batch_norm(model) if wanted else model
 
 
-def build_observers(config: TrainConfig, optimizer: Optimizer) -> list[GradientObserver]:
-    """Return what the controller and the optimizer want to know of the microbatch gradients."""
+def build_observers(controller: BatchController, optimizer: Optimizer) -> list[GradientObserver]:
+    """Return what controller and optimizer want to know of the microbatch gradients."""
     observers: list[GradientObserver] = []
-    optimizer = optimizer.base if isinstance(optimizer, SAM) else optimizer
+    while isinstance(optimizer, SAM | Extrapolation):
+        optimizer = optimizer.base
     if isinstance(optimizer, CLARS) and isinstance(optimizer.norms, MicrobatchNorms):
         observers.append(optimizer.norms)
-    if config.controller in ("noise-scale", "cabs", "divebatch"):
-        observers.append(GradientMoments(accumulate=config.controller == "divebatch"))
+    if MOMENT_SIGNALS & controller.needs:
+        observers.append(GradientMoments(accumulate="gradient_sum_sq" in controller.needs))
     return observers
 
 
-def microbatch_default(config: TrainConfig) -> int | None:
-    """Methods that compare microbatch gradients need several a step: a quarter of the batch.
-    Others: None."""
-    compares = config.optimizer == "clars" or config.controller in (
-        "noise-scale",
-        "cabs",
-        "divebatch",
-    )
-    return max(1, given(config.batch_size) // 4) if compares else None
+def microbatch_default(config: RunConfig, observers: list[GradientObserver]) -> int | None:
+    """Return a quarter of the batch where gradients of microbatches are compared, else None."""
+    return max(1, config.batch_size // MICROBATCHES) if observers else None

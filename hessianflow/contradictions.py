@@ -1,10 +1,12 @@
 """Refuses settings that contradict each other; each error names the options and the way out."""
 
-import math
 from typing import Any
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.presets import ADAPTIVE
+
+_NOT_ELASTIC = {"adversary": "conadv", "controller": "dual-batch", "on_divergence": "rollback"}
+"""Settings of runs that keep batches of their own, have workers of their own, or go back to
+files."""
 
 
 def check_together(config: Any) -> None:
@@ -17,7 +19,8 @@ def check_together(config: Any) -> None:
         HessianFlowError: naming the options.
     """
     _check_sizes(config)
-    _check_controller(config)
+    _check_resolution(config)
+    _check_workers(config)
 
 
 def check_resolved(config: Any) -> None:
@@ -26,80 +29,66 @@ def check_resolved(config: Any) -> None:
     Raises:
         HessianFlowError: naming the options.
     """
-    if config.controller == "critical" and config.edge_share and config.norm_mode == "eval":
-        raise HessianFlowError(
-            "--norm-mode eval measures another function than the one trained, whose edge critical"
-            " seeks: leave it out, or switch that bound off with --edge-share 0"
-        )
-    if config.controller == "critical" and config.edge_share and config.lr_rule is not None:
-        raise HessianFlowError(
-            f"--lr-rule {config.lr_rule} would replace the rate that critical finds stable: leave"
-            " it out, or switch that bound off with --edge-share 0"
-        )
     if config.max_lr_factor is not None and config.lr_rule is None:
         raise HessianFlowError(f"--max-lr-factor {config.max_lr_factor:g} needs --lr-rule")
+    staleness = config.adversary.options.get("staleness", 0)
+    if config.dropouts is not None and staleness > 0:
+        raise HessianFlowError(
+            "--dropouts needs --adversary.staleness 0: dropout is set when a batch is drawn, with"
+            f" staleness {staleness} early"
+        )
+    sizes = [size for _, size in config.controller.options.get("stages") or ()]
+    if max(sizes, default=0) > config.max_batch_size:
+        raise HessianFlowError(
+            f"--controller.stages reach {max(sizes)}, above --max-batch-size"
+            f" {config.max_batch_size}: raise it"
+        )
 
 
 def _check_sizes(config: Any) -> None:
-    if (
-        config.batch_size is not None
-        and config.max_batch_size is not None
-        and config.max_batch_size < config.batch_size
-    ):
+    cap = config.max_batch_size
+    if config.batch_size is not None and cap is not None and cap < config.batch_size:
         raise HessianFlowError(
-            f"--max-batch-size {config.max_batch_size} is below --batch-size {config.batch_size}:"
-            " raise the cap"
+            f"--max-batch-size {cap} is below --batch-size {config.batch_size}: raise the cap"
         )
-    largest = max((size for _, size in config.stages or ()), default=0)
-    if config.max_batch_size is not None and largest > config.max_batch_size:
+    side = config.image_size
+    if side is not None and config.resolutions and config.resolutions[-1] != side:
         raise HessianFlowError(
-            f"--stages reach {largest}, above --max-batch-size {config.max_batch_size}: raise it"
-        )
-    if config.milestones is not None and list(config.milestones) != sorted(set(config.milestones)):
-        raise HessianFlowError(
-            f"--milestones must be increasing epochs, got {list(config.milestones)}"
-        )
-    if (
-        config.image_size is not None
-        and config.resolutions
-        and config.resolutions[-1] != config.image_size
-    ):
-        raise HessianFlowError(
-            f"--resolutions must end with --image-size {config.image_size}, got"
-            f" {list(config.resolutions)}"
+            f"--resolutions must end with --image-size {side}, got {list(config.resolutions)}"
         )
 
 
-def _check_controller(config: Any) -> None:
-    if config.controller in ("absa", "abs", "critical") and config.curvature == "off":
-        raise HessianFlowError(
-            f"--controller {config.controller} needs curvature: use --curvature epoch or needed"
-        )
-    if config.controller == "critical" and config.edge_share == config.loss_power == 0:
-        raise HessianFlowError(
-            "--edge-share and --loss-power must not both be 0: nothing would bound the growth"
-        )
-    if config.controller == "timed" and config.schedule == "cooldown":
-        raise HessianFlowError(
-            "--controller timed decays by itself: use --decay-from without --schedule cooldown"
-        )
-    if config.schedule == "cooldown" and (config.decay_from or 0) >= (config.epochs or math.inf):
-        raise HessianFlowError(
-            f"--decay-from {config.decay_from:g} must lie below --epochs {config.epochs}"
-        )
-    if config.controller == "grow-instead-of-decay":
-        if config.schedule not in (None, "constant"):
+def _check_resolution(config: Any) -> None:
+    sizes = config.resolutions
+    for name in ("resolution_batch_sizes", "dropouts"):
+        values = getattr(config, name)
+        if values is not None and sizes is not None and len(values) != len(sizes):
             raise HessianFlowError(
-                f"--controller {config.controller} replaces --schedule {config.schedule}: leave"
-                " it out"
+                f"--{name.replace('_', '-')} must hold one value for each of the"
+                f" {len(sizes)} resolutions, got {len(values)}"
             )
-        if not 0 < config.lr_decay < 1:
-            raise HessianFlowError(
-                f"--lr-decay must lie between 0 and 1 here, got {config.lr_decay}"
-            )
-    if (
-        config.max_lr_factor is not None
-        and config.lr_rule is None
-        and config.optimizer not in ADAPTIVE
-    ):
-        raise HessianFlowError(f"--max-lr-factor {config.max_lr_factor:g} needs --lr-rule")
+    if sizes is not None and (not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes))):
+        raise HessianFlowError(
+            f"--resolutions must be one or more increasing sizes in pixels, got {list(sizes)}"
+        )
+    batches = config.resolution_batch_sizes
+    if batches is not None and min(batches, default=0) < 1:
+        raise HessianFlowError(
+            f"--resolution-batch-sizes must be 1 or more, got {list(batches)}"
+        )
+    if config.dropouts is not None and not all(0 <= value < 1 for value in config.dropouts):
+        raise HessianFlowError(f"--dropouts must lie in [0, 1), got {list(config.dropouts)}")
+
+
+def _check_workers(config: Any) -> None:
+    low = config.min_workers or 1
+    high = config.max_workers or 8
+    if low > high:
+        raise HessianFlowError(f"--max-workers {high} is below --min-workers {low}: raise it")
+    if not config.elastic:
+        return
+    for name, value in _NOT_ELASTIC.items():
+        setting = getattr(config, name)
+        if getattr(setting, "name", setting) == value:
+            option = name.replace("_", "-")
+            raise HessianFlowError(f"--elastic does not go with --{option} {value}: leave one out")

@@ -36,46 +36,18 @@ Values = tuple[Any, ...] | Above | AllBut
 Case = Mapping[str, Values]
 """Values of other settings that must all hold."""
 
-_MEASURED: Case = {"curvature": ("epoch", "needed"), "controller": AllBut(("dual-batch",))}
-_ATTACKED: Case = {"adversary": AllBut(("none",)), "controller": AllBut(("abs", "dual-batch"))}
 _ONE_TRAINER: Case = {"controller": AllBut(("dual-batch",))}
-_DUAL_BATCH: Case = {"controller": ("dual-batch",)}
-_CONADV: Case = {"adversary": ("conadv",), "controller": AllBut(("abs", "dual-batch"))}
-_MILESTONES: tuple[Case, ...] = (
-    {"schedule": ("multistep",)},
-    {"controller": ("grow-instead-of-decay",)},
-)
+_MEASURED: Case = {"curvature": ("epoch", "needed"), **_ONE_TRAINER}
+_SAVED: Case = {**_ONE_TRAINER, "elastic": (False,)}
 _RESOLUTION: Case = {"resolution": ("cyclic", "once", "uniform")}
-_FILES = ("imagenet", "folder")
+_ELASTIC: Case = {"elastic": (True,)}
+_FILES: Case = {"data": ("imagenet", "folder")}
 
 EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "data_dir": ({"data": AllBut(("digits", "fake"))},),
-    "loader_workers": ({"data": _FILES},),
-    "image_size": ({"data": _FILES},),
-    "adversary": ({"adversarial_share": Above(0), "controller": AllBut(("abs", "dual-batch"))},),
-    "adversarial_share": (_ATTACKED,),
-    "eps": (_ATTACKED, {"overfitting_alarm": (True,)}),
-    "share_decay": ({"controller": ("absa",), "adversary": AllBut(("none",))},),
-    "momentum": (
-        {"optimizer": ("sgd", "lars", "clars")},
-        {"controller": ("critical",), "edge_share": Above(0)},
-    ),
-    "trust_coefficient": ({"optimizer": ("lars", "clars")},),
-    "momentum_correction": ({"optimizer": ("lars",)},),
-    "milestones": _MILESTONES,
-    "lr_decay": _MILESTONES,
+    "loader_workers": (_FILES,),
+    "image_size": (_FILES,),
     "max_lr_factor": ({"lr_rule": ("linear", "sqrt", "none")},),
-    "decay_factor": ({"controller": ("absa", "abs")},),
-    "growth_factor": ({"controller": ("absa", "abs", "adabatch")},),
-    "patience": ({"controller": ("absa", "abs")},),
-    "every_epochs": ({"controller": ("adabatch",)},),
-    "edge_share": ({"controller": ("critical",)},),
-    "loss_power": ({"controller": ("critical",)},),
-    "excess_power": (
-        {"controller": ("critical",), "edge_share": Above(0), "loss_power": Above(0)},
-    ),
-    "stages": ({"controller": ("timed",)},),
-    "decay_from": ({"schedule": ("cooldown",)}, {"controller": ("timed",)}),
     "overfitting_alarm": (_ONE_TRAINER,),
     "input_curvature": (_ONE_TRAINER,),
     "curvature": (_ONE_TRAINER,),
@@ -85,34 +57,21 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "norm_mode": (_MEASURED,),
     "norm_statistics": (_ONE_TRAINER,),
     "lr_rule": (_ONE_TRAINER,),
-    "checkpoint_examples": ({**_ONE_TRAINER, "elastic": (False,)},),
-    "checkpoint_minutes": ({**_ONE_TRAINER, "elastic": (False,)},),
+    "checkpoint_examples": (_SAVED,),
+    "checkpoint_minutes": (_SAVED,),
     "on_divergence": (_ONE_TRAINER,),
     "max_rollbacks": ({"on_divergence": ("rollback",)},),
     "resolutions": (_RESOLUTION,),
     "resolution_batch_sizes": (_RESOLUTION,),
     "dropouts": (_RESOLUTION,),
-    "workers": (_DUAL_BATCH,),
-    "small_workers": (_DUAL_BATCH,),
-    "extra_time": (_DUAL_BATCH,),
-    "slope": (_DUAL_BATCH,),
-    "intercept": (_DUAL_BATCH,),
-    "min_small_batch_size": (_DUAL_BATCH,),
-    "server": (_DUAL_BATCH,),
-    "synchrony": (_DUAL_BATCH,),
-    "ray_address": ({"elastic": (True,)}, {**_DUAL_BATCH, "server": ("ray",)}),
-    "staleness": (_CONADV,),
-    "conadv_attack": (_CONADV,),
-    "attack_runner": (_CONADV,),
-    "combine": (_CONADV,),
-    "split_norm": (_CONADV,),
-    "min_workers": ({"elastic": (True,)},),
-    "max_workers": ({"elastic": (True,)},),
+    "ray_address": (_ELASTIC, {"controller": ("dual-batch",), "controller.server": ("ray",)}),
+    "split_norm": ({"adversary": ("conadv",)},),
+    "min_workers": (_ELASTIC,),
+    "max_workers": (_ELASTIC,),
 }
 """The cases of a setting, one of which must hold for it to have an effect; a setting that is not
-listed always has one."""
+listed always has one. Options of methods are not listed: a method has no options without effect."""
 _WAYS_OUT: Mapping[str, str] = {
-    "workers": "; processes that load images are --loader-workers",
     "data_dir": ": name the data set that is there with --data",
     "min_workers": ": add --elastic",
     "max_workers": ": add --elastic",
@@ -149,7 +108,17 @@ def is_ignored(settings: Any, name: str) -> bool:
 
 def _failing(settings: Any, case: Case) -> list[str]:
     """Return the settings whose values are not those of the case."""
-    return [name for name, values in case.items() if getattr(settings, name) not in values]
+    return [name for name, values in case.items() if _value(settings, name) not in values]
+
+
+def _value(settings: Any, name: str) -> Any:
+    """Return the value of a setting: of a method its name, and of "controller.server" the option of
+    the method."""
+    setting, _, option_name = name.partition(".")
+    value = getattr(settings, setting)
+    if option_name:
+        return value.options.get(option_name)
+    return getattr(value, "name", value)
 
 
 def _belongs(settings: Any, name: str) -> str:
@@ -159,10 +128,10 @@ def _belongs(settings: Any, name: str) -> str:
     for case in EFFECTIVE[name]:
         other = _failing(settings, case)[0]
         values = case[other]
-        if getattr(settings, other) is None and isinstance(values, tuple):
+        if _value(settings, other) is None and isinstance(values, tuple):
             return f"needs {option(other)} {_alternatives(values)}"
         if not isinstance(values, tuple):
-            return f"does nothing with {option(other)} {_word(getattr(settings, other))}"
+            return f"does nothing with {option(other)} {_word(_value(settings, other))}"
         if values == (True,):
             parts.append(f"{option(other)} runs")
         elif values == (False,):

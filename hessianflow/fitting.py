@@ -6,8 +6,7 @@ from typing import Any
 from hessianflow.config import TrainConfig
 from hessianflow.data.datasets import FOLDER_SETS
 from hessianflow.data.image_files import training_images, usual_side
-from hessianflow.presets import PRESETS
-from hessianflow.settings import FILE_SIDE
+from hessianflow.presets import FILE_SIDE, preset_of
 
 
 def fitted(config: TrainConfig) -> TrainConfig:
@@ -19,7 +18,7 @@ def fitted(config: TrainConfig) -> TrainConfig:
     """
     if config.data not in FOLDER_SETS:
         return config
-    preset = PRESETS[config.data]
+    preset = preset_of(config.data).settings
     sized = ("max_batch_size", "probe_examples")
     changes: dict[str, Any] = {}
     wanted = [name for name in (*sized, "image_size") if getattr(config, name) is None]

@@ -1,7 +1,43 @@
 """What a run takes for a data set when nothing else is asked for, by the names of the settings."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
+
+from hessianflow.interfaces import HessianFlowError
+
+SIDES: Mapping[str, int] = {
+    "digits": 8,
+    "fake": 16,
+    "cifar10": 32,
+    "cifar100": 32,
+    "svhn": 32,
+    "tiny-imagenet": 64,
+}
+"""Pixels a side of the images of each data set; those of image files are cut to any size."""
+BUNDLED = ("digits", "fake")
+"""Data sets that need no files."""
+FILE_SIDE = 224
+"""Side that image files are cut to, unless resolutions say otherwise."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a run takes for a data set when nothing else is asked for.
+
+    Attributes:
+        settings: values by the names of the settings.
+        schedule: name of the learning-rate schedule.
+        milestones: epochs after which that schedule lowers the rate, in a run of the usual epochs.
+        methods: options of methods that are usual for the data set, by method.
+    """
+
+    settings: Mapping[str, Any]
+    schedule: str = "multistep"
+    milestones: tuple[int, ...] = (30, 60, 80)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
 
 _SMALL_IMAGES: dict[str, Any] = {
     "model": "resnet20",
@@ -9,47 +45,64 @@ _SMALL_IMAGES: dict[str, Any] = {
     "max_batch_size": 16384,
     "epochs": 90,
     "lr": 0.1,
-    "schedule": "multistep",
-    "milestones": (30, 60, 80),
-    "patience": 10,
     "probe_examples": 64,
     "curvature_budget": 0.01,
     "precision": "auto",
     "channels_last": True,
 }
-# CIFAR: the published ABSA settings for residual networks. Others: ours.
-PRESETS: Mapping[str, dict[str, Any]] = {
-    "digits": {
-        "model": "digits-cnn",
-        "batch_size": 32,
-        "max_batch_size": 512,
-        "epochs": 30,
-        "lr": 0.05,
-        "schedule": "multistep",
-        "milestones": (20, 26),
-        "patience": 5,
-        "probe_examples": 128,
-        "precision": "float32",
-        "channels_last": False,
-        "threads": 1,  # the network is too small to share
-    },
-    "fake": {
-        **_SMALL_IMAGES,
-        "model": "c1",
-        "curvature_budget": None,
-        "precision": "float32",
-        "max_batch_size": 512,
-        "epochs": 4,
-        "lr": 0.02,
-        "milestones": (3,),
-    },
-    "cifar10": _SMALL_IMAGES,
-    "cifar100": _SMALL_IMAGES,
-    "svhn": _SMALL_IMAGES,
-    "tiny-imagenet": {**_SMALL_IMAGES, "model": "resnet18"},
-    "imagenet": {**_SMALL_IMAGES, "model": "resnet18", "batch_size": 256},
-    "folder": {**_SMALL_IMAGES, "model": "resnet18"},
+_LARGER_IMAGES = {**_SMALL_IMAGES, "model": "resnet18"}
+# CIFAR: the published ABSA settings for residual networks. Others: our choice.
+PRESETS: Mapping[str, Preset] = {
+    "digits": Preset(
+        {
+            "model": "digits-cnn",
+            "batch_size": 32,
+            "max_batch_size": 512,
+            "epochs": 30,
+            "lr": 0.05,
+            "probe_examples": 128,
+            "precision": "float32",
+            "channels_last": False,
+            "threads": 1,  # the network is too small to share
+        },
+        milestones=(20, 26),
+        methods={"absa": {"patience": 5}, "abs": {"patience": 5}},
+    ),
+    "fake": Preset(
+        {
+            **_SMALL_IMAGES,
+            "model": "c1",
+            "curvature_budget": None,
+            "precision": "float32",
+            "max_batch_size": 512,
+            "epochs": 4,
+            "lr": 0.02,
+        },
+        milestones=(3,),
+    ),
+    "cifar10": Preset(_SMALL_IMAGES),
+    "cifar100": Preset(_SMALL_IMAGES),
+    "svhn": Preset(_SMALL_IMAGES),
+    "tiny-imagenet": Preset(_LARGER_IMAGES),
+    "imagenet": Preset({**_LARGER_IMAGES, "batch_size": 256}),
+    "folder": Preset(_LARGER_IMAGES),
 }
+
+
+def preset_of(data: str) -> Preset:
+    """Return the preset of a data set.
+
+    Raises:
+        HessianFlowError: an unknown data set; the error has the nearest name.
+    """
+    if data not in PRESETS:
+        near = get_close_matches(data.lower(), PRESETS, n=1)
+        hint = "".join(f" (did you mean {name}?)" for name in near)
+        raise HessianFlowError(
+            f"--data: unknown data set {data!r}{hint}; there are {', '.join(PRESETS)}"
+        )
+    return PRESETS[data]
+
 
 ADAPTIVE = ("adam", "adamw", "lamb")
 """Optimizers that divide by the size of the gradients: their noise follows rate over the root of

@@ -18,15 +18,18 @@ Equal workers give the formulas above.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.time_model import TimeModel
+from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError
 
 Rounding = Literal["nearest", "down"]
+ServerName = Literal["simulated", "ray"]
+SynchronyName = Literal["asp", "bsp", "ssp"]
 
 
 @dataclass(frozen=True)
@@ -249,3 +252,91 @@ def synchronous_shares(update_factors: Sequence[float]) -> tuple[float, ...]:
         raise HessianFlowError("update_factors must hold at least one factor, got none")
     total = sum(check_number("update_factor", factor, above=0, high=1) for factor in update_factors)
     return tuple(factor / total for factor in update_factors)
+
+
+class DualBatch:
+    """Some workers train with a small batch and some with a large one, on a parameter server.
+
+    The options of a run that plans its batches beforehand; nothing is decided during one, and it
+    has no adversary.
+
+    Args:
+        batch_size: examples per step of a large worker.
+        workers: how many workers there are (4 in the paper).
+        small_workers: how many of them use the small batch; None: all but one.
+        extra_time: what an epoch may take, relative to one with large batches only (1.05 in the
+            paper).
+        slope: seconds an example, one value or one for each resolution; None: measured at the
+            start.
+        intercept: seconds a step, likewise.
+        min_small_batch_size: floor of the small batch.
+        server: simulated: in one process, on a clock that follows slope and intercept; ray: one
+            process a worker.
+        synchrony: asp: every push is mixed at once, as in the paper; bsp: rounds; ssp: asp until a
+            worker is too far ahead.
+
+    Raises:
+        HessianFlowError: more small workers than workers, an extra time that leaves the small ones
+            no example, or half a line of step times.
+    """
+
+    prefers: ClassVar[Mapping[str, str]] = {"adversary": "none"}
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        workers: int = 4,
+        small_workers: int | None = None,
+        extra_time: float = 1.05,
+        slope: float | Sequence[float] | None = None,
+        intercept: float | Sequence[float] | None = None,
+        min_small_batch_size: int = 1,
+        server: ServerName = "simulated",
+        synchrony: SynchronyName = "asp",
+    ) -> None:
+        self.batch_size = check_count("batch_size", batch_size)
+        self.workers = check_count("workers", workers)
+        if small_workers is None:
+            small_workers = workers - 1
+        self.small_workers = check_count("small_workers", small_workers, low=0)
+        self.extra_time = check_number("extra_time", extra_time, low=1)
+        self.min_small_batch_size = check_count("min_small_batch_size", min_small_batch_size)
+        self.slope = _line(slope)
+        self.intercept = _line(intercept)
+        self.server = server
+        self.synchrony = synchrony
+        self._check()
+
+    def _check(self) -> None:
+        if (self.slope is None) != (self.intercept is None):
+            raise HessianFlowError(
+                "slope and intercept make a line together: give both or neither"
+            )
+        large = self.workers - self.small_workers
+        if large < 0:
+            raise HessianFlowError(
+                f"small_workers {self.small_workers} is more than workers {self.workers}"
+            )
+        if self.small_workers and large and self.extra_time >= self.workers / large:
+            raise HessianFlowError(
+                f"extra_time must be less than {self.workers / large:.4g} (workers / large workers)"
+                f" with {large} large of {self.workers} workers, got {self.extra_time:g}: they"
+                " would take all examples"
+            )
+
+    @classmethod
+    def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
+        """Return why dual batches do not go with a run."""
+        if run.adversary != "none":
+            return f"workers on a server train clean, leave --adversary {run.adversary} out"
+        return ""
+
+
+def _line(values: float | Sequence[float] | None) -> tuple[float, ...] | None:
+    """Return one value, or several, as a tuple."""
+    if values is None:
+        return None
+    if isinstance(values, Sequence):
+        return tuple(check_number("slope and intercept", value, low=0) for value in values)
+    return (check_number("slope and intercept", values, low=0),)

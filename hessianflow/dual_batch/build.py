@@ -16,14 +16,15 @@ from hessianflow.build import (
     build_parts,
     build_recalibration,
     build_transform,
-    prepare,
+    on_this_machine,
     resolution_record,
     resolved_precision,
     tensorboard_sinks,
 )
-from hessianflow.choices import build_optimizer, build_stages, given, schedule_shape
-from hessianflow.config import TrainConfig, to_dict
+from hessianflow.choices import build_optimizer, build_stages
+from hessianflow.config import RunConfig, to_dict
 from hessianflow.control import (
+    DualBatch,
     DualBatchPlan,
     Level,
     Stage,
@@ -42,7 +43,8 @@ from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.interfaces import HessianFlowError, RecordSink
 from hessianflow.machine import find_device
 from hessianflow.runs.documents import read_config
-from hessianflow.settings import as_tuple
+from hessianflow.methods import KINDS, make
+from hessianflow.resolve import schedule_of
 from hessianflow.training.accumulate import GradientAccumulator
 from hessianflow.training.saving import Saver
 
@@ -79,7 +81,15 @@ class Schedule:
         }
 
 
-def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> DualBatchTrainer:
+def options_of(config: RunConfig) -> DualBatch:
+    """Return the options of dual-batch that a run has."""
+    options: DualBatch = make(
+        KINDS["controller"], config.controller, batch_size=config.batch_size
+    )
+    return options
+
+
+def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> DualBatchTrainer:
     """Return a run for a prepared `config` (see :func:`hessianflow.build.prepare`).
 
     The time model is the one given, or the one that the run directory recorded, or it is measured
@@ -92,7 +102,7 @@ def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> D
     stages = all_stages(config, parts)
     build_transform(parts, stages)  # refuses a model whose head fixes the resolution
     schedule = plan_schedule(config, stages, parts.train.num_examples, _times(config, stages))
-    workers = given(config.workers)
+    workers = options_of(config).workers
     return DualBatchTrainer(
         Job(
             parts.model,
@@ -102,7 +112,7 @@ def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> D
             schedule.at,
             partial(rate_at, config),
             workers,
-            given(config.epochs),
+            config.epochs,
             parts.train.num_examples,
         ),
         _transport(config, parts, schedule),
@@ -118,14 +128,14 @@ def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> D
     )
 
 
-def all_stages(config: TrainConfig, parts: Parts) -> tuple[Stage, ...]:
+def all_stages(config: RunConfig, parts: Parts) -> tuple[Stage, ...]:
     """Return the stages of a run; without a schedule, one at full resolution."""
-    full = Level(parts.train.sample(1)[0].shape[-1], given(config.batch_size))
-    return build_stages(config) or (Stage(0, given(config.epochs), 0, full),)
+    full = Level(parts.train.sample(1)[0].shape[-1], config.batch_size)
+    return build_stages(config) or (Stage(0, config.epochs, 0, full),)
 
 
 def plan_schedule(
-    config: TrainConfig,
+    config: RunConfig,
     stages: tuple[Stage, ...],
     num_examples: int,
     times: Mapping[int, TimeModel],
@@ -136,18 +146,19 @@ def plan_schedule(
         HessianFlowError: a plan that cannot be, or a batch larger than what a worker takes in an
             epoch.
     """
+    options = options_of(config)
     plans = {}
     for level in {stage.level.resolution: stage.level for stage in stages}.values():
         time = times[level.resolution]
         plan = dual_batch_plan(
-            given(config.workers),
-            given(config.small_workers),
+            options.workers,
+            options.small_workers,
             num_examples,
             level.batch_size,
             time.slope,
             time.intercept,
-            given(config.extra_time),
-            min_small_batch_size=given(config.min_small_batch_size),
+            options.extra_time,
+            min_small_batch_size=options.min_small_batch_size,
         )
         for worker in plan.workers:
             if worker.batch_size > worker.examples:
@@ -160,22 +171,22 @@ def plan_schedule(
     return Schedule(stages, times, plans)
 
 
-def rate_at(config: TrainConfig, epoch: int) -> float:
+def rate_at(config: RunConfig, epoch: int) -> float:
     """Return the learning rate of an epoch; a warm-up goes in whole epochs, lr * (epoch + 1) /
     warm-up, as published."""
     warmup = min((epoch + 1) / config.warmup_epochs, 1.0) if config.warmup_epochs > 0 else 1.0
-    return given(config.lr) * warmup * schedule_shape(config)(epoch)
+    return config.lr * warmup * float(schedule_of(config)(epoch))
 
 
-def make_worker(config: TrainConfig, schedule: Schedule, number: int) -> LocalTraining:
+def make_worker(config: RunConfig, schedule: Schedule, number: int) -> LocalTraining:
     """One worker with a model and data of its own, in a process of its own."""
-    prepared = prepare(config)
+    prepared = on_this_machine(config)
     parts = build_parts(prepared)  # the same weights in every process
     torch.manual_seed(config.seed + 1 + number)  # but dropout of its own
     return worker_of(prepared, parts, schedule, number)
 
 
-def worker_of(config: TrainConfig, parts: Parts, schedule: Schedule, number: int) -> LocalTraining:
+def worker_of(config: RunConfig, parts: Parts, schedule: Schedule, number: int) -> LocalTraining:
     """One worker that trains `parts`, perhaps in turn with others."""
 
     def plan_at(epoch: int) -> WorkerPlan:
@@ -199,7 +210,7 @@ def worker_of(config: TrainConfig, parts: Parts, schedule: Schedule, number: int
         ),
         build_transform(parts, build_stages(config)),
         Course(
-            plan_at, partial(rate_at, config), number, given(config.workers), given(config.epochs)
+            plan_at, partial(rate_at, config), number, options_of(config).workers, config.epochs
         ),
         microbatch_size=config.microbatch_size if isinstance(config.microbatch_size, int) else None,
         norm_batch_size=group,
@@ -212,10 +223,10 @@ def make_server(weights: Any, plan: DualBatchPlan, synchrony: Any) -> ParameterS
     return ParameterServer(weights, factors, synchrony)
 
 
-def time_worker(config: TrainConfig, number: int) -> dict[int, list[tuple[int, float]]]:
+def time_worker(config: RunConfig, number: int) -> dict[int, list[tuple[int, float]]]:
     """(batch size, median seconds of a step) at each resolution, measured on a model of its own in
     this process."""
-    prepared = prepare(config)
+    prepared = on_this_machine(config)
     parts = build_parts(prepared)
     stages = all_stages(prepared, parts)
     worker = worker_of(prepared, parts, Schedule(stages, {}, {}), number)
@@ -233,12 +244,13 @@ def time_worker(config: TrainConfig, number: int) -> dict[int, list[tuple[int, f
     return found
 
 
-def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]:
+def _times(config: RunConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]:
     """Return the time model at each resolution: given, recorded by the run that is resumed, or
     measured."""
     resolutions = sorted({stage.level.resolution for stage in stages})
-    if config.slope is not None:
-        return _given_times(config, resolutions)
+    options = options_of(config)
+    if options.slope is not None and options.intercept is not None:
+        return _given_times(options.slope, options.intercept, resolutions)
     recorded = (
         {} if config.run_dir is None else read_config(Path(config.run_dir)).get("dual_batch", {})
     )
@@ -246,7 +258,7 @@ def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]
         return _recorded_times(
             recorded.get("times", {}), resolutions, f"{config.run_dir}/config.json"
         )
-    measured = _measured_together(config) if config.server == "ray" else [time_worker(config, 0)]
+    measured = _measured_together(config) if options_of(config).server == "ray" else [time_worker(config, 0)]
     models = {}
     for resolution in resolutions:
         sizes, seconds = zip(
@@ -256,7 +268,7 @@ def _times(config: TrainConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]
             models[resolution] = fit_time_model(sizes, seconds)
         except HessianFlowError as error:
             raise HessianFlowError(
-                f"at {resolution} pixels {error}, or give --slope and --intercept"
+                f"at {resolution} pixels {error}, or give --controller.slope and --controller.intercept"
             ) from None
     return models
 
@@ -276,34 +288,35 @@ def _recorded_times(
     return models
 
 
-def _given_times(config: TrainConfig, resolutions: Sequence[int]) -> dict[int, TimeModel]:
-    lines = {name: as_tuple(given(getattr(config, name))) for name in ("slope", "intercept")}
-    for name, values in lines.items():
+def _given_times(
+    slope: Sequence[float], intercept: Sequence[float], resolutions: Sequence[int]
+) -> dict[int, TimeModel]:
+    for name, values in {"slope": slope, "intercept": intercept}.items():
         if len(values) != len(resolutions):
             raise HessianFlowError(
-                f"--{name} must hold one value for each of the resolutions {list(resolutions)}, got"
-                f" {list(values)}"
+                f"--controller.{name} must hold one value for each of the resolutions"
+                f" {list(resolutions)}, got {list(values)}"
             )
-    pairs = zip(lines["slope"], lines["intercept"], strict=True)
-    return {r: TimeModel(a, b) for r, (a, b) in zip(resolutions, pairs, strict=True)}
+    lines = zip(resolutions, slope, intercept, strict=True)
+    return {resolution: TimeModel(a, b) for resolution, a, b in lines}
 
 
-def _measured_together(config: TrainConfig) -> list[dict[int, list[tuple[int, float]]]]:
+def _measured_together(config: RunConfig) -> list[dict[int, list[tuple[int, float]]]]:
     """Return what every worker measures while all of them do: they share memory and caches."""
     ray = connect(config.ray_address)
     resources = _resources(config)
     task = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)(time_worker)
     measured: list[dict[int, list[tuple[int, float]]]] = ray.get(
-        [task.remote(config, number) for number in range(given(config.workers))]
+        [task.remote(config, number) for number in range(options_of(config).workers)]
     )
     return measured
 
 
-def _transport(config: TrainConfig, parts: Parts, schedule: Schedule) -> Transport:
+def _transport(config: RunConfig, parts: Parts, schedule: Schedule) -> Transport:
     plan = schedule.at(0)[1]
-    server = partial(make_server, FlatWeights(parts.model).read(), plan, given(config.synchrony))
-    if config.server == "ray":
-        workers = given(config.workers)
+    server = partial(make_server, FlatWeights(parts.model).read(), plan, options_of(config).synchrony)
+    if options_of(config).server == "ray":
+        workers = options_of(config).workers
         return OnRay(
             server,
             partial(make_worker, config, schedule),
@@ -318,19 +331,19 @@ def _transport(config: TrainConfig, parts: Parts, schedule: Schedule) -> Transpo
     return Simulated(server, partial(worker_of, config, parts, schedule), seconds)
 
 
-def _resources(config: TrainConfig) -> Resources:
+def _resources(config: RunConfig) -> Resources:
     """Return a share of the processors and GPUs of this machine; a cluster gives every worker at
     least that."""
-    workers = given(config.workers)
+    workers = options_of(config).workers
     gpus = torch.cuda.device_count() if find_device(config.device).type == "cuda" else 0
     return Resources(min(1.0, (os.cpu_count() or 1) / workers), min(1.0, gpus / workers))
 
 
-def _summary(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+def _summary(config: RunConfig, parts: Parts) -> dict[str, Any]:
     return {
         "model": type(parts.model).__name__,
         "parameters": sum(p.numel() for p in parts.model.parameters()),
-        "controller": config.controller,
+        "controller": config.controller.name,
         "epochs": config.epochs,
         "examples_per_epoch": parts.train.num_examples,
         "precision": config.precision,

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
-from hessianflow.build import build_trainer, prepare, tensorboard_sinks
-from hessianflow.config import TrainConfig, resolve, to_dict
+from hessianflow.build import build_trainer, on_this_machine, tensorboard_sinks
+from hessianflow.config import RunConfig, to_dict
 from hessianflow.distributed.ray_session import connect
 from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.elastic.trainer import ElasticTrainer
@@ -13,7 +13,7 @@ from hessianflow.interfaces import HessianFlowError, RecordSink, World
 from hessianflow.training import AdaptiveBatchTrainer
 
 
-def build_elastic(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> ElasticTrainer:
+def build_elastic(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> ElasticTrainer:
     """An elastic run of `config`; connects to Ray.
 
     Each worker asks for `threads` processors (1 by default), and for a GPU where the run is to use
@@ -22,7 +22,6 @@ def build_elastic(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Elas
     Raises:
         HessianFlowError: no Ray; a setting that an elastic run does not support.
     """
-    config = resolve(config)
     if config.run_dir is None:
         raise HessianFlowError("an elastic run needs --run-dir, the folder of its records")
     gpus = connect(config.ray_address).cluster_resources().get("GPU", 0.0)
@@ -45,6 +44,6 @@ def build_elastic(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> Elas
     )
 
 
-def make_trainer(config: TrainConfig, world: World) -> AdaptiveBatchTrainer:
+def make_trainer(config: RunConfig, world: World) -> AdaptiveBatchTrainer:
     """One rank's trainer, in its own process."""
-    return build_trainer(prepare(config), world=world)
+    return build_trainer(on_this_machine(config), world=world)

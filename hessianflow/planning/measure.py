@@ -14,8 +14,8 @@ from torch import nn
 
 from hessianflow.bounds import MOST, check_range, shortened
 from hessianflow.build import Parts, build_parts
-from hessianflow.choices import build_controller, build_optimizer, given
-from hessianflow.config import TrainConfig
+from hessianflow.choices import build_controller, build_optimizer
+from hessianflow.config import RunConfig
 from hessianflow.interfaces import HessianFlowError, Progress
 from hessianflow.planning.performance import Phase, StepTime, fit_step_time, measure_steps
 from hessianflow.runs import History
@@ -56,7 +56,7 @@ class Run:
     """The run that is planned: settings, records where it has some, and a model that is built only
     when needed."""
 
-    config: TrainConfig
+    config: RunConfig
     history: History | None = None
 
     @cached_property
@@ -144,19 +144,21 @@ def planned_phases(run: Run) -> tuple[list[Phase], str]:
         HessianFlowError: the controller decides from what only a run can measure.
     """
     config, controller = run.config, build_controller(run.config)
-    epochs, phases, guessed = given(config.epochs), [], False
+    epochs = config.epochs
+    phases = []
+    guessed = False
     for epoch in range(1, epochs + 1):
         phases.append(Phase(run.examples, controller.decision.batch_size))
         if controller.needs - {"eigenvalue"}:
             raise HessianFlowError(
-                f"--controller {config.controller} decides from measurements of a run: name one it"
+                f"--controller {config.controller.name} decides from measurements of a run: name one it"
                 " made with --run, or plan with --controller fixed"
             )
         guessed = guessed or "eigenvalue" in controller.needs
         progress = Progress(epoch, epoch * run.examples, 0, run.examples, epochs)
         if controller.is_due(progress):
             controller.update(progress)
-    how = f"--controller {config.controller}"
+    how = f"--controller {config.controller.name}"
     return phases, f"{how} growing by patience alone, for want of eigenvalues" if guessed else how
 
 
@@ -229,7 +231,7 @@ def worker_counts(text: str) -> list[int]:
     return sorted(set(counts))
 
 
-def _here(config: TrainConfig) -> str:
+def _here(config: RunConfig) -> str:
     device = torch.device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""

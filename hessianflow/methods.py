@@ -1,0 +1,329 @@
+"""The methods by name: one table for each kind. A new method is one file and one line here.
+
+The options of a method are the parameters of its constructor that the run does not supply, with
+its docstring as their help. What it wants of the rest of the run, a method says itself, by any of
+
+    prefers: ClassVar[Mapping[str, str]]        settings that a run with it has unless others are
+                                                given: "schedule", "norm_mode", "adversary"
+    scales_rate: ClassVar[bool]                 whether it scales the learning rate with the batch
+    defaults(run, options) -> Mapping           classmethod: options that depend on the run
+    refuses(run, options) -> str                classmethod: why it does not go with the run, or ""
+
+where `run` is a :class:`~hessianflow.facts.RunFacts` and `options` are those given.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hessianflow.facts import RunFacts
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.options import Option, parameters_of, options_of
+from hessianflow.user_code import attribute
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of method.
+
+    Attributes:
+        name: what the option that chooses one is called.
+        methods: import path of each class, by the name of the method.
+        supplied: parameters of constructors that the run supplies; all others are options.
+        defaults: by method, options whose default differs from that of a class that is not ours.
+    """
+
+    name: str
+    methods: Mapping[str, str]
+    supplied: frozenset[str] = frozenset()
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+_ATTACKS = {
+    "fgsm": "hessianflow.adversarial:FGSM",
+    "pgd": "hessianflow.adversarial:PGD",
+}
+KINDS: Mapping[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "controller",
+            {
+                "absa": "hessianflow.control:ABSA",
+                "abs": "hessianflow.control:ABS",
+                "fixed": "hessianflow.control:FixedBatch",
+                "warmup": "hessianflow.control:Warmup",
+                "adabatch": "hessianflow.control:AdaBatch",
+                "grow-instead-of-decay": "hessianflow.control:GrowInsteadOfDecay",
+                "noise-scale": "hessianflow.control:NoiseScale",
+                "cabs": "hessianflow.control:CABS",
+                "divebatch": "hessianflow.control:DiveBatch",
+                "critical": "hessianflow.control:CriticalBatch",
+                "timed": "hessianflow.control:TimedSchedule",
+                "dual-batch": "hessianflow.control:DualBatch",
+            },
+            frozenset({"batch_size", "max_batch_size", "lr_rule", "max_lr_factor"}),
+        ),
+        Kind(
+            "adversary",
+            {
+                **_ATTACKS,
+                "conadv": "hessianflow.adversarial:ConcurrentAdversary",
+                "reuse": "hessianflow.adversarial:GradientReuse",
+            },
+            frozenset({"value_range", "seed", "loss_fn", "batches"}),
+            {"conadv": {"attack": "fgsm"}},
+        ),
+        # The share is that of the adversary whose twins the attack makes.
+        Kind("attack", _ATTACKS, frozenset({"value_range", "seed", "loss_fn", "share"})),
+        Kind(
+            "runner",
+            {
+                "interleaved": "hessianflow.adversarial:Interleaved",
+                "process": "hessianflow.adversarial:WorkerProcess",
+                "stream": "hessianflow.adversarial:SecondStream",
+            },
+        ),
+        Kind(
+            "optimizer",
+            {
+                "sgd": "torch.optim:SGD",
+                "adam": "torch.optim:Adam",
+                "adamw": "torch.optim:AdamW",
+                "lars": "hessianflow.optim:LARS",
+                "clars": "hessianflow.optim:CLARS",
+                "lamb": "hessianflow.optim:LAMB",
+                "sam": "hessianflow.optim:SAM",
+                "extrapolation": "hessianflow.optim:Extrapolation",
+            },
+            frozenset({"params", "lr", "model", "norms"}),
+            {
+                "sgd": {"momentum": 0.9},
+                "adamw": {"weight_decay": 0.0},
+                "sam": {"base": "sgd"},
+                "extrapolation": {"base": "sgd"},
+            },
+        ),
+        Kind(
+            "schedule",
+            {
+                "constant": "hessianflow.optim:Constant",
+                "multistep": "hessianflow.optim:MultiStep",
+                "cosine": "hessianflow.optim:Cosine",
+                "polynomial": "hessianflow.optim:Polynomial",
+                "cooldown": "hessianflow.optim:Cooldown",
+            },
+            frozenset({"epochs", "optimizer", "last_epoch"}),
+        ),
+    )
+}
+"""Every kind of method, by the name of its option."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method and its options.
+
+    Attributes:
+        name: name of the method, or the import path `package.module:Class` of one's own.
+        options: options by name; those that are not given are left open until the run is resolved.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as config.json and settings.yaml hold them."""
+        return {"name": self.name, **{name: _plain(value) for name, value in self.options.items()}}
+
+    def with_options(self, **options: Any) -> "Choice":
+        """Return the same method with these options in place of its own or beside them."""
+        return Choice(self.name, {**self.options, **options})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Choice):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value
+
+
+def choice(kind: Kind, given: Any, where: str) -> Choice:
+    """Return a method and its options as given: by name, as a mapping, or as a Choice.
+
+    Args:
+        kind: the kind of method.
+        given: "NAME", {"name": "NAME", "option": value, ...}, or a Choice.
+        where: the setting that it was given for, for errors.
+
+    Raises:
+        HessianFlowError: an unknown method, an option that it does not have, or a value of the
+            wrong type.
+    """
+    if isinstance(given, str):
+        given = Choice(given)
+    elif isinstance(given, Mapping):
+        options = {key.replace("-", "_"): value for key, value in given.items() if key != "name"}
+        if not isinstance(given.get("name"), str):
+            raise HessianFlowError(f"--{where} needs a name, as in {{name: {_first(kind)}}}")
+        given = Choice(given["name"], options)
+    if not isinstance(given, Choice):
+        raise HessianFlowError(
+            f"--{where} must be one of {', '.join(kind.methods)}, or package.module:Class, got"
+            f" {given!r}"
+        )
+    known = method_options(kind, given.name, where)
+    checked = {}
+    for name, value in given.options.items():
+        if name not in known:
+            raise HessianFlowError(unknown_option(kind, given.name, name, where))
+        option = known[name]
+        spelled = f"{where}.{name.replace('_', '-')}"
+        if option.kind and value is not None:
+            checked[name] = choice(KINDS[option.kind], value, spelled)
+        else:
+            checked[name] = option.checked(value, f"--{spelled}")
+    return Choice(given.name, checked)
+
+
+def _first(kind: Kind) -> str:
+    return next(iter(kind.methods))
+
+
+def find(kind: Kind, name: str, where: str) -> Any:
+    """Return the class of a method.
+
+    Args:
+        kind: the kind of method.
+        name: its name in the table, or the import path of a class, which is imported.
+        where: the setting that names it, for errors.
+
+    Raises:
+        HessianFlowError: an unknown name (the error has the nearest one), or an import path at
+            which there is no class.
+    """
+    path = kind.methods.get(name, name)
+    if ":" not in path:
+        near = difflib.get_close_matches(name.lower(), kind.methods, n=1)
+        hint = "".join(f" (did you mean {other}?)" for other in near)
+        raise HessianFlowError(
+            f"--{where}: unknown {kind.name} {name!r}{hint}; there are {', '.join(kind.methods)},"
+            " and package.module:Class for your own"
+        )
+    return attribute(path, f"--{where} {name}", is_ours=name in kind.methods)
+
+
+def method_options(kind: Kind, name: str, where: str | None = None) -> dict[str, Option]:
+    """Return the options of a method by name, in the order of its constructor."""
+    return options_of(find(kind, name, where or kind.name), kind.supplied)
+
+
+def unknown_option(kind: Kind, name: str, option: str, where: str) -> str:
+    """Return what is wrong about an option that a method does not have: which method has it, or
+    which option is near."""
+    spelled = f"--{where}.{option.replace('_', '-')}"
+    holders = [other for other in kind.methods if option in method_options(kind, other)]
+    if holders:
+        return (
+            f"{spelled} is an option of {' and '.join(holders)}, not of {name}: leave it out, or"
+            f" use --{where} {holders[0]}"
+        )
+    known = list(method_options(kind, name, where))
+    near = difflib.get_close_matches(option, known, n=1)
+    hint = "".join(f" (did you mean --{where}.{other.replace('_', '-')}?)" for other in near)
+    listed = ", ".join(other.replace("_", "-") for other in known)
+    return f"unknown option {spelled}{hint}; {name} has {listed or 'no options'}"
+
+
+def complete(
+    kind: Kind, chosen: Choice, run: RunFacts, usual: Mapping[str, Mapping[str, Any]], where: str
+) -> Choice:
+    """Return a method with a value for each of its options.
+
+    Values come from the class, then from what is usual for the data set, then from what the method
+    itself makes of the run, and last from the user.
+
+    Args:
+        kind: the kind of method.
+        chosen: the method, with the options given.
+        run: the run it is for.
+        usual: options that are usual for the data set, by method.
+        where: the setting that names it, for errors.
+
+    Raises:
+        HessianFlowError: an option without default is not given, or the method does not go with
+            the run.
+    """
+    method = find(kind, chosen.name, where)
+    known = method_options(kind, chosen.name, where)
+    values = {name: option.default for name, option in known.items() if not option.is_required}
+    values |= kind.defaults.get(chosen.name, {})
+    values |= usual.get(chosen.name, {})
+    values |= _said(method, "defaults", run, chosen.options) or {}
+    values |= chosen.options
+    for name, option in known.items():
+        spelled = f"{where}.{name.replace('_', '-')}"
+        if name not in values:
+            raise HessianFlowError(f"--{where} {chosen.name} needs --{spelled}: {option.help}")
+        if option.kind and values[name] is not None:
+            inner = KINDS[option.kind]
+            values[name] = complete(
+                inner, choice(inner, values[name], spelled), run, usual, spelled
+            )
+    if reason := _said(method, "refuses", run, values):
+        raise HessianFlowError(f"--{where} {chosen.name}: {reason}")
+    return Choice(chosen.name, {name: values[name] for name in known})
+
+
+def _said(method: Any, question: str, run: RunFacts, options: Mapping[str, Any]) -> Any:
+    """Return what a method says about a run; None where it does not answer.
+
+    Methods of other packages know nothing of these questions, so they need not answer.
+    """
+    answer = getattr(method, question, None)
+    return None if answer is None else answer(run, options)
+
+
+def prefers(kind: Kind, chosen: Choice) -> Mapping[str, str]:
+    """Return the settings that a run with this method has unless others are given."""
+    found: Mapping[str, str] = getattr(find(kind, chosen.name, kind.name), "prefers", {})
+    return found
+
+
+def scales_rate(chosen: Choice) -> bool:
+    """Return whether a controller scales the learning rate with the batch."""
+    controller = find(KINDS["controller"], chosen.name, "controller")
+    return bool(getattr(controller, "scales_rate", False))
+
+
+def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) -> Any:
+    """Return an object of the method.
+
+    Args:
+        kind: the kind of method.
+        chosen: the method, with a value for each of its options.
+        where: the setting that names it, for errors.
+        supplied: what the run supplies, by the names of parameters; those that the constructor
+            does not have are left out.
+
+    Raises:
+        HessianFlowError: the constructor refuses an option.
+    """
+    where = where or kind.name
+    method = find(kind, chosen.name, where)
+    known = method_options(kind, chosen.name, where)
+    taken = parameters_of(method)
+    arguments = {name: value for name, value in supplied.items() if name in taken}
+    for name, value in chosen.options.items():
+        if isinstance(value, Choice):
+            inner = KINDS[known[name].kind]
+            value = make(inner, value, f"{where}.{name.replace('_', '-')}", **supplied)
+        arguments[name] = value
+    try:
+        return method(**arguments)
+    except HessianFlowError as error:
+        raise HessianFlowError(f"--{where} {chosen.name}: {error}") from None
+    except (TypeError, ValueError) as error:  # torch's optimizers, and classes of the user
+        raise HessianFlowError(f"--{where} {chosen.name}: {error}") from error
