@@ -22,6 +22,7 @@ from hessianflow.adversarial import (
 )
 from hessianflow.config import TrainConfig
 from hessianflow.control import (
+    ABS,
     ABSA,
     CABS,
     AdaBatch,
@@ -180,76 +181,72 @@ def build_controller(config: TrainConfig) -> BatchController:
 
 def _named_controller(config: TrainConfig) -> BatchController:
     batch, cap = given(config.batch_size), given(config.max_batch_size)
-    share = (
-        0.0
-        if config.adversary == "none" or config.controller == "abs"
-        else given(config.adversarial_share)
-    )
 
     def adabatch() -> BatchController:
         every, factor = config.every_epochs, config.growth_factor
-        return AdaBatch(
-            batch, cap, every_epochs=every, growth_factor=factor, adversarial_share=share
-        )
+        return AdaBatch(batch, cap, every_epochs=every, growth_factor=factor)
 
     def grow_instead() -> BatchController:
         factor = 1 / config.lr_decay
         milestones = config.milestones or ()
-        return GrowInsteadOfDecay(
-            batch, cap, milestones=milestones, decay_factor=factor, adversarial_share=share
-        )
+        return GrowInsteadOfDecay(batch, cap, milestones=milestones, decay_factor=factor)
 
     makers: dict[str, Callable[[], BatchController]] = {
-        "absa": lambda: _absa(config, share),
-        "abs": lambda: _absa(config, share),
-        "fixed": lambda: FixedBatch(batch, share),
-        "warmup": lambda: _warmup(config, share),
+        "absa": lambda: _absa(config),
+        "abs": lambda: _absa(config),
+        "fixed": lambda: FixedBatch(batch),
+        "warmup": lambda: _warmup(config),
         "adabatch": adabatch,
         "grow-instead-of-decay": grow_instead,
-        "noise-scale": lambda: NoiseScale(batch, cap, adversarial_share=share),
-        "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch), adversarial_share=share),
-        "critical": lambda: _critical(config, share),
-        "divebatch": lambda: DiveBatch(batch, cap, adversarial_share=share),
-        "timed": lambda: _timed(config, share),
+        "noise-scale": lambda: NoiseScale(batch, cap),
+        "cabs": lambda: CABS(batch, cap, min_batch_size=min(16, batch)),
+        "critical": lambda: _critical(config),
+        "divebatch": lambda: DiveBatch(batch, cap),
+        "timed": lambda: _timed(config),
     }
     return makers[config.controller]()
 
 
-def _absa(config: TrainConfig, share: float) -> ABSA:
-    return ABSA(
-        given(config.batch_size),
-        given(config.max_batch_size),
-        decay_factor=config.decay_factor,
-        growth_factor=config.growth_factor,
-        patience=config.patience or None,
-        adversarial_share=share,
-        share_decay=config.share_decay,
-    )
+def attacked_share(config: TrainConfig) -> float:
+    """Return the share of each batch that the adversary of a run attacks; 0 without one."""
+    if config.adversary == "none" or config.controller == "abs":
+        return 0.0
+    return given(config.adversarial_share)
 
 
-def _warmup(config: TrainConfig, share: float) -> Warmup:
+def _absa(config: TrainConfig) -> ABSA:
+    batch, cap = given(config.batch_size), given(config.max_batch_size)
+    shared: dict[str, Any] = {
+        "decay_factor": config.decay_factor,
+        "growth_factor": config.growth_factor,
+        "patience": config.patience or None,
+    }
+    if attacked_share(config) == 0:
+        return ABS(batch, cap, **shared)
+    return ABSA(batch, cap, share_decay=config.share_decay, **shared)
+
+
+def _warmup(config: TrainConfig) -> Warmup:
     return Warmup(
         given(config.max_batch_size),
         given(config.batch_size),
         warmup_epochs=config.warmup_epochs or WARMUP_EPOCHS,
         lr_rule=config.lr_rule or "linear",
         max_lr_factor=config.max_lr_factor,
-        adversarial_share=share,
     )
 
 
-def _timed(config: TrainConfig, share: float) -> TimedSchedule:
+def _timed(config: TrainConfig) -> TimedSchedule:
     return TimedSchedule(
         given(config.batch_size),
         given(config.stages),
         decay_from=config.decay_from,
         lr_rule=config.lr_rule or "linear",
         max_lr_factor=config.max_lr_factor,
-        adversarial_share=share,
     )
 
 
-def _critical(config: TrainConfig, share: float) -> CriticalBatch:
+def _critical(config: TrainConfig) -> CriticalBatch:
     return CriticalBatch(
         given(config.batch_size),
         given(config.max_batch_size),
@@ -257,7 +254,6 @@ def _critical(config: TrainConfig, share: float) -> CriticalBatch:
         loss_power=config.loss_power or None,
         edge_share=config.edge_share or None,
         excess_power=config.excess_power,
-        adversarial_share=share,
     )
 
 
@@ -272,14 +268,15 @@ def build_adversary(
     """
     if config.adversary == "none" or config.controller == "abs":
         return None
+    share = given(config.adversarial_share)
     eps, limits = config.eps / torch.tensor(spread).view(-1, 1, 1), batches.value_range
     assert limits is not None, "image sets know their valid range"
     makers: dict[str, Callable[[], FGSM | PGD]] = {
-        "fgsm": lambda: FGSM(eps, value_range=limits, seed=config.seed),
-        "pgd": lambda: PGD(eps, value_range=limits, seed=config.seed),
+        "fgsm": lambda: FGSM(eps, share=share, value_range=limits, seed=config.seed),
+        "pgd": lambda: PGD(eps, share=share, value_range=limits, seed=config.seed),
     }
     if config.adversary == "reuse":
-        return GradientReuse(batches, eps, value_range=limits)  # type: ignore[arg-type]
+        return GradientReuse(batches, eps, share=share, value_range=limits)  # type: ignore[arg-type]
     if config.adversary == "conadv":
         attack, runner = (
             makers[config.conadv_attack or "fgsm"](),
@@ -287,7 +284,11 @@ def build_adversary(
         )
         staleness = 1 if config.staleness is None else config.staleness
         return ConcurrentAdversary(
-            attack, staleness=staleness, combine=config.combine or "sum", runner=runner
+            attack,
+            share=share,
+            staleness=staleness,
+            combine=config.combine or "sum",
+            runner=runner,
         )
     return makers[config.adversary]()
 
