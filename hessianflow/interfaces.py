@@ -106,19 +106,20 @@ class Decision:
         batch_size: examples per optimizer step, from the very next batch on.
         lr_factor: multiplier of the scheduled learning rate (1: the rate as stated at the reference
             batch size).
-        adversarial_share: share of each batch made adversarial, in [0, 1].
+        attack_factor: multiplier of the share of each batch that the adversary attacks (1: the
+            adversary's own share; 0: nothing is attacked).
         reason: why, in words; empty when nothing changed.
     """
 
     batch_size: int
     lr_factor: float = 1.0
-    adversarial_share: float = 0.0
+    attack_factor: float = 1.0
     reason: str = ""
 
     @property
     def setting(self) -> tuple[int, float, float]:
         """What is set, without the reason: two decisions with equal settings ask for the same."""
-        return self.batch_size, self.lr_factor, self.adversarial_share
+        return self.batch_size, self.lr_factor, self.attack_factor
 
 
 @runtime_checkable
@@ -207,13 +208,23 @@ class Exposure:
     on_input_gradient: Callable[[Tensor], None] | None = None
 
 
+Pending = Callable[[], Tensor]
+"""An attack that was started; calling it waits for the adversarial inputs."""
+
+
 class Adversary(Stateful, Protocol):
     """Decides what is trained on in place of a clean batch.
 
     For the batch of step t the trainer calls :meth:`attack` with the weights of step t -
-    `staleness`, :meth:`expose` at step t, and :meth:`after_step` after each step. Batches whose
-    share is 0 are trained as they are.
+    `staleness`, and :meth:`expose` at step t, both with the share in force: `share` times the
+    `attack_factor` of the decision that the batch was drawn under. Batches whose share is 0 are
+    trained as they are.
     """
+
+    @property
+    def share(self) -> float:
+        """Share of each batch that is attacked, in [0, 1], before a controller's factor."""
+        ...
 
     @property
     def staleness(self) -> int:
@@ -233,19 +244,14 @@ class Adversary(Stateful, Protocol):
         targets: Tensor,
         share: float,
         microbatch_size: int | None = None,
-    ) -> Callable[[], Tensor]:
-        """Start the attack on a batch with the weights of now; what is returned waits for the
-        adversarial inputs."""
+    ) -> Pending:
+        """Start the attack on a batch with the weights of now."""
         ...
 
     def expose(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float
     ) -> Exposure:
         """Return what to train on, given the batch and what its attack made of it."""
-        ...
-
-    def after_step(self, model: nn.Module) -> None:
-        """Called once the optimizer has stepped."""
         ...
 
 

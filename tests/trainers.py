@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.adversarial import FGSM, ConcurrentAdversary
-from hessianflow.control import ABSA, AdaBatch, FixedBatch
+from hessianflow.control import ABS, AdaBatch, FixedBatch
 from hessianflow.curvature import CurvatureProbe, HessianOperator
 from hessianflow.data import DeviceBatches
 from hessianflow.distributed import GroupReducer, GroupWorld, LocalReducer, sharded
@@ -53,7 +53,7 @@ def growing(model: nn.Module, world: GroupWorld | None) -> dict[str, Any]:
     probe = CurvatureProbe(
         model, F.cross_entropy, pixels().sample(31), tol=1e-10, operator=operator
     )
-    controller = ABSA(BATCH, 64, decay_factor=1.05, patience=2, adversarial_share=0.0)
+    controller = ABS(BATCH, 64, decay_factor=1.05, patience=2)
     held_out = pixels(7).examples(torch.arange(20))
     return {"probe": probe, "controller": controller, "eval_data": held_out, "epochs": 6}
 
@@ -259,7 +259,7 @@ def refused(reducer: GroupReducer, what: str) -> str:
             build(world, observers=[Alone()])
         elif what == "staleness":
             ahead = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=2)
-            build(world, adversary=ahead, controller=FixedBatch(BATCH, 1.0))
+            build(world, adversary=ahead, controller=FixedBatch(BATCH))
         elif what == "wrapped":
             world.attach(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), [])
         elif what == "data":

@@ -127,7 +127,6 @@ class Subject:
     def trained(self, adversary: Any = None, **options: Any) -> hf.AdaptiveBatchTrainer:
         """A trainer for one epoch; with an adversary it has a fifth of each batch."""
         if adversary is not None:
-            options["controller"] = hf.control.FixedBatch(BATCH, 0.2)
             options["adversary"] = adversary
         precision: Any = self.path.precision
         return hf.AdaptiveBatchTrainer(

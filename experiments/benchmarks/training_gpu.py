@@ -85,7 +85,6 @@ def trainer(
     if options.pop("attack", False):
         eps = 0.005 / torch.tensor(pixels["std"]).view(-1, 1, 1)
         options["adversary"] = hf.adversarial.FGSM(eps, value_range=batches.value_range)
-        options.setdefault("controller", hf.control.FixedBatch(batch_size, 0.2))
     return hf.AdaptiveBatchTrainer(
         model,
         batches,

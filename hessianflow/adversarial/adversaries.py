@@ -7,7 +7,7 @@ extremes of the attacked slice; here the loss is given, and the range is the val
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -31,10 +31,10 @@ from hessianflow.adversarial.budget import (
     make_budget,
     place,
 )
-from hessianflow.adversarial.mixing import perturbed_rows
+from hessianflow.adversarial.mixing import ABSA_SHARE, check_share, perturbed_rows
 from hessianflow.batches import take_rows
 from hessianflow.checks import check_callable, check_choice, check_count
-from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode, Reducer
+from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode, Pending, Reducer
 
 ABSA_EPS = 0.005
 """Perturbation of ABSA's reference implementation, for inputs in [0, 1] that are not normalised."""
@@ -53,6 +53,8 @@ class PGD:
     random starts of its own.
 
     Args:
+        share: of each batch that is attacked, in [0, 1], before a controller's factor (0.2 in
+            ABSA's published code).
         seed: of the random starts.
 
     Raises:
@@ -66,6 +68,7 @@ class PGD:
         self,
         eps: PerChannel,
         *,
+        share: float = ABSA_SHARE,
         value_range: ValueRange | None,
         steps: int = 10,
         relative_step: float | None = None,
@@ -78,6 +81,7 @@ class PGD:
         check_choice("norm_mode", norm_mode, get_args(NormMode))
         check_callable("loss_fn", loss_fn)
         check_count("seed", seed, 0)
+        self.share = check_share(share)
         self._budget = make_budget(eps, value_range, norm)
         self._steps = steps
         self._step = resolve_step(steps, relative_step)
@@ -129,7 +133,7 @@ class PGD:
         targets: Tensor,
         share: float,
         microbatch_size: int | None = None,
-    ) -> Callable[[], Tensor]:
+    ) -> Pending:
         """:meth:`perturb`, at once."""
         perturbed = self.perturb(model, inputs, targets, share, microbatch_size)
         return lambda: perturbed
@@ -144,9 +148,6 @@ class PGD:
     ) -> Exposure:
         """Return the perturbed inputs in place of the clean ones, labels unchanged."""
         return Exposure((adversarial, targets))
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the random starts stand."""
@@ -198,6 +199,8 @@ class FGSM(PGD):
     """One signed step on a share of each batch; see :func:`attacks.fgsm` for the arguments.
 
     Args:
+        share: of each batch that is attacked, in [0, 1], before a controller's factor (0.2 in
+            ABSA's published code).
         seed: of the random starts.
 
     Raises:
@@ -208,6 +211,7 @@ class FGSM(PGD):
         self,
         eps: PerChannel = ABSA_EPS,
         *,
+        share: float = ABSA_SHARE,
         value_range: ValueRange | None,
         loss_fn: LossFn = cross_entropy,
         random_start: bool = False,
@@ -216,6 +220,7 @@ class FGSM(PGD):
     ) -> None:
         super().__init__(
             eps,
+            share=share,
             value_range=value_range,
             steps=1,
             relative_step=FAST_RANDOM_STEP if random_start else 1.0,

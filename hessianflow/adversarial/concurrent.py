@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.adversarial.budget import check_one_tensor
-from hessianflow.adversarial.mixing import perturbed_rows
+from hessianflow.adversarial.mixing import check_share, perturbed_rows
 from hessianflow.adversarial.runners import AttackRunner, AttackSet, Interleaved, TwinAttack
 from hessianflow.checks import check_choice, check_count
 from hessianflow.interfaces import Exposure, HessianFlowError, InputAttack, LossFn
@@ -95,7 +95,10 @@ class ConcurrentAdversary:
     their use.
 
     Args:
-        adversary: makes the twins, such as `FGSM(eps, value_range=(0, 1))`.
+        adversary: makes the twins, such as `FGSM(eps, value_range=(0, 1))`, whose own share is
+            not looked at.
+        share: of each batch that gets a twin, in [0, 1], before a controller's factor (all of it in
+            the paper).
         staleness: steps between attack and use; 0: none. Default (ours): 1, the smallest concurrent
             value.
         first: what to do with the first `staleness` batches, which nobody attacked ahead of time
@@ -124,6 +127,7 @@ class ConcurrentAdversary:
         self,
         adversary: InputAttack,
         *,
+        share: float = 1.0,
         staleness: int = 1,
         first: First = "clean",
         attack_set: AttackSet = "adversarial",
@@ -145,6 +149,7 @@ class ConcurrentAdversary:
             raise HessianFlowError(
                 f"runner must run attacks, such as SecondStream(), got a {type(runner).__name__}"
             )
+        self.share = check_share(share)
         self._adversary = adversary
         self._staleness = staleness
         self._first = first
@@ -197,9 +202,6 @@ class ConcurrentAdversary:
         mode = partial(clean_rows, model, 0) if is_split(model) else nullcontext
         twins = (adversarial, targets[_chosen(inputs, share)])
         return Exposure((inputs, targets), twins, mode, self._average)
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing."""
 
     def pairs(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Pair]:
         """One pair a batch, in order, for a whole run; step the optimizer between two pairs.

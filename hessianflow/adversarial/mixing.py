@@ -12,11 +12,26 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from hessianflow.checks import is_number
 from hessianflow.interfaces import HessianFlowError
 
 # Shares are read as the nearest fraction with at most this denominator: 0.29 * 100 is
 # 28.999999999999996 in floating point, and its floor would lose a row.
 _MAX_DENOMINATOR = 10**6
+
+ABSA_SHARE = 0.2
+"""Share of each batch that ABSA's reference implementation attacks at the start."""
+
+
+def check_share(share: float) -> float:
+    """Return the share of each batch that an adversary is to attack.
+
+    Raises:
+        HessianFlowError: it is not a number in [0, 1].
+    """
+    if not is_number(share) or not 0 <= share <= 1:
+        raise HessianFlowError(f"share must be a number in [0, 1], got {share!r}")
+    return share
 
 
 def perturbed_rows(batch_size: int, share: float, device: torch.device | str = "cpu") -> Tensor:

@@ -18,7 +18,7 @@ Pixels that the last visit cropped away have no gradient and are not moved; on i
 example is clean.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -33,8 +33,8 @@ from hessianflow.adversarial.budget import (
     make_budget,
     place,
 )
-from hessianflow.adversarial.mixing import perturbed_rows
-from hessianflow.interfaces import Exposure, HessianFlowError, Reducer
+from hessianflow.adversarial.mixing import ABSA_SHARE, check_share, perturbed_rows
+from hessianflow.interfaces import Exposure, HessianFlowError, Pending, Reducer
 
 
 class TracedBatches(Protocol):
@@ -78,6 +78,8 @@ class GradientReuse:
         batches: the training data; asked which examples the batch at hand holds.
         eps: largest change of a component, one number or one per channel, in the units of the
             inputs. Default: ABSA's.
+        share: of each batch that is attacked, in [0, 1], before a controller's factor. Default:
+            ABSA's.
         value_range: (smallest, largest) valid value; None: do not clamp.
 
     Raises:
@@ -88,13 +90,19 @@ class GradientReuse:
     attacks_late: bool = True  # every batch is perturbed at its use
 
     def __init__(
-        self, batches: TracedBatches, eps: PerChannel = ABSA_EPS, *, value_range: ValueRange | None
+        self,
+        batches: TracedBatches,
+        eps: PerChannel = ABSA_EPS,
+        *,
+        share: float = ABSA_SHARE,
+        value_range: ValueRange | None,
     ) -> None:
         if not hasattr(batches, "as_in_latest"):
             raise HessianFlowError(
                 f"reuse must know which examples a batch holds, which {type(batches).__name__} does"
                 " not tell: use DeviceBatches, or another adversary"
             )
+        self.share = check_share(share)
         self._batches = batches
         self._budget = make_budget(eps, value_range, "l_inf")
         shape = (batches.num_examples, *batches.input_shape)
@@ -108,7 +116,7 @@ class GradientReuse:
         targets: Tensor,  # noqa: ARG002
         share: float,
         microbatch_size: int | None = None,  # noqa: ARG002
-    ) -> Callable[[], Tensor]:
+    ) -> Pending:
         """`share` of the rows, spread evenly, moved by what their last visit left; no pass through
         the model.
 
@@ -146,9 +154,6 @@ class GradientReuse:
                 "reuse keeps the gradients of one process's examples, which go to other ranks in"
                 f" the next epoch: use another adversary on {reducer.world_size} ranks"
             )
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kept signs, int8 [examples, C, H, W]."""

@@ -150,7 +150,7 @@ def _replay(arguments: Namespace) -> int:
     from dataclasses import replace
 
     from hessianflow.build import load_config
-    from hessianflow.choices import build_controller
+    from hessianflow.choices import attacked_share, build_controller
     from hessianflow.config import resolve
     from hessianflow.control.replay import replay
     from hessianflow.effects import check_effects
@@ -185,9 +185,10 @@ def _replay(arguments: Namespace) -> int:
     )
     for step in result.changes:
         decision = step.decision
+        share = attacked_share(config) * decision.attack_factor
         print(
             f"epoch {step.epoch:>3}: batch {decision.batch_size}, rate x {decision.lr_factor:g}, "
-            f"adversarial share {decision.adversarial_share:g}: {decision.reason}"
+            f"adversarial share {share:g}: {decision.reason}"
         )
     print(
         f"{arguments.controller}: {result.updates} updates; the run itself took"

@@ -1,7 +1,7 @@
 """Batch-size controllers: deterministic state machines without tensors; measurements in, a decision
 out."""
 
-from hessianflow.control.absa import ABSA
+from hessianflow.control.absa import ABS, ABSA
 from hessianflow.control.cabs import CABS
 from hessianflow.control.critical_batch import CriticalBatch
 from hessianflow.control.diversity import DiveBatch
@@ -28,6 +28,7 @@ from hessianflow.control.time_model import TimeModel, fit_time_model
 from hessianflow.control.timed import TimedSchedule
 
 __all__ = [
+    "ABS",
     "ABSA",
     "CABS",
     "PUBLISHED",

@@ -12,8 +12,9 @@ Once per epoch, with lambda the top eigenvalue of the Hessian of the training lo
 3. From half of the epochs on: adversarial share = 0.
 
 GROW: batch = floor(growth_factor * batch), at most the cap; the learning rate times the ratio of
-the batches; the adversarial share divided by share_decay, and 0 at the cap. ABS is ABSA with an
-adversarial share of 0.
+the batches; the adversarial share divided by share_decay, and 0 at the cap. The share itself is the
+adversary's (gamma; 0.2 in the published code): the controller multiplies it by a factor that begins
+at 1. ABS is the method without an adversary.
 
 Deviations from the published code:
 
@@ -55,9 +56,7 @@ class ABSA(Controller[ABSAState]):
         growth_factor: the batch grows by this factor (beta; 2 in the published code).
         patience: estimates without a growth before one is forced (kappa; 10 in the published code).
             None: never.
-        adversarial_share: share of each batch made adversarial at the start (gamma; 0.2 in the
-            published code). 0 is the method ABS.
-        share_decay: divides the share at each growth (omega; 2 in the published code).
+        share_decay: divides the adversarial share at each growth (omega; 2 in the published code).
         total_epochs: epochs of the run, at half of which (rounded down) the share becomes 0. None:
             as `progress` says.
 
@@ -73,11 +72,10 @@ class ABSA(Controller[ABSAState]):
         decay_factor: float = 2,
         growth_factor: float = 2,
         patience: int | None = 10,
-        adversarial_share: float = 0.2,
         share_decay: float = 2,
         total_epochs: int | None = None,
     ) -> None:
-        super().__init__(ABSAState(batch_size, adversarial_share=adversarial_share), max_batch_size)
+        super().__init__(ABSAState(batch_size), max_batch_size)
         self.decay_factor = check_number("decay_factor", decay_factor, above=1)
         self.growth_factor = check_number("growth_factor", growth_factor, above=1)
         self.patience = None if patience is None else check_count("patience", patience)
@@ -128,17 +126,41 @@ class ABSA(Controller[ABSAState]):
         state = self._state
         state.batch_size = grown(state.batch_size, self.growth_factor, self.max_batch_size)
         state.lr_factor = state.batch_size / self.initial_batch_size
-        state.adversarial_share = (
-            state.adversarial_share / self.share_decay if self._can_grow else 0.0
-        )
+        state.attack_factor = state.attack_factor / self.share_decay if self._can_grow else 0.0
         state.estimates = 0
 
     def _consider_half_way(self, progress: Progress) -> list[str]:
         total = self.total_epochs or progress.total_epochs
-        if self._state.adversarial_share == 0 or progress.epoch < total // 2:
+        if self._state.attack_factor == 0 or progress.epoch < total // 2:
             return []
-        self._state.adversarial_share = 0.0
+        self._state.attack_factor = 0.0
         return [f"adversarial share 0 from half of the {total} epochs on"]
+
+
+class ABS(ABSA):
+    """ABSA without an adversary: its rule for the batch size alone.
+
+    The arguments are those of :class:`ABSA` that have to do with the batch. An adversary in the
+    same run attacks nothing.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_batch_size: int,
+        *,
+        decay_factor: float = 2,
+        growth_factor: float = 2,
+        patience: int | None = 10,
+    ) -> None:
+        super().__init__(
+            batch_size,
+            max_batch_size,
+            decay_factor=decay_factor,
+            growth_factor=growth_factor,
+            patience=patience,
+        )
+        self._state.attack_factor = 0.0
 
 
 def _defect(reading: CurvatureReading | None) -> str:

@@ -52,7 +52,6 @@ class CABS(BoundedController[CABSState]):
         loss_floor: a known lower bound of the loss, as with label smoothing (0 in the paper).
         every_updates: updates between decisions (ours: 10; every decision reads the device).
         hysteresis: a change by less than this factor is not made (ours: 1.25).
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
@@ -69,10 +68,9 @@ class CABS(BoundedController[CABSState]):
         loss_floor: float = 0.0,
         every_updates: int = 10,
         hysteresis: float = 1.25,
-        adversarial_share: float = 0.0,
     ) -> None:
         super().__init__(
-            CABSState(batch_size, adversarial_share=adversarial_share),
+            CABSState(batch_size),
             max_batch_size,
             min_batch_size=min_batch_size,
             hysteresis=hysteresis,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from hessianflow.control.checks import check_cap, check_count, check_fits, check_number
+from hessianflow.control.checks import check_cap, check_count, check_fits
 from hessianflow.interfaces import (
     NO_SIGNALS,
     CurvatureReading,
@@ -23,14 +23,14 @@ class ControllerState:
     Attributes:
         batch_size: examples per optimizer step.
         lr_factor: multiplier of the scheduled learning rate, relative to the start.
-        adversarial_share: share of each batch made adversarial.
+        attack_factor: multiplier of the adversary's share.
         reason: why the last update changed the setting; empty when it did not.
         epoch: epochs completed at the last update.
     """
 
     batch_size: int
     lr_factor: float = 1.0
-    adversarial_share: float = 0.0
+    attack_factor: float = 1.0
     reason: str = ""
     epoch: int = 0
 
@@ -57,13 +57,11 @@ class Controller(ABC, Generic[S]):
         max_batch_size: the cap.
 
     Raises:
-        HessianFlowError: a size is not a whole number >= 1, the share not in [0, 1], or the cap
-            below the first size.
+        HessianFlowError: a size is not a whole number >= 1, or the cap lies below the first size.
     """
 
     def __init__(self, state: S, max_batch_size: int) -> None:
         check_count("batch_size", state.batch_size)
-        check_number("adversarial_share", state.adversarial_share, low=0, high=1)
         self._state = state
         self.max_batch_size = check_cap(state.batch_size, max_batch_size)
 
@@ -76,7 +74,7 @@ class Controller(ABC, Generic[S]):
     def decision(self) -> Decision:
         """The setting in force."""
         state = self._state
-        return Decision(state.batch_size, state.lr_factor, state.adversarial_share, state.reason)
+        return Decision(state.batch_size, state.lr_factor, state.attack_factor, state.reason)
 
     def is_due(self, progress: Progress) -> bool:
         """Whether an epoch was completed since the last update."""

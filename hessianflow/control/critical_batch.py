@@ -103,7 +103,6 @@ class CriticalBatch(BoundedController[CriticalState]):
         window: readings the median is taken over (ours: 3).
         hysteresis: a growth by less than this factor is not made (ours: 1.25).
         max_growth: the largest factor of one growth, at least `hysteresis` (ours: 2).
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
         HessianFlowError: an argument is out of its bounds, or both bounds are left out.
@@ -121,10 +120,9 @@ class CriticalBatch(BoundedController[CriticalState]):
         window: int = 3,
         hysteresis: float = 1.25,
         max_growth: float = 2,
-        adversarial_share: float = 0.0,
     ) -> None:
         super().__init__(
-            CriticalState(batch_size, adversarial_share=adversarial_share),
+            CriticalState(batch_size),
             max_batch_size,
             min_batch_size=None,
             hysteresis=hysteresis,

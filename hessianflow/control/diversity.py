@@ -48,7 +48,6 @@ class DiveBatch(BoundedController[ControllerState]):
         hysteresis: a growth by less than this factor is not made (ours: 1.25).
         lr_rule: how the learning rate follows (ours: linear).
         max_lr_factor: cap of the learning-rate factor.
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
@@ -63,10 +62,9 @@ class DiveBatch(BoundedController[ControllerState]):
         hysteresis: float = 1.25,
         lr_rule: LRRule = "linear",
         max_lr_factor: float | None = None,
-        adversarial_share: float = 0.0,
     ) -> None:
         super().__init__(
-            ControllerState(batch_size, adversarial_share=adversarial_share),
+            ControllerState(batch_size),
             max_batch_size,
             min_batch_size=None,
             hysteresis=hysteresis,

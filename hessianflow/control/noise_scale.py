@@ -99,7 +99,6 @@ class NoiseScale(BoundedController[NoiseScaleState]):
         hysteresis: a change by less than this factor is not made (ours: 1.5).
         lr_rule: how the learning rate follows.
         max_lr_factor: cap of the learning-rate factor.
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
@@ -116,10 +115,9 @@ class NoiseScale(BoundedController[NoiseScaleState]):
         hysteresis: float = 1.5,
         lr_rule: LRRule = "linear",
         max_lr_factor: float | None = None,
-        adversarial_share: float = 0.0,
     ) -> None:
         super().__init__(
-            NoiseScaleState(batch_size, adversarial_share=adversarial_share),
+            NoiseScaleState(batch_size),
             max_batch_size,
             min_batch_size=min_batch_size,
             hysteresis=hysteresis,

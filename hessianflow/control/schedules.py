@@ -21,20 +21,17 @@ from hessianflow.interfaces import HessianFlowError, Progress
 
 
 class FixedBatch(Controller[ControllerState]):
-    """The same batch size and adversarial share throughout.
+    """The same batch size throughout.
 
     Args:
         batch_size: examples per step.
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
-        HessianFlowError: an argument is out of its bounds.
+        HessianFlowError: the size is not a whole number >= 1.
     """
 
-    def __init__(self, batch_size: int, adversarial_share: float = 0.0) -> None:
-        super().__init__(
-            ControllerState(batch_size, adversarial_share=adversarial_share), batch_size
-        )
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(ControllerState(batch_size), batch_size)
 
     def is_due(self, progress: Progress) -> bool:  # noqa: ARG002
         """Never."""
@@ -58,7 +55,6 @@ class Warmup(Controller[ControllerState]):
             on.
         lr_rule: how the rate follows the batch (linear in the paper).
         max_lr_factor: cap of the learning-rate factor.
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
@@ -72,11 +68,8 @@ class Warmup(Controller[ControllerState]):
         warmup_epochs: float = 5,
         lr_rule: LRRule = "linear",
         max_lr_factor: float | None = None,
-        adversarial_share: float = 0.0,
     ) -> None:
-        super().__init__(
-            ControllerState(batch_size, adversarial_share=adversarial_share), batch_size
-        )
+        super().__init__(ControllerState(batch_size), batch_size)
         self.scale = lr_factor(batch_size, reference_batch_size, lr_rule, max_factor=max_lr_factor)
         self.warmup_epochs = check_number("warmup_epochs", warmup_epochs, low=0)
         if warmup_epochs == 0:
@@ -111,7 +104,6 @@ class AdaBatch(Controller[ControllerState]):
         every_epochs: epochs between events (20 in the paper).
         growth_factor: 2 in the paper.
         lr_decay: 0.75 in the paper, which matches a fixed batch whose rate is multiplied by 0.375.
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
@@ -125,11 +117,8 @@ class AdaBatch(Controller[ControllerState]):
         every_epochs: int = 20,
         growth_factor: float = 2,
         lr_decay: float = 0.75,
-        adversarial_share: float = 0.0,
     ) -> None:
-        super().__init__(
-            ControllerState(batch_size, adversarial_share=adversarial_share), max_batch_size
-        )
+        super().__init__(ControllerState(batch_size), max_batch_size)
         self.every_epochs = check_count("every_epochs", every_epochs)
         self.growth_factor = check_number("growth_factor", growth_factor, above=1)
         self.lr_decay = check_number("lr_decay", lr_decay, above=0)
@@ -160,7 +149,6 @@ class GrowInsteadOfDecay(Controller[ControllerState]):
         max_batch_size: the cap.
         milestones: epochs after which the schedule would divide the rate, increasing.
         decay_factor: the divisor (alpha; 5 in the paper's CIFAR-10 runs).
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
@@ -173,11 +161,8 @@ class GrowInsteadOfDecay(Controller[ControllerState]):
         *,
         milestones: Sequence[int],
         decay_factor: float = 5,
-        adversarial_share: float = 0.0,
     ) -> None:
-        super().__init__(
-            ControllerState(batch_size, adversarial_share=adversarial_share), max_batch_size
-        )
+        super().__init__(ControllerState(batch_size), max_batch_size)
         self.decay_factor = check_number("decay_factor", decay_factor, above=1)
         self.milestones = tuple(check_count("milestones", epoch) for epoch in milestones)
         if not self.milestones or any(b <= a for a, b in pairwise(self.milestones)):

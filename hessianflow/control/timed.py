@@ -28,7 +28,6 @@ class TimedSchedule(Controller[ControllerState]):
             constant schedule with it. None: it does not.
         lr_rule: how the rate follows the batch.
         max_lr_factor: cap of the learning-rate factor, before the decay.
-        adversarial_share: share of each batch made adversarial, in [0, 1].
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
@@ -42,11 +41,8 @@ class TimedSchedule(Controller[ControllerState]):
         decay_from: float | None = None,
         lr_rule: LRRule = "linear",
         max_lr_factor: float | None = None,
-        adversarial_share: float = 0.0,
     ) -> None:
-        super().__init__(
-            ControllerState(batch_size, adversarial_share=adversarial_share), batch_size
-        )
+        super().__init__(ControllerState(batch_size), batch_size)
         self.stages = tuple(
             (check_count("stages epochs", e), check_count("stages sizes", b)) for e, b in stages
         )

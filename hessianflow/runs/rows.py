@@ -227,14 +227,15 @@ def signals_row(progress: Progress, signals: Mapping[str, float]) -> Record:
     return {**place("signals", progress), **signals}
 
 
-def decision_row(progress: Progress, before: Decision, after: Decision) -> Record:
-    """Return the row of a decision that changed a setting."""
+def decision_row(progress: Progress, before: Decision, after: Decision, share: float) -> Record:
+    """Return the row of a decision that changed a setting; `share` of each batch is attacked under
+    it."""
     return {
         **place("batch", progress),
         "from": before.batch_size,
         "to": after.batch_size,
         "lr_factor": after.lr_factor,
-        "adversarial_share": after.adversarial_share,
+        "adversarial_share": share,
         "reason": after.reason,
     }
 

@@ -50,7 +50,7 @@ class _Common(_Weights):
 class _Decision(TypedDict):
     batch_size: Size
     lr_factor: float
-    adversarial_share: float
+    attack_factor: float
     reason: str
 
 

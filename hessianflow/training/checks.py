@@ -118,29 +118,16 @@ def check_probe(
         )
 
 
-def check_adversary(controller: BatchController | None, adversary: Adversary | None) -> str:
-    """Return a warning about an adversary that is asked for nothing, or of a share that nobody
-    attacks; empty: they fit.
-
-    Raises:
-        HessianFlowError: an adversary, and no controller that could ever ask for a share.
-    """
-    share = 0.0 if controller is None else controller.decision.adversarial_share
-    if adversary is not None and controller is None:
-        raise HessianFlowError(
-            f"the adversary {type(adversary).__name__} attacks the share that a controller asks"
-            " for, and there is none: pass controller=hf.control.FixedBatch(batch_size,"
-            " adversarial_share)"
-        )
-    if adversary is None and share > 0:
+def idle_adversary(controller: BatchController | None, adversary: Adversary | None) -> str:
+    """Return a warning about an adversary that begins with nothing to attack; empty: there is
+    none."""
+    if adversary is None:
+        return ""
+    if adversary.share == 0:
+        return f"{type(adversary).__name__} has a share of 0: it attacks nothing"
+    if controller is not None and controller.decision.attack_factor == 0:
         return (
-            f"{type(controller).__name__} asks for an adversarial share of {share:g} and there is"
-            " no adversary: nothing is attacked, and 0 is recorded; pass"
-            " adversary=hf.adversarial.FGSM(...), or adversarial_share=0"
-        )
-    if adversary is not None and share == 0:
-        return (
-            f"{type(controller).__name__} asks for an adversarial share of 0:"
+            f"{type(controller).__name__} sets the adversary's share to 0:"
             f" {type(adversary).__name__} attacks nothing until that changes"
         )
     return ""

@@ -2,7 +2,7 @@
 wants to see them.
 
 The order of training is that of the data, across the ends of epochs. A batch is trained under the
-decision it was drawn under, rate and adversarial share included: with a look-ahead of tau steps a
+decision it was drawn under, rate and attack factor included: with a look-ahead of tau steps a
 change of the batch size arrives tau steps later, all of it together. Without look-ahead every batch
 is drawn just before its step.
 """

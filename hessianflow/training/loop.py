@@ -7,7 +7,7 @@ writes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,8 @@ class TrainingLoop:
         counters.updates += 1
         if now.ends_epoch or counters.place >= self.train_data.num_examples:
             self._count_epoch()
-        self.totals.add(result, counters.updates, now.decision, self.rate.value)
+        share = self.step.share(now.decision)
+        self.totals.add(result, counters.updates, now.decision, self.rate.value, share)
         if self.schedule_unit == "reference_batch":
             self.rate.advance(result.examples / self.reference_batch_size)
         self._bar.advance(result.examples)
@@ -316,7 +317,8 @@ class TrainingLoop:
         }
         outcome = self.control(progress, at_end, figures)
         after = before if outcome.decision is None else self._held(outcome.decision)
-        changed = after.setting != before.setting
+        was, now = self._setting(before), self._setting(after)
+        changed = now != was
         done.decided = True
         if changed:
             self.apply(after)
@@ -329,8 +331,12 @@ class TrainingLoop:
             note = "" if changed or outcome.decision is None else after.reason
             done.rows.append(rows.reading_row(progress, outcome.reading, note))
         # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
-        if changed and (at_end or after.setting[::2] != before.setting[::2]):
-            done.rows.append(rows.decision_row(progress, before, after))
+        if changed and (at_end or now[::2] != was[::2]):
+            done.rows.append(rows.decision_row(progress, before, after, now[-1]))
+
+    def _setting(self, decision: Decision) -> tuple[int, float, float]:
+        """Return what `decision` comes to in this run: batch size, rate factor, share attacked."""
+        return decision.batch_size, decision.lr_factor, self.step.share(decision)
 
     def apply(self, decision: Decision) -> None:
         """Train under `decision` from the very next batch on."""
@@ -422,15 +428,13 @@ class TrainingLoop:
         )
         self.ahead.revise(self._held)
         held = self._held(self.decision)
-        self.record.write(rows.decision_row(self.progress, self.decision, held))
+        share = self.step.share(held)
+        self.record.write(rows.decision_row(self.progress, self.decision, held, share))
         self.apply(held)
 
     def _held(self, decision: Decision) -> Decision:
-        """Return the decision as far as it can be carried out: below the cap, and without a share
-        that nobody attacks."""
+        """Return the decision as far as it can be carried out: below the cap."""
         counters = self.state.counters
-        if self.step.adversary is None and decision.adversarial_share > 0:
-            decision = replace(decision, adversarial_share=0.0)
         return hold(decision, counters.batch_cap, counters.cap_power, counters.cap_factor)
 
     def restore_newest(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:

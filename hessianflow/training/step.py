@@ -15,6 +15,7 @@ from hessianflow.interfaces import (
     Adversary,
     Batch,
     BatchTransform,
+    Decision,
     Exposure,
     HessianFlowError,
     Progress,
@@ -73,6 +74,11 @@ class TrainingStep:
                 ' "float32"'
             )
 
+    def share(self, decision: Decision) -> float:
+        """Return the share of each batch that is attacked under `decision`: the adversary's, times
+        the controller's factor."""
+        return 0.0 if self.adversary is None else self.adversary.share * decision.attack_factor
+
     def load(self, batch: Batch, progress: Progress) -> Batch:
         """Return a batch as it will be trained: on the device, transformed; `progress` is that at
         its use."""
@@ -99,8 +105,6 @@ class TrainingStep:
             result = self._update(lambda: self._clipped_gradient(now, ahead, flags))
             if self.accumulate.create_graph:
                 self.accumulate.clear()  # the graph of the gradients would live as long as they
-            if self.adversary is not None:
-                self.adversary.after_step(self.model)
         return result
 
     def follow(self, *, anew: bool = False) -> None:
@@ -213,7 +217,7 @@ class TrainingStep:
     def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
         """Return what to train on; attacks that are due are started, those made before are waited
         for."""
-        adversary, share = self.adversary, now.decision.adversarial_share
+        adversary = self.adversary
         if adversary is None:
             return Exposure(now.batch)
         with self.watch.part("adversary"), self.accumulate.autocast():
@@ -223,10 +227,12 @@ class TrainingStep:
                 self._attack(adversary, now, size)
             if now.attacked is None:
                 return Exposure(now.batch)
-            return adversary.expose(self.model, *now.batch, now.attacked(), share)
+            return adversary.expose(
+                self.model, *now.batch, now.attacked(), self.share(now.decision)
+            )
 
     def _attack(self, adversary: Adversary, entry: Planned, size: int) -> None:
-        share = entry.decision.adversarial_share
+        share = self.share(entry.decision)
         if entry.attacked is None and share > 0 and num_examples(entry.batch[1]) > 0:
             entry.attacked = adversary.attack(self.model, *entry.batch, share, size)
 

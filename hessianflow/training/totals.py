@@ -58,8 +58,11 @@ class RunningTotals:
         self._judge()
         self._rule.start_epoch()
 
-    def add(self, result: BatchResult, update: int, decision: Decision, rate: float) -> None:
-        """Count one optimization batch, trained under `decision` at learning rate `rate`."""
+    def add(
+        self, result: BatchResult, update: int, decision: Decision, rate: float, share: float
+    ) -> None:
+        """Count one optimization batch, trained under `decision` at learning rate `rate` with
+        `share` of it attacked."""
         self._last = result.loss
         self._loss += result.loss * result.weight  # where nothing counts, both are 0
         self._weight += result.weight
@@ -81,7 +84,7 @@ class RunningTotals:
             "batch_size": decision.batch_size,
             "lr": rate,
             "lr_factor": decision.lr_factor,
-            "adversarial_share": decision.adversarial_share,
+            "adversarial_share": share,
         }
 
     def last_loss(self) -> float:

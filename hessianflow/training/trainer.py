@@ -3,7 +3,7 @@ optimizer.
 
 The trainer knows protocols only (:mod:`hessianflow.interfaces`). One step: next batch at the
 current size -> batch transform -> adversary -> gradient in microbatches, each weighted by its
-examples -> optimizer step -> `adversary.after_step` -> progress counted in examples -> if the
+examples -> optimizer step -> progress counted in examples -> if the
 controller is due: probe -> reading -> `controller.update` -> decision applied and recorded.
 
 What may change during a run is asked anew at every step: rates and groups of the optimizer, which
@@ -55,11 +55,11 @@ from hessianflow.training.arguments import (
     check_settings,
 )
 from hessianflow.training.checks import (
-    check_adversary,
     check_probe,
     check_rows,
     check_run,
     check_signals,
+    idle_adversary,
     unheld_state,
 )
 from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
@@ -85,8 +85,7 @@ NO_STATE: Mapping[str, Stateful] = MappingProxyType({})
 
 
 class AdaptiveBatchTrainer(Run):
-    """Trains a model while a controller sets batch size, learning-rate factor and adversarial
-    share.
+    """Trains a model while a controller sets batch size, learning-rate and attack factor.
 
     Args:
         model: any module; trained in place, on the device its parameters are on.
@@ -101,9 +100,9 @@ class AdaptiveBatchTrainer(Run):
         loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see
             `LossFn`).
         controller: decides the batch size; None keeps that of `train_data`.
-        adversary: perturbs the share of each batch that the controller asks for, or trains on
-            adversarial twins of it (:class:`~hessianflow.adversarial.ConcurrentAdversary`);
-            progress counts the examples drawn from the data.
+        adversary: perturbs its share of each batch, or trains on adversarial twins of it
+            (:class:`~hessianflow.adversarial.ConcurrentAdversary`); the controller's
+            `attack_factor` multiplies the share. Progress counts the examples drawn from the data.
         epochs: passes over the training data.
         scheduler: any scheduler of torch or timm, built for this optimizer. A rate that it sets in
             the optimizer's groups (or that is set by hand, at any time) is the rate at the
@@ -330,7 +329,7 @@ class AdaptiveBatchTrainer(Run):
             norm_statistics=norm_statistics,
         )
         notices = [
-            check_adversary(controller, adversary),
+            idle_adversary(controller, adversary),
             misfit(scheduler, schedule_unit, epochs, examples / reference),
             unheld_state(run_dir, optimizer, state),
         ]

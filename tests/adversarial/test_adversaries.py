@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessianflow.adversarial import FGSM, PGD, fgsm, perturbed_rows
+from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, fgsm, perturbed_rows
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -82,7 +82,6 @@ def test_model_and_global_generator_are_as_found():
     before = torch.get_rng_state()
     adversary = PGD(0.05, value_range=(0, 1))
     adversary.perturb(model, x, y, 0.5, 4)
-    adversary.after_step(model)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert model.training
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -147,3 +146,25 @@ def test_a_last_layer_that_begins_at_zero_is_no_reason_to_stop():
     adversary = FGSM(0.1, value_range=(0.0, 1.0))
     inputs, targets = torch.rand(6, 4), torch.randint(3, (6,))
     assert torch.equal(adversary.perturb(model, inputs, targets, 0.5), inputs)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "half", True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda share: FGSM(0.1, share=share, value_range=None),
+        lambda share: PGD(0.1, share=share, value_range=None),
+        lambda share: ConcurrentAdversary(FGSM(0.1, value_range=None), share=share),
+    ],
+)
+def test_a_share_that_is_none_is_refused(make, share):
+    with pytest.raises(HessianFlowError, match=r"share must be a number in \[0, 1\], got"):
+        make(share)
+
+
+def test_shares_are_those_of_the_published_methods():
+    """ABSA's reference implementation attacks a fifth of each batch; ConAdv gives all of it
+    twins."""
+    attack = FGSM(0.1, value_range=None)
+    assert (attack.share, PGD(0.1, value_range=None).share) == (0.2, 0.2)
+    assert ConcurrentAdversary(attack).share == 1

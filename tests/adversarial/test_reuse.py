@@ -29,12 +29,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 2))
 
 
-def train(
-    model: nn.Module, batches: DeviceBatches, adversary: Any, share: float = 1.0, **options: Any
-):
+def train(model: nn.Module, batches: DeviceBatches, adversary: Any, **options: Any):
     settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
-    settings["controller"] = FixedBatch(batches.batch_size, share)
+    settings["controller"] = FixedBatch(batches.batch_size)
     return AdaptiveBatchTrainer(model, batches, adversary=adversary, **(settings | options))
 
 
@@ -64,7 +62,7 @@ def test_every_visit_uses_the_sign_of_the_last_one():
     """Without augmentation, three epochs by hand: full gradients kept by example, one pass each."""
     ours, theirs = network(), network()
     batches = data()
-    train(ours, batches, GradientReuse(batches, EPS, value_range=(0, 1))).fit()
+    train(ours, batches, GradientReuse(batches, EPS, share=1, value_range=(0, 1))).fit()
     optimizer, kept, again = (
         torch.optim.SGD(theirs.parameters(), lr=0.1),
         torch.zeros(N, 2, SIDE, SIDE),
@@ -84,7 +82,7 @@ def test_every_visit_uses_the_sign_of_the_last_one():
 
 def test_the_first_epoch_is_clean_and_a_share_moves_that_share():
     batches = data(AUGMENTED)
-    adversary = GradientReuse(batches, EPS, value_range=(0, 1))
+    adversary = GradientReuse(batches, EPS, share=1, value_range=(0, 1))
     x, y = next(iter(batches))
     assert torch.equal(adversary.attack(network(), x, y, 1.0)(), x)
     adversary.load_state_dict({"signs": torch.ones(N, 2, SIDE, SIDE, dtype=torch.int8)})
@@ -99,8 +97,8 @@ def test_microbatches_and_observers_change_nothing(observers: list[Any]):
     ends = []
     for size, watching in ((8, []), (3, observers)):
         model, batches = network(), data(AUGMENTED)
-        adversary = GradientReuse(batches, EPS, value_range=(0, 1))
-        train(model, batches, adversary, 0.5, microbatch_size=size, observers=watching).fit()
+        adversary = GradientReuse(batches, EPS, share=0.5, value_range=(0, 1))
+        train(model, batches, adversary, microbatch_size=size, observers=watching).fit()
         ends.append((model, adversary.state_dict()["signs"]))
     for a, b in zip(ends[0][0].parameters(), ends[1][0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -111,12 +109,12 @@ def test_microbatches_and_observers_change_nothing(observers: list[Any]):
 def test_resumed_it_ends_the_same(tmp_path: Any):
     whole, again = network(), network()
     batches = data(AUGMENTED)
-    train(whole, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).fit()
+    train(whole, batches, GradientReuse(batches, EPS, share=1, value_range=(0, 1)), epochs=4).fit()
     model, batches = network(), data(AUGMENTED)
     made = train(
         model,
         batches,
-        GradientReuse(batches, EPS, value_range=(0, 1)),
+        GradientReuse(batches, EPS, share=1, value_range=(0, 1)),
         epochs=4,
         run_dir=tmp_path / "run",
     )
@@ -130,9 +128,9 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
     made._loop._finish_epoch = stopping
     made.fit()
     batches = data(AUGMENTED)
-    train(again, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).resume(
-        tmp_path / "run"
-    )
+    train(
+        again, batches, GradientReuse(batches, EPS, share=1, value_range=(0, 1)), epochs=4
+    ).resume(tmp_path / "run")
     assert all(
         torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
     )
@@ -148,8 +146,8 @@ def test_bad_input_is_named():
         GradientReuse(AdaptiveBatches([(torch.zeros(1), 0)] * 4, 2), EPS, value_range=None)
     x, y = next(iter(batches))
     with pytest.raises(ValueError, match="inputs must lie in value_range"):
-        GradientReuse(batches, EPS, value_range=(5, 6)).attack(network(), x, y, 1.0)
-    adversary = GradientReuse(batches, EPS, value_range=(0, 1))
+        GradientReuse(batches, EPS, share=1, value_range=(5, 6)).attack(network(), x, y, 1.0)
+    adversary = GradientReuse(batches, EPS, share=1, value_range=(0, 1))
     with pytest.raises(
         ValueError, match=r"reuse keeps gradients of images as they are stored, \[8, 2, 6, 6\]"
     ):
@@ -179,13 +177,13 @@ def test_a_loss_without_input_gradient_is_named():
     with pytest.raises(
         ValueError, match="the loss does not depend on the inputs: there is no gradient by them"
     ):
-        train(model, batches, GradientReuse(batches, EPS, value_range=(0, 1))).fit()
+        train(model, batches, GradientReuse(batches, EPS, share=1, value_range=(0, 1))).fit()
 
 
 def test_kept_is_the_gradient_at_the_weights_and_not_where_sam_looks():
     """At rate 0 the weights stay; the first visit is clean."""
     model, batches = network(), data()
-    adversary = GradientReuse(batches, EPS, value_range=(0, 1))
+    adversary = GradientReuse(batches, EPS, share=1, value_range=(0, 1))
     sam = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=5.0, model=model)
     train(model, batches, adversary, optimizer=sam, epochs=1).fit()
     x, y = batches.examples(torch.arange(N))

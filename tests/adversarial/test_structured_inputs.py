@@ -132,8 +132,8 @@ def test_the_trainer_refuses_before_the_first_step() -> None:
         hf.data.AdaptiveBatches(data, 8),  # type: ignore[arg-type]
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         loss_fn=cross_entropy,
-        controller=hf.control.FixedBatch(8, 0.5),
-        adversary=FGSM(0.1, value_range=None),
+        controller=hf.control.FixedBatch(8),
+        adversary=FGSM(0.1, share=0.5, value_range=None),
         epochs=1,
         show_progress=False,
     )

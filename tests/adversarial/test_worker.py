@@ -47,10 +47,10 @@ def network() -> nn.Module:
 def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrainer:
     model = network()
     adversary = ConcurrentAdversary(
-        PGD(0.1, value_range=RANGE, steps=2), staleness=2, runner=runner
+        PGD(0.1, value_range=RANGE, steps=2), share=0.5, staleness=2, runner=runner
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options: dict[str, Any] = {"epochs": 3, "controller": FixedBatch(8, 0.5), "precision": "bf16"}
+    options: dict[str, Any] = {"epochs": 3, "controller": FixedBatch(8), "precision": "bf16"}
     made = AdaptiveBatchTrainer(
         model,
         data(),

@@ -2,10 +2,11 @@
 code."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from hessianflow.control import ABSA
+from hessianflow.control import ABS, ABSA
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
 
 EXAMPLES = 50_000
@@ -17,6 +18,10 @@ def progress(epoch: int, total: int = 8, examples_per_epoch: int = EXAMPLES) -> 
 
 def reading(eigenvalue: float, converged: bool = True) -> CurvatureReading:
     return CurvatureReading(eigenvalue, residual=0.01, matvecs=5, converged=converged)
+
+
+SHARE = 0.2
+"""Of the adversary, as in the published code."""
 
 
 def absa(cap: int = 1024, **options: object) -> ABSA:
@@ -45,7 +50,7 @@ def test_worked_trace() -> None:
         state = controller.state_dict()
         assert (state["reference"], state["estimates"]) == (reference, estimates)
         assert (decision.batch_size, decision.lr_factor) == (128 * ratio, ratio)
-        assert decision.adversarial_share == pytest.approx(share)
+        assert SHARE * decision.attack_factor == pytest.approx(share)
         assert controller.needs == ({"eigenvalue"} if wants else set())
         assert not controller.is_due(progress(epoch))
 
@@ -58,7 +63,8 @@ def test_patience_forces_growth() -> None:
         before = controller.decision.batch_size
         decision = controller.update(progress(epoch, 90), reading(100))
         if decision.batch_size != before:
-            seen[epoch] = (decision.batch_size // 128, decision.adversarial_share, decision.reason)
+            share = SHARE * decision.attack_factor
+            seen[epoch] = (decision.batch_size // 128, share, decision.reason)
         if epoch >= 30:
             assert controller.state_dict()["estimates"] == 0
     assert {epoch: event[:2] for epoch, event in seen.items()} == {
@@ -163,7 +169,7 @@ def test_growth_and_decay_factor_apart() -> None:
     assert controller.update(progress(2, 90), reading(26)).batch_size == 128
     decision = controller.update(progress(3, 90), reading(25))
     assert (decision.batch_size, decision.lr_factor) == (384, 3)
-    assert decision.adversarial_share == pytest.approx(0.04)
+    assert SHARE * decision.attack_factor == pytest.approx(0.04)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +187,11 @@ def test_non_integer_growth_rounds_down_but_always_grows(
 @pytest.mark.parametrize(("own", "of_progress", "last"), [(None, 8, 3), (20, 8, 9), (None, 5, 1)])
 def test_adversary_stops_half_way(own: int | None, of_progress: int, last: int) -> None:
     controller = absa(total_epochs=own, patience=None)
-    shares = [
-        controller.update(progress(e, of_progress), reading(100)).adversarial_share
+    factors = [
+        controller.update(progress(e, of_progress), reading(100)).attack_factor
         for e in range(1, last + 2)
     ]
-    assert shares == [0.2] * last + [0]
+    assert factors == [1] * last + [0]
     total = own or of_progress
     assert controller.decision.reason == f"adversarial share 0 from half of the {total} epochs on"
     assert controller.update(progress(last + 2, of_progress), reading(100)).reason == ""
@@ -196,24 +202,26 @@ def test_shares_of_a_microbatch_of_128() -> None:
     them."""
     controller, images = ABSA(128, 50_000, patience=1), []
     for epoch in range(1, 7):
-        images.append(int(128 * controller.decision.adversarial_share))
+        images.append(int(128 * SHARE * controller.decision.attack_factor))
         controller.update(progress(epoch, 90), reading(100))
     assert images == [25, 12, 6, 3, 1, 0]
 
 
 def test_no_room_to_grow_asks_for_nothing() -> None:
-    controller = ABSA(128, 128, adversarial_share=0.2)
+    controller = ABSA(128, 128)
     assert controller.needs == frozenset()
     assert controller.update(progress(1)).batch_size == 128
-    assert controller.decision.adversarial_share == 0.2
+    assert controller.decision.attack_factor == 1
 
 
-def test_share_zero_is_abs() -> None:
-    controller = absa(adversarial_share=0)
+def test_abs_decides_the_batch_as_absa_does_and_attacks_nothing() -> None:
+    controller, with_adversary = ABS(128, 1024), absa(total_epochs=100)
+    assert controller.decision.attack_factor == 0
     for epoch in range(1, 9):
         decision = controller.update(progress(epoch), reading(200 / 2**epoch))
-        assert decision.adversarial_share == 0
-        assert "adversarial" not in decision.reason
+        assert decision.attack_factor == 0
+        beside = with_adversary.update(progress(epoch), reading(200 / 2**epoch))
+        assert decision == replace(beside, attack_factor=0.0)
     assert decision.batch_size == 1024
 
 
@@ -248,14 +256,6 @@ def test_saved_and_restored_continues_the_same() -> None:
         ({"growth_factor": math.inf}, r"growth_factor must be a finite number > 1, got inf"),
         ({"growth_factor": "2"}, r"growth_factor must be a finite number > 1, got '2'"),
         ({"patience": 0}, r"patience must be a whole number >= 1, got 0"),
-        (
-            {"adversarial_share": -0.1},
-            r"adversarial_share must be a finite number >= 0 and <= 1, got -0.1",
-        ),
-        (
-            {"adversarial_share": 1.1},
-            r"adversarial_share must be a finite number >= 0 and <= 1, got 1.1",
-        ),
         ({"share_decay": 0.5}, r"share_decay must be a finite number >= 1, got 0.5"),
         ({"total_epochs": 0}, r"total_epochs must be a whole number >= 1, got 0"),
     ],

@@ -18,10 +18,10 @@ def run(controller: BatchController, epochs: int) -> list[Decision]:
 
 
 def test_fixed_batch_never_changes_and_is_never_due() -> None:
-    controller = FixedBatch(64, adversarial_share=0.1)
+    controller = FixedBatch(64)
     assert not controller.is_due(progress(3))
     assert controller.needs == frozenset()
-    assert set(run(controller, 3)) == {Decision(64, 1.0, 0.1)}
+    assert set(run(controller, 3)) == {Decision(64, 1.0, 1.0)}
 
 
 def test_warmup_rises_linearly_to_the_scaled_rate() -> None:
@@ -113,10 +113,6 @@ def test_saved_and_restored_continues_the_same(controller: BatchController) -> N
     ("make", "message"),
     [
         (lambda: FixedBatch(0), "batch_size must be a whole number >= 1, got 0"),
-        (
-            lambda: FixedBatch(1, 2),
-            "adversarial_share must be a finite number >= 0 and <= 1, got 2",
-        ),
         (lambda: Warmup(128, 0), "reference_batch_size must be a whole number >= 1, got 0"),
         (
             lambda: Warmup(128, 128, warmup_epochs=-1),

@@ -320,10 +320,6 @@ def test_momentum_correction_restores_the_buffer() -> None:
             "max_lr_factor must be a finite number > 0, got 0",
         ),
         (
-            lambda: NoiseScale(64, 128, adversarial_share=2),
-            "adversarial_share must be a finite number >= 0 and <= 1",
-        ),
-        (
             lambda: NoiseScale(64, 128, seconds_per_batch={32: 1.0}),
             r"hold a size from 64 to 128, got \[32\]",
         ),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from hessianflow.control import (
-    ABSA,
+    ABS,
     FixedBatch,
     Level,
     ProgressiveResolution,
@@ -14,7 +14,7 @@ from hessianflow.control import (
     stage_at,
 )
 from hessianflow.control.rate_rule import RateRule
-from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
+from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
 
 CIFAR = [Level(24, 600, 0.1), Level(32, 560, 0.2)]
 IMAGENET = [Level(160, 2330, 0.1), Level(224, 1110, 0.2), Level(288, 740, 0.3)]
@@ -77,8 +77,8 @@ def test_one_level_is_full_resolution_throughout() -> None:
 
 def test_controller_follows_the_stages() -> None:
     stages = resolution_stages([80, 120, 140], CIFAR, "cyclic")
-    controller = ProgressiveResolution(FixedBatch(560, 0.1), stages)
-    assert (controller.decision.batch_size, controller.decision.adversarial_share) == (600, 0.1)
+    controller = ProgressiveResolution(FixedBatch(560), stages)
+    assert controller.decision == Decision(600)
     assert controller.needs == frozenset()
     changes = {}
     for epoch in range(1, 141):
@@ -95,7 +95,7 @@ def test_controller_follows_the_stages() -> None:
         120: (600, "resolution 24 from epoch 120 on"),
         130: (560, "resolution 32 from epoch 130 on"),
     }
-    again = ProgressiveResolution(FixedBatch(560, 0.1), stages)
+    again = ProgressiveResolution(FixedBatch(560), stages)
     again.load_state_dict(controller.state_dict())
     assert again.decision == controller.decision
 
@@ -104,9 +104,7 @@ def test_absa_takes_a_new_reference_at_every_resolution() -> None:
     """Without it, the fall from 100 to 30 at epoch 2, where the resolution changes, would count as
     a decay."""
     stages = resolution_stages([4], [Level(24, 64), Level(32, 32)], "cyclic")
-    controller = ProgressiveResolution(
-        RateRule(ABSA(100, 400, patience=None, adversarial_share=0), "sqrt"), stages
-    )
+    controller = ProgressiveResolution(RateRule(ABS(100, 400, patience=None), "sqrt"), stages)
     assert controller.needs == {"eigenvalue"}
     sizes = [controller.decision.batch_size]
     for epoch, eigenvalue in enumerate([100.0, 90.0, 30.0, 14.0], start=1):

@@ -148,7 +148,7 @@ def test_batches_drawn_ahead_are_refused():
     """Another world would draw them anew."""
     adversary = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=1)
     with pytest.raises(HessianFlowError, match="staleness must be 0 in an elastic run"):
-        job(lambda *_: {"adversary": adversary, "controller": FixedBatch(16, 1.0)})
+        job(lambda *_: {"adversary": adversary, "controller": FixedBatch(16)})
 
 
 def test_stretches_end_with_epochs():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer
-from hessianflow.control import ABSA, CriticalBatch
+from hessianflow.control import ABS, CriticalBatch
 from hessianflow.curvature import CurvatureProbe, GGNOperator, HessianOperator
 from hessianflow.data import DeviceBatches
 from hessianflow.distributed.curvature import AllReducedOperator
@@ -324,7 +324,7 @@ class TestTrainer:
             data,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
             loss_fn=F.cross_entropy,
-            controller=ABSA(8, 32, patience=1, adversarial_share=0),
+            controller=ABS(8, 32, patience=1),
             probe=CurvatureProbe(model, F.cross_entropy, data.sample(16)),
             epochs=2,
             show_progress=False,
@@ -349,7 +349,7 @@ def progress(epoch: int) -> Progress:
 
 class TestControllers:
     def test_absa_compares_no_unreliable_reading(self):
-        controller = ABSA(16, 256, patience=None, adversarial_share=0)
+        controller = ABS(16, 256, patience=None)
         decision = controller.update(progress(1), reading(1e9, reliable=False))
         assert (
             decision.reason

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError, History
 from hessianflow.adversarial import FGSM
-from hessianflow.control import ABSA, AdaBatch, FixedBatch
+from hessianflow.control import ABS, ABSA, AdaBatch
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import GradientMoments
@@ -187,35 +187,46 @@ def test_numbers_of_numpy_are_numbers():
     assert history.summary["status"] == "finished"
 
 
-def test_an_adversary_that_nobody_asks_for_a_share_is_refused():
-    with pytest.raises(
-        HessianFlowError,
-        match="the adversary FGSM attacks the share that a controller asks for, and the",
-    ):
-        trainer(adversary=FGSM(0.1, value_range=None))
-
-
-def test_an_adversary_of_share_0_is_said():
-    made = trainer(adversary=FGSM(0.1, value_range=None), controller=FixedBatch(16))
-    (row,) = made.fit().of_kind("event")
-    assert (
-        row["message"]
-        == "FixedBatch asks for an adversarial share of 0: FGSM attacks nothing until that changes"
-    )
+def test_without_a_controller_the_adversary_attacks_its_share():
+    history = trainer(adversary=FGSM(0.1, share=0.25, value_range=None)).fit()
+    assert history.of_kind("event") == []
+    assert {row["adversarial_share"] for row in history.epochs} == {0.25}
 
 
 @pytest.mark.parametrize(
-    "controller", [FixedBatch(16, 0.3), AdaBatch(16, 32, every_epochs=1, adversarial_share=0.3)]
+    ("share", "controller", "message"),
+    [
+        (0, None, "FGSM has a share of 0: it attacks nothing"),
+        (
+            0.5,
+            ABS(16, 16),
+            "ABS sets the adversary's share to 0: FGSM attacks nothing until that changes",
+        ),
+    ],
 )
-def test_a_share_that_nobody_attacks_is_said_and_recorded_as_0(controller: Any):
-    history = trainer(controller=controller, epochs=3).fit()
-    (row,) = history.of_kind("event")
-    assert (
-        "asks for an adversarial share of 0.3 and there is no adversary: nothing is attacked"
-        in row["message"]
-    )
+def test_an_adversary_that_attacks_nothing_is_said(share: float, controller: Any, message: str):
+    adversary = FGSM(0.1, share=share, value_range=None)
+    history = trainer(adversary=adversary, controller=controller).fit()
+    assert [row["message"] for row in history.of_kind("event")] == [message]
+    assert {row["adversarial_share"] for row in history.epochs} == {0.0}
+
+
+def test_without_an_adversary_a_share_of_0_is_recorded():
+    history = trainer(controller=AdaBatch(16, 32, every_epochs=1), epochs=3).fit()
+    assert history.of_kind("event") == []
     rows = [*history.epochs, *history.of_kind("batch")]
     assert {row["adversarial_share"] for row in rows} == {0.0}
+
+
+def test_absa_at_its_cap_stops_attacking_half_way_and_without_an_adversary_nothing_changes():
+    attacked = trainer(
+        adversary=FGSM(0.1, share=0.5, value_range=None), controller=ABSA(16, 16), epochs=4
+    ).fit()
+    assert [row["adversarial_share"] for row in attacked.epochs] == [0.5, 0.5, 0.0, 0.0]
+    (row,) = attacked.of_kind("batch")
+    assert (row["epoch"], row["adversarial_share"]) == (2, 0.0)
+    assert row["reason"] == "adversarial share 0 from half of the 4 epochs on"
+    assert trainer(controller=ABSA(16, 16), epochs=4).fit().of_kind("batch") == []
 
 
 def test_a_probe_of_another_model_is_refused():

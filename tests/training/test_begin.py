@@ -414,7 +414,7 @@ def test_batches_drawn_ahead_end_their_epochs_with_the_data(staleness: int):
     """Twins are made steps before their use, also across the ends of epochs."""
     adversary = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=staleness)
     options: dict[str, Any] = {
-        "controller": FixedBatch(16, 1.0),
+        "controller": FixedBatch(16),
         "adversary": adversary,
         "epochs": 3,
     }

@@ -100,12 +100,12 @@ def test_extrapolation_looks_ahead_along_the_gradient_of_the_whole_batch():
 def test_both_gradients_are_of_the_same_adversarial_examples():
     """The attack runs once a step: its random starts are counted once."""
     model = network()
-    adversary = PGD(0.1, value_range=(0.0, 1.0), steps=1)
+    adversary = PGD(0.1, share=1, value_range=(0.0, 1.0), steps=1)
     train(
         model,
         SAM(sgd(model), rho=0.1, model=model),
         adversary=adversary,
-        controller=FixedBatch(16, 1.0),
+        controller=FixedBatch(16),
     )
     assert adversary.state_dict()["calls"] == 6
 

@@ -49,7 +49,7 @@ def trainer(model: nn.Module, adversary: Any, batches: DeviceBatches | None = No
     settings["optimizer"] = torch.optim.SGD(
         model.parameters(), lr=options.pop("lr", 0.1), momentum=0.9
     )
-    settings["controller"] = FixedBatch((batches or data()).batch_size, 1.0)
+    settings["controller"] = FixedBatch((batches or data()).batch_size)
     return AdaptiveBatchTrainer(
         model, batches or data(), adversary=adversary, **(settings | options)
     )
@@ -197,9 +197,9 @@ def test_a_growth_arrives_staleness_steps_late_and_brings_its_rate(
     )
     steps: list[tuple[int, float]] = []
     rates = made._loop.totals.add
-    made._loop.totals.add = lambda result, update, decision, rate: (
+    made._loop.totals.add = lambda result, update, decision, rate, share: (
         steps.append((result.examples, rate)),
-        rates(result, update, decision, rate),
+        rates(result, update, decision, rate, share),
     )
     made.fit()
     assert steps == [(8, 0.1)] * late + [(examples, 0.2) for examples in rest]
@@ -269,9 +269,9 @@ def test_after_a_divergence_the_queue_goes_back_and_is_held_too(tmp_path: Path):
     made = trainer(model, adversary, controller=Growing(8), optimizer=optimizer, **options)
     steps: list[tuple[int, float]] = []
     add = made._loop.totals.add
-    made._loop.totals.add = lambda result, update, decision, rate: (
+    made._loop.totals.add = lambda result, update, decision, rate, share: (
         steps.append((result.examples, rate)),
-        add(result, update, decision, rate),
+        add(result, update, decision, rate, share),
     )
     history = made.fit()
     assert [row["event"] for row in history.of_kind("event")] == ["diverged", "rollback"]
@@ -301,10 +301,7 @@ def test_the_gain_of_the_twins_is_recorded():
 def test_a_share_makes_twins_of_that_share_and_every_row_counts_alike():
     """Share 1/2 of 8 rows: the gradient is the summed loss of 12 rows over 8."""
     ours, theirs = network().eval(), network().eval()
-    controller = FixedBatch(BATCH, 0.5)
-    made = trainer(
-        ours, ConcurrentAdversary(attack(), staleness=0), controller=controller, epochs=1
-    )
+    made = trainer(ours, ConcurrentAdversary(attack(), share=0.5, staleness=0), epochs=1)
     x, y = next(iter(data()))
     gradient = made._loop.step._clipped_gradient
     seen: list[Tensor] = []
@@ -330,7 +327,7 @@ def test_a_share_makes_twins_of_that_share_and_every_row_counts_alike():
 
 def test_share_zero_is_clean_training():
     ours, theirs = network(), network()
-    trainer(ours, ConcurrentAdversary(attack()), controller=FixedBatch(BATCH, 0.0)).fit()
+    trainer(ours, ConcurrentAdversary(attack(), share=0.0)).fit()
     trainer(theirs, None).fit()
     assert_same(ours, theirs)
 

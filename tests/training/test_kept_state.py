@@ -388,11 +388,11 @@ OTHERS: dict[str, tuple[Callable[[Any], dict[str, Any]], Callable[[Any], dict[st
     "attack in twins": (
         lambda m: {
             "adversary": twins(FGSM(0.1, value_range=None)),
-            "controller": FixedBatch(16, 1.0),
+            "controller": FixedBatch(16),
         },
         lambda m: {
             "adversary": twins(PGD(0.1, value_range=None)),
-            "controller": FixedBatch(16, 1.0),
+            "controller": FixedBatch(16),
         },
         (
             r"was made with the adversary ConcurrentAdversary\(FGSM\), this run has"

@@ -110,7 +110,7 @@ def test_an_out_of_memory_step_is_repeated_as_if_it_had_not_been_tried():
         batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 16)
 
         class Fixed:
-            needs, decision = frozenset(), Decision(16, adversarial_share=0.5)
+            needs, decision = frozenset(), Decision(16)
 
             def is_due(self, progress):
                 return False
@@ -125,7 +125,7 @@ def test_an_out_of_memory_step_is_repeated_as_if_it_had_not_been_tried():
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
             loss_fn=F.cross_entropy,
             controller=Fixed(),
-            adversary=PGD(0.1, value_range=(0.0, 1.0), steps=2),
+            adversary=PGD(0.1, share=0.5, value_range=(0.0, 1.0), steps=2),
             epochs=2,
             microbatch_size=size,
         ).fit()
@@ -137,15 +137,13 @@ def test_an_out_of_memory_step_is_repeated_as_if_it_had_not_been_tried():
 class Growing(FixedBatch):
     """Doubles the batch after two steps."""
 
-    decision = Decision(8, adversarial_share=1.0)
+    decision = Decision(8)
 
     def __init__(self) -> None:
         super().__init__(8)
 
     def update(self, progress, reading=None, signals=None):
-        self.decision = (
-            Decision(16, adversarial_share=1.0) if progress.examples >= 16 else Growing.decision
-        )
+        self.decision = Decision(16) if progress.examples >= 16 else Growing.decision
         return self.decision
 
     def is_due(self, progress):

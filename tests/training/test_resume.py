@@ -46,14 +46,14 @@ class Temperature(nn.Module):
 def attacked(model: nn.Module) -> dict[str, Any]:
     """Random starts, counted by the adversary; half of each batch."""
     return {
-        "adversary": PGD(0.1, value_range=(0.0, 1.0), steps=2),
-        "controller": FixedBatch(8, 0.5),
+        "adversary": PGD(0.1, share=0.5, value_range=(0.0, 1.0), steps=2),
+        "controller": FixedBatch(8),
     }
 
 
 def by_noise(model: nn.Module) -> dict[str, Any]:
     """Moments of microbatch gradients, averaged over steps, drive the batch."""
-    controller = NoiseScale(8, 40, adversarial_share=0.0)
+    controller = NoiseScale(8, 40)
     return {"observers": [GradientMoments()], "controller": controller, "microbatch_size": 2}
 
 

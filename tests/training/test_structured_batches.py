@@ -83,7 +83,7 @@ def test_a_mask_of_another_length_is_whole_or_refused_by_name() -> None:
     trainer(oracle, ITEMS, 32, plain).fit()
     assert net.seen == {(4, 4)}
     torch.testing.assert_close(net.linear.weight, oracle.linear.weight, rtol=1e-13, atol=1e-15)
-    growing = hf.control.AdaBatch(16, 64, adversarial_share=0)
+    growing = hf.control.AdaBatch(16, 64)
     for size, options in (
         (32, {"microbatch_size": 8}),
         (4, {"microbatch_size": 2}),
@@ -187,7 +187,7 @@ def test_a_padding_collate_trains_through_growth_and_resumes_exactly(
                 data,
                 optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
                 loss_fn=cross_entropy,
-                controller=hf.control.AdaBatch(16, 64, every_epochs=1, adversarial_share=0),
+                controller=hf.control.AdaBatch(16, 64, every_epochs=1),
                 transform=watch,
                 epochs=3,
                 run_dir=folder,

@@ -207,11 +207,11 @@ def test_curvature_is_measured_once_an_epoch_or_only_when_needed():
             assert script.readings[0].eigenvalue == 1.0
 
 
-def test_adversary_sees_the_share_and_each_step():
+def test_adversary_sees_its_share_times_the_factor_of_the_controller():
     calls: list[tuple[float, int]] = []
 
     class Adversary:
-        steps, staleness, attacks_late = 0, 0, True
+        share, staleness, attacks_late = 0.8, 0, True
 
         def attack(self, model, inputs, targets, share, microbatch_size=None):
             calls.append((share, microbatch_size))
@@ -219,9 +219,6 @@ def test_adversary_sees_the_share_and_each_step():
 
         def expose(self, model, inputs, targets, adversarial, share):
             return Exposure((adversarial, targets))
-
-        def after_step(self, model):
-            self.steps += 1
 
         def state_dict(self):
             return {}
@@ -231,11 +228,10 @@ def test_adversary_sees_the_share_and_each_step():
 
     adversary = Adversary()
     script = Script(
-        Decision(10, adversarial_share=0.5), {20: Decision(10, adversarial_share=0.0, reason="off")}
+        Decision(10, attack_factor=0.5), {20: Decision(10, attack_factor=0.0, reason="off")}
     )
     trainer(network(), data(), controller=script, adversary=adversary, epochs=1).fit()
-    assert calls == [(0.5, 10), (0.5, 10)]
-    assert adversary.steps == 5
+    assert calls == [(0.4, 10), (0.4, 10)]
 
 
 def test_epoch_rows_hold_what_the_run_did():
