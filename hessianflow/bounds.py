@@ -8,6 +8,8 @@ import types
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from hessianflow.checks import in_home
@@ -33,7 +35,6 @@ LONGEST = 100
 """Most characters of a wrong value that an error repeats."""
 _SHOWN = 80
 """Most characters of a wrong value that an error repeats."""
-
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ EpochTime = Annotated[float, Range(0, MOST_EPOCHS)]
 """A time in epochs, counted from the start of the run."""
 Processes = Annotated[int, Range(1, MOST_PROCESSES)]
 Rate = Annotated[float, Range(0, LARGEST)]
-Seconds = Annotated[float, Range(0, MOST)]
 
 
 def check_setting(name: str, value: Any, hint: Any) -> None:
@@ -200,6 +200,19 @@ def _described(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
         hint, str(hint)
     )
+
+
+def without_bounds(hint: Any) -> Any:
+    """Return a type without its ranges, as a parser of words takes it."""
+    kind = get_origin(hint)
+    parts = get_args(hint)
+    if kind is Annotated:
+        return parts[0]
+    if kind in (Union, types.UnionType):
+        return reduce(or_, [without_bounds(part) for part in parts])
+    if kind is tuple:
+        return types.GenericAlias(tuple, tuple(map(without_bounds, parts)))
+    return hint
 
 
 def _ranges(hint: Any) -> list[Range]:

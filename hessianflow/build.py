@@ -75,7 +75,8 @@ spend most of its time on it."""
 RECALIBRATION_EXAMPLES = 1024
 """Training examples that statistics of normalisation are measured on before an evaluation. Ours."""
 WATCHED_EPS = 0.005
-"""Size of the attacks that the overfitting alarm makes where the adversary has none: FGSM's default."""
+"""Size of the attacks that the overfitting alarm makes where the adversary has none: FGSM's
+default."""
 WATCHED_EXAMPLES, INPUT_CURVATURE_EXAMPLES, MOST_PRODUCTS = 256, 16, 60
 """Sizes of the measurements after an epoch, and the most products that one eigenvalue may take.
 Ours."""
@@ -137,7 +138,9 @@ def build_trainer(
         curvature="needed" if config.curvature == "needed" else "epoch",
         reference_batch_size=config.batch_size,
         microbatch_size=(
-            microbatch_default(config, observers) if config.microbatch_size is None else config.microbatch_size
+            microbatch_default(config, observers)
+            if config.microbatch_size is None
+            else config.microbatch_size
         ),
         norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
         norm_statistics=config.norm_statistics,

@@ -1,6 +1,5 @@
 """From the choices of a resolved configuration to the objects that a trainer is made of."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,7 +7,6 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from hessianflow.adversarial import AttackRunner
 from hessianflow.config import RunConfig
 from hessianflow.control import Level, ProgressiveResolution, Stage, resolution_stages
 from hessianflow.control.noise_scale import MOMENT_SIGNALS
@@ -53,17 +51,22 @@ def build_scheduler(
         scheduler = make(kind, config.schedule, epochs=config.epochs, optimizer=optimizer)
         return scheduler, "epoch"
     shape = schedule_of(config)
+    if config.warmup_epochs == 0 and config.schedule.name == "constant":
+        return None, "epoch"
+
+    # Functions, not objects: of an object the scheduler's state would hold the attributes.
+    def of_epoch(epoch: int) -> float:
+        return float(shape(epoch))
+
     if config.warmup_epochs == 0:
-        if config.schedule.name == "constant":
-            return None, "epoch"
-        return lr_scheduler.LambdaLR(optimizer, shape), "epoch"
+        return lr_scheduler.LambdaLR(optimizer, of_epoch), "epoch"
     steps_per_epoch = examples / config.batch_size
     warmup_steps = steps_per_epoch * config.warmup_epochs
 
-    def factor(step: int) -> float:
+    def of_step(step: int) -> float:
         return min((step + 1) / warmup_steps, 1.0) * float(shape(step / steps_per_epoch))
 
-    return lr_scheduler.LambdaLR(optimizer, factor), "reference_batch"
+    return lr_scheduler.LambdaLR(optimizer, of_step), "reference_batch"
 
 
 def build_stages(config: RunConfig) -> tuple[Stage, ...]:
@@ -103,8 +106,13 @@ def build_controller(config: RunConfig) -> BatchController:
     rule: dict[str, Any] = {}
     if config.lr_rule is not None:
         rule = {"lr_rule": config.lr_rule, "max_lr_factor": config.max_lr_factor}
-    sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size}
-    controller: BatchController = make(kind, config.controller, **sizes, **rule)
+    controller: BatchController = make(
+        kind,
+        config.controller,
+        batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size,
+        **rule,
+    )
     applies_rule = "lr_rule" in parameters_of(find(kind, config.controller.name, "controller"))
     if config.lr_rule is not None and not applies_rule:
         controller = RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)

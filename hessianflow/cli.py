@@ -13,7 +13,7 @@ from typing import Any
 
 from hessianflow.commands.signals import WORDS, Signalled, ignore_signals, signals_raised
 
-SETTING = ("train", "plan")
+SETTING = ("train", "plan", "replay")
 """Commands whose options are the settings of a run."""
 
 
@@ -107,7 +107,7 @@ def _main(given: list[str]) -> int:
 def _parsed(parser: Any, words: Any) -> Any:
     """Return the arguments of the command named in the words, None where none is; `given` and
     `files` say what was given."""
-    from hessianflow.commands.settings import Given
+    from hessianflow.commands.settings import INSIDE, Given
 
     if words.files:
         parser.announce(
@@ -121,17 +121,16 @@ def _parsed(parser: Any, words: Any) -> Any:
     arguments = parsed[parsed.subcommand]
     if parsed.subcommand in SETTING:
         typed = parser.parse_args([*words.command, *words.typed], defaults=False)[parsed.subcommand]
-        named = {name for name, value in typed.items() if value is not None}
-        arguments.given = Given(parser.current.settings & named, frozenset(words.files))
+        named = {name for name, value in typed.items() if value is not None or INSIDE in name}
+        settings = {name.replace(INSIDE, ".") for name in parser.current.settings & named}
+        arguments.given = Given(settings, frozenset(words.files))
+        arguments.methods = parser.current.methods
     return arguments
 
 
 def _fail(command: str, message: str) -> int:
-    from hessianflow.commands.settings import in_options
-
     where = f"rank {_rank()}: " if _rank() > 0 else ""
     line = " ".join(_last_cause(message).split())
-    line = in_options(line) if command in SETTING else line
     sys.stderr.write(f"{f'hessianflow {command}'.strip()}: error: {where}{line}\n")
     return 2
 

@@ -19,7 +19,6 @@ from hessianflow.bounds import (
     Processes,
     Range,
     Rate,
-    Seconds,
     check_setting,
     option,
 )

@@ -73,9 +73,7 @@ def _check_resolution(config: Any) -> None:
         )
     batches = config.resolution_batch_sizes
     if batches is not None and min(batches, default=0) < 1:
-        raise HessianFlowError(
-            f"--resolution-batch-sizes must be 1 or more, got {list(batches)}"
-        )
+        raise HessianFlowError(f"--resolution-batch-sizes must be 1 or more, got {list(batches)}")
     if config.dropouts is not None and not all(0 <= value < 1 for value in config.dropouts):
         raise HessianFlowError(f"--dropouts must lie in [0, 1), got {list(config.dropouts)}")
 

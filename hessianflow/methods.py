@@ -5,7 +5,8 @@ its docstring as their help. What it wants of the rest of the run, a method says
 
     prefers: ClassVar[Mapping[str, str]]        settings that a run with it has unless others are
                                                 given: "schedule", "norm_mode", "adversary"
-    scales_rate: ClassVar[bool]                 whether it scales the learning rate with the batch
+    follows_rule: ClassVar[bool]                whether the rate follows the batch by a rule, which
+                                                another rule may replace
     defaults(run, options) -> Mapping           classmethod: options that depend on the run
     refuses(run, options) -> str                classmethod: why it does not go with the run, or ""
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.options import Option, parameters_of, options_of
+from hessianflow.options import Option, options_of, parameters_of
 from hessianflow.user_code import attribute
 
 
@@ -272,6 +273,8 @@ def complete(
             values[name] = complete(
                 inner, choice(inner, values[name], spelled), run, usual, spelled
             )
+        elif not option.kind:
+            values[name] = option.checked(values[name], f"--{spelled}")
     if reason := _said(method, "refuses", run, values):
         raise HessianFlowError(f"--{where} {chosen.name}: {reason}")
     return Choice(chosen.name, {name: values[name] for name in known})
@@ -292,10 +295,10 @@ def prefers(kind: Kind, chosen: Choice) -> Mapping[str, str]:
     return found
 
 
-def scales_rate(chosen: Choice) -> bool:
-    """Return whether a controller scales the learning rate with the batch."""
+def follows_rule(chosen: Choice) -> bool:
+    """Return whether the rate follows the batch by a rule under a controller."""
     controller = find(KINDS["controller"], chosen.name, "controller")
-    return bool(getattr(controller, "scales_rate", False))
+    return bool(getattr(controller, "follows_rule", False))
 
 
 def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) -> Any:
@@ -325,5 +328,7 @@ def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) 
         return method(**arguments)
     except HessianFlowError as error:
         raise HessianFlowError(f"--{where} {chosen.name}: {error}") from None
-    except (TypeError, ValueError) as error:  # torch's optimizers, and classes of the user
+    except (TypeError, ValueError) as error:
+        if method.__module__.startswith("hessianflow."):  # a defect, whose traceback is wanted
+            raise
         raise HessianFlowError(f"--{where} {chosen.name}: {error}") from error

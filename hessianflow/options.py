@@ -2,6 +2,7 @@
 help."""
 
 import inspect
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,12 +40,15 @@ class Option:
         return self.default is inspect.Parameter.empty
 
     def checked(self, value: Any, where: str) -> Any:
-        """Return a value for the option, with lists as tuples.
+        """Return a value for the option, with lists as tuples and whole numbers
+        as floats where they may have fractions.
 
         Raises:
             HessianFlowError: a value of another type; `where` names the option.
         """
         check_type(where, value, self.hint)
+        if self.hint is float and value is not None:
+            return float(value)
         return _tupled(value)
 
 
@@ -122,13 +126,18 @@ def plain_type(hint: Any) -> Any:
         inner = [plain_type(part) for part in parts if part is not Ellipsis]
         if None in inner:
             return None
-        return tuple[(inner[0], ...)] if Ellipsis in parts else tuple[tuple(inner)]
+        return _tuple_of(inner[0], ...) if Ellipsis in parts else _tuple_of(*inner)
     if inspect.isclass(origin) and issubclass(origin, Mapping):
         return hint
     if inspect.isclass(origin) and issubclass(origin, Sequence):
         inner_type = plain_type(parts[0])
-        return None if inner_type is None else tuple[(inner_type, ...)]
+        return None if inner_type is None else _tuple_of(inner_type, ...)
     return None
+
+
+def _tuple_of(*parts: Any) -> Any:
+    """Return the type of tuples of these parts, which are known only at run time."""
+    return types.GenericAlias(tuple, parts)
 
 
 def _documented(method: Any) -> dict[str, str]:
@@ -140,5 +149,7 @@ def _documented(method: Any) -> dict[str, str]:
         if documented is object:
             continue
         for parameter in parse(documented.__doc__ or "").params:
-            texts[parameter.arg_name] = " ".join((parameter.description or "").split())
+            text = " ".join((parameter.description or "").split())
+            # Torch's docstrings repeat the default, which here may be another.
+            texts[parameter.arg_name] = re.sub(r" ?\(default: [^)]*\)", "", text)
     return texts

@@ -11,7 +11,7 @@ from hessianflow.contradictions import check_resolved
 from hessianflow.facts import RunFacts
 from hessianflow.fitting import fitted
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.methods import KINDS, Choice, complete, make, prefers, scales_rate
+from hessianflow.methods import KINDS, Choice, complete, follows_rule, make, prefers
 from hessianflow.presets import ADAPTIVE, FILE_SIDE, RATES, SIDES, preset_of
 
 __all__ = ["resolve", "schedule_of"]
@@ -55,8 +55,7 @@ def resolve(given: TrainConfig) -> RunConfig:
         if values[name].name != "none":
             values[name] = complete(KINDS[name], values[name], run, preset.methods, name)
     values["lr"] = _rate(given, inner.name, preset.settings["lr"])
-    if values["lr_rule"] is None and inner.name in ADAPTIVE and scales_rate(values["controller"]):
-        values["lr_rule"] = "sqrt"
+    values["lr_rule"] = given.lr_rule or _rule(values["controller"], inner.name)
     values |= _images(given)
     open_ones = [name for name, value in values.items() if value is None]
     if values["controller"].name == "dual-batch":
@@ -154,6 +153,18 @@ def _rate(given: TrainConfig, optimizer: str, for_sgd: float) -> float:
             " SGD's, and no other is known"
         )
     return rate
+
+
+def _rule(controller: Choice, optimizer: str) -> str | None:
+    """Return the rule by which the rate follows the batch where none is given; None: the
+    controller's own.
+
+    The noise of optimizers that divide by the size of the gradients follows the rate over the root
+    of the batch. A controller that finds the stable rate is left alone.
+    """
+    if optimizer not in ADAPTIVE or not follows_rule(controller):
+        return None
+    return "sqrt" if controller.options.get("edge_share") is None else None
 
 
 def _images(given: TrainConfig) -> dict[str, Any]:

@@ -40,9 +40,7 @@ _MOVED: Mapping[str, tuple[tuple[str, str, str, _Convert], ...]] = {
         ("controller", "timed", "decay_from", _same),
     ),
     "warmup_epochs": (("controller", "warmup", "warmup_epochs", _same),),
-    "decay_factor": tuple(
-        ("controller", name, "decay_factor", _same) for name in ("absa", "abs")
-    ),
+    "decay_factor": tuple(("controller", name, "decay_factor", _same) for name in ("absa", "abs")),
     "growth_factor": tuple(
         ("controller", name, "growth_factor", _same) for name in ("absa", "abs", "adabatch")
     ),

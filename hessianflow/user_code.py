@@ -50,7 +50,9 @@ def attribute(path: str, where: str, *, is_ours: bool = False) -> Any:
     if is_ours:
         return getattr(import_module(module), name)
     if module.endswith(".py") or "/" in module:
-        raise HessianFlowError(f"{where}: name the module, not its file: {Path(module).stem}:{name}")
+        raise HessianFlowError(
+            f"{where}: name the module, not its file: {Path(module).stem}:{name}"
+        )
     if module.partition(".")[0] in sys.stdlib_module_names:
         raise HessianFlowError(f"{where}: {module!r} is of Python's own library, which has none")
     with working_directory_first():

@@ -66,7 +66,7 @@ class PGD:
 
     def __init__(
         self,
-        eps: PerChannel,
+        eps: PerChannel = ABSA_EPS,
         *,
         share: float = ABSA_SHARE,
         value_range: ValueRange | None,

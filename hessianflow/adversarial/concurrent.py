@@ -95,7 +95,7 @@ class ConcurrentAdversary:
     their use.
 
     Args:
-        adversary: makes the twins, such as `FGSM(eps, value_range=(0, 1))`, whose own share is
+        attack: makes the twins, such as `FGSM(eps, value_range=(0, 1))`, whose own share is
             not looked at.
         share: of each batch that gets a twin, in [0, 1], before a controller's factor (all of it in
             the paper).
@@ -125,7 +125,7 @@ class ConcurrentAdversary:
 
     def __init__(
         self,
-        adversary: InputAttack,
+        attack: InputAttack,
         *,
         share: float = 1.0,
         staleness: int = 1,
@@ -140,17 +140,16 @@ class ConcurrentAdversary:
         check_choice("attack_set", attack_set, get_args(AttackSet))
         check_choice("combine", combine, get_args(Combine))
         check_count("microbatch_size", microbatch_size, none="all rows at once")
-        if not hasattr(adversary, "perturb"):
+        if not hasattr(attack, "perturb"):
             raise HessianFlowError(
-                "adversary must make the twins, such as FGSM(...), got a"
-                f" {type(adversary).__name__}"
+                f"attack must make the twins, such as FGSM(...), got a {type(attack).__name__}"
             )
         if runner is not None and not hasattr(runner, "submit"):
             raise HessianFlowError(
                 f"runner must run attacks, such as SecondStream(), got a {type(runner).__name__}"
             )
         self.share = check_share(share)
-        self._adversary = adversary
+        self._adversary = attack
         self._staleness = staleness
         self._first = first
         self._attack_set: AttackSet = attack_set

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from hessianflow.bounds import check_range, check_setting
 from hessianflow.commands.parser import add_command, path
 from hessianflow.commands.runs import (
-    MODEL_HELP,
+    add_named_code,
     printable,
     require_named_code,
     require_settings,
@@ -54,7 +54,7 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
             "--examples", type=int, default=256, help="training examples the loss is averaged over"
         )
         parser.add("--seed", type=int, default=0, help="of the examples and of all random starts")
-        parser.add("--model", type=str | None, default=None, help=MODEL_HELP)
+        add_named_code(parser)
     spectrum.add(
         "--microbatch-size",
         type=int | None,
@@ -122,7 +122,7 @@ def _load(arguments: Namespace, command: str, instead: str) -> tuple[Any, Any, A
     check_setting("seed", arguments.seed, int)
     run_dir = find_checkpoint(arguments.run)[0]
     require_settings(run_dir, command, instead)
-    require_named_code(run_dir, arguments.model)
+    require_named_code(run_dir, arguments)
     _, parts = load_parts(arguments.run)
     count = min(arguments.examples, parts.train.num_examples)
     return parts.model, CrossEntropyLoss(), parts.train.sample(count, arguments.seed)

@@ -23,6 +23,8 @@ class Parser(ArgumentParser):
     Attributes:
         options: every option, as typed.
         settings: the names of those that are settings of a run.
+        chosen: those settings that choose a method, whose options are added when it is known.
+        methods: the methods in force, by the setting that chooses them.
         values: those whose words are read as YAML, which text is not.
         switches: those that are true or false, and true when nothing follows.
         children: the commands below this one.
@@ -33,6 +35,8 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.options: list[str] = []
         self.settings: set[str] = set()
+        self.chosen: list[str] = []
+        self.methods: dict[str, str] = {}
         self.values: set[str] = set()
         self.switches: set[str] = set()
         self.children: dict[str, Parser] = {}
@@ -40,8 +44,9 @@ class Parser(ArgumentParser):
         self.origin = ""
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def add(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument as `add_argument` does, and remember how it is spelled.
+    def add(self, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        """Add an argument as `add_argument` does, to a group if one is given, and remember how it
+        is spelled.
 
         jsonargparse compiles the source of an `add_argument` of a subclass anew, for groups: so
         this is another method.
@@ -51,7 +56,7 @@ class Parser(ArgumentParser):
             self.switches.update(args)
         if "type" in kwargs and kwargs["type"] not in (str, str | None, path):
             self.values.update(args)
-        return self.add_argument(*args, **kwargs)
+        return (group or self).add_argument(*args, **kwargs)
 
     def announce(self, origin: str) -> None:
         """Let errors say what the words that are parsed from now on come from."""
@@ -110,6 +115,7 @@ def add_command(commands: Any, name: str, help_text: str, *, prefix: str = "hess
     commands.add_subcommand(name, parser, help=help_text)
     commands.parent_parser.children[name] = parser
     parser.prog = f"{prefix} {name}"
+    parser.usage = f"{parser.prog} [OPTIONS]"
     return parser
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
-from hessianflow.bounds import BOUNDS, check_range
+from hessianflow.bounds import MOST, Range
 from hessianflow.commands import plan_dual_batch
 from hessianflow.commands.parser import add_command, path
 from hessianflow.commands.runs import printable, require_named_code, require_settings, writing_to
@@ -32,31 +32,27 @@ ORIGINS = {
 """Where the default figures of the all-reduce come from."""
 
 SCHEDULE = (
-    *(
-        "data",
-        "train_examples",
-        "model",
-        "controller",
-        "optimizer",
-        "batch_size",
-        "max_batch_size",
-        "epochs",
-    ),
-    *("milestones", "lr_decay", "growth_factor", "patience"),
+    "data",
+    "train_examples",
+    "model",
+    "controller",
+    "optimizer",
+    "batch_size",
+    "max_batch_size",
+    "epochs",
 )
 HERE = ("data_dir", "microbatch_size", "precision", "channels_last", "device", "threads")
 """Settings that say what is trained, and settings that say how it is measured."""
-FIGURES = (
-    "slope",
-    "intercept",
-    "update_seconds",
-    "gradient_bytes",
-    "bandwidth",
-    "latency",
-    "price",
-)
-ABOVE_ZERO = ("slope", "gradient_bytes", "bandwidth")
-"""Options that are figures, and those among them that must not be 0."""
+FIGURES = {
+    "slope": Range(0, MOST, above=True),
+    "intercept": Range(0, MOST),
+    "update_seconds": Range(0, MOST),
+    "gradient_bytes": Range(0, 1e15, above=True),
+    "bandwidth": Range(0, 1e15, above=True),
+    "latency": Range(0, MOST),
+    "price": Range(0, MOST),
+}
+"""Options that are figures, and their bounds."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +129,12 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         "--out", type=path, default=None, help="folder; default: plan, in the run directory if any"
     )
     add_settings(plan, (*SCHEDULE, *HERE))
+    plan.add(
+        "--code",
+        type=str | None,
+        default=None,
+        help="for a run with a method of your own: its package.module:Class again",
+    )
     plan_dual_batch.add(
         plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND")
     )
@@ -160,14 +162,9 @@ def _plan(arguments: Namespace) -> int:
 
 
 def _check(arguments: Namespace) -> None:
-    for name in FIGURES:
-        low, high = BOUNDS[name]
-        value = arguments[name]
-        if value is None:
-            continue
-        if name in ABOVE_ZERO and value <= low:
-            raise HessianFlowError(f"{option(name)} must be greater than 0, got {value:g}")
-        check_range(option(name), value, low, high)
+    for name, allowed in FIGURES.items():
+        if arguments[name] is not None:
+            allowed.check(option(name), arguments[name])
     if (arguments.slope is None) != (arguments.intercept is None):
         raise HessianFlowError("--slope and --intercept belong together: give both, or neither")
     if arguments.slope is not None and arguments.measured is not None:
@@ -175,7 +172,7 @@ def _check(arguments: Namespace) -> None:
 
 
 def _run(arguments: Namespace) -> "Run":
-    from hessianflow.build import load_config, prepare
+    from hessianflow.build import load_config, on_this_machine, prepare
     from hessianflow.planning.measure import Run
     from hessianflow.runs import History
 
@@ -184,33 +181,31 @@ def _run(arguments: Namespace) -> "Run":
         config = prepare(TrainConfig(**changed))
         arguments.given.check(config)
         return Run(config)
-    for name in SCHEDULE:
-        if name in changed and name != "model":
+    for name in changed:
+        if name in SCHEDULE and name != "model":
             raise HessianFlowError(
-                f"{option(name)} {changed[name]}: --run {arguments.run} sets that, leave one out"
+                f"{option(name)}: --run {arguments.run} sets that, leave one out"
             )
     require_settings(arguments.run, "plan", "hf.planning.predict")
-    require_named_code(arguments.run, arguments.model)
-    return Run(prepare(replace(load_config(arguments.run), **changed)), History.load(arguments.run))
+    require_named_code(arguments.run, arguments)
+    config = on_this_machine(replace(load_config(arguments.run), **changed))
+    return Run(config, History.load(arguments.run))
 
 
 def _basis(arguments: Namespace, run: "Run") -> Basis:
-    from hessianflow.choices import given
     from hessianflow.planning import AllReduceTime, PerformanceModel
     from hessianflow.planning.measure import planned_phases, recorded_phases
 
     config = run.config
     by_batch = not isinstance(config.microbatch_size, int)
     microbatch = (
-        config.microbatch_size
-        if isinstance(config.microbatch_size, int)
-        else given(config.batch_size)
+        config.microbatch_size if isinstance(config.microbatch_size, int) else config.batch_size
     )
     if run.history is None:
         phases, how = planned_phases(run)
     else:
         phases, how = (
-            recorded_phases(run.history, given(config.epochs)),
+            recorded_phases(run.history, config.epochs),
             f"recorded in {arguments.run}",
         )
     measured = _measured(arguments, run, microbatch)

@@ -7,17 +7,24 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from hessianflow.bounds import BOUNDS, MOST, check_range, option
+from hessianflow.bounds import MOST, MOST_PROCESSES, check_range, option
 from hessianflow.commands.parser import add_command
+from hessianflow.config import ResolutionName
 from hessianflow.control.dual_batch import DualBatchPlan
 from hessianflow.control.published import PUBLISHED, Published
 from hessianflow.control.resolution import Level
 from hessianflow.control.time_model import TimeModel
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.settings import ResolutionName
 
 NAME = "dual-batch"
 PresetName = Literal["cifar100", "imagenet", "compsac"]
+_BOUNDS = {
+    "workers": (1, MOST_PROCESSES),
+    "small_workers": (0, MOST_PROCESSES),
+    "extra_time": (1, 1e6),
+    "examples": (1, MOST),
+    "batch_size": (1, MOST),
+}
 _GIVEN = ("examples", "batch_size", "slope", "intercept")
 
 
@@ -62,9 +69,9 @@ def add(kinds: Any) -> None:
 
 def run(arguments: Namespace) -> int:
     """Print the tables, and what a published run would take."""
-    for name in ("workers", "small_workers", "extra_time", "examples", "batch_size"):
+    for name, (low, high) in _BOUNDS.items():
         if arguments[name] is not None:
-            check_range(option(name), arguments[name], *BOUNDS[name])
+            check_range(option(name), arguments[name], low, high)
     for name in ("slope", "intercept"):  # the model of times says what is too small
         if arguments[name] is not None:
             check_range(option(name), arguments[name], -MOST, MOST)

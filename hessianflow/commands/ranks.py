@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from threading import Timer
 
 from hessianflow.commands.signals import ended_at_once
-from hessianflow.config import TrainConfig, to_dict
+from hessianflow.config import RunConfig, to_dict
 from hessianflow.distributed import Generation, from_environment, launched_world
 from hessianflow.interfaces import AgreedError, HessianFlowError, World
 from hessianflow.training.world import LocalWorld
@@ -18,7 +18,7 @@ within seconds."""
 
 
 @contextmanager
-def launched(make: Callable[[], TrainConfig]) -> Iterator[tuple[World, TrainConfig]]:
+def launched(make: Callable[[], RunConfig]) -> Iterator[tuple[World, RunConfig]]:
     """Meet the other ranks, if this process is one of several, and leave them at the end.
 
     Args:

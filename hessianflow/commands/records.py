@@ -2,16 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command, path
-from hessianflow.commands.runs import distinct, printable, require_settings, writing_to
-from hessianflow.config import ControllerName
+from hessianflow.commands.runs import (
+    add_named_code,
+    distinct,
+    printable,
+    require_named_code,
+    require_settings,
+    writing_to,
+)
+from hessianflow.commands.settings import add_settings
 from hessianflow.interfaces import HessianFlowError
 
 if TYPE_CHECKING:
+    from hessianflow.config import RunConfig, TrainConfig
     from hessianflow.plots import ComparisonTable
 
 PLOTS = "plots"
@@ -54,16 +62,8 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         "print what another controller would have done with a run's measurements",
     )
     replay.add("run_dir", type=path, help="run directory")
-    replay.add(
-        "--controller",
-        type=ControllerName,
-        default="absa",
-        help=f"one of {', '.join(get_args(ControllerName))}",
-    )
-    replay.add(
-        "--max-batch-size", type=int | None, default=None, help="its cap; default: the run's"
-    )
-    replay.add("--patience", type=int | None, default=None, help="of absa; default: the run's")
+    add_settings(replay, ("controller", "max_batch_size"))
+    add_named_code(replay)
     return {"plot": _plot, "compare": _compare, "report": _report, "replay": _replay}
 
 
@@ -147,34 +147,21 @@ def _report(arguments: Namespace) -> int:
 
 
 def _replay(arguments: Namespace) -> int:
-    from dataclasses import replace
-
     from hessianflow.build import load_config
-    from hessianflow.choices import attacked_share, build_controller
-    from hessianflow.config import resolve
+    from hessianflow.choices import build_controller
     from hessianflow.control.replay import replay
-    from hessianflow.effects import check_effects
+    from hessianflow.resolve import resolve
     from hessianflow.runs import History
 
     history = History.load(arguments.run_dir)
     require_settings(arguments.run_dir, "replay", "hf.control.replay")
-    # No rate is set here, and some controllers would refuse the schedule of the run.
-    changes = {"controller": arguments.controller, "schedule": None}
-    changes |= {
-        name: arguments[name]
-        for name in ("max_batch_size", "patience")
-        if arguments[name] is not None
-    }
+    require_named_code(arguments.run_dir, arguments)
     recorded = load_config(arguments.run_dir)
-    if arguments.controller != recorded.controller:
-        # These may mean another thing there, or not go with it.
-        changes |= {"decay_from": None, "lr_rule": None, "max_lr_factor": None, "norm_mode": None}
-    config = resolve(replace(recorded, **changes))
-    check_effects(config, [name for name in ("patience",) if arguments[name] is not None])
-    if config.controller == "critical" and recorded.norm_mode == "eval":
+    config = resolve(_replayed(recorded, arguments.given.settings(arguments)))
+    if config.norm_mode != recorded.norm_mode:
         print(
-            "note: the run measured with running statistics; critical means eigenvalues in batch"
-            " statistics"
+            f"note: the run measured with norm_mode {recorded.norm_mode!r};"
+            f" {config.controller.name} means eigenvalues with {config.norm_mode!r}"
         )
     examples = history.fact("examples_per_epoch")
     result = replay(
@@ -185,16 +172,44 @@ def _replay(arguments: Namespace) -> int:
     )
     for step in result.changes:
         decision = step.decision
-        share = attacked_share(config) * decision.attack_factor
+        share = config.adversary.options.get("share", 0.0) * decision.attack_factor
         print(
             f"epoch {step.epoch:>3}: batch {decision.batch_size}, rate x {decision.lr_factor:g}, "
             f"adversarial share {share:g}: {decision.reason}"
         )
     print(
-        f"{arguments.controller}: {result.updates} updates; the run itself took"
+        f"{config.controller.name}: {result.updates} updates; the run itself took"
         f" {history.epochs[-1]['updates']}"
     )
     return 0
+
+
+def _replayed(recorded: "RunConfig", changes: dict[str, Any]) -> "TrainConfig":
+    """Return the settings of a run with another controller, and all that depends on it left open.
+
+    Without a controller, it is absa with the options of the run if that had it.
+    """
+    from hessianflow.config import chosen, from_dict, to_dict
+    from hessianflow.methods import KINDS, prefers
+
+    kept = to_dict(recorded)
+    asked = changes.pop("controller", "absa")
+    name = asked if isinstance(asked, str) else asked["name"]
+    options = {} if isinstance(asked, str) else asked
+    own = {}
+    if recorded.controller.name == name:
+        own = kept["controller"]
+    else:  # these may not go with another controller, or mean another thing there
+        for setting in ("schedule", "lr_rule", "max_lr_factor", "norm_mode"):
+            del kept[setting]
+    wishes = [
+        prefers(KINDS["controller"], method)
+        for method in (recorded.controller, chosen("controller", name))
+    ]
+    if any("adversary" in wish for wish in wishes):
+        del kept["adversary"]
+    kept |= {**changes, "controller": {**own, **options, "name": name}}
+    return from_dict(kept, str(recorded.run_dir))
 
 
 def _runs(arguments: Namespace) -> list[Path]:

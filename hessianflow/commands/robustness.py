@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from hessianflow.bounds import check_setting, shown
 from hessianflow.commands.parser import add_command, path
 from hessianflow.commands.runs import (
-    MODEL_HELP,
+    add_named_code,
     printable,
     require_named_code,
     require_settings,
@@ -43,7 +43,7 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     )
     parser.add("--examples", type=int, default=1000, help="test examples, from the first")
     parser.add("--seed", type=int, default=0, help="of the random starts of pgd")
-    parser.add("--model", type=str | None, default=None, help=MODEL_HELP)
+    add_named_code(parser)
     parser.add("--out", type=path, default=None, help="folder for robustness.json and the picture")
     return {"robustness": _robustness}
 
@@ -65,7 +65,7 @@ def _robustness(arguments: Namespace) -> int:
             )
     run_dir = find_checkpoint(arguments.run)[0]
     require_settings(run_dir, "robustness", "hf.adversarial.robust_accuracy")
-    require_named_code(run_dir, arguments.model)
+    require_named_code(run_dir, arguments)
     _, parts = load_parts(arguments.run)
     batch = parts.test.examples(torch.arange(min(arguments.examples, parts.test.num_examples)))
     spread = torch.tensor(parts.spread)

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from hessianflow.config import CHOSEN
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -28,37 +30,69 @@ def printable(path: str | Path) -> str:
     return plain(str(path))
 
 
-MODEL_HELP = (
-    "for a run with a model of your own: its package.module:function again, because a run directory"
-    " may not run code"
-)
+def add_named_code(parser: Any) -> None:
+    """Add the options that name the code of a run again, as :func:`require_named_code` wants it."""
+    parser.add(
+        "--model",
+        type=str | None,
+        default=None,
+        help=(
+            "for a run with a model of your own: its package.module:function again, because a run"
+            " directory may not run code"
+        ),
+    )
+    parser.add(
+        "--code",
+        type=str | None,
+        default=None,
+        help=(
+            "for a run with a method of your own: its package.module:Class again, several with"
+            " commas between them"
+        ),
+    )
 
 
-def require_named_code(run_dir: str | Path, model: str | None) -> None:
+def require_named_code(run_dir: str | Path, arguments: Any) -> None:
     """Refuse to import code that only a run directory names: its sender could have any code run.
 
     Args:
         run_dir: the run directory; a path that is none passes, for the command to refuse.
-        model: the model that the user named; None: none.
+        arguments: those of a command with the options of :func:`add_named_code`.
 
     Raises:
-        HessianFlowError: the run's model is an import path that the user did not name, or `model`
-            is not the model of the run.
+        HessianFlowError: the run's model or one of its methods is an import path that the user did
+            not name, or the model named is not that of the run.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG
 
     settings = read_config(Path(run_dir)).get("settings")
-    recorded = settings.get("model") if isinstance(settings, dict) else None
-    if not isinstance(recorded, str):
+    if not isinstance(settings, dict):
         return
-    if model is not None and model != recorded:
+    recorded = settings.get("model")
+    model = arguments.model
+    if isinstance(recorded, str) and model is not None and model != recorded:
         raise HessianFlowError(f"--model {model}: the model of {run_dir} is {recorded}")
-    if ":" in recorded and model is None:
+    where = Path(run_dir) / CONFIG
+    if isinstance(recorded, str) and ":" in recorded and model is None:
         raise HessianFlowError(
-            f"{Path(run_dir) / CONFIG} names code that would be run: if you trust it, add --model"
-            f" {recorded}"
+            f"{where} names code that would be run: if you trust it, add --model {recorded}"
         )
+    trusted = (arguments.code or "").split(",")
+    own = [path for path in _paths(settings) if path not in (recorded, *trusted)]
+    if own:
+        raise HessianFlowError(
+            f"{where} names code that would be run: if you trust it, add --code {','.join(own)}"
+        )
+
+
+def _paths(settings: Any) -> list[str]:
+    """Return every name in recorded settings that is an import path."""
+    if not isinstance(settings, dict):
+        return []
+    found = [settings[key] for key in ("name", *CHOSEN) if isinstance(settings.get(key), str)]
+    inner = [path for value in settings.values() for path in _paths(value)]
+    return [path for path in found if ":" in path] + inner
 
 
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:

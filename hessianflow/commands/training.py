@@ -12,11 +12,12 @@ from jsonargparse import Namespace
 
 from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command, path
-from hessianflow.commands.runs import MODEL_HELP, printable, require_named_code
-from hessianflow.commands.settings import add_settings
+from hessianflow.commands.runs import add_named_code, printable, require_named_code
+from hessianflow.commands.settings import add_settings, commented
 from hessianflow.commands.signals import NUMBERS, Signalled
-from hessianflow.config import TrainConfig, resolve
+from hessianflow.config import RunConfig, TrainConfig
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.resolve import resolve
 
 if TYPE_CHECKING:
     from hessianflow.dual_batch import DualBatchTrainer
@@ -38,32 +39,45 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     train = add_command(commands, "train", "train a network; no argument needed")
     train.add(
         "--config",
-        action="config",
+        type=str | None,
+        default=None,
         help="YAML file of settings, spelled as in settings.yaml of a run",
+    )
+    train.add(
+        "--print-config",
+        type=bool,
+        default=False,
+        help="print all settings as a YAML file with comments, and do not train",
     )
     add_settings(train)
     resume = add_command(
         commands, "resume", "continue an interrupted run from its newest checkpoint"
     )
     resume.add("run_dir", type=path, help="run directory")
-    resume.add("--model", type=str | None, default=None, help=MODEL_HELP)
+    add_named_code(resume)
     return {"train": _train, "resume": _resume}
 
 
 def _train(arguments: Namespace) -> int:
-    from hessianflow.build import prepare
+    from hessianflow.build import on_this_machine
     from hessianflow.commands.ranks import launched
-    from hessianflow.fitting import fitted
     from hessianflow.training.world import on_first_rank
 
-    def settings() -> TrainConfig:
-        given = TrainConfig(**arguments.given.settings(arguments))
-        # Workers of an elastic run prepare themselves, where they are.
-        config = resolve(fitted(given)) if given.elastic else prepare(given)
+    def settings() -> RunConfig:
+        config = resolve(TrainConfig(**arguments.given.settings(arguments)))
         arguments.given.check(config)
         return config
 
-    with launched(settings) as (world, given), ExitStack() as stack:
+    if arguments.print_config:
+        print(commented(settings()))
+        return 0
+
+    def prepared() -> RunConfig:
+        config = settings()
+        # Workers of an elastic run prepare themselves, where they are.
+        return config if config.elastic else on_this_machine(config)
+
+    with launched(prepared) as (world, given), ExitStack() as stack:
         run_dir = on_first_rank(
             world, lambda: given.run_dir or stack.enter_context(_new_run_dir(given))
         )
@@ -73,13 +87,13 @@ def _train(arguments: Namespace) -> int:
 
 
 def _resume(arguments: Namespace) -> int:
-    from hessianflow.build import load_config, prepare
+    from hessianflow.build import load_config, on_this_machine
     from hessianflow.commands.ranks import launched
 
-    def settings() -> TrainConfig:
-        require_named_code(arguments.run_dir, arguments.model)
+    def settings() -> RunConfig:
+        require_named_code(arguments.run_dir, arguments)
         given = load_config(arguments.run_dir)
-        return given if given.elastic else prepare(given)
+        return given if given.elastic else on_this_machine(given)
 
     with launched(settings) as (world, config):
         if _has_finished(world, arguments.run_dir):
@@ -99,7 +113,7 @@ def _has_finished(world: "World", run_dir: str) -> bool:
 
 
 def _run(
-    world: "World", config: TrainConfig, work: "Callable[[AnyTrainer], History]"
+    world: "World", config: RunConfig, work: "Callable[[AnyTrainer], History]"
 ) -> tuple[int, "History"]:
     """Build a trainer, run `work` on it, and return the exit status and the records.
 
@@ -131,10 +145,10 @@ def _run(
     return max(world.gather(status)), history
 
 
-def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
+def _trainer(config: RunConfig, world: "World") -> "AnyTrainer":
     from hessianflow.runs import LogSink
 
-    if config.controller == "dual-batch":
+    if config.is_dual_batch:
         from hessianflow.dual_batch import build_dual_batch
 
         if world.world_size > 1:
@@ -153,11 +167,11 @@ def _trainer(config: TrainConfig, world: "World") -> "AnyTrainer":
     return build_trainer(config, [LogSink()], world)
 
 
-def _shown(world: "World", config: TrainConfig, history: "History", status: int) -> int:
+def _shown(world: "World", config: RunConfig, history: "History", status: int) -> int:
     """Let rank 0 print the outcome, once the other ranks no longer wait, and return the exit
     status."""
     if world.rank == 0:
-        _print_summary(history, config.model or "")
+        _print_summary(history, config.model)
         if config.plots and history.epochs and history.run_dir is not None:
             from hessianflow.commands.records import draw
 
@@ -195,15 +209,21 @@ def _print_summary(history: "History", model: str) -> None:
         print(f"  hessianflow resume {run_dir}{code}  continues")
 
 
+def _plain_name(name: str) -> str:
+    """Return the name of a model or method as a part of a folder's name."""
+    return name.replace(":", "-").replace("/", "-")
+
+
 @contextmanager
-def _new_run_dir(config: TrainConfig) -> Iterator[str]:
+def _new_run_dir(config: RunConfig) -> Iterator[str]:
     """Yield a new directory below runs/ that only this run uses; remove it at the end if it is
     empty."""
     from hessianflow.runs.folder import new_folder
 
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    model = (config.model or "").replace(":", "-").replace("/", "-")
+    model = _plain_name(config.model)
     with new_folder(
-        Path("runs") / f"{config.data}-{model}-{config.controller}-seed{config.seed}-{stamp}"
+        Path("runs")
+        / f"{config.data}-{model}-{_plain_name(config.controller.name)}-seed{config.seed}-{stamp}"
     ) as path:
         yield str(path)

@@ -1,12 +1,16 @@
 """Puts the words of a command line into the form that the parser takes."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hessianflow.commands.parser import Parser, did_you_mean
-from hessianflow.commands.yaml_text import UnfitTextError, check_value, read_settings
+from hessianflow.commands.settings import add_methods, homes, misplaced, note
+from hessianflow.commands.yaml_text import UnfitTextError, check_value, load_value, read_settings
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.upgrade import is_older, upgrade
 
 _TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "null", "~", "none"})
 _ROOT_OPTIONS = ("--help", "-h", "--version")
@@ -30,7 +34,7 @@ class Words:
     @property
     def from_files(self) -> list[str]:
         """The settings from files as options."""
-        return [f"--{name.replace('_', '-')}={text}" for name, (text, _) in self.files.items()]
+        return [f"{spelled(name)}={text}" for name, (text, _) in self.files.items()]
 
     @property
     def all(self) -> list[str]:
@@ -48,7 +52,7 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
         HessianFlowError: a file cannot be read, or holds something other than settings.
         SystemExit: an option comes before the command.
     """
-    words = ["--print_config" if word == "--print-config" else word for word in given]
+    words = list(given)
     found = Words()
     if words and words[0].startswith("-") and words[0] not in _ROOT_OPTIONS:
         parser.error(
@@ -61,20 +65,93 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
             current = current.children[word]
             parser.current = current
     found.command = words[:1]
-    rest = iter(words[1:])
+    found.typed = _without_files(current, words[1:], found.files)
+    if current.chosen:
+        current.methods = add_methods(current, _named(found))
+    _check_names(parser, current, found)
+    found.typed = _joined(current, found.typed)
+    _check_values(current, found.typed)
+    for name, (text, path) in found.files.items():
+        _check_values(current, [f"{spelled(name)}={text}"], f"--config {path}: ")
+    return found
+
+
+def spelled(name: str) -> str:
+    """Return the option of a setting, of a method's option too: "controller.edge_share" is
+    --controller.edge-share."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _without_files(
+    current: Parser, words: Iterable[str], files: dict[str, tuple[str, str]]
+) -> list[str]:
+    """Return the words without the names of settings files, whose settings are added to `files`."""
     takes_files = "--config" in current.options
+    rest = iter(words)
+    typed = []
     for word in rest:
         name, equals, value = word.partition("=")
         if takes_files and name == "--config":
-            path = value if equals else next(rest, "")
-            found.files |= _settings_of(current, path)
-        elif name.startswith("--") and "." in name and name not in current.options:
-            parser.error(f"unrecognized arguments: {name}")
+            files |= _settings_of(value if equals else next(rest, ""))
+        elif name.startswith("--") and "." in name:
+            typed.append(word.replace(name, name.replace("_", "-"), 1))
         else:
-            found.typed.append(word)
-    found.typed = _joined(current, found.typed)
-    _check_values(current, found.typed)
-    return found
+            typed.append(word)
+    return typed
+
+
+def _named(found: Words) -> dict[str, str]:
+    """Return the value of every option, as far as it names a method; typed ones come last."""
+    named = {name: text for name, (text, _) in found.files.items()}
+    for word, following in zip(found.typed, [*found.typed[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            named[name[2:].replace("-", "_")] = value if equals else following
+    return {name: text for name, text in named.items() if text != "null"}
+
+
+def _check_names(parser: Parser, current: Parser, found: Words) -> None:
+    """Refuse options of methods that were not chosen, and names in files that are no settings.
+
+    A file may have options of a method that another was chosen for on the command line; they are
+    dropped, and said.
+    """
+    for word in found.typed:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in current.options:
+            reason = _unknown(current, name)
+            if reason:
+                parser.error(reason)
+            if "." in name:
+                parser.error(f"unrecognized arguments: {name}")
+    replaced = {word.partition("=")[0] for word in found.typed}
+    dropped = []
+    for name, (_, path) in list(found.files.items()):
+        if spelled(name) in current.options and name not in ("config", "help", "print_config"):
+            continue
+        outer = name.partition(".")[0]
+        if "." in name and spelled(outer) in replaced:
+            dropped.append(name)
+            del found.files[name]
+            continue
+        reason = _unknown(current, spelled(name))
+        if reason:
+            raise HessianFlowError(f"--config {path}: {reason}")
+        known = [word[2:].replace("-", "_") for word in current.options]
+        hint = did_you_mean(name, [word.replace("_", "-") for word in known]).replace("-", "_")
+        raise HessianFlowError(f"--config {path}: there is no setting {name!r}{hint}")
+    if dropped:
+        note(f"not used with these settings: {', '.join(dropped)}")
+
+
+def _unknown(current: Parser, name: str) -> str:
+    """Return what is known about an option that is none; empty where nothing is."""
+    if not current.chosen:
+        return ""
+    if "." in name:
+        return misplaced(current, name, current.methods)
+    places = homes(name.removeprefix("--").replace("-", "_"))
+    return f"unknown option {name}: say {' or '.join(places)}" if places else ""
 
 
 def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> None:
@@ -96,20 +173,35 @@ def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> Non
                 raise HessianFlowError(f"{origin}{option}: {error}") from None
 
 
-def _settings_of(parser: Parser, path: str) -> dict[str, tuple[str, str]]:
-    """Return the settings in a file, after checking that each name exists."""
+def _settings_of(path: str) -> dict[str, tuple[str, str]]:
+    """Return the settings in a file as text, in the words of today."""
     if not path:
         raise HessianFlowError("--config needs the name of a file of settings")
     found = read_settings(path)
-    known = {
-        word[2:].replace("-", "_") for word in parser.options if word not in ("--config", "--help")
-    }
-    for name in found:
-        if name not in known:
-            hint = did_you_mean(name, [word.replace("_", "-") for word in known]).replace("-", "_")
-            raise HessianFlowError(f"--config {path}: there is no setting {name!r}{hint}")
-        _check_values(parser, [f"--{name.replace('_', '-')}={found[name]}"], f"--config {path}: ")
-    return {name: (text, path) for name, text in found.items() if text != "null"}
+    if is_older(found):
+        values = {name: load_value(text) for name, text in found.items()}
+        older = [name for name in values if name not in (upgraded := upgrade(values))]
+        found = flattened(upgraded)
+        note(
+            f"--config {path} is spelled as in an older release ({', '.join(older)}):"
+            " hessianflow train --config FILE --print-config writes it in the words of today"
+        )
+    return {name: (text, path) for name, text in found.items() if text != "null" or "." in name}
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return settings as text by dotted name: {"controller": {"name": "absa", "patience": 5}} gives
+    controller and controller.patience."""
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        name = prefix.rstrip(".") if prefix and key == "name" else f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{name}.")
+        elif isinstance(value, str):
+            found[name] = value
+        else:
+            found[name] = json.dumps(value)
+    return found
 
 
 def _joined(parser: Parser, words: list[str]) -> list[str]:

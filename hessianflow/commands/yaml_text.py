@@ -26,7 +26,9 @@ _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")
 )
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
-_NULL, _LIST = "tag:yaml.org,2002:null", "tag:yaml.org,2002:seq"
+_NULL = "tag:yaml.org,2002:null"
+_LIST = "tag:yaml.org,2002:seq"
+_MAP = "tag:yaml.org,2002:map"
 
 
 class UnfitTextError(yaml.YAMLError):  # type: ignore[misc]  # without stubs, yaml is Any
@@ -109,7 +111,25 @@ def read_settings(path: str) -> dict[str, str]:
             )
         if key.value in found:
             raise HessianFlowError(f"{where}: {key.value} is set a second time: remove one of them")
-        found[key.value] = _as_word(value, f"{where}: {key.value}")
+        found |= _as_words(key.value, value, where)
+    return found
+
+
+def _as_words(name: str, node: yaml.Node, where: str) -> dict[str, str]:
+    """Return a setting as text, of a method that is a mapping its name and its options by dotted
+    names."""
+    if not isinstance(node, yaml.MappingNode) or node.tag != _MAP:
+        return {name: _as_word(node, f"{where}: {name}")}
+    found: dict[str, str] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise HessianFlowError(f"{where}: {name} must map words to values, found a {key.id}")
+        inner = name if key.value == "name" else f"{name}.{key.value.replace('-', '_')}"
+        if inner in found:
+            raise HessianFlowError(f"{where}: {inner} is set a second time: remove one of them")
+        found |= _as_words(inner, value, where)
+    if name not in found:
+        raise HessianFlowError(f"{where}: {name} needs a name, as in {{name: ...}}")
     return found
 
 

@@ -6,6 +6,7 @@ from hessianflow.control.cabs import CABS
 from hessianflow.control.critical_batch import CriticalBatch
 from hessianflow.control.diversity import DiveBatch
 from hessianflow.control.dual_batch import (
+    DualBatch,
     DualBatchPlan,
     Worker,
     WorkerPlan,
@@ -35,6 +36,7 @@ __all__ = [
     "AdaBatch",
     "CriticalBatch",
     "DiveBatch",
+    "DualBatch",
     "DualBatchPlan",
     "FixedBatch",
     "GrowInsteadOfDecay",

@@ -28,10 +28,13 @@ Deviations from the published code:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
+from hessianflow.facts import RunFacts
 from hessianflow.interfaces import CurvatureReading, Progress
 
 
@@ -63,6 +66,8 @@ class ABSA(Controller[ABSAState]):
     Raises:
         HessianFlowError: an argument is out of its bounds.
     """
+
+    follows_rule = True
 
     def __init__(
         self,
@@ -144,6 +149,8 @@ class ABS(ABSA):
     same run attacks nothing.
     """
 
+    prefers: ClassVar[Mapping[str, str]] = {"adversary": "none"}
+
     def __init__(
         self,
         batch_size: int,
@@ -161,6 +168,13 @@ class ABS(ABSA):
             patience=patience,
         )
         self._state.attack_factor = 0.0
+
+    @classmethod
+    def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
+        """Return why the method does not go with a run."""
+        if run.adversary != "none":
+            return f"it trains clean, leave --adversary {run.adversary} out or use absa"
+        return ""
 
 
 def _defect(reading: CurvatureReading | None) -> str:

@@ -15,12 +15,15 @@ code decides after every update and has no hysteresis (every_updates=1, hysteres
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hessianflow.control.bounded import BoundedController
 from hessianflow.control.checks import check_count, check_number, check_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_estimate
+from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError, Progress
 
 
@@ -57,6 +60,8 @@ class CABS(BoundedController[CABSState]):
         HessianFlowError: an argument is out of its bounds.
     """
 
+    follows_rule = True
+
     def __init__(
         self,
         batch_size: int,
@@ -85,6 +90,11 @@ class CABS(BoundedController[CABSState]):
         self.scale = check_number("scale", scale, above=0)
         self.loss_floor = check_number("loss_floor", loss_floor)
         self.every_updates = check_count("every_updates", every_updates)
+
+    @classmethod
+    def defaults(cls, run: RunFacts, _options: Mapping[str, Any], /) -> dict[str, Any]:
+        """Return a floor that is no larger than the batch that a run starts with."""
+        return {"min_batch_size": min(16, run.batch_size)}
 
     @property
     def needs(self) -> frozenset[str]:

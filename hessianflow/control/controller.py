@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from hessianflow.control.checks import check_cap, check_count, check_fits
 from hessianflow.interfaces import (
@@ -59,6 +59,11 @@ class Controller(ABC, Generic[S]):
     Raises:
         HessianFlowError: a size is not a whole number >= 1, or the cap lies below the first size.
     """
+
+    prefers: ClassVar[Mapping[str, str]] = {}
+    """Settings that a run with this controller has unless others are given."""
+    follows_rule: ClassVar[bool] = False
+    """Whether the learning rate follows the batch by a rule, which another may replace."""
 
     def __init__(self, state: S, max_batch_size: int) -> None:
         check_count("batch_size", state.batch_size)

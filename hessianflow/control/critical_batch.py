@@ -51,11 +51,12 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from hessianflow.control.bounded import BoundedController
 from hessianflow.control.checks import check_count, check_number, check_signals
 from hessianflow.control.controller import ControllerState, Measured
+from hessianflow.facts import RunFacts
 from hessianflow.interfaces import CurvatureReading, HessianFlowError
 
 ROUNDING = 1e-9
@@ -108,6 +109,10 @@ class CriticalBatch(BoundedController[CriticalState]):
         HessianFlowError: an argument is out of its bounds, or both bounds are left out.
     """
 
+    prefers: ClassVar[Mapping[str, str]] = {"schedule": "cooldown", "norm_mode": "batch"}
+
+    follows_rule = True
+
     def __init__(
         self,
         batch_size: int,
@@ -152,6 +157,33 @@ class CriticalBatch(BoundedController[CriticalState]):
                 f"max_growth must be >= hysteresis {hysteresis!r}, got {max_growth!r}: the batch"
                 " could never grow"
             )
+
+    @classmethod
+    def defaults(cls, run: RunFacts, _options: Mapping[str, Any], /) -> dict[str, Any]:
+        """Return the momentum of the run's optimizer, and no edge where that is not SGD.
+
+        The stable rate of the second bound is SGD's: of an optimizer that rescales its gradients it
+        says nothing.
+        """
+        found: dict[str, Any] = {"momentum": run.momentum or 0.0}
+        if run.optimizer != "sgd":
+            found["edge_share"] = None
+        return found
+
+    @classmethod
+    def refuses(cls, run: RunFacts, options: Mapping[str, Any], /) -> str:
+        """Return why the second bound does not go with a run."""
+        if options.get("edge_share") is None:
+            return ""
+        way_out = "leave it out, or switch that bound off with --controller.edge-share null"
+        if run.norm_mode == "eval":
+            return (
+                "--norm-mode eval measures another function than the one trained, whose edge is"
+                f" sought: {way_out}"
+            )
+        if run.lr_rule is not None:
+            return f"--lr-rule {run.lr_rule} would replace the rate that is found stable: {way_out}"
+        return ""
 
     @property
     def needs(self) -> frozenset[str]:

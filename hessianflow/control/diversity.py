@@ -53,6 +53,8 @@ class DiveBatch(BoundedController[ControllerState]):
         HessianFlowError: an argument is out of its bounds.
     """
 
+    follows_rule = True
+
     def __init__(
         self,
         batch_size: int,

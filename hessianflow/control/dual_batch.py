@@ -299,7 +299,7 @@ class DualBatch:
         self.workers = check_count("workers", workers)
         if small_workers is None:
             small_workers = workers - 1
-        self.small_workers = check_count("small_workers", small_workers, low=0)
+        self.small_workers = check_count("small_workers", small_workers, 0)
         self.extra_time = check_number("extra_time", extra_time, low=1)
         self.min_small_batch_size = check_count("min_small_batch_size", min_small_batch_size)
         self.slope = _line(slope)
@@ -310,9 +310,7 @@ class DualBatch:
 
     def _check(self) -> None:
         if (self.slope is None) != (self.intercept is None):
-            raise HessianFlowError(
-                "slope and intercept make a line together: give both or neither"
-            )
+            raise HessianFlowError("slope and intercept make a line together: give both or neither")
         large = self.workers - self.small_workers
         if large < 0:
             raise HessianFlowError(

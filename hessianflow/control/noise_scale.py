@@ -104,6 +104,8 @@ class NoiseScale(BoundedController[NoiseScaleState]):
         HessianFlowError: an argument is out of its bounds.
     """
 
+    follows_rule = True
+
     def __init__(
         self,
         batch_size: int,

@@ -11,12 +11,14 @@
   learning rate makes up for the rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any, ClassVar
 
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.control.checks import check_cap, check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.control.lr_scaling import LRRule, lr_factor
+from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError, Progress
 
 
@@ -44,13 +46,13 @@ class FixedBatch(Controller[ControllerState]):
 class Warmup(Controller[ControllerState]):
     """A large batch from the start, its learning rate scaled linearly after a gradual warm-up.
 
-    With k = batch_size / reference_batch_size and f = examples / (warmup_epochs *
+    With k = max_batch_size / batch_size and f = examples / (warmup_epochs *
     examples_per_epoch): lr_factor = 1 + (k - 1) * min(f, 1), changed after every update, so that no
     step sees a jump. Under another rule than linear scaling, k is what that rule makes of it.
 
     Args:
-        batch_size: examples per step throughout.
-        reference_batch_size: the size that the learning rate is stated at.
+        batch_size: batch size that the learning rate is stated at.
+        max_batch_size: examples per step throughout.
         warmup_epochs: length of the ramp (5 in the paper). 0: the scaled rate from the first step
             on.
         lr_rule: how the rate follows the batch (linear in the paper).
@@ -60,20 +62,34 @@ class Warmup(Controller[ControllerState]):
         HessianFlowError: an argument is out of its bounds.
     """
 
+    follows_rule = True
+
     def __init__(
         self,
         batch_size: int,
-        reference_batch_size: int,
+        max_batch_size: int,
         *,
         warmup_epochs: float = 5,
         lr_rule: LRRule = "linear",
         max_lr_factor: float | None = None,
     ) -> None:
-        super().__init__(ControllerState(batch_size), batch_size)
-        self.scale = lr_factor(batch_size, reference_batch_size, lr_rule, max_factor=max_lr_factor)
+        check_count("batch_size", batch_size)
+        check_cap(batch_size, max_batch_size)
+        super().__init__(ControllerState(max_batch_size), max_batch_size)
+        self.scale = lr_factor(max_batch_size, batch_size, lr_rule, max_factor=max_lr_factor)
         self.warmup_epochs = check_number("warmup_epochs", warmup_epochs, low=0)
         if warmup_epochs == 0:
             self._state.lr_factor = self.scale
+
+    @classmethod
+    def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
+        """Return why the method does not go with a run."""
+        if run.warmup_epochs > 0:
+            return (
+                "--warmup-epochs is the ramp of the schedule, which would multiply this one: use"
+                " --controller.warmup-epochs"
+            )
+        return ""
 
     def is_due(self, progress: Progress) -> bool:
         """After every update, until the full rate is reached."""
@@ -108,6 +124,8 @@ class AdaBatch(Controller[ControllerState]):
     Raises:
         HessianFlowError: an argument is out of its bounds.
     """
+
+    prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}
 
     def __init__(
         self,
@@ -154,6 +172,8 @@ class GrowInsteadOfDecay(Controller[ControllerState]):
         HessianFlowError: an argument is out of its bounds.
     """
 
+    prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}
+
     def __init__(
         self,
         batch_size: int,
@@ -170,6 +190,18 @@ class GrowInsteadOfDecay(Controller[ControllerState]):
                 f"milestones must be one or more increasing epochs, got {list(milestones)}"
             )
         self.initial_batch_size = batch_size
+
+    @classmethod
+    def defaults(cls, run: RunFacts, _options: Mapping[str, Any], /) -> dict[str, Any]:
+        """Return the epochs at which the data set's schedule would lower the rate."""
+        return {"milestones": run.milestones}
+
+    @classmethod
+    def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
+        """Return why the method does not go with a run."""
+        if run.schedule != "constant":
+            return f"it replaces --schedule {run.schedule}, leave that out"
+        return ""
 
     def _decide(self, measured: Measured, /) -> str:
         state, before = self._state, (self._state.batch_size, self._state.lr_factor)

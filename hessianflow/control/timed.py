@@ -5,12 +5,14 @@ Ours: the plainest thing a controller that measures has to beat. Linear scaling 
 al., arXiv:1706.02677, section 2.1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any, ClassVar
 
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured
 from hessianflow.control.lr_scaling import LRRule, lr_factor
+from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError, Progress
 
 
@@ -23,15 +25,21 @@ class TimedSchedule(Controller[ControllerState]):
 
     Args:
         batch_size: examples per step at the start; the learning rate belongs to this size.
-        stages: (epochs completed, batch size from then on), the epochs increasing.
+        stages: (epochs completed, batch size from then on), the epochs increasing, e.g.
+            "[[2, 256], [4, 512]]"; the command takes, by default, 2, 4 and 8 times the batch after
+            1/12, 1/6 and 1/3 of the epochs.
         decay_from: epochs after which the rate falls linearly, to 0 at the end of the run; use a
-            constant schedule with it. None: it does not.
+            constant schedule with it. None: it does not. With the command's own stages: after the
+            last of them.
         lr_rule: how the rate follows the batch.
         max_lr_factor: cap of the learning-rate factor, before the decay.
 
     Raises:
         HessianFlowError: an argument is out of its bounds.
     """
+
+    prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}
+    follows_rule = True
 
     def __init__(
         self,
@@ -57,6 +65,24 @@ class TimedSchedule(Controller[ControllerState]):
         self.lr_rule, self.max_lr_factor = lr_rule, max_lr_factor
         self._scale()  # checks the rule and the cap
         self.max_batch_size = max([batch_size, *(size for _, size in self.stages)])
+
+    @classmethod
+    def defaults(cls, run: RunFacts, options: Mapping[str, Any], /) -> dict[str, Any]:
+        """Return stages for the length of a run, and the decay that follows them."""
+        if "stages" in options:
+            return {}
+        stages = {
+            -(-run.epochs // part): min(factor * run.batch_size, run.max_batch_size)
+            for part, factor in ((12, 2), (6, 4), (3, 8))
+        }
+        return {"stages": tuple(stages.items()), "decay_from": max(stages)}
+
+    @classmethod
+    def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
+        """Return why the method does not go with a run."""
+        if run.schedule == "cooldown":
+            return "it decays by itself, use --controller.decay-from without --schedule cooldown"
+        return ""
 
     def is_due(self, progress: Progress) -> bool:
         """After every epoch, and after every update while the rate falls."""

@@ -18,7 +18,8 @@ activations. Here each is a pair of autograd functions:
 all of them torch's own forward and backward kernels. Images in float32 on a processor go with the
 channels last, whatever the layout of the weights; from there on the kernels keep it. Measured on
 one core, in gradients: a product with ResNet-20 1.6 instead of 2.7, with SqueezeNext 1.9 instead of
-2.9; normalisation/folded.py takes off another 11 to 18 %. The values are those of torch up to rounding.
+2.9; normalisation/folded.py takes off another 11 to 18 %. The values are those of torch up to
+rounding.
 """
 
 from collections.abc import Callable

@@ -109,8 +109,8 @@ class CurvatureProbe:
             HessianOperator.
         check_statistics: in norm_mode "eval", compare the loss of up to 32 examples under running
             statistics with that under their own, and say in `reliable` whether the former have
-            settled (normalisation/statistics.py). False: say that they have, as the published code of ABSA
-            takes for granted.
+            settled (normalisation/statistics.py). False: say that they have, as the published code
+            of ABSA takes for granted.
         operator: makes what is measured, called as HessianOperator is; on several ranks
             `hessianflow.distributed.sharded(world)`.
 

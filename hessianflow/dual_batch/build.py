@@ -42,9 +42,9 @@ from hessianflow.dual_batch.trainer import DualBatchTrainer, Job
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.interfaces import HessianFlowError, RecordSink
 from hessianflow.machine import find_device
-from hessianflow.runs.documents import read_config
 from hessianflow.methods import KINDS, make
 from hessianflow.resolve import schedule_of
+from hessianflow.runs.documents import read_config
 from hessianflow.training.accumulate import GradientAccumulator
 from hessianflow.training.saving import Saver
 
@@ -83,9 +83,7 @@ class Schedule:
 
 def options_of(config: RunConfig) -> DualBatch:
     """Return the options of dual-batch that a run has."""
-    options: DualBatch = make(
-        KINDS["controller"], config.controller, batch_size=config.batch_size
-    )
+    options: DualBatch = make(KINDS["controller"], config.controller, batch_size=config.batch_size)
     return options
 
 
@@ -258,7 +256,11 @@ def _times(config: RunConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]:
         return _recorded_times(
             recorded.get("times", {}), resolutions, f"{config.run_dir}/config.json"
         )
-    measured = _measured_together(config) if options_of(config).server == "ray" else [time_worker(config, 0)]
+    measured = (
+        _measured_together(config)
+        if options_of(config).server == "ray"
+        else [time_worker(config, 0)]
+    )
     models = {}
     for resolution in resolutions:
         sizes, seconds = zip(
@@ -268,7 +270,8 @@ def _times(config: RunConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]:
             models[resolution] = fit_time_model(sizes, seconds)
         except HessianFlowError as error:
             raise HessianFlowError(
-                f"at {resolution} pixels {error}, or give --controller.slope and --controller.intercept"
+                f"at {resolution} pixels {error}, or give --controller.slope and"
+                " --controller.intercept"
             ) from None
     return models
 
@@ -314,7 +317,9 @@ def _measured_together(config: RunConfig) -> list[dict[int, list[tuple[int, floa
 
 def _transport(config: RunConfig, parts: Parts, schedule: Schedule) -> Transport:
     plan = schedule.at(0)[1]
-    server = partial(make_server, FlatWeights(parts.model).read(), plan, options_of(config).synchrony)
+    server = partial(
+        make_server, FlatWeights(parts.model).read(), plan, options_of(config).synchrony
+    )
     if options_of(config).server == "ray":
         workers = options_of(config).workers
         return OnRay(

@@ -4,9 +4,7 @@ are installed."""
 import inspect
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.user_code import first_line, place_of, working_directory_first
 
 
 def is_external(name: str) -> bool:
@@ -41,7 +40,7 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
         get_model = _attribute(name, "torchvision.models", "get_model")
         return _from_library(name, get_model, weights=None, num_classes=num_classes)
     module, _, function = name.partition(":")
-    with _working_directory_first():
+    with working_directory_first():
         factory = _factory(name, module, function)
         taken = _taken(name, factory, num_classes, input_size, in_channels)
         if module.partition(".")[0] in sys.stdlib_module_names:
@@ -54,28 +53,8 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
             raise
         except (Exception, SystemExit) as error:
             raise HessianFlowError(
-                f"model {name!r}: calling it failed: {_first_line(error)}{_place(error)}"
+                f"model {name!r}: calling it failed: {first_line(error)}{place_of(error)}"
             ) from error
-
-
-@contextmanager
-def _working_directory_first() -> Iterator[None]:
-    """While active, modules are looked for in the working directory first; afterwards last, if
-    nowhere else.
-
-    What a model imports when it is first used is found then, too, and hides nothing that is
-    installed.
-    """
-    folder = os.getcwd()
-    if folder in sys.path or "" in sys.path:
-        yield
-        return
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-        sys.path.append(folder)
 
 
 def _factory(name: str, module: str, function: str) -> Callable[..., Any]:
@@ -116,7 +95,7 @@ def _from_library(name: str, create: Callable[..., Any], **options: Any) -> nn.M
     try:
         return _checked(name, create(model, **options))
     except (RuntimeError, ValueError) as error:
-        raise HessianFlowError(f"{library} cannot build {model!r}: {_first_line(error)}") from error
+        raise HessianFlowError(f"{library} cannot build {model!r}: {first_line(error)}") from error
 
 
 def _attribute(name: str, module: str, attribute: str) -> Callable[..., Any]:
@@ -126,7 +105,7 @@ def _attribute(name: str, module: str, attribute: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         raise HessianFlowError(
             f"model {name!r}: importing {module!r} failed:"
-            f" {_first_line(error)}{_way_out(name, module, error)}"
+            f" {first_line(error)}{_way_out(name, module, error)}"
         ) from error
     if not callable(found):
         raise HessianFlowError(
@@ -139,7 +118,7 @@ def _attribute(name: str, module: str, attribute: str) -> Callable[..., Any]:
 def _way_out(name: str, module: str, error: BaseException) -> str:
     """Return what to do about a module that was not found."""
     if not isinstance(error, ModuleNotFoundError):
-        return _place(error)
+        return place_of(error)
     library, slash, _ = name.partition("/")
     if slash:
         return f"; pip install {library}"
@@ -148,15 +127,7 @@ def _way_out(name: str, module: str, error: BaseException) -> str:
             f"; neither {os.getcwd()} nor Python's path has it: go to its folder, or add that to"
             " PYTHONPATH"
         )
-    return _place(error)
-
-
-def _place(error: BaseException) -> str:
-    """Return the file and the line of the user's code that an error came from; empty where that is
-    unknown."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename.startswith(os.getcwd())]
-    return f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""
+    return place_of(error)
 
 
 def _checked(name: str, model: Any) -> nn.Module:
@@ -165,7 +136,3 @@ def _checked(name: str, model: Any) -> nn.Module:
             f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}"
         )
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

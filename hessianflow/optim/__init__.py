@@ -19,6 +19,7 @@ from hessianflow.optim.observers import (
     GradientMoments,
     MicrobatchNorms,
 )
+from hessianflow.optim.rate_schedules import Constant, Cooldown, Cosine, MultiStep, Polynomial
 from hessianflow.optim.sam import (
     SAM,
     sam_perturbation,
@@ -37,11 +38,16 @@ __all__ = [
     "LAMB",
     "LARS",
     "SAM",
+    "Constant",
+    "Cooldown",
+    "Cosine",
     "ExtraBatchNorms",
     "Extrapolation",
     "GradientMoments",
     "MicrobatchNorms",
+    "MultiStep",
     "NormEstimator",
+    "Polynomial",
     "RateAndWarmup",
     "cooldown",
     "lars_recipe",
