@@ -4,9 +4,9 @@ one multiply-add.
 With running statistics and frozen parameters, normalisation is  y = scale x + shift,  scale =
 weight / sqrt(var + eps), shift = bias - mean scale. After a convolution it costs nothing (see
 normalisation/folded.py). Elsewhere it is one multiply-add: torch's own kernel does more in the
-backward pass (it serves the parameters, too). Measured on a ResNet-20 with 25 images, one core: an input gradient
-takes 1.60 ms an image with torch's kernel, 1.48 with multiply-adds, 1.31 folded; in bf16 0.97, 1.04
-and 0.81. On a GPU, where launches count, torch's kernel is used.
+backward pass (it serves the parameters, too). Measured on a ResNet-20 with 25 images, one core: an
+input gradient takes 1.60 ms an image with torch's kernel, 1.48 with multiply-adds, 1.31 folded; in
+bf16 0.97, 1.04 and 0.81. On a GPU, where launches count, torch's kernel is used.
 """
 
 from collections.abc import Iterator

@@ -151,8 +151,8 @@ def planned_phases(run: Run) -> tuple[list[Phase], str]:
         phases.append(Phase(run.examples, controller.decision.batch_size))
         if controller.needs - {"eigenvalue"}:
             raise HessianFlowError(
-                f"--controller {config.controller.name} decides from measurements of a run: name one"
-                " it made with --run, or plan with --controller fixed"
+                f"--controller {config.controller.name} decides from measurements of a run: name"
+                " one it made with --run, or plan with --controller fixed"
             )
         guessed = guessed or "eigenvalue" in controller.needs
         progress = Progress(epoch, epoch * run.examples, 0, run.examples, epochs)
