@@ -11,11 +11,13 @@ from hessianflow.contradictions import check_resolved
 from hessianflow.facts import RunFacts
 from hessianflow.fitting import fitted
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.methods import KINDS, Choice, complete, follows_rule, make, prefers
+from hessianflow.methods import KINDS, Choice, complete, find, follows_rule, make, prefers
+from hessianflow.options import parameters_of
 from hessianflow.presets import ADAPTIVE, FILE_SIDE, RATES, SIDES, preset_of
 
 __all__ = ["resolve", "schedule_of"]
 
+_CONTROLLER = ("decision", "is_due", "needs", "update")
 NOT_ON_A_SERVER = ("lr_rule", "curvature_budget")
 """Settings with presets that runs with a parameter server do not have."""
 
@@ -201,15 +203,23 @@ def _try(config: RunConfig) -> None:
     import torch
 
     weight = torch.nn.Parameter(torch.zeros(1, 1))
-    make(KINDS["optimizer"], config.optimizer, params=[weight], lr=config.lr)
-    schedule_of(config)
+    optimizer = make(KINDS["optimizer"], config.optimizer, params=[weight], lr=config.lr)
+    make(KINDS["schedule"], config.schedule, epochs=config.epochs, optimizer=optimizer)
     controller = make(
         KINDS["controller"],
         config.controller,
         batch_size=config.batch_size,
         max_batch_size=config.max_batch_size,
     )
-    if "eigenvalue" in getattr(controller, "needs", ()) and config.curvature == "off":
+    if config.is_dual_batch:
+        return
+    lacking = [name for name in _CONTROLLER if not hasattr(controller, name)]
+    if lacking:
+        raise HessianFlowError(
+            f"--controller {config.controller.name} is no controller: it lacks"
+            f" {' and '.join(lacking)}, which hessianflow.control.controller.Controller has"
+        )
+    if "eigenvalue" in controller.needs and config.curvature == "off":
         raise HessianFlowError(
             f"--controller {config.controller.name} needs curvature: use --curvature epoch or"
             " needed"
@@ -217,6 +227,15 @@ def _try(config: RunConfig) -> None:
 
 
 def schedule_of(config: RunConfig) -> Any:
-    """Return the schedule of a run: a function of the epochs done, or a class of torch's
-    schedulers that is yet to be given its optimizer."""
-    return make(KINDS["schedule"], config.schedule, epochs=config.epochs)
+    """Return the schedule of a run, a function of the epochs done.
+
+    Raises:
+        HessianFlowError: the schedule is a scheduler of an optimizer instead.
+    """
+    kind = KINDS["schedule"]
+    if "optimizer" in parameters_of(find(kind, config.schedule.name, kind.name)):
+        raise HessianFlowError(
+            f"--schedule {config.schedule.name} needs an optimizer, and here a function of epochs"
+            f" is needed: use one of {', '.join(kind.methods)}"
+        )
+    return make(kind, config.schedule, epochs=config.epochs)

@@ -60,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         "facts",
         "fitting",
         "methods",
+        "options",
         "presets",
     },
     "__init__": {"interfaces", "memory"},

@@ -17,6 +17,10 @@ MODE = "bounded-yaml"
 """What jsonargparse calls the reader of values that :func:`main_parser` gives it."""
 
 
+INSIDE = "__"
+"""Stands for the dot between a method and its option in names that jsonargparse would split."""
+
+
 class Parser(ArgumentParser):
     """Reports a mistake on one line.
 
@@ -79,9 +83,8 @@ class Parser(ArgumentParser):
         """Return the mistake in the words of the command line."""
         parser = self.current or self
         if key := re.match(r'Parser key "(?:[\w-]+\.)*(\w+)":? ?(?:element \d+: )?(.*)', line):
-            return (
-                f"{option(key[1]) if option(key[1]) in parser.options else key[1]}: {plain(key[2])}"
-            )
+            name = option(key[1].replace(INSIDE, "."))
+            return f"{name if name in parser.options else key[1]}: {plain(key[2])}"
         if unknown := re.match(r"unrecognized arguments: ((--[^\s=]+).*|.*)", line):
             return (
                 "unknown option:"
