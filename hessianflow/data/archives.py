@@ -1,7 +1,7 @@
-"""Reading and unpacking archives that are not trusted.
+"""Read and unpack archives that are not trusted.
 
-Only plain files and folders come out, only below the target folder, and never more bytes than
-allowed. Links, devices, absolute names, names with ".." and names that cannot be are refused before
+Only plain files and folders are written, only below the target folder, and never more bytes than
+allowed. Links, devices, absolute names, names with ".." and impossible names are refused before
 anything is written. Tar archives may be packed with gzip; members of zip archives may be stored or
 deflated.
 """
@@ -18,31 +18,32 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from hessianflow.data.files import open_plain
-from hessianflow.data.inflate import Inflated
+from hessianflow.data.inflate import Inflated, Source
 from hessianflow.data.sources import one_line
 from hessianflow.data.tar import TarReader
 from hessianflow.interfaces import HessianFlowError
 
 MAX_UNPACKED_BYTES = 4 << 30
-"""Largest total that an archive may unpack to by default (ours; the largest of our sets needs 0.6
-GB)."""
-MAX_NAME_BYTES, MAX_DEPTH = 255, 64
-"""Longest name of a file or folder (what file systems take), and most folders inside each other
-(ours)."""
+"""Largest total that an archive may unpack to by default. This default is our choice: the largest
+data set needs 0.6 GB."""
+MAX_NAME_BYTES = 255  # what file systems take
+MAX_DEPTH = 64
+"""Most folders inside each other. This default is our choice."""
 MAX_MEMBERS = 1 << 18
-"""A zip archive with more members is refused. Ours: twice what the largest of our sets has."""
+"""Most members of a zip archive. This default is our choice: twice as many as the largest data set
+has."""
 
 DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
     *(RuntimeError, ValueError, LookupError, OverflowError, MemoryError),
 )
-"""What our readers and the standard library raise on archives that are broken, encrypted, or packed
-in another way."""
+"""Errors that these readers and the standard library raise on archives that are broken, encrypted
+or packed by an unknown method."""
 
 _PIECE = 1 << 20
 _OVERHEAD = 16 << 20  # headers and padding of a tar archive, beside the contents
-_LARGEST_READ = 32 << 20  # the table of contents of the largest of our sets has 14 MB
-_END = 1 << 17  # `zipfile` reads to the end where it looks for the last record, in the last 64 KB
+_LARGEST_READ = 32 << 20  # the table of contents of the largest data set has 14 MB
+_END = 1 << 17  # `zipfile` reads to the end to find the last record, which is in the last 64 KB
 _FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
@@ -51,11 +52,11 @@ class Member:
     """One member of an archive.
 
     Attributes:
-        name: as stored.
-        size: in bytes, as the archive says.
-        kind: "file", "folder", or "other": a link or a device.
-        blocks: gives the content, piece by piece and no more than `size`, while the archive is at
-            this member.
+        name: Name as the archive stores it.
+        size: Size in bytes, as the archive states it.
+        kind: "file", "folder", or "other" (a link or a device).
+        blocks: Function that yields the content in pieces, no more than `size` bytes in all. It
+            works while the archive is at this member.
     """
 
     name: str
@@ -65,13 +66,12 @@ class Member:
 
 
 def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
-    """Unpack a tar (plain or gzip) or zip archive below `target`; nothing is written if any member
-    is unsafe.
+    """Unpack a tar (plain or gzip) or zip archive below `target`, or nothing if a member is unsafe.
 
     Args:
-        archive: its name ends in .zip where it is one.
-        target: a folder that is empty or not there yet, so that nothing in it can lead elsewhere.
-        max_bytes: that all members may have together.
+        archive: Path of the archive; a zip archive has a name that ends in .zip.
+        target: Folder that is empty or does not exist, so that nothing in it can lead elsewhere.
+        max_bytes: Largest number of bytes of all members together.
 
     Raises:
         HessianFlowError: a damaged archive, an unsafe member, more than `max_bytes` in all, or a
@@ -84,7 +84,7 @@ def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) 
             _check_members(archive, members, max_bytes)
         with _opened(archive, max_bytes) as members:
             for member in members:
-                _check_member(archive, member)  # once more: a file may change between two readings
+                _check_member(archive, member)  # again: a file may change between two readings
                 if member.kind == "file":
                     _write(archive, member, target / member.name)
 
@@ -92,20 +92,19 @@ def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) 
 def read_members(
     archive: Path, names: Collection[str], *, max_bytes: int, max_total: int = MAX_UNPACKED_BYTES
 ) -> dict[str, bytes]:
-    """Return the contents of those of `names` that a tar archive holds, in one pass, without
-    unpacking.
+    """Return the contents of those of `names` that a tar archive holds, read in one pass.
 
     Args:
-        archive: plain or packed with gzip.
-        names: full member names; only plain files of exactly these names are read.
-        max_bytes: largest size a member may have.
-        max_total: largest size of the whole archive, unpacked.
+        archive: Tar archive, plain or packed with gzip.
+        names: Full member names; only plain files of exactly these names are read.
+        max_bytes: Largest size that a member may have.
+        max_total: Largest size of the whole archive, unpacked.
 
     Raises:
         HessianFlowError: a damaged archive, a member that is no plain file, or more bytes than
             allowed.
     """
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     with _damage_named(archive), _opened(archive, max_total) as members:
         for member in members:
             name = member.name.removeprefix("./").rstrip("/")
@@ -118,16 +117,17 @@ def read_members(
                 raise HessianFlowError(
                     f"{archive}: {name} has {member.size} bytes, expected at most {max_bytes}"
                 )
-            found[name] = b"".join(member.blocks())
-    return found
+            contents[name] = b"".join(member.blocks())
+    return contents
 
 
 @contextmanager
 def open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip archive whose table of contents is of a sensible size.
+    """Open a zip archive, and refuse one whose table of contents is unreasonably large.
 
     Raises:
-        zipfile.BadZipFile: it is no zip archive, or has too large a table or too many members.
+        zipfile.BadZipFile: The file is no zip archive, or has too large a table or too many
+            members.
     """
     with open_plain(archive) as file, zipfile.ZipFile(_Guarded(file)) as opened:
         if len(opened.infolist()) > MAX_MEMBERS:
@@ -136,11 +136,10 @@ def open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def zip_blocks(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
-    """Yield the content of one member, piece by piece; its checksum is compared at the end.
+    """Yield the content of one member in pieces, and compare its checksum at the end.
 
     Raises:
-        zipfile.BadZipFile: a damaged member, or one packed in a way that cannot be unpacked piece
-            by piece.
+        zipfile.BadZipFile: The member is damaged, or its method cannot be unpacked in pieces.
     """
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise zipfile.BadZipFile(
@@ -156,8 +155,7 @@ def zip_blocks(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes
 
 
 class _Guarded(io.BufferedIOBase):
-    """A file that refuses to be read as a whole: `zipfile` asks for as much as an archive tells it
-    to."""
+    """A file that refuses large reads, since `zipfile` reads as much as an archive tells it to."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -165,7 +163,9 @@ class _Guarded(io.BufferedIOBase):
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _LARGEST_READ:
             raise zipfile.BadZipFile(f"a table of contents of {size} bytes")
-        return self._file.read(_END if size is None or size < 0 else size)
+        if size is None or size < 0:
+            size = _END
+        return self._file.read(size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         if whence == os.SEEK_SET and offset < 0:
@@ -191,10 +191,12 @@ def _opened(archive: Path, max_bytes: int) -> Iterator[Iterator[Member]]:
         for mark, kind in _FOREIGN.items():
             if start.startswith(mark):
                 raise HessianFlowError(
-                    f"{archive}: packed with {kind}, expected gzip or a plain tar; pack it anew"
+                    f"{archive}: packed with {kind}, expected gzip or a plain tar; pack it again"
                 )
-        packed = start.startswith(b"\x1f\x8b")
-        reader = TarReader(Inflated(file, "gzip") if packed else file, max_bytes + _OVERHEAD)
+        stream: Source = file
+        if start.startswith(b"\x1f\x8b"):
+            stream = Inflated(file, "gzip")
+        reader = TarReader(stream, max_bytes + _OVERHEAD)
         yield (Member(member.name, member.size, member.kind, reader.blocks) for member in reader)
 
 
@@ -219,7 +221,7 @@ def _damage_named(archive: Path) -> Iterator[None]:
 
 
 def _check_members(archive: Path, members: Iterator[Member], max_bytes: int) -> None:
-    """Refuse what cannot be unpacked as a whole."""
+    """Refuse an archive of which any member could not be unpacked."""
     files: set[PurePosixPath] = set()
     folders: set[PurePosixPath] = set()
     total = 0

@@ -1,7 +1,7 @@
 """Random crop, horizontal flip and cutout of a whole batch in one vectorised pass, on any device.
 
-All draws of an epoch are made at once (:meth:`Augmentation.draw`), one row an example, so that what
-happens to an example never depends on the batch it falls into.
+All draws of an epoch are made at once (:meth:`Augmentation.draw`), one row per example, so that
+what happens to an example never depends on the batch it falls into.
 
 - crop: pad with zero pixels on all sides, then cut out a window of the original size at a uniform
   offset (He et al., 2015, arXiv:1512.03385, section 4.2: padding 4).
@@ -23,12 +23,12 @@ from hessianflow.interfaces import HessianFlowError
 
 @dataclass(frozen=True)
 class Draws:
-    """Random choices, one row an example; None for what is switched off.
+    """Random choices, one row per example; None for what is switched off.
 
     Attributes:
-        offsets: row and column of the crop window in the padded image, int64 [n, 2].
-        flips: whether to mirror, bool [n].
-        centres: row and column of the cutout, int64 [n, 2].
+        offsets: Row and column of the crop window in the padded image, int64 [n, 2].
+        flips: Which images are mirrored, bool [n].
+        centres: Row and column of the centre of the cutout, int64 [n, 2].
     """
 
     offsets: Tensor | None
@@ -44,7 +44,7 @@ class Draws:
         return replace(self, **{name: value[start:stop] for name, value in self._present().items()})
 
     def inverse(self, padding: int) -> "Draws":
-        """Draws whose crop and flip bring pixels back to where these took them from; no cutout."""
+        """Return draws without cutout whose crop and flip undo those of these draws."""
         if self.offsets is None:
             return Draws(None, self.flips, None)
         back = 2 * padding - self.offsets
@@ -60,12 +60,12 @@ class Draws:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is varied at random. The default varies nothing.
+    """The random variations of a training image. The default varies nothing.
 
     Attributes:
-        crop_padding: pixels of padding for the random crop, 0 for none.
-        flip: mirror half of the images.
-        cutout: side of the square that is blanked, in pixels, 0 for none.
+        crop_padding: Pixels of padding for the random crop, 0 for none.
+        flip: Whether half of the images are mirrored.
+        cutout: Side of the square that is blanked, in pixels, 0 for none.
     """
 
     crop_padding: int = 0
@@ -81,16 +81,15 @@ class Augmentation:
 
     @property
     def is_active(self) -> bool:
-        """Whether anything is varied."""
+        """Return whether anything is varied."""
         return bool(self.crop_padding or self.flip or self.cutout)
 
     def draw(self, count: int, height: int, width: int, *, seed: int, epoch: int) -> Draws:
-        """Return all draws for `count` images of this size in one epoch; each kind from a generator
-        of its own."""
+        """Return all draws for `count` images in one epoch, each kind from its own generator."""
         offsets = flips = centres = None
         if self.crop_padding:
-            shape, source = (count, 2), generator(seed, "crop", epoch)
-            offsets = torch.randint(2 * self.crop_padding + 1, shape, generator=source)
+            source = generator(seed, "crop", epoch)
+            offsets = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=source)
         if self.flip:
             flips = torch.rand(count, generator=generator(seed, "flip", epoch)) < 0.5
         if self.cutout:
@@ -100,8 +99,7 @@ class Augmentation:
         return Draws(offsets, flips, centres)
 
     def crop_and_flip(self, rows: Tensor, draws: Draws, step: int = 1) -> Tensor:
-        """Crop and mirror images given as rows [n, P, H, W * step] of any dtype; a new tensor of
-        the same shape.
+        """Return images [n, P, H, W * step] of any dtype cropped and mirrored, in the same shape.
 
         `step` neighbours in a row make up one pixel: 1 for separate colour planes (P = channels),
         the number of channels for interleaved ones (P = 1).
@@ -120,8 +118,7 @@ class Augmentation:
         return rows.gather(3, sources.expand(n, planes, height, length))
 
     def cut_out(self, rows: Tensor, draws: Draws, step: int = 1) -> Tensor:
-        """Set the drawn squares of normalised images, laid out as for :meth:`crop_and_flip`, to
-        zero, in place."""
+        """Zero the drawn squares in place; the layout is that of :meth:`crop_and_flip`."""
         if draws.centres is None:
             return rows
         vertical, horizontal = (
@@ -133,16 +130,16 @@ class Augmentation:
         return rows.mul_(kept[:, None])
 
     def _covered(self, centres: Tensor, rows: Tensor, axis: int, step: int) -> Tensor:
-        """1 where the square covers an entry along this axis, else 0; [n, H] or [n, W * step]."""
-        places = torch.arange(rows.shape[2 + axis], device=rows.device)
-        places = places if axis == 0 else places // step
+        """Return 1 where the square covers an entry along `axis`, else 0; [n, rows.shape[axis]]."""
+        positions = torch.arange(rows.shape[2 + axis], device=rows.device)
+        if axis == 1:
+            positions = positions // step
         first = (centres - self.cutout // 2)[:, None]
-        return ((places >= first) & (places < first + self.cutout)).to(rows.dtype)
+        return ((positions >= first) & (positions < first + self.cutout)).to(rows.dtype)
 
 
 def _take_rows(rows: Tensor, tops: Tensor, height: int) -> Tensor:
-    """Return rows tops[i] .. tops[i]+height-1 of image i; whole rows are copied, which is what
-    makes it fast."""
+    """Return rows tops[i] .. tops[i]+height-1 of image i; copying whole rows makes it fast."""
     n, planes, padded_height, length = rows.shape
     firsts = torch.arange(n * planes, device=rows.device).view(n, planes, 1) * padded_height
     window = tops[:, None] + torch.arange(height, device=rows.device)
@@ -151,7 +148,7 @@ def _take_rows(rows: Tensor, tops: Tensor, height: int) -> Tensor:
 
 
 def _columns(draws: Draws, n: int, width: int, device: torch.device) -> Tensor:
-    """Source column of every output column, int64 [n, width]."""
+    """Return the source column of every output column, int64 [n, width]."""
     columns = torch.arange(width, device=device).expand(n, width)
     if draws.flips is not None:
         columns = torch.where(draws.flips[:, None], width - 1 - columns, columns)

@@ -1,9 +1,9 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from their official archives, unpacked or not.
 
-The binary version is read as it is: records of one or two label bytes and 3072 pixel bytes (planes
-R, G, B of 32 x 32, row by row), after a check of sizes and labels. The Python version is a pickle:
-it is read only if its MD5 is the official one, and then by :mod:`hessianflow.data.unpickle`, which
-makes nothing but numbers, strings and uint8 arrays.
+The binary version consists of records of one or two label bytes and 3072 pixel bytes (planes R, G,
+B of 32 x 32, row by row); sizes and labels are checked. The Python version is a pickle: it is read
+only if its MD5 is the official one, and then by :mod:`hessianflow.data.unpickle`, which makes
+nothing but numbers, strings and uint8 arrays.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,21 +27,21 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class CifarLayout:
-    """What tells the two sets, and a set from a small one made for a test, apart.
+    """Names, sizes and checksums of the files of one data set; smaller ones serve for tests.
 
     Attributes:
-        name: of the data set.
-        num_classes: labels lie below it.
-        label_bytes: in a binary record; the last one is the label used.
-        records: in one binary file of each split.
-        binary_folder: top folder of the binary archive.
-        binary_archive: its file name.
-        binary_files: record files of each split.
-        class_file: class names, one a line, beside them.
-        python_folder: top folder of the Python archive.
-        python_archive: its file name.
-        python_files: pickles of each split, with their MD5.
-        label_key: of the labels in a pickle.
+        name: Name of the data set.
+        num_classes: Number of classes; labels lie below it.
+        label_bytes: Label bytes of a binary record; the last one is the label used.
+        records: Records in one binary file of each split.
+        binary_folder: Top folder of the binary archive.
+        binary_archive: File name of the binary archive.
+        binary_files: Record files of each split.
+        class_file: File of the class names, one per line, beside the record files.
+        python_folder: Top folder of the Python archive.
+        python_archive: File name of the Python archive.
+        python_files: Pickles of each split, with their MD5.
+        label_key: Key of the labels in a pickle.
     """
 
     name: str
@@ -59,7 +59,7 @@ class CifarLayout:
 
     @property
     def total_bytes(self) -> int:
-        """Of all records of both splits."""
+        """Return the size of all records of both splits."""
         records = sum(
             self.records[split] * len(names) for split, names in self.binary_files.items()
         )
@@ -120,11 +120,12 @@ def read_cifar(
     is preferred. Class names are numbers where their file is missing.
 
     Raises:
-        HessianFlowError: a file that is missing, damaged, or has a label out of range.
+        HessianFlowError: A file is missing, is damaged, or has a label out of range.
     """
     records = layout.records[split]
-    names, record_bytes = layout.binary_files[split], layout.label_bytes + PIXELS
-    wanted, limit = [*names, layout.class_file], records * record_bytes
+    names = layout.binary_files[split]
+    wanted = [*names, layout.class_file]
+    limit = records * (layout.label_bytes + PIXELS)
     total = 2 * layout.total_bytes
     binary = _read_files(root, layout.binary_folder, layout.binary_archive, wanted, limit, total)
     if binary:
@@ -151,15 +152,14 @@ def read_cifar(
 def _read_files(
     root: Path, folder: str, archive: str, names: Sequence[str], limit: int, total: int
 ) -> dict[str, bytes]:
-    """Contents of those of `names` that are found, all from the same place; at most one byte more
-    than `limit`.
+    """Return the contents of the `names` that one folder or archive holds.
 
-    An archive may unpack to `total` bytes.
+    A content has at most one byte more than `limit`; an archive may unpack to `total` bytes.
     """
-    for place in (root / folder, root):
-        found = {name: place / name for name in names if (place / name).is_file()}
-        if found:
-            return {name: _head(path, limit + 1) for name, path in found.items()}
+    for parent in (root / folder, root):
+        paths = {name: parent / name for name in names if (parent / name).is_file()}
+        if paths:
+            return {name: _head(path, limit + 1) for name, path in paths.items()}
     packed = _archive(root, archive)
     if packed is None:
         return {}
@@ -170,14 +170,14 @@ def _read_files(
 
 
 def _archive(root: Path, name: str) -> Path | None:
-    """Return the archive in a folder, or given itself."""
+    """Return the archive `name` in the folder `root`, or `root` where it is the archive itself."""
     return next(
         (path for path in (root / name, root) if path.name == name and path.is_file()), None
     )
 
 
 def _refuse_empty(layout: CifarLayout, root: Path) -> None:
-    """Say so where an archive is there, but nothing of ours in it."""
+    """Refuse an archive that holds none of the expected files."""
     for name, folder in (
         (layout.binary_archive, layout.binary_folder),
         (layout.python_archive, layout.python_folder),
@@ -197,20 +197,20 @@ def _head(path: Path, size: int) -> bytes:
 def _binary_part(
     layout: CifarLayout, name: str, content: bytes | None, records: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    file = f"{layout.binary_folder}/{name}"
     record_bytes = layout.label_bytes + PIXELS
+    total = records * record_bytes
     if content is None:
-        raise damaged(layout.name, f"{layout.binary_folder}/{name}", "missing")
-    if len(content) != records * record_bytes:
-        found = (
-            f"{'at least ' if len(content) > records * record_bytes else ''}{len(content)} bytes"
-        )
-        expected = f"{records * record_bytes} bytes ({records} records of {record_bytes})"
-        raise damaged(
-            layout.name, f"{layout.binary_folder}/{name}", f"found {found}, expected {expected}"
-        )
+        raise damaged(layout.name, file, "missing")
+    if len(content) != total:
+        size = f"{len(content)} bytes"
+        if len(content) > total:  # no more than one byte too many was read
+            size = f"at least {size}"
+        expected = f"{total} bytes ({records} records of {record_bytes})"
+        raise damaged(layout.name, file, f"found {size}, expected {expected}")
     table = np.frombuffer(content, dtype=np.uint8).reshape(records, record_bytes)
     labels = table[:, layout.label_bytes - 1].astype(np.int64)
-    _check_labels(layout, f"{layout.binary_folder}/{name}", labels)
+    _check_labels(layout, file, labels)
     return table[:, layout.label_bytes :], labels
 
 
@@ -220,12 +220,12 @@ def _python_part(
     file = f"{layout.python_folder}/{name}"
     if content is None:
         raise damaged(layout.name, file, "missing")
-    found = md5(content, usedforsecurity=False).hexdigest()
-    if found != checksum:
+    actual = md5(content, usedforsecurity=False).hexdigest()
+    if actual != checksum:
         raise damaged(
             layout.name,
             file,
-            f"MD5 is {found}, expected {checksum}; not opened, since a pickle can run code",
+            f"MD5 is {actual}, expected {checksum}; not opened, since a pickle can run code",
         )
     record = load_arrays(content, file)
     pixels = record.get("data")
@@ -235,9 +235,9 @@ def _python_part(
     ):
         raise damaged(layout.name, file, f"holds no list of labels named {layout.label_key!r}")
     if not (isinstance(pixels, np.ndarray) and pixels.shape == (len(numbers), PIXELS)):
-        found = f"uint8 {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        form = f"uint8 {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise damaged(
-            layout.name, file, f"pixels are {found}, expected uint8 ({len(numbers)}, {PIXELS})"
+            layout.name, file, f"pixels are {form}, expected uint8 ({len(numbers)}, {PIXELS})"
         )
     labels = np.asarray(numbers, dtype=np.int64)
     _check_labels(layout, file, labels)
@@ -259,9 +259,7 @@ def _stacked(parts: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> tu
 
 
 def _class_names(content: bytes | None, num_classes: int) -> tuple[str, ...]:
-    names = content.decode("latin-1").split() if content else []
-    return (
-        tuple(names)
-        if len(names) == num_classes
-        else tuple(str(label) for label in range(num_classes))
-    )
+    names = (content or b"").decode("latin-1").split()
+    if len(names) != num_classes:
+        return tuple(str(label) for label in range(num_classes))
+    return tuple(names)

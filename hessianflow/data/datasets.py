@@ -1,8 +1,7 @@
-"""Data sets by name, as one frozen record each: uint8 pixels and what is needed to normalise and
-augment them.
+"""Data sets by name, each a frozen record of uint8 pixels and how to normalise and augment them.
 
-Means and standard deviations are those of the training pixels: digits computed here, CIFAR, SVHN
-and ImageNet as in general use, Tiny-ImageNet with ImageNet's.
+Means and standard deviations are those of the training pixels: computed here for digits, the values
+in general use for CIFAR, SVHN and ImageNet, and ImageNet's for Tiny-ImageNet.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessianflow.checks import in_home
 from hessianflow.data.augment import Augmentation
 from hessianflow.data.cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
 from hessianflow.data.device_batches import DeviceBatches
 from hessianflow.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, read_folder
-from hessianflow.data.sources import default_root
+from hessianflow.data.sources import root_folder
 from hessianflow.data.svhn import read_svhn
 from hessianflow.data.tiny_imagenet import read_tiny_imagenet
 from hessianflow.interfaces import HessianFlowError
@@ -30,7 +28,9 @@ Split = Literal["train", "test", "extra"]
 
 DIGITS_TEST_SHARE = 0.2
 _DIGITS_SEED = 0
-_FAKE_CLASSES, _FAKE_SIDE = 10, 16
+_FAKE_CLASSES = 10
+_FAKE_SIDE = 16
+
 _FAKE_EXAMPLES: Mapping[str, int] = {"train": 2048, "test": 512}
 
 
@@ -39,14 +39,14 @@ class ImageSet:
     """One split of a classification set held in memory.
 
     Attributes:
-        name: of the set.
-        images: uint8 [N, C, H, W].
-        targets: int64 [N], in [0, num_classes).
-        classes: name of every class, by target.
-        mean: of every channel over the training split, after division by `value_scale`.
-        std: likewise.
-        value_scale: the pixel value that counts as 1.
-        augment: usual augmentation for training.
+        name: Name of the set.
+        images: Pixels, uint8 [N, C, H, W].
+        targets: Class indices, int64 [N], in [0, num_classes).
+        classes: Name of every class, by target.
+        mean: Mean of every channel over the training split, after division by `value_scale`.
+        std: Standard deviation of the same values.
+        value_scale: Pixel value that counts as 1.
+        augment: Usual augmentation for training.
     """
 
     name: str
@@ -60,12 +60,12 @@ class ImageSet:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, those without an example in this split included."""
+        """Return the number of classes, including those without an example in this split."""
         return len(self.classes)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Return the shape (C, H, W) of an image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
@@ -73,8 +73,7 @@ class ImageSet:
         return len(self.images)
 
     def take(self, count: int) -> "ImageSet":
-        """Return the first `count` examples only (all, if there are fewer); for runs at reduced
-        scale."""
+        """Return a set of the first `count` examples, or of all where there are fewer."""
         return replace(self, images=self.images[:count], targets=self.targets[:count])
 
     def batches(
@@ -88,20 +87,20 @@ class ImageSet:
         channels_last: bool = False,
         num_workers: int = 0,
     ) -> DeviceBatches:
-        """Return the whole set on `device`; shuffled and augmented if `train`, else plain and in
-        the stored order.
+        """Return batches of the whole set on `device`, shuffled and augmented only if `train`.
 
-        `num_workers` is there for the sake of :meth:`ImageFolder.batches`: nothing is left to load
-        here.
+        `num_workers` has no effect: it exists so that :meth:`ImageFolder.batches` can be called
+        alike.
         """
         del num_workers
+        augment = self.augment if train else None
         return DeviceBatches(
             self.images,
             self.targets,
             batch_size,
             seed=seed,
             device=device,
-            augment=self.augment if train else None,
+            augment=augment,
             mean=self.mean,
             std=self.std,
             value_scale=self.value_scale,
@@ -115,21 +114,19 @@ class ImageSet:
 def load(
     name: str, root: str | Path | None = None, split: Split = "train", *, image_size: int = 224
 ) -> ImageSet | ImageFolder:
-    """Read one split of a data set: into memory, or, for "imagenet" and "folder", as a list of
-    image files.
+    """Read one split of a data set into memory; of "imagenet" and "folder", only list the files.
 
     Args:
-        name: one of :func:`names`; "folder" is any tree of class folders below train and val (or
+        name: One of :func:`names`; "folder" is any tree of class folders below train and val (or
             test).
-        root: where the files are: their own folder, the folder above it, or one that holds the
-            official archive. None: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits" and
-            "fake" need none.
+        root: Folder of the files, the folder above it, or one that holds the official archive.
+            None: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits" and "fake" need none.
         split: "train" or "test"; "svhn" also has "extra".
-        image_size: side of the images cut from the files of a class-folder tree; the other sets
+        image_size: Side of the images cut from the files of a class-folder tree; the other sets
             have a size of their own.
 
     Raises:
-        HessianFlowError: an unknown name or split, or files that are missing or damaged (the
+        HessianFlowError: The name or split is unknown, or files are missing or damaged (the
             message names the file).
     """
     if name not in names():
@@ -139,7 +136,7 @@ def load(
     splits = ("train", "test", "extra") if name == "svhn" else ("train", "test")
     if split not in splits:
         raise HessianFlowError(f"split of {name} must be one of {', '.join(splits)}, got {split!r}")
-    folder = in_home(root, "data folder") if root is not None else default_root()
+    folder = root_folder(root)
     if name in FOLDER_SETS:
         return read_folder(name, folder, split, size=image_size)
     return _LOADERS[name](folder, split)
@@ -158,8 +155,8 @@ def _close(name: str) -> str:
 def _digits(_: Path, split: Split) -> ImageSet:
     """Return the 1797 handwritten digits bundled with scikit-learn, 1x8x8, values 0 to 16.
 
-    Split (ours): from every class a fifth, drawn with a fixed seed, is the test set: 1438 and 359
-    images.
+    The split is our choice: the test set is a fifth of every class, drawn with a fixed seed. It
+    leaves 1438 images for training and 359 for testing.
     """
     from sklearn.datasets import load_digits
 
@@ -182,15 +179,17 @@ def _digits(_: Path, split: Split) -> ImageSet:
 
 
 def _fake(_: Path, split: Split) -> ImageSet:
-    """Deterministic images that a network can learn: one smooth random pattern a class, plus noise;
-    3x16x16."""
+    """Return made-up 3x16x16 images that a network can learn: a smooth pattern per class, plus
+    noise."""
     patterns = (
         np.random.default_rng(0)
         .normal(size=(_FAKE_CLASSES, 3, 4, 4))
         .repeat(4, axis=2)
         .repeat(4, axis=3)
     )
-    count, rng = _FAKE_EXAMPLES[split], np.random.default_rng(1 if split == "train" else 2)
+    count = _FAKE_EXAMPLES[split]
+    seed = 1 if split == "train" else 2
+    rng = np.random.default_rng(seed)
     targets = rng.permutation(np.arange(count) % _FAKE_CLASSES)
     noise = rng.normal(size=(count, 3, _FAKE_SIDE, _FAKE_SIDE))
     pixels = np.clip(128 + 24 * (patterns[targets] + 1.5 * noise), 0, 255).astype(np.uint8)
@@ -217,7 +216,7 @@ def _cifar(
 def _svhn(root: Path, split: Split) -> ImageSet:
     images, targets = read_svhn(root, split)
     digits = tuple(str(label) for label in range(10))
-    # No flips: a mirrored digit is no digit.
+    # Nothing is flipped: a mirrored digit is no digit.
     augment = Augmentation(crop_padding=4)
     return ImageSet(
         "svhn",
@@ -239,7 +238,7 @@ def _tiny_imagenet(root: Path, split: Split) -> ImageSet:
 
 
 CIFAR_AUGMENTATION = Augmentation(crop_padding=4, flip=True)
-"""He et al., 2015, arXiv:1512.03385, section 4.2."""
+"""Augmentation of He et al., 2015, arXiv:1512.03385, section 4.2."""
 
 FOLDER_SETS = ("imagenet", "folder")
 

@@ -1,8 +1,8 @@
 """A whole set of images or features on the device, cut into augmented, normalised batches there.
 
-Images may be stored as uint8. Nothing crosses from host to device while an epoch runs, and a batch
-of another size costs nothing: a batch is a range of places in an order that was drawn for the whole
-epoch.
+Images may be stored as uint8. Nothing is copied from host to device while an epoch runs, and a
+change of batch size costs nothing: a batch is a range of positions in an order that was drawn for
+the whole epoch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,34 +15,36 @@ from hessianflow.data.streams import ExampleStream
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.structure import article
 
+_VALUE_SCALES = {torch.uint8: 255.0}
+
 
 class DeviceBatches(ExampleStream):
-    """Resumable batches whose size may change at any time (see
-    `hessianflow.interfaces.ResizableBatches`).
+    """Resumable batches of a set on the device, whose size may change at any time.
 
-    Iterating yields (inputs float [n, C, H, W], targets [n]) for what is left of the current epoch,
+    Iterating yields (inputs float [n, C, H, W], targets [n]) for the rest of the current epoch,
     the last partial batch included, then enters the next epoch. inputs = (pixels / value_scale -
-    mean) / std after crop and flip, then cutout. All iterators share one place: use one at a time.
+    mean) / std after crop and flip, then cutout. All iterators share one position: use one at a
+    time. The protocol is :class:`hessianflow.interfaces.ResizableBatches`.
 
     Args:
-        images: uint8 or floating point [N, C, H, W], or features [N, C], series [N, C, T] and the
-            like, which can be neither augmented nor laid out in another way.
+        images: Images [N, C, H, W], uint8 or floating point. Features [N, C], series [N, C, T] and
+            the like can be neither augmented nor laid out in another way.
         targets: N targets, usually int64 class indices [N].
-        batch_size: examples a batch, over all ranks.
-        seed: of order and augmentation.
-        device: where the set and the batches live.
-        augment: random crop, flip, cutout; None: none.
-        mean: of every channel (dimension 1), after division by `value_scale`; None: 0.
-        std: likewise; None: 1.
-        value_scale: the pixel value that counts as 1; None: 255 for uint8, 1 for floating point.
-        num_classes: None: one more than the largest target.
+        batch_size: Examples per batch, over all ranks.
+        seed: Seed of order and augmentation.
+        device: Device that holds the set and the batches.
+        augment: Random crop, flip and cutout; None for none of them.
+        mean: Mean of every channel (dimension 1), after division by `value_scale`; None for 0.
+        std: Standard deviation of the same values; None for 1.
+        value_scale: Pixel value that counts as 1; None for 255 (uint8) or 1 (floating point).
+        num_classes: Number of classes; None for one more than the largest target.
         shuffle: False for evaluation: the order is the stored one, and a batch may be larger than
             the set.
-        dtype: of the inputs.
-        channels_last: memory layout of the inputs; the values are the same.
+        dtype: Type of the inputs.
+        channels_last: Memory layout of the inputs; the values are the same.
 
     Raises:
-        HessianFlowError: shapes that do not fit together, or an argument out of range.
+        HessianFlowError: Shapes do not fit together, or an argument is out of range.
     """
 
     def __init__(
@@ -70,18 +72,11 @@ class DeviceBatches(ExampleStream):
         self._rows = self._to_rows(images).to(device).contiguous()
         self._targets = targets.to(device)
         self._augment = augment
-        value_scale = value_scale or (255.0 if images.dtype == torch.uint8 else 1.0)
-        self._gain, self._shift = _affine(self._shape, mean, std, value_scale)
-        exact = torch.promote_types(torch.float32, dtype)
-        # One factor an entry of a row where the channels of a pixel are neighbours.
-        self._row_gain, self._row_shift = (
-            (t.view(-1).repeat(images.shape[3]) if channels_last else t).to(self.device, exact)
-            for t in (self._gain, self._shift)
-        )
-        self._value_scale = value_scale
-        self._num_classes = num_classes or (
-            0 if targets.is_floating_point() else int(targets.max()) + 1
-        )
+        self._value_scale = value_scale or _VALUE_SCALES.get(images.dtype, 1.0)
+        self._gain, self._shift = _affine(self._shape, mean, std, self._value_scale)
+        self._row_gain = self._per_entry(self._gain, dtype)
+        self._row_shift = self._per_entry(self._shift, dtype)
+        self._num_classes = num_classes or _count_classes(targets)
         self._dtype = dtype
         self._plan: tuple[int, Tensor, Draws] | None = None
         self._latest = (
@@ -91,23 +86,22 @@ class DeviceBatches(ExampleStream):
 
     @property
     def device(self) -> torch.device:
-        """Where the set and its batches live."""
+        """Return the device that holds the set and its batches."""
         return self._rows.device
 
     @property
     def num_classes(self) -> int:
-        """Classes of integer targets; 0 for floating point ones."""
+        """Return the number of classes of integer targets; 0 for floating point ones."""
         return self._num_classes
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of images: the shape of one example."""
+        """Return the shape of one example, (C, H, W) for images."""
         return self._shape
 
     @property
     def value_range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest valid input of every channel after normalisation, each [C], to clamp
-        attacks."""
+        """Return the lowest and highest valid normalised input of every channel, each [C]."""
         ends = (self._shift, self._value_scale * self._gain + self._shift)
         low, high = (end.flatten().to(self.device, self._dtype) for end in ends)
         return low, high
@@ -117,38 +111,36 @@ class DeviceBatches(ExampleStream):
 
     @property
     def latest(self) -> Tensor:
-        """Indices of the examples of the batch handed out last, int64 [n]."""
+        """Return the indices of the examples of the batch handed out last, int64 [n]."""
         return self._latest[0]
 
     def as_in_latest(self, maps: Tensor) -> Tensor:
-        """Maps of its examples in the frame of the stored images, [n, C, H, W] of any type, cropped
-        and flipped alike.
+        """Return maps in the frame of the stored images, cropped and flipped like the last batch.
 
-        What the crop padded is zero.
+        The maps are [n, C, H, W] of any type; padding of the crop is zero.
         """
         return self._augment.crop_and_flip(maps, self._latest[1])
 
     def as_stored(self, maps: Tensor) -> Tensor:
-        """Maps in the frame of the batch handed out last, brought back to that of the stored
-        images.
+        """Return maps in the frame of the last batch, brought back to that of the stored images.
 
-        Zero where the crop had cut something off.
+        Pixels that the crop had cut off are zero.
         """
         return self._augment.crop_and_flip(
             maps, self._latest[1].inverse(self._augment.crop_padding)
         )
 
     def examples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the examples stored at `indices` (int64 [n]), normalised but not augmented; the
-        stream does not move."""
+        """Return the examples at `indices` (int64 [n]), not augmented; the stream does not move."""
         return self._batch(indices.to(self.device), Draws(None, None, None))
 
     def sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """`count` different examples chosen by `seed` alone, not augmented: the fixed batch of a
-        curvature probe.
+        """Return `count` different examples chosen by `seed` alone, not augmented.
+
+        Curvature probes measure on such a fixed batch.
 
         Raises:
-            HessianFlowError: `count` below 1 or above the number of examples.
+            HessianFlowError: `count` is below 1 or above the number of examples.
         """
         return self.examples(self._sampled_indices(count, seed))
 
@@ -177,27 +169,41 @@ class DeviceBatches(ExampleStream):
         return rows, self._targets.index_select(0, indices)
 
     def _to_rows(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] as rows: one plane a channel, or one plane of pixels when the batches are
-        channels-last."""
+        """Return images as rows: one plane per channel, or one plane of pixels if channels-last."""
         if not self._channels_last:
             return images
         channels, height, width = self._shape
         return images.permute(0, 2, 3, 1).reshape(len(images), 1, height, width * channels)
 
+    def _per_entry(self, factors: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a factor per channel, or per entry of a row if channels-last, on the device."""
+        if self._channels_last:
+            factors = factors.view(-1).repeat(self._shape[2])
+        return factors.to(self.device, torch.promote_types(torch.float32, dtype))
+
+
+def _count_classes(targets: Tensor) -> int:
+    return 0 if targets.is_floating_point() else int(targets.max()) + 1
+
 
 def _check_shapes(
     images: Tensor, targets: Tensor, augment: Augmentation, channels_last: bool
 ) -> None:
-    for name, part in (("images", images), ("targets", targets)):
-        if not isinstance(part, Tensor):
+    for name, value in (("images", images), ("targets", targets)):
+        if not isinstance(value, Tensor):
             raise HessianFlowError(
-                f"{name} must be one tensor, got {article(part)}: use torch.as_tensor, or"
+                f"{name} must be one tensor, got {article(value)}: use torch.as_tensor, or"
                 " hf.data.AdaptiveBatches for items of any kind"
             )
-    if images.ndim == 0 or (images.ndim != 4 and (augment.is_active or channels_last)):
-        option = "augment" if augment.is_active else "channels_last"
-        wanted = "[N, ...]" if images.ndim == 0 else f"[N, C, H, W] for {option}"
-        raise HessianFlowError(f"images must have shape {wanted}, got {list(images.shape)}")
+    required = ""
+    if images.ndim == 0:
+        required = "[N, ...]"
+    elif images.ndim != 4 and augment.is_active:
+        required = "[N, C, H, W] for augment"
+    elif images.ndim != 4 and channels_last:
+        required = "[N, C, H, W] for channels_last"
+    if required:
+        raise HessianFlowError(f"images must have shape {required}, got {list(images.shape)}")
     if not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise HessianFlowError(
             f"images must be uint8 or floating point, got {images.dtype}: convert them by .float(),"
@@ -212,12 +218,13 @@ def _check_shapes(
 def _affine(
     shape: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gain and shift with gain * pixel + shift = (pixel / scale - mean) / std.
+    """Return gain and shift such that gain * pixel + shift = (pixel / scale - mean) / std.
 
     Each is float64 and broadcasts over one example: [C, 1, 1] for images.
     """
     channels = shape[0] if shape else 1
-    means, stds = mean or [0.0] * channels, std or [1.0] * channels
+    means = mean or [0.0] * channels
+    stds = std or [1.0] * channels
     for name, values in (("mean", means), ("std", stds)):
         if len(values) != channels:
             raise HessianFlowError(

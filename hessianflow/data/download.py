@@ -1,9 +1,9 @@
 """Download and check the official files of a data set.
 
-A download goes to NAME.part and is renamed once its MD5 is right; an interrupted one is continued
+A download goes to NAME.part and is renamed once its MD5 is right; an interrupted one continues
 where it stopped. No file of another content is overwritten, and no link is written through.
-Archives are unpacked safely (:mod:`hessianflow.data.archives`). Only called by the user: nothing
-here runs on its own.
+Archives are unpacked safely (:mod:`hessianflow.data.archives`). Nothing is downloaded unless the
+user asks for it.
 """
 
 import os
@@ -19,31 +19,30 @@ from typing import BinaryIO, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from hessianflow.checks import in_home
 from hessianflow.data.archives import unpack
 from hessianflow.data.datasets import load
 from hessianflow.data.files import open_plain
-from hessianflow.data.sources import SOURCES, Source, default_root, one_line
+from hessianflow.data.sources import SOURCES, Source, one_line, root_folder
 from hessianflow.interfaces import HessianFlowError
 
 Progress = Callable[[str, int, int], None]
-"""progress(file, bytes so far, bytes in all or 0 if unknown)"""
+"""Function called as progress(file, bytes so far, bytes in all or 0 if unknown)."""
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 BLOCK = 1 << 18
 TIMEOUT_SECONDS = 30.0
 MAX_DOWNLOAD_BYTES = 2 << 30
-"""Largest file where the size is not known beforehand; a server that sends more is cut off."""
+"""Largest download whose size is not known beforehand; it stops if a server sends more."""
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What :func:`verify` found about one official file.
+    """Result of :func:`verify` for one official file.
 
     Attributes:
-        path: of the file, or of the folder it was unpacked to.
+        path: Path of the file, or of the folder it was unpacked to.
         state: "ok", "missing", or "damaged" (another size or MD5).
-        detail: size and MD5 found and expected, in words.
+        detail: Actual and expected size and MD5, in words.
     """
 
     path: Path
@@ -58,21 +57,20 @@ def fetch(
     progress: Progress | None = None,
     sources: Mapping[str, Sequence[Source]] = SOURCES,
 ) -> Path:
-    """Download what is missing of a data set, check it, unpack archives; returns the folder to give
-    to `load`.
+    """Download the missing files of a data set, check and unpack them, and return their folder.
 
     Args:
-        name: of the data set.
-        root: folder to put the files in, a leading ~ is a home; None:
+        name: Name of the data set.
+        root: Folder for the files, in which a leading ~ is a home; None for
             :func:`hessianflow.data.sources.default_root`.
-        progress: called while bytes arrive.
-        sources: where files are; the official places unless a mirror is wanted.
+        progress: Function called while bytes arrive.
+        sources: Addresses of the files; the official ones unless a mirror is wanted.
 
     Raises:
-        HessianFlowError: an unknown name, a server that does not answer, a file with another MD5, a
-            full disk, or something else under the name of a file to get.
+        HessianFlowError: The name is unknown, the server does not answer, a file has another MD5,
+            the disk is full, or something else has the name of a file to download.
     """
-    folder = _folder(root)
+    folder = root_folder(root or None)
     for source in _sources(name, sources):
         path = folder / source.file
         try:
@@ -92,21 +90,16 @@ def fetch(
 def verify(
     name: str, root: str | Path | None = None, *, sources: Mapping[str, Sequence[Source]] = SOURCES
 ) -> list[FileReport]:
-    """Compare every official file of a data set under `root` with its published size and MD5;
-    changes nothing.
+    """Compare every official file of a data set under `root` with its published size and MD5.
 
-    Where an archive is gone but its contents are there, both splits are read instead: sizes, counts
-    and labels.
+    Where an archive is gone but its contents are there, both splits are read instead, to check
+    sizes, counts and labels. No file is changed.
 
     Raises:
-        HessianFlowError: a name without published files.
+        HessianFlowError: The name has no published files.
     """
-    folder = _folder(root)
+    folder = root_folder(root or None)
     return [_report(name, folder / source.file, source) for source in _sources(name, sources)]
-
-
-def _folder(root: str | Path | None) -> Path:
-    return in_home(root, "data folder") if root else default_root()
 
 
 def _sources(name: str, sources: Mapping[str, Sequence[Source]]) -> Sequence[Source]:
@@ -128,10 +121,10 @@ def _report(name: str, path: Path, source: Source) -> FileReport:
     size = path.stat().st_size
     if source.size and size != source.size:
         return FileReport(path, "damaged", f"{size} bytes, expected {source.size}")
-    found = _md5(path)
-    if found != source.md5:
-        return FileReport(path, "damaged", f"MD5 {found} ({size} bytes), expected {source.md5}")
-    return FileReport(path, "ok", f"{size} bytes, MD5 {found}")
+    checksum = _md5(path)
+    if checksum != source.md5:
+        return FileReport(path, "damaged", f"MD5 {checksum} ({size} bytes), expected {source.md5}")
+    return FileReport(path, "ok", f"{size} bytes, MD5 {checksum}")
 
 
 def _report_unpacked(name: str, path: Path, source: Source) -> FileReport:
@@ -151,7 +144,7 @@ def _is_there(source: Source, path: Path) -> bool:
     """Return whether the file needs no download.
 
     Raises:
-        HessianFlowError: something else has its name.
+        HessianFlowError: Something else has its name.
     """
     if not os.path.lexists(path):
         return False
@@ -161,13 +154,15 @@ def _is_there(source: Source, path: Path) -> bool:
         )
     size = path.stat().st_size
     if source.size and size != source.size:
-        found = f"{size} bytes, expected {source.size}"
+        difference = f"{size} bytes, expected {source.size}"
     else:
         checksum = _md5(path)
         if checksum == source.md5:
             return True
-        found = f"MD5 {checksum}, expected {source.md5}"
-    raise HessianFlowError(f"{path}: {found}; not overwritten: move or delete it, then fetch again")
+        difference = f"MD5 {checksum}, expected {source.md5}"
+    raise HessianFlowError(
+        f"{path}: {difference}; not overwritten: move or delete it, then fetch again"
+    )
 
 
 def _download(source: Source, path: Path, progress: Progress | None) -> None:
@@ -175,27 +170,26 @@ def _download(source: Source, path: Path, progress: Progress | None) -> None:
     with _open_part(part) as file:
         try:
             whole = _size(file) and _size(file) <= _limit(source)
-            # complete, but interrupted before it was renamed
+            # A complete download may have been interrupted before it was renamed.
             if not (whole and _md5_of(file) == source.md5):
                 _continue_download(source, file, progress)
-            found = _md5_of(file)
+            checksum = _md5_of(file)
         finally:
             if _size(file) == 0:
                 part.unlink(missing_ok=True)
-    if found != source.md5:
+    if checksum != source.md5:
         part.unlink(missing_ok=True)
         raise HessianFlowError(
-            f"{source.url}: MD5 is {found}, expected {source.md5}; deleted, fetch it again"
+            f"{source.url}: MD5 is {checksum}, expected {source.md5}; deleted, fetch it again"
         )
     part.replace(path)
 
 
 def _open_part(part: Path) -> BinaryIO:
-    """Open a download in progress, or begin one; the file is one of our own, reached under no other
-    name.
+    """Open a download in progress, or begin one, in a plain file that has no other name.
 
     Raises:
-        HessianFlowError: a link, or anything else that writing would lead elsewhere.
+        HessianFlowError: The file is a link or the like, so that writing would lead elsewhere.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
@@ -207,12 +201,12 @@ def _open_part(part: Path) -> BinaryIO:
             ) from error
         raise
     try:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             raise HessianFlowError(
                 f"{part}: is no file of a download (a device, or a file of two names); move it away"
             )
-        if not _locked(file) or not os.path.samestat(found, os.stat(part)):
+        if not _locked(file) or not os.path.samestat(status, os.stat(part)):
             raise HessianFlowError(
                 f"{part}: another fetch is at work on it; run the command again when it is done"
             )
@@ -223,8 +217,7 @@ def _open_part(part: Path) -> BinaryIO:
 
 
 def _locked(file: BinaryIO) -> bool:
-    """Return whether no other process writes to the file; where files cannot be locked, that is
-    taken for granted."""
+    """Lock the file, if the system can lock files; return False if another process holds it."""
     try:
         import fcntl
 
@@ -241,7 +234,9 @@ def _limit(source: Source) -> int:
 
 
 def _continue_download(source: Source, file: BinaryIO, progress: Progress | None) -> None:
-    have = _size(file) if _size(file) <= _limit(source) else 0
+    have = _size(file)
+    if have > _limit(source):
+        have = 0
     response = _request(source, have)
     if response is None:  # the part is longer than the file: start again
         have = 0
@@ -249,23 +244,24 @@ def _continue_download(source: Source, file: BinaryIO, progress: Progress | None
     if response is None:
         raise HTTPException("the server has no such range")
     with response:
-        file.seek(have if response.status == 206 else 0)
+        if response.status != 206:  # the server sends the whole file
+            have = 0
+        file.seek(have)
         file.truncate()
         _copy(source, response, file, progress)
 
 
 def _request(source: Source, have: int) -> HTTPResponse | None:
-    """Return the answer with all bytes from number `have` on; None where the server says that there
-    are none.
+    """Return the response with all bytes from number `have` on, or None if there are none.
 
     Raises:
-        HessianFlowError: an address, of the file or of where the server sends us, that is none.
+        HessianFlowError: The address, or the one that the server redirects to, is not valid.
     """
-    headers = {"Range": f"bytes={have}-"} if have else {}
     try:
-        answer: HTTPResponse = urlopen(
-            Request(source.url, headers=headers), timeout=TIMEOUT_SECONDS
-        )
+        request = Request(source.url)
+        if have:
+            request.add_header("Range", f"bytes={have}-")
+        response: HTTPResponse = urlopen(request, timeout=TIMEOUT_SECONDS)
     except HTTPError as error:
         error.close()
         if error.code != 416:
@@ -275,13 +271,13 @@ def _request(source: Source, have: int) -> HTTPResponse | None:
         raise HessianFlowError(
             f"{source.url}: it, or where it leads, is no address ({one_line(error)})"
         ) from error
-    return answer
+    return response
 
 
 def _copy(
     source: Source, response: HTTPResponse, file: BinaryIO, progress: Progress | None
 ) -> None:
-    """Write what comes, as long as it may be part of the file."""
+    """Write the bytes that arrive, and refuse more than the file can have."""
     have = file.tell()
     limit = _limit(source)
     total = have + _announced(source, response)
@@ -302,7 +298,7 @@ def _copy(
 
 
 def _announced(source: Source, response: HTTPResponse) -> int:
-    """Return the bytes that the server says it will send; 0 where it does not say."""
+    """Return the number of bytes that the server announces; 0 if it announces none."""
     length: str = response.headers.get("Content-Length") or "0"
     if not (length.isascii() and length.isdigit() and len(length) < 20):
         raise HessianFlowError(
@@ -312,8 +308,7 @@ def _announced(source: Source, response: HTTPResponse) -> int:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack next to the target first: a folder that exists is complete."""
-
+    """Unpack beside the target, then rename, so that a folder that exists is complete."""
     scratch = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         unpack(archive, scratch)

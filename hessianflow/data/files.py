@@ -1,5 +1,4 @@
-"""Reading files that are not trusted: plain ones only, never more bytes than allowed, never waiting
-for a writer."""
+"""Read files that are not trusted: only plain ones of bounded size, and never wait for a writer."""
 
 import errno
 import io
@@ -13,7 +12,7 @@ from hessianflow.interfaces import HessianFlowError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# a pipe without a writer opens at once
+# Without O_NONBLOCK, opening a pipe would wait for a writer.
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -21,10 +20,10 @@ def open_plain(path: Path) -> BinaryIO:
     """Open a plain file for reading; links are followed.
 
     Raises:
-        HessianFlowError: a folder, a pipe, a device or a socket.
-        OSError: a file that is missing or may not be read.
+        HessianFlowError: The path is a folder, a pipe, a device or a socket.
+        OSError: The file is missing or may not be read.
     """
-    # before it is opened: opening a device can already set it going
+    # The first check comes before opening, since opening a device can already start it.
     _check_plain(path, os.stat(path))
     raw = _Raw(os.open(path, os.O_RDONLY | _NO_WAITING))
     try:
@@ -39,35 +38,35 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
     """Return the whole content of a plain file.
 
     Raises:
-        HessianFlowError: no plain file, or one of more than `max_bytes`.
-        OSError: a file that is missing or may not be read.
+        HessianFlowError: The path is no plain file, or has more than `max_bytes`.
+        OSError: The file is missing or may not be read.
     """
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > max_bytes else file.read(max_bytes + 1)
-    if max(size, len(content)) > max_bytes:
-        raise HessianFlowError(
-            f"{path}: larger than {max_bytes} bytes (it has {size}); replace the file"
-        )
-    return content
+        if size <= max_bytes:
+            content = file.read(max_bytes + 1)  # it may have grown, or give no true size
+            if len(content) <= max_bytes:
+                return content
+    raise HessianFlowError(
+        f"{path}: larger than {max_bytes} bytes (it has {size}); replace the file"
+    )
 
 
 class _Raw(io.FileIO):
-    """A file that says so where reading would have to wait: some that the kernel makes up are plain
-    by name only."""
+    """A file that raises where reading would wait, as some files of the kernel do."""
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """As usual, but never None."""
+        """Read into `buffer` and return the number of bytes; never return None."""
         size = super().readinto(buffer)
         if size is None:
             raise OSError(errno.EAGAIN, "nothing to be read now")
         return size
 
 
-def _check_plain(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
+def _check_plain(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
         raise HessianFlowError(
-            f"{path}: is {_kind(found.st_mode)}, not a plain file; remove or replace it"
+            f"{path}: is {_kind(status.st_mode)}, not a plain file; remove or replace it"
         )
 
 

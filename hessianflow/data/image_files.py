@@ -1,4 +1,4 @@
-"""A first look at a tree of image files: how many there are, and how large they are."""
+"""Count the images of a class-folder tree, and tell their usual size, without decoding them."""
 
 import os
 import statistics
@@ -13,30 +13,29 @@ from hessianflow.data.images import FORMATS, SUFFIXES
 from hessianflow.interfaces import HessianFlowError
 
 SAMPLE = 64
-"""Files whose headers are read to tell the usual size. Ours."""
+"""Files whose headers are read to tell the usual size. This default is our choice."""
 
 
 def training_images(root: str | Path, most: int) -> list[Path]:
-    """Image files below the class folders of `root`/train, at most so many, in no order.
+    """Return at most `most` image files below the class folders of `root`/train, in no order.
 
     Args:
-        root: folder of the data set; where there is none, no file is found.
-        most: files after which the search ends: a tree may hold millions.
+        root: Folder of the data set; the list is empty if it does not exist.
+        most: Number of files after which the search ends, since a tree may hold millions.
 
     Raises:
-        HessianFlowError: a home folder that is not known.
+        HessianFlowError: A home folder is not known.
     """
     return list(islice(_images(in_home(root, "data folder") / "train"), most))
 
 
 def usual_side(files: Sequence[Path], largest: int) -> int:
-    """Return the shorter side of most of the images in pixels: the median over a sample, at most
-    `largest`.
+    """Return the median of the shorter sides of the images in pixels, at most `largest`.
 
-    Only headers are read. Files that are no images, or no plain files, are passed over.
+    Only the headers of a sample are read. Files that are no images, or no plain files, are skipped.
 
     Raises:
-        HessianFlowError: Pillow is missing.
+        HessianFlowError: Pillow is not installed.
     """
     try:
         from PIL import Image
@@ -44,22 +43,23 @@ def usual_side(files: Sequence[Path], largest: int) -> int:
         raise HessianFlowError(
             "image files need Pillow: pip install 'hessianflow[images]'"
         ) from error
-    places = np.unique(np.linspace(0, len(files) - 1, min(SAMPLE, len(files))).round().astype(int))
+    sample = np.unique(np.linspace(0, len(files) - 1, min(SAMPLE, len(files))).round().astype(int))
     sides = []
-    for place in places:
-        path = files[place]
+    for index in sample:
+        path = files[index]
         try:
-            if not path.is_file():  # a pipe would be waited for
+            if not path.is_file():  # opening a pipe would wait for a writer
                 continue
             with Image.open(path, formats=FORMATS) as image:
                 sides.append(min(image.size))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue
-    return min(largest, round(statistics.median(sides))) if sides else largest
+    usual: float = statistics.median(sides or [largest])
+    return min(largest, round(usual))
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    """Image files in the class folders of one split, by their suffixes."""
+    """Yield the image files in the class folders of one split, by their suffixes."""
     try:
         classes = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
         for label in classes:
@@ -67,5 +67,5 @@ def _images(folder: Path) -> Iterator[Path]:
                 for entry in entries:
                     if Path(entry.name).suffix.lower() in SUFFIXES:
                         yield Path(entry.path)
-    except OSError:  # whoever reads the data says what is wrong with the folder
+    except OSError:  # the reader of the data set says what is wrong with the folder
         return

@@ -1,12 +1,11 @@
-"""Image files: decoding with Pillow (extra `images`), and class-folder trees too large to hold in
-memory.
+"""Decode image files with Pillow (extra `images`), and list class-folder trees of any size.
 
-A tree has one folder a class below `train` and below `val` (or `test`); a class's index is the rank
-of its folder's name in `train`, for both splits. ImageNet is such a tree with 1000 folders.
+A tree has one folder per class below `train` and below `val` (or `test`); a class's index is the
+rank of its folder's name in `train`, for both splits. ImageNet is such a tree with 1000 folders.
 
-Files are not trusted: only plain ones of a bounded size are read, only as the formats that their
-suffixes promise (Pillow knows others that start programs, as PostScript does), and the size of an
-image is checked before its pixels.
+Files are not trusted. Only plain files of a bounded size are read, only in the formats listed here
+(Pillow knows others that start programs, such as PostScript), and the size of an image is checked
+before its pixels are decoded.
 """
 
 import io
@@ -31,27 +30,29 @@ from hessianflow.interfaces import Batch, HessianFlowError
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm"})
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
-"""Pillow's names of the formats of :data:`SUFFIXES`; a file may be any of them, whatever its
+"""Pillow's names of the formats of :data:`SUFFIXES`; a file may have any of them, whatever its
 suffix."""
 MAX_PIXELS = 1 << 26
-"""Images with more pixels are refused before they are decoded."""
+"""Largest number of pixels of an image; larger ones are refused before they are decoded."""
 MAX_FILE_BYTES = 4 * MAX_PIXELS
-"""Files with more bytes are refused unread: so much has the largest image where nothing is
-compressed."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's training images; in general use."""
-CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-"""Random crops for training: share of the area and aspect ratio (Szegedy et al., 2014,
-arXiv:1409.4842)."""
+"""Largest size of a file, that of the largest image without compression."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's training images, the value in general use."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of ImageNet's training images, the value in general use."""
+CROP_AREA = (0.08, 1.0)
+"""Fraction of the area that a random crop keeps (Szegedy et al., 2014, arXiv:1409.4842)."""
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Aspect ratio of a random crop (Szegedy et al., 2014, arXiv:1409.4842)."""
 RESIZE_TO_CROP = 256 / 224
-"""For evaluation, the shorter side becomes this multiple of the central square that is used."""
+"""Shorter side of a resized image over the side of its central crop, for evaluation."""
 
 
 class ImageError(HessianFlowError):
-    """An image file that cannot be used.
+    """Error for an image file that cannot be used.
 
-    A loader hands on an error of its worker process by making another of the same kind, with the
-    process's whole traceback in the message: of that, what was said at first is kept.
+    A loader passes on an error of its worker process by making another of the same type, with the
+    process's whole traceback in the message; only the original message is kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -62,22 +63,21 @@ class ImageError(HessianFlowError):
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """One split of a class-folder tree, a map-style data set of (uint8 [3, size, size], class
-    index).
+    """One split of a class-folder tree; its items are (uint8 [3, size, size], class index).
 
     Attributes:
-        name: of the set.
-        root: folder of this split.
-        files: paths below `root`, as bytes (a million of them stay small and shared between
-            workers).
-        targets: int64 [N].
-        classes: folder names, sorted.
-        size: side of the square images handed out.
-        train: crop (uniform in area and log aspect ratio) and mirror at random, from torch's global
+        name: Name of the set.
+        root: Folder of this split.
+        files: Paths below `root`, as bytes, so that a million of them stay small and shared
+            between workers.
+        targets: Class indices, int64 [N].
+        classes: Folder names, sorted.
+        size: Side of the square images handed out.
+        train: Crop (uniform in area and log aspect ratio) and mirror at random, from torch's global
             generator; otherwise take the central square.
-        mean: of the channels, after division by 255.
-        std: likewise.
-        augment: whether training batches are cropped and mirrored at random.
+        mean: Means of the channels, after division by 255.
+        std: Standard deviations of the same values.
+        augment: Whether training batches are cropped and mirrored at random.
     """
 
     name: str
@@ -93,12 +93,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     @property
     def num_classes(self) -> int:
-        """Number of class folders."""
+        """Return the number of class folders."""
         return len(self.classes)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(3, size, size)."""
+        """Return the shape (3, size, size) of an image."""
         return 3, self.size, self.size
 
     def __len__(self) -> int:
@@ -106,13 +106,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.root / fsdecode(self.files[index])
-        image = _opened(_content(path), str(path))
-        image = _random_crop(image, self.size) if self.train else _central_crop(image, self.size)
-        return _pixels(image), int(self.targets[index])
+        image = _decoded(_content(path), str(path))
+        crop = _random_crop if self.train else _central_crop
+        return _pixels(crop(image, self.size)), int(self.targets[index])
 
     def take(self, count: int) -> "ImageFolder":
-        """`count` images spread evenly over the list, hence over the classes; for runs at reduced
-        scale."""
+        """Return a set of `count` images spread evenly over the files, hence over the classes."""
         chosen = np.unique(
             np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)
         )
@@ -131,8 +130,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         channels_last: bool = False,
         num_workers: int = 0,
     ) -> AdaptiveBatches:
-        """Loaded by `num_workers` processes and normalised on `device`; if `train`, shuffled and
-        augmented."""
+        """Return batches loaded by `num_workers` processes; shuffle and augment only if `train`."""
         normalise = Normalise(self.mean, self.std, dtype=dtype, channels_last=channels_last)
         return AdaptiveBatches(
             replace(self, train=train and self.augment),
@@ -149,8 +147,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 class Normalise:
-    """(pixels / value_scale - mean) / std on a batch of uint8 images [n, C, H, W], wherever it
-    is."""
+    """Map a batch of uint8 images [n, C, H, W] to (pixels / value_scale - mean) / std."""
 
     def __init__(
         self,
@@ -164,17 +161,19 @@ class Normalise:
         self._mean, self._std = (
             torch.tensor(values).view(-1, 1, 1) * value_scale for values in (mean, std)
         )
-        self._scale, self._dtype = value_scale, dtype
+        self._scale = value_scale
+        self._dtype = dtype
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     @property
     def value_range(self) -> tuple[Tensor, Tensor]:
-        """What pixels 0 and `value_scale` become, each [C]."""
-        low, high = -self._mean / self._std, (self._scale - self._mean) / self._std
+        """Return the normalised values of pixels 0 and `value_scale`, each [C]."""
+        low = -self._mean / self._std
+        high = (self._scale - self._mean) / self._std
         return low.flatten(), high.flatten()
 
     def __call__(self, batch: Batch) -> Batch:
-        """(uint8 images, targets) -> (normalised images, the same targets)."""
+        """Return (normalised images, the same targets), on the device of the batch."""
         images, targets = batch
         images = images.to(torch.float32, memory_format=self._format)
         mean, std = (
@@ -184,17 +183,18 @@ class Normalise:
 
 
 def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageFolder:
-    """List the images of `root`/`split`; for split "test", `root`/val where there is no
-    `root`/test.
+    """List the images of `root`/`split`; "test" may also be `root`/val.
 
-    Where `root`/train is there, its folders are the classes of every split; one without images for
-    testing may lack.
+    The folders of `root`/train, if it exists, are the classes of every split; a split for testing
+    may lack some of them.
 
     Raises:
-        HessianFlowError: no such folder, no class folders in it, a class without an image, one that
-            is not among those of training, or something that is no file under the name of an image.
+        HessianFlowError: The folder does not exist or has no class folders, a class has no image or
+            is not among those of training, or something with the name of an image is no file.
     """
-    candidates = [root / split] + ([root / "val"] if split == "test" else [])
+    candidates = [root / split]
+    if split == "test":
+        candidates.append(root / "val")
     folder = next((path for path in candidates if path.is_dir()), None)
     if folder is None:
         raise HessianFlowError(
@@ -207,19 +207,20 @@ def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageF
             f"{folder}: no class folders in it; expected {folder / 'CLASS' / 'image.JPEG'}"
         )
     classes = _class_folders(root / "train") if (root / "train").is_dir() else present
-    strange = sorted(set(present) - set(classes))
-    if strange:
+    unknown = sorted(set(present) - set(classes))
+    if unknown:
         raise HessianFlowError(
-            f"{folder}: {len(strange)} of {len(present)} class folders are not among the"
-            f" {len(classes)} of {root / 'train'}, the first is {strange[0]!r}: give both splits"
+            f"{folder}: {len(unknown)} of {len(present)} class folders are not among the"
+            f" {len(classes)} of {root / 'train'}, the first is {unknown[0]!r}: give both splits"
             " folders of the same names"
         )
     files: list[bytes] = []
     targets: list[int] = []
     for target, label in enumerate(classes):
-        found = _image_names(folder / label) if label in present else []
-        files += [fsencode(f"{label}/{file}") for file in found]
-        targets += [target] * len(found)
+        if label in present:
+            names = _image_names(folder / label)
+            files += [fsencode(f"{label}/{file}") for file in names]
+            targets += [target] * len(names)
     listed = np.array(files, dtype=np.bytes_)
     return ImageFolder(
         name, folder, listed, torch.tensor(targets), tuple(classes), size, train=split == "train"
@@ -227,21 +228,20 @@ def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageF
 
 
 def decode_all(paths: Sequence[str], read: Callable[[str], bytes], side: int) -> Tensor:
-    """Decode images of `side` x `side` pixels, grey ones included, to uint8 [N, 3, side, side], in
-    threads.
+    """Decode images of `side` x `side` pixels, also grey ones, to uint8 [N, 3, side, side].
 
     Args:
-        paths: of the images.
-        read: read(path) gives an encoded image; called in the threads, so that few are in memory at
-            a time.
-        side: of all images.
+        paths: Paths of the images.
+        read: Function that returns an encoded image by its path. It is called in threads, so that
+            few encoded images are in memory at a time.
+        side: Height and width of all images in pixels.
 
     Raises:
-        HessianFlowError: an image that cannot be decoded or has another size; the message names it.
+        HessianFlowError: An image cannot be decoded or has another size; the message names it.
     """
     with ThreadPoolExecutor() as pool:
         return torch.stack(
-            list(pool.map(lambda path: _pixels(_opened(read(path), path, side)), paths))
+            list(pool.map(lambda path: _pixels(_decoded(read(path), path, side)), paths))
         )
 
 
@@ -250,8 +250,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _image_names(folder: Path) -> list[str]:
-    """Return names of the images of one class, sorted; where links lead is seen when they are
-    read."""
+    """Return the sorted names of the images of one class; links are resolved when they are read."""
     with os.scandir(folder) as entries:
         images = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
     for entry in images:
@@ -273,8 +272,8 @@ def _content(path: Path) -> bytes:
         raise ImageError(f"{path}: cannot be read ({one_line(error)}); replace the file") from error
 
 
-def _opened(content: bytes, origin: str, side: int | None = None) -> Any:
-    """Return a decoded RGB Pillow image, of `side` x `side` pixels where that is given."""
+def _decoded(content: bytes, origin: str, side: int | None = None) -> Any:
+    """Return a decoded RGB Pillow image, which must have `side` x `side` pixels unless None."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -298,9 +297,7 @@ def _opened(content: bytes, origin: str, side: int | None = None) -> Any:
             f"{origin}: cannot be decoded as an image (it is none of {', '.join(FORMATS)}); replace"
             " the file"
         ) from None
-    # Pillow answers damaged files with many kinds of error: whichever it is, the file cannot be
-    # used.
-    except Exception as error:
+    except Exception as error:  # Pillow raises errors of many types for damaged files
         raise ImageError(
             f"{origin}: cannot be decoded as an image ({one_line(error)}); replace the file"
         ) from error
@@ -315,8 +312,10 @@ def _uniform(low: float, high: float) -> float:
 
 
 def _random_crop(image: Any, size: int) -> Any:
-    """Return a window of random area and aspect ratio, resized and perhaps mirrored; the largest
-    square if none fits."""
+    """Return a window of random area and aspect ratio, resized and mirrored half of the time.
+
+    If none of ten windows fits into the image, the window is the largest square.
+    """
     from PIL import Image
 
     width, height = image.size
@@ -324,22 +323,21 @@ def _random_crop(image: Any, size: int) -> Any:
     for _ in range(10):
         area = width * height * _uniform(*CROP_AREA)
         ratio = float(np.exp(_uniform(*np.log(CROP_RATIO))))
-        tried = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < tried[0] <= width and 0 < tried[1] <= height:
-            window = tried
+        candidate = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < candidate[0] <= width and 0 < candidate[1] <= height:
+            window = candidate
             break
-    left, top = (
-        int(_uniform(0, side - part + 1))
-        for side, part in zip((width, height), window, strict=True)
-    )
+    left = int(_uniform(0, width - window[0] + 1))
+    top = int(_uniform(0, height - window[1] + 1))
     box = (left, top, left + window[0], top + window[1])
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if _uniform(0, 1) < 0.5 else image
+    if _uniform(0, 1) < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
 
 
 def _central_crop(image: Any, size: int) -> Any:
-    """Return the central square of side shorter_side / RESIZE_TO_CROP, resized: the same as
-    resizing first."""
+    """Return the central square of side shorter_side / RESIZE_TO_CROP, resized in one step."""
     from PIL import Image
 
     width, height = image.size

@@ -1,5 +1,4 @@
-"""Unpack a zlib or gzip stream piece by piece, so that it cannot fill the memory whatever it
-holds."""
+"""Unpack a zlib or gzip stream in pieces, so that no stream can fill the memory."""
 
 import zlib
 from collections.abc import Mapping
@@ -10,10 +9,10 @@ _WINDOW_BITS: Mapping[str, int] = {"zlib": 15, "gzip": 31}
 
 
 class Source(Protocol):
-    """Bytes that are read in order."""
+    """A stream of bytes that are read in order."""
 
     def read(self, size: int, /) -> bytes:
-        """Return at most `size` bytes; none only at the end."""
+        """Return at most `size` bytes, and none only at the end."""
         ...
 
 
@@ -21,9 +20,9 @@ class Inflated:
     """The unpacked bytes of a compressed stream.
 
     Args:
-        file: at the start of the stream.
-        kind: "gzip" may be several streams one after the other, with zeros behind them.
-        length: of the compressed bytes; None: up to the end of the file.
+        file: File, at the start of the stream.
+        kind: "zlib" or "gzip"; the latter may be several streams in a row, with zeros after them.
+        length: Number of compressed bytes; None for all up to the end of the file.
     """
 
     def __init__(
@@ -36,33 +35,32 @@ class Inflated:
         self._waiting = b""
 
     def read(self, size: int, /) -> bytes:
-        """Return the next `size` bytes, fewer only at the end; the stream's own checksum is
-        compared there.
+        """Return the next `size` bytes, fewer only at the end, where the checksum is compared.
 
         Raises:
-            EOFError: the stream is cut short.
-            zlib.error: it is damaged.
+            EOFError: The stream is cut short.
+            zlib.error: The stream is damaged.
         """
-        parts = []
-        while size > 0 and (part := self._some(size)):
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+        blocks = []
+        while size > 0 and (block := self._some(size)):
+            blocks.append(block)
+            size -= len(block)
+        return b"".join(blocks)
 
     def _some(self, size: int) -> bytes:
         while not self._machine.eof or self._begin_another():
             self._waiting = self._waiting or self._more()
             ended = not self._waiting
-            part = self._machine.decompress(self._waiting, size)
+            block = self._machine.decompress(self._waiting, size)
             self._waiting = self._machine.unconsumed_tail
-            if part:
-                return part
+            if block:
+                return block
             if ended and not self._machine.eof:
                 raise EOFError("the compressed data are cut short")
         return b""
 
     def _begin_another(self) -> bool:
-        """Return whether another gzip stream follows the one that has ended."""
+        """Start the gzip stream that follows the one that has ended; return False if none does."""
         rest = self._machine.unused_data
         while self._kind == "gzip" and not rest.strip(b"\0") and (rest := self._more()):
             pass  # padding
@@ -73,7 +71,8 @@ class Inflated:
         return True
 
     def _more(self) -> bytes:
-        block = self._file.read(_BLOCK if self._left is None else min(_BLOCK, self._left))
-        if self._left is not None:
-            self._left -= len(block)
+        if self._left is None:
+            return self._file.read(_BLOCK)
+        block = self._file.read(min(_BLOCK, self._left))
+        self._left -= len(block)
         return block

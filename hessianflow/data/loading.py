@@ -1,9 +1,9 @@
-"""What happens in the processes that load: items by key, and how they travel.
+"""Load items by key in worker processes, and send them to the process that trains.
 
-Where the default collate makes batches, every entry has one row an example, so chunks are collated
+Where the default collate makes batches, every entry has one row per example, so chunks are collated
 where they are loaded and joined later: the batch is the same. Any other `collate_fn` must see all
-items of a batch at once (to pad them to the longest, say), so the items themselves travel, with
-their tensors in one piece of shared memory a chunk.
+items of a batch at once (for example, to pad them to the longest), so the items themselves are
+sent, with the tensors of a chunk in one piece of shared memory.
 """
 
 import io
@@ -16,21 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from hessianflow.data.randomness import Randomness
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.structure import article, entries, is_list, rebuilt
 
 Key = tuple[int, int]
-"""(epoch, index): which example, and which of its random variations."""
+"""Pair (epoch, index), which names an example and one of its random variations."""
 
 ALIGNMENT = 16
-"""Tensors in shared memory begin at multiples of so many bytes: every type can be read there."""
+"""Tensors in shared memory begin at multiples of this number of bytes, which suits every type."""
 
 
 class ChunkPlan:
-    """The batch sampler of the loader: the keys still to load, a chunk at a time."""
+    """The batch sampler of the loader, which yields the keys still to load in chunks."""
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
@@ -42,21 +42,22 @@ class ChunkPlan:
 
 
 class Failure:
-    """An error of a worker that is one line for the user: torch would add a traceback to it."""
+    """A one-line error of a worker, sent as an object since torch would add a traceback to it."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
 
 class SeededExamples(Dataset[Any]):
-    """Items by (epoch, index), each loaded with random numbers of its own."""
+    """The items of a data set by (epoch, index), each loaded with random numbers of its own."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+        self.dataset = dataset
+        self.seed = seed
         self.randomness = Randomness(dataset)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Any] | Failure:
-        """Return the items, in order; all generators are left as found."""
+        """Return the items in order, and restore all generators."""
         items = []
         try:
             with self.randomness.kept():
@@ -71,14 +72,14 @@ class SeededExamples(Dataset[Any]):
 
 
 def start_worker(further: Callable[[int], None] | None, number: int) -> None:
-    """Prepare a worker: of SIGTERM it takes notice only if its parent sends it.
+    """Prepare a worker, which from then on obeys SIGTERM only if its parent sends it.
 
-    Whoever ends a job tells all its processes; a worker that went at once would leave the one that
-    trains with an error in the place of a checkpoint.
+    A scheduler that ends a job signals all its processes. A worker that ended at once would leave
+    the process that trains with an error instead of a checkpoint.
 
     Args:
-        further: what the user wants called.
-        number: of the worker.
+        further: The user's `worker_init_fn`.
+        number: Number of the worker.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -94,10 +95,10 @@ def _end_when_told(parent: int) -> None:
 
 
 def stacked(items: list[Any]) -> Any:
-    """Return the batch that torch's default collate makes.
+    """Return the batch that torch's default collate makes of the items.
 
     Raises:
-        HessianFlowError: items that it cannot stack.
+        HessianFlowError: The items cannot be stacked.
     """
     try:
         return default_collate(items)
@@ -112,7 +113,7 @@ def stacked(items: list[Any]) -> Any:
 
 
 def stacked_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
-    """Return (number of items, their batch)."""
+    """Return the number of items and their batch."""
     if isinstance(items, Failure):
         return items
     try:
@@ -124,16 +125,16 @@ def stacked_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
 
 
 def kept_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
-    """Return (number of items, the items), in a form that travels well where this is a worker."""
+    """Return the number of items and the items, packed if this process is a worker."""
     if isinstance(items, Failure):
         return items
     return len(items), items if get_worker_info() is None else Packed(items)
 
 
 class Packed:
-    """Any objects, with all plain tensors in them side by side in one.
+    """Any objects, pickled with all their plain tensors side by side in one.
 
-    Each tensor sent by itself would take an open file of the process, of which there are few.
+    Each tensor sent alone would take one of the few open files of the process.
     """
 
     def __init__(self, items: Any) -> None:
@@ -141,38 +142,38 @@ class Packed:
         pickler = _Pickler(stream)
         pickler.dump(items)
         self._pickled = stream.getvalue()
-        self._places: list[tuple[int, torch.dtype, torch.Size]] = []
+        self._slots: list[tuple[int, torch.dtype, torch.Size]] = []
         size = 0
         for tensor in pickler.tensors:
-            self._places.append((size, tensor.dtype, tensor.shape))
+            self._slots.append((size, tensor.dtype, tensor.shape))
             size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
         self._memory = torch.empty(size, dtype=torch.uint8)
-        for place, tensor in zip(self._views(), pickler.tensors, strict=True):
-            place.copy_(tensor)
+        for view, tensor in zip(self._views(), pickler.tensors, strict=True):
+            view.copy_(tensor)
 
     def unpacked(self) -> Any:
-        """Return the objects; their tensors lie in the memory that was sent."""
+        """Return the objects, whose tensors are views of the memory that was sent."""
         return _Unpickler(io.BytesIO(self._pickled), list(self._views())).load()
 
     def _views(self) -> Iterator[Tensor]:
-        for start, dtype, shape in self._places:
+        for start, dtype, shape in self._slots:
             stop = start + shape.numel() * dtype.itemsize
             yield self._memory[start:stop].view(dtype).view(shape)
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves plain tensors out, and collects them."""
+    """A pickler that leaves plain tensors out and collects them."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=5)
         self.tensors: list[Tensor] = []
 
-    def persistent_id(self, part: Any) -> int | None:
-        if type(part) is not Tensor or part.layout != torch.strided or part.device.type != "cpu":
+    def persistent_id(self, obj: Any) -> int | None:
+        if type(obj) is not Tensor or obj.layout != torch.strided or obj.device.type != "cpu":
             return None
-        if part.requires_grad or part.is_quantized or part.is_conj() or part.is_neg():
+        if obj.requires_grad or obj.is_quantized or obj.is_conj() or obj.is_neg():
             return None
-        self.tensors.append(part)
+        self.tensors.append(obj)
         return len(self.tensors) - 1
 
 
@@ -186,23 +187,21 @@ class _Unpickler(pickle.Unpickler):
 
 
 def rows_of(stack: Any, rows: slice) -> Any:
-    """Return some examples of what the default collate made: all in it has one row or entry an
-    example.
+    """Return the examples `rows` of a batch of the default collate, which has one row for each.
 
     Raises:
-        HessianFlowError: an entry of a type that torch does not stack by itself.
+        HessianFlowError: An entry has a type that torch does not stack by itself.
     """
     if isinstance(stack, Tensor) or _is_text(stack):
         return stack[rows]
-    parts = [e[rows] if isinstance(e, Tensor) else rows_of(e, rows) for e in _opened(stack)]
-    return rebuilt(stack, parts)
+    return rebuilt(stack, [rows_of(entry, rows) for entry in _opened(stack)])
 
 
 def joined(stacks: list[Any]) -> Any:
     """Return one batch joined from several that the default collate made.
 
     Raises:
-        HessianFlowError: as :func:`rows_of`.
+        HessianFlowError: An entry has a type that torch does not stack by itself.
     """
     first = stacks[0]
     if len(stacks) == 1:
@@ -213,6 +212,37 @@ def joined(stacks: list[Any]) -> Any:
         return type(first)(text for stack in stacks for text in stack)
     columns = zip(*map(_opened, stacks), strict=True)
     return rebuilt(first, [joined(list(column)) for column in columns])
+
+
+def end_workers(chunks: Any, owner: int) -> None:
+    """End the workers of a loader's iterator, if it has any and the process `owner` is this one."""
+    if os.getpid() != owner:
+        chunks._shutdown = True  # a worker has a copy, and must not end those of its parent
+    elif hasattr(chunks, "_shutdown_workers"):
+        chunks._shutdown_workers()
+
+
+def check_options(
+    dataset: Dataset[Any], num_workers: int, chunk_size: int, prefetch_examples: int
+) -> None:
+    """Refuse a data set that is not map-style, and numbers out of range.
+
+    Raises:
+        HessianFlowError: An argument does not fit; the message names it.
+    """
+    has_items = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+    if not hasattr(dataset, "__len__") or not has_items:
+        raise HessianFlowError(
+            "dataset must be map-style, with a length and items by index, got"
+            f" {type(dataset).__name__}: an iterable data set has no order to resume in"
+        )
+    for name, value, least in (
+        ("num_workers", num_workers, 0),
+        ("chunk_size", chunk_size, 1),
+        ("prefetch_examples", prefetch_examples, 1),
+    ):
+        if value < least:
+            raise HessianFlowError(f"{name} must be at least {least}, got {value}")
 
 
 def _is_text(stack: Any) -> bool:

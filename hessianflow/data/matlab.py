@@ -1,9 +1,8 @@
-"""Read arrays of numbers from MATLAB's files of version 5, one variable at a time and never more
-than asked for.
+"""Read arrays of numbers from MATLAB files of version 5, one variable at a time.
 
 Every variable is an element: a tag (kind and length), then for a matrix the elements flags,
-dimensions, name and numbers; usually the whole is packed with zlib. Cells, structures, objects and
-text are told apart but not read.
+dimensions, name and numbers; usually all of it is packed with zlib. Cells, structures, objects and
+text are recognised but not read. Nothing is read beyond the size that is expected.
 """
 
 import math
@@ -17,24 +16,27 @@ from numpy.typing import NDArray
 
 from hessianflow.data.inflate import Inflated, Source
 
-_MATRIX, _COMPRESSED = 14, 15
+_MATRIX = 14
+_COMPRESSED = 15
 _STORED: Mapping[int, str] = {
     **{1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4"},
     **{7: "f4", 9: "f8", 12: "i8", 13: "u8"},
 }
-"""How numbers are stored, by the kind in their tag; 1, 5 and 6 also occur as names, dimensions and
-flags."""
+"""NumPy's code of the numbers, by the kind in their tag; 1, 5 and 6 are also the kinds of names,
+dimensions and flags."""
 NUMBERS = frozenset(np.dtype(code).name for code in _STORED.values())
-"""What :attr:`MatArray.kind` is where a variable can be read."""
+"""Values of :attr:`MatArray.kind` for variables that can be read."""
 _CLASSES: Mapping[int, str] = {1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse"}
 _NUMERIC_CLASSES = range(6, 16)
 _COMPLEX = 0x0800
-_MAX_VARIABLES, _MAX_DIMENSIONS, _MAX_NAME = 1000, 32, 256
+_MAX_VARIABLES = 1000
+_MAX_DIMENSIONS = 32
+_MAX_NAME = 256
 _PIECE = 1 << 20
 
 
 class MatFileError(ValueError):
-    """These bytes are no MATLAB file of version 5."""
+    """Error for bytes that are no MATLAB file of version 5."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,11 @@ class MatArray:
     """One variable, as its header describes it.
 
     Attributes:
-        name: of the variable.
-        kind: NumPy's name of the type in which its numbers are stored; "char", "cell", ... where it
+        name: Name of the variable.
+        kind: NumPy's name of the type in which its numbers are stored, or "char", "cell", ... if it
             holds none.
-        shape: its dimensions.
-        read: gives the numbers, in that shape, while the file is at this variable.
+        shape: Dimensions of the variable.
+        read: Function that returns the numbers in this shape, while the file is at this variable.
     """
 
     name: str
@@ -59,9 +61,9 @@ def mat_arrays(file: BinaryIO) -> Iterator[MatArray]:
     """Yield the variables of a file, in order.
 
     Raises:
-        MatFileError: no such file, or a damaged one.
-        EOFError: it is cut short.
-        zlib.error: its packed content is damaged.
+        MatFileError: The file is of another format, or damaged.
+        EOFError: The file is cut short.
+        zlib.error: The packed content is damaged.
     """
     order = _byte_order(_exactly(file, 128))
     for _ in range(_MAX_VARIABLES):
@@ -98,10 +100,12 @@ def _matrix(stream: Source, kind: int, order: str) -> MatArray:
     if len(flags) != 2 or len(dimensions) < 2 or (dimensions < 0).any():
         raise MatFileError(f"the variable {name!r} has no proper flags or dimensions")
     shape = tuple(int(side) for side in dimensions)
-    which = int(flags[0]) & 0xFF
-    if which not in _NUMERIC_CLASSES or int(flags[0]) & _COMPLEX:
-        kind_name = "complex" if which in _NUMERIC_CLASSES else _CLASSES.get(which, "unknown")
+    number = int(flags[0]) & 0xFF
+    if number not in _NUMERIC_CLASSES:
+        kind_name = _CLASSES.get(number, "unknown")
         return MatArray(name, kind_name, shape, lambda: _not_numbers(name))
+    if int(flags[0]) & _COMPLEX:
+        return MatArray(name, "complex", shape, lambda: _not_numbers(name))
     stored, length, short = _tag(stream, order)
     if stored not in _STORED:
         raise MatFileError(f"the variable {name!r} stores its numbers as kind {stored}")
@@ -115,27 +119,27 @@ def _matrix(stream: Source, kind: int, order: str) -> MatArray:
         numbers = np.empty(math.prod(shape), dtype=dtype)
         _fill(numbers.view(np.uint8), stream, short)
         if isinstance(stream, Inflated):
-            _expect_end(stream, 0 if short else -length % 8, name)
+            padding = 0 if short else -length % 8
+            _expect_end(stream, padding, name)
         return numbers.astype(dtype.newbyteorder("="), copy=False).reshape(shape, order="F")
 
     return MatArray(name, dtype.newbyteorder("=").name, shape, read)
 
 
 def _tag(stream: Source, order: str) -> tuple[int, int, bytes]:
-    """Return the kind and length of an element; the content too where it is short enough to stand
-    in the tag."""
+    """Return kind and length of an element, and its content if it is short enough for the tag."""
     tag = _exactly(stream, 8)
     kind, length = struct.unpack(f"{order}II", tag)
     if kind >> 16:
-        kind, length = kind & 0xFFFF, kind >> 16
+        length = kind >> 16
         if length > 4:
             raise MatFileError(f"a short element of {length} bytes")
-        return kind, length, tag[4 : 4 + length]
+        return kind & 0xFFFF, length, tag[4 : 4 + length]
     return kind, length, b""
 
 
 def _small(stream: Source, order: str, most: int) -> bytes:
-    """Return the content of an element of at most so many bytes."""
+    """Return the content of an element of at most `most` bytes."""
     _, length, short = _tag(stream, order)
     if short:
         return short
@@ -149,12 +153,12 @@ def _fill(target: NDArray[np.uint8], stream: Source, short: bytes) -> None:
         target[:] = np.frombuffer(short, dtype=np.uint8)
         return
     for start in range(0, len(target), _PIECE):
-        part = target[start : start + _PIECE]
-        part[:] = np.frombuffer(_exactly(stream, len(part)), dtype=np.uint8)
+        piece = target[start : start + _PIECE]
+        piece[:] = np.frombuffer(_exactly(stream, len(piece)), dtype=np.uint8)
 
 
 def _expect_end(stream: Inflated, padding: int, name: str) -> None:
-    """Refuse anything but padding; the checksum is compared at the end of the packed content."""
+    """Refuse anything but padding, and thereby reach the end, where the checksum is compared."""
     rest = stream.read(padding + 1)
     if len(rest) > padding:
         raise MatFileError(f"the variable {name!r} has more content than numbers")

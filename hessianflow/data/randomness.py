@@ -1,10 +1,10 @@
-"""The random numbers that a data set or a `collate_fn` draws: seeded each time, then put back.
+"""Seed the generators from which a data set or a `collate_fn` draws, then restore them.
 
+Workers would otherwise each draw from their copy of one generator, and no run could be resumed.
 For each example, or batch, the global generators are seeded (Python, NumPy and torch on the CPU),
-and so are those that the object holds: in its attributes, and in what these hold (a list of
-transforms, a wrapped data set). Workers would otherwise each draw from their copy of one
-generator, and no run could be resumed. Generators out of reach, such as those in the globals of a
-module or in a closure, are the owner's affair: `worker_init_fn` can seed them.
+and so are those that the object holds, in its attributes or in what these hold (a list of
+transforms, a wrapped data set). Generators that cannot be reached, such as those in the globals of
+a module or in a closure, are left alone: `worker_init_fn` can seed them.
 """
 
 import functools
@@ -23,10 +23,10 @@ from torch import Tensor
 from hessianflow.data.streams import Stream, stream_seed
 
 MOST_OBJECTS = 10_000
-"""Where the search for generators ends. Ours."""
+"""Number of objects after which the search for generators ends. This default is our choice."""
 
 MOST_ENTRIES = 1_000
-"""Of each list or dict that is searched. Ours."""
+"""Entries of each list or dict that are searched. This default is our choice."""
 
 _OPAQUE = (str, bytes, int, float, Tensor, np.ndarray, type, ModuleType)
 
@@ -34,7 +34,7 @@ _OPAQUE = (str, bytes, int, float, Tensor, np.ndarray, type, ModuleType)
 class Randomness:
     """The generators that code of `owner` may draw from: the global ones, and those that it holds.
 
-    They are looked for at the first use in each process, and again after :meth:`look_again`.
+    The search runs at the first use in each process, and again after :meth:`look_again`.
     """
 
     def __init__(self, owner: Any) -> None:
@@ -47,79 +47,78 @@ class Randomness:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Put every generator back afterwards."""
+        """Restore every generator at the end of the context."""
         if self._held is None:
             self._held = generators_of(self._owner)
-        python, numpy_, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        states = [_state_of(generator) for generator in self._held]
+        restorers: list[Callable[[], Any]] = [
+            functools.partial(random.setstate, random.getstate()),
+            functools.partial(np.random.set_state, np.random.get_state()),
+            functools.partial(torch.set_rng_state, torch.get_rng_state()),
+            *(_restorer(generator) for generator in self._held),
+        ]
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy_)
-            torch.set_rng_state(torch_)
-            for put_back in states:
-                put_back()
+            for restore in restorers:
+                restore()
 
     def seed(self, seed: int, stream: Stream, *key: int) -> None:
-        """Seed all of them, within :meth:`kept`; those held each with a seed of their own."""
+        """Seed all generators, within :meth:`kept`; each of those held gets its own seed."""
         own = stream_seed(seed, stream, *key)
         random.seed(own)
         np.random.seed(own % 2**32)
-        # torch.manual_seed would also queue a call for every GPU, in each worker and for each
-        # example.
+        # torch.manual_seed would also queue a call for every GPU, in each worker, per example.
         torch.default_generator.manual_seed(own)
         if self._held:
             for number, generator in enumerate(self._held):
                 _seed(generator, stream_seed(seed, "held", number, *key))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without what was found: another process has copies of its own."""
+        """Return the state without the generators, since another process has its own copies."""
         return {"_owner": self._owner, "_held": None}
 
 
 def generators_of(owner: Any) -> list[Any]:
-    """Return the random generators among what `owner` holds, in an order that depends on nothing
-    else."""
-    found: list[Any] = []
+    """Return the random generators that `owner` holds, in an order that depends on it alone."""
+    generators: list[Any] = []
     seen: set[int] = set()
     waiting = deque([owner])
     while waiting and len(seen) < MOST_OBJECTS:
-        part = waiting.popleft()
-        if id(part) in seen or isinstance(part, _OPAQUE):
+        obj = waiting.popleft()
+        if id(obj) in seen or isinstance(obj, _OPAQUE):
             continue
-        seen.add(id(part))
-        if isinstance(
-            part, (np.random.Generator, np.random.RandomState, random.Random)
-        ) or _is_of_torch(part):
-            found.append(part)
+        seen.add(id(obj))
+        if _is_generator(obj):
+            generators.append(obj)
         else:
-            waiting.extend(_parts(part))
-    return found
+            waiting.extend(_contents(obj))
+    return generators
 
 
-def _is_of_torch(part: Any) -> bool:
-    return isinstance(part, torch.Generator) and part.device.type == "cpu"
+def _is_generator(obj: Any) -> bool:
+    if isinstance(obj, torch.Generator):
+        return obj.device.type == "cpu"
+    return isinstance(obj, (np.random.Generator, np.random.RandomState, random.Random))
 
 
-def _parts(part: Any) -> Iterator[Any]:
-    if isinstance(part, functools.partial):
-        return iter((part.func, *part.args, *part.keywords.values()))
-    if isinstance(part, Mapping):
-        return islice(part.values(), MOST_ENTRIES)
-    if isinstance(part, (list, tuple)):
-        return islice(part, MOST_ENTRIES)
-    owner = getattr(part, "__self__", None) if callable(part) else None  # of a bound method
-    return iter((owner, *getattr(part, "__dict__", {}).values()))
+def _contents(obj: Any) -> Iterator[Any]:
+    if isinstance(obj, functools.partial):
+        return iter((obj.func, *obj.args, *obj.keywords.values()))
+    if isinstance(obj, Mapping):
+        return islice(obj.values(), MOST_ENTRIES)
+    if isinstance(obj, (list, tuple)):
+        return islice(obj, MOST_ENTRIES)
+    attributes = getattr(obj, "__dict__", {}).values()
+    if callable(obj):  # a bound method holds its object
+        return iter((getattr(obj, "__self__", None), *attributes))
+    return iter(attributes)
 
 
-def _state_of(generator: Any) -> Callable[[], Any]:
-    """Return a function that puts the generator back where it is now."""
+def _restorer(generator: Any) -> Callable[[], Any]:
+    """Return a function that restores the present state of the generator."""
     if isinstance(generator, np.random.Generator):
-        bits, state = generator.bit_generator, generator.bit_generator.state
-        return lambda: setattr(bits, "state", state)
-    if isinstance(generator, np.random.RandomState):
-        return functools.partial(generator.set_state, generator.get_state())
+        bits = generator.bit_generator
+        return functools.partial(setattr, bits, "state", bits.state)
     if isinstance(generator, random.Random):
         return functools.partial(generator.setstate, generator.getstate())
     return functools.partial(generator.set_state, generator.get_state())

@@ -1,4 +1,4 @@
-"""Where the official files of each data set are, and how to tell them from others."""
+"""Addresses, sizes and checksums of the official files of each data set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from hessianflow.interfaces import HessianFlowError
 
 @dataclass(frozen=True)
 class Source:
-    """One official file.
+    """One official file of a data set.
 
     Attributes:
-        url: where it is published.
-        md5: of the file.
-        size: in bytes, 0 where it is not known beforehand.
-        unpacks_to: the folder an archive turns into; empty for a file that is used as it is.
+        url: Address at which it is published.
+        md5: MD5 of the file, in hexadecimal.
+        size: Size in bytes, 0 where it is not known beforehand.
+        unpacks_to: Folder that an archive unpacks to; empty for a file that is used as it is.
     """
 
     url: str
@@ -27,7 +27,7 @@ class Source:
 
     @property
     def file(self) -> str:
-        """The file's own name."""
+        """Return the file's own name."""
         return self.url.rsplit("/", 1)[-1]
 
 
@@ -67,19 +67,27 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
         ),
     ),
 }
-"""Files that :func:`hessianflow.data.fetch` gets. ImageNet is not among them: its owners ask for a
-registration."""
+"""Files that :func:`hessianflow.data.fetch` downloads. ImageNet is not among them: its owners
+require a registration."""
+
+
+def root_folder(root: str | Path | None) -> Path:
+    """Return the data folder `root`; None stands for :func:`default_root`."""
+    if root is None:
+        return default_root()
+    return in_home(root, "data folder")
 
 
 def default_root() -> Path:
-    """Return where data is looked for when no folder is given: $HESSIANFLOW_DATA, else
-    ~/.cache/hessianflow/data."""
-    given = environ.get("HESSIANFLOW_DATA")
-    return in_home(given, "$HESSIANFLOW_DATA") if given else in_home("~/.cache/hessianflow/data")
+    """Return the default data folder: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data."""
+    variable = environ.get("HESSIANFLOW_DATA")
+    if variable:
+        return in_home(variable, "$HESSIANFLOW_DATA")
+    return in_home("~/.cache/hessianflow/data")
 
 
 def remedy(name: str) -> str:
-    """Return how to get a data set, to end an error message with."""
+    """Return the end of an error message, which says how to get the data set `name`."""
     return (
         f"get it with `hessianflow data fetch {name}` or from"
         f" {' and '.join(s.url for s in SOURCES[name])}"
@@ -87,11 +95,10 @@ def remedy(name: str) -> str:
 
 
 def damaged(name: str, file: object, what: str) -> HessianFlowError:
-    """Return the error for a file of data set `name` that is not as it should be, with the way
-    out."""
+    """Return the error for a damaged file of data set `name`; it also says how to get the file."""
     return HessianFlowError(f"{file}: {what}; {remedy(name)}")
 
 
 def one_line(error: Exception) -> str:
-    """Return the kind and words of an error, without line breaks."""
+    """Return the type and message of an error, without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""Street View House Numbers, cropped digits (Netzer et al., 2011): MATLAB files of version 5.
+"""Street View House Numbers, cropped digits (Netzer et al., 2011), from MATLAB files of version 5.
 
 X is uint8 [32, 32, 3, N], y is [N, 1] with 1 to 10, where 10 stands for the digit 0.
 """
@@ -30,39 +30,40 @@ def read_svhn(
     `root` is the folder that holds the .mat file, or one with a folder svhn in it.
 
     Raises:
-        HessianFlowError: a file that is missing, damaged, or has other contents.
+        HessianFlowError: A file is missing, damaged, or has other contents.
     """
     name = "svhn-extra" if split == "extra" else "svhn"
     source = next(s for s in SOURCES[name] if s.file.startswith(split))
     paths = [
-        place / source.file for place in (root, root / "svhn") if (place / source.file).is_file()
+        folder / source.file for folder in (root, root / "svhn") if (folder / source.file).is_file()
     ]
     if not paths:
         raise HessianFlowError(f"no {source.file} under {root}; {remedy(name)}")
     images, labels = _arrays(name, paths[0], records[split])
     if not np.isin(labels, range(1, 11)).all():
-        found = f"{labels.size} labels from {labels.min()} to {labels.max()}"
-        raise damaged(name, paths[0], f"y holds {found}, expected {records[split]} from 1 to 10")
+        content = f"{labels.size} labels from {labels.min()} to {labels.max()}"
+        raise damaged(name, paths[0], f"y holds {content}, expected {records[split]} from 1 to 10")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return pixels, torch.from_numpy(labels.reshape(-1).astype(np.int64) % 10)
 
 
 def _arrays(name: str, path: Path, count: int) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-    """X and y; neither is read before its header says what is expected."""
-    found: dict[str, NDArray[Any]] = {}
+    """Return X and y, each read only if its header says what is expected."""
+    arrays: dict[str, NDArray[Any]] = {}
     try:
         with open_plain(path) as file:
             for array in mat_arrays(file):
-                if array.name in ("X", "y") and array.name not in found:
+                if array.name in ("X", "y") and array.name not in arrays:
                     _check_header(name, path, array, count)
-                    found[array.name] = array.read()
-                if len(found) == 2:
-                    return found["X"], found["y"]
+                    arrays[array.name] = array.read()
+                if len(arrays) == 2:
+                    return arrays["X"], arrays["y"]
     except HessianFlowError:
         raise
     except (ValueError, EOFError, OverflowError, MemoryError, zlib.error) as error:
         raise damaged(name, path, f"cannot be read ({one_line(error)})") from error
-    raise damaged(name, path, f"holds no array {'y' if 'X' in found else 'X'}")
+    missing = min({"X", "y"} - arrays.keys())
+    raise damaged(name, path, f"holds no array {missing}")
 
 
 def _check_header(name: str, path: Path, array: MatArray, count: int) -> None:

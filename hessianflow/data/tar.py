@@ -1,8 +1,8 @@
 """Read the headers and files of a tar archive in order, in bounded memory and time.
 
-Known are plain files and folders in the formats ustar, GNU (long names) and pax (paths and sizes);
-everything else is handed out as "other", to be refused. The standard library reads more, but a few
-bytes can make it loop, or read as much as a header asks for.
+Plain files and folders are read in the formats ustar, GNU (long names) and pax (paths and sizes);
+everything else is reported as "other", to be refused. The standard library reads more formats, but
+a few bytes can make it loop, or read as much as a header asks for.
 """
 
 import re
@@ -15,10 +15,11 @@ from hessianflow.data.inflate import Source
 _BLOCK = 512
 _PIECE = 1 << 20
 MAX_HEADER_BYTES = 1 << 16
-"""A long name or a list of attributes has at most so many bytes. Ours: eight times what a name and
-a link need."""
+"""Largest size of a long name or a list of attributes. This default is our choice: eight times the
+size that a name and a link need."""
 MAX_HEADERS = 1 << 18
-"""An archive with more headers is refused. Ours: twice what the largest of our sets has."""
+"""Most headers of an archive. This default is our choice: twice as many as the largest data set
+has."""
 
 _OCTAL = re.compile(rb" *([0-7]*) *")
 _KINDS: dict[bytes, Literal["file", "folder"]] = {
@@ -31,7 +32,7 @@ _WITHOUT_CONTENT = frozenset(b"123456")
 
 
 class TarReadError(ValueError):
-    """These bytes are no tar archive."""
+    """Error for bytes that are no tar archive."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class TarMember:
     """One member, as its headers describe it.
 
     Attributes:
-        name: as stored; bytes that are no UTF-8 as surrogate escapes.
-        size: in bytes.
-        kind: "other" is a link, a device, a sparse file, or unknown.
+        name: Name as stored; bytes that are no UTF-8 become surrogate escapes.
+        size: Size in bytes.
+        kind: "file", "folder", or "other" (a link, a device, a sparse file, or unknown).
     """
 
     name: str
@@ -50,16 +51,15 @@ class TarMember:
 
 
 class TarReader:
-    """Iterate to get the members; the content of the last one handed out can be read until the next
-    is asked for.
+    """Iterator over the members; :meth:`blocks` yields the content of the last one yielded.
 
     Args:
-        stream: the archive, unpacked.
-        max_bytes: that may be read of it in all.
+        stream: Archive, after decompression.
+        max_bytes: Largest number of bytes to read in all.
 
     Raises:
-        TarReadError: the bytes are no archive, or more than allowed.
-        EOFError: the archive is cut short.
+        TarReadError: The bytes are no archive, or more than allowed.
+        EOFError: The archive is cut short.
     """
 
     def __init__(self, stream: Source, max_bytes: int) -> None:
@@ -85,7 +85,7 @@ class TarReader:
         raise TarReadError(f"more than {MAX_HEADERS} members")
 
     def blocks(self) -> Iterator[bytes]:
-        """Yield what is left of the content of the last member handed out."""
+        """Yield the rest of the content of the last member yielded."""
         while self._left:
             block = self._take(min(self._left, _PIECE))
             self._left -= len(block)
@@ -102,8 +102,10 @@ class TarReader:
         if "sparse" in overrides:
             kind = "other"
         stored = 0 if header[156] in _WITHOUT_CONTENT else size
+        if kind != "file":
+            size = 0
         self._left = stored
-        yield TarMember(name, size if kind == "file" else 0, kind)
+        yield TarMember(name, size, kind)
         for _ in self.blocks():
             pass
         self._take(-stored % _BLOCK)
@@ -117,9 +119,11 @@ class TarReader:
         if flag == b"L":
             overrides["path"] = _text(content)
         elif flag == b"x":
-            found = _attributes(content)
-            overrides.update({key: found[key] for key in ("path", "size") if key in found})
-            if any(key.startswith("GNU.sparse") for key in found):
+            attributes = _attributes(content)
+            overrides.update(
+                {key: attributes[key] for key in ("path", "size") if key in attributes}
+            )
+            if any(key.startswith("GNU.sparse") for key in attributes):
                 overrides["sparse"] = "yes"
 
     def _take(self, size: int, *, may_end: bool = False) -> bytes:
@@ -132,8 +136,7 @@ class TarReader:
         return content
 
     def _drain(self) -> None:
-        """Read what follows the end mark: the checksum of a compressed stream is compared only
-        where it ends."""
+        """Read beyond the end mark, since a compressed stream has its checksum at its end."""
         while block := self._stream.read(min(_PIECE, self._budget + 1)):
             self._budget -= len(block)
             if self._budget < 0:
@@ -142,7 +145,7 @@ class TarReader:
 
 def _check_sum(header: bytes) -> None:
     plain = header[:148] + b" " * 8 + header[156:]
-    # some old programs summed signed bytes
+    # Some old programs summed signed bytes.
     signed = sum(plain) - 256 * sum(byte > 127 for byte in plain)
     if _number(header[148:156]) not in (sum(plain), signed):
         raise TarReadError("a header with a wrong checksum")
@@ -151,10 +154,10 @@ def _check_sum(header: bytes) -> None:
 def _number(field: bytes) -> int:
     if field[0] == 0x80:  # GNU's form of large numbers
         return int.from_bytes(field[1:], "big")
-    found = _OCTAL.fullmatch(field.split(b"\0", 1)[0])
-    if found is None:
+    match = _OCTAL.fullmatch(field.split(b"\0", 1)[0])
+    if match is None:
         raise TarReadError("a number that is not octal")
-    return int(found[1] or b"0", 8)
+    return int(match[1] or b"0", 8)
 
 
 def _decimal(text: str) -> int:
@@ -166,7 +169,9 @@ def _decimal(text: str) -> int:
 def _name(header: bytes) -> str:
     name = _text(header[:100])
     prefix = _text(header[345:500])
-    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+    if prefix and header[257:263] == b"ustar\0":
+        return f"{prefix}/{name}"
+    return name
 
 
 def _text(field: bytes) -> str:
@@ -174,8 +179,8 @@ def _text(field: bytes) -> str:
 
 
 def _attributes(content: bytes) -> dict[str, str]:
-    """The pax records "LENGTH KEY=VALUE\\n", each as long as it says."""
-    found: dict[str, str] = {}
+    """Return the pax records "LENGTH KEY=VALUE\\n" as a dict, and check every LENGTH."""
+    attributes: dict[str, str] = {}
     while content:
         digits = content[:20].split(b" ", 1)[0]
         length = _decimal(digits.decode("latin-1"))
@@ -183,6 +188,6 @@ def _attributes(content: bytes) -> dict[str, str]:
         key, equals, value = record.removesuffix(b"\n").partition(b"=")
         if not (equals and record.endswith(b"\n") and length <= len(content)):
             raise TarReadError("a damaged list of attributes")
-        found[_text(key)] = value.decode("utf-8", "surrogateescape")
+        attributes[_text(key)] = value.decode("utf-8", "surrogateescape")
         content = content[length:]
-    return found
+    return attributes

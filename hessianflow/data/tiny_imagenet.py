@@ -1,13 +1,14 @@
 """Tiny-ImageNet: 200 classes of 64x64 JPEGs, 500 each for training and 50 each for validation.
 
-Read from the official zip file as it is, or from the folder it unpacks to. The validation images
-are used as the test split (the official test images have no labels). Class index = rank of the
-class's identifier in sorted order.
+The images are read from the official zip file, or from the folder it unpacks to. The validation
+images serve as the test split (the official test images have no labels). The index of a class is
+the rank of its identifier in sorted order.
 """
 
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
@@ -18,28 +19,35 @@ from hessianflow.data.images import decode_all
 from hessianflow.data.sources import damaged, one_line, remedy
 from hessianflow.interfaces import HessianFlowError
 
-NAME, FOLDER, ARCHIVE = "tiny-imagenet", "tiny-imagenet-200", "tiny-imagenet-200.zip"
+NAME = "tiny-imagenet"
+FOLDER = "tiny-imagenet-200"
+ARCHIVE = "tiny-imagenet-200.zip"
 MAX_IMAGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class TinyLayout:
-    """How many classes, and images a class, are expected; smaller in tests."""
+    """Expected numbers of classes and images; smaller in tests."""
 
     num_classes: int = 200
     train_per_class: int = 500
     test_images: int = 10_000
 
+    def images(self, split: str) -> int:
+        """Return the number of images of a split."""
+        if split == "train":
+            return self.train_per_class * self.num_classes
+        return self.test_images
+
 
 def read_tiny_imagenet(
     root: Path, split: str, *, layout: TinyLayout = TinyLayout()
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return images uint8 [N, 3, 64, 64], targets int64 [N] and class identifiers of one split;
-    needs Pillow.
+    """Return images uint8 [N, 3, 64, 64], targets int64 [N] and class identifiers of one split.
 
     Raises:
-        HessianFlowError: files that are missing or damaged, or a number of classes or images that
-            is not as published.
+        HessianFlowError: Files are missing or damaged, a number of classes or images is not as
+            published, or Pillow is not installed.
     """
     with _Files(root) as files:
         classes = sorted(files.text("wnids.txt").split())
@@ -52,11 +60,10 @@ def read_tiny_imagenet(
         unknown = sorted({wnid for _, wnid in labelled} - ranks.keys())
         if unknown:
             raise damaged(NAME, split, f"class {unknown[0]!r} is not in wnids.txt")
-        expected = (
-            layout.train_per_class * layout.num_classes if split == "train" else layout.test_images
-        )
-        if len(labelled) != expected:
-            raise damaged(NAME, split, f"found {len(labelled)} images, expected {expected}")
+        if len(labelled) != layout.images(split):
+            raise damaged(
+                NAME, split, f"found {len(labelled)} images, expected {layout.images(split)}"
+            )
         images = decode_all([path for path, _ in labelled], files.content, side=64)
     return images, torch.tensor([ranks[wnid] for _, wnid in labelled]), tuple(classes)
 
@@ -65,7 +72,7 @@ class _Files:
     """The members of the unpacked folder or of the zip file, by path below `tiny-imagenet-200`."""
 
     def __init__(self, root: Path) -> None:
-        folders = [place for place in (root / FOLDER, root) if (place / "wnids.txt").is_file()]
+        folders = [path for path in (root / FOLDER, root) if (path / "wnids.txt").is_file()]
         archives = [
             path for path in (root / ARCHIVE, root) if path.name == ARCHIVE and path.is_file()
         ]
@@ -73,10 +80,12 @@ class _Files:
             raise HessianFlowError(
                 f"no {NAME} under {root}: neither {FOLDER} nor {ARCHIVE} is there; {remedy(NAME)}"
             )
-        self._folder = folders[0] if folders else None
+        self._folder = next(iter(folders), None)
+        self._zip: ZipFile | None = None
         self._to_close = ExitStack()
         try:
-            self._zip = None if folders else self._to_close.enter_context(open_zip(archives[0]))
+            if self._folder is None:
+                self._zip = self._to_close.enter_context(open_zip(archives[0]))
         except HessianFlowError:
             raise
         except DAMAGE as error:
@@ -97,13 +106,12 @@ class _Files:
             )
         assert self._folder is not None
         try:
-            found = [
+            return sorted(
                 path.relative_to(self._folder).as_posix()
                 for path in (self._folder / below).rglob("*.JPEG")
-            ]
+            )
         except RecursionError:
             raise damaged(NAME, self._folder / below, "folders are nested too deep") from None
-        return sorted(found)
 
     def content(self, path: str) -> bytes:
         """Return the bytes of one member."""
@@ -130,12 +138,12 @@ class _Files:
 
 
 def _train_files(files: _Files) -> list[tuple[str, str]]:
-    """(path, class identifier) of every training image."""
+    """Return (path, class identifier) of every training image."""
     return [(path, path.split("/")[1]) for path in files.paths("train")]
 
 
 def _test_files(files: _Files) -> list[tuple[str, str]]:
-    """(path, class identifier) of every validation image, in the order of the annotation file."""
+    """Return (path, class identifier) of every validation image, in the annotated order."""
     rows = [
         line.split("\t")
         for line in files.text("val/val_annotations.txt").splitlines()

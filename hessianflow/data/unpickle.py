@@ -1,9 +1,9 @@
 """Read the pickles of the CIFAR archives without running them.
 
 A pickle is a program: its instructions call whatever function they name, with whatever arguments.
-This reader carries out the few instructions that such a file needs, on objects of its own: numbers,
-strings, lists, dicts, and arrays of uint8 that are made from their shape and their bytes.
-Everything else is refused.
+This reader executes only the few instructions that such a file needs, on objects of its own:
+numbers, strings, lists, dicts, and arrays of uint8 made from their shape and bytes. Everything else
+is refused.
 """
 
 import math
@@ -18,43 +18,37 @@ from hessianflow.data.sources import one_line
 from hessianflow.interfaces import HessianFlowError
 
 _DTYPE_STATE = (3, "|", None, None, None, -1, -1, 0)
-"""What NumPy writes of a plain one-byte type: version, byte order, and the absence of fields and
-alignment."""
+"""State that NumPy writes for a plain one-byte type: version, byte order, no fields, no alignment.
+"""
 
 
 def load_arrays(content: bytes, origin: str) -> dict[str, Any]:
-    """Read a dict of integers, strings, lists of them, and uint8 arrays; text of Python 2 is read
-    as latin-1.
+    """Read a dict of integers, strings, lists of them, and uint8 arrays.
 
     Args:
-        content: the pickle, of protocol 1 or 2.
-        origin: names the file in errors.
+        content: Pickle of protocol 1 or 2; text of Python 2 is read as latin-1.
+        origin: Name of the file in error messages.
 
     Returns:
-        Keys are strings. A value is an int, a str, bytes, a list of one of these, or a uint8 array
-            of two dimensions,
-        which cannot be written to.
+        Dict with strings as keys. A value is an int, a str, bytes, a list of one of these, or a
+        read-only uint8 array of two dimensions.
 
     Raises:
-        HessianFlowError: the pickle holds anything else, or is damaged.
+        HessianFlowError: The pickle holds anything else, or is damaged.
     """
     try:
         return _values(_Machine(origin).run(content))
     except HessianFlowError:
         raise
-    # Of pickletools, which decodes the instructions, and of instructions that find other objects
-    # than they need.
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-    ) as error:
+    except _DAMAGE as error:
         raise HessianFlowError(
             f"{origin}: damaged pickle ({one_line(error)}); get it again"
         ) from error
+
+
+_DAMAGE = (ValueError, TypeError, LookupError, OverflowError, MemoryError, RecursionError)
+"""Errors of pickletools, which decodes the instructions, and of instructions that find other
+objects than they need."""
 
 
 class _Function:
@@ -65,21 +59,21 @@ class _Function:
 
 
 class _UInt8:
-    """The one dtype there is."""
+    """The only dtype that is accepted, uint8."""
 
 
 class _Array:
-    """An array, once its state has been seen."""
+    """An array whose value is set once its state has been read."""
 
     value: NDArray[np.uint8] | None = None
 
 
 class _Mark:
-    """Where on the stack the arguments of an instruction begin."""
+    """A mark on the stack where the arguments of an instruction begin."""
 
 
 class _Machine:
-    """A stack, a memo, and one method for each kind of instruction."""
+    """The machine that executes a pickle: a stack, a memo, and a method per kind of instruction."""
 
     def __init__(self, origin: str) -> None:
         self._origin = origin
@@ -93,12 +87,12 @@ class _Machine:
                 continue
             if instruction.name == "STOP":
                 return self._stack.pop()
-            carry_out = _INSTRUCTIONS.get(instruction.name)
-            if carry_out is None:
+            execute = _INSTRUCTIONS.get(instruction.name)
+            if execute is None:
                 raise HessianFlowError(
                     f"{self._origin}: refused, the pickle holds the instruction {instruction.name}"
                 )
-            carry_out(self, argument)
+            execute(self, argument)
         raise ValueError("it does not end")
 
     def push(self, value: Any) -> None:
@@ -106,7 +100,7 @@ class _Machine:
         self._stack.append(value)
 
     def remember(self, number: int) -> None:
-        """Number the object on top."""
+        """Store the object on top of the stack under a number."""
         self._memo[number] = self._stack[-1]
 
     def recall(self, number: int) -> None:
@@ -124,7 +118,7 @@ class _Machine:
             target[_of_type(key, str)] = value
 
     def name(self, function: str) -> None:
-        """Note a function or class."""
+        """Push a function or class, and refuse one that is not in the table."""
         if function not in _FUNCTIONS:
             raise HessianFlowError(
                 f"{self._origin}: refused, the pickle would run {function.replace(' ', '.')}"
@@ -132,7 +126,7 @@ class _Machine:
         self._stack.append(_Function(_FUNCTIONS[function]))
 
     def call(self, _: None) -> None:
-        """Make what the named function would make of its arguments."""
+        """Replace a named function and its arguments by the object that it would return."""
         arguments = self._stack.pop()
         function = _of_type(self._stack.pop(), _Function)
         if function.make is None:
@@ -149,7 +143,7 @@ class _Machine:
             raise ValueError("a dtype other than uint8")
 
     def last(self, count: int) -> list[Any]:
-        """Take so many objects from the stack."""
+        """Take the last `count` objects from the stack."""
         if count > len(self._stack):
             raise ValueError("an instruction lacks its arguments")
         start = len(self._stack) - count
@@ -208,8 +202,7 @@ def _new_dtype(*arguments: Any) -> _UInt8:
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
-    """Return what Python 3 writes for bytes in an old protocol: latin-1 only, not every codec there
-    is."""
+    """Return the bytes that Python 3 writes as text in old protocols; refuse all but latin-1."""
     if encoding != "latin1":
         raise ValueError(f"unexpected encoding {str(encoding)[:40]!r}")
     return bytes(_of_type(text, str).encode("latin1"))
@@ -225,7 +218,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any] | None] = {
 
 
 def _array(version: Any, shape: Any, dtype: Any, by_columns: Any, raw: Any) -> NDArray[np.uint8]:
-    """Return an array from what NumPy wrote of it."""
+    """Return an array from the state that NumPy wrote."""
     if version != 1 or not isinstance(dtype, _UInt8) or type(by_columns) not in (bool, int):
         raise ValueError("an array in another form than NumPy writes")
     if not (
@@ -234,25 +227,34 @@ def _array(version: Any, shape: Any, dtype: Any, by_columns: Any, raw: Any) -> N
         and all(type(side) is int and side >= 0 for side in shape)
     ):
         raise ValueError("an array that does not have two dimensions")
-    content = raw.encode("latin1") if isinstance(raw, str) else raw
-    if type(content) is not bytes or len(content) != math.prod(shape):
+    if isinstance(raw, str):
+        raw = raw.encode("latin1")
+    if type(raw) is not bytes or len(raw) != math.prod(shape):
         raise ValueError("an array of another number of bytes than its shape needs")
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape, order="F" if by_columns else "C")
+    numbers = np.frombuffer(raw, dtype=np.uint8)
+    if by_columns:
+        return numbers.reshape(shape, order="F")
+    return numbers.reshape(shape)
 
 
 def _values(record: Any) -> dict[str, Any]:
-    """Return what a file may hold, its arrays in the place of their builders."""
-    found: dict[str, Any] = {}
+    """Return the values of a record as plain arrays, and refuse types that no file should hold."""
+    values: dict[str, Any] = {}
     for key, value in _of_type(record, dict).items():
-        plain = value.value if isinstance(value, _Array) else value
-        kinds = {type(item) for item in plain} if type(plain) is list else {type(plain)}
-        allowed = {int, str, bytes} if type(plain) is list else {int, str, bytes, np.ndarray}
+        if isinstance(value, _Array):
+            value = value.value
+        allowed: set[type] = {int, str, bytes}
+        if type(value) is list:
+            kinds = {type(item) for item in value}
+        else:
+            kinds = {type(value)}
+            allowed.add(np.ndarray)
         if len(kinds) > 1 or not kinds <= allowed:
             raise ValueError(
                 f"{key[:40]!r} holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
             )
-        found[key] = plain
-    return found
+        values[key] = value
+    return values
 
 
 def _of_type(value: Any, kind: type) -> Any:

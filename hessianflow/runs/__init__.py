@@ -1,7 +1,7 @@
-"""What a run leaves behind: one reader, one recorder, and the form of every row and file.
+"""The records of a run: one reader, one recorder, and the form of every row and file.
 
-This room stands on the ground floor: training, plots, commands and experiments read and write run
-directories through it, and it knows none of them.
+Training, plots, commands and experiments read and write run directories through this package, which
+imports none of them.
 """
 
 from hessianflow.runs.history import History

@@ -1,5 +1,4 @@
-"""Checkpoints as files: written atomically, read without executing code, refused when damaged or
-foreign.
+"""Checkpoint files, written atomically, read without executing code, refused when damaged.
 
 A checkpoint is one dict of tensors, numbers, strings, lists and dicts, so
 `torch.load(weights_only=True)` reads it. `last.pt` is always a whole file: a new one is written
@@ -24,7 +23,8 @@ from hessianflow.runs.history import ends_a_row
 from hessianflow.runs.names import HISTORY, LAST, PREVIOUS, SET_ASIDE, SETTINGS
 from hessianflow.runs.schema import shown
 
-FORMAT, VERSION = "hessianflow-checkpoint", 2
+FORMAT = "hessianflow-checkpoint"
+VERSION = 2
 
 
 class UnreadableError(HessianFlowError):
@@ -38,7 +38,7 @@ def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
     files stay in all.
 
     Raises:
-        HessianFlowError: the disk is full or the folder cannot be written; existing files stay.
+        HessianFlowError: The disk is full or the folder cannot be written; existing files stay.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +50,7 @@ def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
             if path.name == LAST and path.exists() and keep > 1:
                 _keep_previous(path, keep)
         _sync(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        # torch wraps what went wrong on disk in an error of its own.
+    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise HessianFlowError(
             f"cannot write checkpoint {path}: {_one_line(cause)}; older ones are intact"
@@ -70,9 +69,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         _check_records(path)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch's warnings about a foreign file do not help the user
+            # The warnings of torch about a foreign file do not help the user.
+            warnings.simplefilter("ignore")
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UnreadableError(f"checkpoint {path} cannot be read: {error.strerror}") from None
@@ -82,22 +80,25 @@ def load(path: Path) -> dict[str, Any]:
             f"checkpoint {path} ({_size(path)} bytes) cannot be read: damaged or foreign"
             f" ({_one_line(error)})"
         ) from None
-    found: dict[str, Any] = state if isinstance(state, dict) else {}
-    if not isinstance(found.get("format"), str) or found["format"] != FORMAT:
+    if not isinstance(state, dict) or not _is_same(state.get("format"), FORMAT):
         raise HessianFlowError(f"{path} is a file of torch but not a hessianflow checkpoint")
-    version = found.get("version")
-    if type(version) is not int or version != VERSION:
+    if not _is_same(state.get("version"), VERSION):
         raise HessianFlowError(
-            f"{path} has checkpoint version {shown(version)}, but this release reads {VERSION}"
+            f"{path} has checkpoint version {shown(state.get('version'))}, but this release reads"
+            f" {VERSION}"
         )
-    return found
+    return state
+
+
+def _is_same(value: Any, expected: str | int) -> bool:
+    return type(value) is type(expected) and bool(value == expected)
 
 
 def load_checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Read a checkpoint and check its content.
 
     Raises:
-        HessianFlowError: as :func:`load`; or what `check` raises, with the name of the file.
+        HessianFlowError: The file cannot be read, or `check` refuses its content.
     """
     state = load(path)
     try:
@@ -118,17 +119,17 @@ def load_newest(
     A caller that continues from an older one must call :func:`set_aside` before the next save.
 
     Args:
-        folder: the folder of the checkpoints.
-        history_bytes: the length of history.jsonl; a checkpoint made when it was longer cannot be
+        folder: Folder of the checkpoints.
+        history_bytes: Length of history.jsonl; a checkpoint made when it was longer cannot be
             continued.
-        check: checks the content of each, and raises a HessianFlowError where it is wrong.
-        refused: by file name, what was found wrong with files when they were restored.
+        check: Function that raises a HessianFlowError if the content of a checkpoint is wrong.
+        refused: Reasons, by file name, why files could not be restored.
 
     Returns:
         The state, the name of its file, and a warning if it is an older file.
 
     Raises:
-        HessianFlowError: none of the files can be used; the message says what is wrong with the
+        HessianFlowError: None of the files can be used; the message says what is wrong with the
             newest.
     """
     if not any(folder.glob("*.pt")):
@@ -152,7 +153,9 @@ def load_newest(
         except HessianFlowError as error:
             first = first or error
         else:
-            return state, name, None if first is None else f"{first}; continuing from {name}"
+            if first is None:
+                return state, name, None
+            return state, name, f"{first}; continuing from {name}"
     assert first is not None
     raise first
 
@@ -178,8 +181,7 @@ def _newest_first(folder: Path) -> list[str]:
 
 
 def _check_history(folder: Path, name: str, state: Mapping[str, Any], history_bytes: int) -> None:
-    """Refuse a checkpoint whose history is shorter now, or was changed after the checkpoint was
-    made."""
+    """Refuse a checkpoint whose history became shorter, or was changed, after it was made."""
     made_at = state.get("history_bytes")
     if type(made_at) is not int or made_at < 0:
         raise HessianFlowError(
@@ -214,8 +216,7 @@ def _check_records(path: Path) -> None:
 
 
 def _keep_previous(path: Path, keep: int) -> None:
-    """Rename every older checkpoint to the name of the next older one, up to the first free
-    name."""
+    """Rename each older checkpoint to the name of the next older one, up to the first free name."""
     names = [path.with_name(PREVIOUS)]
     while names[-1].exists() and len(names) < keep - 1:
         names.append(path.with_name(f"{Path(PREVIOUS).stem}-{len(names) + 1}.pt"))

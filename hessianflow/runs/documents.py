@@ -1,7 +1,7 @@
-"""The JSON files of a run directory besides its history: what each holds, and its reader.
+"""The JSON files of a run directory besides its history: the form of each, and its reader.
 
-A reader returns {} or None where there is no file, and refuses a damaged file with the place and
-the value that are wrong. Files may hold more than is listed here.
+A reader returns {} or None if there is no file, and refuses a damaged file with the name and the
+value of the field that is wrong. Files may hold more than is listed here.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,16 @@ from hessianflow.runs.names import CONFIG, ROBUSTNESS, SPECTRUM, SUMMARY
 from hessianflow.runs.schema import Between, Count, Fault, Figure, Share, Size, fault_of
 
 _MOST_NODES = 20_000
-"""Most nodes of a spectral density; the command measures 120. Ours."""
+"""Most nodes of a spectral density; the command measures 120. This default is our choice."""
 _MOST_SIZES = 1000
-"""Most points of a fit of step times, whose cost grows with the number of pairs. Ours."""
+"""Most points of a fit of step times, whose cost grows with the number of pairs. This default is
+our choice."""
 _NotNegative = Annotated[float, Between(0, 1e100)]
 _Positive = Annotated[float, Between(1e-100, 1e100)]
 
 
 class TrainerFacts(TypedDict, total=False):
-    """What config.json holds about the trainer."""
+    """The facts about the trainer in config.json."""
 
     model: str
     parameters: Count
@@ -71,7 +72,7 @@ class _DualBatch(TypedDict, total=False):
 
 
 class Config(TypedDict, total=False):
-    """config.json: settings of the command, facts of the trainer, and the machine."""
+    """The form of config.json: settings of the command, facts of the trainer, and the machine."""
 
     settings: dict[str, Any]
     trainer: TrainerFacts
@@ -81,7 +82,7 @@ class Config(TypedDict, total=False):
 
 
 class Summary(TypedDict, total=False):
-    """summary.json: how a run ended."""
+    """The form of summary.json, which says how a run ended."""
 
     status: str
     final_accuracy: Share
@@ -147,7 +148,7 @@ class _SpectrumRequired(TypedDict):
 
 
 class SpectrumFile(_SpectrumRequired, total=False):
-    """spectrum.json: what `hessianflow spectrum` measured at a run's weights; null for the rest."""
+    """The form of spectrum.json, made by `hessianflow spectrum`; null for what was not measured."""
 
     size: Count
     num_examples: Count
@@ -163,16 +164,14 @@ class SpectrumFile(_SpectrumRequired, total=False):
 
 
 class RobustnessFile(TypedDict):
-    """robustness.json: for each attack, (accuracy, lower, upper limit) at each perturbation
-    size."""
+    """The form of robustness.json: (accuracy, lower, upper limit) by attack and size."""
 
     eps: list[float]
     accuracy: dict[str, list[tuple[Share, Share, Share]]]
 
 
 class Measurement(TypedDict, total=False):
-    """Step times of one worker, as plan.json keeps them under "measured": points, or a line fit to
-    them."""
+    """Step times of one worker, which plan.json holds as "measured": points, or a fitted line."""
 
     sizes: list[Size]
     seconds: list[_Positive]
@@ -185,106 +184,106 @@ class Measurement(TypedDict, total=False):
 
 
 def read_config(run_dir: Path) -> Config:
-    """Return what config.json of a run directory holds.
+    """Return the content of config.json of a run directory.
 
     Raises:
-        HessianFlowError: the file is damaged, or a part of it has another form.
+        HessianFlowError: The file is damaged, or a field of it has another form.
     """
-    found = _read(run_dir / CONFIG, Config)
-    for name in found.get("dual_batch", {}).get("times", {}):
+    config = _read(run_dir / CONFIG, Config)
+    for name in config.get("dual_batch", {}).get("times", {}):
         if not name.isdecimal():
             raise HessianFlowError(
                 f"{run_dir / 'config.json'}: dual_batch.times must have a resolution as each key, "
                 f"got {name[:40]!r}: the file is damaged"
             )
-    return cast(Config, found)
+    return cast(Config, config)
 
 
 def read_summary(run_dir: Path) -> Summary:
-    """Return what summary.json of a run directory holds; {} while the run has not ended.
+    """Return the content of summary.json of a run directory; {} while the run has not ended.
 
     Raises:
-        HessianFlowError: the file is damaged, or a part of it has another form.
+        HessianFlowError: The file is damaged, or a field of it has another form.
     """
     return cast(Summary, _read(run_dir / SUMMARY, Summary))
 
 
 def read_spectrum(folder: Path) -> SpectrumFile | None:
-    """Return what spectrum.json holds; None without such a file.
+    """Return the content of spectrum.json; None if there is no such file.
 
     Raises:
-        HessianFlowError: the file is damaged, or a part of it has another form.
+        HessianFlowError: The file is damaged, or a field of it has another form.
     """
-    path = folder / SPECTRUM
-    remedy = f"; make it anew with `hessianflow spectrum {folder}`"
-    found = _read(path, SpectrumFile, _spectrum_fault, remedy) if path.is_file() else None
-    return cast("SpectrumFile | None", found)
+    remedy = f"; make it again with `hessianflow spectrum {folder}`"
+    spectrum = _read(folder / SPECTRUM, SpectrumFile, _spectrum_fault, remedy)
+    return cast("SpectrumFile | None", spectrum or None)
 
 
 def read_robustness(folder: Path) -> RobustnessFile | None:
-    """Return what robustness.json holds; None without such a file.
+    """Return the content of robustness.json; None if there is no such file.
 
     Raises:
-        HessianFlowError: the file is damaged, or a part of it has another form.
+        HessianFlowError: The file is damaged, or a field of it has another form.
     """
-    path = folder / ROBUSTNESS
-    remedy = f"; make it anew with `hessianflow robustness {folder}`"
-    found = _read(path, RobustnessFile, _robustness_fault, remedy) if path.is_file() else None
-    return cast("RobustnessFile | None", found)
+    remedy = f"; make it again with `hessianflow robustness {folder}`"
+    robustness = _read(folder / ROBUSTNESS, RobustnessFile, _robustness_fault, remedy)
+    return cast("RobustnessFile | None", robustness or None)
 
 
 def read_measurement(path: Path) -> Measurement:
     """Return the step times that a plan.json, or an object like its "measured", holds.
 
     Raises:
-        HessianFlowError: no such file, a damaged one, or one without step times.
+        HessianFlowError: The file does not exist, is damaged, or holds no step times.
     """
     if not path.is_file():
         raise HessianFlowError(f"{path}: there is no such file")
-    whole = read_object(path)
-    found = whole.get("measured", whole)
-    fault = fault_of(found, Measurement)
+    content = read_object(path)
+    measured = content.get("measured", content)
+    fault = fault_of(measured, Measurement)
     remedy = (
         "it must hold sizes and seconds (two lists of equal length), or slope and intercept, as"
         " plan.json does"
     )
     if fault is not None:
         raise HessianFlowError(f"{path}: {fault}: {remedy}")
-    sizes, seconds = found.get("sizes", []), found.get("seconds", [])
+    sizes = measured.get("sizes", [])
     if len(sizes) > _MOST_SIZES:
         raise HessianFlowError(f"{path}: sizes must be at most {_MOST_SIZES}, got {len(sizes)}")
-    if len(sizes) != len(seconds) or not (sizes or {"slope", "intercept"} <= found.keys()):
+    has_times = sizes or {"slope", "intercept"} <= measured.keys()
+    if len(sizes) != len(measured.get("seconds", [])) or not has_times:
         raise HessianFlowError(f"{path}: {remedy}")
-    return cast(Measurement, found)
+    return cast(Measurement, measured)
 
 
 def _read(
     path: Path,
     form: Any,
-    further: Callable[[Any], Fault | None] = lambda _found: None,
+    further: Callable[[Any], Fault | None] = lambda _content: None,
     remedy: str = "",
 ) -> Any:
-    """Read a file, check its form, then check it with `further`; `remedy` ends the error
-    message."""
+    """Return a file after a check of its form and with `further`; {} if there is no file.
+
+    The text `remedy` ends the error message.
+    """
     if not path.is_file():
         return {}
     try:
-        found = read_object(path)
+        content = read_object(path)
     except HessianFlowError as error:
         raise HessianFlowError(f"{error}{remedy}") from None
-    fault = fault_of(found, form) or further(found)
+    fault = fault_of(content, form) or further(content)
     if fault is not None:
         raise HessianFlowError(f"{path}: {fault}: the file is damaged{remedy}")
-    return found
+    return content
 
 
-def _spectrum_fault(found: SpectrumFile) -> Fault | None:
-    values, residuals = found["eigenvalues"], found["residuals"]
-    if len(residuals) != len(values):
-        return Fault(
-            "residuals", f"must hold {len(values)} values, one an eigenvalue, got {len(residuals)}"
-        )
-    density = found.get("density")
+def _spectrum_fault(spectrum: SpectrumFile) -> Fault | None:
+    values = len(spectrum["eigenvalues"])
+    residuals = len(spectrum["residuals"])
+    if residuals != values:
+        return Fault("residuals", f"must hold {values} values, one an eigenvalue, got {residuals}")
+    density = spectrum.get("density")
     if density is None:
         return None
     nodes = [len(row) for row in density["nodes"]]
@@ -296,11 +295,12 @@ def _spectrum_fault(found: SpectrumFile) -> Fault | None:
     return None
 
 
-def _robustness_fault(found: RobustnessFile) -> Fault | None:
-    if not found["accuracy"] or not found["eps"]:
+def _robustness_fault(robustness: RobustnessFile) -> Fault | None:
+    sizes = len(robustness["eps"])
+    if not robustness["accuracy"] or not sizes:
         return Fault("accuracy", "must hold at least one attack and one eps")
-    for name, triples in found["accuracy"].items():
-        if len(triples) != len(found["eps"]):
-            words = f"must hold {len(found['eps'])} values, one an eps, got {len(triples)}"
+    for name, triples in robustness["accuracy"].items():
+        if len(triples) != sizes:
+            words = f"must hold {sizes} values, one an eps, got {len(triples)}"
             return Fault(f"accuracy.{name}", words)
     return None

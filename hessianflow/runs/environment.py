@@ -1,4 +1,4 @@
-"""What is needed to repeat a run: facts about the machine and the software."""
+"""Facts about the machine and the software that are needed to repeat a run."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, devices, threads and the revision."""
+    """Return the versions of packages, the devices, the number of threads and the revision."""
     packages = {}
     for name in ("hessianflow", "torch", "numpy", "scipy", "scikit-learn"):
         try:

@@ -1,4 +1,4 @@
-"""Reads JSON that may be damaged, and writes files whole.
+"""Read JSON that may be damaged, and write files whole.
 
 By the time it is read, a file in a run directory may hold anything: half a line, another program's
 data, numbers of a thousand digits. Every reader in this package goes through :func:`parsed`, which
@@ -23,23 +23,24 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.schema import LARGEST, LARGEST_WHOLE, Fault
 
 MOST_BYTES = 64 * 2**20
-"""Largest JSON file in bytes, a hundred times a spectral density of many probes. Ours."""
+"""Largest JSON file in bytes. This default is our choice: a hundred times a spectral density of
+many probes."""
 MOST_DEPTH = 50
-"""Most levels of nested lists and objects. Ours."""
+"""Most levels of nested lists and objects. This default is our choice."""
 _DIGITS = len(str(LARGEST_WHOLE))
 _BRACKET_OR_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 class NotJSONError(ValueError):
-    """The text is no JSON at all: cut short, or something else."""
+    """Error for a text that is no JSON at all: cut short, or something else."""
 
 
 def parsed(text: bytes) -> Any:
-    """Return what JSON text holds; every number in it is finite and of sane size.
+    """Return the value of a JSON text, in which every number is finite and of sane size.
 
     Raises:
-        NotJSONError: the text is not JSON.
-        HessianFlowError: it is nested too deep, or holds a number that no run could have written.
+        NotJSONError: The text is not JSON.
+        HessianFlowError: It is nested too deep, or holds a number that no run could have written.
     """
     if _depth(text) > MOST_DEPTH:
         raise HessianFlowError(f"lists or objects are nested deeper than {MOST_DEPTH}")
@@ -57,7 +58,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds; {} if there is no such file.
 
     Raises:
-        HessianFlowError: the file cannot be read, is too large, or holds something else.
+        HessianFlowError: The file cannot be read, is too large, or holds something else.
     """
     if not path.is_file():
         return {}
@@ -82,7 +83,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> float:
-    """Return an integer, or a float where it has more digits than any that a run writes."""
+    """Return an integer, or a float if it has more digits than any that a run writes."""
     return int(digits) if len(digits) <= _DIGITS else float(digits)
 
 
@@ -92,8 +93,8 @@ def _depth(text: bytes) -> int:
     if brackets <= MOST_DEPTH:
         return brackets
     depth = deepest = 0
-    for found in _BRACKET_OR_TEXT.finditer(text):
-        sign = found[0]
+    for match in _BRACKET_OR_TEXT.finditer(text):
+        sign = match[0]
         if sign in (b"[", b"{"):
             depth += 1
             deepest = max(deepest, depth)
@@ -124,11 +125,11 @@ def _number_fault(value: Any) -> Fault | None:
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a path to write to; at the end, the whole new file replaces `target`, or nothing does.
 
-    What a killed process left of an earlier attempt is removed.
+    Temporary files that a killed process left behind are removed.
 
     Raises:
         HessianFlowError: `target` is something other than a file (a folder, a device, a pipe).
-        OSError: the file cannot be written; nothing is left behind.
+        OSError: The file cannot be written; nothing is left behind.
     """
     target = Path(os.path.realpath(target))
     refuse_special(target)
@@ -148,7 +149,7 @@ def refuse_special(path: Path) -> None:
     """Refuse to write to a path that is not a regular file.
 
     Raises:
-        HessianFlowError: the path is a folder, a device, a pipe or a socket.
+        HessianFlowError: The path is a folder, a device, a pipe or a socket.
     """
     with suppress(OSError):
         if not stat.S_ISREG(path.stat().st_mode):
@@ -165,7 +166,7 @@ def remove_leftovers(target: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file whole, or leave the earlier one."""
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
 
@@ -176,8 +177,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write settings, without the run directory, as the YAML that `hessianflow train --config`
-    reads."""
+    """Write settings, without the run directory, as YAML for `hessianflow train --config`."""
     import yaml
 
     kept = {key: value for key, value in settings.items() if key != "run_dir"}
@@ -185,7 +185,7 @@ def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return the same structure with None for floats that JSON, or our reader, does not allow."""
+    """Return the same structure with None for floats that JSON, or :func:`parsed`, refuses."""
     if isinstance(value, (np.generic, torch.Tensor)):
         value = value.item()
     if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= LARGEST):
@@ -198,7 +198,7 @@ def finite(value: Any) -> Any:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file's content is on the disk: otherwise a power cut may leave an empty file."""
+    """Wait until a file's content is on the disk, since a power cut could leave an empty file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The run directory itself: its names, which process holds it, and whether a run may begin in it.
+"""The run directory itself: which process holds it, and whether a run may begin in it.
 
 A process that writes to a run holds a lock on a file in the directory, from before its first write
 to its end, so that two processes can never share a directory. The lock belongs to the process
@@ -19,18 +19,18 @@ from hessianflow.runs.names import CHECKPOINTS, CONFIG, HISTORY, LOCK, SETTINGS,
 from hessianflow.runs.rows import has_no_step
 
 _OF_A_START = (CONFIG, SETTINGS, HISTORY, CHECKPOINTS, LOCK)
-"""Everything that a run makes up to its first checkpoint."""
+"""Names of everything that a run makes up to its first checkpoint."""
 
 
 class Claim:
     """A run directory held by this process, until it is released or the process ends in any way.
 
     Args:
-        folder: the run directory, which must exist.
+        folder: Run directory, which must exist.
 
     Raises:
-        HessianFlowError: another process holds it.
-        OSError: the lock file cannot be made.
+        HessianFlowError: Another process holds the directory.
+        OSError: The lock file cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +39,7 @@ class Claim:
         while not _is_at(path, descriptor):  # removed by the process that held it before
             os.close(descriptor)
             descriptor = _locked(path, folder)
-        # Runs once, at the latest with the end of this object.
+        # The finalizer runs once, at the latest with the end of this object.
         self._finalizer = weakref.finalize(self, _let_go, path, descriptor, os.getpid())
 
     def release(self) -> None:
@@ -48,7 +48,7 @@ class Claim:
 
 
 def _locked(path: Path, folder: Path) -> int:
-    """Open a lock file and lock it, where the file system can lock files."""
+    """Open a lock file and lock it, if the file system can lock files."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         import fcntl
@@ -85,8 +85,8 @@ def begin_in(folder: Path) -> Claim:
     """Make a directory for a new run, or take one whose run made no step, and hold it.
 
     Raises:
-        HessianFlowError: the directory holds a run or anything else, or another process holds it.
-        OSError: the directory cannot be made or written.
+        HessianFlowError: The directory holds a run or anything else, or another process holds it.
+        OSError: The directory cannot be made or written.
     """
     refuse_used(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -114,13 +114,12 @@ def _made_and_held(folder: Path) -> Claim:
 
 @contextmanager
 def new_folder(base: Path) -> Iterator[Path]:
-    """Yield a new directory called `base`, or `base`-2 and so on, and remove it at the end if
-    empty.
+    """Yield a new directory called `base`, or `base`-2 and so on; at the end, remove it if empty.
 
     No other process can get the same one.
 
     Raises:
-        HessianFlowError: the directory cannot be made.
+        HessianFlowError: The directory cannot be made.
     """
     made = [path for path in base.parents if not path.exists()]
     path = base
@@ -150,7 +149,7 @@ def _made_alone(path: Path) -> bool:
             return True
         except FileExistsError:
             return False
-        except FileNotFoundError:  # another process removed the folder around it in this moment
+        except FileNotFoundError:  # another process has just removed the parent folder
             continue
 
 
@@ -162,18 +161,16 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process left half-written; only the holder of the directory may call
-    this."""
-    for place in (folder, folder / CHECKPOINTS):
-        for path in place.glob("*.tmp"):
+    """Remove half-written files of a killed process; only the holder of the directory may do so."""
+    for parent in (folder, folder / CHECKPOINTS):
+        for path in parent.glob("*.tmp"):
             if _of_what(path.name) != path.name:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
 
 def _of_what(name: str) -> str:
-    """Return the name of the file that a temporary file was to become; return other names
-    unchanged.
+    """Return the name that a temporary file was to get, and other names unchanged.
 
     Temporary files are called .NAME.PROCESS.tmp; those of earlier releases NAME.tmp.
     """
@@ -193,7 +190,7 @@ def refuse_used(folder: Path) -> None:
     another may begin in its place.
 
     Raises:
-        HessianFlowError: the folder is in use; the message says what to do.
+        HessianFlowError: The folder is in use; the message says what to do.
     """
     if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
         return
@@ -218,8 +215,7 @@ def _never_stepped(folder: Path) -> bool:
     names = {_of_what(path.name) for path in folder.iterdir()}
     if not names <= set(_OF_A_START) or any((folder / CHECKPOINTS).glob("*.pt")):
         return False
-    # A run begins with its lock file and a temporary file for config.json: either shows that it is
-    # ours.
+    # A run begins with its lock file and a temporary file for config.json: either is a sign of one.
     whole = {path.name for path in folder.iterdir()}
     begun = (
         LOCK in whole
@@ -230,8 +226,7 @@ def _never_stepped(folder: Path) -> bool:
 
 
 def _is_ours(config: Path, *, absent: bool = False) -> bool:
-    """Return whether a config.json was written by a run; `absent` is the answer where there is
-    none, or none yet."""
+    """Return whether a run wrote this config.json, and `absent` if it is missing or empty."""
     if not config.exists():
         return absent
     if config.is_file() and config.stat().st_size == 0:
@@ -253,6 +248,8 @@ def _has_no_step(history: Path) -> bool:
 
 
 def history_length(run_dir: Path) -> int:
-    """Return the bytes of a run directory's history.jsonl; 0 if there is none."""
+    """Return the size in bytes of a run directory's history.jsonl; 0 if there is none."""
     path = run_dir / HISTORY
-    return path.stat().st_size if path.is_file() else 0
+    if not path.is_file():
+        return 0
+    return path.stat().st_size

@@ -18,10 +18,10 @@ from hessianflow.runs.names import CONFIG, HISTORY
 from hessianflow.runs.rows import Record, row_fault
 
 LONGEST_LINE = 2**20
-"""Most bytes of a row; runs write rows of a few hundred. Ours."""
+"""Most bytes of a row. This default is our choice: runs write rows of a few hundred."""
 
 Damaged = Literal["refuse", "skip"]
-"""What to do about a damaged line: refuse the file, or skip the line."""
+"""Treatment of a damaged line: refuse the file, or skip the line."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class History:
     """The records of one run, in the order they were made.
 
     Attributes:
-        records: every row of history.jsonl.
-        config: what config.json holds (empty for a run without a run directory).
-        summary: what summary.json holds (empty while the run has not ended).
-        run_dir: the run directory; None for a run without one.
+        records: Every row of history.jsonl.
+        config: Content of config.json (empty for a run without a run directory).
+        summary: Content of summary.json (empty while the run has not ended).
+        run_dir: Run directory; None for a run without one.
     """
 
     records: Sequence[Record]
@@ -45,12 +45,12 @@ class History:
         """Read a run directory; a last line cut short by a crash is skipped.
 
         Args:
-            run_dir: the directory.
+            run_dir: Run directory.
             damaged: "refuse" a history with a damaged line, or "skip" such lines, whose rows are
                 then missing.
 
         Raises:
-            HessianFlowError: there is no history, or a file is damaged; the message names the line
+            HessianFlowError: There is no history, or a file is damaged; the message names the line
                 or the field, and its value.
         """
         if damaged not in ("refuse", "skip"):
@@ -68,25 +68,24 @@ class History:
 
     @property
     def epochs(self) -> list[Record]:
-        """One row per completed epoch."""
+        """Return one row per completed epoch."""
         return self.of_kind("epoch")
 
     @property
     def curvature(self) -> list[Record]:
-        """One row per curvature reading."""
+        """Return one row per curvature reading."""
         return self.of_kind("curvature")
 
     @property
     def growths(self) -> list[Record]:
-        """The decisions that made the batch larger."""
+        """Return the rows of the decisions that made the batch larger."""
         return [row for row in self.of_kind("batch") if row["to"] > row["from"]]
 
     def fact(self, name: str) -> Any:
-        """Return what config.json holds about the trainer under `name`, such as
-        "examples_per_epoch".
+        """Return a fact about the trainer in config.json, such as "examples_per_epoch".
 
         Raises:
-            HessianFlowError: config.json has no such entry.
+            HessianFlowError: The file config.json has no such entry.
         """
         facts = self.config.get("trainer", {})
         if name not in facts:
@@ -101,7 +100,7 @@ def read_records(path: Path, damaged: Damaged = "refuse") -> list[Record]:
     """Return all complete rows of a history file.
 
     Raises:
-        HessianFlowError: the file cannot be read; a line before the last is not JSON, or any line
+        HessianFlowError: The file cannot be read, a line before the last is not JSON, or any line
             is not a row.
     """
     rows: list[Record] = []
@@ -146,8 +145,7 @@ def _refusal(path: Path, number: int, what: str) -> HessianFlowError:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the text of every line that is not blank; overlong lines are cut
-    short."""
+    """Yield the number and the text of every line that is not blank; cut overlong lines short."""
     try:
         with open(path, "rb") as file:
             number = 0

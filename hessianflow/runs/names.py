@@ -1,9 +1,16 @@
-"""The names of what a run directory holds."""
+"""The names of the files and folders in a run directory."""
 
-CONFIG, HISTORY, SUMMARY, SETTINGS = "config.json", "history.jsonl", "summary.json", "settings.yaml"
-SPECTRUM, ROBUSTNESS = "spectrum.json", "robustness.json"
-CHECKPOINTS, PLOTS, TENSORBOARD = "checkpoints", "plots", "tensorboard"
-LAST, PREVIOUS, BEST, SET_ASIDE = "last.pt", "previous.pt", "best.pt", "last.damaged"
-"""Checkpoints: the newest, the one before it, that of the best accuracy, and one that was
-damaged."""
+CONFIG = "config.json"
+HISTORY = "history.jsonl"
+SUMMARY = "summary.json"
+SETTINGS = "settings.yaml"
+SPECTRUM = "spectrum.json"
+ROBUSTNESS = "robustness.json"
 LOCK = ".hessianflow-lock"
+PLOTS = "plots"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+LAST = "last.pt"  # the newest checkpoint
+PREVIOUS = "previous.pt"  # the one before it
+BEST = "best.pt"  # the one of the best accuracy
+SET_ASIDE = "last.damaged"

@@ -1,6 +1,6 @@
-"""Checks a saved optimizer state against the optimizer that is to take it.
+"""Check a saved optimizer state against the optimizer that is to take it.
 
-torch takes any state, and then fails at the next step or goes on without some options.
+torch takes any state, and then fails at the next step or continues without some options.
 """
 
 import math
@@ -15,8 +15,8 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.schema import shown
 from hessianflow.runs.states import DamagedStateError
 
-_LIKE_WEIGHTS = (
-    *(
+_LIKE_WEIGHTS = frozenset(
+    {
         "momentum_buffer",
         "exp_avg",
         "exp_avg_sq",
@@ -24,14 +24,19 @@ _LIKE_WEIGHTS = (
         "exp_inf",
         "square_avg",
         "grad_avg",
-    ),
-    *("acc_delta", "sum", "prev", "step_size", "ax"),
+        "acc_delta",
+        "sum",
+        "prev",
+        "step_size",
+        "ax",
+    }
 )
-"""State entries that torch's optimizers, and ours, keep in the shape of the weights."""
+"""State entries that the optimizers of torch and of this package keep in the shape of the weights.
+"""
 
 
 class OtherGroupsError(HessianFlowError):
-    """The optimizer of a checkpoint has its weights in other parameter groups."""
+    """Error for a checkpoint whose optimizer has its weights in other parameter groups."""
 
 
 def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -40,7 +45,7 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     The optimizer would take them, and fail at a step.
 
     Raises:
-        DamagedStateError: naming the entry.
+        DamagedStateError: An entry is wrong; the message names it.
     """
     for number, (own, group) in enumerate(
         zip(optimizer.param_groups, saved["param_groups"], strict=False)
@@ -88,17 +93,17 @@ def in_order(
 ) -> dict[str, Any]:
     """Return the saved state of an optimizer with its weights in the order of another optimizer.
 
-    torch pairs weights by place alone: where shapes agree, a state saved for [weight, bias] would
-    silently be used for [bias, weight].
+    torch pairs weights by position alone: where shapes agree, a state saved for [weight, bias]
+    would silently be used for [bias, weight].
 
     Args:
-        saved: the state.
-        named: the names of the saved weights, by group; empty for weights without a name.
-        own: the names of the weights of the optimizer that is to take the state, by group. It may
+        saved: State of an optimizer.
+        named: Names of the saved weights, by group; empty for weights without a name.
+        own: Names of the weights of the optimizer that is to take the state, by group. It may
             lack groups at the end.
 
     Raises:
-        OtherGroupsError: a weight is in another group, or in none.
+        OtherGroupsError: A weight is in another group, or in none.
     """
     groups = list(saved["param_groups"])
     for number, (before, now) in enumerate(zip(named, own, strict=False)):
@@ -110,27 +115,26 @@ def in_order(
             name for name in now if before.count(name) != now.count(name)
         ]
         if moved:
-            found = [index for index, names in enumerate(named) if moved[0] in names]
-            stands = f"in its parameter group {found[0]}" if found else "in no parameter group"
-            held = next((index for index, names in enumerate(own) if moved[0] in names), None)
-            here = "in none" if held is None else f"in group {held}"
+            there = [index for index, names in enumerate(named) if moved[0] in names]
+            here = [index for index, names in enumerate(own) if moved[0] in names]
+            saved_in = f"in its parameter group {there[0]}" if there else "in no parameter group"
+            held_in = f"in group {here[0]}" if here else "in none"
             raise OtherGroupsError(
-                f"{moved[0] or 'a parameter'!r} is {stands}, and {here} of this run"
+                f"{moved[0] or 'a parameter'!r} is {saved_in}, and {held_in} of this run"
             )
-        places: dict[str, list[Any]] = {}
+        by_name: dict[str, list[Any]] = {}
         for name, weight in zip(before, _numbers(groups[number]), strict=True):
-            places.setdefault(name, []).append(weight)
-        groups[number] = {**groups[number], "params": [places[name].pop(0) for name in now]}
+            by_name.setdefault(name, []).append(weight)
+        groups[number] = {**groups[number], "params": [by_name[name].pop(0) for name in now]}
     return {**saved, "param_groups": groups}
 
 
 @contextmanager
 def keeping_options(optimizer: Optimizer) -> Iterator[None]:
-    """Keep all options of an optimizer while it takes a saved state, and let torch fill in newer
-    ones.
+    """Refuse a saved state, loaded within the context, that drops an option of the optimizer.
 
     Raises:
-        DamagedStateError: the state lacks an option.
+        DamagedStateError: The state lacks an option that torch does not fill in.
     """
     before = [set(group) for group in optimizer.param_groups]
     yield
@@ -141,8 +145,7 @@ def keeping_options(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _is_alike(own: Any, saved: Any) -> bool:
-    """Return whether a saved option is of the same kind as an optimizer's own, and finite if a
-    number."""
+    """Return whether a saved option has the type of the own option, and is finite if a number."""
     if isinstance(own, Tensor) or isinstance(saved, Tensor):
         return isinstance(own, (Tensor, float, int)) and isinstance(saved, (Tensor, float, int))
     if isinstance(own, (list, tuple)):
@@ -154,6 +157,6 @@ def _is_alike(own: Any, saved: Any) -> bool:
 
 
 def _numbers(group: Mapping[str, Any]) -> Sequence[Any]:
-    """Return the numbers of a group's weights; none where they are no list."""
+    """Return the numbers of a group's weights; an empty sequence if they are no list."""
     numbers = group.get("params")
     return numbers if isinstance(numbers, list) else ()

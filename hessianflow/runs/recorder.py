@@ -18,11 +18,11 @@ from hessianflow.runs.rows import Record
 
 
 class Recorder:
-    """Writes the records of one run to its directory, if it has one, and to every sink.
+    """Writer of the records of one run, to its directory, if it has one, and to every sink.
 
     Args:
-        run_dir: the run directory, made if absent; None keeps records in memory only.
-        sinks: other receivers of every record.
+        run_dir: Run directory, made if absent; None keeps records in memory only.
+        sinks: Other receivers of every record.
     """
 
     def __init__(self, run_dir: str | Path | None, sinks: Iterable[RecordSink] = ()) -> None:
@@ -37,7 +37,7 @@ class Recorder:
         """Make the directory, hold it and write config.json.
 
         Raises:
-            HessianFlowError: the directory already holds a run, or cannot be written.
+            HessianFlowError: The directory already holds a run, or cannot be written.
         """
         self._config = {**config, "environment": environment()}
         if self.run_dir is None:
@@ -56,7 +56,7 @@ class Recorder:
         """Hold a run directory that is to be continued, before anything in it is read.
 
         Raises:
-            HessianFlowError: it is not a run directory, another process is writing to it, or it
+            HessianFlowError: It is not a run directory, another process is writing to it, or it
                 cannot be written.
         """
         if not (run_dir / CONFIG).exists() and not (run_dir / CHECKPOINTS).exists():
@@ -73,11 +73,11 @@ class Recorder:
         The resumed run makes those rows again.
 
         Args:
-            run_dir: the directory; held from here on.
-            history_bytes: the length of the history when the checkpoint was made.
+            run_dir: Run directory, which is held from here on.
+            history_bytes: Length of the history when the checkpoint was made.
 
         Raises:
-            HessianFlowError: another process is writing to the directory, or the history does not
+            HessianFlowError: Another process is writing to the directory, or the history does not
                 fit the checkpoint.
         """
         if self._claim is None:
@@ -129,11 +129,11 @@ class Recorder:
 
         If `message` is given, only events with that message count.
         """
-        found = (row for row in self.records if row["kind"] == "event" and row["event"] == event)
-        return any(message is None or row["message"] == message for row in found)
+        same = (row for row in self.records if row["kind"] == "event" and row["event"] == event)
+        return any(message is None or row["message"] == message for row in same)
 
     def replace(self, records: Sequence[Record]) -> None:
-        """Replace all rows that were written by these; sinks keep what they received."""
+        """Replace all rows by `records`; sinks keep the rows that they received."""
         self.records = list(records)
         if self.run_dir is not None:
             try:
@@ -142,7 +142,7 @@ class Recorder:
                 raise _cannot("write", self.run_dir / HISTORY, error) from None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json."""
+        """Write summary.json, if the run has a directory."""
         self._summary = finite(summary)
         if self.run_dir is not None:
             try:
@@ -151,7 +151,7 @@ class Recorder:
                 raise _cannot("write", self.run_dir / SUMMARY, error) from None
 
     def close(self) -> None:
-        """Close the sinks and release the directory, whether the run ended well or not."""
+        """Close the sinks and release the directory, also after a failed run."""
         self._release()
         for sink in self._sinks:
             sink.close()
@@ -169,7 +169,7 @@ class Recorder:
             write_json(folder / CONFIG, self._config)
             if settings is not None:
                 write_yaml(folder / SETTINGS, settings)
-            # drops the events of a run that ended before its first step
+            # This drops the events of a run that ended before its first step.
             (folder / HISTORY).write_bytes(b"")
         except OSError:
             for name in (CONFIG, SETTINGS, HISTORY):

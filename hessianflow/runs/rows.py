@@ -1,4 +1,4 @@
-"""The rows of history.jsonl: what each kind holds, how it is made, and how it is checked when read.
+"""The rows of history.jsonl: the fields of each kind, how it is made and how it is checked.
 
 Every row begins with its kind and its place in the run: epochs completed, and examples and updates
 used so far. Rows may hold more fields than are listed here; a listed field always has this form.
@@ -11,14 +11,14 @@ from hessianflow.interfaces import CurvatureReading, Decision, Progress
 from hessianflow.runs.schema import Count, Fault, Figure, Share, Size, checker
 
 PARTS = ("training", "data", "adversary", "curvature", "evaluation", "checkpoint")
-"""The parts of a run that its seconds are spent on."""
+"""The activities between which the seconds of a run are divided."""
 
 Record = dict[str, Any]
-"""Any row."""
+"""A row of any kind."""
 
 
 class Place(TypedDict):
-    """What every row begins with."""
+    """The fields with which every row begins."""
 
     kind: str
     epoch: Count
@@ -34,10 +34,9 @@ class _EpochRequired(Place):
 
 
 class EpochRow(_EpochRequired, total=False):
-    """A completed epoch: the setting it ended with, its figures, and the seconds spent on each
-    part.
+    """A completed epoch: its final setting, its figures, and the seconds spent on each activity.
 
-    `statistics` is "remeasured" where running statistics had not settled and were measured anew
+    `statistics` is "remeasured" if running statistics had not settled and were measured again
     before the evaluation.
 
     A run on a parameter server adds clock_seconds (the server's clock), predicted_seconds (the sum
@@ -69,7 +68,7 @@ class _CurvatureRequired(Place):
 
 
 class CurvatureRow(_CurvatureRequired, total=False):
-    """A curvature reading; `note` says why the controller changed nothing, where it did not."""
+    """A curvature reading; `note` says why the controller changed nothing, if it did not."""
 
     residual: Figure
     matvecs: Count
@@ -91,7 +90,7 @@ class _BatchRequired(Place, _Change):
 
 
 class BatchRow(_BatchRequired, total=False):
-    """A decision that changed a setting: the batch size `from` and `to`, and what else it set."""
+    """A decision that changed a setting: the batch size `from` and `to`, and other settings."""
 
     adversarial_share: Share
 
@@ -104,7 +103,7 @@ class _CommitRequired(Place):
 
 
 class CommitRow(_CommitRequired, total=False):
-    """A worker's push to a parameter server; times are those of the server's clock."""
+    """A push of a worker to a parameter server; times are those of the server's clock."""
 
     staleness: Count
     rate_epoch: Count
@@ -121,8 +120,7 @@ class _EventRequired(Place):
 
 
 class EventRow(_EventRequired, total=False):
-    """Anything else worth knowing later: a divergence, a fallback, a preemption, a change of an
-    elastic world."""
+    """Any other event: a divergence, a fallback, a preemption, a change of an elastic world."""
 
     elapsed: Figure
     workers: Count
@@ -165,15 +163,15 @@ _CHECK_MEASUREMENT = checker(_Measurement)
 
 
 def row_fault(row: Any) -> Fault | None:
-    """Return the first field of a row that is missing or has the wrong form; None for a valid
-    row."""
+    """Return the first field of a row that is missing or wrong; None for a valid row."""
     kind = row.get("kind") if isinstance(row, dict) else None
-    check = _CHECKS.get(kind) if isinstance(kind, str) else None
-    return (check or _CHECK_MEASUREMENT)(row)
+    if isinstance(kind, str) and kind in _CHECKS:
+        return _CHECKS[kind](row)
+    return _CHECK_MEASUREMENT(row)
 
 
 def place(kind: str, progress: Progress) -> Record:
-    """Return what every row begins with."""
+    """Return the fields with which every row begins."""
     return {
         "kind": kind,
         "epoch": progress.epoch,
@@ -186,14 +184,14 @@ def spent_on(seconds: Mapping[str, float], examples: int) -> Record:
     """Return the fields of an epoch's row that hold its seconds and throughput.
 
     Args:
-        seconds: seconds spent in the epoch, by part, with the total as "wall".
-        examples: examples trained in the epoch.
+        seconds: Seconds spent in the epoch, by activity, with the total as "wall".
+        examples: Examples trained in the epoch.
     """
     working = seconds["training"] + seconds["data"]
     return {
         "seconds": seconds["wall"],
         "images_per_second": examples / max(working, 1e-9),
-        # The attack runs inside the step, so the step's own time is what is left.
+        # The attack runs inside the step, so its time is subtracted.
         "seconds_training": seconds["training"] - seconds["adversary"],
         **{f"seconds_{name}": seconds[name] for name in ("data", "adversary", "curvature")},
         "seconds_evaluation": seconds["evaluation"],
@@ -201,8 +199,7 @@ def spent_on(seconds: Mapping[str, float], examples: int) -> Record:
 
 
 def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Record:
-    """Return the row of one reading; `note` says why the controller changed nothing, if it did
-    not."""
+    """Return the row of one reading; `note` says why the controller did not act on it, if so."""
     row: Record = {
         **place("curvature", progress),
         "eigenvalue": reading.eigenvalue,
@@ -241,12 +238,12 @@ def decision_row(progress: Progress, before: Decision, after: Decision, share: f
 
 
 def measurement_row(progress: Progress, kind: str, figures: Mapping[str, float]) -> Record:
-    """Return the row of what was measured after an epoch."""
+    """Return the row of a measurement made after an epoch."""
     return {**place(kind, progress), **figures}
 
 
 def event_row(progress: Progress, event: str, message: str) -> Record:
-    """Return the row of anything else worth knowing later."""
+    """Return the row of any other event."""
     return {**place("event", progress), "event": event, "message": message}
 
 

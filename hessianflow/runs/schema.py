@@ -1,8 +1,8 @@
-"""Checks that a value has the form that a type describes, for records, settings and checkpoints.
+"""Check that a value has the form that a type describes, for records, settings and checkpoints.
 
 Forms are ordinary types, which mypy uses too: TypedDicts of numbers, text, lists and further
-TypedDicts, and `Annotated[int, Between(1, 10)]` where a number has bounds. A fault is named by its
-place and its value.
+TypedDicts, and `Annotated[int, Between(1, 10)]` for a number with bounds. A message names the
+field that is wrong and its value.
 """
 
 import json
@@ -17,19 +17,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import torch
 
 LARGEST = 1e100
-"""Largest magnitude of a figure: far above any loss or eigenvalue, and its square still fits a
-float64. Ours."""
+"""Largest magnitude of a figure. This default is our choice: far above any loss or eigenvalue, and
+its square still fits a float64."""
 LARGEST_WHOLE = 2**63 - 1
 """Largest whole number without bounds of its own: the largest that NumPy and torch can hold."""
 LARGEST_COUNT = 2**53
-"""Largest count: a float64 tells any two counts up to here apart."""
+"""Largest count: up to here, float64 represents every whole number exactly."""
 _SHOWN = 60
 """Most characters of a value in a message."""
 
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number, both allowed; part of an `Annotated` type."""
+    """Inclusive bounds of a number, for an `Annotated` type."""
 
     low: float
     high: float
@@ -40,22 +40,21 @@ Count = Annotated[int, Between(0, LARGEST_COUNT)]
 Size = Annotated[int, Between(1, LARGEST_COUNT)]
 """A count of at least one."""
 Figure = float | None
-"""Anything measured; null where it was not finite."""
+"""A measured number; null if it was not finite."""
 Number = Annotated[float, Between(-math.inf, math.inf)]
 """A number that may be infinite."""
 Share = Annotated[float, Between(0, 1 + 1e-6)] | None
-"""A part of a whole, such as an accuracy, with room for rounding; null where it was not
-measured."""
+"""A fraction, such as an accuracy, with room for rounding; null if it was not measured."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The first thing found wrong with a value.
+    """The first fault of a value.
 
     Attributes:
-        where: its place, such as "trainer.epochs"; empty for the value itself.
-        words: what is wrong with it.
-        of_kind: whether the value is of the right kind (a number, a list) and wrong only in
+        where: Path of the faulty field, such as "trainer.epochs"; empty for the value itself.
+        words: Description of the fault.
+        of_kind: Whether the value is of the right kind (a number, a list) and wrong only in
             content.
     """
 
@@ -67,15 +66,16 @@ class Fault:
         return f"{self.where} {self.words}".strip()
 
     def inside(self, name: str) -> "Fault":
-        """Return the same fault as seen from around the field `name`."""
-        return replace(self, where=f"{name}.{self.where}" if self.where else name, of_kind=True)
+        """Return the same fault with a path that begins with the field `name`."""
+        where = f"{name}.{self.where}" if self.where else name
+        return replace(self, where=where, of_kind=True)
 
 
 Check = Callable[[Any], Fault | None]
 
 
 def fault_of(value: Any, form: Any) -> Fault | None:
-    """Return the first place where `value` does not have the form of a type; None if it fits.
+    """Return the first fault of `value` against the form of a type; None if it fits.
 
     Fields that a TypedDict does not name may hold anything.
     """
@@ -87,7 +87,8 @@ def checker(form: Any) -> Check:
     """Return the check of one type; it is made once and cached."""
     if typing.is_typeddict(form):
         return _fields_check(form)
-    origin, parts = get_origin(form), get_args(form)
+    origin = get_origin(form)
+    parts = get_args(form)
     if origin in (Union, types.UnionType):
         return _union_check(form, parts)
     if origin is Annotated:
@@ -104,8 +105,9 @@ def checker(form: Any) -> Check:
 
 
 def in_words(form: Any) -> str:
-    """Return what a type asks for, such as "a number or null"."""
-    origin, parts = get_origin(form), get_args(form)
+    """Return the description of a type for a message, such as "a number or null"."""
+    origin = get_origin(form)
+    parts = get_args(form)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(in_words(part) for part in parts))
     if origin is Annotated:
@@ -120,7 +122,7 @@ def in_words(form: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: as JSON where possible, and cut short where long."""
+    """Return a value as a message shows it: as JSON if possible, and cut short if long."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, (dict, list, tuple, set)) and len(value) > _SHOWN:
@@ -160,7 +162,9 @@ def _simple_check(form: Any) -> Check:
     kind = type(None) if form is None else form
 
     def check(value: Any) -> Fault | None:
-        return None if isinstance(value, kind) else _refusal(kind, value)
+        if isinstance(value, kind):
+            return None
+        return _refusal(kind, value)
 
     return check
 
@@ -168,11 +172,9 @@ def _simple_check(form: Any) -> Check:
 def _whole_fault(value: Any) -> Fault | None:
     if type(value) is not int:
         return _refusal(int, value)
-    return (
-        None
-        if abs(value) <= LARGEST_WHOLE
-        else Fault("", f"must be below 2^63, got {_short(value)}")
-    )
+    if abs(value) <= LARGEST_WHOLE:
+        return None
+    return Fault("", f"must be below 2^63, got {_short(value)}")
 
 
 def _number_fault(value: Any) -> Fault | None:
@@ -180,15 +182,13 @@ def _number_fault(value: Any) -> Fault | None:
         return _refusal(float, value)
     if isinstance(value, float) and not math.isfinite(value):
         return Fault("", f"must be a finite number, got {value}")
-    return (
-        None
-        if abs(value) <= LARGEST
-        else Fault("", f"must be at most {LARGEST:g}, got {_short(value)}")
-    )
+    if abs(value) <= LARGEST:
+        return None
+    return Fault("", f"must be at most {LARGEST:g}, got {_short(value)}")
 
 
 def _short(value: float) -> str:
-    """Return a number written short, however large it is."""
+    """Return a number as short text, however large it is."""
     if isinstance(value, int) and value.bit_length() > 100:
         return f"one of about {int(value.bit_length() * 0.301)} digits"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -200,22 +200,20 @@ def _bounded_check(form: Any, bounds: Between) -> Check:
     def check(value: Any) -> Fault | None:
         if type(value) not in kinds:
             return _refusal(form, value)
-        if bounds.low <= value <= bounds.high:
+        if value < bounds.low:
+            return Fault("", f"must be at least {bounds.low:g}, got {_short(value)}")
+        if value <= bounds.high:
             return None
-        limit = f"at least {bounds.low:g}" if value < bounds.low else f"at most {bounds.high:.16g}"
-        return Fault("", f"must be {limit}, got {_short(value)}")
+        return Fault("", f"must be at most {bounds.high:.16g}, got {_short(value)}")
 
     return check
 
 
 def _literal_check(form: Any, allowed: Sequence[Any]) -> Check:
     def check(value: Any) -> Fault | None:
-        same = any(type(value) is type(one) and value == one for one in allowed)
-        return (
-            None
-            if same
-            else replace(_refusal(form, value), of_kind=isinstance(value, type(allowed[0])))
-        )
+        if any(type(value) is type(one) and value == one for one in allowed):
+            return None
+        return replace(_refusal(form, value), of_kind=isinstance(value, type(allowed[0])))
 
     return check
 
@@ -230,8 +228,7 @@ def _union_check(form: Any, parts: Sequence[Any]) -> Check:
             if fault is None:
                 return None
             faults.append(fault)
-        near = [fault for fault in faults if fault.of_kind]
-        return near[0] if near else _refusal(form, value)
+        return next((fault for fault in faults if fault.of_kind), _refusal(form, value))
 
     return check
 
@@ -300,8 +297,7 @@ def _fields_check(form: Any) -> Check:
             if name not in value:
                 return Fault(name, "is missing")
         for name, item in value.items():
-            inner = checks.get(name)
-            fault = None if inner is None else inner(item)
+            fault = checks[name](item) if name in checks else None
             if fault is not None:
                 return fault.inside(name)
         return None

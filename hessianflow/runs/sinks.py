@@ -1,6 +1,7 @@
 """Receivers of a run's records besides history.jsonl: TensorBoard files, and the logging module.
 
-Any object with `write(record)` and `close()` is one (:class:`hessianflow.interfaces.RecordSink`).
+Any object with `write(record)` and `close()` can be such a receiver
+(:class:`hessianflow.interfaces.RecordSink`).
 """
 
 import logging
@@ -14,22 +15,21 @@ from hessianflow.interfaces import HessianFlowError
 LOGGER = logging.getLogger("hessianflow")
 _PLACE = ("kind", "epoch", "examples", "updates")
 _SPOKEN = ("fallback", "rollback", "alarm")
-"""Events that are logged as warnings: the run goes on after them, and nothing else shows them."""
+"""Events that are logged as warnings, since the run continues and nothing else shows them."""
 
 
 class TensorBoardSink:
-    """Writes every number of every record as a scalar over training examples, and events and
-    reasons as text.
+    """Writer of TensorBoard files: scalars over training examples, and events and reasons as text.
 
     Tags are KIND/FIELD, such as "epoch/eval_accuracy", "curvature/eigenvalue", "batch/to". A
     resumed run makes the records after its checkpoint again, and TensorBoard shows only the new
     ones.
 
     Args:
-        folder: the folder of the files, made at the first record.
+        folder: Folder of the files, made at the first record.
 
     Raises:
-        HessianFlowError: the package `tensorboard` is not installed.
+        HessianFlowError: The package `tensorboard` is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -46,11 +46,12 @@ class TensorBoardSink:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record; the end of an epoch is flushed."""
-        kind, step = record["kind"], record["examples"]
+        kind = record["kind"]
+        step = record["examples"]
         if self._writer is None:
-            # TensorBoard hides whatever an interrupted run wrote later than this. The first record
-            # of a resumed run may be an event at the checkpoint itself, the place of records from
-            # before the checkpoint, too.
+            # TensorBoard hides what an interrupted run wrote from purge_step on. If the first
+            # record of a resumed run is an event at the checkpoint itself, records from before the
+            # checkpoint may have the same step, and must stay.
             self._writer = self._make(str(self._folder), purge_step=step + (kind == "event"))
         for name, value in record.items():
             if name in _PLACE or value is None:
@@ -70,11 +71,10 @@ class TensorBoardSink:
 
 
 class LogSink:
-    """Logs one line per epoch and per decision to the logger "hessianflow" at level INFO, readings
-    at DEBUG.
+    """Writer of one line per epoch and decision to the logger "hessianflow" at level INFO.
 
-    A fallback to an older checkpoint, a rollback after a divergence and an alarm are logged at
-    WARNING, other events at INFO.
+    Readings are logged at DEBUG. A fallback to an older checkpoint, a rollback after a divergence
+    and an alarm are logged at WARNING, other events at INFO.
     """
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ class LogSink:
             LOGGER.log(level, f"{record['event']}: {record['message']}")
 
     def close(self) -> None:
-        """Do nothing: handlers belong to whoever set them up."""
+        """Do nothing, since handlers belong to the code that set them up."""
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str:
@@ -130,4 +130,6 @@ def _reading_line(row: Mapping[str, Any]) -> str:
 
 def _figure(value: float | None, form: str = ".4g") -> str:
     """Return a figure of a row as text; a row holds null for a figure that was not finite."""
-    return "not finite" if value is None else format(value, form)
+    if value is None:
+        return "not finite"
+    return format(value, form)

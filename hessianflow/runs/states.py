@@ -1,8 +1,8 @@
 """The form of a checkpoint, checked as a whole before any of it is used.
 
-A checkpoint is a dict of tensors, numbers, text, lists and dicts. The entry of a part of the run (a
-controller, a probe) has a form of its own: the part's `load_state_dict` checks it, called inside
-:func:`restoring`.
+A checkpoint is a dict of tensors, numbers, text, lists and dicts. The entry of a component of the
+run (a controller, a probe) has a form of its own, which the component's `load_state_dict` checks;
+it is called inside :func:`restoring`.
 """
 
 import random
@@ -32,7 +32,7 @@ _BROKEN = (
 
 
 class DamagedStateError(HessianFlowError):
-    """A checkpoint holds something that no run could have written; an older one may be whole."""
+    """Error for a checkpoint that no run could have written; an older one may be whole."""
 
 
 class _Weights(TypedDict):
@@ -87,8 +87,7 @@ class _TrainingRequired(_Common):
 
 
 class TrainingState(_TrainingRequired, total=False):
-    """What a trainer saves; see `hessianflow.training.state`. Earlier versions lack the optional
-    entries."""
+    """The checkpoint of a trainer (`hessianflow.training.state`), with optional newer entries."""
 
     rank_generators: list[dict[str, Any]]
     late_buffers: list[str]
@@ -109,7 +108,7 @@ class _Server(TypedDict):
     in_round: bool
 
 
-class _ServerRunRequired(TypedDict):
+class _ServerSessionRequired(TypedDict):
     server: _Server
 
 
@@ -122,7 +121,7 @@ class _Local(_LocalRequired, total=False):
     loss_scale: dict[str, Any]
 
 
-class _ServerRun(_ServerRunRequired, total=False):
+class _ServerSession(_ServerSessionRequired, total=False):
     clock: float
     events: list[tuple[float, Count]]
     running: dict[int, tuple[float, Count, Tensor]]
@@ -146,17 +145,17 @@ class _ServerCounters(TypedDict):
 
 
 class DualBatchState(_Common):
-    """What a run on a parameter server saves; `dual_batch` is None before the first push."""
+    """The checkpoint of a parameter-server run; `dual_batch` is None before the first push."""
 
     counters: _ServerCounters
-    dual_batch: _ServerRun | None
+    dual_batch: _ServerSession | None
 
 
 def check_weights(state: Mapping[str, Any]) -> None:
     """Refuse a checkpoint without usable weights.
 
     Raises:
-        DamagedStateError: naming the entry that is wrong.
+        DamagedStateError: An entry is wrong; the message names it.
     """
     _refuse(fault_of(state, _Weights) or _tensor_fault(state))
 
@@ -165,8 +164,8 @@ def check_training_state(state: Mapping[str, Any]) -> None:
     """Refuse a trainer's checkpoint that is not whole.
 
     Raises:
-        HessianFlowError: the checkpoint is of a run on a parameter server.
-        DamagedStateError: naming the entry that is missing or has the wrong form.
+        HessianFlowError: The checkpoint is of a run on a parameter server.
+        DamagedStateError: An entry is missing or has the wrong form; the message names it.
     """
     if "dual_batch" in state:
         raise HessianFlowError("the checkpoint is of a run on a parameter server")
@@ -185,8 +184,8 @@ def check_dual_batch_state(state: Mapping[str, Any]) -> None:
     """Refuse a parameter-server run's checkpoint that is not whole.
 
     Raises:
-        HessianFlowError: the checkpoint is of another kind of run.
-        DamagedStateError: naming the entry that is missing or has the wrong form.
+        HessianFlowError: The checkpoint is of another kind of run.
+        DamagedStateError: An entry is missing or has the wrong form; the message names it.
     """
     if "dual_batch" not in state:
         raise HessianFlowError("the checkpoint is of a run without a parameter server")
@@ -195,13 +194,15 @@ def check_dual_batch_state(state: Mapping[str, Any]) -> None:
 
 
 def model_fault(model: nn.Module, state: Mapping[str, Any]) -> str | None:
-    """Return how saved weights differ in name, shape or type from a model's; None if they do
-    not."""
+    """Return how saved weights differ in name, shape or type from a model's; None if equal."""
     own = model.state_dict()
     for name in [*own, *state]:
-        if name not in state or name not in own:
-            return f"only {'the model' if name in own else 'the checkpoint'} has {name!r}"
-        mine, saved = own[name], state[name]
+        if name not in state:
+            return f"only the model has {name!r}"
+        if name not in own:
+            return f"only the checkpoint has {name!r}"
+        mine = own[name]
+        saved = state[name]
         if not isinstance(mine, Tensor):  # a module's extra state has a form of its own
             continue
         if not isinstance(saved, Tensor):
@@ -215,10 +216,10 @@ def model_fault(model: nn.Module, state: Mapping[str, Any]) -> str | None:
 
 
 def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse trained weights that are not finite: a run never saves any.
+    """Refuse trained weights that are not finite, since a run never saves any.
 
     Raises:
-        DamagedStateError: naming the weight.
+        DamagedStateError: A weight is not finite; the message names it.
     """
     for name, parameter in model.named_parameters():
         saved = state.get(name)
@@ -232,14 +233,13 @@ def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def restoring(source: str) -> Iterator[None]:
-    """Turn whatever is raised over a damaged entry into a one-line error, while a state is
-    restored.
+    """Turn any error over a damaged entry into a one-line error, while a state is restored.
 
     Args:
-        source: where the state comes from, such as "the checkpoint in runs/a".
+        source: Origin of the state, such as "the checkpoint in runs/a".
 
     Raises:
-        DamagedStateError: an entry is missing or has the wrong form.
+        DamagedStateError: An entry is missing or has the wrong form.
     """
     try:
         yield
@@ -259,15 +259,12 @@ def _refuse(fault: Fault | None) -> None:
 
 
 def _tensor_fault(value: Any, depth: int = 0) -> Fault | None:
-    """Return the first tensor that is not plain, dense and on the CPU, or where nesting is too
-    deep."""
+    """Return the first tensor that is not plain, dense and on the CPU, or too deep a nesting."""
     if isinstance(value, Tensor):
         plain = value.layout is torch.strided and value.device.type == "cpu"
-        return (
-            None
-            if plain and not value.is_quantized
-            else Fault("", f"must be a plain tensor, got {_sort(value)}")
-        )
+        if plain and not value.is_quantized:
+            return None
+        return Fault("", f"must be a plain tensor, got {_sort(value)}")
     if depth > _DEEPEST:
         return Fault("", f"is nested deeper than {_DEEPEST}")
     entries: Any = ()
@@ -285,12 +282,13 @@ def _tensor_fault(value: Any, depth: int = 0) -> Fault | None:
 def _sort(value: Tensor) -> str:
     if value.is_quantized:
         return "a quantized one"
-    layout = str(value.layout).removeprefix("torch.")
-    return f"one on {value.device.type}" if value.layout is torch.strided else f"a {layout} one"
+    if value.layout is torch.strided:
+        return f"one on {value.device.type}"
+    return f"a {str(value.layout).removeprefix('torch.')} one"
 
 
 def _generators_fault(states: Mapping[str, Any], where: str) -> Fault | None:
-    """Return which state of a random generator cannot be set, as tried on throw-away generators."""
+    """Return the first state of a generator that cannot be set, tried on temporary generators."""
     for name, trial in (("torch", _try_torch), ("numpy", _try_numpy), ("python", _try_python)):
         if name not in states:
             return Fault(f"{where}.{name}", "is missing")

@@ -1,4 +1,4 @@
-"""How a run ended: what summary.json holds."""
+"""The summary of a run, which summary.json holds."""
 
 from typing import Any
 
@@ -17,27 +17,30 @@ def summary_of(
     device: torch.device,
     world_size: int = 1,
 ) -> dict[str, Any]:
-    """Return what summary.json holds, from the records and the progress of the run."""
+    """Return the content of summary.json from the records and the progress of the run."""
     last = history.epochs[-1] if history.epochs else {}
     accuracies = [
         row["eval_accuracy"] for row in history.epochs if row["eval_accuracy"] is not None
     ]
+    status = "finished" if progress.epoch >= progress.total_epochs else "preempted"
     final_loss = last.get("eval_loss")
+    if final_loss is None:
+        final_loss = last.get("train_loss")
+    spent = {name: seconds[name] for name in PARTS}
+    # The attack runs inside the step, so its time is subtracted.
+    spent["training"] -= seconds["adversary"]
     return {
-        "status": "finished" if progress.epoch >= progress.total_epochs else "preempted",
+        "status": status,
         "final_accuracy": last.get("eval_accuracy"),
         "best_accuracy": max(accuracies, default=None),
-        "final_loss": last.get("train_loss") if final_loss is None else final_loss,
+        "final_loss": final_loss,
         "epochs": progress.epoch,
         "updates": progress.updates,
         "examples": progress.examples,
         "largest_batch": _largest_batch(history, progress, decision),
         "growths": len(history.growths),
         "wall_seconds": seconds["wall"],
-        # The attack runs inside the step, so the step's own time is what is left.
-        "seconds": {
-            p: seconds[p] - (seconds["adversary"] if p == "training" else 0.0) for p in PARTS
-        },
+        "seconds": spent,
         "peak_memory_mib": _peak_memory_mib(device),
         "world_size": world_size,
     }

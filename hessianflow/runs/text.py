@@ -1,27 +1,33 @@
-"""Makes untrusted text (folder names, reasons, settings) safe for figures, tables, pages and
-screens."""
+"""Make untrusted text (folder names, reasons, settings) safe for figures, tables and screens."""
 
 import re
 import unicodedata
 
-_DROPPED = "\N{REPLACEMENT CHARACTER}"
+_UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 _HIDDEN = {"Cc", "Cs", "Cn", "Co"}
 _FORMULA = ("=", "+", "-", "@")
 
 
 def plain(text: str) -> str:
-    """Return a text on one line, with characters that cannot be shown marked and invisible ones
-    dropped."""
-    spaced = "".join(" " if sign.isspace() else sign for sign in text)
-    kinds = ((sign, unicodedata.category(sign)) for sign in spaced)
-    return "".join(_DROPPED if kind in _HIDDEN else sign for sign, kind in kinds if kind != "Cf")
+    """Return a text on one line, with unprintable characters marked and invisible ones dropped."""
+    return "".join(map(_printable, text))
+
+
+def _printable(sign: str) -> str:
+    if sign.isspace():
+        return " "
+    kind = unicodedata.category(sign)
+    if kind == "Cf":
+        return ""
+    return _UNPRINTABLE if kind in _HIDDEN else sign
 
 
 def in_figure(text: str) -> str:
-    """Return a text that matplotlib draws literally: `$` starts no formula, a leading `_` hides no
-    label."""
+    """Return a text that matplotlib draws literally, also with `$` or a leading `_`."""
     shown = plain(text).replace("$", r"\$")
-    return f"\N{NO-BREAK SPACE}{shown}" if shown.startswith("_") else shown
+    if shown.startswith("_"):
+        return f"\N{NO-BREAK SPACE}{shown}"
+    return shown
 
 
 def in_markdown(text: str) -> str:
@@ -33,7 +39,9 @@ def in_markdown(text: str) -> str:
 def in_csv(text: str) -> str:
     """Return a text as one table cell that a spreadsheet does not take for a formula."""
     shown = plain(text)
-    return f"'{shown}" if shown.lstrip().startswith(_FORMULA) else shown
+    if shown.lstrip().startswith(_FORMULA):
+        return f"'{shown}"
+    return shown
 
 
 def in_latex(text: str) -> str:

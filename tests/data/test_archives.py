@@ -187,7 +187,7 @@ def test_another_compression_is_named(kind: str, tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("x"))
     with pytest.raises(
         HessianFlowError,
-        match=r"a.tar.gz: packed with \w+, expected gzip or a plain tar; pack it anew",
+        match=r"a.tar.gz: packed with \w+, expected gzip or a plain tar; pack it again",
     ):
         unpack(tmp_path / "a.tar.gz", tmp_path / "out")
 

@@ -383,7 +383,7 @@ def test_evaluation_keeps_the_stored_order_and_takes_any_batch_size() -> None:
         ({"seed": 2}, "the saved data stream had 2 as seed, this one has 1: cannot resume"),
         (
             {"cursor": 24},
-            "must lie in an epoch of 23 examples, got epoch 0, cursor 24: the state is damaged",
+            "must lie within 23 examples, got epoch 0, cursor 24: the state is damaged",
         ),
         ({"epoch": -1}, "got epoch -1, cursor 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

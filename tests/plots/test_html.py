@@ -237,7 +237,7 @@ DENSITY = '{"eigenvalues": [1], "residuals": [1], "density": '
 def test_damaged_spectrum_is_refused(folder, content, words):
     (folder / "spectrum.json").write_text(content)
     with pytest.raises(
-        ValueError, match=r"spectrum\.json.*make it anew with `hessianflow spectrum"
+        ValueError, match=r"spectrum\.json.*make it again with `hessianflow spectrum"
     ) as caught:
         report(folder)
     assert words in str(caught.value)

@@ -190,7 +190,7 @@ def test_damaged_summary_and_robustness_are_named(tmp_path: Path):
     ):
         (tmp_path / "robustness.json").write_text(text)
         with pytest.raises(
-            HessianFlowError, match=rf"{words}.*make it anew with `hessianflow robustness"
+            HessianFlowError, match=rf"{words}.*make it again with `hessianflow robustness"
         ):
             read_robustness(tmp_path)
 
