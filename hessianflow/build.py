@@ -33,6 +33,7 @@ from hessianflow.data import (
     ImageSet,
     load,
 )
+from hessianflow.data.datasets import FILE_SIDE, data_set
 from hessianflow.distributed.curvature import sharded
 from hessianflow.interfaces import (
     Batch,
@@ -49,7 +50,6 @@ from hessianflow.models.catalogue import Variant
 from hessianflow.models.dropout import with_head_dropout
 from hessianflow.normalisation import is_split, merge_batch_norm
 from hessianflow.normalisation.recalibrate import recalibrate
-from hessianflow.presets import BUNDLED, FILE_SIDE
 from hessianflow.resolve import resolve
 from hessianflow.runs import TensorBoardSink, checkpoints
 from hessianflow.runs.documents import read_config
@@ -391,7 +391,7 @@ def resolved_precision(config: RunConfig) -> Precision:
 
 
 def _read(config: RunConfig, part: Any) -> ImageSet | ImageFolder:
-    if config.data_dir is None and config.data not in BUNDLED:
+    if config.data_dir is None and data_set(config.data).needs_files:
         raise HessianFlowError(
             f"--data {config.data} needs --data-dir, the folder of its official files "
             f"(`hessianflow data fetch {config.data} --data-dir DIR` gets them)"

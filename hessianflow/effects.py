@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessianflow.bounds import option, shown
+from hessianflow.data.datasets import DATA_SETS
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -41,10 +42,11 @@ _MEASURED: Case = {"curvature": ("epoch", "needed"), **_ONE_TRAINER}
 _SAVED: Case = {**_ONE_TRAINER, "elastic": (False,)}
 _RESOLUTION: Case = {"resolution": ("cyclic", "once", "uniform")}
 _ELASTIC: Case = {"elastic": (True,)}
-_FILES: Case = {"data": ("imagenet", "folder")}
+_FILES: Case = {"data": tuple(name for name, one in DATA_SETS.items() if one.read is None)}
+_BUNDLED = tuple(name for name, one in DATA_SETS.items() if not one.needs_files)
 
 EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
-    "data_dir": ({"data": AllBut(("digits", "fake"))},),
+    "data_dir": ({"data": AllBut(_BUNDLED)},),
     "loader_workers": (_FILES,),
     "image_size": (_FILES,),
     "max_lr_factor": ({"lr_rule": ("linear", "sqrt", "none")},),

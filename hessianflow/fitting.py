@@ -4,9 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from hessianflow.config import TrainConfig
-from hessianflow.data.datasets import FOLDER_SETS
+from hessianflow.data.datasets import FILE_SIDE, data_set
 from hessianflow.data.image_files import training_images, usual_side
-from hessianflow.presets import FILE_SIDE, preset_of
 
 
 def fitted(config: TrainConfig) -> TrainConfig:
@@ -16,9 +15,9 @@ def fitted(config: TrainConfig) -> TrainConfig:
     "folder" are cut to the size that they have, or to 224 pixels where they are larger. Nothing
     changes for other data sets, or where the folder does not exist.
     """
-    if config.data not in FOLDER_SETS:
+    if data_set(config.data).read is not None:
         return config
-    preset = preset_of(config.data).settings
+    preset = data_set(config.data).preset.settings
     sized = ("max_batch_size", "probe_examples")
     changes: dict[str, Any] = {}
     wanted = [name for name in (*sized, "image_size") if getattr(config, name) is None]

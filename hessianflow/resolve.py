@@ -8,12 +8,13 @@ from typing import Any
 from hessianflow.bounds import user_path
 from hessianflow.config import CHOSEN, RunConfig, TrainConfig, chosen
 from hessianflow.contradictions import check_resolved
+from hessianflow.data.datasets import FILE_SIDE, data_set
 from hessianflow.facts import RunFacts
 from hessianflow.fitting import fitted
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, Choice, complete, find, follows_rule, make, prefers
 from hessianflow.options import parameters_of
-from hessianflow.presets import ADAPTIVE, FILE_SIDE, RATES, SIDES, preset_of
+from hessianflow.rates import ADAPTIVE, RATES
 
 __all__ = ["resolve", "schedule_of"]
 
@@ -42,7 +43,7 @@ def resolve(given: TrainConfig) -> RunConfig:
             run_dir=user_path(given.run_dir, "--run-dir"),
         )
     )
-    preset = preset_of(given.data)
+    preset = data_set(given.data).preset
     values = {setting.name: getattr(given, setting.name) for setting in fields(TrainConfig)}
     values |= _sizes(given, preset.settings)
     values |= _preferred(given, preset.schedule)
@@ -176,7 +177,7 @@ def _images(given: TrainConfig) -> dict[str, Any]:
         HessianFlowError: the images do not have the highest resolution given.
     """
     found: dict[str, Any] = {}
-    own_side = SIDES.get(given.data)
+    own_side = data_set(given.data).side
     side = own_side or given.image_size
     if given.resolution is not None:
         found["resolutions"] = given.resolutions

@@ -34,13 +34,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import hessianflow.presets
 import torch
 from pixels import cifar10
 from torch import Tensor, nn
 from torch.optim import SGD
 
 import hessianflow as hf
-import hessianflow.presets
 from hessianflow.build import FLOAT32_PER_16_BIT
 
 BATCH = 128
@@ -49,7 +49,7 @@ EPOCHS = (390, 78)
 """Steps of an epoch that a curvature reading is set against: all of CIFAR-10, and 10,000 images."""
 ATTACKS = {"trainer + FGSM": "fgsm", "trainer + reuse": "reuse"}
 """Ways to train on a fifth of each batch made adversarial."""
-BUDGET = hf.presets.PRESETS["cifar10"]["curvature_budget"]
+BUDGET = hf.data.datasets.DATA_SETS["cifar10"].preset.settings["curvature_budget"]
 """What the command allows readings by default."""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from hessianflow.commands.parser import add_command, path
+from hessianflow.data.sources import SOURCES
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
@@ -17,7 +18,7 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         ("verify", "compare local files with the published sizes and checksums"),
     ):
         action = add_command(actions, name, text, prefix="hessianflow data")
-        action.add("name", type=str, help="cifar10, cifar100, svhn or tiny-imagenet")
+        action.add("name", type=str, help=", ".join(SOURCES))
         action.add(
             "--data-dir", type=path, default=None, help="folder; default: a cache of this user"
         )

@@ -13,10 +13,10 @@ from typing import Any
 from hessianflow.bounds import without_bounds
 from hessianflow.commands.parser import INSIDE
 from hessianflow.config import CHOSEN, TrainConfig, chosen, hints, option, to_dict
+from hessianflow.data.datasets import data_set
 from hessianflow.effects import check_effects, is_ignored
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, Choice, Kind, find, method_options, prefers, unknown_option
-from hessianflow.presets import preset_of
 from hessianflow.resolve import resolve
 
 
@@ -176,7 +176,7 @@ def _default(setting: str, controller: str, data: str) -> str:
     """Return the method that a run has for a setting unless one is named."""
     usual = {"controller": "absa", "optimizer": "sgd", "adversary": "fgsm"}
     if setting == "schedule":
-        usual["schedule"] = preset_of(data).schedule
+        usual["schedule"] = data_set(data).preset.schedule
     if setting in ("schedule", "adversary"):
         usual |= prefers(KINDS["controller"], chosen("controller", controller))
     return usual[setting]

@@ -19,6 +19,7 @@ from hessianflow.data.augment import Augmentation
 from hessianflow.data.cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
 from hessianflow.data.device_batches import DeviceBatches
 from hessianflow.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, read_folder
+from hessianflow.data.preset import LARGER_IMAGES, SMALL_IMAGES, Preset
 from hessianflow.data.sources import root_folder
 from hessianflow.data.svhn import read_svhn
 from hessianflow.data.tiny_imagenet import read_tiny_imagenet
@@ -129,27 +130,20 @@ def load(
         HessianFlowError: The name or split is unknown, or files are missing or damaged (the
             message names the file).
     """
-    if name not in names():
+    known = data_set(name)
+    if split not in known.splits:
         raise HessianFlowError(
-            f"unknown data set {name!r}{_close(name)}; known: {', '.join(names())}"
+            f"split of {name} must be one of {', '.join(known.splits)}, got {split!r}"
         )
-    splits = ("train", "test", "extra") if name == "svhn" else ("train", "test")
-    if split not in splits:
-        raise HessianFlowError(f"split of {name} must be one of {', '.join(splits)}, got {split!r}")
     folder = root_folder(root)
-    if name in FOLDER_SETS:
+    if known.read is None:
         return read_folder(name, folder, split, size=image_size)
-    return _LOADERS[name](folder, split)
+    return known.read(folder, split)
 
 
 def names() -> list[str]:
     """Return every name that :func:`load` knows, sorted."""
-    return sorted([*_LOADERS, *FOLDER_SETS])
-
-
-def _close(name: str) -> str:
-    close = get_close_matches(name.lower(), names(), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return sorted(DATA_SETS)
 
 
 def _digits(_: Path, split: Split) -> ImageSet:
@@ -240,13 +234,93 @@ def _tiny_imagenet(root: Path, split: Split) -> ImageSet:
 CIFAR_AUGMENTATION = Augmentation(crop_padding=4, flip=True)
 """Augmentation of He et al., 2015, arXiv:1512.03385, section 4.2."""
 
-FOLDER_SETS = ("imagenet", "folder")
+FILE_SIDE = 224
+"""Side that image files are cut to, unless resolutions say otherwise."""
 
-_LOADERS: Mapping[str, Callable[[Path, Split], ImageSet]] = {
-    "digits": _digits,
-    "fake": _fake,
-    "cifar10": partial(_cifar, CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": partial(_cifar, CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn": _svhn,
-    "tiny-imagenet": _tiny_imagenet,
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set by name.
+
+    Attributes:
+        preset: what a run takes for it.
+        read: reads one split from a folder; None for a tree of class folders with image files.
+        side: pixels a side of its images; None where they are cut to any size.
+        needs_files: whether it is read from files of the user.
+        splits: names of its splits.
+    """
+
+    preset: Preset
+    read: Callable[[Path, Split], ImageSet] | None = None
+    side: int | None = None
+    needs_files: bool = True
+    splits: tuple[str, ...] = ("train", "test")
+
+
+DATA_SETS: Mapping[str, DataSet] = {
+    "digits": DataSet(
+        Preset(
+            {
+                "model": "digits-cnn",
+                "batch_size": 32,
+                "max_batch_size": 512,
+                "epochs": 30,
+                "lr": 0.05,
+                "probe_examples": 128,
+                "precision": "float32",
+                "channels_last": False,
+                "threads": 1,  # the network is too small to share
+            },
+            milestones=(20, 26),
+            methods={"absa": {"patience": 5}, "abs": {"patience": 5}},
+        ),
+        _digits,
+        8,
+        needs_files=False,
+    ),
+    "fake": DataSet(
+        Preset(
+            {
+                **SMALL_IMAGES,
+                "model": "c1",
+                "curvature_budget": None,
+                "precision": "float32",
+                "max_batch_size": 512,
+                "epochs": 4,
+                "lr": 0.02,
+            },
+            milestones=(3,),
+        ),
+        _fake,
+        _FAKE_SIDE,
+        needs_files=False,
+    ),
+    "cifar10": DataSet(
+        Preset(SMALL_IMAGES),
+        partial(_cifar, CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        32,
+    ),
+    "cifar100": DataSet(
+        Preset(SMALL_IMAGES),
+        partial(_cifar, CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        32,
+    ),
+    "svhn": DataSet(Preset(SMALL_IMAGES), _svhn, 32, splits=("train", "test", "extra")),
+    "tiny-imagenet": DataSet(Preset(LARGER_IMAGES), _tiny_imagenet, 64),
+    "imagenet": DataSet(Preset({**LARGER_IMAGES, "batch_size": 256})),
+    "folder": DataSet(Preset(LARGER_IMAGES)),
 }
+"""Every data set by name: how it is read, and what a run takes for it."""
+
+
+def data_set(name: str) -> DataSet:
+    """Return a data set by name.
+
+    Raises:
+        HessianFlowError: an unknown name; the error has the nearest one.
+    """
+    if name not in DATA_SETS:
+        near = get_close_matches(name.lower(), DATA_SETS, n=1)
+        hint = "".join(f" (did you mean {other!r}?)" for other in near)
+        raise HessianFlowError(f"unknown data set {name!r}{hint}; known: {', '.join(names())}")
+    return DATA_SETS[name]
