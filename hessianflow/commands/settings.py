@@ -130,7 +130,7 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
             text = f"{text.rstrip('.')}. One of {', '.join(_named(setting.name))}, or"
             text += " package.module:Class of your own; with --help, its options are listed."
             default = getattr(default, "name", None)
-            hint = str | None
+            hint = str if default else str | None
             parser.chosen.append(setting.name)
         parser.settings.add(setting.name)
         parser.add(
