@@ -131,7 +131,7 @@ def test_help_shows_the_options_of_what_was_chosen_and_of_nothing_else(
         ),
         (
             "--edge-share 0.5",
-            "unknown option --edge-share: say --controller.edge-share with --controller critical",
+            "unknown option --edge-share: use --controller.edge-share with --controller critical",
         ),
         (
             "--weight-decay 0.1",
@@ -265,7 +265,7 @@ def test_a_file_of_an_older_release_is_upgraded_and_said_once(
     assert status == 0
     assert errors.count("\n") == 1
     assert (
-        "note: --config old.yaml is spelled as in an older release (edge_share, patience" in errors
+        "note: --config old.yaml has the form of an older release (edge_share, patience" in errors
     )
     settings = config()
     assert settings["controller"]["edge_share"] is None

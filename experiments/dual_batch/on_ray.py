@@ -28,7 +28,7 @@ from hessianflow.control import DualBatchPlan, TimeModel, fit_time_model
 from hessianflow.distributed.ray_session import connect
 from hessianflow.dual_batch import ParameterServer, train_on_ray
 from hessianflow.dual_batch.build import (
-    Schedule,
+    StagePlan,
     all_stages,
     make_server,
     make_worker,
@@ -84,7 +84,7 @@ def settings(arguments: argparse.Namespace) -> TrainConfig:
 def step_times(config: TrainConfig, number: int) -> Points:
     """(batch size, wall seconds, processor seconds) of a step, in this process."""
     parts = build_parts(prepare(config))
-    worker = worker_of(config, parts, Schedule(all_stages(config, parts), {}, {}), number)
+    worker = worker_of(config, parts, StagePlan(all_stages(config, parts), {}, {}), number)
     points = []
     for size in sorted({max(1, round(share * given(config.batch_size))) for share in SHARES}):
         worker.measure(0, size, WARM_STEPS)
@@ -97,7 +97,7 @@ def step_times(config: TrainConfig, number: int) -> Points:
 class TimedWorker:
     """A worker that also tells what its process computed."""
 
-    def __init__(self, config: TrainConfig, schedule: Schedule, number: int) -> None:
+    def __init__(self, config: TrainConfig, schedule: StagePlan, number: int) -> None:
         self._worker, self.figures = make_worker(config, schedule, number), {}
 
     def __call__(self, weights: Any, epoch: int) -> Any:
