@@ -11,7 +11,8 @@ from hessianflow.contradictions import check_resolved
 from hessianflow.facts import RunFacts
 from hessianflow.fitting import fitted
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.methods import KINDS, Choice, complete, follows_rule, make, prefers
+from hessianflow.methods import KINDS, Choice, complete, find, follows_rule, make, prefers
+from hessianflow.options import parameters_of
 from hessianflow.presets import ADAPTIVE, FILE_SIDE, RATES, SIDES, preset_of
 
 __all__ = ["resolve", "schedule_of"]
@@ -203,6 +204,11 @@ def _try(config: RunConfig) -> None:
     weight = torch.nn.Parameter(torch.zeros(1, 1))
     make(KINDS["optimizer"], config.optimizer, params=[weight], lr=config.lr)
     schedule_of(config)
+    adversary = config.adversary
+    if adversary.name != "none":
+        method = find(KINDS["adversary"], adversary.name, "adversary")
+        if "batches" not in parameters_of(method):  # those that need the data are made with them
+            make(KINDS["adversary"], adversary, value_range=(0.0, 1.0), seed=config.seed)
     controller = make(
         KINDS["controller"],
         config.controller,
