@@ -120,6 +120,19 @@ def check_range(where: str, number: float, low: float, high: float) -> None:
         )
 
 
+def check_size(where: str, value: Any) -> None:
+    """Refuse numbers in a value that are nan or beyond LARGEST, of either sign.
+
+    The bounds of an option are its method's own affair; but not every constructor, those of torch
+    among them, refuses nan.
+
+    Raises:
+        HessianFlowError: naming `where`, the bound and the number.
+    """
+    for number in _numbers(value):
+        check_range(where, number, -LARGEST, LARGEST)
+
+
 def option(name: str) -> str:
     """Return the command-line spelling of a field."""
     return "--" + name.replace("_", "-")

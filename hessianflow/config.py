@@ -36,6 +36,8 @@ LogLevelName = Literal["debug", "info", "warning", "error"]
 
 CHOSEN = ("controller", "adversary", "optimizer", "schedule")
 """Settings that choose a method, each of the kind of the same name."""
+_MAY_BE_OPEN = ("adversary", "schedule")
+"""Those of them that may be left to what the controller prefers."""
 
 
 def _of(group: str, default: Any = None) -> Any:
@@ -203,7 +205,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in CHOSEN:
             given = getattr(self, name)
-            if given is not None:
+            if given is not None or name not in _MAY_BE_OPEN:
                 object.__setattr__(self, name, chosen(name, given))
         for name, hint in hints().items():
             if name not in CHOSEN:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hessianflow.earlier import before_image_size
 
 from hessianflow import History
 from hessianflow.build import build_parts, first_products, load_config
 from hessianflow.cli import main
 from hessianflow.config import TrainConfig, resolve
 from hessianflow.data.image_files import training_images, usual_side
-from hessianflow.earlier import before_image_size
 from hessianflow.fitting import fitted
 
 Image = pytest.importorskip("PIL.Image")

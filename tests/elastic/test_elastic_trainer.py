@@ -26,6 +26,7 @@ from hessianflow.distributed import run_simulated
 from hessianflow.distributed.state import pack, unpack
 from hessianflow.elastic import ElasticSettings, ElasticTrainer, TrainerJob, build_elastic
 from hessianflow.optim import GradientMoments, MicrobatchNorms
+from hessianflow.resolve import resolve
 
 RAY_LEAVES_SOCKETS = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -313,6 +314,7 @@ def test_what_is_refused_before_ray_is_asked(tmp_path):
     with pytest.raises(ValueError, match="is not empty: name a new or an empty one"):
         trainer.fit()
     with pytest.raises(ValueError, match="an elastic run needs --run-dir"):
-        build_elastic(TrainConfig(elastic=True))
+        build_elastic(resolve(TrainConfig(elastic=True)))
+    config = resolve(TrainConfig(elastic=True, run_dir="run"))
     with pytest.raises(ValueError, match="start it without torchrun"):
-        training._trainer(TrainConfig(elastic=True, run_dir="run"), SimpleNamespace(world_size=2))
+        training._trainer(config, SimpleNamespace(world_size=2))

@@ -13,8 +13,10 @@ sys.path.insert(0, str(ROOT))
 from experiments.controllers.replays import RESULTS, history  # noqa: E402
 from experiments.results import read_rows  # noqa: E402
 from hessianflow.choices import build_controller  # noqa: E402
-from hessianflow.config import from_dict, resolve  # noqa: E402
+from hessianflow.config import from_dict  # noqa: E402
 from hessianflow.control import replay  # noqa: E402
+from hessianflow.resolve import resolve  # noqa: E402
+from hessianflow.upgrade import upgrade  # noqa: E402
 
 ROWS = [row for row in read_rows(RESULTS) if row["method"] in ("critical", "critical-reuse")]
 
@@ -28,7 +30,7 @@ def test_there_are_runs_of_ours() -> None:
 )
 def test_a_replay_decides_as_the_run_did(row: dict[str, Any]) -> None:
     epochs = row["epochs"]
-    config = resolve(from_dict(row["settings"], row["method"]))
+    config = resolve(from_dict(upgrade(row["settings"]), row["method"]))
     result = replay(history(row), build_controller(config), total_epochs=len(epochs))
     changes = {step.epoch: step.decision for step in result.changes}
     assert [(growth["epoch"], growth["to"]) for growth in row["growths"]] == [

@@ -52,11 +52,9 @@ def test_what_knows_no_cap_runs_once() -> None:
 def test_a_fifth_of_the_published_run_keeps_its_proportions() -> None:
     """90 epochs, milestones 30, 60, 80 and patience 10, divided by 5."""
     settings = cells([])["absa"].settings
-    assert (settings["epochs"], settings["milestones"], settings["patience"]) == (
-        18,
-        [6, 12, 16],
-        2,
-    )
+    assert settings["epochs"] == 18
+    assert settings["schedule"]["milestones"] == [6, 12, 16]
+    assert settings["controller"] == {"name": "absa", "patience": 2}
 
 
 SMOKE = {

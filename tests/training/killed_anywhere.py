@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, History
-from hessianflow.build import load_config, prepare
+from hessianflow.build import load_config, on_this_machine, prepare
 from hessianflow.config import TrainConfig
 from hessianflow.control import AdaBatch
 from hessianflow.data import DeviceBatches
@@ -74,15 +74,13 @@ def dual_batch(run_dir: Path) -> Any:
     """Four workers on a parameter server, simulated."""
     settings: dict[str, Any] = {
         "data": "fake",
-        "controller": "dual-batch",
+        "controller": {"name": "dual-batch", "slope": 0.1, "intercept": 1.0},
         "epochs": 2,
         "batch_size": 16,
     }
     settings |= {
         "train_examples": 64,
         "test_examples": 16,
-        "slope": 0.1,
-        "intercept": 1.0,
         "model": "c1",
     }
     return build_dual_batch(prepare(TrainConfig(**settings, run_dir=str(run_dir))))
@@ -96,7 +94,7 @@ KINDS: dict[str, tuple[Go, Go]] = {
     ),
     "dual-batch": (
         lambda folder: dual_batch(folder).fit(),
-        lambda folder: build_dual_batch(prepare(load_config(folder))).resume(folder),
+        lambda folder: build_dual_batch(on_this_machine(load_config(folder))).resume(folder),
     ),
 }
 

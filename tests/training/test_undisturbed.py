@@ -14,6 +14,7 @@ from hessianflow.build import build_trainer
 from hessianflow.config import TrainConfig
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import Augmentation, DeviceBatches
+from hessianflow.resolve import resolve
 from hessianflow.runs import checkpoints
 from hessianflow.training import evaluate
 
@@ -129,13 +130,13 @@ def test_the_same_run_twice_is_bit_equal(adversary: Any, tmp_path: Path):
         torch.rand(number + 1)
         config = TrainConfig(
             epochs=3,
-            patience=1,
+            controller={"name": "absa", "patience": 1},
             adversary=adversary,
             seed=seed,
             device="cpu",
             run_dir=str(tmp_path / str(number)),
         )
-        made = build_trainer(config)
+        made = build_trainer(resolve(config))
         rows = [{k: v for k, v in row.items() if "second" not in k} for row in made.fit().records]
         runs.append((weights(made.model), rows))
     assert torch.equal(runs[0][0], runs[1][0])
@@ -174,4 +175,4 @@ def test_weights_that_are_not_finite_are_never_saved_whatever_the_loss(tmp_path:
 
 def test_tensorboard_needs_a_place():
     with pytest.raises(HessianFlowError, match="--tensorboard needs --run-dir"):
-        build_trainer(TrainConfig(tensorboard=True, device="cpu"))
+        build_trainer(resolve(TrainConfig(tensorboard=True, device="cpu")))
