@@ -76,6 +76,10 @@ class Lookahead:
         self._queue: deque[Planned] = deque()
         self._batches: Iterator[Batch] | None = None
 
+    def __len__(self) -> int:
+        """Return how many batches are queued."""
+        return len(self._queue)
+
     def begin(self) -> None:
         """Begin with the first example of the epoch that the data stand in: somebody may have
         looked at a batch."""
