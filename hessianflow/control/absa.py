@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
-from hessianflow.interfaces import CurvatureReading, Progress
+from hessianflow.interfaces.control import CurvatureReading, Progress
 
 
 @dataclass

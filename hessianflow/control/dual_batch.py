@@ -24,7 +24,7 @@ from typing import Literal
 
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.time_model import TimeModel
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 Rounding = Literal["nearest", "down"]
 

@@ -6,7 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from hessianflow.control.lr_scaling import LRRule, check_rule, lr_factor
-from hessianflow.interfaces import NO_SIGNALS, BatchController, CurvatureReading, Decision, Progress
+from hessianflow.interfaces.control import (
+    NO_SIGNALS,
+    BatchController,
+    CurvatureReading,
+    Decision,
+    Progress,
+)
 
 
 class RateRule:

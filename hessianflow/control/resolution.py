@@ -18,14 +18,14 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from hessianflow.control.checks import check_count, check_number
-from hessianflow.interfaces import (
+from hessianflow.interfaces.control import (
     NO_SIGNALS,
     BatchController,
     CurvatureReading,
     Decision,
-    HessianFlowError,
     Progress,
 )
+from hessianflow.interfaces.errors import HessianFlowError
 
 Schedule = Literal["cyclic", "once", "uniform"]
 

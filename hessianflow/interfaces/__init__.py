@@ -1,0 +1,117 @@
+"""Records and protocols shared by every room of the toolkit.
+
+This room and :mod:`hessianflow.batches` are the only ones that every room may import. Records are
+frozen: a measurement or a decision, once made, never changes. Protocols are small: the trainer
+knows nothing else about the methods it runs.
+
+Units: `batch_size` counts examples per optimizer step over all ranks, `microbatch_size` examples
+per forward pass on one device, progress counts examples. A learning rate is stated at a reference
+batch size.
+
+All names can be imported from here. Those of :mod:`errors` and :mod:`control` need no torch; the
+others import it when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hessianflow.interfaces.control import (
+    NO_SIGNALS,
+    BatchController,
+    CurvatureReading,
+    Decision,
+    NormMode,
+    Progress,
+    Stateful,
+)
+from hessianflow.interfaces.errors import (
+    AgreedError,
+    HessianFlowError,
+)
+
+if TYPE_CHECKING:
+    from hessianflow.interfaces.curvature import (
+        CurvatureProbe,
+        LinearOperator,
+    )
+    from hessianflow.interfaces.training import (
+        Adversary,
+        Batch,
+        BatchTransform,
+        EpochMeasurement,
+        Exposure,
+        GradientObserver,
+        InputAttack,
+        LossFn,
+        Pending,
+        RecordSink,
+        ResizableBatches,
+    )
+    from hessianflow.interfaces.world import (
+        BatchTotals,
+        Hits,
+        Reducer,
+        World,
+    )
+
+_WITH_TORCH = {
+    "curvature": (
+        "CurvatureProbe",
+        "LinearOperator",
+    ),
+    "training": (
+        "Adversary",
+        "Batch",
+        "BatchTransform",
+        "EpochMeasurement",
+        "Exposure",
+        "GradientObserver",
+        "InputAttack",
+        "LossFn",
+        "Pending",
+        "RecordSink",
+        "ResizableBatches",
+    ),
+    "world": (
+        "BatchTotals",
+        "Hits",
+        "Reducer",
+        "World",
+    ),
+}
+
+__all__ = [
+    "NO_SIGNALS",
+    "Adversary",
+    "AgreedError",
+    "Batch",
+    "BatchController",
+    "BatchTotals",
+    "BatchTransform",
+    "CurvatureProbe",
+    "CurvatureReading",
+    "Decision",
+    "EpochMeasurement",
+    "Exposure",
+    "GradientObserver",
+    "HessianFlowError",
+    "Hits",
+    "InputAttack",
+    "LinearOperator",
+    "LossFn",
+    "NormMode",
+    "Pending",
+    "Progress",
+    "RecordSink",
+    "Reducer",
+    "ResizableBatches",
+    "Stateful",
+    "World",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _WITH_TORCH.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
