@@ -78,12 +78,12 @@ class ConcurrentAdversary:
         check_choice("attack_set", attack_set, get_args(AttackSet))
         check_choice("combine", combine, get_args(Combine))
         check_count("microbatch_size", microbatch_size, none="all rows at once")
-        if not hasattr(adversary, "perturb"):
+        if not isinstance(adversary, InputAttack):
             raise HessianFlowError(
                 "adversary must make the twins, such as FGSM(...), got a"
                 f" {type(adversary).__name__}"
             )
-        if runner is not None and not hasattr(runner, "submit"):
+        if runner is not None and not isinstance(runner, AttackRunner):
             raise HessianFlowError(
                 f"runner must run attacks, such as SecondStream(), got a {type(runner).__name__}"
             )

@@ -11,6 +11,7 @@ from hessianflow.interfaces.control import (
     BatchController,
     CurvatureReading,
     Decision,
+    ForgetsReference,
     Progress,
 )
 
@@ -50,7 +51,8 @@ class RateRule:
 
     def forget_reference(self) -> None:
         """The controller's, if it has one."""
-        getattr(self.controller, "forget_reference", lambda: None)()
+        if isinstance(self.controller, ForgetsReference):
+            self.controller.forget_reference()
 
     def is_due(self, progress: Progress) -> bool:
         """As the controller says."""

@@ -100,6 +100,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+@runtime_checkable
 class BatchController(Stateful, Protocol):
     """A deterministic state machine: measurements in, a :class:`Decision` out; no model, optimizer
     or clock inside.
@@ -125,3 +126,20 @@ class BatchController(Stateful, Protocol):
         reading: CurvatureReading | None = None,
         signals: Mapping[str, float] = NO_SIGNALS,
     ) -> Decision: ...
+
+
+@runtime_checkable
+class Capped(Protocol):
+    """A controller that never asks for more than `max_batch_size` examples a step."""
+
+    @property
+    def max_batch_size(self) -> int: ...
+
+
+@runtime_checkable
+class ForgetsReference(Protocol):
+    """A controller that compares measurements, and can begin anew where the loss is another one."""
+
+    def forget_reference(self) -> None:
+        """Forget what was measured, as at a change of resolution."""
+        ...

@@ -28,3 +28,32 @@ class LinearOperator(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def matvec(self, vector: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Budgeted(Protocol):
+    """A probe with a budget of its own: it is asked before every reading."""
+
+    def is_affordable(self, examples: int) -> bool:
+        """Return whether a reading may be made now that `examples` have been trained on; where it
+        may not, the controller decides without one."""
+        ...
+
+
+@runtime_checkable
+class MeasuresModel(Protocol):
+    """A probe that says which model it measures."""
+
+    @property
+    def model(self) -> object: ...
+
+
+@runtime_checkable
+class JudgesStatistics(Protocol):
+    """An operator that runs a model with batch normalisation, and can tell whether its running
+    statistics have settled."""
+
+    def statistics_losses(self) -> tuple[float, float, float] | None:
+        """Return the losses under running and under own statistics, and what they are means over;
+        None where there is nothing to compare."""
+        ...

@@ -22,6 +22,7 @@ Pending = Callable[[], Tensor]
 """An attack that was started; calling it waits for the adversarial inputs."""
 
 
+@runtime_checkable
 class InputAttack(Stateful, Protocol):
     """Perturbs a share of a batch with the weights of the moment; gradients flow through the input
     only."""
@@ -121,14 +122,12 @@ class GradientObserver(Stateful, Protocol):
 
     Tensors are on the device; an observer keeps them there and synchronises only in
     :meth:`signals`. Each rank sees its own microbatches; one that is to be used on several ranks
-    has a `join(reducer: Reducer)`, and in `on_step`, which all ranks call together, adds up over
-    them what its microbatches gave. `join` is called before training, and again where the ranks
-    have changed; the microbatches of a step that this interrupted are then to be forgotten.
+    also :class:`JoinsRanks`, and in `on_step`, which all ranks call together, adds up over them
+    what its microbatches gave. Where the ranks have changed, the microbatches of a step that this
+    interrupted are to be forgotten.
 
-    One that must know whose gradients these are has a `watch(parameters: Sequence[nn.Parameter])`,
-    called before training, and again before the first step after layers were frozen or unfrozen:
-    gradients come in the order of `parameters`, which need not be that of any optimizer's groups.
-    Without it such a change is an error.
+    One that must know whose gradients these are :class:`BindsParameters`. Without that it is an
+    error to freeze or unfreeze layers while it observes.
 
     Of an optimizer that asks for several gradients a step (SAM) only the first is shown.
     """
@@ -191,3 +190,60 @@ class RecordSink(Protocol):
     def write(self, record: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class BindsParameters(Protocol):
+    """An observer that must know whose gradients it is shown."""
+
+    def bind(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the gradients shown from now on as those of `parameters`, in that order, which need
+        not be that of any optimizer's groups.
+
+        Called before training, and again before the first step after layers were frozen or
+        unfrozen.
+        """
+        ...
+
+
+@runtime_checkable
+class ChecksRows(Protocol):
+    """Training data that know beforehand whether their batches can be cut."""
+
+    def check_rows(self) -> None:
+        """Refuse batches with an entry that does not have one row for each example."""
+        ...
+
+
+@runtime_checkable
+class TellsPlace(Protocol):
+    """Training data that tell where they stand, and go where their state says."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def cursor(self) -> int: ...
+
+
+@runtime_checkable
+class Rewindable(Protocol):
+    """Data that go back to their first example for whoever wants all of them."""
+
+    def rewind(self) -> None:
+        """Go to the first example of the epoch under way."""
+        ...
+
+
+@runtime_checkable
+class WantsClosure(Protocol):
+    """An optimizer that says whether all its gradients are to come from a closure."""
+
+    wants_closure: bool
+
+
+@runtime_checkable
+class SecondOrder(Protocol):
+    """An optimizer that says, as timm's do, whether it differentiates the gradients again."""
+
+    is_second_order: bool

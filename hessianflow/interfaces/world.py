@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -121,4 +121,23 @@ class World(Reducer, Protocol):
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's plain value, in the order of ranks, on every rank."""
+        ...
+
+
+@runtime_checkable
+class JoinsRanks(Protocol):
+    """A part that works on one rank's examples and must know which of how many ranks that is."""
+
+    def join(self, reducer: Reducer) -> None:
+        """Take this rank's place: called before training, and again where the ranks have
+        changed."""
+        ...
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """Training data that can hand out one rank's part of every batch."""
+
+    def set_shard(self, rank: int, world_size: int) -> None:
+        """Hand out this rank's part from the very next batch on."""
         ...

@@ -15,6 +15,7 @@ from hessianflow.interfaces import (
     Adversary,
     Batch,
     BatchTransform,
+    BindsParameters,
     Decision,
     Exposure,
     HessianFlowError,
@@ -127,11 +128,11 @@ class TrainingStep:
                 " a plan made at the start, only freezing works: unfreeze before the trainer is"
                 " built, or resume with it unfrozen"
             )
-        deaf = [type(observer).__name__ for observer in observers if not hasattr(observer, "watch")]
+        deaf = [type(each).__name__ for each in observers if not isinstance(each, BindsParameters)]
         if deaf:
             raise HessianFlowError(
                 f"{change.message}: the observer {deaf[0]} cannot be told whose gradients it is"
-                " shown from now on: give it a watch(parameters), which is called at each change"
+                " shown from now on: give it a bind(parameters), which is called at each change"
             )
         for parameter in (*change.added, *change.removed):
             parameter.grad = None
