@@ -163,8 +163,7 @@ def test_control_and_what_it_rests_on_import_no_torch(module: str):
 
 
 def test_every_shared_name_is_where_it_is_said_to_be():
-    """The table of names that need torch, and the blocks that a type checker reads, say the
-    same."""
+    """Every name of the list is found, and is one that a type checker sees."""
     for name in interfaces.__all__:
         assert getattr(interfaces, name) is not None
     tree = ast.parse(Path(interfaces.__file__).read_text())

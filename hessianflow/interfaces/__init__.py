@@ -67,43 +67,6 @@ if TYPE_CHECKING:
         World,
     )
 
-_WITH_TORCH = {
-    "curvature": (
-        "Budgeted",
-        "CurvatureProbe",
-        "JudgesStatistics",
-        "LinearOperator",
-        "MeasuresModel",
-    ),
-    "training": (
-        "Adversary",
-        "Batch",
-        "BatchTransform",
-        "BindsParameters",
-        "ChecksRows",
-        "EpochMeasurement",
-        "Exposure",
-        "GradientObserver",
-        "InputAttack",
-        "LossFn",
-        "Pending",
-        "RecordSink",
-        "ResizableBatches",
-        "Rewindable",
-        "SecondOrder",
-        "TellsPlace",
-        "WantsClosure",
-    ),
-    "world": (
-        "BatchTotals",
-        "Hits",
-        "JoinsRanks",
-        "Reducer",
-        "Shardable",
-        "World",
-    ),
-}
-
 __all__ = [
     "NO_SIGNALS",
     "Adversary",
@@ -148,7 +111,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _WITH_TORCH.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
+    if name in __all__:
+        for module in ("curvature", "training", "world"):
+            found = vars(import_module(f"{__name__}.{module}"))
+            if name in found:
+                return found[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
