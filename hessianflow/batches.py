@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from hessianflow.interfaces import Batch, HessianFlowError
+from hessianflow.interfaces import Batch, HessianFlowError, Rewindable
 from hessianflow.structure import article, entries, entry_names, is_list, is_plain, mapped, rebuilt
 
 TARGET_NAMES = ("labels", "label", "targets", "target", "y")
@@ -258,9 +258,8 @@ def as_batches(data: Any) -> Iterable[Any]:
             f"data must be a pair (inputs, targets) or an iterable of pairs, got {article(data)}:"
             " batch a data set by torch.utils.data.DataLoader(dataset, batch_size)"
         )
-    rewind = getattr(data, "rewind", None)
-    if callable(rewind):
-        rewind()
+    if isinstance(data, Rewindable):
+        data.rewind()
     return data  # type: ignore[no-any-return]
 
 

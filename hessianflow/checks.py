@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

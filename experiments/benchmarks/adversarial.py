@@ -15,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +65,14 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
     def pair() -> Callable[[], object]:
         net = copy.deepcopy(model)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-        adversary = hf.adversarial.FGSM(EPS, value_range=RANGE)
+        attack = hf.adversarial.FGSM(EPS, value_range=RANGE)
+        adversary = hf.adversarial.ConcurrentAdversary(attack, staleness=0)
+        exposures = iter(hf.training.Ahead(repeat((x, y)), adversary, net))
 
         def step() -> None:
-            (twins,) = hf.adversarial.ConcurrentAdversary(adversary, staleness=0).pairs(
-                net, [(x, y)]
-            )
+            exposure = next(exposures)
             optimizer.zero_grad()
-            hf.adversarial.pair_loss(net, twins, cross_entropy).total.backward()
+            hf.training.exposed_loss(net, exposure, cross_entropy).backward()
             optimizer.step()
 
         return step

@@ -10,9 +10,6 @@ from hessianflow.adversarial.attacks import (
 )
 from hessianflow.adversarial.concurrent import (
     ConcurrentAdversary,
-    Pair,
-    PairLoss,
-    pair_loss,
 )
 from hessianflow.adversarial.input_hessian import (
     InputHessian,
@@ -52,14 +49,11 @@ __all__ = [
     "InputHessian",
     "Interleaved",
     "OverfittingAlarm",
-    "Pair",
-    "PairLoss",
     "RobustAccuracy",
     "RobustnessWatch",
     "SecondStream",
     "WorkerProcess",
     "fgsm",
-    "pair_loss",
     "perturbed_rows",
     "pgd",
     "robust_accuracy",

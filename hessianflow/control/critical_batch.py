@@ -57,7 +57,8 @@ from hessianflow.control.bounded import BoundedController
 from hessianflow.control.checks import check_count, check_number, check_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces import CurvatureReading, HessianFlowError
+from hessianflow.interfaces.control import CurvatureReading
+from hessianflow.interfaces.errors import HessianFlowError
 
 ROUNDING = 1e-9
 """Of a rate that was multiplied by a factor and divided by it again."""

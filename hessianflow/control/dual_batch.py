@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.time_model import TimeModel
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 Rounding = Literal["nearest", "down"]
 ServerName = Literal["simulated", "ray"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from hessianflow.control.checks import check_count, check_number
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from hessianflow.curvature.vectors import normalised
 from hessianflow.interfaces import (
     CurvatureReading,
     HessianFlowError,
+    JudgesStatistics,
     LinearOperator,
     LossFn,
     NormMode,
@@ -272,8 +273,9 @@ class CurvatureProbe:
     def _unsettled_losses(self, operator: ProbeOperator) -> tuple[float, float] | None:
         """Return the losses under running and own statistics if the former have not settled, else
         None."""
-        ask = getattr(operator, "statistics_losses", None)  # of operators that run a model
-        found = ask() if self._check_statistics and ask is not None else None
+        if not self._check_statistics or not isinstance(operator, JudgesStatistics):
+            return None
+        found = operator.statistics_losses()
         if found is None:
             return None
         running, own, weight = found

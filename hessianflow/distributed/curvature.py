@@ -19,7 +19,14 @@ from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.measurable import uses_batch_statistics
 from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.operator import Operator
-from hessianflow.interfaces import Batch, HessianFlowError, LinearOperator, LossFn, Reducer
+from hessianflow.interfaces import (
+    Batch,
+    HessianFlowError,
+    JudgesStatistics,
+    LinearOperator,
+    LossFn,
+    Reducer,
+)
 from hessianflow.measuring import unwrap
 
 
@@ -89,8 +96,9 @@ class AllReducedOperator(Operator):
     def statistics_losses(self) -> tuple[float, float, float] | None:
         """Return what the base's method of this name does, over the examples of all ranks; None
         where it has none."""
-        ask = getattr(self._base, "statistics_losses", None)  # of operators that run a model
-        found = None if ask is None else ask()
+        if not isinstance(self._base, JudgesStatistics):
+            return None
+        found = self._base.statistics_losses()
         if found is None:
             return None
         running, own, weight = found

@@ -13,7 +13,7 @@ from hessianflow.distributed.process_group import from_environment, local_device
 from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError, Hits
+from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError, Hits, Shardable
 from hessianflow.measuring import unwrap
 
 
@@ -86,13 +86,12 @@ class GroupWorld:
 
     def shard(self, data: Any) -> None:
         """Have the training data hand out this rank's contiguous part of every batch."""
-        set_shard = getattr(data, "set_shard", None)
-        if set_shard is None:
+        if not isinstance(data, Shardable):
             raise HessianFlowError(
                 f"{type(data).__name__} cannot be shared out to {self.world_size} ranks: it lacks "
                 "set_shard(rank, world_size); use hf.data.DeviceBatches or hf.data.AdaptiveBatches"
             )
-        set_shard(self.rank, self.world_size)
+        data.set_shard(self.rank, self.world_size)
 
     def begin(self, examples: int) -> None:
         """Announce this rank's share; see :meth:`GradientSynchronizer.begin`."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from hessianflow.distributed.ray_session import answer, connect, endings, told_in_one_line
 from hessianflow.dual_batch.server import ParameterServer, Receipt, Weights
-from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch
+from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch, figures_of
 from hessianflow.interfaces import HessianFlowError
 
 START_SECONDS = 120.0
@@ -180,7 +180,7 @@ class WorkerActor:
         """One local epoch; its figures let the caller see success without fetching the weights."""
         local_epoch = self._built()
         made = local_epoch(weights.copy(), epoch)  # arrays from the object store are read-only
-        return dict(getattr(local_epoch, "figures", {})), made
+        return figures_of(local_epoch), made
 
     def _built(self) -> LocalEpoch:
         self._local_epoch = self._local_epoch or self._make()

@@ -10,10 +10,10 @@ import heapq
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from hessianflow.dual_batch.server import ParameterServer, Weights
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import HessianFlowError, Stateful
 
 LocalEpoch = Callable[[Weights, int], Weights]
 """local_epoch(weights, epoch) -> weights: train from the pulled weights; `epoch` for the
@@ -23,9 +23,20 @@ learning-rate schedule.
 pace. (The papers take commits // workers, by which workers that finish almost together train all
 but one a second time in epoch 0.)
 
-One that is an object may have an attribute `figures` (named numbers about the last local epoch,
-which the commit carries), and a `state_dict` and `load_state_dict`, which a simulation's snapshots
-include."""
+One that :class:`TellsFigures` has them carried by its commit; the state of one that is stateful is
+part of a simulation's snapshots."""
+
+
+@runtime_checkable
+class TellsFigures(Protocol):
+    """A worker with named numbers about its last local epoch."""
+
+    figures: Mapping[str, float]
+
+
+def figures_of(local_epoch: LocalEpoch) -> dict[str, float]:
+    """Return what a worker tells of its last local epoch; nothing where it tells nothing."""
+    return dict(local_epoch.figures) if isinstance(local_epoch, TellsFigures) else {}
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ class _Simulation:
         local_epoch = self._workers[worker]
         receipt = self._server.push(worker, local_epoch(weights, epoch))
         self._last[worker] = len(self.timeline)
-        figures = dict(getattr(local_epoch, "figures", {}))
+        figures = figures_of(local_epoch)
         self.timeline.append(
             Commit(worker, started, now, math.nan, receipt.staleness, epoch, figures)
         )
@@ -151,14 +162,11 @@ class _Simulation:
 
     def state_dict(self) -> dict[str, Any]:
         """Between two pushes."""
-        stateful = {
-            n: worker for n, worker in self._workers.items() if hasattr(worker, "state_dict")
-        }
         return {
             "server": self._server.state_dict(),
             "events": list(self._events),
             "running": dict(self._running),
-            "workers": {number: worker.state_dict() for number, worker in stateful.items()},
+            "workers": {n: worker.state_dict() for n, worker in self._stateful().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -168,5 +176,10 @@ class _Simulation:
         self._running = {
             number: (began, epoch, w) for number, (began, epoch, w) in state["running"].items()
         }
+        stateful = self._stateful()
         for number, saved in state["workers"].items():
-            self._workers[number].load_state_dict(saved)  # type: ignore[attr-defined]
+            stateful[number].load_state_dict(saved)
+
+    def _stateful(self) -> dict[int, Stateful]:
+        workers: Mapping[int, object] = self._workers
+        return {n: worker for n, worker in workers.items() if isinstance(worker, Stateful)}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ from torch.nn.modules.conv import _ConvNd
 
 _NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@runtime_checkable
+class TorchsInEvaluation(Protocol):
+    """A normalisation of another class that says whether, in evaluation mode, it computes what
+    torch's own does."""
+
+    is_torchs_in_evaluation: bool
 
 
 class FoldedSequence(nn.Sequential):
@@ -123,10 +131,14 @@ def has_fixed_statistics(layer: nn.Module | None) -> bool:
     # torch's own.
     return (
         isinstance(layer, _BatchNorm)
-        and (type(layer) in _NORMALISATIONS or getattr(layer, "is_torchs_in_evaluation", False))
+        and (type(layer) in _NORMALISATIONS or _is_torchs_in_evaluation(layer))
         and not layer.training
         and layer.running_mean is not None
     )
+
+
+def _is_torchs_in_evaluation(layer: nn.Module) -> bool:
+    return isinstance(layer, TorchsInEvaluation) and layer.is_torchs_in_evaluation
 
 
 def affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ the statistics of batch normalisation; eps is not also added to ||g + b w||, as 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from hessianflow.optim.lars import LARS, Form
 from hessianflow.optim.observers import MicrobatchNorms
 
 
+@runtime_checkable
 class NormEstimator(Protocol):
     """Whatever knows the mean gradient norm of small batches, tensor by tensor."""
 
@@ -60,7 +61,7 @@ class CLARS(LARS):
         norms: where A comes from. None: a :class:`MicrobatchNorms`, to be attached as an observer
             of the training loop: it is the attribute `norms`. The trainer tells it whose gradients
             it shows. A loop of one's own shows those of `params` in their order, or, with several
-            groups, first calls `norms.watch(model.parameters())`.
+            groups, first calls `norms.bind(model.parameters())`.
         eps: added to A.
         form: where the rate enters; "late" as in the official code.
         nesterov: as in LARS.
@@ -90,7 +91,7 @@ class CLARS(LARS):
         capturable: bool = False,
     ) -> None:
         check_limit("max_rate", max_rate, "no cap")
-        if norms is not None and not hasattr(norms, "mean_norms"):
+        if norms is not None and not isinstance(norms, NormEstimator):
             raise HessianFlowError(
                 "norms must know mean gradient norms, such as MicrobatchNorms(), got a"
                 f" {type(norms).__name__}"

@@ -110,7 +110,7 @@ class MicrobatchNorms(_NormTable):
         super().__init__(params)
         self._complete = False
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:
+    def bind(self, parameters: Iterable[Tensor]) -> None:
         """Take the gradients shown from now on as those of `parameters`, in that order; what was
         seen is forgotten.
 
@@ -159,20 +159,20 @@ class MicrobatchNorms(_NormTable):
     def _check(self, gradients: Sequence[Tensor]) -> None:
         if not self.params:
             raise HessianFlowError(
-                "MicrobatchNorms must know whose gradients it is shown: call watch(parameters) in"
+                "MicrobatchNorms must know whose gradients it is shown: call bind(parameters) in"
                 " their order first"
             )
         if len(gradients) != len(self.params):
             raise HessianFlowError(
                 f"gradients must match the {len(self.params)} watched parameters, got"
-                f" {len(gradients)}: call watch(parameters) with those shown"
+                f" {len(gradients)}: call bind(parameters) with those shown"
             )
         for index, (gradient, parameter) in enumerate(zip(gradients, self.params, strict=True)):
             if gradient.shape != parameter.shape:
                 raise HessianFlowError(
                     f"gradients must be in the order of the watched parameters, but number {index}"
                     f" has shape {[*gradient.shape]}, its parameter {[*parameter.shape]}: call"
-                    " watch(parameters) in their order"
+                    " bind(parameters) in their order"
                 )
 
     def signals(self) -> Mapping[str, float]:
@@ -232,7 +232,7 @@ class ExtraBatchNorms(_NormTable):
         self.every, self.per_sample, self.norm_mode = every, per_sample, norm_mode
         self._steps = 0
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:  # noqa: ARG002
+    def bind(self, parameters: Iterable[Tensor]) -> None:  # noqa: ARG002
         """Look at the model again, some of which may have been frozen or unfrozen; the next step
         measures."""
         self._take(self.model.parameters())
@@ -329,7 +329,7 @@ class GradientMoments:
         self._watched: list[Tensor] = []
         self._reducer: Reducer | None = None
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:
+    def bind(self, parameters: Iterable[Tensor]) -> None:
         """Take the gradients shown from now on as those of `parameters`; sums go on for those that
         were there before.
 

@@ -9,6 +9,10 @@ from hessianflow.training.evaluate import (
     Evaluation,
     evaluate,
 )
+from hessianflow.training.exposing import (
+    Ahead,
+    exposed_loss,
+)
 from hessianflow.training.progressive import (
     ProgressiveResize,
     check_resolutions,
@@ -19,6 +23,7 @@ from hessianflow.training.trainer import (
 
 __all__ = [
     "AdaptiveBatchTrainer",
+    "Ahead",
     "Evaluation",
     "History",
     "LogSink",
@@ -26,4 +31,5 @@ __all__ = [
     "TensorBoardSink",
     "check_resolutions",
     "evaluate",
+    "exposed_loss",
 ]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from hessianflow.interfaces import (
     BatchController,
+    Budgeted,
     CurvatureProbe,
     CurvatureReading,
     Decision,
@@ -46,8 +47,7 @@ class ControlPoint:
     Attributes:
         controller: decides; None never does.
         probe: measures curvature when the controller needs it and, under "epoch", after every
-            epoch. One that has an `is_affordable(examples)` is asked first; where it says no, the
-            controller decides without a reading.
+            epoch. One that is :class:`~hessianflow.interfaces.Budgeted` is asked first.
         observers: their signals go to the controller.
         schedule: "epoch" or "needed".
         watch: counts the time of the probe.
@@ -77,7 +77,8 @@ class ControlPoint:
         reading, over_budget = None, False
         wanted = "eigenvalue" in needs or (at_end and self.schedule == "epoch")
         if self.probe is not None and wanted:
-            over_budget = not _is_affordable(self.probe, progress.examples)
+            if isinstance(self.probe, Budgeted):
+                over_budget = not self.probe.is_affordable(progress.examples)
             if not over_budget:
                 with self.watch.part("curvature"):
                     self.world.average_buffers()
@@ -91,8 +92,3 @@ class ControlPoint:
         signals = self.world.broadcast(signals) if signals else signals
         decision = self.world.broadcast(controller.update(progress, reading, signals))
         return Outcome(reading, signals, decision, over_budget)
-
-
-def _is_affordable(probe: CurvatureProbe, examples: int) -> bool:
-    ask = getattr(probe, "is_affordable", None)  # a budget is the probe's own affair, and optional
-    return ask is None or bool(ask(examples))

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from hessianflow.batches import move, num_examples
-from hessianflow.interfaces import Batch, Decision, HessianFlowError, Progress, ResizableBatches
+from hessianflow.interfaces import (
+    Batch,
+    Decision,
+    HessianFlowError,
+    Progress,
+    ResizableBatches,
+    TellsPlace,
+)
 from hessianflow.training.timing import Stopwatch
 
 
@@ -75,6 +82,10 @@ class Lookahead:
         self._place = Place(data)
         self._queue: deque[Planned] = deque()
         self._batches: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        """Return how many batches are queued."""
+        return len(self._queue)
 
     def begin(self) -> None:
         """Begin with the first example of the epoch that the data stand in: somebody may have
@@ -229,8 +240,8 @@ class Place:
 
     def __init__(self, data: ResizableBatches) -> None:
         self._data = data
-        told = hasattr(data, "epoch") and hasattr(data, "cursor")
-        self._is_known = told and {"epoch", "cursor"} <= data.state_dict().keys()
+        kept = isinstance(data, TellsPlace) and {"epoch", "cursor"} <= data.state_dict().keys()
+        self._is_known = kept
         self._noted: tuple[int, int] | None = None
 
     def find(self) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from hessianflow.interfaces import (
     Adversary,
     Batch,
     BatchTransform,
+    BindsParameters,
     Decision,
     Exposure,
     HessianFlowError,
@@ -26,6 +27,7 @@ from hessianflow.structure import article, is_list
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import BatchResult, GradientAccumulator, OwnResult
 from hessianflow.training.checks import tell_parameters
+from hessianflow.training.exposing import expose, share_in_force
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
@@ -75,9 +77,8 @@ class TrainingStep:
             )
 
     def share(self, decision: Decision) -> float:
-        """Return the share of each batch that is attacked under `decision`: the adversary's, times
-        the controller's factor."""
-        return 0.0 if self.adversary is None else self.adversary.share * decision.attack_factor
+        """Return the share of each batch that is attacked under `decision`."""
+        return share_in_force(self.adversary, decision)
 
     def load(self, batch: Batch, progress: Progress) -> Batch:
         """Return a batch as it will be trained: on the device, transformed; `progress` is that at
@@ -127,11 +128,11 @@ class TrainingStep:
                 " a plan made at the start, only freezing works: unfreeze before the trainer is"
                 " built, or resume with it unfrozen"
             )
-        deaf = [type(observer).__name__ for observer in observers if not hasattr(observer, "watch")]
+        deaf = [type(each).__name__ for each in observers if not isinstance(each, BindsParameters)]
         if deaf:
             raise HessianFlowError(
                 f"{change.message}: the observer {deaf[0]} cannot be told whose gradients it is"
-                " shown from now on: give it a watch(parameters), which is called at each change"
+                " shown from now on: give it a bind(parameters), which is called at each change"
             )
         for parameter in (*change.added, *change.removed):
             parameter.grad = None
@@ -217,24 +218,10 @@ class TrainingStep:
     def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
         """Return what to train on; attacks that are due are started, those made before are waited
         for."""
-        adversary = self.adversary
-        if adversary is None:
+        if self.adversary is None:
             return Exposure(now.batch)
         with self.watch.part("adversary"), self.accumulate.autocast():
-            if ahead is not None:
-                self._attack(adversary, ahead, size)
-            if adversary.attacks_late:
-                self._attack(adversary, now, size)
-            if now.attacked is None:
-                return Exposure(now.batch)
-            return adversary.expose(
-                self.model, *now.batch, now.attacked(), self.share(now.decision)
-            )
-
-    def _attack(self, adversary: Adversary, entry: Planned, size: int) -> None:
-        share = self.share(entry.decision)
-        if entry.attacked is None and share > 0 and num_examples(entry.batch[1]) > 0:
-            entry.attacked = adversary.attack(self.model, *entry.batch, share, size)
+            return expose(self.adversary, self.model, now, ahead, size)
 
     def _remember(self) -> Callable[[], None]:
         buffers = [(b, b.detach().clone()) for b in unwrap(self.model).buffers()]

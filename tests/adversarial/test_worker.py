@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow import AdaptiveBatchTrainer
-from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProcess, pair_loss
+from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProcess
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.normalisation import split_batch_norm
+from hessianflow.training import Ahead, exposed_loss
 
 RANGE = (0.0, 1.0)
 
@@ -182,11 +183,11 @@ def test_a_loop_of_ones_own_may_use_it(worker: WorkerProcess):
     ends = []
     for runner in (None, worker):
         model = network().train()
-        ahead = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), staleness=1, runner=runner)
+        adversary = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), staleness=1, runner=runner)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for pair in ahead.pairs(model, [*data()]):
+        for exposure in Ahead([*data()], adversary, model):
             optimizer.zero_grad()
-            pair_loss(model, pair, cross_entropy).total.backward()
+            exposed_loss(model, exposure, cross_entropy).backward()
             optimizer.step()
         ends.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
