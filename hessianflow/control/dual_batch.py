@@ -169,6 +169,8 @@ def plan_workers(
         raise HessianFlowError(f"rounding must be nearest or down, got {rounding!r}")
     if not workers:
         raise HessianFlowError("workers must hold at least one worker, got none")
+    for worker in workers:  # the small batch is proportional to it
+        check_number("intercept", worker.time.intercept, above=0)
     rates = [
         1 / w.time.seconds(1, check_count("large_batch_size", w.large_batch_size)) for w in workers
     ]

@@ -178,8 +178,8 @@ def join_parts(
     """Tell the parts that work on one rank's examples which of how many ranks this is.
 
     Raises:
-        HessianFlowError: on several ranks, an observer that cannot join them: its figures would be those of
-            one; or twins made ahead of time, which are held for later steps as one rank's share.
+        HessianFlowError: on several ranks, an observer that cannot join them: its figures would be
+            those of one; or twins made ahead of time, which are held for later steps as one rank's share.
     """
     if world.world_size > 1 and adversary is not None and adversary.staleness > 0:
         raise HessianFlowError(
