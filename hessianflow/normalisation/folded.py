@@ -68,7 +68,7 @@ class FoldedSequence(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """What the sequence gives; layer by layer where others build its graph again."""
-        watched = is_watched()
+        watched = graph_is_recomputed()
         for name, layer in self._modules.items():
             if name in self.pairs and not watched:
                 convolution, norm = self.pairs[name]
@@ -143,7 +143,7 @@ def affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, torch.addcmul(bias, layer.running_mean, scale, value=-1)
 
 
-def is_watched() -> bool:
+def graph_is_recomputed() -> bool:
     """Whether the graph is another's business: of checkpointing, which builds it twice and
     compares, or torch.func."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch >= 2.6
