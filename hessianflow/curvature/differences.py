@@ -99,11 +99,11 @@ class Disagreement(NamedTuple):
     """A derivative that differences contradict.
 
     Attributes:
-        index: the index of the worst tensor; None where there is only one.
+        position: the index of the worst tensor; None where there is only one.
         error: its error relative to the larger of claim and difference.
     """
 
-    index: int | None
+    position: int | None
     error: float
 
 

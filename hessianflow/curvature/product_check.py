@@ -50,8 +50,8 @@ class ProductCheck:
         if disagreement is None:
             return
         where = ""
-        if disagreement.index is not None:
-            where = f" at {names[disagreement.index]}"
+        if disagreement.position is not None:
+            where = f" at {names[disagreement.position]}"
         raise HessianFlowError(
             f"a product is {disagreement.error:.1%} off from a difference of gradients{where}:"
             f" {self._causes(names)}; correct it, or pass check_product=False if it is intended"

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from hessianflow.batches import move, num_examples
 from hessianflow.curvature.density import SpectralDensity, spectral_density
-from hessianflow.curvature.derivatives import second_order
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.operator import CallableOperator
+from hessianflow.curvature.surroundings import second_order
 from hessianflow.curvature.trace import trace
 from hessianflow.curvature.vectors import flatten, unflatten
 from hessianflow.interfaces import Batch, HessianFlowError, LossFn
