@@ -18,7 +18,8 @@ from problems import (
 )
 
 from hessianflow.curvature import CallableOperator, CurvatureProbe, top_eigenpairs
-from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, SPARE_VECTORS, _mixed, remembered
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, _mixed
+from hessianflow.curvature.warm_start import SPARE_VECTORS, remembered
 from hessianflow.interfaces import HessianFlowError
 
 
