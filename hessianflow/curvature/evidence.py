@@ -137,6 +137,13 @@ def neighbours(values: Array, wanted: int) -> list[int]:
     return sorted({by_value[p] for p in beside if 0 <= p < len(by_value)})
 
 
+def gap_of_first(values: Array, tol: float) -> float:
+    """Return the gap from the first value to the nearest that differs by more than `tol` of it."""
+    distances = np.abs(values[1:] - values[0])
+    others = distances[distances > tol * abs(values[0])]
+    return float(others.min(initial=math.inf))
+
+
 def estimated_errors(values: Array, known: list[int], residuals: Array, wanted: int) -> Array:
     """Return min(r, r^2/gap) for the first `wanted` values.
 
