@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, num_examples, take_rows
+from hessianflow.batches import num_examples, take_rows, tensors_in
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 
@@ -51,7 +51,7 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
     inputs = batch[0]
     total = num_examples(batch)
     rows = min(ROWS, total)
-    may_be_shared = sum(t.ndim > 0 and len(t) == total for t in _tensors(inputs)) > 1
+    may_be_shared = sum(t.ndim > 0 and len(t) == total for t in tensors_in(inputs)) > 1
     more = local(take_rows(inputs, slice(0, rows), total, "inputs"))
     fewer = local(take_rows(inputs, slice(0, rows - 1), total, "inputs"))
     with measuring(model):
@@ -77,7 +77,7 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     # With gradients enabled, as in a product: a model may itself differentiate.
-    return [t.detach() for t in _tensors(model(inputs))]
+    return [t.detach() for t in tensors_in(model(inputs))]
 
 
 def _differ(longer: list[Tensor], shorter: list[Tensor], rows: int) -> bool:
@@ -108,9 +108,3 @@ def _differs(one: Tensor, other: Tensor, rows: int) -> bool:
 
 def _differ_at_all(first: list[Tensor], again: list[Tensor]) -> bool:
     return any(not torch.equal(one, other) for one, other in zip(first, again, strict=False))
-
-
-def _tensors(nested: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    map_tensors(lambda t: tensors.append(t) or t, nested)  # type: ignore[func-returns-value]
-    return tensors

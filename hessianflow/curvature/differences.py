@@ -269,8 +269,10 @@ class _Vector:
         for claimed, measured in zip(self._claimed, difference, strict=True):
             error = float((measured - claimed).norm())
             larger = max(float(claimed.norm()), float(measured.norm()))
-            passes = error <= TOLERANCE * larger + allowed
-            errors.append(0.0 if passes else error / larger)
+            if error <= TOLERANCE * larger + allowed:
+                errors.append(0.0)
+            else:
+                errors.append(error / larger)
         return errors
 
 

@@ -195,8 +195,10 @@ class _ConvolutionBackward(torch.autograd.Function):
                 by_weight = _backward(gradient, a, weight, sizes, False, True)[1]
         if b is not None:
             from_weight = _forward(x, b, sizes)
-            # Not in place: autograd may differentiate this once more.
-            by_gradient = from_weight if by_gradient is None else by_gradient + from_weight
+            if by_gradient is None:
+                by_gradient = from_weight
+            else:  # not in place: autograd may differentiate this once more
+                by_gradient = by_gradient + from_weight
             if needs_x:
                 by_x = _backward(gradient, x, b, sizes, True, False)[0]
         return by_gradient, by_x, by_weight, None, None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessianflow.batches import map_tensors
+from hessianflow.batches import tensors_in
 
 _STEPS = (-4658895280553007687, -7723592293110705685)  # of splitmix64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,8 +27,7 @@ def draws_by_content(batch: Any, examples: int, seed: int) -> Tensor:
         examples: the number of examples.
         seed: any whole number; each gives another sequence.
     """
-    tensors: list[Tensor] = []
-    map_tensors(lambda t: tensors.append(t) or t, batch)  # type: ignore[func-returns-value]
+    tensors = tensors_in(batch)
     device = tensors[0].device
     seed = seed % 2**63
     total = torch.full((examples,), seed, dtype=torch.int64, device=device)

@@ -6,7 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hessianflow.curvature.checks import check_count, check_search
+from hessianflow.checks import check_choice, check_count
+from hessianflow.curvature.checks import check_search
 from hessianflow.curvature.evidence import COLD, WARM
 from hessianflow.curvature.lanczos import lanczos
 from hessianflow.curvature.power_iteration import power_iteration
@@ -149,10 +150,7 @@ def _check(
     extra: int,
 ) -> int:
     """Refuse bad arguments, and return the budget of products."""
-    if method not in get_args(Method):
-        raise HessianFlowError(
-            f"method must be one of {', '.join(get_args(Method))}, got {method!r}"
-        )
+    check_choice("method", method, get_args(Method))
     check_search(k, which, tol, max_matvecs)
     check_count("extra", extra, 0)
     if k > operator.size:

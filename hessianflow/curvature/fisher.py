@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import take_rows
+from hessianflow.checks import check_choice
 from hessianflow.curvature.derivatives import inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.draws import draws_by_content
@@ -69,10 +70,7 @@ class FisherOperator(ModelOperator):
             check_deterministic=check_deterministic,
             check_product=check_product,
         )
-        if labels not in get_args(Labels):
-            raise HessianFlowError(
-                f"labels must be one of {', '.join(get_args(Labels))}, got {labels!r}"
-            )
+        check_choice("labels", labels, get_args(Labels))
         self._labels = labels
         self._seed = seed
 

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hessianflow.checks import check_choice
 from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.vectors import check_vector, flatten, unflatten
 from hessianflow.interfaces import HessianFlowError
@@ -57,10 +58,7 @@ def loss_landscape(
     Raises:
         HessianFlowError: an argument is out of range, or a direction is zero.
     """
-    if normalise not in get_args(Normalise):
-        raise HessianFlowError(
-            f"normalise must be one of {', '.join(get_args(Normalise))}, got {normalise!r}"
-        )
+    check_choice("normalise", normalise, get_args(Normalise))
     if points < 1 or not span > 0:
         raise HessianFlowError(
             f"points must be at least 1 and span positive, got {points} and {span}"

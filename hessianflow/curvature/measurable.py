@@ -12,6 +12,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hessianflow.checks import check_choice
 from hessianflow.interfaces import HessianFlowError, NormMode
 from hessianflow.measuring import check_differentiable
 
@@ -26,10 +27,7 @@ def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: Norm
             but would be cut into microbatches; or the model cannot be measured
             (:func:`check_measurable`).
     """
-    if norm_mode not in get_args(NormMode):
-        raise HessianFlowError(
-            f"norm_mode must be one of {', '.join(get_args(NormMode))}, got {norm_mode!r}"
-        )
+    check_choice("norm_mode", norm_mode, get_args(NormMode))
     if microbatch_size is not None and microbatch_size < 1:
         raise HessianFlowError(f"microbatch_size must be at least 1 or None, got {microbatch_size}")
     check_measurable(model)

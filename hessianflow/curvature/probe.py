@@ -20,7 +20,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hessianflow.batches import num_examples
-from hessianflow.curvature.checks import check_count, check_search
+from hessianflow.checks import check_count
+from hessianflow.curvature.checks import check_search
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.measurable import check_options
@@ -143,6 +144,10 @@ class CurvatureProbe:
             norm_mode=norm_mode,
         )
         self._search = partial(top_eigenpairs, which=which, tol=tol, extra=SPARE_VECTORS)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Set the state of a probe that has measured nothing yet."""
         self._start: Tensor | None = None
         self._largest_loss = 0.0  # under the probe batch's own statistics
         self._calls = 0
@@ -308,7 +313,7 @@ class CurvatureProbe:
 
 
 def _check_options(cold_every: int, first_matvecs: int | None, budget: float | None) -> None:
-    check_count("cold_every", cold_every, remark=" (always cold)")
+    check_count("cold_every", cold_every)
     if first_matvecs is not None and first_matvecs < 0:
         raise HessianFlowError(
             "first_matvecs must be at least 0, or None for no bound of its own, got"

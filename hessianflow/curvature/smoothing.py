@@ -4,8 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
-from hessianflow.curvature.checks import check_count
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.checks import check_choice, check_count
 
 Smoothing = Literal["none", "median", "ema"]
 
@@ -22,10 +21,7 @@ class SmoothedValue:
     """
 
     def __init__(self, kind: Smoothing, window: int) -> None:
-        if kind not in get_args(Smoothing):
-            raise HessianFlowError(
-                f"smoothing must be one of {', '.join(get_args(Smoothing))}, got {kind!r}"
-            )
+        check_choice("smoothing", kind, get_args(Smoothing))
         check_count("window", window)
         self._kind = kind
         self._window = window

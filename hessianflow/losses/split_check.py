@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, num_examples, take_rows
+from hessianflow.batches import map_tensors, num_examples, take_rows, tensors_in
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses.mean import EXAMPLES, STATED, Averaged, MeanLoss, WeightedLoss
 from hessianflow.losses.weights import mixes_rows
@@ -235,7 +235,7 @@ def _rows(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any]
     A model in the place of outputs is returned as it is.
     """
     if not isinstance(outputs, nn.Module):
-        if not any(t.ndim > 0 and len(t) == rows for t in _tensors(outputs)):
+        if not any(t.ndim > 0 and len(t) == rows for t in tensors_in(outputs)):
             return None
         try:
             outputs = _rows_of(outputs, span, rows, "outputs")
@@ -281,12 +281,6 @@ def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
         second,
         [_joined(one, other, rows, others) for one, other in zip(ahead, behind, strict=True)],
     )
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(lambda t: found.append(t) or t, batch)  # type: ignore[func-returns-value]
-    return found
 
 
 @contextmanager
