@@ -78,8 +78,26 @@ def move(batch: Any, device: torch.device | str, *, non_blocking: bool = False) 
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """Apply `function` to every tensor; leave all else, and the structure, as it is."""
-    return mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+    """Return the same structure with `function` applied to every tensor."""
+
+    def applied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        return leaf
+
+    return mapped(applied, batch)
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return all tensors of a batch, or of one of its parts, in order."""
+    tensors: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    map_tensors(collect, batch)
+    return tensors
 
 
 def split(batch: Batch, size: int | None, group: int | None = None) -> Iterator[Batch]:
@@ -357,16 +375,10 @@ def explaining_types(model: nn.Module, batch: Any) -> Iterator[None]:
         weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         parts = batch if is_list(batch) and len(batch) == 2 else (batch, ())
         inputs, targets = (
-            ", ".join(sorted({str(t.dtype) for t in _tensors(part)})) or "none" for part in parts
+            ", ".join(sorted({str(t.dtype) for t in tensors_in(part)})) or "none" for part in parts
         )
         raise HessianFlowError(
             f"the model or the loss does not take inputs of {inputs} and targets of {targets} with"
             f" weights of {weights} ({str(error).splitlines()[0]}); convert where examples are"
             " made, such as inputs.float() and, for classes, targets.long()"
         ) from error
-
-
-def _tensors(part: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, part)  # type: ignore[func-returns-value]
-    return found
