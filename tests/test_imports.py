@@ -85,14 +85,16 @@ ROOMS_OF_BUILD = {
         "build",
         "choices",
         "machine",
+        "measurements",
         "methods",
         "options",
+        "parts",
         "resolve",
         "upgrade",
     ),
     *SHARED,
 }
-ALLOWED["build"] = ALLOWED["choices"] = ROOMS_OF_BUILD
+ALLOWED["build"] = ALLOWED["choices"] = ALLOWED["parts"] = ALLOWED["measurements"] = ROOMS_OF_BUILD
 ALLOWED["elastic"] = ROOMS_OF_BUILD | {"elastic"}
 ALLOWED["dual_batch"] = ROOMS_OF_BUILD | {"dual_batch"}
 ALLOWED["planning"] = ROOMS_OF_BUILD | {"planning", "bounds"}

@@ -1,0 +1,118 @@
+"""The measurements of a run: the probe of the curvature, and what is measured after every epoch."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from hessianflow.adversarial import InputCurvature, RobustnessWatch
+from hessianflow.config import RunConfig
+from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, ProbeOperator
+from hessianflow.interfaces import Batch, EpochMeasurement, LinearOperator
+from hessianflow.parts import Parts, resolved_precision
+from hessianflow.training.progressive import ProgressiveResize
+
+FLOAT32_PER_16_BIT = 1.7
+"""Cost of a gradient in float32, in gradients under 16-bit autocast; measured with ResNet-20 on an
+AMD EPYC with bf16 units."""
+FIRST_SHARE = 0.25
+"""Share of the cost of the whole training that the first reading may take. This default is our
+choice: a first reading has no known price, and could take most of a short run on few images."""
+FEWEST_PRODUCTS = 5
+"""Fewest products that the first reading is made with. This default is our choice."""
+WATCHED_EPS = 0.005
+"""Size of the attacks of the overfitting alarm if the adversary has none: the default of FGSM."""
+WATCHED_EXAMPLES = 256
+"""Test examples that the overfitting alarm attacks. This default is our choice."""
+INPUT_CURVATURE_EXAMPLES = 16
+"""Test examples that the curvature by the inputs is measured on. This default is our choice."""
+MOST_PRODUCTS = 60
+"""Most products that one eigenvalue by the inputs may take. This default is our choice."""
+
+
+def build_probe(
+    config: RunConfig,
+    parts: Parts,
+    transform: ProgressiveResize | None = None,
+    operator: Callable[..., ProbeOperator] = HessianOperator,
+) -> CurvatureProbe | None:
+    """Return a probe on a fixed, un-augmented sample of the training set, or None if it is off.
+
+    The sample has the resolution that training is at.
+    """
+    if config.curvature == "off":
+        return None
+    count = min(config.probe_examples, parts.train.num_examples)
+    batch: Batch = parts.train.sample(count, config.seed)
+    sample: Batch | Callable[[], Batch] = batch
+    if transform is not None:
+        sample = partial(transform.at_hand, batch)
+    return CurvatureProbe(
+        parts.model,
+        nn.CrossEntropyLoss(),
+        sample,
+        tol=config.probe_tolerance,
+        budget=_budget(config),
+        first_matvecs=first_products(config, count, parts.train.num_examples),
+        norm_mode=config.norm_mode,
+        check_statistics=config.norm_statistics == "settled",
+        seed=config.seed,
+        operator=operator,
+    )
+
+
+def first_products(config: RunConfig, probe_examples: int, train_examples: int) -> int | None:
+    """Return the most products that the first reading may take, whose price is not known yet.
+
+    They cost at most FIRST_SHARE of the whole training.
+
+    Returns:
+        0 if that leaves too few for a reading; None without a budget.
+    """
+    budget = _budget(config)
+    if budget is None:
+        return None
+    examples = config.epochs * train_examples * max(budget, FIRST_SHARE)
+    products = int((examples / probe_examples - 1) / GRADIENTS_PER_PRODUCT)
+    if products < FEWEST_PRODUCTS:
+        return 0
+    return products
+
+
+def _budget(config: RunConfig) -> float | None:
+    """Return the budget in the units of the probe: gradients in the precision of the products."""
+    if config.curvature_budget is None or resolved_precision(config) == "float32":
+        return config.curvature_budget
+    return config.curvature_budget / FLOAT32_PER_16_BIT
+
+
+def build_measurements(config: RunConfig, parts: Parts) -> list[EpochMeasurement]:
+    """Return the measurements that follow every epoch, on the first test examples."""
+    measurements: list[EpochMeasurement] = []
+    if config.overfitting_alarm:
+        eps = config.adversary.options.get("eps", WATCHED_EPS) / torch.tensor(parts.spread)
+        batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
+        measurements.append(
+            RobustnessWatch(
+                parts.model, batch, eps, value_range=parts.train.value_range, seed=config.seed
+            )
+        )
+    if config.input_curvature:
+        batch = parts.test.examples(
+            torch.arange(min(INPUT_CURVATURE_EXAMPLES, parts.test.num_examples))
+        )
+
+        def solve(operator: LinearOperator) -> dict[str, float]:
+            result = top_eigenpairs(
+                operator, tol=config.probe_tolerance, max_matvecs=MOST_PRODUCTS, seed=config.seed
+            )
+            return {
+                "eigenvalue": float(result.values[0]),
+                "residual": float(result.residuals[0]),
+                "matvecs": result.matvecs,
+            }
+
+        measurements.append(InputCurvature(parts.model, batch, solve))
+    return measurements
