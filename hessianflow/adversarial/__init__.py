@@ -1,5 +1,7 @@
 """Adversarial examples: attacks, training plug-ins, and what measures and stabilises them."""
 
+from collections.abc import Mapping
+
 from hessianflow.adversarial.adversaries import (
     FGSM,
     PGD,
@@ -40,8 +42,11 @@ from hessianflow.adversarial.worker import (
 )
 
 __all__ = [
+    "ADVERSARIES",
+    "ATTACKS",
     "FGSM",
     "PGD",
+    "RUNNERS",
     "AttackRunner",
     "ConcurrentAdversary",
     "GradientReuse",
@@ -59,3 +64,18 @@ __all__ = [
     "robust_accuracy",
     "wilson_interval",
 ]
+
+ATTACKS: Mapping[str, type] = {"fgsm": FGSM, "pgd": PGD}
+"""Every attack by the name that the command gives it."""
+ADVERSARIES: Mapping[str, type] = {
+    **ATTACKS,
+    "conadv": ConcurrentAdversary,
+    "reuse": GradientReuse,
+}
+"""Every adversary by the name that the command gives it."""
+RUNNERS: Mapping[str, type] = {
+    "interleaved": Interleaved,
+    "process": WorkerProcess,
+    "stream": SecondStream,
+}
+"""Every place where attacks may run beside training, by the name that the command gives it."""

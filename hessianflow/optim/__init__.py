@@ -1,5 +1,9 @@
 """Large-batch optimizers, their schedules, and gradient observers for them and the controllers."""
 
+from collections.abc import Mapping
+
+from torch.optim import SGD, Adam, AdamW
+
 from hessianflow.optim.clars import CLARS, NormEstimator
 from hessianflow.optim.extrapolation import Extrapolation
 from hessianflow.optim.lamb import LAMB
@@ -14,7 +18,9 @@ __all__ = [
     "CLARS",
     "LAMB",
     "LARS",
+    "OPTIMIZERS",
     "SAM",
+    "SCHEDULES",
     "Constant",
     "Cooldown",
     "Cosine",
@@ -29,3 +35,23 @@ __all__ = [
     "polynomial_decay",
     "sam_perturbation",
 ]
+
+OPTIMIZERS: Mapping[str, type] = {
+    "sgd": SGD,
+    "adam": Adam,
+    "adamw": AdamW,
+    "lars": LARS,
+    "clars": CLARS,
+    "lamb": LAMB,
+    "sam": SAM,
+    "extrapolation": Extrapolation,
+}
+"""Every optimizer by the name that the command gives it, those of torch among them."""
+SCHEDULES: Mapping[str, type] = {
+    "constant": Constant,
+    "multistep": MultiStep,
+    "cosine": Cosine,
+    "polynomial": Polynomial,
+    "cooldown": Cooldown,
+}
+"""Every course of the learning rate by the name that the command gives it."""

@@ -179,7 +179,7 @@ def join_parts(
 
     Raises:
         HessianFlowError: on several ranks, an observer that cannot join them: its figures would be
-            those of one; or twins made ahead of time, which are held for later steps as one rank's share.
+            those of one; or twins made ahead of time, which one rank holds for later steps.
     """
     if world.world_size > 1 and adversary is not None and adversary.staleness > 0:
         raise HessianFlowError(
