@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import num_examples, take_rows, tensors_in
+from hessianflow.batches import num_examples, take_rows
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
+from hessianflow.structure import tensors_in
 
 ROWS = 3
 """Examples of the longer run; the shorter one has one less. Our choice: two at least, because a

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessianflow.batches import tensors_in
+from hessianflow.structure import tensors_in
 
 _STEPS = (-4658895280553007687, -7723592293110705685)  # of splitmix64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import tensors_in
+from hessianflow.structure import tensors_in
 
 CHUNK = 2**20
 """Most values in one sum, which bounds the memory for weights and converted values. Our choice."""

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, num_examples, take_rows, tensors_in
+from hessianflow.batches import map_tensors, num_examples, take_rows
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses.mean import EXAMPLES, STATED, Averaged, MeanLoss, WeightedLoss
 from hessianflow.losses.weights import mixes_rows
 from hessianflow.measuring import measuring
-from hessianflow.structure import entries, is_list, rebuilt
+from hessianflow.structure import entries, is_list, rebuilt, tensors_in
 
 NO_ROWS = "the outputs have no row for each example, so nothing shows what the mean loss divides by"
 ALIKE = 0.1

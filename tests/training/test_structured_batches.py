@@ -116,14 +116,14 @@ def test_a_mask_of_another_length_is_whole_or_refused_by_name() -> None:
             lambda n: (torch.rand(3, 8, 8), {"boxes": torch.rand(1 + n % 4, 4)}),
             lambda items: tuple(zip(*items, strict=True)),
             (
-                "targets must be tensors with one row an example, got a tuple of 16 entries of type"
-                " dict: pad them"
+                "targets must be tensors with one row for each example, got a tuple of 16 entries"
+                " of type dict: pad them"
             ),
         ),
         (
             lambda n: (torch.rand(5, 4), torch.zeros(5).long()),
             lambda items: (torch.stack([x for x, _ in items]), torch.cat([y for _, y in items])),
-            "inputs of 16 rows do not go with targets of 80: both must have one row an example",
+            "inputs of 16 rows do not go with targets of 80: both must have one row for each",
         ),
     ],
 )
