@@ -37,7 +37,7 @@ from hessianflow.distributed.ray_session import connect
 from hessianflow.dual_batch.local_training import Course, FlatWeights, LocalTraining
 from hessianflow.dual_batch.ray_server import Resources
 from hessianflow.dual_batch.server import ParameterServer
-from hessianflow.dual_batch.trainer import DualBatchTrainer, Job
+from hessianflow.dual_batch.trainer import DualBatchTask, DualBatchTrainer
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.interfaces import HessianFlowError, RecordSink
 from hessianflow.machine import find_device
@@ -94,7 +94,7 @@ def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> D
     schedule = plan_schedule(config, stages, parts.train.num_examples, _times(config, stages))
     workers = given(config.workers)
     return DualBatchTrainer(
-        Job(
+        DualBatchTask(
             parts.model,
             parts.test,
             nn.CrossEntropyLoss(),
