@@ -26,6 +26,7 @@ from hessianflow.config import RunConfig, TrainConfig
 from hessianflow.control import DualBatchPlan, TimeModel, fit_time_model
 from hessianflow.distributed.ray_session import connect
 from hessianflow.dual_batch import ParameterServer, train_on_ray
+from hessianflow.dual_batch.actors import ServerActor
 from hessianflow.dual_batch.build import (
     Schedule,
     all_stages,
@@ -35,7 +36,6 @@ from hessianflow.dual_batch.build import (
     worker_of,
 )
 from hessianflow.dual_batch.local_training import FlatWeights
-from hessianflow.dual_batch.ray_server import ServerActor
 from hessianflow.dual_batch.simulated_server import Commit
 from hessianflow.interfaces import HessianFlowError
 

@@ -38,7 +38,7 @@ from hessianflow.distributed.ray_session import connect
 from hessianflow.dual_batch.local_training import Course, FlatWeights, LocalTraining
 from hessianflow.dual_batch.ray_server import Resources
 from hessianflow.dual_batch.server import ParameterServer
-from hessianflow.dual_batch.trainer import DualBatchTrainer, Job
+from hessianflow.dual_batch.trainer import DualBatchTask, DualBatchTrainer
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.interfaces import HessianFlowError, RecordSink
 from hessianflow.machine import find_device
@@ -102,7 +102,7 @@ def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Dua
     schedule = plan_schedule(config, stages, parts.train.num_examples, _times(config, stages))
     workers = options_of(config).workers
     return DualBatchTrainer(
-        Job(
+        DualBatchTask(
             parts.model,
             parts.test,
             nn.CrossEntropyLoss(),

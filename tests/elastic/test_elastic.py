@@ -16,6 +16,7 @@ from jobs import (
 from ranks import LOCAL
 
 from hessianflow.elastic import cluster as elastic_cluster
+from hessianflow.elastic import pool as elastic_pool
 from hessianflow.elastic.run import ElasticRun
 from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
@@ -162,7 +163,7 @@ def test_first_workers_that_die_while_they_start_are_replaced(ray, tmp_path):
 
 
 def test_a_run_whose_workers_cannot_start_says_so_in_one_line(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(elastic_cluster, "MAX_LOST_NEWCOMERS", 1)
+    monkeypatch.setattr(elastic_pool, "MAX_LOST_NEWCOMERS", 1)
     with pytest.raises(
         HessianFlowError, match=r"2 new workers in a row were of no use, the last died .*logs$"
     ):
@@ -180,7 +181,7 @@ def test_a_cluster_without_room_is_not_waited_for(ray, tmp_path):
 
     def policy(report, samples):
         for newcomer in run._cluster.pending:
-            newcomer.asked_at -= 1000.0  # as if it had been asked for so many seconds ago
+            newcomer.requested_at -= 1000.0  # as if it had been requested that many seconds ago
         return 2
 
     settings = ElasticSettings(max_workers=2, num_cpus=2, **STEPWISE)
