@@ -197,7 +197,10 @@ def build_parts(config: RunConfig) -> Parts:
     torch.manual_seed(config.seed)
     channels, side, _ = train.input_shape
     variant: Variant = "imagenet" if side > 64 else "cifar"
-    model = create(config.model, train.num_classes, side, variant, in_channels=channels)
+    try:
+        model = create(config.model, train.num_classes, side, variant, in_channels=channels)
+    except HessianFlowError as error:
+        raise HessianFlowError(f"--model: {error}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise HessianFlowError(f"model {config.model!r} has no parameter to train: name another")
     model = split_for_twins(config, model).to(device)

@@ -107,7 +107,8 @@ def _main(given: list[str]) -> int:
 def _parsed(parser: Any, words: Any) -> Any:
     """Return the arguments of the command named in the words, None where none is; `given` and
     `files` say what was given."""
-    from hessianflow.commands.settings import INSIDE, Given
+    from hessianflow.commands.parser import INSIDE
+    from hessianflow.commands.settings import Given
 
     if words.files:
         parser.announce(

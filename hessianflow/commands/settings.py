@@ -11,15 +11,13 @@ from functools import cache
 from typing import Any
 
 from hessianflow.bounds import without_bounds
+from hessianflow.commands.parser import INSIDE
 from hessianflow.config import CHOSEN, TrainConfig, chosen, hints, option, to_dict
 from hessianflow.effects import check_effects, is_ignored
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, Choice, Kind, find, method_options, prefers, unknown_option
 from hessianflow.presets import preset_of
 from hessianflow.resolve import resolve
-
-INSIDE = "__"
-"""Stands for the dot between a method and its option in names that jsonargparse would split."""
 
 
 @dataclass(frozen=True)
