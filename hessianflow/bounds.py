@@ -207,9 +207,8 @@ def _described(hint: Any) -> str:
     if kind is Literal:
         return ("one of " if len(parts) > 1 else "") + ", ".join(map(repr, parts))
     if kind is tuple and parts[-1] is Ellipsis:
-        return (
-            f"a list like {'[[2, 256], [4, 512]]' if get_origin(parts[0]) is tuple else '[30, 60]'}"
-        )
+        example = {int: "[30, 60]", float: "[0.1, 0.2]"}.get(parts[0], "[[2, 256], [4, 512]]")
+        return f"a list like {example}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
         hint, str(hint)
     )

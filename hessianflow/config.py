@@ -211,7 +211,7 @@ class TrainConfig:
             if name not in CHOSEN:
                 check_setting(name, getattr(self, name), hint)
         check_together(self)
-        check_effects(self, _RESOLUTION_PARTS)
+        check_effects(self, _wishes(self))
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,33 @@ class RunConfig(TrainConfig):
         return self.controller.name == "dual-batch"
 
 
-_RESOLUTION_PARTS = ("resolutions", "resolution_batch_sizes", "dropouts")
+_NEVER_FILLED = (
+    "resolutions",
+    "resolution_batch_sizes",
+    "dropouts",
+    "split_norm",
+    "min_workers",
+    "max_workers",
+    "ray_address",
+)
 """Settings that no preset fills unless they have an effect: wishes, wherever they come from."""
+_NOT_ON_A_SERVER = (
+    "checkpoint_examples",
+    "checkpoint_minutes",
+    "on_divergence",
+    "lr_rule",
+    "curvature_budget",
+)
+"""Settings that no preset fills for a run with a parameter server."""
+
+
+def _wishes(config: TrainConfig) -> list[str]:
+    """Return the settings whose value is somebody's wish."""
+    found = list(_NEVER_FILLED)
+    if config.controller.name == "dual-batch":
+        usual = {setting.name: setting.default for setting in fields(TrainConfig)}
+        found += [name for name in _NOT_ON_A_SERVER if getattr(config, name) != usual[name]]
+    return found
 
 
 def chosen(name: str, given: Any) -> Choice:

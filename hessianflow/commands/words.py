@@ -103,7 +103,7 @@ def _without_files(
 def _named(found: Words) -> dict[str, str]:
     """Return the value of every option, as far as it names a method; typed ones come last."""
     named = {name: text for name, (text, _) in found.files.items()}
-    for word, following in zip(found.typed, [*found.typed[1:], ""], strict=True):
+    for word, following in zip(found.typed, [*found.typed, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             named[name[2:].replace("-", "_")] = value if equals else following
