@@ -116,7 +116,7 @@ def train(
 ) -> None:
     """Plain SGD on the problem's own examples; the model is left in training mode."""
     source = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=lr, momentum=momentum)
     problem.model.train()
     for _ in range(steps):
         rows = torch.randint(0, len(problem.targets), (batch_size,), generator=source)

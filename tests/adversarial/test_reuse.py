@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import StopAfterEpoch
 from torch import nn
 from torch.nn import functional as F
 
@@ -112,23 +113,16 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
     whole, again = network(), network()
     batches = data(AUGMENTED)
     train(whole, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).fit()
-    model, batches = network(), data(AUGMENTED)
-    made = train(
+    model, batches, stop = network(), data(AUGMENTED), StopAfterEpoch(2)
+    stop.trainer = train(
         model,
         batches,
         GradientReuse(batches, EPS, value_range=(0, 1)),
         epochs=4,
         run_dir=tmp_path / "run",
+        sinks=[stop],
     )
-    finish = made._loop._finish_epoch
-
-    def stopping(*arguments):
-        finish(*arguments)
-        if made.progress.epoch == 2:
-            made.request_stop()
-
-    made._loop._finish_epoch = stopping
-    made.fit()
+    assert stop.trainer.fit().summary["status"] == "preempted"
     batches = data(AUGMENTED)
     train(again, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).resume(
         tmp_path / "run"

@@ -1,6 +1,7 @@
 """Measurements after an epoch: recorded, warned of, continued, and without a trace on training."""
 
 import torch
+from stopping import StopAfterEpoch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -55,10 +56,9 @@ class Counter:
 
 
 def test_rows_and_alarms_are_recorded_and_go_on_after_a_resume(tmp_path):
-    _, trainer = train([Counter], run_dir=tmp_path / "run")
-    finish = trainer._loop._finish_epoch
-    trainer._loop._finish_epoch = lambda *arguments: (finish(*arguments), trainer.request_stop())
-    trainer.fit()
+    stop = StopAfterEpoch(1)
+    _, stop.trainer = train([Counter], run_dir=tmp_path / "run", sinks=[stop])
+    assert stop.trainer.fit().summary["status"] == "preempted"
     history = train([Counter])[1].resume(tmp_path / "run")
     assert [(row["epoch"], row["calls"]) for row in history.of_kind("count")] == [
         (1, 1),
