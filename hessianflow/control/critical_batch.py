@@ -49,9 +49,7 @@ say nothing of stability.
 
 import math
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from hessianflow.control.bounded import BoundedController
 from hessianflow.control.checks import check_count, check_number, check_signals
@@ -169,14 +167,6 @@ class CriticalBatch(BoundedController[CriticalState]):
         about the fall."""
         self._state.eigenvalues = []
         self._state.lowest_loss = None
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; earlier releases kept no lowest loss.
-
-        Raises:
-            HessianFlowError: the names do not match, as in the state of another controller.
-        """
-        super().load_state_dict({"lowest_loss": None, **state})
 
     def _decide(self, measured: Measured, /) -> str:
         if not self.needs:

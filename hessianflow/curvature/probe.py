@@ -237,18 +237,14 @@ class CurvatureProbe:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a probe of the same model and options stopped.
-
-        States saved before the average was kept give it as that of their last `window` readings.
-        """
-        state = _updated(state, self._window)
+        """Continue where a probe of the same model and options stopped."""
         self._calls, self._spent, self._last_cost = (
             state["calls"],
             state["spent"],
             state["last_cost"],
         )
         self._recent, self._average = list(state["recent"]), state["average"]
-        self._largest_loss = state.get("largest_loss", 0.0)
+        self._largest_loss = state["largest_loss"]
         self._start = None if state["start"] is None else state["start"].clone()
 
     def _measure(self, operator: LinearOperator) -> EigenResult:
@@ -364,14 +360,3 @@ def _mixed(seed: int, call: int) -> int:
 def _averaged(average: float | None, value: float, window: int) -> float:
     """Return the exponential moving average after one more value; the first value starts it."""
     return value if average is None else average + 2 / (window + 1) * (value - average)
-
-
-def _updated(state: Mapping[str, Any], window: int) -> Mapping[str, Any]:
-    """Return a state in today's form: earlier ones hold the columns that the start sums up, and no
-    average."""
-    if "start" in state:
-        return state
-    columns, average = state["vectors"], None
-    for value in state["recent"]:
-        average = _averaged(average, value, window)
-    return {**state, "start": None if columns is None else columns.sum(dim=1), "average": average}
