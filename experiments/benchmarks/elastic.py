@@ -320,7 +320,6 @@ def server(options: argparse.Namespace) -> None:
         lambda: ParameterServer(weights(), {0: 1.0}), None
     )
 
-    @ray.remote(num_cpus=0)
     class Worker:
         def measure(self, rounds: int) -> list[float]:
             seconds = []
@@ -332,7 +331,7 @@ def server(options: argparse.Namespace) -> None:
                 seconds.append(time.perf_counter() - began)
             return seconds[3:]
 
-    seconds = ray.get(Worker.remote().measure.remote(options.rounds + 3))
+    seconds = ray.get(ray.remote(num_cpus=0)(Worker).remote().measure.remote(options.rounds + 3))
     print(f"push + pull of 10 MB, ms: {spread([1e3 * each for each in seconds], '{:.1f}')}")
 
 

@@ -11,6 +11,7 @@ paired.py).
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import paired
 import torch
@@ -111,7 +112,7 @@ def peers(
     found: dict[str, Callable[[], object]] = {}
     for foreach, name in ((False, "tensor by tensor"), (True, "on lists")):
         params = make()
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in params if p.ndim > 1]},
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ]
