@@ -14,6 +14,7 @@ BLOCKS, FURTHER = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", BLOCKS + FURTHER, ids=range(len(BLOCKS + FURTHER)))
 def test_python_block_runs(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -70,6 +70,7 @@ SMOKE = {
 for imports."""
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_smallest_grid_runs(name: str, tmp_path: Path) -> None:

@@ -129,6 +129,9 @@ def test_the_same_run_twice_is_bit_equal(adversary: Any, tmp_path: Path):
         torch.rand(number + 1)
         config = TrainConfig(
             epochs=3,
+            train_examples=256,
+            test_examples=64,
+            max_batch_size=128,
             patience=1,
             adversary=adversary,
             seed=seed,
