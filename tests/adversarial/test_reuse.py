@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from stopping import StopAfterEpoch
 from torch import nn
 from torch.nn import functional as F
@@ -18,11 +19,8 @@ N, SIDE, EPS = 20, 6, 0.1
 
 
 def data(augment: Augmentation | None = None, batch: int = 8, **options: Any) -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, batch, augment=augment or Augmentation(), **options)
+    options["augment"] = augment or Augmentation()
+    return bright_or_dark(N, batch, (2, SIDE, SIDE), **options)
 
 
 def network() -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from stopping import StopAfter
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -30,10 +31,7 @@ def worker():
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(
-        256, (40, 1, 6, 6), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
+    return bright_or_dark(40, shape=(1, 6, 6))
 
 
 def network() -> nn.Module:

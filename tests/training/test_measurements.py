@@ -1,6 +1,7 @@
 """Measurements after an epoch: recorded, warned of, continued, and without a trace on training."""
 
 import torch
+from problems import bright_or_dark
 from stopping import StopAfterEpoch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -11,10 +12,7 @@ from hessianflow.data import DeviceBatches
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(
-        256, (24, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
+    return bright_or_dark(24)
 
 
 def train(measurements, **options):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from stopping import StopAfter
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,10 +23,7 @@ N = 50
 
 
 def data(batch_size: int = 8) -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), batch_size)
+    return bright_or_dark(N, batch_size)
 
 
 def network() -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,10 +21,7 @@ N = 50
 
 
 def data(batch_size: int = 8, seed: int = 0, count: int = N, shuffle: bool = True) -> DeviceBatches:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, batch_size, seed=seed, shuffle=shuffle)
+    return bright_or_dark(count, batch_size, seed=seed, shuffle=shuffle)
 
 
 def network(dropout: float = 0.0, norm: bool = False) -> nn.Module:

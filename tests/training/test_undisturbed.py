@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,11 +22,7 @@ N = 50
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, 8, augment=Augmentation(crop_padding=1, flip=True))
+    return bright_or_dark(N, augment=Augmentation(crop_padding=1, flip=True))
 
 
 def network() -> nn.Module:
