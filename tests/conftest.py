@@ -37,16 +37,20 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs Ray, and keep together what shares a fixture.
+    """Mark what starts processes, and keep together what shares a fixture.
 
-    All tests on Ray run in one process, so that there is one Ray; the others stay with their file.
-    Ray's come first: they wait for processes, and the others fill the time.
+    All tests on Ray run in one process, so that there is one Ray; the others stay with their file,
+    unless they are slow and it says that they need nothing of each other (`SPREAD = True`). Ray's
+    come first: they wait for processes, and the others fill the time.
     """
     for item in items:
-        on_ray = "ray" in getattr(item, "fixturenames", ())
-        if on_ray:
+        if "ray" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else str(item.path)))
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif not getattr(getattr(item, "module", None), "SPREAD", False):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        if item.path.parent.name == "distributed":
+            item.add_marker(pytest.mark.ranks)
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 

@@ -22,6 +22,7 @@ import hessianflow
 from hessianflow import History
 from hessianflow.build import load_parts
 
+SPREAD = True
 QUICK = ["--epochs", "2", "--plots", "false", "--train-examples", "512", "--test-examples", "100"]
 
 

@@ -15,6 +15,7 @@ import pytest
 from hessianflow.cli import main
 from hessianflow.commands.signals import Signalled, signals_raised
 
+SPREAD = True
 TRAIN = ["train", "--epochs", "1", "--run-dir", "run"]
 SAID = {
     signal.SIGINT: (130, "hessianflow: interrupted\n"),

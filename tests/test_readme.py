@@ -8,6 +8,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+SPREAD = True
 BLOCKS, FURTHER = (
     re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     for page in (README, ROOT / "experiments" / "README.md")

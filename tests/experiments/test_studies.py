@@ -15,6 +15,7 @@ from experiments.results import read_rows
 from experiments.runner import Cell, Scale
 
 STUDIES = names()
+SPREAD = True
 
 
 def test_the_studies_are_those_of_the_folder() -> None:
