@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts processes, and keep together what shares a fixture.
 
     All tests on Ray run in one process, so that there is one Ray; the others stay with their file,
-    unless they are slow and it says that they need nothing of each other (`SPREAD = True`). Ray's
-    come first: they wait for processes, and the others fill the time.
+    unless it says that they need nothing of each other (`SPREAD = True`). Ray's come first: they
+    wait for processes, and the others fill the time.
     """
     for item in items:
         if "ray" in getattr(item, "fixturenames", ()):
