@@ -22,9 +22,11 @@ import hessianflow
 from hessianflow import History
 from hessianflow.build import load_parts
 
-QUICK = ["--epochs", "2", "--plots", "false"]
+SPREAD = True
+QUICK = ["--epochs", "2", "--plots", "false", "--train-examples", "512", "--test-examples", "100"]
 
 
+@pytest.mark.slow
 def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
     """>= 97 % on the test digits, at least three growths, each with its reason, and the plots."""
     status, out, _ = run("train", capsys=capsys)
@@ -220,7 +222,7 @@ def test_what_was_trained_with_twins_is_measured_with_the_main_set_alone(capsys)
     batch = parts.test.examples(torch.arange(parts.test.num_examples))
     accuracy = (parts.model.eval()(batch[0]).argmax(1) == batch[1]).double().mean().item()
     assert accuracy == pytest.approx(History.load("twins").summary["final_accuracy"])
-    status, out, _ = run("second-opinion", "twins", capsys=capsys)
+    status, out, _ = run("second-opinion", "twins", "--examples", "16", "--k", "1", capsys=capsys)
     assert status == 0
     # as it would with parameters that the loss does not depend on
     assert "eigenvalues() failed" not in out
@@ -418,7 +420,8 @@ def test_commands_that_read_runs(capsys):
     for controller, words in (
         ("critical", "note: the run measured with norm_mode 'eval'; critical means eigenvalues"),
         ("timed", "epoch   1: batch 256, rate x 8, adversarial share 0.2: planned"),
-        ("grow-instead-of-decay", "grow-instead-of-decay: 54 updates; the run itself took"),
+        # 512 examples in 16 batches of 32, then in 4 of 160
+        ("grow-instead-of-decay", "grow-instead-of-decay: 20 updates; the run itself took"),
     ):
         status, out, err = run("replay", "run0", "--controller", controller, capsys=capsys)
         assert (status, err) == (0, "")
@@ -691,6 +694,7 @@ def wait_for_epochs(run_dir: str, epochs: int) -> None:
     raise AssertionError(f"no {epochs} epochs within 60 s")
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_and_resumed_is_bit_equal(capsys):
     """SIGKILL twice, at moments nobody chose; weights and records end as in the uninterrupted
     run."""
@@ -720,6 +724,7 @@ def test_killed_at_a_random_moment_and_resumed_is_bit_equal(capsys):
     assert rows("run") == rows("whole")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_143_as_preempted(capsys):
     process = start("train", "--epochs", "200", "--plots", "false", "--run-dir", "run")
     wait_for_epochs("run", 1)

@@ -204,6 +204,7 @@ def test_what_a_file_holds_for_other_choices_is_said_not_refused(capsys):
     """One file may serve several choices; what is as it would be anyway is no word worth."""
     Path("base.yaml").write_text(
         "epochs: 1\nplots: false\nmilestones: [1]\npatience: 3\nmomentum: 0.9\nseed: null\n"
+        "train_examples: 128\ntest_examples: 32\nmax_batch_size: 64\n"
     )
     options = [
         "--config",
@@ -332,7 +333,8 @@ def test_the_warm_up_of_the_warmup_controller_is_the_one_asked_for(capsys):
 
 
 def test_switches_are_true_when_nothing_follows(capsys):
-    assert run("train", "--overfitting-alarm", *QUICK, capsys=capsys)[0] == 0
+    small = ["--train-examples", "128", "--test-examples", "32", "--max-batch-size", "64"]
+    assert run("train", "--overfitting-alarm", *small, *QUICK, capsys=capsys)[0] == 0
     assert History.load("run").of_kind("robustness")
     status, _, err = run(
         "spectrum", "--density", "run", "--k", "1", "--examples", "16", "--trace", capsys=capsys
@@ -341,10 +343,7 @@ def test_switches_are_true_when_nothing_follows(capsys):
     found = json.loads(Path("run/spectrum.json").read_text())
     assert found["density"] is not None
     assert found["trace"] is not None
-    assert (
-        run("train", "--plots", "false", "--augment", "false", "--epochs", "1", capsys=capsys)[0]
-        == 0
-    )
+    assert run("train", "--augment", "false", *small, *QUICK[:-1], "again", capsys=capsys)[0] == 0
 
 
 def test_paths_begin_at_home_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -451,6 +450,7 @@ def started(*arguments: str, **options: object) -> "subprocess.CompletedProcess[
     )  # type: ignore[call-overload,no-any-return]
 
 
+@pytest.mark.slow
 def test_standard_output_that_is_closed_or_full(tmp_path: Path):
     """`>&-` and `>/dev/full`: silence, or one line, but never a traceback."""
     code = (
@@ -472,6 +472,7 @@ def test_standard_output_that_is_closed_or_full(tmp_path: Path):
     assert (done.returncode, done.stderr) == (2, "hessianflow: error: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_a_name_that_the_terminal_cannot_show_is_written_in_escapes(capsys):
     assert run("train", *QUICK[:-1], "Läufe", capsys=capsys)[0] == 0
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

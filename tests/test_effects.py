@@ -6,13 +6,13 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from hessianflow.presets import PRESETS
 
 from hessianflow.commands.settings import Given
 from hessianflow.config import CHOSEN, TrainConfig
 from hessianflow.effects import EFFECTIVE, Above, AllBut, check_effects, is_ignored
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, method_options
-from hessianflow.presets import PRESETS
 from hessianflow.resolve import resolve
 
 ALWAYS = {

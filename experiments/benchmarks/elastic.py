@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from paired import ratios, spread
 from torch import Tensor, nn
 
 from hessianflow import AdaptiveBatchTrainer, models
@@ -74,16 +75,11 @@ def show(title: str, name: str, ours: "Times", ddp: "Times") -> None:
     for clock, mine, theirs in zip(
         ("wall", "processor"), zip(*ours, strict=True), zip(*ddp, strict=True), strict=True
     ):
-        low, middle, high = statistics.quantiles(
-            [a / b for a, b in zip(mine, theirs, strict=True)], n=4
-        )
         medians = (
             f"ours {1e3 * statistics.median(mine):6.1f} ms, DDP"
             f" {1e3 * statistics.median(theirs):6.1f} ms"
         )
-        print(
-            f"  {clock:9s} {medians}, ours / DDP {middle:.3f} (quartiles {low:.3f} to {high:.3f})"
-        )
+        print(f"  {clock:9s} {medians}, ours / DDP {spread(ratios(mine, theirs))}")
 
 
 Times = list[tuple[float, float]]
@@ -324,7 +320,6 @@ def server(options: argparse.Namespace) -> None:
         lambda: ParameterServer(weights(), {0: 1.0}), None
     )
 
-    @ray.remote(num_cpus=0)
     class Worker:
         def measure(self, rounds: int) -> list[float]:
             seconds = []
@@ -336,12 +331,8 @@ def server(options: argparse.Namespace) -> None:
                 seconds.append(time.perf_counter() - began)
             return seconds[3:]
 
-    seconds = ray.get(Worker.remote().measure.remote(options.rounds + 3))
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    print(
-        f"push + pull of 10 MB: {1e3 * middle:.1f} ms (quartiles {1e3 * low:.1f} to"
-        f" {1e3 * high:.1f})"
-    )
+    seconds = ray.get(ray.remote(num_cpus=0)(Worker).remote().measure.remote(options.rounds + 3))
+    print(f"push + pull of 10 MB, ms: {spread([1e3 * each for each in seconds], '{:.1f}')}")
 
 
 def weights() -> np.ndarray:

@@ -147,11 +147,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("timeline.png"))
     options = parser.parse_args()
-    adversary = {"eps": 0.005, "value_range": (0.0, 1.0)}
+    adversary: dict[str, Any] = {"eps": 0.005, "value_range": (0.0, 1.0)}
     turn = run(Labelled(**adversary), hf.adversarial.Interleaved(), options.steps)
     there = Profiled(**adversary)
     beside = run(there, hf.adversarial.WorkerProcess(), options.steps)
-    panels = {
+    panels: dict[str, Mapping[str, Sequence[Span]]] = {
         "attack in turn with training": {"training": turn},
         "attack in a second process": {"training": beside, "attacking": there.found},
     }

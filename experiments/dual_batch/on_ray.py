@@ -99,13 +99,14 @@ class TimedWorker:
     """A worker that also tells what its process computed."""
 
     def __init__(self, config: RunConfig, schedule: Schedule, number: int) -> None:
-        self._worker, self.figures = make_worker(config, schedule, number), {}
+        self._worker = make_worker(config, schedule, number)
+        self.figures: Mapping[str, float] = {}
 
     def __call__(self, weights: Any, epoch: int) -> Any:
         """One local epoch."""
         began = time.process_time()
         made = self._worker(weights, epoch)
-        self.figures: Mapping[str, float] = {
+        self.figures = {
             **self._worker.figures,
             "processor": time.process_time() - began,
         }

@@ -201,14 +201,6 @@ class CriticalBatch(BoundedController[CriticalState]):
         self._state.eigenvalues = []
         self._state.lowest_loss = None
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; earlier releases kept no lowest loss.
-
-        Raises:
-            HessianFlowError: the names do not match, as in the state of another controller.
-        """
-        super().load_state_dict({"lowest_loss": None, **state})
-
     def _decide(self, measured: Measured, /) -> str:
         if not self.needs:
             return ""

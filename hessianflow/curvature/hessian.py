@@ -26,8 +26,11 @@ class HessianOperator(ModelOperator):
     :class:`~hessianflow.curvature.model_operator.ModelOperator`.
 
     Example:
-        >>> operator = HessianOperator(model, torch.nn.functional.cross_entropy, (inputs, targets))
-        >>> top_eigenpairs(operator, k=1).values
+        >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> hessian = HessianOperator(model, nn.MSELoss(), (inputs, targets))
+        >>> hessian @ torch.tensor([1.0, 1.0])  # the mean loss of two has the Hessian X^T X
+        tensor([1., 4.])
     """
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:

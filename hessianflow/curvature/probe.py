@@ -215,13 +215,8 @@ class CurvatureProbe:
         self._spent = state["spent"]
         self._last_cost = state["last_cost"]
         self._smoothed.load_state_dict(state)
-        self._largest_loss = state.get("largest_loss", 0.0)
-        if "start" in state:
-            self._start = _clone(state["start"])
-        else:  # an earlier version kept the columns that the start sums up
-            self._start = state["vectors"]
-            if self._start is not None:
-                self._start = self._start.sum(dim=1)
+        self._largest_loss = state["largest_loss"]
+        self._start = _clone(state["start"])
 
     def _measure(self, operator: LinearOperator) -> EigenResult:
         start = self._start

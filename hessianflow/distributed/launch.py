@@ -16,7 +16,8 @@ from hessianflow.distributed.process_group import Generation, abort, enter, leav
 from hessianflow.distributed.store import LOCAL, gloo_on_this_machine, serve
 from hessianflow.interfaces import HessianFlowError
 
-_PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "hessianflow.distributed.launch"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "hessianflow.distributed.launch"]
+"""Modules that the server which processes are forked from imports once."""
 
 
 def run_local(
@@ -48,7 +49,7 @@ def run_local(
     if world_size < 1:
         raise HessianFlowError(f"world_size must be at least 1, got {world_size}")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     store = serve()
     processes, pipes = [], []
     for rank in range(world_size):

@@ -192,8 +192,7 @@ class LocalTraining:
             check_optimizer(self._optimizer, state["optimizer"])
             self._next = state["next"]
             self._optimizer.load_state_dict(state["optimizer"])
-            if "loss_scale" in state:  # states of earlier versions have none
-                self._accumulate.scaler.load_state_dict(state["loss_scale"])
+            self._accumulate.scaler.load_state_dict(state["loss_scale"])
 
     def measure(self, epoch: int, batch_size: int, steps: int) -> list[float]:
         """Train `steps` steps of `batch_size` examples, and return the seconds of each.

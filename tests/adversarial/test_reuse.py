@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
+from stopping import StopAfterEpoch
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,11 +19,8 @@ N, SIDE, EPS = 20, 6, 0.1
 
 
 def data(augment: Augmentation | None = None, batch: int = 8, **options: Any) -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, batch, augment=augment or Augmentation(), **options)
+    options["augment"] = augment or Augmentation()
+    return bright_or_dark(N, batch, (2, SIDE, SIDE), **options)
 
 
 def network() -> nn.Module:
@@ -110,23 +109,16 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
     whole, again = network(), network()
     batches = data(AUGMENTED)
     train(whole, batches, GradientReuse(batches, EPS, share=1, value_range=(0, 1)), epochs=4).fit()
-    model, batches = network(), data(AUGMENTED)
-    made = train(
+    model, batches, stop = network(), data(AUGMENTED), StopAfterEpoch(2)
+    stop.trainer = train(
         model,
         batches,
         GradientReuse(batches, EPS, share=1, value_range=(0, 1)),
         epochs=4,
         run_dir=tmp_path / "run",
+        sinks=[stop],
     )
-    finish = made._loop._finish_epoch
-
-    def stopping(*arguments):
-        finish(*arguments)
-        if made.progress.epoch == 2:
-            made.request_stop()
-
-    made._loop._finish_epoch = stopping
-    made.fit()
+    assert stop.trainer.fit().summary["status"] == "preempted"
     batches = data(AUGMENTED)
     train(
         again, batches, GradientReuse(batches, EPS, share=1, value_range=(0, 1)), epochs=4

@@ -245,20 +245,6 @@ def test_the_median_forgets_what_left_the_window_and_the_average_fades():
     )
 
 
-def test_a_state_of_before_averages_were_kept_is_read():
-    """It held the readings of the window, and the columns that the start sums up."""
-    _, probe = smoothed([4.0, 1.0, 10.0], smoothing="ema", window=3)
-    state = probe.state_dict()
-    start, average = state.pop("start"), state.pop("average")
-    probe.load_state_dict(
-        {**state, "vectors": torch.stack([start - 1, torch.ones_like(start)], dim=1)}
-    )
-    assert probe.state_dict()["average"] == average
-    assert probe.state_dict()["start"] == pytest.approx(start)
-    probe.load_state_dict({**state, "recent": [], "vectors": None})
-    assert (probe.state_dict()["average"], probe.state_dict()["start"]) == (None, None)
-
-
 @pytest.mark.parametrize("exponent", [-100, 100])
 def test_what_is_remembered_does_not_depend_on_the_unit_of_curvature(exponent):
     """Also where squares leave the range of float32: of the direction only its direction counts."""

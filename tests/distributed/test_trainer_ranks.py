@@ -254,6 +254,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_one_process_goes_on(tmp_path: Path):
     folder = str(tmp_path / "run")
     options = ["--device", "cpu", "--epochs", "1", "--train-examples", "200", "--plots", "false"]
@@ -277,6 +278,7 @@ def apart(rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_ranks_with_other_settings_are_refused_in_one_line():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

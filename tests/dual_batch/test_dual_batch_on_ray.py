@@ -97,6 +97,7 @@ def commits_of(history) -> list[int]:
     return list({row["commits"]: row for row in history.of_kind("commit")})
 
 
+@pytest.mark.slow
 def test_a_run_survives_the_death_of_a_worker_and_of_the_server(ray, tmp_path: Path) -> None:
     config = prepare(replace(SETTINGS, run_dir=str(tmp_path / "run")))
     trainer, sound = build_dual_batch(config), build_dual_batch(config)._transport
@@ -120,6 +121,7 @@ def test_a_run_survives_the_death_of_a_worker_and_of_the_server(ray, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_stopped_on_ray_and_resumed_there(ray, tmp_path: Path) -> None:
     config = prepare(replace(SETTINGS, epochs=2, run_dir=str(tmp_path / "run")))
     sink = StopAt(3)

@@ -86,6 +86,7 @@ def test_the_world_follows_the_batch(ray, tmp_path):
     assert all(sample.examples_per_second > 0 for sample in run.samples)
 
 
+@pytest.mark.slow
 def test_members_that_die_or_hang_are_replaced(ray, tmp_path, monkeypatch):
     """Rank 0 is killed within update 6, rank 1 hangs in update 12; no example is lost or counted
     twice.
@@ -112,6 +113,7 @@ def test_members_that_die_or_hang_are_replaced(ray, tmp_path, monkeypatch):
     assert slow.message.startswith("rank 1 computed")
 
 
+@pytest.mark.slow
 def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, tmp_path):
     """Snapshots are taken at every boundary: the run goes on from the one before update 12. Records
     come once each."""
@@ -148,6 +150,7 @@ def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, 
     assert died.updates == restored.updates == 12
 
 
+@pytest.mark.slow
 def test_first_workers_that_die_while_they_start_are_replaced(ray, tmp_path):
     """The first process is killed while it builds its job, the next while it joins, one more before
     it is described."""
@@ -162,6 +165,7 @@ def test_first_workers_that_die_while_they_start_are_replaced(ray, tmp_path):
     assert told[1:] == [f"rank 0 of generation {n} died; another was asked for" for n in (1, 2)]
 
 
+@pytest.mark.slow
 def test_a_run_whose_workers_cannot_start_says_so_in_one_line(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(elastic_pool, "MAX_LOST_NEWCOMERS", 1)
     with pytest.raises(

@@ -188,6 +188,7 @@ def mortal(folder: str, *updates: int):
     return lambda model, world: {**growing(model, world), "transform": Mortal(folder, *updates)}
 
 
+@pytest.mark.slow
 @RAY_LEAVES_SOCKETS
 def test_workers_that_are_killed_change_no_number(ray, tmp_path):
     """Killed at updates 6 and 12, of two workers each time; then stopped, and resumed from the last

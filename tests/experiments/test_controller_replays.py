@@ -1,22 +1,17 @@
 """The recorded runs of our controller, replayed: today's code makes the decisions that they were
 trained with."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from experiments.controllers.replays import RESULTS, history  # noqa: E402
-from experiments.results import read_rows  # noqa: E402
-from hessianflow.choices import build_controller  # noqa: E402
-from hessianflow.config import from_dict  # noqa: E402
-from hessianflow.control import replay  # noqa: E402
-from hessianflow.resolve import resolve  # noqa: E402
-from hessianflow.upgrade import upgrade  # noqa: E402
+from experiments.controllers.replays import RESULTS, history
+from experiments.results import read_rows
+from hessianflow.choices import build_controller
+from hessianflow.config import from_dict
+from hessianflow.control import replay
+from hessianflow.resolve import resolve
+from hessianflow.upgrade import upgrade
 
 ROWS = [row for row in read_rows(RESULTS) if row["method"] in ("critical", "critical-reuse")]
 

@@ -1,12 +1,9 @@
 """The settings of the dual-batch study against the published ones."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.dual_batch.grid import cells
 from experiments.dual_batch.tables import table

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError, History
 from hessianflow.control import AdaBatch
-from hessianflow.data import DeviceBatches
 from hessianflow.training.divergence import DivergencePolicy, hold, rate_rule
 
 
@@ -22,10 +22,7 @@ def trainer(
     stop at a step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    images = torch.randint(
-        256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 4)
+    batches = bright_or_dark(64, 4)
 
     steps = []
 

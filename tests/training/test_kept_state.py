@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
-from hessianflow import AdaptiveBatchTrainer, HessianFlowError
+from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError
 from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary
 from hessianflow.control import ABSA, AdaBatch, CriticalBatch, FixedBatch
 from hessianflow.control.rate_rule import RateRule
@@ -283,36 +283,39 @@ def test_a_rollback_puts_back_what_a_checkpoint_holds(tmp_path: Path):
 
 
 def test_a_model_handed_over_for_evaluation_trains_on_after_a_rollback_to_the_start(tmp_path: Path):
-    """The first checkpoint has it as it was handed over."""
+    """The first checkpoint has it as it was handed over; the batch explodes before a second."""
     model, modes = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0)).eval(), []
+
+    class GrowsAtOnce(FixedBatch):
+        """Doubles the batch after the first step."""
+
+        @property
+        def decision(self) -> Decision:
+            return self.made
+
+        made = Decision(16)
+
+        def is_due(self, progress):
+            return True
+
+        def update(self, progress, reading=None, signals=None):
+            self.made = Decision(32, reason="grown")
+            return self.made
 
     def poison(inputs, targets, progress):
         modes.append(model.training and model[1].training)
         return inputs * (torch.nan if len(inputs) > 16 else 1), targets
 
-    options: dict[str, Any] = {
-        "controller": AdaBatch(16, 32, every_epochs=1),
-        "on_divergence": "rollback",
-    }
+    options: dict[str, Any] = {"controller": GrowsAtOnce(16), "on_divergence": "rollback"}
     options |= {"checkpoint_examples": None, "run_dir": tmp_path / "run", "transform": poison}
     made, _ = trainer(
         lambda: ({"model": model, "optimizer": sgd(model.parameters())}, list), **options
     )
-    made._loop.saver.save = only_the_first(made._loop.saver.save)
-    made.fit()
+    history = made.fit()
+    (back,) = [row for row in history.of_kind("event") if row["event"] == "rollback"]
+    assert back["message"].startswith("back to 0 examples")
     assert all(modes[1:])
     assert not model.training
-
-
-def only_the_first(save: Callable[..., None]) -> Callable[..., None]:
-    made: list[int] = []
-
-    def saved(*arguments: Any) -> None:
-        if not made:
-            save(*arguments)
-        made.append(1)
-
-    return saved
 
 
 def test_step_hooks_without_a_state_are_pointed_at_once(
@@ -463,7 +466,9 @@ def test_what_is_said_to_be_in_force_is(tmp_path: Path):
     """The schedule is torch's own cosine of 4 steps, gone on with for 4 more; and the weight decay
     is the old one."""
     trainer(scheduled, run_dir=tmp_path / "run")[0].fit()
-    made, _ = trainer(lambda: scheduled(epochs=8, decay=0.1), epochs=8)
+    prepared = scheduled(epochs=8, decay=0.1)
+    taken = prepared[0]["optimizer"]
+    made, _ = trainer(lambda: prepared, epochs=8)
     history = made.resume(tmp_path / "run")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     alone, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4), []
@@ -475,7 +480,7 @@ def test_what_is_said_to_be_in_force_is(tmp_path: Path):
     assert [row["lr"] for row in history.epochs] == pytest.approx(
         [a * b for a, b in zip(expected, factors, strict=True)]
     )
-    assert made._loop.step.optimizer.param_groups[0]["weight_decay"] == 0.0
+    assert taken.param_groups[0]["weight_decay"] == 0.0
 
 
 def test_the_same_settings_say_nothing(tmp_path: Path):

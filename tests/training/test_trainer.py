@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,10 +21,7 @@ N = 50
 
 
 def data(batch_size: int = 8, seed: int = 0, count: int = N, shuffle: bool = True) -> DeviceBatches:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, batch_size, seed=seed, shuffle=shuffle)
+    return bright_or_dark(count, batch_size, seed=seed, shuffle=shuffle)
 
 
 def network(dropout: float = 0.0, norm: bool = False) -> nn.Module:
@@ -316,18 +314,17 @@ def test_resumed_run_is_bit_equal(tmp_path: Path, stop_at: int):
 def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path):
     whole = network()
     expected = resumable(tmp_path / "whole", whole).fit()
-    model = network()
-    broken = resumable(tmp_path / "run", model)
-    save = type(broken._loop).save
-    saves = []
 
-    def die_before_the_third(self, *names):
-        saves.append(names)
-        if not names and sum(not n for n in saves) == 4:  # the start, two epochs, the third
-            raise KeyboardInterrupt
-        save(self, *names)
+    class DiesAtTheThird:
+        """A sink that ends the program when the row of an epoch is written, but no checkpoint."""
 
-    broken._loop.save = die_before_the_third.__get__(broken._loop)
+        def write(self, record):
+            if record["kind"] == "epoch" and record["epoch"] == 3:
+                raise KeyboardInterrupt
+
+        def close(self) -> None: ...
+
+    broken = resumable(tmp_path / "run", network(), sinks=[DiesAtTheThird()])
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     assert len(History.load(tmp_path / "run").epochs) == 3
@@ -544,10 +541,18 @@ def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
 
 
 def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_path: Path):
-    first = trainer(network(), data(), run_dir=tmp_path / "run")
-    first._loop.save = lambda *names: (_ for _ in ()).throw(KeyboardInterrupt)
+    class Dying:
+        """A part of the state that ends the program when it is asked for."""
+
+        def state_dict(self):
+            raise KeyboardInterrupt
+
+        def load_state_dict(self, state): ...
+
+    first = trainer(network(), data(), run_dir=tmp_path / "run", state={"dying": Dying()})
     with pytest.raises(KeyboardInterrupt):
         first.fit()
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
     assert (tmp_path / "run" / "config.json").exists()
     assert (
         trainer(network(), data(), run_dir=tmp_path / "run").fit().summary["status"] == "finished"
@@ -568,8 +573,7 @@ def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
     class Another(Script):
         pass
 
-    other = resumable(None, network())
-    other._loop.state.parts["controller"] = Another(Decision(8), {})
+    other = resumable(None, network(), controller=Another(Decision(8), {}))
     with pytest.raises(
         HessianFlowError, match="made with the controller Script, this run has Another"
     ):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,11 +23,7 @@ N = 50
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, 8, augment=Augmentation(crop_padding=1, flip=True))
+    return bright_or_dark(N, augment=Augmentation(crop_padding=1, flip=True))
 
 
 def network() -> nn.Module:
@@ -130,6 +127,9 @@ def test_the_same_run_twice_is_bit_equal(adversary: Any, tmp_path: Path):
         torch.rand(number + 1)
         config = TrainConfig(
             epochs=3,
+            train_examples=256,
+            test_examples=64,
+            max_batch_size=128,
             controller={"name": "absa", "patience": 1},
             adversary=adversary,
             seed=seed,
