@@ -126,8 +126,8 @@ def test_help_shows_the_options_of_what_was_chosen_and_of_nothing_else(
         ),
         (
             "--controller critical --controller.edg-share 1",
-            "unknown option --controller.edg-share (did you mean --controller.edge-share?); critical"
-            " has momentum, loss-power, edge-share",
+            "unknown option --controller.edg-share (did you mean --controller.edge-share?);"
+            " critical has momentum, loss-power, edge-share",
         ),
         (
             "--edge-share 0.5",

@@ -38,7 +38,7 @@ from hessianflow.distributed import GroupWorld, run_local
 from hessianflow.distributed.ray_session import connect
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.dual_batch.ray_server import ServerActor
+from hessianflow.dual_batch.actors import ServerActor
 from hessianflow.dual_batch.server import ParameterServer
 from hessianflow.elastic.member import JobReport
 from hessianflow.elastic.policy import Sample
