@@ -57,8 +57,17 @@ from hessianflow.runs.documents import read_config
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, LAST, TENSORBOARD
 from hessianflow.runs.states import check_weights
 from hessianflow.settings import FILE_SIDE
-from hessianflow.training import AdaptiveBatchTrainer, checkpoint
-from hessianflow.training.accumulate import Precision
+from hessianflow.training import (
+    AdaptiveBatchTrainer,
+    AfterEpoch,
+    Checkpoints,
+    Divergence,
+    Passes,
+    Reporting,
+    Schedule,
+    checkpoint,
+)
+from hessianflow.training.passes import Precision
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.world import LocalWorld
 
@@ -128,29 +137,34 @@ def build_trainer(
         controller=build_controller(config),
         adversary=build_adversary(config, parts.train, parts.spread),
         epochs=given(config.epochs),
-        scheduler=scheduler,
-        schedule_unit=unit,
         probe=build_probe(config, parts, transform, sharded(world)),
-        transform=transform,
-        before_evaluation=None if transform is None else build_recalibration(config, parts),
-        measurements=build_measurements(config, parts),
-        curvature="needed" if config.curvature == "needed" else "epoch",
-        reference_batch_size=config.batch_size,
-        microbatch_size=(
-            microbatch_default(config) if config.microbatch_size is None else config.microbatch_size
-        ),
-        norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
-        norm_statistics=config.norm_statistics,
         observers=build_observers(config, optimizer),
-        precision=resolved_precision(config),
+        transform=transform,
+        schedule=Schedule(scheduler, unit, config.batch_size),
+        passes=Passes(
+            microbatch_size=(
+                microbatch_default(config)
+                if config.microbatch_size is None
+                else config.microbatch_size
+            ),
+            norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
+            norm_statistics=config.norm_statistics,
+            precision=resolved_precision(config),
+        ),
+        checkpoints=Checkpoints(
+            config.checkpoint_examples, config.checkpoint_minutes, config.keep_checkpoints
+        ),
+        divergence=Divergence(config.on_divergence, config.max_rollbacks),
+        after_epoch=AfterEpoch(
+            curvature=config.curvature != "needed",
+            before_evaluation=None if transform is None else build_recalibration(config, parts),
+            measurements=build_measurements(config, parts),
+        ),
         run_dir=config.run_dir,
-        config={"settings": to_dict(config), **resolution_record(stages)},
-        sinks=[*sinks, *tensorboard_sinks(config)],
-        checkpoint_examples=config.checkpoint_examples,
-        checkpoint_minutes=config.checkpoint_minutes,
-        keep_checkpoints=config.keep_checkpoints,
-        on_divergence=config.on_divergence,
-        max_rollbacks=config.max_rollbacks,
+        reporting=Reporting(
+            sinks=[*sinks, *tensorboard_sinks(config)],
+            config={"settings": to_dict(config), **resolution_record(stages)},
+        ),
         world=world,
     )
 

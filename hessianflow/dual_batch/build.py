@@ -44,7 +44,7 @@ from hessianflow.machine import find_device
 from hessianflow.runs.documents import read_config
 from hessianflow.settings import as_tuple
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.saving import Saver
+from hessianflow.training.saving import Checkpoints, Saver
 
 TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 """Batch sizes that are timed, as shares of the largest."""
@@ -114,7 +114,7 @@ def build_dual_batch(config: TrainConfig, sinks: Iterable[RecordSink] = ()) -> D
             "dual_batch": schedule.record(),
         },
         sinks=[*sinks, *tensorboard_sinks(config)],
-        saver=Saver(None, None, config.keep_checkpoints),
+        saver=Saver(Checkpoints(keep=config.keep_checkpoints)),
     )
 
 

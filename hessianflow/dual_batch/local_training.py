@@ -13,7 +13,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import count, islice
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,18 @@ from torch.optim import Optimizer
 from hessianflow.batches import move
 from hessianflow.control import WorkerPlan
 from hessianflow.dual_batch.server import Weights
-from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
+from hessianflow.interfaces import (
+    BatchTransform,
+    HessianFlowError,
+    Progress,
+    ResizableBatches,
+    StepResult,
+)
 from hessianflow.normalisation.ghost import ghost_normalisation
 from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
-from hessianflow.training.accumulate import GradientAccumulator, OwnResult
-from hessianflow.training.evaluate import summed
+from hessianflow.training.accumulate import GradientAccumulator
 
 
 class FlatWeights:
@@ -148,18 +155,17 @@ class LocalTraining:
             group["lr"] = self._course.rate_at(epoch)
         local, self._next = max(self._next, epoch), max(self._next, epoch) + 1
         results = list(self._steps(epoch, local * self._course.workers + self._course.worker, plan))
-        trained = sum(result.rows for result in results)
-        losses = torch.stack([result.loss.double() * result.weight for result in results])
-        weight = float(sum(result.weight for result in results))
-        hits = summed([result.hits for result in results])
+        whole = reduce(add, results)
         # waits for the device, so that the clock may be read and the sums may leave it
         made = self._flat.read()
+        weight = float(whole.weight)
+        hits = whole.hits
         self.figures = {
-            "loss": losses.sum().item() / weight if weight else math.nan,
+            "loss": whole.total.item() / weight if weight else math.nan,
             "weight": weight,
             "correct": -1 if hits is None else int(hits.correct),
             "counted": 0 if hits is None else float(hits.counted),
-            "examples": trained,
+            "examples": whole.rows,
             "steps": len(results),
             "batch_size": plan.batch_size,
             "seconds": time.perf_counter() - began,
@@ -209,7 +215,7 @@ class LocalTraining:
                 break
         return seconds
 
-    def _timed(self, results: Iterator[OwnResult], batch_size: int) -> Iterator[float]:
+    def _timed(self, results: Iterator[StepResult], batch_size: int) -> Iterator[float]:
         """Seconds that each step took, where it was one of `batch_size` examples."""
         began = time.perf_counter()
         for result in results:
@@ -219,7 +225,7 @@ class LocalTraining:
                 yield now - began
             began = now
 
-    def _steps(self, epoch: int, order: int, plan: WorkerPlan) -> Iterator[OwnResult]:
+    def _steps(self, epoch: int, order: int, plan: WorkerPlan) -> Iterator[StepResult]:
         """Train on the first batches of the shuffle numbered `order`."""
         place = {"epoch": order, "cursor": 0, "batch_size": plan.batch_size}
         self._data.load_state_dict({**self._data.state_dict(), **place})

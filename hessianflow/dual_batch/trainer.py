@@ -28,7 +28,7 @@ from hessianflow.runs.states import check_dual_batch_state, check_finite, model_
 from hessianflow.runs.summary import summary_of
 from hessianflow.training import checkpoint, evaluate
 from hessianflow.training.divergence import DivergenceError
-from hessianflow.training.saving import Saver
+from hessianflow.training.saving import Checkpoints, Saver
 from hessianflow.training.timing import Stopwatch
 
 
@@ -104,8 +104,8 @@ class DualBatchTrainer:
         self._flat, self._device = FlatWeights(job.model), next(job.model.parameters()).device
         self._record = Recorder(run_dir, sinks)
         self._config = dict(config or {})
-        self._saver = saver or Saver(None, None, 2)
-        self._watch = Stopwatch(self._device)
+        self._saver = saver or Saver(Checkpoints())
+        self._stopwatch = Stopwatch(self._device)
         self._counters = self._saved = _Counters()
         self._stop_requested = False
 
@@ -164,7 +164,7 @@ class DualBatchTrainer:
             checkpoint.load_model(self._job.model, state["model"], source)
             checkpoint.restore_generators(state["generators"])
             self._counters = self._saved = _Counters(**state["counters"])
-            self._watch.load(state["seconds"])
+            self._stopwatch.load(state["seconds"])
             snapshot = with_arrays(state["dual_batch"])
         self._record.reopen(folder, state["history_bytes"])
         if warning is not None:
@@ -240,7 +240,7 @@ class DualBatchTrainer:
 
     def _on_snapshot(self, state: Snapshot) -> None:
         self._flat.write(state["server"]["weights"])
-        with self._watch.part("evaluation"):
+        with self._stopwatch.section("evaluation"):
             self._job.recalibrate()
         if self._counters.commits % self._job.workers == 0:
             self._finish_epoch()
@@ -259,7 +259,7 @@ class DualBatchTrainer:
         self._event("restart", text)
 
     def _finish_epoch(self) -> None:
-        with self._watch.part("evaluation"):
+        with self._stopwatch.section("evaluation"):
             evaluation = evaluate(self._job.model, self._job.eval_data, self._job.loss_fn)
         c, epoch = self._counters, self.progress.epoch - 1
         stage, plan = self._job.stage_at(epoch)
@@ -301,7 +301,7 @@ class DualBatchTrainer:
         return Decision(max(worker.batch_size for worker in plan.workers))
 
     def _seconds(self) -> dict[str, float]:
-        return {**self._watch.totals(), "training": self._counters.training_seconds}
+        return {**self._stopwatch.totals(), "training": self._counters.training_seconds}
 
     def _place(self, kind: str) -> dict[str, Any]:
         return {**rows.place(kind, self.progress), "commits": self._counters.commits}
@@ -313,7 +313,7 @@ class DualBatchTrainer:
         self._saved = replace(self._counters)
         if self._record.run_dir is None:
             return
-        with self._watch.part("checkpoint"):
+        with self._stopwatch.section("checkpoint"):
             saved = {
                 "model": self._job.model.state_dict(),
                 "dual_batch": checkpoint.plain(checkable(state)),
@@ -321,7 +321,7 @@ class DualBatchTrainer:
                 "counters": asdict(self._counters),
                 "examples": self._counters.examples,
                 "updates": self._counters.updates,
-                "seconds": self._watch.totals(),
+                "seconds": self._stopwatch.totals(),
                 "history_bytes": self._record.sync(),
             }
             self._saver.save(self._record.run_dir, saved, name)

@@ -12,6 +12,7 @@ from hessianflow.adversarial import GradientReuse
 from hessianflow.control import FixedBatch
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches
 from hessianflow.optim import SAM, GradientMoments
+from hessianflow.training import Passes, Reporting
 
 N, SIDE, EPS = 20, 6, 0.1
 
@@ -32,7 +33,11 @@ def network() -> nn.Module:
 def train(
     model: nn.Module, batches: DeviceBatches, adversary: Any, share: float = 1.0, **options: Any
 ):
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     settings["controller"] = FixedBatch(batches.batch_size, share)
     return AdaptiveBatchTrainer(model, batches, adversary=adversary, **(settings | options))
@@ -100,7 +105,9 @@ def test_microbatches_and_observers_change_nothing(observers: list[Any]):
     for size, watching in ((8, []), (3, observers)):
         model, batches = network(), data(AUGMENTED)
         adversary = GradientReuse(batches, EPS, value_range=(0, 1))
-        train(model, batches, adversary, 0.5, microbatch_size=size, observers=watching).fit()
+        train(
+            model, batches, adversary, 0.5, passes=Passes(microbatch_size=size), observers=watching
+        ).fit()
         ends.append((model, adversary.state_dict()["signs"]))
     for a, b in zip(ends[0][0].parameters(), ends[1][0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -120,14 +127,17 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
         epochs=4,
         run_dir=tmp_path / "run",
     )
-    finish = made._loop._finish_epoch
+    finish = made._loop.epoch_end
 
-    def stopping(*arguments):
-        finish(*arguments)
-        if made.progress.epoch == 2:
-            made.request_stop()
+    class Stopping:
+        settle_statistics = finish.settle_statistics
 
-    made._loop._finish_epoch = stopping
+        def __call__(self, done):
+            finish(done)
+            if made.progress.epoch == 2:
+                made.request_stop()
+
+    made._loop.epoch_end = Stopping()
     made.fit()
     batches = data(AUGMENTED)
     train(again, batches, GradientReuse(batches, EPS, value_range=(0, 1)), epochs=4).resume(

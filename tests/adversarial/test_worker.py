@@ -17,6 +17,7 @@ from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProces
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.normalisation import split_batch_norm
+from hessianflow.training import Passes
 
 RANGE = (0.0, 1.0)
 
@@ -50,7 +51,11 @@ def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrain
         PGD(0.1, value_range=RANGE, steps=2), staleness=2, runner=runner
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options: dict[str, Any] = {"epochs": 3, "controller": FixedBatch(8, 0.5), "precision": "bf16"}
+    options: dict[str, Any] = {
+        "epochs": 3,
+        "controller": FixedBatch(8, 0.5),
+        "passes": Passes(precision="bf16"),
+    }
     made = AdaptiveBatchTrainer(
         model,
         data(),
@@ -61,14 +66,14 @@ def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrain
         **options,
     )
     if stop_at:
-        loop, decide = made._loop, made._loop._decide
+        steering, decide = made._loop.steering, made._loop.steering.decide
 
         def stopping(*arguments):
             decide(*arguments)
             if made.progress.updates == stop_at:
                 made.request_stop()
 
-        loop._decide = stopping
+        steering.decide = stopping
     return made
 
 

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.adversarial import RobustnessWatch
 from hessianflow.data import DeviceBatches
+from hessianflow.training import AfterEpoch
 
 
 def data() -> DeviceBatches:
@@ -29,7 +30,7 @@ def train(measurements, **options):
         optimizer=optimizer,
         loss_fn=cross_entropy,
         epochs=3,
-        measurements=made,
+        after_epoch=AfterEpoch(measurements=made),
         **options,
     )
     return model, trainer
@@ -56,8 +57,8 @@ class Counter:
 
 def test_rows_and_alarms_are_recorded_and_go_on_after_a_resume(tmp_path):
     _, trainer = train([Counter], run_dir=tmp_path / "run")
-    finish = trainer._loop._finish_epoch
-    trainer._loop._finish_epoch = lambda *arguments: (finish(*arguments), trainer.request_stop())
+    step = trainer._loop.rate.end_epoch
+    trainer._loop.rate.end_epoch = lambda *figures: (step(*figures), trainer.request_stop())
     trainer.fit()
     history = train([Counter])[1].resume(tmp_path / "run")
     assert [(row["epoch"], row["calls"]) for row in history.of_kind("count")] == [
