@@ -29,9 +29,7 @@ class Keeper:
         model: checked against the weights of a checkpoint.
         state: everything a checkpoint holds.
         saver: knows when to save, and how.
-        record: asked for the length of the history.
-        course: forgets what was done when another state is put back.
-        ahead: forgets what was drawn ahead then.
+        ahead: forgets what was drawn ahead when another state is put back.
         steering: applies the decision of that state.
         world: the ranks that save together; rank 0 alone writes.
     """
@@ -40,11 +38,19 @@ class Keeper:
     model: nn.Module
     state: RunState
     saver: Saver
-    record: Recorder
-    course: Course
     ahead: Lookahead
     steering: Steering
     world: World
+
+    @property
+    def course(self) -> Course:
+        """How far the run has come."""
+        return self.steering.course
+
+    @property
+    def record(self) -> Recorder:
+        """The records of the run, which know the length of the history."""
+        return self.steering.reporter.record
 
     @property
     def is_due(self) -> bool:

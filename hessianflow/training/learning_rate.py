@@ -37,6 +37,7 @@ class LearningRate:
 
     Attributes:
         unit: as given.
+        reference_batch_size: as given.
         factor: the controller's factor.
         set_by_hand: whether anything but the scheduler changed a rate while there was a factor
             other than 1.
@@ -61,7 +62,7 @@ class LearningRate:
         if scheduler is not None:
             self._schedule = SteppedSchedule(scheduler, optimizer, unit)
         self.unit = unit
-        self._reference_batch_size = reference_batch_size
+        self.reference_batch_size = reference_batch_size
         self.factor = 1.0
         self.set_by_hand = False
         self._fraction = 0.0
@@ -111,7 +112,7 @@ class LearningRate:
         now that so many further examples were trained."""
         if self.unit == "epoch":
             return
-        self._fraction += examples / self._reference_batch_size
+        self._fraction += examples / self.reference_batch_size
         for _ in range(int(self._fraction + 1e-9)):
             self.step()
             self._fraction -= 1

@@ -1,11 +1,7 @@
 """What happens when training diverges: the run stops, or goes back to its last checkpoint."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from hessianflow.interfaces import World
 from hessianflow.runs import rows
 from hessianflow.training.divergence import (
     Divergence,
@@ -14,9 +10,8 @@ from hessianflow.training.divergence import (
     rate_rule,
 )
 from hessianflow.training.keeping import Keeper
-from hessianflow.training.reporting import Reporter
+from hessianflow.training.parameters import TrainedParameters
 from hessianflow.training.timing import Stopwatch
-from hessianflow.training.totals import RunningTotals
 from hessianflow.training.world import on_first_rank
 
 
@@ -26,25 +21,28 @@ class Guard:
 
     Attributes:
         divergence: what counts as one, and what to do.
-        model: its buffers are looked at.
-        weights: returns the parameters that are trained.
-        keeper: has the checkpoints to go back to.
-        reporter: told of divergences and rollbacks.
+        trained: the weights to look at.
+        keeper: has the checkpoints to go back to, and the parts to set right after that.
         stopwatch: goes on through a rollback.
-        world: the ranks that look together.
     """
 
     divergence: Divergence
-    model: nn.Module
-    weights: Callable[[], Sequence[nn.Parameter]]
+    trained: TrainedParameters
     keeper: Keeper
-    reporter: Reporter
     stopwatch: Stopwatch
-    world: World
+
+    def __post_init__(self) -> None:
+        self.course = self.keeper.course
+        self.steering = self.keeper.steering
+        self.reporter = self.steering.reporter
+        self.totals = self.steering.totals
+        self.world = self.keeper.world
 
     def begin(self) -> None:
         """Look at the weights as they are now, before any training."""
-        self._monitor = DivergenceMonitor(self.weights, self.model, self._totals, self.world)
+        self._monitor = DivergenceMonitor(
+            lambda: self.trained.current, self.keeper.model, self.totals, self.world
+        )
 
     def check(self, *, at_end: bool) -> None:
         """Look at losses, weights and buffers; `at_end`: of an epoch.
@@ -52,7 +50,7 @@ class Guard:
         Raises:
             DivergenceError: the run diverged.
         """
-        updates = self.keeper.course.counters.updates
+        updates = self.course.counters.updates
         self._refuse(self._monitor.first_bad_update(updates, at_end=at_end))
 
     def check_losses(self) -> None:
@@ -61,14 +59,13 @@ class Guard:
         Raises:
             DivergenceError: the run diverged.
         """
-        self._refuse(self._totals.first_bad_update())
+        self._refuse(self.totals.first_bad_update())
 
     def roll_back(self, error: DivergenceError) -> None:
         """Go back to the last checkpoint with the last growth undone, or raise the error where that
         is not possible."""
-        course = self.keeper.course
-        steering = self.keeper.steering
-        counters = course.counters
+        steering = self.steering
+        counters = self.course.counters
         history = self.reporter.record.history()
         cap = self.world.broadcast(
             self.divergence.cap(history.growths, counters.rollbacks, counters.batch_cap)
@@ -80,10 +77,10 @@ class Guard:
         seconds = self.stopwatch.totals()
         _, warning = self.keeper.restore_newest(self.reporter.record.sync)
         self.stopwatch.load(seconds)  # the time is spent all the same
-        self._totals.forget_divergence()
+        self.totals.forget_divergence()
         if warning is not None:
             self.reporter.event("fallback", warning)
-        counters = course.counters
+        counters = self.course.counters
         counters.rollbacks = rollbacks
         counters.batch_cap = cap
         counters.cap_power = power
@@ -94,15 +91,15 @@ class Guard:
         )
         self.keeper.ahead.revise(steering.held)
         held = steering.held(steering.decision)
-        self.reporter.record.write(rows.decision_row(course.progress, steering.decision, held))
+        self.reporter.record.write(rows.decision_row(self.course.progress, steering.decision, held))
         steering.apply(held)
 
     def _refuse(self, update: int | None) -> None:
         """Refuse to go on when training diverged at `update`."""
         if update is None:
             return
-        counters = self.keeper.course.counters
-        steering = self.keeper.steering
+        counters = self.course.counters
+        steering = self.steering
         where = (
             "the training loss or a weight was not finite, or exploded, in epoch"
             f" {counters.epoch + (counters.place > 0)} at update {update}"
@@ -114,7 +111,3 @@ class Guard:
             f" {steering.decision.batch_size}): lower the rate or the largest batch, or, if the"
             f" loss was finite and right, set max_loss_ratio=None; {kept}"
         )
-
-    @property
-    def _totals(self) -> RunningTotals:
-        return self.keeper.steering.totals

@@ -9,18 +9,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hessianflow.interfaces import Decision, HessianFlowError, ResizableBatches, Stateful
+from hessianflow.interfaces import Decision, HessianFlowError, Stateful
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
-from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.course import Course
-from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.model_state import ModelState
 from hessianflow.training.optimizers import check_followed, label, set_mode
+from hessianflow.training.steering import Steering
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
-from hessianflow.training.totals import RunningTotals
 
 
 @dataclass(frozen=True)
@@ -147,29 +145,23 @@ def _restore_generators(state: Mapping[str, Any], rank: int) -> None:
         separate_generators(rank)
 
 
-def components(
-    train_data: ResizableBatches,
-    ahead: Lookahead,
-    control: ControlPoint,
-    step: TrainingStep,
-    rate: LearningRate,
-    totals: RunningTotals,
-) -> list[Component]:
+def components(ahead: Lookahead, step: TrainingStep, steering: Steering) -> list[Component]:
     """Return the components of every run, in the order in which they are taken and put back."""
+    control = steering.control
     accumulate = step.accumulate
     loss = accumulate.loss_fn if isinstance(accumulate.loss_fn, nn.Module) else None
     transform = step.transform if isinstance(step.transform, Stateful) else None
     return [
-        Component("train_data", train_data),
+        Component("train_data", steering.train_data),
         # Before the adversary: its attacks under way end first, when states are taken as when they
         # are put back.
         Component("look-ahead", ahead if ahead.depth > 0 else None),
         Component("controller", control.controller),
         Component("adversary", step.adversary),
         Component("probe", control.probe),
-        Component("learning rate", rate),
+        Component("learning rate", steering.rate),
         Component("loss scale", accumulate.scaler),
-        Component("totals", totals),
+        Component("totals", steering.totals),
         Component("microbatch", step.microbatch),
         Component("loss", loss),
         Component("transform", transform),

@@ -23,29 +23,20 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from hessianflow.checks import check_count, in_home
+from hessianflow.checks import in_home
 from hessianflow.interfaces import (
     Adversary,
     Batch,
     BatchController,
     BatchTransform,
     CurvatureProbe,
-    Decision,
     GradientObserver,
     LossFn,
     ResizableBatches,
     World,
 )
-from hessianflow.training.after_epoch import AfterEpoch, Evaluator
-from hessianflow.training.arguments import (
-    as_group,
-    as_list,
-    check_data,
-    check_functions,
-    check_model,
-    check_parts,
-)
-from hessianflow.training.assembly import assemble_loop, assemble_step, settings_of
+from hessianflow.training.after_epoch import AfterEpoch
+from hessianflow.training.assembly import assemble
 from hessianflow.training.checks import (
     check_adversary,
     check_probe,
@@ -54,15 +45,14 @@ from hessianflow.training.checks import (
     check_signals,
     unheld_state,
 )
-from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.divergence import Divergence
-from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import check_staleness
 from hessianflow.training.passes import Passes
 from hessianflow.training.reporting import Reporting
 from hessianflow.training.run import Run
 from hessianflow.training.saving import Checkpoints
 from hessianflow.training.schedule import Schedule, misfit
+from hessianflow.training.task import Groups, Methods, Task, as_groups
 from hessianflow.training.world import LocalWorld
 
 
@@ -134,64 +124,36 @@ class AdaptiveBatchTrainer(Run):
         reporting: Reporting | None = None,
         world: World | None = None,
     ) -> None:
-        if not isinstance(schedule, Schedule):
-            schedule = Schedule(schedule)
-        passes = as_group("passes", passes, Passes)
-        checkpoints = as_group("checkpoints", checkpoints, Checkpoints)
-        divergence = as_group("divergence", divergence, Divergence)
-        after_epoch = as_group("after_epoch", after_epoch, AfterEpoch)
-        reporting = as_group("reporting", reporting, Reporting)
-        check_count("epochs", epochs)
-        check_model(model)
-        check_data(train_data, eval_data)
-        observers = as_list("observers", observers)
-        check_parts(controller=controller, adversary=adversary, probe=probe, observers=observers)
-        check_functions(loss_fn=loss_fn, transform=transform)
+        groups = as_groups(schedule, passes, checkpoints, divergence, after_epoch, reporting)
+        task = Task(model, train_data, eval_data, optimizer, loss_fn, epochs)
+        methods = Methods(controller, adversary, probe, observers, transform)
+        _check_fit(task, methods, groups)
+        folder = None if run_dir is None else in_home(run_dir)
         world = LocalWorld() if world is None else world
-        examples = train_data.num_examples
-        decision = Decision(train_data.batch_size) if controller is None else controller.decision
-        check_signals(controller, probe is not None, bool(observers), examples)
-        check_run(model, optimizer, decision.batch_size, examples)
-        check_probe(probe, model, checkpoints.state)
-        depth = 0 if adversary is None else adversary.staleness
-        check_staleness(depth, decision.batch_size, examples, epochs)
-        reference = schedule.reference_batch_size or decision.batch_size
-        step = assemble_step(
-            model,
-            optimizer,
-            loss_fn,
-            observers,
-            adversary,
-            transform,
-            passes,
-            reference,
-            examples,
-            world,
-        )
-        if controller is not None or step.microbatch.size < decision.batch_size:
+        loop = assemble(task, methods, groups, folder, world)
+        batch_size = loop.steering.decision.batch_size
+        if controller is not None or loop.step.microbatch.size < batch_size:
             check_rows(train_data)
-        rate = LearningRate(optimizer, schedule.scheduler, schedule.unit, reference)
-        control = ControlPoint(
-            controller, probe, observers, after_epoch.curvature, step.stopwatch, world
-        )
-        loop = assemble_loop(
-            step,
-            control,
-            rate,
-            train_data,
-            decision,
-            Evaluator(model, eval_data, loss_fn, optimizer, after_epoch, step.stopwatch, world),
-            epochs,
-            None if run_dir is None else in_home(run_dir),
-            passes,
-            checkpoints,
-            divergence,
-            reporting,
-            settings_of(step, control, rate, epochs, reference, passes, divergence),
-        )
+        reference = loop.rate.reference_batch_size
+        per_epoch = train_data.num_examples / reference
         notices = [
             check_adversary(controller, adversary),
-            misfit(schedule.scheduler, schedule.unit, epochs, examples / reference),
-            unheld_state(run_dir, optimizer, checkpoints.state),
+            misfit(groups.schedule.scheduler, groups.schedule.unit, epochs, per_epoch),
+            unheld_state(run_dir, optimizer, groups.checkpoints.state),
         ]
-        super().__init__(loop, reporting.config, notices, controller, reference)
+        super().__init__(loop, groups.reporting.config, notices, controller, reference)
+
+
+def _check_fit(task: Task, methods: Methods, groups: Groups) -> None:
+    """Refuse a task, methods and settings that do not fit together.
+
+    Raises:
+        HessianFlowError: which of them do not.
+    """
+    examples = task.train_data.num_examples
+    batch_size = methods.first_decision(task.train_data).batch_size
+    has_probe = methods.probe is not None
+    check_signals(methods.controller, has_probe, bool(methods.observers), examples)
+    check_run(task.model, task.optimizer, batch_size, examples)
+    check_probe(methods.probe, task.model, groups.checkpoints.state)
+    check_staleness(methods.staleness, batch_size, examples, task.epochs)
