@@ -44,6 +44,8 @@ from hessianflow.elastic.member import JobReport
 from hessianflow.elastic.policy import Sample
 from hessianflow.elastic.run import ElasticRun
 from hessianflow.elastic.settings import ElasticSettings
+from hessianflow.interfaces import Hits, StepResult
+from hessianflow.training import Passes, Reporting
 
 BATCH, STEPS = 32, 8
 """Examples a rank and step; steps of the trainer between two looks at the clock."""
@@ -133,7 +135,9 @@ def our_loop(
         loss = F.cross_entropy(outputs, targets)
         with synchronizer.last_backward():
             loss.backward()
-        synchronizer.finish(loss, (outputs.argmax(dim=1) == targets).sum())
+        rows = len(targets)
+        hits = Hits((outputs.argmax(dim=1) == targets).sum(), rows)
+        synchronizer.finish(StepResult(loss.detach() * rows, rows, hits, rows))
         optimizer.step()
 
     return step
@@ -147,8 +151,8 @@ def trainer_loop(reducer: GroupReducer, name: str) -> Callable[[], None]:
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
         loss_fn=F.cross_entropy,
         epochs=10_000,
-        norm_batch_size=0,  # as DDP: the whole share of a rank
-        show_progress=False,
+        passes=Passes(norm_batch_size=0),  # as DDP: the whole share of a rank
+        reporting=Reporting(show_progress=False),
         world=GroupWorld(reducer),
     )
     return lambda: made.run_until(made.progress.updates + STEPS)
@@ -231,7 +235,8 @@ class PixelsJob:
             loss = F.cross_entropy(self.model(inputs), targets)
             with self.synchronizer.last_backward():
                 loss.backward()
-            self.examples += self.synchronizer.finish(loss, None).examples
+            result, _ = self.synchronizer.finish()
+            self.examples += result.examples
             self.optimizer.step()
             self.updates += 1
         return self.report()

@@ -43,6 +43,7 @@ from torch.optim import SGD
 
 import hessianflow as hf
 from hessianflow.build import FLOAT32_PER_16_BIT
+from hessianflow.training import Passes
 
 BATCH = 128
 PARTS = ("loop", "price", "defaults", "batches", "allocation", "memory", "resize", "profile")
@@ -125,7 +126,9 @@ class Subject:
             return hf.adversarial.GradientReuse(self.batches, 0.02, **limits)
         return hf.adversarial.FGSM(0.02, **limits)
 
-    def trained(self, adversary: Any = None, **options: Any) -> hf.AdaptiveBatchTrainer:
+    def trained(
+        self, adversary: Any = None, norm_batch_size: int | None = None, **options: Any
+    ) -> hf.AdaptiveBatchTrainer:
         """A trainer for one epoch; with an adversary it has a fifth of each batch."""
         if adversary is not None:
             options["adversary"] = adversary
@@ -135,9 +138,8 @@ class Subject:
             self.batches,
             optimizer=self.optimizer,
             loss_fn=self.loss_fn,
-            precision=precision,
+            passes=Passes(BATCH, norm_batch_size, precision=precision),
             epochs=1,
-            microbatch_size=BATCH,
             **options,
         )
 

@@ -1,14 +1,16 @@
-"""Average gradients, losses and counts over all ranks, before the optimizer steps.
+"""Gradients, losses and counts of all ranks made one, between the last backward pass and the
+optimizer.
 
 With n_r of N examples on rank r and g_r the gradient of the mean loss over them, every rank gets
-sum_r (n_r / N) g_r, the gradient of the mean loss over all examples, for equal, unequal and empty
-shards. If a loss divides by something other than the number of examples (class weights, ignored
-targets), that replaces n_r and N. Nothing is exchanged while microbatches accumulate.
+sum_r (n_r / N) g_r: the gradient of the mean loss over all examples, for equal, unequal and empty
+shares alike. Where a loss divides by something other than the number of examples (class weights,
+ignored targets), that takes the place of n_r and N. Nothing is exchanged while microbatches
+accumulate.
 
-Gradients are sent in buckets of a few MB, in the reverse order of the parameters. During the last
-backward pass, a bucket is sent as soon as its last gradient is ready, so that sums overlap with
-computing; all ranks send buckets in the same order. The model itself is not wrapped: curvature and
-attacks differentiate it without causing an exchange.
+Gradients travel in buckets of a few MB, in the reverse order of the parameters. While the last
+backward pass runs, a bucket leaves as soon as its last gradient is there, so that sums overlap with
+computing; buckets leave in one order on all ranks. The model itself is not wrapped: curvature and
+attacks differentiate it without setting off any exchange.
 """
 
 import time
@@ -20,34 +22,34 @@ import torch
 from torch import Tensor
 
 from hessianflow.distributed.reducers import GroupReducer
-from hessianflow.interfaces import BatchTotals, HessianFlowError, Hits
+from hessianflow.interfaces import AgreedError, HessianFlowError, Hits, StepResult
 
 BUCKET_BYTES = 25 * 2**20
-"""Largest bucket, unless one parameter is larger (torch's default for DistributedDataParallel)."""
+"""Largest bucket, unless one parameter is larger. Default of torch's DistributedDataParallel."""
 
 
 class GradientSynchronizer:
     """Makes every `.grad` the gradient of the mean loss over the examples of all ranks.
 
-    A step consists of `begin(examples)`; backward passes that leave in `.grad` the gradient of the
-    mean over this rank's own examples (the last of them within `last_backward()`, for overlap);
-    `finish(loss, hits)`; and the optimizer's step. All ranks must take part in every step; a rank
-    without examples calls `begin(0)` and `finish(None, None)`.
+    A step is: `begin(examples)`; backward passes that leave in `.grad` the gradient of the mean
+    over this rank's own examples (the last of them within `last_backward()`, for overlap);
+    `finish(result)`; the optimizer's step. All ranks must take part in every step, one without
+    examples by `begin(0)` and `finish()`.
 
     A parameter that no rank used keeps None as its gradient.
 
     Args:
-        parameters: Parameters to train, in the same order on all ranks.
-        reducer: Reducer of the group.
-        bucket_bytes: Largest size of a bucket.
+        parameters: those to train, in the same order on all ranks.
+        reducer: of the group.
+        bucket_bytes: see :data:`BUCKET_BYTES`.
 
     Attributes:
-        waited_seconds: Time that the host has spent waiting for other ranks. It does not include
-            the time that a CUDA device waits.
+        waited_seconds: time the host spent waiting for other ranks, in all. On a CUDA device, which
+            waits by itself, this is not the device's.
 
     Raises:
-        HessianFlowError: There is nothing to train. A step raises it if no rank has examples, or
-            for a sparse gradient.
+        HessianFlowError: nothing to train; at a step: no examples on any rank, or a sparse
+            gradient.
     """
 
     def __init__(
@@ -65,42 +67,42 @@ class GradientSynchronizer:
         self._buckets = [_Bucket(group) for group in _grouped(self._parameters[::-1], bucket_bytes)]
         for bucket in self._buckets:
             for parameter in bucket.parameters:
-                hook = self._arrived_in(bucket)
-                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(self._arrived_in(bucket))  # type: ignore[no-untyped-call]
         self._device = self._parameters[0].device
-        self._counts_hits = True
         self._overlapping = False
         self.waited_seconds = 0.0
         self.rejoin(reducer)
 
     def rejoin(self, reducer: GroupReducer) -> None:
-        """Continue in another generation of the group, and drop exchanges of the previous one."""
+        """Go on in another generation of the group; whatever was under way in the one before is
+        dropped."""
         self._reducer = reducer
         self._launched = 0
         self._reference = 1.0
 
     def begin(self, examples: int, *, weight: float | Tensor | None = None) -> None:
-        """Announce this rank's shard of the next batch; nothing is exchanged yet.
+        """Announce this rank's share of the next batch, 0 or more examples; nothing is exchanged
+        yet.
 
         Args:
-            examples: Number of this rank's examples, 0 or more.
-            weight: Weight of this rank's mean loss; None for `examples`.
+            examples: of this rank.
+            weight: what this rank's mean loss counts for; default `examples`.
         """
-        self._examples = examples
-        if weight is None:
-            weight = examples
-        self._read_weight = _number(weight)
+        self._examples, self._read_weight = (
+            examples,
+            _number(examples if weight is None else weight),
+        )
         self._launched = 0
 
     @contextmanager
     def last_backward(self, weight: float | Tensor | None = None) -> Iterator[None]:
-        """Mark the pass in which every computed gradient is final, so that buckets may be sent.
+        """Within it every gradient is final as soon as it is computed, so that buckets may leave.
 
-        The context may be entered again in the same step, if the pass failed (out of memory) and
-        all passes were repeated: a bucket sent before the failure holds the same numbers.
+        May be entered again in the same step, when the pass failed (out of memory) and all were
+        repeated: a bucket that had left before the failure holds the same numbers.
 
         Args:
-            weight: Weight that replaces the announced one; a tensor on a GPU is not waited for
+            weight: in place of the one that was announced; a tensor on a GPU is not waited for
                 here.
         """
         if weight is not None:
@@ -114,73 +116,80 @@ class GradientSynchronizer:
             self._overlapping = False
 
     def finish(
-        self,
-        loss: Tensor | None,
-        hits: Hits | None,
-        counts: Sequence[int] = (),
-        means: Sequence[tuple[Tensor, float | Tensor]] = (),
-    ) -> BatchTotals:
+        self, own: StepResult | None = None, flags: Sequence[int] = ()
+    ) -> tuple[StepResult, tuple[int, ...]]:
         """Wait until all gradients are those of the whole batch.
 
         Args:
-            loss: Mean loss over this rank's examples, a scalar; None without examples.
-            hits: Hits among this rank's examples; None without examples, or if hits are not
-                counted.
-            counts: Further numbers to sum over ranks, such as 1 for a request to stop; the same
-                number of them on every rank.
-            means: Further (mean, weight) pairs to average over ranks; the same number of them on
-                every rank.
+            own: the result of this rank's share; None without examples.
+            flags: what else to sum over ranks, such as 1 for a request to stop; as many on every
+                rank.
 
         Returns:
-            The totals of the batch over all ranks, the same on each.
+            The result of the whole batch, and the sums of the flags, the same on every rank.
         """
-        if self._examples > 0:
-            self._counts_hits = hits is not None
-        own = self._read_weight()
-        used_here = (p.grad is not None for p in self._parameters)
-        control = torch.tensor([self._examples, own, *counts, *used_here], dtype=torch.float64)
-        figures = torch.zeros(3 + 2 * len(means), dtype=torch.float64, device=self._device)
-        if loss is not None and own > 0:  # the mean of nothing is nan, and counts for nothing
-            figures[0] = loss.detach() * own
-        if hits is not None:
-            figures[1] = hits.correct
-            figures[2] = hits.counted
-        for number, (mean, weight_of_mean) in enumerate(means, start=1):
-            figures[2 * number + 1] = _counted(mean, weight_of_mean)
-            figures[2 * number + 2] = weight_of_mean
-        control, figures = self._exchange(control, figures)
-        examples, weight, *rest = control.tolist()
+        if own is None:
+            own = StepResult(torch.zeros((), device=self._device), 0)
+        twins = own.twins or StepResult(torch.zeros((), device=self._device), 0)
+        control = torch.tensor(
+            [
+                self._examples,
+                self._read_weight(),
+                own.rows,
+                twins.rows,
+                own.rows > 0 and own.hits is None,
+                own.failure is not None,
+                *flags,
+                *(parameter.grad is not None for parameter in self._parameters),
+            ],
+            dtype=torch.float64,
+        )
+        control, figures = self._exchange(control, self._figures(own, twins))
+        examples, divisor, rows, twin_rows, uncounted, failures, *rest = control.tolist()
         if examples == 0:
             raise HessianFlowError(
                 "a batch of 0 examples over all ranks has no mean loss: check the training data"
             )
-        # If every target is ignored there is nothing to learn: loss and gradient are 0, as in one
-        # process.
-        divisor = weight or 1.0
-        self._settle(rest[len(counts) :], divisor)
-        total_hits = None
-        if self._counts_hits:
-            total_hits = Hits(figures[1].round().to(torch.int64), figures[2])
-        pairs = figures[3:].view(-1, 2)
-        return BatchTotals(
-            figures[0] / divisor,
-            total_hits,
-            int(examples),
-            tuple(map(int, rest[: len(counts)])),
-            tuple((pair[0] / pair[1].clamp_min(1e-300), pair[1]) for pair in pairs),
-            weight,
+        # Where every target is ignored there is nothing to learn: loss and gradient are 0, as in
+        # one process.
+        self._settle(rest[len(flags) :], divisor or 1.0)
+        failure = own.failure
+        if failures and failure is None:
+            failure = AgreedError("another rank refuses the loss: it cannot be cut into parts")
+        hits = None
+        if rows and not uncounted:
+            hits = Hits(figures[2].round().to(torch.int64), figures[3])
+        of_twins = None
+        if twin_rows:
+            of_twins = StepResult(figures[4], figures[5], None, int(twin_rows))
+        result = StepResult(
+            figures[0], figures[1], hits, int(rows), int(examples), divisor, of_twins, failure
         )
+        return result, tuple(map(int, rest[: len(flags)]))
+
+    def _figures(self, own: StepResult, twins: StepResult) -> Tensor:
+        """Return the sums of a result as a vector on the device, without waiting for it."""
+        figures = torch.zeros(6, dtype=torch.float64, device=self._device)
+        figures[0] = own.total.detach()
+        figures[1] = own.weight
+        if own.hits is not None:
+            figures[2] = own.hits.correct
+            figures[3] = own.hits.counted
+        figures[4] = twins.total.detach()
+        figures[5] = twins.weight
+        return figures
 
     def _exchange(self, control: Tensor, figures: Tensor) -> tuple[Tensor, Tensor]:
         """Sum gradients, counts (on the host) and figures (on the device) over ranks."""
         if self._reducer.world_size == 1:
             return control, figures
         self._launch(len(self._buckets))
-        vectors = [control, figures]
-        if self._device.type == "cpu":  # one sum instead of two
-            vectors = [torch.cat(vectors)]
-        waits = [bucket.wait for bucket in self._buckets]
-        waits += [self._reducer.start_sum(vector) for vector in vectors]
+        vectors = (
+            [torch.cat([control, figures])] if self._device.type == "cpu" else [control, figures]
+        )
+        waits = [bucket.wait for bucket in self._buckets] + [
+            self._reducer.start_sum(vector) for vector in vectors
+        ]
         began = time.perf_counter()
         for wait in waits:
             wait()
@@ -188,10 +197,8 @@ class GradientSynchronizer:
         return vectors[0][: len(control)], vectors[-1][-len(figures) :]
 
     def _settle(self, used: Sequence[float], weight: float) -> None:
-        """Rescale the sums in the buffers to the mean over this batch, and copy it to `.grad`.
-
-        They were scaled by the weight of the previous batch.
-        """
+        """Turn the buffers' sums, scaled by the last batch's weight, into this batch's mean, and
+        copy it to `.grad`."""
         if self._reducer.world_size == 1:
             return
         for bucket in self._buckets:
@@ -215,10 +222,10 @@ class GradientSynchronizer:
         return arrived
 
     def _launch(self, stop: int) -> None:
-        """Send the buckets up to `stop` that have not been sent yet."""
+        """Send off the buckets up to `stop` that have not left yet."""
         for bucket in self._buckets[self._launched : stop]:
-            # The weight of all ranks is not known yet, but that of the previous batch is, and it
-            # is mostly the same.
+            # The weight of all ranks is not known yet; that of the batch before is, and it is
+            # mostly the same.
             bucket.gather(self._read_weight() / self._reference)
             bucket.wait = self._reducer.start_sum(bucket.flat)
         self._launched = max(self._launched, stop)
@@ -226,7 +233,7 @@ class GradientSynchronizer:
 
 @dataclass
 class _Bucket:
-    """Some parameters, and one buffer in which their gradients are sent."""
+    """Some parameters, and one buffer in which their gradients travel."""
 
     parameters: Sequence[Tensor]
     missing: int = 0
@@ -265,28 +272,18 @@ class _Bucket:
 
     def scatter(self) -> None:
         """Copy the buffer to the gradients."""
-        # With views instead of copies, the gradients would be freed at every step, and the
-        # allocator would return their pages to the system and fetch them again: 8 % of a step of
-        # ResNet-20 on a CPU.
+        # Views in place of copies would free the gradients at every step, and have the allocator
+        # give their pages back to the system and fetch them anew: 8 % of a step of ResNet-20 on a
+        # CPU.
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
         torch._foreach_copy_([p.grad for p in self.parameters], self.views)  # type: ignore[misc]
 
 
-def _counted(mean: Tensor, weight: float | Tensor) -> Tensor | float:
-    """Return mean * weight, and 0 for the mean of nothing, which may be nan."""
-    if isinstance(weight, Tensor):
-        return torch.where(weight > 0, mean * weight, 0.0)
-    return mean * weight if weight > 0 else 0.0
-
-
 def _number(value: float | Tensor) -> Callable[[], float]:
-    """Return a function that reads a number.
-
-    A number on a GPU is sent to the host now, after the work in its queue, and awaited by the
-    function.
-    """
+    """Reads a number; one on a GPU starts to travel now, behind the work in its queue, and is
+    waited for then."""
     if not isinstance(value, Tensor) or value.device.type != "cuda":
         number = float(value)
         return lambda: number
@@ -303,24 +300,26 @@ def _number(value: float | Tensor) -> Callable[[], float]:
 
 
 def _shaped(piece: Tensor, parameter: Tensor) -> Tensor:
-    """Return the piece in the shape and memory layout of the parameter, so that copies are fast."""
+    """Return the piece in the parameter's shape and, where that is channels-last, its memory
+    layout: copies are then fast."""
     if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
     return piece.view(parameter.shape)
 
 
 def _grouped(parameters: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
-    """Return groups of neighbours of one type and device, each of at most `limit` bytes."""
+    """Neighbours of one type and device, together at most `limit` bytes."""
     groups: list[list[Tensor]] = []
     size = 0
-    kind: tuple[torch.dtype, torch.device] | None = None
     for parameter in parameters:
-        own_bytes = parameter.numel() * parameter.element_size()
-        own_kind = (parameter.dtype, parameter.device)
-        if own_kind != kind or size + own_bytes > limit:
+        bytes_here = parameter.numel() * parameter.element_size()
+        same = bool(groups) and (groups[-1][0].dtype, groups[-1][0].device) == (
+            parameter.dtype,
+            parameter.device,
+        )
+        if not same or size + bytes_here > limit:
             groups.append([])
             size = 0
-            kind = own_kind
         groups[-1].append(parameter)
-        size += own_bytes
+        size += bytes_here
     return groups

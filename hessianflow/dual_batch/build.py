@@ -46,7 +46,7 @@ from hessianflow.methods import KINDS, make
 from hessianflow.resolve import schedule_of
 from hessianflow.runs.documents import read_config
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.saving import Saver
+from hessianflow.training.saving import Checkpoints, Saver
 
 TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 """Batch sizes that are timed, as shares of the largest."""
@@ -122,7 +122,7 @@ def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Dua
             "dual_batch": schedule.record(),
         },
         sinks=[*sinks, *tensorboard_sinks(config)],
-        saver=Saver(None, None, config.keep_checkpoints),
+        saver=Saver(Checkpoints(keep=config.keep_checkpoints)),
     )
 
 

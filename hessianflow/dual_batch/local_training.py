@@ -12,7 +12,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import count, islice
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,18 @@ from torch.optim import Optimizer
 from hessianflow.batches import move
 from hessianflow.control import WorkerPlan
 from hessianflow.dual_batch.server import Weights
-from hessianflow.interfaces import BatchTransform, HessianFlowError, Progress, ResizableBatches
+from hessianflow.interfaces import (
+    BatchTransform,
+    HessianFlowError,
+    Progress,
+    ResizableBatches,
+    StepResult,
+)
 from hessianflow.normalisation.ghost import ghost_normalisation
 from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
-from hessianflow.training.accumulate import GradientAccumulator, OwnResult
-from hessianflow.training.evaluate import summed
+from hessianflow.training.accumulate import GradientAccumulator
 
 
 class FlatWeights:
@@ -153,21 +160,17 @@ class LocalTraining:
         local = max(self._next, epoch)
         self._next = local + 1
         results = list(self._steps(epoch, local * self._course.workers + self._course.worker, plan))
-        trained = sum(result.rows for result in results)
-        losses = torch.stack([result.loss.double() * result.weight for result in results])
-        weight = float(sum(result.weight for result in results))
-        hits = summed([result.hits for result in results])
+        whole = reduce(add, results)
         # Reading waits for the device, so that the clock is right and the sums can be read.
         new_weights = self._flat.read()
-        loss = losses.sum().item() / weight if weight else math.nan
-        correct = -1 if hits is None else int(hits.correct)
-        counted = 0 if hits is None else float(hits.counted)
+        weight = float(whole.weight)
+        hits = whole.hits
         self.figures = {
-            "loss": loss,
+            "loss": whole.total.item() / weight if weight else math.nan,
             "weight": weight,
-            "correct": correct,
-            "counted": counted,
-            "examples": trained,
+            "correct": -1 if hits is None else int(hits.correct),
+            "counted": 0 if hits is None else float(hits.counted),
+            "examples": whole.rows,
             "steps": len(results),
             "batch_size": plan.batch_size,
             "seconds": time.perf_counter() - began,
@@ -217,7 +220,7 @@ class LocalTraining:
                 break
         return seconds
 
-    def _timed(self, results: Iterator[OwnResult], batch_size: int) -> Iterator[float]:
+    def _timed(self, results: Iterator[StepResult], batch_size: int) -> Iterator[float]:
         """Yield the seconds of each step that had `batch_size` examples."""
         began = time.perf_counter()
         for result in results:
@@ -227,7 +230,7 @@ class LocalTraining:
                 yield now - began
             began = now
 
-    def _steps(self, epoch: int, order: int, plan: WorkerPlan) -> Iterator[OwnResult]:
+    def _steps(self, epoch: int, order: int, plan: WorkerPlan) -> Iterator[StepResult]:
         """Train on the first batches of the shuffle numbered `order`."""
         start = {"epoch": order, "cursor": 0, "batch_size": plan.batch_size}
         self._data.load_state_dict({**self._data.state_dict(), **start})

@@ -27,7 +27,7 @@ from hessianflow.runs.states import check_dual_batch_state, check_finite, model_
 from hessianflow.runs.summary import summary_of
 from hessianflow.training import checkpoint, evaluate
 from hessianflow.training.divergence import DivergenceError
-from hessianflow.training.saving import Saver
+from hessianflow.training.saving import Checkpoints, Saver
 from hessianflow.training.timing import Stopwatch
 
 
@@ -106,7 +106,7 @@ class DualBatchTrainer:
         self._device = next(task.model.parameters()).device
         self._record = Recorder(run_dir, sinks)
         self._config = dict(config or {})
-        self._saver = saver or Saver(None, None, 2)
+        self._saver = saver or Saver(Checkpoints())
         self._stopwatch = Stopwatch(self._device)
         self._counters = self._saved = _Counters()
         self._stop_requested = False
@@ -244,7 +244,7 @@ class DualBatchTrainer:
 
     def _on_snapshot(self, state: Snapshot) -> None:
         self._flat.write(state["server"]["weights"])
-        with self._stopwatch.part("evaluation"):
+        with self._stopwatch.section("evaluation"):
             self._task.recalibrate()
         if self._counters.commits % self._task.workers == 0:
             self._finish_epoch()
@@ -262,7 +262,7 @@ class DualBatchTrainer:
         self._event("restart", text)
 
     def _finish_epoch(self) -> None:
-        with self._stopwatch.part("evaluation"):
+        with self._stopwatch.section("evaluation"):
             evaluation = evaluate(self._task.model, self._task.eval_data, self._task.loss_fn)
         c = self._counters
         epoch = self.progress.epoch - 1
@@ -316,7 +316,7 @@ class DualBatchTrainer:
         self._saved = replace(self._counters)
         if self._record.run_dir is None:
             return
-        with self._stopwatch.part("checkpoint"):
+        with self._stopwatch.section("checkpoint"):
             saved = {
                 "model": self._task.model.state_dict(),
                 "dual_batch": checkpoint.plain(checkable(state)),

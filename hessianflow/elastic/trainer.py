@@ -24,7 +24,7 @@ from hessianflow.runs.names import BEST, CHECKPOINTS, LAST
 from hessianflow.runs.rows import Record
 from hessianflow.runs.states import check_training_state
 from hessianflow.training import AdaptiveBatchTrainer
-from hessianflow.training.saving import Saver
+from hessianflow.training.saving import Checkpoints, Saver
 
 THROUGHPUT_SHARE = 0.01
 """A row of throughput is written when this fraction of the run, and a second, has passed since the
@@ -66,7 +66,7 @@ class ElasticTrainer:
         self._policy = policy or self._by_batch
         self._record = Recorder(run_dir, sinks)
         self._folder = in_home(run_dir)
-        self._saver = Saver(None, None, keep_checkpoints)
+        self._saver = Saver(Checkpoints(keep=keep_checkpoints))
         self._run = ElasticRun(
             partial(TrainerJob, make), self._workers, settings, self._on_event, self._on_rows
         )

@@ -59,11 +59,12 @@ if TYPE_CHECKING:
         WantsClosure,
     )
     from hessianflow.interfaces.world import (
-        BatchTotals,
         Hits,
         JoinsRanks,
         Reducer,
         Shardable,
+        StepResult,
+        Wishes,
         World,
     )
 
@@ -73,7 +74,6 @@ __all__ = [
     "AgreedError",
     "Batch",
     "BatchController",
-    "BatchTotals",
     "BatchTransform",
     "BindsParameters",
     "Budgeted",
@@ -104,8 +104,10 @@ __all__ = [
     "SecondOrder",
     "Shardable",
     "Stateful",
+    "StepResult",
     "TellsPlace",
     "WantsClosure",
+    "Wishes",
     "World",
 ]
 

@@ -1,11 +1,14 @@
 """The ranks that train one model together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 class Reducer(Protocol):
@@ -40,24 +43,81 @@ class Hits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BatchTotals:
-    """One optimization batch over all ranks.
+class StepResult:
+    """What the loss gave over one optimization batch, or over any part of it.
+
+    Results add up: those of microbatches to that of a rank's share, those of ranks to that of the
+    batch, those of batches to that of an epoch. Tensors stay on the device.
 
     Attributes:
-        loss: mean over all its examples, a scalar on the device; 0 where nothing counts.
-        hits: over all its examples; None where no rank counts them.
-        examples: its size.
-        counts: sums over ranks of what each was asked to count.
-        means: further means over ranks, each with its whole weight.
-        weight: what the mean that `.grad` belongs to divides by.
+        total: the sum of the losses, which is the mean loss times `weight`; 0 where nothing counts.
+        weight: what the mean loss divides by: the number of rows, or what the loss counts instead
+            of them (:mod:`hessianflow.losses`).
+        hits: of the rows; None where they are not counted, and without rows.
+        rows: the number of rows trained.
+        examples: the number of examples drawn from the data; a transform may have made another
+            number of rows of them.
+        divisor: what the mean divides by whose gradient `.grad` holds. It differs from `weight`
+            where rows and twins are averaged together.
+        twins: the result of the adversarial twins; None where there are none.
+        failure: why the loss cannot be cut into parts, if it cannot.
     """
 
-    loss: Tensor
-    hits: Hits | None
-    examples: int
-    counts: tuple[int, ...] = ()
-    means: tuple[tuple[Tensor, float | Tensor], ...] = ()
-    weight: float | Tensor = 1.0
+    total: Tensor
+    weight: float | Tensor
+    hits: Hits | None = None
+    rows: int = 0
+    examples: int = 0
+    divisor: float | Tensor = 0
+    twins: "StepResult | None" = None
+    failure: HessianFlowError | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss, a scalar on the device; 0 where nothing counts."""
+        if isinstance(self.weight, Tensor):
+            return torch.where(self.weight > 0, self.total / self.weight, 0.0)
+        return self.total / (self.weight or 1)
+
+    def __add__(self, other: "StepResult") -> "StepResult":
+        """Return the result of both batches, or parts, taken together."""
+        return StepResult(
+            self.total + other.total,
+            self.weight + other.weight,
+            self._hits_with(other),
+            self.rows + other.rows,
+            self.examples + other.examples,
+            self.divisor + other.divisor,
+            self._twins_with(other),
+            self.failure or other.failure,
+        )
+
+    def _hits_with(self, other: "StepResult") -> Hits | None:
+        """Return the hits of both; None where those of any row are not counted."""
+        if self.rows == 0 or other.rows == 0:
+            return self.hits or other.hits
+        if self.hits is None or other.hits is None:
+            return None
+        return Hits(self.hits.correct + other.hits.correct, self.hits.counted + other.hits.counted)
+
+    def _twins_with(self, other: "StepResult") -> "StepResult | None":
+        if self.twins is None or other.twins is None:
+            return self.twins or other.twins
+        return self.twins + other.twins
+
+
+class Wishes(NamedTuple):
+    """What a rank may wish for at the end of a step; each comes true if any rank wishes it.
+
+    Attributes:
+        stop: to save a checkpoint and stop.
+        save: to save a checkpoint.
+        show: to read the figures from the device and show them.
+    """
+
+    stop: bool = False
+    save: bool = False
+    show: bool = False
 
 
 class World(Reducer, Protocol):
@@ -67,9 +127,21 @@ class World(Reducer, Protocol):
     For each gradient: `begin`; backward passes that leave in `.grad` that of a mean over this
     rank's own examples, the last of them within `last_backward`; `finish`, after which `.grad` is
     that of the mean over all. Every rank takes part, also one without examples; every method but
-    `attach`, `shard`, `begin` and `last_backward` must be called by all ranks together. Plain
-    values are nested dicts, lists and tuples of numbers, strings and tensors.
+    `attach`, `shard`, `post`, `begin` and `last_backward` must be called by all ranks together.
+    Plain values are nested dicts, lists and tuples of numbers, strings and tensors.
     """
+
+    @property
+    def agreed(self) -> Wishes:
+        """What any rank wished for when the ranks last met in `finish`."""
+        ...
+
+    def post(self, wishes: Callable[[], Wishes]) -> None:
+        """Ask `wishes` for those of this rank whenever the ranks meet in `finish` from now on.
+
+        They travel with the figures of the step, and cost no exchange of their own.
+        """
+        ...
 
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Take over the gradients of `parameters`, those of the model and others; no rank is met
@@ -98,20 +170,15 @@ class World(Reducer, Protocol):
         """
         ...
 
-    def finish(
-        self,
-        loss: Tensor,
-        hits: Hits | None,
-        counts: Sequence[int] = (),
-        means: Sequence[tuple[Tensor, float | Tensor]] = (),
-    ) -> BatchTotals:
+    def finish(self, own: StepResult) -> StepResult:
         """Wait until all gradients are those of the whole batch.
 
         Args:
-            loss: the mean that was differentiated.
-            hits: None without examples, or where they are not counted.
-            counts: what else to sum over ranks, as many on every rank.
-            means: (mean, weight) of what else to average over ranks, as many on every rank.
+            own: the result of this rank's share.
+
+        Returns:
+            The result of the whole batch, the same on every rank. Where a rank's loss cannot be
+            cut into parts, it says so on all of them.
         """
         ...
 

@@ -117,7 +117,7 @@ def check_probe(
         raise HessianFlowError(
             f"the probe measures another {type(measured).__name__} than the model that is trained,"
             " with which it shares no parameter: build it from this model (an average of it is"
-            " named in state={...})"
+            " named in Checkpoints(state={...}))"
         )
 
 
@@ -145,7 +145,8 @@ def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, obje
         return ""
     return (
         f"{type(optimizer).__name__} has step hooks: what they keep (an average of the weights,"
-        ' say) is in no checkpoint unless it is named, as state={"average": average}'
+        " say) is in no checkpoint unless it is named, as"
+        ' checkpoints=Checkpoints(state={"average": average})'
     )
 
 

@@ -63,7 +63,7 @@ class Lookahead:
         load: puts a drawn batch on the device and transforms it; told the progress at the time of
             its use.
         device: where batches are put back when a run is resumed.
-        watch: counts the time of drawing.
+        stopwatch: counts the time of drawing.
 
     Attributes:
         depth: steps that a batch waits.
@@ -75,10 +75,13 @@ class Lookahead:
         depth: int,
         load: Callable[[Batch, Progress], Batch],
         device: torch.device,
-        watch: Stopwatch,
+        stopwatch: Stopwatch,
     ) -> None:
         self.depth = depth
-        self._data, self._load, self._device, self._watch = data, load, device, watch
+        self._data = data
+        self._load = load
+        self._device = device
+        self._stopwatch = stopwatch
         self._place = Place(data)
         self._queue: deque[Planned] = deque()
         self._batches: Iterator[Batch] | None = None
@@ -177,7 +180,7 @@ class Lookahead:
         if self._place.put_back() or self._batches is None:
             self._batches = iter(self._data)
         try:
-            with self._watch.part("data"):
+            with self._stopwatch.section("data"):
                 batch = next(self._batches, None)
         except BaseException:
             self._batches = None  # an iterator that failed gives nothing more

@@ -14,6 +14,7 @@ from hessianflow.adversarial import GradientReuse
 from hessianflow.control import FixedBatch
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches
 from hessianflow.optim import SAM, GradientMoments
+from hessianflow.training import Passes, Reporting
 
 N, SIDE, EPS = 20, 6, 0.1
 
@@ -29,7 +30,11 @@ def network() -> nn.Module:
 
 
 def train(model: nn.Module, batches: DeviceBatches, adversary: Any, **options: Any):
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     settings["controller"] = FixedBatch(batches.batch_size)
     return AdaptiveBatchTrainer(model, batches, adversary=adversary, **(settings | options))
@@ -97,7 +102,8 @@ def test_microbatches_and_observers_change_nothing(observers: list[Any]):
     for size, watching in ((8, []), (3, observers)):
         model, batches = network(), data(AUGMENTED)
         adversary = GradientReuse(batches, EPS, share=0.5, value_range=(0, 1))
-        train(model, batches, adversary, microbatch_size=size, observers=watching).fit()
+        passes = Passes(microbatch_size=size)
+        train(model, batches, adversary, passes=passes, observers=watching).fit()
         ends.append((model, adversary.state_dict()["signs"]))
     for a, b in zip(ends[0][0].parameters(), ends[1][0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -116,7 +122,7 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
         GradientReuse(batches, EPS, share=1, value_range=(0, 1)),
         epochs=4,
         run_dir=tmp_path / "run",
-        sinks=[stop],
+        reporting=Reporting(sinks=[stop], show_progress=False),
     )
     assert stop.trainer.fit().summary["status"] == "preempted"
     batches = data(AUGMENTED)

@@ -19,7 +19,7 @@ from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProces
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.normalisation import split_batch_norm
-from hessianflow.training import Ahead, exposed_loss
+from hessianflow.training import Ahead, Passes, exposed_loss
 
 RANGE = (0.0, 1.0)
 
@@ -50,7 +50,11 @@ def train(runner: Any, run_dir: Path, *, stop_after: int = 0) -> AdaptiveBatchTr
         PGD(0.1, value_range=RANGE, steps=2), share=0.5, staleness=2, runner=runner
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options: dict[str, Any] = {"epochs": 3, "controller": FixedBatch(8), "precision": "bf16"}
+    options: dict[str, Any] = {
+        "epochs": 3,
+        "controller": FixedBatch(8),
+        "passes": Passes(precision="bf16"),
+    }
     stop = StopAfter(stop_after)
     stop.trainer = AdaptiveBatchTrainer(
         model,

@@ -43,7 +43,7 @@ from hessianflow import History
 from hessianflow.distributed import GroupWorld, run_simulated
 from hessianflow.distributed.launch import run_local
 from hessianflow.runs import checkpoints
-from hessianflow.training import saving
+from hessianflow.training import Checkpoints, saving
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -132,7 +132,11 @@ def test_checkpoints_by_the_clock_are_a_minute_apart(
 
     def train(reducer) -> None:
         options = {"transform": watch} if reducer.rank == 0 else {}
-        further = {"run_dir": tmp_path / "run", "checkpoint_minutes": 1, "epochs": 2}
+        further = {
+            "run_dir": tmp_path / "run",
+            "checkpoints": Checkpoints(every_minutes=1),
+            "epochs": 2,
+        }
         build(GroupWorld(reducer), lambda *_: options, **further).fit()
 
     run_simulated(train, 2)

@@ -19,10 +19,9 @@ from hessianflow.control import TimeModel
 from hessianflow.dual_batch import DualBatchTrainer, build_dual_batch
 from hessianflow.dual_batch.build import all_stages, plan_schedule, worker_of
 from hessianflow.dual_batch.local_training import FlatWeights, LocalTraining, checkable, with_arrays
-from hessianflow.interfaces import Batch, HessianFlowError
+from hessianflow.interfaces import Batch, HessianFlowError, StepResult
 from hessianflow.resolve import resolve
 from hessianflow.runs import checkpoints
-from hessianflow.training.accumulate import OwnResult
 from hessianflow.training.evaluate import evaluate
 
 SETTINGS = TrainConfig(
@@ -271,9 +270,9 @@ def test_only_full_batches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, rows = one_worker(), [0]
     accumulate = worker._accumulate
 
-    def counted(batch: Batch, size: int | None) -> OwnResult:
+    def counted(batch: Batch, size: int | None) -> StepResult:
         rows[0] += len(batch[1])
-        return OwnResult(torch.zeros(()), len(batch[1]), None, len(batch[1]))
+        return StepResult(torch.zeros(()), len(batch[1]), None, len(batch[1]))
 
     counted.scaler = accumulate.scaler  # type: ignore[attr-defined]
     monkeypatch.setattr(worker, "_accumulate", counted)

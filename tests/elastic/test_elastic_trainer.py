@@ -27,6 +27,7 @@ from hessianflow.distributed.state import pack, unpack
 from hessianflow.elastic import ElasticSettings, ElasticTrainer, TrainerJob, build_elastic
 from hessianflow.optim import GradientMoments, MicrobatchNorms
 from hessianflow.resolve import resolve
+from hessianflow.training import Passes
 
 RAY_LEAVES_SOCKETS = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -131,7 +132,7 @@ def test_microbatches_of_an_interrupted_update_are_observed_once():
 
         def observed(model, world, seen=seen):
             seen += [GradientMoments(), MicrobatchNorms(model.parameters())]
-            return {"observers": seen, "microbatch_size": 3, "loss_fn": loss}
+            return {"observers": seen, "passes": Passes(microbatch_size=3), "loss_fn": loss}
 
         made = job(observed)
         made.join(LOCAL)

@@ -29,6 +29,7 @@ from hessianflow.control import AdaBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.dual_batch import build_dual_batch
 from hessianflow.runs.names import LOCK
+from hessianflow.training import Checkpoints, Divergence, Reporting
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.link", "os.truncate", "os.rmdir")
 Go = Callable[[Path], object]
@@ -54,9 +55,8 @@ def trainer(run_dir: Path | None, **options: Any) -> AdaptiveBatchTrainer:
         loss_fn=F.cross_entropy,
         controller=AdaBatch(8, 64, every_epochs=1),
         run_dir=run_dir,
-        config={"settings": {"made": "by a test"}},
-        show_progress=False,
-        **({"epochs": 3, "checkpoint_examples": 40, "keep_checkpoints": 3} | options),
+        reporting=Reporting(config={"settings": {"made": "by a test"}}, show_progress=False),
+        **({"epochs": 3, "checkpoints": Checkpoints(every_examples=40, keep=3)} | options),
     )
 
 
@@ -67,7 +67,7 @@ def rolling_back(run_dir: Path | None) -> AdaptiveBatchTrainer:
     def poison(inputs: Any, targets: Any, progress: Any) -> Any:
         return (inputs * 1e9 if len(inputs) > 16 else inputs), targets
 
-    return trainer(run_dir, transform=poison, on_divergence="rollback", epochs=4)
+    return trainer(run_dir, transform=poison, divergence=Divergence("rollback"), epochs=4)
 
 
 def dual_batch(run_dir: Path) -> Any:

@@ -18,6 +18,7 @@ from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import DeviceBatches
 from hessianflow.normalisation import split_batch_norm
 from hessianflow.optim import GradientMoments
+from hessianflow.training import Checkpoints, Divergence, Passes, Reporting
 
 N, BATCH = 50, 8  # seven steps an epoch, the last two of five examples
 RANGE = (0.0, 1.0)
@@ -43,8 +44,8 @@ def trainer(model: nn.Module, adversary: Any, batches: DeviceBatches | None = No
     settings: dict[str, Any] = {
         "epochs": 2,
         "loss_fn": F.cross_entropy,
-        "show_progress": False,
-        "norm_batch_size": 0,
+        "reporting": Reporting(show_progress=False),
+        "passes": Passes(norm_batch_size=0),
     }
     settings["optimizer"] = torch.optim.SGD(
         model.parameters(), lr=options.pop("lr", 0.1), momentum=0.9
@@ -81,7 +82,11 @@ def test_staleness_two_is_the_published_algorithm():
     """Algorithm 1 written out: the twins of step t come from the weights (and statistics) of step t
     - 2."""
     ours, theirs = network(), network()
-    trainer(ours, ConcurrentAdversary(attack(), staleness=2), norm_statistics="running").fit()
+    trainer(
+        ours,
+        ConcurrentAdversary(attack(), staleness=2),
+        passes=Passes(norm_batch_size=0, norm_statistics="running"),
+    ).fit()
     optimizer, batches = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9), data()
     stream = [batch for _ in range(2) for batch in batches]
     twins: dict[int, Tensor] = {}
@@ -141,7 +146,7 @@ def test_main_statistics_are_those_of_clean_training(staleness: int, microbatch:
     """With a rate of 0 the weights stay, so the running statistics depend on what was normalised
     alone."""
     split, plain = network(split=True), network()
-    options = {"lr": 0.0, "microbatch_size": microbatch, "norm_batch_size": 4}
+    options = {"lr": 0.0, "passes": Passes(microbatch_size=microbatch, norm_batch_size=4)}
     trainer(split, ConcurrentAdversary(attack(), staleness=staleness), **options).fit()
     trainer(plain, None, **options).fit()
     assert torch.equal(split[1].main.running_mean, plain[1].running_mean)
@@ -260,8 +265,8 @@ def test_after_a_divergence_the_queue_goes_back_and_is_held_too(tmp_path: Path):
     model = network(split=True)
     options: dict[str, Any] = {
         "run_dir": tmp_path / "run",
-        "on_divergence": "rollback",
-        "checkpoint_examples": 8,
+        "divergence": Divergence("rollback"),
+        "checkpoints": Checkpoints(every_examples=8),
         "epochs": 3,
     }
     noted, adversary = Glitch(model, momentum=0.0), ConcurrentAdversary(attack(), staleness=2)
@@ -365,7 +370,7 @@ def test_out_of_memory_repeats_step_and_attack(tmp_path: Path):
     for limit, size in ((4, 8), (8, 4)):
         model = Small(limit)
         adversary = ConcurrentAdversary(PGD(0.1, value_range=RANGE, steps=2), staleness=1)
-        trainer(model, adversary, microbatch_size=size, norm_batch_size=4).fit()
+        trainer(model, adversary, passes=Passes(microbatch_size=size, norm_batch_size=4)).fit()
         ends.append(model)
     assert_same(*ends)
 

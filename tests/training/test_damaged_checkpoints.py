@@ -18,6 +18,7 @@ from hessianflow.control import AdaBatch
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.runs import checkpoints
 from hessianflow.runs.states import TrainingState
+from hessianflow.training import Reporting, Schedule
 
 N, EPOCHS = 48, 4
 Change = Callable[[dict[str, Any]], None]
@@ -37,14 +38,14 @@ def trainer(run_dir: Path | None) -> AdaptiveBatchTrainer:
         batches,
         batches.examples(torch.arange(N)),
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, [2]),
+        schedule=Schedule(torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])),
         controller=AdaBatch(8, 32, every_epochs=2),
         adversary=FGSM(0.1, share=0.5, value_range=(0.0, 1.0)),
         probe=CurvatureProbe(model, F.cross_entropy, batches.sample(8), seed=0),
         loss_fn=F.cross_entropy,
         epochs=EPOCHS,
         run_dir=run_dir,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     )
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError, History
 from hessianflow.runs import Recorder, checkpoints
 from hessianflow.runs.files import write_json
+from hessianflow.training import Reporting
 
 N = 50
 
@@ -107,7 +108,11 @@ def trainer(run_dir: Path | None, **options: Any) -> AdaptiveBatchTrainer:
     batches = bright_or_dark(N)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 400), nn.ReLU(), nn.Linear(400, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     return AdaptiveBatchTrainer(
         model, batches, optimizer=optimizer, run_dir=run_dir, **(settings | options)
     )

@@ -23,6 +23,7 @@ from hessianflow.control.rate_rule import RateRule
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import SAM, Extrapolation, GradientMoments
 from hessianflow.runs import checkpoints
+from hessianflow.training import Checkpoints, Divergence, Reporting, Schedule
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(3, (64,), generator=torch.Generator().manual_seed(1))
@@ -52,7 +53,7 @@ def trainer(prepare: Callable[[], Prepared], stop_at: int = -1, **further: Any) 
     settings: dict[str, Any] = {
         "loss_fn": nn.CrossEntropyLoss(),
         "epochs": 4,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
     made = AdaptiveBatchTrainer(model, data, **(settings | options | further))
     data.stop_at, data.stop = stop_at, made.request_stop
@@ -84,9 +85,11 @@ def averaged() -> Prepared:
     optimizer = sgd(model.parameters())
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
-    return {"model": model, "optimizer": optimizer, "state": {"average": average}}, tensors(
-        model, average
-    )
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "checkpoints": Checkpoints(state={"average": average}),
+    }, tensors(model, average)
 
 
 class Noise:
@@ -125,7 +128,7 @@ def state_of_the_user() -> Prepared:
     options = {
         "model": model,
         "optimizer": sgd(model.parameters()),
-        "state": {"noise": noise},
+        "checkpoints": Checkpoints(state={"noise": noise}),
         "transform": transform,
     }
     return options, tensors(model)
@@ -208,20 +211,32 @@ def unfrozen_once() -> Prepared:
     model = layers()
     model[0].requires_grad_(False)
     sink = OnceAfterTheFirstEpoch(lambda: model[0].requires_grad_(True))
-    options = {"model": model, "optimizer": sgd(model.parameters()), "sinks": [sink]}
+    options = {
+        "model": model,
+        "optimizer": sgd(model.parameters()),
+        "reporting": Reporting(sinks=[sink]),
+    }
     return options | {"observers": [GradientMoments(accumulate=True)]}, tensors(model)
 
 
 def frozen_once() -> Prepared:
     model = layers()
     sink = OnceAfterTheFirstEpoch(lambda: model[0].requires_grad_(False))
-    return {"model": model, "optimizer": sgd(model.parameters()), "sinks": [sink]}, tensors(model)
+    return {
+        "model": model,
+        "optimizer": sgd(model.parameters()),
+        "reporting": Reporting(sinks=[sink]),
+    }, tensors(model)
 
 
 def statistics_held_once() -> Prepared:
     model = layers()
     sink = OnceAfterTheFirstEpoch(model[1].eval)
-    return {"model": model, "optimizer": sgd(model.parameters()), "sinks": [sink]}, tensors(model)
+    return {
+        "model": model,
+        "optimizer": sgd(model.parameters()),
+        "reporting": Reporting(sinks=[sink]),
+    }, tensors(model)
 
 
 def group_added_once() -> Prepared:
@@ -230,14 +245,16 @@ def group_added_once() -> Prepared:
     sink = OnceAfterTheFirstEpoch(
         lambda: optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.01})
     )
-    return {"model": model, "optimizer": optimizer, "sinks": [sink]}, tensors(model)
+    return {"model": model, "optimizer": optimizer, "reporting": Reporting(sinks=[sink])}, tensors(
+        model
+    )
 
 
 def rate_set_once() -> Prepared:
     model = layers()
     optimizer = sgd(model.parameters())
     sink = OnceAfterTheFirstEpoch(lambda: optimizer.param_groups[0].update(lr=0.03))
-    options = {"model": model, "optimizer": optimizer, "sinks": [sink]}
+    options = {"model": model, "optimizer": optimizer, "reporting": Reporting(sinks=[sink])}
     return options | {"controller": AdaBatch(16, 32, every_epochs=2, lr_decay=0.25)}, tensors(model)
 
 
@@ -270,7 +287,7 @@ def test_a_rollback_puts_back_what_a_checkpoint_holds(tmp_path: Path):
 
     options: dict[str, Any] = {
         "controller": AdaBatch(16, 32, every_epochs=1),
-        "on_divergence": "rollback",
+        "divergence": Divergence("rollback"),
     }
     made, _ = trainer(
         lambda: ({"model": model, "optimizer": sgd(model.parameters()), "transform": poison}, list),
@@ -306,8 +323,8 @@ def test_a_model_handed_over_for_evaluation_trains_on_after_a_rollback_to_the_st
         modes.append(model.training and model[1].training)
         return inputs * (torch.nan if len(inputs) > 16 else 1), targets
 
-    options: dict[str, Any] = {"controller": GrowsAtOnce(16), "on_divergence": "rollback"}
-    options |= {"checkpoint_examples": None, "run_dir": tmp_path / "run", "transform": poison}
+    options: dict[str, Any] = {"controller": GrowsAtOnce(16), "divergence": Divergence("rollback")}
+    options |= {"checkpoints": Checkpoints(), "run_dir": tmp_path / "run", "transform": poison}
     made, _ = trainer(
         lambda: ({"model": model, "optimizer": sgd(model.parameters())}, list), **options
     )
@@ -323,7 +340,7 @@ def test_step_hooks_without_a_state_are_pointed_at_once(
 ):
     def prepare() -> Prepared:
         options, result = averaged()
-        del options["state"]
+        del options["checkpoints"]
         return options, result
 
     with caplog.at_level(logging.WARNING, "hessianflow"):
@@ -331,7 +348,7 @@ def test_step_hooks_without_a_state_are_pointed_at_once(
         history = trainer(prepare)[0].resume(tmp_path / "run")
     notices = [row["message"] for row in history.of_kind("event") if row["event"] == "notice"]
     assert len(notices) == len(caplog.records) == 1
-    assert 'is in no checkpoint unless it is named, as state={"average": average}' in notices[0]
+    assert 'it is named, as checkpoints=Checkpoints(state={"average": average})' in notices[0]
     assert trainer(prepare)[0].fit().of_kind("event") == [], (
         "nothing is kept without a run directory"
     )
@@ -339,7 +356,12 @@ def test_step_hooks_without_a_state_are_pointed_at_once(
 
 def test_a_state_that_the_run_did_not_have_is_refused(tmp_path: Path):
     trainer(averaged, STOP, run_dir=tmp_path / "run")[0].fit()
-    made, _ = trainer(lambda: ({**averaged()[0], "state": {"mean": nn.Linear(1, 1)}}, list))
+    made, _ = trainer(
+        lambda: (
+            {**averaged()[0], "checkpoints": Checkpoints(state={"mean": nn.Linear(1, 1)})},
+            list,
+        )
+    )
     with pytest.raises(HessianFlowError, match="was made without a state mean"):
         made.resume(tmp_path / "run")
 
@@ -446,7 +468,7 @@ def scheduled(epochs: int = 4, decay: float = 0.0, cap: int = 32) -> Prepared:
     return {
         "model": model,
         "optimizer": optimizer,
-        "scheduler": scheduler,
+        "schedule": Schedule(scheduler),
         "controller": controller,
     }, tensors(model)
 

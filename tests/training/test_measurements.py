@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.adversarial import RobustnessWatch
 from hessianflow.data import DeviceBatches
+from hessianflow.training import AfterEpoch
 
 
 def data() -> DeviceBatches:
@@ -28,7 +29,7 @@ def train(measurements, **options):
         optimizer=optimizer,
         loss_fn=cross_entropy,
         epochs=3,
-        measurements=made,
+        after_epoch=AfterEpoch(measurements=made),
         **options,
     )
     return model, trainer
@@ -55,7 +56,7 @@ class Counter:
 
 def test_rows_and_alarms_are_recorded_and_go_on_after_a_resume(tmp_path):
     stop = StopAfterEpoch(1)
-    _, stop.trainer = train([Counter], run_dir=tmp_path / "run", sinks=[stop])
+    _, stop.trainer = train([Counter], run_dir=tmp_path / "run", reporting=Reporting(sinks=[stop]))
     assert stop.trainer.fit().summary["status"] == "preempted"
     history = train([Counter])[1].resume(tmp_path / "run")
     assert [(row["epoch"], row["calls"]) for row in history.of_kind("count")] == [

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError
 from hessianflow.adversarial import PGD, ConcurrentAdversary, WorkerProcess
 from hessianflow.control import FixedBatch
-from hessianflow.training import microbatch
+from hessianflow.training import Passes, microbatch
 from hessianflow.training.microbatch import MicrobatchSize
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_an_out_of_memory_step_is_repeated_as_if_it_had_not_been_tried():
             controller=Fixed(),
             adversary=PGD(0.1, share=0.5, value_range=(0.0, 1.0), steps=2),
             epochs=2,
-            microbatch_size=size,
+            passes=Passes(microbatch_size=size),
         ).fit()
         assert model.failures == (1 if limit else 0)
         weights.append(torch.cat([v.flatten().double() for v in model.state_dict().values()]))
@@ -163,7 +163,7 @@ def test_out_of_memory_with_attacks_under_way_in_another_process(staleness: int)
             controller=Growing(),
             adversary=ConcurrentAdversary(attack, staleness=staleness, runner=runner),
             epochs=2,
-            microbatch_size=16,
+            passes=Passes(microbatch_size=16),
         ).fit()
         assert model.failures == 1
         weights.append(torch.cat([v.flatten().double() for v in model.state_dict().values()]))

@@ -17,6 +17,7 @@ from hessianflow.control import AdaBatch, FixedBatch, NoiseScale
 from hessianflow.data import DeviceBatches
 from hessianflow.optim import CLARS, GradientMoments
 from hessianflow.runs import checkpoints
+from hessianflow.training import Passes, Reporting
 from hessianflow.training.microbatch import MicrobatchSize
 
 N = 50
@@ -53,18 +54,26 @@ def attacked(model: nn.Module) -> dict[str, Any]:
 def by_noise(model: nn.Module) -> dict[str, Any]:
     """Moments of microbatch gradients, averaged over steps, drive the batch."""
     controller = NoiseScale(8, 40)
-    return {"observers": [GradientMoments()], "controller": controller, "microbatch_size": 2}
+    return {
+        "observers": [GradientMoments()],
+        "controller": controller,
+        "passes": Passes(microbatch_size=2),
+    }
 
 
 def clars(model: nn.Module) -> dict[str, Any]:
     """Norms of microbatch gradients enter the optimizer."""
     optimizer = CLARS(model.parameters(), 0.1, momentum=0.9)
-    return {"optimizer": optimizer, "observers": [optimizer.norms], "microbatch_size": 2}
+    return {
+        "optimizer": optimizer,
+        "observers": [optimizer.norms],
+        "passes": Passes(microbatch_size=2),
+    }
 
 
 def half(model: nn.Module) -> dict[str, Any]:
     """A loss scale that moves: it doubles every few steps from where it stands."""
-    return {"precision": "fp16"}
+    return {"passes": Passes(precision="fp16")}
 
 
 def learned_loss(model: nn.Module) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def trainer(model: nn.Module, run_dir: Path | None, **options: Any) -> AdaptiveB
     settings: dict[str, Any] = {
         "epochs": 3,
         "loss_fn": F.cross_entropy,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
         "run_dir": run_dir,
     }
     if "optimizer" not in options:
@@ -187,7 +196,7 @@ def traced(
         loss_fn=F.cross_entropy,
         controller=AdaBatch(8, 32, every_epochs=1),
         epochs=3,
-        microbatch_size=microbatch_size,
+        passes=Passes(microbatch_size=microbatch_size),
         run_dir=run_dir,
         transform=trace,
     )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hessianflow import AdaptiveBatchTrainer, CurvatureReading, Decision, HessianFlowError, History
 from hessianflow.data import DeviceBatches
 from hessianflow.interfaces import Exposure
+from hessianflow.training import AfterEpoch, Checkpoints, Passes, Reporting, Schedule
 from hessianflow.training.checks import LOOP_SIGNALS
 
 N = 50
@@ -79,7 +80,11 @@ class Probe:
 def trainer(
     model: nn.Module, batches: DeviceBatches, evaluation: Any = None, **options: Any
 ) -> AdaptiveBatchTrainer:
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return AdaptiveBatchTrainer(model, batches, evaluation, **(settings | options))
 
@@ -107,7 +112,7 @@ def test_fixed_batch_is_the_bare_loop_bit_for_bit(name: str):
             F.cross_entropy(bare(x), y).backward()
             optimizer.step()
     history = trainer(
-        ours, data(), optimizer=make(ours.parameters()), norm_statistics="running"
+        ours, data(), optimizer=make(ours.parameters()), passes=Passes(norm_statistics="running")
     ).fit()
     assert torch.equal(weights(ours), weights(bare))
     assert history.summary["updates"] == 3 * math.ceil(N / 8)
@@ -175,7 +180,7 @@ def test_growth_inside_an_epoch_keeps_every_weight_sum_at_one():
         controller=script,
         transform=watch,
         epochs=2,
-        microbatch_size=3,
+        passes=Passes(microbatch_size=3),
     ).fit()
     bare = network()
     plain = torch.optim.SGD(bare.parameters(), lr=0.1)
@@ -188,15 +193,19 @@ def test_growth_inside_an_epoch_keeps_every_weight_sum_at_one():
 
 def test_curvature_is_measured_once_an_epoch_or_only_when_needed():
     needing = frozenset({"eigenvalue"})
-    for schedule, needs, expected in (
-        ("epoch", needing, 3),
-        ("needed", needing, 1),
-        ("needed", frozenset(), 0),
+    for every_epoch, needs, expected in (
+        (True, needing, 3),
+        (False, needing, 1),
+        (False, frozenset(), 0),
     ):
         probe = Probe()
         script = Script(Decision(8), {N: Decision(8)}, needs)
         history = trainer(
-            network(), data(), controller=script, probe=probe, curvature=schedule
+            network(),
+            data(),
+            controller=script,
+            probe=probe,
+            after_epoch=AfterEpoch(curvature=every_epoch),
         ).fit()
         assert probe.calls == expected
         assert len(history.curvature) == expected
@@ -264,7 +273,7 @@ def resumable(run_dir: Path | None, model: nn.Module, **options: Any) -> Adaptiv
     script = Script(Decision(8), decisions, frozenset({"eigenvalue"}))
     settings = {
         "optimizer": optimizer,
-        "scheduler": scheduler,
+        "schedule": Schedule(scheduler),
         "controller": script,
         "probe": Probe(),
         "epochs": 4,
@@ -324,7 +333,7 @@ def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path):
 
         def close(self) -> None: ...
 
-    broken = resumable(tmp_path / "run", network(), sinks=[DiesAtTheThird()])
+    broken = resumable(tmp_path / "run", network(), reporting=Reporting(sinks=[DiesAtTheThird()]))
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     assert len(History.load(tmp_path / "run").epochs) == 3
@@ -349,7 +358,7 @@ def test_checkpoints_within_an_epoch(tmp_path: Path):
         data(),
         run_dir=tmp_path / "run",
         transform=watch,
-        checkpoint_examples=13,
+        checkpoints=Checkpoints(every_examples=13),
         epochs=1,
     ).fit()
     assert cursors == [0, 0, 16, 16, 32, 32, 45]
@@ -413,8 +422,7 @@ def test_schedule_counted_in_reference_batches_survives_growth():
             model,
             data(count=48),
             optimizer=optimizer,
-            scheduler=scheduler,
-            schedule_unit="reference_batch",
+            schedule=Schedule(scheduler, unit="reference_batch"),
             controller=Script(Decision(8), script),
             epochs=2,
         ).fit()
@@ -490,7 +498,11 @@ def test_a_weight_that_is_not_finite_under_a_finite_loss_is_never_kept(tmp_path:
 
     with pytest.raises(HessianFlowError, match=r"a weight was not finite"):
         trainer(
-            model, data(), run_dir=tmp_path / "run", loss_fn=loss_fn, checkpoint_examples=8
+            model,
+            data(),
+            run_dir=tmp_path / "run",
+            loss_fn=loss_fn,
+            checkpoints=Checkpoints(every_examples=8),
         ).fit()
     for name in ("last", "previous"):
         state = checkpoints.load(tmp_path / "run" / "checkpoints" / f"{name}.pt")
@@ -509,7 +521,7 @@ def test_a_microbatch_of_ignored_targets_is_no_divergence():
     x, y = batches.examples(torch.arange(N))
     y[: N // 2] = -100
     ignoring = DeviceBatches(x, y, 16, shuffle=False, num_classes=2)
-    history = trainer(model, ignoring, (x[:10], y[:10]), microbatch_size=4).fit()
+    history = trainer(model, ignoring, (x[:10], y[:10]), passes=Passes(microbatch_size=4)).fit()
     assert history.summary["status"] == "finished"
     assert all(math.isfinite(row["train_loss"]) for row in history.epochs)
 
@@ -522,7 +534,7 @@ def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
         model.parameters(), lr=np.float64(0.1), weight_decay=np.float64(1e-4)
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [np.int64(1)])
-    options = {"optimizer": optimizer, "scheduler": scheduler}
+    options = {"optimizer": optimizer, "schedule": Schedule(scheduler)}
     assert (
         trainer(model, data(), run_dir=tmp_path / "numpy", **options).fit().summary["status"]
         == "finished"
@@ -537,7 +549,13 @@ def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
     with pytest.raises(
         HessianFlowError, match="cannot be kept: a part of it holds values other than tensors"
     ):
-        trainer(model, data(), run_dir=tmp_path / "odd", optimizer=odd, checkpoint_examples=8).fit()
+        trainer(
+            model,
+            data(),
+            run_dir=tmp_path / "odd",
+            optimizer=odd,
+            checkpoints=Checkpoints(every_examples=8),
+        ).fit()
 
 
 def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_path: Path):
@@ -549,7 +567,12 @@ def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_pa
 
         def load_state_dict(self, state): ...
 
-    first = trainer(network(), data(), run_dir=tmp_path / "run", state={"dying": Dying()})
+    first = trainer(
+        network(),
+        data(),
+        run_dir=tmp_path / "run",
+        checkpoints=Checkpoints(state={"dying": Dying()}),
+    )
     with pytest.raises(KeyboardInterrupt):
         first.fit()
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
@@ -564,7 +587,7 @@ def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
-    other = resumable(None, model, optimizer=optimizer, scheduler=cosine)
+    other = resumable(None, model, optimizer=optimizer, schedule=Schedule(cosine))
     with pytest.raises(
         HessianFlowError, match="had the scheduler MultiStepLR, this run has CosineAnnealingLR"
     ):
@@ -607,7 +630,12 @@ def test_what_is_normalised_together_does_not_depend_on_the_microbatch(sizes: tu
         batches = DeviceBatches(*data().examples(torch.arange(N)), 15)
         batches._dtype = torch.float64
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer(model, batches, optimizer=optimizer, microbatch_size=size, norm_batch_size=4).fit()
+        trainer(
+            model,
+            batches,
+            optimizer=optimizer,
+            passes=Passes(microbatch_size=size, norm_batch_size=4),
+        ).fit()
         models.append(weights(model))
     torch.testing.assert_close(models[0], models[1], rtol=1e-10, atol=1e-12)
 
@@ -624,10 +652,8 @@ def test_warm_up_of_a_large_batch_keeps_the_schedule_of_the_reference_batch():
         model,
         data(count=48),
         optimizer=optimizer,
-        scheduler=scheduler,
-        schedule_unit="reference_batch",
+        schedule=Schedule(scheduler, unit="reference_batch", reference_batch_size=8),
         controller=Warmup(24, 8, warmup_epochs=0),
-        reference_batch_size=8,
         epochs=4,
     ).fit()
     assert [row["lr"] for row in history.epochs] == pytest.approx([0.3, 0.3, 0.03, 0.03])

@@ -17,7 +17,7 @@ from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import Augmentation, DeviceBatches
 from hessianflow.resolve import resolve
 from hessianflow.runs import checkpoints
-from hessianflow.training import evaluate
+from hessianflow.training import Checkpoints, Reporting, evaluate
 
 N = 50
 
@@ -40,7 +40,11 @@ def network() -> nn.Module:
 
 
 def trainer(model: nn.Module, evaluation: Any = None, **options: Any) -> AdaptiveBatchTrainer:
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return AdaptiveBatchTrainer(
         model, data(), evaluation, optimizer=optimizer, **(settings | options)
@@ -60,8 +64,11 @@ def test_watching_changes_no_weight(way: str, tmp_path: Path):
     options: dict[str, dict[str, Any]] = {
         "evaluation": {"evaluation": (sample[0] + 3, sample[1])},
         "probe": {"probe": CurvatureProbe(watched, F.cross_entropy, sample)},
-        "progress bar": {"show_progress": True},
-        "run directory": {"run_dir": tmp_path / "run", "checkpoint_examples": 16},
+        "progress bar": {"reporting": Reporting(show_progress=True)},
+        "run directory": {
+            "run_dir": tmp_path / "run",
+            "checkpoints": Checkpoints(every_examples=16),
+        },
     }
     torch.manual_seed(5)
     trainer(watched, **options[way]).fit()
@@ -163,7 +170,12 @@ def test_weights_that_are_not_finite_are_never_saved_whatever_the_loss(tmp_path:
             model.spare.data[1] = float("nan")
         return inputs, targets
 
-    made = trainer(model, run_dir=tmp_path / "run", transform=poison, checkpoint_examples=16)
+    made = trainer(
+        model,
+        run_dir=tmp_path / "run",
+        transform=poison,
+        checkpoints=Checkpoints(every_examples=16),
+    )
     with pytest.raises(
         HessianFlowError, match=r"or a weight was not finite, .* in epoch 2 at update 1"
     ):
