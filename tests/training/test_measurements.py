@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.adversarial import RobustnessWatch
 from hessianflow.data import DeviceBatches
-from hessianflow.training import AfterEpoch
+from hessianflow.training import AfterEpoch, Reporting
 
 
 def data() -> DeviceBatches:
