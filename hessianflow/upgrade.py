@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["is_older", "upgrade"]
+__all__ = ["is_older", "moved", "upgrade"]
 
 _Convert = Callable[[Any], Any]
 _WRAPPED = ("sam",)
@@ -77,8 +77,21 @@ _MOVED: Mapping[str, tuple[tuple[str, str, str, _Convert], ...]] = {
     },
 }
 """Where each setting went: kind, method, option, and how its value is spelled there."""
-_GONE = ("momentum_correction", "sam_rho")
+_GONE: Mapping[str, tuple[str, str, str]] = {
+    "momentum_correction": ("optimizer", "lars", "form"),
+    "sam_rho": ("optimizer", "sam", "rho"),
+}
+"""Settings that became another choice of the method: what they are part of today."""
 _OLDER = frozenset(_MOVED) - {"warmup_epochs"} | set(_GONE)
+
+
+def moved(name: str) -> list[tuple[str, str, str]]:
+    """Return kind, method and option that an older setting became; none for another name."""
+    found = [
+        (kind, method, option.removesuffix(".name"))
+        for kind, method, option, _ in _MOVED.get(name, ())
+    ]
+    return [*found, _GONE[name]] if name in _GONE else found
 
 
 def is_older(settings: Mapping[str, Any]) -> bool:

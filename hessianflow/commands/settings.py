@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -18,6 +18,7 @@ from hessianflow.effects import check_effects, is_ignored
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, Choice, Kind, find, method_options, prefers, unknown_option
 from hessianflow.resolve import resolve
+from hessianflow.upgrade import moved
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Given:
     Attributes:
         typed: settings from the command line; an option of a method is "controller.patience".
         in_files: settings from files.
+        notes: what to say of the files, if the settings are those of a run that can be.
     """
 
     typed: Set[str]
     in_files: Set[str]
+    notes: Sequence[str] = ()
 
     def settings(self, arguments: Any) -> dict[str, Any]:
         """Return their values, a method with its options as one mapping."""
@@ -64,6 +67,8 @@ class Given:
                 f"--adversary {config.adversary.name} does nothing with --adversary.share 0: leave"
                 " it out"
             )
+        for text in self.notes:
+            note(text)
         only_in_files = self.in_files - self.typed
         unused = [name for name in names if name in only_in_files and is_ignored(config, name)]
         defaults: dict[str, Any] = {
@@ -129,8 +134,8 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
         if setting.name in CHOSEN:
             text = f"{text.rstrip('.')}. One of {', '.join(_named(setting.name))}, or"
             text += " package.module:Class of your own; with --help, its options are listed."
+            hint = str | None if default is None else str
             default = getattr(default, "name", None)
-            hint = str if default else str | None
             parser.chosen.append(setting.name)
         parser.settings.add(setting.name)
         parser.add(
@@ -229,15 +234,22 @@ def misplaced(parser: Any, name: str, methods: Mapping[str, str]) -> str:
 
 @cache
 def homes(name: str) -> tuple[str, ...]:
-    """Return the options of methods that are called as an unknown option is, as typed."""
-    places = []
+    """Return the options of methods, as typed, that are called as an unknown option is, or were
+    called so in an older release."""
+    places: dict[str, list[str]] = {}
     for setting in CHOSEN:
         kind = KINDS[setting]
         holders = [method for method in kind.methods if name in method_options(kind, method)]
         if holders:
-            spelled = name.replace("_", "-")
-            places.append(f"--{setting}.{spelled} with --{setting} {' or '.join(holders)}")
-    return tuple(places)
+            places[f"{setting}.{name}"] = holders
+    for setting, method, known in moved(name):
+        holders = places.setdefault(f"{setting}.{known}", [])
+        if method not in holders:
+            holders.append(method)
+    return tuple(
+        f"--{dotted.replace('_', '-')} with --{dotted.partition('.')[0]} {' or '.join(holders)}"
+        for dotted, holders in places.items()
+    )
 
 
 def commented(config: TrainConfig) -> str:

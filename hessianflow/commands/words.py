@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hessianflow.commands.parser import Parser, did_you_mean
-from hessianflow.commands.settings import add_methods, homes, misplaced, note
+from hessianflow.commands.settings import add_methods, homes, misplaced
 from hessianflow.commands.yaml_text import UnfitTextError, check_value, load_value, read_settings
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.upgrade import is_older, upgrade
@@ -25,11 +25,13 @@ class Words:
         typed: the options and arguments typed after it.
         files: for each setting, its text in a settings file, and the name of that file; the last
             file counts.
+        notes: what to say of the files, if the command goes well.
     """
 
     command: list[str] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
     files: dict[str, tuple[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def from_files(self) -> list[str]:
@@ -65,7 +67,7 @@ def words_of(parser: Parser, given: Iterable[str]) -> Words:
             current = current.children[word]
             parser.current = current
     found.command = words[:1]
-    found.typed = _without_files(current, words[1:], found.files)
+    found.typed = _without_files(current, words[1:], found)
     if current.chosen:
         current.methods = add_methods(current, _named(found))
     _check_names(parser, current, found)
@@ -82,17 +84,16 @@ def spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _without_files(
-    current: Parser, words: Iterable[str], files: dict[str, tuple[str, str]]
-) -> list[str]:
-    """Return the words without the names of settings files, whose settings are added to `files`."""
+def _without_files(current: Parser, words: Iterable[str], found: Words) -> list[str]:
+    """Return the words without the names of settings files, whose settings are added to those
+    found."""
     takes_files = "--config" in current.options
     rest = iter(words)
     typed = []
     for word in rest:
         name, equals, value = word.partition("=")
         if takes_files and name == "--config":
-            files |= _settings_of(value if equals else next(rest, ""))
+            found.files |= _settings_of(value if equals else next(rest, ""), found.notes)
         elif name.startswith("--") and "." in name:
             typed.append(word.replace(name, name.replace("_", "-"), 1))
         else:
@@ -141,7 +142,7 @@ def _check_names(parser: Parser, current: Parser, found: Words) -> None:
         hint = did_you_mean(name, [word.replace("_", "-") for word in known]).replace("-", "_")
         raise HessianFlowError(f"--config {path}: there is no setting {name!r}{hint}")
     if dropped:
-        note(f"not used with these settings: {', '.join(dropped)}")
+        found.notes.append(f"not used with these settings: {', '.join(dropped)}")
 
 
 def _unknown(current: Parser, name: str) -> str:
@@ -173,8 +174,9 @@ def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> Non
                 raise HessianFlowError(f"{origin}{option}: {error}") from None
 
 
-def _settings_of(path: str) -> dict[str, tuple[str, str]]:
-    """Return the settings in a file as text, in the words of today."""
+def _settings_of(path: str, notes: list[str]) -> dict[str, tuple[str, str]]:
+    """Return the settings in a file as text, in the words of today; add to `notes` where they were
+    others."""
     if not path:
         raise HessianFlowError("--config needs the name of a file of settings")
     found = read_settings(path)
@@ -182,7 +184,7 @@ def _settings_of(path: str) -> dict[str, tuple[str, str]]:
         values = {name: load_value(text) for name, text in found.items()}
         older = [name for name in values if name not in (upgraded := upgrade(values))]
         found = flattened(upgraded)
-        note(
+        notes.append(
             f"--config {path} is spelled as in an older release ({', '.join(older)}):"
             " hessianflow train --config FILE --print-config writes it in the words of today"
         )
