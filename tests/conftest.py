@@ -21,11 +21,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     A run of named files stays in this process, where a debugger works and no worker must start.
     """
+    is_worker = hasattr(config, "workerinput")  # which must not start workers of its own
     everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     options = config.option
     debugging = options.usepdb or options.trace or options.collectonly
-    if not everything or debugging or getattr(options, "numprocesses", 0) is not None:
-        return  # without pytest-xdist there is no such option
+    if is_worker or not everything or debugging:
+        return
+    if getattr(options, "numprocesses", 0) is not None:  # given, or pytest-xdist is not there
+        return
     if hasattr(os, "sched_getaffinity"):
         processors = len(os.sched_getaffinity(0))
     else:
