@@ -21,11 +21,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     A run of named files stays in this process, where a debugger works and no worker must start.
     """
-    is_worker = hasattr(config, "workerinput")  # which must not start workers of its own
-    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     options = config.option
-    debugging = options.usepdb or options.trace or options.collectonly
-    if is_worker or not everything or debugging:
+    if hasattr(config, "workerinput"):  # a worker: starts none, and is not told what is set below
+        options.loadgroup = True
+        return
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if not everything or options.usepdb or options.trace or options.collectonly:
         return
     if getattr(options, "numprocesses", 0) is not None:  # given, or pytest-xdist is not there
         return
