@@ -21,11 +21,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     A run of named files stays in this process, where a debugger works and no worker must start.
     """
-    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     options = config.option
-    debugging = options.usepdb or options.trace or options.collectonly
-    if not everything or debugging or getattr(options, "numprocesses", 0) is not None:
-        return  # without pytest-xdist there is no such option
+    if hasattr(config, "workerinput"):  # a worker: starts none, and is not told what is set below
+        options.loadgroup = True
+        return
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if not everything or options.usepdb or options.trace or options.collectonly:
+        return
+    if getattr(options, "numprocesses", 0) is not None:  # given, or pytest-xdist is not there
+        return
     if hasattr(os, "sched_getaffinity"):
         processors = len(os.sched_getaffinity(0))
     else:
