@@ -1,4 +1,4 @@
-"""Which values a setting may have: its type, its bounds and its spelling.
+"""The checks of the value of a setting: its type, its bounds and its spelling.
 
 The same checks apply to settings from the command line, a file, a recorded run and Python.
 """
@@ -18,21 +18,21 @@ from hessianflow.interfaces import HessianFlowError
 PathT = TypeVar("PathT", str, str | None)
 
 MOST = 1e9
-"""Largest count of anything, far above any use: a larger one is a slip, and overflows somewhere.
-Ours."""
+"""Largest count of anything. This bound, like the next ones, is our choice: a larger count is a
+slip, and overflows somewhere."""
 MOST_EPOCHS = 1e6
-"""Most epochs. Ours."""
+"""Most epochs of a run."""
 MOST_PROCESSES = 1024
-"""Most threads, processes or workers of one run. Ours."""
+"""Most threads, processes or workers of a run."""
 LARGEST = 1e30
-"""Largest learning rate or factor: products of a few of them still fit into a float32. Ours."""
+"""Largest learning rate or factor, so that a product of a few still fits into a float32."""
 LONGEST_TEXT = 4096
 """Most characters of a name or a path: the longest path of Linux."""
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")
-"""Kinds of characters that no name may hold: control characters, halves of pairs, separators of
-lines."""
+"""Categories of characters that no name may hold: control characters, halves of surrogate pairs,
+and separators of lines."""
 LONGEST = 100
-"""Most characters of a wrong value that an error repeats."""
+"""Most characters of the user's text that an error repeats."""
 _SHOWN = 80
 """Most characters of a wrong value that an error repeats."""
 
@@ -42,9 +42,9 @@ class Range:
     """The numbers that a setting may have, as part of its type: `Annotated[int, Range(1, MOST)]`.
 
     Attributes:
-        low: the least of them.
-        high: the greatest of them.
-        above: whether `low` itself is too small.
+        low: Smallest number.
+        high: Largest number.
+        above: Whether `low` itself is too small.
     """
 
     low: float
@@ -52,11 +52,7 @@ class Range:
     above: bool = False
 
     def check(self, where: str, number: float) -> None:
-        """Refuse a number outside the range, nan among them.
-
-        Raises:
-            HessianFlowError: naming `where`, the bound and the number.
-        """
+        """Refuse a number outside the range, or nan; the error names the option `where`."""
         if self.above and number <= self.low:
             raise HessianFlowError(
                 f"{where} must be greater than {self.low:g}, got {shown(number)}"
@@ -79,12 +75,12 @@ def check_setting(name: str, value: Any, hint: Any) -> None:
     """Refuse a value of the wrong type for its setting, and one that is out of bounds.
 
     Args:
-        name: name of the setting.
-        value: the value as given; None passes where the type allows it.
-        hint: type of the setting, with its :class:`Range` where it has one.
+        name: Name of the setting.
+        value: Value as given; None passes if the type allows it.
+        hint: Type of the setting, with its :class:`Range` if it has one.
 
     Raises:
-        HessianFlowError: naming the option, what it takes and the value.
+        HessianFlowError: The value is wrong; the error says what the option takes.
     """
     check_type(option(name), value, hint)
 
@@ -93,7 +89,7 @@ def check_type(where: str, value: Any, hint: Any) -> None:
     """Refuse a value of the wrong type, and one that is out of the bounds of its type.
 
     Raises:
-        HessianFlowError: naming `where`, what it takes and the value.
+        HessianFlowError: The value is wrong; the error says what the option `where` takes.
     """
     if not _fits(value, hint):
         raise HessianFlowError(f"{where} must be {_described(hint)}, got {shown(value)}")
@@ -105,10 +101,10 @@ def check_type(where: str, value: Any, hint: Any) -> None:
 
 
 def check_range(where: str, number: float, low: float, high: float) -> None:
-    """Refuse a number outside [low, high], nan among them.
+    """Refuse a number outside [low, high], or nan.
 
     Raises:
-        HessianFlowError: naming `where`, the bound and the number.
+        HessianFlowError: The number is refused; the error names the option `where` and the bound.
     """
     if number < low:
         raise HessianFlowError(f"{where} must be at least {low:g}, got {shown(number)}")
@@ -142,29 +138,31 @@ def user_path(path: PathT, where: str) -> PathT:
     """Return the path with the home folder in place of a leading `~` or `~NAME`; None stays None.
 
     Raises:
-        HessianFlowError: there is no such folder; the error names it by the option `where`.
+        HessianFlowError: There is no such folder; the error names the option `where`.
     """
-    return path if path is None or not path.startswith("~") else str(in_home(path, where))
+    if path is None or not path.startswith("~"):
+        return path
+    return str(in_home(path, where))
 
 
 def shown(value: Any) -> str:
-    """Return a wrong value as an error repeats it: on one line, cut short where it is long."""
+    """Return a wrong value as errors repeat it, on one line and cut short if it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
         return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
-    text = str(value) if isinstance(value, (int, float)) else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    if isinstance(value, (int, float)):
+        return shortened(str(value), _SHOWN)
+    return shortened(repr(value), _SHOWN)
 
 
 def shortened(text: str, length: int = LONGEST) -> str:
-    """Return the text, cut where it is longer."""
-    return text if len(text) <= length else f"{text[:length]}..."
+    """Return the text, cut short if it is longer than `length` characters."""
+    if len(text) <= length:
+        return text
+    return f"{text[:length]}..."
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value has a type.
-
-    An integer is a valid float, true and false are not numbers, and a list is a valid tuple.
-    """
+    """Return whether a value has a type; an integer is a valid float, and a list a valid tuple."""
     kind = get_origin(hint)
     parts = get_args(hint)
     if hint is Any:
@@ -180,7 +178,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is tuple:
         if not isinstance(value, (tuple, list)):
             return False
-        expected = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+        expected = list(parts)
+        if parts[-1] is Ellipsis:
+            expected = [parts[0]] * len(value)
         return len(value) == len(expected) and all(map(_fits, value, expected))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -204,18 +204,20 @@ def _described(hint: Any) -> str:
         return _described(parts[0])
     if kind in (Union, types.UnionType):
         return " or ".join(_described(part) for part in parts if part is not type(None))
+    if kind is Literal and len(parts) == 1:
+        return repr(parts[0])
     if kind is Literal:
-        return ("one of " if len(parts) > 1 else "") + ", ".join(map(repr, parts))
+        return f"one of {', '.join(map(repr, parts))}"
     if kind is tuple and parts[-1] is Ellipsis:
-        example = {int: "[30, 60]", float: "[0.1, 0.2]"}.get(parts[0], "[[2, 256], [4, 512]]")
-        return f"a list like {example}"
+        examples = {int: "[30, 60]", float: "[0.1, 0.2]"}
+        return f"a list like {examples.get(parts[0], '[[2, 256], [4, 512]]')}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
         hint, str(hint)
     )
 
 
 def without_bounds(hint: Any) -> Any:
-    """Return a type without its ranges, as a parser of words takes it."""
+    """Return a type without its ranges, the form that the argument parser takes."""
     kind = get_origin(hint)
     parts = get_args(hint)
     if kind is Annotated:
@@ -238,7 +240,9 @@ def _numbers(value: Any) -> list[float]:
     """Return every number in a value."""
     if isinstance(value, (tuple, list)):
         return [number for part in value for number in _numbers(part)]
-    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value]
+    return []
 
 
 def _check_text(where: str, value: str) -> None:

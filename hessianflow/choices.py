@@ -1,4 +1,4 @@
-"""From the choices of a resolved configuration to the objects that a trainer is made of."""
+"""Builders of the objects that a trainer is made of, by the names in a resolved configuration."""
 
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from hessianflow.options import parameters_of
 from hessianflow.resolve import schedule_of
 
 MICROBATCHES = 4
-"""Microbatches of the first batch where methods compare their gradients. This default is our
+"""Microbatches of the first batch if a method compares their gradients. This default is our
 choice."""
 
 
@@ -41,10 +41,10 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
 def build_scheduler(
     config: RunConfig, optimizer: Optimizer, examples: int
 ) -> tuple[LRScheduler | None, Literal["epoch", "reference_batch"]]:
-    """Return the schedule below the controller's factor, and what it counts.
+    """Return the schedule below the controller's factor, and the unit of its steps.
 
-    Without warm-up it takes one step an epoch. With warm-up it takes one a reference batch of
-    examples, so that the rate rises smoothly. A scheduler class of torch takes one step an epoch.
+    It takes one step per epoch. With warm-up it takes one per reference batch of examples, so that
+    the rate rises smoothly; a scheduler class of torch has no warm-up.
     """
     kind = KINDS["schedule"]
     if "optimizer" in parameters_of(find(kind, config.schedule.name, "schedule")):
@@ -54,7 +54,7 @@ def build_scheduler(
     if config.warmup_epochs == 0 and config.schedule.name == "constant":
         return None, "epoch"
 
-    # Functions, not objects: of an object the scheduler's state would hold the attributes.
+    # The state of a scheduler would hold the attributes of an object, so it is given a function.
     def of_epoch(epoch: int) -> float:
         return float(shape(epoch))
 
@@ -70,10 +70,10 @@ def build_scheduler(
 
 
 def build_stages(config: RunConfig) -> tuple[Stage, ...]:
-    """Return the resolutions over a run; none where it keeps the full one.
+    """Return the stages of resolution in a run; () if the resolution never changes.
 
     Raises:
-        HessianFlowError: a stretch of constant rate has fewer epochs than there are resolutions.
+        HessianFlowError: A stretch of constant rate has fewer epochs than there are resolutions.
     """
     resolutions = config.resolutions
     if config.resolution is None or resolutions is None:
@@ -92,11 +92,10 @@ def build_stages(config: RunConfig) -> tuple[Stage, ...]:
 
 
 def build_controller(config: RunConfig) -> BatchController:
-    """Return the controller by name, under the learning-rate rule and with the resolutions that
-    were asked for.
+    """Return the controller, with the learning-rate rule and the resolutions that the run asks for.
 
     Raises:
-        HessianFlowError: dual-batch, which plans its batches beforehand.
+        HessianFlowError: The controller is dual-batch, which plans its batches before the run.
     """
     if config.is_dual_batch:
         raise HessianFlowError(
@@ -125,12 +124,12 @@ def build_controller(config: RunConfig) -> BatchController:
 def build_adversary(
     config: RunConfig, batches: DeviceBatches | AdaptiveBatches, spread: tuple[float, ...]
 ) -> Adversary | None:
-    """Return the adversary by name, its size and bounds in the units of the normalised inputs.
+    """Return the adversary, with its size and bounds in the units of the normalised inputs.
 
     Args:
-        config: the resolved settings.
-        batches: the training data, which know their valid range.
-        spread: standard deviation per channel that the pixels were divided by.
+        config: Settings of the run.
+        batches: Training data, which give the valid range of inputs.
+        spread: Standard deviation per channel by which the pixels were divided.
     """
     if config.adversary.name == "none":
         return None
@@ -148,7 +147,7 @@ def build_adversary(
 
 
 def _scaled(chosen: Choice, spread: torch.Tensor) -> Choice:
-    """Return an attack with its size in the units of inputs that were divided by `spread`."""
+    """Return an attack whose size is in the units of inputs that were divided by `spread`."""
     options = dict(chosen.options)
     for name, value in options.items():
         if isinstance(value, Choice):
@@ -159,25 +158,31 @@ def _scaled(chosen: Choice, spread: torch.Tensor) -> Choice:
 
 
 def _runner(chosen: Choice | None, device: torch.device) -> Choice:
-    """Return where the attacks of conadv run, by default beside the training where a device can.
+    """Return the runner of the attacks of conadv: the one chosen, or the default of the device.
 
     Raises:
-        HessianFlowError: a second stream without a GPU, or a second process with one.
+        HessianFlowError: The runner is a second stream without a GPU, or a second process with one.
     """
-    on_gpu = device.type == "cuda"
+    usual = "interleaved"
+    alternatives = {"stream": "process"}
+    if device.type == "cuda":
+        usual = "stream"
+        alternatives = {"process": "stream"}
     if chosen is None:
-        return Choice("stream" if on_gpu else "interleaved")
-    if chosen.name == ("process" if on_gpu else "stream"):
-        other = "stream" if on_gpu else "process"
+        return Choice(usual)
+    if chosen.name in alternatives:
         raise HessianFlowError(
-            f"--adversary.runner {chosen.name} cannot attack on {device}: use {other}"
+            f"--adversary.runner {chosen.name} cannot attack on {device}: use"
+            f" {alternatives[chosen.name]}"
         )
     return chosen
 
 
 def split_for_twins(config: RunConfig, model: nn.Module) -> nn.Module:
-    """Return the model, with batch-normalisation statistics of their own for the twins of conadv if
-    it is to have them."""
+    """Return the model, with a second set of batch normalisation for twins if the run asks for it.
+
+    Without `split_norm`, conadv has the second set if the model has batch normalisation.
+    """
     if config.adversary.name != "conadv":
         return model
     wanted = config.split_norm
@@ -185,11 +190,13 @@ def split_for_twins(config: RunConfig, model: nn.Module) -> nn.Module:
         wanted = any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
         )
-    return split_batch_norm(model) if wanted else model
+    if wanted:
+        return split_batch_norm(model)
+    return model
 
 
 def build_observers(controller: BatchController, optimizer: Optimizer) -> list[GradientObserver]:
-    """Return what controller and optimizer want to know of the microbatch gradients."""
+    """Return the observers of microbatch gradients that controller and optimizer need."""
     observers: list[GradientObserver] = []
     while isinstance(optimizer, SAM | Extrapolation):
         optimizer = optimizer.base
@@ -201,5 +208,7 @@ def build_observers(controller: BatchController, optimizer: Optimizer) -> list[G
 
 
 def microbatch_default(config: RunConfig, observers: list[GradientObserver]) -> int | None:
-    """Return a quarter of the batch where gradients of microbatches are compared, else None."""
-    return max(1, config.batch_size // MICROBATCHES) if observers else None
+    """Return a quarter of the batch if gradients of microbatches are compared, else None."""
+    if not observers:
+        return None
+    return max(1, config.batch_size // MICROBATCHES)

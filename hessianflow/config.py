@@ -1,7 +1,7 @@
-"""The settings of a run: as given (:class:`TrainConfig`) and resolved (:class:`RunConfig`).
+"""The settings of a run, as given (:class:`TrainConfig`) and resolved (:class:`RunConfig`).
 
-A setting that is left open is None in the former; :func:`hessianflow.resolve.resolve` makes the
-latter of it, once. config.json holds the resolved settings.
+A setting that is left open is None in a TrainConfig; :func:`hessianflow.resolve.resolve` fills it,
+once. config.json holds the resolved settings.
 """
 
 from collections.abc import Mapping
@@ -35,116 +35,118 @@ ResolutionName = Literal["cyclic", "once", "uniform"]
 LogLevelName = Literal["debug", "info", "warning", "error"]
 
 CHOSEN = ("controller", "adversary", "optimizer", "schedule")
-"""Settings that choose a method, each of the kind of the same name."""
+"""Settings that choose a method; the kind of method has the same name."""
 _MAY_BE_OPEN = ("adversary", "schedule")
 """Those of them that may be left to what the controller prefers."""
 
 
 def _of(group: str, default: Any = None) -> Any:
-    """Return a field of a group of settings, under which the help lists it."""
+    """Return a field in a group of settings, which is its title in the help."""
     return field(default=default, metadata={"group": group})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of `hessianflow train`, as given; None is left open where it is the default.
+    """The settings of `hessianflow train` as given; a default of None leaves a setting open.
 
     The methods (controller, adversary, optimizer, schedule) may be given by name, as a mapping
     {"name": "absa", "patience": 5}, or as a :class:`~hessianflow.methods.Choice`.
 
     Attributes:
-        data: data set by name. digits comes with scikit-learn, fake is made up, all others are read
-            from data_dir; folder is any tree of class folders below train and val.
-        data_dir: folder that holds the data set's official files, or their archive.
-        train_examples: use only this many training examples; default: all.
-        test_examples: use only this many test examples; default: all.
-        loader_workers: processes that load images from a tree of folders; all other data sets are
-            held on the device.
-        image_size: pixels a side that images of imagenet and folder are cut to; default: 224, for
-            folder no more than the shorter side of most files.
-        augment: crop and flip training images at random, where that is usual for the data set.
-        model: network by name (see hf.models.names()); package.module:function of your own, code
-            that is looked for in the working directory too and will be run; or timm/NAME or
-            torchvision/NAME where that is installed; default: that of the data set.
-        controller: method that decides the batch size.
-        adversary: method that attacks a share of every batch; none: train on clean examples.
-            Default: fgsm, unless the controller trains without.
-        optimizer: method that takes a step.
-        schedule: course of the learning rate, below the controller's factor; default: what the
-            controller prefers, else that of the data set.
-        batch_size: examples per optimizer step at the start, over all processes; the learning rate
-            is stated for it.
-        max_batch_size: cap for growing batches.
-        epochs: passes over the training data.
-        lr: learning rate at batch_size; default: one of the data set for sgd, 0.001 for adam and
-            adamw, on digits one for every optimizer; lars, clars and lamb need it elsewhere.
-        warmup_epochs: epochs over which the rate rises linearly from 0 to the schedule's.
-        lr_rule: how the rate follows the batch; default: sqrt for adam, adamw and lamb where the
-            controller scales the rate, else as the controller has it (linear for absa).
-        max_lr_factor: cap on what the rate is multiplied by, with lr_rule.
-        resolution: train at lower resolutions first. cyclic: from low to high within every stretch
-            of constant learning rate; once: one resolution a stretch; uniform: in equal parts,
-            whatever the rate; default: full resolution throughout.
-        resolutions: pixels a side, increasing, e.g. "[24, 32]"; the last is that of the data;
+        data: Data set by name. digits comes with scikit-learn, fake is random, and the others are
+            read from data_dir; folder is any tree of class folders below train and val.
+        data_dir: Folder of the official files of the data set, or of their archive.
+        train_examples: Training examples to use; default: all.
+        test_examples: Test examples to use; default: all.
+        loader_workers: Processes that load images from a tree of folders; other data sets are held
+            on the device.
+        image_size: Side in pixels that images of imagenet and folder are cut to; default: 224, but
+            for folder at most the shorter side of most files.
+        augment: Crop and flip training images at random, if that is usual for the data set.
+        model: Network by name (see hf.models.names()), timm/NAME or torchvision/NAME if that
+            package is installed, or package.module:function of your own, which is also searched for
+            in the working directory and is run; default: the network of the data set.
+        controller: Method that decides the batch size.
+        adversary: Method that attacks a share of every batch; none trains on clean examples;
+            default: fgsm, unless the controller prefers none.
+        optimizer: Method that updates the weights.
+        schedule: Course of the learning rate, before the factor of the controller; default: the one
+            that the controller prefers, else that of the data set.
+        batch_size: Examples per optimizer step at the start, over all processes; the learning rate
+            is stated for this size; default: that of the data set.
+        max_batch_size: Cap on the batch size; default: that of the data set.
+        epochs: Passes over the training data; default: that of the data set.
+        lr: Learning rate at batch_size; default: that of the data set for sgd, and 0.001 for adam
+            and adamw; lars, clars and lamb have a default for digits only.
+        warmup_epochs: Epochs over which the rate rises linearly from 0 to that of the schedule.
+        lr_rule: Rule by which the rate follows the batch; default: sqrt for adam, adamw and lamb if
+            the controller scales the rate, else the rule of the controller (linear for absa).
+        max_lr_factor: Cap on the factor by which lr_rule multiplies the rate; default: none.
+        resolution: Order of training resolutions. cyclic goes from low to high within every stretch
+            of constant learning rate, once has one resolution per stretch, and uniform divides the
+            run into equal parts; default: full resolution throughout.
+        resolutions: Increasing sides in pixels, e.g. "[24, 32]"; the last is that of the data;
             default: three quarters of it, then all.
-        resolution_batch_sizes: examples per step that go with each resolution, e.g. "[600, 560]":
-            the controller's size is multiplied by the size here over the last one; default: the
-            same at every resolution.
-        dropouts: dropout before the last linear layer at each resolution, e.g. "[0.1, 0.2]"; with
+        resolution_batch_sizes: Examples per step for each resolution, e.g. "[600, 560]"; the size
+            of the controller is multiplied by the ratio of a size here to the last one; default:
+            the same at every resolution.
+        dropouts: Dropout before the last linear layer at each resolution, e.g. "[0.1, 0.2]"; with
             conadv only at staleness 0; default: none.
-        curvature: when the top Hessian eigenvalue is measured; every epoch, when the controller
-            needs it, or never.
-        probe_examples: training examples the curvature is measured on; default: 128 for digits, 64
-            otherwise (the published ABSA runs took 128: at least twice the cost, a spread of 8
-            instead of 10 % between samples).
-        probe_tolerance: relative residual at which an eigenvalue counts as converged.
-        curvature_budget: largest share of the training cost that readings may take; an epoch whose
-            reading would exceed it goes without, and counts for patience; 100 is as good as no
-            limit; default: 0.01, which is a reading in nearly every epoch of 50,000 images and in
-            every fifth of 10,000; no limit for digits and fake.
-        norm_mode: statistics of batch normalisation in curvature measurements. eval: the running
-            ones; batch: those of the batch measured. Default: what the controller prefers, else
-            eval.
-        overfitting_alarm: after every epoch record the accuracy under fgsm and pgd on 256 test
-            examples, and warn when that under pgd collapses while that under fgsm does not.
-        input_curvature: after every epoch record the top eigenvalue of the Hessian by the inputs,
-            on 16 test examples.
-        microbatch_size: examples per forward pass; auto finds the fastest; default: auto on a GPU,
+        curvature: When to measure the top Hessian eigenvalue, which is every epoch, when the
+            controller needs it, or never (off).
+        probe_examples: Training examples on which the curvature is measured; default: 128 for
+            digits, else 64. The published ABSA runs took 128, at twice the cost or more, which
+            lowers the spread between samples from 10 to 8 %.
+        probe_tolerance: Relative residual at which an eigenvalue counts as converged.
+        curvature_budget: Largest share of the training cost that readings may take. An epoch whose
+            reading would exceed it goes without, and counts for patience. Default: 0.01, which
+            allows a reading in nearly every epoch of 50,000 images and in every fifth of 10,000;
+            digits and fake have no limit, and 100 is as good as none.
+        norm_mode: Statistics of batch normalisation in curvature measurements, the running ones
+            (eval) or those of the measured batch (batch); default: what the controller prefers,
+            else eval.
+        overfitting_alarm: Record the accuracy under fgsm and pgd on 256 test examples after every
+            epoch, and warn if it collapses under pgd but not under fgsm.
+        input_curvature: Record the top eigenvalue of the Hessian by the inputs, on 16 test
+            examples, after every epoch.
+        microbatch_size: Examples per forward pass; auto finds the fastest; default: auto on a GPU,
             else batch_size.
-        norm_batch_size: examples batch normalisation sees at once in training; default: batch_size;
-            0: the microbatch; ranks: those of all ranks (torch's SyncBatchNorm, on GPUs).
-        norm_statistics: settled: running statistics of batch normalisation that have not settled at
-            the end of an epoch are measured again, and readings on such ones are not used; running:
-            neither, as in the published code of ABSA.
-        split_norm: give the adversarial twins of conadv batch-normalisation statistics and
-            parameters of their own; default: where the model has batch normalisation.
-        precision: float32, or autocast in bf16 or fp16; auto takes bf16 where the device computes
-            in it.
-        channels_last: memory layout of images and convolutions; the faster one on most devices.
-        compile: compile the model with torch.compile, for batches of any size.
-        deterministic: only algorithms that repeat bit for bit on a GPU; an error where torch has
-            none.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
-        threads: processor threads of torch; default: torch's own choice, 1 for digits.
-        seed: seed of initialisation, data order, augmentation, attack and probe, each in a stream
-            of its own.
-        elastic: train on Ray, with as many workers as the batch deserves, between min_workers and
+        norm_batch_size: Examples that batch normalisation sees at once in training; 0 stands for
+            the microbatch, and ranks for the batches of all ranks (SyncBatchNorm of torch, on GPUs
+            only); default: batch_size.
+        norm_statistics: Whether running statistics of batch normalisation that have not settled at
+            the end of an epoch are measured again, and readings on them rejected (settled), or used
+            as they are (running), like in the published code of ABSA.
+        split_norm: Give the adversarial twins of conadv their own statistics and parameters of
+            batch normalisation; default: true if the model has batch normalisation.
+        precision: float32, or autocast in bf16 or fp16; auto is bf16 if the device computes in it,
+            else float32; default: float32 for digits and fake, else auto.
+        channels_last: Store images and convolutions with channels last, which is faster on most
+            devices; default: false for digits, else true.
+        compile: Compile the model with torch.compile, for batches of any size.
+        deterministic: Use only algorithms that repeat bit for bit on a GPU; it is an error if torch
+            has none.
+        device: cpu, cuda, cuda:1, ...; auto is a GPU if there is one.
+        threads: Processor threads of torch; default: 1 for digits, else the choice of torch.
+        seed: Seed of initialisation, data order, augmentation, attack and probe, each of which has
+            its own stream.
+        elastic: Train on Ray, with as many workers as suit the batch, between min_workers and
             max_workers.
-        min_workers: fewest workers of an elastic run; default: 1.
-        max_workers: most workers of an elastic run; default: 8.
-        ray_address: address of a Ray cluster; default: a local one.
-        checkpoint_examples: save a checkpoint also each time this many examples have been trained.
-        checkpoint_minutes: save a checkpoint also each time this many minutes have passed.
-        keep_checkpoints: how many of the newest checkpoints are kept.
-        on_divergence: stop, or rollback to the last checkpoint, with the last growth undone and the
-            batch held there.
-        max_rollbacks: how often to roll back before stopping.
-        run_dir: folder for records, checkpoints and plots; default: a new one below runs/.
-        tensorboard: write TensorBoard files too, into the run directory (needs pip install
+        min_workers: Fewest workers of an elastic run; default: 1.
+        max_workers: Most workers of an elastic run; default: 8.
+        ray_address: Address of a Ray cluster; default: a local one.
+        checkpoint_examples: Examples between further checkpoints within an epoch; default: none.
+        checkpoint_minutes: Minutes between further checkpoints within an epoch; default: none.
+        keep_checkpoints: Number of the newest checkpoints to keep.
+        on_divergence: Stop, or rollback to the last checkpoint, where the last growth is undone and
+            the batch then stays.
+        max_rollbacks: Most rollbacks before the run stops.
+        run_dir: Folder for records, checkpoints and plots; default: a new one below runs/.
+        tensorboard: Also write TensorBoard files into the run directory (needs pip install
             'hessianflow[tensorboard]').
-        log_level: what to say on standard error while training: debug adds readings to info's line
-            per epoch and per decision; default: info on a terminal, else warning.
-        plots: draw the plots at the end.
+        log_level: Least severe messages to show while training; info has a line per epoch and per
+            decision, and debug adds one per reading; default: info on a terminal, else warning.
+        plots: Draw the plots at the end.
     """
 
     data: str = _of("data", "digits")
@@ -216,9 +218,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """The settings of a run, resolved: every choice is made, with a value for each of its options.
+    """The resolved settings of a run: every method is chosen, with a value for each of its options.
 
-    Attributes are those of :class:`TrainConfig`. What may still be None has "none" as a meaning.
+    Its attributes are those of :class:`TrainConfig`. A setting that may still be None gives None a
+    meaning of its own.
     """
 
     model: str = ""
@@ -235,7 +238,7 @@ class RunConfig(TrainConfig):
 
     @property
     def is_dual_batch(self) -> bool:
-        """Whether workers train apart, on a parameter server."""
+        """Return whether workers train apart, with a parameter server."""
         return self.controller.name == "dual-batch"
 
 
@@ -248,7 +251,7 @@ _NEVER_FILLED = (
     "max_workers",
     "ray_address",
 )
-"""Settings that no preset fills unless they have an effect: wishes, wherever they come from."""
+"""Settings that no preset fills unless they have an effect, so they are always explicit wishes."""
 _NOT_ON_A_SERVER = (
     "checkpoint_examples",
     "checkpoint_minutes",
@@ -260,19 +263,19 @@ _NOT_ON_A_SERVER = (
 
 
 def _wishes(config: TrainConfig) -> list[str]:
-    """Return the settings whose value is somebody's wish."""
-    found = list(_NEVER_FILLED)
+    """Return the settings whose values can only be explicit wishes."""
+    wishes = list(_NEVER_FILLED)
     if config.controller.name == "dual-batch":
         usual = {setting.name: setting.default for setting in fields(TrainConfig)}
-        found += [name for name in _NOT_ON_A_SERVER if getattr(config, name) != usual[name]]
-    return found
+        wishes += [name for name in _NOT_ON_A_SERVER if getattr(config, name) != usual[name]]
+    return wishes
 
 
 def chosen(name: str, given: Any) -> Choice:
-    """Return the choice of a method as given for the setting `name`.
+    """Return the method that is given for the setting `name`.
 
     Raises:
-        HessianFlowError: an unknown method or option.
+        HessianFlowError: The method or one of its options is unknown.
     """
     if name == "adversary" and given in ("none", {"name": "none"}, Choice("none")):
         return Choice("none")
@@ -281,28 +284,30 @@ def chosen(name: str, given: Any) -> Choice:
 
 @cache
 def hints() -> Mapping[str, Any]:
-    """Return the type of every setting, with its bounds."""
-    found = get_type_hints(TrainConfig, include_extras=True)
-    return {setting.name: found[setting.name] for setting in fields(TrainConfig)}
+    """Return the type of every setting, with its bounds, in the order of the settings."""
+    types = get_type_hints(TrainConfig, include_extras=True)
+    return {setting.name: types[setting.name] for setting in fields(TrainConfig)}
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Return plain values for config.json."""
+    """Return the settings as plain values, the form of config.json."""
     return {setting.name: _plain(getattr(config, setting.name)) for setting in fields(config)}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Choice):
         return value.to_dict()
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value
 
 
 def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
-    """Return the settings that :func:`to_dict` wrote, or that stand in a file.
+    """Return the settings that :func:`to_dict` wrote, or that a file has in the same form.
 
     Raises:
-        HessianFlowError: an unknown setting, a value of another type, or one out of bounds;
-            `source` names the file.
+        HessianFlowError: A setting is unknown, has the wrong type, or is out of bounds; the error
+            names the file by `source`.
     """
     unknown = sorted(settings.keys() - hints().keys())
     if unknown:
@@ -316,4 +321,6 @@ def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
 
 
 def _tupled(value: Any) -> Any:
-    return tuple(_tupled(part) for part in value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(_tupled(part) for part in value)
+    return value

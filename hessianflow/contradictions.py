@@ -1,22 +1,22 @@
-"""Refuses settings that contradict each other; each error names the options and the way out."""
+"""The refusal of settings that contradict each other; errors name the options and the way out."""
 
 from typing import Any
 
 from hessianflow.interfaces import HessianFlowError
 
 _NOT_ELASTIC = {"adversary": "conadv", "controller": "dual-batch", "on_divergence": "rollback"}
-"""Settings of runs that keep batches of their own, have workers of their own, or go back to
-files."""
+"""Settings that do not work in an elastic run: they keep batches ready, have workers of their own,
+or go back to a checkpoint file."""
 
 
 def check_together(config: Any) -> None:
     """Refuse settings that contradict each other, resolved or not.
 
     Args:
-        config: an object with all settings; None stands for one that is open.
+        config: Object with all settings; None stands for one that is open.
 
     Raises:
-        HessianFlowError: naming the options.
+        HessianFlowError: Two settings contradict each other.
     """
     _check_sizes(config)
     _check_resolution(config)
@@ -27,15 +27,15 @@ def check_resolved(config: Any) -> None:
     """Refuse resolved settings that contradict each other.
 
     Raises:
-        HessianFlowError: naming the options.
+        HessianFlowError: Two settings contradict each other.
     """
     if config.max_lr_factor is not None and config.lr_rule is None:
         raise HessianFlowError(f"--max-lr-factor {config.max_lr_factor:g} needs --lr-rule")
     staleness = config.adversary.options.get("staleness", 0)
     if config.dropouts is not None and staleness > 0:
         raise HessianFlowError(
-            "--dropouts needs --adversary.staleness 0: dropout is set when a batch is drawn, with"
-            f" staleness {staleness} early"
+            "--dropouts needs --adversary.staleness 0: dropout is set when a batch is drawn, which"
+            f" is too early with staleness {staleness}"
         )
     sizes = [size for _, size in config.controller.options.get("stages") or ()]
     if max(sizes, default=0) > config.max_batch_size:

@@ -1,7 +1,7 @@
-"""Which settings have an effect under which others: one table, and the refusal of ignored settings.
+"""The table of the settings that have an effect only under others, and the refusal of ignored ones.
 
-A setting that is given but ignored is a mistake: either in the option, or in the choice that it was
-meant for. Bounds on growth (`max_batch_size`) are not listed: they hold even where nothing grows.
+A setting that is given but ignored is a mistake, either in that setting or in the choice that it
+was meant for. Bounds on growth (`max_batch_size`) are not listed, because they always hold.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from hessianflow.interfaces import HessianFlowError
 
 @dataclass(frozen=True)
 class Above:
-    """Stands for all numbers above a bound."""
+    """All numbers above a bound."""
 
     bound: float
 
@@ -25,7 +25,7 @@ class Above:
 
 @dataclass(frozen=True)
 class AllBut:
-    """Stands for every choice but the ones named."""
+    """Every choice but the ones named."""
 
     names: tuple[str, ...]
 
@@ -71,27 +71,28 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "min_workers": (_ELASTIC,),
     "max_workers": (_ELASTIC,),
 }
-"""The cases of a setting, one of which must hold for it to have an effect; a setting that is not
-listed always has one. Options of methods are not listed: a method has no options without effect."""
+"""The cases of a setting, one of which must hold for it to have an effect. A setting that is not
+listed always has one, and so has every option of a method."""
 _WAYS_OUT: Mapping[str, str] = {
     "data_dir": ": name the data set that is there with --data",
     "min_workers": ": add --elastic",
     "max_workers": ": add --elastic",
 }
-"""The way out for a setting, where it is not simply to leave the setting out."""
+"""The way out for a setting, if it is not to leave the setting out."""
 
 
 def check_effects(settings: Any, names: Iterable[str]) -> None:
     """Refuse settings that have no effect under the others.
 
-    Values that switch something off (0, false, none, off) pass: what they ask for holds anyway.
+    Values that switch something off (0, false, none, off) pass, because it is off anyway.
 
     Args:
-        settings: an object with all settings; those that cases name are resolved.
-        names: the settings that were given.
+        settings: Object with all settings; those that cases name are resolved.
+        names: Settings that were given.
 
     Raises:
-        HessianFlowError: naming the option and what it belongs to.
+        HessianFlowError: A setting has no effect; the error names the option and the choices that
+            it belongs to.
     """
     for name in names:
         if is_ignored(settings, name):
@@ -109,13 +110,15 @@ def is_ignored(settings: Any, name: str) -> bool:
 
 
 def _failing(settings: Any, case: Case) -> list[str]:
-    """Return the settings whose values are not those of the case."""
+    """Return the settings of a case that do not have the values it asks for."""
     return [name for name, values in case.items() if _value(settings, name) not in values]
 
 
 def _value(settings: Any, name: str) -> Any:
-    """Return the value of a setting: of a method its name, and of "controller.server" the option of
-    the method."""
+    """Return the value of a setting, the name of a method, or the value of a method's option.
+
+    An option is named with its method, as in "controller.server".
+    """
     setting, _, option_name = name.partition(".")
     value = getattr(settings, setting)
     if option_name:
@@ -124,8 +127,7 @@ def _value(settings: Any, name: str) -> Any:
 
 
 def _belongs(settings: Any, name: str) -> str:
-    """Return what an ignored setting belongs to, in words, from the first setting at which each
-    case fails."""
+    """Return a phrase about an ignored setting, from the first setting that fails each case."""
     parts = []
     for case in EFFECTIVE[name]:
         other = _failing(settings, case)[0]
@@ -144,11 +146,15 @@ def _belongs(settings: Any, name: str) -> str:
 
 
 def _alternatives(values: tuple[Any, ...]) -> str:
-    """Return the values in words: "a", "a or b", "a, b or c"."""
+    """Return the values as "a", "a or b", or "a, b or c"."""
     *first, last = map(str, values)
-    return f"{', '.join(first)} or {last}" if first else last
+    if not first:
+        return last
+    return f"{', '.join(first)} or {last}"
 
 
 def _word(value: Any) -> str:
     """Return a value as the command line spells it."""
-    return value if isinstance(value, str) else shown(value)
+    if isinstance(value, str):
+        return value
+    return shown(value)

@@ -1,4 +1,4 @@
-"""What a method may ask of the run that it is chosen for."""
+"""The facts about a run that its methods may ask for."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ class RunFacts:
     """The figures and choices of a run that the options of its methods may depend on.
 
     Attributes:
-        epochs: passes over the training data.
-        batch_size: examples per optimizer step at the start.
-        max_batch_size: cap for growing batches.
-        optimizer: name of the optimizer; of a wrapping one (SAM) that of the optimizer inside.
-        momentum: momentum of that optimizer; None where it has none.
-        milestones: epochs at which the data set's usual schedule lowers the rate, at their places
-            in a run of `epochs`.
-        schedule: name of the learning-rate schedule.
-        warmup_epochs: epochs over which that schedule warms up.
-        norm_mode: statistics of batch normalisation in curvature measurements, "eval" or "batch".
-        lr_rule: rule by which the rate follows the batch; None: the controller's own.
-        adversary: name of the adversary; "none" where there is none.
+        epochs: Passes over the training data.
+        batch_size: Examples per optimizer step at the start.
+        max_batch_size: Cap on growing batches.
+        optimizer: Name of the optimizer; if one wraps another (SAM), the name of the inner one.
+        momentum: Momentum of that optimizer; None if it has none.
+        milestones: Epochs at which the usual schedule of the data set lowers the rate, scaled to a
+            run of `epochs`.
+        schedule: Name of the learning-rate schedule.
+        warmup_epochs: Epochs over which that schedule warms up.
+        norm_mode: Statistics of batch normalisation in curvature measurements, "eval" or "batch".
+        lr_rule: Rule by which the rate follows the batch; None: the controller's own.
+        adversary: Name of the adversary; "none" without one.
     """
 
     epochs: int

@@ -2,16 +2,17 @@
 CONTROLLERS in hessianflow/control/__init__.py, ADVERSARIES, OPTIMIZERS and SCHEDULES likewise.
 
 The options of a method are the parameters of its constructor that the run does not supply, with
-its docstring as their help. What it wants of the rest of the run, a method says itself, by any of
+its docstring as their help. A class may have any of these members to adapt the run to itself:
 
-    prefers: ClassVar[Mapping[str, str]]        settings that a run with it has unless others are
-                                                given: "schedule", "norm_mode", "adversary"
+    prefers: ClassVar[Mapping[str, str]]        default settings of a run with this method:
+                                                "schedule", "norm_mode", "adversary"
     follows_rule: ClassVar[bool]                whether the rate follows the batch by a rule, which
                                                 another rule may replace
-    defaults(run, options) -> Mapping           classmethod: options that depend on the run
-    refuses(run, options) -> str                classmethod: why it does not go with the run, or ""
+    defaults(run, options) -> Mapping           class method: defaults that depend on the run
+    refuses(run, options) -> str                class method: the reason why it cannot train this
+                                                run, or ""
 
-where `run` is a :class:`~hessianflow.facts.RunFacts` and `options` are those given.
+Here `run` is a :class:`~hessianflow.facts.RunFacts`, and `options` are those that the user gave.
 """
 
 import difflib
@@ -30,13 +31,13 @@ from hessianflow.user_code import attribute
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of method.
+    """A kind of method, such as the controllers.
 
     Attributes:
-        name: what the option that chooses one is called.
-        methods: the class of each method by name.
-        supplied: parameters of constructors that the run supplies; all others are options.
-        defaults: by method, options whose default differs from that of a class that is not ours.
+        name: Name of the kind, which is also the option that chooses one of them.
+        methods: Class of each method by name.
+        supplied: Parameters of constructors that the run supplies; the others are options.
+        defaults: Defaults, by method, that replace those of classes from other packages.
     """
 
     name: str
@@ -84,19 +85,19 @@ class Choice:
     """A method and its options.
 
     Attributes:
-        name: name of the method, or the import path `package.module:Class` of one's own.
-        options: options by name; those that are not given are left open until the run is resolved.
+        name: Name of the method, or the import path `package.module:Class` of the user's own.
+        options: Options by name; those that are missing are open until the run is resolved.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as config.json and settings.yaml hold them."""
+        """Return the choice as plain values, the form that config.json and settings.yaml hold."""
         return {"name": self.name, **{name: _plain(value) for name, value in self.options.items()}}
 
     def with_options(self, **options: Any) -> "Choice":
-        """Return the same method with these options in place of its own or beside them."""
+        """Return the same method with these options added, or in place of its own."""
         return Choice(self.name, {**self.options, **options})
 
 
@@ -109,15 +110,15 @@ def _plain(value: Any) -> Any:
 
 
 def choice(kind: Kind, given: Any, where: str) -> Choice:
-    """Return a method and its options as given: by name, as a mapping, or as a Choice.
+    """Return a method and its options as a Choice whose options have the right types.
 
     Args:
-        kind: the kind of method.
+        kind: Kind of the method.
         given: "NAME", {"name": "NAME", "option": value, ...}, or a Choice.
-        where: the setting that it was given for, for errors.
+        where: Setting that chooses the method, for errors.
 
     Raises:
-        HessianFlowError: an unknown method, an option that it does not have, or a value of the
+        HessianFlowError: The method is unknown, it does not have an option, or a value has the
             wrong type.
     """
     if isinstance(given, str):
@@ -125,7 +126,8 @@ def choice(kind: Kind, given: Any, where: str) -> Choice:
     elif isinstance(given, Mapping):
         options = {key.replace("-", "_"): value for key, value in given.items() if key != "name"}
         if not isinstance(given.get("name"), str):
-            raise HessianFlowError(f"--{where} needs a name, as in {{name: {_first(kind)}}}")
+            first = next(iter(kind.methods))
+            raise HessianFlowError(f"--{where} needs a name, as in {{name: {first}}}")
         given = Choice(given["name"], options)
     if not isinstance(given, Choice):
         raise HessianFlowError(
@@ -146,21 +148,17 @@ def choice(kind: Kind, given: Any, where: str) -> Choice:
     return Choice(given.name, checked)
 
 
-def _first(kind: Kind) -> str:
-    return next(iter(kind.methods))
-
-
 def find(kind: Kind, name: str, where: str) -> Any:
     """Return the class of a method.
 
     Args:
-        kind: the kind of method.
-        name: its name in the table, or the import path of a class, which is imported.
-        where: the setting that names it, for errors.
+        kind: Kind of the method.
+        name: Name in the table, or an import path, whose module is imported.
+        where: Setting that chooses the method, for errors.
 
     Raises:
-        HessianFlowError: an unknown name (the error has the nearest one), or an import path at
-            which there is no class.
+        HessianFlowError: The name is unknown (the error proposes the nearest one), or there is no
+            class at the import path.
     """
     if name in kind.methods:
         return kind.methods[name]
@@ -180,8 +178,10 @@ def method_options(kind: Kind, name: str, where: str | None = None) -> dict[str,
 
 
 def unknown_option(kind: Kind, name: str, option: str, where: str) -> str:
-    """Return what is wrong about an option that a method does not have: which method has it, or
-    which option is near."""
+    """Return an error text for an option that a method does not have, with the way out.
+
+    It names the methods that have such an option, or else the nearest option of this method.
+    """
     spelled = f"--{where}.{option.replace('_', '-')}"
     holders = [other for other in kind.methods if option in method_options(kind, other)]
     if holders:
@@ -201,19 +201,18 @@ def complete(
 ) -> Choice:
     """Return a method with a value for each of its options.
 
-    Values come from the class, then from what is usual for the data set, then from what the method
-    itself makes of the run, and last from the user.
+    A value of the user comes first, then the default that the method derives from the run, then
+    that of the data set, then that of the class.
 
     Args:
-        kind: the kind of method.
-        chosen: the method, with the options given.
-        run: the run it is for.
-        usual: options that are usual for the data set, by method.
-        where: the setting that names it, for errors.
+        kind: Kind of the method.
+        chosen: Method with the options of the user.
+        run: Facts about the run.
+        usual: Defaults of the data set, by method.
+        where: Setting that chooses the method, for errors.
 
     Raises:
-        HessianFlowError: an option without default is not given, or the method does not go with
-            the run.
+        HessianFlowError: An option without a default is missing, or the method refuses the run.
     """
     method = find(kind, chosen.name, where)
     known = method_options(kind, chosen.name, where)
@@ -239,38 +238,40 @@ def complete(
 
 
 def _said(method: Any, question: str, run: RunFacts, options: Mapping[str, Any]) -> Any:
-    """Return what a method says about a run; None where it does not answer.
+    """Return the answer of a method to a question about a run; None if it has none.
 
-    Methods of other packages know nothing of these questions, so they need not answer.
+    Methods of other packages know nothing of these questions.
     """
     answer = getattr(method, question, None)
-    return None if answer is None else answer(run, options)
+    if answer is None:
+        return None
+    return answer(run, options)
 
 
 def prefers(kind: Kind, chosen: Choice) -> Mapping[str, str]:
-    """Return the settings that a run with this method has unless others are given."""
-    found: Mapping[str, str] = getattr(find(kind, chosen.name, kind.name), "prefers", {})
-    return found
+    """Return the default settings of a run with this method."""
+    preferred: Mapping[str, str] = getattr(find(kind, chosen.name, kind.name), "prefers", {})
+    return preferred
 
 
 def follows_rule(chosen: Choice) -> bool:
-    """Return whether the rate follows the batch by a rule under a controller."""
+    """Return whether the rate follows the batch by a rule under the chosen controller."""
     controller = find(KINDS["controller"], chosen.name, "controller")
     return bool(getattr(controller, "follows_rule", False))
 
 
 def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) -> Any:
-    """Return an object of the method.
+    """Return a new object of the method.
 
     Args:
-        kind: the kind of method.
-        chosen: the method, with a value for each of its options.
-        where: the setting that names it, for errors.
-        supplied: what the run supplies, by the names of parameters; those that the constructor
-            does not have are left out.
+        kind: Kind of the method.
+        chosen: Method with a value for each of its options.
+        where: Setting that chooses the method, for errors; default: the name of the kind.
+        supplied: Arguments that the run supplies; those that the constructor does not take are
+            left out.
 
     Raises:
-        HessianFlowError: the constructor refuses an option.
+        HessianFlowError: The constructor refuses an option.
     """
     where = where or kind.name
     method = find(kind, chosen.name, where)
@@ -287,6 +288,6 @@ def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) 
     except HessianFlowError as error:
         raise HessianFlowError(f"--{where} {chosen.name}: {error}") from None
     except (TypeError, ValueError) as error:
-        if method.__module__.startswith("hessianflow."):  # a defect, whose traceback is wanted
+        if method.__module__.startswith("hessianflow."):  # a defect of ours needs its traceback
             raise
         raise HessianFlowError(f"--{where} {chosen.name}: {error}") from error

@@ -1,5 +1,4 @@
-"""The options of a method: the parameters of its constructor, with their types, defaults and
-help."""
+"""The options of a method, read from the signature and the docstring of its constructor."""
 
 import inspect
 import re
@@ -12,20 +11,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from hessianflow.bounds import check_size, check_type
 
 KINDS_BY_TYPE = {"InputAttack": "attack", "AttackRunner": "runner", "Optimizer": "optimizer"}
-"""Kinds of methods that are options of others, by the type of the parameter."""
+"""Kinds of methods that may be options of others, by the type of the parameter."""
 _PLAIN = (int, float, bool, str)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method.
+    """An option of a method.
 
     Attributes:
-        name: name of the parameter.
-        hint: its type, in plain types (int, float, bool, str, Literal, tuple, Mapping).
-        default: its default; `inspect.Parameter.empty` where it has none.
-        help: what its docstring says.
-        kind: the kind of method that it takes; empty for a plain value.
+        name: Name of the parameter.
+        hint: Type in plain types (int, float, bool, str, Literal, tuple, Mapping).
+        default: Default value; `inspect.Parameter.empty` without one.
+        help: Text of the docstring about the parameter.
+        kind: Kind of method that the option chooses; empty for a plain value.
     """
 
     name: str
@@ -36,12 +35,11 @@ class Option:
 
     @property
     def is_required(self) -> bool:
-        """Whether the option has no default."""
+        """Return whether the option has no default."""
         return self.default is inspect.Parameter.empty
 
     def checked(self, value: Any, where: str) -> Any:
-        """Return a value for the option, with lists as tuples and whole numbers
-        as floats where they may have fractions.
+        """Return the value in the type of the option: lists as tuples, integers as floats if due.
 
         Raises:
             HessianFlowError: a value of another type, or a number that is not finite or so large
@@ -61,7 +59,7 @@ def _tupled(value: Any) -> Any:
 
 
 def parameters_of(method: Any) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a constructor (or function) by name."""
+    """Return the parameters of a constructor or function by name."""
     return inspect.signature(method).parameters
 
 
@@ -70,50 +68,54 @@ def options_of(method: Any, supplied: frozenset[str]) -> dict[str, Option]:
     """Return the options of a class by name, in the order of its constructor.
 
     Args:
-        method: a class, or a function that returns an object.
-        supplied: parameters that the run supplies.
+        method: Class, or function that returns an object.
+        supplied: Parameters that the run supplies.
 
     Returns:
-        The parameters that are not supplied and whose type is plain, or a kind of method.
+        The other parameters, if their type is plain or a kind of method.
     """
     texts = _documented(method)
     hints = _hints(method)
-    found = {}
+    options = {}
     for name, parameter in parameters_of(method).items():
         if name in supplied or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         kind = _kind(hints.get(name))
-        hint = str | None if kind else plain_type(hints.get(name, _guessed(parameter)))
+        hint: Any = str | None
+        if not kind:
+            hint = plain_type(hints.get(name, _guessed(parameter)))
         if hint is not None:
-            found[name] = Option(name, hint, parameter.default, texts.get(name, ""), kind)
-    return found
+            options[name] = Option(name, hint, parameter.default, texts.get(name, ""), kind)
+    return options
 
 
 def _hints(method: Any) -> Mapping[str, Any]:
-    function = method.__init__ if inspect.isclass(method) else method
+    function = method
+    if inspect.isclass(method):
+        function = method.__init__
     try:
         return get_type_hints(function)
-    except (NameError, TypeError):  # names that only a type checker sees
+    except (NameError, TypeError):  # a hint has a name that only a type checker sees
         return {}
 
 
 def _guessed(parameter: inspect.Parameter) -> Any:
-    """Return the type of a parameter without annotation: that of its default."""
+    """Return the type of a parameter without annotation, taken from its default."""
     if parameter.default in (None, parameter.empty):
         return Any
     return type(parameter.default)
 
 
 def _kind(hint: Any) -> str:
-    """Return the kind of method that a parameter takes; empty for another."""
+    """Return the kind of method that a parameter chooses; empty if it chooses none."""
     named = [getattr(part, "__name__", "") for part in (hint, *get_args(hint))]
     return next((KINDS_BY_TYPE[name] for name in named if name in KINDS_BY_TYPE), "")
 
 
 def plain_type(hint: Any) -> Any:
-    """Return a type without the parts that no text can stand for; None where nothing is left.
+    """Return a type without the parts that cannot be written as text; None if nothing is left.
 
-    A sequence becomes a tuple, and of a union those members stay that are plain.
+    A sequence becomes a tuple, and a union keeps its plain members.
     """
     origin = get_origin(hint)
     parts = get_args(hint)
@@ -123,27 +125,30 @@ def plain_type(hint: Any) -> Any:
         kept = [plain for part in parts if (plain := plain_type(part)) is not None]
         if not [part for part in kept if part is not types.NoneType]:
             return None
-        return Union[tuple(kept)]  # noqa: UP007 - made of parts known only here
+        return Union[tuple(kept)]  # noqa: UP007 - its members are known only at run time
     if origin is tuple:
         inner = [plain_type(part) for part in parts if part is not Ellipsis]
         if None in inner:
             return None
-        return _tuple_of(inner[0], ...) if Ellipsis in parts else _tuple_of(*inner)
+        if Ellipsis in parts:
+            return _tuple_of(inner[0], ...)
+        return _tuple_of(*inner)
     if inspect.isclass(origin) and issubclass(origin, Mapping):
         return hint
     if inspect.isclass(origin) and issubclass(origin, Sequence):
         inner_type = plain_type(parts[0])
-        return None if inner_type is None else _tuple_of(inner_type, ...)
+        if inner_type is not None:
+            return _tuple_of(inner_type, ...)
     return None
 
 
 def _tuple_of(*parts: Any) -> Any:
-    """Return the type of tuples of these parts, which are known only at run time."""
+    """Return the type of tuples of these types, which are known only at run time."""
     return types.GenericAlias(tuple, parts)
 
 
 def _documented(method: Any) -> dict[str, str]:
-    """Return what docstrings say of each parameter, those of base classes included."""
+    """Return the text about each parameter in the docstrings of a class and its bases."""
     from docstring_parser import parse
 
     texts: dict[str, str] = {}
@@ -152,6 +157,6 @@ def _documented(method: Any) -> dict[str, str]:
             continue
         for parameter in parse(documented.__doc__ or "").params:
             text = " ".join((parameter.description or "").split())
-            # Torch's docstrings repeat the default, which here may be another.
+            # The docstrings of torch repeat their defaults, which may differ here.
             texts[parameter.arg_name] = re.sub(r" ?\(default: [^)]*\)", "", text)
     return texts

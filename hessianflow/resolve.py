@@ -1,4 +1,4 @@
-"""From the settings as given to those of a run: every open one is filled, once."""
+"""The step from the settings as given to those of a run, which fills every open one, once."""
 
 import sys
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ __all__ = ["resolve", "schedule_of"]
 
 _CONTROLLER = ("decision", "is_due", "needs", "update")
 NOT_ON_A_SERVER = ("lr_rule", "curvature_budget")
-"""Settings with presets that runs with a parameter server do not have."""
+"""Settings with presets that do not apply to a run with a parameter server."""
 
 
 def resolve(given: TrainConfig) -> RunConfig:
     """Fill every setting that was left open.
 
-    A cap left open is never below a batch size given nor above the `train_examples` given, nor are
-    probe examples, and milestones left open keep their place in the run. Schedule, adversary and
-    `norm_mode` are those that the controller prefers. A `~` at the beginning of a path is the home
-    folder, and settings left open are fitted to image files of one's own.
+    An open cap is at least the batch size and, above it, at most `train_examples`; open probe
+    examples are at most `train_examples`; open milestones keep their relative places in the run. An
+    open schedule, adversary or `norm_mode` is the one that the controller prefers. Open settings
+    are fitted to the user's own image files. A `~` at the beginning of a path is the home folder.
 
     Raises:
-        HessianFlowError: settings that do not go together, or a method that refuses an option.
+        HessianFlowError: Settings contradict each other, or a method refuses an option.
     """
     if isinstance(given, RunConfig):
         return given
@@ -71,19 +71,23 @@ def resolve(given: TrainConfig) -> RunConfig:
 
 
 def innermost(optimizer: Choice) -> Choice:
-    """Return the optimizer that takes the step, inside those that wrap another."""
+    """Return the optimizer that takes the step, inside any that wrap it."""
     while isinstance(optimizer.options.get("base"), Choice):
         optimizer = optimizer.options["base"]
     return optimizer
 
 
 def _sizes(given: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sizes that bound each other."""
+    """Return the sizes of a run, which bound each other.
+
+    Raises:
+        HessianFlowError: The cap is below the batch size.
+    """
     examples = given.train_examples or sys.maxsize
     batch = given.batch_size or preset["batch_size"]
     cap = given.max_batch_size
     if given.controller.name == "dual-batch":
-        cap = max(batch, cap or 1)  # nothing grows
+        cap = max(batch, cap or 1)  # no batch grows, so that any cap holds
     if cap is None:
         cap = max(min(preset["max_batch_size"], examples), batch)
     elif cap < batch:
@@ -100,15 +104,14 @@ def _sizes(given: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preferred(given: TrainConfig, usual_schedule: str) -> dict[str, Any]:
-    """Return what the controller prefers where nothing else is given."""
-    wishes = {"schedule": usual_schedule, "norm_mode": "eval", "adversary": "fgsm"}
-    wishes |= prefers(KINDS["controller"], given.controller)
-    found: dict[str, Any] = {}
-    for name, wish in wishes.items():
-        found[name] = getattr(given, name)
-        if found[name] is None:
-            found[name] = chosen(name, wish) if name in CHOSEN else wish
-    return found
+    """Return schedule, adversary and norm mode: as given, else as the controller prefers."""
+    values: dict[str, Any] = {"schedule": usual_schedule, "norm_mode": "eval", "adversary": "fgsm"}
+    values |= prefers(KINDS["controller"], given.controller)
+    for name, preferred in values.items():
+        values[name] = getattr(given, name) or preferred
+        if name in CHOSEN:
+            values[name] = chosen(name, values[name])
+    return values
 
 
 def _facts(
@@ -133,16 +136,16 @@ def _facts(
 
 
 def _milestones(usual: tuple[int, ...], usual_epochs: int, epochs: int) -> tuple[int, ...]:
-    """Return the data set's milestones at their places in a run of another length."""
+    """Return the milestones of the data set at their relative places in a run of `epochs`."""
     scaled = {milestone * epochs // usual_epochs for milestone in usual}
     return tuple(sorted(milestone for milestone in scaled if 0 < milestone < epochs))
 
 
 def _rate(given: TrainConfig, optimizer: str, for_sgd: float) -> float:
-    """Return the rate given, or the one that is known for an optimizer on a data set.
+    """Return the rate given, or the one known for the optimizer on the data set.
 
     Raises:
-        HessianFlowError: none is known, and none is given.
+        HessianFlowError: No rate is given, and none is known.
     """
     if given.lr is not None:
         return given.lr
@@ -159,47 +162,47 @@ def _rate(given: TrainConfig, optimizer: str, for_sgd: float) -> float:
 
 
 def _rule(controller: Choice, optimizer: str) -> str | None:
-    """Return the rule by which the rate follows the batch where none is given; None: the
-    controller's own.
+    """Return the default rule by which the rate follows the batch; None: the controller's own.
 
-    The noise of optimizers that divide by the size of the gradients follows the rate over the root
-    of the batch. A controller that finds the stable rate is left alone.
+    It is sqrt for optimizers that divide by the size of the gradients, because their noise follows
+    the rate over the root of the batch. A controller that finds the stable rate keeps its own rule.
     """
-    if optimizer not in ADAPTIVE or not follows_rule(controller):
+    finds_stable_rate = controller.options.get("edge_share") is not None
+    if optimizer not in ADAPTIVE or not follows_rule(controller) or finds_stable_rate:
         return None
-    return "sqrt" if controller.options.get("edge_share") is None else None
+    return "sqrt"
 
 
 def _images(given: TrainConfig) -> dict[str, Any]:
     """Return the sides that images are cut to and trained at.
 
     Raises:
-        HessianFlowError: the images do not have the highest resolution given.
+        HessianFlowError: The images do not have the highest resolution given.
     """
-    found: dict[str, Any] = {}
+    sides: dict[str, Any] = {}
     own_side = data_set(given.data).side
     side = own_side or given.image_size
     if given.resolution is not None:
-        found["resolutions"] = given.resolutions
+        sides["resolutions"] = given.resolutions
         if given.resolutions is None:
             full = side or FILE_SIDE
-            found["resolutions"] = (full * 3 // 4, full)
+            sides["resolutions"] = (full * 3 // 4, full)
         elif side is not None and given.resolutions[-1] != side:
             raise HessianFlowError(
                 f"--resolutions must end with {side}, the pixels a side of {given.data}, got"
                 f" {list(given.resolutions)}"
             )
     if own_side is None and given.image_size is None:
-        found["image_size"] = found.get("resolutions", (FILE_SIDE,))[-1]
-    return found
+        sides["image_size"] = sides.get("resolutions", (FILE_SIDE,))[-1]
+    return sides
 
 
 def _try(config: RunConfig) -> None:
-    """Make the methods once, so that they refuse their options before anything is read.
+    """Make the methods once, so that they refuse their options before any data are read.
 
     Raises:
-        HessianFlowError: an option that a method refuses, or a controller that needs curvature in
-            a run without.
+        HessianFlowError: A method refuses an option, or the controller needs curvature in a run
+            without it.
     """
     import torch
 
@@ -233,15 +236,15 @@ def _try(config: RunConfig) -> None:
 
 
 def schedule_of(config: RunConfig) -> Any:
-    """Return the schedule of a run, a function of the epochs done.
+    """Return the schedule of a run as a function of the epochs completed.
 
     Raises:
-        HessianFlowError: the schedule is a scheduler of an optimizer instead.
+        HessianFlowError: The schedule is a scheduler of torch, which needs an optimizer.
     """
     kind = KINDS["schedule"]
     if "optimizer" in parameters_of(find(kind, config.schedule.name, kind.name)):
         raise HessianFlowError(
-            f"--schedule {config.schedule.name} needs an optimizer, and here a function of epochs"
-            f" is needed: use one of {', '.join(kind.methods)}"
+            f"--schedule {config.schedule.name} needs an optimizer, but a function of epochs is"
+            f" wanted here: use one of {', '.join(kind.methods)}"
         )
     return make(kind, config.schedule, epochs=config.epochs)

@@ -1,4 +1,4 @@
-"""Settings of runs made before options belonged to their methods, in the words of today."""
+"""The translation of settings from before options belonged to their methods."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def _same(value: Any) -> Any:
 
 
 def _or_never(value: Any) -> Any:
-    """Return an option that was switched off by 0, and is by null today."""
+    """Return an option that 0 used to switch off, and null does today."""
     return value or None
 
 
@@ -95,21 +95,21 @@ def moved(name: str) -> list[tuple[str, str, str]]:
 
 
 def is_older(settings: Mapping[str, Any]) -> bool:
-    """Return whether settings are spelled as before options belonged to their methods."""
+    """Return whether settings have names from before options belonged to their methods."""
     return bool(_OLDER & settings.keys())
 
 
 def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings in the words of today; those that are already are returned as they are.
+    """Return settings under the names of today.
 
     Options of methods that were not chosen had no effect and are left out.
 
     Args:
-        settings: as they stand in a file, a recorded run or a row of results; partial ones too.
+        settings: Settings, perhaps not all, of a file, a recorded run or a row of results.
     """
     if not is_older(settings):
         return dict(settings)
-    found = {name: value for name, value in settings.items() if name not in _OLDER}
+    kept = {name: value for name, value in settings.items() if name not in _OLDER}
     methods = _methods(settings)
     for name, places in _MOVED.items():
         value = settings.get(name)
@@ -117,7 +117,7 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
             if methods.get(kind, {}).get("name") == method and value is not None:
                 _put(methods[kind], option, convert(value))
     if methods.get("controller", {}).get("name") == "warmup":
-        found.pop("warmup_epochs", None)
+        kept.pop("warmup_epochs", None)
         if not methods["controller"].get("warmup_epochs"):
             methods["controller"].pop("warmup_epochs", None)
     if settings.get("momentum_correction"):
@@ -130,17 +130,18 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
         }
     if methods["controller"]["name"] in ("abs", "dual-batch"):
         methods["adversary"] = {"name": "none"}
-    given = {kind: method for kind, method in methods.items() if _is_said(kind, method, settings)}
-    return {**{name: value for name, value in found.items() if name not in _OLDER}, **given}
+    return kept | {
+        kind: method for kind, method in methods.items() if _is_given(kind, method, settings)
+    }
 
 
-def _is_said(kind: str, method: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+def _is_given(kind: str, method: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Return whether the settings chose the method, or gave it an option."""
     return kind in settings or len(method) > 1 or method["name"] in _WRAPPED
 
 
 def _methods(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the methods in force, those that were not named being the defaults of the time."""
+    """Return the methods in force, with the defaults of the time for those that are not named."""
     controller = settings.get("controller", "absa")
     schedule = settings.get("schedule")
     if schedule is None:
@@ -159,7 +160,7 @@ _WITHOUT_SCHEDULE = ("adabatch", "grow-instead-of-decay", "timed")
 
 
 def _put(method: dict[str, Any], option: str, value: Any) -> None:
-    """Set an option, or one of the method inside it."""
+    """Set an option of a method, or an option of the method inside it."""
     outer, _, inner = option.partition(".")
     if not inner:
         method[outer] = value

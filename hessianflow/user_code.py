@@ -1,5 +1,7 @@
-"""Imports what a user names by `package.module:name`: code that is run, so only the user may name
-it."""
+"""The import of a user's own class or function by `package.module:name`.
+
+The import runs code, so only the user may name it.
+"""
 
 import inspect
 import os
@@ -16,11 +18,9 @@ from hessianflow.interfaces import HessianFlowError
 
 @contextmanager
 def working_directory_first() -> Iterator[None]:
-    """While active, modules are looked for in the working directory first; afterwards last, if
-    nowhere else.
+    """Look for modules in the working directory first while active, and last afterwards.
 
-    What an object imports when it is first used is found then, too, and hides nothing that is
-    installed.
+    So the later imports of an object succeed too, and hide nothing that is installed.
     """
     folder = os.getcwd()
     if folder in sys.path or "" in sys.path:
@@ -38,11 +38,11 @@ def attribute(path: str, where: str) -> Any:
     """Return the class or function at an import path `package.module:name`.
 
     Args:
-        path: the import path.
-        where: the option that names it, for errors.
+        path: Import path.
+        where: Option that names it, for errors.
 
     Raises:
-        HessianFlowError: the module cannot be imported, or has no class or function of that name.
+        HessianFlowError: The module cannot be imported, or has no class or function of that name.
     """
     module, _, name = path.partition(":")
     if module.endswith(".py") or "/" in module:
@@ -51,25 +51,27 @@ def attribute(path: str, where: str) -> Any:
         )
     if module.partition(".")[0] in sys.stdlib_module_names:
         raise HessianFlowError(f"{where}: {module!r} is of Python's own library, which has none")
+    imported = None
     with working_directory_first():
         try:
-            found = getattr(import_module(module), name, None) if module and name else None
-        # Whatever the import of the user's own code raises is the answer to the user.
+            if module and name:
+                imported = getattr(import_module(module), name, None)
+        # The user is told whatever the import of the user's own code raises.
         except (Exception, SystemExit) as error:
             raise HessianFlowError(
                 f"{where}: importing {module!r} failed: {first_line(error)}"
                 f"{_way_out(module, error)}"
             ) from error
-    if not (inspect.isclass(found) or inspect.isfunction(found)):
+    if not (inspect.isclass(imported) or inspect.isfunction(imported)):
         raise HessianFlowError(
             f"{where}: {module!r} has no class or function {name!r}; write it as"
             " package.module:Class"
         )
-    return found
+    return imported
 
 
 def _way_out(module: str, error: BaseException) -> str:
-    """Return what to do about a module that was not found, or where the error comes from."""
+    """Return advice on a module that was not found, or the place that the error comes from."""
     if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
         return (
             f"; neither {os.getcwd()} nor Python's path has it: go to its folder, or add that to"
@@ -79,11 +81,11 @@ def _way_out(module: str, error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """Return the file and the line of the user's code that an error came from; empty where that is
-    unknown."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename.startswith(os.getcwd())]
-    return f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""
+    """Return the file and line of the user's code that an error came from; empty if unknown."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(os.getcwd()):
+            return f" ({Path(frame.filename).name} line {frame.lineno})"
+    return ""
 
 
 def first_line(error: BaseException) -> str:

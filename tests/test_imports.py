@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "facts": set(),
     "user_code": {"interfaces"},
     "rates": set(),
-    "machine": {"interfaces"},
+    "machine": {"interfaces", "bounds"},
     "bounds": {"interfaces", "checks"},
     "effects": {"interfaces", "bounds", "data"},
     "contradictions": {"interfaces"},
