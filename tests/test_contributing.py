@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md, followed as it stands: its files, its line, its command."""
+"""The worked example of CONTRIBUTING.md, followed to the letter: files, line, command."""
 
 import re
 import sys
