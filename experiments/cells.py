@@ -14,10 +14,12 @@ from typing import Any
 
 from experiments.devices import least_used
 from experiments.results import Row, append_row, read_rows, row_of
-from hessianflow.config import from_dict, resolve
+from hessianflow.config import from_dict
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.resolve import resolve
 from hessianflow.runs import History
 from hessianflow.runs.files import read_object
+from hessianflow.upgrade import upgrade
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
@@ -150,7 +152,25 @@ class Workplace:
 
 
 def _without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "data_dir"}
+    return {name: value for name, value in same_words(settings).items() if name != "data_dir"}
+
+
+def same_words(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in the words of today and in one spelling, so that those of runs made before
+    options belonged to their methods compare equal to those of the same cells.
+
+    A method without options stands as its name, and settings left open are left out.
+    """
+    plain = json.loads(json.dumps(upgrade(settings)))
+    return {name: _by_name(value) for name, value in plain.items() if value is not None}
+
+
+def _by_name(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"name"}:
+        return value["name"]
+    return {name: _by_name(part) for name, part in value.items()}
 
 
 @dataclass
@@ -195,13 +215,11 @@ class Job:
 def unfinished(cells: Sequence[Cell], results: Path) -> list[Cell]:
     """The cells without a row of the same settings."""
     done = {
-        (row["problem"], row["method"], row["seed"]): row.get("settings")
+        (row["problem"], row["method"], row["seed"]): same_words(row.get("settings", {}))
         for row in read_rows(results)
     }
     return [
-        c
-        for c in cells
-        if done.get((c.problem, c.method, c.seed)) != json.loads(json.dumps(c.all_settings))
+        c for c in cells if done.get((c.problem, c.method, c.seed)) != same_words(c.all_settings)
     ]
 
 

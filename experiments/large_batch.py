@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.runner import Cell
-from hessianflow.config import cooldown_start
+from hessianflow.optim.rate_schedules import cooldown_start
 
 Settings = dict[str, Any]
 PUBLISHED_EPOCHS, PUBLISHED_PATIENCE = 90, 10
@@ -21,8 +21,7 @@ PUBLISHED: Settings = {
     "batch_size": 128,
     "epochs": PUBLISHED_EPOCHS,
     "lr": 0.1,
-    "milestones": [30, 60, 80],
-    "lr_decay": 0.2,
+    "schedule": {"name": "multistep", "milestones": [30, 60, 80], "lr_decay": 0.2},
     "microbatch_size": "auto",
     "norm_batch_size": 128,
     "probe_examples": 128,
@@ -35,46 +34,60 @@ decay."""
 
 def shortened(settings: Settings, part: int) -> Settings:
     """A `part`-th of the epochs, with the milestones at their places in the run."""
-    milestones = sorted({milestone // part for milestone in settings["milestones"]})
-    return {**settings, "epochs": settings["epochs"] // part, "milestones": milestones}
+    milestones = sorted({milestone // part for milestone in settings["schedule"]["milestones"]})
+    return {
+        **settings,
+        "epochs": settings["epochs"] // part,
+        "schedule": {**settings["schedule"], "milestones": milestones},
+    }
 
 
-def _absa(base: Settings, **changes: Any) -> Settings:
+def _absa(base: Settings, name: str = "absa", **options: Any) -> Settings:
     """The published settings, the patience being the same part of the run: 10 of 90 epochs."""
     patience = max(1, round(base["epochs"] * PUBLISHED_PATIENCE / PUBLISHED_EPOCHS))
     return {
-        "controller": "absa",
-        "adversary": "fgsm",
-        "patience": patience,
+        "controller": {"name": name, "patience": patience, **options},
+        "adversary": "fgsm" if name == "absa" else "none",
         "curvature": "needed",
-        **changes,
     }
+
+
+def growing_instead(base: Settings) -> Settings:
+    """Growth by the inverse of the decay at every milestone, and a constant rate."""
+    usual = base["schedule"]
+    controller = {
+        "name": "grow-instead-of-decay",
+        "milestones": usual["milestones"],
+        "decay_factor": 1 / usual["lr_decay"],
+    }
+    return {"controller": controller, "schedule": None}
 
 
 def cooldown(base: Settings) -> Settings:
     """The schedule of ours, as the command has it by default: constant for two thirds, then
     linearly to 0."""
-    return {"schedule": "cooldown", "decay_from": cooldown_start(base["epochs"])}
+    return {"schedule": {"name": "cooldown", "decay_from": cooldown_start(base["epochs"])}}
 
 
 def critical(base: Settings) -> Settings:
     """Ours with the command's defaults spelled out, so that rows name what they were made with."""
-    bounds = {
+    controller = {
+        "name": "critical",
         "loss_power": 1 / 0.21,
         "edge_share": 3 / 4,
         "excess_power": 1 / 4,
-        "norm_mode": "batch",
     }
     # no readings at the cap
-    return {"controller": "critical", **cooldown(base), **bounds, "curvature": "needed"}
+    measured = {"norm_mode": "batch", "curvature": "needed"}
+    return {"controller": controller, **cooldown(base), **measured}
 
 
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed": lambda _: {"curvature": "epoch"},  # in running statistics, for replays of ABSA
     "absa": _absa,
     "critical": critical,
-    "abs": lambda base: _absa(base, controller="abs", adversary="none"),
-    "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
+    "abs": lambda base: _absa(base, "abs"),
+    "grow-instead-of-decay": growing_instead,
     "warmup": lambda _: {"controller": "warmup"},
     "lars": lambda _: {"controller": "warmup", "optimizer": "lars"},
     "clars": lambda base: {
@@ -85,7 +98,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     },
     "fixed-fgsm": lambda _: {"adversary": "fgsm"},
     "fixed-cooldown": cooldown,
-    "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
+    "absa-eigenvalue-only": lambda base: _absa(base, patience=None),
     "absa-patience-only": lambda base: _absa(base, decay_factor=1e9),
 }
 """What each method changes in a problem's settings, the most useful first."""

@@ -171,7 +171,7 @@ def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
     """
     if not path.is_file():
         return []
-    found = []
+    found: list[bytes] = []
     try:
         with open(path, "rb") as file:
             while line := file.readline(LONGEST_LINE + 1):

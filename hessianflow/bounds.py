@@ -116,6 +116,19 @@ def check_range(where: str, number: float, low: float, high: float) -> None:
         )
 
 
+def check_size(where: str, value: Any) -> None:
+    """Refuse numbers in a value that are nan or beyond LARGEST, of either sign.
+
+    The bounds of an option are its method's own affair; but not every constructor, those of torch
+    among them, refuses nan.
+
+    Raises:
+        HessianFlowError: naming `where`, the bound and the number.
+    """
+    for number in _numbers(value):
+        check_range(where, number, -LARGEST, LARGEST)
+
+
 def option(name: str) -> str:
     """Return the command-line spelling of a field."""
     return "--" + name.replace("_", "-")
@@ -196,9 +209,8 @@ def _described(hint: Any) -> str:
     if kind is Literal:
         return f"one of {', '.join(map(repr, parts))}"
     if kind is tuple and parts[-1] is Ellipsis:
-        if get_origin(parts[0]) is tuple:
-            return "a list like [[2, 256], [4, 512]]"
-        return "a list like [30, 60]"
+        examples = {int: "[30, 60]", float: "[0.1, 0.2]"}
+        return f"a list like {examples.get(parts[0], '[[2, 256], [4, 512]]')}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
         hint, str(hint)
     )

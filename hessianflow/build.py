@@ -42,7 +42,15 @@ from hessianflow.parts import (
 )
 from hessianflow.runs import TensorBoardSink
 from hessianflow.runs.names import TENSORBOARD
-from hessianflow.training import AdaptiveBatchTrainer
+from hessianflow.training import (
+    AdaptiveBatchTrainer,
+    AfterEpoch,
+    Checkpoints,
+    Divergence,
+    Passes,
+    Reporting,
+    Schedule,
+)
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.world import LocalWorld
 
@@ -103,31 +111,34 @@ def build_trainer(
         controller=controller,
         adversary=build_adversary(config, parts.train, parts.spread),
         epochs=config.epochs,
-        scheduler=scheduler,
-        schedule_unit=unit,
         probe=build_probe(config, parts, transform, sharded(world)),
-        transform=transform,
-        before_evaluation=None if transform is None else build_recalibration(config, parts),
-        measurements=build_measurements(config, parts),
-        curvature="needed" if config.curvature == "needed" else "epoch",
-        reference_batch_size=config.batch_size,
-        microbatch_size=(
-            microbatch_default(config, observers)
-            if config.microbatch_size is None
-            else config.microbatch_size
-        ),
-        norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
-        norm_statistics=config.norm_statistics,
         observers=observers,
-        precision=resolved_precision(config),
+        transform=transform,
+        schedule=Schedule(scheduler, unit, config.batch_size),
+        passes=Passes(
+            microbatch_size=(
+                microbatch_default(config, observers)
+                if config.microbatch_size is None
+                else config.microbatch_size
+            ),
+            norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
+            norm_statistics=config.norm_statistics,
+            precision=resolved_precision(config),
+        ),
+        checkpoints=Checkpoints(
+            config.checkpoint_examples, config.checkpoint_minutes, config.keep_checkpoints
+        ),
+        divergence=Divergence(config.on_divergence, config.max_rollbacks),
+        after_epoch=AfterEpoch(
+            curvature=config.curvature != "needed",
+            before_evaluation=None if transform is None else build_recalibration(config, parts),
+            measurements=build_measurements(config, parts),
+        ),
         run_dir=config.run_dir,
-        config={"settings": to_dict(config), **resolution_record(stages)},
-        sinks=[*sinks, *tensorboard_sinks(config)],
-        checkpoint_examples=config.checkpoint_examples,
-        checkpoint_minutes=config.checkpoint_minutes,
-        keep_checkpoints=config.keep_checkpoints,
-        on_divergence=config.on_divergence,
-        max_rollbacks=config.max_rollbacks,
+        reporting=Reporting(
+            sinks=[*sinks, *tensorboard_sinks(config)],
+            config={"settings": to_dict(config), **resolution_record(stages)},
+        ),
         world=world,
     )
 

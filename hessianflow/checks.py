@@ -1,19 +1,18 @@
-"""Argument checks for the whole package: each names the argument, what it may be and what it
-was."""
+"""Argument checks whose errors name the argument, the allowed values and the value."""
 
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a value that is not among `choices`.
 
     Raises:
-        HessianFlowError: naming the argument, the choices and the value.
+        HessianFlowError: the value is not among them.
     """
     if not isinstance(value, str) or value not in choices:
         raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -26,15 +25,17 @@ def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
         name: the name of the argument.
         value: the value; NumPy's whole numbers pass, True and False do not.
         low: the smallest value allowed.
-        none: what None means; empty where None is not allowed.
+        none: the meaning of None; empty if None is not allowed.
 
     Raises:
-        HessianFlowError: naming the argument, the bound and the value.
+        HessianFlowError: the value is no such number.
     """
     if none and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        way_out = f": use None for {none}" if none else ""
+        way_out = ""
+        if none:
+            way_out = f": use None for {none}"
         raise HessianFlowError(f"{name} must be a whole number >= {low}, got {value!r}{way_out}")
 
 
@@ -42,7 +43,7 @@ def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
     """Refuse a value that is neither None, which means `none`, nor a finite number > `above`.
 
     Raises:
-        HessianFlowError: naming the argument, the bound and the value.
+        HessianFlowError: the value is neither.
     """
     if value is None:
         return
@@ -56,25 +57,25 @@ def check_callable(name: str, value: object) -> None:
     """Refuse a value that cannot be called.
 
     Raises:
-        HessianFlowError: naming its type.
+        HessianFlowError: it cannot be called; the message names its type.
     """
     if not callable(value):
         raise HessianFlowError(f"{name} must be a function, got a {type(value).__name__}")
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a real number: nan and infinities are, True, False and text are
-    not."""
+    """Return whether a value is a real number, as nan and infinity are; True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def in_home(path: str | Path, where: str = "") -> Path:
-    """Return the path with the home folder in place of a leading `~` or `~NAME`; only this function
-    expands one.
+    """Return the path with the home folder in place of a leading `~` or `~NAME`.
+
+    The package expands no path elsewhere.
 
     Args:
         path: the path as the user wrote it.
-        where: the option or argument it was given as, for errors.
+        where: name of the option or argument that holds the path, for errors.
 
     Raises:
         HessianFlowError: the value is not a path, there is no such home folder, or the path holds a
@@ -82,7 +83,7 @@ def in_home(path: str | Path, where: str = "") -> Path:
     """
     name = f"{where} {path}".strip()
     try:
-        found = Path(path).expanduser()
+        expanded = Path(path).expanduser()
     except TypeError:
         raise HessianFlowError(
             f"{where or 'a path'} must be text or a Path, got {path!r}"
@@ -91,6 +92,6 @@ def in_home(path: str | Path, where: str = "") -> Path:
         raise HessianFlowError(
             f"{name}: no home folder is known; write the path out, or ./{path}"
         ) from None
-    if "\0" in str(found):
+    if "\0" in str(expanded):
         raise HessianFlowError(f"{name!r} holds a zero byte, which no path can: remove it")
-    return found
+    return expanded

@@ -133,7 +133,7 @@ def _parsed(parser: Any, words: Any) -> Any:
         typed = parser.parse_args([*words.command, *words.typed], defaults=False)[parsed.subcommand]
         named = {name for name, value in typed.items() if value is not None or INSIDE in name}
         settings = {name.replace(INSIDE, ".") for name in parser.current.settings & named}
-        arguments.given = Given(settings, frozenset(words.files))
+        arguments.given = Given(settings, frozenset(words.files), tuple(words.notes))
         arguments.methods = parser.current.methods
     return arguments
 

@@ -36,6 +36,8 @@ LogLevelName = Literal["debug", "info", "warning", "error"]
 
 CHOSEN = ("controller", "adversary", "optimizer", "schedule")
 """Settings that choose a method; the kind of method has the same name."""
+_MAY_BE_OPEN = ("adversary", "schedule")
+"""Those of them that may be left to what the controller prefers."""
 
 
 def _of(group: str, default: Any = None) -> Any:
@@ -205,13 +207,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in CHOSEN:
             given = getattr(self, name)
-            if given is not None:
+            if given is not None or name not in _MAY_BE_OPEN:
                 object.__setattr__(self, name, chosen(name, given))
         for name, hint in hints().items():
             if name not in CHOSEN:
                 check_setting(name, getattr(self, name), hint)
         check_together(self)
-        check_effects(self, _RESOLUTION_PARTS)
+        check_effects(self, _wishes(self))
 
 
 @dataclass(frozen=True)
@@ -240,8 +242,33 @@ class RunConfig(TrainConfig):
         return self.controller.name == "dual-batch"
 
 
-_RESOLUTION_PARTS = ("resolutions", "resolution_batch_sizes", "dropouts")
+_NEVER_FILLED = (
+    "resolutions",
+    "resolution_batch_sizes",
+    "dropouts",
+    "split_norm",
+    "min_workers",
+    "max_workers",
+    "ray_address",
+)
 """Settings that no preset fills unless they have an effect, so they are always explicit wishes."""
+_NOT_ON_A_SERVER = (
+    "checkpoint_examples",
+    "checkpoint_minutes",
+    "on_divergence",
+    "lr_rule",
+    "curvature_budget",
+)
+"""Settings that no preset fills for a run with a parameter server."""
+
+
+def _wishes(config: TrainConfig) -> list[str]:
+    """Return the settings whose values can only be explicit wishes."""
+    wishes = list(_NEVER_FILLED)
+    if config.controller.name == "dual-batch":
+        usual = {setting.name: setting.default for setting in fields(TrainConfig)}
+        wishes += [name for name in _NOT_ON_A_SERVER if getattr(config, name) != usual[name]]
+    return wishes
 
 
 def chosen(name: str, given: Any) -> Choice:

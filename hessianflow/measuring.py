@@ -1,5 +1,4 @@
-"""Measure a model and leave no trace on it: the one context manager that curvature, attacks and
-evaluation share."""
+"""The context manager in which curvature, attacks and evaluation leave no trace on a model."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -17,8 +16,7 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module behind DataParallel, DistributedDataParallel or `torch.compile`, however
-    nested.
+    """Return the module inside any DataParallel, DistributedDataParallel and `torch.compile`.
 
     Second derivatives do not go through compiled graphs, and products must not fire the hooks that
     reduce gradients.
@@ -33,11 +31,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Refuse a model whose weights were made in inference mode: torch lets no gradient through
-    them.
+    """Refuse a model whose weights were made in inference mode, which have no gradients.
 
     Raises:
-        HessianFlowError: with the name of the first such weight.
+        HessianFlowError: there is such a weight; the message names the first.
     """
     for name, parameter in model.named_parameters():
         if not is_lazy(parameter) and parameter.is_inference():
@@ -52,16 +49,15 @@ def check_differentiable(model: nn.Module) -> None:
 def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Module]:
     """Run the unwrapped model in evaluation mode with gradients enabled, then put everything back.
 
-    Afterwards train/eval flags, buffers, `requires_grad` and the states of the random generators
-    (torch CPU and the model's CUDA device, NumPy, Python) are as found, also when the body raises.
-    `.grad` is never touched, provided the body differentiates with `torch.autograd.grad` or
-    `torch.func`.
+    Train/eval flags, buffers, `requires_grad` and the states of the random generators (torch CPU
+    and the model's CUDA device, NumPy, Python) are restored, also when the body raises. `.grad`
+    does not change, provided the body differentiates with `torch.autograd.grad` or `torch.func`.
 
     Args:
         model: the model, wrapped or not.
         norm_mode: "eval": batch normalisation uses its running statistics. "batch": it uses those
-            of the batch that is forwarded; the running ones are neither read nor moved. Everything
-            else (dropout) is in evaluation mode in both cases.
+            of the batch that is forwarded, and the running ones are neither read nor moved.
+            Everything else (dropout) is in evaluation mode in both cases.
 
     Yields:
         The unwrapped model.
@@ -70,7 +66,7 @@ def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Mod
     modules = list(inner.modules())
     modes = [(m, m.training, m.__dict__.get("track_running_stats")) for m in modules]
     buffers = [(m, dict(m._buffers)) for m in modules]
-    copies = _copies(b for _, found in buffers for b in found.values() if b is not None)
+    copies = _copies(b for _, held in buffers for b in held.values() if b is not None)
     trainable = [
         (p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None
     ]
@@ -84,14 +80,14 @@ def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Mod
             _set(module, "training", training)
             if tracks is not None:
                 _set(module, "track_running_stats", tracks)
-        for module, found in buffers:
-            for name in module._buffers.keys() - found.keys():
+        for module, held in buffers:
+            for name in module._buffers.keys() - held.keys():
                 del module._buffers[name]
-            for name, buffer in found.items():
+            for name, buffer in held.items():
                 if name not in module._buffers or module._buffers[name] is not buffer:
                     module._buffers[name] = buffer
-        for group, versions, flat in copies:
-            _put_back(group, versions, flat)
+        for group, versions, values in copies:
+            _put_back(group, versions, values)
         for parameter, flag in trainable:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
@@ -102,40 +98,43 @@ _Copy = tuple[list[Tensor], list[int], Tensor]
 
 
 def _copies(buffers: Iterable[Tensor]) -> list[_Copy]:
-    """Tensors of one type and device, their versions, and all their values in one: few kernels for
-    many buffers."""
+    """Return groups of buffers, their versions, and their values in one tensor for each group.
+
+    A group holds the buffers of one type and device, so that few kernels copy many buffers.
+    """
     groups: dict[Any, list[Tensor]] = {}
     for buffer in buffers:
-        strided = buffer.layout == torch.strided
-        groups.setdefault((buffer.dtype, buffer.device) if strided else id(buffer), []).append(
-            buffer
-        )
+        key: Any = (buffer.dtype, buffer.device)
+        if buffer.layout != torch.strided:
+            key = id(buffer)
+        groups.setdefault(key, []).append(buffer)
     with torch.no_grad():
-        return [
-            (
-                (group, [_version(b) for b in group], torch.cat([b.reshape(-1) for b in group]))
-                if group[0].layout == torch.strided
-                else (group, [_version(group[0])], group[0].clone())
-            )
-            for group in groups.values()
-        ]
+        return [(group, [_version(b) for b in group], _values(group)) for group in groups.values()]
 
 
-def _put_back(group: list[Tensor], versions: list[int], flat: Tensor) -> None:
+def _values(group: list[Tensor]) -> Tensor:
+    if group[0].layout != torch.strided:
+        return group[0].clone()
+    return torch.cat([b.reshape(-1) for b in group])
+
+
+def _put_back(group: list[Tensor], versions: list[int], values: Tensor) -> None:
     # Writing to a buffer that nobody wrote to would invalidate graphs that saved it.
     if [_version(b) for b in group] == versions:
         return
-    strided = flat.layout == torch.strided
-    values = torch.split(flat, [b.numel() for b in group]) if strided else (flat,)
+    pieces: Iterable[Tensor] = [values]
+    if values.layout == torch.strided:
+        flat = torch.split(values, [b.numel() for b in group])
+        pieces = [piece.view(b.shape) for piece, b in zip(flat, group, strict=True)]
     with torch.no_grad():
-        for buffer, version, value in zip(group, versions, values, strict=True):
+        for buffer, version, piece in zip(group, versions, pieces, strict=True):
             if _version(buffer) != version:
-                buffer.copy_(value.view(buffer.shape) if strided else value)
+                buffer.copy_(piece)
 
 
 def _set(module: nn.Module, name: str, value: bool) -> None:
-    # This runs at every attacked step, and nn.Module's own way to set an attribute is slow;
-    # scripted modules need it.
+    # nn.Module's own way to set an attribute, which scripted modules need, is too slow for every
+    # attacked step.
     if name in module.__dict__:
         module.__dict__[name] = value
     else:
@@ -143,17 +142,18 @@ def _set(module: nn.Module, name: str, value: bool) -> None:
 
 
 def _version(tensor: Tensor) -> int:
-    # A tensor made in inference mode keeps no version, and cannot be written to where gradients are
-    # on.
-    return -1 if tensor.is_inference() else tensor._version
+    # A tensor made in inference mode has no version, and cannot be written to with gradients on.
+    if tensor.is_inference():
+        return -1
+    return tensor._version
 
 
 def _set_evaluation(modules: list[nn.Module], norm_mode: NormMode) -> None:
-    # Set flags directly: an overridden train() of the user's may do more than set them.
+    # The flags are set directly, because a user's own train() may do more than set them.
     for module in modules:
         _set(module, "training", False)
         if norm_mode == "batch" and isinstance(module, _BATCH_NORM):
-            # In training mode without tracking, the layer normalises by the batch and writes to no
+            # In training mode without tracking, a layer normalises by the batch and writes to no
             # buffer.
             _set(module, "training", True)
             _set(module, "track_running_stats", False)

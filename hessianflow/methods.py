@@ -1,4 +1,5 @@
-"""The methods by name, in one table for each kind. A new method is one file and one line here.
+"""The methods by name, of every kind. A new method is one file and one line of its room's table:
+CONTROLLERS in hessianflow/control/__init__.py, ADVERSARIES, OPTIMIZERS and SCHEDULES likewise.
 
 The options of a method are the parameters of its constructor that the run does not supply, with
 its docstring as their help. A class may have any of these members to adapt the run to itself:
@@ -19,8 +20,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hessianflow.adversarial import ADVERSARIES, ATTACKS, RUNNERS
+from hessianflow.control import CONTROLLERS
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.optim import OPTIMIZERS, SCHEDULES
 from hessianflow.options import Option, options_of, parameters_of
 from hessianflow.user_code import attribute
 
@@ -31,74 +35,37 @@ class Kind:
 
     Attributes:
         name: Name of the kind, which is also the option that chooses one of them.
-        methods: Import path of each class, by the name of the method.
+        methods: Class of each method by name.
         supplied: Parameters of constructors that the run supplies; the others are options.
         defaults: Defaults, by method, that replace those of classes from other packages.
     """
 
     name: str
-    methods: Mapping[str, str]
+    methods: Mapping[str, type]
     supplied: frozenset[str] = frozenset()
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-_ATTACKS = {
-    "fgsm": "hessianflow.adversarial:FGSM",
-    "pgd": "hessianflow.adversarial:PGD",
-}
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind(
             "controller",
-            {
-                "absa": "hessianflow.control:ABSA",
-                "abs": "hessianflow.control:ABS",
-                "fixed": "hessianflow.control:FixedBatch",
-                "warmup": "hessianflow.control:Warmup",
-                "adabatch": "hessianflow.control:AdaBatch",
-                "grow-instead-of-decay": "hessianflow.control:GrowInsteadOfDecay",
-                "noise-scale": "hessianflow.control:NoiseScale",
-                "cabs": "hessianflow.control:CABS",
-                "divebatch": "hessianflow.control:DiveBatch",
-                "critical": "hessianflow.control:CriticalBatch",
-                "timed": "hessianflow.control:TimedSchedule",
-                "dual-batch": "hessianflow.control:DualBatch",
-            },
+            CONTROLLERS,
             frozenset({"batch_size", "max_batch_size", "lr_rule", "max_lr_factor"}),
         ),
         Kind(
             "adversary",
-            {
-                **_ATTACKS,
-                "conadv": "hessianflow.adversarial:ConcurrentAdversary",
-                "reuse": "hessianflow.adversarial:GradientReuse",
-            },
+            ADVERSARIES,
             frozenset({"value_range", "seed", "loss_fn", "batches"}),
             {"conadv": {"attack": "fgsm"}},
         ),
         # The share is that of the adversary whose twins the attack makes.
-        Kind("attack", _ATTACKS, frozenset({"value_range", "seed", "loss_fn", "share"})),
-        Kind(
-            "runner",
-            {
-                "interleaved": "hessianflow.adversarial:Interleaved",
-                "process": "hessianflow.adversarial:WorkerProcess",
-                "stream": "hessianflow.adversarial:SecondStream",
-            },
-        ),
+        Kind("attack", ATTACKS, frozenset({"value_range", "seed", "loss_fn", "share"})),
+        Kind("runner", RUNNERS),
         Kind(
             "optimizer",
-            {
-                "sgd": "torch.optim:SGD",
-                "adam": "torch.optim:Adam",
-                "adamw": "torch.optim:AdamW",
-                "lars": "hessianflow.optim:LARS",
-                "clars": "hessianflow.optim:CLARS",
-                "lamb": "hessianflow.optim:LAMB",
-                "sam": "hessianflow.optim:SAM",
-                "extrapolation": "hessianflow.optim:Extrapolation",
-            },
+            OPTIMIZERS,
             frozenset({"params", "lr", "model", "norms"}),
             {
                 "sgd": {"momentum": 0.9},
@@ -107,17 +74,7 @@ KINDS: Mapping[str, Kind] = {
                 "extrapolation": {"base": "sgd"},
             },
         ),
-        Kind(
-            "schedule",
-            {
-                "constant": "hessianflow.optim:Constant",
-                "multistep": "hessianflow.optim:MultiStep",
-                "cosine": "hessianflow.optim:Cosine",
-                "polynomial": "hessianflow.optim:Polynomial",
-                "cooldown": "hessianflow.optim:Cooldown",
-            },
-            frozenset({"epochs", "optimizer", "last_epoch"}),
-        ),
+        Kind("schedule", SCHEDULES, frozenset({"epochs", "optimizer", "last_epoch"})),
     )
 }
 """Every kind of method, by the name of its option."""
@@ -203,15 +160,16 @@ def find(kind: Kind, name: str, where: str) -> Any:
         HessianFlowError: The name is unknown (the error proposes the nearest one), or there is no
             class at the import path.
     """
-    path = kind.methods.get(name, name)
-    if ":" not in path:
+    if name in kind.methods:
+        return kind.methods[name]
+    if ":" not in name:
         near = difflib.get_close_matches(name.lower(), kind.methods, n=1)
         hint = "".join(f" (did you mean {other}?)" for other in near)
         raise HessianFlowError(
             f"--{where}: unknown {kind.name} {name!r}{hint}; there are {', '.join(kind.methods)},"
             " and package.module:Class for your own"
         )
-    return attribute(path, f"--{where} {name}", is_ours=name in kind.methods)
+    return attribute(name, f"--{where} {name}")
 
 
 def method_options(kind: Kind, name: str, where: str | None = None) -> dict[str, Option]:

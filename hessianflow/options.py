@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hessianflow.bounds import check_type
+from hessianflow.bounds import check_size, check_type
 
 KINDS_BY_TYPE = {"InputAttack": "attack", "AttackRunner": "runner", "Optimizer": "optimizer"}
 """Kinds of methods that may be options of others, by the type of the parameter."""
@@ -42,9 +42,11 @@ class Option:
         """Return the value in the type of the option: lists as tuples, integers as floats if due.
 
         Raises:
-            HessianFlowError: a value of another type; `where` names the option.
+            HessianFlowError: a value of another type, or a number that is not finite or so large
+                that products of a few of them overflow; `where` names the option.
         """
         check_type(where, value, self.hint)
+        check_size(where, value)
         if self.hint is float and value is not None:
             return float(value)
         return _tupled(value)

@@ -31,7 +31,7 @@ from hessianflow.runs.documents import read_config
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, LAST
 from hessianflow.runs.states import check_weights
 from hessianflow.training import checkpoint
-from hessianflow.training.accumulate import Precision
+from hessianflow.training.passes import Precision
 from hessianflow.upgrade import upgrade
 
 EVALUATION_BATCH = {"cpu": 128}
@@ -117,7 +117,10 @@ def _model(config: RunConfig, train: ImageSet | ImageFolder, device: torch.devic
     variant: Variant = "cifar"
     if side > 64:
         variant = "imagenet"
-    model = create(config.model, train.num_classes, side, variant, in_channels=channels)
+    try:
+        model = create(config.model, train.num_classes, side, variant, in_channels=channels)
+    except HessianFlowError as error:
+        raise HessianFlowError(f"--model: {error}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise HessianFlowError(f"model {config.model!r} has no parameter to train: name another")
     model = split_for_twins(config, model).to(device)

@@ -209,6 +209,11 @@ def _try(config: RunConfig) -> None:
     weight = torch.nn.Parameter(torch.zeros(1, 1))
     optimizer = make(KINDS["optimizer"], config.optimizer, params=[weight], lr=config.lr)
     make(KINDS["schedule"], config.schedule, epochs=config.epochs, optimizer=optimizer)
+    adversary = config.adversary
+    if adversary.name != "none":
+        method = find(KINDS["adversary"], adversary.name, "adversary")
+        if "batches" not in parameters_of(method):  # those that need the data are made with them
+            make(KINDS["adversary"], adversary, value_range=(0.0, 1.0), seed=config.seed)
     controller = make(
         KINDS["controller"],
         config.controller,

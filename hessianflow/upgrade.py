@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["is_older", "upgrade"]
+__all__ = ["is_older", "moved", "upgrade"]
 
 _Convert = Callable[[Any], Any]
 _Place = tuple[str, str, str, _Convert]
@@ -65,9 +65,23 @@ _MOVED: Mapping[str, tuple[_Place, ...]] = {
     "server": _to("controller", "dual-batch", "server"),
     "synchrony": _to("controller", "dual-batch", "synchrony"),
 }
-"""New places of each setting: kind, method, option, and the conversion of its value."""
-_GONE = ("momentum_correction", "sam_rho")
+"""Where each setting went: kind, method, option, and how its value is spelled there."""
+_GONE: Mapping[str, tuple[str, str, str]] = {
+    "momentum_correction": ("optimizer", "lars", "form"),
+    "sam_rho": ("optimizer", "sam", "rho"),
+}
+"""Settings that became another choice of a method, and the option that they are part of today."""
 _OLDER = frozenset(_MOVED) - {"warmup_epochs"} | set(_GONE)
+
+
+def moved(name: str) -> list[tuple[str, str, str]]:
+    """Return the kind, method and option that an older setting became; [] for any other name."""
+    if name in _GONE:
+        return [_GONE[name]]
+    return [
+        (kind, method, option.removesuffix(".name"))
+        for kind, method, option, _ in _MOVED.get(name, ())
+    ]
 
 
 def is_older(settings: Mapping[str, Any]) -> bool:

@@ -34,21 +34,17 @@ def working_directory_first() -> Iterator[None]:
         sys.path.append(folder)
 
 
-def attribute(path: str, where: str, *, is_ours: bool = False) -> Any:
+def attribute(path: str, where: str) -> Any:
     """Return the class or function at an import path `package.module:name`.
 
     Args:
         path: Import path.
         where: Option that names it, for errors.
-        is_ours: Whether the path is from a table of this package; an error is then a defect and
-            passes through.
 
     Raises:
         HessianFlowError: The module cannot be imported, or has no class or function of that name.
     """
     module, _, name = path.partition(":")
-    if is_ours:
-        return getattr(import_module(module), name)
     if module.endswith(".py") or "/" in module:
         raise HessianFlowError(
             f"{where}: name the module, not its file: {Path(module).stem}:{name}"

@@ -86,6 +86,16 @@ VALUES: Sequence[Any] = (
 )
 """Values of every kind that JSON can hold, and some that it cannot."""
 
+SHARE = float(os.environ.get("FUZZ_SHARE", "0.4"))
+"""Of the cases that tests can draw: 0.4 are more than a thousand in all, FUZZ_SHARE=1 draws every
+one."""
+
+
+def some(count: int) -> int:
+    """Return how many of `count` cases to draw, at least one."""
+    return max(1, round(SHARE * count))
+
+
 Prepare = Callable[[Path], None]
 
 

@@ -66,7 +66,7 @@ class PlainJob:
             loss = F.cross_entropy(self.model(self.inputs[first:last]), self.targets[first:last])
             with self.sync.last_backward():
                 loss.backward()
-        totals = self.sync.finish(loss, None)
+        totals, _ = self.sync.finish()
         self.optimizer.step()
         self.updates, self.examples = self.updates + 1, self.examples + totals.examples
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.curvature import CallableOperator
+from hessianflow.data import DeviceBatches
 
 
 def symmetric(
@@ -32,6 +33,23 @@ def operator_of(matrix: Tensor) -> CallableOperator:
 def clustered(n: int = 60) -> list[float]:
     """A few separate outliers above and below a bulk near zero, as in trained nets."""
     return [10.0, 6.0, 5.9, -3.0, *torch.linspace(-0.1, 0.4, n - 4).tolist()]
+
+
+def bright_or_dark(
+    count: int, batch_size: int = 8, shape: Sequence[int] = (1, 4, 4), **options: Any
+) -> DeviceBatches:
+    """Batches of random images whose class is whether they are bright: always the same images.
+
+    Args:
+        count: images.
+        batch_size: of the batches.
+        shape: of an image.
+        options: further ones of :class:`DeviceBatches`.
+    """
+    source = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (count, *shape), generator=source, dtype=torch.uint8)
+    targets = images.float().mean((1, 2, 3)).gt(127).long()
+    return DeviceBatches(images, targets, batch_size, **options)
 
 
 @dataclass
@@ -116,7 +134,7 @@ def train(
 ) -> None:
     """Plain SGD on the problem's own examples; the model is left in training mode."""
     source = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=lr, momentum=momentum)
     problem.model.train()
     for _ in range(steps):
         rows = torch.randint(0, len(problem.targets), (batch_size,), generator=source)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.interfaces import Hits
+from hessianflow.interfaces import Hits, StepResult
 
 # 75 = 4 batches of 16 and a tail of 11: ragged over microbatches and ranks
 EXAMPLES, BATCH, MICROBATCH = 75, 16, 3
@@ -75,7 +75,11 @@ def train(
             loss_sum = part if loss_sum is None else loss_sum + part
             right = (outputs.argmax(dim=1) == targets[low:high]).sum()
             correct = right if correct is None else correct + right
-        totals = sync.finish(loss_sum, None if correct is None else Hits(correct, last - first))
+        own = None
+        if loss_sum is not None and correct is not None:
+            rows = last - first
+            own = StepResult(loss_sum * rows, rows, Hits(correct, rows), rows)
+        totals, _ = sync.finish(own)
         optimizer.step()
         losses.append(float(totals.loss))
         hits.append(int(totals.hits.correct))

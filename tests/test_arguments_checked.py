@@ -27,7 +27,6 @@ RESULTS = {
         "Pair",
         "PairLoss",
         "Published",
-        "RateAndWarmup",
         "Replay",
         "ReplayStep",
     ),

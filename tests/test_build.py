@@ -6,34 +6,36 @@ from dataclasses import replace
 import pytest
 
 from hessianflow.build import FLOAT32_PER_16_BIT, build_parts, build_probe, load_config
-from hessianflow.config import TrainConfig, resolve
+from hessianflow.config import TrainConfig
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT
+from hessianflow.resolve import resolve
 
 
 @pytest.mark.parametrize(
     ("recorded", "expected"),
     [
         (
-            {"controller": "critical", "schedule": "cooldown", "decay_from": None, "epochs": 10},
-            (0.0, 4),
+            {"controller": "critical", "schedule": "cooldown", "decay_from": 7, "edge_share": 0.5},
+            {"edge_share": 0.5, "excess_power": 0.25},
         ),
         (
-            {"controller": "critical", "schedule": "cooldown", "decay_from": 7, "epochs": 10},
-            (0.0, 7),
+            {"controller": "critical", "edge_share": 0, "excess_power": 0.5, "norm_mode": "eval"},
+            {"edge_share": None, "excess_power": 0.5},
         ),
-        ({"controller": "absa", "schedule": "multistep", "epochs": 10}, (0.25, None)),
-        (
-            {"controller": "critical", "schedule": "cooldown", "epochs": 10, "excess_power": 0.5},
-            (0.5, None),
-        ),
+        ({"controller": "absa", "patience": 0, "milestones": [4]}, {"patience": None}),
+        ({"patience": 3, "momentum": 0.9, "staleness": 1}, {"patience": 3}),
     ],
 )
-def test_runs_of_earlier_releases_go_on_as_they_began(tmp_path, recorded, expected):
-    """Before batch and rate could part, a cooldown began after a third of the run, and nobody wrote
-    that down."""
-    (tmp_path / "config.json").write_text(json.dumps({"settings": {"data": "fake", **recorded}}))
+def test_runs_in_the_words_of_an_earlier_release_go_on_as_they_began(tmp_path, recorded, expected):
+    """Options stood beside all other settings, and 0 switched off what null does today."""
+    settings = {"data": "fake", "epochs": 10, "adversary": "fgsm", **recorded}
+    (tmp_path / "config.json").write_text(json.dumps({"settings": settings}))
     config = load_config(tmp_path)
-    assert (config.excess_power, config.decay_from) == expected
+    assert expected.items() <= config.controller.options.items()
+    if "decay_from" in recorded:
+        assert config.schedule.options["decay_from"] == 7
+    if "milestones" in recorded:
+        assert config.schedule.options["milestones"] == (4,)
 
 
 @pytest.mark.parametrize(("precision", "price"), [("float32", 1.0), ("bf16", FLOAT32_PER_16_BIT)])

@@ -6,27 +6,36 @@ import pytest
 from torch import nn
 
 from hessianflow.choices import build_optimizer, build_scheduler
-from hessianflow.config import TrainConfig, resolve
+from hessianflow.config import TrainConfig
+from hessianflow.resolve import resolve
+from hessianflow.upgrade import upgrade
 
 
 @pytest.mark.parametrize(("correction", "form"), [(False, "paper"), (True, "outside")])
 def test_momentum_correction_takes_the_rate_out_of_the_velocity_of_lars(
     correction: bool, form: str
 ):
-    config = resolve(TrainConfig(optimizer="lars", momentum_correction=correction))
-    assert build_optimizer(config, nn.Linear(2, 2)).param_groups[0]["form"] == form
+    """That is what the setting of earlier releases is today; the option itself reaches lars too."""
+    older = upgrade({"optimizer": "lars", "momentum_correction": correction})
+    for settings in (older, {"optimizer": {"name": "lars", "form": form}}):
+        config = resolve(TrainConfig(**settings))
+        assert build_optimizer(config, nn.Linear(2, 2)).param_groups[0]["form"] == form
+
+
+def cooldown(decay_from: float) -> dict[str, Any]:
+    return {"name": "cooldown", "decay_from": decay_from}
 
 
 @pytest.mark.parametrize(
     ("settings", "rates"),
     [
-        ({"epochs": 5, "decay_from": 1}, [1, 1, 0.75, 0.5, 0.25]),
+        ({"epochs": 5, "schedule": cooldown(1)}, [1, 1, 0.75, 0.5, 0.25]),
         ({"epochs": 5}, [1, 1, 1, 1, 0.5]),  # from two thirds of 5 on, rounded down
         ({"epochs": 3}, [1, 1, 0.5]),
         ({"epochs": 2}, [1, 0.5]),
         ({"epochs": 1}, [1]),
         (
-            {"epochs": 4, "decay_from": 0, "controller": "critical", "schedule": None},
+            {"epochs": 4, "schedule": cooldown(0), "controller": "critical"},
             [1, 0.75, 0.5, 0.25],
         ),
     ],
@@ -52,11 +61,11 @@ def test_cooldown_after_a_warmup_falls_by_the_batch():
     batch."""
     settings: dict[str, Any] = {
         "epochs": 4,
-        "decay_from": 2,
+        "schedule": cooldown(2),
         "warmup_epochs": 0.2,
         "batch_size": 10,
     }
-    config = resolve(TrainConfig(lr=1.0, schedule="cooldown", **settings))
+    config = resolve(TrainConfig(lr=1.0, **settings))
     optimizer = build_optimizer(config, nn.Linear(2, 2))
     scheduler, unit = build_scheduler(config, optimizer, 100)
     assert unit == "reference_batch"

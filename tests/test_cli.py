@@ -22,9 +22,11 @@ import hessianflow
 from hessianflow import History
 from hessianflow.build import load_parts
 
-QUICK = ["--epochs", "2", "--plots", "false"]
+SPREAD = True
+QUICK = ["--epochs", "2", "--plots", "false", "--train-examples", "512", "--test-examples", "100"]
 
 
+@pytest.mark.slow
 def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
     """>= 97 % on the test digits, at least three growths, each with its reason, and the plots."""
     status, out, _ = run("train", capsys=capsys)
@@ -61,9 +63,9 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "mnist"], ["--data", "'digits'", "mnist"]),
+        (["--data", "mnist"], ["--data: unknown data set 'mnist'", "digits"]),
         (["--model", "resnet21"], ["--model: unknown model 'resnet21'", "resnet20"]),
-        (["--controller", "magic"], ["--controller", "'absa'", "magic"]),
+        (["--controller", "magic"], ["--controller: unknown controller 'magic'", "absa"]),
         (["--nonsense", "1"], ["unknown option", "--nonsense"]),
         (["--batch-size", "many"], ["--batch-size", "int", "many"]),
         (["--batch-size", "0"], ["--batch-size", "at least 1", "0"]),
@@ -76,58 +78,99 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         (["--max-batch-size", "16"], ["--max-batch-size 16", "32", "digits"]),
         (["--lr", "nan"], ["--lr", "nan"]),
         (["--lr", "-1"], ["--lr", "at least 0", "-1"]),
-        (["--growth-factor", "1"], ["--growth-factor", "greater than 1"]),
-        (["--adversarial-share", "1.5"], ["--adversarial-share", "at most 1", "1.5"]),
-        (["--eps", "-0.1"], ["--eps", "at least 0", "-0.1"]),
-        (["--adversary", "conadv", "--staleness", "-1"], ["--staleness", "at least 0", "-1"]),
+        (["--controller.growth-factor", "1"], ["--controller absa: growth_factor", "> 1, got 1"]),
+        (["--adversary.share", "1.5"], ["--adversary fgsm: share", "[0, 1]", "1.5"]),
+        (["--adversary.eps", "-0.1"], ["--adversary fgsm: eps", "at least 0", "-0.1"]),
         (
-            ["--adversary", "conadv", "--attack-runner", "stream", "--device", "cpu"],
-            ["stream cannot attack on cpu"],
-        ),
-        (["--staleness", "1"], ["--staleness is a setting of --adversary conadv"]),
-        (
-            ["--adversary", "conadv", "--staleness", "9999"],
-            ["--staleness must be smaller than the number of steps"],
-        ),
-        (["--sam-rho", "-1"], ["--sam-rho", "at least 0", "-1"]),
-        (["--sam-rho", "0.1", "--precision", "fp16"], ["SAM", "bf16"]),
-        (["--milestones", "[5, 2]"], ["--milestones", "increasing"]),
-        (["--every-epochs", "0"], ["--every-epochs", "at least 1", "0"]),
-        (["--stages", "[[1, 600]]"], ["--stages reach 600", "--max-batch-size 512"]),
-        (["--stages", "[1, 64]"], ["--stages", "[1, 64]"]),
-        (
-            ["--controller", "timed", "--stages", "[[2, 64], [2, 128]]"],
-            ["--stages must have increasing epochs, got [2, 2]"],
+            ["--adversary", "conadv", "--adversary.staleness", "-1"],
+            ["--adversary conadv: staleness", ">= 0", "-1"],
         ),
         (
-            ["--controller", "critical", "--edge-share", "1"],
-            ["--momentum and --edge-share must be < 1", "1.0"],
+            ["--adversary", "conadv", "--adversary.runner", "stream", "--device", "cpu"],
+            ["--adversary.runner stream cannot attack on cpu"],
         ),
         (
-            ["--controller", "critical", "--edge-share", "0", "--loss-power", "0"],
-            ["--edge-share and --loss-power"],
+            ["--adversary.staleness", "1"],
+            ["--adversary.staleness is an option of conadv, not of fgsm", "--adversary conadv"],
         ),
-        (["--controller", "critical", "--lr-rule", "sqrt"], ["--lr-rule sqrt", "--edge-share 0"]),
+        (
+            ["--staleness", "1"],
+            ["unknown option --staleness", "--adversary.staleness with --adversary conadv"],
+        ),
+        (
+            ["--adversary", "conadv", "--adversary.staleness", "9999"],
+            ["staleness must be smaller than the number of steps"],
+        ),
+        (
+            ["--optimizer", "sam", "--optimizer.rho", "-1"],
+            ["--optimizer sam: rho", "at least 0", "-1"],
+        ),
+        (
+            ["--optimizer", "sam", "--optimizer.rho", "0.1", "--precision", "fp16"],
+            ["SAM", "bf16"],
+        ),
+        (
+            ["--schedule.milestones", "[5, 2]"],
+            ["--schedule multistep: milestones", "increasing", "[5, 2]"],
+        ),
+        (
+            ["--controller", "adabatch", "--controller.every-epochs", "0"],
+            ["--controller adabatch: every_epochs", ">= 1", "0"],
+        ),
+        (
+            ["--controller", "timed", "--controller.stages", "[[1, 600]]"],
+            ["--controller.stages reach 600", "--max-batch-size 512"],
+        ),
+        (
+            ["--controller", "timed", "--controller.stages", "[1, 64]"],
+            ["--controller.stages: expected list, got 1"],
+        ),
+        (
+            ["--controller", "timed", "--controller.stages", "[[2, 64], [2, 128]]"],
+            ["--controller timed: stages must have increasing epochs, got [2, 2]"],
+        ),
+        (
+            ["--controller", "critical", "--controller.edge-share", "1"],
+            ["--controller critical: momentum and edge_share must be < 1", "1.0"],
+        ),
+        (
+            [
+                "--controller",
+                "critical",
+                "--controller.edge-share",
+                "null",
+                "--controller.loss-power",
+                "null",
+            ],
+            ["--controller critical: loss_power and edge_share must not both be None"],
+        ),
+        (
+            ["--controller", "critical", "--lr-rule", "sqrt"],
+            ["--lr-rule sqrt", "--controller.edge-share null"],
+        ),
         (
             ["--controller", "critical", "--norm-mode", "eval"],
-            ["--norm-mode eval", "--edge-share 0"],
-        ),
-        (["--controller", "critical", "--excess-power", "2"], ["--excess-power", "at most 1", "2"]),
-        (
-            ["--schedule", "cooldown", "--decay-from", "9", "--epochs", "9"],
-            ["--decay-from 9", "below --epochs 9"],
+            ["--norm-mode eval", "--controller.edge-share null"],
         ),
         (
-            ["--schedule", "cooldown", "--decay-from", "30"],
-            ["--decay-from 30", "below --epochs 30"],
+            ["--controller", "critical", "--controller.excess-power", "2"],
+            ["--controller critical: excess_power", "<= 1", "2"],
+        ),
+        (
+            ["--schedule", "cooldown", "--schedule.decay-from", "9", "--epochs", "9"],
+            ["--schedule cooldown: decay_from must lie below the 9 epochs", "got 9"],
+        ),
+        (
+            ["--schedule", "cooldown", "--schedule.decay-from", "30"],
+            ["--schedule cooldown: decay_from must lie below the 30 epochs", "got 30"],
         ),
         (
             ["--schedule", "cooldown", "--controller", "timed"],
-            ["--controller timed decays by itself"],
+            ["--controller timed: it decays by itself"],
         ),
         (
-            ["--optimizer", "lars", "--trust-coefficient", "-1"],
-            ["--trust-coefficient", "at least 0", "-1"],
+            ["--optimizer", "lars", "--optimizer.trust-coefficient", "-1"],
+            ["--optimizer lars: trust_coefficient", ">= 0", "-1"],
         ),
         (["--curvature", "off"], ["--controller absa needs curvature"]),
         (["--device", "cuda:77"], ["--device cuda:77"]),
@@ -172,14 +215,14 @@ def test_only_a_model_with_batch_normalisation_can_be_split(tmp_path: Path, caps
 
 
 def test_what_was_trained_with_twins_is_measured_with_the_main_set_alone(capsys):
-    options = ["--adversary", "conadv", "--staleness", "0", "--run-dir", "twins", *QUICK]
+    options = ["--adversary", "conadv", "--adversary.staleness", "0", "--run-dir", "twins", *QUICK]
     assert run("train", *options, capsys=capsys)[0] == 0
     _, parts = load_parts("twins")
     assert not any("adversarial" in name for name, _ in parts.model.named_parameters())
     batch = parts.test.examples(torch.arange(parts.test.num_examples))
     accuracy = (parts.model.eval()(batch[0]).argmax(1) == batch[1]).double().mean().item()
     assert accuracy == pytest.approx(History.load("twins").summary["final_accuracy"])
-    status, out, _ = run("second-opinion", "twins", capsys=capsys)
+    status, out, _ = run("second-opinion", "twins", "--examples", "16", "--k", "1", capsys=capsys)
     assert status == 0
     # as it would with parameters that the loss does not depend on
     assert "eigenvalues() failed" not in out
@@ -216,19 +259,15 @@ def test_truncated_data_file_is_named_with_its_size(tmp_path: Path, capsys):
 
 def test_config_file_gives_settings_and_refuses_unknown_keys(tmp_path: Path, capsys):
     (tmp_path / "good.yaml").write_text(
-        "epochs: 2\nbatch_size: 48\nplots: false\nmilestones: [1]\n"
+        "epochs: 2\nbatch_size: 48\nplots: false\nschedule: {name: multistep, milestones: [1]}\n"
     )
     status, _, _ = run(
         "train", "--config", "good.yaml", "--run-dir", "run", "--lr", "0.02", capsys=capsys
     )
     assert status == 0
     settings = History.load("run").config["settings"]
-    assert (settings["epochs"], settings["batch_size"], settings["lr"], settings["milestones"]) == (
-        2,
-        48,
-        0.02,
-        [1],
-    )
+    assert (settings["epochs"], settings["batch_size"], settings["lr"]) == (2, 48, 0.02)
+    assert settings["schedule"]["milestones"] == [1]
     (tmp_path / "bad.yaml").write_text("epochs: 2\nbatchsize: 48\n")
     status, _, err = run("train", "--config", "bad.yaml", capsys=capsys)
     assert status == 2
@@ -272,27 +311,28 @@ def test_settings_of_a_run_are_a_config_file(capsys):
     [
         ["--controller", "abs"],
         ["--controller", "warmup", "--max-batch-size", "64"],
-        ["--controller", "adabatch", "--every-epochs", "1"],
+        ["--controller", "adabatch", "--controller.every-epochs", "1"],
         ["--controller", "timed"],
-        ["--controller", "grow-instead-of-decay", "--milestones", "[1]"],
+        ["--controller", "grow-instead-of-decay", "--controller.milestones", "[1]"],
         ["--controller", "noise-scale"],
         ["--controller", "cabs"],
         ["--controller", "divebatch"],
         ["--controller", "critical"],
         ["--optimizer", "adam", "--lr", "0.001"],
         ["--optimizer", "adamw", "--lr", "0.001"],
-        ["--optimizer", "lars", "--trust-coefficient", "0.003"],
+        ["--optimizer", "lars", "--optimizer.trust-coefficient", "0.003"],
         ["--optimizer", "clars"],
         ["--optimizer", "lamb", "--lr", "0.01"],
         ["--adversary", "pgd"],
-        ["--adversary", "conadv", "--staleness", "2", "--combine", "average"],
-        ["--adversary", "conadv", "--conadv-attack", "pgd", "--split-norm", "false"],
-        ["--adversary", "conadv", "--attack-runner", "process"],
+        ["--adversary", "conadv", "--adversary.staleness=2", "--adversary.combine=average"],
+        ["--adversary", "conadv", "--adversary.attack", "pgd", "--split-norm", "false"],
+        ["--adversary", "conadv", "--adversary.runner", "process"],
         ["--adversary", "reuse"],
-        ["--sam-rho", "0.05"],
+        ["--optimizer", "sam", "--optimizer.rho", "0.05"],
+        ["--optimizer", "extrapolation", "--optimizer.lookahead-lr", "0.05"],
         ["--schedule", "cosine", "--warmup-epochs", "1"],
         ["--schedule", "cooldown"],
-        ["--schedule", "cooldown", "--decay-from", "1", "--warmup-epochs", "0.5"],
+        ["--schedule", "cooldown", "--schedule.decay-from", "1", "--warmup-epochs", "0.5"],
         ["--schedule", "polynomial", "--lr-rule", "sqrt", "--max-lr-factor", "3"],
         ["--precision", "bf16", "--channels-last", "true"],
         ["--train-examples", "500", "--test-examples", "100", "--max-batch-size", "400"],
@@ -313,7 +353,7 @@ def test_every_choice_trains_under_its_own_name(arguments: list[str], capsys):
 
 
 def test_grow_instead_of_decay_does_not_decay_too(capsys):
-    options = ["--controller", "grow-instead-of-decay", "--milestones", "[1]", *QUICK]
+    options = ["--controller", "grow-instead-of-decay", "--controller.milestones=[1]", *QUICK]
     assert run("train", *options, "--run-dir", "run", capsys=capsys)[0] == 0
     assert [(r["batch_size"], r["lr"]) for r in History.load("run").epochs] == [
         (32, 0.05),
@@ -321,7 +361,7 @@ def test_grow_instead_of_decay_does_not_decay_too(capsys):
     ]
     status, _, err = run("train", *options, "--schedule", "multistep", capsys=capsys)
     assert status == 2
-    assert "replaces --schedule multistep" in err
+    assert "--controller grow-instead-of-decay: it replaces --schedule multistep" in err
 
 
 def test_a_replay_leaves_the_end_of_another_schedule_out(capsys):
@@ -330,9 +370,9 @@ def test_a_replay_leaves_the_end_of_another_schedule_out(capsys):
     options = [
         "--controller",
         "timed",
-        "--stages",
+        "--controller.stages",
         "[[1, 64]]",
-        "--decay-from",
+        "--controller.decay-from",
         "2",
         "--run-dir",
         "run",
@@ -373,14 +413,15 @@ def test_commands_that_read_runs(capsys):
     status, out, _ = run("report", "run0", capsys=capsys)
     assert status == 0
     assert Path("run0/report.html").read_text().startswith("<!doctype html>")
-    status, out, _ = run("replay", "run0", "--patience", "1", capsys=capsys)
+    status, out, _ = run("replay", "run0", "--controller.patience", "1", capsys=capsys)
     assert status == 0
     assert "epoch   1: batch 64, rate x 2" in out
     assert "no growth for 1 estimate" in out
     for controller, words in (
-        ("critical", "note: the run measured with running statistics"),
+        ("critical", "note: the run measured with norm_mode 'eval'; critical means eigenvalues"),
         ("timed", "epoch   1: batch 256, rate x 8, adversarial share 0.2: planned"),
-        ("grow-instead-of-decay", "grow-instead-of-decay: 54 updates; the run itself took"),
+        # 512 examples in 16 batches of 32, then in 4 of 160
+        ("grow-instead-of-decay", "grow-instead-of-decay: 20 updates; the run itself took"),
     ):
         status, out, err = run("replay", "run0", "--controller", controller, capsys=capsys)
         assert (status, err) == (0, "")
@@ -653,6 +694,7 @@ def wait_for_epochs(run_dir: str, epochs: int) -> None:
     raise AssertionError(f"no {epochs} epochs within 60 s")
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_and_resumed_is_bit_equal(capsys):
     """SIGKILL twice, at moments nobody chose; weights and records end as in the uninterrupted
     run."""
@@ -682,6 +724,7 @@ def test_killed_at_a_random_moment_and_resumed_is_bit_equal(capsys):
     assert rows("run") == rows("whole")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_143_as_preempted(capsys):
     process = start("train", "--epochs", "200", "--plots", "false", "--run-dir", "run")
     wait_for_epochs("run", 1)

@@ -9,6 +9,7 @@ from command_runs import (
 from hessianflow import History
 from hessianflow.build import build_trainer
 from hessianflow.config import TrainConfig
+from hessianflow.resolve import resolve
 
 FAKE = [
     "--data",
@@ -22,7 +23,16 @@ FAKE = [
     "--plots",
     "false",
 ]
-CYCLIC = ["--resolution", "cyclic", "--epochs", "4", "--milestones", "[2]", "--curvature", "off"]
+CYCLIC = [
+    "--resolution",
+    "cyclic",
+    "--epochs",
+    "4",
+    "--schedule.milestones",
+    "[2]",
+    "--curvature",
+    "off",
+]
 
 
 def test_resolution_under_any_controller(capsys):
@@ -70,12 +80,12 @@ def test_absa_measures_at_the_resolution_it_trains_at_and_forgets_it_at_a_change
         batch_size=32,
         max_batch_size=64,
         epochs=2,
-        milestones=(),
+        schedule={"name": "multistep", "milestones": ()},
         resolution="cyclic",
         probe_examples=16,
         adversary="none",
     )
-    trainer, sides = build_trainer(config), []
+    trainer, sides = build_trainer(resolve(config)), []
     trainer.model[0].register_forward_pre_hook(
         lambda _, inputs: sides.append((len(inputs[0]), inputs[0].shape[-1]))
     )
@@ -118,8 +128,8 @@ def test_absa_measures_at_the_resolution_it_trains_at_and_forgets_it_at_a_change
         (
             ["--resolution", "once", "--dropouts", "[0.1, 0.2]", "--adversary", "conadv"],
             (
-                "--dropouts needs --staleness 0: dropout is set when a batch is drawn, with"
-                " is too early with staleness 1"
+                "--dropouts needs --adversary.staleness 0: dropout is set when a batch is drawn,"
+                " with staleness 1 early"
             ),
         ),
         (
@@ -128,13 +138,16 @@ def test_absa_measures_at_the_resolution_it_trains_at_and_forgets_it_at_a_change
         ),
         (
             ["--workers", "2"],
-            "--workers is a setting of --controller dual-batch; processes that load images are",
+            "unknown option --workers: use --controller.workers with --controller dual-batch",
         ),
         (
             ["--controller", "dual-batch", "--norm-batch-size", "ranks"],
             "--norm-batch-size ranks: dual batches train",
         ),
-        (["--extra-time", "1.1"], "--extra-time is a setting of --controller dual-batch"),
+        (
+            ["--controller.extra-time", "1.1"],
+            "--controller.extra-time is an option of dual-batch, not of fixed",
+        ),
     ],
 )
 def test_bad_resolutions_are_one_line(arguments: list[str], words: str, capsys):
@@ -211,9 +224,9 @@ DUAL = [
     *FAKE,
     "--controller",
     "dual-batch",
-    "--slope",
+    "--controller.slope",
     "0.001",
-    "--intercept",
+    "--controller.intercept",
     "0.02",
     "--batch-size",
     "16",
@@ -223,15 +236,15 @@ DUAL = [
 def test_dual_batch_trains_stops_and_resumes(capsys):
     """The command of the README; resumed it has nothing to do."""
     plan = [
-        "--workers",
+        "--controller.workers",
         "4",
-        "--small-workers",
+        "--controller.small-workers",
         "3",
-        "--extra-time",
+        "--controller.extra-time",
         "1.05",
         "--epochs",
         "2",
-        "--milestones",
+        "--schedule.milestones",
         "[]",
     ]
     status, out, err = run("train", *DUAL, *plan, "--run-dir", "r", capsys=capsys)
@@ -252,23 +265,33 @@ def test_dual_batch_trains_stops_and_resumes(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--small-workers", "5"], "--small-workers 5 is more than --workers 4"),
         (
-            ["--small-workers", "1", "--extra-time", "1.4"],
+            ["--controller.small-workers", "5"],
+            "--controller dual-batch: small_workers 5 is more than workers 4",
+        ),
+        (
+            ["--controller.small-workers", "1", "--controller.extra-time", "1.4"],
             (
-                "--extra-time must be less than 1.333 (workers / large workers) with 3 large of 4"
-                " workers, got 1.4"
+                "--controller dual-batch: extra_time must be less than 1.333 (workers / large"
+                " workers) with 3 large of 4 workers, got 1.4"
             ),
         ),
-        (["--extra-time", "0.9"], "--extra-time must be at least 1, got 0.9"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
-        (["--slope", "0"], "--slope must be greater than 0, got 0.0"),
-        (["--intercept", "[0.1, -0.1]"], "--intercept must be greater than 0, got (0.1, -0.1)"),
+        (["--controller.extra-time", "0.9"], "extra_time must be a finite number >= 1, got 0.9"),
+        (["--controller.workers", "0"], "workers must be a whole number >= 1, got 0"),
+        (["--controller.slope", "0"], "slope must be a finite number > 0, got 0.0"),
         (
-            ["--slope", "[0.1, 0.1]"],
-            "--slope must hold one value for each of the resolutions [16], got [0.1, 0.1]",
+            ["--controller.intercept", "[0.1, -0.1]"],
+            "intercept must be a finite number > 0, got -0.1",
         ),
-        (["--slope", "null"], "--slope and --intercept make a line together: give both or neither"),
+        (
+            ["--controller.slope", "[0.1, 0.1]"],
+            "--controller.slope must hold one value for each of the resolutions [16], got"
+            " [0.1, 0.1]",
+        ),
+        (
+            ["--controller.slope", "null"],
+            "slope and intercept make a line together: give both or neither",
+        ),
         (
             ["--on-divergence", "rollback"],
             "--on-divergence does nothing with --controller dual-batch: leave it out",
@@ -276,7 +299,7 @@ def test_dual_batch_trains_stops_and_resumes(capsys):
         (["--batch-size", "128"], "a batch of 86 is more than the 63 examples"),
         (["--model", "c1", "--resolution", "once"], "layer '9' (Linear(in_features=1024"),
         (
-            ["--server", "ray", "--ray-address", "127.0.0.1:1"],
+            ["--controller.server", "ray", "--ray-address", "127.0.0.1:1"],
             "no Ray cluster answers at 127.0.0.1:1",
         ),
     ],

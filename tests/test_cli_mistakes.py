@@ -14,7 +14,8 @@ from command_runs import (
 )
 
 from hessianflow import History
-from hessianflow.config import TrainConfig, resolve
+from hessianflow.config import TrainConfig
+from hessianflow.resolve import resolve
 
 QUICK = ["--epochs", "1", "--plots", "false", "--run-dir", "run"]
 
@@ -32,8 +33,32 @@ QUICK = ["--epochs", "1", "--plots", "false", "--run-dir", "run"]
         ),
         (["train", "--epoch", "3"], "unknown option: --epoch 3 (did you mean --epochs?)"),
         (["train", "--lr.x", "3"], "unknown option: --lr.x (did you mean --lr?)"),
-        (["train", "--data", "digit"], "got digit (did you mean digits?)"),
-        (["train", "--controller", "null"], "got null"),
+        (["train", "--data", "digit"], "unknown data set 'digit' (did you mean digits?)"),
+        (["train", "--controller", "null"], "--controller: unknown controller 'null'"),
+        (
+            ["train", "--controller.patients", "3"],
+            "unknown option --controller.patients (did you mean --controller.patience?); absa has",
+        ),
+        (
+            ["train", "--controller.patience", "x"],
+            "--controller.patience: expected int, got x",
+        ),
+        (
+            ["train", "--controller.growth_factor", "-inf"],
+            "--controller.growth-factor: expected float, got -inf",
+        ),
+        (
+            ["train", "--adversary", "none", "--adversary.share", "0.5"],
+            "--adversary.share needs an adversary: name one with --adversary",
+        ),
+        (
+            ["train", "--controller", "nowhere:Mine"],
+            "--controller nowhere:Mine",
+        ),
+        (
+            ["train", "--optimizer", "torch.nn:Linear"],
+            "--optimizer torch.nn:Linear",
+        ),
         (["train", "stray"], "unknown option: stray"),
         (["trian"], "unknown command 'trian' (did you mean train?); there are train, resume,"),
         (
@@ -43,16 +68,16 @@ QUICK = ["--epochs", "1", "--plots", "false", "--run-dir", "run"]
         (["train", "--lr", "-1e3"], "--lr must be at least 0, got -1000.0"),
         (["train", "--lr", "-inf"], "--lr: expected float, got -inf"),
         (
-            ["train", "--milestones", "[" * 100_000],
-            "--milestones: 100000 characters, more than 65536",
+            ["train", "--schedule.milestones", "[" * 100_000],
+            "--schedule.milestones: 100000 characters, more than 65536",
         ),
         (
-            ["train", "--milestones", "[" * 50_000],
-            "--milestones: more than 8 levels: no setting has as many",
+            ["train", "--schedule.milestones", "[" * 50_000],
+            "--schedule.milestones: more than 8 levels: no setting has as many",
         ),
         (
-            ["train", "--milestones", "&a [*a]"],
-            "--milestones: aliases are not read here: write the value out",
+            ["train", "--schedule.milestones", "&a [*a]"],
+            "--schedule.milestones: aliases are not read here: write the value out",
         ),
         (["train", "--epochs=&a [*a]"], "--epochs: aliases are not read here"),
         (["train", "--model", "&a [*a]"], "unknown model '&a [*a]'"),
@@ -130,12 +155,33 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments: list[str], words: str
     ("arguments", "words"),
     [
         (
+            ["--schedule", "cosine", "--schedule.milestones", "[3]"],
+            "--schedule.milestones is an option of multistep, not of cosine: leave it out, or use",
+        ),
+        (
             ["--schedule", "cosine", "--milestones", "[3]"],
-            "--milestones is a setting of --schedule multistep",
+            "unknown option --milestones: use --controller.milestones with --controller"
+            " grow-instead-of-decay or --schedule.milestones with --schedule multistep",
+        ),
+        (
+            ["--controller", "fixed", "--controller.patience", "3"],
+            "--controller.patience is an option of absa and abs, not of fixed",
         ),
         (
             ["--controller", "fixed", "--patience", "3"],
-            "--patience is a setting of --controller absa or abs",
+            "unknown option --patience: use --controller.patience with --controller absa or abs",
+        ),
+        (
+            ["--sam-rho", "0.05"],
+            "unknown option --sam-rho: use --optimizer.rho with --optimizer sam",
+        ),
+        (
+            ["--conadv-attack", "pgd"],
+            "unknown option --conadv-attack: use --adversary.attack with --adversary conadv",
+        ),
+        (
+            ["--adversarial-share=0.5"],
+            "unknown option --adversarial-share: use --adversary.share with --adversary fgsm or",
         ),
         (
             ["--data-dir", "somewhere"],
@@ -154,20 +200,16 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments: list[str], words: str
             "--test-examples 360 is more than the 359 that the test set of digits has",
         ),
         (
-            ["--adversary", "pgd", "--adversarial-share", "0"],
-            "--adversary does nothing with --adversarial-share 0",
-        ),
-        (
-            ["--adversary", "none", "--adversarial-share", "0.5"],
-            "--adversarial-share does nothing with --adversary none",
+            ["--adversary", "pgd", "--adversary.share", "0"],
+            "--adversary pgd does nothing with --adversary.share 0",
         ),
         (
             ["--controller", "abs", "--adversary", "pgd"],
-            "--adversary does nothing with --controller abs",
+            "--controller abs: it trains clean, leave --adversary pgd out or use absa",
         ),
         (
-            ["--optimizer", "adamw", "--momentum", "0.5"],
-            "--momentum is a setting of --optimizer sgd, lars or clars",
+            ["--optimizer", "adamw", "--optimizer.momentum", "0.5"],
+            "--optimizer.momentum is an option of sgd and lars and clars, not of adamw",
         ),
         (
             ["--data", "cifar10", "--optimizer", "lamb"],
@@ -191,19 +233,23 @@ def test_an_option_that_would_be_ignored_is_refused(arguments: list[str], words:
 def test_a_replay_and_a_plan_refuse_them_too(capsys):
     assert run("train", *QUICK, capsys=capsys)[0] == 0
     status, _, err = run(
-        "replay", "run", "--controller", "critical", "--patience", "3", capsys=capsys
+        "replay", "run", "--controller", "critical", "--controller.patience", "3", capsys=capsys
     )
     assert (status, err.count("\n")) == (2, 1)
-    assert "--patience is a setting of --controller absa or abs" in err
-    status, _, err = run("plan", "--controller", "fixed", "--growth-factor", "3", capsys=capsys)
+    assert "--controller.patience is an option of absa and abs, not of critical" in err
+    status, _, err = run(
+        "plan", "--controller", "fixed", "--controller.growth-factor", "3", capsys=capsys
+    )
     assert (status, err.count("\n")) == (2, 1)
-    assert "--growth-factor is a setting of --controller absa, abs or adabatch" in err
+    assert "--controller.growth-factor is an option of absa and abs and adabatch, not of" in err
 
 
 def test_what_a_file_holds_for_other_choices_is_said_not_refused(capsys):
     """One file may serve several choices; what is as it would be anyway is no word worth."""
     Path("base.yaml").write_text(
-        "epochs: 1\nplots: false\nmilestones: [1]\npatience: 3\nmomentum: 0.9\nseed: null\n"
+        "epochs: 1\nplots: false\nschedule: {name: multistep, milestones: [1]}\nseed: null\n"
+        "train_examples: 128\ntest_examples: 32\nmax_batch_size: 64\n"
+        "controller: {name: absa, patience: 3}\nimage_size: null\nmax_rollbacks: 3\n"
     )
     options = [
         "--config",
@@ -216,16 +262,40 @@ def test_what_a_file_holds_for_other_choices_is_said_not_refused(capsys):
         "run",
     ]
     status, _, err = run("train", *options, capsys=capsys)
-    assert (status, err) == (0, "hessianflow: note: not used with these settings: milestones\n")
+    told = "hessianflow: note: not used with these settings: schedule.milestones\n"
+    assert (status, err) == (0, told)
     again = ["train", "--config", "run/settings.yaml", "--run-dir", "again"]
-    assert run(*again, capsys=capsys)[::2] == (
-        0,
-        "hessianflow: note: not used with these settings: milestones\n",
-    )
+    assert run(*again, capsys=capsys)[::2] == (0, "")
     assert run("train", *QUICK[:-1], "plain", capsys=capsys)[0] == 0
     assert run("train", "--config", "plain/settings.yaml", "--run-dir", "copy", capsys=capsys)[
         ::2
     ] == (0, "")
+
+
+def test_a_file_in_the_words_of_an_older_release_is_upgraded_and_said_once(capsys):
+    Path("old.yaml").write_text(
+        "epochs: 1\nplots: false\nmilestones: [1]\npatience: 3\nmomentum: 0.8\nseed: null\n"
+        "adversarial_share: 0.1\nsam_rho: 0\n"
+    )
+    status, _, err = run("train", "--config", "old.yaml", "--run-dir", "run", capsys=capsys)
+    assert status == 0
+    assert err.count("\n") == 1
+    assert "old.yaml is spelled as in an older release (" in err
+    for name in ("milestones", "patience", "momentum", "adversarial_share", "sam_rho"):
+        assert name in err
+    settings = History.load("run").config["settings"]
+    assert settings["controller"]["patience"] == 3
+    assert settings["schedule"]["milestones"] == [1]
+    assert settings["optimizer"]["momentum"] == 0.8
+    assert settings["adversary"]["share"] == 0.1
+    status, text, _ = run("train", "--config", "old.yaml", "--print-config", capsys=capsys)
+    assert status == 0
+    Path("new.yaml").write_text(text)
+    assert run("train", "--config", "new.yaml", "--run-dir", "again", capsys=capsys)[::2] == (0, "")
+    again = History.load("again").config["settings"]
+    assert {**again, "run_dir": "run"} == settings
+    status, out, err = run("train", "--config", "old.yaml", "--lr", "-1", capsys=capsys)
+    assert (status, out, err.count("\n")) == (2, "", 1)
 
 
 def test_what_is_typed_counts_wherever_it_stands_beside_a_file(capsys):
@@ -243,7 +313,16 @@ def test_what_is_typed_counts_wherever_it_stands_beside_a_file(capsys):
         ("batchsize: 3\n", "there is no setting 'batchsize' (did you mean batch_size?)"),
         ("config: base.yaml\n", "there is no setting 'config'"),
         ("epochs: many\n", "in base.yaml: --epochs: expected int, got many"),
-        ("milestones: [a, b]\n", "in base.yaml: --milestones: expected list of whole numbers"),
+        (
+            "schedule: {name: multistep, milestones: [a, b]}\n",
+            "in base.yaml: --schedule.milestones: expected int, got a",
+        ),
+        ("milestones: [a, b]\n", "in base.yaml: --schedule.milestones: expected int, got a"),
+        ("schedule: {milestones: [1]}\n", "schedule needs a name, as in {name: ...}"),
+        (
+            "controller: {name: fixed, patience: 3}\n",
+            "--controller.patience is an option of absa and abs, not of fixed",
+        ),
         ("epochs: [1, 2]\n", "in base.yaml: --epochs: expected int, got [1, 2]"),
         (f"epochs: {'9' * 5000}\n", "--epochs: a number of 5000 digits"),
     ],
@@ -296,7 +375,7 @@ def test_a_growth_under_adamw_multiplies_the_rate_by_the_root(capsys):
         "constant",
         "--epochs",
         "2",
-        "--patience",
+        "--controller.patience",
         "1",
         "--plots",
         "false",
@@ -316,7 +395,7 @@ def test_the_warm_up_of_the_warmup_controller_is_the_one_asked_for(capsys):
         "warmup",
         "--max-batch-size",
         "64",
-        "--warmup-epochs",
+        "--controller.warmup-epochs",
         "1",
         "--epochs",
         "2",
@@ -332,7 +411,8 @@ def test_the_warm_up_of_the_warmup_controller_is_the_one_asked_for(capsys):
 
 
 def test_switches_are_true_when_nothing_follows(capsys):
-    assert run("train", "--overfitting-alarm", *QUICK, capsys=capsys)[0] == 0
+    small = ["--train-examples", "128", "--test-examples", "32", "--max-batch-size", "64"]
+    assert run("train", "--overfitting-alarm", *small, *QUICK, capsys=capsys)[0] == 0
     assert History.load("run").of_kind("robustness")
     status, _, err = run(
         "spectrum", "--density", "run", "--k", "1", "--examples", "16", "--trace", capsys=capsys
@@ -341,10 +421,7 @@ def test_switches_are_true_when_nothing_follows(capsys):
     found = json.loads(Path("run/spectrum.json").read_text())
     assert found["density"] is not None
     assert found["trace"] is not None
-    assert (
-        run("train", "--plots", "false", "--augment", "false", "--epochs", "1", capsys=capsys)[0]
-        == 0
-    )
+    assert run("train", "--augment", "false", *small, *QUICK[:-1], "again", capsys=capsys)[0] == 0
 
 
 def test_paths_begin_at_home_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -451,6 +528,7 @@ def started(*arguments: str, **options: object) -> "subprocess.CompletedProcess[
     )  # type: ignore[call-overload,no-any-return]
 
 
+@pytest.mark.slow
 def test_standard_output_that_is_closed_or_full(tmp_path: Path):
     """`>&-` and `>/dev/full`: silence, or one line, but never a traceback."""
     code = (
@@ -472,6 +550,7 @@ def test_standard_output_that_is_closed_or_full(tmp_path: Path):
     assert (done.returncode, done.stderr) == (2, "hessianflow: error: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_a_name_that_the_terminal_cannot_show_is_written_in_escapes(capsys):
     assert run("train", *QUICK[:-1], "Läufe", capsys=capsys)[0] == 0
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

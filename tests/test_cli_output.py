@@ -9,7 +9,7 @@ import torch
 from hessianflow import History
 from hessianflow.cli import main
 
-QUICK = ["--epochs", "3", "--patience", "1", "--plots", "false", "--run-dir", "run"]
+QUICK = ["--epochs", "3", "--controller.patience", "1", "--plots", "false", "--run-dir", "run"]
 
 
 @pytest.fixture(autouse=True)

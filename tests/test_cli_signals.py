@@ -15,6 +15,7 @@ import pytest
 from hessianflow.cli import main
 from hessianflow.commands.signals import Signalled, signals_raised
 
+SPREAD = True
 TRAIN = ["train", "--epochs", "1", "--run-dir", "run"]
 SAID = {
     signal.SIGINT: (130, "hessianflow: interrupted\n"),
@@ -66,6 +67,7 @@ def loads(module: str) -> Callable[["subprocess.Popen[str]"], None]:
     return wait
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_while_a_library_is_imported(number: signal.Signals):
@@ -76,6 +78,7 @@ def test_while_a_library_is_imported(number: signal.Signals):
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_while_the_plots_are_drawn():
     def wait(process: "subprocess.Popen[str]") -> None:
         assert process.stdout is not None
@@ -87,6 +90,7 @@ def test_while_the_plots_are_drawn():
     assert out.startswith("finished")
 
 
+@pytest.mark.slow
 def test_when_all_is_done_the_status_is_that_of_the_command():
     """Between the last line and the end of the interpreter, which is half a second here."""
 
@@ -99,6 +103,7 @@ def test_when_all_is_done_the_status_is_that_of_the_command():
     assert (status, err) in ((0, ""), SAID[signal.SIGINT])
 
 
+@pytest.mark.slow
 def test_while_it_waits_for_other_ranks():
     """Within torch's store, where no exception would be raised for ten minutes; the wait itself is
     spoken of."""

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hessianflow.earlier import before_image_size
 
 from hessianflow import History
 from hessianflow.build import build_parts, first_products, load_config
 from hessianflow.cli import main
-from hessianflow.config import TrainConfig, resolve
+from hessianflow.config import TrainConfig
 from hessianflow.data.image_files import training_images, usual_side
 from hessianflow.fitting import fitted
+from hessianflow.resolve import resolve
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -183,25 +183,9 @@ def test_images_are_not_cropped_where_that_is_not_wanted(tree: Path):
     assert torch.allclose(*shown[1])
 
 
-def test_runs_of_before_go_on_as_they_began(tmp_path: Path):
-    assert before_image_size({"image_size": None, "data": "folder"}) == {}
-    assert before_image_size({"data": "folder"}) == {"image_size": 224}
-    assert before_image_size({"data": "imagenet", "resolutions": [128, 160]}) == {"image_size": 160}
-    assert before_image_size({"data": "digits", "optimizer": "adamw", "controller": "absa"}) == {
-        "lr_rule": "linear"
-    }
-    assert before_image_size({"optimizer": "lamb", "controller": "absa", "lr_rule": "none"}) == {}
-    assert (
-        before_image_size({"optimizer": "adam", "controller": "critical", "edge_share": 0.5}) == {}
-    )
-    assert before_image_size({"optimizer": "adam", "controller": "fixed"}) == {}
-    recorded = {
-        "controller": "absa",
-        "optimizer": "adamw",
-        "lr": 0.1,
-        "probe_examples": 128,
-        "train_examples": 64,
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"settings": recorded}))
-    config = load_config(tmp_path)
-    assert (config.lr_rule, config.probe_examples) == ("linear", 64)
+def test_a_run_in_the_words_of_before_fits_its_files_too(tree: Path):
+    recorded = {"data": "folder", "data_dir": str(tree), "batch_size": 8, "patience": 3}
+    (tree / "config.json").write_text(json.dumps({"settings": recorded}))
+    config = load_config(tree)
+    assert (config.max_batch_size, config.image_size) == (24, 12)
+    assert config.controller.options["patience"] == 3

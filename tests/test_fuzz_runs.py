@@ -15,7 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("fuzz", reason="needs SIGALRM")
-from fuzz import VALUES, Case, Prepare, report, run, run_all, torn
+from fuzz import VALUES, Case, Prepare, report, run, run_all, some, torn
 
 from hessianflow.runs.names import LOCK
 
@@ -31,7 +31,7 @@ SMALL = [
     "--test-examples",
     "32",
     "--model",
-    "c1",
+    "resnet8",
     "--batch-size",
     "16",
 ]
@@ -121,7 +121,7 @@ def spoil(value: Any, chance: random.Random) -> str:
 def history_cases(source: Path, count: int, chance: random.Random) -> Iterator[Case]:
     """A field of a row changed, a row lost or doubled, or the bytes of the file damaged."""
     lines = [json.loads(line) for line in (source / "history.jsonl").read_bytes().splitlines()]
-    for _ in range(count):
+    for _ in range(some(count)):
         rows, what = copy.deepcopy(lines), []
         kind = chance.random()
         if kind < 0.75:
@@ -151,7 +151,7 @@ def json_cases(
 ) -> Iterator[Case]:
     """One or several values of a JSON file changed, or its bytes damaged."""
     whole = json.loads((source / name).read_text())
-    for _ in range(count):
+    for _ in range(some(count)):
         value, what = copy.deepcopy(whole), []
         if chance.random() < 0.85:
             what = [spoil(value, chance) for _ in range(chance.choice((1, 1, 2)))]
@@ -224,7 +224,7 @@ def test_settings_before_what_trains_and_measures(runs: Path, tmp_path: Path):
     )
     cases = []
     for name in sorted(whole["settings"].keys()):
-        for value in chance.sample(VALUES, 3):
+        for value in chance.sample(VALUES, some(3)):
             if name in heavy and (type(value) is int or isinstance(value, str)):
                 continue
             config = copy.deepcopy(whole)
@@ -265,7 +265,7 @@ def test_step_times(runs: Path, tmp_path: Path):
         return lambda folder: (folder / "plan.json").write_bytes(content) and None
 
     cases = []
-    for _ in range(40):
+    for _ in range(some(40)):
         value = copy.deepcopy(plan)
         what, content = spoil(value, chance), dumped(value)
         if chance.random() < 0.2:
@@ -304,7 +304,7 @@ def test_checkpoints(runs: Path, tmp_path: Path):
         ["spectrum", "run", "--k", "1", "--examples", "8"],
     )
     cases = []
-    for number in range(120):
+    for number in range(some(120)):
         source = runs / ("server" if number % 4 == 0 else "absa")
         older = chance.random() < 0.5
 
@@ -442,7 +442,7 @@ def test_directories_that_hold_something(runs: Path, tmp_path: Path):
         "run",
     ]
     cases = []
-    for number in range(40):
+    for number in range(some(40)):
         chosen = [name for name in files if chance.random() < 0.25]
         kinds = {name: chance.choice(sorts) for name in chosen}
 

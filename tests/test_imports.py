@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hessianflow
+from hessianflow import interfaces
 
 PACKAGE = Path(hessianflow.__file__).parent
 SHARED = {
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": SHARED | {"training", "runs"},
     "plots": SHARED | {"plots", "runs"},
     "distributed": SHARED | {"distributed", "curvature"},
-    "interfaces": set(),
+    "interfaces": {"interfaces"},
     "batches": {"interfaces", "structure"},
     "structure": set(),
     "losses": {"losses", "batches", "interfaces", "measuring", "structure"},
@@ -48,7 +49,15 @@ ALLOWED: dict[str, set[str]] = {
     "effects": {"interfaces", "bounds", "data"},
     "contradictions": {"interfaces"},
     "options": {"bounds"},
-    "methods": {"interfaces", "facts", "options", "user_code"},
+    "methods": {
+        "interfaces",
+        "facts",
+        "options",
+        "user_code",
+        "control",
+        "adversarial",
+        "optim",
+    },
     "upgrade": set(),
     "config": {"interfaces", "bounds", "effects", "contradictions", "methods"},
     "fitting": {"config", "data"},
@@ -181,6 +190,30 @@ def test_control_uses_no_tensors():
             (n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
         }
         assert "torch" not in names, path.name
+
+
+@pytest.mark.parametrize(
+    "module", ["hessianflow.control", "hessianflow.checks", "hessianflow.interfaces"]
+)
+def test_control_and_what_it_rests_on_import_no_torch(module: str):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_shared_name_is_where_it_is_said_to_be():
+    """Every name of the list is found, and is one that a type checker sees."""
+    for name in interfaces.__all__:
+        assert getattr(interfaces, name) is not None
+    tree = ast.parse(Path(interfaces.__file__).read_text())
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hessianflow")
+        for alias in node.names
+    }
+    assert imported == set(interfaces.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
+        interfaces.Nonsense  # noqa: B018
 
 
 def test_the_parser_sees_every_way_to_import():

@@ -34,6 +34,7 @@ def left(way: str) -> tuple[str, float]:
     return answer, int(pages) * 4096 / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of the GNU C library")
 def test_freed_memory_is_kept() -> None:
     answer, kept = left("kept")

@@ -126,8 +126,8 @@ def test_help_shows_the_options_of_what_was_chosen_and_of_nothing_else(
         ),
         (
             "--controller critical --controller.edg-share 1",
-            "unknown option --controller.edg-share (did you mean --controller.edge-share?); critical"
-            " has momentum, loss-power, edge-share",
+            "unknown option --controller.edg-share (did you mean --controller.edge-share?);"
+            " critical has momentum, loss-power, edge-share",
         ),
         (
             "--edge-share 0.5",
@@ -135,7 +135,7 @@ def test_help_shows_the_options_of_what_was_chosen_and_of_nothing_else(
         ),
         (
             "--weight-decay 0.1",
-            "say --optimizer.weight-decay with --optimizer sgd or adam or adamw",
+            "use --optimizer.weight-decay with --optimizer sgd or adam or adamw",
         ),
         ("--controller criticl", "unknown controller 'criticl' (did you mean critical?)"),
         ("--optimizer muonn", "--optimizer: unknown optimizer 'muonn'; there are sgd, adam, adamw"),
@@ -237,7 +237,7 @@ def test_the_printed_settings_load_again(
 ) -> None:
     status, printed, errors = run("train", *arguments.split(), "--print-config", capsys=capsys)
     assert (status, errors) == (0, "")
-    assert "# method that decides the batch size.\ncontroller:\n  name: " in printed
+    assert "# Method that decides the batch size.\ncontroller:\n  name: " in printed
     assert yaml.safe_load(printed)["epochs"] == 30
     Path("printed.yaml").write_text(printed)
     _, again, errors = run("train", "--config", "printed.yaml", "--print-config", capsys=capsys)

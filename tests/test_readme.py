@@ -8,12 +8,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+SPREAD = True
 BLOCKS, FURTHER = (
     re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     for page in (README, ROOT / "experiments" / "README.md")
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", BLOCKS + FURTHER, ids=range(len(BLOCKS + FURTHER)))
 def test_python_block_runs(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from hessianflow.data import DeviceBatches
 from hessianflow.distributed import GroupReducer, GroupWorld, LocalReducer, sharded
 from hessianflow.interfaces import Exposure, HessianFlowError, Progress
 from hessianflow.optim import CLARS, GradientMoments
-from hessianflow.training import evaluate
+from hessianflow.training import Divergence, Passes, Reporting, evaluate
 from hessianflow.training.accumulate import GradientAccumulator
 from hessianflow.training.checks import must_pair
 
@@ -39,11 +39,11 @@ def plain(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
 
 
 def accumulating(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
-    return {"microbatch_size": 3}
+    return {"passes": Passes(microbatch_size=3)}
 
 
 def clipped(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
-    return {"max_grad_norm": 0.05}
+    return {"passes": Passes(max_grad_norm=0.05)}
 
 
 def growing(model: nn.Module, world: GroupWorld | None) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def own_loss(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, weight=classes, ignore_index=3) * 0.5
 
-    return {"loss_fn": loss_fn, "microbatch_size": 3}
+    return {"loss_fn": loss_fn, "passes": Passes(microbatch_size=3)}
 
 
 def contrastive(_: nn.Module, __: GroupWorld | None) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def freezing(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
         first.requires_grad_(progress.epoch < 1)
         return inputs, targets
 
-    return {"transform": freeze, "microbatch_size": 3}
+    return {"transform": freeze, "passes": Passes(microbatch_size=3)}
 
 
 def masked(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def masked(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
                 parameter.register_post_accumulate_grad_hook(halve)
         return inputs, targets
 
-    return {"transform": hooking, "microbatch_size": 3}
+    return {"transform": hooking, "passes": Passes(microbatch_size=3)}
 
 
 Options = Callable[[nn.Module, GroupWorld | None], dict[str, Any]]
@@ -140,7 +140,7 @@ def build(
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3),
         "loss_fn": F.cross_entropy,
         "epochs": EPOCHS,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
         "world": world,
     }
     return AdaptiveBatchTrainer(model, **{**settings, **options(model, world), **further})
@@ -225,7 +225,7 @@ def poisoned(reducer: GroupReducer, where: str, run_dir: str | None) -> tuple[st
                 inputs = inputs * torch.nan
         return inputs, targets
 
-    rollback = {} if run_dir is None else {"on_divergence": "rollback", "run_dir": run_dir}
+    rollback = {} if run_dir is None else {"divergence": Divergence("rollback"), "run_dir": run_dir}
     made = build(world, transform=poison, **rollback)
     made.model.register_buffer("mean", torch.zeros(2))
     try:
@@ -288,7 +288,7 @@ def measured(reducer: GroupReducer | None, sizes: tuple[int, ...]) -> dict[str, 
     moments = GradientMoments(accumulate=True)
     world = None if reducer is None else GroupWorld(reducer)
     size = sizes[0 if world is None else world.rank]
-    made = build(world, observers=[moments], microbatch_size=size, epochs=1)
+    made = build(world, observers=[moments], passes=Passes(microbatch_size=size), epochs=1)
     made.world.meet({})
     made.run_until(2)
     return dict(moments.signals())
@@ -299,7 +299,11 @@ def compared(reducer: GroupReducer | None) -> Tensor:
 
     def clars(model: nn.Module, _: GroupWorld | None) -> dict[str, Any]:
         optimizer = CLARS(model.parameters(), 0.1, momentum=0.9)
-        return {"optimizer": optimizer, "observers": [optimizer.norms], "microbatch_size": 4}
+        return {
+            "optimizer": optimizer,
+            "observers": [optimizer.norms],
+            "passes": Passes(microbatch_size=4),
+        }
 
     return run(reducer, clars, train_data=pixels(16, 64))["weights"]
 
@@ -351,8 +355,8 @@ def unsettled(reducer: GroupReducer | None) -> tuple[Tensor, float, list[str | N
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
         loss_fn=F.cross_entropy,
         epochs=1,
-        norm_batch_size=0,
-        show_progress=False,
+        passes=Passes(norm_batch_size=0),
+        reporting=Reporting(show_progress=False),
         world=world,
     ).fit()
     [row] = history.epochs
@@ -376,7 +380,7 @@ def rolled_back(reducer: GroupReducer | None, run_dir: str) -> dict[str, Any]:
             "epochs": 4,
         }
 
-    return run(reducer, grow, run_dir=run_dir, on_divergence="rollback")
+    return run(reducer, grow, run_dir=run_dir, divergence=Divergence("rollback"))
 
 
 class Centred(nn.Module):
@@ -406,7 +410,7 @@ def paired(reducer: GroupReducer) -> tuple[int, Tensor, str]:
     world.attach(model, parameters)
     accumulate = GradientAccumulator(model, nn.MSELoss(), parameters, world=world, paired=True)
     world.begin(rows)
-    accumulate.share(accumulate(batch))
+    accumulate.reduce_over_ranks(accumulate(batch))
     gradient = parameters[0].grad.clone()
     try:
         accumulate.expose(Exposure(batch, twins=batch))

@@ -6,10 +6,16 @@ from experiments import large_batch
 from experiments.large_batch import MAIN, METHODS, PUBLISHED, Settings, shortened
 from experiments.runner import Cell, Scale
 
+
+def _steps(*milestones: int) -> Settings:
+    """The published schedule with other milestones."""
+    return {**PUBLISHED["schedule"], "milestones": list(milestones)}
+
+
 CIFAR10: Settings = {**PUBLISHED, "data": "cifar10", "augment": False}
 CIFAR100: Settings = {**PUBLISHED, "data": "cifar100", "augment": True}
 """Augmented as in the published code: CIFAR-10 is not, CIFAR-100 is."""
-_C1: Settings = {"model": "c1", "lr": 0.02, "milestones": [30, 60]}
+_C1: Settings = {"model": "c1", "lr": 0.02, "schedule": _steps(30, 60)}
 
 WHOLE: Mapping[str, Settings] = {
     "cifar10-resnet20": {**CIFAR10, "model": "resnet20"},
@@ -38,7 +44,7 @@ SMOKE: Settings = {
     "max_batch_size": 128,
     "epochs": 4,
     "lr": 0.02,
-    "milestones": [2],
+    "schedule": _steps(2),
     "microbatch_size": 32,
     "norm_batch_size": 32,
     "probe_examples": 32,

@@ -3,19 +3,17 @@
     OMP_NUM_THREADS=1 python experiments/benchmarks/adversarial.py [--rounds 40] [--channels-last]
     [--bf16]
 
-Every round times each kind of step once, in an order that rotates; what is printed is the median
-over rounds of the ratio to the clean step of the same round, with its quartiles, so that a slow
-spell of the machine hits both sides of a ratio. On a processor the time is that of the process,
-which other programs take no part in, and freed memory is kept, as the command does
-(`hf.keep_freed_memory`).
+What is printed is the median over rounds of the ratio to the clean step of the same round, with its
+quartiles (see paired.py). Freed memory is kept, as the command does (`hf.keep_freed_memory`).
 """
 
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
+from itertools import repeat
 
+import paired
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -64,14 +62,14 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
     def pair() -> Callable[[], object]:
         net = copy.deepcopy(model)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-        adversary = hf.adversarial.FGSM(EPS, value_range=RANGE)
+        attack = hf.adversarial.FGSM(EPS, value_range=RANGE)
+        adversary = hf.adversarial.ConcurrentAdversary(attack, staleness=0)
+        exposures = iter(hf.training.Ahead(repeat((x, y)), adversary, net))
 
         def step() -> None:
-            (twins,) = hf.adversarial.ConcurrentAdversary(adversary, staleness=0).pairs(
-                net, [(x, y)]
-            )
+            exposure = next(exposures)
             optimizer.zero_grad()
-            hf.adversarial.pair_loss(net, twins, cross_entropy).total.backward()
+            hf.training.exposed_loss(net, exposure, cross_entropy).backward()
             optimizer.step()
 
         return step
@@ -109,25 +107,6 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
     }
 
 
-def measure(
-    steps: dict[str, Callable[[], object]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of one step, by name, one entry a round."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for index in range(-2, rounds):  # two rounds to warm up
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            wait()
-            started = clock()
-            steps[name]()
-            wait()
-            if index >= 0:
-                seconds[name].append(clock() - started)
-    return seconds
-
-
 def main() -> None:
     hf.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -162,20 +141,13 @@ def main() -> None:
         if name == "clean" or any(w in name for w in options.only)
     }
     with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
-        seconds = measure(chosen, options.rounds, options.device)
-    threads = f"{torch.get_num_threads()} thread(s)"
-    print(
-        f"torch {torch.__version__}, {options.device}, {threads}, batch {options.batch_size},"
-        f" {options.rounds} rounds\n"
-    )
+        seconds = paired.in_turn(chosen, options.rounds, device=options.device, warm_up=2)
+    facts = f"batch {options.batch_size}", f"{options.rounds} rounds"
+    print(paired.machine(options.device, *facts) + "\n")
     print("| step | median ms | ratio to clean (quartiles) |\n| --- | --- | --- |")
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds["clean"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(
-            f"| {name} | {1000 * statistics.median(values):.1f} | {middle:.3f}"
-            f" ({low:.3f}-{high:.3f}) |"
-        )
+        ratio = paired.spread(paired.ratios(values, seconds["clean"]))
+        print(f"| {name} | {1000 * statistics.median(values):.1f} | {ratio} |")
 
 
 if __name__ == "__main__":

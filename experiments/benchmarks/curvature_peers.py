@@ -109,7 +109,10 @@ def eigen_routes(problem: Problem, k: int) -> dict[str, Route]:
     def eigsh_curvlinops(seed: int) -> tuple[list[float], int]:
         return eigsh_on(peers.curvlinops().to_scipy(), seed)
 
-    routes = {"ours": ours, "eigsh on ours": eigsh_ours}
+    routes: dict[str, Callable[[int], tuple[list[float], int]]] = {
+        "ours": ours,
+        "eigsh on ours": eigsh_ours,
+    }
     if importable("pyhessian"):
         routes["PyHessian"] = pyhessian_route(problem, k)
     if importable("curvlinops"):

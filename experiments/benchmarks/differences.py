@@ -88,7 +88,7 @@ def network(kind: str, draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]
     layers: list[nn.Module] = []
     if kind.startswith("dense"):
         for fan_in, fan_out in pairwise(widths):
-            norm = [nn.BatchNorm1d(fan_out)] if "normalised" in kind else []
+            norm: list[nn.Module] = [nn.BatchNorm1d(fan_out)] if "normalised" in kind else []
             layers += [nn.Linear(fan_in, fan_out), *norm, activation()]
         return nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES)), (widths[0],)
     if kind == "residual":
@@ -311,16 +311,16 @@ def main() -> None:
         refused = sum(Case(seed).is_refused(kind) for seed in range(count // 3))
         print(f"| healthy, {kind.__name__} | {refused} of {count // 3} |", flush=True)
     for name, fault in FAULTS.items():
-        refused = [False] * (count // 3)
+        seen = [False] * (count // 3)
         for seed in range(count // 3):
             case = Case(seed)
             layers = case.layers()
             case.after([layers[len(layers) // 2]], fault)
-            refused[seed] = case.is_refused()
-        print(f"| faulty: {name} | {sum(refused)} of {count // 3} |", flush=True)
+            seen[seed] = case.is_refused()
+        print(f"| faulty: {name} | {sum(seen)} of {count // 3} |", flush=True)
         if name == FIRST:
             for low, high in ((1e-3, 1e-2), (1e-2, float("inf"))):
-                off = [seen for seed, seen in enumerate(refused) if low <= distance(seed) < high]
+                off = [found for seed, found in enumerate(seen) if low <= distance(seed) < high]
                 print(
                     f"| ... of which off by {low:g} to {high:g} | {sum(off)} of {len(off)} |",
                     flush=True,

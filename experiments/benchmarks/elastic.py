@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from paired import ratios, spread
 from torch import Tensor, nn
 
 from hessianflow import AdaptiveBatchTrainer, models
@@ -37,12 +38,14 @@ from hessianflow.distributed import GroupWorld, run_local
 from hessianflow.distributed.ray_session import connect
 from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.dual_batch.ray_server import ServerActor
+from hessianflow.dual_batch.actors import ServerActor
 from hessianflow.dual_batch.server import ParameterServer
 from hessianflow.elastic.member import JobReport
 from hessianflow.elastic.policy import Sample
 from hessianflow.elastic.run import ElasticRun
 from hessianflow.elastic.settings import ElasticSettings
+from hessianflow.interfaces import Hits, StepResult
+from hessianflow.training import Passes, Reporting
 
 BATCH, STEPS = 32, 8
 """Examples a rank and step; steps of the trainer between two looks at the clock."""
@@ -74,16 +77,11 @@ def show(title: str, name: str, ours: "Times", ddp: "Times") -> None:
     for clock, mine, theirs in zip(
         ("wall", "processor"), zip(*ours, strict=True), zip(*ddp, strict=True), strict=True
     ):
-        low, middle, high = statistics.quantiles(
-            [a / b for a, b in zip(mine, theirs, strict=True)], n=4
-        )
         medians = (
             f"ours {1e3 * statistics.median(mine):6.1f} ms, DDP"
             f" {1e3 * statistics.median(theirs):6.1f} ms"
         )
-        print(
-            f"  {clock:9s} {medians}, ours / DDP {middle:.3f} (quartiles {low:.3f} to {high:.3f})"
-        )
+        print(f"  {clock:9s} {medians}, ours / DDP {spread(ratios(mine, theirs))}")
 
 
 Times = list[tuple[float, float]]
@@ -137,7 +135,9 @@ def our_loop(
         loss = F.cross_entropy(outputs, targets)
         with synchronizer.last_backward():
             loss.backward()
-        synchronizer.finish(loss, (outputs.argmax(dim=1) == targets).sum())
+        rows = len(targets)
+        hits = Hits((outputs.argmax(dim=1) == targets).sum(), rows)
+        synchronizer.finish(StepResult(loss.detach() * rows, rows, hits, rows))
         optimizer.step()
 
     return step
@@ -151,8 +151,8 @@ def trainer_loop(reducer: GroupReducer, name: str) -> Callable[[], None]:
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
         loss_fn=F.cross_entropy,
         epochs=10_000,
-        norm_batch_size=0,  # as DDP: the whole share of a rank
-        show_progress=False,
+        passes=Passes(norm_batch_size=0),  # as DDP: the whole share of a rank
+        reporting=Reporting(show_progress=False),
         world=GroupWorld(reducer),
     )
     return lambda: made.run_until(made.progress.updates + STEPS)
@@ -235,7 +235,8 @@ class PixelsJob:
             loss = F.cross_entropy(self.model(inputs), targets)
             with self.synchronizer.last_backward():
                 loss.backward()
-            self.examples += self.synchronizer.finish(loss, None).examples
+            result, _ = self.synchronizer.finish()
+            self.examples += result.examples
             self.optimizer.step()
             self.updates += 1
         return self.report()
@@ -324,7 +325,6 @@ def server(options: argparse.Namespace) -> None:
         lambda: ParameterServer(weights(), {0: 1.0}), None
     )
 
-    @ray.remote(num_cpus=0)
     class Worker:
         def measure(self, rounds: int) -> list[float]:
             seconds = []
@@ -336,12 +336,8 @@ def server(options: argparse.Namespace) -> None:
                 seconds.append(time.perf_counter() - began)
             return seconds[3:]
 
-    seconds = ray.get(Worker.remote().measure.remote(options.rounds + 3))
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    print(
-        f"push + pull of 10 MB: {1e3 * middle:.1f} ms (quartiles {1e3 * low:.1f} to"
-        f" {1e3 * high:.1f})"
-    )
+    seconds = ray.get(ray.remote(num_cpus=0)(Worker).remote().measure.remote(options.rounds + 3))
+    print(f"push + pull of 10 MB, ms: {spread([1e3 * each for each in seconds], '{:.1f}')}")
 
 
 def weights() -> np.ndarray:

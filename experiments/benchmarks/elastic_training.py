@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hessianflow.config import TrainConfig
+from hessianflow.config import RunConfig, TrainConfig
 from hessianflow.elastic import ElasticSettings, ElasticTrainer, JobReport, Sample
 from hessianflow.elastic.build import make_trainer
 from hessianflow.interfaces import World
+from hessianflow.resolve import resolve
 from hessianflow.training import AdaptiveBatchTrainer, History
 
 
@@ -52,7 +53,7 @@ def resize(options: argparse.Namespace) -> None:
 
     folder = Path(options.out, "resize")
     trainer = ElasticTrainer(
-        partial(make_trainer, config), ElasticSettings(1, 2), run_dir=folder, policy=policy
+        partial(make_trainer, resolve(config)), ElasticSettings(1, 2), run_dir=folder, policy=policy
     )
     history = trainer.fit()
     show(history)
@@ -101,12 +102,12 @@ def killed_run(seed: int, kills: int, folder: Path) -> History:
             threading.Timer(dice.uniform(0, 0.5), strike).start()
         return 2
 
-    make = partial(killable, TrainConfig(threads=1, seed=seed), str(pids))
+    make = partial(killable, resolve(TrainConfig(threads=1, seed=seed)), str(pids))
     settings = ElasticSettings(1, 2, stretch_seconds=0.5, timeout_seconds=60)
     return ElasticTrainer(make, settings, run_dir=folder / "run", policy=policy).fit()
 
 
-def killable(config: TrainConfig, pids: str, world: World) -> AdaptiveBatchTrainer:
+def killable(config: RunConfig, pids: str, world: World) -> AdaptiveBatchTrainer:
     Path(pids, str(os.getpid())).touch()
     return make_trainer(config, world)
 

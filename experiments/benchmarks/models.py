@@ -4,17 +4,16 @@ same images.
     pip install --no-deps pytorchcv
     OMP_NUM_THREADS=1 python experiments/benchmarks/models.py [--rounds 15] [--batch 8] [--size 224]
 
-Every round runs each network once, in an order that rotates; what is printed is the median over
-rounds of the ratio of processor times within a round, with its quartiles, so that a busy machine
-hits both sides of a ratio.
+What is printed is the median over rounds of the ratio of processor times within a round, with its
+quartiles (see paired.py).
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from itertools import product
 
+import paired
 import torch
 from torch import Tensor, nn
 
@@ -60,19 +59,6 @@ def _tensors(model: nn.Module, shortcut: str) -> list[Tensor]:
     return [tensor for _, module in ordered for tensor in module.state_dict().values()]
 
 
-def seconds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of one step, by name, one entry a round."""
-    names, found = list(steps), {name: [] for name in steps}
-    for index in range(rounds + 2):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.process_time()
-            steps[name]()
-            if index >= 2:  # the first rounds make buffers
-                found[name].append(time.process_time() - start)
-    return found
-
-
 def step_of(
     model: nn.Module, images: Tensor, targets: Tensor, *, bf16: bool
 ) -> Callable[[], object]:
@@ -103,10 +89,7 @@ def main() -> None:
         torch.randn(options.batch, 3, options.size, options.size),
         torch.randint(1000, (options.batch,)),
     )
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.batch} images of"
-        f" {options.size}"
-    )
+    print(paired.machine("cpu", f"{options.batch} images of {options.size}"))
     print(
         "| network | layout, precision | pytorchcv, s | ours / pytorchcv | as published /"
         " pytorchcv |"
@@ -125,22 +108,17 @@ def main() -> None:
             n: step_of(m.float().to(memory_format=layout), images, targets, bf16=bf16)
             for n, m in models.items()
         }
-        times = seconds(steps, options.rounds)
-        ratios = [ratio(times[name], times["pytorchcv"]) for name in ("ours", "ours, as published")]
+        times = paired.in_turn(steps, options.rounds, warm_up=2)
+        ratios = [
+            paired.spread(paired.ratios(times[name], times["pytorchcv"]))
+            for name in ("ours", "ours, as published")
+        ]
         what = f"{'channels last' if last else 'contiguous'}, {'bf16' if bf16 else 'float32'}"
         print(
             f"| {ours} | {what} | {statistics.median(times['pytorchcv']):.3f} |"
             f" {' | '.join(ratios)} |",
             flush=True,
         )
-
-
-def ratio(ours: list[float], theirs: list[float]) -> str:
-    """The median of the paired ratios, and their quartiles."""
-    low, middle, high = statistics.quantiles(
-        [a / b for a, b in zip(ours, theirs, strict=True)], n=4
-    )
-    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ own foreach SGD.
     OMP_NUM_THREADS=1 python experiments/benchmarks/optimizers.py [--tensors 60] [--shrink 1]
     [--rounds 300]
 
-Every round times each optimizer once, in an order that rotates; what is printed is the median over
-rounds of the ratio within a round, with its quartiles, so that a slow spell of the machine hits
-both sides of a ratio. On a processor the clock counts the time of this process alone.
+What is printed is the median over rounds of the ratio within a round, with its quartiles (see
+paired.py).
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
+import paired
 import torch
 from torch import Tensor
 
@@ -112,7 +112,7 @@ def peers(
     found: dict[str, Callable[[], object]] = {}
     for foreach, name in ((False, "tensor by tensor"), (True, "on lists")):
         params = make()
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in params if p.ndim > 1]},
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -165,32 +165,12 @@ def contenders(
     }
 
 
-def measure(
-    steps: dict[str, Callable[[], object]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of one step, by name, one entry a round."""
-    wait, clock = lambda: None, time.process_time
-    if device == "cuda":
-        wait, clock = torch.cuda.synchronize, time.perf_counter
-    names, seconds = list(steps), {name: [] for name in steps}
-    for index in range(rounds + 10):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            wait()
-            start = clock()
-            steps[name]()
-            wait()
-            if index >= 10:  # the first rounds make buffers
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def show(seconds: dict[str, list[float]], kind: str) -> None:
     """Print medians and the ratios that the goals are stated in."""
     print(f"\n{kind}\n| optimizer | median step, us |\n| --- | --- |")
     for name, values in seconds.items():
         print(f"| {name} | {statistics.median(values) * 1e6:.0f} |")
-    print("| paired ratio | median | quartiles |\n| --- | --- | --- |")
+    print("| paired ratio | median (quartiles) |\n| --- | --- |")
     for top, bottom in (
         ("LARS", "torch SGD, foreach"),
         ("LARS, tensor by tensor", "LARS"),
@@ -204,9 +184,8 @@ def show(seconds: dict[str, list[float]], kind: str) -> None:
     ):
         if top not in seconds or bottom not in seconds:
             continue
-        ratios = [a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {top} / {bottom} | {middle:.2f} | {low:.2f}-{high:.2f} |")
+        ratio = paired.spread(paired.ratios(seconds[top], seconds[bottom]), "{:.2f}")
+        print(f"| {top} / {bottom} | {ratio} |")
 
 
 def main() -> None:
@@ -219,14 +198,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device},"
-        f" {arguments.rounds} rounds"
-    )
+    rounds, device = arguments.rounds, arguments.device
+    print(paired.machine(device, f"{rounds} rounds"))
     for kind in ("network", "matrices"):
-        steps = contenders(arguments.tensors, kind, arguments.shrink, arguments.device)
+        steps = contenders(arguments.tensors, kind, arguments.shrink, device)
         show(
-            measure(steps, arguments.rounds, arguments.device),
+            paired.in_turn(steps, rounds, device=device, warm_up=10),
             f"{arguments.tensors} tensors, {kind}, widths / {arguments.shrink}",
         )
 

@@ -21,12 +21,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import hessianflow as hf
+from hessianflow.interfaces import Exposure
 
 EPS, RANGE = 0.005, (0.0, 1.0)
 Timed = tuple[float, float, float]
@@ -39,18 +42,21 @@ def stepper(
     """A training step on clean rows and twins; without a runner these are given. Returns the
     attack's seconds."""
     model = hf.normalisation.split_batch_norm(copy.deepcopy(model))
+    twin_mode = partial(hf.normalisation.clean_rows, model, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     attack = hf.adversarial.FGSM(EPS, value_range=RANGE)
-    given = hf.adversarial.Pair(x, y, attack.perturb(model, x, y, 1.0), 0, 0)
-    ahead = hf.adversarial.ConcurrentAdversary(attack, staleness=1, runner=runner)
-    ahead.prime(x, y)
+    twins = attack.perturb(model, x, y, 1.0)
+    exposures = repeat(Exposure((x, y), (twins, y), twin_mode))
+    if runner is not None:
+        adversary = hf.adversarial.ConcurrentAdversary(attack, staleness=1, runner=runner)
+        exposures = iter(hf.training.Ahead(repeat((x, y)), adversary, model))
 
     def step() -> float:
         began = time.perf_counter()
-        pair = given if runner is None else ahead.step(model, x, y)
+        exposure = next(exposures)
         seconds = time.perf_counter() - began
         optimizer.zero_grad()
-        hf.adversarial.pair_loss(model, pair, cross_entropy).total.backward()
+        hf.training.exposed_loss(model, exposure, cross_entropy).backward()
         optimizer.step()
         return seconds
 

@@ -16,6 +16,7 @@ from pixels import cifar10
 from torch import nn
 
 import hessianflow as hf
+from hessianflow.training import Passes, Reporting, Schedule
 
 
 def main() -> None:
@@ -74,11 +75,11 @@ def accuracy(precision: Any, seed: int, train: Any, test: Any, epochs: int) -> t
         hf.data.DeviceBatches(*train[:2], 128, seed=seed, augment=augment, **pixels),
         hf.data.DeviceBatches(*test[:2], 500, shuffle=False, **pixels),
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
+        schedule=Schedule(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)),
         loss_fn=nn.CrossEntropyLoss(),
         epochs=epochs,
-        precision=precision,
-        show_progress=False,
+        passes=Passes(precision=precision),
+        reporting=Reporting(show_progress=False),
     ).fit()
     return float(history.summary["final_accuracy"]), time.process_time() - started
 

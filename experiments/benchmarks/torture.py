@@ -29,6 +29,7 @@ from pixels import cifar10
 from torch import nn
 
 import hessianflow as hf
+from hessianflow.training import Checkpoints, Passes, Reporting, Schedule
 
 FORK = multiprocessing.get_context("fork")
 PREEMPTED = 3
@@ -174,16 +175,18 @@ def build(run_dir: Path, options: argparse.Namespace) -> hf.AdaptiveBatchTrainer
         batches,
         hf.data.DeviceBatches(test_images, test_targets, 100, shuffle=False, **pixels),
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.epochs),
+        schedule=Schedule(
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.epochs)
+        ),
         loss_fn=loss_fn,
         controller=hf.control.ABSA(16, 64, patience=2, total_epochs=options.epochs),
         adversary=hf.adversarial.PGD(0.02, value_range=batches.value_range, steps=2),
         probe=hf.curvature.CurvatureProbe(model, loss_fn, batches.sample(16), tol=0.1),
         epochs=options.epochs,
-        microbatch_size=16,
+        passes=Passes(microbatch_size=16),
         run_dir=run_dir,
-        checkpoint_examples=48,
-        show_progress=False,
+        checkpoints=Checkpoints(every_examples=48),
+        reporting=Reporting(show_progress=False),
     )
 
 

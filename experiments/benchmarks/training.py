@@ -29,19 +29,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import hessianflow.presets
 import torch
+from paired import in_turn, ratios, spread, timed
 from pixels import cifar10
 from torch import Tensor, nn
 from torch.optim import SGD
 
 import hessianflow as hf
 from hessianflow.build import FLOAT32_PER_16_BIT
+from hessianflow.training import Passes
 
 BATCH = 128
 PARTS = ("loop", "price", "defaults", "batches", "allocation", "memory", "resize", "profile")
@@ -124,7 +126,9 @@ class Subject:
             return hf.adversarial.GradientReuse(self.batches, 0.02, **limits)
         return hf.adversarial.FGSM(0.02, **limits)
 
-    def trained(self, adversary: Any = None, **options: Any) -> hf.AdaptiveBatchTrainer:
+    def trained(
+        self, adversary: Any = None, norm_batch_size: int | None = None, **options: Any
+    ) -> hf.AdaptiveBatchTrainer:
         """A trainer for one epoch; with an adversary it has a fifth of each batch."""
         if adversary is not None:
             options["adversary"] = adversary
@@ -134,9 +138,8 @@ class Subject:
             self.batches,
             optimizer=self.optimizer,
             loss_fn=self.loss_fn,
-            precision=precision,
+            passes=Passes(BATCH, norm_batch_size, precision=precision),
             epochs=1,
-            microbatch_size=BATCH,
             **options,
         )
 
@@ -167,10 +170,10 @@ def loop(options: argparse.Namespace) -> None:
                 steps[name].append(subject.batches.step_seconds())
             for n, probe in probes.items():
                 if n < 128 or number % 2 == 0:  # the largest takes long
-                    readings[n].append(timed(probe))
+                    readings[n].append(timed(probe)[0])
             for count, probe in budgeted.items():
                 is_due = number > 0 and probe.is_affordable(number * count * BATCH)
-                spent[count].append(timed(probe) if is_due else 0.0)
+                spent[count].append(timed(probe)[0] if is_due else 0.0)
         measured = {name: found[1:] for name, found in steps.items()}  # the first round warms up
         report(path, measured, {n: found[1:] for n, found in readings.items()})
         report_budget(measured, {count: found[1:] for count, found in spent.items()})
@@ -189,7 +192,7 @@ def price(options: argparse.Namespace) -> None:
             subject.bare()
             step = subject.batches.step_seconds()
             for _ in range(2):
-                seconds, reading = timed_value(probe)
+                seconds, reading = timed(probe)
                 products.append(float(reading.matvecs))
                 costs.append(seconds / step * BATCH / 64)
         slope, graph = statistics.linear_regression(products, costs)
@@ -394,37 +397,6 @@ def profile(options: argparse.Namespace) -> None:
                 f"| `{event.key[:60]}` | {event.self_cpu_time_total / total:.1%} | {event.count} |",
                 flush=True,
             )
-
-
-def timed(work: Callable[[], Any]) -> float:
-    return timed_value(work)[0]
-
-
-def timed_value(work: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.process_time()
-    value = work()
-    return time.process_time() - started, value
-
-
-def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each way in each round, the order reversed every other round; a first round
-    warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name in list(ways)[:: -1 if number % 2 else 1]:
-            found = timed(ways[name])
-            if number > 0:
-                seconds[name].append(found)
-    return seconds
-
-
-def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(numerators, denominators, strict=True)]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    low, middle, high = (form.format(v) for v in statistics.quantiles(values, n=4))
-    return f"{middle} ({low}-{high})"
 
 
 def main() -> None:

@@ -19,13 +19,14 @@ import argparse
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pixels import cifar10
 from torch import Tensor, nn
 
 import hessianflow as hf
+from hessianflow.training import AfterEpoch, Passes, Reporting, Schedule
 
 PARTS = ("speed", "waits", "race")
 WAITS = (
@@ -58,7 +59,14 @@ def main() -> int:
 
 
 def trainer(
-    train: Images, batch_size: int, test: Images | None = None, seed: int = 0, **options: Any
+    train: Images,
+    batch_size: int,
+    test: Images | None = None,
+    seed: int = 0,
+    *,
+    microbatch_size: int | Literal["auto"] | None = None,
+    norm_batch_size: int | None = None,
+    **options: Any,
 ) -> hf.AdaptiveBatchTrainer:
     """ResNet-20 with the defaults of the command, on the GPU."""
     torch.manual_seed(seed)
@@ -81,7 +89,7 @@ def trainer(
         options["probe"] = hf.curvature.CurvatureProbe(
             model, nn.CrossEntropyLoss(), batches.sample(128), seed=seed
         )
-        options["curvature"] = "needed"
+        options["after_epoch"] = AfterEpoch(curvature=False)
     if options.pop("attack", False):
         eps = 0.005 / torch.tensor(pixels["std"]).view(-1, 1, 1)
         options["adversary"] = hf.adversarial.FGSM(eps, value_range=batches.value_range)
@@ -90,10 +98,10 @@ def trainer(
         batches,
         None if test is None else hf.data.DeviceBatches(*test, 2000, shuffle=False, **pixels),
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1),
+        schedule=Schedule(torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)),
         loss_fn=nn.CrossEntropyLoss(),
-        precision="bf16",
-        show_progress=False,
+        passes=Passes(microbatch_size, norm_batch_size, precision="bf16"),
+        reporting=Reporting(show_progress=False),
         **options,
     )
 
@@ -144,7 +152,11 @@ def race(train: Images, test: Images, options: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|")
     for seed in options.seeds:
-        common: dict[str, Any] = {"epochs": options.epochs, "seed": seed, "microbatch_size": "auto"}
+        common: dict[str, Any] = {
+            "epochs": options.epochs,
+            "seed": seed,
+            "microbatch_size": "auto",
+        }
         base, base_seconds = timed(trainer(train, 128, test, **common))
         goal = base.summary["final_accuracy"] - options.slack
         ours = trainer(

@@ -32,9 +32,9 @@ from hessianflow.curvature import CallableOperator
 from hessianflow.curvature.eigenpairs import RANDOM_SHARE
 from hessianflow.curvature.evidence import COLD, WARM, Evidence
 from hessianflow.curvature.lanczos import lanczos
-from hessianflow.curvature.probe import SPARE_VECTORS, by_value, remembered
 from hessianflow.curvature.results import EigenResult
 from hessianflow.curvature.vectors import gaussian, generator
+from hessianflow.curvature.warm_start import SPARE_VECTORS, by_value, remembered
 from hessianflow.interfaces import LinearOperator
 
 Array = npt.NDArray[np.float64]

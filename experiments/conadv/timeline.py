@@ -10,6 +10,7 @@ steps down: the figures to quote are those of experiments/benchmarks/overlap.py.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,16 @@ def run(attack: hf.adversarial.FGSM, runner: hf.adversarial.AttackRunner, steps:
     )
     model = hf.normalisation.split_batch_norm(hf.models.create("resnet20", num_classes=10).train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    ahead = hf.adversarial.ConcurrentAdversary(attack, staleness=1, runner=runner)
-    ahead.prime(x, y)
+    adversary = hf.adversarial.ConcurrentAdversary(attack, staleness=1, runner=runner)
+    ahead = hf.training.Ahead(repeat((x, y)), adversary, model)
+    exposures = iter(ahead)
 
     def step() -> None:
         with record_function("start the attack, take the twins"):
-            pair = ahead.step(model, x, y)
+            exposure = next(exposures)
         with record_function("gradient"):
             optimizer.zero_grad()
-            hf.adversarial.pair_loss(model, pair, cross_entropy).total.backward()
+            hf.training.exposed_loss(model, exposure, cross_entropy).backward()
         with record_function("optimizer step"):
             optimizer.step()
 
@@ -145,11 +147,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("timeline.png"))
     options = parser.parse_args()
-    adversary = {"eps": 0.005, "value_range": (0.0, 1.0)}
+    adversary: dict[str, Any] = {"eps": 0.005, "value_range": (0.0, 1.0)}
     turn = run(Labelled(**adversary), hf.adversarial.Interleaved(), options.steps)
     there = Profiled(**adversary)
     beside = run(there, hf.adversarial.WorkerProcess(), options.steps)
-    panels = {
+    panels: dict[str, Mapping[str, Sequence[Span]]] = {
         "attack in turn with training": {"training": turn},
         "attack in a second process": {"training": beside, "attacking": there.found},
     }

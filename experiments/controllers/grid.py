@@ -8,7 +8,7 @@ that size whatever the batch, so that only the size of a step differs between me
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.large_batch import NO_LIMIT, cooldown, critical
+from experiments.large_batch import NO_LIMIT, cooldown, critical, growing_instead
 from experiments.runner import Cell, Scale
 
 Settings = dict[str, Any]
@@ -21,8 +21,7 @@ _CIFAR: Settings = {
     "max_batch_size": 2048,
     "epochs": 24,
     "lr": 0.1,
-    "milestones": [8, 16, 21],
-    "lr_decay": 0.2,
+    "schedule": {"name": "multistep", "milestones": [8, 16, 21], "lr_decay": 0.2},
     "augment": False,
     "precision": "bf16",
     "channels_last": True,
@@ -35,8 +34,7 @@ _DIGITS: Settings = {
     "max_batch_size": 512,
     "epochs": 30,
     "lr": 0.05,
-    "milestones": [20, 26],
-    "lr_decay": 0.2,
+    "schedule": {"name": "multistep", "milestones": [20, 26], "lr_decay": 0.2},
     "microbatch_size": 32,
     "norm_batch_size": 32,
 }
@@ -55,7 +53,7 @@ PROBLEMS: Mapping[str, Settings] = {
         "max_batch_size": 128,
         "epochs": 4,
         "lr": 0.02,
-        "milestones": [2],
+        "schedule": {"name": "multistep", "milestones": [2], "lr_decay": 0.2},
         "microbatch_size": 32,
         "norm_batch_size": 32,
         "precision": "float32",
@@ -117,7 +115,8 @@ def _whole(scale: Scale) -> Settings:
         if key not in ("train_examples", "test_examples")
     }
     cap = 16_384 if scale == "full" else 4_096
-    longer = {"epochs": 90, "milestones": [30, 60, 80], "augment": True, "max_batch_size": cap}
+    schedule = {**_CIFAR["schedule"], "milestones": [30, 60, 80]}
+    longer = {"epochs": 90, "schedule": schedule, "augment": True, "max_batch_size": cap}
     return {**whole, **longer, "model": "resnet20", "microbatch_size": "auto"}
 
 
@@ -137,26 +136,32 @@ def _large(base: Settings, **changes: Any) -> Settings:
 def _clars_split(base: Settings, factor: float) -> Settings:
     """CLARS with `factor` times the rate for layers that are not adapted, and the default's for
     those that are."""
-    return _large(
-        {**base, "lr": factor * base["lr"]}, optimizer="clars", trust_coefficient=0.01 / factor
-    )
+    return _large({**base, "lr": factor * base["lr"]}, optimizer=_clars(0.01 / factor))
 
 
-def _absa(_base: Settings, **changes: Any) -> Settings:
+def _clars(trust_coefficient: float) -> Settings:
+    return {"name": "clars", "trust_coefficient": trust_coefficient}
+
+
+def _absa(name: str = "absa", adversary: str = "fgsm", **options: Any) -> Settings:
     """The published setting: fast gradient sign attack on a fifth, patience 10, running statistics,
     128 examples."""
-    published = {"controller": "absa", "adversary": "fgsm", "patience": 10, "probe_examples": 128}
-    return {**published, "curvature": "needed", **changes}
+    controller = {"name": name, "patience": 10, **options}
+    measured = {"probe_examples": 128, "curvature": "needed"}
+    return {"controller": controller, "adversary": adversary, **measured}
 
 
 def _adabatch(base: Settings) -> Settings:
     """Twice the batch and 0.75 times the rate after every fifth of the run, as in the published 100
     epochs."""
-    return {
-        "controller": "adabatch",
-        "schedule": "constant",
-        "every_epochs": max(1, round(base["epochs"] / 5)),
-    }
+    every = max(1, round(base["epochs"] / 5))
+    return {"controller": {"name": "adabatch", "every_epochs": every}, "schedule": "constant"}
+
+
+def _fixed_linear(base: Settings) -> Settings:
+    """One batch size, and the decay of timed from a third of the run on."""
+    controller = {"name": "timed", "stages": [], "decay_from": -(-base["epochs"] // 3)}
+    return {"controller": controller, "schedule": "constant"}
 
 
 _TIMED: Settings = {"controller": "timed", "schedule": "constant"}
@@ -164,19 +169,18 @@ _TIMED: Settings = {"controller": "timed", "schedule": "constant"}
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed": lambda _: {"curvature": "epoch", "norm_mode": "batch"},  # recorded for replays
     "timed": lambda _: _TIMED,
-    "absa": _absa,
-    "fixed-linear": lambda base: {**_TIMED, "stages": [], "decay_from": -(-base["epochs"] // 3)},
+    "absa": lambda _: _absa(),
+    "fixed-linear": _fixed_linear,
     "fixed-max": _large,
     "fixed-max-warmup": lambda _: {"controller": "warmup"},
     "lars-warmup": lambda _: {"controller": "warmup", "optimizer": "lars"},
     "lars-warmup-0.003": lambda _: {
         "controller": "warmup",
-        "optimizer": "lars",
-        "trust_coefficient": 0.003,
+        "optimizer": {"name": "lars", "trust_coefficient": 0.003},
     },
     "clars": lambda base: _large(base, optimizer="clars"),
-    "clars-0.02": lambda base: _large(base, optimizer="clars", trust_coefficient=0.02),
-    "clars-0.03": lambda base: _large(base, optimizer="clars", trust_coefficient=0.03),
+    "clars-0.02": lambda base: _large(base, optimizer=_clars(0.02)),
+    "clars-0.03": lambda base: _large(base, optimizer=_clars(0.03)),
     "clars-0.04-quarter-rate": lambda base: _clars_split(base, 1 / 4),
     "clars-0.005-twice-rate": lambda base: _clars_split(base, 2),
     "clars-0.0025-four-rate": lambda base: _clars_split(base, 4),
@@ -185,11 +189,11 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
         "microbatch_size": base["batch_size"] // 4,
     },
     "adabatch": _adabatch,
-    "grow-instead-of-decay": lambda _: {"controller": "grow-instead-of-decay"},
-    "abs": lambda base: _absa(base, controller="abs", adversary="none"),
-    "absa-reuse": lambda base: _absa(base, adversary="reuse"),
-    "absa-patience-only": lambda base: _absa(base, decay_factor=1e9),
-    "absa-eigenvalue-only": lambda base: _absa(base, patience=0),
+    "grow-instead-of-decay": growing_instead,
+    "abs": lambda _: _absa("abs", "none"),
+    "absa-reuse": lambda _: _absa(adversary="reuse"),
+    "absa-patience-only": lambda _: _absa(decay_factor=1e9),
+    "absa-eigenvalue-only": lambda _: _absa(patience=None),
     "fixed-reuse": lambda _: {"adversary": "reuse"},
     "timed-reuse": lambda _: {**_TIMED, "adversary": "reuse"},
     "critical-reuse": lambda base: {**critical(base), "adversary": "reuse"},

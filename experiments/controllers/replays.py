@@ -16,21 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import hessianflow as hf
-from hessianflow.choices import given, schedule_shape
-from hessianflow.config import from_dict, resolve
+from hessianflow.config import from_dict
 from hessianflow.interfaces import BatchController
+from hessianflow.resolve import resolve, schedule_of
+from hessianflow.upgrade import upgrade
 
 RESULTS = Path(__file__).with_name("results.jsonl")
-SCHEDULE = (
-    "data",
-    "controller",
-    "epochs",
-    "lr",
-    "schedule",
-    "milestones",
-    "lr_decay",
-    "decay_from",
-)
+SCHEDULE = ("data", "controller", "epochs", "lr", "schedule")
 """What the rate of the schedule is made of."""
 
 
@@ -52,21 +44,22 @@ def history(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     converged."""
     size = row["examples"] // len(row["epochs"])
     # Of earlier releases some settings are unknown; those that make the schedule are not.
-    known = {name: value for name, value in row["settings"].items() if name in SCHEDULE}
+    settings = upgrade(row["settings"])
+    known = {name: value for name, value in settings.items() if name in SCHEDULE}
     config = resolve(from_dict(known, row["method"]))
-    scheduled = schedule_shape(config)
+    scheduled = schedule_of(config)
     for number, epoch in enumerate(row["epochs"], 1):
         place = {"epoch": number, "examples": number * size}
         if epoch["eigenvalue"] is not None:
             yield {"kind": "curvature", **place, "eigenvalue": epoch["eigenvalue"]}
         # What the controller made of the schedule's rate.
-        factor = epoch["lr"] / (given(config.lr) * scheduled(number - 1))
+        factor = epoch["lr"] / (config.lr * scheduled(number - 1))
         yield {"kind": "epoch", **place, **epoch, "lr_factor": factor}
 
 
 def show(row: Mapping[str, Any]) -> None:
     """Print what each controller makes of one run."""
-    settings = row["settings"]
+    settings = upgrade(row["settings"])
     print(
         f"\n{row['problem']}/{row['method']} seed {row['seed']}: {row['updates']} updates;"
         " epoch:batch"
@@ -75,7 +68,9 @@ def show(row: Mapping[str, Any]) -> None:
         replay = hf.control.replay(history(row), controller)
         sizes = ", ".join(f"{step.epoch}:{step.decision.batch_size}" for step in replay.changes)
         print(f"{name:30} {replay.updates:5} updates   {sizes}")
-    edge = 2 * (1 + settings.get("momentum", 0.9))
+    optimizer = settings.get("optimizer")
+    momentum = optimizer.get("momentum", 0.9) if isinstance(optimizer, dict) else 0.9
+    edge = 2 * (1 + momentum)
     used = [e["eigenvalue"] * e["lr"] / edge for e in row["epochs"] if e["eigenvalue"] is not None]
     print("share of the edge used, by epoch: " + " ".join(f"{share:.3f}" for share in used))
 

@@ -36,10 +36,8 @@ _CIFAR: Settings = {
     "max_batch_size": 2048,
     "epochs": 8,
     "lr": 0.1,
-    "milestones": [4, 6],
-    "lr_decay": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
+    "schedule": {"name": "multistep", "milestones": [4, 6], "lr_decay": 0.1},
+    "optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
     "augment": False,
     "precision": "float32",
     "channels_last": True,
@@ -52,7 +50,7 @@ _FAKE: Settings = {
     "batch_size": 32,
     "epochs": 4,
     "lr": 0.02,
-    "milestones": [2],
+    "schedule": {"name": "multistep", "milestones": [2]},
     "precision": "float32",
 }
 
@@ -87,7 +85,7 @@ def published() -> Settings:
         "model": "resnet18",
         "epochs": 140,
         "lr": 0.2,
-        "milestones": [80, 120],
+        "schedule": {**_CIFAR["schedule"], "milestones": [80, 120]},
     }
     kept = {
         name: value
@@ -106,23 +104,29 @@ def _cell(
     problem: str, base: Settings, cyclic: bool, seed: int, small: int, extra_time: float
 ) -> Cell:
     scale = base["batch_size"] / LARGE_BATCHES[1]
-    sides: Mapping[bool, Settings] = {
+    times: Mapping[bool, Settings] = {
         False: {"slope": SLOPES[1], "intercept": INTERCEPTS[1] * scale},
         True: {
-            "resolution": "cyclic",
-            "resolution_batch_sizes": [round(batch * scale) for batch in LARGE_BATCHES],
             "slope": list(SLOPES),
             "intercept": [intercept * scale for intercept in INTERCEPTS],
         },
     }
-    plan = {
-        "controller": "dual-batch",
+    resolution: Mapping[bool, Settings] = {
+        False: {},
+        True: {
+            "resolution": "cyclic",
+            "resolution_batch_sizes": [round(batch * scale) for batch in LARGE_BATCHES],
+        },
+    }
+    controller = {
+        "name": "dual-batch",
         "workers": WORKERS,
         "small_workers": small,
         "extra_time": extra_time,
+        **times[cyclic],
     }
     common = {"adversary": "none", "curvature": "off", "plots": False, "threads": 1}
-    settings = {**common, **base, **plan, **sides[cyclic]}
+    settings = {**common, **base, "controller": controller, **resolution[cyclic]}
     return Cell(
         f"{problem}-{'cyclic' if cyclic else 'fixed'}", method(small, extra_time), seed, settings
     )

@@ -21,23 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from hessianflow.build import build_parts, prepare
-from hessianflow.choices import given
-from hessianflow.config import TrainConfig
+from hessianflow.build import build_parts, on_this_machine, prepare
+from hessianflow.config import RunConfig, TrainConfig
 from hessianflow.control import DualBatchPlan, TimeModel, fit_time_model
 from hessianflow.distributed.ray_session import connect
 from hessianflow.dual_batch import ParameterServer, train_on_ray
-from hessianflow.dual_batch.build import (
+from hessianflow.dual_batch.actors import ServerActor
+from hessianflow.dual_batch.build import plan_schedule
+from hessianflow.dual_batch.local_training import FlatWeights
+from hessianflow.dual_batch.simulated_server import Commit
+from hessianflow.dual_batch.workers import (
     StagePlan,
     all_stages,
     make_server,
     make_worker,
-    plan_schedule,
     worker_of,
 )
-from hessianflow.dual_batch.local_training import FlatWeights
-from hessianflow.dual_batch.ray_server import ServerActor
-from hessianflow.dual_batch.simulated_server import Commit
 from hessianflow.interfaces import HessianFlowError
 
 FOLDER = Path(__file__).resolve().parent
@@ -47,18 +46,20 @@ MEGABYTES, ROUNDS = 10, 30
 Points = list[tuple[int, float, float]]
 
 
-def settings(arguments: argparse.Namespace) -> TrainConfig:
+def settings(arguments: argparse.Namespace) -> RunConfig:
     """Of the runs: real pixels where there are some, made-up ones else."""
     common: dict[str, Any] = {
-        "controller": "dual-batch",
+        "controller": {
+            "name": "dual-batch",
+            "workers": 2,
+            "small_workers": 1,
+            "extra_time": 1.1,
+        },
         "model": "resnet8",
-        "workers": 2,
-        "small_workers": 1,
+        "schedule": {"name": "multistep", "milestones": ()},
     }
     common |= {
-        "extra_time": 1.1,
         "epochs": arguments.epochs,
-        "milestones": (),
         "threads": 1,
         "device": "cpu",
     }
@@ -81,12 +82,12 @@ def settings(arguments: argparse.Namespace) -> TrainConfig:
     )
 
 
-def step_times(config: TrainConfig, number: int) -> Points:
+def step_times(config: RunConfig, number: int) -> Points:
     """(batch size, wall seconds, processor seconds) of a step, in this process."""
-    parts = build_parts(prepare(config))
+    parts = build_parts(on_this_machine(config))
     worker = worker_of(config, parts, StagePlan(all_stages(config, parts), {}, {}), number)
     points = []
-    for size in sorted({max(1, round(share * given(config.batch_size))) for share in SHARES}):
+    for size in sorted({max(1, round(share * config.batch_size)) for share in SHARES}):
         worker.measure(0, size, WARM_STEPS)
         began = time.process_time()
         wall = statistics.median(worker.measure(0, size, TIMED_STEPS))
@@ -97,14 +98,15 @@ def step_times(config: TrainConfig, number: int) -> Points:
 class TimedWorker:
     """A worker that also tells what its process computed."""
 
-    def __init__(self, config: TrainConfig, schedule: StagePlan, number: int) -> None:
-        self._worker, self.figures = make_worker(config, schedule, number), {}
+    def __init__(self, config: RunConfig, schedule: StagePlan, number: int) -> None:
+        self._worker = make_worker(config, schedule, number)
+        self.figures: Mapping[str, float] = {}
 
     def __call__(self, weights: Any, epoch: int) -> Any:
         """One local epoch."""
         began = time.process_time()
         made = self._worker(weights, epoch)
-        self.figures: Mapping[str, float] = {
+        self.figures = {
             **self._worker.figures,
             "processor": time.process_time() - began,
         }
@@ -199,7 +201,7 @@ def main() -> int:
         run = train_on_ray(
             partial(make_server, weights, plan, "asp"),
             partial(TimedWorker, config, schedule),
-            commits=given(config.epochs) * 2,
+            commits=config.epochs * 2,
         )
         result[clock] = compared(plan, run.timeline, models[clock], clock)
         result[clock]["batches"] = [[worker.batch_size, worker.examples] for worker in plan.workers]

@@ -12,14 +12,20 @@ _DIGITS: Settings = {
     "batch_size": 512,
     "max_batch_size": 512,
     "epochs": 30,
-    "milestones": [20, 26],
+    "schedule": {"name": "multistep", "milestones": [20, 26]},
     "microbatch_size": 32,
     "norm_batch_size": 32,
 }
 _CIFAR: Settings = {**CIFAR10, "model": "resnet20", "augment": True, "microbatch_size": 128}
 PROBLEMS: Mapping[Scale, Mapping[str, Settings]] = {
     "smoke": {
-        "fake-64": {**SMOKE, "batch_size": 64, "max_batch_size": 64, "epochs": 2, "milestones": [1]}
+        "fake-64": {
+            **SMOKE,
+            "batch_size": 64,
+            "max_batch_size": 64,
+            "epochs": 2,
+            "schedule": {**SMOKE["schedule"], "milestones": [1]},
+        }
     },
     "cpu": {"digits-512": _DIGITS},
     "gpu": {"cifar10-4096": {**_CIFAR, "batch_size": 4096, "max_batch_size": 4096}},

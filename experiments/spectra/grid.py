@@ -14,12 +14,17 @@ _DIGITS: Settings = {
     "max_batch_size": 512,
     "epochs": 40,
     "lr": 0.05,
-    "milestones": [26, 35],
+    "schedule": {"name": "multistep", "milestones": [26, 35]},
     "microbatch_size": 32,
     "norm_batch_size": 32,
 }
+_SMOKE: Settings = {
+    **SMOKE,
+    "epochs": 2,
+    "schedule": {**SMOKE["schedule"], "milestones": [1]},
+}
 _PROBLEMS: Mapping[Scale, tuple[str, Settings, Sequence[int]]] = {
-    "smoke": ("fake", {**SMOKE, "epochs": 2, "milestones": [1]}, (1, 2)),
+    "smoke": ("fake", _SMOKE, (1, 2)),
     "cpu": ("digits", _DIGITS, (1, 5, 15, 40)),
     "gpu": (
         "cifar10-resnet20",

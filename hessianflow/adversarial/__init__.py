@@ -1,5 +1,7 @@
 """Adversarial examples: attacks, training plug-ins, and what measures and stabilises them."""
 
+from collections.abc import Mapping
+
 from hessianflow.adversarial.adversaries import (
     FGSM,
     PGD,
@@ -10,9 +12,6 @@ from hessianflow.adversarial.attacks import (
 )
 from hessianflow.adversarial.concurrent import (
     ConcurrentAdversary,
-    Pair,
-    PairLoss,
-    pair_loss,
 )
 from hessianflow.adversarial.input_hessian import (
     InputHessian,
@@ -43,8 +42,11 @@ from hessianflow.adversarial.worker import (
 )
 
 __all__ = [
+    "ADVERSARIES",
+    "ATTACKS",
     "FGSM",
     "PGD",
+    "RUNNERS",
     "AttackRunner",
     "ConcurrentAdversary",
     "GradientReuse",
@@ -52,16 +54,28 @@ __all__ = [
     "InputHessian",
     "Interleaved",
     "OverfittingAlarm",
-    "Pair",
-    "PairLoss",
     "RobustAccuracy",
     "RobustnessWatch",
     "SecondStream",
     "WorkerProcess",
     "fgsm",
-    "pair_loss",
     "perturbed_rows",
     "pgd",
     "robust_accuracy",
     "wilson_interval",
 ]
+
+ATTACKS: Mapping[str, type] = {"fgsm": FGSM, "pgd": PGD}
+"""Every attack by the name that the command gives it."""
+ADVERSARIES: Mapping[str, type] = {
+    **ATTACKS,
+    "conadv": ConcurrentAdversary,
+    "reuse": GradientReuse,
+}
+"""Every adversary by the name that the command gives it."""
+RUNNERS: Mapping[str, type] = {
+    "interleaved": Interleaved,
+    "process": WorkerProcess,
+    "stream": SecondStream,
+}
+"""Every place where attacks may run beside training, by the name that the command gives it."""

@@ -45,16 +45,26 @@ through. Ours."""
 
 
 class PGD:
-    """Projected gradient ascent on a share of each batch; see :func:`attacks.pgd` for the
-    arguments.
+    """Projected gradient ascent on a share of each batch, as :func:`attacks.pgd` makes it.
 
     Random starts come from `seed` and the number of calls so far, so a resumed run repeats them on
     any device, and they do not depend on the microbatch size. On several ranks (`join`) each has
     random starts of its own.
 
     Args:
+        eps: radius of the ball around the inputs, one number or one per channel, in the units of
+            the inputs (of pixels in [0, 1] on the command). Default: ABSA's.
         share: of each batch that is attacked, in [0, 1], before a controller's factor (0.2 in
             ABSA's published code).
+        value_range: (smallest, largest) valid value; None: do not clamp.
+        steps: gradient steps.
+        relative_step: size of a step in units of eps; None: 2.5 / steps, enough to reach the far
+            side of the ball.
+        norm: of the ball: l_inf bounds every component, l_2 the length of delta / eps.
+        loss_fn: the loss to raise.
+        random_start: start at a random point of the ball (Madry et al., arXiv:1706.06083).
+        norm_mode: statistics of batch normalisation during the attack: eval: the running ones;
+            batch: those of what is attacked. Neither moves the running ones.
         seed: of the random starts.
 
     Raises:
@@ -196,11 +206,19 @@ class PGD:
 
 
 class FGSM(PGD):
-    """One signed step on a share of each batch; see :func:`attacks.fgsm` for the arguments.
+    """One signed step on a share of each batch, as :func:`attacks.fgsm` makes it.
 
     Args:
+        eps: largest change of a component, one number or one per channel, in the units of the
+            inputs (of pixels in [0, 1] on the command). Default: ABSA's.
         share: of each batch that is attacked, in [0, 1], before a controller's factor (0.2 in
             ABSA's published code).
+        value_range: (smallest, largest) valid value; None: do not clamp.
+        loss_fn: the loss to raise.
+        random_start: start at a random point of the ball, step 1.25 eps and project back (Wong et
+            al., arXiv:2001.03994).
+        norm_mode: statistics of batch normalisation during the attack: eval: the running ones;
+            batch: those of what is attacked. Neither moves the running ones.
         seed: of the random starts.
 
     Raises:

@@ -19,7 +19,7 @@ example is clean.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from hessianflow.adversarial.mixing import ABSA_SHARE, check_share, perturbed_ro
 from hessianflow.interfaces import Exposure, HessianFlowError, Pending, Reducer
 
 
+@runtime_checkable
 class TracedBatches(Protocol):
     """Batches that know which examples the latest one held and where its pixels came from:
     `hf.data.DeviceBatches`."""
@@ -97,7 +98,7 @@ class GradientReuse:
         share: float = ABSA_SHARE,
         value_range: ValueRange | None,
     ) -> None:
-        if not hasattr(batches, "as_in_latest"):
+        if not isinstance(batches, TracedBatches):
             raise HessianFlowError(
                 f"reuse must know which examples a batch holds, which {type(batches).__name__} does"
                 " not tell: use DeviceBatches, or another adversary"

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class TwinAttack:
             )
 
 
+@runtime_checkable
 class AttackRunner(Protocol):
     """Starts an attack with the weights of this moment and hands out its result later."""
 

@@ -12,6 +12,8 @@ from hessianflow.bounds import LONGEST, option, shortened, user_path
 from hessianflow.commands.yaml_text import UnfitTextError, load_value
 from hessianflow.interfaces import HessianFlowError
 
+INSIDE = "__"
+"""Stands for the dot between a method and its option in names that jsonargparse would split."""
 MODE = "bounded-yaml"
 """Name, for jsonargparse, of the reader of values that :func:`main_parser` registers."""
 INSIDE = "__"
@@ -174,6 +176,8 @@ def plain(message: str) -> str:
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     message = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", message)
     message = message.replace("tuple[int, ...]", "list of whole numbers like [30, 60]")
+    message = message.replace("tuple[float, ...]", "list of numbers like [0.1, 0.2]")
+    message = re.sub(r"Expected a tuple\b", "Expected a list", message)
     message = message.replace("Expected a ", "expected ")
     expected, comma, value = message.partition(". Got value: ")
     if not comma:

@@ -26,7 +26,7 @@ from hessianflow.interfaces import HessianFlowError
 
 if TYPE_CHECKING:
     from hessianflow.planning import PerformanceModel, Phase, Prediction
-    from hessianflow.planning.measure import Measured, Run
+    from hessianflow.planning.measure import Measured, PlanBasis
 
 LARGE_RESIDUAL = 0.2
 """Share by which step times may lie off their line before they are called doubtful. This default is
@@ -151,16 +151,16 @@ def _check(arguments: Namespace) -> None:
         raise HessianFlowError("--measured and --slope both give step times: leave one out")
 
 
-def _run(arguments: Namespace) -> "Run":
+def _run(arguments: Namespace) -> "PlanBasis":
     from hessianflow.build import load_config, on_this_machine, prepare
-    from hessianflow.planning.measure import Run
+    from hessianflow.planning.measure import PlanBasis
     from hessianflow.runs import History
 
     changed = arguments.given.settings(arguments)
     if arguments.run is None:
         config = prepare(TrainConfig(**changed))
         arguments.given.check(config)
-        return Run(config)
+        return PlanBasis(config)
     for name in changed:
         if name in SCHEDULE and name != "model":
             raise HessianFlowError(
@@ -169,10 +169,10 @@ def _run(arguments: Namespace) -> "Run":
     require_settings(arguments.run, "plan", "hf.planning.predict")
     require_named_code(arguments.run, arguments)
     config = on_this_machine(replace(load_config(arguments.run), **changed))
-    return Run(config, History.load(arguments.run))
+    return PlanBasis(config, History.load(arguments.run))
 
 
-def _basis(arguments: Namespace, run: "Run") -> Basis:
+def _basis(arguments: Namespace, run: "PlanBasis") -> Basis:
     from hessianflow.planning import AllReduceTime, PerformanceModel
     from hessianflow.planning.measure import planned_phases, recorded_phases
 
@@ -247,12 +247,12 @@ def _step_sources(measured: "Measured") -> dict[str, str]:
     return {"step": step, "update": update}
 
 
-def _measured(arguments: Namespace, run: "Run", microbatch: int) -> "Measured":
-    from hessianflow.planning import StepTime
+def _measured(arguments: Namespace, run: "PlanBasis", microbatch: int) -> "Measured":
+    from hessianflow.control import TimeModel
     from hessianflow.planning.measure import Measured, measure, read_measured
 
     if arguments.slope is not None:
-        return Measured(StepTime(arguments.slope, arguments.intercept), source="as given")
+        return Measured(TimeModel(arguments.slope, arguments.intercept), source="as given")
     if arguments.measured is not None:
         return read_measured(arguments.measured)
     return measure(run, microbatch)

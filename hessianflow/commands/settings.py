@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ from hessianflow.effects import check_effects, is_ignored
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, Choice, Kind, find, method_options, prefers, unknown_option
 from hessianflow.resolve import resolve
+from hessianflow.upgrade import moved
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,12 @@ class Given:
     Attributes:
         typed: Settings from the command line; an option of a method is "controller.patience".
         in_files: Settings from files.
+        notes: Notes about the files, to be printed if the run is possible.
     """
 
     typed: Set[str]
     in_files: Set[str]
+    notes: Sequence[str] = ()
 
     def settings(self, arguments: Any) -> dict[str, Any]:
         """Return the values of the settings, a method with its options as one mapping."""
@@ -65,6 +68,8 @@ class Given:
                 f"--adversary {config.adversary.name} does nothing with --adversary.share 0: leave"
                 " it out"
             )
+        for text in self.notes:
+            note(text)
         only_in_files = self.in_files - self.typed
         unused = [name for name in names if name in only_in_files and is_ignored(config, name)]
         defaults: dict[str, Any] = {
@@ -128,10 +133,10 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
         if setting.name in CHOSEN:
             text = f"{text.rstrip('.')}. One of {', '.join(_named(setting.name))}, or"
             text += " package.module:Class of your own; --help lists the options of the one named."
+            hint = str
+            if default is None:
+                hint = str | None
             default = getattr(default, "name", None)
-            hint = str | None
-            if default:
-                hint = str
             parser.chosen.append(setting.name)
         parser.settings.add(setting.name)
         parser.add(
@@ -239,15 +244,24 @@ def misplaced(parser: Any, name: str, methods: Mapping[str, str]) -> str:
 
 @cache
 def homes(name: str) -> tuple[str, ...]:
-    """Return the options of methods that have the name of an unknown option, as typed."""
-    typed = []
+    """Return the options of methods, as typed, that an unknown option may stand for.
+
+    They have its name, or had it in an older release.
+    """
+    methods: dict[str, list[str]] = {}
     for setting in CHOSEN:
         kind = KINDS[setting]
         holders = [method for method in kind.methods if name in method_options(kind, method)]
         if holders:
-            spelled = name.replace("_", "-")
-            typed.append(f"--{setting}.{spelled} with --{setting} {' or '.join(holders)}")
-    return tuple(typed)
+            methods[f"{setting}.{name}"] = holders
+    for setting, method, known in moved(name):
+        holders = methods.setdefault(f"{setting}.{known}", [])
+        if method not in holders:
+            holders.append(method)
+    return tuple(
+        f"--{dotted.replace('_', '-')} with --{dotted.partition('.')[0]} {' or '.join(holders)}"
+        for dotted, holders in methods.items()
+    )
 
 
 def commented(config: TrainConfig) -> str:

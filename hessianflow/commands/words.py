@@ -8,7 +8,7 @@ from typing import Any
 
 from hessianflow.bounds import option
 from hessianflow.commands.parser import Parser, did_you_mean
-from hessianflow.commands.settings import add_methods, homes, misplaced, note
+from hessianflow.commands.settings import add_methods, homes, misplaced
 from hessianflow.commands.yaml_text import UnfitTextError, check_value, load_value, read_settings
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.upgrade import is_older, upgrade
@@ -25,11 +25,13 @@ class Words:
         command: Words that name the command.
         typed: Options and arguments that follow.
         files: Text of each setting in a settings file, and the name of the last file that has it.
+        notes: Notes about the files, to be printed if the command is possible.
     """
 
     command: list[str] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
     files: dict[str, tuple[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def from_files(self) -> list[str]:
@@ -64,7 +66,7 @@ def words_of(parser: Parser, line: Iterable[str]) -> Words:
             current = current.children[word]
             parser.current = current
     roles = Words(words[:1])
-    roles.typed = _without_files(current, words[1:], roles.files)
+    roles.typed = _without_files(current, words[1:], roles)
     if current.chosen:
         current.methods = add_methods(current, _named(roles))
     _check_names(parser, current, roles)
@@ -75,10 +77,8 @@ def words_of(parser: Parser, line: Iterable[str]) -> Words:
     return roles
 
 
-def _without_files(
-    current: Parser, words: Iterable[str], files: dict[str, tuple[str, str]]
-) -> list[str]:
-    """Return the words without the names of settings files, whose settings are added to `files`."""
+def _without_files(current: Parser, words: Iterable[str], roles: Words) -> list[str]:
+    """Return the words without the names of settings files, whose settings `roles` receives."""
     takes_files = "--config" in current.options
     rest = iter(words)
     typed = []
@@ -87,7 +87,7 @@ def _without_files(
         if takes_files and name == "--config":
             if not equals:
                 value = next(rest, "")
-            files |= _settings_of(value)
+            roles.files |= _settings_of(value, roles.notes)
         elif name.startswith("--") and "." in name:
             typed.append(word.replace(name, name.replace("_", "-"), 1))
         else:
@@ -98,7 +98,7 @@ def _without_files(
 def _named(words: Words) -> dict[str, str]:
     """Return the text of each setting, which may name a method; typed ones replace files' ones."""
     named = {name: text for name, (text, _) in words.files.items()}
-    for word, following in zip(words.typed, [*words.typed[1:], ""], strict=True):
+    for word, following in zip(words.typed, [*words.typed, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         if not equals:
             value = following
@@ -142,7 +142,7 @@ def _check_names(parser: Parser, current: Parser, words: Words) -> None:
         hint = did_you_mean(name, [word.replace("_", "-") for word in known]).replace("-", "_")
         raise HessianFlowError(f"--config {path}: there is no setting {name!r}{hint}")
     if dropped:
-        note(f"not used with these settings: {', '.join(dropped)}")
+        words.notes.append(f"not used with these settings: {', '.join(dropped)}")
 
 
 def _unknown(current: Parser, name: str) -> str:
@@ -175,8 +175,11 @@ def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> Non
                 raise HessianFlowError(f"{origin}{name}: {error}") from None
 
 
-def _settings_of(path: str) -> dict[str, tuple[str, str]]:
-    """Return the settings in a file as text, under the names of today."""
+def _settings_of(path: str, notes: list[str]) -> dict[str, tuple[str, str]]:
+    """Return the settings in a file as text, under the names of today.
+
+    If the file has others, `notes` receives a note.
+    """
     if not path:
         raise HessianFlowError("--config needs the name of a file of settings")
     settings = read_settings(path)
@@ -185,7 +188,7 @@ def _settings_of(path: str) -> dict[str, tuple[str, str]]:
         upgraded = upgrade(values)
         older = [name for name in values if name not in upgraded]
         settings = flattened(upgraded)
-        note(
+        notes.append(
             f"--config {path} has the form of an older release ({', '.join(older)}):"
             " hessianflow train --config FILE --print-config prints the form of today"
         )
@@ -215,7 +218,7 @@ def _joined(parser: Parser, words: list[str]) -> list[str]:
     """Return the words with `=true` at switches without a value, and with negative numbers joined
     to their options."""
     joined: list[str] = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word in parser.switches and following.lower() not in _TRUTHS:
             joined.append(f"{word}=true")
         elif joined and joined[-1] in parser.options and re.fullmatch(r"-(\.?\d.*|inf|nan)", word):

@@ -1,6 +1,8 @@
 """Batch-size controllers: deterministic state machines without tensors; measurements in, a decision
 out."""
 
+from collections.abc import Mapping
+
 from hessianflow.control.absa import ABS, ABSA
 from hessianflow.control.cabs import CABS
 from hessianflow.control.critical_batch import CriticalBatch
@@ -32,6 +34,7 @@ __all__ = [
     "ABS",
     "ABSA",
     "CABS",
+    "CONTROLLERS",
     "PUBLISHED",
     "AdaBatch",
     "CriticalBatch",
@@ -61,3 +64,19 @@ __all__ = [
     "resolution_stages",
     "stage_at",
 ]
+
+CONTROLLERS: Mapping[str, type] = {
+    "absa": ABSA,
+    "abs": ABS,
+    "fixed": FixedBatch,
+    "warmup": Warmup,
+    "adabatch": AdaBatch,
+    "grow-instead-of-decay": GrowInsteadOfDecay,
+    "noise-scale": NoiseScale,
+    "cabs": CABS,
+    "divebatch": DiveBatch,
+    "critical": CriticalBatch,
+    "timed": TimedSchedule,
+    "dual-batch": DualBatch,
+}
+"""Every controller by the name that the command gives it."""

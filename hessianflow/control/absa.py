@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces import CurvatureReading, Progress
+from hessianflow.interfaces.control import CurvatureReading, Progress
 
 
 @dataclass

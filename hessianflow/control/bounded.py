@@ -7,7 +7,7 @@ from typing import TypeVar
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState
 from hessianflow.control.lr_scaling import LRRule, check_rule, lr_factor
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 S = TypeVar("S", bound=ControllerState)
 

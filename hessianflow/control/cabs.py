@@ -24,7 +24,8 @@ from hessianflow.control.checks import check_count, check_number, check_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_estimate
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces import HessianFlowError, Progress
+from hessianflow.interfaces.control import Progress
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 @dataclass

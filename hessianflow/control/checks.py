@@ -4,7 +4,7 @@ bound."""
 import math
 from collections.abc import Mapping
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> int:

@@ -6,13 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from hessianflow.control.checks import check_cap, check_count, check_fits
-from hessianflow.interfaces import (
-    NO_SIGNALS,
-    CurvatureReading,
-    Decision,
-    HessianFlowError,
-    Progress,
-)
+from hessianflow.interfaces.control import NO_SIGNALS, CurvatureReading, Decision, Progress
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 @dataclass

@@ -57,7 +57,8 @@ from hessianflow.control.bounded import BoundedController
 from hessianflow.control.checks import check_count, check_number, check_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces import CurvatureReading, HessianFlowError
+from hessianflow.interfaces.control import CurvatureReading
+from hessianflow.interfaces.errors import HessianFlowError
 
 ROUNDING = 1e-9
 """Of a rate that was multiplied by a factor and divided by it again."""
@@ -199,14 +200,6 @@ class CriticalBatch(BoundedController[CriticalState]):
         about the fall."""
         self._state.eigenvalues = []
         self._state.lowest_loss = None
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; earlier releases kept no lowest loss.
-
-        Raises:
-            HessianFlowError: the names do not match, as in the state of another controller.
-        """
-        super().load_state_dict({"lowest_loss": None, **state})
 
     def _decide(self, measured: Measured, /) -> str:
         if not self.needs:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.time_model import TimeModel
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 Rounding = Literal["nearest", "down"]
 ServerName = Literal["simulated", "ray"]
@@ -169,6 +169,8 @@ def plan_workers(
         raise HessianFlowError(f"rounding must be nearest or down, got {rounding!r}")
     if not workers:
         raise HessianFlowError("workers must hold at least one worker, got none")
+    for worker in workers:  # the small batch is proportional to it
+        check_number("intercept", worker.time.intercept, above=0)
     rates = [
         1 / w.time.seconds(1, check_count("large_batch_size", w.large_batch_size)) for w in workers
     ]
@@ -302,8 +304,8 @@ class DualBatch:
         self.small_workers = check_count("small_workers", small_workers, 0)
         self.extra_time = check_number("extra_time", extra_time, low=1)
         self.min_small_batch_size = check_count("min_small_batch_size", min_small_batch_size)
-        self.slope = _line(slope)
-        self.intercept = _line(intercept)
+        self.slope = _line("slope", slope)
+        self.intercept = _line("intercept", intercept)
         self.server = server
         self.synchrony = synchrony
         self._check()
@@ -331,10 +333,10 @@ class DualBatch:
         return ""
 
 
-def _line(values: float | Sequence[float] | None) -> tuple[float, ...] | None:
+def _line(name: str, values: float | Sequence[float] | None) -> tuple[float, ...] | None:
     """Return one value, or several, as a tuple."""
     if values is None:
         return None
     if isinstance(values, Sequence):
-        return tuple(check_number("slope and intercept", value, low=0) for value in values)
-    return (check_number("slope and intercept", values, low=0),)
+        return tuple(check_number(name, value, above=0) for value in values)
+    return (check_number(name, values, above=0),)

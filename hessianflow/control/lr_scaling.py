@@ -9,7 +9,7 @@ import math
 from typing import Literal, get_args
 
 from hessianflow.control.checks import check_count, check_number
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 LRRule = Literal["linear", "sqrt", "none"]
 

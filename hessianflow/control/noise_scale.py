@@ -26,7 +26,7 @@ from hessianflow.control.bounded import BoundedController
 from hessianflow.control.checks import check_count, check_number, check_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.lr_scaling import LRRule
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 MOMENT_SIGNALS = frozenset(
     {"small_gradient_sq", "small_batch_size", "large_gradient_sq", "large_batch_size"}

@@ -6,7 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from hessianflow.control.lr_scaling import LRRule, check_rule, lr_factor
-from hessianflow.interfaces import NO_SIGNALS, BatchController, CurvatureReading, Decision, Progress
+from hessianflow.interfaces.control import (
+    NO_SIGNALS,
+    BatchController,
+    CurvatureReading,
+    Decision,
+    ForgetsReference,
+    Progress,
+)
 
 
 class RateRule:
@@ -44,7 +51,8 @@ class RateRule:
 
     def forget_reference(self) -> None:
         """The controller's, if it has one."""
-        getattr(self.controller, "forget_reference", lambda: None)()
+        if isinstance(self.controller, ForgetsReference):
+            self.controller.forget_reference()
 
     def is_due(self, progress: Progress) -> bool:
         """As the controller says."""

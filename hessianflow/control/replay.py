@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessianflow.control.checks import check_count
-from hessianflow.interfaces import (
-    BatchController,
-    CurvatureReading,
-    Decision,
-    HessianFlowError,
-    Progress,
-)
+from hessianflow.interfaces.control import BatchController, CurvatureReading, Decision, Progress
+from hessianflow.interfaces.errors import HessianFlowError
 
 _MEASURING_KINDS = ("epoch", "curvature", "signals")
 _SIGNALS = {"lr": "learning_rate", "train_loss": "epoch_loss"}

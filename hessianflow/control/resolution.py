@@ -18,14 +18,15 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from hessianflow.control.checks import check_count, check_number
-from hessianflow.interfaces import (
+from hessianflow.interfaces.control import (
     NO_SIGNALS,
     BatchController,
     CurvatureReading,
     Decision,
-    HessianFlowError,
+    ForgetsReference,
     Progress,
 )
+from hessianflow.interfaces.errors import HessianFlowError
 
 Schedule = Literal["cyclic", "once", "uniform"]
 
@@ -122,7 +123,7 @@ class ProgressiveResolution:
     def __init__(self, controller: BatchController, stages: Sequence[Stage]) -> None:
         if not stages:
             raise HessianFlowError("stages must hold at least one stage, got none")
-        if not hasattr(controller, "decision"):
+        if not isinstance(controller, BatchController):
             raise HessianFlowError(
                 "controller must be one, such as FixedBatch(128), got a"
                 f" {type(controller).__name__}"
@@ -161,7 +162,8 @@ class ProgressiveResolution:
         if self._changes(progress):
             stage = stage_at(self.stages, progress.epoch)
             reasons.append(f"resolution {stage.level.resolution} from epoch {stage.start} on")
-            getattr(self.controller, "forget_reference", lambda: None)()
+            if isinstance(self.controller, ForgetsReference):
+                self.controller.forget_reference()
         self._epoch, self._reason = progress.epoch, "; ".join(filter(None, reasons))
         self._largest = progress.examples_per_epoch
         return self.decision

@@ -19,7 +19,8 @@ from hessianflow.control.checks import check_cap, check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces import HessianFlowError, Progress
+from hessianflow.interfaces.control import Progress
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 class FixedBatch(Controller[ControllerState]):

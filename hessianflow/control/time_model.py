@@ -1,5 +1,4 @@
-"""Seconds per optimizer step as a line in the batch size, fitted to measurements without being led
-by outliers."""
+"""Seconds per step as a line in the batch size, fitted to measurements robustly to outliers."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from hessianflow.control.checks import check_count, check_number
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 @dataclass(frozen=True)
@@ -15,14 +14,14 @@ class TimeModel:
     """t(B) = slope * B + intercept, in seconds per step of B examples.
 
     Attributes:
-        slope: seconds an example.
-        intercept: seconds a step, whatever its size.
-        residual: largest |fitted - measured| / measured (0 for a line that was given).
-        smallest: smallest size measured; do not trust the line below.
-        largest: largest size measured; 0 when the line was given.
+        slope: Seconds per example.
+        intercept: Seconds per step, for any size of it.
+        residual: Largest |fitted - measured| / measured (0 for a line that was not fitted).
+        smallest: Smallest size measured, below which the line should not be trusted.
+        largest: Largest size measured; 0 for a line that was not fitted.
 
     Raises:
-        HessianFlowError: slope or intercept is not positive.
+        HessianFlowError: The slope is not positive, or the intercept is negative.
     """
 
     slope: float
@@ -33,28 +32,38 @@ class TimeModel:
 
     def __post_init__(self) -> None:
         check_number("slope", self.slope, above=0)
-        check_number("intercept", self.intercept, above=0)
+        check_number("intercept", self.intercept, low=0)
 
     def step_seconds(self, batch_size: int) -> float:
-        """Seconds of one step of `batch_size` examples."""
+        """Return the seconds of one step of `batch_size` examples."""
         return self.slope * batch_size + self.intercept
 
     def seconds(self, examples: float, batch_size: float) -> float:
-        """(slope + intercept / batch_size) * examples: `examples` taken in steps of
-        `batch_size`."""
+        """Return (slope + intercept / batch_size) * examples, the seconds of these examples.
+
+        They are taken in steps of `batch_size`, the last of which counts by its size.
+        """
         return (self.slope + self.intercept / batch_size) * examples
 
 
-def fit_time_model(batch_sizes: Sequence[int], seconds: Sequence[float]) -> TimeModel:
-    """The line through measured (batch size, seconds per step): Theil-Sen, so that a quarter of
-    outliers does no harm.
+def fit_time_model(
+    batch_sizes: Sequence[int], seconds: Sequence[float], *, clip_intercept: bool = False
+) -> TimeModel:
+    """Return the line through measured (batch size, seconds per step) by Theil and Sen.
 
-    slope = median of the slopes between all pairs of different sizes, intercept = median of seconds
-    - slope * size. Several measurements of one size are welcome. Leave out the first steps of a
-    run; where seconds rise in jumps (tensor cores, a full memory), fit the range in use.
+    The slope is the median of the slopes between all pairs of different sizes, the intercept the
+    median of seconds - slope * size, so that a quarter of outliers does no harm. Several
+    measurements of one size are welcome. Leave out the first steps of a run; if seconds rise in
+    jumps (tensor cores, a full memory), fit the range in use.
+
+    Args:
+        batch_sizes: Examples per step.
+        seconds: Seconds per step, one for each of the sizes.
+        clip_intercept: Use 0 for a negative intercept instead of refusing it. A plan of dual
+            batches needs a positive one, a prediction of run times does not.
 
     Raises:
-        HessianFlowError: lengths differ, there are fewer than two different sizes, or a value or
+        HessianFlowError: Lengths differ, there are fewer than two different sizes, or a value or
             the fitted slope or intercept is not positive.
     """
     if len(batch_sizes) != len(seconds):
@@ -72,7 +81,9 @@ def fit_time_model(batch_sizes: Sequence[int], seconds: Sequence[float]) -> Time
         )
     slope = statistics.median(slopes)
     intercept = statistics.median(t - slope * b for b, t in points)
-    if slope <= 0 or intercept <= 0:
+    if clip_intercept:
+        intercept = max(intercept, 0.0)
+    if slope <= 0 or (intercept <= 0 and not clip_intercept):
         raise HessianFlowError(
             f"the fitted line must rise from a positive time, got slope {slope:.4g} and intercept"
             f" {intercept:.4g}: measure more and larger sizes, after a warm-up"

@@ -13,7 +13,8 @@ from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.controller import Controller, ControllerState, Measured
 from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces import HessianFlowError, Progress
+from hessianflow.interfaces.control import Progress
+from hessianflow.interfaces.errors import HessianFlowError
 
 
 class TimedSchedule(Controller[ControllerState]):

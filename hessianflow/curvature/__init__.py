@@ -1,5 +1,4 @@
-"""Curvature: Hessian, Gauss-Newton and Fisher products, and what can be estimated from products
-alone."""
+"""Hessian, Gauss-Newton and Fisher products, and estimates that need nothing but products."""
 
 from hessianflow.curvature.density import SmoothedDensity, SpectralDensity, spectral_density
 from hessianflow.curvature.eigenpairs import top_eigenpairs

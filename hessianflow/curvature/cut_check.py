@@ -1,10 +1,10 @@
-"""Whether each row of a model's outputs depends on its example alone, so that a batch may be cut.
+"""A check that each row of a model's outputs depends on its example alone, so a batch may be cut.
 
-A tensor that all examples share, such as a table of positions, is mistaken for one row per example
-if it happens to have as many rows as the batch, and is then cut along with the others. A layer of
-the user's own may compare rows, or normalise by them. In either case the matrix would depend on the
-size of the parts. The first examples of the first batch that is cut are therefore run twice, three
-of them and then two: the rows that both runs give must be the same.
+A tensor that all examples share, such as a table of positions, may happen to have as many rows as
+the batch has examples; it is then mistaken for one row per example and cut with the others. A layer
+of the user's own may compare rows or normalise by them. In either case the matrix would depend on
+where the batch is cut. The first examples of the first batch that is cut are therefore run twice,
+three of them and then two: the rows that both runs return must be the same.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import map_tensors, num_examples, take_rows
+from hessianflow.batches import num_examples, take_rows
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
+from hessianflow.structure import tensors_in
 
 ROWS = 3
-"""Examples of the longer run; the shorter one has one less. Ours: a model may treat a single
-example as a special case."""
+"""Examples of the longer run; the shorter one has one less. Our choice: two at least, because a
+model may treat a single example as a special case."""
 
-TOLERANCE, ROUNDINGS = 1e-2, 30
-"""Relative difference of outputs that passes, as a number and in machine epsilons. Ours: kernels
-for different numbers of rows differ by rounding, at most 1e-6 in float32; mixed rows differ by
-tenths."""
+TOLERANCE = 1e-2
+"""Relative difference of outputs that passes. Our choice: kernels for different numbers of rows
+differ by rounding, at most 1e-6 in float32; rows that depend on others differ by tenths."""
+
+ROUNDINGS = 30
+"""Machine epsilons that pass where they are more than TOLERANCE, as in bfloat16."""
 
 WAY_OUT = (
     "keep the batch in one pass; or, if a tensor is shared by all examples, give it a first"
@@ -35,29 +38,29 @@ WAY_OUT = (
 def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> None:
     """Refuse to cut a batch whose examples change each other's outputs.
 
-    A model that is random, or whose outputs have no row for each example, passes unchecked.
+    A random model, and one whose outputs have no row for each example, pass unchecked.
 
     Args:
         model: the model, as it is measured.
         batch: (inputs, targets) of at least two examples.
-        local: moves a part of the batch to the device of the model.
+        local: moves some examples to the device of the model.
 
     Raises:
-        HessianFlowError: the rows differ; or fewer examples cannot be run, and more than one tensor
-            would be cut.
+        HessianFlowError: the rows differ; or the model cannot run fewer examples, and more than one
+            tensor would be cut.
     """
     inputs = batch[0]
     total = num_examples(batch)
     rows = min(ROWS, total)
-    may_be_shared = sum(t.ndim > 0 and len(t) == total for t in _tensors(inputs)) > 1
-    parts = [
-        local(take_rows(inputs, slice(0, count), total, "inputs")) for count in (rows, rows - 1)
-    ]
+    may_be_shared = sum(t.ndim > 0 and len(t) == total for t in tensors_in(inputs)) > 1
+    more = local(take_rows(inputs, slice(0, rows), total, "inputs"))
+    fewer = local(take_rows(inputs, slice(0, rows - 1), total, "inputs"))
     with measuring(model):
         try:
-            longer, shorter = (_outputs(model, part) for part in parts)
+            longer = _outputs(model, more)
+            shorter = _outputs(model, fewer)
             differ = _differ(longer, shorter, rows)
-            is_random = differ and _differ_at_all(shorter, _outputs(model, parts[1]))
+            is_random = differ and _differ_at_all(shorter, _outputs(model, fewer))
         except Exception as error:  # whatever a model raises for a batch that it was not made for
             if not may_be_shared:
                 return
@@ -75,7 +78,7 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     # With gradients enabled, as in a product: a model may itself differentiate.
-    return [t.detach() for t in _tensors(model(inputs))]
+    return [t.detach() for t in tensors_in(model(inputs))]
 
 
 def _differ(longer: list[Tensor], shorter: list[Tensor], rows: int) -> bool:
@@ -92,7 +95,7 @@ def _differs(one: Tensor, other: Tensor, rows: int) -> bool:
     sizes = list(zip(one.shape[1:], other.shape[1:], strict=True))
     if (rows, rows - 1) in sizes:  # each example is compared with all
         return True
-    # padded to the longest: the places that both have
+    # Outputs may be padded to their longest example: only the positions that both have count.
     for dimension, pair in enumerate(sizes, start=1):
         one, other = (t.narrow(dimension, 0, min(pair)) for t in (one, other))
     if not (one.is_floating_point() or one.is_complex()):
@@ -100,15 +103,9 @@ def _differs(one: Tensor, other: Tensor, rows: int) -> bool:
     difference = (one - other).abs()
     difference = difference[torch.isfinite(difference)].double().norm()
     allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(one.dtype).eps)
-    # The host waits here, once for each operator.
+    # The host waits for the device here, once for each operator.
     return bool(difference > allowed * other[torch.isfinite(other)].abs().double().norm())
 
 
 def _differ_at_all(first: list[Tensor], again: list[Tensor]) -> bool:
     return any(not torch.equal(one, other) for one, other in zip(first, again, strict=False))
-
-
-def _tensors(part: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(lambda t: found.append(t) or t, part)  # type: ignore[func-returns-value]
-    return found

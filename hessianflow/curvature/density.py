@@ -7,12 +7,12 @@ via Hessian eigenvalue density, 2019.
 For a random unit vector v, `steps` Lanczos steps give a tridiagonal T with eigenpairs (theta_i,
 s_i); nodes theta_i with weights (first entry of s_i)^2 are the Gauss quadrature of the spectral
 measure of v, exact for polynomials up to degree 2 steps - 1. The average over probes estimates the
-eigenvalue distribution, and their spread its error.
+distribution of eigenvalues, and the spread of the probes its error.
 
-Deviations: full reorthogonalisation (without it, up to 28 of 150 nodes were copies of the top
-eigenvalue); after a breakdown the quadrature is exact and the remaining nodes repeat the last one
-with weight 0. Shares of the spectrum (negative, below a value) are not sums of weights but what the
-rule bounds, see shares.py.
+Deviations: the basis is fully reorthogonalised, because without that many nodes (28 of 150 on a
+net) are copies of the top eigenvalue. After a breakdown the quadrature is exact, and the remaining
+nodes repeat the last one with weight 0. Shares of the spectrum (negative, below a value) are not
+sums of weights but limits that follow from the rule; see shares.py.
 """
 
 from dataclasses import dataclass, field
@@ -37,13 +37,13 @@ from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 @dataclass(frozen=True)
 class SmoothedDensity:
-    """Density of eigenvalues on a grid; it integrates to 1.
+    """A density of eigenvalues on a grid, which integrates to 1.
 
     Attributes:
         grid: eigenvalues, ascending, shape [points].
         density: mean over the probes, shape [points].
         spread: standard deviation over the probes, shape [points]; nan with a single probe.
-        width: standard deviation of the Gaussian that each node was replaced by.
+        width: standard deviation of the Gaussian that replaced each node.
     """
 
     grid: Tensor
@@ -59,13 +59,14 @@ class SpectralDensity:
     Attributes:
         nodes: eigenvalue estimates, ascending in each row, shape [num_probes, steps], float64 on
             the CPU.
-        weights: their shares of the spectrum, rows summing to 1, shape [num_probes, steps].
+        weights: share of the spectrum that each node stands for, shape [num_probes, steps]; each
+            row sums to 1.
         size: rows of the operator, so that size * weight counts eigenvalues.
         matvecs: products spent.
-        recurrences: of each probe the diagonal and off-diagonal of its tridiagonal matrix, shape
-            [2, steps] each; the last off-diagonal leads out of it, 0 after a breakdown. Without
-            them nodes are taken for eigenvalues.
-        noise: what the rounding of products may move an eigenvalue by.
+        recurrences: diagonal and off-diagonal of each probe's tridiagonal matrix, shape [2, steps]
+            each. The last off-diagonal entry leads out of the matrix; it is 0 after a breakdown.
+            Where this is empty, nodes are taken for eigenvalues.
+        noise: distance by which the rounding of products may move an eigenvalue.
     """
 
     nodes: Tensor
@@ -85,35 +86,37 @@ class SpectralDensity:
         """Replace each node by a Gaussian and average over probes, keeping the spread between them.
 
         Args:
-            points: of the grid.
-            width: standard deviation of the Gaussian; default 1 % of the range of nodes. Ours.
+            points: number of points of the grid.
+            width: standard deviation of the Gaussian. The default, 1 % of the range of nodes, is
+                our choice.
             limits: ends of the grid; default: all nodes and four widths on either side.
 
         Raises:
-            HessianFlowError: fewer than 2 points, or a width that is not positive.
+            HessianFlowError: there are fewer than 2 points, or the width is not positive.
         """
-        low, high = float(self.nodes.min()), float(self.nodes.max())
-        scale = max(abs(low), abs(high)) or 1.0
-        chosen = width if width is not None else 0.01 * max(high - low, 1e-3 * scale)
-        if points < 2 or not chosen > 0:
+        if points < 2 or (width is not None and not width > 0):
             raise HessianFlowError(
                 f"points must be at least 2 and width positive, got {points} and {width}"
             )
-        first, last = limits or (low - 4 * chosen, high + 4 * chosen)
+        low = float(self.nodes.min())
+        high = float(self.nodes.max())
+        if width is None:
+            scale = max(abs(low), abs(high)) or 1.0
+            width = 0.01 * max(high - low, 1e-3 * scale)
+        first, last = limits or (low - 4 * width, high + 4 * width)
         grid = torch.linspace(first, last, points, dtype=torch.float64)
-        kernels = torch.exp(-0.5 * ((grid - self.nodes[..., None]) / chosen) ** 2) / (
-            chosen * (2 * torch.pi) ** 0.5
+        kernels = torch.exp(-0.5 * ((grid - self.nodes[..., None]) / width) ** 2) / (
+            width * (2 * torch.pi) ** 0.5
         )
         curves = (self.weights[..., None] * kernels).sum(dim=1)
-        return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), chosen)
+        return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), width)
 
     def mass_below(self, value: float = 0.0) -> TraceResult:
-        """Return the share of eigenvalues below `value`; two standard errors cover all that is left
-        open.
+        """Return the share of eigenvalues below `value`; two standard errors cover its limits.
 
-        The value is the middle between the limits of the quadrature (shares.py). Where many
-        eigenvalues lie at or near `value`, as with 0 in networks, they are far apart and the error
-        is large: there :meth:`shares` says more.
+        The estimate is the middle between the limits of the quadrature (shares.py). Where many
+        eigenvalues lie at or near `value`, as at 0 in networks, the limits are far apart and the
+        error is large: :meth:`shares` says more there.
         """
         limits = self._limits(value - self.noise, value + self.noise)
         least, most = limits.mean(dim=0).tolist()
@@ -123,9 +126,9 @@ class SpectralDensity:
         return TraceResult(middle, stderr, self.matvecs, tuple(limits.mean(dim=1).tolist()))
 
     def shares(self) -> SignShares:
-        """Return shares of negative, zero and positive eigenvalues.
+        """Return the shares of negative, zero and positive eigenvalues.
 
-        What cannot be told from 0 is kept apart, not put on either side.
+        Eigenvalues that cannot be told from 0 are counted apart, on neither side.
         """
         lower, upper = (self._limits(end, end).mean(dim=0) for end in (-self.noise, self.noise))
         probes = len(self.nodes)
@@ -143,16 +146,16 @@ class SpectralDensity:
         )
 
     def _limits(self, first: float, last: float) -> Tensor:
-        """Return for each probe's measure the least below `first` and the most up to `last`,
-        [num_probes, 2]."""
+        """Return each probe's least mass below `first` and most up to `last`, [num_probes, 2]."""
         if self.recurrences:
             pairs = [mass_limits(one, first, last) for one in self.recurrences]
             return torch.tensor(pairs, dtype=torch.float64)
-        parts = (self.nodes < first, self.nodes <= last)
-        return torch.stack([(self.weights * part).sum(dim=1) for part in parts], dim=1)
+        least = (self.weights * (self.nodes < first)).sum(dim=1)
+        most = (self.weights * (self.nodes <= last)).sum(dim=1)
+        return torch.stack([least, most], dim=1)
 
     def _zone(self) -> tuple[float, float]:
-        """Return where the nodes begin on either side that are not 0, mean over probes."""
+        """Return the first nodes on either side that are not 0, averaged over probes."""
         ends = []
         for side in (-1, 1):
             away = side * self.nodes
@@ -161,24 +164,23 @@ class SpectralDensity:
         return ends[0], ends[1]
 
     def moment(self, power: int) -> float:
-        """Return the mean of eigenvalue^power over the spectrum; times `size` it estimates tr
-        A^power."""
+        """Return the mean of eigenvalue^power; times `size` it estimates the trace of A^power."""
         return float((self.weights * self.nodes**power).sum(dim=1).mean())
 
 
 def spectral_density(
     operator: LinearOperator, *, num_probes: int, steps: int, seed: int | None = None
 ) -> SpectralDensity:
-    """Return the distribution of all eigenvalues, from num_probes * steps products.
+    """Estimate the distribution of all eigenvalues from num_probes * steps products.
 
     Args:
-        operator: any symmetric operator; with `params="layer1"` that of one layer.
-        num_probes: random starts; two or more for error bars.
-        steps: Lanczos steps for each, at most the size; memory is that of `steps` vectors.
-        seed: None: fresh entropy.
+        operator: any symmetric operator.
+        num_probes: number of random starts; two or more give error bars.
+        steps: Lanczos steps for each start, at most the size; as many vectors are held at a time.
+        seed: seed of the starts; None draws fresh entropy.
 
     Raises:
-        HessianFlowError: num_probes or steps below 1, or products that are not finite.
+        HessianFlowError: num_probes or steps is below 1, or a product is not finite.
     """
     if num_probes < 1 or steps < 1:
         raise HessianFlowError(
@@ -212,11 +214,12 @@ class _Rule(NamedTuple):
 
 
 def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> _Rule:
-    """Return the rule of one probe, by as many products as it has nodes."""
+    """Return the rule of one probe; each of its nodes costs one product."""
     basis = torch.empty(steps, operator.size, dtype=operator.dtype, device=operator.device)
     diagonal = torch.zeros(steps, dtype=torch.float64)
     beside = torch.zeros(steps, dtype=torch.float64)
-    unit, taken = start / start.norm(), 0
+    unit = start / start.norm()
+    taken = 0
     while taken < steps:
         basis[taken] = unit
         product = operator.matvec(unit)
@@ -224,7 +227,7 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> _Rule:
         known = basis[: taken + 1]
         for _ in range(2):
             product = product - known.T @ (known @ product)
-        # One transfer per product: breakdown must be seen before the division.
+        # The host waits here, once a product: a breakdown must be seen before the division.
         diagonal[taken], beside[taken] = torch.stack([alpha, norm(product)]).tolist()
         taken += 1
         if not bool(torch.isfinite(beside[taken - 1])):
@@ -241,10 +244,12 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> _Rule:
 
 def _padded(nodes: Tensor, weights: Tensor, length: int) -> tuple[Tensor, Tensor]:
     missing = length - len(nodes)
-    return torch.cat([nodes, nodes[-1:].expand(missing)]), torch.cat(
-        [weights, weights.new_zeros(missing)]
-    )
+    more_nodes = nodes[-1:].expand(missing)
+    no_weights = weights.new_zeros(missing)
+    return torch.cat([nodes, more_nodes]), torch.cat([weights, no_weights])
 
 
 def _spread(samples: Tensor) -> Tensor:
-    return samples.std(dim=0) if len(samples) > 1 else torch.full_like(samples[0], float("nan"))
+    if len(samples) == 1:
+        return torch.full_like(samples[0], float("nan"))
+    return samples.std(dim=0)

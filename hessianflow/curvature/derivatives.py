@@ -1,116 +1,19 @@
-"""The conditions under which second derivatives exist and are exact, and plain words for when they
-do not.
-
-Fused kernels (attention, recurrent nets) and compiled graphs have no second derivative, and
-autocast rounds products to 16 bits. The fast path of torch's transformer layers, taken where no
-gradient is asked for, writes zeros at padded places, so it is another function. Backward hooks
-belong to the training step (clipping, rates of layers) and would change the matrix. `second_order`
-turns all of them off for the duration; nothing outlives it.
-"""
+"""Graphs that have no second derivative or a wrong one, and advice for the errors that follow."""
 
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from hessianflow.interfaces import HessianFlowError
 
 _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
-
-
-@contextmanager
-def second_order(model: nn.Module) -> Iterator[None]:
-    """Run the model with kernels that can be differentiated twice, in its own precision."""
-    modules = list(model.modules())
-    with ExitStack() as stack:
-        stack.enter_context(full_precision())
-        stack.enter_context(without_hooks(_hooks_of(modules)))
-        stack.enter_context(_slow_path())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in modules):
-            # Fused recurrent kernels have no second derivative. Only here: without cuDNN
-            # convolutions are slow.
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            # Parts of the model may be compiled (only then is dynamo loaded): run them uncompiled
-            # (torch >= 2.6).
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Suspend autocast (a product inside the user's autocast block would be rounded) and inference
-    mode."""
-    if not (
-        torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-    ):
-        # nothing to suspend: entering the contexts all the same would cost a small net a tenth of
-        # each product
-        yield
-        return
-    with (
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
-
-
-@contextmanager
-def _slow_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-Hooks = dict[int, Callable[..., Any]]
-
-
-@contextmanager
-def without_hooks(held: Iterable[Hooks | None]) -> Iterator[None]:
-    """Empty some tables of hooks for the duration; the hooks come back in their order, and handles
-    still remove them.
-
-    Args:
-        held: the tables of tensors or modules that keep their hooks there; None for those that have
-            none.
-    """
-    found = [(table, dict(table)) for table in held if table]
-    for table, _ in found:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, hooks in found:
-            added = dict(table)
-            table.clear()
-            table.update(hooks | added)
-
-
-def _hooks_of(modules: Iterable[nn.Module]) -> list[Hooks | None]:
-    """Return tables of the hooks that run backwards: those of modules and of their parameters."""
-    kinds = ("_backward_hooks", "_backward_pre_hooks")
-    found: list[Hooks | None] = [module.__dict__.get(kind) for module in modules for kind in kinds]
-    return found + [
-        p._backward_hooks
-        for module in modules
-        for p in module._parameters.values()
-        if p is not None
-    ]
 
 
 @contextmanager
@@ -121,8 +24,8 @@ def explained(num_examples: int) -> Iterator[None]:
         num_examples: examples in the forward pass, for the advice on memory.
 
     Raises:
-        HessianFlowError: out of memory, an operation without a second derivative, or a loss that
-            differentiates by what is a constant here.
+        HessianFlowError: memory ran out, an operation has no second derivative, or the loss
+            differentiates by something that is a constant here.
     """
     try:
         yield
@@ -136,7 +39,7 @@ def explained(num_examples: int) -> Iterator[None]:
 
 
 _WRONG = "WeightNormInterfaceBackward"
-"""Node whose second derivative torch (2.13, on a processor) gets wrong; see double_backward.py."""
+"""Node whose second derivative torch (2.13, on a CPU) gets wrong; see double_backward.py."""
 
 _REENTRANT = (
     "a part of the model is checkpointed with use_reentrant=True, and autograd.grad does not reach"
@@ -151,14 +54,14 @@ UNREACHED = (
 
 
 class Graph(NamedTuple):
-    """What the nodes of a graph tell.
+    """Facts read from the nodes of a graph.
 
     Attributes:
-        foreign: names of functions that are neither torch's own nor ours: their derivatives are
-            what others wrote.
+        foreign: names of functions that are neither torch's own nor ours, whose derivatives may be
+            wrong.
         rounds: whether values are rounded to 16 bits on the way.
-        recomputes: whether saved values are made anew when they are needed, as in a checkpointed
-            part: by running code of the model.
+        recomputes: whether products run code of the model to compute saved values again, as in a
+            checkpointed block.
     """
 
     foreign: tuple[str, ...] = ()
@@ -167,15 +70,16 @@ class Graph(NamedTuple):
 
 
 def inspect_graph(loss: Tensor) -> Graph:
-    """Look at all nodes behind a loss.
+    """Read the facts of the graph behind a loss, and refuse a graph whose products would be wrong.
 
-    Refused are graphs with a function whose backward is once_differentiable (where the incoming
-    gradient is constant, autograd would silently leave its curvature out instead of raising), one
-    that torch gets wrong, or reentrant checkpointing (weights inside get no gradient).
+    A function with a once_differentiable backward is refused, because autograd leaves its curvature
+    out without an error where the incoming gradient is constant. So are a function that torch gets
+    wrong and reentrant checkpointing, where the weights inside get no gradient.
 
     Raises:
-        HessianFlowError: with the names of such functions.
+        HessianFlowError: the graph has such functions; the message names them.
     """
+    # Dictionaries in place of sets: the order of the graph is kept, and so are messages.
     functions: dict[type[Any], None] = {}
     names: dict[str, None] = {}
     rounds = recomputes = False
@@ -198,32 +102,33 @@ def inspect_graph(loss: Tensor) -> Graph:
         )
     if any(name.startswith(_WRONG) for name in names):
         raise HessianFlowError(
-            "torch._weight_norm has a wrong second derivative on a processor; use"
-            " torch.nn.utils.parametrizations.weight_norm, which is replaced here, or write g * v /"
-            " v.norm() out"
+            "torch._weight_norm has a wrong second derivative on a CPU; use"
+            " torch.nn.utils.parametrizations.weight_norm, which is replaced here, or write out"
+            " g * v / v.norm()"
         )
     foreign = [f.__name__ for f in functions if not f.__module__.startswith("hessianflow.")]
     return Graph((*foreign, *(name for name in names if "CppNode" in name)), rounds, recomputes)
 
 
 def _has_hooks(node: Any) -> bool:
-    """Return whether something that a node has saved goes through hooks when it is needed."""
-    for name in _saved(type(node)):  # type: ignore[arg-type]
+    """Return whether hooks process a saved value of a node when it is read."""
+    for name in _saved_names(type(node)):  # type: ignore[arg-type]
         saved = getattr(node, name)
-        several = saved if isinstance(saved, (tuple, list)) else (saved,)
-        if any(one is not None and one.unpack_hook is not None for one in several):
+        if not isinstance(saved, (tuple, list)):
+            saved = (saved,)
+        if any(one is not None and one.unpack_hook is not None for one in saved):
             return True
     return False
 
 
 @cache
-def _saved(kind: type[Any]) -> tuple[str, ...]:
-    """Names under which a kind of node shows what it has saved."""
+def _saved_names(kind: type[Any]) -> tuple[str, ...]:
+    """Return the attributes under which a kind of node shows its saved values."""
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
 def check_reached(gradients: Iterable[Tensor | None]) -> None:
-    """Refuse gradients of which not one exists: None of a parameter that is used is no zero.
+    """Refuse gradients that are all None: the loss uses none of the parameters.
 
     Raises:
         HessianFlowError: all are None.
@@ -234,7 +139,8 @@ def check_reached(gradients: Iterable[Tensor | None]) -> None:
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
     """Yield all nodes of the graph of a loss."""
-    pending, seen = [loss.grad_fn], set()
+    pending = [loss.grad_fn]
+    seen = set()
     while pending:
         node = pending.pop()
         if node is not None and node not in seen:
@@ -247,8 +153,10 @@ _ONCE = once_differentiable(lambda _: None).__code__
 
 
 def _is_once_differentiable(backward: Any) -> bool:
-    """Return whether torch's decorator is among those of a backward: told by its code, as others
-    set `__wrapped__`, too."""
+    """Return whether torch's decorator once_differentiable is among those of a backward.
+
+    It is told by its code, because other decorators set `__wrapped__`, too.
+    """
     while backward is not None:
         if getattr(backward, "__code__", None) is _ONCE:
             return True
@@ -269,7 +177,7 @@ def _advice(error: RuntimeError | MemoryError | ValueError, num_examples: int) -
         return f"the loss has no second derivative: '{missing.group(1)}' has none; {way_out}"
     if isinstance(error, CheckpointError):
         return (
-            "a checkpointed part of the model gives other tensors when it runs again; leave the"
+            "a checkpointed part of the model returns other tensors when it runs again; leave the"
             " checkpoint out"
         )
     return next((advice for sign, advice in _ADVICE.items() if sign in text), None)
@@ -284,7 +192,7 @@ _CONSTANT = (
 )
 _ADVICE = {
     "to match target batch_size": (
-        "outputs and targets have different numbers of examples; pass as many of each"
+        "outputs and targets have different numbers of examples; pass equal numbers of both"
     ),
     "does not currently support double backward": (
         "the loss has no second derivative: a part of the model is compiled; pass it uncompiled"
@@ -298,8 +206,8 @@ _ADVICE = {
     "element 0 of tensors does not require grad": _CONSTANT,
     "One of the differentiated Tensors does not require grad": _CONSTANT,
     "Expected more than 1 value per channel": (
-        "a layer normalises by the statistics of the batch, which one example has none of; pass"
-        " more than one"
+        "a layer normalises by the statistics of the batch, and one example has none; pass more"
+        " than one"
     ),
 }
-"""What to do, by a part of torch's message."""
+"""Advice, by a phrase of torch's message."""

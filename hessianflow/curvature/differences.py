@@ -1,20 +1,20 @@
-"""Compares a product with a difference of gradients along one vector, to find faults no graph
-shows.
+"""A comparison of one product with a difference of gradients, which finds faults no graph shows.
 
 Products come from second derivatives that torch, the model and the loss provide. A function that
-keeps intermediates where autograd does not see them, a hook on an activation, or a part that is
-detached or computes its own gradients gives a matrix that is symmetric, plausible and wrong. A
-small step of the weights reveals it:
+hides intermediates from autograd, a hook on an activation, or a module that is detached or computes
+its own gradients makes a matrix that is symmetric, plausible and wrong. A small step of the weights
+reveals it:
 
-    Hessian:               (L(w + s v) - L(w)) / s -> g^T v,  (g(w + s v) - g(w)) / s -> H v
-    Gauss-Newton, Fisher:  the same of L, of outputs and the slope of the loss by them, of losses
+    Hessian:       (L(w + s v) - L(w)) / s -> g^T v,  (g(w + s v) - g(w)) / s -> H v
+    Gauss-Newton:  the same for L, the outputs, and the slope of the loss by the outputs
+    Fisher:        the same for L and the losses of the examples
 
-Choices of ours, so that a healthy model is never refused (experiments/benchmarks/differences.py
-counts):
+The choices below are ours and keep healthy models from being refused
+(experiments/benchmarks/differences.py counts refusals):
 
 - The weights are copied to float64 and few examples are used. In float32 any step large enough to
   rise above rounding carries thousands of rectified units over their kinks, and the difference
-  measures the kinks: on ResNet-20 it is off by a factor of 1 to 30. In float64 a step of 1e-6 or
+  measures the kinks (on ResNet-20 it is off by a factor of 1 to 30). In float64 a step of 1e-6 or
   1e-8 crosses no kink. A model that does not run in float64 is not checked.
 - The comparison is made a thousandth away from the current weights, in a random direction. At the
   start of training biases are 0, and so are the borders of many images: units then sit exactly on
@@ -22,18 +22,17 @@ counts):
 - The vector is random, each tensor of weights in its own scale, and several step lengths are tried;
   one that agrees is enough. Embedding rows for padding do not move: torch treats them as constants
   (`padding_idx`), although the loss may depend on them.
-- Where no step agrees, the differences must agree among themselves before they count: those of
-  continuous quantities over all steps, those of gradients, which jump at kinks, over two steps at
-  which the loss moves as its gradient says. A model that rounds internally (16 bits,
+- Where no step agrees, the differences must agree among themselves before they count. Those of
+  continuous quantities must agree over all steps; those of gradients, which jump at kinks, over two
+  steps at which the loss moves as its gradient says. A model that rounds internally (16 bits,
   straight-through estimators) does not move at all for a small step, and is not checked.
-- Each tensor of the gradient is compared, so that a fault in one layer is not hidden behind a
-  larger tensor.
+- Each tensor of the gradient is compared, so that a larger tensor cannot hide a fault in a layer.
 
-The model's own tensors are left alone: copies stand in for them, and a kept graph stays valid.
+The model's own tensors are left alone: copies stand in for them (copies.py), and a kept graph stays
+valid.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -42,56 +41,50 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import map_tensors
+from hessianflow.curvature.copies import copied, widened
 from hessianflow.curvature.vectors import unflatten
 
+# The constants here are our choices.
+
 TOLERANCE = 1e-3
-"""Largest relative difference at which a tensor passes. Ours: steps that agree differ by at most
-1e-5."""
+"""Largest relative difference at which a tensor passes; steps that agree differ by at most 1e-5."""
 
 SMALLEST_SHARE = 1e-4
-"""Tensors whose share of the whole is below this are skipped: they may be left over by
-cancellation."""
+"""Tensors with a smaller share of the whole are skipped: they may be left over by cancellation."""
 
-AGREEMENT, ROUGH_AGREEMENT = 0.1, 0.5
-"""Two steps agree if they differ by at most this share of their distance from the claim. The rough
-bound holds where all steps must agree. Ours."""
+AGREEMENT = 0.1
+"""Two steps agree if they differ by at most this fraction of their distance from the claim."""
+
+ROUGH_AGREEMENT = 0.5
+"""The same fraction where all steps must agree."""
 
 ROUNDINGS = 100
-"""Machine epsilons of a vector that are put down to rounding. Ours."""
+"""Machine epsilons of a vector that are put down to rounding."""
 
 EXAMPLES = 4
-"""Examples of the batch that are used: faults are in operations, not in examples. Ours."""
+"""Examples of the batch that are used: faults are in operations, not in examples."""
 
 SHIFT = 1e-3
-"""Distance between the current weights and the point of comparison, relative to the weights.
-Ours."""
+"""Distance between the current weights and the point of comparison, relative to the weights."""
 
 _STEPS = (1e-6, 1e-8, 1e-4, 1e-3, 1e-2)
-"""Step lengths relative to the weights, the likeliest to agree first."""
+"""Step lengths relative to the weights, beginning with the likeliest to agree."""
 
 _LONG = 1e-3
 """The longest step that has to agree: over longer ones a vector may curve."""
-
-_WIDER = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-}
-
 
 Vectors = list[Sequence[Tensor]]
 """Vectors, each as tensors that are compared one by one."""
 
 
 class Linearised(NamedTuple):
-    """What a graph claims about derivatives.
+    """The values and derivatives that a graph claims.
 
     Attributes:
         loss: the mean loss.
-        continuous: vectors that depend on the weights without a jump, and only bend at kinks.
+        continuous: vectors that depend on the weights without a jump and only bend at kinks.
         jumping: vectors that jump at kinks: gradients.
-        along: the derivatives of both along a flat vector of weights.
+        along: returns the derivatives of both along a flat vector of weights.
         rounds: whether the model rounds to 16 bits, so that differences tell nothing.
     """
 
@@ -106,12 +99,12 @@ class Disagreement(NamedTuple):
     """A derivative that differences contradict.
 
     Attributes:
-        place: the index of the worst tensor; None where there is only one.
-        share: its relative error, over the larger of claim and difference.
+        position: the index of the worst tensor; None where there is only one.
+        error: its error relative to the larger of claim and difference.
     """
 
-    place: int | None
-    share: float
+    position: int | None
+    error: float
 
 
 Linearise = Callable[[Any, Sequence[Tensor]], Linearised]
@@ -128,11 +121,11 @@ def find_disagreement(
     """Compare derivatives with differences, in float64, and return the worst contradiction.
 
     Args:
-        linearise: makes the derivatives that are checked.
-        holders: the model and, where it is a module, the loss: their weights and buffers are
-            copied.
+        linearise: returns the derivatives to be checked.
+        holders: the modules whose weights and buffers are copied: the model and, if it is a module,
+            the loss.
         parameters: the parameters to differentiate by.
-        samples: functions that make batches, tried in turn until one can be made and run: first a
+        samples: functions that return batches, tried in turn until one can be made and run: first a
             few examples, then all of them.
 
     Returns:
@@ -140,14 +133,12 @@ def find_disagreement(
     """
     for sample in samples:
         try:
-            given = map_tensors(_wide, sample())
-            with _copied(holders, parameters) as copies:
-                return _compare(
-                    partial(linearise, given, copies), copies, _padding(holders, copies)
-                )
-        except (
-            Exception
-        ):  # whatever a model raises in float64, or on a batch, that it was not made for
+            batch = map_tensors(widened, sample())
+            with copied(holders, parameters) as copies:
+                padding = _padding(holders, copies)
+                return _compare(partial(linearise, batch, copies), copies, padding)
+        # A model may raise anything in float64 or on a batch that it was not made for.
+        except Exception:
             continue
     return None
 
@@ -157,41 +148,41 @@ def _compare(
     copies: Sequence[Tensor],
     padding: Sequence[tuple[int, int]],
 ) -> Disagreement | None:
-    with torch.no_grad():
-        for copy, piece in zip(
-            copies, unflatten(_direction(copies, padding, seed=1), copies), strict=True
-        ):
-            copy.add_(piece, alpha=SHIFT)
+    _move(copies, copies, _direction(copies, padding, seed=1), SHIFT)
     base = [copy.detach().clone() for copy in copies]
     claims = linearise()
-    # In a fit to the last digit, rounding decides over every gradient.
+    # Where the loss is fitted to the last digit, every gradient is rounding.
     if claims.rounds or not abs(float(claims.loss)) > 1e4 * torch.finfo(torch.float64).eps:
         return None
     direction = _direction(copies, padding, seed=0)
     derivatives = claims.along(direction)
     continuous = [_Vector(*pair) for pair in zip(claims.continuous, derivatives[0], strict=True)]
     jumping = [_Vector(*pair) for pair in zip(claims.jumping, derivatives[1], strict=True)]
-    del claims, derivatives  # the graph goes before the weights move
+    del claims, derivatives  # free the graph before the weights move
+    vectors = [*continuous, *jumping]
     for step in _STEPS:
-        with torch.no_grad():
-            for copy, start, piece in zip(copies, base, unflatten(direction, copies), strict=True):
-                copy.copy_(start).add_(piece, alpha=step)
+        _move(copies, base, direction, step)
         moved = linearise()
-        for vector, values in zip(
-            (*continuous, *jumping), (*moved.continuous, *moved.jumping), strict=True
-        ):
+        for vector, values in zip(vectors, (*moved.continuous, *moved.jumping), strict=True):
             vector.add(step, values)
-        if all(vector.is_confirmed for vector in (*continuous, *jumping)):
+        if all(vector.is_confirmed for vector in vectors):
             return None
-    found = [vector.disagreement() for vector in continuous if not vector.is_confirmed]
+    verdicts = [vector.disagreement() for vector in continuous if not vector.is_confirmed]
     trusted = set(_STEPS).intersection(*(vector.exact_steps() for vector in continuous))
-    found += [vector.disagreement(trusted) for vector in jumping if not vector.is_confirmed]
-    return max((one for one in found if one is not None), key=lambda one: one.share, default=None)
+    verdicts += [vector.disagreement(trusted) for vector in jumping if not vector.is_confirmed]
+    contradictions = [verdict for verdict in verdicts if verdict is not None]
+    return max(contradictions, key=lambda one: one.error, default=None)
+
+
+def _move(copies: Sequence[Tensor], base: Sequence[Tensor], direction: Tensor, step: float) -> None:
+    """Set the copies to the base plus a step along a flat direction."""
+    with torch.no_grad():
+        for copy, start, piece in zip(copies, base, unflatten(direction, copies), strict=True):
+            copy.copy_(start).add_(piece, alpha=step)
 
 
 class _Vector:
-    """One vector of values, the derivative claimed for it, and its differences for several
-    steps."""
+    """A vector of values, the derivative claimed for it, and its differences for several steps."""
 
     def __init__(self, values: Sequence[Tensor], claimed: Sequence[Tensor]) -> None:
         self._values = [value.detach().clone() for value in values]
@@ -202,7 +193,7 @@ class _Vector:
         self.is_confirmed = False
 
     def add(self, step: float, values: Sequence[Tensor]) -> None:
-        """Take the values after a step of this length."""
+        """Note the values after a step of this length."""
         difference = [
             (new.detach() - old) / step for new, old in zip(values, self._values, strict=True)
         ]
@@ -210,8 +201,7 @@ class _Vector:
         self.is_confirmed = self.is_confirmed or not any(self._off_by(step))
 
     def exact_steps(self) -> set[float]:
-        """Return the steps after which the whole vector has moved as claimed, to within
-        TOLERANCE."""
+        """Return the steps after which the vector has moved as claimed, to within TOLERANCE."""
         return {
             step
             for step, difference in self._differences.items()
@@ -223,8 +213,8 @@ class _Vector:
         """Return the worst tensor for which steps agree with each other but not with the claim.
 
         Args:
-            trusted: the steps of which two neighbours must agree; None: all steps up to _LONG must
-                agree, and the vector must move at all.
+            trusted: the steps of which two neighbours must agree. None: all steps up to _LONG must
+                agree, and the vector must move.
         """
         offs = {step: self._off_by(step) for step in sorted(self._differences)}
         if trusted is None:
@@ -232,35 +222,40 @@ class _Vector:
             if min(_norm(self._differences[step]) for step in offs) < TOLERANCE * self._total:
                 return None
         worst: dict[int, float] = {}
-        for place in range(len(self._claimed)):
+        for index in range(len(self._claimed)):
             agreeing = [
                 (one, other)
                 for one, other in pairwise(offs)
-                if self._agree(place, one, other, offs, trusted)
+                if self._agree(index, one, other, offs, trusted)
             ]
             if agreeing and (trusted is not None or len(agreeing) == len(offs) - 1):
-                worst[place] = min(offs[step][place] for step in agreeing[0])
+                worst[index] = min(offs[step][index] for step in agreeing[0])
         if not worst:
             return None
-        place = max(worst, key=worst.__getitem__)
-        return Disagreement(place if len(self._claimed) > 1 else None, worst[place])
+        index = max(worst, key=worst.__getitem__)
+        if len(self._claimed) == 1:
+            return Disagreement(None, worst[index])
+        return Disagreement(index, worst[index])
 
     def _agree(
         self,
-        place: int,
+        index: int,
         one: float,
         other: float,
         offs: dict[float, list[float]],
         trusted: set[float] | None,
     ) -> bool:
-        if not (offs[one][place] and offs[other][place]) or (
-            trusted is not None and not {one, other} <= trusted
-        ):
+        if not (offs[one][index] and offs[other][index]):
             return False
-        first, second = self._differences[one][place], self._differences[other][place]
-        nearest = min(float((d - self._claimed[place]).norm()) for d in (first, second))
-        share = ROUGH_AGREEMENT if trusted is None else AGREEMENT
-        return float((first - second).norm()) <= share * nearest
+        allowed = ROUGH_AGREEMENT
+        if trusted is not None:
+            if not {one, other} <= trusted:
+                return False
+            allowed = AGREEMENT
+        first = self._differences[one][index]
+        second = self._differences[other][index]
+        nearest = min(float((d - self._claimed[index]).norm()) for d in (first, second))
+        return float((first - second).norm()) <= allowed * nearest
 
     def _off_by(self, step: float) -> list[float]:
         """Return the relative difference of each tensor, 0 where it passes."""
@@ -270,17 +265,20 @@ class _Vector:
             SMALLEST_SHARE * total
             + ROUNDINGS * torch.finfo(self._values[0].dtype).eps * self._size / step
         )
-        found = []
+        errors = []
         for claimed, measured in zip(self._claimed, difference, strict=True):
-            off = float((measured - claimed).norm())
+            error = float((measured - claimed).norm())
             larger = max(float(claimed.norm()), float(measured.norm()))
-            found.append(0.0 if off <= TOLERANCE * larger + allowed else off / larger)
-        return found
+            if error <= TOLERANCE * larger + allowed:
+                errors.append(0.0)
+            else:
+                errors.append(error / larger)
+        return errors
 
 
 def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Return the index of the parameter and of its padding row, for each embedding that has one."""
-    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    """Return (index of the parameter, padding row) for each embedding that has such a row."""
+    indices = {id(parameter): index for index, parameter in enumerate(parameters)}
     embeddings = [
         module
         for holder in holders
@@ -288,19 +286,18 @@ def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
     ]
     return [
-        (places[id(m.weight)], int(m.padding_idx or 0))
+        (indices[id(m.weight)], int(m.padding_idx or 0))
         for m in embeddings
-        if id(m.weight) in places
+        if id(m.weight) in indices
     ]
 
 
 def _direction(
     parameters: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int
 ) -> Tensor:
-    """Return a random flat vector in which each tensor is as long as its weights, so that all move
-    by the same share.
+    """Return a random flat vector, in each tensor about as long as its weights.
 
-    It is 0 in rows for padding.
+    All tensors thus move by the same fraction. The vector is 0 in rows for padding.
     """
     source = torch.Generator().manual_seed(seed)
     typical = _norm(parameters) / sum(p.numel() for p in parameters) ** 0.5 or 1.0
@@ -308,8 +305,8 @@ def _direction(
     for parameter in parameters:
         size = float(parameter.detach().norm()) / max(parameter.numel(), 1) ** 0.5
         noise = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
-        for place, row in padding:
-            if parameters[place] is parameter:
+        for index, row in padding:
+            if parameters[index] is parameter:
                 noise[row] = 0
         pieces.append((size or typical) * noise.reshape(-1).to(parameter.device, parameter.dtype))
     return torch.cat(pieces)
@@ -317,60 +314,3 @@ def _direction(
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([tensor.detach().double().norm() for tensor in tensors]).norm())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    wide = _WIDER.get(tensor.dtype)
-    return tensor if wide is None else tensor.to(wide)
-
-
-@contextmanager
-def _copied(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Let copies stand in for the weights and buffers of some modules; everything is as found
-    afterwards.
-
-    Yields:
-        The copies of `parameters`.
-    """
-    modules = list(dict.fromkeys(module for holder in holders for module in holder.modules()))
-    found = [
-        (module, dict(module._parameters), dict(module._buffers), _held(module))
-        for module in modules
-    ]
-    copies = {id(parameter): _copy(parameter) for parameter in parameters}
-    try:
-        for module in modules:
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = copies.setdefault(id(parameter), _shared(parameter))  # type: ignore[assignment]
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = copies.setdefault(id(buffer), _copy(buffer))
-        yield [copies[id(parameter)] for parameter in parameters]
-    finally:
-        for module, parameters_found, buffers, held in found:
-            for name, tensor in parameters_found.items():
-                module._parameters[name] = tensor
-            for name, buffer in buffers.items():
-                module._buffers[name] = buffer
-            module.__dict__.update(held)
-
-
-def _held(module: nn.Module) -> dict[str, Any]:
-    """Return plain tensors, and the lists of weights that recurrent layers keep: a forward pass may
-    replace them."""
-    return {key: value for key, value in vars(module).items() if isinstance(value, (Tensor, list))}
-
-
-def _shared(parameter: Tensor) -> Tensor:
-    """Return a tensor that the measurement holds constant: the parameter itself unless it must be
-    widened."""
-    return parameter if parameter.dtype not in _WIDER else _copy(parameter)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter):
-        raise TypeError(f"a {type(tensor).__name__} cannot be copied into another type")
-    wide = _WIDER.get(tensor.dtype)
-    made = tensor.detach().clone() if wide is None else tensor.detach().to(wide)
-    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

@@ -1,10 +1,9 @@
-"""Convolution and batch normalisation whose second derivatives cost what their multiplications
-cost.
+"""Convolution and batch normalisation with cheap second derivatives.
 
 A product with the Hessian runs backwards through the graph of the gradient. There torch computes
 two of a convolution's six convolutions by transposing activations into kernels as large as an
-image, and takes normalisation with running statistics apart into a dozen passes over the
-activations. Here each is a pair of autograd functions:
+image, and it takes normalisation with running statistics apart into a dozen passes over the
+activations. Here each operation is a pair of autograd functions:
 
     convolution, with G the gradient of its output and a, b the incoming second-order gradients of
     its gradients by x, w
@@ -15,11 +14,11 @@ activations. Here each is a pair of autograd functions:
     gradients by x, w, s
         by G: c w a + c b (x - m) + d      by x: c b G     by w: c sum(a G)
 
-all of them torch's own forward and backward kernels. Images in float32 on a processor go with the
-channels last, whatever the layout of the weights; from there on the kernels keep it. Measured on
-one core, in gradients: a product with ResNet-20 1.6 instead of 2.7, with SqueezeNext 1.9 instead of
-2.9; normalisation/folded.py takes off another 11 to 18 %. The values are those of torch up to
-rounding.
+Each line is computed by torch's own forward and backward kernels, so values are those of torch up
+to rounding. Images in float32 on a CPU are laid out with their channels last, whatever the layout
+of the weights; the kernels keep that layout. Measured on one core, a product with ResNet-20 costs
+1.6 gradients instead of 2.7, and with SqueezeNext 1.9 instead of 2.9; normalisation/folded.py
+saves another 11 to 18 %.
 """
 
 from collections.abc import Callable
@@ -31,22 +30,23 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
-from hessianflow.normalisation.folded import is_watched
+from hessianflow.normalisation.folded import graph_is_recomputed
 
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _normalisation_backward = torch.ops.aten.native_batch_norm_backward.default
 
-Sizes = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
+Sizes = tuple[list[int], list[int], list[int], int]
+"""Stride, padding, dilation and groups of a convolution."""
 
 
 class CheapDoubleBackward(TorchFunctionMode):
-    """While active, calls of convolution and batch normalisation build the graph described above.
+    """A mode in which convolution and batch normalisation build the graph described above.
 
-    Weight normalisation does, too: torch's kernel for it (2.13, on a processor) has a wrong second
-    derivative; and so does the hard sigmoid, whose kernel has none. Whatever does not fit (batch
-    statistics, padding given as a word, subclasses of tensors, parts that are checkpointed or under
-    a torch.func transform) runs as torch runs it.
+    Weight normalisation is replaced, too, because torch's kernel for it (2.13, on a CPU) has a
+    wrong second derivative, and the hard sigmoid, because its kernel has none. Calls that do not
+    fit (batch statistics, padding given as a word, subclasses of tensors, calls in a checkpoint or
+    under a torch.func transform) run as torch runs them.
     """
 
     def __torch_function__(
@@ -56,18 +56,22 @@ class CheapDoubleBackward(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
         replacement = _REPLACEMENTS.get(func)
-        made = None if replacement is None or is_watched() else replacement(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if made is None else made
+        if replacement is not None and not graph_is_recomputed():
+            output = replacement(*args, **kwargs)
+            if output is not None:
+                return output
+        return func(*args, **kwargs)
 
 
 def has_replacements(model: nn.Module) -> bool:
-    """Return whether there may be something to replace; if not, the mode would only slow down every
-    call of torch.
+    """Return whether a model may call something that is replaced.
 
-    Weights of convolutions have three dimensions and more, running statistics are buffers, and
-    weights are normalised in a parametrization or a hook. A hard sigmoid that is called as a
-    function in a model without any of these is not seen, and refused by its name.
+    Otherwise the mode would only slow down every call of torch. Weights of convolutions have three
+    dimensions and more, running statistics are buffers, and weights are normalised in a
+    parametrization or a hook. A hard sigmoid that is called as a function in a model without any of
+    these is not seen; derivatives.py then says what to use instead.
     """
     return any(
         module._buffers
@@ -89,6 +93,7 @@ def _convolved(
 ) -> Tensor | None:
     if isinstance(padding, str) or input.ndim != weight.ndim or not _are_plain(input, weight, bias):
         return None
+    # Channels last is the fast layout of these kernels on a CPU, and they keep it from here on.
     if input.ndim == 4 and input.device.type == "cpu" and input.dtype == torch.float32:
         input = input.contiguous(memory_format=torch.channels_last)
     sizes = *(_each(value, input.ndim - 2) for value in (stride, padding, dilation)), groups
@@ -106,6 +111,7 @@ def _normalised(
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> Tensor | None:
+    # With batch statistics the output is no fixed linear map; torch differentiates that itself.
     if training or running_mean is None or running_var is None or weight is None or bias is None:
         return None
     if not _are_plain(input, weight, bias, running_mean, running_var):
@@ -115,15 +121,16 @@ def _normalised(
 
 
 def _weight_normalised(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return the weight g v / ||v||, in operations whose second derivatives are right: those of
-    torch's own are not."""
+    """Return the weight g v / ||v|| by operations whose second derivatives are right."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """relu6(x + 3) / 6, of which torch's own kernel has no second derivative (which is zero)."""
-    made = functional.relu6(input + 3) / 6
-    return input.copy_(made) if inplace else made
+    """Return relu6(x + 3) / 6; torch's own kernel lacks the second derivative, which is zero."""
+    output = functional.relu6(input + 3) / 6
+    if inplace:
+        return input.copy_(output)
+    return output
 
 
 def _hard_sigmoid_(input: Tensor) -> Tensor:
@@ -154,7 +161,9 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         by_x, by_weight = _ConvolutionBackward.apply(gradient, x, weight, ctx.sizes, needs[:2])  # type: ignore[no-untyped-call]
-        by_bias = gradient.sum([0, *range(2, gradient.ndim)]) if needs[2] else None
+        by_bias = None
+        if needs[2]:
+            by_bias = gradient.sum([0, *range(2, gradient.ndim)])
         return by_x, by_weight, by_bias, None
 
 
@@ -170,25 +179,28 @@ class _ConvolutionBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.save_for_backward(gradient, x, weight)
         ctx.sizes = sizes
+        # A missing gradient stays None, which saves the convolutions with zeros.
         ctx.set_materialize_grads(False)
         return _backward(gradient, x, weight, sizes, *needs)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient, x, weight = ctx.saved_tensors
-        needs, sizes = ctx.needs_input_grad, ctx.sizes
-        by_gradient = None if a is None else _forward(a, weight, sizes)
+        _, needs_x, needs_weight, *_ = ctx.needs_input_grad
+        sizes = ctx.sizes
+        by_gradient = by_x = by_weight = None
+        if a is not None:
+            by_gradient = _forward(a, weight, sizes)
+            if needs_weight:
+                by_weight = _backward(gradient, a, weight, sizes, False, True)[1]
         if b is not None:
             from_weight = _forward(x, b, sizes)
-            by_gradient = from_weight if by_gradient is None else by_gradient + from_weight
-        by_x = (
-            _backward(gradient, x, b, sizes, True, False)[0] if needs[1] and b is not None else None
-        )
-        by_weight = (
-            _backward(gradient, a, weight, sizes, False, True)[1]
-            if needs[2] and a is not None
-            else None
-        )
+            if by_gradient is None:
+                by_gradient = from_weight
+            else:  # not in place: autograd may differentiate this once more
+                by_gradient = by_gradient + from_weight
+            if needs_x:
+                by_x = _backward(gradient, x, b, sizes, True, False)[0]
         return by_gradient, by_x, by_weight, None, None
 
 
@@ -220,11 +232,13 @@ class _NormalisationBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor | None, ...]:
         gradient, x, weight, mean, var = ctx.saved_tensors
-        zero, slope = torch.zeros_like(mean), b * torch.rsqrt(var + ctx.eps)
+        zero = torch.zeros_like(mean)
+        slope = b * torch.rsqrt(var + ctx.eps)
         channels = (1, -1, *(1 for _ in x.shape[2:]))
+        # c w a + d - m slope in one kernel, as a normalisation with mean 0 and a shifted bias.
         by_gradient = _fixed(a, weight, d - slope * mean, zero, var, ctx.eps)
         by_gradient = torch.addcmul(by_gradient, x, slope.view(channels))
-        # One kernel for both: the normalisation of a, with the weight b.
+        # One kernel gives both: the backward of a normalisation of a with the weight b.
         by_x, by_weight, _ = _fixed_backward(gradient, a, b, zero, var, ctx.eps)
         return by_gradient, by_x, by_weight, None, None, None
 
@@ -241,11 +255,13 @@ def _backward(
     gradient: Tensor, x: Tensor, weight: Tensor, sizes: Sizes, by_x: bool, by_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     stride, padding, dilation, groups = sizes
-    zeros, mask = [0] * len(stride), [by_x, by_weight, False]
-    found = _convolution_backward(
+    zeros = [0] * len(stride)
+    mask = [by_x, by_weight, False]
+    # Where the mask says False, torch returns None.
+    gradients: list[Tensor | None] = _convolution_backward(
         gradient, x, weight, None, stride, padding, dilation, False, zeros, groups, mask
     )
-    return (found[0] if by_x else None), (found[1] if by_weight else None)
+    return gradients[0], gradients[1]
 
 
 def _fixed(
@@ -260,19 +276,24 @@ def _fixed_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = [True, True, True]
-    found: tuple[Tensor, Tensor, Tensor]
-    found = _normalisation_backward(gradient, x, weight, mean, var, None, None, False, eps, mask)
-    return found
+    gradients: tuple[Tensor, Tensor, Tensor] = _normalisation_backward(
+        gradient, x, weight, mean, var, None, None, False, eps, mask
+    )
+    return gradients
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Return whether all are ordinary tensors of one real type: with others, only torch knows what
-    to do."""
-    given = [t for t in tensors if t is not None]
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype == given[0].dtype for t in given)
-    return plain and given[0].is_floating_point()
+    """Return whether all are ordinary tensors of one real type, which the kernels here expect."""
+    present = [t for t in tensors if t is not None]
+    dtype = present[0].dtype
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype == dtype for t in present)
+    return plain and dtype.is_floating_point
 
 
 def _each(value: Any, dimensions: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dimensions if len(values) == 1 else values
+    """Return one number for each dimension, from a single number or a sequence."""
+    if isinstance(value, int):
+        return [value] * dimensions
+    if len(value) == 1:
+        return list(value) * dimensions
+    return list(value)

@@ -1,6 +1,6 @@
-"""What Ritz pairs must show before they are accepted, and in what order they are wanted.
+"""The conditions under which Ritz pairs are accepted, and the order in which they are wanted.
 
-The reasons are in lanczos.py.
+lanczos.py gives the reasons. The constants here are our choices, from the measurements they cite.
 """
 
 import math
@@ -15,7 +15,7 @@ Array = npt.NDArray[np.float64]
 
 
 class Evidence(NamedTuple):
-    """How small a residual must be before a gap between Ritz values is trusted. Ours, measured.
+    """Bounds on residuals, below which a gap between Ritz values is trusted.
 
     Attributes:
         cap: the largest residual, relative to the value.
@@ -31,27 +31,27 @@ class Evidence(NamedTuple):
 
 
 COLD = Evidence(0.01, 0.04, 0.014)
-"""For random starts. Of 150 of them, on leading values 3.5 % apart over a bulk below a half, 13
-settled on another value under a stricter angle of 0.015 without the forecast, and 2 with the
-forecast, with or without the angle. On networks with a gap the forecast adds a twelfth to the
-products at a tolerance of 1e-3 and next to nothing at 1e-2: experiments/benchmarks/curvature.md."""
+"""The bounds for random starts. The forecast is what keeps a search from settling on another value
+where the leading ones are close: with leading values 3.5 % apart, 2 of 150 searches did so with it,
+13 without it under a stricter angle. On networks with a gap it adds a twelfth to the products at a
+tolerance of 1e-3 and next to nothing at 1e-2 (experiments/benchmarks/curvature.md)."""
 
 WARM = Evidence(0.015, 0.04, math.inf)
-"""For starts from the probe's sum of remembered vectors. Most products of a warm call go into this
-evidence: the value is often within a tenth of the tolerance one or two products earlier. Ours.
+"""The bounds for starts from the probe's sum of remembered vectors. Most products of a warm call go
+into this evidence: the value is often within a tenth of the tolerance one or two products earlier.
 Laxer bounds (a cap of 0.03, an angle of 0.1) save up to 15 % of the products but miss more than
 half of the values that rose above the leading one since the last call. These bounds miss a quarter;
-with the forecast of COLD they would miss a seventh, at the price of more products on small nets:
-experiments/benchmarks/warm_start.py. Of two values 1.5 to 5 % apart the remembered vectors hold
-both, and no forecast is needed."""
+with the forecast of COLD they would miss a seventh and cost small nets more products
+(experiments/benchmarks/warm_start.py). Remembered vectors hold both of two values 1.5 to 5 % apart,
+so those need no forecast."""
 
 
 class Demand(NamedTuple):
-    """What one search asks of its wanted pairs.
+    """The accuracy that one search asks of its wanted pairs.
 
     Attributes:
         tol: the largest relative error of a value.
-        evidence: what the residuals must show for that.
+        evidence: bounds on the residuals that vouch for this error.
         residual_tol: the largest residual relative to the value, which bounds the error of the
             vectors; infinite for no such bound.
     """
@@ -62,47 +62,48 @@ class Demand(NamedTuple):
 
     @property
     def tie(self) -> float:
-        """Relative difference up to which magnitudes count as equal; the other half of the
-        tolerance is left for errors."""
+        """Return the relative difference up to which magnitudes count as equal.
+
+        It is half the tolerance; the other half is left for errors.
+        """
         return min(self.tol, WIDEST_TIE) / 2
 
     def largest_residual(self, magnitudes: Array) -> Array:
-        """Return the residuals that the cap and the residual rule allow for values of these
-        magnitudes."""
+        """Return the residuals that cap and `residual_tol` allow for values of these magnitudes."""
         cap = max(self.tol, min(self.evidence.cap, math.sqrt(self.tol / 10)))
         limits: Array = min(cap, self.residual_tol) * magnitudes
         return limits
 
     def largest_forecast(self, magnitude: float, before: float) -> float:
-        """Return the largest residual r for which r min(1, r / before) is as small as is asked."""
+        """Return the largest residual r for which r min(1, r / before) is as small as asked."""
         asked = self.evidence.forecast * math.sqrt(self.tol) * magnitude
         return max(asked, math.sqrt(asked * before))
 
 
 SPREAD_SHARE = 0.1
-"""Largest residual relative to the spread of the Ritz values. Ours: in nets the spread is about the
-leading value, and the cap on the residual is the stricter of the two by far."""
+"""Largest residual relative to the spread of the Ritz values. In nets the spread is about the
+leading value, and the cap on the residual is by far the stricter of the two."""
 
 REACH = 3.0
-"""How many residuals a Ritz value of the check may still grow by. Ours: of 160 runs for the top
-five values of small nets, 1.5 % apart, 4 missed one with a reach of 1, 1 with 2, and none with
+"""Number of residuals by which a Ritz value of the check may still grow. In 160 searches for the
+top five values of small nets, 1.5 % apart, 4 missed one with a reach of 1, 1 with 2, none with
 3."""
 
 FEW_ROWS = 20
-"""Up to this many rows, the search takes as many steps as there are rows. Ours: a random start may
-have next to no part in the leading vector, and the other values of a small matrix are soon known.
-With fewer steps, of 300 random matrices of each size, 11 of 4 rows, 7 of 8 and 6 of 15 converged to
-a wrong value; of larger ones, one or two in 100."""
+"""Up to this many rows, the search takes as many steps as there are rows: a random start may have
+next to no part in the leading vector, and the other values of a small matrix are soon known. With
+fewer steps about 2 to 4 % of random matrices of 4 to 15 rows converged to a wrong value, and 1 or
+2 % of larger ones."""
 
 WIDEST_TIE = 0.01
 """Two values of opposite sign tie, and the positive one comes first, if their magnitudes differ by
-less than half the tolerance or half of this, whichever is less. Ours: under a lax tolerance a value
-that is clearly smaller should not lead."""
+less than half the tolerance or half of this, whichever is less: under a lax tolerance a value that
+is clearly smaller should not lead."""
 
 ROUNDING = 50.0
-"""Rounding error of a product, in machine epsilons of the largest magnitude. Ours, measured: in
-float32 the leading eigenvalues of a digits MLP are off by 1 to 3 epsilons, and by up to 37 after
-training to a small loss."""
+"""Rounding error of a product, in machine epsilons of the largest magnitude. In float32 the leading
+eigenvalues of a digits MLP are off by 1 to 3 epsilons, and by up to 37 after training to a small
+loss."""
 
 ZERO = 2.0
 """A value below this many machine epsilons of the largest magnitude counts as zero: added to that
@@ -110,28 +111,37 @@ magnitude, it would vanish."""
 
 
 def wantedness(values: Array, which: Which, tie: float) -> Array:
-    """Return how much each value is wanted; in a tie (+3 and -3, up to `tie`) the positive one
-    more.
+    """Return a number for each value that is larger the more the value is wanted.
 
-    The answer therefore does not depend on the seed.
+    In a tie (+3 and -3, up to `tie`) the positive value is wanted more, so that the answer does not
+    depend on the seed.
     """
     if which == "LM":
         return np.abs(values) * np.where(values > 0, 1 + tie, 1.0)
-    return values if which == "LA" else -values
+    if which == "LA":
+        return values
+    return -values
 
 
 def order(values: Array, which: Which, tie: float) -> npt.NDArray[np.intp]:
     """Return the indices of ascending `values`, from the most to the least wanted."""
-    found: npt.NDArray[np.intp] = np.argsort(-wantedness(values, which, tie), kind="stable")
-    return found
+    indices: npt.NDArray[np.intp] = np.argsort(-wantedness(values, which, tie), kind="stable")
+    return indices
 
 
 def neighbours(values: Array, wanted: int) -> list[int]:
     """Return the indices of the values next above and next below each of the first `wanted`."""
     by_value = np.argsort(values).tolist()
-    place = {index: position for position, index in enumerate(by_value)}
-    beside = {place[i] + step for i in range(wanted) for step in (-1, 1)}
+    rank = {index: position for position, index in enumerate(by_value)}
+    beside = {rank[i] + step for i in range(wanted) for step in (-1, 1)}
     return sorted({by_value[p] for p in beside if 0 <= p < len(by_value)})
+
+
+def gap_of_first(values: Array, tol: float) -> float:
+    """Return the gap from the first value to the nearest that differs by more than `tol` of it."""
+    distances = np.abs(values[1:] - values[0])
+    others = distances[distances > tol * abs(values[0])]
+    return float(others.min(initial=math.inf))
 
 
 def estimated_errors(values: Array, known: list[int], residuals: Array, wanted: int) -> Array:
@@ -141,7 +151,7 @@ def estimated_errors(values: Array, known: list[int], residuals: Array, wanted: 
     """
     distances = np.abs(values[:wanted, None] - values[None, known]) - residuals[None, :]
     distances[np.arange(wanted), np.arange(wanted)] = np.inf
-    # One Ritz value alone has no neighbour to take a gap from: only the linear bound is known.
+    # A single Ritz value has no neighbour and so no gap: only the linear bound is known.
     gap = distances.min(axis=1)
     gap = np.where(np.isinf(gap) | (gap < 0), 0.0, gap)
     r = residuals[:wanted]

@@ -1,11 +1,11 @@
 """The Fisher matrix, F = sum_n w_n g_n g_n^T / sum_n w_n, g_n the gradient of one example's loss.
 
 With the labels of the data this is the empirical Fisher (the uncentred covariance of the
-gradients), with labels sampled from the model's own softmax an unbiased estimate of the Fisher
-information (Kunstner, Hennig, Balles, Limitations of the empirical Fisher approximation, 2019, for
-the difference). The weights are those of the mean loss: 1, or with class weights that of the
-example's own target, and 0 where it is ignored. Rows g_n^T form a Jacobian J, so F v = J^T (w * J
-v) / sum w.
+gradients); with labels sampled from the model's own softmax it is an unbiased estimate of the
+Fisher information (Kunstner, Hennig, Balles, Limitations of the empirical Fisher approximation,
+2019, discuss the difference). The weights are those of the mean loss: 1, or the class weight of the
+example's own target, and 0 where the target is ignored. The rows g_n^T form a Jacobian J, so
+F v = J^T (w * J v) / sum w.
 """
 
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import take_rows
+from hessianflow.checks import check_choice
 from hessianflow.curvature.derivatives import inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.draws import draws_by_content
@@ -35,10 +36,14 @@ class FisherOperator(ModelOperator):
     :class:`~hessianflow.curvature.model_operator.ModelOperator`.
 
     Args:
-        labels: "data": empirical Fisher. "model": one label per example drawn from
+        labels: "data": the empirical Fisher. "model": one label per example, drawn from
             softmax(outputs); the targets must be class indices and the loss the cross-entropy. The
             labels are the same in every product and for any microbatch size.
-        seed: of those labels.
+        seed: seed of the drawn labels.
+
+    Raises:
+        HessianFlowError: `labels` is neither; at a product: outputs or targets do not fit
+            labels="model".
     """
 
     def __init__(
@@ -65,22 +70,21 @@ class FisherOperator(ModelOperator):
             check_deterministic=check_deterministic,
             check_product=check_product,
         )
-        if labels not in get_args(Labels):
-            raise HessianFlowError(
-                f"labels must be one of {', '.join(get_args(Labels))}, got {labels!r}"
-            )
-        self._labels, self._seed = labels, seed
+        check_choice("labels", labels, get_args(Labels))
+        self._labels = labels
+        self._seed = seed
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         outputs, targets = forward_pair(model, batch, "FisherOperator")
         averaged = self._average(outputs, targets)
-        loss, weight = averaged.value.detach(), float(averaged.weight)
+        loss = averaged.value.detach()
+        weight = float(averaged.weight)
         if weight == 0:
             return Piece(loss, 0.0, torch.zeros_like)
         # The rows of the matrix are the examples, however the data are cut.
         self._check_split(outputs, targets)
-        # Of the data's own targets: drawn labels are no less ignored, and then the mean is that of
-        # the Gauss-Newton.
+        # The weights are those of the data's own targets, also for drawn labels: an ignored example
+        # stays ignored, and the mean is that of the Gauss-Newton matrix.
         examples = [self._example_loss(outputs, targets, n) for n in range(len(outputs))]
         weights = [float(example.weight) for example in examples]
         if self._labels == "model":
@@ -89,20 +93,20 @@ class FisherOperator(ModelOperator):
         counted = [n for n in range(len(outputs)) if weights[n] > 0]
         losses = torch.stack([examples[n].value for n in counted])
         check_finite(losses)
-        shares = losses.new_tensor([weights[n] for n in counted])
-        shares /= shares.sum()
+        factors = losses.new_tensor([weights[n] for n in counted])
+        factors /= factors.sum()
         graph = inspect_graph(losses)
         jacobian = KeptJacobian(losses, self.parameters, self.dtype)
 
         def product(vector: Tensor) -> Tensor:
-            return jacobian.transposed(shares * jacobian.forward(vector))
+            return jacobian.transposed(factors * jacobian.forward(vector))
 
         def along(vector: Tensor) -> tuple[Vectors, Vectors]:
-            return [[jacobian.transposed(shares) @ vector], [jacobian.forward(vector)]], []
+            return [[jacobian.transposed(factors) @ vector], [jacobian.forward(vector)]], []
 
         def claims() -> Linearised:
             values = losses.detach()
-            return Linearised(loss, [[shares @ values], [values]], [], along, graph.rounds)
+            return Linearised(loss, [[factors @ values], [values]], [], along, graph.rounds)
 
         return Piece(loss, weight, product, claims, graph, jacobian.missing)
 
@@ -110,7 +114,8 @@ class FisherOperator(ModelOperator):
         return self._average(*forward_pair(model, batch, "FisherOperator"))
 
     def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Averaged:
-        return self._loss(outputs[n : n + 1], _example(targets, n, len(outputs)))
+        target = take_rows(targets, slice(n, n + 1), len(outputs), "targets")
+        return self._loss(outputs[n : n + 1], target)
 
     def _sampled(self, outputs: Tensor, targets: Any, batch: Any) -> Tensor:
         if (
@@ -124,12 +129,6 @@ class FisherOperator(ModelOperator):
             )
         draws = draws_by_content(batch, len(outputs), self._seed)
         cumulative = torch.softmax(outputs.double(), dim=1).cumsum(dim=1)
-        return (
-            torch.searchsorted(cumulative, draws[:, None])
-            .squeeze(1)
-            .clamp(max=outputs.shape[1] - 1)
-        )
-
-
-def _example(targets: Any, n: int, total: int) -> Any:
-    return take_rows(targets, slice(n, n + 1), total, "targets")
+        labels = torch.searchsorted(cumulative, draws[:, None]).squeeze(1)
+        # Rounding may leave the last sum below 1, and a draw above it.
+        return labels.clamp(max=outputs.shape[1] - 1)

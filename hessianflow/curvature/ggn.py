@@ -1,8 +1,8 @@
 """The generalized Gauss-Newton matrix (Schraudolph, Fast curvature matrix-vector products, 2002).
 
-G = 1/N sum_n J_n^T (d^2 loss / d f^2) J_n with J_n the Jacobian of the outputs: the Hessian without
-the curvature of the network itself; positive semi-definite for a convex loss. For cross-entropy it
-equals the Fisher information.
+G = 1/N sum_n J_n^T (d^2 loss / d f^2) J_n, with J_n the Jacobian of the outputs, is the Hessian
+without the curvature of the network itself. It is positive semi-definite for a convex loss, and for
+the cross-entropy it equals the Fisher information.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,8 @@ class GGNOperator(ModelOperator):
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         outputs, targets = forward_pair(model, batch, "GGNOperator")
         averaged = self._average(outputs, targets)
-        loss, weight = averaged.value, float(averaged.weight)
+        loss = averaged.value
+        weight = float(averaged.weight)
         if weight == 0:
             return Piece(loss.detach(), 0.0, torch.zeros_like)
         check_finite(loss)
@@ -41,7 +42,7 @@ class GGNOperator(ModelOperator):
         jacobian = KeptJacobian(outputs, self.parameters, self.dtype)
 
         def curved(moved: Tensor) -> Tensor:
-            if not slope.requires_grad:  # a loss linear in the outputs has no curvature
+            if not slope.requires_grad:  # a loss that is linear in the outputs has no curvature
                 return torch.zeros_like(moved)
             return torch.autograd.grad(
                 slope, outputs, moved, retain_graph=True, materialize_grads=True
@@ -67,10 +68,10 @@ class GGNOperator(ModelOperator):
 
 
 def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:
-    """Return outputs and targets of a pair.
+    """Return the outputs and the targets of a pair.
 
     Raises:
-        HessianFlowError: a dict batch, or outputs that are not one tensor that depends on the
+        HessianFlowError: the batch is a dict, or the outputs are not one tensor that depends on the
             weights.
     """
     if isinstance(batch, Mapping):

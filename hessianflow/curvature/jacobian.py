@@ -1,7 +1,7 @@
-"""Jacobian products on a kept graph, forwards by differentiating twice (no forward-mode support
-needed from any layer).
+"""Products with a Jacobian and its transpose on a kept graph.
 
-J^T u is linear in u, so the derivative of (J^T u)^T v by u is J v.
+J^T u is linear in u, so the derivative of (J^T u)^T v by u is J v: no layer has to support forward
+mode.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,24 @@ from hessianflow.curvature.vectors import flatten, unflatten
 
 
 class KeptJacobian:
-    """J = d outputs / d parameters for one graph, for any number of products.
+    """The Jacobian d outputs / d parameters of one graph, for any number of products.
 
     Args:
         outputs: a tensor with a graph.
-        parameters: what to differentiate by.
-        dtype: of the flat vectors.
+        parameters: the tensors to differentiate by.
+        dtype: the type of the flat vectors.
 
     Attributes:
-        missing: indices of the parameters to which there is no path.
+        missing: indices of the parameters that the outputs do not depend on.
 
     Raises:
-        HessianFlowError: there is a path to none.
+        HessianFlowError: the outputs depend on none.
     """
 
     def __init__(self, outputs: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self._outputs, self._parameters, self._dtype = outputs, parameters, dtype
+        self._outputs = outputs
+        self._parameters = parameters
+        self._dtype = dtype
         self._dummy = torch.zeros_like(outputs, requires_grad=True)
         transposed = torch.autograd.grad(
             outputs, parameters, self._dummy, create_graph=True, allow_unused=True
@@ -41,7 +43,7 @@ class KeptJacobian:
         ]
 
     def forward(self, vector: Tensor) -> Tensor:
-        """Return J v, of the shape of the outputs."""
+        """Return J v for a flat vector v, in the shape of the outputs."""
         if not self._linear:
             return torch.zeros_like(self._outputs)
         pieces = unflatten(vector, self._parameters)
@@ -55,7 +57,7 @@ class KeptJacobian:
         return product
 
     def transposed(self, cotangent: Tensor) -> Tensor:
-        """Return J^T u, flat."""
+        """Return J^T u for a cotangent u in the shape of the outputs, as a flat vector."""
         grads = torch.autograd.grad(
             self._outputs, self._parameters, cotangent, retain_graph=True, allow_unused=True
         )

@@ -1,4 +1,4 @@
-"""The loss around the current weights, along given directions, and how the gradient lies to them.
+"""The loss around the current weights along some directions, and the gradient's share along them.
 
 Reference: Li, Xu, Taylor, Studer, Goldstein, Visualizing the loss landscape of neural nets, 2018,
 section 4: filter normalisation scales each filter of a direction to the norm of the same filter of
@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hessianflow.checks import check_choice
 from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.vectors import check_vector, flatten, unflatten
 from hessianflow.interfaces import HessianFlowError
@@ -22,7 +23,7 @@ Normalise = Literal["unit", "filter"]
 
 @dataclass(frozen=True)
 class LandscapeSlice:
-    """Losses on a line or a plane through the weights.
+    """The losses on a line or a plane through the weights.
 
     Attributes:
         offsets: distances along each direction, shape [points].
@@ -43,28 +44,28 @@ def loss_landscape(
     points: int = 21,
     normalise: Normalise = "unit",
 ) -> LandscapeSlice:
-    """The loss at w + a d1 (+ b d2) for a, b from -span to span; the weights are as found
-    afterwards, bit for bit.
+    """Return the loss at w + a d1 (+ b d2) for a, b from -span to span.
+
+    The weights are put back afterwards, bit for bit.
 
     Args:
         operator: model, loss and data; its selected parameters are moved.
-        directions: e.g. eigenvectors: shape [size], [size, 1] or [size, 2].
+        directions: one or two directions, e.g. eigenvectors: shape [size], [size, 1] or [size, 2].
         span: largest offset, in units of the scaled directions.
-        points: per direction.
-        normalise: "unit" directions of length 1, "filter" as in Li et al.
+        points: number of offsets along each direction.
+        normalise: "unit" for directions of length 1, "filter" as in Li et al.
 
     Raises:
-        HessianFlowError: an argument out of range, a zero direction.
+        HessianFlowError: an argument is out of range, or a direction is zero.
     """
-    if normalise not in get_args(Normalise):
-        raise HessianFlowError(
-            f"normalise must be one of {', '.join(get_args(Normalise))}, got {normalise!r}"
-        )
+    check_choice("normalise", normalise, get_args(Normalise))
     if points < 1 or not span > 0:
         raise HessianFlowError(
             f"points must be at least 1 and span positive, got {points} and {span}"
         )
-    columns = directions[:, None] if directions.ndim == 1 else directions
+    columns = directions
+    if directions.ndim == 1:
+        columns = directions[:, None]
     if columns.ndim != 2 or columns.shape[1] not in (1, 2):
         raise HessianFlowError(
             "directions must have shape [size], [size, 1] or [size, 2], got"
@@ -83,11 +84,10 @@ def loss_landscape(
 
 
 def gradient_overlap(operator: ModelOperator, vectors: Tensor) -> Tensor:
-    """Share of the squared gradient along each column, (g^T v_i)^2 / ||g||^2, shape [k]; zeros for
-    a zero gradient.
+    """Return the share of the squared gradient along each column, (g^T v_i)^2 / ||g||^2, shape [k].
 
-    With orthonormal columns the sum is the share of the gradient in their span (Gur-Ari, Roberts,
-    Dyer, Gradient descent happens in a tiny subspace, 2018).
+    A zero gradient gives zeros. With orthonormal columns the sum is the share of the gradient in
+    their span (Gur-Ari, Roberts, Dyer, Gradient descent happens in a tiny subspace, 2018).
     """
     gradient = operator.gradient()
     squared: Tensor = (gradient @ vectors).square() / gradient.square().sum().clamp(
@@ -109,17 +109,18 @@ def _scaled(operator: ModelOperator, direction: Tensor, normalise: Normalise) ->
         raise HessianFlowError(
             f"a direction is zero (normalise={normalise!r}); filter normalisation drops biases"
         )
-    return direction if normalise == "filter" else direction / length
+    if normalise == "filter":
+        return direction
+    return direction / length
 
 
 def _filters_scaled(direction: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim <= 1:
         return torch.zeros_like(direction)
-    rows, targets = direction.reshape(len(direction), -1), weight.reshape(len(weight), -1)
-    scale = targets.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(
-        min=torch.finfo(rows.dtype).tiny
-    )
-    scaled: Tensor = rows * scale
+    rows = direction.reshape(len(direction), -1)
+    lengths = rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    wanted = weight.reshape(len(weight), -1).norm(dim=1, keepdim=True)
+    scaled: Tensor = rows * (wanted / lengths)
     return scaled.view_as(direction)
 
 

@@ -1,8 +1,8 @@
-"""Which models an operator can differentiate twice, told before anything runs.
+"""Checks, made before anything runs, that an operator can differentiate a model twice.
 
-Fully sharded and tensor-parallel models hold pieces of their weights. The forward pass uses other
-tensors, gathered for its duration, so autograd finds no path from the loss back to the pieces:
-their gradient would be None, and the curvature zero.
+Fully sharded and tensor-parallel models hold pieces of their weights. The forward pass gathers
+other tensors from them, so autograd finds no path from the loss back to the pieces: their gradient
+would be None, and the curvature zero.
 """
 
 import sys
@@ -12,6 +12,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hessianflow.checks import check_choice
 from hessianflow.interfaces import HessianFlowError, NormMode
 from hessianflow.measuring import check_differentiable
 
@@ -19,25 +20,21 @@ _WAY_OUT = "measure an unsharded copy: load the full state dict into a plain mod
 
 
 def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
-    """Refuse options that the (unwrapped) model cannot be run with.
+    """Refuse options with which the (unwrapped) model cannot be run.
 
     Raises:
-        HessianFlowError: an option is out of range; each batch has its own statistics but would be
-            cut into microbatches; or the model cannot be measured (:func:`check_measurable`).
+        HessianFlowError: an option is out of range; batches are normalised by their own statistics
+            but would be cut into microbatches; or the model cannot be measured
+            (:func:`check_measurable`).
     """
-    if norm_mode not in get_args(NormMode):
-        raise HessianFlowError(
-            f"norm_mode must be one of {', '.join(get_args(NormMode))}, got {norm_mode!r}"
-        )
+    check_choice("norm_mode", norm_mode, get_args(NormMode))
     if microbatch_size is not None and microbatch_size < 1:
         raise HessianFlowError(f"microbatch_size must be at least 1 or None, got {microbatch_size}")
     check_measurable(model)
     if microbatch_size is not None and uses_batch_statistics(model, norm_mode):
-        cause = (
-            "norm_mode='batch'"
-            if norm_mode == "batch"
-            else "batch normalisation without running statistics"
-        )
+        cause = "batch normalisation without running statistics"
+        if norm_mode == "batch":
+            cause = "norm_mode='batch'"
         raise HessianFlowError(
             f"{cause} needs each batch in one pass, got microbatch_size={microbatch_size}; "
             "leave it None or use norm_mode='eval' with running statistics"
@@ -48,44 +45,43 @@ def check_measurable(model: nn.Module) -> None:
     """Refuse a model whose weights are in shards, have no values, or do not exist yet.
 
     Raises:
-        HessianFlowError: with the name of the wrapper or of the weight, and the way out.
+        HessianFlowError: the model cannot be measured; the message names the wrapper or the weight
+            and the way out.
     """
     check_differentiable(model)
-    sharding, pieces = _sharding(), _pieces()
-    for module in model.modules():
-        if isinstance(module, sharding):
+    wrappers = _sharding_wrappers()
+    shards = _shard_types()
+    for name, module in model.named_modules():
+        if isinstance(module, wrappers):
             raise HessianFlowError(
-                f"{_name(model, module) or 'the model'} is sharded by {_wrapper(module)}, and"
-                f" autograd does not reach the shards; {_WAY_OUT}"
+                f"{name or 'the model'} is sharded by {_wrapper(module)}, and autograd does not"
+                f" reach the shards; {_WAY_OUT}"
             )
-        for table in (module._parameters, module._buffers):
-            for key, tensor in table.items():
-                if tensor is not None and (
-                    isinstance(tensor, pieces) or is_lazy(tensor) or tensor.is_meta
-                ):
-                    raise HessianFlowError(
-                        _unusable(f"{_name(model, module)}.{key}".lstrip("."), module, tensor)
-                    )
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                _check_usable(f"{name}.{key}".lstrip("."), module, tensor, shards)
 
 
-def _unusable(name: str, module: nn.Module, tensor: Tensor) -> str:
+def _check_usable(
+    name: str, module: nn.Module, tensor: Tensor, shards: tuple[type[Any], ...]
+) -> None:
     if is_lazy(tensor):
-        return f"{name} of {type(module).__name__} has no shape yet; run the model once on a batch"
+        raise HessianFlowError(
+            f"{name} of {type(module).__name__} has no shape yet; run the model once on a batch"
+        )
     if tensor.is_meta:
-        return f"{name} is on the meta device and has no values; load them first"
-    return f"{name} is a DTensor, of which this process holds a piece; {_WAY_OUT}"
-
-
-def _name(model: nn.Module, module: nn.Module) -> str:
-    return next((name for name, found in model.named_modules() if found is module), "")
+        raise HessianFlowError(f"{name} is on the meta device and has no values; load them first")
+    if isinstance(tensor, shards):
+        raise HessianFlowError(
+            f"{name} is a DTensor, of which this process holds a piece; {_WAY_OUT}"
+        )
 
 
 def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[Tensor]) -> None:
-    """Refuse selected parameters that were frozen, or replaced in the model, after the operator was
-    made.
+    """Refuse parameters that were frozen or replaced in the model after they were selected.
 
     Raises:
-        HessianFlowError: with the name of the first one.
+        HessianFlowError: there is such a parameter; the message names the first.
     """
     held = {id(tensor) for module in model.modules() for tensor in module._parameters.values()}
     for name, parameter in zip(names, parameters, strict=True):
@@ -100,10 +96,9 @@ def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[T
 
 
 def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
-    """Return whether some layer normalises by the batch that it sees, so that the batch must not be
-    cut.
+    """Return whether a layer normalises by the batch that it sees, which must then not be cut.
 
-    Layers without running statistics do so in either mode. Only torch's layers can be recognised.
+    Layers without running statistics do so in either mode. Only torch's layers are recognised.
     """
     layers = [
         module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -111,21 +106,24 @@ def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
     return any(norm_mode == "batch" or layer.running_mean is None for layer in layers)
 
 
-def _sharding() -> tuple[type[Any], ...]:
-    """Return the classes of sharded modules; empty as long as nobody has imported them."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    found = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
-    return tuple(kind for kind in found if kind is not None)
+def _sharding_wrappers() -> tuple[type[Any], ...]:
+    fsdp = "torch.distributed.fsdp"
+    return _loaded((fsdp, "FullyShardedDataParallel"), (fsdp, "FSDPModule"))
 
 
-def _pieces() -> tuple[type[Any], ...]:
-    places = (
-        sys.modules.get(name) for name in ("torch.distributed.tensor", "torch.distributed._tensor")
+def _shard_types() -> tuple[type[Any], ...]:
+    return _loaded(
+        ("torch.distributed.tensor", "DTensor"), ("torch.distributed._tensor", "DTensor")
     )
-    found = (getattr(place, "DTensor", None) for place in places)
-    return tuple(kind for kind in found if kind is not None)
+
+
+def _loaded(*names: tuple[str, str]) -> tuple[type[Any], ...]:
+    """Return those of some (module, class) that are imported: no object is of any other."""
+    kinds = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(kind for kind in kinds if kind is not None)
 
 
 def _wrapper(module: nn.Module) -> str:
-    is_first = any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
-    return "FullyShardedDataParallel" if is_first else "fully_shard"
+    if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+        return "FullyShardedDataParallel"
+    return "fully_shard"

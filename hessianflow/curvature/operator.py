@@ -1,7 +1,7 @@
-"""What every estimator sees of a symmetric matrix: size, device, dtype and a product.
+"""Symmetric matrices known by their products: size, device, dtype and matvec.
 
-The algebra here (sum, scale, shift, deflation, adapter) needs products only, so each estimator can
-be tested on a plain matrix and each model's operator can be combined with any other.
+The algebra here (sum, scale, shift, deflation, adapter) needs nothing but products. Each estimator
+can therefore be tested on a plain matrix, and the operators of models can be combined.
 """
 
 import math
@@ -16,12 +16,11 @@ from hessianflow.curvature.vectors import check_vector, estimating
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 ORTHONORMAL = 1e-3
-"""Largest entry of Q^T Q - I that is put down to rounding. Ours."""
+"""Largest entry of Q^T Q - I that is put down to rounding. Our choice."""
 
 
 class NonFiniteError(HessianFlowError):
-    """A loss or a product came out as nan or infinite: the weights, the data or the loss hold such
-    values."""
+    """A loss or a product is nan or infinite."""
 
 
 NON_FINITE_PRODUCT = (
@@ -43,10 +42,10 @@ class Operator(ABC):
     def matvec(self, vector: Tensor) -> Tensor:
         """Return the product with a flat vector, shape [size]; the vector is not changed.
 
-        Whether it is finite is for the caller to see; `operator @ vector` refuses one that is not.
+        The product may be infinite or nan; `operator @ vector` refuses it then.
 
         Raises:
-            HessianFlowError: wrong shape, type or device.
+            HessianFlowError: the vector has another shape, type or device.
         """
         check_vector(self, vector)
         return self._product(vector)
@@ -56,14 +55,14 @@ class Operator(ABC):
         """Return the product with a vector that is known to fit."""
 
     def release(self) -> None:  # noqa: B027
-        """Free whatever is kept between products (a graph); the next product makes it anew."""
+        """Free whatever is kept between products (a graph); the next product makes it again."""
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Return `operator @ v` for a vector [size], or column by column for a matrix [size, k].
 
         Raises:
-            HessianFlowError: as :meth:`matvec`, or (NonFiniteError) a product of finite numbers
-                that is not finite.
+            HessianFlowError: as for :meth:`matvec`, or (NonFiniteError) the product or the vector
+                is not finite.
         """
         if other.ndim != 2:
             return self._finite_product(other)
@@ -75,9 +74,9 @@ class Operator(ABC):
 
     def _finite_product(self, vector: Tensor) -> Tensor:
         product = self.matvec(vector)
-        # A wait for the device, which searches do without: they look at the numbers that they fetch
-        # in any case. One number tells of most; it may overflow where no entry does, so it only
-        # says when to look.
+        # This waits for the device. Searches call matvec and look at the numbers that they fetch in
+        # any case. One number shows most faults, but it may overflow where no entry does: it only
+        # says when to look at all entries.
         if not math.isfinite(torch.dot(product, vector).item()) and not bool(
             torch.isfinite(product).all()
         ):
@@ -107,8 +106,7 @@ class Operator(ABC):
         return ShiftedOperator(self, shift)
 
     def deflated(self, vectors: Tensor) -> "Operator":
-        """(I - Q Q^T) A (I - Q Q^T) for orthonormal columns Q of shape [size, m]: A without these
-        directions."""
+        """Return (I - Q Q^T) A (I - Q Q^T), for orthonormal columns Q of shape [size, m]."""
         return DeflatedOperator(self, vectors)
 
     def dense(self) -> Tensor:
@@ -128,16 +126,17 @@ class Operator(ABC):
 
 
 class CallableOperator(Operator):
-    """Any function that multiplies a symmetric matrix with a flat vector.
+    """An operator from any function that multiplies a symmetric matrix with a flat vector.
 
     Args:
         matvec: maps a vector [size] to a vector [size].
         size: number of rows, at least 1.
-        dtype: of the vectors.
-        device: of the vectors.
+        dtype: floating-point type of the vectors.
+        device: device of the vectors.
 
     Raises:
-        HessianFlowError: size below 1, or (at a product) an answer of another shape.
+        HessianFlowError: the size is below 1 or the type is no floating-point type; at a product:
+            the function returns another shape or type.
     """
 
     def __init__(
@@ -174,20 +173,22 @@ class CallableOperator(Operator):
 
 
 class _DerivedOperator(Operator):
-    """Built on another operator, with the same vectors."""
+    """An operator built on another one, with the same vectors."""
 
     def __init__(self, base: LinearOperator) -> None:
         self._base = base
-        self.size, self.device, self.dtype = base.size, base.device, base.dtype
+        self.size = base.size
+        self.device = base.device
+        self.dtype = base.dtype
 
     def release(self) -> None:
-        """Free what the base keeps."""
+        """Free what the base operator keeps."""
         if isinstance(self._base, Operator):
             self._base.release()
 
 
 class SumOperator(_DerivedOperator):
-    """A + B."""
+    """The sum A + B of two operators."""
 
     def __init__(self, first: Operator, second: Operator) -> None:
         if not isinstance(second, Operator):
@@ -211,13 +212,13 @@ class SumOperator(_DerivedOperator):
         return self._base.matvec(vector) + self._other.matvec(vector)
 
     def release(self) -> None:
-        """Free what both keep."""
+        """Free what both operators keep."""
         super().release()
         self._other.release()
 
 
 class ScaledOperator(_DerivedOperator):
-    """factor * A."""
+    """The multiple factor * A of an operator."""
 
     def __init__(self, base: Operator, factor: float) -> None:
         super().__init__(base)
@@ -228,7 +229,7 @@ class ScaledOperator(_DerivedOperator):
 
 
 class ShiftedOperator(_DerivedOperator):
-    """A + shift I."""
+    """The shifted operator A + shift I."""
 
     def __init__(self, base: LinearOperator, shift: float) -> None:
         super().__init__(base)
@@ -239,7 +240,7 @@ class ShiftedOperator(_DerivedOperator):
 
 
 class DeflatedOperator(_DerivedOperator):
-    """(I - Q Q^T) A (I - Q Q^T), symmetric and zero on span(Q)."""
+    """The deflated operator (I - Q Q^T) A (I - Q Q^T), symmetric and zero on span(Q)."""
 
     def __init__(self, base: LinearOperator, vectors: Tensor) -> None:
         if vectors.ndim != 2 or vectors.shape[0] != base.size:
@@ -254,11 +255,13 @@ class DeflatedOperator(_DerivedOperator):
             )
         super().__init__(base)
         self._vectors = vectors
-        with estimating(self):
-            # Once for each operator made, a wait for the device: other columns would scale the
-            # matrix in silence.
-            unit = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-            error = float((vectors.T @ vectors - unit).abs().max()) if vectors.numel() else 0.0
+        error = 0.0
+        if vectors.numel():
+            with estimating(self):
+                unit = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+                # This waits for the device once for each operator made: columns that are not
+                # orthonormal would scale the matrix without an error.
+                error = float((vectors.T @ vectors - unit).abs().max())
         if not error <= ORTHONORMAL:
             raise HessianFlowError(
                 f"vectors must be orthonormal columns, but Q^T Q is off by {error:.2g} from the"

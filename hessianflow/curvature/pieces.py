@@ -1,5 +1,4 @@
-"""What a forward pass over one batch or microbatch leaves for products, and which losses are
-refused."""
+"""The results of a forward pass over one batch or microbatch, and the losses that are refused."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,10 +20,10 @@ class Piece(NamedTuple):
 
     Attributes:
         loss: the mean loss of the piece, a detached scalar.
-        weight: what that mean divides by; where it is 0 nothing counts and the other fields mean
+        weight: the divisor of that mean; where it is 0, no target counts and the other fields mean
             nothing.
         product: multiplies the matrix of the piece with a vector.
-        claims: makes what a difference can check.
+        claims: returns what differences.py can check.
         graph: facts read from the nodes of the graph.
         missing: indices of the selected parameters that have no gradient.
     """
@@ -38,11 +37,13 @@ class Piece(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A graph for all products, and what it was built from.
+    """A graph that serves all products.
 
     Attributes:
-        recomputes: whether products run code of the model, and so need the modes and hooks that the
-            graph was built under.
+        piece: the results of the forward pass that built it.
+        snapshot: the weights, batch and options that it was built from.
+        recomputes: whether products run code of the model, and so need the modes and hooks under
+            which the graph was built.
     """
 
     piece: Piece
@@ -54,7 +55,7 @@ def check_finite(loss: Tensor) -> None:
     """Refuse a loss that is not finite.
 
     Raises:
-        NonFiniteError: with what to look at.
+        NonFiniteError: the loss is nan or infinite.
     """
     # One synchronisation per graph, so that no time is spent on products that are nan.
     if not bool(torch.isfinite(loss.detach()).all()):
@@ -67,7 +68,7 @@ def counted(weight: float) -> float:
     """Return the weight, and refuse a weight of 0.
 
     Raises:
-        HessianFlowError: it is 0.
+        HessianFlowError: the weight is 0.
     """
     if weight == 0:
         raise HessianFlowError(NO_TARGET)

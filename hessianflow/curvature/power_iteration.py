@@ -1,14 +1,14 @@
 """Power iteration with deflation, as ABSA estimates its top eigenvalue (Yao et al., arXiv
 1810.01021, official code).
 
-v <- A v / ||A v||, theta = v^T A v; pairs found before are projected out of operator and vectors.
+v <- A v / ||A v||, theta = v^T A v; pairs found earlier are projected out of operator and vectors.
 
 Deviations: the stopping rule is the residual ||A v - theta v|| <= tol |theta| instead of the change
-of theta, which is no error bound (12x above its tolerance on a small MLP); `stopping="change"`
-gives the rule of the ABSA code, and the result still says `converged` only if the residual allows
-it. The newest value is reported, with no epsilon in the norm. The largest and smallest algebraic
-eigenvalues come from a shift by the largest magnitude; reported are value and residual of the
-operator itself.
+of theta, which bounds no error (on a small MLP the error was 12 times the tolerance).
+`stopping="change"` is the rule of the ABSA code; the result still says `converged` only if the
+residual allows it. The newest value is reported, with no epsilon in the norm. The largest and
+smallest algebraic eigenvalues come from a shift by the largest magnitude; values and residuals are
+those of the operator itself.
 """
 
 import math
@@ -36,37 +36,41 @@ def power_iteration(
     start: Tensor,
     stopping: Stopping = "residual",
 ) -> EigenResult:
-    """The k most wanted eigenpairs; see :func:`~hessianflow.curvature.eigenpairs.top_eigenpairs`
-    for the arguments.
+    """Return the k most wanted eigenpairs.
+
+    :func:`~hessianflow.curvature.eigenpairs.top_eigenpairs` describes the other arguments.
 
     Args:
         start: one start vector for each pair, shape [size, k].
         stopping: "residual", or "change": |theta_new - theta_old| < tol |theta_old| (ABSA).
     """
-    shift, spent = 0.0, 0
+    shift = 0.0
+    spent = 0
     if which != "LM" and max_matvecs > 1:
         # Shifted by its spectral radius, the operator is definite and its largest magnitude is the
         # wanted end.
         radius = _iterate(
             operator, start[:, 0], start[:, :0], 0.0, 0.1, max(1, max_matvecs // 4), "residual"
         )
-        shift = 1.1 * abs(radius.value) * (1 if which == "LA" else -1)
+        shift = 1.1 * abs(radius.value)
+        if which == "SA":
+            shift = -shift
         spent = radius.matvecs
-    found, pairs = start[:, :0], []
+    vectors = start[:, :0]
+    pairs = []
     for column in start.unbind(1)[:k]:
         if spent >= max_matvecs:
             break
-        pair = _iterate(operator, column, found, shift, tol, max_matvecs - spent, stopping)
+        pair = _iterate(operator, column, vectors, shift, tol, max_matvecs - spent, stopping)
         spent += pair.matvecs
         pairs.append(pair)
-        found = torch.cat([found, pair.vector[:, None]], dim=1)
-    return _joined(pairs, found, spent, k)
+        vectors = torch.cat([vectors, pair.vector[:, None]], dim=1)
+    return _joined(pairs, vectors, spent, k)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One eigenpair; the residual is that of the operator itself, `accurate` refers to the deflated
-    one."""
+    """One eigenpair: `residual` is the operator's own, `accurate` refers to the deflated one."""
 
     value: float
     vector: Tensor
@@ -79,32 +83,32 @@ class _Pair:
 def _iterate(
     operator: LinearOperator,
     start: Tensor,
-    found: Tensor,
+    known: Tensor,
     shift: float,
     tol: float,
     budget: int,
     stopping: Stopping,
 ) -> _Pair:
-    following, history = start, list[float]()
+    """Return the leading pair of the shifted operator without the `known` columns."""
+    following = start
+    history: list[float] = []
     while True:
-        following = following - found @ (found.T @ following)
+        following = following - known @ (known.T @ following)
         unit = following / norm(following)
         product = operator.matvec(unit)
         theta = unit @ product
         remainder = product - theta * unit
-        within = remainder - found @ (found.T @ remainder)
+        within = remainder - known @ (known.T @ remainder)
         # One transfer per product: the stopping rule needs these numbers.
         value, residual, deflated = torch.stack([theta, norm(remainder), norm(within)]).tolist()
         if not math.isfinite(residual):
             raise NonFiniteError(NON_FINITE_PRODUCT)
-        changed = abs(value - history[-1]) >= tol * abs(history[-1]) if history else True
-        history.append(value)
         accurate = deflated <= tol * abs(value)
-        if (
-            (not changed if stopping == "change" else accurate)
-            or deflated == 0
-            or len(history) >= budget
-        ):
+        may_stop = accurate
+        if stopping == "change":
+            may_stop = bool(history) and abs(value - history[-1]) < tol * abs(history[-1])
+        history.append(value)
+        if may_stop or deflated == 0 or len(history) >= budget:
             return _Pair(value, unit, residual, len(history), accurate, tuple(history))
         following = product + shift * unit
 

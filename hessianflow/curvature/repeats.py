@@ -1,5 +1,4 @@
-"""Whether a loss repeats: a random operator is not a matrix, but its products would look like
-one's."""
+"""A check that a loss repeats: a random operator is no matrix, but its products would look so."""
 
 import torch
 from torch import Tensor
@@ -11,8 +10,8 @@ from hessianflow.interfaces import HessianFlowError
 class RepeatCheck:
     """Compares each loss with the last one at the same weights and the same batch.
 
-    All products draw the same random numbers, because measuring restores the generators, and a kept
-    graph keeps its own. Only a second pass within one product shows that the loss is random.
+    All products draw the same random numbers, because measuring restores the generators and a kept
+    graph keeps its own numbers. Only a second pass within one product shows that a loss is random.
 
     Args:
         wanted: whether to make that second pass with the first product.
@@ -25,7 +24,7 @@ class RepeatCheck:
         self._last: tuple[Snapshot, float] | None = None
 
     def is_due(self) -> bool:
-        """Return whether a second pass is to be made now; True at most once."""
+        """Return whether to make the second pass now; True at most once."""
         is_due = self._wanted
         self._wanted = False
         return is_due
@@ -34,7 +33,7 @@ class RepeatCheck:
         """Compare a loss with the last one, if it was computed from the same values.
 
         Raises:
-            HessianFlowError: the loss differs although nothing that it was computed from does.
+            HessianFlowError: the loss differs, although it was computed from the same values.
         """
         value = float(loss)  # one number from the device for each graph that is built
         if self._last is not None and self._last[0].has_values_of(snapshot):

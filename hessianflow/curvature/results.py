@@ -1,4 +1,4 @@
-"""What the estimators return: frozen records, with the shape beside each tensor field."""
+"""The frozen records that estimators return, with the shape of each tensor field."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,37 +6,37 @@ from typing import Literal
 from torch import Tensor
 
 Which = Literal["LM", "LA", "SA"]
-"""Which eigenvalues: largest in magnitude, largest, or smallest algebraic.
+"""The wanted eigenvalues: those of largest magnitude, the largest, or the smallest.
 
-Of two values of either sign whose magnitudes agree within half the tolerance (half a percent where
-that is less) the positive one comes first, so that the sign does not hang on the start.
+Of two values of either sign whose magnitudes agree within half the tolerance (but at most half a
+percent) the positive one comes first, so that the sign does not depend on the start.
 """
 
 
 @dataclass(frozen=True)
 class EigenResult:
-    """Eigenpairs of a symmetric operator, the most wanted first; printed without vectors and
-    history.
+    """Eigenpairs of a symmetric operator, the most wanted first.
 
     Attributes:
         values: Rayleigh quotients of the operator itself, shape [k].
         vectors: orthonormal columns, shape [size, k].
         residuals: ||A v_i - values_i v_i||_2, shape [k]. Each value lies within its residual of a
             true eigenvalue.
-        error_bounds: how far each value may be from a true eigenvalue, shape [k]. The residual, a
-            theorem, or where the search converged and that is more, tol |values_i| or r_i^2 /
-            gap_i, whichever is larger: an estimate, as gap_i is that of the other values seen, and
-            eigenvalues closer than `tol` are not told apart. Lanczos: at least the rounding of
-            products, 50 machine epsilons of the largest magnitude.
+        error_bounds: largest distance of each value from a true eigenvalue, shape [k]. Without
+            convergence this is the residual r_i, by a theorem. With convergence it is the larger of
+            tol |values_i| and r_i^2 / gap_i, if that is below r_i: an estimate, because gap_i is
+            the gap to the other values seen, and eigenvalues closer than `tol` count as one.
+            Lanczos never reports less than the rounding of products, 50 machine epsilons of the
+            largest magnitude.
         matvecs: products spent.
         converged: whether all wanted pairs met the tolerance, error_bounds_i <= tol |values_i|
-            (Lanczos; for power iteration residuals_i, of the deflated operator), and `residual_tol`
-            if it was given, and Lanczos had the evidence it asks for that none more wanted is
-            hidden (lanczos.py says which; evidence, not proof). A value below 2 machine epsilons of
-            the largest magnitude is zero as far as products can tell; it counts as met.
+            (power iteration: residuals_i of the deflated operator), and `residual_tol` if it was
+            given, and Lanczos had its evidence, which is no proof, that no more wanted value is
+            hidden (lanczos.py). A value below 2 machine epsilons of the largest magnitude is zero
+            as far as products can tell, and counts as accurate.
         history: the leading value after each product.
-        direction: where the search would have gone on, the residual of the leading pair, shape
-            [size]; Lanczos only.
+        direction: the residual of the leading pair, shape [size], along which the search would have
+            gone on; Lanczos only.
     """
 
     values: Tensor
@@ -55,9 +55,9 @@ class TraceResult:
 
     Attributes:
         value: the estimate.
-        stderr: its standard error over independent probes (trace and Frobenius norm: widened for
-            their small number, so that two cover 95 % where samples are roughly normal); 0 when the
-            value is exact, infinite with a single probe.
+        stderr: its standard error over independent probes; 0 when the value is exact, infinite with
+            a single probe. For the trace and the Frobenius norm it is widened for few probes, so
+            that two of it cover 95 % where samples are roughly normal.
         matvecs: products spent.
         samples: the independent values whose spread gives `stderr`.
     """
@@ -73,7 +73,7 @@ class DiagonalResult:
     """A stochastic estimate of the diagonal.
 
     Attributes:
-        values: shape [size].
+        values: the estimates, shape [size].
         stderr: standard error of each entry over the probes, shape [size].
         matvecs: products spent.
     """

@@ -1,8 +1,7 @@
-"""Ritz pairs of an operator on a growing basis, and what their residuals say; see lanczos.py for
-the method.
+"""Ritz pairs of an operator on a growing basis, and judgements from their residuals.
 
 A basis V with its products W = A V is kept, so projections, Ritz pairs and residuals cost no
-further product.
+further product. lanczos.py describes the method.
 """
 
 import math
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hessianflow.curvature.basis import Rows
+from hessianflow.curvature.basis import Rows, check_symmetric, norms_of, orthogonal_part
 from hessianflow.curvature.evidence import (
     FEW_ROWS,
     REACH,
@@ -22,17 +21,14 @@ from hessianflow.curvature.evidence import (
     Array,
     Demand,
     estimated_errors,
+    gap_of_first,
     neighbours,
     order,
     wantedness,
 )
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
-from hessianflow.interfaces import HessianFlowError, LinearOperator
-
-ASYMMETRY = 0.1
-"""Relative difference of V^T A V from its transpose that is put down to rounding. Ours: products in
-bfloat16 differ by a hundredth."""
+from hessianflow.interfaces import LinearOperator
 
 
 class RitzSpace:
@@ -40,6 +36,14 @@ class RitzSpace:
 
     All numbers are in units of a power of two near the first product, so that squares neither
     vanish nor overflow.
+
+    Args:
+        operator: any symmetric operator.
+        which: the wanted end of the spectrum.
+        k: number of wanted pairs.
+        keep: number of pairs that a restart keeps and `result` returns, at least k.
+        capacity: most vectors in the basis.
+        demand: the accuracy that is asked of the wanted pairs.
     """
 
     def __init__(
@@ -51,60 +55,65 @@ class RitzSpace:
         capacity: int,
         demand: Demand,
     ) -> None:
-        self._operator, self._which, self._k, self._keep = operator, which, k, keep
+        self._operator = operator
+        self._which: Which = which
+        self._k = k
+        self._keep = keep
         self._demand = demand
         self._tie = max(demand.tie, ROUNDING * torch.finfo(operator.dtype).eps)
         self._capacity = min(operator.size, capacity)
-        self._basis, self._products = (Rows(operator, self._capacity) for _ in range(2))
+        self._basis = Rows(operator, self._capacity)
+        self._products = Rows(operator, self._capacity)
         self._projected = np.zeros((self._capacity, self._capacity))
         self._gram = np.zeros((self._capacity, self._capacity))
         self._unit = 0.0
         self._scale = 0.0  # largest magnitude seen, also of values that a restart has dropped
-        self._before = 0.0  # residual of the leading pair as it was without the vector added last
+        self._before = 0.0  # residual of the leading pair before the last vector was added
         self._history: list[float] = []
         self.matvecs = 0
 
     @property
     def size(self) -> int:
-        """Vectors in the basis."""
+        """Return the number of vectors in the basis."""
         return self._basis.size
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is nothing outside."""
+        """Return whether the basis spans everything."""
         return self.size == self._operator.size
 
     @property
     def wanted(self) -> Array:
-        """The wanted values, in units of this space."""
+        """Return the wanted values, in units of this space."""
         values: Array = self.values[: self._k].copy()
         return values
 
     @property
     def last_product(self) -> Tensor:
-        """The product of the vector added last: where Lanczos goes next."""
+        """Return the product of the vector added last, along which Lanczos goes on."""
         return self._products[self.size - 1]
 
     def extend(self, direction: Tensor) -> bool:
-        """Add the part of `direction` orthogonal to the basis and its product; False if there is no
-        such part."""
-        unit = _orthogonal_part(direction, self._basis)
+        """Add the part of `direction` outside the basis; return False if there is none."""
+        unit = orthogonal_part(direction, self._basis)
         if unit is None:
             return False
         if self.size == self._capacity:
             self._compress()
         product = self._scaled(self._operator.matvec(unit))
-        m, self.matvecs = self.size, self.matvecs + 1
+        self.matvecs += 1
+        m = self.size
         self._basis.append(unit)
         self._products.append(product)
-        # The one transfer to the host per product: 2 (m + 1) numbers, on which the stopping rule
-        # depends.
+        # The only wait for the device per product: the stopping rule needs these 2 (m + 1) numbers.
         numbers = torch.cat([self._basis.dot(product), self._products.dot(product)])
         column, gram = numbers.to("cpu", torch.float64).numpy().reshape(2, m + 1)
         if not np.isfinite(column).all():
             raise NonFiniteError(NON_FINITE_PRODUCT)
-        # That residual's part along the new vector: all of it where the search followed this pair.
-        self._before = abs(float(column[:m] @ self._coordinates[:, 0])) if m > 0 else 0.0
+        if m > 0:
+            # The residual's part along the new vector, which is all of it where the search followed
+            # this pair.
+            self._before = abs(float(column[:m] @ self._coordinates[:, 0]))
         self._projected[: m + 1, m] = self._projected[m, : m + 1] = column
         self._gram[: m + 1, m] = self._gram[m, : m + 1] = gram
         self._solve()
@@ -112,14 +121,14 @@ class RitzSpace:
         return True
 
     def _solve(self) -> None:
-        """Find Ritz values in the wanted order, the vectors' coordinates, and what is known of
-        residuals for free."""
+        """Compute Ritz values in the wanted order, coordinates, and rough norms of residuals."""
         theta, coordinates = np.linalg.eigh(self._projected[: self.size, : self.size])
         self._scale = max(self._scale, float(np.abs(theta).max()))
-        places = order(theta, self._which, self._tie)
-        self.values, self._coordinates = theta[places], coordinates[:, places]
-        # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2: too rough to accept a pair by, but it
-        # costs no vectors.
+        indices = order(theta, self._which, self._tie)
+        self.values = theta[indices]
+        self._coordinates = coordinates[:, indices]
+        # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2. The difference cancels, so it is too
+        # rough to accept a pair by, but it needs no vector of full length.
         squares = (
             (self._gram[: self.size, : self.size] @ self._coordinates) * self._coordinates
         ).sum(axis=0)
@@ -127,32 +136,31 @@ class RitzSpace:
         self._is_measured = False
 
     def _measure(self) -> None:
-        """Measure residuals and estimated errors of the wanted pairs, once for each set of Ritz
-        pairs."""
+        """Measure residuals and errors of the wanted pairs, once for each set of Ritz pairs."""
         if self._is_measured:
             return
         wanted = min(self._k, self.size)
         columns = sorted({*range(wanted), *neighbours(self.values, wanted)})
         self._residual_vectors = self._residuals_of(columns)
-        norms = self._norms_of(self._residual_vectors)
+        norms = norms_of(self._residual_vectors)
         self.residuals = norms[:wanted]
         self._estimates = estimated_errors(self.values, columns, norms, wanted)
         self._is_measured = True
 
     def is_accurate(self) -> bool:
-        """Return whether all k wanted pairs are found and accurate enough to stop."""
+        """Return whether all k wanted pairs are accurate enough to stop."""
         if self._operator.size <= FEW_ROWS and not self.is_complete:
             return False
+        # The rough norms come first: most steps end here, without a residual of full length.
         if self.size < self._k or self._surely_inaccurate().any():
             return False
         return bool(self._accurate().all()) and self._rival() is None
 
     def meets_demand(self) -> bool:
-        """Return whether pairs that are accurate enough to stop meet the tolerances, not just
-        `noise`.
+        """Return whether pairs that are accurate enough to stop meet the tolerances as well.
 
-        A value that would vanish in a sum with the largest is zero; no relative error is asked of
-        it.
+        They may have stopped at `noise` instead. A value that would vanish in a sum with the
+        largest is zero, and no relative error is asked of it.
         """
         magnitudes = np.abs(self.values[: self._k])
         good = self._bounds() <= self._demand.tol * magnitudes
@@ -160,35 +168,34 @@ class RitzSpace:
         return bool((good | (magnitudes <= ZERO / ROUNDING * self.noise)).all())
 
     def direction(self) -> Tensor:
-        """Return where the space is wrong: the residual of the first wanted pair that is (surely)
-        not accurate yet."""
-        hopeless = self._surely_inaccurate()
-        if hopeless.any():
-            return self._residuals_of([int(hopeless.argmax())])[0]
+        """Return the residual of the first wanted pair, or of a rival, that is not accurate yet."""
+        inaccurate = self._surely_inaccurate()
+        if inaccurate.any():
+            return self._residuals_of([int(inaccurate.argmax())])[0]
         accurate = self._accurate()
-        rival = self._rival() if accurate.all() else None
-        if rival is not None:
-            return self._residuals_of([rival])[0]
-        return self._residual_vectors[int(np.argmin(accurate))]  # of the first that is not
+        if accurate.all():
+            rival = self._rival()
+            if rival is not None:
+                return self._residuals_of([rival])[0]
+        return self._residual_vectors[int(np.argmin(accurate))]
 
     def is_invariant(self) -> bool:
-        """Return whether all pairs are exact up to rounding, so that products lead nowhere new."""
+        """Return whether all pairs are exact up to rounding, so that no product leads outside."""
         self._measure()
         limit = 20 * self.noise  # rounding errors of a few steps
         if float(self.residuals.max()) > limit:
             return False
-        return float(self._norms_of(self._residuals_of(list(range(self.size)))).max()) <= limit
+        return float(norms_of(self._residuals_of(list(range(self.size)))).max()) <= limit
 
     def agrees_with(self, settled: Array) -> bool:
-        """Return whether the wanted values are what they were."""
+        """Return whether the wanted values equal some earlier ones within the tolerance."""
         return np.allclose(settled, self.values[: self._k], rtol=self._demand.tol, atol=self.noise)
 
     def is_unreached_since(self, first: int) -> bool:
-        """Return whether the vectors added from `first` on, each the product of the one before,
-        lead to nothing wanted."""
+        """Return whether the vectors from `first` on, a Lanczos chain, lead to nothing wanted."""
         theta, coordinates = np.linalg.eigh(self._projected[first : self.size, first : self.size])
-        # The next vector's length, ||product||^2 less its part in the basis, times the last
-        # coordinate: the residual.
+        # A residual is the next vector's length times the last coordinate; the square of that
+        # length is ||product||^2 less the square of the product's part in the basis.
         last = self.size - 1
         square = self._gram[last, last] - (self._projected[: self.size, last] ** 2).sum()
         reach = self._wantedness(theta) + REACH * max(square, 0.0) ** 0.5 * np.abs(coordinates[-1])
@@ -203,20 +210,21 @@ class RitzSpace:
 
     @property
     def noise(self) -> float:
-        """Rounding errors of a product; no residual can be asked to fall below."""
+        """Return the rounding error of a product, below which no residual can fall."""
         return ROUNDING * torch.finfo(self._operator.dtype).eps * self._scale
 
     def result(self, *, converged: bool) -> EigenResult:
-        """Return the pairs to keep; converged refers to the k wanted ones.
+        """Return the pairs to keep; `converged` refers to the k wanted ones.
 
         Raises:
-            HessianFlowError: not converged, and the operator is not symmetric.
+            HessianFlowError: the search has not converged, and the operator is not symmetric.
         """
         self._measure()
         if not converged:
-            self._check_symmetric()
+            # The search looks at one half of the projection V^T A V only.
+            check_symmetric(self._basis, self._products)
         count = min(self._keep, self.size)
-        norms = self._norms_of(self._residuals_of(list(range(count))))
+        norms = norms_of(self._residuals_of(list(range(count))))
         bounds = np.maximum(norms, self.noise)
         if converged:
             bounds[: self._k] = self._bounds()
@@ -231,26 +239,10 @@ class RitzSpace:
             direction=self._residual_vectors[0] * self._unit,
         )
 
-    def _check_symmetric(self) -> None:
-        """Refuse an operator that is not symmetric; asked where a search ends without an answer.
-
-        The search itself looks at one half of the projection V^T A V only.
-        """
-        rows = [self._basis.dot(self._products[index]) for index in range(self.size)]
-        projected = torch.stack(rows)
-        difference = float((projected - projected.T).norm())
-        share = difference / max(float(projected.norm()), torch.finfo(projected.dtype).tiny)
-        if share > ASYMMETRY:
-            raise HessianFlowError(
-                f"the operator is not symmetric: u.(A v) and v.(A u) differ by {share:.0%} of their"
-                " size on the vectors of the search; pass a symmetric one, such as (A + A^T) / 2,"
-                " and of a model look for an operation whose second derivative overflows or is"
-                " wrong (check_product=True)"
-            )
-
     def _scaled(self, product: Tensor) -> Tensor:
         if self._unit == 0:
-            # One more transfer, for the first product only. A power of two: no rounding.
+            # The host waits once more, for the first product only. Dividing by a power of two
+            # rounds nothing.
             largest = float(product.abs().max())
             if not math.isfinite(largest):
                 raise NonFiniteError(NON_FINITE_PRODUCT)
@@ -258,8 +250,7 @@ class RitzSpace:
         return product / self._unit
 
     def _compress(self) -> None:
-        """Restart thickly: keep the best Ritz vectors and as many again, for the sake of
-        convergence."""
+        """Restart with the best Ritz vectors; keeping half of them speeds up convergence."""
         keep = min(self.size - 1, max(self._keep, self._capacity // 2))
         kept = self._coordinates[:, :keep]
         self._gram[:keep, :keep] = kept.T @ self._gram[: self.size, : self.size] @ kept
@@ -271,21 +262,15 @@ class RitzSpace:
         self._solve()
 
     def _limits(self) -> Array:
-        """Return the largest residuals of the wanted pairs."""
+        """Return the largest residuals with which the wanted pairs are accepted."""
         magnitudes = np.abs(self.values[: self._k])
         most = SPREAD_SHARE * float(self.values.max() - self.values.min())
         if self._k == 1:
             forecast = self._demand.largest_forecast(float(magnitudes[0]), self._before)
-            most = min(most, self._demand.evidence.angle * self._gap(), forecast)
+            gap = gap_of_first(self.values, self._demand.tol)
+            most = min(most, self._demand.evidence.angle * gap, forecast)
         limits: Array = np.minimum(self._demand.largest_residual(magnitudes), most)
         return np.maximum(limits, self.noise)
-
-    def _gap(self) -> float:
-        """Return the gap from the first value to the next that does not agree with it within the
-        tolerance."""
-        distances = np.abs(self.values[1:] - self.values[0])
-        others = distances[distances > self._demand.tol * abs(self.values[0])]
-        return float(others.min()) if len(others) else math.inf
 
     def _surely_inaccurate(self) -> npt.NDArray[np.bool_]:
         surely: npt.NDArray[np.bool_] = self._rough[: self._k] - self._roughness > self._limits()
@@ -299,11 +284,10 @@ class RitzSpace:
         return accurate
 
     def _bounds(self) -> Array:
-        """Return errors that values of accurate pairs may have: the residual, or at least what was
-        asked.
+        """Return bounds on the errors of accurate pairs.
 
-        The gap in r^2/gap is that of values seen; between eigenvalues closer than the tolerance it
-        means nothing.
+        They are at least the tolerance or, if smaller, the residual: r^2/gap rests on the gap to
+        the values seen, which means nothing between eigenvalues closer than the tolerance.
         """
         self._measure()
         asked = self._demand.tol * np.abs(self.values[: self._k])
@@ -311,34 +295,43 @@ class RitzSpace:
         return np.maximum(bounds, self.noise)
 
     def _rival(self) -> int | None:
-        """Return an unwanted pair that might, within its residual, still outdo the last wanted one.
+        """Return an unwanted pair that may, within its residual, still outdo the last wanted one.
 
-        A single pair has it among those of the other sign: both ends of a spectrum may lie equally
+        For a single pair these are those of the other sign: both ends of a spectrum may lie equally
         far from zero.
         """
-        if self.size <= self._k or (self._k == 1 and self._which != "LM"):
+        if self.size <= self._k:
             return None
+        if self._k == 1:
+            return self._rival_of_other_sign()
         wanted = self._wantedness(self.values)
-        last, reach = wanted[self._k - 1], (wanted + self._rough)[self._k :]
-        if self._k > 1:
-            most = last + max(self._demand.tol * abs(last), self._roughness)
-            return self._k + int(reach.argmax()) if reach.max() > most else None
-        most, others = last * (1 + self._tie / 2), np.flatnonzero(self.values * self.values[0] < 0)
-        if len(others) == 0:
+        last = wanted[self._k - 1]
+        reach = (wanted + self._rough)[self._k :]
+        if not reach.max() > last + max(self._demand.tol * abs(last), self._roughness):
+            return None
+        return self._k + int(reach.argmax())
+
+    def _rival_of_other_sign(self) -> int | None:
+        others = np.flatnonzero(self.values * self.values[0] < 0)
+        if self._which != "LM" or len(others) == 0:
             return None
         rival = int(others[0])
-        # Where it matters the residual is measured: the rough one may be off by more than a tie.
+        wanted = self._wantedness(self.values)
+        most = wanted[0] * (1 + self._tie / 2)
         if wanted[rival] + REACH * (self._rough[rival] + self._roughness) <= most:
             return None
-        residual = self._norms_of(self._residuals_of([rival]))[0]
-        return rival if wanted[rival] + REACH * residual > most else None
+        # Only here is the residual measured: the rough one may be off by more than a tie.
+        residual = norms_of(self._residuals_of([rival]))[0]
+        if not wanted[rival] + REACH * residual > most:
+            return None
+        return rival
 
     def _wantedness(self, values: Array) -> Array:
         return wantedness(values, self._which, self._tie)
 
     @property
     def _roughness(self) -> float:
-        """Rounding errors of a residual that is the root of a difference of squares."""
+        """Return the rounding error of a rough residual, the root of a difference of squares."""
         return float(3 * torch.finfo(self._operator.dtype).eps ** 0.5 * self._scale)
 
     def _residuals_of(self, columns: list[int]) -> Tensor:
@@ -348,29 +341,7 @@ class RitzSpace:
             self._basis.combine(self._on_device(coordinates * self.values[columns]).T)
         )
 
-    def _norms_of(self, rows: Tensor) -> Array:
-        norms: Array = torch.linalg.vector_norm(rows, dim=1).to("cpu", torch.float64).numpy()
-        return norms
-
     def _on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(
             self._operator.device, self._operator.dtype
         )
-
-
-def _orthogonal_part(direction: Tensor, basis: Rows) -> Tensor | None:
-    """Return the unit vector along the part of `direction` outside the span of the orthonormal
-    rows; None without one."""
-    unit: Tensor = direction / direction.norm()
-    for _ in range(3):
-        unit = unit - basis.combine(basis.dot(unit))
-        remainder = unit.norm()
-        unit = unit / remainder
-        # Host synchronisation, on a number the loop depends on. "Twice is enough" (Kahan): no
-        # cancellation, no repeat.
-        left = float(remainder)
-        if not left > 10 * torch.finfo(unit.dtype).eps:
-            return None
-        if left > 0.7:
-            break
-    return unit

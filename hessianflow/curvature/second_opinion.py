@@ -1,13 +1,13 @@
-"""PyHessian as a second opinion: its eigenvalues, trace and density beside ours, on the same
-weights and batch.
+"""A second opinion by PyHessian: eigenvalues, trace and density for the same weights and batch.
 
 Reference: Yao, Gholami, Keutzer, Mahoney, PyHessian: Neural networks through the lens of the
-Hessian, 2020; package pyhessian 0.1. It works on a copy of the model here, because it leaves a
-model in evaluation mode, clears `.grad` and holds graphs in it; its random numbers come from a
-forked state of the global generator.
+Hessian, 2020; package pyhessian 0.1. PyHessian leaves a model in evaluation mode, clears `.grad`
+and holds graphs in it, so it works on a copy here; its random numbers come from a forked state of
+the global generator.
 
-What it cannot do is reported, not raised: its released `density()` calls `torch.eig`, which current
-PyTorch no longer has; then the density is our quadrature of its products, and a note says so.
+Failures of PyHessian are reported, not raised: its released `density()` calls `torch.eig`, which
+current PyTorch no longer has. The density is then our quadrature of its products, and a note says
+so.
 """
 
 import copy
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from hessianflow.batches import move, num_examples
 from hessianflow.curvature.density import SpectralDensity, spectral_density
-from hessianflow.curvature.derivatives import second_order
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.operator import CallableOperator
+from hessianflow.curvature.surroundings import second_order
 from hessianflow.curvature.trace import trace
 from hessianflow.curvature.vectors import flatten, unflatten
 from hessianflow.interfaces import Batch, HessianFlowError, LossFn
@@ -38,15 +38,15 @@ from hessianflow.measuring import unwrap
 
 @dataclass(frozen=True)
 class Comparison:
-    """One quantity by both; `theirs` and `difference` are None where PyHessian failed.
+    """One quantity by both libraries.
 
     Attributes:
         quantity: e.g. "eigenvalue 1".
-        ours: our value.
-        ours_error: residual or standard error of it.
-        theirs: PyHessian's value.
-        difference: |ours - theirs| / max(|ours|, |theirs|); for the density, of which the values
-            are the means, the Wasserstein distance.
+        ours: our value; for the density its mean.
+        ours_error: residual or standard error of our value.
+        theirs: PyHessian's value; None where it failed.
+        difference: |ours - theirs| / max(|ours|, |theirs|); for the density the Wasserstein
+            distance; None where PyHessian failed.
     """
 
     quantity: str
@@ -58,11 +58,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SecondOpinion:
-    """Both results side by side.
+    """The results of both libraries side by side.
 
     Attributes:
-        rows: one comparison a quantity.
-        notes: what PyHessian could not do, and why.
+        rows: one comparison for each quantity.
+        notes: failures of PyHessian and their causes.
         num_examples: examples in the batch.
     """
 
@@ -75,19 +75,16 @@ class SecondOpinion:
         return asdict(self)
 
     def table(self) -> str:
-        """Return a table in plain text: every difference relative to the larger value, the distance
-        of densities in a note."""
+        """Return a table in plain text.
+
+        All differences are relative to the larger value; a note gives the distance of densities.
+        """
         lines = [
             f"{'quantity':<22}{'hessianflow':>14}{'+-':>11}{'PyHessian':>14}{'difference':>12}"
         ]
         notes = []
         for row in self.rows:
-            error = "-" if math.isnan(row.ours_error) else f"{row.ours_error:.1e}"
-            theirs = "failed" if row.theirs is None else f"{row.theirs:.6g}"
-            difference = "-" if row.theirs is None else f"{_relative(row.ours, row.theirs):.2e}"
-            lines.append(
-                f"{row.quantity:<22}{row.ours:>14.6g}{error:>11}{theirs:>14}{difference:>12}"
-            )
+            lines.append(_line(row))
             if row.quantity.startswith("density") and row.difference is not None:
                 notes.append(
                     f"the densities, of one probe each, lie {row.difference:.2e} apart (Wasserstein"
@@ -110,16 +107,16 @@ def second_opinion(
     steps: int = 30,
     seed: int = 0,
 ) -> SecondOpinion:
-    """Measure one batch with this toolkit and with PyHessian; the model is left exactly as found.
+    """Measure one batch with this toolkit and with PyHessian, and leave the model unchanged.
 
     Args:
-        model: evaluated with running statistics (PyHessian knows no other way).
+        model: the model, evaluated with running statistics (PyHessian knows no other way).
         loss_fn: loss_fn(outputs, targets).
         batch: one pair of tensors (inputs, targets).
         k: leading eigenvalues to compare.
-        num_matvecs: products for the traces, of each library.
-        steps: Lanczos steps for the densities, one probe of each library.
-        seed: for both.
+        num_matvecs: products that each library spends on the trace.
+        steps: Lanczos steps that each library spends on the density, from one probe.
+        seed: seed of both libraries.
 
     Raises:
         HessianFlowError: PyHessian is not installed, or the batch is not a pair of tensors.
@@ -140,23 +137,17 @@ def second_opinion(
         )
         samples = _attempt(lambda: peer.trace(maxIter=num_matvecs, tol=0.0), "trace()", notes)
         measure = _attempt(lambda: _density(peer, operator, steps, seed, notes), "density()", notes)
+    theirs: list[float | None] = [None] * k
+    if values is not None:
+        theirs = [float(value) for value in values]
     rows = [
-        _row(
-            f"eigenvalue {i + 1}",
-            float(pairs.values[i]),
-            float(pairs.residuals[i]),
-            None if values is None else float(values[i]),
-        )
+        _row(f"eigenvalue {i + 1}", float(pairs.values[i]), float(pairs.residuals[i]), theirs[i])
         for i in range(k)
     ]
-    rows.append(
-        _row(
-            "trace",
-            traced.value,
-            traced.stderr,
-            None if samples is None else float(np.mean(samples)),
-        )
-    )
+    their_trace = None
+    if samples is not None:
+        their_trace = float(np.mean(samples))
+    rows.append(_row("trace", traced.value, traced.stderr, their_trace))
     rows.append(_density_row(density, measure))
     return SecondOpinion(tuple(rows), tuple(notes), num_examples(batch))
 
@@ -165,7 +156,7 @@ def second_opinion(
 def _peer(
     model: nn.Module, loss_fn: LossFn, batch: Batch, operator: HessianOperator, seed: int
 ) -> Iterator[Any]:
-    """PyHessian's object on a copy of the model, whose graphs are freed at the end."""
+    """Yield PyHessian's object for a copy of the model, and free its graphs at the end."""
     try:
         from pyhessian import hessian
     except ImportError as error:
@@ -174,7 +165,9 @@ def _peer(
         ) from error
     twin = copy.deepcopy(unwrap(model))
     device = operator.device
-    forked = [device] if device.type == "cuda" else []
+    forked = []
+    if device.type == "cuda":
+        forked.append(device)
     with (
         torch.random.fork_rng(forked),
         torch.enable_grad(),
@@ -196,10 +189,10 @@ def _peer(
 
 
 def _attempt(measure: Callable[[], Any], name: str, notes: list[str]) -> Any:
-    """Return PyHessian's answer, or None and a note: whatever another library raises is a finding
-    here."""
+    """Return PyHessian's answer, or None with a note of the failure."""
     try:
         return measure()
+    # Another library may raise anything, and that it failed is a result here.
     except Exception as error:
         notes.append(f"PyHessian {name} failed: {_first_line(error)}")
         return None
@@ -229,7 +222,7 @@ def _density(
         )
 
     theirs = CallableOperator(product, operator.size, operator.dtype, operator.device)
-    # Another seed than ours: the same start would hide what the estimate owes to chance.
+    # The seed differs from ours: the same start would hide the error that is due to chance.
     rule = spectral_density(theirs, num_probes=1, steps=steps, seed=seed + 1)
     return rule.nodes[0], rule.weights[0], "density mean*"
 
@@ -249,14 +242,29 @@ def _density_row(ours: SpectralDensity, theirs: tuple[Tensor, Tensor, str] | Non
 
 
 def _row(quantity: str, ours: float, error: float, theirs: float | None) -> Comparison:
-    return Comparison(
-        quantity, ours, error, theirs, None if theirs is None else _relative(ours, theirs)
-    )
+    difference = None
+    if theirs is not None:
+        difference = _relative(ours, theirs)
+    return Comparison(quantity, ours, error, theirs, difference)
+
+
+def _line(row: Comparison) -> str:
+    error = "-"
+    if not math.isnan(row.ours_error):
+        error = f"{row.ours_error:.1e}"
+    theirs = "failed"
+    difference = "-"
+    if row.theirs is not None:
+        theirs = f"{row.theirs:.6g}"
+        difference = f"{_relative(row.ours, row.theirs):.2e}"
+    return f"{row.quantity:<22}{row.ours:>14.6g}{error:>11}{theirs:>14}{difference:>12}"
 
 
 def _relative(ours: float, theirs: float) -> float:
     scale = max(abs(ours), abs(theirs))
-    return abs(ours - theirs) / scale if scale > 0 else 0.0
+    if scale == 0:
+        return 0.0
+    return abs(ours - theirs) / scale
 
 
 def _first_line(error: Exception) -> str:

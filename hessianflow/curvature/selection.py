@@ -1,4 +1,4 @@
-"""Which parameters an operator acts on, and which pairs of a data set it averages over."""
+"""The parameters that an operator acts on, and the batches that it averages over."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,19 +16,17 @@ themselves."""
 
 
 def listed(params: Selection) -> Sequence[str | Tensor] | None:
-    """Return the selection as a list: a generator of parameters ends after one reading, and a
-    tensor iterates over its rows.
+    """Return the selection as a list, which can be read more than once.
 
     Raises:
-        HessianFlowError: something that is neither a name pattern nor a tensor.
+        HessianFlowError: an entry is neither a name pattern nor a tensor.
     """
     if params is None:
         return None
-    entries = (
-        list(params)
-        if isinstance(params, Iterable) and not isinstance(params, (str, Tensor))
-        else [params]
-    )
+    entries: list[Any] = [params]
+    # Text and tensors, which iterate over their letters and rows, are single entries.
+    if isinstance(params, Iterable) and not isinstance(params, (str, Tensor)):
+        entries = list(params)
     for entry in entries:
         if not isinstance(entry, (str, Tensor)):
             raise HessianFlowError(
@@ -41,52 +39,51 @@ def listed(params: Selection) -> Sequence[str | Tensor] | None:
 def select_parameters(
     model: nn.Module, params: Selection
 ) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """Return names and tensors of the chosen trainable parameters, each tensor once however often
-    it is tied.
+    """Return names and tensors of the selected trainable parameters, each tied tensor once.
 
     A pattern matches a parameter's name or that of a module that holds it. Frozen parameters are
     constants.
 
     Raises:
-        HessianFlowError: nothing trainable is left, an entry that matches no parameter at all, or
-            parameters that do not go together.
+        HessianFlowError: no trainable parameter is selected, an entry matches no parameter, or the
+            parameters are complex or on several devices.
     """
+    named = list(model.named_parameters(remove_duplicate=False))
+    entries = listed(params)
     chosen: dict[int, tuple[str, Tensor]] = {}
-    named, entries = list(model.named_parameters(remove_duplicate=False)), listed(params)
-    patterns = None if entries is None else [entry for entry in entries if isinstance(entry, str)]
-    tensors = {id(entry) for entry in entries or () if isinstance(entry, Tensor)}
     for name, parameter in named:
-        wanted = (
-            patterns is None or id(parameter) in tensors or any(_matches(name, p) for p in patterns)
-        )
-        if parameter.requires_grad and wanted:
+        if parameter.requires_grad and _is_selected(name, parameter, entries):
             chosen.setdefault(id(parameter), (name, parameter))
-    missed = [entry for entry in entries or () if not _is_among(entry, named)]
-    if missed or not chosen:
-        raise HessianFlowError(_nothing_chosen(named, model, missed[0] if missed else params))
-    names, found = zip(*chosen.values(), strict=True)
-    if any(tensor.is_complex() for tensor in found):
+    # Without this check, one of several patterns with a slip of the pen would be left out silently.
+    for entry in entries or ():
+        if not any(_is_selected(name, parameter, [entry]) for name, parameter in named):
+            raise HessianFlowError(_nothing_chosen(named, model, entry))
+    if not chosen:
+        raise HessianFlowError(_nothing_chosen(named, model, params))
+    names, tensors = zip(*chosen.values(), strict=True)
+    if any(tensor.is_complex() for tensor in tensors):
         raise HessianFlowError(
             "parameters must be real, got a complex one; hold it as view_as_real"
         )
-    devices = sorted({str(tensor.device) for tensor in found})
+    devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         raise HessianFlowError(
             f"the selected parameters are on {' and '.join(devices)}; select those of one device"
         )
-    return names, found
+    return names, tensors
+
+
+def _is_selected(name: str, parameter: Tensor, entries: Sequence[str | Tensor] | None) -> bool:
+    if entries is None:
+        return True
+    return any(
+        parameter is entry or (isinstance(entry, str) and _matches(name, entry))
+        for entry in entries
+    )
 
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
-def _is_among(entry: str | Tensor, named: Sequence[tuple[str, Tensor]]) -> bool:
-    # One of several patterns with a slip of the pen would be left out in silence.
-    return any(
-        _matches(name, entry) if isinstance(entry, str) else parameter is entry
-        for name, parameter in named
-    )
 
 
 def _nothing_chosen(named: Sequence[tuple[str, Tensor]], model: nn.Module, params: Any) -> str:
@@ -104,12 +101,13 @@ def _nothing_chosen(named: Sequence[tuple[str, Tensor]], model: nn.Module, param
 
 
 def batches_of(data: Any) -> Iterable[Any]:
-    """Return the data as a re-iterable of batches; :func:`hessianflow.batches.as_batches` says what
-    one batch is.
+    """Return the data as a re-iterable of batches.
+
+    :func:`hessianflow.batches.as_batches` tells a batch from a data set.
 
     Raises:
-        HessianFlowError: an iterator that can be read only once, something that cannot be iterated,
-            or single examples.
+        HessianFlowError: the data are an iterator, which can be read only once, cannot be iterated,
+            or are single examples.
     """
     batches = as_batches(data)
     if isinstance(data, Iterator):
@@ -125,27 +123,28 @@ def batches_of(data: Any) -> Iterable[Any]:
 
 
 def single_batch(batches: Iterable[Any]) -> Any | None:
-    """Return the one batch the data consists of, if it can be told without reading a data set."""
-    return (
-        next(checked_batches(batches)) if isinstance(batches, list) and len(batches) == 1 else None
-    )
+    """Return the only batch, or None if there are several or only reading the data would tell."""
+    if isinstance(batches, list) and len(batches) == 1:
+        return next(checked_batches(batches))
+    return None
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches one by one; refuse one that is neither a pair nor a mapping.
+    """Yield the batches one by one, and refuse one that is neither a pair nor a mapping.
 
     Raises:
-        HessianFlowError: something else, or nothing at all.
+        HessianFlowError: there is such a batch, or none at all.
     """
     empty = True
     for batch in batches:
-        if not isinstance(batch, Mapping) and not (
-            isinstance(batch, (list, tuple)) and len(batch) == 2
-        ):
-            size = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+        is_sequence = isinstance(batch, (list, tuple))
+        if not isinstance(batch, Mapping) and not (is_sequence and len(batch) == 2):
+            description = article(batch)
+            if is_sequence:
+                description += f" of {len(batch)}"
             raise HessianFlowError(
                 "each batch must be a pair (inputs, targets) or a dict, got"
-                f" {article(batch)}{size}; more than one input or target goes into a dict"
+                f" {description}; more than one input or target goes into a dict"
             )
         empty = False
         yield batch

@@ -1,6 +1,6 @@
-"""How much of a spectrum lies below a value, between limits that a quadrature does not decide.
+"""Limits on the share of a spectrum that lies below a value, from a quadrature.
 
-References: Golub, Some modified matrix eigenvalue problems, 1973 (a node put where one wants it);
+References: Golub, Some modified matrix eigenvalue problems, 1973 (a node at a chosen value);
 Golub and Meurant, Matrices, Moments and Quadrature, 2010, chapter 6 (its weights bound the
 measure).
 
@@ -8,15 +8,15 @@ The m nodes and weights of Lanczos quadrature fix 2m moments of the spectral mea
 vector, and many measures share those moments. For all of them, the rule with one more node at x
 bounds the mass below x: it is at least the sum of the weights below x, and at most that sum plus
 the weight at x. The weight at x is what the quadrature cannot decide. Where one eigenvalue, such as
-0, holds half of the spectrum, that weight is a half or more; counting nodes instead would put all
-of it on the side to which rounding moved a node.
+0, makes up half of the spectrum, that weight is a half or more; counting nodes instead would put
+all of it on the side to which rounding moved a node.
 
-Choices of ours: for the mass below a value, x is moved outwards on either side by the rounding of
+Our choices: for the mass below a value, x is moved outwards on either side by the rounding of
 products; for shares by sign, an eigenvalue within that rounding of 0 counts as zero, because
 products cannot tell it from 0. The squared part of a random unit vector of n rows in s n of n
-eigenvectors has variance 2 s (1 - s) / (n + 2) (the beta distribution). Its error is therefore
-known, not estimated from a few probes; the limits are Wilson's for that variance, at two standard
-errors.
+eigenvectors has variance 2 s (1 - s) / (n + 2) (the beta distribution). The error of a share is
+therefore known, not estimated from a few probes; the limits are Wilson's for that variance, at two
+standard errors.
 """
 
 from dataclasses import dataclass
@@ -25,25 +25,25 @@ import torch
 from torch import Tensor
 
 NONE = 1e-6
-"""Multiples of the mean squared part of a random start in one eigenvector. A start has less than
-this once in a thousand, so a smaller share is taken for no eigenvalue at all."""
+"""Least share that counts as an eigenvalue, in multiples of the mean squared part of a random start
+in one eigenvector. A start has less than this in an eigenvector once in a thousand."""
 
 NEAREST = 1e-8
 """Least distance, relative to the largest magnitude, between the added node and the others: a
-smaller one would give numbers too large for an accurate rule."""
+smaller one would lead to numbers too large for an accurate rule."""
 
 DEVIATIONS = 2.0
-"""Standard errors on either side: 95 % where parts are roughly normal."""
+"""Standard errors on either side: 95 % where shares are roughly normal."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of the eigenvalues.
+    """A share of the eigenvalues, with 95 % limits.
 
     Attributes:
         value: the share by quadrature, averaged over probes.
-        low: the true share is at least this (95 %).
-        high: the true share is at most this (95 %).
+        low: lower limit of the true share.
+        high: upper limit of the true share.
     """
 
     value: float
@@ -53,14 +53,14 @@ class Share:
 
 @dataclass(frozen=True)
 class SignShares:
-    """Negative, zero and positive eigenvalues; the three values sum to 1.
+    """The shares of negative, zero and positive eigenvalues, whose values sum to 1.
 
     Attributes:
-        negative: surely below 0. The limits are on all that are, by more than the rounding of
-            products.
-        zero: what cannot be told from 0, because of rounding or of too few steps of the quadrature.
-            The limits are on what is 0 up to rounding.
-        positive: surely above 0, with limits as for negative.
+        negative: eigenvalues that are surely below 0. The limits are those of all eigenvalues
+            below 0 by more than the rounding of products.
+        zero: eigenvalues that cannot be told from 0, because of rounding or because the quadrature
+            has too few steps. The limits are those of the eigenvalues that are 0 up to rounding.
+        positive: eigenvalues that are surely above 0, with limits as for negative.
         zone: the first nodes on either side that are not 0, averaged over probes, or the rounding
             of products where there is none. Values between them cannot be told apart.
     """
@@ -76,38 +76,40 @@ def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, f
 
     Args:
         recurrence: diagonal and off-diagonal of the tridiagonal matrix of Lanczos, shape [2,
-            steps]; the last off-diagonal leads out of it, 0 where the search broke down.
+            steps]. The last off-diagonal entry leads out of it; it is 0 after a breakdown.
         first: a value.
         last: the same value, or a larger one.
     """
-    _, weights, place = with_node(recurrence, first, -1)
-    least = float(weights[:place].sum())
-    _, weights, place = with_node(recurrence, last, 1)
+    _, weights, index = with_node(recurrence, first, -1)
+    least = float(weights[:index].sum())
+    _, weights, index = with_node(recurrence, last, 1)
     is_put = bool(recurrence[1, -1] > 0)
-    return least, min(1.0, float(weights[: place + is_put].sum()))
+    return least, min(1.0, float(weights[: index + is_put].sum()))
 
 
 def with_node(recurrence: Tensor, value: float, side: int) -> tuple[Tensor, Tensor, int]:
-    """Return the nodes and weights of the rule with a node at a given value, and the place of that
-    node.
+    """Return nodes and weights of the rule with one more node at a value, and that node's index.
 
-    After a breakdown all nodes are eigenvalues, and none is put: the place is where it would be.
+    After a breakdown all nodes are eigenvalues, and no node is added: the index is where it would
+    be.
 
     Args:
         recurrence: see :func:`mass_limits`.
-        value: where to put it; moved a little if a node is there already.
-        side: to move it down (-1) or up (1).
+        value: value of the node, which is moved a little if there is a node already.
+        side: direction of that move: down (-1) or up (1).
     """
     diagonal, beside = recurrence
     nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, beside[:-1]))
     leads_out = float(beside[-1])
     if leads_out == 0:
-        above = nodes >= value if side < 0 else nodes > value
-        return nodes, vectors[0] ** 2, len(nodes) - int(above.sum())
+        below = nodes <= value
+        if side < 0:
+            below = nodes < value
+        return nodes, vectors[0] ** 2, int(below.sum())
     scale = max(float(nodes.abs().max()), abs(value))
     while float((nodes - value).abs().min()) < NEAREST * scale:
         value += side * NEAREST * scale
-    # The last entry that makes the value an eigenvalue of the matrix of one more step.
+    # With this last diagonal entry the matrix of one more step has the value as an eigenvalue.
     last = value + leads_out**2 * float((vectors[-1] ** 2 / (nodes - value)).sum())
     grown = tridiagonal(torch.cat([diagonal, diagonal.new_tensor([last])]), beside)
     nodes, vectors = torch.linalg.eigh(grown)
@@ -124,14 +126,15 @@ def limits_of(least: float, most: float, size: int, probes: int) -> tuple[float,
     return _wilson(least, size, probes)[0], _wilson(most, size, probes)[1]
 
 
-def _wilson(part: float, size: int, probes: int) -> tuple[float, float]:
-    if part * size <= NONE:
+def _wilson(share: float, size: int, probes: int) -> tuple[float, float]:
+    if share * size <= NONE:
         return 0.0, 0.0
-    if (1 - part) * size <= NONE:
+    if (1 - share) * size <= NONE:
         return 1.0, 1.0
     count = probes * (size + 2) / 2
     square = DEVIATIONS**2
-    middle = part + square / (2 * count)
-    half = (square * (part * (1 - part) / count + square / (4 * count**2))) ** 0.5
-    low, high = ((middle + sign * half) / (1 + square / count) for sign in (-1, 1))
+    middle = share + square / (2 * count)
+    half = (square * (share * (1 - share) / count + square / (4 * count**2))) ** 0.5
+    low = (middle - half) / (1 + square / count)
+    high = (middle + half) / (1 + square / count)
     return max(0.0, low), min(1.0, high)

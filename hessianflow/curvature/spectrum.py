@@ -1,9 +1,9 @@
-"""Everything about the spectrum of one set of weights in one call: what `hessianflow spectrum`
-shows."""
+"""A report on the spectrum of one set of weights, as `hessianflow spectrum` shows it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,30 +14,33 @@ from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.landscape import gradient_overlap
 from hessianflow.curvature.operator import CallableOperator
 from hessianflow.curvature.results import EigenResult, TraceResult
-from hessianflow.curvature.selection import Selection
 from hessianflow.curvature.trace import trace as estimate_trace
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import unwrap
 
 Progress = Callable[[str, int], None]
-"""progress(stage, products): called after every product with the stage at hand and its products so
-far."""
+"""progress(stage, products): called after every product with the current stage and the number of
+products in it so far."""
 
-TRACE_MATVECS, LAYER_TRACE_MATVECS = 60, 15
-DENSITY_PROBES, DENSITY_STEPS = 3, 40
+# Numbers of products, probes and steps; our choices.
+TRACE_MATVECS = 60
+LAYER_TRACE_MATVECS = 15
+DENSITY_PROBES = 3
+DENSITY_STEPS = 40
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """Curvature of one module's own parameters, all others constant.
+    """Curvature of one module's own parameters, with all others constant.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         size: number of its weights.
-        eigenvalue: the leading one of its diagonal block.
-        residual: of that eigenvalue.
-        converged: whether it met the tolerance.
-        trace: of the block, with its standard error.
+        eigenvalue: leading eigenvalue of its diagonal block.
+        residual: residual of that eigenvalue.
+        converged: whether the eigenvalue met the tolerance.
+        trace: trace of the block.
+        trace_stderr: standard error of the trace.
     """
 
     name: str
@@ -60,10 +63,10 @@ class SpectrumReport:
         loss: the mean loss.
         eigen: the leading eigenpairs.
         gradient_overlap: share of the squared gradient along each eigenvector, shape [k].
-        trace: or None if not asked for.
-        density: or None if not asked for.
-        layers: one entry a module that matched.
-        matvecs: products over the whole parameter vector.
+        trace: the trace; None if not asked for.
+        density: the spectral density; None if not asked for.
+        layers: one entry for each module that matched.
+        matvecs: products with the matrix of all parameters.
     """
 
     size: int
@@ -78,7 +81,12 @@ class SpectrumReport:
     matvecs: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON; eigenvectors are left out."""
+        """Return plain values for JSON, without the eigenvectors."""
+        trace = density = None
+        if self.trace is not None:
+            trace = {"value": self.trace.value, "stderr": self.trace.stderr}
+        if self.density is not None:
+            density = _density_dict(self.density)
         return {
             "size": self.size,
             "num_examples": self.num_examples,
@@ -89,10 +97,8 @@ class SpectrumReport:
             "error_bounds": self.eigen.error_bounds.tolist(),
             "converged": self.eigen.converged,
             "gradient_overlap": self.gradient_overlap.tolist(),
-            "trace": None
-            if self.trace is None
-            else {"value": self.trace.value, "stderr": self.trace.stderr},
-            "density": None if self.density is None else _density_dict(self.density),
+            "trace": trace,
+            "density": density,
             "layers": [vars(layer) for layer in self.layers],
             "matvecs": self.matvecs,
         }
@@ -114,58 +120,51 @@ def spectrum_report(
     check_product: bool = True,
     progress: Progress | None = None,
 ) -> SpectrumReport:
-    """Measure leading eigenvalues, and on request trace, density and single layers; the model is
-    left as found.
+    """Measure leading eigenvalues, and on request trace, density and single layers.
+
+    The model is left unchanged.
 
     Args:
         model: the model.
         loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for dict batches.
         data: one pair or a re-iterable of pairs.
-        k: leading eigenpairs (largest magnitude); capped at the number of weights.
-        density: also a spectral density (3 probes of 40 steps) with the shares by sign.
-        trace: also the trace (60 products).
-        layers: pattern of module names ("layer1.*", "*"): the leading eigenvalue and trace of each
-            that holds weights.
-        tol: relative error allowed for the eigenvalues.
+        k: number of leading eigenpairs (largest magnitude), at most the number of weights.
+        density: also measure a spectral density (3 probes of 40 steps) with the shares by sign.
+        trace: also measure the trace (60 products).
+        layers: pattern of module names ("layer1.*", "*"): also measure the leading eigenvalue and
+            trace of each matching module with weights of its own.
+        tol: allowed relative error of the eigenvalues.
         microbatch_size: examples per pass; None keeps one graph when the data are a single pair.
         norm_mode: batch-normalisation statistics.
-        seed: of all random starts.
+        seed: seed of all random starts.
         check_product: compare one product with a difference of gradients; see HessianOperator.
-        progress: told of every product.
+        progress: called after every product.
 
     Raises:
         HessianFlowError: as HessianOperator, or no module matches `layers`.
     """
-    modules = [] if layers is None else _matching_modules(model, layers)
-
-    def operator_of(params: Selection, check_product: bool) -> HessianOperator:
-        return HessianOperator(
-            model,
-            loss_fn,
-            data,
-            params=params,
-            microbatch_size=microbatch_size,
-            norm_mode=norm_mode,
-            check_product=check_product,
-        )
-
-    operator, watched = operator_of(None, check_product), _Watched(progress)
+    modules = []
+    if layers is not None:
+        modules = _matching_modules(model, layers)
+    operator_of = partial(HessianOperator, model, loss_fn, data, norm_mode=norm_mode)
+    operator_of = partial(operator_of, microbatch_size=microbatch_size)
+    operator = operator_of(check_product=check_product)
     eigen = top_eigenpairs(
-        watched(operator, "eigenvalues"), min(k, operator.size), tol=tol, seed=seed
+        _reporting(operator, "eigenvalues", progress), min(k, operator.size), tol=tol, seed=seed
     )
+    matvecs = eigen.matvecs
     traced = measured = None
     if trace:
-        traced = estimate_trace(watched(operator, "trace"), num_matvecs=TRACE_MATVECS, seed=seed)
+        reporting = _reporting(operator, "trace", progress)
+        traced = estimate_trace(reporting, num_matvecs=TRACE_MATVECS, seed=seed)
+        matvecs += traced.matvecs
     if density:
+        reporting = _reporting(operator, "density", progress)
         measured = spectral_density(
-            watched(operator, "density"), num_probes=DENSITY_PROBES, steps=DENSITY_STEPS, seed=seed
+            reporting, num_probes=DENSITY_PROBES, steps=DENSITY_STEPS, seed=seed
         )
+        matvecs += measured.matvecs
     operator.release()
-    blocks = []
-    for name, module in modules:
-        block = operator_of(list(module.parameters(recurse=False)), False)
-        blocks.append(_layer(name, watched(block, name), tol, seed))
-        block.release()
     return SpectrumReport(
         size=operator.size,
         num_examples=operator.num_examples,
@@ -175,36 +174,33 @@ def spectrum_report(
         gradient_overlap=gradient_overlap(operator, eigen.vectors),
         trace=traced,
         density=measured,
-        layers=tuple(blocks),
-        matvecs=eigen.matvecs
-        + (traced.matvecs if traced else 0)
-        + (measured.matvecs if measured else 0),
+        layers=tuple(_layers(modules, operator_of, tol, seed, progress)),
+        matvecs=matvecs,
     )
 
 
-class _Watched:
-    """Wraps an operator so that every product is told to a callback."""
+def _reporting(
+    operator: HessianOperator, stage: str, progress: Progress | None
+) -> CallableOperator:
+    """Return the operator, with a call of `progress` after every product."""
+    done = 0
 
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
+    def product(vector: Tensor) -> Tensor:
+        nonlocal done
+        result = operator.matvec(vector)
+        done += 1
+        if progress is not None:
+            progress(stage, done)
+        return result
 
-    def __call__(self, operator: HessianOperator, stage: str) -> CallableOperator:
-        done = 0
-
-        def product(vector: Tensor) -> Tensor:
-            nonlocal done
-            result = operator.matvec(vector)
-            done += 1
-            if self._progress is not None:
-                self._progress(stage, done)
-            return result
-
-        return CallableOperator(product, operator.size, operator.dtype, operator.device)
+    return CallableOperator(product, operator.size, operator.dtype, operator.device)
 
 
 def _matching_modules(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Return modules with trainable parameters of their own whose name, or that of a module around
-    them, matches."""
+    """Return the modules with trainable weights of their own that match by name.
+
+    A pattern that matches a module also matches the modules inside it.
+    """
     owners = [
         (name, module)
         for name, module in unwrap(model).named_modules()
@@ -223,14 +219,25 @@ def _matching_modules(model: nn.Module, pattern: str) -> list[tuple[str, nn.Modu
     return matching
 
 
+def _layers(
+    modules: list[tuple[str, nn.Module]],
+    operator_of: Callable[..., HessianOperator],
+    tol: float,
+    seed: int,
+    progress: Progress | None,
+) -> Iterator[LayerSpectrum]:
+    for name, module in modules:
+        block = operator_of(params=list(module.parameters(recurse=False)), check_product=False)
+        yield _layer(name, _reporting(block, name, progress), tol, seed)
+        block.release()
+
+
 def _layer(name: str, operator: CallableOperator, tol: float, seed: int) -> LayerSpectrum:
     leading = top_eigenpairs(operator, 1, tol=tol, seed=seed)
-    # Of few rows the exact trace costs little more, and an estimate would not know its error.
-    products = (
-        operator.size
-        if LAYER_TRACE_MATVECS < operator.size <= 2 * LAYER_TRACE_MATVECS
-        else LAYER_TRACE_MATVECS
-    )
+    products = LAYER_TRACE_MATVECS
+    # For few rows the exact trace costs little more, and an estimate would not know its error.
+    if operator.size <= 2 * products:
+        products = max(products, operator.size)
     traced = estimate_trace(operator, num_matvecs=products, seed=seed)
     return LayerSpectrum(
         name=name,
@@ -244,7 +251,8 @@ def _layer(name: str, operator: CallableOperator, tol: float, seed: int) -> Laye
 
 
 def _density_dict(density: SpectralDensity) -> dict[str, Any]:
-    negative, shares = density.mass_below(0.0), density.shares()
+    negative = density.mass_below(0.0)
+    shares = density.shares()
     return {
         "nodes": density.nodes.tolist(),
         "weights": density.weights.tolist(),

@@ -3,30 +3,30 @@
 References: Hutchinson 1989; Meyer, Musco, Musco, Woodruff, Hutch++: Optimal stochastic trace
 estimation, 2021 (algorithm 1); Chen and Hallman, Krylov-aware stochastic trace estimation, 2023;
 Bekas, Kokiopoulou, Saad, An estimator for the diagonal of a matrix, 2007. XTrace (Epperly, Tropp,
-Webber 2024) was tried beside them: at 18 products on spectra like those of nets it was as accurate
-as "krylov", on flat ones 1.2 to 1.3 times as inaccurate as plain probes, and as its samples depend
-on each other, two standard errors covered 80 to 90 %.
+Webber 2024) is not here: at 18 products it was as accurate as "krylov" on spectra like those of
+nets and 1.2 to 1.3 times less accurate than plain probes on flat ones, and two standard errors
+covered only 80 to 90 %, because its samples depend on each other.
 
-All but Hutchinson's split tr A = tr(V^T A V) + tr((I - P) A (I - P)) for an orthonormal basis V and
-P = V V^T. The first part is exact, the second is averaged over probes that are independent of V:
-the sum is unbiased whatever V is.
+All methods but Hutchinson's split tr A = tr(V^T A V) + tr((I - P) A (I - P)) for an orthonormal
+basis V and P = V V^T. The first term is exact, and the second is averaged over probes that are
+independent of V: the sum is unbiased whatever V is.
 
-"krylov", as Chen and Hallman: the products of a Krylov basis are its first part already, where
+"krylov" follows Chen and Hallman. The products of a Krylov basis give its first term at once, where
 Hutch++ needs another product for each of its vectors; and a few vectors with high powers of A hold
-leading directions better than many with one. Deviations, ours:
+leading directions better than many vectors with one. Our deviations:
 - The basis starts from plain probes g_1, g_2, ...; as soon as the images A g_i show outliers
-  (MISSED_OUTLIERS), it is grown to half the products. If a third of the products shows none, all
-  the rest go to plain probes as well, and the estimate is Hutchinson's: a flat spectrum costs
-  nothing. That choice looks at probes which then count, and those that miss an outlier are low:
-  where one outlier is barely visible (12 to 20 among values of 1), estimates were off by up to a
-  quarter of their standard deviation. Without outliers, or with plain ones, no bias was seen.
-- The next vector is the left singular vector of R = (I - P) A V with the largest singular value:
-  from one start that is Lanczos, from several the direction in which the known products leave V
-  most.
+  (MISSED_OUTLIERS), it is grown to half the products. If a third of the products shows none, the
+  rest go to plain probes, too, and the estimate is Hutchinson's: a flat spectrum costs nothing. The
+  choice depends on probes that then count, and those that miss an outlier are low. Where one
+  outlier is barely visible (12 to 20 among values of 1), estimates are off by up to a quarter of
+  their standard deviation; without outliers, or with plain ones, no bias was seen.
+- The next vector is the left singular vector of R = (I - P) A V with the largest singular value.
+  From one start that is Lanczos; from several it is the direction in which the known products leave
+  V most.
 
 Deviation from Hutch++: a third of the products goes into the sketch A S, as in the paper; then the
 share of A's energy that the sketch misses is estimated from held-out columns. If it is a fifth or
-more, the low-rank part cannot pay for itself and all remaining products go to plain probes (those
+more, the low-rank term cannot pay for itself, and all remaining products go to plain probes (those
 of the sketch count as well).
 """
 
@@ -36,21 +36,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hessianflow.checks import check_choice
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import DiagonalResult, TraceResult
 from hessianflow.curvature.vectors import estimating, generator, rademacher
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 MISSED_ENERGY = 0.2
-"""Share of energy outside the sketch of Hutch++ from which on plain probes are better. Break-even
-is 1/3; ours, to be safe."""
+"""Share of energy outside the sketch of Hutch++ from which plain probes are better. Break-even is
+1/3; the smaller value is our choice, to be safe."""
 
 MISSED_OUTLIERS = 0.5
-"""The same for the Krylov basis: break-even, as the basis takes half the products. Ours."""
+"""The same for the Krylov basis. Our choice: break-even, as the basis takes half the products."""
 
 DEPENDENT = 1e-3
-"""Part of a start outside the others, relative to its length, below which it is left out of the
-basis: its product would be a difference of nearly equal ones."""
+"""Least length of a start's part outside the others, relative to the start. A start with less is
+left out of the basis: its product would be a difference of nearly equal ones."""
 
 TraceMethod = Literal["krylov", "hutchpp", "hutchinson"]
 
@@ -66,33 +67,30 @@ def trace(
 
     Args:
         operator: any symmetric operator.
-        num_matvecs: products to spend; all of them are. "krylov" spends fewer where the size is
-            smaller: one for each row, and the trace is exact. At least 2, for the other two methods
-            6, or there is no standard error.
+        num_matvecs: number of products to spend: at least 2 for "hutchinson", 6 for the others, or
+            there is no standard error. "krylov" spends one for each row if there are fewer rows,
+            and the trace is exact.
         method: "krylov" (default) takes leading directions from a Krylov basis first, "hutchpp"
             from a sketch, "hutchinson" averages plain probes. The first two become the third where
             they find no outliers.
-        seed: None: fresh entropy.
+        seed: seed of the probes; None draws fresh entropy.
 
     Returns:
-        The estimate is unbiased (but see the module on the choice of "krylov"). The standard error
-            comes from the
-        spread of n independent probes (given the basis), widened by Student's t for n - 1 degrees
-            of freedom: two of it
-        cover 95 % where samples are roughly normal, as with many rows; with few probes it is itself
-            rough, relative
-        accuracy about 1 / sqrt(2 n). On a dozen rows, or with rank one or two, samples are far from
-            normal and two of
-        it cover less (rank one: 78 to 89 %); spend a product for each row there.
+        The estimate, which is unbiased (but see the module on the choice of "krylov"), with a
+        standard error from the spread of n independent probes (given the basis), widened by
+        Student's t for n - 1 degrees of freedom. Two of it cover 95 % where samples are roughly
+        normal, as with many rows; its own relative accuracy is about 1 / sqrt(2 n). On a dozen
+        rows, or with rank one or two, samples are far from normal and two of it cover less (rank
+        one: 78 to 89 %); spend a product for each row there.
 
     Raises:
-        HessianFlowError: too few products, an unknown method, or a product that is not finite.
+        HessianFlowError: there are too few products, the method is unknown, or a product is not
+            finite.
     """
-    if method not in get_args(TraceMethod):
-        raise HessianFlowError(
-            f"method must be one of {', '.join(get_args(TraceMethod))}, got {method!r}"
-        )
-    least = 2 if method == "hutchinson" else 6
+    check_choice("method", method, get_args(TraceMethod))
+    least = 6
+    if method == "hutchinson":
+        least = 2
     if num_matvecs < least:
         raise HessianFlowError(
             f"num_matvecs must be at least {least} for {method}, got {num_matvecs}"
@@ -117,11 +115,14 @@ def _krylov(operator: LinearOperator, num_matvecs: int, source: torch.Generator)
         more = _samples(operator, num_matvecs - starts.shape[1], source)
         return _averaged(torch.cat([(starts * images).sum(dim=0), more]), 0.0, num_matvecs)
     basis, products = _orthonormal(starts, images)
-    spent, room = starts.shape[1], num_matvecs // 2 - starts.shape[1]
-    while room > 0 and (direction := _next_direction(basis, products)) is not None:
+    spent = starts.shape[1]
+    while spent < num_matvecs // 2:
+        direction = _next_direction(basis, products)
+        if direction is None:
+            break
         basis = torch.cat([basis, direction[:, None]], dim=1)
         products = torch.cat([products, operator.matvec(direction)[:, None]], dim=1)
-        spent, room = spent + 1, room - 1
+        spent += 1
     captured = float((basis * products).sum(dim=0).double().sum())
     return _averaged(_samples(operator, num_matvecs - spent, source, basis), captured, num_matvecs)
 
@@ -129,8 +130,10 @@ def _krylov(operator: LinearOperator, num_matvecs: int, source: torch.Generator)
 def _sketched(
     operator: LinearOperator, most: int, source: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return probes and their products, both [size, j] with 2 <= j <= `most`: as many as it takes
-    to see outliers."""
+    """Return probes and their products, both [size, j], for the first j that show outliers.
+
+    At least 2 and at most `most` are drawn.
+    """
     starts = rademacher(operator, source, 0)
     images = starts.clone()
     while starts.shape[1] < most:
@@ -143,9 +146,9 @@ def _sketched(
 
 
 def _orthonormal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal columns that span `vectors`, and their products, by the same combinations
-    of `images`."""
-    basis, products = vectors[:, :0], images[:, :0]
+    """Return orthonormal columns that span `vectors`, and their products, made from `images`."""
+    basis = vectors[:, :0]
+    products = images[:, :0]
     for vector, image in zip(vectors.unbind(1), images.unbind(1), strict=True):
         inside = basis.T @ vector
         outside = vector - basis @ inside
@@ -158,15 +161,14 @@ def _orthonormal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _next_direction(basis: Tensor, products: Tensor) -> Tensor | None:
-    """Return the unit vector along which the products leave the basis most; None where they do
-    not."""
+    """Return the unit vector along which products leave the basis most; None if none leaves it."""
     largest = _finite(products.abs().max())
     if largest == 0:
         return None
     scaled = products / largest  # so that squares neither vanish nor overflow
     leaving = scaled - basis @ (basis.T @ scaled)
     squares, combinations = torch.linalg.eigh(leaving.T @ leaving)
-    # Rounding of the products, squared: what is left of an invariant space is noise.
+    # The bound is the rounding of the products, squared: an invariant space leaves only noise.
     if not squares[-1] > (10 * torch.finfo(basis.dtype).eps) ** 2 * scaled.square().sum():
         return None
     direction = leaving @ combinations[:, -1]
@@ -192,14 +194,17 @@ def _hutchpp(operator: LinearOperator, num_matvecs: int, source: torch.Generator
 
 
 def _missed_energy(sketch: Tensor) -> float:
-    """Return the share of ||A s||^2 of columns that lies outside the span of all others, left out
-    in up to 8 groups in turn."""
+    """Return the share of the columns' energy ||A s||^2 that lies outside the span of the others.
+
+    The columns are held out in up to 8 groups in turn.
+    """
     largest = _finite(sketch.abs().max())
     if largest == 0:
         return 0.0
-    # the same angles in few rows; squares neither vanish nor overflow
+    # R has the same angles in few rows, and after the division squares neither vanish nor overflow.
     _, small = torch.linalg.qr(sketch / largest)
-    missed, width = torch.zeros_like(small[0, 0]), small.shape[1]
+    missed = torch.zeros_like(small[0, 0])
+    width = small.shape[1]
     for group in torch.arange(width).tensor_split(min(width, 8)):
         others = torch.ones(width, dtype=torch.bool)
         others[group] = False
@@ -212,11 +217,10 @@ def _missed_energy(sketch: Tensor) -> float:
 def diagonal(
     operator: LinearOperator, *, num_matvecs: int, seed: int | None = None
 ) -> DiagonalResult:
-    """Return the diagonal, diag A = E[g * (A g)] for random signs g, with the standard error of
-    each entry.
+    """Return the diagonal, diag A = E[g * (A g)] for random signs g, with its standard errors.
 
     Raises:
-        HessianFlowError: fewer than 2 products.
+        HessianFlowError: there are fewer than 2 products.
     """
     _check_probes(num_matvecs)
     source = generator(seed, operator.device)
@@ -235,11 +239,12 @@ def diagonal(
 def frobenius_norm(
     operator: LinearOperator, *, num_matvecs: int, seed: int | None = None
 ) -> TraceResult:
-    """Return the Frobenius norm, ||A||_F^2 = E[||A g||^2] for random signs g; standard error by the
-    delta method.
+    """Return the Frobenius norm, ||A||_F^2 = E[||A g||^2] for random signs g.
+
+    The standard error follows by the delta method.
 
     Raises:
-        HessianFlowError: fewer than 2 products.
+        HessianFlowError: there are fewer than 2 products.
     """
     _check_probes(num_matvecs)
     source = generator(seed, operator.device)
@@ -249,9 +254,10 @@ def frobenius_norm(
         ]
     squared = _averaged(torch.stack(samples), 0.0, num_matvecs)
     value = squared.value**0.5
-    return TraceResult(
-        value, squared.stderr / (2 * value) if value > 0 else 0.0, num_matvecs, squared.samples
-    )
+    stderr = 0.0
+    if value > 0:
+        stderr = squared.stderr / (2 * value)
+    return TraceResult(value, stderr, num_matvecs, squared.samples)
 
 
 def _check_probes(num_matvecs: int) -> None:
@@ -262,7 +268,7 @@ def _check_probes(num_matvecs: int) -> None:
 
 
 def _product(operator: LinearOperator, columns: Tensor) -> Tensor:
-    # Column by column: memory does not grow with the number of probes.
+    # One column at a time: memory does not grow with the number of probes.
     return torch.stack(
         [operator.matvec(column.contiguous()) for column in columns.unbind(1)], dim=1
     )
@@ -271,8 +277,7 @@ def _product(operator: LinearOperator, columns: Tensor) -> Tensor:
 def _samples(
     operator: LinearOperator, count: int, source: torch.Generator, basis: Tensor | None = None
 ) -> Tensor:
-    """Return g^T A g for `count` random signs g, in the complement of the orthonormal columns
-    `basis` if there are any."""
+    """Return g^T A g for `count` random g, projected out of the orthonormal columns `basis`."""
     samples = []
     for _ in range(count):
         probe = rademacher(operator, source)
@@ -294,8 +299,7 @@ def _averaged(samples: Tensor, offset: float, matvecs: int) -> TraceResult:
 
     values = samples.double()
     _finite(values.sum() + offset)
-    # Two standard errors are to cover 95.4 % as for a normal variable, also where few samples tell
-    # the spread.
+    # Two standard errors cover 95.4 %, as for a normal variable, also where samples are few.
     widening = float(stdtrit(len(values) - 1, ndtr(2.0))) / 2
     stderr = widening * float(values.std() / len(values) ** 0.5)
     return TraceResult(

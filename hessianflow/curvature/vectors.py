@@ -1,7 +1,7 @@
-"""Flat vectors: where they come from, and how they map to a list of parameters."""
+"""Flat vectors: random ones, their norms, and their pieces in the shapes of parameters."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,37 +10,35 @@ from hessianflow.interfaces import HessianFlowError, LinearOperator
 
 
 def generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Return a generator of our own on `device`; the global ones stay untouched. None: fresh
-    entropy."""
-    made = torch.Generator(device)
+    """Return a new generator on `device`, seeded with `seed` or, if it is None, fresh entropy."""
+    source = torch.Generator(device)
     if seed is None:
-        made.seed()
+        source.seed()
     else:
-        made.manual_seed(seed)
-    return made
+        source.manual_seed(seed)
+    return source
 
 
 @contextmanager
 def estimating(operator: LinearOperator) -> Iterator[None]:
-    """Compute without graphs and in the operator's own precision, also within an autocast of the
-    caller's.
+    """Compute without graphs and in the operator's own precision, also if the caller uses autocast.
 
-    Autocast would turn the inner products of an estimator into ones of 8 bits.
+    Autocast would leave the inner products of an estimator 8 bits.
     """
     kind = operator.device.type
-    widened = (
-        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-    )
-    with torch.no_grad(), widened:
-        yield
+    with torch.no_grad():
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                yield
+        else:
+            yield
 
 
 def gaussian(
     operator: LinearOperator, source: torch.Generator, columns: int | None = None
 ) -> Tensor:
-    """Return standard normal entries (unit variance, as everywhere in this package), shape [size]
-    or [size, columns]."""
-    shape = (operator.size,) if columns is None else (operator.size, columns)
+    """Return standard normal entries (of variance 1), shape [size] or [size, columns]."""
+    shape = _shape(operator, columns)
     return torch.randn(shape, generator=source, device=operator.device, dtype=operator.dtype)
 
 
@@ -48,9 +46,22 @@ def rademacher(
     operator: LinearOperator, source: torch.Generator, columns: int | None = None
 ) -> Tensor:
     """Return independent entries +1 or -1, shape [size] or [size, columns]."""
-    shape = (operator.size,) if columns is None else (operator.size, columns)
+    shape = _shape(operator, columns)
     bits = torch.randint(0, 2, shape, generator=source, device=operator.device)
     return bits.to(operator.dtype).mul_(2).sub_(1)
+
+
+def _shape(operator: LinearOperator, columns: int | None) -> tuple[int, ...]:
+    if columns is None:
+        return (operator.size,)
+    return (operator.size, columns)
+
+
+def usable_in_graph(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy of one made in inference mode, which cannot enter a graph."""
+    if tensor.is_inference():
+        return tensor.clone()
+    return tensor
 
 
 def norm(vector: Tensor) -> Tensor:
@@ -61,13 +72,15 @@ def norm(vector: Tensor) -> Tensor:
 
 
 def normalised(vectors: Tensor) -> Tensor:
-    """Return a vector, or each column of a matrix, divided by its Euclidean norm, whatever its
-    size; zero stays zero."""
+    """Return a vector, or each column of a matrix, divided by its Euclidean norm; 0 stays 0.
+
+    Entries may be so large or small that their squares leave the range of the type.
+    """
     tiny = torch.finfo(vectors.dtype).tiny
     largest = vectors.abs().amax(dim=0).clamp_min(tiny)
-    # The power of two at or below the largest entry: where squares fit the type anyway, no bit of
-    # the result changes. It is found on the host: not every device has frexp, and callers wait for
-    # the device in any case.
+    # Dividing by the power of two at or below the largest entry changes no bit of a result whose
+    # squares fit the type anyway. It is found on the host, because not every device has frexp and
+    # callers wait for the device in any case.
     mantissa = torch.frexp(largest.cpu()).mantissa.to(largest)
     scaled = vectors / (largest / (2 * mantissa))
     unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=0).clamp_min(tiny)
@@ -75,12 +88,15 @@ def normalised(vectors: Tensor) -> Tensor:
 
 
 def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return one flat vector; None stands for zeros of the shape of its neighbour in `like`."""
-    pieces = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)]
-    # Gradients of sparse embeddings are sparse.
-    return torch.cat(
-        [(piece.to_dense() if piece.is_sparse else piece).reshape(-1).to(dtype) for piece in pieces]
-    )
+    """Return one flat vector; None stands for zeros in the shape of the same entry of `like`."""
+    pieces = []
+    for tensor, p in zip(tensors, like, strict=True):
+        if tensor is None:
+            tensor = torch.zeros_like(p)
+        elif tensor.is_sparse:  # a gradient of a sparse embedding
+            tensor = tensor.to_dense()
+        pieces.append(tensor.reshape(-1).to(dtype))
+    return torch.cat(pieces)
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -90,8 +106,7 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def vector_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    """Return the type of flat vectors: the widest of the parameters, and float32 for 16-bit
-    ones."""
+    """Return the type of flat vectors: the widest of the parameters', and at least float32."""
     widest = torch.float32
     for parameter in parameters:
         widest = torch.promote_types(widest, parameter.dtype)
@@ -102,7 +117,7 @@ def check_vector(operator: LinearOperator, vector: Tensor, name: str = "vector")
     """Refuse a vector that does not fit the operator.
 
     Raises:
-        HessianFlowError: wrong shape, type or device.
+        HessianFlowError: the shape, type or device is another than the operator's.
     """
     if vector.shape != (operator.size,):
         raise HessianFlowError(

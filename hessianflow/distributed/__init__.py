@@ -1,18 +1,8 @@
-"""Ranks that train one model: process groups, synchronised gradients, curvature over ranks, dry
-runs."""
+"""Ranks that train one model: process groups, gradient sums, curvature over ranks, simulation."""
 
-from hessianflow.distributed.curvature import (
-    AllReducedOperator,
-    shard,
-    sharded,
-)
-from hessianflow.distributed.fingerprint import (
-    check_same_program,
-    code_fingerprint,
-)
-from hessianflow.distributed.launch import (
-    run_local,
-)
+from hessianflow.distributed.curvature import AllReducedOperator, shard, sharded
+from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
+from hessianflow.distributed.launch import run_local
 from hessianflow.distributed.process_group import (
     Generation,
     ProcessGroupReducer,
@@ -20,25 +10,11 @@ from hessianflow.distributed.process_group import (
     local_device,
     process_group,
 )
-from hessianflow.distributed.reducers import (
-    GroupReducer,
-    LocalReducer,
-)
-from hessianflow.distributed.simulated import (
-    run_simulated,
-)
-from hessianflow.distributed.state import (
-    average_buffers,
-    broadcast_module,
-    broadcast_state,
-)
-from hessianflow.distributed.synchronize import (
-    GradientSynchronizer,
-)
-from hessianflow.distributed.world import (
-    GroupWorld,
-    launched_world,
-)
+from hessianflow.distributed.reducers import GroupReducer, LocalReducer
+from hessianflow.distributed.simulated import run_simulated
+from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
+from hessianflow.distributed.synchronize import GradientSynchronizer
+from hessianflow.distributed.world import GroupWorld, launched_world
 
 __all__ = [
     "AllReducedOperator",

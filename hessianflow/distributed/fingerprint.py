@@ -1,5 +1,4 @@
-"""Do all ranks run the same program? Asked once, at the start, instead of found out by wrong
-weights."""
+"""Check at the start that all ranks run the same program, which wrong weights would show later."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,7 @@ from hessianflow.interfaces import AgreedError
 
 
 def code_fingerprint(files: Sequence[str | Path] = ()) -> str:
-    """A hash of this package's sources, of torch's version, and of further files (the script that
-    is run)."""
+    """Return a hash of this package's sources, torch's version and further files (the script)."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256(torch.__version__.encode())
     for path in [*sorted(package.rglob("*.py")), *map(Path, files)]:
@@ -27,14 +25,14 @@ def check_same_program(reducer: GroupReducer, settings: Mapping[str, Any], code:
     """Refuse ranks that differ, on all of them, before anything is trained.
 
     Args:
-        reducer: of the group.
-        settings: everything that decides the run, by name; plain values, without what may differ
-            (rank, device index).
-        code: from :func:`code_fingerprint`.
+        reducer: Reducer of the group.
+        settings: Plain values that decide the run, by name, without those that may differ (rank,
+            device index).
+        code: Result of :func:`code_fingerprint`.
 
     Raises:
-        AgreedError: on every rank alike, naming the first rank that differs from rank 0 and in
-            what.
+        AgreedError: A rank differs from rank 0. Every rank raises it, and the message names the
+            rank and the difference.
     """
     everyone = reducer.gather((dict(settings), code))
     reference, reference_code = everyone[0]

@@ -1,4 +1,4 @@
-"""Start ranks on this machine from Python: what torchrun does for a command, for a function."""
+"""Start ranks on this machine from Python, for a function, as torchrun does for a command."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -16,7 +16,8 @@ from hessianflow.distributed.process_group import Generation, abort, enter, leav
 from hessianflow.distributed.store import LOCAL, gloo_on_this_machine, serve
 from hessianflow.interfaces import HessianFlowError
 
-_PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "hessianflow.distributed.launch"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "hessianflow.distributed.launch"]
+"""Modules that the server which processes are forked from imports once."""
 
 
 def run_local(
@@ -26,29 +27,29 @@ def run_local(
     device: str = "cpu",
     timeout_seconds: float = 60.0,
 ) -> list[Any]:
-    """Run `function(reducer, *arguments)` as every rank of a new group, and return what each
-    returned.
+    """Run `function(reducer, *arguments)` as every rank of a new group, and return all results.
 
     Processes come from a server that has imported torch already: the first call takes seconds,
     later ones a fraction of a second. If one rank fails the others are ended.
 
     Args:
-        function: importable by name from a module.
-        world_size: number of processes.
-        arguments: anything that can be pickled.
-        device: "cpu" (gloo), or "cuda" (NCCL, one device a process).
-        timeout_seconds: for the whole run, and for each collective in it.
+        function: Function that can be imported by name from a module.
+        world_size: Number of processes.
+        arguments: Further arguments, which must be picklable.
+        device: "cpu" (gloo), or "cuda" (NCCL, one device per process).
+        timeout_seconds: Time limit of the whole run, and of each collective in it.
 
     Returns:
         The results in the order of ranks.
 
     Raises:
-        HessianFlowError: a rank failed (its traceback is in the message's cause), or time was up.
+        HessianFlowError: A rank failed (the cause of the error holds its traceback), or did not
+            finish in time.
     """
     if world_size < 1:
         raise HessianFlowError(f"world_size must be at least 1, got {world_size}")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     store = serve()
     processes, pipes = [], []
     for rank in range(world_size):
@@ -72,7 +73,7 @@ def run_local(
     finally:
         for process in processes:
             process.join(timeout=5)
-            process.kill()  # those of a failed run, which may wait for ever
+            process.kill()  # the ranks of a failed run may wait for ever
             process.join()
 
 
@@ -96,7 +97,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
 
 def _received(pipe: Any, rank: int) -> Any:
     try:
-        # From a process that this one started, through a pipe of its own: not data from elsewhere.
+        # Unpickling is safe here: only a process that this one started can write to the pipe.
         succeeded, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         raise HessianFlowError(
@@ -120,15 +121,15 @@ def _run_rank(
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // generation.world_size))
     try:
         store = TCPStore(LOCAL, port, is_master=False)
-        place = local_device(device, generation.local_rank)
+        own = local_device(device, generation.local_rank)
         with gloo_on_this_machine():
-            reducer = enter(generation, store, place, timeout_seconds=timeout_seconds)
+            reducer = enter(generation, store, own, timeout_seconds=timeout_seconds)
         result = function(reducer, *arguments)
         leave(collect=True)
         # Plain bytes: tensors must not share memory with a process that is about to end.
         pipe.send_bytes(pickle.dumps((True, result)))
     except BaseException:
-        # before the others fail on our account
+        # The cause is sent before the group is aborted, since that makes the other ranks fail.
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         abort()
     pipe.close()

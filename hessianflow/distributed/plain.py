@@ -1,9 +1,9 @@
-"""Plain values as bytes, for what ranks tell each other: data that can only become data again.
+"""Plain values as bytes, to send between ranks: data that can only become data again.
 
-Pickles would do the same, but whoever can reach a rank's port could run a program with one. Here a
-value is JSON in which everything that JSON lacks is a list that begins with its kind: tuples, dicts
-with other keys than strings, bytes, paths, tensors and arrays of numbers, and the frozen
-dataclasses of this package.
+With pickles, anyone who can reach a rank's port could run a program there. Here a value is JSON, in
+which a list that begins with a kind stands for everything that JSON lacks: tuples, dicts with other
+keys than strings, bytes, paths, tensors and arrays of numbers, and the frozen dataclasses of this
+package.
 """
 
 import json
@@ -26,11 +26,12 @@ _NATIVE = frozenset({bool, int, float, str, type(None)})
 
 
 def dumps(value: Any) -> bytes:
-    """Return the bytes of a plain value; tensors come back on the CPU, and NumPy's numbers as
-    Python's.
+    """Return the bytes of a plain value.
+
+    Tensors return on the CPU, and NumPy's numbers as Python's.
 
     Raises:
-        HessianFlowError: something that is no plain value, named by its type.
+        HessianFlowError: Something in it is no plain value; the message names its type.
     """
     try:
         return json.dumps(_encoded(value), separators=(",", ":")).encode("ascii")
@@ -41,10 +42,10 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(content: bytes) -> Any:
-    """Return the value again.
+    """Return the value from its bytes.
 
     Raises:
-        HessianFlowError: bytes that :func:`dumps` does not make.
+        HessianFlowError: The bytes are not from :func:`dumps`.
     """
     try:
         return _decoded(json.loads(content))
@@ -58,11 +59,9 @@ def loads(content: bytes) -> Any:
 def _encoded(value: Any) -> Any:
     if type(value) in _NATIVE:
         return value
-    # the most frequent kind, in its shortest form
+    # The most frequent kind has the shortest form.
     if type(value) is dict and all(type(key) is str for key in value):
-        return {
-            key: item if type(item) in _NATIVE else _encoded(item) for key, item in value.items()
-        }
+        return {key: _encoded(item) for key, item in value.items()}
     for kind, encode in _ENCODERS.items():
         if isinstance(value, kind):
             return encode(value)
@@ -78,9 +77,7 @@ def _encoded(value: Any) -> Any:
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {
-            key: item if type(item) in _NATIVE else _decoded(item) for key, item in value.items()
-        }
+        return {key: _decoded(item) for key, item in value.items()}
     if isinstance(value, list):
         kind, *rest = value
         return _DECODERS[kind](*rest)
@@ -126,9 +123,8 @@ _ENCODERS: Mapping[type, Callable[[Any], Any]] = {
     torch.device: lambda value: ["device", str(value)],
     np.ndarray: _array,
     np.generic: lambda value: _encoded(value.item()),
-    **{
-        kind: kind for kind in (int, float, str)
-    },  # whatever is derived from them: NumPy's numbers, enumerations
+    # Types that are derived from these: NumPy's numbers, enumerations.
+    **{kind: kind for kind in (int, float, str)},
     complex: lambda value: ["complex", value.real, value.imag],
 }
 
@@ -141,17 +137,17 @@ def _new_tensor(dtype: str, shape: list[int], content: str) -> Tensor:
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name} is no dtype")
-    return found
+    return dtype
 
 
-def _new_array(dtype: str, shape: list[int], content: str) -> NDArray[Any]:
-    found = np.dtype(dtype)
-    if found.kind not in "biufc":
-        raise TypeError(f"{dtype} is no type of numbers")
-    return np.array(np.frombuffer(b64decode(content), dtype=found)).reshape(shape)
+def _new_array(name: str, shape: list[int], content: str) -> NDArray[Any]:
+    dtype = np.dtype(name)
+    if dtype.kind not in "biufc":
+        raise TypeError(f"{name} is no type of numbers")
+    return np.array(np.frombuffer(b64decode(content), dtype=dtype)).reshape(shape)
 
 
 def _record(module: str, name: str, kept: dict[str, Any]) -> Any:
@@ -162,7 +158,7 @@ def _record(module: str, name: str, kept: dict[str, Any]) -> Any:
 
 
 def _is_record(kind: Any) -> bool:
-    """Return whether this is one of this package's own classes, made of its fields alone."""
+    """Return whether this is a frozen dataclass of this package, made from its fields alone."""
     own = (
         isinstance(kind, type)
         and kind.__module__.partition(".")[0] == _PACKAGE

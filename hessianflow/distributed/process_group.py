@@ -1,13 +1,12 @@
-"""Process groups of torch.distributed: found from torchrun's environment, entered, left, and
-entered again.
+"""Process groups of torch.distributed, formed from torchrun's environment, left and formed again.
 
-A run lives through one or more generations. A generation is one membership of the group: its
-number, this process's rank and the number of ranks. All generations of a run share one key-value
-store; each keeps its keys under a prefix of its own, so that a new group can be formed in place, in
-milliseconds, without a trace of the one before.
+A run consists of one or more generations. A generation is one membership of the group: its number,
+this process's rank and the number of ranks. All generations of a run share one key-value store;
+each has its own prefix of keys, so that a new group can be formed in place, in milliseconds,
+without traces of the previous one.
 
 On a CUDA device the group has two backends: NCCL for tensors on the device and gloo for those on
-the host, so that counts, flags and plain values are agreed on without waiting for the device.
+the host, so that ranks agree on counts, flags and plain values without waiting for the device.
 """
 
 import gc
@@ -31,10 +30,10 @@ from hessianflow.distributed.store import gloo_on_this_machine, serve
 from hessianflow.interfaces import HessianFlowError
 
 TIMEOUT_SECONDS = 600.0
-"""How long a rank waits for the others in one collective. Ours: torch's own default for NCCL."""
+"""Time that a rank waits for the others in one collective, torch's own default for NCCL."""
 
 _LONGEST_NUMBER = 18
-"""Characters of a number in the environment."""
+"""Most characters of a number in the environment."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,10 @@ class Generation:
     """One membership of the process group.
 
     Attributes:
-        number: 0, 1, ...: which membership of the run this is.
-        rank: of this process, in [0, world_size).
-        world_size: number of ranks.
-        local_rank: place among the processes of this machine, which is also the index of its CUDA
-            device.
+        number: Number of the membership in the run, from 0.
+        rank: Rank of this process, in [0, world_size).
+        world_size: Number of ranks.
+        local_rank: Rank among the processes of this machine, also the index of its CUDA device.
     """
 
     number: int
@@ -62,32 +60,38 @@ class Generation:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Generation | None:
-    """Return the place torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK) gave to
-    this process.
+    """Return the membership that the environment describes, as torchrun sets it.
+
+    Args:
+        environment: Variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; None for
+            those of this process.
 
     Returns:
-        None when RANK is not set: an ordinary run of one process.
+        The membership; None if RANK is not set, in an ordinary run of one process.
 
     Raises:
-        HessianFlowError: RANK without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers that do
-            not fit together or cannot be.
+        HessianFlowError: RANK is set without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers are
+            impossible or do not fit together.
     """
-    found = os.environ if environment is None else environment
-    if "RANK" not in found:
+    if environment is None:
+        environment = os.environ
+    if "RANK" not in environment:
         return None
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not found.get(name)]
+    required = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in required if not environment.get(name)]
     if missing:
         raise HessianFlowError(
             f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK"
         )
-    port = _number(found, "MASTER_PORT")
+    port = _number(environment, "MASTER_PORT")
     if not 0 < port < 1 << 16:
         raise HessianFlowError(
             f"MASTER_PORT must be a port, 1 to 65535, got {port}: start with torchrun, or unset"
             " RANK"
         )
-    rank, world_size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
-    local_rank = _number(found, "LOCAL_RANK") if "LOCAL_RANK" in found else 0
+    rank = _number(environment, "RANK")
+    world_size = _number(environment, "WORLD_SIZE")
+    local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0
     if local_rank < 0:
         raise HessianFlowError(
             f"LOCAL_RANK must be at least 0, got {local_rank}: start with torchrun, or unset RANK"
@@ -96,11 +100,10 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
 
 
 def local_device(name: str, local_rank: int) -> torch.device:
-    """Return the device of one process of a machine: "cuda" becomes "cuda:<local_rank>", others
-    stay.
+    """Return the device of one process of a machine; "cuda" becomes "cuda:<local_rank>".
 
     Raises:
-        HessianFlowError: more processes than CUDA devices on this machine.
+        HessianFlowError: This machine has more processes than CUDA devices.
     """
     if name != "cuda":
         return torch.device(name)
@@ -117,25 +120,25 @@ def local_device(name: str, local_rank: int) -> torch.device:
 def process_group(
     generation: Generation, device: torch.device, *, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> Iterator["ProcessGroupReducer"]:
-    """Take part in the group that the launcher's environment describes, and leave it in an order
-    that is safe.
+    """Join the group that the launcher's environment describes, and leave it in a safe order.
 
-    On success: what is left of the body's objects (a live DDP object makes gloo abort at exit) is
-    collected, all ranks meet, the group is destroyed. When the body raises: the group is aborted,
-    since a rank in trouble must not wait for ranks that wait for it.
+    On success, garbage of the body is collected (a live DDP object makes gloo abort at exit), all
+    ranks meet, and the group is destroyed. If the body raises, the group is aborted, since a rank
+    in trouble must not wait for ranks that wait for it.
 
     Args:
-        generation: from :func:`from_environment`.
-        device: of the model; decides the backend, and becomes the current CUDA device.
-        timeout_seconds: see :data:`TIMEOUT_SECONDS`.
+        generation: Membership from :func:`from_environment`.
+        device: Device of the model, which decides the backend and becomes the current CUDA device.
+        timeout_seconds: Time limit of each collective.
 
     Yields:
         The reducer of this generation.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(generation.world_size)
     store = _meeting_point(generation, address, port, timeout_seconds, one_machine)
-    # The agent's store outlives workers that it restarts: each attempt meets under keys of its own.
+    # The agent's store outlives workers that it restarts, so each attempt needs its own keys.
     attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     with gloo_on_this_machine() if one_machine else nullcontext():
         reducer = enter(
@@ -152,9 +155,9 @@ def process_group(
 def _meeting_point(
     generation: Generation, address: str, port: int, timeout_seconds: float, one_machine: bool
 ) -> TCPStore:
-    """Return the store of the launcher's environment: served here, or that of whoever serves it.
+    """Return the store of the launcher's environment, which this process serves or connects to.
 
-    Rank 0 serves on MASTER_ADDR alone, where that is one address of its machine that the others can
+    Rank 0 serves on MASTER_ADDR alone, if that is an address of its machine that the others can
     reach.
     """
     wait = timedelta(seconds=timeout_seconds)
@@ -177,16 +180,18 @@ def _meeting_point(
 
 
 def _is_one_address(name: str, one_machine: bool) -> bool:
-    """Return whether all ranks reach this machine by the same address; a name may mean others
-    elsewhere."""
+    """Return whether `name` is the same single address for all ranks.
+
+    Elsewhere, a loopback address or a name of several addresses may mean another machine.
+    """
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+        answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
-    loopback = any(
-        ipaddress.ip_address(str(number).partition("%")[0]).is_loopback for number in found
-    )
-    return one_machine if loopback else len(found) == 1
+    addresses = {str(answer[4][0]) for answer in answers}
+    if any(ipaddress.ip_address(each.partition("%")[0]).is_loopback for each in addresses):
+        return one_machine
+    return len(addresses) == 1
 
 
 def enter(
@@ -196,10 +201,10 @@ def enter(
     *,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> "ProcessGroupReducer":
-    """Form the default process group of one generation; returns when every rank of it has come.
+    """Form the default process group of one generation, once all its ranks have arrived.
 
     Raises:
-        HessianFlowError: this process is still in a group, or some ranks did not come within the
+        HessianFlowError: This process is still in a group, or some ranks did not arrive within the
             timeout.
     """
     if dist.is_initialized():
@@ -219,7 +224,7 @@ def enter(
             world_size=generation.world_size,
             timeout=wait,
         )
-    except RuntimeError as error:  # of torch's store and of gloo alike
+    except RuntimeError as error:  # both torch's store and gloo raise it
         _forget_failed_group()
         raise HessianFlowError(
             f"rank {generation.rank} could not meet the {generation.world_size} ranks of generation"
@@ -232,8 +237,8 @@ def leave(*, collect: bool = False) -> None:
     """Leave the group together with all its ranks.
 
     Args:
-        collect: run the garbage collector first (0.3 s), needed when a DistributedDataParallel
-            object was in use.
+        collect: Run the garbage collector first (0.3 s), as needed after the use of a
+            DistributedDataParallel object.
     """
     if collect:
         gc.collect()
@@ -242,19 +247,18 @@ def leave(*, collect: bool = False) -> None:
 
 
 def abort() -> None:
-    """Leave the group at once, without the other ranks: they may be dead, or waiting for this
-    one."""
+    """Leave the group at once, without the other ranks, which may be dead or wait for this one."""
     if dist.is_initialized():
-        # torch 2.6 and later; gloo's destruction does not wait in earlier releases either
+        # torch has `abort` from 2.6 on; in earlier releases, destroying gloo does not wait.
         getattr(dist.group.WORLD, "abort", lambda: None)()
         dist.destroy_process_group()
 
 
 class ProcessGroupReducer:
-    """How the ranks of the default process group agree; made by :func:`enter`.
+    """The reducer of the default process group, made by :func:`enter`.
 
     Attributes:
-        generation: the membership this reducer belongs to.
+        generation: Membership to which this reducer belongs.
     """
 
     def __init__(self, generation: Generation) -> None:
@@ -262,29 +266,28 @@ class ProcessGroupReducer:
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Return the rank of this process."""
         return self.generation.rank
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
         return self.generation.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all ranks: `tensor` itself, overwritten, or a new one where it is not
-        contiguous."""
+        """Return the sum over all ranks, in `tensor` itself unless it is not contiguous."""
         summed = tensor.contiguous()
         dist.all_reduce(summed)
         return summed
 
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to sum a contiguous tensor in place; the function returned waits for it."""
+        """Begin to sum a contiguous tensor in place, and return a function that waits for it."""
         work = dist.all_reduce(tensor, async_op=True)
         assert work is not None
         return lambda: _finish(work)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value, on every rank; rank 0 keeps its own object."""
+        """Return rank 0's plain value on every rank; rank 0 keeps its own object."""
         content = dumps(value) if self.rank == 0 else b""
         size = torch.tensor([len(content)])
         dist.broadcast(size, src=0)
@@ -310,10 +313,10 @@ class ProcessGroupReducer:
 
 
 def _forget_failed_group() -> None:
-    """Let torch number its groups from zero again, as it does when a group is destroyed.
+    """Make torch count its groups from zero again, as it does when a group is destroyed.
 
-    A group that failed to form has been counted, and the number is part of the keys that the next
-    one meets under: ranks that count differently would wait for each other for ever.
+    torch also counts a group that failed to form, and the count is part of the keys of the next
+    one: ranks that count differently would wait for each other for ever.
     """
     abort()
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
@@ -321,11 +324,10 @@ def _forget_failed_group() -> None:
 
 
 def _carrier(content: bytes, size: int) -> Tensor:
-    """Return a tensor of so many bytes that begins with `content`."""
+    """Return a tensor of `size` bytes that begins with `content`."""
     carrier = torch.zeros(size, dtype=torch.uint8)
-    carrier[: len(content)] = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)[
-        : len(content)
-    ]
+    if content:  # torch.frombuffer refuses an empty buffer
+        carrier[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     return carrier
 
 

@@ -1,4 +1,4 @@
-"""The connection to Ray, made when it is first needed."""
+"""The connection to Ray, which is made when it is first needed."""
 
 import logging
 import os
@@ -12,39 +12,36 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
-    """Connect to a Ray cluster, or start a local one; returns the `ray` module. A connection that
-    exists is used.
+    """Connect to a Ray cluster, or start a local one, and return the `ray` module.
 
-    No usage is reported and no dashboard started.
+    An existing connection is used. No usage is reported, and no dashboard is started.
 
     Args:
-        address: of a running cluster ("auto", "10.0.0.1:6379", "ray://..."); None: a local one,
-            ended with the process.
-        num_cpus: of a local cluster; default: those of the machine.
+        address: Address of a running cluster ("auto", "10.0.0.1:6379", "ray://..."); None for a
+            local one, which ends with the process.
+        num_cpus: CPUs of a local cluster; None for those of the machine.
 
     Raises:
         HessianFlowError: Ray is not installed, or does not run at `address`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A local cluster would run workers at the lowest priority but four: anything else on the
-    # machine would starve them.
+    # By default a local cluster runs workers at so low a priority that other programs starve them.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Keep Ray's next behaviour for actors without GPUs, without its warning about the change.
+    # This selects Ray's future behaviour for actors without GPUs, and avoids its warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None and "ray" not in sys.modules:  # Ray reads it while it is imported
-        # Ray's processes listen on all addresses of the machine: they are to answer to those who
-        # know a token only.
+    if address is None and "ray" not in sys.modules:  # Ray reads the variable at import
+        # Ray's processes listen on all addresses of the machine, so they must require a token.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError:
         raise HessianFlowError("elastic runs need Ray: pip install 'hessianflow[ray]'") from None
-    _check_reachable(address)  # also beside a connection: the address was meant
+    _check_reachable(address)  # even if there is a connection, a wrong address is an error
     if ray.is_initialized():
         return ray
     try:
         if address is None:
-            # "local": a stale address file of an earlier cluster must not be believed.
+            # With "local", Ray ignores a stale address file of an earlier cluster.
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -61,14 +58,13 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
 
 
 def endings(ray: Any) -> tuple[type[Exception], ...]:
-    """Return what Ray raises where the process that was asked has ended, for whatever reason."""
+    """Return the errors that Ray raises if the process of an actor has ended."""
     names = ("RayActorError", "OutOfMemoryError", "NodeDiedError", "WorkerCrashedError")
     return tuple(getattr(ray.exceptions, name) for name in names if hasattr(ray.exceptions, name))
 
 
 def answer(ray: Any, ref: Any) -> Any:
-    """Return what an actor answers; an error of its own code comes as itself where it says what to
-    do."""
+    """Return the answer of an actor, and raise a HessianFlowError of its code as such."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
@@ -79,8 +75,7 @@ def answer(ray: Any, ref: Any) -> Any:
 
 @contextmanager
 def told_in_one_line(ray: Any) -> Iterator[None]:
-    """Turn failures of Ray itself into an error of one line; those of the code that it runs pass as
-    they are."""
+    """Turn failures of Ray itself, but not of the code that it runs, into an error of one line."""
     try:
         yield
     except ray.exceptions.RayTaskError:
@@ -92,13 +87,12 @@ def told_in_one_line(ray: Any) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, or its type where it has none: Ray's messages hold whole
-    tracebacks."""
+    """Return the first line of an error's message, since Ray's messages hold whole tracebacks."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_reachable(address: str | None) -> None:
-    """Refuse a host and port where nothing listens: Ray itself would try for minutes."""
+    """Refuse a host and port where nothing listens, since Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:

@@ -1,4 +1,4 @@
-"""How ranks agree: the protocol the other modules of this room use, and its case of one process."""
+"""The protocol of reducers, by which ranks exchange data, and the reducer of a single process."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,16 +9,17 @@ from hessianflow.interfaces import Reducer
 
 
 class GroupReducer(Reducer, Protocol):
-    """A reducer that can also overlap a sum with other work and collect one plain value from every
-    rank."""
+    """A reducer that can also overlap a sum with other work, and gather a value from every rank."""
 
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to replace a contiguous `tensor` by its sum over ranks; call what is returned
-        before reading it."""
+        """Begin to sum a contiguous `tensor` over ranks in place, and return a function.
+
+        Call the function before you read the tensor.
+        """
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's plain value, in the order of ranks, on every rank."""
+        """Return every rank's plain value, in the order of ranks, on every rank."""
         ...
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
@@ -27,28 +28,28 @@ class GroupReducer(Reducer, Protocol):
 
 
 class LocalReducer:
-    """One process: every sum is its own, every word its own."""
+    """The reducer of a single process, which returns every value as it is."""
 
     rank = 0
     world_size = 1
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:  # noqa: ARG002
-        """Nothing to wait for."""
+        """Return a function that does nothing, since there is nothing to wait for."""
         return _nothing
 
     def broadcast(self, value: Any) -> Any:
-        """The value itself."""
+        """Return the value itself."""
         return value
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
         """Leave the tensor as it is."""
 
     def gather(self, value: Any) -> list[Any]:
-        """A list of this one value."""
+        """Return a list of this one value."""
         return [value]
 
 

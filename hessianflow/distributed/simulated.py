@@ -1,9 +1,9 @@
-"""A world of any size in one process: every rank a thread, every sum exact.
+"""A world of any size in one process, in which every rank is a thread and every sum is exact.
 
-The same functions run as under :func:`~hessianflow.distributed.launch.run_local`, so that code for
-many ranks can be tried, and its numbers checked, on one machine. Sums are taken in float64 in the
-order of ranks and rounded once, so the result does not depend on timing; for two ranks it is bit
-for bit that of gloo.
+It runs the same functions as :func:`~hessianflow.distributed.launch.run_local`, so that code for
+many ranks can be tried, and its numbers checked, on one machine. Sums are computed in float64 in
+the order of ranks and rounded once, so the result does not depend on timing; for two ranks it is
+bit for bit that of gloo.
 """
 
 import threading
@@ -18,15 +18,14 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def run_simulated(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """Run `function(reducer, *arguments)` as every rank of a simulated world, and return what each
-    returned.
+    """Run `function(reducer, *arguments)` as every rank of a simulated world; return all results.
 
-    Memory and work are those of `world_size` ranks. The global random generators are shared by all
-    of them, so ranks that draw must use generators of their own.
+    Memory and work are those of `world_size` ranks. All ranks share the global random generators,
+    so ranks that draw must use generators of their own.
 
     Raises:
-        HessianFlowError: world_size below 1.
-        Exception: whatever the lowest of the failing ranks raised.
+        HessianFlowError: The argument `world_size` is below 1.
+        Exception: The error of the lowest of the failing ranks.
     """
     if world_size < 1:
         raise HessianFlowError(f"world_size must be at least 1, got {world_size}")
@@ -43,39 +42,40 @@ def run_simulated(function: Callable[..., Any], world_size: int, *arguments: Any
         futures = [threads.submit(run, rank) for rank in range(world_size)]
     failures = [error for future in futures if (error := future.exception()) is not None]
     for error in sorted(failures, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-        raise error  # that of a rank which failed by itself, before those that lost it
+        raise error  # a rank's own failure comes before those of ranks that waited for it
     return [future.result() for future in futures]
 
 
 class SimulatedReducer:
-    """How the ranks of a simulated world agree; made by :func:`run_simulated`."""
+    """The reducer of a rank of a simulated world, made by :func:`run_simulated`."""
 
     def __init__(self, rank: int, meeting: "_Meeting") -> None:
-        self._rank, self._meeting = rank, meeting
+        self._rank = rank
+        self._meeting = meeting
 
     @property
     def rank(self) -> int:
-        """Of this thread."""
+        """Return the rank of this thread."""
         return self._rank
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
         return self._meeting.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Return the sum over all ranks, in place."""
         total = self._meeting.exchange(self._rank, tensor, _total)
         with torch.no_grad():
             tensor.copy_(total)
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """The sum is taken when it is waited for: hooks must not stop a thread that others need."""
+        """Return a function that sums, since a hook must not stop a thread that others need."""
         return lambda: self._summed(tensor)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value."""
+        """Return rank 0's plain value."""
         return self._meeting.exchange(self._rank, value, lambda values: values[0])
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
@@ -83,7 +83,7 @@ class SimulatedReducer:
         tensor.copy_(self._meeting.exchange(self._rank, tensor.clone(), lambda values: values[0]))
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's plain value."""
+        """Return every rank's plain value, in the order of ranks."""
         return list(self._meeting.exchange(self._rank, value, list))
 
     def _summed(self, tensor: Tensor) -> None:
@@ -91,7 +91,7 @@ class SimulatedReducer:
 
 
 class _Meeting:
-    """Where the threads of a world wait for each other."""
+    """A meeting point at which the threads of a world wait for each other."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -101,15 +101,16 @@ class _Meeting:
         self._barrier = threading.Barrier(world_size, action=self._finish)
 
     def exchange(self, rank: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
-        """What `combine` makes of all ranks' values, computed once when the last rank has come."""
-        self._values[rank], self._combine = value, combine
+        """Return `combine` of all ranks' values, computed once when the last rank has arrived."""
+        self._values[rank] = value
+        self._combine = combine
         self._barrier.wait()
-        # The next exchange needs this thread to come to it, and it takes the result with it: no
-        # second wait is needed.
+        # No second wait is needed: the next exchange cannot end before this thread, which has read
+        # the result, takes part in it.
         return self._result
 
     def close(self) -> None:
-        """Let no rank wait for one that has failed."""
+        """End the waiting of all ranks, after one has failed."""
         self._barrier.abort()
 
     def _finish(self) -> None:

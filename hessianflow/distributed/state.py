@@ -1,8 +1,8 @@
-"""Nested state as one flat array, and how it gets to ranks that lack it.
+"""Nested state as one flat array, to send it to ranks that lack it.
 
 A state (dicts, lists, tuples, numbers, strings, tensors) becomes a skeleton, with a slot for every
-tensor, and one array of bytes. One large array travels an order of magnitude faster than many small
-ones, through a process group and through an object store alike.
+tensor, and one array of bytes. Sending one large array is an order of magnitude faster than sending
+many small ones, through a process group as well as through an object store.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _ALIGNMENT = 16  # no tensor type is wider, so every slot can be viewed as its t
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where a tensor's bytes lie."""
+    """The position of a tensor's bytes in the array, with type and shape of the tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -32,10 +32,10 @@ class TensorSlot:
 
 
 def pack(state: Any) -> tuple[Any, ByteArray]:
-    """The skeleton of a nested state, and the bytes of its tensors, one after the other."""
+    """Return the skeleton of a nested state, and the bytes of its tensors, one after the other."""
     tensors: list[tuple[TensorSlot, Tensor]] = []
     skeleton = _emptied(state, tensors)
-    data = np.empty(tensors[-1][0].stop if tensors else 0, dtype=np.uint8)
+    data = np.empty(_end(tensors), dtype=np.uint8)
     target = torch.from_numpy(data)
     for slot, tensor in tensors:
         target[slot.start : slot.stop] = (
@@ -45,21 +45,25 @@ def pack(state: Any) -> tuple[Any, ByteArray]:
 
 
 def unpack(skeleton: Any, data: ByteArray) -> Any:
-    """The nested state again, its tensors on the CPU and independent of `data`."""
-    # an object store hands out read-only arrays
+    """Return the nested state, with tensors on the CPU and independent of `data`."""
+    # The arrays of an object store are read-only, which torch does not support.
     writable = data if data.flags.writeable else data.copy()
     return _filled(skeleton, torch.from_numpy(writable))
 
 
 def broadcast_state(reducer: GroupReducer, state: Any) -> Any:
-    """Rank 0's nested state on every rank; what the others pass is ignored. Rank 0 gets its own
-    object back."""
-    skeleton, data = pack(state) if reducer.rank == 0 else (None, np.empty(0, dtype=np.uint8))
-    skeleton, size = reducer.broadcast((skeleton, data.size))
-    carrier = torch.from_numpy(data) if reducer.rank == 0 else torch.empty(size, dtype=torch.uint8)
+    """Return rank 0's nested state on every rank, and its own object on rank 0."""
+    if reducer.rank == 0:
+        skeleton, data = pack(state)
+        reducer.broadcast((skeleton, data.size))
+        if data.size:
+            reducer.broadcast_tensor(torch.from_numpy(data))
+        return state
+    skeleton, size = reducer.broadcast(None)
+    carrier = torch.empty(size, dtype=torch.uint8)
     if size:
         reducer.broadcast_tensor(carrier)
-    return state if reducer.rank == 0 else _filled(skeleton, carrier)
+    return _filled(skeleton, carrier)
 
 
 def broadcast_module(reducer: GroupReducer, module: nn.Module) -> None:
@@ -76,8 +80,8 @@ def broadcast_module(reducer: GroupReducer, module: nn.Module) -> None:
 def average_buffers(reducer: GroupReducer, module: nn.Module) -> None:
     """Replace floating-point buffers by their mean over ranks and others by rank 0's, in place.
 
-    For running statistics of normalisation, which every rank gathers from its own examples: after
-    it all ranks evaluate, measure and save the same model.
+    Every rank gathers running statistics of normalisation from its own examples. Afterwards all
+    ranks evaluate, measure and save the same model.
     """
     if reducer.world_size == 1:
         return
@@ -91,23 +95,27 @@ def average_buffers(reducer: GroupReducer, module: nn.Module) -> None:
                 flat = reducer.sum(flat) / reducer.world_size
             else:
                 reducer.broadcast_tensor(flat)
-            for buffer, value in zip(
-                buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True
-            ):
+            values = torch.split(flat, [buffer.numel() for buffer in buffers])
+            for buffer, value in zip(buffers, values, strict=True):
                 buffer.copy_(value.view(buffer.shape))
 
 
-def _emptied(value: Any, found: list[tuple[TensorSlot, Tensor]]) -> Any:
+def _end(tensors: list[tuple[TensorSlot, Tensor]]) -> int:
+    return tensors[-1][0].stop if tensors else 0
+
+
+def _emptied(value: Any, tensors: list[tuple[TensorSlot, Tensor]]) -> Any:
+    """Return the state with slots, and append its tensors to `tensors`."""
     if isinstance(value, Tensor):
-        start = -(-(found[-1][0].stop if found else 0) // _ALIGNMENT) * _ALIGNMENT
+        start = -(-_end(tensors) // _ALIGNMENT) * _ALIGNMENT
         stop = start + value.numel() * value.element_size()
         slot = TensorSlot(value.dtype, tuple(value.shape), start, stop)
-        found.append((slot, value))
+        tensors.append((slot, value))
         return slot
     if isinstance(value, Mapping):
-        return {key: _emptied(item, found) for key, item in value.items()}
+        return {key: _emptied(item, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_emptied(item, found) for item in value)
+        return type(value)(_emptied(item, tensors) for item in value)
     return value
 
 

@@ -1,11 +1,10 @@
-"""The key-value stores through which ranks find each other, reachable from no farther than they
-must be.
+"""The key-value stores through which ranks find each other, exposed as little as possible.
 
-Torch's own store listens on every address of the machine and asks nobody for a name, and whoever
-writes to it can lead ranks to another machine. Here it listens on one address: that of this machine
-alone where all ranks are on it. On a cluster the network between the nodes has to be trusted: a
-secret among the keys would help little, as the store tells its keys to whoever asks, and gloo and
-NCCL ask nobody either.
+By default torch's store listens on every address of the machine without authentication, and anyone
+who writes to it can lead ranks to another machine. Here it listens on one address, the loopback
+address if all ranks are on this machine. On a cluster the network between the nodes must be
+trusted: a secret key would help little, since the store reveals its keys on request, and gloo and
+NCCL do not authenticate either.
 """
 
 import errno
@@ -28,21 +27,21 @@ def serve(
 ) -> TCPStore:
     """Return a store that listens on one address of this machine.
 
-    An address that others reach this machine by, but that it does not have itself (behind a
-    translation of addresses), cannot be listened on: then the store listens on all of them.
+    If the machine itself does not have the address (behind a translation of addresses), the store
+    listens on all its addresses.
 
     Args:
-        address: a name or number of this machine.
-        port: 0: any that is free; the store's `port` says which.
-        timeout: of the store's own calls.
+        address: Name or number of this machine.
+        port: Port to listen on; 0 for any free one, which the store's `port` names.
+        timeout: Time limit of the store's own calls.
 
     Raises:
-        HessianFlowError: the port is taken, or torch could not serve there.
+        HessianFlowError: The port is taken, or torch could not serve there.
     """
     own: int | None = None
     try:
-        family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(place[:2], family=family, backlog=1024)
+        family, _, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(target[:2], family=family, backlog=1024)
         port = listener.getsockname()[1]
         own = listener.detach()
     except OSError as error:
@@ -62,13 +61,10 @@ def serve(
 
 @contextmanager
 def gloo_on_this_machine() -> Iterator[None]:
-    """While a group is formed, let gloo listen on this machine's own address alone, unless the user
-    named another."""
-    names = (
-        [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-        if os.name == "posix"
-        else []
-    )
+    """Make gloo listen on the loopback address alone, unless the user named an interface."""
+    names: list[str] = []
+    if os.name == "posix":
+        names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if not names or _GLOO_INTERFACE in os.environ:
         yield
         return

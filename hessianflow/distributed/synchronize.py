@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hessianflow.distributed.reducers import GroupReducer
-from hessianflow.interfaces import BatchTotals, HessianFlowError, Hits
+from hessianflow.interfaces import AgreedError, HessianFlowError, Hits, StepResult
 
 BUCKET_BYTES = 25 * 2**20
 """Largest bucket, unless one parameter is larger. Default of torch's DistributedDataParallel."""
@@ -33,8 +33,8 @@ class GradientSynchronizer:
 
     A step is: `begin(examples)`; backward passes that leave in `.grad` the gradient of the mean
     over this rank's own examples (the last of them within `last_backward()`, for overlap);
-    `finish(loss, hits)`; the optimizer's step. All ranks must take part in every step, one without
-    examples by `begin(0)` and `finish(None, None)`.
+    `finish(result)`; the optimizer's step. All ranks must take part in every step, one without
+    examples by `begin(0)` and `finish()`.
 
     A parameter that no rank used keeps None as its gradient.
 
@@ -69,7 +69,6 @@ class GradientSynchronizer:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._arrived_in(bucket))  # type: ignore[no-untyped-call]
         self._device = self._parameters[0].device
-        self._counts_hits = True
         self._overlapping = False
         self.waited_seconds = 0.0
         self.rejoin(reducer)
@@ -117,59 +116,68 @@ class GradientSynchronizer:
             self._overlapping = False
 
     def finish(
-        self,
-        loss: Tensor | None,
-        hits: Hits | None,
-        counts: Sequence[int] = (),
-        means: Sequence[tuple[Tensor, float | Tensor]] = (),
-    ) -> BatchTotals:
+        self, own: StepResult | None = None, flags: Sequence[int] = ()
+    ) -> tuple[StepResult, tuple[int, ...]]:
         """Wait until all gradients are those of the whole batch.
 
         Args:
-            loss: mean over this rank's examples, a scalar; None without examples.
-            hits: among this rank's examples; None without examples, or where they are not counted.
-            counts: what else to sum over ranks, such as 1 for a request to stop; as many on every
+            own: the result of this rank's share; None without examples.
+            flags: what else to sum over ranks, such as 1 for a request to stop; as many on every
                 rank.
-            means: (mean, weight) of what else to average over ranks, as many on every rank.
 
         Returns:
-            What the batch gave over all ranks, the same on each.
+            The result of the whole batch, and the sums of the flags, the same on every rank.
         """
-        if self._examples > 0:
-            self._counts_hits = hits is not None
-        own = self._read_weight()
-        used_here = (p.grad is not None for p in self._parameters)
-        control = torch.tensor([self._examples, own, *counts, *used_here], dtype=torch.float64)
-        figures = torch.zeros(3 + 2 * len(means), dtype=torch.float64, device=self._device)
-        if loss is not None and own > 0:  # the mean of nothing is nan, and counts for nothing
-            figures[0] = loss.detach() * own
-        if hits is not None:
-            figures[1] = hits.correct
-            figures[2] = hits.counted
-        for number, (mean, weight_of_mean) in enumerate(means, start=1):
-            figures[2 * number + 1] = _counted(mean, weight_of_mean)
-            figures[2 * number + 2] = weight_of_mean
-        control, figures = self._exchange(control, figures)
-        examples, weight, *rest = control.tolist()
-        summed, used = rest[: len(counts)], rest[len(counts) :]
+        if own is None:
+            own = StepResult(torch.zeros((), device=self._device), 0)
+        twins = own.twins or StepResult(torch.zeros((), device=self._device), 0)
+        control = torch.tensor(
+            [
+                self._examples,
+                self._read_weight(),
+                own.rows,
+                twins.rows,
+                own.rows > 0 and own.hits is None,
+                own.failure is not None,
+                *flags,
+                *(parameter.grad is not None for parameter in self._parameters),
+            ],
+            dtype=torch.float64,
+        )
+        control, figures = self._exchange(control, self._figures(own, twins))
+        examples, divisor, rows, twin_rows, uncounted, failures, *rest = control.tolist()
         if examples == 0:
             raise HessianFlowError(
                 "a batch of 0 examples over all ranks has no mean loss: check the training data"
             )
         # Where every target is ignored there is nothing to learn: loss and gradient are 0, as in
         # one process.
-        divisor = weight or 1.0
-        self._settle(used, divisor)
-        found = Hits(figures[1].round().to(torch.int64), figures[2]) if self._counts_hits else None
-        pairs = figures[3:].view(-1, 2)
-        return BatchTotals(
-            figures[0] / divisor,
-            found,
-            int(examples),
-            tuple(map(int, summed)),
-            tuple((pair[0] / pair[1].clamp_min(1e-300), pair[1]) for pair in pairs),
-            weight,
+        self._settle(rest[len(flags) :], divisor or 1.0)
+        failure = own.failure
+        if failures and failure is None:
+            failure = AgreedError("another rank refuses the loss: it cannot be cut into parts")
+        hits = None
+        if rows and not uncounted:
+            hits = Hits(figures[2].round().to(torch.int64), figures[3])
+        of_twins = None
+        if twin_rows:
+            of_twins = StepResult(figures[4], figures[5], None, int(twin_rows))
+        result = StepResult(
+            figures[0], figures[1], hits, int(rows), int(examples), divisor, of_twins, failure
         )
+        return result, tuple(map(int, rest[: len(flags)]))
+
+    def _figures(self, own: StepResult, twins: StepResult) -> Tensor:
+        """Return the sums of a result as a vector on the device, without waiting for it."""
+        figures = torch.zeros(6, dtype=torch.float64, device=self._device)
+        figures[0] = own.total.detach()
+        figures[1] = own.weight
+        if own.hits is not None:
+            figures[2] = own.hits.correct
+            figures[3] = own.hits.counted
+        figures[4] = twins.total.detach()
+        figures[5] = twins.weight
+        return figures
 
     def _exchange(self, control: Tensor, figures: Tensor) -> tuple[Tensor, Tensor]:
         """Sum gradients, counts (on the host) and figures (on the device) over ranks."""
@@ -271,13 +279,6 @@ class _Bucket:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
         torch._foreach_copy_([p.grad for p in self.parameters], self.views)  # type: ignore[misc]
-
-
-def _counted(mean: Tensor, weight: float | Tensor) -> Tensor | float:
-    """mean * weight, and 0 for the mean of nothing, which may be nan."""
-    if isinstance(weight, Tensor):
-        return torch.where(weight > 0, mean * weight, 0.0)
-    return mean * weight if weight > 0 else 0.0
 
 
 def _number(value: float | Tensor) -> Callable[[], float]:

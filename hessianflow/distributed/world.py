@@ -1,7 +1,7 @@
 """The trainer's world of several ranks: one process group that shares gradients, buffers and
 decisions."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from hessianflow.distributed.process_group import from_environment, local_device
 from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError, Hits
+from hessianflow.interfaces import AgreedError, HessianFlowError, Shardable, StepResult, Wishes
 from hessianflow.measuring import unwrap
 
 
@@ -34,6 +34,8 @@ class GroupWorld:
     def __init__(self, reducer: GroupReducer, device: torch.device | str = "cpu") -> None:
         self._reducer = reducer
         self.device = torch.device(device)
+        self._wishes: Callable[[], Wishes] = Wishes
+        self._agreed = Wishes()
 
     @property
     def rank(self) -> int:
@@ -86,13 +88,12 @@ class GroupWorld:
 
     def shard(self, data: Any) -> None:
         """Have the training data hand out this rank's contiguous part of every batch."""
-        set_shard = getattr(data, "set_shard", None)
-        if set_shard is None:
+        if not isinstance(data, Shardable):
             raise HessianFlowError(
                 f"{type(data).__name__} cannot be shared out to {self.world_size} ranks: it lacks "
                 "set_shard(rank, world_size); use hf.data.DeviceBatches or hf.data.AdaptiveBatches"
             )
-        set_shard(self.rank, self.world_size)
+        data.set_shard(self.rank, self.world_size)
 
     def begin(self, examples: int) -> None:
         """Announce this rank's share; see :meth:`GradientSynchronizer.begin`."""
@@ -102,15 +103,20 @@ class GroupWorld:
         """See :meth:`GradientSynchronizer.last_backward`."""
         return self._synchronizer.last_backward(weight)
 
-    def finish(
-        self,
-        loss: Tensor,
-        hits: Hits | None,
-        counts: Sequence[int] = (),
-        means: Sequence[tuple[Tensor, float | Tensor]] = (),
-    ) -> BatchTotals:
-        """See :meth:`GradientSynchronizer.finish`."""
-        return self._synchronizer.finish(loss, hits, counts, means)
+    def post(self, wishes: Callable[[], Wishes]) -> None:
+        """Ask `wishes` at the end of every step from now on."""
+        self._wishes = wishes
+
+    @property
+    def agreed(self) -> Wishes:
+        """What any rank wished for at the end of the last step."""
+        return self._agreed
+
+    def finish(self, own: StepResult) -> StepResult:
+        """Return the result of all ranks; see :meth:`GradientSynchronizer.finish`."""
+        result, raised = self._synchronizer.finish(own, self._wishes())
+        self._agreed = Wishes(*map(bool, raised))
+        return result
 
     def average_buffers(self) -> None:
         """See :func:`hessianflow.distributed.average_buffers`."""

@@ -19,7 +19,7 @@ from hessianflow.config import RunConfig, to_dict
 from hessianflow.control import Stage, TimeModel, dual_batch_plan
 from hessianflow.dual_batch.local_training import FlatWeights
 from hessianflow.dual_batch.timing import times_of
-from hessianflow.dual_batch.trainer import DualBatchTrainer, Job
+from hessianflow.dual_batch.trainer import DualBatchTask, DualBatchTrainer
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.dual_batch.workers import (
     StagePlan,
@@ -32,7 +32,7 @@ from hessianflow.dual_batch.workers import (
     worker_of,
 )
 from hessianflow.interfaces import HessianFlowError, RecordSink
-from hessianflow.training.saving import Saver
+from hessianflow.training.saving import Checkpoints, Saver
 
 
 def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> DualBatchTrainer:
@@ -50,7 +50,7 @@ def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Dua
     schedule = plan_schedule(config, stages, parts.train.num_examples, times_of(config, stages))
     workers = options_of(config).workers
     return DualBatchTrainer(
-        Job(
+        DualBatchTask(
             parts.model,
             parts.test,
             nn.CrossEntropyLoss(),
@@ -70,7 +70,7 @@ def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Dua
             "dual_batch": schedule.record(),
         },
         sinks=[*sinks, *tensorboard_sinks(config)],
-        saver=Saver(None, None, config.keep_checkpoints),
+        saver=Saver(Checkpoints(keep=config.keep_checkpoints)),
     )
 
 

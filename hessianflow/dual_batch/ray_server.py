@@ -1,10 +1,9 @@
-"""The parameter server and its workers as Ray actors; this process only passes references between
-them.
+"""Train on a parameter server whose workers are Ray actors; this process only passes references.
 
 Weights go as one flat array from worker to server and back through Ray's object store. A worker
-that dies or hangs is no longer waited for and is started again from the server's weights; nothing
-that others have pushed is lost. A server that dies is started again from its last snapshot, with
-the commits since then to be made once more.
+that dies or hangs is started again from the server's weights, without waiting for it; no push of
+another worker is lost. A server that dies is started again from its last snapshot, and the commits
+since then are made again.
 """
 
 import math
@@ -15,23 +14,24 @@ from functools import partial
 from typing import Any
 
 from hessianflow.distributed.ray_session import answer, connect, endings, told_in_one_line
+from hessianflow.dual_batch.actors import ServerActor, WorkerActor
 from hessianflow.dual_batch.server import ParameterServer, Receipt, Weights
 from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch
 from hessianflow.interfaces import HessianFlowError
 
 START_SECONDS = 120.0
-"""Allowed to a new worker process before its first local epoch counts as late. Ours."""
+"""Time for a new worker process to start, in addition to that of its first local epoch. This
+default is our choice."""
 
 
 @dataclass(frozen=True)
-class ServerRun:
-    """What a run on a parameter server gave.
+class ServerSession:
+    """The result of a session of training on a parameter server.
 
     Attributes:
-        weights: the server's at the end.
-        timeline: the pushes, in the order in which they were taken in; `released` as in a
-            simulation.
-        events: what happened beside training, one line each.
+        weights: Weights of the server at the end.
+        timeline: Pushes in the order in which the server received them.
+        events: Failures and restarts, one line each.
     """
 
     weights: Weights
@@ -41,7 +41,7 @@ class ServerRun:
 
 @dataclass(frozen=True)
 class Resources:
-    """What each worker asks Ray for."""
+    """The resources that each worker requests from Ray."""
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
@@ -62,34 +62,34 @@ def train_on_ray(
     on_commit: Callable[[Commit], None] | None = None,
     on_event: Callable[[str, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> ServerRun:
-    """Run workers against a server, each in a process of its own, until it has had so many commits.
+) -> ServerSession:
+    """Run workers against a server, each in its own process, until it has received the commits.
 
     Args:
-        make_server: builds the server with all its workers; called in the server's process.
-        make_worker: make_worker(number) builds one worker's local training; called in the worker's
+        make_server: Function that builds the server with all its workers, in the server's process.
+        make_worker: Function that builds a worker's local training by its number, in the worker's
             process.
-        commits: pushes in all; the papers use epochs times workers.
-        snapshot_commits: the server's state is kept aside after every so many commits. Default
-            ours.
-        timeout_seconds: a local epoch that takes longer counts as hung.
-        max_restarts: restarts of workers and of the server, together, before the run gives up.
-            Default ours.
-        resources: of each worker.
-        address: of a Ray cluster; None: a local one.
-        on_snapshot: given each snapshot, to be written to disk.
-        resume_from: a snapshot to start from.
-        on_commit: called after each push.
-        on_event: given every event as it happens, and the commits that count from there on (fewer
-            where a server died).
-        should_stop: asked after each push; a last snapshot is taken.
+        commits: Number of all pushes; the papers use epochs times workers.
+        snapshot_commits: Number of commits between two snapshots. This default is our choice.
+        timeout_seconds: Time after which a local epoch counts as hung.
+        max_restarts: Restarts of workers and of the server, together, after which the run gives up.
+            This default is our choice.
+        resources: Resources of each worker.
+        address: Address of a Ray cluster; None for a local one.
+        on_snapshot: Function called with each snapshot, to write it to disk.
+        resume_from: Snapshot to start from.
+        on_commit: Function called after each push.
+        on_event: Function called with every event as it happens, and the number of commits that
+            still count (fewer if the server died).
+        should_stop: Function called after each push, which returns whether to take a last snapshot
+            and stop.
 
     Raises:
-        HessianFlowError: no Ray, Ray itself failed, or too many restarts; or it is what the server
-            or a worker raised.
+        HessianFlowError: Ray is not installed or failed, there were too many restarts, or the
+            server or a worker raised it.
     """
     ray = connect(address)
-    run = _Run(
+    supervisor = _Supervisor(
         ray,
         make_server,
         make_worker,
@@ -98,97 +98,32 @@ def train_on_ray(
         max_restarts,
         resume_from,
     )
-    run.on_event = on_event
+    supervisor.on_event = on_event
     weights = None
     try:
         with told_in_one_line(ray):
-            run.start()
+            supervisor.start()
             while weights is None:
                 stopped = False
-                while run.commits < commits and not stopped:
-                    commit = run.advance()
+                while supervisor.commits < commits and not stopped:
+                    commit = supervisor.advance()
                     if commit is None:
                         continue
                     if on_commit is not None:
                         on_commit(commit)
                     stopped = should_stop is not None and should_stop()
-                    if stopped or run.commits % snapshot_commits == 0:
-                        run.take_snapshot(on_snapshot)
-                weights = run.weights()
-        return ServerRun(weights, run.timeline, run.events)
+                    if stopped or supervisor.commits % snapshot_commits == 0:
+                        supervisor.take_snapshot(on_snapshot)
+                weights = supervisor.weights()
+        return ServerSession(weights, supervisor.timeline, supervisor.events)
     finally:
-        run.close()
-
-
-class ServerActor:
-    """A parameter server in a process of its own."""
-
-    def __init__(
-        self, make_server: Callable[[], ParameterServer], state: Mapping[str, Any] | None
-    ) -> None:
-        self._make = make_server
-        self._state = state
-
-    def members(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Build the server, before anything else is asked; returns commits so far, all workers, and
-        those that wait."""
-        # not sooner: an error while an actor is made reaches nobody as itself
-        self._server = self._make()
-        if self._state is not None:
-            self._server.load_state_dict(self._state)
-            self._state = None
-        return self._server.commits, self._server.workers, self._server.waiting
-
-    def pull(self, worker: int) -> Weights:
-        """See :class:`ParameterServer`."""
-        return self._server.pull(worker)
-
-    def push(self, worker: int, weights: Weights) -> Receipt:
-        """See :class:`ParameterServer`."""
-        return self._server.push(worker, weights)
-
-    def replace(self, worker: int) -> tuple[int, ...]:
-        """Take a worker out and in again with the factor it had; returns those this releases from a
-        round."""
-        factor = self._server.factors[worker]
-        released = self._server.remove(worker)
-        self._server.add(worker, factor)
-        return released
-
-    def weights(self) -> Weights:
-        """As they are now."""
-        return self._server.weights
-
-    def state(self) -> dict[str, Any]:
-        """For a snapshot."""
-        return self._server.state_dict()
-
-
-class WorkerActor:
-    """One worker's local training in a process of its own."""
-
-    def __init__(self, make_worker: Callable[[int], LocalEpoch], number: int) -> None:
-        self._make = partial(make_worker, number)
-        self._local_epoch: LocalEpoch | None = None
-
-    def ready(self) -> bool:
-        """Build the worker; answers once that is done."""
-        self._built()
-        return True
-
-    def train(self, weights: Weights, epoch: int) -> tuple[dict[str, float], Weights]:
-        """One local epoch; its figures let the caller see success without fetching the weights."""
-        local_epoch = self._built()
-        made = local_epoch(weights.copy(), epoch)  # arrays from the object store are read-only
-        return dict(getattr(local_epoch, "figures", {})), made
-
-    def _built(self) -> LocalEpoch:
-        self._local_epoch = self._local_epoch or self._make()
-        return self._local_epoch
+        supervisor.close()
 
 
 @dataclass(frozen=True)
 class _Training:
+    """A local epoch that a worker is training."""
+
     worker: int
     started: float
     deadline: float
@@ -196,7 +131,9 @@ class _Training:
     weights: Any
 
 
-class _Run:
+class _Supervisor:
+    """Starts the actors, passes weights between them, and starts again those that fail."""
+
     def __init__(
         self,
         ray: Any,
@@ -207,7 +144,9 @@ class _Run:
         max_restarts: int,
         snapshot: Mapping[str, Any] | None,
     ) -> None:
-        self._ray, self._timeout, self._restarts_left = ray, timeout_seconds, max_restarts
+        self._ray = ray
+        self._timeout = timeout_seconds
+        self._restarts_left = max_restarts
         self._endings = endings(ray)
         self._answer = partial(answer, ray)
         self._new_server = partial(ray.remote(num_cpus=0)(ServerActor).remote, make_server)
@@ -230,8 +169,7 @@ class _Run:
         self._resumed_at = self.commits
 
     def advance(self) -> Commit | None:
-        """Wait for the next worker to finish and push what it has; None when something failed
-        instead."""
+        """Wait for the next worker to finish, and push its weights; return None after a failure."""
         done, _ = self._ray.wait(list(self._running), timeout=self._first_deadline())
         if not done:
             self._replace(min(self._running.values(), key=lambda t: t.deadline).worker, "hung")
@@ -252,16 +190,16 @@ class _Run:
         return self._account(training, receipt, figures)
 
     def weights(self) -> Weights | None:
-        """The server's; None where it died, and was started again from its last snapshot."""
+        """Return the server's weights; None if it died, and was started from its last snapshot."""
         try:
-            found: Weights = self._answer(self.server.weights.remote())
+            weights: Weights = self._answer(self.server.weights.remote())
         except self._endings:
             self._restore_server()
             return None
-        return found
+        return weights
 
     def take_snapshot(self, on_snapshot: Callable[[Mapping[str, Any]], None] | None) -> None:
-        """Keep the server's state where it outlives the server."""
+        """Keep the server's state in the object store, where it outlives the server."""
         state = self.server.state.remote()
         try:
             value = self._answer(state)
@@ -273,7 +211,7 @@ class _Run:
             on_snapshot(value)
 
     def close(self) -> None:
-        """End all actors."""
+        """End the processes of all actors."""
         for actor in [self.server, *self._workers.values()]:
             if actor is not None:
                 self._ray.kill(actor)
@@ -282,11 +220,12 @@ class _Run:
         self, training: _Training, receipt: Receipt, figures: Mapping[str, float]
     ) -> Commit:
         now = self._now()
+        worker = training.worker
         self.commits += 1
-        self._last[training.worker] = len(self.timeline)
+        self._last[worker] = len(self.timeline)
         self.timeline.append(
             Commit(
-                training.worker,
+                worker,
                 training.started,
                 now,
                 math.nan,
@@ -296,7 +235,7 @@ class _Run:
             )
         )
         self._release(receipt.released, now)
-        return self.timeline[self._last[training.worker]]
+        return self.timeline[self._last[worker]]
 
     def _release(self, workers: Iterable[int], now: float) -> None:
         for worker in workers:
@@ -345,9 +284,8 @@ class _Run:
         self._last = {commit.worker: index for index, commit in enumerate(self.timeline)}
 
     def _start_server(self) -> None:
-        """Start the server, from the last snapshot if there is one, and all workers that need not
-        wait."""
-        self._running.clear()  # what was under way is dropped
+        """Start the server, from the last snapshot if there is one, and the local epochs."""
+        self._running.clear()  # local epochs of an earlier server are dropped
         self.server = self._new_server(self._snapshot)
         try:
             self.commits, workers, waiting = self._answer(self.server.members.remote())
@@ -362,8 +300,10 @@ class _Run:
             self._train(worker)
 
     def _start_workers(self, workers: Iterable[int]) -> None:
-        """Let all build what they need before the clock starts; one that fails is noticed at its
-        first local epoch."""
+        """Start and build all workers before the clock starts.
+
+        A failure is noticed at the worker's first local epoch.
+        """
         self._workers = {worker: self._new_worker(worker) for worker in workers}
         ready = [actor.ready.remote() for actor in self._workers.values()]
         self._ray.wait(ready, num_returns=len(ready), timeout=START_SECONDS)

@@ -2,12 +2,12 @@
 
 References: Lu, Hong, Liu, Wu, dual batch size learning on a parameter server (COMPSAC 2022), and
 its continuation with cyclic progressive learning (arXiv 2509.26092; "the journal"). Each worker
-pulls the weights, trains one local epoch, and pushes what came of it. The server knows no clock, no
+pulls the weights, trains one local epoch, and pushes the result. The server has no clock, no
 network and no threads; a transport (:mod:`~hessianflow.dual_batch.simulated_server`,
-:mod:`~hessianflow.dual_batch.ray_server`) tells it who has pushed.
+:mod:`~hessianflow.dual_batch.ray_server`) calls it for every push.
 
-With the update factor f of a worker (1 with a full share of the data, d_S / d_L with a smaller
-one), weights w_s on the server and w_w from the worker:
+With the update factor f of a worker (1 for a full shard of the data, d_S / d_L for a smaller one),
+weights w_s on the server and w_w from the worker:
 
     asynchronous (ASP), COMPSAC   w_s <- ((2 - f) w_s + f w_w) / 2
     asynchronous (ASP), journal   w_s <- (w_s + f w_w) / (1 + f)
@@ -15,11 +15,11 @@ one), weights w_s on the server and w_w from the worker:
     bounded (SSP)                 ASP, until a push would put a worker more than `staleness`
                                   commits ahead of another
 
-Deviations: the published code's square-root variant is had by passing sqrt(f) as factor. SSP: the
-push that would break the bound is not mixed but opens a synchronous round, which ends when every
-other worker has pushed once more; then all counters start again (the publications leave open what
-becomes of that push). A worker that leaves is no longer waited for; what it contributed to an open
-round stays in it.
+Deviations: for the square-root variant of the published code, pass sqrt(f) as factor. SSP: the push
+that would break the bound is not mixed but opens a synchronous round, which ends when every other
+worker has pushed once more; then all counters start again (the publications do not say what happens
+to that push). The server does not wait for a worker that has left, but keeps its contribution to an
+open round.
 """
 
 from collections.abc import Mapping
@@ -32,8 +32,7 @@ import numpy.typing as npt
 from hessianflow.interfaces import HessianFlowError
 
 Weights = npt.NDArray[Any]
-"""All weights of a model, statistics of normalisation included, as one flat floating-point
-array."""
+"""All weights of a model, including statistics of normalisation, as one flat array of floats."""
 
 Synchrony = Literal["asp", "bsp", "ssp"]
 Mixing = Literal["compsac", "journal"]
@@ -41,13 +40,13 @@ Mixing = Literal["compsac", "journal"]
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a push led to.
+    """The outcome of a push.
 
     Attributes:
-        released: workers that may pull and go on, in ascending order; without the pushing one, it
-            has to wait.
-        mixed: whether the server's weights changed.
-        staleness: commits of other workers since this one last pulled.
+        released: Workers that may pull and continue, in ascending order. If the pushing one is not
+            among them, it must wait.
+        mixed: Whether the server's weights changed.
+        staleness: Commits of other workers since this one last pulled.
     """
 
     released: tuple[int, ...]
@@ -59,7 +58,7 @@ class Receipt:
 class _Worker:
     factor: float
     commits: int = 0
-    """Since the counters last started again (SSP)."""
+    """Pushes since the counters last started again (SSP)."""
     pulled_at: int = 0
 
 
@@ -68,19 +67,19 @@ class ParameterServer:
     """The weights that all workers share.
 
     Args:
-        weights: the start; copied.
-        factors: update factor f of each worker, by its number; positive.
-        synchrony: "asp", "bsp" or "ssp". Default of both papers: "asp".
-        mixing: the asynchronous rule, of the "compsac" or the "journal" paper.
-        staleness: with "ssp", how many commits a worker may be ahead of another. Default of the
-            papers' settings file.
+        weights: Weights at the start, which are copied.
+        factors: Update factor f of each worker, by its number; positive.
+        synchrony: "asp" (the default of both papers), "bsp" or "ssp".
+        mixing: Asynchronous rule, that of the "compsac" or the "journal" paper.
+        staleness: With "ssp", the number of commits that a worker may be ahead of another. The
+            default is that of the papers' settings file.
 
     Attributes:
-        commits: pushes received since the start; as many as there are workers make an epoch.
+        commits: Pushes received since the start; an epoch has as many as there are workers.
 
     Raises:
-        HessianFlowError: no worker, a factor that is not positive, an unknown rule; at a push: an
-            unknown worker, one that has to wait, or weights that do not fit.
+        HessianFlowError: There is no worker, a factor is not positive, or a rule is unknown. A push
+            raises it for an unknown worker, one that must wait, or weights that do not fit.
     """
 
     weights: Weights
@@ -112,19 +111,19 @@ class ParameterServer:
 
     @property
     def workers(self) -> tuple[int, ...]:
-        """Those taking part, in ascending order."""
+        """Return the workers that take part, in ascending order."""
         return tuple(sorted(self._workers))
 
     @property
     def waiting(self) -> tuple[int, ...]:
-        """Those that have pushed into the open round."""
+        """Return the workers that have pushed into the open round."""
         return tuple(sorted(set(self._round) & set(self._workers)))
 
     def add(self, worker: int, factor: float) -> None:
-        """Take a new or restarted worker in; it counts as far as the one that is furthest behind.
+        """Add a new or restarted worker, with the count of the worker that is furthest behind.
 
         Raises:
-            HessianFlowError: it takes part already, or `factor` is not positive.
+            HessianFlowError: The worker takes part already, or `factor` is not positive.
         """
         if worker in self._workers:
             raise HessianFlowError(f"worker {worker} takes part already: remove it first")
@@ -134,24 +133,23 @@ class ParameterServer:
         self._workers[worker] = _Worker(factor, behind, self.commits)
 
     def remove(self, worker: int) -> tuple[int, ...]:
-        """Wait no longer for a worker that died; returns the workers this releases from an open
-        round.
+        """Remove a worker that died, and return the workers that this releases from an open round.
 
         Raises:
-            HessianFlowError: an unknown worker.
+            HessianFlowError: The worker is unknown.
         """
         self._known(worker)
         del self._workers[worker]
         return self._close_round()
 
     def pull(self, worker: int) -> Weights:
-        """A copy of the weights for `worker` to train from."""
+        """Return a copy of the weights from which `worker` trains."""
         self._known(worker).pulled_at = self.commits
         weights: Weights = self.weights.copy()
         return weights
 
     def push(self, worker: int, weights: Weights) -> Receipt:
-        """Take in what `worker` made of the weights it pulled."""
+        """Take the weights that `worker` has trained since its pull."""
         member = self._known(worker)
         if worker in self._round:
             raise HessianFlowError(
@@ -174,8 +172,7 @@ class ParameterServer:
         return Receipt((worker,), True, staleness)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, counters and the open round: a server made from it goes on as if nothing had
-        happened."""
+        """Return weights, counters and the open round, from which an equal server continues."""
         return {
             "weights": self.weights.copy(),
             "commits": self.commits,
@@ -189,10 +186,10 @@ class ParameterServer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a server of the same rules stopped.
+        """Continue from the state of a server with the same rules.
 
         Raises:
-            HessianFlowError: weights of another model.
+            HessianFlowError: The weights are those of another model.
         """
         if state["weights"].shape != self.weights.shape:
             raise HessianFlowError(
@@ -200,7 +197,8 @@ class ParameterServer:
                 f"this one {list(self.weights.shape)}: it is of another model"
             )
         self.weights = np.array(state["weights"])
-        self.commits, self._in_round = state["commits"], state["in_round"]
+        self.commits = state["commits"]
+        self._in_round = state["in_round"]
         self._workers = {number: _Worker(*values) for number, values in state["workers"].items()}
         self._round = {
             number: (factor, np.array(pushed))
@@ -219,14 +217,14 @@ class ParameterServer:
         return self.synchrony == "ssp" and member.commits - last > self.staleness
 
     def _mix(self, factor: float, pushed: Weights) -> None:
-        # In the order of the published formulas, in the type of the weights.
+        # The operations have the order of the published formulas and the type of the weights.
         if self.mixing == "compsac":
             self.weights = ((2 - factor) * self.weights + factor * pushed) / 2
         else:
             self.weights = (self.weights + factor * pushed) / (1 + factor)
 
     def _close_round(self) -> tuple[int, ...]:
-        """End the open round if nobody is missing: mix, and release those that waited."""
+        """End the open round if no worker is missing: mix, and return the workers that waited."""
         if not self._round or set(self._workers) - set(self._round):
             return ()
         pushed = [self._round[number] for number in sorted(self._round)]

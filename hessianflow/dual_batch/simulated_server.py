@@ -1,46 +1,57 @@
 """A parameter server and its workers in one process, on a virtual clock.
 
-A discrete-event simulation: the worker that finishes first, by the time model, pushes first (ties:
-the lower number). Training is real, time is not, so accuracy and the order of commits are those of
-a cluster with these times, and the same from run to run. A snapshot holds all of it, so that an
-interrupted simulation goes on as if it had not been.
+It is a discrete-event simulation: the worker that finishes first, by the time model, pushes first
+(with ties, the lower number). Training is real, time is not, so accuracy and the order of commits
+are those of a cluster with these times, and the same in every run. A snapshot holds the whole
+simulation, so that an interrupted one continues as if it had not been interrupted.
 """
 
 import heapq
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from hessianflow.dual_batch.server import ParameterServer, Weights
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import HessianFlowError, Stateful
 
 LocalEpoch = Callable[[Weights, int], Weights]
-"""local_epoch(weights, epoch) -> weights: train from the pulled weights; `epoch` for the
-learning-rate schedule.
+"""Function that is called as local_epoch(weights, epoch), trains from the pulled weights, and
+returns new ones.
 
-`epoch` is (commits + local epochs under way) // workers: that of the push to come, if all keep
-pace. (The papers take commits // workers, by which workers that finish almost together train all
-but one a second time in epoch 0.)
+The learning-rate schedule uses `epoch`, which is (commits + running local epochs) // workers: the
+epoch of the coming push if all workers are equally fast. (The papers take commits // workers, by
+which all but one of several workers that finish almost together train a second time in epoch 0.)
 
-One that is an object may have an attribute `figures` (named numbers about the last local epoch,
-which the commit carries), and a `state_dict` and `load_state_dict`, which a simulation's snapshots
-include."""
+The commit holds the figures of an object that :class:`TellsFigures`; snapshots of a simulation hold
+the state of one that is stateful."""
+
+
+@runtime_checkable
+class TellsFigures(Protocol):
+    """A worker with named numbers about its last local epoch."""
+
+    figures: Mapping[str, float]
+
+
+def figures_of(local_epoch: LocalEpoch) -> dict[str, float]:
+    """Return what a worker tells of its last local epoch; nothing where it tells nothing."""
+    return dict(local_epoch.figures) if isinstance(local_epoch, TellsFigures) else {}
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One push on the timeline.
+    """A push on the timeline.
 
     Attributes:
-        worker: who.
-        started: seconds when it pulled.
-        finished: seconds when it pushed.
-        released: seconds when it could go on; later than `finished` where it had to wait, nan while
-            it waits.
-        staleness: commits of others in between.
-        epoch: the learning-rate epoch it trained at.
-        figures: what the worker tells of its local epoch.
+        worker: Number of the worker.
+        started: Time of its pull, in seconds.
+        finished: Time of its push, in seconds.
+        released: Time at which it could continue, in seconds; later than `finished` if it had to
+            wait, nan while it waits.
+        staleness: Commits of other workers in between.
+        epoch: Epoch of its learning rate.
+        figures: Figures of the worker's local epoch.
     """
 
     worker: int
@@ -64,25 +75,26 @@ def simulate(
     should_stop: Callable[[], bool] | None = None,
     resume_from: Mapping[str, Any] | None = None,
 ) -> list[Commit]:
-    """Run workers against a server until it has had so many commits.
+    """Run workers against a server until it has received `commits` pushes.
 
     Args:
-        server: with exactly these workers; it is changed.
-        workers: the local training of each, by number.
-        seconds: seconds(worker, epoch): how long a local epoch takes, push and pull included.
-        commits: pushes that the server is to have had in all; the papers use epochs times workers.
-        on_commit: called after each push; the clock does not see it.
-        snapshot_commits: `on_snapshot` is called after every so many commits. None: only when
-            stopped.
-        on_snapshot: given the state of everything: numbers, lists, dicts and arrays.
-        should_stop: asked after each push.
-        resume_from: a snapshot to go on from.
+        server: Server with exactly these workers, which is changed.
+        workers: Local training of each worker, by its number.
+        seconds: Function that is called as seconds(worker, epoch) and returns the time of a local
+            epoch, including push and pull.
+        commits: Number of all pushes to the server; the papers use epochs times workers.
+        on_commit: Function called after each push; its time does not count.
+        snapshot_commits: Number of commits between two calls of `on_snapshot`. None: it is called
+            only when stopped.
+        on_snapshot: Function called with the whole state: numbers, lists, dicts and arrays.
+        should_stop: Function called after each push, which returns whether to stop.
+        resume_from: Snapshot to continue from.
 
     Returns:
-        The timeline, in the order of pushes, from where this call began.
+        The timeline of this call, in the order of pushes.
 
     Raises:
-        HessianFlowError: workers that are not those of the server, or a time that is not positive.
+        HessianFlowError: The workers are not those of the server, or a time is not positive.
     """
     simulation = _Simulation(server, workers, seconds)
     if resume_from is not None:
@@ -114,14 +126,16 @@ class _Simulation:
         workers: Mapping[int, LocalEpoch],
         seconds: Callable[[int, int], float],
     ) -> None:
-        self._server, self._workers, self._seconds = server, workers, seconds
+        self._server = server
+        self._workers = workers
+        self._seconds = seconds
         self._events: list[tuple[float, int]] = []
         self._running: dict[int, tuple[float, int, Weights]] = {}
         self._last: dict[int, int] = {}
         self.timeline: list[Commit] = []
 
     def start(self, worker: int, now: float) -> None:
-        """Pull, and finish later."""
+        """Pull for a worker, and schedule its push."""
         epoch = (self._server.commits + len(self._running)) // len(self._workers)
         duration = self._seconds(worker, epoch)
         if not duration > 0:
@@ -132,41 +146,43 @@ class _Simulation:
         heapq.heappush(self._events, (now + duration, worker))
 
     def advance(self) -> Commit:
-        """The next push."""
+        """Train up to the next push, and return it."""
         now, worker = heapq.heappop(self._events)
         started, epoch, weights = self._running.pop(worker)
         local_epoch = self._workers[worker]
         receipt = self._server.push(worker, local_epoch(weights, epoch))
         self._last[worker] = len(self.timeline)
-        figures = dict(getattr(local_epoch, "figures", {}))
+        figures = figures_of(local_epoch)
         self.timeline.append(
             Commit(worker, started, now, math.nan, receipt.staleness, epoch, figures)
         )
         for released in receipt.released:
-            if released in self._last:  # else it pushed before an interruption
+            if released in self._last:  # otherwise it pushed before an interruption
                 index = self._last[released]
                 self.timeline[index] = replace(self.timeline[index], released=now)
             self.start(released, now)
         return self.timeline[self._last[worker]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two pushes."""
-        stateful = {
-            n: worker for n, worker in self._workers.items() if hasattr(worker, "state_dict")
-        }
+        """Return the state of the simulation between two pushes."""
         return {
             "server": self._server.state_dict(),
             "events": list(self._events),
             "running": dict(self._running),
-            "workers": {number: worker.state_dict() for number, worker in stateful.items()},
+            "workers": {n: worker.state_dict() for n, worker in self._stateful().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from the result of :meth:`state_dict`."""
         self._server.load_state_dict(state["server"])
         self._events = [(time, worker) for time, worker in state["events"]]
         self._running = {
             number: (began, epoch, w) for number, (began, epoch, w) in state["running"].items()
         }
+        stateful = self._stateful()
         for number, saved in state["workers"].items():
-            self._workers[number].load_state_dict(saved)  # type: ignore[attr-defined]
+            stateful[number].load_state_dict(saved)
+
+    def _stateful(self) -> dict[int, Stateful]:
+        workers: Mapping[int, object] = self._workers
+        return {n: worker for n, worker in workers.items() if isinstance(worker, Stateful)}

@@ -1,10 +1,9 @@
-"""A run on a parameter server that leaves the same files as any other run: records, checkpoints,
-summary.
+"""A run on a parameter server, which writes the same files as any other run.
 
-Rows of its own: `commit`, one for each push (worker, when it started and finished on the server's
-clock, staleness, batch size, loss). Rows of an epoch also hold `clock_seconds` (the server's clock:
-the time model's in a simulation, the wall's on Ray), `predicted_seconds` (the sum of the plans'
-target times), resolution and small batch size.
+Its own kind of row is `commit`, one for each push (worker, start and end on the server's clock,
+staleness, batch size, loss). Rows of an epoch also hold `clock_seconds` (the server's clock, which
+is that of the time model in a simulation and wall time on Ray), `predicted_seconds` (the sum of the
+plans' target times), resolution and small batch size.
 """
 
 import math
@@ -28,24 +27,25 @@ from hessianflow.runs.states import check_dual_batch_state, check_finite, model_
 from hessianflow.runs.summary import summary_of
 from hessianflow.training import checkpoint, evaluate
 from hessianflow.training.divergence import DivergenceError
-from hessianflow.training.saving import Saver
+from hessianflow.training.saving import Checkpoints, Saver
 from hessianflow.training.timing import Stopwatch
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is trained, and by which plan.
+class DualBatchTask:
+    """The model, data and plan of a run.
 
     Attributes:
-        model: where the server's weights are put to be evaluated and saved.
-        eval_data: evaluated after every epoch.
-        loss_fn: of the evaluation.
-        recalibrate: measures the model's statistics of normalisation at full resolution.
-        stage_at: stage and plan at an epoch.
-        rate_at: learning rate at an epoch.
-        workers: how many.
-        epochs: passes over the training data; one is as many pushes as there are workers.
-        examples: training examples.
+        model: Model into which the server's weights are copied to evaluate and save them.
+        eval_data: Data of the evaluation after every epoch.
+        loss_fn: Loss function of the evaluation.
+        recalibrate: Function that measures the model's statistics of normalisation at full
+            resolution.
+        stage_at: Function that returns the stage and the plan of an epoch.
+        rate_at: Function that returns the learning rate of an epoch.
+        workers: Number of workers.
+        epochs: Passes over the training data, each with as many pushes as there are workers.
+        examples: Number of training examples.
     """
 
     model: nn.Module
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass
 class _Counters:
-    """Of the whole run, and, from `loss` on, of the epoch under way."""
+    """Counts of the whole run and, from `loss` on, of the current epoch."""
 
     commits: int = 0
     examples: int = 0
@@ -79,20 +79,20 @@ class _Counters:
 
 
 class DualBatchTrainer:
-    """Runs a :class:`Job` on a transport.
+    """Trainer that runs a :class:`DualBatchTask` on a transport.
 
     Args:
-        job: what to train.
-        transport: how workers and server meet.
-        run_dir: where config, history, checkpoints and summary go; None keeps records in memory.
-        config: settings to write to config.json.
-        sinks: further receivers of every record.
-        saver: how many checkpoints are kept (one is made after every epoch).
+        task: Model, data and plan of the run.
+        transport: Transport that runs the workers against the server.
+        run_dir: Folder of config, history, checkpoints and summary; None keeps records in memory.
+        config: Settings to write to config.json.
+        sinks: Further receivers of every record.
+        saver: Saver, which says how many checkpoints are kept (one is made after every epoch).
     """
 
     def __init__(
         self,
-        job: Job,
+        task: DualBatchTask,
         transport: Transport,
         *,
         run_dir: str | Path | None = None,
@@ -100,12 +100,14 @@ class DualBatchTrainer:
         sinks: Iterable[RecordSink] = (),
         saver: Saver | None = None,
     ) -> None:
-        self._job, self._transport = job, transport
-        self._flat, self._device = FlatWeights(job.model), next(job.model.parameters()).device
+        self._task = task
+        self._transport = transport
+        self._flat = FlatWeights(task.model)
+        self._device = next(task.model.parameters()).device
         self._record = Recorder(run_dir, sinks)
         self._config = dict(config or {})
-        self._saver = saver or Saver(None, None, 2)
-        self._watch = Stopwatch(self._device)
+        self._saver = saver or Saver(Checkpoints())
+        self._stopwatch = Stopwatch(self._device)
         self._counters = self._saved = _Counters()
         self._stop_requested = False
 
@@ -113,8 +115,8 @@ class DualBatchTrainer:
         """Train for all epochs and return the records.
 
         Raises:
-            HessianFlowError: the run directory is in use or cannot be written; the loss stopped
-                being finite.
+            HessianFlowError: The run directory is in use or cannot be written, or the loss is no
+                longer finite.
         """
         self._record.start(self._config)
         try:
@@ -125,11 +127,12 @@ class DualBatchTrainer:
         return self._run(None)
 
     def resume(self, run_dir: str | Path) -> History:
-        """Continue an interrupted run of the same settings; simulated on a CPU, it ends bit for bit
-        as if it never had.
+        """Continue an interrupted run of the same settings.
+
+        A simulation on a CPU ends bit for bit as if it had not been interrupted.
 
         Raises:
-            HessianFlowError: no usable checkpoint there, or one of another model.
+            HessianFlowError: The directory has no usable checkpoint, or one of another model.
         """
         folder = in_home(run_dir)
         try:
@@ -142,29 +145,32 @@ class DualBatchTrainer:
         return self._run(snapshot)
 
     def request_stop(self) -> None:
-        """Ask the run to save a checkpoint and return after the push it waits for (safe in a signal
-        handler)."""
+        """Make the run save a checkpoint and end after the next push (safe in a signal handler)."""
         self._stop_requested = True
 
     @property
     def progress(self) -> Progress:
-        """How far the run has come; an epoch is complete with as many pushes as there are
-        workers."""
-        job, counters = self._job, self._counters
-        epoch = counters.commits // job.workers
-        return Progress(epoch, counters.examples, counters.updates, job.examples, job.epochs)
+        """Return the progress of the run; an epoch has as many pushes as there are workers."""
+        task = self._task
+        counters = self._counters
+        epoch = counters.commits // task.workers
+        return Progress(epoch, counters.examples, counters.updates, task.examples, task.epochs)
 
     def _restore(self, folder: Path) -> tuple[Snapshot | None, str | None]:
-        """Put back the newest checkpoint; returns the server's part of it, and a warning where it
-        is not the last."""
+        """Restore the newest usable checkpoint.
+
+        Returns:
+            The server's snapshot in it, and a warning if it is not the last checkpoint.
+        """
         self._record.hold(folder)
-        kept, source = folder / CHECKPOINTS, f"the checkpoint in {folder}"
+        kept = folder / CHECKPOINTS
+        source = f"the checkpoint in {folder}"
         state, _, warning = checkpoints.load_newest(kept, history_length(folder), self._check)
         with restoring(source):
-            checkpoint.load_model(self._job.model, state["model"], source)
+            checkpoint.load_model(self._task.model, state["model"], source)
             checkpoint.restore_generators(state["generators"])
             self._counters = self._saved = _Counters(**state["counters"])
-            self._watch.load(state["seconds"])
+            self._stopwatch.load(state["seconds"])
             snapshot = with_arrays(state["dual_batch"])
         self._record.reopen(folder, state["history_bytes"])
         if warning is not None:
@@ -174,10 +180,10 @@ class DualBatchTrainer:
     def _check(self, state: Mapping[str, Any]) -> None:
         """Refuse a checkpoint that is damaged, or of another model."""
         check_dual_batch_state(state)
-        fault = model_fault(self._job.model, state["model"])
+        fault = model_fault(self._task.model, state["model"])
         if fault is not None:
             raise HessianFlowError(f"it is of another model: {fault}")
-        check_finite(self._job.model, state["model"])
+        check_finite(self._task.model, state["model"])
         for weights in _copies_of_weights(state["dual_batch"] or {}):
             self._flat.check(weights)
 
@@ -186,19 +192,17 @@ class DualBatchTrainer:
             self._on_commit, self._on_snapshot, self._on_event, lambda: self._stop_requested
         )
         try:
-            self._transport(self._job.epochs * self._job.workers, listener, resume_from)
-            found = summary_of(
+            self._transport(self._task.epochs * self._task.workers, listener, resume_from)
+            summary = summary_of(
                 self._record.history(),
                 self.progress,
                 self._decision(),
                 self._seconds(),
                 self._device,
             )
-            clock = {
-                "clock_seconds": self._counters.clock,
-                "predicted_seconds": self._counters.predicted,
-            }
-            self._record.finish({**found, **clock})
+            summary["clock_seconds"] = self._counters.clock
+            summary["predicted_seconds"] = self._counters.predicted
+            self._record.finish(summary)
         finally:
             self._record.close()
         return self._record.history()
@@ -217,10 +221,10 @@ class DualBatchTrainer:
         c.correct += int(figures["correct"])
         c.counted += figures["counted"]
         c.trained += int(figures["examples"])
-        stage, _ = self._job.stage_at(commit.epoch)
+        stage, _ = self._task.stage_at(commit.epoch)
         self._record.write(
             {
-                **self._place("commit"),
+                **self._header("commit"),
                 **{
                     name: getattr(commit, name)
                     for name in ("worker", "started", "finished", "staleness")
@@ -231,20 +235,20 @@ class DualBatchTrainer:
             }
         )
         if figures["weight"] > 0 and not math.isfinite(figures["loss"]):
-            where = (
+            message = (
                 f"the training loss of worker {commit.worker} was not finite in epoch"
                 f" {commit.epoch + 1}"
             )
-            self._event("diverged", where)
-            raise DivergenceError(f"{where}: lower the rate; {self._record.last_checkpoint()}")
+            self._event("diverged", message)
+            raise DivergenceError(f"{message}: lower the rate; {self._record.last_checkpoint()}")
 
     def _on_snapshot(self, state: Snapshot) -> None:
         self._flat.write(state["server"]["weights"])
-        with self._watch.part("evaluation"):
-            self._job.recalibrate()
-        if self._counters.commits % self._job.workers == 0:
+        with self._stopwatch.section("evaluation"):
+            self._task.recalibrate()
+        if self._counters.commits % self._task.workers == 0:
             self._finish_epoch()
-        if self._stop_requested and self.progress.epoch < self._job.epochs:
+        if self._stop_requested and self.progress.epoch < self._task.epochs:
             self._event(
                 "preempted",
                 "stopped on request before the last epoch; `hessianflow resume` continues",
@@ -252,31 +256,31 @@ class DualBatchTrainer:
         self._save(state)
 
     def _on_event(self, text: str, commits: int) -> None:
-        """A worker or the server failed; where commits are to be made again, count from the last
-        snapshot."""
+        """Record a failure; if commits were lost, count again from the last snapshot."""
         if commits < self._counters.commits:
             self._counters = replace(self._saved)
         self._event("restart", text)
 
     def _finish_epoch(self) -> None:
-        with self._watch.part("evaluation"):
-            evaluation = evaluate(self._job.model, self._job.eval_data, self._job.loss_fn)
-        c, epoch = self._counters, self.progress.epoch - 1
-        stage, plan = self._job.stage_at(epoch)
+        with self._stopwatch.section("evaluation"):
+            evaluation = evaluate(self._task.model, self._task.eval_data, self._task.loss_fn)
+        c = self._counters
+        epoch = self.progress.epoch - 1
+        stage, plan = self._task.stage_at(epoch)
         c.predicted += plan.target_seconds
         total = self._seconds()
         spent = {name: value - c.seconds.get(name, 0.0) for name, value in total.items()}
-        small = plan.small
+        small_batch_size = plan.small.batch_size if plan.small is not None else None
         self._record.write(
             {
-                **self._place("epoch"),
+                **self._header("epoch"),
                 "batch_size": self._decision().batch_size,
-                "small_batch_size": None if small is None else small.batch_size,
+                "small_batch_size": small_batch_size,
                 "resolution": stage.level.resolution,
-                "lr": self._job.rate_at(epoch),
+                "lr": self._task.rate_at(epoch),
                 "adversarial_share": 0.0,
-                "train_loss": c.loss / c.weight if c.weight else math.nan,
-                "train_accuracy": c.correct / c.counted if c.counted else None,
+                "train_loss": _ratio(c.loss, c.weight),
+                "train_accuracy": _ratio(c.correct, c.counted),
                 "eval_loss": evaluation.loss,
                 "eval_accuracy": evaluation.accuracy,
                 "clock_seconds": c.clock,
@@ -284,10 +288,10 @@ class DualBatchTrainer:
                 **rows.spent_on(spent, c.trained),
             }
         )
-        improved = evaluation.accuracy is not None and (
-            c.best is None or evaluation.accuracy > c.best
-        )
-        best = evaluation.accuracy if improved else c.best
+        best = c.best
+        improved = evaluation.accuracy is not None and (best is None or evaluation.accuracy > best)
+        if improved:
+            best = evaluation.accuracy
         self._counters = replace(
             c, best=best, loss=0.0, weight=0.0, correct=0, counted=0.0, trained=0, seconds=total
         )
@@ -295,15 +299,14 @@ class DualBatchTrainer:
             self._save(None, BEST)
 
     def _decision(self) -> Decision:
-        """Return the largest batch of the epoch last completed (or of the first), for the
-        records."""
-        _, plan = self._job.stage_at(max(0, self.progress.epoch - 1))
+        """Return the largest batch of the last completed epoch, or of the first, for records."""
+        _, plan = self._task.stage_at(max(0, self.progress.epoch - 1))
         return Decision(max(worker.batch_size for worker in plan.workers))
 
     def _seconds(self) -> dict[str, float]:
-        return {**self._watch.totals(), "training": self._counters.training_seconds}
+        return {**self._stopwatch.totals(), "training": self._counters.training_seconds}
 
-    def _place(self, kind: str) -> dict[str, Any]:
+    def _header(self, kind: str) -> dict[str, Any]:
         return {**rows.place(kind, self.progress), "commits": self._counters.commits}
 
     def _event(self, event: str, message: str) -> None:
@@ -313,23 +316,26 @@ class DualBatchTrainer:
         self._saved = replace(self._counters)
         if self._record.run_dir is None:
             return
-        with self._watch.part("checkpoint"):
+        with self._stopwatch.section("checkpoint"):
             saved = {
-                "model": self._job.model.state_dict(),
+                "model": self._task.model.state_dict(),
                 "dual_batch": checkpoint.plain(checkable(state)),
                 "generators": checkpoint.generator_states(),
                 "counters": asdict(self._counters),
                 "examples": self._counters.examples,
                 "updates": self._counters.updates,
-                "seconds": self._watch.totals(),
+                "seconds": self._stopwatch.totals(),
                 "history_bytes": self._record.sync(),
             }
             self._saver.save(self._record.run_dir, saved, name)
 
 
+def _ratio(total: float, divisor: float) -> float | None:
+    return total / divisor if divisor else None
+
+
 def _copies_of_weights(snapshot: Snapshot) -> Iterator[Tensor]:
-    """Yield the weights of the server, those pushed into an open round, and those that workers
-    train from."""
+    """Yield the weights of the server, those in an open round, and those that workers train."""
     if "server" in snapshot:
         yield snapshot["server"]["weights"]
         yield from (pushed for _, pushed in snapshot["server"]["round"].values())

@@ -1,5 +1,4 @@
-"""The two ways to run workers against a server, behind one signature: simulated in this process, or
-on Ray."""
+"""Two ways to run workers against a server, with one signature: simulated here, or on Ray."""
 
 import signal
 import threading
@@ -18,14 +17,14 @@ Snapshot = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told what happens.
+    """Functions that a transport calls.
 
     Attributes:
-        on_commit: of every push; its times go on from those before an interruption.
-        on_snapshot: of the state after every epoch, and when stopped; `state["server"]["weights"]`
-            are the server's.
-        on_event: of failures, and how many commits still count.
-        should_stop: asked after every push.
+        on_commit: Called after every push, with times that continue those before an interruption.
+        on_snapshot: Called with the state after every epoch, and when stopped; the server's weights
+            are `state["server"]["weights"]`.
+        on_event: Called after a failure, with a text and the number of commits that still count.
+        should_stop: Called after every push; returns whether to stop.
     """
 
     on_commit: Callable[[Commit], None]
@@ -35,21 +34,22 @@ class Listener:
 
 
 class Transport(Protocol):
-    """Trains until the server has had `commits` pushes, from the beginning or from a snapshot."""
+    """A way to train until the server has received a number of pushes."""
 
     def __call__(self, commits: int, listener: Listener, resume_from: Snapshot | None) -> None:
-        """Train, telling the listener."""
+        """Train for `commits` pushes, from the beginning or from a snapshot."""
         ...
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """All workers in this process; the clock is that of the time model.
+    """The transport with all workers in this process, whose clock is that of the time model.
 
     Attributes:
-        make_server: builds the server.
-        make_worker: builds each worker's local training.
-        seconds: seconds(worker, epoch).
+        make_server: Function that builds the server.
+        make_worker: Function that builds a worker's local training, by its number.
+        seconds: Function that is called as seconds(worker, epoch) and returns the time of a local
+            epoch.
     """
 
     make_server: Callable[[], ParameterServer]
@@ -57,7 +57,7 @@ class Simulated:
     seconds: Callable[[int, int], float]
 
     def __call__(self, commits: int, listener: Listener, resume_from: Snapshot | None) -> None:
-        """See :class:`Transport`."""
+        """Simulate `commits` pushes, from the beginning or from a snapshot."""
         server = self.make_server()
         simulate(
             server,
@@ -74,15 +74,16 @@ class Simulated:
 
 @dataclass(frozen=True)
 class OnRay:
-    """Server and workers in processes of their own; the clock is the wall's. Workers start with no
-    momentum.
+    """The transport with server and workers in processes of Ray, measured in wall time.
+
+    After a resumption, workers begin without momentum.
 
     Attributes:
-        make_server: builds the server, in its process.
-        make_worker: builds one worker's local training, in its process.
-        workers: how many there are.
-        resources: of each.
-        address: of the cluster; None: a local one.
+        make_server: Function that builds the server, in its process.
+        make_worker: Function that builds a worker's local training, in its process.
+        workers: Number of workers.
+        resources: Resources of each worker.
+        address: Address of the cluster; None for a local one.
     """
 
     make_server: Callable[[], ParameterServer]
@@ -92,10 +93,15 @@ class OnRay:
     address: str | None = None
 
     def __call__(self, commits: int, listener: Listener, resume_from: Snapshot | None) -> None:
-        """See :class:`Transport`."""
+        """Train for `commits` pushes, from the beginning or from a snapshot."""
         with _own_signal_handlers():
             connect(self.address)
-        before = clock = 0.0 if resume_from is None else float(resume_from["clock"])
+        server_state = None
+        before = 0.0
+        if resume_from is not None:
+            server_state = resume_from["server"]
+            before = float(resume_from["clock"])
+        clock = before
 
         def shifted(commit: Commit) -> None:
             nonlocal clock
@@ -119,21 +125,19 @@ class OnRay:
             on_snapshot=snapshot,
             on_event=listener.on_event,
             should_stop=listener.should_stop,
-            resume_from=None if resume_from is None else resume_from["server"],
+            resume_from=server_state,
         )
 
 
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Ray sets handlers of its own when it starts; the caller's come back afterwards."""
-    numbers = (
-        (signal.SIGTERM, signal.SIGINT)
-        if threading.current_thread() is threading.main_thread()
-        else ()
-    )
-    found = {number: signal.getsignal(number) for number in numbers}
+    """Restore the caller's signal handlers at the end, since Ray sets its own when it starts."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # only it may set handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.getsignal(number)
     try:
         yield
     finally:
-        for number, handler in found.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

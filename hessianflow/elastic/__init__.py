@@ -1,7 +1,7 @@
-"""Elastic runs on Ray: workers come and go with the batch, and the training goes on.
+"""Elastic runs on Ray, whose number of workers follows the batch size while training continues.
 
-:class:`ElasticRun` runs any job on a number of workers that follows its batch;
-:class:`ElasticTrainer` is the trainer as such a job, with records and checkpoints.
+:class:`ElasticRun` runs any job in this way; :class:`ElasticTrainer` is the trainer as such a job,
+with records and checkpoints.
 """
 
 from hessianflow.elastic.build import build_elastic

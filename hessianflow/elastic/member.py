@@ -1,5 +1,4 @@
-"""One worker of an elastic run: a job in a process of its own that enters and leaves generations of
-the group."""
+"""One worker of an elastic run: a job in its own process that joins and leaves generations."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,21 +22,21 @@ from hessianflow.distributed.state import ByteArray, broadcast_state, pack, unpa
 from hessianflow.distributed.store import LOCAL, gloo_on_this_machine
 
 Row = Mapping[str, Any]
-"""One record of a run."""
+"""A record of a run."""
 
 
 @dataclass(frozen=True)
 class JobReport:
-    """How far a job has come, the same on every rank.
+    """The progress of a job, the same on every rank.
 
     Attributes:
-        updates: optimizer steps in all.
-        examples: trained in all, over all ranks.
-        batch_size: of the next update, over all ranks.
-        microbatch_size: the largest that fits one worker.
-        done: nothing is left to train.
-        rows: records made so far.
-        keep: this is a good moment for a snapshot, such as the end of an epoch.
+        updates: Number of all optimizer steps.
+        examples: Number of all examples trained, over all ranks.
+        batch_size: Examples of the next update, over all ranks.
+        microbatch_size: Largest microbatch that fits one worker.
+        done: Whether nothing is left to train.
+        rows: Number of records made so far.
+        keep: Whether this is a good moment for a snapshot, such as the end of an epoch.
     """
 
     updates: int
@@ -52,18 +51,17 @@ class JobReport:
 class ElasticJob(Protocol):
     """Training that can change its world at the boundary between two updates.
 
-    What `state` gives must belong to the last complete update, also after `run_until` was
-    interrupted by an error in the middle of one: examples of an update that was not completed are
-    trained again, and counted once.
+    The result of `state` must belong to the last complete update, also after an error interrupted
+    `run_until` in the middle of one: examples of an incomplete update are trained again, and
+    counted once.
     """
 
     def join(self, reducer: GroupReducer) -> None:
-        """Go on as this rank of this world: take its shard of the data, sum over its group."""
+        """Continue as this rank of this world: take its shard of the data, sum over its group."""
         ...
 
     def run_until(self, updates: int) -> JobReport:
-        """Train until so many updates have been made in all, or to the end; may return earlier, at
-        a `keep`."""
+        """Train until `updates` updates have been made, or to the end, or to an earlier `keep`."""
         ...
 
     def rows(self, start: int) -> Sequence[Row]:
@@ -71,38 +69,37 @@ class ElasticJob(Protocol):
         ...
 
     def describe(self) -> Row:
-        """Whatever whoever started the run wants to know at its start and at its end."""
+        """Return a description of the job, which is read at the start and at the end of the run."""
         ...
 
     def report(self) -> JobReport:
-        """Without training."""
+        """Return the progress of the job, without training."""
         ...
 
     def state(self) -> Any:
-        """Return everything another process needs to go on: nested plain values and tensors."""
+        """Return everything another process needs to continue: nested plain values and tensors."""
         ...
 
     def load_state(self, state: Any) -> None:
-        """Go on from `state`, at any world size."""
+        """Continue from `state`, at any world size."""
         ...
 
     @property
     def waited_seconds(self) -> float:
-        """Time spent waiting for other ranks so far (:class:`GradientSynchronizer` counts it)."""
+        """Return the time spent waiting for other ranks (:class:`GradientSynchronizer` counts)."""
         ...
 
 
 class Member:
-    """The process of one worker; every method is called from outside, one at a time."""
+    """The process of one worker, whose methods the cluster calls, one at a time."""
 
     def __init__(self, build: Callable[[], ElasticJob], device: str) -> None:
         self._build = build
         self._device = torch.device(device)
 
     def program(self) -> str:
-        """Build the job, before anything else is asked; returns a hash of the code this process
-        runs."""
-        # not sooner: an error while an actor is made reaches nobody as itself
+        """Build the job, before any other method is called, and return a hash of the code."""
+        # In a constructor, Ray would hide the error of a build that fails.
         self._job = self._build()
         return code_fingerprint()
 
@@ -114,7 +111,7 @@ class Member:
         share_state: bool,
         timeout_seconds: float,
     ) -> JobReport:
-        """Become a rank of a generation; with `share_state`, go on from rank 0's state."""
+        """Become a rank of a generation; with `share_state`, continue from rank 0's state."""
         self._rank = generation.rank
         store = TCPStore(address, port, is_master=False)
         with gloo_on_this_machine() if address == LOCAL else nullcontext():
@@ -125,36 +122,43 @@ class Member:
         return self._job.report()
 
     def run_until(self, updates: int, start: int) -> tuple[JobReport, float, Sequence[Row]]:
-        """Return the report, the seconds spent computing rather than waiting for others, and rank
-        0's records from `start`."""
-        began, waited = time.perf_counter(), self._job.waited_seconds
+        """Train, and return the report, the seconds spent computing, and rank 0's new records.
+
+        The seconds do not include waiting for other ranks; the records begin with number `start`.
+        """
+        began = time.perf_counter()
+        waited = self._job.waited_seconds
         report = self._job.run_until(updates)
         busy = time.perf_counter() - began - (self._job.waited_seconds - waited)
-        return report, busy, self._job.rows(start) if self._rank == 0 else ()
+        rows = self._job.rows(start) if self._rank == 0 else ()
+        return report, busy, rows
 
     def describe(self) -> Row:
-        """See :class:`ElasticJob`."""
+        """Return the job's description of itself."""
         return self._job.describe()
 
     def leave(self) -> None:
-        """Together with all other ranks of the generation."""
+        """Leave the generation, together with all its other ranks."""
         leave()
 
     def abort(self) -> int:
-        """Leave a generation in which some rank has failed; returns the updates completed."""
+        """Leave a generation in which a rank has failed, and return the completed updates."""
         abort()
         return self._job.report().updates
 
     def snapshot(self) -> tuple[int, tuple[Any, ByteArray]]:
-        """Updates completed, to be read without the rest; and the state as a skeleton and one flat
-        array."""
+        """Return the completed updates, and the state as a skeleton and one flat array.
+
+        Ray stores the two apart, so that the first can be read without the second.
+        """
         return self._job.report().updates, pack(self._job.state())
 
     def restore(self, snapshot: tuple[Any, ByteArray]) -> None:
-        """Go on from a snapshot."""
+        """Continue from a snapshot."""
         self._job.load_state(unpack(*snapshot))
 
     def _share_state(self, reducer: ProcessGroupReducer) -> None:
-        state = broadcast_state(reducer, self._job.state() if reducer.rank == 0 else None)
-        if reducer.rank > 0:
-            self._job.load_state(state)
+        if reducer.rank == 0:
+            broadcast_state(reducer, self._job.state())
+        else:
+            self._job.load_state(broadcast_state(reducer, None))

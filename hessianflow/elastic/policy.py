@@ -1,4 +1,4 @@
-"""How many workers a batch deserves: pure functions of what has been measured."""
+"""The number of workers for a batch, as pure functions of measurements."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from hessianflow.interfaces import HessianFlowError
 
 MIN_SAMPLES = 3
-"""Samples of a world at a batch size that it takes to judge it: one stretch may hold an evaluation.
-Ours."""
+"""Samples needed to judge a number of workers at a batch size, since one stretch may hold an
+evaluation. This default is our choice."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one stretch of training measured.
+    """The measurement of one stretch of training.
 
     Attributes:
-        seconds: since the run began, when the stretch ended.
-        workers: ranks that took part.
-        batch_size: examples an update.
-        examples: trained in all so far.
-        examples_per_second: over this stretch.
+        seconds: Seconds from the start of the run to the end of the stretch.
+        workers: Number of ranks that took part.
+        batch_size: Examples per update.
+        examples: Number of all examples trained so far.
+        examples_per_second: Throughput of this stretch.
     """
 
     seconds: float
@@ -39,24 +39,24 @@ def workers_for(
     max_workers: int,
     min_efficiency: float = 0.5,
 ) -> int:
-    """As many workers as get a full microbatch each, unless more have been seen not to pay.
+    """Return the number of workers that get a full microbatch each, or fewer if those are slow.
 
-    The efficiency of n workers is (rate at n / n) / (rate at n0 / n0), n0 being the fewest workers
-    seen at the same batch size and rates medians of the samples, of which there must be
-    :data:`MIN_SAMPLES` at n. Where it fell below `min_efficiency`, the answer is at most the number
-    of workers that would reach it at the rate then measured. What was measured stays measured, so
-    the answer at one batch size does not swing back and forth.
+    The efficiency of n workers is (rate at n / n) / (rate at n0 / n0), where n0 is the fewest
+    workers measured at the same batch size and rates are medians of the samples, at least
+    :data:`MIN_SAMPLES` at n. If it is below `min_efficiency`, the result is at most the number of
+    workers that would reach it at the rate then measured. Measurements are kept, so the result at
+    one batch size does not oscillate.
 
     Args:
-        batch_size: examples an update, over all workers.
-        microbatch_size: the largest that fits a worker.
-        samples: measured so far; those at other batch sizes are not looked at.
-        min_workers: never fewer.
-        max_workers: never more.
-        min_efficiency: worst use of a worker that is accepted. Default ours.
+        batch_size: Examples per update, over all workers.
+        microbatch_size: Largest microbatch that fits a worker.
+        samples: Measurements so far; those at other batch sizes are ignored.
+        min_workers: Smallest result.
+        max_workers: Largest result.
+        min_efficiency: Lowest efficiency that is accepted. This default is our choice.
 
     Raises:
-        HessianFlowError: a number below 1, or min_workers above max_workers.
+        HessianFlowError: A number is below 1, or min_workers is above max_workers.
     """
     if min(batch_size, microbatch_size, min_workers) < 1 or min_workers > max_workers:
         raise HessianFlowError(
@@ -64,27 +64,29 @@ def workers_for(
             f" batch_size {batch_size}, microbatch_size {microbatch_size}, min_workers"
             f" {min_workers}, max_workers {max_workers}"
         )
-    wanted = min(max_workers, max(min_workers, batch_size // microbatch_size))
+    full = min(max_workers, max(min_workers, batch_size // microbatch_size))
     rates = _rates_per_worker(samples, batch_size)
-    least = min_efficiency * statistics.median(rates[min(rates)]) if rates else 0.0
-    judged = {
-        workers: statistics.median(found)
-        for workers, found in rates.items()
-        if len(found) >= MIN_SAMPLES
+    if not rates:
+        return full
+    least = min_efficiency * statistics.median(rates[min(rates)])
+    medians = {
+        workers: statistics.median(own) for workers, own in rates.items() if len(own) >= MIN_SAMPLES
     }
-    limits = [int(workers * rate / least) for workers, rate in judged.items() if rate < least]
-    return max(min_workers, min([wanted, *limits]))
+    limits = [int(workers * rate / least) for workers, rate in medians.items() if rate < least]
+    return max(min_workers, min([full, *limits]))
 
 
 def slow_workers(busy_seconds: Sequence[float], *, factor: float = 2.0) -> list[int]:
-    """Ranks that computed more than `factor` times as long as the median of the others. Default
-    ours."""
-    found = []
+    """Return the ranks that computed more than `factor` times the median of the others.
+
+    The default factor is our choice.
+    """
+    slow = []
     for rank, seconds in enumerate(busy_seconds):
         others = [*busy_seconds[:rank], *busy_seconds[rank + 1 :]]
         if others and seconds > factor * statistics.median(others):
-            found.append(rank)
-    return found
+            slow.append(rank)
+    return slow
 
 
 def _rates_per_worker(samples: Iterable[Sample], batch_size: int) -> dict[int, list[float]]:

@@ -1,17 +1,17 @@
-"""Elastic training on Ray: workers come, go and fail while the run goes on.
+"""Elastic training on Ray: workers join, leave and fail while the run continues.
 
 Ray places worker processes, watches them and asks the cluster for room; torch.distributed moves
 gradients. The members of one generation train a stretch of updates, report, and train the next,
 without ending their processes. Between two stretches the world may change: members leave the group
 (milliseconds), a new one is formed under the next generation's prefix in the same key-value store,
 and newcomers receive the state by broadcast. Newcomers start, import and build their job while the
-others train; a cluster that is slow or has no room is waited for in the same way, without waiting.
+others train, also on a cluster that is slow or has no room at first.
 
-Faults: a member that dies makes the others fail in their next sum; one that hangs, after
-`timeout_seconds`. The survivors leave that generation, the most advanced becomes rank 0, and all go
-on from its last complete update; the batch that was under way is trained again and counted once.
-Without survivors the run goes on from the last snapshot. When this process itself ends, the job's
-own checkpoints are what is left.
+Faults: when a member dies, the others fail in their next sum; when one hangs, after
+`timeout_seconds`. The survivors leave that generation, the most advanced becomes rank 0, and all
+continue from its last complete update; the interrupted batch is trained again and counted once.
+Without survivors the run continues from the last snapshot. If this process itself ends, only the
+job's own checkpoints remain.
 """
 
 import time
@@ -32,24 +32,26 @@ EventKind = (
 )
 
 MAX_FAILURES = 5
-"""Failures in a row, without an update completed in between, after which a run gives up. Ours."""
+"""Failures in a row, without an update completed in between, after which a run gives up. This
+default is our choice."""
 
 SLOW_STRETCHES = 3
-"""Stretches in a row in which a rank must be slow before that is recorded. Ours."""
+"""Stretches in a row in which a rank must be slow before that is recorded. This default is our
+choice."""
 
 
 @dataclass(frozen=True)
 class ElasticEvent:
-    """One change of the world, or a reason for one.
+    """A change of the world, or a reason for one.
 
     Attributes:
-        kind: what happened.
-        seconds: since the run began.
-        updates: completed by then.
-        examples: trained by then, over all ranks.
-        workers: in the world after it.
-        message: in words.
-        pause: seconds for which training stood still.
+        kind: Kind of the event.
+        seconds: Seconds since the run began.
+        updates: Updates completed by then.
+        examples: Examples trained by then, over all ranks.
+        workers: Workers in the world after the event.
+        message: Description of the event.
+        pause: Seconds for which training paused.
     """
 
     kind: EventKind
@@ -62,8 +64,8 @@ class ElasticEvent:
 
 
 Policy = Callable[[JobReport, Sequence[Sample]], int]
-"""policy(report, samples) -> workers wanted from the next boundary on; clipped to the settings'
-bounds."""
+"""Function that is called as policy(report, samples) and returns the number of workers from the
+next boundary on, which is clipped to the bounds of the settings."""
 
 
 @dataclass
@@ -71,26 +73,26 @@ class ElasticRun:
     """Trains a job on a changing number of workers.
 
     Args:
-        build: makes the job, in each worker's process.
-        policy: how many workers to have; such as one made of
+        build: Function that makes the job, in each worker's process.
+        policy: Function that returns the number of workers, for example by
             :func:`~hessianflow.elastic.policy.workers_for`.
-        settings: see :class:`ElasticSettings`.
-        on_event: called with each event as it happens.
-        on_rows: on_rows(start, rows): the job's records from number `start` on, whose number it may
-            have had before: a run that goes on from a snapshot makes them again.
-        on_snapshot: called with the job's state whenever a snapshot was taken, at the end too; to
-            be written to disk.
-        start_from: a state to go on from.
+        settings: Bounds, times and resources of the run.
+        on_event: Function called with each event as it happens.
+        on_rows: Function called as on_rows(start, rows) with the job's records from number `start`
+            on. A run that continues from a snapshot makes later records again.
+        on_snapshot: Function called with the job's state after every snapshot, also at the end, to
+            write it to disk.
+        start_from: State to continue from.
 
     Attributes:
-        description: what rank 0's job said of itself, at the start and then at the end.
-        events: all of them.
-        samples: throughput of every stretch.
+        description: Description of rank 0's job, from the start and then from the end.
+        events: All events.
+        samples: Throughput of every stretch.
 
     Raises:
-        HessianFlowError: no Ray, or Ray itself failed; no room for `min_workers`; too many failures
-            in a row. A worker's own error comes as itself where it is a HessianFlowError, else as
-            Ray's exception of it.
+        HessianFlowError: Ray is not installed or failed, there is no room for `min_workers`, or
+            there were too many failures in a row. A HessianFlowError of a worker is raised as such,
+            its other errors as exceptions of Ray.
     """
 
     build: Callable[[], ElasticJob]
@@ -108,11 +110,11 @@ class ElasticRun:
         self._stopping = False
 
     def request_stop(self) -> None:
-        """Let `run` return at the next boundary, after a snapshot (safe in a signal handler)."""
+        """Make `run` return at the next boundary, after a snapshot (safe in a signal handler)."""
         self._stopping = True
 
     def run(self) -> JobReport:
-        """Train to the end, or until asked to stop; returns the last report."""
+        """Train to the end, or until a stop is requested, and return the last report."""
         ray = connect(self.settings.address)
         self._began = time.monotonic()
         self._cluster = Cluster(ray, self.build, self.settings)
@@ -156,19 +158,22 @@ class ElasticRun:
         self._take_snapshot()
 
     def _form_first(self, lost: list[str]) -> bool:
-        """Start the workers that lack and let all form a generation; False when one of them
-        failed."""
+        """Start the missing workers and form the first generation; return False if one failed."""
         cluster = self._cluster
         cluster.request(self.settings.min_workers - len(cluster.members) - len(cluster.pending))
         lost += [
             f"a new worker {reason}" for reason in cluster.await_all(self.settings.start_seconds)
         ]
-        report = cluster.regroup(share_state=True) if cluster.restore() else None
-        found = None if report is None else cluster.describe()
-        if report is None or found is None:
+        if not cluster.restore():
+            return False
+        report = cluster.regroup(share_state=True)
+        if report is None:
+            return False
+        description = cluster.describe()
+        if description is None:
             return False
         self._report = report
-        self.description = found
+        self.description = description
         return True
 
     def _train_stretch(self) -> None:
@@ -193,73 +198,76 @@ class ElasticRun:
             self._resize()
 
     def _ended(self) -> bool:
-        """Return whether nothing is left to do, the last snapshot included; when a member fails at
-        that, go on without it."""
+        """Take the last snapshot if the run is to end, and return whether it has ended.
+
+        If a member fails at this, the run continues without it.
+        """
         if not (self._report.done or self._stopping):
             return False
-        found = self._cluster.describe()
-        if found is None or not self._take_snapshot():
+        description = self._cluster.describe()
+        if description is None or not self._take_snapshot():
             self._recover()
             return False
-        self.description = found
+        self.description = description
         return True
 
     def _take_snapshot(self) -> bool:
         taken = self._cluster.take_snapshot()
         if taken and self.on_snapshot is not None:
             self.on_snapshot(self._cluster.snapshot())
-            if not self._report.keep:  # what is kept at the end of every epoch is no event
+            if not self._report.keep:  # snapshots at the end of every epoch are no events
                 self._record("snapshot", "state written")
         return taken
 
     def _measure(self, report: JobReport, seconds: float) -> None:
-        updates, examples = (
-            report.updates - self._report.updates,
-            report.examples - self._report.examples,
-        )
-        batch_size, self._report = self._report.batch_size, report
+        before = self._report
+        self._report = report
+        updates = report.updates - before.updates
         if updates > 0:
-            now, workers = time.monotonic() - self._began, len(self._cluster.members)
-            self.samples.append(
-                Sample(now, workers, batch_size, report.examples, examples / seconds)
+            sample = Sample(
+                time.monotonic() - self._began,
+                len(self._cluster.members),
+                before.batch_size,
+                report.examples,
+                (report.examples - before.examples) / seconds,
             )
-            per_update = seconds / updates
-            # At most double: one short stretch says little about the next, whose batch may have
-            # grown.
-            self._stretch = max(
-                1, min(2 * self._stretch, int(self.settings.stretch_seconds / per_update))
-            )
+            self.samples.append(sample)
+            fitting = int(self.settings.stretch_seconds / (seconds / updates))
+            # At most double, since one short stretch says little about the next, whose batch may
+            # have grown.
+            self._stretch = max(1, min(2 * self._stretch, fitting))
 
     def _resize(self) -> None:
-        wanted = self.policy(self._report, self.samples)
-        wanted = min(self.settings.max_workers, max(self.settings.min_workers, wanted))
+        workers = self.policy(self._report, self.samples)
+        workers = min(self.settings.max_workers, max(self.settings.min_workers, workers))
         self._note_refusals()
-        present, coming = len(self._cluster.members), len(self._cluster.pending)
-        if wanted > present + coming and time.monotonic() >= self._ask_again_at:
-            self._cluster.request(wanted - present - coming)
-            self._record(
-                "requested",
-                f"{wanted - present - coming} more for a batch of {self._report.batch_size}",
-            )
-        elif wanted < present + coming:
-            self._cluster.cancel(min(coming, present + coming - wanted))
-        leaving = max(0, present - wanted)
+        present = len(self._cluster.members)
+        coming = len(self._cluster.pending)
+        missing = workers - present - coming
+        if missing > 0 and time.monotonic() >= self._ask_again_at:
+            self._cluster.request(missing)
+            self._record("requested", f"{missing} more for a batch of {self._report.batch_size}")
+        elif missing < 0:
+            self._cluster.cancel(min(coming, -missing))
+        leaving = max(0, present - workers)
         if leaving or self._cluster.arrived():
             self._change_world(leaving)
 
     def _change_world(self, leaving: int) -> None:
-        began, before = time.monotonic(), len(self._cluster.members)
-        if not self._cluster.part(leaving):
+        began = time.monotonic()
+        before = len(self._cluster.members)
+        if not self._cluster.disband(leaving):
             self._recover()
             return
         joined = self._cluster.admit()
         if not self._reform(share_state=joined > 0):
             return
-        pause, after = time.monotonic() - began, len(self._cluster.members)
-        self._record("joined" if joined else "left", f"{before} -> {after} workers", pause)
+        kind: EventKind = "joined" if joined else "left"
+        message = f"{before} -> {len(self._cluster.members)} workers"
+        self._record(kind, message, time.monotonic() - began)
 
     def _recover(self) -> None:
-        """Go on with whoever is left, or from the last snapshot."""
+        """Continue with the members that are left, or from the last snapshot."""
         began = time.monotonic()
         self._failures += 1
         for kind, what in self._cluster.bury():
@@ -282,12 +290,13 @@ class ElasticRun:
             self._record("restored", message, time.monotonic() - began)
 
     def _reform(self, *, share_state: bool) -> bool:
-        """Form the next generation; False when that failed and was recovered from."""
+        """Form the next generation; return False if that failed and the run recovered."""
         report = self._cluster.regroup(share_state=share_state)
         if report is None:
             self._recover()
             return False
-        self._report, self._rows = report, min(self._rows, report.rows)
+        self._report = report
+        self._rows = min(self._rows, report.rows)
         self._slow.clear()
         return True
 
@@ -311,9 +320,15 @@ class ElasticRun:
                 )
 
     def _record(self, kind: EventKind, message: str, pause: float = 0.0) -> None:
-        now, workers = time.monotonic() - self._began, len(self._cluster.members)
-        report = self._report
-        event = ElasticEvent(kind, now, report.updates, report.examples, workers, message, pause)
+        event = ElasticEvent(
+            kind,
+            time.monotonic() - self._began,
+            self._report.updates,
+            self._report.examples,
+            len(self._cluster.members),
+            message,
+            pause,
+        )
         self.events.append(event)
         if self.on_event is not None:
             self.on_event(event)

@@ -1,4 +1,4 @@
-"""How an elastic run behaves."""
+"""The settings of an elastic run."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,22 @@ from hessianflow.interfaces import HessianFlowError
 
 @dataclass(frozen=True)
 class ElasticSettings:
-    """How an elastic run behaves.
+    """The bounds, times and resources of an elastic run.
 
     Attributes:
-        min_workers: the run starts with so many.
-        max_workers: it never has more.
-        stretch_seconds: aimed at between two boundaries. Default ours: 0.2 % of it is the round
-            trip to the workers.
-        snapshot_seconds: between two snapshots of the state kept in Ray's object store.
-        timeout_seconds: a collective, or a stretch beyond its expected time, that takes longer
-            counts as hung. Default: that of torch's NCCL groups.
-        start_seconds: allowed to the first workers; a later one that takes longer is recorded as
-            refused, and still taken when it comes; after one that died while starting, none is
-            asked for in this time.
-        num_cpus: that each worker asks Ray for.
-        num_gpus: that each worker asks Ray for; above 0 the group uses NCCL.
-        address: of a Ray cluster; None: a local one.
+        min_workers: Number of workers at the start, and the smallest later.
+        max_workers: Largest number of workers.
+        stretch_seconds: Intended time between two boundaries. This default is our choice: the round
+            trip to the workers takes 0.2 % of it.
+        snapshot_seconds: Time between two snapshots of the state in Ray's object store.
+        timeout_seconds: Time after which a collective, or a stretch beyond its expected time,
+            counts as hung. The default is that of torch's NCCL groups.
+        start_seconds: Time in which the first workers must start. A later worker that takes longer
+            is recorded as refused, and still admitted when it arrives. After one that died while it
+            started, none is requested for this time.
+        num_cpus: CPUs that each worker requests from Ray.
+        num_gpus: GPUs that each worker requests from Ray; above 0 the group uses NCCL.
+        address: Address of a Ray cluster; None for a local one.
     """
 
     min_workers: int = 1

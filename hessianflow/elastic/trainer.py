@@ -1,9 +1,8 @@
-"""The process that starts an elastic run and keeps its records: config, history, checkpoints and
-summary.
+"""The process that starts an elastic run and writes its config, history, checkpoints and summary.
 
-Workers come and go, so none of them owns the run directory. They hand their records over at every
-boundary, and their state at the end of every epoch and every so many seconds. When a run goes on
-from a snapshot, the records that will be made again are taken back; those of the world's changes
+Workers join and leave, so none of them owns the run directory. They send their records at every
+boundary, and their state at the end of every epoch and at regular intervals. When a run continues
+from a snapshot, the records that will be made again are dropped; those of changes of the world
 stay.
 """
 
@@ -25,30 +24,30 @@ from hessianflow.runs.names import BEST, CHECKPOINTS, LAST
 from hessianflow.runs.rows import Record
 from hessianflow.runs.states import check_training_state
 from hessianflow.training import AdaptiveBatchTrainer
-from hessianflow.training.saving import Saver
+from hessianflow.training.saving import Checkpoints, Saver
 
 THROUGHPUT_SHARE = 0.01
-"""A row of throughput is written when the run is older by this share, and by a second, than at the
-last. Ours."""
+"""A row of throughput is written when this fraction of the run, and a second, has passed since the
+last. This default is our choice."""
 
 
 class ElasticTrainer:
-    """Trains on Ray with as many workers as the batch deserves.
+    """Trains on Ray with a number of workers that follows the batch size.
 
     Args:
-        make: builds a trainer for a world, in each worker's process: importable there, and with
-            `run_dir=None`.
-        settings: how many workers, and what each asks for.
-        run_dir: folder of the records, on this machine.
-        config: settings to write to config.json beside the trainer's own.
-        sinks: further receivers of every record.
-        keep_checkpoints: how many of the newest are kept.
-        policy: policy(report, samples) -> workers wanted; None:
-            :func:`hessianflow.elastic.workers_for`.
+        make: Function that builds a trainer for a world, in each worker's process: it can be
+            imported there, and sets `run_dir=None`.
+        settings: Bounds, times and resources of the run.
+        run_dir: Folder of the records, on this machine.
+        config: Settings to write to config.json beside the trainer's own.
+        sinks: Further receivers of every record.
+        keep_checkpoints: Number of the newest checkpoints that are kept.
+        policy: Function that is called as policy(report, samples) and returns the number of
+            workers; None for :func:`hessianflow.elastic.workers_for`.
 
     Raises:
-        HessianFlowError: see :class:`hessianflow.elastic.ElasticRun`; the run directory is in
-            use.
+        HessianFlowError: The run directory is in use, or
+            :class:`hessianflow.elastic.ElasticRun` raised it.
     """
 
     def __init__(
@@ -62,14 +61,12 @@ class ElasticTrainer:
         keep_checkpoints: int = 2,
         policy: Policy | None = None,
     ) -> None:
-        self._settings, self._config, self._policy = (
-            settings,
-            dict(config or {}),
-            policy or self._by_batch,
-        )
+        self._settings = settings
+        self._config = dict(config or {})
+        self._policy = policy or self._by_batch
         self._record = Recorder(run_dir, sinks)
         self._folder = in_home(run_dir)
-        self._saver = Saver(None, None, keep_checkpoints)
+        self._saver = Saver(Checkpoints(keep=keep_checkpoints))
         self._run = ElasticRun(
             partial(TrainerJob, make), self._workers, settings, self._on_event, self._on_rows
         )
@@ -85,11 +82,13 @@ class ElasticTrainer:
         return self._train()
 
     def resume(self, run_dir: str | Path) -> History:
-        """Continue an interrupted run of the same settings, elastic or not, from its newest
-        checkpoint.
+        """Continue an interrupted run of the same settings from its newest checkpoint.
+
+        The interrupted run may have been elastic or not.
 
         Raises:
-            HessianFlowError: no usable checkpoint there, or one of another model or data set.
+            HessianFlowError: The directory has no usable checkpoint, or one of another model or
+                data set.
         """
         self._folder = in_home(run_dir)
         try:
@@ -104,8 +103,7 @@ class ElasticTrainer:
         return self._train()
 
     def _newest(self) -> tuple[dict[str, Any], str | None]:
-        """Hold the run directory and read its newest checkpoint that can be used; a damaged last
-        one is set aside."""
+        """Hold the run directory, read its newest usable checkpoint, set a damaged one aside."""
         self._record.hold(self._folder)
         kept = self._folder / CHECKPOINTS
         state, _, warning = checkpoints.load_newest(
@@ -117,7 +115,7 @@ class ElasticTrainer:
         return state, warning
 
     def request_stop(self) -> None:
-        """Save and return within about a second (safe in a signal handler)."""
+        """Save and end the run within about a second (safe in a signal handler)."""
         self._run.request_stop()
 
     def _train(self) -> History:
@@ -153,11 +151,12 @@ class ElasticTrainer:
         )
 
     def _write_throughput(self, report: JobReport, samples: Sequence[Sample]) -> None:
-        """A row now and then, and whenever the world or the batch is another one."""
+        """Write a row at intervals, and whenever the world or the batch has changed."""
         new = [sample for sample in samples if sample.seconds > self._written.seconds]
         if not new:
             return
-        last, first = new[-1], self._written
+        last = new[-1]
+        first = self._written
         same = (last.workers, last.batch_size) == (first.workers, first.batch_size)
         if same and last.seconds - first.seconds < 1 + THROUGHPUT_SHARE * last.seconds:
             return
@@ -182,24 +181,25 @@ class ElasticTrainer:
             {**row, "elapsed": event.seconds, "workers": event.workers, "pause": event.pause}
         )
 
-    def _on_rows(self, start: int, made: Sequence[Mapping[str, Any]]) -> None:
+    def _on_rows(self, start: int, new: Sequence[Mapping[str, Any]]) -> None:
         if start < sum(self._from_job):
-            self._take_back(start)
-        for row in made:
+            self._drop_from(start)
+        for row in new:
             self._write(dict(row), from_job=True)
 
-    def _take_back(self, start: int) -> None:
-        """Drop the job's rows from number `start` on: they are made again."""
-        numbers, number = [], 0
-        for from_job in self._from_job:
-            numbers.append(number if from_job else -1)
+    def _drop_from(self, start: int) -> None:
+        """Drop the job's rows from number `start` on, since they are made again."""
+        kept = []
+        number = 0
+        for index, from_job in enumerate(self._from_job):
+            if not from_job or number < start:
+                kept.append(index)
             number += from_job
-        kept = [index for index, number in enumerate(numbers) if number < start]
         self._record.replace([self._record.records[index] for index in kept])
         self._from_job = [self._from_job[index] for index in kept]
 
     def _on_snapshot(self, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, and the best one too when the accuracy has never been higher."""
+        """Write a checkpoint, also as the best one if the accuracy has never been higher."""
         trainer = {**state["trainer"], "history_bytes": self._record.sync()}
         best = trainer["counters"]["best"]
         self._saver.save(self._folder, trainer, LAST)

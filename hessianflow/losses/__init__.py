@@ -1,22 +1,22 @@
-"""What the mean of a loss divides by: known for torch's own losses, stated by the user, or guessed
-and checked.
+"""The divisor of a mean loss: known for torch's own losses, stated by the user, or guessed.
 
-A batch may be cut into parts: microbatches, the batches of a data set, the shares of several ranks.
-The mean loss of the whole is then the mean of the parts' losses, each weighted by what its own mean
-divides by. That is the number of examples for most losses, the number of targets that count for a
-token loss with padding, and a sum of class weights for a weighted cross-entropy. Every part of the
-package asks this one, so gradients, figures and curvature use the same weights.
+A batch may be cut into parts: microbatches, the batches of a data set, the batches of several
+ranks. The mean loss of the whole is then the mean of the parts' losses, each weighted by the
+divisor of its own mean. That divisor is the number of examples for most losses, the number of
+targets that count for a token loss with padding, and a sum of class weights for a weighted
+cross-entropy. The whole package takes it from here, so gradients, figures and curvature use the
+same weights.
 
 - A loss of torch (a class of :mod:`torch.nn`, or a function of :mod:`torch.nn.functional`) is
   known: cross-entropy and NLL over class indices divide by the weights of the targets that are not
-  ignored, the others by the examples.
+  ignored, the others by the number of examples.
 - A loss may state its weight: it returns (sum, count), or it is wrapped in :class:`WeightedLoss`.
 - Any other callable is observed while it runs. If it returns the result of one of torch's losses,
-  of a mean, or of a sum divided by a count, that operation tells what it divides by. If it does not
-  but calls a loss of torch exactly once, that call tells. Otherwise examples are counted.
+  of a mean, or of a sum divided by a count, that operation shows the divisor. If it does not but
+  calls a loss of torch exactly once, that call shows it. Otherwise examples are counted.
 
-What was observed is a guess. It is checked where a batch is cut (:class:`SplitCheck`): the weighted
-mean over two parts of some rows must equal the loss of these rows taken together.
+An observed divisor is a guess. It is checked where a batch is cut (:class:`SplitCheck`): the
+weighted mean over two parts of some rows must equal the loss of these rows taken together.
 """
 
 from hessianflow.losses.mean import Averaged, MeanLoss, WeightedLoss, mean_loss

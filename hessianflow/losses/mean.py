@@ -1,4 +1,4 @@
-"""The mean loss over one batch, and what it divides by, whatever the loss function returns."""
+"""The mean loss over one batch and its divisor, whatever the loss function returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,17 +25,15 @@ STATED = "the count it states"
 
 
 class WeightedLoss(nn.Module):
-    """A loss together with what its mean divides by.
+    """A loss together with the divisor of its mean.
 
     Use it for a loss that is not one of torch's own and does not divide by the number of examples.
     A stated weight is not checked.
 
     Args:
-        loss_fn: loss_fn(outputs, targets), a mean; for a batch that is a dict, loss_fn(model,
-            batch).
-        weight: what the mean divides by, called with the same two arguments. It returns a number or
-            a scalar tensor, at least 0. Where it is 0 the loss counts for nothing, whatever its
-            value.
+        loss_fn: loss_fn(outputs, targets), a mean; for a dict batch, loss_fn(model, batch).
+        weight: returns the divisor of that mean, for the same two arguments: a number or a scalar
+            tensor, at least 0. Where it is 0 the loss does not count, whatever its value.
 
     Example:
         >>> import torch
@@ -63,13 +61,13 @@ class Averaged:
     """The mean loss of one batch.
 
     Attributes:
-        value: the mean, a scalar tensor; nan where nothing counts.
-        weight: what the mean divides by.
-        source: what the weight counts, in words.
-        ignore_index: the class index of targets that do not count, where the loss has one.
-        counted: the number of targets that count, where that is known.
-        may_break_on_nothing: whether the gradient may be nan where the weight is 0. It cannot be
-            for losses of torch, nor for an empty sum.
+        value: the mean, a scalar tensor; nan where no target counts.
+        weight: the divisor of the mean.
+        source: a phrase that says what the weight counts, for messages.
+        ignore_index: the class index of targets that do not count, if the loss has one.
+        counted: the number of targets that count, if that is known.
+        may_break_on_nothing: whether the gradient may be nan where the weight is 0. It is not for
+            losses of torch, nor for an empty sum.
     """
 
     value: Tensor
@@ -81,13 +79,13 @@ class Averaged:
 
 
 class MeanLoss:
-    """A loss function as every part of the package calls it.
+    """A loss function of any reduction, called for its mean and its weight.
 
     Args:
         loss_fn: see :data:`hessianflow.interfaces.LossFn`.
 
     Attributes:
-        loss_fn: the loss function as it was given.
+        loss_fn: the loss function as the user passed it.
         is_known: whether it is one of torch's losses, whose weight is known without a call.
     """
 
@@ -96,9 +94,10 @@ class MeanLoss:
         self.is_known = is_torchs(loss_fn)
 
     def weight_ahead(self, targets: Any) -> Weight | None:
-        """Return what the mean over a batch with these targets will divide by; None if only the
-        call tells."""
-        return known_weight(self.loss_fn, targets) if self.is_known else None
+        """Return the divisor of the mean over these targets; None if only a call shows it."""
+        if not self.is_known:
+            return None
+        return known_weight(self.loss_fn, targets)
 
     def __call__(self, outputs: Any, targets: Any, weight: Weight | None = None) -> Averaged:
         """Return the mean loss over a batch, whatever reduction the loss uses.
@@ -111,7 +110,7 @@ class MeanLoss:
             outputs: the model's outputs; the model itself for a loss called as
                 loss_fn(model, batch).
             targets: the targets; the batch for a loss called as loss_fn(model, batch).
-            weight: the answer of :meth:`weight_ahead` for these targets, if it was asked.
+            weight: the result of :meth:`weight_ahead` for these targets, if there is one.
 
         Raises:
             HessianFlowError: the loss returns neither a tensor nor (sum, count).
@@ -141,18 +140,15 @@ class MeanLoss:
             result = result.mean()
         elif setting(self.loss_fn, "reduction") == "sum":
             result = result / num_examples(targets)
-        by_class = counts_classes(self.loss_fn, targets)
-        ignore_index = setting(self.loss_fn, "ignore_index") if by_class else None
         if weight is None:
             weight = known_weight(self.loss_fn, targets)
-        is_count = (
-            by_class
-            and setting(self.loss_fn, "weight") is None
-            and setting(self.loss_fn, "reduction") == "mean"
-        )
-        return Averaged(
-            result, weight, EXAMPLES, ignore_index, counted=weight if is_count else None
-        )
+        if not counts_classes(self.loss_fn, targets):
+            return Averaged(result, weight, EXAMPLES)
+        counted = None
+        if setting(self.loss_fn, "weight") is None and setting(self.loss_fn, "reduction") == "mean":
+            counted = weight
+        ignore_index = setting(self.loss_fn, "ignore_index")
+        return Averaged(result, weight, EXAMPLES, ignore_index, counted=counted)
 
 
 def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
@@ -161,7 +157,7 @@ def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
 
 
 def _divided(total: Any, count: Weight, may_break_on_nothing: bool) -> Averaged:
-    """Return the mean of a loss that returned (sum, count); it is 0 where the count is 0."""
+    """Return the mean of a loss that returned (sum, count): 0 where the count is 0."""
     if not isinstance(total, Tensor) or total.ndim > 0:
         raise HessianFlowError(
             "a loss that returns a pair must return (sum, count), two scalars, got"

@@ -1,5 +1,4 @@
-"""Observes a user's own loss while it runs, and tells from the calls inside what its mean divides
-by."""
+"""Observation of a user's own loss while it runs, which shows the divisor of its mean."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,19 +37,19 @@ _CLAMPS = frozenset(
         Tensor.max,
     )
 )
-COUNT = "the count it divides by"
-
 _SCALARS = _MEANS | _SUMS | _DIVISIONS | _CLAMPS
+
+COUNT = "the count it divides by"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call that was observed.
+    """An observed call.
 
     Attributes:
-        function: of torch.
-        arguments: by name, as far as they were given.
-        result: what it returned.
+        function: a function of torch.
+        arguments: the arguments that were passed, by name.
+        result: the result of the call.
     """
 
     function: Callable[..., Any]
@@ -59,25 +58,25 @@ class Call:
 
     @property
     def is_loss(self) -> bool:
-        """Whether the function is one of torch's losses."""
+        """Return whether the function is one of torch's losses."""
         return self.function in _LOSSES
 
     @property
     def reduction(self) -> str:
-        """How a loss was reduced."""
+        """Return the reduction of a loss."""
         name: str = self.arguments.get("reduction", "mean")
         return name
 
     @property
     def ignore_index(self) -> int | None:
-        """The class index of targets that do not count; None for a loss that has none."""
+        """Return the class index of targets that do not count; None if a loss has none."""
         if self.function not in CLASS_FUNCTIONS or self.arguments["target"].is_floating_point():
             return None
         index: int = self.arguments.get("ignore_index", IGNORE_INDEX)
         return index
 
     def divisor(self) -> Weight:
-        """Return what the mean of a loss divides by."""
+        """Return the divisor of the mean of a loss."""
         inputs: Tensor = self.arguments["input"]
         targets: Tensor = self.arguments["target"]
         weight: Tensor | None = self.arguments.get("weight")
@@ -86,7 +85,7 @@ class Call:
                 return class_weight(
                     targets, weight, self.arguments.get("ignore_index", IGNORE_INDEX)
                 )
-            # Probabilities: one target for each place outside of the dimension of the classes.
+            # With probabilities as targets, every entry outside the class dimension counts as one.
             return inputs.numel() // inputs.shape[min(1, inputs.ndim - 1)]
         if weight is not None and self.function is functional.mse_loss:
             total: Tensor = weight.expand_as(inputs).sum(dtype=exact_type(inputs.device))
@@ -95,35 +94,36 @@ class Call:
 
 
 class Observer(TorchFunctionMode):
-    """Remembers the calls of torch's losses, sums, means and divisions that are made within it."""
+    """A mode that records the calls of torch's losses, sums, means and divisions."""
 
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make the call, and remember it if it is of interest."""
+        """Make the call, and record it if it is of interest."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        # Exactly a tensor: while a compiler traces, it calls with stand-ins that hold no numbers.
+        # Only plain tensors count: a compiler that traces calls with stand-ins without numbers.
         if type(result) is Tensor and (func in _LOSSES or (func in _SCALARS and result.ndim == 0)):
             self._calls.append(Call(func, _by_name(func, args, kwargs), result))
         return result
 
     @property
     def ignore_index(self) -> int | None:
-        """The class index of targets that do not count, of the last loss that was called."""
-        indices = [call.ignore_index for call in self._calls if call.is_loss]
-        return indices[-1] if indices else None
+        """Return the class index of targets that do not count in the loss that was called last."""
+        losses = [call for call in self._calls if call.is_loss]
+        if not losses:
+            return None
+        return losses[-1].ignore_index
 
     def is_sum(self, loss: Tensor) -> bool:
-        """Return whether a loss is what one of torch's losses returned under reduction="sum"."""
+        """Return whether the loss is the result of one of torch's with reduction="sum"."""
         last = self._returned(loss)
         return last is not None and last.is_loss and last.reduction == "sum"
 
     def divisor(self, loss: Tensor) -> tuple[Weight, str] | None:
-        """Return what a scalar loss divides by, and how that is known; None where the calls do not
-        tell."""
+        """Return the divisor of a scalar loss and its source; None if the calls do not show it."""
         last = self._returned(loss)
         if last is not None and last.function in _MEANS:
             return last.arguments["input"].numel(), "the values of its mean"
@@ -140,8 +140,10 @@ class Observer(TorchFunctionMode):
         return next((call for call in reversed(self._calls) if call.result is loss), None)
 
     def _count(self, divisor: Tensor) -> Tensor:
-        """Return a count as it was before it was clamped away from 0, so that 0 still means that
-        nothing counts."""
+        """Return a count as it was before it was clamped away from 0.
+
+        A count of 0 then still means that no target counts.
+        """
         for call in self._calls:
             before = call.arguments.get("input")
             if (
@@ -159,13 +161,15 @@ class Observer(TorchFunctionMode):
         count = call.arguments["other"]
         if not isinstance(count, Tensor) or count.ndim > 0 or count.requires_grad:
             return False
-        top = call.arguments["input"]
-        return any(sum_.result is top and sum_.function in _SUMS for sum_ in self._calls)
+        total = call.arguments["input"]
+        return any(one.result is total and one.function in _SUMS for one in self._calls)
 
 
 @cache
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(signature(function).parameters) if function in _LOSSES else ("input", "other")
+    if function in _LOSSES:
+        return tuple(signature(function).parameters)
+    return ("input", "other")
 
 
 def _by_name(

@@ -1,5 +1,4 @@
-"""Checks that a loss may be cut into parts: their weighted mean must equal the loss of the
-whole."""
+"""A check that a loss may be cut into parts, whose weighted mean must equal the whole."""
 
 import math
 from collections.abc import Iterator
@@ -15,13 +14,16 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses.mean import EXAMPLES, STATED, Averaged, MeanLoss, WeightedLoss
 from hessianflow.losses.weights import mixes_rows
 from hessianflow.measuring import measuring
-from hessianflow.structure import entries, is_list, rebuilt
+from hessianflow.structure import entries, is_list, rebuilt, tensors_in
 
 NO_ROWS = "the outputs have no row for each example, so nothing shows what the mean loss divides by"
-ALIKE, SLOPE_TOLERANCE = 0.1, 1e-2
-"""Parts whose losses differ by a share below ALIKE hardly show how they are weighted. In that case
-gradients by the outputs are compared too, to within SLOPE_TOLERANCE. Ours: a wrong weight moves
-them by tenths."""
+ALIKE = 0.1
+"""Parts whose losses differ by less than this fraction hardly show their weights. Gradients by the
+outputs are then compared, too. Our choice."""
+
+SLOPE_TOLERANCE = 1e-2
+"""Relative difference of these gradients that passes. Our choice: a wrong weight moves them by
+tenths."""
 
 WAY_OUT = (
     "wrap it in hf.WeightedLoss(loss_fn, weight), which says what the mean divides by, or keep"
@@ -35,12 +37,11 @@ class SplitCheck:
     Stated weights are not checked. Losses of torch are checked only for outputs and targets whose
     rows they would mix. For any other loss the first part of a batch is checked, then the second,
     fourth, eighth and so on, because parts in which every row counts show nothing. Each time some
-    rows are kept and compared together with rows of the next part, because a property that all rows
-    of one part share shows nothing either: a whole part may be padding, or data may be sorted by
-    class.
+    rows are kept and compared together with rows of the next part: a part whose rows are all alike
+    shows nothing either, as where it is padding or where data are sorted by class.
 
     Args:
-        loss: the loss that is checked.
+        loss: the loss to be checked.
     """
 
     def __init__(self, loss: MeanLoss) -> None:
@@ -51,7 +52,7 @@ class SplitCheck:
         self._kept: tuple[Any, Any] | None = None
 
     def __call__(self, outputs: Any, targets: Any) -> None:
-        """Check the loss, if a check is due, on what one part of a larger batch gave.
+        """Check the loss on one part of a larger batch, if a check is due.
 
         Args:
             outputs: the model's outputs; the model itself for a loss called as
@@ -87,7 +88,7 @@ class SplitCheck:
 
     def _check(self, outputs: Any, targets: Any) -> None:
         rows = num_examples(targets)
-        cut = rows // 3 or 1  # unequal parts: equal ones hide a weight that ought to differ
+        cut = rows // 3 or 1  # parts of equal size would hide a weight that ought to differ
         whole = self._loss(outputs, targets)
         first = _rows(outputs, targets, slice(0, cut), rows)
         if first is None:
@@ -96,10 +97,11 @@ class SplitCheck:
             return
         if rows > 1:
             self._compare(whole, outputs, targets, cut)
-            if whole.source == STATED:  # a mean that was returned for a sum has been seen by now
+            # A stated weight needs one check, that (sum, count) holds a sum and not a mean.
+            if whole.source == STATED:
                 self._is_needless = True
                 return
-        # A view of a few rows would keep all of them.
+        # Copies, because views of a few rows would keep all rows in memory.
         self._kept = map_tensors(Tensor.clone, first[0]), map_tensors(Tensor.clone, first[1])
 
     def _compare_with_kept(
@@ -107,7 +109,7 @@ class SplitCheck:
     ) -> None:
         kept = num_examples(targets_before)
         rows = num_examples(targets)
-        taken = max(1, rows - kept)  # together no more than one part, for the sake of memory
+        taken = max(1, rows - kept)  # both together are no larger than one part, to save memory
         later = _rows(outputs, targets, slice(0, taken), rows)
         if later is None:
             return
@@ -117,9 +119,9 @@ class SplitCheck:
                 _joined(targets_before, later[1], kept, taken),
             )
             whole = self._loss(*pair)
-        except (
-            Exception
-        ):  # parts of different lengths, or whatever a loss asks of rows that belong together
+        # Parts may have different lengths, and a loss may ask anything of rows that it takes
+        # together.
+        except Exception:
             return
         self._compare(whole, *pair, kept)
 
@@ -133,7 +135,8 @@ class SplitCheck:
                 return
             try:
                 parts.append(self._loss(*pair))
-            except Exception as error:  # whatever a loss raises that was not made for so few rows
+            # A loss may raise anything for fewer rows than it was made for.
+            except Exception as error:
                 raise HessianFlowError(
                     f"the loss cannot be computed for {span.stop - span.start} of {rows} examples"
                     f" ({type(error).__name__}), so nothing shows what its mean divides by:"
@@ -143,15 +146,15 @@ class SplitCheck:
         if not any(float(part.weight) > 0 for part in parts):
             return
         value = float(whole.value.detach())
-        found, scale = _mean(parts)
+        mean, scale = _mean(parts)
         tolerance = _tolerance(whole.value.dtype) * max(
             scale, abs(value), torch.finfo(whole.value.dtype).tiny
         )
-        # A whole that is not finite shows divergence, not weights. A part alone that is not finite
+        # A whole that is not finite shows divergence, not weights. A single part that is not finite
         # fails below.
         if not math.isfinite(value):
             return
-        if abs(found - value) <= tolerance:
+        if abs(mean - value) <= tolerance:
             spread = max(
                 abs(float(part.value.detach()) - value) for part in parts if float(part.weight) > 0
             )
@@ -162,7 +165,7 @@ class SplitCheck:
         if not abs(again - value) <= tolerance:
             return  # a random loss differs from itself: the comparison shows nothing
         raise HessianFlowError(
-            f"the loss of {rows} examples is {value:.6g}, but {found:.6g} as the mean over parts of"
+            f"the loss of {rows} examples is {value:.6g}, but {mean:.6g} as the mean over parts of"
             f" {cut} and {rows - cut} of them, weighted by {whole.source}: {WAY_OUT}"
         )
 
@@ -202,8 +205,8 @@ class SplitCheck:
 
 
 def _slopes(value: Any, leaves: list[Tensor]) -> Tensor:
-    found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    return torch.cat([slope.reshape(-1).double() for slope in found])
+    slopes = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return torch.cat([slope.reshape(-1).double() for slope in slopes])
 
 
 def _mean(parts: list[Averaged]) -> tuple[float, float]:
@@ -223,19 +226,19 @@ def _mean(parts: list[Averaged]) -> tuple[float, float]:
 def _tolerance(dtype: torch.dtype) -> float:
     """Return the relative difference that rounding explains: a thousand roundings of a sum.
 
-    In 16 bits a thousand roundings would exceed the value itself; there it is four.
+    In 16 bits a thousand roundings would exceed the value itself; four are allowed there.
     """
     eps = torch.finfo(dtype).eps
     return max(4 * eps, min(1e-4, 1024 * eps))
 
 
 def _rows(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any] | None:
-    """Return some rows of outputs and targets; None where the outputs have no rows.
+    """Return some rows of outputs and targets; None if the outputs have no rows.
 
-    A model in the place of outputs is returned as it is.
+    A model in place of outputs is returned unchanged.
     """
     if not isinstance(outputs, nn.Module):
-        if not any(t.ndim > 0 and len(t) == rows for t in _tensors(outputs)):
+        if not any(t.ndim > 0 and len(t) == rows for t in tensors_in(outputs)):
             return None
         try:
             outputs = _rows_of(outputs, span, rows, "outputs")
@@ -245,7 +248,7 @@ def _rows(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any]
 
 
 def _rows_of(part: Any, span: slice, rows: int, name: str) -> Any:
-    # A list of two tensors of two rows may be two examples or two inputs. Of a batch that was cut
+    # A list of two tensors of two rows may be two examples or two inputs. In a batch that was cut
     # it is two inputs.
     if is_list(part) and all(isinstance(t, Tensor) and t.ndim > 0 and len(t) == rows for t in part):
         return type(part)(t[span] for t in part)
@@ -255,20 +258,18 @@ def _rows_of(part: Any, span: slice, rows: int, name: str) -> Any:
 def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
     """Return two structures joined into one of `rows` + `others` rows.
 
-    Whatever has no rows, such as a model, is returned as it is.
+    Entries without rows, such as a model, are returned unchanged.
 
     Raises:
         ValueError: the structures differ.
     """
-    if isinstance(first, Tensor) and first.ndim > 0 and (len(first), len(second)) == (rows, others):
-        return torch.cat([first, second])
-    if (
-        isinstance(first, np.ndarray)
-        and first.ndim > 0
-        and (len(first), len(second)) == (rows, others)
-    ):
+    is_array = isinstance(first, (Tensor, np.ndarray))
+    if is_array and first.ndim > 0 and (len(first), len(second)) == (rows, others):
+        if isinstance(first, Tensor):
+            return torch.cat([first, second])
         return np.concatenate([first, second])
-    ahead, behind = entries(first), entries(second)
+    ahead = entries(first)
+    behind = entries(second)
     if ahead is None or behind is None:
         return second
     if (
@@ -283,17 +284,12 @@ def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
     )
 
 
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(lambda t: found.append(t) or t, batch)  # type: ignore[func-returns-value]
-    return found
-
-
 @contextmanager
 def untouched(loss_fn: Any) -> Iterator[None]:
-    """Leave the random generators, and the buffers of a loss that is a module, as they were
-    found."""
-    module = loss_fn if isinstance(loss_fn, nn.Module) else nn.Module()
+    """Restore the random generators, and the buffers of a loss that is a module, afterwards."""
+    module = nn.Module()
+    if isinstance(loss_fn, nn.Module):
+        module = loss_fn
     modes = [(part, part.training) for part in module.modules()]
     with measuring(module):
         for part, training in modes:

@@ -1,4 +1,4 @@
-"""What a mean divides by, as a number or a scalar tensor, and what torch's own losses divide by."""
+"""Divisors of means, and those of torch's own losses."""
 
 from functools import partial
 from typing import Any
@@ -11,12 +11,14 @@ from hessianflow.batches import num_examples
 from hessianflow.interfaces import LossFn
 
 Weight = int | float | Tensor
-"""What a mean divides by. A tensor is a scalar that stays on the device, so that the host does not
+"""The divisor of a mean. A tensor is a scalar that stays on the device, so that the host does not
 wait for it."""
 
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
-CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
 """Losses that divide by the class weights of the targets that are not ignored."""
+
+CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
+"""The same losses as functions."""
 
 ELEMENTWISE_FUNCTIONS = (
     functional.mse_loss,
@@ -32,6 +34,7 @@ ELEMENTWISE_FUNCTIONS = (
     functional.hinge_embedding_loss,
 )
 """Losses whose mean divides by the number of elements."""
+
 BROADCASTING_LOSSES = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
     *(nn.KLDivLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss),
@@ -39,30 +42,34 @@ BROADCASTING_LOSSES = (
 """Elementwise losses that broadcast outputs and targets of different shapes."""
 
 IGNORE_INDEX = -100
-"""The class index of targets that do not count, unless a loss says otherwise. Default of torch."""
+"""The class index of targets that do not count, unless a loss says otherwise; torch's default."""
 
 _DEFAULTS = {"reduction": "mean", "weight": None, "ignore_index": IGNORE_INDEX}
 
 
 def weighted(mean: Tensor, weight: Weight) -> Tensor:
-    """Return mean * weight, and 0 where the weight is 0: the mean of nothing is 0 / 0."""
+    """Return mean * weight, but 0 where the weight is 0 and the mean therefore 0 / 0."""
     product = mean * weight
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, product, 0.0)
-    return product if weight > 0 else torch.zeros_like(product)
+    if weight > 0:
+        return product
+    return torch.zeros_like(product)
 
 
 def exact_type(device: torch.device) -> torch.dtype:
-    """Return the type of counts and long sums: float64, or float32 on a device that has none.
+    """Return the type of counts and long sums: float64, or float32 on a device without it.
 
     Integers would divide in torch's default type; a float64 count keeps ratios exact for float64
     models.
     """
-    return torch.float32 if device.type == "mps" else torch.float64
+    if device.type == "mps":
+        return torch.float32
+    return torch.float64
 
 
 def as_weight(count: Tensor) -> Tensor:
-    """Return a count that a loss divides by as a weight: without a graph, in the type of counts."""
+    """Return a divisor as a weight: without a graph, in the type of counts."""
     return count.detach().to(exact_type(count.device))
 
 
@@ -71,7 +78,7 @@ def class_weight(targets: Tensor, weight: Tensor | None, ignore_index: int) -> T
 
     Args:
         targets: class indices, of any shape.
-        weight: of each class, shape [classes]; None: each counts 1.
+        weight: weight of each class, shape [classes]; None counts each as 1.
         ignore_index: the index of targets that do not count.
 
     Returns:
@@ -97,26 +104,23 @@ def is_torchs(loss_fn: LossFn) -> bool:
 
 
 def known_weight(loss_fn: LossFn, targets: Any) -> Weight:
-    """Return what the mean of one of torch's losses over these targets divides by."""
+    """Return the divisor of the mean of one of torch's losses over these targets."""
     if not counts_classes(loss_fn, targets) or setting(loss_fn, "reduction") != "mean":
         return num_examples(targets)
     return class_weight(targets, setting(loss_fn, "weight"), setting(loss_fn, "ignore_index"))
 
 
 def counts_classes(loss_fn: LossFn, targets: Any) -> bool:
-    """Return whether one of torch's losses takes these targets as class indices, some of which may
-    be ignored."""
+    """Return whether one of torch's losses takes these targets as class indices."""
     innermost = _innermost(loss_fn)
     by_class = isinstance(innermost, CLASS_LOSSES) or innermost in CLASS_FUNCTIONS
     return by_class and isinstance(targets, Tensor) and not targets.is_floating_point()
 
 
 def mixes_rows(loss_fn: LossFn, outputs: Any, targets: Any) -> bool:
-    """Return whether one of torch's losses compares the outputs of a row with the targets of
-    others.
+    """Return whether one of torch's losses compares a row's outputs with the targets of others.
 
-    It does where their shapes differ so that broadcasting does not pair their rows: outputs [N, 1]
-    and targets [N] become [N, N].
+    It does where broadcasting does not pair the rows: outputs [N, 1] and targets [N] become [N, N].
     """
     innermost = _innermost(loss_fn)
     if not isinstance(innermost, BROADCASTING_LOSSES) and innermost not in ELEMENTWISE_FUNCTIONS:
@@ -127,8 +131,7 @@ def mixes_rows(loss_fn: LossFn, outputs: Any, targets: Any) -> bool:
 
 
 def setting(loss_fn: Any, name: str) -> Any:
-    """Return an option of a loss: an attribute of a module, a keyword of a partial, or torch's
-    default."""
+    """Return an option of a loss: a module's attribute, a partial's keyword, or the default."""
     while isinstance(loss_fn, partial):
         if name in loss_fn.keywords:
             return loss_fn.keywords[name]

@@ -1,4 +1,4 @@
-"""Networks by name: `create` builds one, `names` lists those of this toolkit."""
+"""Networks by name: :func:`create` builds one, :func:`names` lists those of this toolkit."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch import nn
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.models import external, resnet, small
 from hessianflow.models.resnet import Shortcut
-from hessianflow.models.squeezenext import CAFFE, PYTORCHCV, Style, squeezenext
+from hessianflow.models.squeezenext import CAFFE, PYTORCHCV, SqueezeNextShape, Style, squeezenext
 from hessianflow.models.wide_resnet import wide_resnet
 
 Variant = Literal["cifar", "imagenet"]
@@ -20,15 +20,16 @@ SMALL: Mapping[str, tuple[Callable[..., nn.Module], int]] = {
     "c1": (small.c1, 4),
     "c2": (small.c2, 16),
 }
-"""Plain networks and the smallest input each can take."""
+"""Builders of the plain networks, each with the smallest input size that it accepts."""
 
+_IN_CHANNELS = {"digits-cnn": 1}  # 3 for all others
 CIFAR_RESNETS = (8, 14, 20, 32, 44, 56, 110)
 IMAGENET_RESNETS = (18, 34, 50)
 WIDE_RESNETS = ((16, 4), (28, 10))
 
 
 def names() -> list[str]:
-    """Every name that :func:`create` knows by itself, sorted."""
+    """Return every name that :func:`create` knows by itself, sorted."""
     return sorted(_builders("cifar", 32, "B"))
 
 
@@ -44,22 +45,23 @@ def create(
     """Build the network called `name`, freshly initialised from torch's global generator.
 
     Args:
-        name: one of :func:`names`; or "package.module:function", a function that returns a model
-            and is given those of `num_classes`, `input_size` and `in_channels` that it names; or
-            "timm/NAME", "torchvision/NAME" where those packages are installed.
-        num_classes: outputs of the last layer.
-        input_size: height and width of the images.
+        name: One of :func:`names`; or "package.module:function", a function that returns a model
+            and gets those of `num_classes`, `input_size` and `in_channels` that it names; or
+            "timm/NAME", "torchvision/NAME" if those packages are installed.
+        num_classes: Number of outputs of the last layer.
+        input_size: Height and width of the images.
         variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the
             image at once. Networks that exist in one form only refuse the other.
-        in_channels: channels of the images; None: 1 for "digits-cnn", 3 for all others.
-        shortcut: "A" or "B", residual networks only (He et al., 2015, section 4.2); B: projection.
+        in_channels: Channels of the images; None for 1 ("digits-cnn") or 3 (all others).
+        shortcut: "A" (padding) or "B" (projection) of residual networks (He et al., 2015, section
+            4.2).
 
     Raises:
-        HessianFlowError: an unknown name (the message lists the known ones), or an argument out of
-            range.
+        HessianFlowError: The name is unknown (the message lists the known ones), or an argument is
+            out of range.
     """
     _check(num_classes, input_size, variant, in_channels, shortcut)
-    channels = in_channels or (1 if name == "digits-cnn" else 3)
+    channels = in_channels or _IN_CHANNELS.get(name, 3)
     if external.is_external(name):
         return external.build(
             name, num_classes=num_classes, input_size=input_size, in_channels=channels
@@ -73,28 +75,31 @@ def create(
 def _builders(
     variant: Variant, input_size: int, shortcut: Shortcut
 ) -> dict[str, Callable[..., nn.Module]]:
-    """Every network that exists in this variant, ready but for the numbers of classes and
-    channels."""
-    made: dict[str, Callable[..., nn.Module]] = {
+    """Return builders of all networks of a variant, which take num_classes and in_channels."""
+    builders: dict[str, Callable[..., nn.Module]] = {
         f"resnet{depth}": partial(resnet.imagenet_resnet, depth, stem=variant, shortcut=shortcut)
         for depth in IMAGENET_RESNETS
     }
-    for name, shape in {**CAFFE, **PYTORCHCV}.items():
-        style: Style = "pytorchcv" if name in PYTORCHCV else "caffe"
-        made[name] = partial(
-            squeezenext, shape, style=style, variant=variant, input_size=input_size
-        )
+    styles: Mapping[Style, Mapping[str, SqueezeNextShape]] = {
+        "caffe": CAFFE,
+        "pytorchcv": PYTORCHCV,
+    }
+    for style, shapes in styles.items():
+        builders |= {
+            name: partial(squeezenext, shape, style=style, variant=variant, input_size=input_size)
+            for name, shape in shapes.items()
+        }
     if variant == "cifar":
-        made |= {name: partial(_small, name, input_size=input_size) for name in SMALL}
-        made |= {
+        builders |= {name: partial(_small, name, input_size=input_size) for name in SMALL}
+        builders |= {
             f"resnet{depth}": partial(resnet.cifar_resnet, depth, shortcut=shortcut)
             for depth in CIFAR_RESNETS
         }
-        made |= {
+        builders |= {
             f"wrn-{depth}-{widen}": partial(wide_resnet, depth, widen)
             for depth, widen in WIDE_RESNETS
         }
-    return made
+    return builders
 
 
 def _small(name: str, *, num_classes: int, input_size: int, in_channels: int) -> nn.Module:

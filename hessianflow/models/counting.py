@@ -5,23 +5,26 @@ from torch import Tensor, nn
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers in the model."""
+    """Return the number of trainable numbers in the model."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of convolutions and linear layers for one input of `input_shape` (without the
-    batch dimension).
+    """Return the multiply-adds of all convolutions and linear layers for one input.
 
     A convolution costs out_positions * out_channels * in_channels / groups * kernel area, a linear
     layer outputs * inputs (the classifier is included). Biases, normalisation, activations, pooling
-    and additions are not counted. The model is left as found: the pass runs in eval mode without
-    gradients.
+    and additions are not counted. The pass runs in eval mode without gradients; afterwards the
+    modes of the model are restored.
+
+    Args:
+        model: Network to count.
+        input_shape: Shape of one input, without the batch dimension.
     """
     counts: list[int] = []
 
     def record(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        # Every output number of either layer is one product with a row of the weight.
+        # Every output number of such a layer is one product with a row of the weight.
         counts.append(output.numel() * layer.get_parameter("weight")[0].numel())
 
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]

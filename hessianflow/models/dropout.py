@@ -1,4 +1,4 @@
-"""Dropout in front of the head of any network that ends in a linear layer."""
+"""Dropout before the head of any network that ends in a linear layer."""
 
 from torch import nn
 
@@ -6,13 +6,13 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def with_head_dropout(model: nn.Module, probability: float = 0.0) -> nn.Module:
-    """The same model, changed in place: a dropout layer in front of its last `torch.nn.Linear`.
+    """Put a dropout layer before the last `torch.nn.Linear`, in place, and return the model.
 
-    That layer becomes a sequence of two, so its parameters go by a longer name (`11.weight` becomes
+    That layer becomes a sequence of two, so its parameters get a longer name (`11.weight` becomes
     `11.1.weight`).
 
     Raises:
-        HessianFlowError: no linear layer inside the model.
+        HessianFlowError: The model holds no linear layer.
     """
     last = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name

@@ -1,5 +1,4 @@
-"""Networks from elsewhere: the user's own functions by import path, timm and torchvision where they
-are installed."""
+"""Networks from elsewhere: user functions by import path, and timm and torchvision if installed."""
 
 import inspect
 import os
@@ -22,16 +21,16 @@ def is_external(name: str) -> bool:
 
 
 def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> nn.Module:
-    """Build a network that is not ours.
+    """Build a network that this package does not define.
 
-    "package.module:function" is code that is imported and run; modules are looked for in the
-    working directory first, as `python -m` does. The function, or the class of modules, is called
-    with those of `num_classes`, `input_size` and `in_channels` that its signature names. Nothing
-    else is called: no builtin, no other class, nothing of Python's own library.
+    "package.module:function" is imported and run; modules are searched in the working directory
+    first, as `python -m` does. The function, or the class of modules, is called with those of
+    `num_classes`, `input_size` and `in_channels` that its signature names. Nothing else is called:
+    no builtin, no other class, nothing of Python's own library.
 
     Raises:
-        HessianFlowError: the module or function cannot be imported, the function needs other
-            arguments or fails, or what it returns is no `torch.nn.Module`.
+        HessianFlowError: The module or function cannot be imported, the function needs other
+            arguments or fails, or its result is no `torch.nn.Module`.
     """
     if name.startswith("timm/"):
         create = _attribute(name, "timm", "create_model")
@@ -42,13 +41,13 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
     module, _, function = name.partition(":")
     with working_directory_first():
         factory = _factory(name, module, function)
-        taken = _taken(name, factory, num_classes, input_size, in_channels)
+        arguments = _arguments(name, factory, num_classes, input_size, in_channels)
         if module.partition(".")[0] in sys.stdlib_module_names:
             raise HessianFlowError(
                 f"model {name!r}: {module!r} is of Python's own library, which makes no models"
             )
         try:
-            return _checked(name, factory(**taken))
+            return _checked(name, factory(**arguments))
         except HessianFlowError:
             raise
         except (Exception, SystemExit) as error:
@@ -63,31 +62,31 @@ def _factory(name: str, module: str, function: str) -> Callable[..., Any]:
         raise HessianFlowError(
             f"model {name!r}: name the module, not its file: {Path(module).stem}:{function}"
         )
-    found = _attribute(name, module, function)
-    is_model_class = inspect.isclass(found) and issubclass(found, nn.Module)
-    if is_model_class or inspect.isfunction(found) or isinstance(found, partial):
-        return found
+    factory = _attribute(name, module, function)
+    is_model_class = inspect.isclass(factory) and issubclass(factory, nn.Module)
+    if is_model_class or inspect.isfunction(factory) or isinstance(factory, partial):
+        return factory
     raise HessianFlowError(
         f"model {name!r} must name a function or a class of torch.nn.Module, found a"
-        f" {type(found).__name__}"
+        f" {type(factory).__name__}"
     )
 
 
-def _taken(
+def _arguments(
     name: str, factory: Callable[..., Any], num_classes: int, input_size: int, in_channels: int
 ) -> dict[str, int]:
-    """Return what of our arguments the function takes."""
+    """Return those of the arguments that the function takes."""
     offered = {"num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     try:
         signature = inspect.signature(factory)
-        taken = {key: value for key, value in offered.items() if key in signature.parameters}
-        signature.bind(**taken)
+        arguments = {key: value for key, value in offered.items() if key in signature.parameters}
+        signature.bind(**arguments)
     except (TypeError, ValueError) as error:
         raise HessianFlowError(
             f"model {name!r} cannot be called with {', '.join(offered)} alone ({error}): give the"
             " others defaults"
         ) from None
-    return taken
+    return arguments
 
 
 def _from_library(name: str, create: Callable[..., Any], **options: Any) -> nn.Module:
@@ -99,24 +98,26 @@ def _from_library(name: str, create: Callable[..., Any], **options: Any) -> nn.M
 
 
 def _attribute(name: str, module: str, attribute: str) -> Callable[..., Any]:
+    value = None
     try:
-        found = getattr(import_module(module), attribute, None) if module and attribute else None
-    # A broken torchvision raises RuntimeError; whatever the import raises is the user's answer.
+        if module and attribute:
+            value = getattr(import_module(module), attribute, None)
+    # An import may raise anything (a broken torchvision a RuntimeError), which the user must see.
     except (Exception, SystemExit) as error:
         raise HessianFlowError(
             f"model {name!r}: importing {module!r} failed:"
             f" {first_line(error)}{_way_out(name, module, error)}"
         ) from error
-    if not callable(found):
+    if not callable(value):
         raise HessianFlowError(
             f"model {name!r}: {module!r} has no function {attribute!r}; write it as"
             " package.module:function"
         )
-    return found  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]
 
 
 def _way_out(name: str, module: str, error: BaseException) -> str:
-    """Return what to do about a module that was not found."""
+    """Return advice about a module that was not found, or else the line of the error."""
     if not isinstance(error, ModuleNotFoundError):
         return place_of(error)
     library, slash, _ = name.partition("/")

@@ -4,15 +4,15 @@ Two families:
 
 - `cifar_resnet`: the thin networks of section 4.2, depth 6n+2, widths 16, 32, 64. The shortcut
   between stages is option A (subsample, pad with zeros, no parameters; the paper's choice for
-  CIFAR) or option B (1x1 convolution with batch normalisation; what the adaptive-batch-size
-  experiments used, hence the default). Depth 44 and more uses bottleneck blocks, as those
-  experiments did: with n = (depth - 2) / 6 blocks a stage, such a network has 9n+2 convolutions and
-  is larger than the basic-block network that carries the same name elsewhere.
+  CIFAR) or option B (1x1 convolution with batch normalisation; the default, since the
+  adaptive-batch-size experiments used it). Networks of depth 44 and more have bottleneck blocks, as
+  in those experiments: with n = (depth - 2) / 6 blocks per stage, such a network has 9n+2
+  convolutions and is larger than the basic-block network of the same name elsewhere.
 - `imagenet_resnet`: ResNet-18, -34 and -50, widths 64 to 512, with the 7x7 stem and pooling of
   section 4.1 or with a 3x3 stem of stride 1 for small images (stem="cifar").
 
-Convolutions start from N(0, sqrt(2 / (k^2 * out_channels))), no biases. ResNet-50 puts the stride
-on the 3x3 convolution (the usual later form), not on the first 1x1.
+Convolutions start from N(0, sqrt(2 / (k^2 * out_channels))) and have no biases. ResNet-50 has the
+stride in the 3x3 convolution (the usual later form), not in the first 1x1.
 """
 
 from collections.abc import Sequence
@@ -23,40 +23,41 @@ from torch.nn.functional import pad, relu
 
 Shortcut = Literal["A", "B"]
 Stem = Literal["cifar", "imagenet"]
+IMAGENET_DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
 class PaddedShortcut(nn.Module):
-    """Option A: every `stride`-th pixel, new channels filled with zeros (half before, half
-    after)."""
+    """Option A: take every `stride`-th pixel, and add channels of zeros, half of them before."""
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
-        self.new_channels, self.stride = new_channels, stride
+        self.new_channels = new_channels
+        self.stride = stride
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C + new_channels, H/stride, W/stride]."""
+        """Map [N, C, H, W] to [N, C + new_channels, H/stride, W/stride]."""
         before = self.new_channels // 2
         kept = inputs[:, :, :: self.stride, :: self.stride]
         return pad(kept, (0, 0, 0, 0, before, self.new_channels - before))
 
 
 class ResidualBlock(nn.Module):
-    """relu(body(x) + shortcut(x))."""
+    """The residual block relu(body(x) + shortcut(x))."""
 
     def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
-        self.body, self.shortcut = body, shortcut
+        self.body = body
+        self.shortcut = shortcut
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H/stride, W/stride]."""
+        """Map [N, C, H, W] to [N, C', H/stride, W/stride]."""
         return relu(self.body(inputs) + self.shortcut(inputs))
 
 
 def cifar_resnet(
     depth: int, num_classes: int = 10, in_channels: int = 3, *, shortcut: Shortcut = "B"
 ) -> nn.Sequential:
-    """ResNet-(6n+2) for small images; see the module docstring. Input [N, in_channels, H, W],
-    output [N, num_classes].
+    """Build ResNet-(6n+2) for small images: input [N, in_channels, H, W], output [N, num_classes].
 
     ResNet-20 has 272,474 parameters with shortcut "B", 269,722 with "A" (10 classes).
     """
@@ -81,7 +82,7 @@ def imagenet_resnet(
     stem: Stem = "imagenet",
     shortcut: Shortcut = "B",
 ) -> nn.Sequential:
-    """ResNet-18, -34 or -50. Input [N, in_channels, H, W], output [N, num_classes].
+    """Build ResNet-18, -34 or -50: input [N, in_channels, H, W], output [N, num_classes].
 
     ResNet-18 has 11,689,512 parameters (imagenet stem, 1000 classes), 11,173,962 (cifar stem, 10
     classes).
@@ -93,13 +94,11 @@ def imagenet_resnet(
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2, padding=1),
         ]
-    depths = (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3)
-    widths = (64, 128, 256, 512)
     return _assemble(
         layers,
         64,
-        depths,
-        widths,
+        IMAGENET_DEPTHS[depth],
+        (64, 128, 256, 512),
         bottleneck=depth == 50,
         shortcut=shortcut,
         num_classes=num_classes,
@@ -107,8 +106,10 @@ def imagenet_resnet(
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """N(0, sqrt(2 / (k^2 * out_channels))) for every convolution (He et al., 2015,
-    arXiv:1502.01852, fan-out form)."""
+    """Draw every convolution from N(0, sqrt(2 / (k^2 * out_channels))).
+
+    This is the fan-out form of He et al., 2015, arXiv:1502.01852.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -125,17 +126,17 @@ def _assemble(
     num_classes: int,
 ) -> nn.Sequential:
     layers = list(stem)
-    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-        for block in range(depth):
-            stride = 2 if stage > 0 and block == 0 else 1
-            out_channels = 4 * width if bottleneck else width
-            body = (
-                _bottleneck(channels, width, stride)
-                if bottleneck
-                else _basic(channels, width, stride)
-            )
+    make_body = _bottleneck if bottleneck else _basic
+    expansion = 4 if bottleneck else 1
+    stride = 1  # of the next block; every stage but the first begins with 2
+    for depth, width in zip(depths, widths, strict=True):
+        out_channels = expansion * width
+        for _ in range(depth):
+            body = make_body(channels, width, stride)
             layers.append(ResidualBlock(body, _shortcut(channels, out_channels, stride, shortcut)))
             channels = out_channels
+            stride = 1
+        stride = 2
     model = nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
     )

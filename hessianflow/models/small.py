@@ -1,11 +1,10 @@
-"""Small convolutional networks: one for 8x8 digits, and the two plain networks of the ABSA
-experiments.
+"""Small convolutional networks: one for 8x8 digits, and the two plain ones of the ABSA experiments.
 
 C1 and C2 follow the layer tables of the adaptive-batch-size experiments (Yao, Gholami, Keutzer,
 Mahoney, 2018, arXiv:1810.01021): 1,756,682 and 1,148,746 parameters for 32x32 RGB images and 10
-classes. Batch normalisation comes after the ReLU in both. `digits_cnn` is ours.
+classes. Batch normalisation comes after the ReLU in both. `digits_cnn` is a network of our own.
 
-Deviations: other input sizes are accepted (the first fully connected layer follows); the dropout
+Deviations: other input sizes are accepted (the first fully connected layer adapts); the dropout
 that the published C2 defines but never applies is left out.
 """
 
@@ -13,11 +12,10 @@ from torch import nn
 
 
 def digits_cnn(num_classes: int = 10, input_size: int = 8, in_channels: int = 1) -> nn.Sequential:
-    """Three 3x3 convolutions (32, 32, 64 channels) with batch normalisation, two poolings and one
-    linear layer.
+    """Build three 3x3 convolutions of 32, 32 and 64 channels, two poolings and a linear layer.
 
-    30,762 parameters for 1x8x8 images and 10 classes. Inputs [N, in_channels, input_size,
-    input_size], outputs [N, num_classes].
+    The network has batch normalisation, and 30,762 parameters for 1x8x8 images and 10 classes.
+    Inputs are [N, in_channels, input_size, input_size], outputs [N, num_classes].
     """
     return nn.Sequential(
         *_conv_norm_relu(in_channels, 32),
@@ -31,8 +29,7 @@ def digits_cnn(num_classes: int = 10, input_size: int = 8, in_channels: int = 1)
 
 
 def c1(num_classes: int = 10, input_size: int = 32, in_channels: int = 3) -> nn.Sequential:
-    """C1: two 5x5 convolutions of 64 channels, each followed by 3x3 pooling of stride 2, then
-    384-192-classes."""
+    """Build C1: two 5x5 convolutions of 64 channels with 3x3 pooling, then 384-192-classes."""
     side = (input_size + 3) // 4  # two poolings of stride 2, each rounding up
     return nn.Sequential(
         *_conv_relu_norm(in_channels, 64, kernel_size=5, padding=2),
@@ -45,8 +42,7 @@ def c1(num_classes: int = 10, input_size: int = 32, in_channels: int = 3) -> nn.
 
 
 def c2(num_classes: int = 10, input_size: int = 32, in_channels: int = 3) -> nn.Sequential:
-    """C2: two pairs of unpadded 3x3 convolutions (64, 128 channels) with 2x2 pooling, then
-    256-256-classes."""
+    """Build C2: pairs of unpadded 3x3 convolutions of 64 and 128 channels, then 256-256-classes."""
     side = ((input_size - 4) // 2 - 4) // 2
     return nn.Sequential(
         *_conv_relu_norm(in_channels, 64, kernel_size=3, padding=0),

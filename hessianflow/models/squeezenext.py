@@ -2,26 +2,26 @@
 
 A block narrows twice with 1x1 convolutions, then applies a 3x1 and a 1x3 convolution, widens with a
 1x1 convolution, and adds the shortcut. Every convolution is followed by batch normalisation and
-ReLU, the last of the block and the one of the shortcut included; another ReLU follows the addition.
-The shortcut is a 1x1 convolution in the first block of every stage, the identity in all others.
+ReLU, also the last of the block and that of the shortcut; another ReLU follows the addition. The
+shortcut is a 1x1 convolution in the first block of every stage, and the identity in all others.
 
 Styles:
 
-- "caffe" (default): the networks as published by the authors for Caffe. No biases; 3x1 and 1x3
-  change places in every second block, counted over the whole network; stem (64) and tail (128) keep
-  their width whatever the multiplier; "v5" has a 5x5 stem, and the first block of each of its
+- "caffe" (default): the networks that the authors published for Caffe. They have no biases; 3x1 and
+  1x3 are swapped in every second block, counted over the whole network; stem (64) and tail (128)
+  keep their width for every multiplier; "v5" has a 5x5 stem, and the first block of each of its
   stages works on the output of the projected shortcut.
-- "pytorchcv": as in the widely used re-implementation. Biases; always 1x3 before 3x1; the
-  multiplier scales stem and tail; a stem padded by one pixel; "v5" differs in its stage depths
-  alone.
+- "pytorchcv": the networks of the widely used re-implementation. They have biases; 1x3 is always
+  before 3x1; the multiplier scales stem and tail; the stem is padded by one pixel; "v5" differs
+  only in its stage depths.
 
-Variants: "imagenet" has a 7x7 stem of stride 2 and a pooling; "cifar" a 3x3 stem of stride 1 (2
-from 64 pixels on) and no pooling. The paper has no such variant: it follows a public port, with
-stem and tail scaled and an ordinary v5 in both styles.
+Variants: "imagenet" has a 7x7 stem of stride 2 and a pooling; "cifar" has a 3x3 stem of stride 1 (2
+from 64 pixels on) and no pooling. The paper has no "cifar" variant: it follows a public port, with
+scaled stem and tail and an ordinary v5 in both styles.
 
 "G" networks use two groups in the first narrowing and in the 3x1 and 1x3 convolutions. The stage
 depths of the 34 and 44 networks, (9, 9, 12, 2) and (12, 12, 16, 2), are inferred from their names
-and published sizes. Initialisation: uniform with variance 1 / fan-in, biases zero.
+and published sizes. Weights start uniform with variance 1 / fan-in, biases at zero.
 """
 
 from dataclasses import dataclass
@@ -39,17 +39,17 @@ STAGE_STRIDES = (1, 2, 2, 2)
 
 @dataclass(frozen=True)
 class SqueezeNextShape:
-    """What tells one network of the family from another.
+    """The shape of one network of the family.
 
     Attributes:
-        depths: blocks in each of the four stages.
-        multiplier: of the stage widths 32, 64, 128, 256.
-        groups: of the grouped convolutions.
-        v5: the variant with a 5x5 stem and projected inputs (style "caffe" for ImageNet only).
+        depths: Blocks in each of the four stages.
+        multiplier: Factor of the stage widths 32, 64, 128, 256.
+        groups: Groups of the grouped convolutions.
+        v5: Whether it is the variant with a 5x5 stem and projected inputs (style "caffe" for
+            ImageNet only).
 
     Raises:
-        HessianFlowError: a multiplier whose quarter of the first stage does not split into the
-            groups.
+        HessianFlowError: The groups do not divide a quarter of the width of the first stage.
     """
 
     depths: tuple[int, int, int, int] = (6, 6, 8, 1)
@@ -88,7 +88,7 @@ PYTORCHCV = {
 
 
 class ConvUnit(nn.Sequential):
-    """Convolution, batch normalisation, ReLU."""
+    """A convolution with batch normalisation and ReLU."""
 
     def __init__(
         self,
@@ -108,17 +108,18 @@ class ConvUnit(nn.Sequential):
 
 
 class SqueezeNextBlock(nn.Module):
-    """One block; see the module docstring.
+    """A SqueezeNext block, which the module docstring describes.
 
     Args:
-        in_channels: C_in.
-        out_channels: C, a multiple of 4.
-        stride: of the whole block.
-        project: shortcut by a 1x1 convolution, otherwise the identity.
-        groups: in the first narrowing, the 3x1 and the 1x3 convolution.
-        bias: of all convolutions.
-        vertical_first: 3x1 before 1x3.
-        reads_shortcut: the body reads the shortcut's output, which alone has the stride (v5).
+        in_channels: Number C_in of input channels.
+        out_channels: Number C of output channels, a multiple of 4.
+        stride: Stride of the whole block.
+        project: Whether the shortcut is a 1x1 convolution and not the identity.
+        groups: Groups of the first narrowing and of the 3x1 and 1x3 convolutions.
+        bias: Whether the convolutions have biases.
+        vertical_first: Whether 3x1 comes before 1x3.
+        reads_shortcut: Whether the body reads the output of the shortcut, which then has the whole
+            stride (v5).
     """
 
     def __init__(
@@ -134,17 +135,21 @@ class SqueezeNextBlock(nn.Module):
         reads_shortcut: bool = False,
     ) -> None:
         super().__init__()
-        half, quarter = out_channels // 2, out_channels // 4
-        entry, entry_stride = (out_channels, 1) if reads_shortcut else (in_channels, stride)
-        first, second = ((3, 1), (1, 3)) if vertical_first else ((1, 3), (3, 1))
+        half = out_channels // 2
+        quarter = out_channels // 4
+        kernels = [(1, 3), (3, 1)]
+        if vertical_first:
+            kernels.reverse()
+        first, second = kernels
         self.reads_shortcut = reads_shortcut
-        self.shortcut = (
-            ConvUnit(in_channels, out_channels, stride=stride, bias=bias)
-            if project
-            else nn.Identity()
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if project:
+            self.shortcut = ConvUnit(in_channels, out_channels, stride=stride, bias=bias)
+        if reads_shortcut:
+            in_channels = out_channels
+            stride = 1
         self.body = nn.Sequential(
-            ConvUnit(entry, half, stride=entry_stride, groups=groups, bias=bias),
+            ConvUnit(in_channels, half, stride=stride, groups=groups, bias=bias),
             ConvUnit(half, quarter, bias=bias),
             ConvUnit(quarter, half, first, padding=_same(first), groups=groups, bias=bias),
             ConvUnit(half, half, second, padding=_same(second), groups=groups, bias=bias),
@@ -152,10 +157,11 @@ class SqueezeNextBlock(nn.Module):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[N, C_in, H, W] -> [N, C, H/stride, W/stride]."""
+        """Map [N, C_in, H, W] to [N, C, H/stride, W/stride]."""
         shortcut = self.shortcut(inputs)
-        total = self.body(shortcut if self.reads_shortcut else inputs) + shortcut
-        return relu(total, inplace=True)
+        if self.reads_shortcut:
+            inputs = shortcut
+        return relu(self.body(inputs) + shortcut, inplace=True)
 
 
 def squeezenext(
@@ -167,14 +173,16 @@ def squeezenext(
     variant: Literal["cifar", "imagenet"] = "imagenet",
     input_size: int = 227,
 ) -> nn.Sequential:
-    """Build a SqueezeNext. Input [N, in_channels, H, W], output [N, num_classes].
+    """Build a SqueezeNext: input [N, in_channels, H, W], output [N, num_classes].
 
     1.0-SqNxt-23 in style "caffe" has 718,280 parameters for ImageNet, 582,890 for CIFAR-10.
     """
     scaled = style == "pytorchcv" or variant == "cifar"
     faithful_v5 = shape.v5 and not scaled
     bias = style == "pytorchcv"
-    stem_width, tail_width = (round(w * shape.multiplier) if scaled else w for w in (64, 128))
+    multiplier = shape.multiplier if scaled else 1
+    stem_width = round(64 * multiplier)
+    tail_width = round(128 * multiplier)
     stem = _stem(
         in_channels, stem_width, variant=variant, v5=faithful_v5, bias=bias, input_size=input_size
     )
@@ -196,8 +204,9 @@ def _stem(
     if variant == "cifar":
         stride = 2 if input_size >= 64 else 1
         return [ConvUnit(in_channels, width, 3, stride=stride, padding=1, bias=bias)]
-    padding = 1 if bias else 0  # the padded stem belongs to the style with biases
-    conv = ConvUnit(in_channels, width, 5 if v5 else 7, stride=2, padding=padding, bias=bias)
+    padding = int(bias)  # the style with biases has a padded stem
+    kernel_size = 5 if v5 else 7
+    conv = ConvUnit(in_channels, width, kernel_size, stride=2, padding=padding, bias=bias)
     return [conv, nn.MaxPool2d(3, stride=2, ceil_mode=True)]
 
 
@@ -212,7 +221,7 @@ def _blocks(
             block = SqueezeNextBlock(
                 channels,
                 out_channels,
-                stride=stride if first else 1,
+                stride=stride,
                 project=first,
                 groups=shape.groups,
                 bias=bias,
@@ -221,6 +230,7 @@ def _blocks(
             )
             blocks.append(block)
             channels = out_channels
+            stride = 1  # of all but the first block of a stage
     return blocks, channels
 
 

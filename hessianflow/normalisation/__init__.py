@@ -1,7 +1,7 @@
-"""Batch normalisation: whose examples its statistics are of, and when they can be trusted.
+"""Batch normalisation in its forms, and tests of whether its statistics can be trusted.
 
-One file for each form: ghost batches in training, statistics held fixed in a measurement, layers
-folded into affine maps, statistics of their own for adversarial twins, statistics measured again.
+There is one file for each form: ghost batches in training, fixed statistics in an attack, layers
+folded into convolutions, separate statistics for adversarial examples, statistics measured again.
 """
 
 from hessianflow.normalisation.recalibrate import recalibrate

@@ -1,12 +1,11 @@
-"""Batch normalisation with fixed statistics, for attacks on a processor: folded where it can be, or
-one multiply-add.
+"""Batch normalisation with fixed statistics, for attacks on a CPU.
 
-With running statistics and frozen parameters, normalisation is  y = scale x + shift,  scale =
-weight / sqrt(var + eps), shift = bias - mean scale. After a convolution it costs nothing (see
-normalisation/folded.py). Elsewhere it is one multiply-add: torch's own kernel does more in the
-backward pass (it serves the parameters, too). Measured on a ResNet-20 with 25 images, one core: an
-input gradient takes 1.60 ms an image with torch's kernel, 1.48 with multiply-adds, 1.31 folded; in
-bf16 0.97, 1.04 and 0.81. On a GPU, where launches count, torch's kernel is used.
+With running statistics and frozen parameters, normalisation is y = scale x + shift, where scale =
+weight / sqrt(var + eps) and shift = bias - mean scale. After a convolution it is folded and costs
+nothing (folded.py). Elsewhere it is one multiply-add: torch's own kernel does more in the backward
+pass, because it serves the parameters, too. On a ResNet-20 with 25 images and one core, an input
+gradient takes 1.60 ms an image with torch's kernel, 1.48 with multiply-adds and 1.31 folded; in
+bf16 0.97, 1.04 and 0.81. On a GPU, where the number of kernels matters, torch's kernel is used.
 """
 
 from collections.abc import Iterator
@@ -25,8 +24,7 @@ from hessianflow.normalisation.folded import (
 
 
 class _Fixed(_BatchNorm):
-    """A batch-normalisation layer in evaluation mode; parameters, buffers and hooks are another
-    layer's own."""
+    """A layer in evaluation mode that shares parameters, buffers and hooks with the original."""
 
     scale: Tensor
     shift: Tensor
@@ -40,9 +38,8 @@ class _Fixed(_BatchNorm):
         return made
 
     def forward(self, input: Tensor) -> Tensor:
-        if (
-            input.dtype != self.scale.dtype
-        ):  # under autocast: torch's kernel computes in float32 inside
+        # Under autocast the types differ; torch's kernel then computes in float32 inside.
+        if input.dtype != self.scale.dtype:
             return nn.functional.batch_norm(
                 input,
                 self.running_mean,
@@ -59,34 +56,28 @@ class _Fixed(_BatchNorm):
 
 @contextmanager
 def fixed_normalisation(model: nn.Module) -> Iterator[nn.Module]:
-    """While active, layers in evaluation mode on a processor run in this form; they come back
-    afterwards.
+    """Run layers in evaluation mode on a CPU in this form, and put them back afterwards.
 
     Yields:
-        What to call: the model, or its stand-in where the model itself is a sequence with layers to
-            fold.
+        The model to call, or its stand-in if the model itself is a sequence with layers to fold.
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         yield model
         return
     with folded_normalisation(model) as folded:
-        places = [
+        # A layer is listed for each parent that holds it.
+        uses = [
             (parent, name, layer)
             for parent in folded.modules()
-            # all places of a layer, also those that share it
             for name, layer in parent._modules.items()
             if isinstance(layer, _BatchNorm)
             and has_fixed_statistics(layer)
-            and name not in _absorbed(parent)
+            and not (isinstance(parent, FoldedSequence) and name in parent.absorbed)
         ]
         try:
-            for parent, name, layer in places:
+            for parent, name, layer in uses:
                 parent._modules[name] = _Fixed.of(layer)
             yield folded
         finally:
-            for parent, name, layer in places:
+            for parent, name, layer in uses:
                 parent._modules[name] = layer
-
-
-def _absorbed(parent: nn.Module) -> frozenset[str]:
-    return parent.absorbed if isinstance(parent, FoldedSequence) else frozenset()

@@ -1,5 +1,4 @@
-"""Statistics of batch normalisation measured anew: where running averages belong to other inputs or
-other weights."""
+"""Statistics of batch normalisation, measured again when running averages are out of date."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,28 +14,27 @@ from hessianflow.normalisation.statistics import moving_layers
 
 
 def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
-    """Replace the running means and variances that evaluation uses by the average over the batches
-    of `data`.
+    """Replace running means and variances by the averages over the batches of `data`.
 
-    The forward passes normalise by the batch, everything else (dropout) is in evaluation mode.
-    Flags, other buffers and random generators are left as found; a model without such layers is not
-    run at all. Layers that these passes do not reach (the adversarial half of a split layer, heads
-    that run in training only) keep their statistics, and so do frozen ones: those in evaluation
+    The forward passes normalise by the batch, while everything else (dropout) is in evaluation
+    mode. Flags, other buffers and random generators are restored; a model without such layers is
+    not run. Layers that these passes do not reach (the adversarial half of a split layer, heads
+    that run in training only) keep their statistics, and so do frozen layers: those in evaluation
     mode inside a model in training mode. In a model that is in evaluation mode as a whole no layer
     counts as frozen.
 
     Args:
-        model: wrapped or not.
-        data: one (inputs, targets) pair or an iterable of pairs; batches of equal size, as training
-            has them.
+        model: the model, wrapped or not.
+        data: one (inputs, targets) pair or an iterable of pairs, of equal size as in training.
 
     Raises:
-        HessianFlowError: no batch.
+        HessianFlowError: there is no batch.
     """
     layers = moving_layers(model)
     if not layers:
         return
-    device, batches = next(model.parameters()).device, 0
+    device = next(model.parameters()).device
+    batches = 0
     with measuring(model) as inner, torch.no_grad(), _averaging(layers):
         for batch in as_batches(data):
             inputs, _ = as_pair(batch)
@@ -54,10 +52,11 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
 
 @contextmanager
 def _averaging(layers: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Training mode, from scratch, with a plain average (momentum None is torch's name for it)."""
+    """Let the layers average over batches from scratch, in training mode."""
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
-        layer.training, layer.momentum = True, None
+        layer.training = True
+        layer.momentum = None  # which is torch's name for a plain average
         layer.reset_running_stats()
     try:
         yield

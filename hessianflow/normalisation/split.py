@@ -4,9 +4,9 @@ Xie et al., "Adversarial examples improve image recognition" (AdvProp), arXiv 19
 ConAdv, arXiv 2106.00221. Clean and adversarial images have different distributions; with one set of
 statistics the running ones become a mixture and clean accuracy falls.
 
-A batch is one concatenation, clean rows first: each layer splits it where :func:`clean_rows` says,
-so that a step is one forward and one backward pass also under DistributedDataParallel. Everything
-else, evaluation and export included, uses the main set.
+A batch is one concatenation with the clean rows first. Each layer splits it where
+:func:`clean_rows` says, so that a step is one forward and one backward pass, also under
+DistributedDataParallel. Everything else, evaluation and export included, uses the main set.
 """
 
 import copy
@@ -26,11 +26,10 @@ class SplitBatchNorm(nn.Module):
     """A main and an adversarial batch normalisation in one layer.
 
     Attributes:
-        main: the layer that was converted, itself: its parameters stay those an optimizer already
-            holds.
-        adversarial: a copy of it, with affine parameters of its own or shared ones.
-        clean: leading rows normalised by `main`, the rest by `adversarial`; None: all by `main`.
-            Set it through :func:`clean_rows`.
+        main: the converted layer itself, so that an optimizer keeps its parameters.
+        adversarial: a copy of that layer, with its own or the same affine parameters.
+        clean: number of leading rows that `main` normalises, while `adversarial` normalises the
+            rest; None leaves all to `main`. Set it through :func:`clean_rows`.
     """
 
     def __init__(self, main: nn.modules.batchnorm._BatchNorm, *, share_affine: bool) -> None:
@@ -38,19 +37,21 @@ class SplitBatchNorm(nn.Module):
         self.main = main
         self.adversarial = copy.deepcopy(main)
         if share_affine:
-            self.adversarial.weight, self.adversarial.bias = main.weight, main.bias
+            self.adversarial.weight = main.weight
+            self.adversarial.bias = main.bias
         self.clean: int | None = None
         self.train(main.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the first `clean` rows by the main set, the rest by the adversarial one."""
+        output: Tensor
         if self.clean is None or self.clean >= len(x):
-            parts = [self.main(x)]
+            output = self.main(x)
         elif self.clean == 0:
-            parts = [self.adversarial(x)]
+            output = self.adversarial(x)
         else:
-            parts = [self.main(x[: self.clean]), self.adversarial(x[self.clean :])]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            output = torch.cat([self.main(x[: self.clean]), self.adversarial(x[self.clean :])])
+        return output
 
 
 def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Module:
@@ -61,14 +62,14 @@ def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Modu
 
     Args:
         model: any module with batch normalisation.
-        share_affine: one scale and shift for both sets (statistics are always separate). Default
-            (AdvProp): False.
+        share_affine: use one scale and shift for both sets (statistics are always separate). The
+            default, False, is that of AdvProp.
 
     Returns:
         The model (a new layer if it was itself a batch normalisation).
 
     Raises:
-        HessianFlowError: no batch normalisation in it, or it is split already.
+        HessianFlowError: the model has no batch normalisation, or it is split already.
     """
     if is_split(model):
         raise HessianFlowError("the model's batch normalisation is split already")
@@ -86,12 +87,12 @@ def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Modu
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether :func:`split_batch_norm` has converted the model."""
+    """Return whether :func:`split_batch_norm` has converted the model."""
     return any(isinstance(module, SplitBatchNorm) for module in unwrap(model).modules())
 
 
 def merge_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy of a split model with ordinary layers holding the main set, for export.
+    """Return a copy of a split model for export, with ordinary layers that hold the main set.
 
     Raises:
         HessianFlowError: the model is not split.
@@ -102,14 +103,14 @@ def merge_batch_norm(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def clean_rows(model: nn.Module, clean: int | None) -> Iterator[None]:
-    """Inside, the first `clean` rows of every batch use the main set and the rest the adversarial
-    one.
+    """Normalise the first `clean` rows of every batch by the main set, others by the adversarial.
 
     Args:
-        clean: number of clean rows; 0: all rows are adversarial; None: all are clean.
+        model: a split model.
+        clean: number of clean rows; 0 makes all rows adversarial, None makes all clean.
 
     Raises:
-        HessianFlowError: the model is not split, or a negative number.
+        HessianFlowError: the model is not split, or the number is negative.
     """
     if clean is not None and clean < 0:
         raise HessianFlowError(f"clean must be at least 0 rows, got {clean}")
@@ -134,8 +135,8 @@ def _split_layers(model: nn.Module) -> list[SplitBatchNorm]:
 
 
 def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> nn.Module:
-    # Listed first: the tree changes on the way. A layer used twice is replaced by one and the same
-    # layer.
+    # The modules are listed first, because the tree changes on the way. A layer that is used twice
+    # is replaced by the same new layer.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in layers:

@@ -1,10 +1,10 @@
-"""Whether the running statistics of batch normalisation match the current weights.
+"""A test of whether the running statistics of batch normalisation match the current weights.
 
 Running means and variances lag behind the weights. Early in training, or just after the batch has
-grown, a network evaluated with them is not the function that is trained. On SqueezeNext after the
-first epoch the loss was 616,582 under running statistics and 2.37 under those of the batch; the
-largest Hessian eigenvalue was 8e7, and 87 after the statistics were measured anew. Comparing the
-loss of the same examples under both kinds of statistics shows the mismatch.
+grown, a network evaluated with them is not the function that is trained. A comparison of the loss
+of the same examples under running statistics and under their own shows the mismatch. It can be
+large: on SqueezeNext after the first epoch the losses were 616,582 and 2.37, and the largest
+Hessian eigenvalue was 8e7 before and 87 after the statistics were measured again.
 """
 
 import math
@@ -20,16 +20,16 @@ from hessianflow.losses import Averaged, MeanLoss, untouched
 from hessianflow.measuring import measuring, unwrap
 
 UNSETTLED = 1.5
-"""Ratio of the loss under running statistics to that under batch statistics, above which the former
-have not settled. Ours: in trainings well under way the ratio was 0.96 to 1.25, and wherever it was
-larger, statistics measured anew lowered the evaluation loss."""
+"""Ratio of the loss under running statistics to that under batch statistics, above which running
+statistics have not settled. Our choice: in trainings well under way the ratio was 0.96 to 1.25, and
+wherever it was larger, statistics measured again lowered the evaluation loss."""
 
 NEGLIGIBLE = 0.05
-"""Differences below this share of a training's usual loss are ignored. Ours: once a network fits
-digits, 32 examples had losses of 0.004 and 0.002 although the statistics had settled."""
+"""Differences below this fraction of a training's usual loss are ignored. Our choice: once a
+network fits digits, 32 examples have losses such as 0.004 and 0.002 under settled statistics."""
 
 ROWS = 32
-"""Most examples that are compared; each is forwarded twice. Ours."""
+"""Most examples that are compared; each is forwarded twice. Our choice."""
 
 
 def moving_layers(model: nn.Module) -> list[_BatchNorm]:
@@ -40,19 +40,22 @@ def moving_layers(model: nn.Module) -> list[_BatchNorm]:
     whole, no layer counts as frozen.
     """
     inner = unwrap(model)
-    found = [m for m in inner.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    return [layer for layer in found if layer.training] if inner.training else found
+    return [
+        m
+        for m in inner.modules()
+        if isinstance(m, _BatchNorm)
+        and m.running_mean is not None
+        and (m.training or not inner.training)
+    ]
 
 
 def compared_losses(
     model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
 ) -> tuple[float, float, float]:
-    """Return the mean loss of some examples under running statistics, under their own, and the
-    weight.
+    """Return the loss of some examples under running statistics, under their own, and the weight.
 
-    The model runs in evaluation mode and is left as it was. Up to ROWS examples are forwarded
-    twice; the whole batch is, where the model cannot run on fewer examples or the loss needs
-    gradients.
+    The model runs in evaluation mode and is restored. Up to ROWS examples are forwarded twice, or
+    the whole batch if the model cannot run on fewer examples or the loss needs gradients.
 
     Args:
         model: the model, wrapped or not.
@@ -61,18 +64,19 @@ def compared_losses(
         layers: the layers with running statistics; see :func:`moving_layers`.
 
     Returns:
-        The two mean losses, and what they divide by. All are 0 where no target counts, or where the
-        batch is a single example, which has no statistics of its own.
+        The two mean losses and their divisor. All are 0 if no target counts, or if the batch is a
+        single example, which has no statistics of its own.
     """
     total = num_examples(batch)
     if total < 2:
         return 0.0, 0.0, 0.0
     try:
-        # Spread over the batch: data may be sorted by class.
+        # The examples are spread over the batch, because data may be sorted by class.
         few = take_rows(batch, slice(0, None, -(-total // ROWS)), total)
         with torch.no_grad():
             return _both(model, few, mean_loss, layers)
-    except Exception:  # whatever a model raises on a batch that it was not made for
+    # A model may raise anything on a batch that it was not made for.
+    except Exception:
         return _both(model, batch, mean_loss, layers)
 
 
@@ -103,8 +107,7 @@ def _averaged(model: nn.Module, batch: Any, mean_loss: MeanLoss) -> Averaged:
 
 
 def is_unsettled(running: float, own: float, scale: float = 0.0) -> bool:
-    """Return whether two mean losses of the same examples show that running statistics have not
-    settled.
+    """Return whether the losses under running and own statistics show that the former lag.
 
     Args:
         running: the loss under running statistics; one that is not finite counts as large.

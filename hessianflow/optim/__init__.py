@@ -1,43 +1,26 @@
-"""Large-batch optimizers, their schedules, and the gradient observers that feed them and the
-controllers."""
+"""Large-batch optimizers, their schedules, and gradient observers for them and the controllers."""
 
-from hessianflow.optim.clars import (
-    CLARS,
-    NormEstimator,
-)
-from hessianflow.optim.extrapolation import (
-    Extrapolation,
-)
-from hessianflow.optim.lamb import (
-    LAMB,
-)
-from hessianflow.optim.lars import (
-    LARS,
-)
-from hessianflow.optim.observers import (
-    ExtraBatchNorms,
-    GradientMoments,
-    MicrobatchNorms,
-)
+from collections.abc import Mapping
+
+from torch.optim import SGD, Adam, AdamW
+
+from hessianflow.optim.clars import CLARS, NormEstimator
+from hessianflow.optim.extrapolation import Extrapolation
+from hessianflow.optim.lamb import LAMB
+from hessianflow.optim.lars import LARS
+from hessianflow.optim.moments import GradientMoments
+from hessianflow.optim.observers import ExtraBatchNorms, MicrobatchNorms
 from hessianflow.optim.rate_schedules import Constant, Cooldown, Cosine, MultiStep, Polynomial
-from hessianflow.optim.sam import (
-    SAM,
-    sam_perturbation,
-)
-from hessianflow.optim.schedules import (
-    RateAndWarmup,
-    cooldown,
-    lars_recipe,
-    legw,
-    linear_warmup,
-    polynomial_decay,
-)
+from hessianflow.optim.sam import SAM, sam_perturbation
+from hessianflow.optim.schedules import cooldown, polynomial_decay
 
 __all__ = [
     "CLARS",
     "LAMB",
     "LARS",
+    "OPTIMIZERS",
     "SAM",
+    "SCHEDULES",
     "Constant",
     "Cooldown",
     "Cosine",
@@ -48,11 +31,27 @@ __all__ = [
     "MultiStep",
     "NormEstimator",
     "Polynomial",
-    "RateAndWarmup",
     "cooldown",
-    "lars_recipe",
-    "legw",
-    "linear_warmup",
     "polynomial_decay",
     "sam_perturbation",
 ]
+
+OPTIMIZERS: Mapping[str, type] = {
+    "sgd": SGD,
+    "adam": Adam,
+    "adamw": AdamW,
+    "lars": LARS,
+    "clars": CLARS,
+    "lamb": LAMB,
+    "sam": SAM,
+    "extrapolation": Extrapolation,
+}
+"""Every optimizer by the name that the command gives it, those of torch among them."""
+SCHEDULES: Mapping[str, type] = {
+    "constant": Constant,
+    "multistep": MultiStep,
+    "cosine": Cosine,
+    "polynomial": Polynomial,
+    "cooldown": Cooldown,
+}
+"""Every course of the learning rate by the name that the command gives it."""

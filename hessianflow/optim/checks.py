@@ -1,8 +1,6 @@
-"""Argument checks shared by the optimizers: each names the parameter, the value received and the
-bound."""
+"""Argument checks of the optimizers; each error names the parameter, its value and its bound."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +12,12 @@ from hessianflow.interfaces import HessianFlowError
 
 
 class CheckedOptimizer(Optimizer):
-    """An optimizer that keeps no parameter group which its `_check` refuses."""
+    """An optimizer that checks the options of every parameter group before it keeps the group."""
+
+    _flags: tuple[str, ...] = ("adapt_vectors", "decay_vectors", "capturable")
+    """Options that must be True or False."""
+    _amounts: tuple[str, ...] = ("eps", "weight_decay")
+    """Options that must be finite numbers >= 0."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own options, checked like the constructor's."""
@@ -26,32 +29,32 @@ class CheckedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
-    @abstractmethod
     def _check(self, group: dict[str, Any]) -> None:
         """Raise a HessianFlowError for an option out of its bounds."""
+        check_parameters(group["params"], type(self).__name__)
+        check_flags(group, *self._flags)
+        check_rate(group["lr"], group["capturable"])
+        for name in self._amounts:
+            check_number(name, group[name])
 
 
 def check_number(name: str, value: float, *, low: float = 0.0, below: float = math.inf) -> None:
-    """Refuse whatever is not a finite number in [low, below).
+    """Refuse anything but a finite number in [low, below).
 
     Raises:
-        HessianFlowError: it is not.
+        HessianFlowError: The value is something else.
     """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not low <= value < below
-    ):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and low <= value < below):
         bound = f" and < {below:g}" if below < math.inf else ""
         raise HessianFlowError(f"{name} must be a finite number >= {low:g}{bound}, got {value!r}")
 
 
 def check_flags(group: dict[str, Any], *names: str) -> None:
-    """Refuse options that are neither True nor False: any text would count as True.
+    """Refuse options that are neither True nor False, since any text would count as True.
 
     Raises:
-        HessianFlowError: one of them is something else.
+        HessianFlowError: An option is something else.
     """
     for name in names:
         if not isinstance(group[name], bool):
@@ -59,10 +62,10 @@ def check_flags(group: dict[str, Any], *names: str) -> None:
 
 
 def check_count(name: str, value: int, low: int = 1) -> None:
-    """Refuse whatever is not a whole number >= `low`.
+    """Refuse anything but a whole number >= `low`.
 
     Raises:
-        HessianFlowError: it is not.
+        HessianFlowError: The value is something else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise HessianFlowError(f"{name} must be a whole number >= {low}, got {value!r}")
@@ -72,7 +75,7 @@ def check_limit(name: str, value: float | None, none: str) -> None:
     """Refuse a limit that is neither None, which means `none`, nor a finite number > 0.
 
     Raises:
-        HessianFlowError: it is neither.
+        HessianFlowError: The value is neither.
     """
     if value is not None:
         check_number(name, value)
@@ -84,33 +87,36 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a name that is not among `choices`.
 
     Raises:
-        HessianFlowError: it is not.
+        HessianFlowError: The name is another one.
     """
     if value not in choices:
         raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_rate(lr: float | Tensor, capturable: bool) -> None:
-    """Refuse a learning rate that is negative, not finite, or a tensor with dimensions or without
-    `capturable`.
+    """Refuse a learning rate that is negative or not finite, or a tensor that cannot be used.
 
     Raises:
-        HessianFlowError: it is one of these.
+        HessianFlowError: The rate is negative or not finite, or a tensor with dimensions or
+            without `capturable`.
     """
-    if isinstance(lr, Tensor) and not capturable:
+    if not isinstance(lr, Tensor):
+        check_number("lr", lr)
+        return
+    if not capturable:
         raise HessianFlowError(f"lr as a tensor needs capturable=True, got {lr!r}: use a number")
-    if isinstance(lr, Tensor) and lr.ndim > 0:
+    if lr.ndim > 0:
         raise HessianFlowError(
             f"lr as a tensor must be 0-dim, got shape {[*lr.shape]}: use lr.squeeze() for one value"
         )
-    check_number("lr", lr.item() if isinstance(lr, Tensor) else lr)
+    check_number("lr", lr.item())
 
 
 def check_parameters(params: Sequence[Tensor], optimizer: str) -> None:
     """Refuse an empty group and parameters without a real norm.
 
     Raises:
-        HessianFlowError: no parameter, or one that is complex or sparse.
+        HessianFlowError: There is no parameter, or one is complex or sparse.
     """
     if not params:
         raise HessianFlowError(

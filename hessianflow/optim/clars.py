@@ -13,19 +13,19 @@ divides by the mean norm A of the gradients of single examples or small batches:
 As ratio_CLARS = ratio_LARS / M with the disagreement M = A / ||mean gradient|| >= 1, layers whose
 examples disagree move less; the paper claims that no warm-up is needed then.
 
-Where A comes from is a separate matter, see :mod:`hessianflow.optim.observers`: the microbatches of
-gradient accumulation give it for free, extra small batches at a chosen frequency do otherwise.
+The observers of :mod:`hessianflow.optim.observers` measure A: the microbatches of gradient
+accumulation give it without extra cost; otherwise extra small batches at a chosen frequency do.
 Weight decay enters the step but not A.
 
-The official code is form="late", eps=1e-6, decay_vectors=True, weight_decay=2e-4, and an
-ExtraBatchNorms that draws 64 batches of 8 before every step with norm_mode="batch". Deviations from
-it: the trust coefficient is the same in the first step (there 0.001, then 0.01); the cap is a
-setting (there 0.1); layers are excluded by dimension, not by name; the extra batches do not move
+The official code corresponds to form="late", eps=1e-6, decay_vectors=True, weight_decay=2e-4, and
+an ExtraBatchNorms that draws 64 batches of 8 before every step with norm_mode="batch". Deviations
+from it: the trust coefficient is the same in the first step (there 0.001, then 0.01); the cap is a
+setting (there 0.1); layers are excluded by dimension, not by name; the extra batches do not change
 the statistics of batch normalisation; eps is not also added to ||g + b w||, as that norm cancels.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,11 +38,12 @@ from hessianflow.optim.lars import LARS, Form
 from hessianflow.optim.observers import MicrobatchNorms
 
 
+@runtime_checkable
 class NormEstimator(Protocol):
-    """Whatever knows the mean gradient norm of small batches, tensor by tensor."""
+    """An object that knows the mean gradient norm of small batches for each tensor."""
 
     def mean_norms(self, params: Sequence[Tensor]) -> Tensor:
-        """A for each of `params`, shape [len(params)], on their device."""
+        """Return A for each of `params`, shape [len(params)], on their device."""
         ...
 
 
@@ -50,26 +51,26 @@ class CLARS(LARS):
     """LARS with the mean norm of small-batch gradients in place of the norm of the mean gradient.
 
     Args:
-        params: parameters or parameter groups.
-        lr: learning rate; a 0-dim tensor only with `capturable`.
-        momentum: as in LARS.
-        weight_decay: in the step only.
-        trust_coefficient: eta (0.01 in the official code).
-        max_rate: cap of the ratio (0.1 in the official code), None: no cap. :meth:`capped_share`
-            says when it binds.
-        norms: where A comes from. None: a :class:`MicrobatchNorms`, to be attached as an observer
-            of the training loop: it is the attribute `norms`. The trainer tells it whose gradients
-            it shows. A loop of one's own shows those of `params` in their order, or, with several
-            groups, first calls `norms.watch(model.parameters())`.
-        eps: added to A.
-        form: where the rate enters; "late" as in the official code.
-        nesterov: as in LARS.
-        adapt_vectors: as in LARS.
-        decay_vectors: as in LARS.
-        capturable: as in LARS.
+        params: Parameters or parameter groups.
+        lr: Learning rate; a 0-dim tensor only with `capturable`.
+        momentum: Same as in LARS.
+        weight_decay: Weight decay in the step, which does not enter A.
+        trust_coefficient: Factor eta of the ratio (0.01 in the official code).
+        max_rate: Cap of the ratio (0.1 in the official code); None for no cap.
+            :meth:`capped_share` says how often it binds.
+        norms: Estimator of A. None: a :class:`MicrobatchNorms`, which the attribute `norms` holds,
+            to be attached as an observer of the training loop. The trainer tells it whose gradients
+            it shows. Your own loop shows those of `params` in their order, or, with several groups,
+            first calls `norms.bind(model.parameters())`.
+        eps: Number added to A.
+        form: Published form, which says where the rate enters; "late" as in the official code.
+        nesterov: Same as in LARS.
+        adapt_vectors: Same as in LARS.
+        decay_vectors: Same as in LARS.
+        capturable: Same as in LARS.
 
     Raises:
-        HessianFlowError: as LARS, or `max_rate` is not positive.
+        HessianFlowError: An option is out of the bounds of LARS, or `max_rate` is not positive.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class CLARS(LARS):
         capturable: bool = False,
     ) -> None:
         check_limit("max_rate", max_rate, "no cap")
-        if norms is not None and not hasattr(norms, "mean_norms"):
+        if norms is not None and not isinstance(norms, NormEstimator):
             raise HessianFlowError(
                 "norms must know mean gradient norms, such as MicrobatchNorms(), got a"
                 f" {type(norms).__name__}"
@@ -109,20 +110,22 @@ class CLARS(LARS):
             capturable=capturable,
         )
         self.max_rate = max_rate
-        # The order of several groups says nothing about that of the gradients: whoever shows them
-        # has to tell it.
+        # The order of parameters in several groups is not that of the gradients, so `watch` must
+        # tell it.
         own = self.param_groups[0]["params"] if len(self.param_groups) == 1 else None
         self.norms = norms or MicrobatchNorms(own)
         self._tally: Tensor | None = None
 
     def capped_share(self) -> float:
-        """Return the share of all layer rates since the last call that the cap bound
-        (synchronises); 0 before any step."""
+        """Return the fraction of layer ratios since the last call that the cap bound.
+
+        It is 0 before any step. The call waits for the device.
+        """
         if self._tally is None:
             return 0.0
         capped, seen = self._tally.tolist()
         self._tally.zero_()
-        return float(capped / seen) if seen else 0.0
+        return float(capped / max(seen, 1))
 
     def _ratios(
         self,
@@ -137,7 +140,7 @@ class CLARS(LARS):
         ratio = group["trust_coefficient"] * weight / (small + group["eps"])
         has_ratio = (weight > 0) & (small > 0)
         ratio = self._capped(torch.where(has_ratio, ratio, 1.0))
-        # a ratio of 1 for want of norms is not divided by the rate, as in LARS
+        # A ratio of 1 because a norm is 0 is not divided by the rate, as in LARS.
         if group["form"] == "larc":
             ratio = torch.where(has_ratio, (ratio / group["lr"]).clamp(max=1.0), ratio)
         return ratio
@@ -147,7 +150,7 @@ class CLARS(LARS):
             return ratio
         if self._tally is None:
             self._tally = torch.zeros(2, dtype=torch.float64, device=ratio.device)
-        # In place and on the device, so that counting neither synchronises nor leaves a captured
+        # In place and on the device, so that counting does not synchronise and works in a captured
         # graph.
         self._tally[0] += (ratio > self.max_rate).sum()
         self._tally[1] += len(ratio)

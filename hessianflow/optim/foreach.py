@@ -1,5 +1,4 @@
-"""Operations on whole lists of tensors with a few kernel launches and without a host
-synchronisation."""
+"""Operations on lists of tensors, with few kernel launches and without a host synchronisation."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 from hessianflow.interfaces import HessianFlowError
 
 Factor = float | Tensor
-"""One factor for all tensors (a number or a 0-dim tensor), or a vector with one factor a tensor."""
+"""A single factor (a number or a 0-dim tensor), or a vector with one factor per tensor."""
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -18,13 +17,12 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 def buckets(
     params: Iterable[Tensor], optimizer: str
 ) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:
-    """Parameters that have a gradient, by device, dtype and whether they have more than one
-    dimension.
+    """Return the parameters with a gradient by device, dtype and whether their ndim is above 1.
 
     Raises:
-        HessianFlowError: a gradient is sparse.
+        HessianFlowError: A gradient is sparse.
     """
-    found: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+    lists: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for parameter in params:
         if parameter.grad is None:
             continue
@@ -33,15 +31,20 @@ def buckets(
                 f"{optimizer} needs dense gradients, got {parameter.grad.layout}: use sparse=False"
             )
         key = (parameter.device, parameter.dtype, parameter.ndim > 1)
-        found.setdefault(key, []).append(parameter)
-    return found
+        lists.setdefault(key, []).append(parameter)
+    return lists
+
+
+def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return the gradients of the parameters that have one."""
+    return [parameter.grad for parameter in params if parameter.grad is not None]
 
 
 def state_tensors(state: dict[Tensor, dict[str, Any]], params: Tensors, name: str) -> list[Tensor]:
-    """The state tensor `name` of every parameter, zeros where there is none yet.
+    """Return the state tensor `name` of every parameter, and make zeros where there is none yet.
 
     Raises:
-        HessianFlowError: a parameter has changed its shape since its state was made.
+        HessianFlowError: A parameter has changed its shape since its state was made.
     """
     tensors = []
     for parameter in params:
@@ -58,14 +61,14 @@ def state_tensors(state: dict[Tensor, dict[str, Any]], params: Tensors, name: st
 
 
 def norms(tensors: Tensors) -> Tensor:
-    """The l2 norm of every tensor, shape [len(tensors)], in single precision for half-precision
-    tensors."""
+    """Return the l2 norm of every tensor, shape [len(tensors)]; half precision becomes single."""
     half = tensors[0].dtype in (torch.float16, torch.bfloat16)
-    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32 if half else None))
+    dtype = torch.float32 if half else None
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype))
 
 
 def scaled(tensors: Tensors, factor: Factor) -> Tensors:
-    """factor * tensor for every tensor; the very same tensors when the factor is the number 1."""
+    """Return factor * tensor for every tensor, and the tensors themselves for the number 1."""
     if isinstance(factor, float) and factor == 1:
         return tensors
     if isinstance(factor, Tensor) and factor.ndim == 1:
@@ -74,33 +77,31 @@ def scaled(tensors: Tensors, factor: Factor) -> Tensors:
 
 
 def scale_(tensors: Tensors, factor: float) -> None:
-    """tensor *= factor for every tensor, in place."""
+    """Multiply every tensor by a factor, in place."""
     torch._foreach_mul_(tensors, number(factor, tensors))
 
 
 def number(value: float, tensors: Tensors) -> Factor:
-    """`value` in the form that an operation of these tensors with one number for all takes fastest.
+    """Return `value` in the form in which a foreach operation on these tensors takes it fastest.
 
-    On a processor a number would be wrapped into a tensor anew for every tensor of the list, which
-    takes longer than the operation itself where tensors are small; one 0-dim tensor for all gives
-    the same results.
+    On a CPU torch would wrap a number into a tensor again for every tensor of the list, which takes
+    longer than the operation itself if tensors are small; one 0-dim tensor gives the same results.
     """
     if tensors[0].is_cuda:
         return value
-    return torch.tensor(
-        value, dtype=torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    )
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return torch.tensor(value, dtype=dtype)
 
 
 def add_scaled_(targets: Tensors, tensors: Tensors, factor: Factor, sign: float = 1.0) -> None:
-    """target += sign * factor * tensor for every pair, in place."""
+    """Add sign * factor * tensor to the target of every pair, in place."""
     if not isinstance(factor, Tensor):
         torch._foreach_add_(targets, tensors, alpha=sign * factor)
     elif factor.ndim == 0:
         torch._foreach_add_(targets, torch._foreach_mul(tensors, factor), alpha=sign)
     elif factor.device.type == "cpu":
-        # There the kernel takes one number for each tensor; a list of 0-dim tensors takes half as
-        # long again to make.
+        # On a CPU the kernel takes one number per tensor. A list of 0-dim tensors would take half
+        # as long again to make.
         one = torch.ones((), dtype=tensors[0].dtype)
         torch._foreach_addcmul_(targets, tensors, [one] * len(tensors), sign * factor)
     else:
@@ -108,29 +109,28 @@ def add_scaled_(targets: Tensors, tensors: Tensors, factor: Factor, sign: float 
 
 
 def spread(factors: Tensor, tensors: Tensors) -> Tensors:
-    """The factors as a list that operations on two lists take, one for each tensor."""
+    """Return the factors as a list with one factor per tensor, for operations on two lists."""
     factors = factors.to(tensors[0].dtype)
     if not tensors[0].is_cuda:
         return factors.unbind()
-    # On a GPU a list that broadcasts would be one launch a tensor; the same factors written out are
-    # one launch in all.
+    # On a GPU a list that broadcasts would need one launch per tensor; written out, the same
+    # factors need one launch in all.
     return written_out(factors, tensors)
 
 
 def written_out(factors: Tensor, tensors: Tensors) -> Tensors:
-    """Factor i repeated in the shape and strides of tensor i, from a single concatenation."""
+    """Return factor i repeated in the shape and strides of tensor i, from one concatenation."""
     sizes = [tensor.numel() for tensor in tensors]
     flat = torch.cat(
         [factor.expand(size) for factor, size in zip(factors.unbind(), sizes, strict=True)]
     )
-    return [
-        (
-            part.as_strided(tensor.shape, tensor.stride())
-            if _is_dense(tensor)
-            else part.view(tensor.shape)
-        )
-        for part, tensor in zip(torch.split(flat, sizes), tensors, strict=True)
-    ]
+    return [_laid_out(*pair) for pair in zip(torch.split(flat, sizes), tensors, strict=True)]
+
+
+def _laid_out(numbers: Tensor, tensor: Tensor) -> Tensor:
+    if _is_dense(tensor):
+        return numbers.as_strided(tensor.shape, tensor.stride())
+    return numbers.view(tensor.shape)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -140,12 +140,14 @@ def _is_dense(tensor: Tensor) -> bool:
     return reach + 1 == tensor.numel()
 
 
-def evaluate(closure: Callable[[], Any]) -> Any:
-    """The loss of a closure, with gradients enabled.
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """Return the loss that a closure computes with gradients enabled; None without a closure.
 
     Raises:
-        HessianFlowError: it returned None.
+        HessianFlowError: The closure returned None.
     """
+    if closure is None:
+        return None
     with torch.enable_grad():
         loss = closure()
     if loss is None:

@@ -8,9 +8,8 @@ phi(z) = z:
     u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + wd w,
     w -= lr * (||w|| / ||u||) * u.
 
-Deviations: the trust ratio is 1 where a norm is 0; tensors that are not adapted take the step with
-ratio 1 (AdamW); the gradient may first be clipped to a global norm, as the common implementations
-do.
+Deviations: the trust ratio is 1 if a norm is 0; tensors that are not adapted take the step with
+ratio 1 (AdamW); the gradient may first be clipped to a global norm, as in common implementations.
 """
 
 from collections.abc import Callable
@@ -21,20 +20,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import (
-    CheckedOptimizer,
-    check_flags,
-    check_limit,
-    check_number,
-    check_parameters,
-    check_rate,
-)
+from hessianflow.optim.checks import CheckedOptimizer, check_limit, check_number
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,
     add_scaled_,
     buckets,
-    evaluate,
+    gradients_of,
+    loss_of,
     norms,
     number,
     scale_,
@@ -50,22 +43,23 @@ class LAMB(CheckedOptimizer):
     """Adam whose step in each layer has the length lr * ||w||.
 
     Args:
-        params: parameters or parameter groups; every option below but `max_grad_norm` may differ by
+        params: Parameters or parameter groups; every option below but `max_grad_norm` may differ by
             group.
-        lr: learning rate; a 0-dim tensor only with `capturable`.
-        betas: decay rates of the moments (b1, b2).
-        eps: added to the root of the second moment (1e-6, as in the paper's code).
-        weight_decay: wd, inside the norm (0.01 is usual).
-        max_grad_norm: clip the gradient to this global norm first, without a host sync. None: do
-            not.
-        adapt_vectors: also adapt tensors of at most one dimension. Default: AdamW for them.
-        decay_vectors: also apply weight decay to them. Default: none.
-        capturable: steps are counted on the device, so that a CUDA graph may be captured. `lr` may
-            be a tensor there, which schedules change in place; a number is captured as it is, as by
+        lr: Learning rate; a 0-dim tensor only with `capturable`.
+        betas: Decay rates (b1, b2) of the moments.
+        eps: Number added to the root of the second moment (1e-6, as in the paper's code).
+        weight_decay: Weight decay wd, inside the norm (0.01 is usual).
+        max_grad_norm: Global norm to which the gradient is clipped first, without a host sync; None
+            for no clipping.
+        adapt_vectors: Also adapt tensors of at most one dimension, which otherwise take AdamW's
+            step.
+        decay_vectors: Also apply weight decay to tensors of at most one dimension.
+        capturable: Count steps on the device, so that a CUDA graph may be captured. `lr` may then
+            be a tensor, which schedules change in place; a number is captured as a constant, as in
             torch's optimizers.
 
     Raises:
-        HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is
+        HessianFlowError: An option is out of its bounds, a group is empty, or a parameter is
             complex or sparse.
     """
 
@@ -96,29 +90,27 @@ class LAMB(CheckedOptimizer):
         super().__init__(params, defaults)
 
     def _check(self, group: dict[str, Any]) -> None:
-        check_parameters(group["params"], type(self).__name__)
-        check_flags(group, "adapt_vectors", "decay_vectors", "capturable")
-        check_rate(group["lr"], group["capturable"])
+        super()._check(group)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise HessianFlowError(f"betas must be two numbers such as (0.9, 0.999), got {betas!r}")
         for beta in betas:
             check_number("betas", beta, below=1)
-        for name in ("eps", "weight_decay"):
-            check_number(name, group[name])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Loss] | None = None
+    ) -> Loss | None:
+        """Update every parameter that has a gradient.
 
         Args:
-            closure: recomputes the gradients and returns the loss.
+            closure: Function that computes the gradients and returns the loss.
 
         Raises:
-            HessianFlowError: the closure returned None, a gradient is sparse, or a parameter
+            HessianFlowError: The closure returned None, a gradient is sparse, or a parameter
                 changed its shape.
         """
-        loss: Loss | None = None if closure is None else evaluate(closure)
+        loss: Loss | None = loss_of(closure)
         work = [
             (group, params, is_matrix)
             for group in self.param_groups
@@ -130,30 +122,32 @@ class LAMB(CheckedOptimizer):
         return loss
 
     def _clip_factor(self, lists: list[Tensors]) -> Factor:
-        """min(1, max_grad_norm / global norm), on the device of the first parameter."""
+        """Return min(1, max_grad_norm / global norm), on the device of the first parameter."""
         if self.max_grad_norm is None or not lists:
             return 1.0
         squares = [
-            norms(_gradients(params)).square().sum().to(lists[0][0].device) for params in lists
+            norms(gradients_of(params)).square().sum().to(lists[0][0].device) for params in lists
         ]
         return (self.max_grad_norm / torch.stack(squares).sum().sqrt()).clamp(max=1.0)
 
     def _update(
         self, group: dict[str, Any], params: Tensors, is_matrix: bool, clip: Factor
     ) -> None:
-        clip = clip.to(params[0]) if isinstance(clip, Tensor) else clip
-        direction = self._adam(group, params, scaled(_gradients(params), clip))
+        if isinstance(clip, Tensor):
+            clip = clip.to(params[0])
+        direction = self._adam(group, params, scaled(gradients_of(params), clip))
         if group["weight_decay"] and (is_matrix or group["decay_vectors"]):
             torch._foreach_add_(direction, params, alpha=group["weight_decay"])
         rate: Factor = group["lr"]
         if is_matrix or group["adapt_vectors"]:
-            weight, length = norms(params), norms(direction)
+            weight = norms(params)
+            length = norms(direction)
             rate = group["lr"] * torch.where((weight > 0) & (length > 0), weight / length, 1.0)
         add_scaled_(params, direction, rate, sign=-1.0)
 
     def _adam(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> Tensors:
-        """m_hat / (sqrt(v_hat) + eps) as new tensors."""
-        (beta1, beta2), eps = group["betas"], group["eps"]
+        """Return m_hat / (sqrt(v_hat) + eps) as new tensors."""
+        beta1, beta2 = group["betas"]
         first = state_tensors(self.state, params, "exp_avg")
         second = state_tensors(self.state, params, "exp_avg_sq")
         torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -162,13 +156,16 @@ class LAMB(CheckedOptimizer):
         steps = self._advance(params, group["capturable"])
         denominator = torch._foreach_sqrt(second)
         _multiply_(denominator, (1 - beta2**steps).rsqrt())
-        torch._foreach_add_(denominator, number(eps, params))
+        torch._foreach_add_(denominator, number(group["eps"], params))
         direction = torch._foreach_div(first, denominator)
         _multiply_(direction, (1 - beta1**steps).reciprocal())
         return direction
 
     def _advance(self, params: Tensors, capturable: bool) -> Tensor:
-        """Count one more step of each parameter; the counts, on the device only if capturable."""
+        """Count one more step of each parameter, and return the counts.
+
+        They are on the device only if capturable.
+        """
         for parameter in params:
             if "step" not in self.state[parameter]:
                 device = parameter.device if capturable else "cpu"
@@ -178,13 +175,11 @@ class LAMB(CheckedOptimizer):
         return torch.stack(steps).double()
 
 
-def _gradients(params: Tensors) -> list[Tensor]:
-    return [parameter.grad for parameter in params if parameter.grad is not None]
-
-
 def _multiply_(tensors: Tensors, factors: Tensor) -> None:
-    """tensor *= its factor; those on the host become numbers for a GPU, which needs no
-    synchronisation."""
+    """Multiply every tensor by its factor in place, without a synchronisation.
+
+    Factors on the host become numbers for tensors on a GPU.
+    """
     if factors.device == tensors[0].device:
         torch._foreach_mul_(tensors, spread(factors, tensors))
     else:

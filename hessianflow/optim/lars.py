@@ -18,12 +18,12 @@ Published variants, by the name of `form`; d = g + b * w:
     "late"        eta ||w|| / ||d||                        v = m v + d;           w -= lr ratio v
 
 "tensorflow" is the classic momentum of the TensorFlow models classes, "outside" the order of timm,
-"larc" the clipped rate of apex, "late" that of the official CLARS code. All agree on the first step
-up to the denominator and differ once the learning rate changes. `eps` is added to every
+"larc" the clipped rate of apex, "late" the form of the official CLARS code. All forms agree on the
+first step up to the denominator and differ once the learning rate changes. `eps` is added to every
 denominator.
 
-Deviations: ratio 1 where a norm is 0 (the paper says nothing); tensors that are not adapted take
-the step of `torch.optim.SGD`, rate outside the buffer, in every form.
+Deviations: the ratio is 1 if a norm is 0 (the paper does not treat this case); tensors that are not
+adapted take the step of `torch.optim.SGD`, with the rate outside the buffer, in every form.
 """
 
 from collections.abc import Callable
@@ -34,20 +34,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import (
-    CheckedOptimizer,
-    check_choice,
-    check_flags,
-    check_number,
-    check_parameters,
-    check_rate,
-)
+from hessianflow.optim.checks import CheckedOptimizer, check_choice, check_number
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,
     add_scaled_,
     buckets,
-    evaluate,
+    gradients_of,
+    loss_of,
     norms,
     scale_,
     scaled,
@@ -62,30 +56,33 @@ Loss = TypeVar("Loss")
 class LARS(CheckedOptimizer):
     """SGD with momentum whose rate in each layer is proportional to ||w|| / ||g||.
 
-    Works on lists of tensors: the number of kernel launches does not grow with the number of
-    tensors, and nothing is read back to the host. Half-precision norms are taken in single
+    The step works on lists of tensors: the number of kernel launches does not grow with the number
+    of tensors, and nothing is read back to the host. Half-precision norms are computed in single
     precision.
 
     Args:
-        params: parameters or parameter groups; every option below may differ by group.
-        lr: learning rate; a 0-dim tensor only with `capturable`.
-        momentum: m (0.9 in the paper).
-        weight_decay: b.
-        trust_coefficient: eta (0.001 in the paper).
-        eps: added to the denominator of the ratio (ours: 0, as in the paper).
-        form: which published form, see the module.
-        nesterov: step along (scaled gradient) + momentum * buffer, as `torch.optim.SGD`.
-        adapt_vectors: also adapt tensors of at most one dimension (biases, normalisation). Default:
-            plain SGD for them.
-        decay_vectors: also apply weight decay to them. Default: none.
-        capturable: `lr` may be a tensor on the device, which schedules change in place, so that a
-            captured CUDA graph reads the rate of the day; a number is captured as it is, as by
-            torch's optimizers.
+        params: Parameters or parameter groups; every option below may differ by group.
+        lr: Learning rate; a 0-dim tensor only with `capturable`.
+        momentum: Momentum m (0.9 in the paper).
+        weight_decay: Weight decay b.
+        trust_coefficient: Factor eta of the ratio (0.001 in the paper).
+        eps: Number added to the denominator of the ratio (0, as in the paper).
+        form: Published form; the module lists all of them.
+        nesterov: Step along (scaled gradient) + momentum * buffer, as `torch.optim.SGD` does.
+        adapt_vectors: Also adapt tensors of at most one dimension (biases, normalisation), which
+            otherwise take the step of plain SGD.
+        decay_vectors: Also apply weight decay to tensors of at most one dimension.
+        capturable: Allow `lr` to be a tensor on the device, which schedules change in place, so
+            that a captured CUDA graph reads the current rate; a number is captured as a constant,
+            as in torch's optimizers.
 
     Raises:
-        HessianFlowError: an option is out of its bounds, a group is empty, or a parameter is
+        HessianFlowError: An option is out of its bounds, a group is empty, or a parameter is
             complex or sparse.
     """
+
+    _flags = ("nesterov", "adapt_vectors", "decay_vectors", "capturable")
+    _amounts = ("weight_decay", "trust_coefficient", "eps")
 
     def __init__(
         self,
@@ -117,43 +114,40 @@ class LARS(CheckedOptimizer):
         super().__init__(params, defaults)
 
     def _check(self, group: dict[str, Any]) -> None:
-        check_parameters(group["params"], type(self).__name__)
-        check_flags(group, "nesterov", "adapt_vectors", "decay_vectors", "capturable")
-        check_rate(group["lr"], group["capturable"])
+        super()._check(group)
         check_number("momentum", group["momentum"], below=1)
-        for name in ("weight_decay", "trust_coefficient", "eps"):
-            check_number(name, group[name])
         check_choice("form", group["form"], get_args(Form))
         if group["nesterov"] and group["momentum"] == 0:
             raise HessianFlowError("momentum must be > 0 with nesterov, got 0")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Loss] | None = None
+    ) -> Loss | None:
+        """Update every parameter that has a gradient.
 
         Args:
-            closure: recomputes the gradients and returns the loss.
+            closure: Function that computes the gradients and returns the loss.
 
         Raises:
-            HessianFlowError: the closure returned None, a gradient is sparse, or a parameter
+            HessianFlowError: The closure returned None, a gradient is sparse, or a parameter
                 changed its shape.
         """
-        loss: Loss | None = None if closure is None else evaluate(closure)
+        loss: Loss | None = loss_of(closure)
         for group in self.param_groups:
             for (_, _, is_matrix), params in buckets(group["params"], type(self).__name__).items():
                 self._update(group, params, is_matrix)
         return loss
 
     def _update(self, group: dict[str, Any], params: Tensors, is_matrix: bool) -> None:
-        grads = [parameter.grad for parameter in params if parameter.grad is not None]
+        grads = gradients_of(params)
         decay = group["weight_decay"] if is_matrix or group["decay_vectors"] else 0.0
         decayed = torch._foreach_add(grads, params, alpha=decay) if decay else grads
         inner: Factor = 1.0
         outer: Factor = group["lr"]
         if is_matrix or group["adapt_vectors"]:
-            inner, outer = _placed(
-                group["form"], self._ratios(group, params, grads, decayed, decay), group["lr"]
-            )
+            ratios = self._ratios(group, params, grads, decayed, decay)
+            inner, outer = _factors(group["form"], ratios, group["lr"])
         direction = self._direction(group, params, decayed, inner)
         add_scaled_(params, direction, outer, sign=-1.0)
 
@@ -177,7 +171,8 @@ class LARS(CheckedOptimizer):
     ) -> Tensor:
         """Return the ratio of every tensor, shape [len(params)]."""
         of_decayed = group["form"] in ("tensorflow", "late")
-        both = norms([*params, *(decayed if of_decayed else grads)]).view(2, -1)
+        gradients = decayed if of_decayed else grads
+        both = norms([*params, *gradients]).view(2, -1)
         weight, denominator = both.unbind()
         if decay and not of_decayed:
             denominator = torch.add(denominator, weight, alpha=decay)
@@ -189,8 +184,10 @@ class LARS(CheckedOptimizer):
         return torch.where((both > 0).all(0), ratio, 1.0)
 
 
-def _placed(form: Form, ratio: Tensor, lr: float | Tensor) -> tuple[Factor, Factor]:
-    """Factors of the gradient as it enters the buffer, and of the step that leaves it."""
+def _factors(form: Form, ratio: Tensor, lr: float | Tensor) -> tuple[Factor, Factor]:
+    """Return the factor of the gradient that enters the buffer, and that of the resulting step."""
     if form in ("paper", "tensorflow"):
         return lr * ratio, 1.0
-    return (1.0, lr * ratio) if form == "late" else (ratio, lr)
+    if form == "late":
+        return 1.0, lr * ratio
+    return ratio, lr

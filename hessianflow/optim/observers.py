@@ -1,20 +1,15 @@
-"""Gradient observers: what microbatch gradients tell an optimizer or a controller, gathered without
-a host sync.
+"""Gradient observers that measure mean gradient norms for CLARS, without a host sync.
 
-- :class:`MicrobatchNorms`: mean gradient norm of the microbatches, tensor by tensor, for CLARS;
-  free with accumulation.
+- :class:`MicrobatchNorms`: mean gradient norm of the microbatches for each tensor, which costs
+  nothing extra with accumulation.
 - :class:`ExtraBatchNorms`: the same from extra small batches, or true per-example norms, at a
   chosen frequency.
-- :class:`GradientMoments`: squared norms of small and large gradients, for the noise scale, CABS
-  and DiveBatch.
 
-On several ranks (`join`) all of them average over the microbatches of all ranks: one small sum a
-step.
+On several ranks (`join`) both average over the batches of all ranks, with one small sum per step.
+:class:`hessianflow.optim.GradientMoments` is the observer for controllers.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -29,7 +24,7 @@ from hessianflow.optim.foreach import norms
 
 
 class _NormTable:
-    """Mean norms by parameter, whatever the order they are asked for in."""
+    """Mean norms by parameter, which can be read in any order."""
 
     def __init__(self, params: Iterable[Tensor] | None) -> None:
         self.params: list[Tensor] = []
@@ -45,7 +40,8 @@ class _NormTable:
         trainable = [parameter for parameter in params if parameter.requires_grad]
         if not trainable:
             raise HessianFlowError("params must hold at least one trainable parameter, got none")
-        self.params, self._orders = trainable, {}
+        self.params = trainable
+        self._orders = {}
         self._position = {parameter: index for index, parameter in enumerate(trainable)}
 
     def join(self, reducer: Reducer) -> None:
@@ -57,9 +53,11 @@ class _NormTable:
             return
         own = torch.zeros(len(self.params) + 1, dtype=self._dtype(), device=self.params[0].device)
         if self._sum is not None:  # a rank may have had no examples
-            own[:-1], own[-1] = self._sum, self._examples
+            own[:-1] = self._sum
+            own[-1] = self._examples
         total = self._reducer.sum(own)
-        self._sum, self._examples = total[:-1], total[-1]
+        self._sum = total[:-1]
+        self._examples = total[-1]
 
     def _dtype(self) -> torch.dtype:
         return norms([self.params[0].detach()]).dtype
@@ -70,13 +68,14 @@ class _NormTable:
         self._examples += examples
 
     def _clear(self) -> None:
-        self._sum, self._examples = None, 0
+        self._sum = None
+        self._examples = 0
 
     def mean_norms(self, params: Sequence[Tensor]) -> Tensor:
         """Return the mean norm of each of `params`, weighted by examples, shape [len(params)].
 
         Raises:
-            HessianFlowError: nothing was measured, or a parameter is not among those watched.
+            HessianFlowError: Nothing was measured, or a parameter is not among those watched.
         """
         if self._sum is None:
             raise HessianFlowError(
@@ -95,48 +94,45 @@ class _NormTable:
 
 
 class MicrobatchNorms(_NormTable):
-    """Mean over the microbatches of the current step of ||gradient||, weighted by examples, for
-    every parameter.
+    """Mean gradient norm of each parameter over the microbatches of a step, weighted by examples.
 
     Args:
-        params: the model's parameters, in the order of the gradients it will be shown; frozen ones
-            are left out. The trainer tells its own by :meth:`watch`. None: they must be told so.
+        params: Parameters of the model, in the order of the gradients that will be shown; frozen
+            ones are left out. None: :meth:`watch` must name them first, as the trainer does.
 
     Raises:
-        HessianFlowError: no trainable parameter.
+        HessianFlowError: There is no trainable parameter.
     """
 
     def __init__(self, params: Iterable[Tensor] | None = None) -> None:
         super().__init__(params)
         self._complete = False
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:
-        """Take the gradients shown from now on as those of `parameters`, in that order; what was
-        seen is forgotten.
+    def bind(self, parameters: Iterable[Tensor]) -> None:
+        """Take later gradients as those of `parameters`, in that order, and drop earlier norms.
 
         Args:
-            parameters: the model's; frozen ones are left out.
+            parameters: Parameters of the model; frozen ones are left out.
 
         Raises:
-            HessianFlowError: no trainable parameter.
+            HessianFlowError: There is no trainable parameter.
         """
         self._take(parameters)
         self._clear()
         self._complete = False
 
     def join(self, reducer: Reducer) -> None:
-        """Average over the gradients of all ranks from now on; the microbatches of an interrupted
-        step are dropped."""
+        """Average over all ranks from now on; drop the microbatches of an interrupted step."""
         super().join(reducer)
         if not self._complete:
             self._clear()
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
-        """Add one microbatch; the first one after a step starts afresh.
+        """Add one microbatch; the first one after a step starts a new mean.
 
         Raises:
-            HessianFlowError: not one gradient a watched parameter, of its shape; or it is not known
-                whose they are.
+            HessianFlowError: The gradients do not match the watched parameters, or none are
+                watched.
         """
         self._check(gradients)
         if self._complete:
@@ -145,13 +141,14 @@ class MicrobatchNorms(_NormTable):
         self._add(norms(list(gradients)), examples)
 
     def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:  # noqa: ARG002
-        """The microbatches so far make up this step.
+        """Complete the mean over the microbatches of this step.
 
         Raises:
-            HessianFlowError: as for a microbatch.
+            HessianFlowError: The gradients do not match the watched parameters, or none are
+                watched.
         """
         self._check(gradients)
-        if self._complete:  # this rank had none
+        if self._complete:  # this rank had no microbatch
             self._clear()
         self._sum_over_ranks()
         self._complete = True
@@ -159,56 +156,56 @@ class MicrobatchNorms(_NormTable):
     def _check(self, gradients: Sequence[Tensor]) -> None:
         if not self.params:
             raise HessianFlowError(
-                "MicrobatchNorms must know whose gradients it is shown: call watch(parameters) in"
+                "MicrobatchNorms must know whose gradients it is shown: call bind(parameters) in"
                 " their order first"
             )
         if len(gradients) != len(self.params):
             raise HessianFlowError(
                 f"gradients must match the {len(self.params)} watched parameters, got"
-                f" {len(gradients)}: call watch(parameters) with those shown"
+                f" {len(gradients)}: call bind(parameters) with those shown"
             )
         for index, (gradient, parameter) in enumerate(zip(gradients, self.params, strict=True)):
             if gradient.shape != parameter.shape:
                 raise HessianFlowError(
                     f"gradients must be in the order of the watched parameters, but number {index}"
                     f" has shape {[*gradient.shape]}, its parameter {[*parameter.shape]}: call"
-                    " watch(parameters) in their order"
+                    " bind(parameters) in their order"
                 )
 
     def signals(self) -> Mapping[str, float]:
-        """None: the optimizer reads the norms on the device."""
+        """Return no signals, since the optimizer reads the norms on the device."""
         return NO_SIGNALS
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing outlives a step."""
+        """Return an empty state, since nothing outlives a step."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """Begin a step."""
+        """Drop all norms, so that a new step begins."""
         self._clear()
         self._complete = False
 
 
 class ExtraBatchNorms(_NormTable):
-    """Mean gradient norm over extra small batches (or single examples), measured before every
-    `every`-th step.
+    """Mean gradient norm over extra small batches or single examples, measured every few steps.
 
-    The model is measured in evaluation mode and left as found; see
+    Measuring restores the modes and buffers of the model; see
     :func:`hessianflow.measuring.measuring`.
 
     Args:
-        model: the model; its trainable parameters are the ones watched.
-        loss_fn: as in training.
-        draw: called at each measurement, returns the small batches (64 of 8 examples in the
+        model: Model whose trainable parameters are watched.
+        loss_fn: Loss function of the training.
+        draw: Function that returns the small batches of one measurement (64 of 8 examples in the
             official CLARS code); the caller owns the sampling and its generator.
-        every: steps between measurements (1 in the official code).
-        per_sample: norms of the gradients of single examples (the paper's sum) instead of small
+        every: Steps between measurements (1 in the official code).
+        per_sample: Measure the gradients of single examples (the paper's sum) instead of small
             batches. Batch normalisation then uses running statistics.
-        norm_mode: statistics of batch normalisation for small batches; "batch" as in the official
+        norm_mode: Statistics of batch normalisation for small batches; "batch" as in the official
             code.
 
     Raises:
-        HessianFlowError: `every` is not a whole number >= 1, or `per_sample` with batch statistics.
+        HessianFlowError: `every` is not a whole number >= 1, or `per_sample` is combined with batch
+            statistics.
     """
 
     def __init__(
@@ -228,22 +225,25 @@ class ExtraBatchNorms(_NormTable):
             raise HessianFlowError(
                 'norm_mode must be "eval" with per_sample: a single example has no batch statistics'
             )
-        self.model, self.loss_fn, self.draw = model, loss_fn, draw
-        self.every, self.per_sample, self.norm_mode = every, per_sample, norm_mode
+        self.model = model
+        self.loss_fn = loss_fn
+        self.draw = draw
+        self.every = every
+        self.per_sample = per_sample
+        self.norm_mode = norm_mode
         self._steps = 0
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:  # noqa: ARG002
-        """Look at the model again, some of which may have been frozen or unfrozen; the next step
-        measures."""
+    def bind(self, parameters: Iterable[Tensor]) -> None:  # noqa: ARG002
+        """Read again which parameters of the model are trainable; the next step measures."""
         self._take(self.model.parameters())
         self._clear()
         self._steps = 0
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
-        """Not used: the gradients come from the extra batches."""
+        """Do nothing, since the gradients come from the extra batches."""
 
     def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:  # noqa: ARG002
-        """Measure when it is time, at the weights that this step starts from."""
+        """Measure at every `every`-th step, at the weights from which the step starts."""
         if self._steps % self.every == 0:
             self.measure()
         self._steps += 1
@@ -252,7 +252,7 @@ class ExtraBatchNorms(_NormTable):
         """Draw the extra batches and replace the mean norms.
 
         Raises:
-            HessianFlowError: no batch was drawn.
+            HessianFlowError: No batch was drawn.
         """
         self._clear()
         with measuring(self.model, self.norm_mode) as model:
@@ -283,160 +283,22 @@ class ExtraBatchNorms(_NormTable):
         gradients = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))(
             values, *pair
         )
-        # One more dimension, so that there is one to flatten where the parameter has none.
+        # One more dimension, since a parameter without any has none to flatten.
         return torch.stack(
             [gradient.unsqueeze(-1).flatten(1).norm(dim=1).mean() for gradient in gradients]
         )
 
     def signals(self) -> Mapping[str, float]:
-        """None: the optimizer reads the norms on the device."""
+        """Return no signals, since the optimizer reads the norms on the device."""
         return NO_SIGNALS
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the norms in force and the steps seen."""
+        """Return the current norms and the number of steps."""
         return {"sum": self._sum, "examples": self._examples, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
+        """Continue from the state that :meth:`state_dict` returned."""
         device = self.params[0].device
         self._sum = None if state["sum"] is None else state["sum"].to(device)
-        self._examples, self._steps = state["examples"], state["steps"]
-
-
-class GradientMoments:
-    """Squared gradient norms at two batch sizes, averaged between two calls of :meth:`signals`.
-
-    With G the true gradient and S the trace of the covariance of one example's gradient, a mean
-    gradient over b examples has E||g||^2 = ||G||^2 + S / b. Sizes are therefore reported as
-    harmonic means, which keeps this exact when microbatches or steps differ in size.
-
-    Signals (none before the first step):
-        small_gradient_sq: mean of ||g||^2 over microbatches. small_batch_size: harmonic mean of
-        their sizes. large_gradient_sq: mean of ||g||^2 over whole optimization batches.
-        large_batch_size: harmonic mean of their sizes. gradient_sum_sq, gradient_examples: only
-        with `accumulate`: ||sum of example gradients||^2, and how many.
-
-    One microbatch a step tells nothing (both sizes are the same): set a smaller microbatch, or
-    train on several ranks.
-
-    Args:
-        accumulate: also sum the gradients (one more copy of the parameters), for DiveBatch.
-    """
-
-    def __init__(self, *, accumulate: bool = False) -> None:
-        self.accumulate = accumulate
-        self._sums = _Sums()
-        self._watched: list[Tensor] = []
-        self._reducer: Reducer | None = None
-
-    def watch(self, parameters: Iterable[Tensor]) -> None:
-        """Take the gradients shown from now on as those of `parameters`; sums go on for those that
-        were there before.
-
-        Args:
-            parameters: what is trained, in the order of the gradients.
-        """
-        before, self._watched = self._watched, list(parameters)
-        if self._sums.total and before:
-            known = dict(zip(before, self._sums.total, strict=True))
-            self._sums.total = [known.get(p, torch.zeros_like(p)) for p in self._watched]
-
-    def join(self, reducer: Reducer) -> None:
-        """Count the microbatches of all ranks from now on; those of an interrupted step are
-        dropped."""
-        self._reducer = reducer
-        self._sums.begin_step()
-
-    def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
-        """Add one microbatch."""
-        sums = self._sums
-        sums.step_small = _plus(sums.step_small, gradients)
-        sums.step_count += 1
-        sums.step_inverse += 1 / examples
-
-    def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:
-        """Add one optimization batch."""
-        sums = self._sums
-        self._close_step(gradients[0].device)
-        sums.large = _plus(sums.large, gradients)
-        sums.large_count += 1
-        sums.large_inverse += 1 / examples
-        sums.examples += examples
-        if self.accumulate:
-            sums.total = _beside(sums.total, gradients)
-            torch._foreach_add_(sums.total, list(gradients), alpha=examples)
-
-    def _close_step(self, device: torch.device) -> None:
-        """Add this step's microbatches, of all ranks, to those before."""
-        sums = self._sums
-        small = torch.zeros((), device=device) if sums.step_small is None else sums.step_small
-        count: float | Tensor = sums.step_count
-        inverse: float | Tensor = sums.step_inverse
-        if self._reducer is not None and self._reducer.world_size > 1:
-            own = torch.tensor([0.0, count, inverse], dtype=torch.float64, device=device)
-            own[0] = small
-            small, count, inverse = self._reducer.sum(own)
-        sums.small = small if sums.small is None else sums.small + small
-        sums.small_count = sums.small_count + count
-        sums.small_inverse = sums.small_inverse + inverse
-        sums.begin_step()
-
-    def signals(self) -> Mapping[str, float]:
-        """Return the figures since the last call (the one synchronisation); starts afresh."""
-        sums = self._sums
-        if sums.small is None or sums.large is None:
-            return NO_SIGNALS
-        found = {
-            "small_gradient_sq": float(sums.small) / float(sums.small_count),
-            "small_batch_size": float(sums.small_count) / float(sums.small_inverse),
-            "large_gradient_sq": float(sums.large) / sums.large_count,
-            "large_batch_size": sums.large_count / sums.large_inverse,
-        }
-        if self.accumulate:
-            found["gradient_sum_sq"] = float(norms(sums.total).square().sum())
-            found["gradient_examples"] = float(sums.examples)
-        self._sums = _Sums()
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums so far, as copies: the observer goes on adding to its own."""
-        return copy.deepcopy(vars(self._sums))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned, on the device of the gradients to
-        come."""
-        self._sums = _Sums(**copy.deepcopy(dict(state)))
-
-
-@dataclass
-class _Sums:
-    """What GradientMoments has added up since its last report: device tensors and plain numbers."""
-
-    step_small: Tensor | None = None
-    step_count: int = 0
-    step_inverse: float = 0.0
-    small: Tensor | None = None
-    small_count: float | Tensor = 0
-    small_inverse: float | Tensor = 0.0
-    large: Tensor | None = None
-    large_count: int = 0
-    large_inverse: float = 0.0
-    examples: int = 0
-    total: list[Tensor] = field(default_factory=list)
-
-    def begin_step(self) -> None:
-        """Forget the microbatches since the last whole step."""
-        self.step_small, self.step_count, self.step_inverse = None, 0, 0.0
-
-
-def _plus(total: Tensor | None, gradients: Sequence[Tensor]) -> Tensor:
-    squared = norms(list(gradients)).square().sum()
-    return squared if total is None else total.to(squared.device) + squared
-
-
-def _beside(total: list[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return the total where the gradients are (one from a checkpoint may be elsewhere); zeros
-    where there is none yet."""
-    if not total:
-        return [torch.zeros_like(gradient) for gradient in gradients]
-    return [own.to(gradient.device) for own, gradient in zip(total, gradients, strict=True)]
+        self._examples = state["examples"]
+        self._steps = state["steps"]

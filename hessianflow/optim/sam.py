@@ -6,12 +6,12 @@ Foret, Kleiner, Mobahi, Neyshabur, arXiv 2010.01412, equation 2 and algorithm 1 
     along the gradient at w + e.
 
 `AdaptiveBatchTrainer` gives every optimizer whose `step` requires a closure one that computes the
-gradient of the same batch anew: the same adversarial examples, with the loss and the hits at the
-clean weights recorded.
+gradient of the same batch again, with the same adversarial examples, and records the loss and the
+hits at the clean weights.
 
-A gradient of zero names no direction: the weights are then not moved (no epsilon in the
-denominator). Batch normalisation's running statistics should see the clean weights only: run the
-second closure inside :func:`frozen_statistics`, which `SAM(..., model=model)` does by itself.
+If the gradient is zero, the weights are not moved (there is no epsilon in the denominator). The
+running statistics of batch normalisation should see the clean weights only: run the second closure
+inside :func:`frozen_statistics`, as `SAM(..., model=model)` does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,22 +25,23 @@ from torch.optim.optimizer import Optimizer
 from hessianflow.checks import is_number
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
+from hessianflow.optim.foreach import gradients_of
+from hessianflow.optim.wrapping import WrappingOptimizer
 
 
 def sam_perturbation(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
-    """Return the weight change of length rho that raises the linearised loss most: rho * g_i /
-    ||(g_1, ..., g_n)||_2.
+    """Return the weight change rho * g / ||g||, which raises the linearised loss most.
 
     Args:
-        gradients: one tensor a parameter.
-        rho: length, in the units of the weights.
+        gradients: Gradient g, one tensor per parameter.
+        rho: Length of the change, in the units of the weights.
 
     Returns:
-        One tensor a parameter; zeros where the whole gradient is zero. Computed without waiting for
-            the device.
+        One tensor per parameter, zeros if the whole gradient is zero. The computation does not wait
+        for the device.
 
     Raises:
-        HessianFlowError: rho negative or not finite.
+        HessianFlowError: The length rho is negative or not finite.
     """
     _check_rho(rho)
     if not gradients:
@@ -50,18 +51,17 @@ def sam_perturbation(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
     return list(torch._foreach_mul(list(gradients), scale))
 
 
-class SAM(Optimizer):
-    """Steps any optimizer along the gradient at the worst nearby weights.
+class SAM(WrappingOptimizer):
+    """Steps another optimizer along the gradient at the worst nearby weights.
 
     Args:
-        base: the optimizer that steps; parameter groups and state are shared with it, so schedulers
-            work on either.
-        rho: radius of the neighbourhood; 0: the base optimizer. Default: the usual one.
-        model: its batch-normalisation statistics are held during the second gradient; None: no
-            model has any.
+        base: Optimizer that steps.
+        rho: Radius of the neighbourhood (0.05, the usual value); 0 for the base optimizer's step.
+        model: Model whose batch-normalisation statistics are frozen during the second gradient;
+            None if there are none.
 
     Raises:
-        HessianFlowError: `rho` is negative or not finite, or `base` no optimizer.
+        HessianFlowError: `rho` is negative or not finite, or `base` is no optimizer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0]))
@@ -79,64 +79,42 @@ class SAM(Optimizer):
         self, base: Optimizer, *, rho: float = 0.05, model: nn.Module | None = None
     ) -> None:
         _check_rho(rho)
-        if not isinstance(base, Optimizer):
-            raise HessianFlowError(
-                f"SAM steps another optimizer, such as torch.optim.SGD(...), got {base!r}"
-            )
-        self.base, self.rho, self._model = base, rho, model
-        super().__init__(base.param_groups, {})
-        self.param_groups = base.param_groups
-        self.state = base.state
+        self.rho = rho
+        self._model = model
+        super().__init__(base)
 
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
-        """Two gradients, one step.
+        """Compute the gradient at the weights and at the perturbed ones, and step with the second.
 
         Args:
-            closure: zeroes the gradients, computes them anew and returns the loss; called at the
-                weights and at the perturbed ones. The weights are put back exactly, also when it
-                raises.
+            closure: Function that zeroes the gradients, computes them again and returns the loss,
+                called twice. The weights are restored exactly, also if it raises.
 
         Returns:
             The loss at the weights themselves.
 
         Raises:
-            HessianFlowError: there is no closure.
+            HessianFlowError: There is no closure.
         """
         if closure is None:
             raise HessianFlowError(
-                "SAM needs two gradients a step: call step(closure), with a closure that zeroes the"
-                " gradients, computes them anew and returns the loss (AdaptiveBatchTrainer gives it"
-                " one)"
+                "SAM needs two gradients per step: call step(closure), with a closure that zeroes"
+                " the gradients, computes them again and returns the loss (AdaptiveBatchTrainer"
+                " gives it one)"
             )
         with torch.enable_grad():
             loss = closure()
-            params = [
-                p for group in self.param_groups for p in group["params"] if p.grad is not None
-            ]
-            gradients = [p.grad for p in params]
-            with (
-                _moved(params, sam_perturbation(gradients, self.rho)),
-                frozen_statistics(self._model),
-            ):
+            params = self.with_gradient()
+            change = sam_perturbation(gradients_of(params), self.rho)
+            with _moved(params, change), frozen_statistics(self._model):
                 closure()
         self.base.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's."""
-        return self.base.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the base optimizer."""
-        self.base.load_state_dict(state_dict)
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
-
 
 @contextmanager
 def frozen_statistics(model: nn.Module | None) -> Iterator[None]:
-    """Inside, batch normalisation in training mode uses the batch's statistics and leaves the
-    running ones alone."""
+    """Keep the running statistics of batch normalisation, which uses those of the batch inside."""
     modules = [] if model is None else unwrap(model).modules()
     layers = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [layer.track_running_stats for layer in layers]

@@ -1,15 +1,10 @@
-"""What a run would take on more workers: a model of step time and communication, and what it rests
-on."""
+"""Predictions of a run on more workers, from a model of step time and communication."""
 
 from hessianflow.planning.performance import (
     AllReduceTime,
     PerformanceModel,
     Phase,
     Prediction,
-    StepTime,
-    fit_all_reduce,
-    fit_step_time,
-    measure_all_reduce,
     measure_steps,
     predict,
 )
@@ -19,10 +14,6 @@ __all__ = [
     "PerformanceModel",
     "Phase",
     "Prediction",
-    "StepTime",
-    "fit_all_reduce",
-    "fit_step_time",
-    "measure_all_reduce",
     "measure_steps",
     "predict",
 ]

@@ -1,5 +1,4 @@
-"""What a plan rests on: how long steps take, what is summed between workers, and the batches of the
-run."""
+"""The basis of a plan: the time of steps, the bytes summed between workers, the run's batches."""
 
 import platform
 from collections.abc import Iterable
@@ -16,34 +15,35 @@ from hessianflow.bounds import MOST, check_range, shortened
 from hessianflow.build import Parts, build_parts
 from hessianflow.choices import build_controller, build_optimizer
 from hessianflow.config import RunConfig
+from hessianflow.control import TimeModel, fit_time_model
 from hessianflow.interfaces import HessianFlowError, Progress
-from hessianflow.planning.performance import Phase, StepTime, fit_step_time, measure_steps
+from hessianflow.planning.performance import Phase, measure_steps
 from hessianflow.runs import History
 from hessianflow.runs.documents import read_measurement
 from hessianflow.training.accumulate import GradientAccumulator
 
 MOST_EPOCHS = 1_000_000
-"""Epochs of a plan, which looks at each of them. Ours."""
+"""Most epochs of a plan, which goes through all of them. This default is our choice."""
 MOST_COUNTS = 1000
-"""Numbers of workers of one plan: each is a line of the table. Ours."""
+"""Most numbers of workers of a plan, each a line of the table. This default is our choice."""
 REPEATS = 9
-"""Steps of each size that the median is taken over. Ours."""
+"""Steps of each size over which the median is taken. This default is our choice."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one worker takes, and what it would exchange.
+    """The times of one worker, and the bytes that it would exchange.
 
     Attributes:
-        step_time: of a microbatch.
-        sizes: examples of the microbatches measured; empty where the line itself was given.
-        seconds: their medians.
-        update_seconds: of an optimizer step; None: unknown.
-        gradient_bytes: of all gradients; None: unknown.
-        source: where the step time comes from.
+        step_time: Time of forward and backward on a microbatch.
+        sizes: Examples of the microbatches measured; empty if the line itself was given.
+        seconds: Median seconds of these sizes.
+        update_seconds: Seconds of an optimizer step; None if unknown.
+        gradient_bytes: Bytes of all gradients; None if unknown.
+        source: Origin of the step time, in words.
     """
 
-    step_time: StepTime
+    step_time: TimeModel
     sizes: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()
     update_seconds: float | None = None
@@ -52,28 +52,27 @@ class Measured:
 
 
 @dataclass
-class Run:
-    """The run that is planned: settings, records where it has some, and a model that is built only
-    when needed."""
+class PlanBasis:
+    """The run that is planned: settings, records if it has any, and a model built on demand."""
 
     config: RunConfig
     history: History | None = None
 
     @cached_property
     def parts(self) -> Parts:
-        """Model and data."""
+        """Return the model and the data of the run."""
         return build_parts(self.config)
 
     @cached_property
     def examples(self) -> int:
-        """An epoch."""
+        """Return the number of examples of an epoch."""
         if self.history is not None:
             return int(self.history.fact("examples_per_epoch"))
         return self.config.train_examples or self.parts.train.num_examples
 
     @cached_property
     def gradient_bytes(self) -> int:
-        """Of all weights, in float32, which is what is summed whatever the precision."""
+        """Return the bytes of all gradients in float32, in which they are summed."""
         if self.history is not None:
             return 4 * int(self.history.fact("parameters"))
         return 4 * sum(p.numel() for p in self.parts.model.parameters() if p.requires_grad)
@@ -83,37 +82,39 @@ def read_measured(path: str) -> Measured:
     """Return figures from a JSON file: a plan.json, or an object with the keys of its "measured".
 
     Raises:
-        HessianFlowError: no such file, no step times in it, or values of another type or out of
-            bounds.
+        HessianFlowError: The file does not exist or holds no step times, or values have another
+            type or are out of bounds.
     """
     try:
-        found = read_measurement(Path(path))
-        sizes, seconds = tuple(found.get("sizes", ())), tuple(map(float, found.get("seconds", ())))
-        line = (
-            fit_step_time(sizes, seconds) if sizes else StepTime(found["slope"], found["intercept"])
-        )
+        content = read_measurement(Path(path))
+        sizes = tuple(content.get("sizes", ()))
+        seconds = tuple(map(float, content.get("seconds", ())))
+        if sizes:
+            line = fit_time_model(sizes, seconds, clip_intercept=True)
+        else:
+            line = TimeModel(content["slope"], content["intercept"])
     except HessianFlowError as error:
         raise HessianFlowError(f"--measured {error}") from None
-    source = f"{found.get('source', 'measured')} ({path})"
+    source = f"{content.get('source', 'measured')} ({path})"
     return Measured(
-        line, sizes, seconds, found.get("update_seconds"), found.get("gradient_bytes"), source
+        line, sizes, seconds, content.get("update_seconds"), content.get("gradient_bytes"), source
     )
 
 
-def measure(run: Run, microbatch_size: int) -> Measured:
-    """Time forward and backward passes of a few sizes, and the optimizer's step, on this
-    machine."""
-    config, parts = run.config, run.parts
+def measure(run: PlanBasis, microbatch_size: int) -> Measured:
+    """Time forward and backward for a few sizes, and the optimizer's step, on this machine."""
+    config = run.config
+    parts = run.parts
     largest = min(microbatch_size, parts.train.num_examples)
-    sizes = sorted(
-        {max(1, largest // part) for part in (8, 4, 2, 1)} | ({2} if largest == 1 else set())
-    )
+    sizes = sorted({max(1, largest // divisor) for divisor in (8, 4, 2, 1)})
+    if largest == 1:  # a line needs two sizes
+        sizes.append(2)
     batches = {size: parts.train.sample(size, config.seed) for size in sizes}
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     optimizer = build_optimizer(config, parts.model)
     precision = config.precision
-    assert precision is not None, "prepared configurations have one"
-    assert precision != "auto", "nor is it left to the machine"
+    assert precision is not None, "a prepared configuration has a precision"
+    assert precision != "auto", "preparing resolves the precision"
     accumulate = GradientAccumulator(
         parts.model, nn.CrossEntropyLoss(), trained, precision=precision
     )
@@ -128,7 +129,7 @@ def measure(run: Run, microbatch_size: int) -> Measured:
     )
     [update_seconds] = measure_steps(update, [1], repeats=REPEATS)
     return Measured(
-        fit_step_time(sizes, seconds),
+        fit_time_model(sizes, seconds, clip_intercept=True),
         tuple(sizes),
         tuple(seconds),
         update_seconds,
@@ -137,13 +138,14 @@ def measure(run: Run, microbatch_size: int) -> Measured:
     )
 
 
-def planned_phases(run: Run) -> tuple[list[Phase], str]:
-    """Return the batches of a run that has not been made, an epoch each, and how they are known.
+def planned_phases(run: PlanBasis) -> tuple[list[Phase], str]:
+    """Return the batches of a run that has not been made, one phase per epoch, and their origin.
 
     Raises:
-        HessianFlowError: the controller decides from what only a run can measure.
+        HessianFlowError: The controller decides from measurements of a run.
     """
-    config, controller = run.config, build_controller(run.config)
+    config = run.config
+    controller = build_controller(config)
     epochs = config.epochs
     phases = []
     guessed = False
@@ -158,13 +160,17 @@ def planned_phases(run: Run) -> tuple[list[Phase], str]:
         progress = Progress(epoch, epoch * run.examples, 0, run.examples, epochs)
         if controller.is_due(progress):
             controller.update(progress)
-    how = f"--controller {config.controller.name}"
-    return phases, f"{how} growing by patience alone, for want of eigenvalues" if guessed else how
+    origin = f"--controller {config.controller}"
+    if guessed:
+        origin = f"{origin} growing by patience alone, without eigenvalues"
+    return phases, origin
 
 
 def recorded_phases(history: History, epochs: int) -> list[Phase]:
-    """Return the batches that a run went through, cut at the ends of epochs; an interrupted run
-    goes on as it stood."""
+    """Return the batches of a recorded run, cut at the ends of epochs.
+
+    An interrupted run continues with its last batch size.
+    """
     if epochs > MOST_EPOCHS:
         raise HessianFlowError(f"a plan takes at most {MOST_EPOCHS} epochs, the run has {epochs}")
     examples = int(history.fact("examples_per_epoch"))
@@ -177,7 +183,7 @@ def recorded_phases(history: History, epochs: int) -> list[Phase]:
         first = history.fact("reference_batch_size")
     changes = [(0, int(first))]
     for row in rows:
-        # trained again after a rollback
+        # After a rollback, the same examples were trained again.
         while len(changes) > 1 and changes[-1][0] >= row["examples"]:
             changes.pop()
         changes.append((row["examples"], row["to"]))
@@ -190,35 +196,29 @@ def recorded_phases(history: History, epochs: int) -> list[Phase]:
 
 def merged(phases: Iterable[Phase]) -> list[Phase]:
     """Return the phases with neighbours of one batch size merged, to be shown."""
-    found: list[Phase] = []
+    result: list[Phase] = []
     for phase in phases:
-        if found and found[-1].batch_size == phase.batch_size:
-            phase = Phase(found.pop().examples + phase.examples, phase.batch_size)
-        found.append(phase)
-    return found
+        if result and result[-1].batch_size == phase.batch_size:
+            phase = Phase(result.pop().examples + phase.examples, phase.batch_size)
+        result.append(phase)
+    return result
 
 
 def worker_counts(text: str) -> list[int]:
     """Return numbers of workers: "1..1024" doubles from the first to the last, "1,2,6" is a list.
 
     Raises:
-        HessianFlowError: neither, or a number below 1.
+        HessianFlowError: The text is neither, or holds a number below 1.
     """
     first, dots, last = text.partition("..")
     try:
-        if not dots:
-            counts = [int(word) for word in text.split(",")]
+        if dots:
+            counts = _doubled(int(first), int(last))
         else:
-            low, high = int(first), int(last)
-            counts = [
-                low * 2**power
-                for power in range(max(1, high).bit_length())
-                if low * 2**power < high
-            ] + [high]
-            counts = counts if 1 <= low <= high else [0]
+            counts = [int(word) for word in text.split(",")]
     except ValueError:
-        counts = [0]
-    if min(counts) < 1:
+        counts = []
+    if min(counts, default=0) < 1:
         raise HessianFlowError(
             "--workers must be a range like 1..1024 or a list like 1,2,6 from 1 on, got"
             f" {shortened(text)}"
@@ -231,15 +231,27 @@ def worker_counts(text: str) -> list[int]:
     return sorted(set(counts))
 
 
+def _doubled(low: int, high: int) -> list[int]:
+    """Return low, 2 low, 4 low and so on, then high; nothing unless 1 <= low <= high."""
+    if not 1 <= low <= high:
+        return []
+    counts = []
+    while low < high:
+        counts.append(low)
+        low *= 2
+    return [*counts, high]
+
+
 def _here(config: RunConfig) -> str:
     device = torch.device(config.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
-    return f"measured here: {config.model}, {config.precision}, {name}{threads}"
+    machine = f"{processor()}, threads: {torch.get_num_threads()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    return f"measured here: {config.model}, {config.precision}, {machine}"
 
 
 def processor() -> str:
-    """Return what this machine calls its processor."""
+    """Return the name of this machine's processor."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -249,11 +261,11 @@ def processor() -> str:
         for line in text.splitlines()
         if line.startswith("model name")
     ]
-    return names[0] if names else platform.machine()
+    return next(iter(names), platform.machine())
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
-    """Return what :func:`read_measured` reads."""
+    """Return the object that :func:`read_measured` reads."""
     line = measured.step_time
     return {
         "sizes": list(measured.sizes),

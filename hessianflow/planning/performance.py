@@ -1,4 +1,4 @@
-"""What a run would take on W workers: a model of step times fed with measurements.
+"""Predict time and cost of a run on W workers, by a model of step times fed with measurements.
 
 A step on a batch of B examples over W workers takes, with k = ceil(ceil(B / W) / m) microbatches of
 at most m examples,
@@ -9,10 +9,10 @@ at most m examples,
                  n bytes of gradients, 0 for W = 1
     update       a constant
 
-The all-reduce is Rabenseifner's algorithm as costed by Thakur, Rabenseifner and Gropp, Optimization
-of collective communication operations in MPICH, 2005. Nothing overlaps, so a run that hides its
-sums behind backward passes is faster than predicted, by at most the share of time given as
-`communication`.
+The cost of the all-reduce is that of Rabenseifner's algorithm (Thakur, Rabenseifner and Gropp,
+Optimization of collective communication operations in MPICH, 2005). The model assumes no overlap: a
+run that hides its sums behind backward passes is faster than predicted, by at most the fraction of
+time given as `communication`.
 """
 
 import math
@@ -20,72 +20,48 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from hessianflow.distributed.reducers import GroupReducer
+from hessianflow.control.time_model import TimeModel
 from hessianflow.interfaces import HessianFlowError
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Seconds of forward and backward on one microbatch of b examples: slope * b + intercept.
-
-    Attributes:
-        slope: seconds an example.
-        intercept: seconds a microbatch.
-        residual: largest deviation of a measurement from the line, relative to it.
-    """
-
-    slope: float
-    intercept: float
-    residual: float = 0.0
-
-    def seconds(self, examples: int, microbatch_size: int) -> float:
-        """For so many examples in the fewest microbatches."""
-        return math.ceil(examples / microbatch_size) * self.intercept + self.slope * examples
-
-
-@dataclass(frozen=True)
 class AllReduceTime:
-    """Seconds of a sum over workers.
+    """The time of a sum over workers.
 
     Attributes:
-        latency: seconds a message.
-        bandwidth: bytes a second between two workers.
+        latency: Seconds per message.
+        bandwidth: Bytes per second between two workers.
     """
 
     latency: float
     bandwidth: float
 
     def seconds(self, num_bytes: int, workers: int) -> float:
-        """2 ceil(log2 W) latency + 2 (W - 1)/W n / bandwidth."""
+        """Return 2 ceil(log2 W) latency + 2 (W - 1)/W n / bandwidth."""
         if workers == 1:
             return 0.0
-        return (
-            2 * math.ceil(math.log2(workers)) * self.latency
-            + _moved(workers) * num_bytes / self.bandwidth
-        )
+        crossings = 2 * (workers - 1) / workers  # of a worker's link by the data
+        messages = 2 * math.ceil(math.log2(workers))
+        return messages * self.latency + crossings * num_bytes / self.bandwidth
 
 
 @dataclass(frozen=True)
 class PerformanceModel:
-    """Everything a prediction rests on.
+    """The figures from which predictions are made.
 
     Attributes:
-        step_time: of one worker.
-        all_reduce: between workers.
-        gradient_bytes: size of all gradients.
-        microbatch_size: largest microbatch that fits a worker.
-        update_seconds: of one optimizer step.
-        price: of one worker for one hour, in any currency.
-        source: where the numbers come from, in words, to be shown beside every prediction.
+        step_time: Time of forward and backward on a microbatch, for one worker.
+        all_reduce: Time of a sum over workers.
+        gradient_bytes: Size of all gradients.
+        microbatch_size: Largest microbatch that fits a worker.
+        update_seconds: Seconds of one optimizer step.
+        price: Price of one worker for one hour, in any currency.
+        source: Origin of the numbers, in words, to be shown beside every prediction.
     """
 
-    step_time: StepTime
+    step_time: TimeModel
     all_reduce: AllReduceTime
     gradient_bytes: int
     microbatch_size: int
@@ -104,17 +80,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A run on (at most) so many workers.
+    """The predicted time and cost of a run on a number of workers.
 
     Attributes:
-        workers: held, or with an elastic run the most that are ever held.
-        seconds: wall time.
-        speedup: against one worker.
-        efficiency: worker-seconds of one worker over those of this run; 1 is perfect.
-        communication: share of the wall time spent in all-reduces.
-        worker_seconds: sum over workers of the time they are held.
-        cost: worker-seconds at the model's price.
-        updates: optimizer steps.
+        workers: Number of workers held, in an elastic run the most that are ever held.
+        seconds: Wall time.
+        speedup: Wall time of one worker over that of this run.
+        efficiency: Worker-seconds of one worker over those of this run; 1 is perfect.
+        communication: Fraction of the wall time spent in all-reduces.
+        worker_seconds: Sum over workers of the time for which they are held.
+        cost: Worker-seconds at the model's price.
+        updates: Optimizer steps.
     """
 
     workers: int
@@ -137,17 +113,17 @@ def predict(
     *,
     membership: Membership = "fixed",
 ) -> list[Prediction]:
-    """Time, efficiency and cost of a run for each number of workers.
+    """Return time, efficiency and cost of a run for each number of workers.
 
     Args:
-        model: measured figures.
-        phases: the run, e.g. one for each batch size a controller went through.
-        workers: numbers of workers to predict for.
-        membership: "fixed": all workers are held throughout. "elastic": each phase holds as many as
-            can be given a full microbatch, min(W, max(1, B // m)).
+        model: Measured figures.
+        phases: Phases of the run, for example one per batch size of a controller.
+        workers: Numbers of workers to predict for.
+        membership: "fixed" holds all workers throughout. "elastic" holds in each phase as many as
+            get a full microbatch, min(W, max(1, B // m)).
 
     Raises:
-        HessianFlowError: no phase, or a number below 1.
+        HessianFlowError: There is no phase, or a number is below 1.
     """
     if not phases:
         raise HessianFlowError("phases must hold at least one stretch of the run, got none")
@@ -160,99 +136,28 @@ def predict(
         raise HessianFlowError(
             f"workers, sizes and examples must be at least 1, got {min(numbers)}"
         )
-    alone = _run(model, phases, 1, "fixed")
-    return [_prediction(model, phases, count, membership, alone[0]) for count in workers]
-
-
-def fit_step_time(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
-    """The line through measured seconds of microbatches, by Theil and Sen: the median slope between
-    all pairs.
-
-    One measurement in five may be far off (another job on the machine) without moving the line far.
-
-    Raises:
-        HessianFlowError: fewer than two different sizes, or a line that does not rise.
-    """
-    pairs = [
-        (b1 - b0, t1 - t0)
-        for (b0, t0), (b1, t1) in combinations(zip(sizes, seconds, strict=True), 2)
-        if b0 != b1
-    ]
-    if not pairs:
-        raise HessianFlowError(
-            f"a line needs at least two different sizes, got {sorted(set(sizes))}"
-        )
-    slope = statistics.median(rise / run for run, rise in pairs)
-    if not slope > 0:
-        raise HessianFlowError(
-            f"larger batches must take longer, got a slope of {slope:.3g} s: measure longer batches"
-        )
-    intercept = max(
-        0.0, statistics.median(t - slope * b for b, t in zip(sizes, seconds, strict=True))
-    )
-    residual = max(
-        abs(t / (slope * b + intercept) - 1) for b, t in zip(sizes, seconds, strict=True)
-    )
-    return StepTime(slope, intercept, residual)
-
-
-def fit_all_reduce(workers: int, sizes: Sequence[int], seconds: Sequence[float]) -> AllReduceTime:
-    """Latency and bandwidth from measured all-reduces of `sizes` bytes among 2 or more workers.
-
-    Raises:
-        HessianFlowError: one worker, or see :func:`fit_step_time`.
-    """
-    if workers < 2:
-        raise HessianFlowError(
-            f"an all-reduce is measured between at least 2 workers, got {workers}"
-        )
-    line = fit_step_time(sizes, seconds)
-    return AllReduceTime(
-        line.intercept / (2 * math.ceil(math.log2(workers))), _moved(workers) / line.slope
-    )
-
-
-def measure_all_reduce(
-    reducer: GroupReducer,
-    sizes: Sequence[int],
-    *,
-    repeats: int = 10,
-    device: torch.device | str = "cpu",
-) -> list[float]:
-    """Median seconds of an all-reduce of each of `sizes` bytes; all ranks take part, each with its
-    own clock."""
-    medians = []
-    for size in sizes:
-        tensor = torch.ones(max(1, size // 4), device=device)
-
-        def reduce(tensor: Tensor = tensor) -> None:
-            float(reducer.sum(tensor)[0])
-
-        medians.append(_median_seconds(reduce, repeats))
-    return medians
+    alone, *_ = _totals(model, phases, 1, "fixed")
+    return [_prediction(model, phases, count, membership, alone) for count in workers]
 
 
 def measure_steps(
     step: Callable[[int], object], sizes: Sequence[int], *, repeats: int = 5
 ) -> list[float]:
-    """Median seconds of `step(size)` after one warm-up call; on a CUDA device the step must wait
-    for it to finish."""
-    return [_median_seconds(lambda size=size: step(size), repeats) for size in sizes]  # type: ignore[misc]
+    """Return the median seconds of `step(size)` for each size, after one warm-up call.
+
+    On a CUDA device the step must wait for the device to finish.
+    """
+    return [_median_seconds(step, size, repeats) for size in sizes]
 
 
-def _median_seconds(action: Callable[[], object], repeats: int) -> float:
-    action()
+def _median_seconds(step: Callable[[int], object], size: int, repeats: int) -> float:
+    step(size)
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
-        action()
+        step(size)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
-
-
-def _moved(workers: int) -> float:
-    """How often the data crosses a worker's link in one all-reduce."""
-    return 2 * (workers - 1) / workers
 
 
 def _prediction(
@@ -262,7 +167,7 @@ def _prediction(
     membership: Membership,
     alone: float,
 ) -> Prediction:
-    seconds, communication, held, updates = _run(model, phases, workers, membership)
+    seconds, communication, held, updates = _totals(model, phases, workers, membership)
     return Prediction(
         workers=workers,
         seconds=seconds,
@@ -275,21 +180,22 @@ def _prediction(
     )
 
 
-def _run(
+def _totals(
     model: PerformanceModel, phases: Sequence[Phase], workers: int, membership: Membership
 ) -> tuple[float, float, float, int]:
-    """Seconds, those of them in all-reduces, worker-seconds, updates."""
+    """Return seconds, seconds of all-reduces, worker-seconds and updates of a run."""
+    line = model.step_time
     seconds = communication = held = 0.0
     updates = 0
     for phase in phases:
-        fit = max(1, phase.batch_size // model.microbatch_size)
-        count = min(workers, fit) if membership == "elastic" else workers
+        count = workers
+        if membership == "elastic":
+            count = min(workers, max(1, phase.batch_size // model.microbatch_size))
         steps = math.ceil(phase.examples / phase.batch_size)
-        share = math.ceil(phase.batch_size / count)
+        shard = math.ceil(phase.batch_size / count)
+        compute = math.ceil(shard / model.microbatch_size) * line.intercept + line.slope * shard
         exchange = model.all_reduce.seconds(model.gradient_bytes, count)
-        step = (
-            model.step_time.seconds(share, model.microbatch_size) + exchange + model.update_seconds
-        )
+        step = compute + exchange + model.update_seconds
         seconds += steps * step
         communication += steps * exchange
         held += steps * step * count

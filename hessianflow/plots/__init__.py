@@ -1,4 +1,4 @@
-"""Figures, tables and reports from what runs left behind: records are read, live objects never."""
+"""Figures, tables and reports from the records of runs, which are all that they read."""
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.dual_batch import accuracy_over_time, batch_and_resolution, commit_timeline

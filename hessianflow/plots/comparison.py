@@ -1,5 +1,4 @@
-"""Who needs fewer updates, and less time, at which accuracy: a table and a figure over groups of
-runs."""
+"""A comparison of groups of runs by accuracy, updates and time: a table and a figure."""
 
 import csv
 import io
@@ -15,39 +14,46 @@ from matplotlib.figure import Figure
 
 from hessianflow.plots import style
 from hessianflow.plots.grouping import Group, group_runs, seed_of
-from hessianflow.plots.records import Run, RunSource, batch_steps, column, number, read_runs
+from hessianflow.plots.records import (
+    Run,
+    RunSource,
+    batch_steps,
+    column,
+    distinct,
+    number,
+    read_runs,
+)
 from hessianflow.runs.text import in_csv, in_markdown, plain
 
 _LEGEND = 90
-"""Characters of a label in the legend; tables hold it whole."""
-
+"""Characters of a label in the legend; tables show the whole label."""
 
 _HEADER = (
     *("settings", "runs", "accuracy (%)", "updates", "examples", "seconds", "peak memory (MiB)"),
     "largest batch",
 )
 
-
 _UNFINISHED = ": unfinished)"
-"""How the label of a run ends that stands apart because it has not ended."""
+"""The end of the label of a run that has a row of its own because it has not ended."""
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Runs that differ in their seed only, or one that belongs to no mean; nan where nothing was
-    recorded.
+    """Results of runs that differ in their seed only, or of a run that belongs to no mean.
+
+    Figures that were not recorded are nan.
 
     Attributes:
-        settings: what tells the group from the others, and why a run stands alone.
+        settings: the settings in which the group differs from others, and why a run is alone.
         runs: number of runs.
         accuracy: mean final evaluation accuracy, in [0, 1].
-        accuracy_std: sample standard deviation of it over the runs; nan for one run.
-        updates: mean optimizer updates.
-        examples: mean training examples used.
+        accuracy_std: sample standard deviation of the accuracy over runs; nan for one run.
+        updates: mean number of optimizer updates.
+        examples: mean number of training examples used.
         seconds: mean wall seconds.
         peak_memory_mib: largest peak memory.
-        largest_batch: largest batch size reached.
-        finished: runs that came to their planned end.
+        largest_batch: largest batch size used.
+        finished: number of runs that came to their planned end.
     """
 
     settings: str
@@ -64,46 +70,46 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """Rows in the order of the runs given."""
+    """A table of results, with rows in the order of the runs."""
 
     rows: tuple[ComparisonRow, ...]
 
     def cells(self) -> list[list[str]]:
-        """Return the text of every cell, line by line, the header first; accuracy in percent, with
-        its deviation."""
+        """Return the text of every cell by lines, the header first, with accuracies in percent."""
         return [list(_HEADER), *(_cells(row) for row in self.rows)]
 
     def to_markdown(self) -> str:
-        """Return a Markdown table; accuracy in percent, plus or minus its standard deviation over
-        runs."""
+        """Return a Markdown table, with accuracies and their deviations over runs in percent."""
         head, *lines = [" | ".join(map(in_markdown, line)) for line in self.cells()]
         rule = "|---|" + "---:|" * (len(_HEADER) - 1)
         return "\n".join([f"| {head} |", rule, *(f"| {line} |" for line in lines)]) + "\n"
 
     def to_csv(self) -> str:
-        """Return comma-separated values with a header; full precision, empty where nothing was
-        recorded."""
+        """Return comma-separated values in full precision, with a header; nan is left empty."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow([f.name for f in fields(ComparisonRow)])
         for row in self.rows:
-            values: list[Any] = [in_csv(row.settings), *astuple(row)[1:]]
-            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])
+            figures: list[Any] = list(astuple(row)[1:])
+            for index, value in enumerate(figures):
+                if isinstance(value, float) and math.isnan(value):
+                    figures[index] = ""
+            writer.writerow([in_csv(row.settings), *figures])
         return buffer.getvalue()
 
 
 def compare_table(runs: RunSource | Iterable[RunSource]) -> ComparisonTable:
     """Return mean results of runs, grouped by all settings in config.json but the seed.
 
-    A mean is one of finished runs of different seeds. A run that has not ended, and a second one of
-    the same seed, has a row of its own that says so; one that has not ended counts with its last
-    epoch.
+    Means are taken over finished runs of different seeds. A run that has not ended, and a second
+    run of the same seed, has a row of its own that says so; a run that has not ended is shown at
+    its last epoch.
 
     Args:
         runs: run directories or objects with `.records`.
 
     Raises:
-        HessianFlowError: no run, a folder that is not a run directory, a damaged file.
+        HessianFlowError: there is no run, a folder is not a run directory, or a file is damaged.
     """
     return ComparisonTable(
         tuple(row for group in group_runs(read_runs(runs)) for row in _rows(group))
@@ -111,19 +117,18 @@ def compare_table(runs: RunSource | Iterable[RunSource]) -> ComparisonTable:
 
 
 def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
-    """Evaluation accuracy against optimizer updates and against training time, one colour a group
-    of runs.
+    """Draw evaluation accuracy over optimizer updates and over training time.
 
     Args:
         runs: run directories or objects with `.records`; those that differ in their seed only share
             a colour.
-        path: where to write a PNG; None: nowhere.
+        path: file for a PNG; None writes none.
 
     Returns:
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: as :func:`compare_table`; an unwritable path.
+        HessianFlowError: as :func:`compare_table`, or the path cannot be written.
     """
     groups = group_runs(read_runs(runs))
     figure = style.new_figure(9.0, 4.6)
@@ -132,7 +137,8 @@ def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = Non
         for run in group.runs:
             rows = run.of_kind("epoch")
             accuracy = 100 * column(rows, "eval_accuracy")
-            look, end = style.look(index, accuracy), style.marker(index) or "o"
+            look = style.look(index, accuracy)
+            end = style.marker(index) or "o"
             for axes, x in (
                 (by_updates, column(rows, "updates")),
                 (by_seconds, np.cumsum(column(rows, "seconds"))),
@@ -149,16 +155,15 @@ def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = Non
 
 
 def _legend(groups: Sequence[Group]) -> list[str]:
-    """Return what the legend calls the groups: labels short enough for it, still all different."""
-    ends = [f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "" for group in groups]
-    labels = [
-        style.cut(group.label, _LEGEND - len(end)) + end
-        for group, end in zip(groups, ends, strict=True)
-    ]
-    return [
-        n if labels.count(n) == 1 else f"{i}: {style.cut(n, _LEGEND - 4)}"
-        for i, n in enumerate(labels, start=1)
-    ]
+    """Return labels of the groups that are short enough for a legend, but all different."""
+    labels = []
+    for group in groups:
+        end = ""
+        if len(group.runs) > 1:
+            end = f" ({len(group.runs)} runs)"
+        labels.append(style.cut(group.label, _LEGEND - len(end)) + end)
+    numbered = [f"{i}: {style.cut(n, _LEGEND - 4)}" for i, n in enumerate(labels, start=1)]
+    return distinct(labels, numbered)
 
 
 def _rows(group: Group) -> list[ComparisonRow]:
@@ -175,8 +180,10 @@ def _rows(group: Group) -> list[ComparisonRow]:
         else:
             seeds.append(seed)
             members.append(run)
-    rows = [_row(group.label, members)] if members else []
-    return rows + [_row(f"{group.label} ({run.name}: {why})", [run]) for run, why in apart]
+    rows = [_row(f"{group.label} ({run.name}: {why})", [run]) for run, why in apart]
+    if members:
+        rows.insert(0, _row(group.label, members))
+    return rows
 
 
 def _is_finished(run: Run) -> bool:
@@ -184,14 +191,15 @@ def _is_finished(run: Run) -> bool:
 
 
 def _row(label: str, runs: Sequence[Run]) -> ComparisonRow:
-    accuracies = [
-        a for a in (_final(run, "final_accuracy", "eval_accuracy") for run in runs) if a == a
-    ]
+    accuracies = _known(_final(run, "final_accuracy", "eval_accuracy") for run in runs)
+    deviation = math.nan
+    if len(accuracies) > 1:
+        deviation = statistics.stdev(accuracies)
     return ComparisonRow(
         settings=label,
         runs=len(runs),
         accuracy=_mean(accuracies),
-        accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else math.nan,
+        accuracy_std=deviation,
         updates=_mean(_final(run, "updates", "updates") for run in runs),
         examples=_mean(_final(run, "examples", "examples") for run in runs),
         seconds=_mean(_seconds(run) for run in runs),
@@ -204,49 +212,58 @@ def _row(label: str, runs: Sequence[Run]) -> ComparisonRow:
 def _final(run: Run, in_summary: str, in_epochs: str) -> float:
     value = number(run.summary, in_summary)
     epochs = run.of_kind("epoch")
-    return number(epochs[-1], in_epochs) if math.isnan(value) and epochs else value
+    if math.isnan(value) and epochs:
+        return number(epochs[-1], in_epochs)
+    return value
 
 
 def _seconds(run: Run) -> float:
     value = number(run.summary, "wall_seconds")
     epochs = column(run.of_kind("epoch"), "seconds")
-    return float(epochs.sum()) if math.isnan(value) and len(epochs) else value
+    if math.isnan(value) and len(epochs):
+        return float(epochs.sum())
+    return value
 
 
 def _largest_batch(run: Run) -> float:
-    """Of the summary, the ends of epochs, and the sizes that steps were taken with in between."""
+    """Return the largest size in the summary, at the ends of epochs, and of steps in between."""
     examples, sizes = batch_steps(run)
-    # neither decided on at the end nor taken back by a rollback
+    # A size that was decided on at the end, or taken back by a rollback, was not used.
     used = sizes[:-1][np.diff(examples) > 0]
     return _largest(
         [number(run.summary, "largest_batch"), *column(run.of_kind("epoch"), "batch_size"), *used]
     )
 
 
+def _known(values: Iterable[float]) -> list[float]:
+    return [v for v in values if not math.isnan(v)]
+
+
 def _mean(values: Iterable[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return statistics.fmean(known) if known else math.nan
+    known = _known(values)
+    if not known:
+        return math.nan
+    return statistics.fmean(known)
 
 
 def _largest(values: Iterable[float]) -> float:
-    return max((v for v in values if not math.isnan(v)), default=math.nan)
+    return max(_known(values), default=math.nan)
 
 
 def _cells(row: ComparisonRow) -> list[str]:
-    accuracy = _cell(100 * row.accuracy, ".2f")
+    accuracy = style.cell(100 * row.accuracy, ".2f")
     if not math.isnan(row.accuracy_std):
         accuracy += f" ± {100 * row.accuracy_std:.2f}"
     settings = plain(row.settings)
     if row.finished < row.runs and not settings.endswith(_UNFINISHED):
         settings += f" ({row.runs - row.finished} unfinished)"
-    whole: Sequence[float] = (row.updates, row.examples)
-    cells = [settings, str(row.runs), accuracy, *(_cell(v, ".0f") for v in whole)]
     return [
-        *cells,
-        _cell(row.seconds, ".1f"),
-        *(_cell(v, ".0f") for v in (row.peak_memory_mib, row.largest_batch)),
+        settings,
+        str(row.runs),
+        accuracy,
+        style.cell(row.updates, ".0f"),
+        style.cell(row.examples, ".0f"),
+        style.cell(row.seconds, ".1f"),
+        style.cell(row.peak_memory_mib, ".0f"),
+        style.cell(row.largest_batch, ".0f"),
     ]
-
-
-def _cell(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)

@@ -1,5 +1,4 @@
-"""Runs on a parameter server, and runs that change the resolution: when who pushed, and what it
-cost in seconds."""
+"""Figures of runs on a parameter server and of runs that change the resolution."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -26,9 +25,13 @@ from hessianflow.plots.records import (
     read_runs,
 )
 
-SMALL, LARGE, WAITING = style.COLOURS[1], style.COLOURS[0], "#dddddd"
+SMALL = style.COLOURS[1]
+LARGE = style.COLOURS[0]
+WAITING = "#dddddd"
+
 SHOWN_EPOCHS = 6
 """Epochs of the timeline: more bars than these cannot be told apart."""
+
 SHOWN_WORKERS = 50
 """Workers of the timeline: a picture of more is taller than any screen."""
 
@@ -36,12 +39,11 @@ SHOWN_WORKERS = 50
 def accuracy_over_time(
     runs: RunSource | Iterable[RunSource], path: str | Path | None = None
 ) -> Figure:
-    """Evaluation accuracy against the server's clock (predicted, in a simulation) and against the
-    wall's.
+    """Draw evaluation accuracy over the server's clock (predicted in a simulation) and wall time.
 
     Args:
-        runs: one or several; those without a server are drawn in the second panel only.
-        path: where to write a PNG; None: nowhere.
+        runs: one or several runs; those without a server are drawn in the second panel only.
+        path: file for a PNG; None writes none.
 
     Raises:
         HessianFlowError: as :func:`~hessianflow.plots.curvature_trajectory`.
@@ -71,13 +73,14 @@ def accuracy_over_time(
 def commit_timeline(
     run: RunSource, path: str | Path | None = None, *, epochs: int = SHOWN_EPOCHS
 ) -> Figure:
-    """Return every local epoch as a bar, one line a worker, from pull to push; grey where a worker
-    waited for others.
+    """Draw every local epoch as a bar from pull to push, in one line for each worker.
+
+    Grey bars show where a worker waited for others.
 
     Args:
-        run: on a parameter server.
-        path: where to write a PNG; None: nowhere.
-        epochs: how many are shown, from the first.
+        run: a run on a parameter server.
+        path: file for a PNG; None writes none.
+        epochs: number of epochs to show, from the first.
 
     Raises:
         HessianFlowError: the run has no commit.
@@ -90,30 +93,17 @@ def commit_timeline(
     every = sorted({int(number(row, "worker")) for row in commits})
     workers = every[:SHOWN_WORKERS]
     shown = [row for row in commits[: epochs * len(every)] if int(number(row, "worker")) in workers]
-    small = _small_workers(read)
     figure = style.new_figure(9.0, 1.6 + 0.45 * len(workers))
     axes = figure.subplots()
-    free = dict.fromkeys(workers, 0.0)
-    for row in shown:
-        worker, began, ended = (number(row, name) for name in ("worker", "started", "finished"))
-        if began > free[int(worker)]:
-            axes.barh(
-                worker, began - free[int(worker)], left=free[int(worker)], height=0.6, color=WAITING
-            )
-        colour = SMALL if worker in small else LARGE
-        axes.barh(worker, ended - began, left=began, height=0.6, color=colour, edgecolor="white")
-        free[int(worker)] = ended
+    _draw_bars(axes, shown, _small_workers(read))
     style.finish(axes, "seconds on the server's clock", "worker")
     axes.set_yticks(workers)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     total = math.ceil(len(commits) / len(every))
-    others = (
-        ""
-        if len(every) == len(workers)
-        else f"; {len(every) - len(workers)} further workers left out"
-    )
-    title = f"first {min(epochs, total)} of {total} epochs; a bar ends with a push{others}"
+    title = f"first {min(epochs, total)} of {total} epochs; a bar ends with a push"
+    if len(every) > len(workers):
+        title += f"; {len(every) - len(workers)} further workers left out"
     axes.set_title(title, fontsize=9, loc="left")
     looks = (("small batch", SMALL), ("large batch", LARGE), ("waiting for others", WAITING))
     handles = [Patch(color=colour, label=name) for name, colour in looks]
@@ -122,16 +112,31 @@ def commit_timeline(
     return figure
 
 
+def _draw_bars(axes: Axes, commits: Sequence[Row], small: set[int]) -> None:
+    free: dict[int, float] = {}
+    for row in commits:
+        worker = int(number(row, "worker"))
+        began = number(row, "started")
+        ended = number(row, "finished")
+        waited = free.get(worker, 0.0)
+        if began > waited:
+            axes.barh(worker, began - waited, left=waited, height=0.6, color=WAITING)
+        colour = LARGE
+        if worker in small:
+            colour = SMALL
+        axes.barh(worker, ended - began, left=began, height=0.6, color=colour, edgecolor="white")
+        free[worker] = ended
+
+
 def batch_and_resolution(run: RunSource, path: str | Path | None = None) -> Figure:
-    """Return batch sizes (of both kinds of workers, where there are two) and resolution over
-    epochs.
+    """Draw batch sizes (of both kinds of workers if there are two) and resolution over epochs.
 
     Args:
-        run: on a parameter server, or with a schedule of resolutions.
-        path: where to write a PNG; None: nowhere.
+        run: a run on a parameter server or with a schedule of resolutions.
+        path: file for a PNG; None writes none.
 
     Raises:
-        HessianFlowError: the run tells no resolution.
+        HessianFlowError: the run records no resolution.
     """
     [read] = read_runs([run])
     rows = read.of_kind("epoch")
@@ -151,11 +156,13 @@ def batch_and_resolution(run: RunSource, path: str | Path | None = None) -> Figu
 def _draw_batches(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
     small = column(rows, "small_batch_size")
     if np.isfinite(small).any():
-        epochs, large = np.append(0, column(rows, "epoch")), column(rows, "batch_size")
+        epochs = np.append(0, column(rows, "epoch"))
+        large = column(rows, "batch_size")
         lines = [("large batch", large, LARGE), ("small batch", small, SMALL)]
     else:
         examples, sizes = batch_steps(run)
-        epochs, lines = examples / run.examples_per_epoch, [("batch", sizes[:-1], LARGE)]
+        epochs = examples / run.examples_per_epoch
+        lines = [("batch", sizes[:-1], LARGE)]
     for _, values, colour in lines:
         axes.step(epochs, np.append(values, values[-1]), where="post", color=colour, linewidth=1.6)
     style.finish(axes, "", "batch size (examples)")
@@ -175,8 +182,7 @@ def _draw_batches(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
 
 
 def _resolutions(run: Run, rows: Sequence[Row]) -> tuple[Array, list[float]]:
-    """Return epochs at which the resolution was set, the end of the run among them, and the
-    resolution from there on."""
+    """Return the epochs at which the resolution was set, with the end, and it from there on."""
     stages = run.config.get("resolution_stages") or []
     if stages:
         done = max((number(row, "epoch") for row in rows), default=0.0)
@@ -185,12 +191,12 @@ def _resolutions(run: Run, rows: Sequence[Row]) -> tuple[Array, list[float]]:
         return np.array([*(float(stage["start"]) for stage in kept), done]), [*sides, sides[-1]]
     sides = [value for value in column(rows, "resolution") if math.isfinite(value)]
     if not sides:
-        raise HessianFlowError(f"{run.name} tells no resolution: it kept that of its data")
+        raise HessianFlowError(f"{run.name} records no resolution: it kept that of its data")
     return np.append(0, column(rows, "epoch")), [*sides, sides[-1]]
 
 
 def _last_of_each(commits: Sequence[Row]) -> list[Row]:
-    """In order; of commits that a server's death caused to be made again, the last."""
+    """Return the commits in order; of those repeated after a server's death only the last."""
     return list({number(row, "commits"): row for row in commits}.values())
 
 

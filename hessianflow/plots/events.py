@@ -1,5 +1,4 @@
-"""Marks for growth events: numbers on top of the axes that never overlap, and a key below that
-gives the reasons."""
+"""Marks for changes of the batch size: numbers above the axes, and a key of reasons below."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from matplotlib.axes import Axes
 from hessianflow.plots.records import Run, number
 from hessianflow.runs.text import in_figure, plain
 
-# A key longer than this hides the picture it belongs to; the rest is counted.
+# A longer key would be larger than its picture; the rest is counted.
 MAX_KEY_LINES = 12
 _MAX_REASON = 70
 _CHARACTER_POINTS = 5.5
@@ -22,8 +21,8 @@ class Growth:
 
     Attributes:
         examples: training examples used when it happened.
-        text: what changed and why, on one line.
-        colour: of the run it belongs to.
+        text: the change and its reason, on one line.
+        colour: the colour of its run.
     """
 
     examples: float
@@ -35,25 +34,26 @@ def growths(run: Run, colour: str) -> list[Growth]:
     """Return every change of the batch size of a run, in order."""
     events = []
     for row in run.of_kind("batch"):
-        before, after = number(row, "from"), number(row, "to")
-        if before != after and number(row, "examples") >= 0 and after > 0:
+        before = number(row, "from")
+        after = number(row, "to")
+        examples = number(row, "examples")
+        if before != after and examples >= 0 and after > 0:
             reason = plain(str(row.get("reason") or "no reason recorded"))
-            short = (
-                reason if len(reason) <= _MAX_REASON else reason[: _MAX_REASON - 1].rstrip() + "…"
-            )
-            events.append(
-                Growth(number(row, "examples"), f"{before:g} → {after:g}: {short}", colour)
-            )
+            if len(reason) > _MAX_REASON:
+                reason = reason[: _MAX_REASON - 1].rstrip() + "…"
+            events.append(Growth(examples, f"{before:g} → {after:g}: {reason}", colour))
     return events
 
 
 def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
-    """A thin line at every event, and its number (or the range of numbers of a crowd) above the
-    axes.
+    """Draw a thin line at every event, and its number above the axes.
+
+    Events that are too close for labels of their own share one with a range of numbers.
 
     Args:
-        events: in order of `examples`.
-        width_points: width of the axes, to tell when labels would touch.
+        axes: the axes, with examples on the x axis.
+        events: the events in order of `examples`.
+        width_points: width of the axes in points.
     """
     left, right = axes.get_xlim()
     points = width_points / max(right - left, 1e-9)
@@ -63,7 +63,10 @@ def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
         )
     for first, last in cluster([event.examples * points for event in events]):
         centre = (events[first].examples + events[last].examples) / 2
-        same = {event.colour for event in events[first : last + 1]}
+        colours = {event.colour for event in events[first : last + 1]}
+        colour = "black"
+        if len(colours) == 1:
+            colour = colours.pop()
         axes.annotate(
             _label(first, last),
             (centre, 1.0),
@@ -73,14 +76,13 @@ def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
             ha="center",
             va="bottom",
             fontsize=8,
-            color=same.pop() if len(same) == 1 else "black",
+            color=colour,
             annotation_clip=False,
         )
 
 
 def cluster(positions: Sequence[float]) -> list[tuple[int, int]]:
-    """Group events (first, last index) so that the labels of neighbouring groups do not touch;
-    positions in points."""
+    """Return groups (first, last index) whose labels do not touch, for positions in points."""
     groups: list[tuple[int, int]] = []
     for index in range(len(positions)):
         groups.append((index, index))
@@ -90,7 +92,7 @@ def cluster(positions: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def key(events: Sequence[Growth]) -> list[tuple[str, str]]:
-    """(text, colour) of each line of the key; the last one counts what did not fit."""
+    """Return (text, colour) of each line of the key; the last line counts the events left out."""
     lines = [
         (in_figure(f"{i}  {event.text}"), event.colour) for i, event in enumerate(events, start=1)
     ]
@@ -101,7 +103,9 @@ def key(events: Sequence[Growth]) -> list[tuple[str, str]]:
 
 
 def _label(first: int, last: int) -> str:
-    return str(first + 1) if first == last else f"{first + 1}-{last + 1}"
+    if first == last:
+        return str(first + 1)
+    return f"{first + 1}-{last + 1}"
 
 
 def _touch(positions: Sequence[float], a: tuple[int, int], b: tuple[int, int]) -> bool:

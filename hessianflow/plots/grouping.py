@@ -1,18 +1,18 @@
-"""Which runs are the same experiment: runs are grouped by all their settings but the seed."""
+"""Groups of runs of the same experiment, which agree in all settings but the seed."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hessianflow.plots.records import Run
+from hessianflow.plots.records import Run, distinct
 
 # Settings that do not change what is computed on average, by the last part of their name.
 _IGNORED = frozenset({"seed", "run_dir", "data_dir", "plots", "tensorboard", "keep_checkpoints"})
-# What says where and when, and what follows from other settings.
+# Sections about place and time, and those that follow from other settings.
 _IGNORED_SECTIONS = ("environment.", "versions.", "dual_batch.", "resolution_stages")
-# What a user sets on purpose, that which tells runs apart best first; all others follow as
-# config.json has them.
+# Settings that a user chooses, beginning with those that distinguish runs best; all others follow
+# in the order of config.json.
 _FIRST = (
     *(
         "controller",
@@ -36,8 +36,8 @@ _FIRST = (
         "sam_rho",
     ),
 )
-# Settings as given; what other sections hold follows from them.
-_GIVEN = "settings."
+# The section of the user's settings, from which other sections follow.
+_CHOSEN = "settings."
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Group:
     Attributes:
         label: the fewest settings that tell this group from the others; the run's name if there is
             none.
-        runs: its members.
+        runs: the runs of the group.
     """
 
     label: str
@@ -55,11 +55,13 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in order of first appearance; a run without a config.json is a group of its own."""
+    """Return groups in order of appearance; a run without a config.json is a group of its own."""
     settings = [flatten(run.config) for run in runs]
     members: dict[str, list[int]] = {}
     for index, (run, setting) in enumerate(zip(runs, settings, strict=True)):
-        identity = json.dumps(setting, sort_keys=True) if setting else f"run {index} {run.name}"
+        identity = f"run {index} {run.name}"
+        if setting:
+            identity = json.dumps(setting, sort_keys=True)
         members.setdefault(identity, []).append(index)
     firsts = [settings[indices[0]] for indices in members.values()]
     telling = _telling(firsts)
@@ -67,12 +69,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for indices, setting in zip(members.values(), firsts, strict=True):
         label = _label(setting, telling) or runs[indices[0]].name
         groups.append(Group(label, tuple(runs[i] for i in indices)))
-    return _distinct(groups)
+    # Settings that look the same may differ in something that labels do not show.
+    longer = [f"{group.label} ({group.runs[0].name})" for group in groups]
+    labels = distinct([group.label for group in groups], longer)
+    return [replace(group, label=label) for group, label in zip(groups, labels, strict=True)]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"trainer.epochs": 30, ...}, without those that only say where and
-    when."""
+    """Return nested settings as {"trainer.epochs": 30, ...}, without those of place and time."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -84,24 +88,25 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def seed_of(config: Mapping[str, Any]) -> Any:
-    """The seed, wherever in the nested settings it stands; None without one."""
+    """Return the seed from any level of the nested settings; None without one."""
     if "seed" in config:
         return config["seed"]
-    found = (seed_of(value) for value in config.values() if isinstance(value, Mapping))
-    return next((seed for seed in found if seed is not None), None)
+    seeds = (seed_of(value) for value in config.values() if isinstance(value, Mapping))
+    return next((seed for seed in seeds if seed is not None), None)
 
 
 def _text(setting: Mapping[str, Any], key: str) -> str:
-    return json.dumps(setting[key], default=str) if key in setting else ""
+    if key not in setting:
+        return ""
+    return json.dumps(setting[key], default=str)
 
 
 def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Few keys whose values together tell all of these settings apart, those that a user sets on
-    purpose first.
+    """Return a few keys whose values together tell all of these settings apart.
 
-    Each key is the one that parts most of what those before it leave together, the first of several
-    such; a key that the later ones make superfluous is dropped. What follows from other settings is
-    asked only when those do not do.
+    Keys that a user chooses come first, and derived ones are used only if those are not enough.
+    Each key is the one that separates most of what the keys before it leave together, the first of
+    equals; a key that later ones make superfluous is dropped.
     """
 
     def parted(keys: Sequence[str]) -> int:
@@ -113,38 +118,31 @@ def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     for level in sorted({_rank(key)[0] for key in known}):
         candidates = [key for key in known if _rank(key)[0] == level]
         while candidates:
-            best = max(candidates, key=lambda key: parted([*chosen, key]))  # of equals, the first
+            best = max(candidates, key=lambda key: parted([*chosen, key]))
             if parted([*chosen, best]) == parted(chosen):
                 break
             chosen.append(best)
     for key in list(reversed(chosen)):
         fewer = [other for other in chosen if other != key]
-        chosen = fewer if parted(fewer) == parted(chosen) else chosen
+        if parted(fewer) == parted(chosen):
+            chosen = fewer
     return sorted(chosen, key=_rank)
 
 
 def _rank(key: str) -> tuple[int, int]:
-    """How early a setting is asked: those named above, other settings as given, what follows from
-    them."""
+    """Return the rank of a key: the settings in _FIRST, then other chosen ones, then derived."""
     name = key.rsplit(".", 1)[-1]
     if name in _FIRST:
-        return (0, 2 * _FIRST.index(name) + (not key.startswith(_GIVEN)))
-    return (1 if key.startswith(_GIVEN) else 2, 0)
+        return (0, 2 * _FIRST.index(name) + (not key.startswith(_CHOSEN)))
+    if key.startswith(_CHOSEN):
+        return (1, 0)
+    return (2, 0)
 
 
 def _label(setting: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The values of these keys, each under the last part of its name."""
-    parts = {key.rsplit(".", 1)[-1]: setting[key] for key in reversed(keys) if key in setting}
-    return ", ".join(
-        f"{name}={'default' if value is None else value}" for name, value in reversed(parts.items())
-    )
-
-
-def _distinct(groups: Sequence[Group]) -> list[Group]:
-    """Settings that look the same may differ where nothing is shown: add the first run's name to
-    those labels."""
-    labels = [g.label for g in groups]
-    return [
-        g if labels.count(g.label) == 1 else Group(f"{g.label} ({g.runs[0].name})", g.runs)
-        for g in groups
-    ]
+    """Return the values of these keys, each after the last part of its name."""
+    values = {key.rsplit(".", 1)[-1]: setting[key] for key in reversed(keys) if key in setting}
+    for name, value in values.items():
+        if value is None:
+            values[name] = "default"
+    return ", ".join(f"{name}={value}" for name, value in reversed(values.items()))

@@ -1,5 +1,4 @@
-"""The loss along one or two directions through the trained weights (Li et al., arXiv 1712.09913),
-from given arrays."""
+"""A figure of the loss along directions through the trained weights (Li et al., 1712.09913)."""
 
 from pathlib import Path
 from typing import Any
@@ -26,37 +25,41 @@ def landscape(
     *,
     title: str = "Loss landscape",
 ) -> Figure:
-    """Return a curve (one direction) or contours (two directions) of the loss; the trained weights
-    are at the origin.
+    """Draw a curve (one direction) or contours (two directions) of the loss.
 
-    Points where the loss is not finite are left blank.
+    The trained weights are at the origin. Points where the loss is not finite are left blank.
 
     Args:
         alphas: steps along the first direction, shape [n].
-        losses: shape [n], or [n, m] with `betas`.
+        losses: losses at these steps, shape [n], or [n, m] with `betas`.
         betas: steps along the second direction, shape [m]; None: one direction.
-        path: where to write a PNG; None: nowhere.
-        title: above the axes.
+        path: file for a PNG; None writes none.
+        title: title above the axes.
 
     Returns:
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: shapes that do not fit, fewer than two points a direction, or no finite
-            loss.
+        HessianFlowError: the shapes do not fit, a direction has fewer than two points, or no loss
+            is finite.
     """
-    a, z = np.asarray(alphas, dtype=float), np.asarray(losses, dtype=float)
-    b = None if betas is None else np.asarray(betas, dtype=float)
-    expected = (len(a),) if b is None else (len(a), len(b))
+    a = np.asarray(alphas, dtype=float)
+    z = np.asarray(losses, dtype=float)
+    expected: tuple[int, ...] = (len(a),)
+    height = 4.2
+    if betas is not None:
+        b = np.asarray(betas, dtype=float)
+        expected = (len(a), len(b))
+        height = 5.2
     if z.shape != expected or min(expected) < 2:
         raise HessianFlowError(
             f"losses must have shape {expected} with at least 2 points a side, got {z.shape}"
         )
     if not np.isfinite(z).any():
         raise HessianFlowError("losses must hold at least one finite value: take smaller steps")
-    figure = style.new_figure(6.5, 5.2 if b is not None else 4.2)
+    figure = style.new_figure(6.5, height)
     axes = figure.subplots()
-    if b is None:
+    if betas is None:
         _curve(axes, a, z)
     else:
         _contours(figure, axes, a, b, z)

@@ -1,8 +1,6 @@
-"""Runs as figures see them: named, several at a time, from disk or from memory, and in columns of
-numbers.
+"""Runs in the form that figures use: with names, and in columns of numbers.
 
-Directories are read by :class:`hessianflow.runs.History`; rows of objects in memory may lack any
-field.
+:class:`hessianflow.runs.History` reads directories; rows of objects in memory may lack any field.
 """
 
 import math
@@ -24,12 +22,11 @@ Array = NDArray[np.float64]
 
 
 class HasRecords(Protocol):
-    """A run in memory, such as `hf.History`; `config`, `summary` and `run_dir` are used where there
-    are any."""
+    """A run in memory, such as `hf.History`, that may have `config`, `summary` and `run_dir`."""
 
     @property
     def records(self) -> Sequence[Row]:
-        """Rows as in history.jsonl."""
+        """Return rows like those of history.jsonl."""
         ...
 
 
@@ -42,10 +39,10 @@ class Run:
     """The records of one run.
 
     Attributes:
-        name: what legends call it.
+        name: its name in legends.
         records: the rows of history.jsonl, in order.
-        config: config.json, empty if there is none.
-        summary: summary.json, empty while the run has not ended.
+        config: the content of config.json, empty if there is none.
+        summary: the content of summary.json, empty while the run has not ended.
         folder: the run directory, if it has one.
     """
 
@@ -61,38 +58,42 @@ class Run:
 
     @property
     def examples_per_epoch(self) -> float:
-        """Size of the training set; nan before the first epoch has ended."""
+        """Return the size of the training set; nan before the first epoch has ended."""
         for row in self.of_kind("epoch"):
-            epoch, examples = number(row, "epoch"), number(row, "examples")
+            epoch = number(row, "epoch")
+            examples = number(row, "examples")
             if epoch > 0 and examples > 0:
                 return examples / epoch
         return math.nan
 
 
 def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
-    """Read one run or several; names are the shortest ends of their paths that tell them apart.
+    """Read one run or several, and name them by the shortest ends of their paths that differ.
 
-    A run directory given twice, however spelled, is one run: it would count as two seeds that
-    agree.
+    A run directory that is passed twice, however spelled, is one run: otherwise it would count as
+    two seeds that agree.
 
     Raises:
-        HessianFlowError: no run given; a folder without history.jsonl; a damaged file.
+        HessianFlowError: there is no run, a folder has no history.jsonl, or a file is damaged.
     """
-    sources = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, str) else [runs]
+    sources: list[Any] = [runs]
+    if isinstance(runs, Iterable) and not isinstance(runs, str):
+        sources = list(runs)
     if not sources:
         raise HessianFlowError("runs must name at least one run directory, got none")
-    read = [
-        _read_folder(in_home(s)) if isinstance(s, (str, Path)) else _from_object(s) for s in sources
-    ]
-    places = [
-        f"run {i}" if run.folder is None else run.folder.resolve() for i, run in enumerate(read)
-    ]
-    read = [run for i, run in enumerate(read) if places[i] not in places[:i]]
+    read: list[Run] = []
+    folders = set()
+    for run in map(_read, sources):
+        if run.folder is not None:
+            if run.folder.resolve() in folders:
+                continue
+            folders.add(run.folder.resolve())
+        read.append(run)
     return [replace(run, name=name) for name, run in zip(_names(read), read, strict=True)]
 
 
 def number(row: Row, key: str) -> float:
-    """Return a field as a float; nan where it is missing, null or not a number."""
+    """Return a field as a float; nan if it is missing, null or not a number."""
     value = row.get(key)
     if isinstance(value, (int, float)):
         return float(value)
@@ -100,57 +101,61 @@ def number(row: Row, key: str) -> float:
 
 
 def column(rows: Iterable[Row], key: str) -> Array:
-    """One field of every row, shape [rows]."""
+    """Return one field of every row, shape [rows]."""
     return np.array([number(row, key) for row in rows], dtype=np.float64)
 
 
 def batch_steps(run: Run) -> tuple[Array, Array]:
-    """Return the batch size as a staircase: (examples at which it was set, batch size from there
-    on).
+    """Return the batch size as a staircase: the examples at which it was set, and each size.
 
     The last point repeats the last size at the end of the run.
     """
     changes = [r for r in run.of_kind("batch") if number(r, "to") > 0]
-    epochs = run.of_kind("epoch")
-    first = (
-        number(changes[0], "from")
-        if changes
-        else number(epochs[0], "batch_size")
-        if epochs
-        else math.nan
-    )
-    end = max(
-        [number(r, "examples") for r in run.records],
-        default=0.0,
-        key=lambda v: -1.0 if math.isnan(v) else v,
-    )
+    first = math.nan
+    if changes:
+        first = number(changes[0], "from")
+    elif epochs := run.of_kind("epoch"):
+        first = number(epochs[0], "batch_size")
+    counts = [number(r, "examples") for r in run.records]
+    end = max(counts, default=0.0, key=lambda count: (not math.isnan(count), count))
     examples = [0.0, *(number(r, "examples") for r in changes), end]
     sizes = [first, *(number(r, "to") for r in changes)]
     return np.array(examples), np.array([*sizes, sizes[-1]])
 
 
-def _read_folder(folder: Path) -> Run:
-    found = History.load(folder)
-    return Run("", found.records, found.config, found.summary, folder)
-
-
-def _from_object(source: HasRecords) -> Run:
+def _read(source: str | Path | HasRecords) -> Run:
+    if isinstance(source, (str, Path)):
+        path = in_home(source)
+        history = History.load(path)
+        return Run("", history.records, history.config, history.summary, path)
     folder = getattr(source, "run_dir", None) or getattr(source, "folder", None)
-    config, summary = getattr(source, "config", {}), getattr(source, "summary", {})
-    return Run("", list(source.records), config, summary, None if folder is None else Path(folder))
+    if folder is not None:
+        folder = Path(folder)
+    config = getattr(source, "config", {})
+    summary = getattr(source, "summary", {})
+    return Run("", list(source.records), config, summary, folder)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    parts = [
-        r.folder.resolve().parts if r.folder else (f"run {i}",) for i, r in enumerate(runs, start=1)
-    ]
-    parts = [tuple(plain(part) for part in one) for one in parts]
-    names = [p[-1] for p in parts]
-    for depth in range(2, max(map(len, parts)) + 1):
+    paths: list[tuple[str, ...]] = []
+    for index, run in enumerate(runs, start=1):
+        if run.folder is None:
+            paths.append((f"run {index}",))
+        else:
+            paths.append(tuple(map(plain, run.folder.resolve().parts)))
+    names = [path[-1] for path in paths]
+    for depth in range(2, max(map(len, paths)) + 1):
         if len(set(names)) == len(names):
             return names
-        ends = [
-            Path(*p[-depth:]).as_posix() for p in parts
-        ]  # joined by hand, the root would give "//"
-        names = [n if names.count(n) == 1 else end for n, end in zip(names, ends, strict=True)]
-    return [n if names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(names, start=1)]
+        # Path joins them, because the root is a "/" already.
+        names = distinct(names, [Path(*path[-depth:]).as_posix() for path in paths])
+    return distinct(names, [f"{name} ({index})" for index, name in enumerate(names, start=1)])
+
+
+def distinct(labels: Sequence[str], longer: Sequence[str]) -> list[str]:
+    """Return the labels, with the longer one in place of each that occurs more than once."""
+    chosen = list(labels)
+    for index, label in enumerate(labels):
+        if labels.count(label) > 1:
+            chosen[index] = longer[index]
+    return chosen

@@ -1,4 +1,4 @@
-"""Accuracy under attack over the size of the perturbation."""
+"""A figure of accuracy under attack over the size of the perturbation."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,19 +18,18 @@ def robustness(
     accuracies: Mapping[str, Sequence[tuple[float, float, float]]],
     path: str | Path | None = None,
 ) -> Figure:
-    """One line an attack, with its confidence interval as a band.
+    """Draw one line for each attack, with its confidence interval as a band.
 
     Args:
         eps: sizes of the perturbation, in the units of pixels scaled to [0, 1].
-        accuracies: by name of the attack, (value, lower end, upper end) for every size, as shares
-            of 1.
-        path: where to write a PNG; None: nowhere.
+        accuracies: (value, lower end, upper end) for every size, in [0, 1], by name of the attack.
+        path: file for a PNG; None writes none.
 
     Returns:
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: an attack without one triple a size, or no attack.
+        HessianFlowError: there is no attack, or an attack has not one triple for each size.
     """
     if not accuracies or any(len(triples) != len(eps) for triples in accuracies.values()):
         raise HessianFlowError(

@@ -1,4 +1,4 @@
-"""What a run is predicted to take on more and more workers."""
+"""A figure of the predicted time of a run on more and more workers."""
 
 import math
 from collections.abc import Mapping
@@ -17,29 +17,29 @@ from hessianflow.plots.records import Array, column
 from hessianflow.runs.text import in_figure
 
 _SHOWN = ("step", "bandwidth", "latency", "batches")
-"""Sources that stand above the picture: nobody should see a prediction without them."""
+"""Sources that are shown above the picture, because a prediction means little without them."""
 
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
-    """Predicted time of a run, and how much of the workers' time it uses, over the number of
-    workers.
+    """Draw the predicted time of a run, and the efficiency, over the number of workers.
 
     Args:
-        plan: what plan.json holds.
-        path: where to write a PNG; None: nowhere.
+        plan: the content of plan.json.
+        path: file for a PNG; None writes none.
 
     Returns:
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: no prediction in it, or an unwritable path.
+        HessianFlowError: the plan holds no prediction, or the path cannot be written.
     """
     rows = plan.get("predictions") or []
     if not rows:
         raise HessianFlowError("plan must hold at least one prediction, got none")
-    workers, seconds = column(rows, "workers"), column(rows, "seconds")
+    workers = column(rows, "workers")
+    seconds = column(rows, "seconds")
     figure = style.new_figure(9.0, 4.2)
     time_axes, share_axes = figure.subplots(1, 2)
     _draw_time(time_axes, workers, seconds)
@@ -55,7 +55,8 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
         fontsize=7,
         color=style.GREY,
     )
-    blue, red = style.colour(0), style.colour(1)
+    blue = style.colour(0)
+    red = style.colour(1)
     share_axes.plot(workers, 100 * column(rows, "efficiency"), color=blue, marker="o", markersize=4)
     share_axes.plot(
         workers, 100 * column(rows, "communication"), color=red, marker="s", markersize=4
@@ -82,7 +83,8 @@ def _draw_time(axes: Axes, workers: Array, seconds: Array) -> None:
     unit, size = next(
         ((name, size) for name, size in _UNITS if seconds.max() >= 2 * size), _UNITS[-1]
     )
-    times, perfect = seconds / size, seconds[0] * workers[0] / workers / size
+    times = seconds / size
+    perfect = seconds[0] * workers[0] / workers / size
     axes.plot(workers, perfect, color=style.GREY, linestyle="--", linewidth=1)
     axes.plot(workers, times, color=style.colour(0), marker="o", markersize=4)
     style.finish(axes, "workers", f"time ({unit})")
@@ -91,7 +93,8 @@ def _draw_time(axes: Axes, workers: Array, seconds: Array) -> None:
 
 def _workers_axis(axes: Axes, workers: Array) -> None:
     axes.set_xscale("log", base=2)
-    span, ticks = math.log2(workers.max() / workers.min()), [float(workers.min())]
+    span = math.log2(workers.max() / workers.min())
+    ticks = [float(workers.min())]
     for count in sorted(workers):
         if math.log2(count / ticks[-1]) >= max(span / 7, 1e-9):
             ticks.append(float(count))

@@ -1,4 +1,4 @@
-"""The spectral density of a Hessian, from the nodes and weights of stochastic Lanczos quadrature.
+"""A figure of the spectral density of a Hessian, from stochastic Lanczos quadrature.
 
 Each probe k gives nodes theta_kj and weights w_kj (summing to 1). They are broadened by Gaussians
 of width sigma, phi_k(t) = sum_j w_kj N(t; theta_kj, sigma^2), and averaged over probes (Ghorbani,
@@ -18,10 +18,10 @@ from hessianflow.plots import style
 from hessianflow.plots.records import Array
 
 _POINTS = 2000
-# Width of the Gaussians relative to the width of the spectrum (ours): narrow enough to part
-# outliers.
+# Width of the Gaussians relative to the width of the spectrum. Our choice: narrow enough to
+# separate outliers.
 _RELATIVE_SIGMA = 0.01
-# A single eigenvalue among millions still shows; what lies lower is not drawn.
+# A single eigenvalue among millions is still visible; lower densities are not drawn.
 _DECADES = 8.0
 
 
@@ -30,12 +30,12 @@ class Quadrature(Protocol):
 
     @property
     def nodes(self) -> Any:
-        """Ritz values."""
+        """Return the Ritz values."""
         ...
 
     @property
     def weights(self) -> Any:
-        """Their weights; each row sums to 1."""
+        """Return the weights of the nodes; each row sums to 1."""
         ...
 
 
@@ -45,22 +45,25 @@ def spectral_density(
     *,
     sigma: float | None = None,
 ) -> Figure:
-    """Density of eigenvalues (logarithmic) over the eigenvalue, with the standard error over probes
-    as a band.
+    """Draw the density of eigenvalues on a logarithmic axis, with its standard error as a band.
 
     Args:
         density: an object with `.nodes` and `.weights`, or several by name, drawn over each other.
-        path: where to write a PNG; None: nowhere.
+        path: file for a PNG; None writes none.
         sigma: standard deviation of the Gaussians; None: 1 % of the width of the spectrum.
 
     Returns:
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: nodes and weights of different or wrong shape, or not finite; a sigma that
-            is not positive.
+        HessianFlowError: nodes and weights have different or wrong shapes, or are not finite; or
+            sigma is not positive.
     """
-    named = dict(density) if isinstance(density, Mapping) else {"": density}
+    named: Mapping[str, Quadrature]
+    if isinstance(density, Mapping):
+        named = density
+    else:
+        named = {"": density}
     arrays = {name: _arrays(each) for name, each in named.items()}
     if not arrays:
         raise HessianFlowError("density must hold at least one spectrum, got none")
@@ -74,9 +77,9 @@ def spectral_density(
     for index, (nodes, weights) in enumerate(arrays.values()):
         mean, error = broaden(nodes, weights, grid, width)
         colour = style.colour(index)
-        # Far from every node there is nothing to mark: the axis ends above it.
-        seen = np.where(mean > mean.max() * 10**-_DECADES, mean, np.nan)
-        axes.plot(grid, mean, linewidth=1.4, zorder=3, **style.look(index, seen))
+        # Marks go only where the curve is above the lower end of the axis.
+        visible = np.where(mean > mean.max() * 10**-_DECADES, mean, np.nan)
+        axes.plot(grid, mean, linewidth=1.4, zorder=3, **style.look(index, visible))
         axes.fill_between(
             grid,
             np.maximum(mean - error, 1e-300),
@@ -99,10 +102,14 @@ def spectral_density(
 
 
 def broaden(nodes: Array, weights: Array, grid: Array, sigma: float) -> tuple[Array, Array]:
-    """Return the mean density on the grid and its standard error over probes (zero for one probe),
-    shape [points] each."""
+    """Return the mean density on the grid and its standard error over probes, shape [points] each.
+
+    The error of a single probe is given as zero.
+    """
     each = np.stack([_smoothed(*probe, grid, sigma) for probe in zip(nodes, weights, strict=True)])
-    error = each.std(0, ddof=1) / math.sqrt(len(each)) if len(each) > 1 else np.zeros(len(grid))
+    error = np.zeros(len(grid))
+    if len(each) > 1:
+        error = each.std(0, ddof=1) / math.sqrt(len(each))
     return each.mean(0), error
 
 
@@ -114,10 +121,8 @@ def _smoothed(nodes: Array, weights: Array, grid: Array, sigma: float) -> Array:
 
 
 def _arrays(density: Quadrature) -> tuple[Array, Array]:
-    nodes, weights = (
-        np.asarray(density.nodes, dtype=float),
-        np.asarray(density.weights, dtype=float),
-    )
+    nodes = np.asarray(density.nodes, dtype=float)
+    weights = np.asarray(density.weights, dtype=float)
     if nodes.ndim != 2 or nodes.shape != weights.shape or nodes.size == 0:
         raise HessianFlowError(
             f"nodes and weights must both have shape [num_probes, steps], got {nodes.shape} and"
@@ -140,9 +145,12 @@ def _width(low: float, high: float, sigma: float | None) -> float:
 
 
 def _title(probes: list[int], width: float) -> str:
-    count = str(probes[0]) if len(probes) == 1 else f"{probes[0]} to {probes[-1]}"
-    band = ", band: standard error" if probes[-1] > 1 else ""
-    return (
-        f"Spectral density ({count} probe{'s' if probes != [1] else ''}, Gaussian width"
-        f" {width:.2g}{band})"
-    )
+    count = f"{probes[0]} to {probes[-1]} probes"
+    if probes == [1]:
+        count = "1 probe"
+    elif len(probes) == 1:
+        count = f"{probes[0]} probes"
+    facts = [count, f"Gaussian width {width:.2g}"]
+    if probes[-1] > 1:
+        facts.append("band: standard error")
+    return f"Spectral density ({', '.join(facts)})"

@@ -1,5 +1,4 @@
-"""How every figure looks and is saved. Figures are made without pyplot, so no global state is read
-or left behind."""
+"""The look of all figures, and how they are saved; pyplot and its global state are not used."""
 
 import math
 import warnings
@@ -28,62 +27,65 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.files import replacing
 from hessianflow.runs.text import in_figure
 
-# Okabe and Ito's palette, told apart with any common colour blindness; yellow is left out: too
-# faint on white.
+# Okabe and Ito's palette, which is distinct under any common colour blindness. Yellow is left out,
+# because it is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#666666"
 DPI = 150
 MARKERS = ("", "s", "^", "D")
-"""Of the first seven runs, the next seven, ...; dashes are left to what a figure's lines mean, such
-as training."""
+"""Markers of the first seven runs, the next seven, and so on. Dashes are free for other meanings of
+lines, such as training."""
+
 _MARKS = 8
-"""Marks along one line: enough to tell it in a crowd."""
-_DARKER, _BLACKS_LIGHTER = 0.65, "#9A9A9A"
+"""Marks along one line, enough to recognise it in a crowd."""
+
+_DARKER = 0.65
+_LIGHTER_BLACK = "#9A9A9A"
 _MAX_NAME = 90
 
 
 def colour(index: int) -> str:
-    """Return the colour of the run with this index: seven, then a darker shade of each (grey for
-    black), then those again."""
+    """Return the colour of a run: seven colours, then darker shades (grey for black)."""
     plain = COLOURS[index % len(COLOURS)]
     if index // len(COLOURS) % 2 == 0:
         return plain
-    red, green, blue = (_DARKER * part for part in to_rgb(plain))
-    return _BLACKS_LIGHTER if plain == "#000000" else to_hex((red, green, blue))
+    if plain == "#000000":
+        return _LIGHTER_BLACK
+    red, green, blue = (_DARKER * channel for channel in to_rgb(plain))
+    return to_hex((red, green, blue))
 
 
 def marker(index: int) -> str:
-    """Return the marker of the run with this index: none for the first seven, another one each time
-    the colours repeat."""
+    """Return the marker of a run, which changes when the colours repeat; the first is none."""
     return MARKERS[index // len(COLOURS) % len(MARKERS)]
 
 
 def look(index: int, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """Colour and marks of a line through these values; the same as in the legend of
-    :func:`run_handles`."""
+    """Return colour and marks of a run's line through these values, as in :func:`run_handles`."""
     drawn = np.flatnonzero(np.isfinite(np.asarray(values, dtype=float)))
     every = drawn[:: max(1, len(drawn) // _MARKS)]
     return {"color": colour(index), "marker": marker(index), "markersize": 4, "markevery": every}
 
 
 def dash(index: int) -> Any:
-    """Return a line style that changes when the colours repeat, for figures in which dashes mean
-    nothing else."""
+    """Return a line style that changes when the colours repeat; not where dashes mean more."""
     return ("-", (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))[index // len(COLOURS) % 4]
 
 
 def new_figure(
     width: float, height: float, *, layout: Literal["constrained"] | None = "constrained"
 ) -> Figure:
-    """Return an empty figure of this size in inches; "constrained" keeps labels and legends from
-    overlapping."""
+    """Return an empty figure of this size in inches.
+
+    The layout "constrained" keeps labels and legends from overlapping.
+    """
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
 def finish(axes: Axes, xlabel: str, ylabel: str) -> None:
-    """Labels, light grid, open frame."""
+    """Add labels and a light grid, and open the frame."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(True, color="#dddddd", linewidth=0.6)
@@ -92,20 +94,19 @@ def finish(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def examples_axis(axes: Axes) -> None:
-    """Counts on the x axis as 50k, 1.5M."""
+    """Write counts on the x axis as 50k, 1.5M."""
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
 
 
 def epochs_axis(axes: Axes) -> None:
-    """Whole epochs on the x axis."""
+    """Put ticks at whole epochs on the x axis."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(left=0)
 
 
 def batch_axis(axes: Axes, sizes: Iterable[float]) -> None:
-    """Batch sizes on a base-2 logarithmic y axis, with ticks at the sizes used, as many as are
-    readable."""
+    """Use a base-2 logarithmic y axis, with readable ticks at the batch sizes used."""
     axes.set_yscale("log", base=2)
     used = sorted({s for s in sizes if s > 0})
     ticks: list[float] = []
@@ -120,13 +121,14 @@ def batch_axis(axes: Axes, sizes: Iterable[float]) -> None:
 
 
 def log_axis(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis around the positive ones of these values, with plain numbers on short
-    spans."""
+    """Use a logarithmic y axis around the positive values, with plain numbers on short spans."""
     axes.set_yscale("log")
     positive = [v for v in values if math.isfinite(v) and v > 0] or [1.0]
-    low, high = min(positive) / 1.3, max(positive) * 1.3
+    low = min(positive) / 1.3
+    high = max(positive) * 1.3
     if high / low < 10:
-        low, high = low / 2, high * 2
+        low /= 2
+        high *= 2
     axes.set_ylim(low, high)
     if high / low < 1e4 and low > 1e-4:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -135,37 +137,38 @@ def log_axis(axes: Axes, values: Iterable[float]) -> None:
 
 
 def run_handles(names: Sequence[str]) -> list[Line2D]:
-    """One legend entry for each run; long names, which are paths, keep their end, which tells them
-    apart."""
-    short = [name if len(name) <= _MAX_NAME else "…" + name[1 - _MAX_NAME :] for name in names]
-    return [
-        Line2D(
-            [],
-            [],
-            color=colour(i),
-            marker=marker(i),
-            markersize=5,
-            linewidth=2,
-            label=in_figure(name),
-        )
-        for i, name in enumerate(short)
-    ]
+    """Return one legend entry for each run; long names, which are paths, keep their end."""
+    handles = []
+    for index, name in enumerate(names):
+        if len(name) > _MAX_NAME:
+            name = "…" + name[1 - _MAX_NAME :]
+        look: dict[str, Any] = {"color": colour(index), "marker": marker(index), "linewidth": 2}
+        handles.append(Line2D([], [], label=in_figure(name), markersize=5, **look))
+    return handles
 
 
 def cut(label: str, room: int = _MAX_NAME) -> str:
-    """Return a label of settings, which begin with what matters most, cut on the right to so many
-    characters."""
-    return label if len(label) <= room else label[: room - 1].rstrip(" ,") + "…"
+    """Return a label cut on the right to `room` characters; what matters most comes first in it."""
+    if len(label) <= room:
+        return label
+    return label[: room - 1].rstrip(" ,") + "…"
+
+
+def cell(value: float, form: str) -> str:
+    """Return a number as the text of a table's cell; nan becomes "-"."""
+    if math.isnan(value):
+        return "-"
+    return format(value, form)
 
 
 def legend_columns(handles: Sequence[Line2D]) -> int:
-    """Return how many legend columns fit side by side below a figure nine inches wide."""
+    """Return the number of legend columns that fit below a figure nine inches wide."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     return max(1, min(4, len(handles), 110 // (longest + 8)))
 
 
 def legend_below(figure: Figure, handles: list[Line2D]) -> None:
-    """One legend for the whole figure, outside all axes (constrained layout makes room for it)."""
+    """Add one legend below all axes, for which the constrained layout makes room."""
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -180,12 +183,10 @@ def _plain(value: float, _position: int) -> str:
 
 
 def save(figure: Figure, path: str | Path | None) -> None:
-    """Write a PNG so that a reader sees the old file or the new one, never half of it; None: do
-    nothing.
+    """Write a PNG in one go, so that a reader sees the old file or the new one; None does nothing.
 
     Raises:
-        HessianFlowError: the folder does not exist or cannot be written, or something other than a
-            file is there.
+        HessianFlowError: the folder does not exist or cannot be written, or the path is no file.
     """
     if path is None:
         return
@@ -198,7 +199,7 @@ def save(figure: Figure, path: str | Path | None) -> None:
 
 @contextmanager
 def without_glyph_warnings() -> Iterator[None]:
-    """While drawing, say nothing of signs that the font lacks: names of runs may hold any."""
+    """Silence warnings of characters that the font lacks, which names of runs may hold."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support")

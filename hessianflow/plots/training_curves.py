@@ -1,4 +1,4 @@
-"""The usual curves of training: loss, accuracy, learning rate and batch size."""
+"""A figure of the usual curves of training: loss, accuracy, learning rate and batch size."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,11 +19,11 @@ _LOG_SPAN = 30.0
 def training_curves(
     runs: RunSource | Iterable[RunSource], path: str | Path | None = None
 ) -> Figure:
-    """Loss and accuracy over epochs and over updates, learning rate and batch size over epochs.
+    """Draw loss and accuracy over epochs and updates, learning rate and batch size over epochs.
 
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
-        path: where to write a PNG; None: nowhere.
+        path: file for a PNG; None writes none.
 
     Returns:
         The figure, not bound to pyplot.
@@ -50,24 +50,29 @@ def training_curves(
 
 
 def _draw_measure(axes: Axes, runs: Sequence[Run], x_key: str, measure: str) -> None:
+    factor = 1
+    label = "loss"
+    if measure == "accuracy":
+        factor = 100
+        label = "accuracy (%)"
     values: list[float] = []
     for index, run in enumerate(runs):
         rows = run.of_kind("epoch")
         x = column(rows, x_key)
-        for part, width, line in (("eval", 1.6, "-"), ("train", 1.0, "--")):
-            y = column(rows, f"{part}_{measure}") * (100 if measure == "accuracy" else 1)
+        for data, width, line in (("eval", 1.6, "-"), ("train", 1.0, "--")):
+            y = column(rows, f"{data}_{measure}") * factor
             look = style.look(index, y)
             if len(rows) < 3:
                 look["marker"] = look["marker"] or "."
             axes.plot(x, y, linewidth=width, linestyle=line, **look)
             values.extend(y[np.isfinite(y)])
-    unit = "accuracy (%)" if measure == "accuracy" else "loss"
-    style.finish(axes, "epochs" if x_key == "epoch" else "optimizer updates", unit)
     if measure == "loss" and values and min(values) > 0 and max(values) > _LOG_SPAN * min(values):
         style.log_axis(axes, values)
     if x_key == "epoch":
+        style.finish(axes, "epochs", label)
         style.epochs_axis(axes)
     else:
+        style.finish(axes, "optimizer updates", label)
         style.examples_axis(axes)
 
 
@@ -75,10 +80,10 @@ def _draw_learning_rate(axes: Axes, runs: Sequence[Run]) -> None:
     values: list[float] = []
     for index, run in enumerate(runs):
         rows = run.of_kind("epoch")
-        x, y = column(rows, "epoch"), column(rows, "lr")
-        # A row tells the rate its epoch ended with: hold it over that epoch, the first from epoch 0
-        # on.
-        x, y = np.append(np.zeros(len(rows[:1])), x), np.append(y[:1], y)
+        # A row holds the rate at the end of its epoch, which is drawn over that whole epoch.
+        rates = column(rows, "lr")
+        y = np.append(rates[:1], rates)
+        x = np.append(np.zeros(len(rows[:1])), column(rows, "epoch"))
         axes.step(x, y, where="pre", linewidth=1.4, **style.look(index, y))
         values.extend(y[np.isfinite(y) & (y > 0)])
     style.finish(axes, "epochs", "learning rate")

@@ -1,8 +1,8 @@
-"""The curvature trajectory: top eigenvalue and batch size over the course of a run, with the reason
-of every change."""
+"""A figure of top eigenvalue and batch size during a run, with the reason of every change."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,12 +14,17 @@ from hessianflow.plots.events import Growth, growths, key, mark
 from hessianflow.plots.records import Run, RunSource, batch_steps, column, read_runs
 from hessianflow.runs.text import in_figure, plain
 
-# Layout in inches: fixed, because the key below the axes has as many lines as there were changes.
-_WIDTH, _PLOT_HEIGHT, _SIDE, _TOP, _BELOW_AXES, _LINE = 9.0, 3.9, 0.95, 0.6, 0.62, 0.19
+# The layout in inches is fixed, because the key below the axes has one line for each change.
+_WIDTH = 9.0
+_PLOT_HEIGHT = 3.9
+_SIDE = 0.95
+_TOP = 0.6
+_BELOW_AXES = 0.62
+_LINE = 0.19
 
 _LONGEST_MODE = 40
 
-# What the marks mean: marker, legend text (none for the ordinary case).
+# Kinds of marks: marker, legend text (none for the ordinary kind).
 _MARKS = {
     "converged": ("o", ""),
     "unconverged": ("o", "not converged"),
@@ -31,23 +36,23 @@ _MARKS = {
 def curvature_trajectory(
     runs: RunSource | Iterable[RunSource], path: str | Path | None = None
 ) -> Figure:
-    """Top eigenvalue (logarithmic) and batch size (second axis, steps) over training examples.
+    """Draw the top eigenvalue (logarithmic) and the batch size (second axis) over examples.
 
-    Readings that did not converge are drawn hollow; negative ones as a triangle at their magnitude;
-    those that are zero or not finite as a cross at the lower edge. Every change of the batch size
-    is marked by a number whose reason stands below. How batch normalisation was treated stands at
-    the axis, or beside each run where runs differ in it: their eigenvalues cannot be compared then.
+    Readings that did not converge are drawn hollow, negative ones as a triangle at their magnitude,
+    and those that are zero or not finite as a cross at the lower edge. Every change of the batch
+    size has a number, and its reason is given below. The mode of batch normalisation is named at
+    the axis, or beside each run if runs differ in it, so that their eigenvalues cannot be compared.
 
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
-        path: where to write a PNG; None: nowhere.
+        path: file for a PNG; None writes none.
 
     Returns:
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: no run, a folder that is not a run directory, a damaged history, an
-            unwritable path.
+        HessianFlowError: there is no run, a folder is not a run directory, a history is damaged, or
+            the path cannot be written.
     """
     read = read_runs(runs)
     events = sorted(
@@ -55,15 +60,19 @@ def curvature_trajectory(
         key=lambda e: e.examples,
     )
     marks = [_marks(run) for run in read]
-    present = {name for found in marks for name, (x, _) in found.items() if len(x)}
+    present = {name for of_run in marks for name, (x, _) in of_run.items() if len(x)}
     modes = [_norm_mode(run) for run in read]
-    shared = len(set(modes)) == 1
-    names = [run.name if shared else run.name + mode for run, mode in zip(read, modes, strict=True)]
+    label = "top Hessian eigenvalue"
+    names = [run.name for run in read]
+    if len(set(modes)) == 1:
+        label += in_figure(modes[0])
+    else:
+        names = [name + mode for name, mode in zip(names, modes, strict=True)]
     handles = [*style.run_handles(names), *_mark_handles(present)]
     figure, axes = _layout(events, handles)
     batch_axes = axes.twinx()
-    for index, (run, found) in enumerate(zip(read, marks, strict=True)):
-        _draw_eigenvalues(axes, run, found, index)
+    for index, (run, of_run) in enumerate(zip(read, marks, strict=True)):
+        _draw_eigenvalues(axes, run, of_run, index)
         examples, sizes = batch_steps(run)
         batch_axes.step(
             examples, sizes, where="post", lw=1.2, ls="--", alpha=0.6, **style.look(index, sizes)
@@ -72,14 +81,9 @@ def curvature_trajectory(
     batch_axes.set_ylabel("batch size (examples)")
     batch_axes.spines["top"].set_visible(False)
     batch_axes.spines["right"].set_visible(True)
-    style.finish(
-        axes,
-        "training examples",
-        "top Hessian eigenvalue" + (in_figure(modes[0]) if shared else ""),
-    )
-    style.log_axis(
-        axes, [y for found in marks for name in _MARKS if name != "missing" for y in found[name][1]]
-    )
+    style.finish(axes, "training examples", label)
+    shown = [of_run[name] for of_run in marks for name in _MARKS if name != "missing"]
+    style.log_axis(axes, [y for _, heights in shown for y in heights])
     style.examples_axis(axes)
     mark(axes, events, (_WIDTH - 2 * _SIDE) * 72)
     style.save(figure, path)
@@ -105,18 +109,20 @@ def _layout(events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Ax
 
 
 def _norm_mode(run: Run) -> str:
-    """Return the batch normalisation of the run's readings, as an addition to a label; empty where
-    they do not say."""
-    found = dict.fromkeys(
+    """Return the modes of batch normalisation of the run's readings as the end of a label."""
+    modes = dict.fromkeys(
         str(row["norm_mode"]) for row in run.of_kind("curvature") if "norm_mode" in row
     )
-    return f" (norm mode: {style.cut(plain(', '.join(found)), _LONGEST_MODE)})" if found else ""
+    if not modes:
+        return ""
+    return f" (norm mode: {style.cut(plain(', '.join(modes)), _LONGEST_MODE)})"
 
 
 def _marks(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return where each kind of mark goes: (examples, height)."""
+    """Return the positions (examples, height) of each kind of mark."""
     rows = run.of_kind("curvature")
-    x, y = column(rows, "examples"), column(rows, "eigenvalue")
+    x = column(rows, "examples")
+    y = column(rows, "eigenvalue")
     settled = np.array([bool(row.get("converged", True)) for row in rows], dtype=bool)
     finite = np.isfinite(y)
     chosen = {
@@ -129,7 +135,7 @@ def _marks(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _draw_eigenvalues(
-    axes: Axes, run: Run, found: dict[str, tuple[np.ndarray, np.ndarray]], index: int
+    axes: Axes, run: Run, marks: dict[str, tuple[np.ndarray, np.ndarray]], index: int
 ) -> None:
     colour = style.colour(index)
     rows = run.of_kind("curvature")
@@ -137,26 +143,17 @@ def _draw_eigenvalues(
     # The line is broken where there is no value that a logarithmic axis can show.
     line = np.where(y > 0, y, np.nan)
     axes.plot(column(rows, "examples"), line, color=colour, linewidth=1.5, zorder=3)
-    for name, (x, heights) in found.items():
-        face = colour if name == "converged" else "white"
+    for name, (x, heights) in marks.items():
+        look: dict[str, Any] = {"color": colour, "markersize": 4.5, "zorder": 4}
         marker = _MARKS[name][0]
-        if marker == "o":  # a reading like any other: the marker is the run's own
+        if marker == "o":  # an ordinary reading has the run's own marker
             marker = style.marker(index) or marker
         if name == "missing":
-            edge = axes.get_xaxis_transform()
-            axes.plot(
-                x,
-                np.full(len(x), 0.02),
-                marker,
-                color=colour,
-                markersize=5,
-                zorder=4,
-                transform=edge,
-            )
-        else:
-            axes.plot(
-                x, heights, marker, color=colour, markerfacecolor=face, markersize=4.5, zorder=4
-            )
+            look.update(markersize=5, transform=axes.get_xaxis_transform())
+            heights = np.full(len(x), 0.02)
+        elif name != "converged":
+            look.update(markerfacecolor="white")
+        axes.plot(x, heights, marker, **look)
 
 
 def _mark_handles(present: set[str]) -> list[Line2D]:

@@ -1,4 +1,4 @@
-"""How the world of an elastic run grew and shrank, and what it brought."""
+"""A figure of the number of workers of an elastic run and of the throughput."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.plots import style
 from hessianflow.plots.records import Row, Run, RunSource, column, number, read_runs
 
-# Events worth a mark: (marker, colour, what the legend says).
+# Events that get a mark: (marker, colour, legend text).
 _MARKS = {
     "joined": ("^", style.COLOURS[2], "joined"),
     "left": ("v", style.COLOURS[4], "left"),
@@ -25,23 +25,22 @@ _MARKS = {
 
 
 def has_workers(run: RunSource) -> bool:
-    """Return whether the run was an elastic one."""
+    """Return whether a run was elastic."""
     return any("workers" in row for row in read_runs([run])[0].of_kind("event"))
 
 
 def workers(run: RunSource, path: str | Path | None = None) -> Figure:
-    """Workers, batch size and throughput of an elastic run over its seconds; every change of the
-    world is marked.
+    """Draw workers, batch size and throughput of an elastic run over seconds, with its events.
 
     Args:
         run: run directory or object with `.records`.
-        path: where to write a PNG; None: nowhere.
+        path: file for a PNG; None writes none.
 
     Returns:
         The figure, not bound to pyplot.
 
     Raises:
-        HessianFlowError: a run that is not elastic, or as :func:`curvature_trajectory`.
+        HessianFlowError: the run is not elastic, or as for :func:`curvature_trajectory`.
     """
     [read] = read_runs([run])
     events = [
@@ -51,7 +50,7 @@ def workers(run: RunSource, path: str | Path | None = None) -> Figure:
     ]
     if not events:
         raise HessianFlowError(
-            f"{read.name} is no elastic run: no event in it tells a number of workers"
+            f"{read.name} is no elastic run: none of its events holds a number of workers"
         )
     figure = style.new_figure(9.0, 7.0)
     world, batch, rate = figure.subplots(3, 1, sharex=True)
@@ -69,8 +68,9 @@ def workers(run: RunSource, path: str | Path | None = None) -> Figure:
 
 
 def _draw_world(axes: Axes, events: Sequence[Row]) -> set[str]:
-    """Workers as a staircase, with marks; returns the kinds of events marked."""
-    seconds, count = column(events, "elapsed"), column(events, "workers")
+    """Draw workers as a staircase with marks, and return the kinds of events marked."""
+    seconds = column(events, "elapsed")
+    count = column(events, "workers")
     axes.step(seconds, count, where="post", color=style.colour(0), linewidth=1.6)
     shown = set()
     for row, x, y in zip(events, seconds, count, strict=True):
@@ -86,8 +86,9 @@ def _draw_world(axes: Axes, events: Sequence[Row]) -> set[str]:
 
 def _draw_measured(batch: Axes, rate: Axes, run: Run) -> None:
     rows = run.of_kind("throughput")
-    seconds, sizes = column(rows, "elapsed"), column(rows, "batch_size")
-    # A row tells what held until then.
+    seconds = column(rows, "elapsed")
+    sizes = column(rows, "batch_size")
+    # A row holds the values of the time up to it.
     batch.step(
         np.append(seconds[:1] * 0, seconds),
         np.append(sizes[:1], sizes),

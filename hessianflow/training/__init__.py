@@ -5,13 +5,32 @@ from hessianflow.runs import (
     LogSink,
     TensorBoardSink,
 )
+from hessianflow.training.after_epoch import (
+    AfterEpoch,
+)
+from hessianflow.training.divergence import (
+    Divergence,
+)
 from hessianflow.training.evaluate import (
     Evaluation,
     evaluate,
 )
+from hessianflow.training.exposing import Ahead, exposed_loss
+from hessianflow.training.passes import (
+    Passes,
+)
 from hessianflow.training.progressive import (
     ProgressiveResize,
     check_resolutions,
+)
+from hessianflow.training.reporting import (
+    Reporting,
+)
+from hessianflow.training.saving import (
+    Checkpoints,
+)
+from hessianflow.training.schedule import (
+    Schedule,
 )
 from hessianflow.training.trainer import (
     AdaptiveBatchTrainer,
@@ -19,11 +38,19 @@ from hessianflow.training.trainer import (
 
 __all__ = [
     "AdaptiveBatchTrainer",
+    "AfterEpoch",
+    "Ahead",
+    "Checkpoints",
+    "Divergence",
     "Evaluation",
     "History",
     "LogSink",
+    "Passes",
     "ProgressiveResize",
+    "Reporting",
+    "Schedule",
     "TensorBoardSink",
     "check_resolutions",
     "evaluate",
+    "exposed_loss",
 ]

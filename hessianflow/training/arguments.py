@@ -1,18 +1,14 @@
-"""What each argument of a trainer must be; :mod:`checks` tells whether they fit together."""
+"""What each object passed to a trainer must be; :mod:`checks` tells whether they fit together."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.utils.data import Dataset
 
-from hessianflow.checks import check_choice, check_count, check_limit
 from hessianflow.interfaces import HessianFlowError, ResizableBatches
-from hessianflow.normalisation.settle import NormStatistics
-from hessianflow.training.accumulate import Precision
-from hessianflow.training.control_point import CurvatureSchedule
-from hessianflow.training.divergence import OnDivergence
-from hessianflow.training.schedule import ScheduleUnit
+
+G = TypeVar("G")
 
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "controller": ("hf.control.ABSA(32, 512)", ("decision", "is_due")),
@@ -27,52 +23,6 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "state": ("torch.optim.swa_utils.AveragedModel(model)", ("state_dict", "load_state_dict")),
 }
 """An example of each part, and the members by which it is told from other objects."""
-
-
-def check_settings(
-    *,
-    epochs: object,
-    schedule_unit: object,
-    curvature: object,
-    precision: object,
-    on_divergence: object,
-    reference_batch_size: object,
-    microbatch_size: object,
-    norm_batch_size: object,
-    norm_statistics: object,
-    max_grad_norm: object,
-    max_loss_ratio: object,
-    checkpoint_examples: object,
-    checkpoint_minutes: object,
-    keep_checkpoints: object,
-    max_rollbacks: object,
-    show_progress: object,
-) -> None:
-    """Refuse a choice that does not exist and a number out of range.
-
-    Raises:
-        HessianFlowError: naming the first wrong argument, what it may be, and what it was.
-    """
-    check_choice("schedule_unit", schedule_unit, get_args(ScheduleUnit))
-    check_choice("curvature", curvature, get_args(CurvatureSchedule))
-    check_choice("precision", precision, get_args(Precision))
-    check_choice("on_divergence", on_divergence, get_args(OnDivergence))
-    check_choice("norm_statistics", norm_statistics, get_args(NormStatistics))
-    check_count("epochs", epochs)
-    check_count("reference_batch_size", reference_batch_size, none="that of the start")
-    if microbatch_size != "auto":
-        check_count("microbatch_size", microbatch_size, none='the default, or "auto"')
-    check_count("norm_batch_size", norm_batch_size, 0, none="the reference batch size")
-    check_limit("max_grad_norm", max_grad_norm, "no clipping")
-    check_limit("max_loss_ratio", max_loss_ratio, "no limit to a finite loss", above=1)
-    check_count("checkpoint_examples", checkpoint_examples, none="the ends of epochs alone")
-    check_limit("checkpoint_minutes", checkpoint_minutes, "the ends of epochs alone")
-    check_count("keep_checkpoints", keep_checkpoints)
-    check_count("max_rollbacks", max_rollbacks, 0)
-    if show_progress not in (True, False, None):
-        raise HessianFlowError(
-            f"show_progress must be True, False or None (on a terminal), got {show_progress!r}"
-        )
 
 
 def check_model(model: object) -> None:
@@ -114,6 +64,21 @@ def check_data(train_data: object, eval_data: object) -> None:
             f"eval_data must be iterated after every epoch, and {_named(eval_data)} allows it only"
             " once: use a list of batches"
         )
+
+
+def as_group(argument: str, value: Any, kind: type[G]) -> G:
+    """Return a group of settings, or, for None, one of the defaults.
+
+    Raises:
+        HessianFlowError: the value is something else.
+    """
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise HessianFlowError(
+            f"{argument} must be a hf.training.{kind.__name__}(...), got {_named(value)}"
+        )
+    return value
 
 
 def check_parts(**parts: Any) -> None:

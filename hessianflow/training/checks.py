@@ -9,9 +9,14 @@ from torch.optim import Optimizer
 from hessianflow.interfaces import (
     Adversary,
     BatchController,
+    BindsParameters,
+    Capped,
+    ChecksRows,
     CurvatureProbe,
     GradientObserver,
     HessianFlowError,
+    JoinsRanks,
+    MeasuresModel,
     ResizableBatches,
     World,
 )
@@ -20,15 +25,13 @@ from hessianflow.training.optimizers import check_followed, check_optimizer
 
 
 def check_rows(train_data: ResizableBatches) -> None:
-    """Refuse training data that cannot be cut, as told by their method `check_rows`, if they have
-    one.
+    """Refuse training data that cannot be cut, if they can tell.
 
     Raises:
         HessianFlowError: an entry of their batches does not have one row for each example.
     """
-    check = getattr(train_data, "check_rows", None)
-    if check is not None:
-        check()
+    if isinstance(train_data, ChecksRows):
+        train_data.check_rows()
 
 
 LOOP_SIGNALS = frozenset({"train_loss", "epoch_loss", "learning_rate"})
@@ -59,10 +62,10 @@ def check_signals(
             f"{type(controller).__name__} decides by the top eigenvalue: pass "
             "probe=hf.curvature.CurvatureProbe(model, loss_fn, train_data.sample(128))"
         )
-    cap = getattr(controller, "max_batch_size", None)
-    if cap is not None and cap > num_examples:
+    if isinstance(controller, Capped) and controller.max_batch_size > num_examples:
         raise HessianFlowError(
-            f"max_batch_size {cap} is larger than the {num_examples} training examples"
+            f"max_batch_size {controller.max_batch_size} is larger than the {num_examples} training"
+            " examples"
         )
 
 
@@ -105,7 +108,7 @@ def check_probe(
     Raises:
         HessianFlowError: it shares no parameter with the model.
     """
-    measured = getattr(probe, "model", None)
+    measured = probe.model if probe is not None and isinstance(probe, MeasuresModel) else None
     if not isinstance(measured, nn.Module):
         return
     kept = [held for held in state.values() if isinstance(held, nn.Module)]
@@ -114,7 +117,7 @@ def check_probe(
         raise HessianFlowError(
             f"the probe measures another {type(measured).__name__} than the model that is trained,"
             " with which it shares no parameter: build it from this model (an average of it is"
-            " named in state={...})"
+            " named in Checkpoints(state={...}))"
         )
 
 
@@ -142,7 +145,8 @@ def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, obje
         return ""
     return (
         f"{type(optimizer).__name__} has step hooks: what they keep (an average of the weights,"
-        ' say) is in no checkpoint unless it is named, as state={"average": average}'
+        " say) is in no checkpoint unless it is named, as"
+        ' checkpoints=Checkpoints(state={"average": average})'
     )
 
 
@@ -172,36 +176,35 @@ def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
 def join_parts(
     world: World, observers: Sequence[GradientObserver], adversary: Adversary | None
 ) -> None:
-    """Tell the parts that work on one rank's examples which of how many ranks this is, if they have
-    a `join(reducer)`.
+    """Tell the parts that work on one rank's examples which of how many ranks this is.
 
     Raises:
-        HessianFlowError: on several ranks, an observer that has none: its figures would be those of
-            one; or twins made ahead of time, which are held for later steps as one rank's share.
+        HessianFlowError: on several ranks, an observer that cannot join them: its figures would be
+            those of one; or twins made ahead of time, which one rank holds for later steps.
     """
     if world.world_size > 1 and adversary is not None and adversary.staleness > 0:
         raise HessianFlowError(
             f"staleness {adversary.staleness} holds batches of one process: use staleness 0 on"
             f" {world.world_size} ranks"
         )
-    for part in (*observers, adversary):
-        join = getattr(part, "join", None)
-        if join is not None:
-            join(world)
-        elif part is not adversary and world.world_size > 1:
+    for observer in observers:
+        if isinstance(observer, JoinsRanks):
+            observer.join(world)
+        elif world.world_size > 1:
             raise HessianFlowError(
-                f"{type(part).__name__} sees the gradients of one rank only: give it a"
+                f"{type(observer).__name__} sees the gradients of one rank only: give it a"
                 " join(reducer) and let it add up over ranks in on_step, or train with one process"
                 f" instead of {world.world_size}"
             )
+    if adversary is not None and isinstance(adversary, JoinsRanks):
+        adversary.join(world)
 
 
 def tell_parameters(
     observers: Sequence[GradientObserver], parameters: Sequence[nn.Parameter]
 ) -> None:
-    """Tell the observers that have a `watch(parameters)` whose gradients they will be shown, and in
-    which order."""
+    """Tell the observers that must know it whose gradients they will be shown, and in which
+    order."""
     for observer in observers:
-        watch = getattr(observer, "watch", None)
-        if watch is not None:
-            watch(parameters)
+        if isinstance(observer, BindsParameters):
+            observer.bind(parameters)

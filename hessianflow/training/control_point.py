@@ -3,10 +3,10 @@ now."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from hessianflow.interfaces import (
     BatchController,
+    Budgeted,
     CurvatureProbe,
     CurvatureReading,
     Decision,
@@ -15,8 +15,6 @@ from hessianflow.interfaces import (
     World,
 )
 from hessianflow.training.timing import Stopwatch
-
-CurvatureSchedule = Literal["epoch", "needed"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,12 @@ class ControlPoint:
 
     Attributes:
         controller: decides; None never does.
-        probe: measures curvature when the controller needs it and, under "epoch", after every
-            epoch. One that has an `is_affordable(examples)` is asked first; where it says no, the
-            controller decides without a reading.
+        probe: measures curvature when the controller needs it and, with `every_epoch`, after every
+            epoch. One that is :class:`~hessianflow.interfaces.Budgeted` is asked first; where it
+            says no, the controller decides without a reading.
         observers: their signals go to the controller.
-        schedule: "epoch" or "needed".
-        watch: counts the time of the probe.
+        every_epoch: whether the probe measures after every epoch.
+        stopwatch: counts the time of the probe.
         world: the ranks that decide together.
         last_reading: the newest reading, for display.
     """
@@ -58,8 +56,8 @@ class ControlPoint:
     controller: BatchController | None
     probe: CurvatureProbe | None
     observers: Sequence[GradientObserver]
-    schedule: CurvatureSchedule
-    watch: Stopwatch
+    every_epoch: bool
+    stopwatch: Stopwatch
     world: World
     last_reading: CurvatureReading | None = field(default=None, init=False)
 
@@ -74,12 +72,14 @@ class ControlPoint:
         if controller is not None and (done or not controller.is_due(progress)):
             controller = None
         needs = frozenset[str]() if controller is None else controller.needs
-        reading, over_budget = None, False
-        wanted = "eigenvalue" in needs or (at_end and self.schedule == "epoch")
+        reading = None
+        over_budget = False
+        wanted = "eigenvalue" in needs or (at_end and self.every_epoch)
         if self.probe is not None and wanted:
-            over_budget = not _is_affordable(self.probe, progress.examples)
+            if isinstance(self.probe, Budgeted):
+                over_budget = not self.probe.is_affordable(progress.examples)
             if not over_budget:
-                with self.watch.part("curvature"):
+                with self.stopwatch.section("curvature"):
                     self.world.average_buffers()
                     reading = self.last_reading = self.world.broadcast(self.probe())
         if controller is None:
@@ -91,8 +91,3 @@ class ControlPoint:
         signals = self.world.broadcast(signals) if signals else signals
         decision = self.world.broadcast(controller.update(progress, reading, signals))
         return Outcome(reading, signals, decision, over_budget)
-
-
-def _is_affordable(probe: CurvatureProbe, examples: int) -> bool:
-    ask = getattr(probe, "is_affordable", None)  # a budget is the probe's own affair, and optional
-    return ask is None or bool(ask(examples))

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from hessianflow.checks import check_choice, check_count, check_limit
 from hessianflow.interfaces import AgreedError, Decision, World
 from hessianflow.training.totals import RunningTotals
 
@@ -18,7 +19,7 @@ class DivergenceError(AgreedError):
     """The training loss stopped being finite, or exploded."""
 
 
-class DivergenceWatch:
+class DivergenceMonitor:
     """Looks on all ranks for a diverged loss, a weight that is not finite, or a buffer that turned
     so.
 
@@ -40,7 +41,9 @@ class DivergenceWatch:
         self._buffers: list[Tensor] = [
             buffer for buffer in model.buffers() if math.isfinite(_largest([buffer]))
         ]
-        self._weights, self._totals, self._world = weights, totals, world
+        self._weights = weights
+        self._totals = totals
+        self._world = world
         self._largest = _largest(weights())
 
     def first_bad_update(self, updates: int, *, at_end: bool) -> int | None:
@@ -52,7 +55,8 @@ class DivergenceWatch:
             at_end: of an epoch.
         """
         found = self._totals.first_bad_update(at_end=at_end)
-        largest, before = _largest(self._weights()), self._largest
+        largest = _largest(self._weights())
+        before = self._largest
         if found is None and not math.isfinite(largest + _largest(self._buffers)):
             found = updates
         if found is None:
@@ -64,16 +68,30 @@ class DivergenceWatch:
 
 
 @dataclass(frozen=True)
-class DivergencePolicy:
-    """Stop, or go back to the last checkpoint, undo the last growth and hold the batch below it.
+class Divergence:
+    """What counts as a divergence, and what to do then.
 
     Attributes:
-        mode: "stop" or "rollback".
-        max_rollbacks: how often to go back before stopping all the same.
+        mode: when the loss is no longer finite, or explodes: "stop", or "rollback": go back to the
+            last checkpoint, undo the last growth and keep the batch below it from then on.
+        max_rollbacks: how many rollbacks are made before the run stops anyway.
+        max_loss_ratio: a loss explodes if it stays above this many times the mean of the run so
+            far, for longer than rare large losses do (:mod:`~hessianflow.training.explosion`);
+            None: a finite loss never does.
+
+    Raises:
+        HessianFlowError: a setting is not what it must be.
     """
 
     mode: OnDivergence = "stop"
     max_rollbacks: int = 3
+    max_loss_ratio: float | None = 100.0
+
+    def __post_init__(self) -> None:
+        check_choice("Divergence.mode", self.mode, get_args(OnDivergence))
+        check_count("Divergence.max_rollbacks", self.max_rollbacks, 0)
+        none = "no limit to a finite loss"
+        check_limit("Divergence.max_loss_ratio", self.max_loss_ratio, none, above=1)
 
     def cap(self, growths: Sequence[dict[str, Any]], rollbacks: int, cap: int | None) -> int | None:
         """Return the largest batch to allow from now on; None: stop.

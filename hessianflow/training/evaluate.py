@@ -3,7 +3,7 @@
 import math
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,19 +156,6 @@ def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
         hit = hit & (targets != ignored)
     counted = (targets != ignored).sum() if averaged.counted is None else averaged.counted
     return Hits(hit.sum(), counted)
-
-
-def summed(hits: Sequence[Hits | None]) -> Hits | None:
-    """Add up the hits of several parts; None if one of them has none."""
-    known = [found for found in hits if found is not None]
-    if not known or len(known) < len(hits):
-        return None
-    correct = known[0].correct
-    counted = known[0].counted
-    for found in known[1:]:
-        correct = correct + found.correct
-        counted = counted + found.counted
-    return Hits(correct, counted)
 
 
 def fingerprint(batch: Any) -> int:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.training.schedule import Schedule, ScheduleUnit
+from hessianflow.training.schedule import ScheduleUnit, SteppedSchedule
 
 SET_BY_HAND = (
     "a learning rate was set by hand: it is taken as stated at the reference batch size, and"
@@ -33,15 +33,18 @@ class LearningRate:
         optimizer: the optimizer, whose groups are read at each step.
         scheduler: a scheduler of that optimizer; None: the rates stay as they are set.
         unit: what the scheduler's steps count.
+        reference_batch_size: examples of one step that is counted in reference batches.
 
     Attributes:
+        unit: as given.
+        reference_batch_size: as given.
         factor: the controller's factor.
         set_by_hand: whether anything but the scheduler changed a rate while there was a factor
             other than 1.
 
     Raises:
         HessianFlowError: a group without a rate; a scheduler that does not fit, see
-            :class:`Schedule`.
+            :class:`SteppedSchedule`.
     """
 
     def __init__(
@@ -49,12 +52,17 @@ class LearningRate:
         optimizer: Optimizer,
         scheduler: LRScheduler | None = None,
         unit: ScheduleUnit = "epoch",
+        reference_batch_size: int = 1,
     ) -> None:
         self._optimizer = optimizer
         self._tensors: dict[int, tuple[Tensor, int, float]] = {}
         for number, group in enumerate(optimizer.param_groups):
             _check_rate(type(optimizer).__name__, number, group.get("lr"))
-        self._schedule = None if scheduler is None else Schedule(scheduler, optimizer, unit)
+        self._schedule: SteppedSchedule | None = None
+        if scheduler is not None:
+            self._schedule = SteppedSchedule(scheduler, optimizer, unit)
+        self.unit = unit
+        self.reference_batch_size = reference_batch_size
         self.factor = 1.0
         self.set_by_hand = False
         self._fraction = 0.0
@@ -89,15 +97,22 @@ class LearningRate:
             self._left = self._rates()
 
     def step(self, loss: float = math.inf, accuracy: float | None = None) -> None:
-        """Let the scheduler take one step; see :meth:`Schedule.step`."""
+        """Let the scheduler take one step; see :meth:`SteppedSchedule.step`."""
         if self._schedule is not None:
             self._schedule.step(loss, accuracy)
             self._left = self._rates()
 
-    def advance(self, steps: float) -> None:
-        """Let the scheduler take as many steps as have become whole: for schedules counted in
-        reference batches."""
-        self._fraction += steps
+    def end_epoch(self, loss: float, accuracy: float | None) -> None:
+        """Let a scheduler that counts epochs take a step; see :meth:`SteppedSchedule.step`."""
+        if self.unit == "epoch":
+            self.step(loss, accuracy)
+
+    def advance(self, examples: int) -> None:
+        """Let a scheduler that counts reference batches take as many steps as have become whole,
+        now that so many further examples were trained."""
+        if self.unit == "epoch":
+            return
+        self._fraction += examples / self.reference_batch_size
         for _ in range(int(self._fraction + 1e-9)):
             self.step()
             self._fraction -= 1

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from hessianflow.batches import move, num_examples
-from hessianflow.interfaces import Batch, Decision, HessianFlowError, Progress, ResizableBatches
+from hessianflow.interfaces import (
+    Batch,
+    Decision,
+    HessianFlowError,
+    Progress,
+    ResizableBatches,
+    TellsPlace,
+)
 from hessianflow.training.timing import Stopwatch
 
 
@@ -56,7 +63,7 @@ class Lookahead:
         load: puts a drawn batch on the device and transforms it; told the progress at the time of
             its use.
         device: where batches are put back when a run is resumed.
-        watch: counts the time of drawing.
+        stopwatch: counts the time of drawing.
 
     Attributes:
         depth: steps that a batch waits.
@@ -68,13 +75,20 @@ class Lookahead:
         depth: int,
         load: Callable[[Batch, Progress], Batch],
         device: torch.device,
-        watch: Stopwatch,
+        stopwatch: Stopwatch,
     ) -> None:
         self.depth = depth
-        self._data, self._load, self._device, self._watch = data, load, device, watch
+        self._data = data
+        self._load = load
+        self._device = device
+        self._stopwatch = stopwatch
         self._place = Place(data)
         self._queue: deque[Planned] = deque()
         self._batches: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        """Return how many batches are queued."""
+        return len(self._queue)
 
     def begin(self) -> None:
         """Begin with the first example of the epoch that the data stand in: somebody may have
@@ -166,7 +180,7 @@ class Lookahead:
         if self._place.put_back() or self._batches is None:
             self._batches = iter(self._data)
         try:
-            with self._watch.part("data"):
+            with self._stopwatch.section("data"):
                 batch = next(self._batches, None)
         except BaseException:
             self._batches = None  # an iterator that failed gives nothing more
@@ -229,8 +243,8 @@ class Place:
 
     def __init__(self, data: ResizableBatches) -> None:
         self._data = data
-        told = hasattr(data, "epoch") and hasattr(data, "cursor")
-        self._is_known = told and {"epoch", "cursor"} <= data.state_dict().keys()
+        kept = isinstance(data, TellsPlace) and {"epoch", "cursor"} <= data.state_dict().keys()
+        self._is_known = kept
         self._noted: tuple[int, int] | None = None
 
     def find(self) -> tuple[int, int] | None:

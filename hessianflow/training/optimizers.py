@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import HessianFlowError, SecondOrder, Stateful, WantsClosure
 from hessianflow.training.schedule import required_arguments
 
 Gradients = Literal["before", "by closure", "both"]
@@ -87,9 +87,8 @@ def gradients_wanted(optimizer: Optimizer) -> Gradients:
     """
     if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         return "both"
-    if getattr(optimizer, "wants_closure", False) or "closure" in required_arguments(
-        optimizer.step
-    ):
+    asks = isinstance(optimizer, WantsClosure) and optimizer.wants_closure
+    if asks or "closure" in required_arguments(optimizer.step):
         return "by closure"
     return "before"
 
@@ -100,10 +99,8 @@ def wants_graph(optimizer: Optimizer) -> bool:
     It says so by a true `is_second_order` (as timm's do), or by a step that could be given the
     Hessian instead.
     """
-    return (
-        bool(getattr(optimizer, "is_second_order", False))
-        or "hessian" in signature(optimizer.step).parameters
-    )
+    says_so = isinstance(optimizer, SecondOrder) and bool(optimizer.is_second_order)
+    return says_so or "hessian" in signature(optimizer.step).parameters
 
 
 def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError | None:
@@ -129,8 +126,7 @@ def label(part: object, depth: int = 3) -> str:
 
 def _wrapped(part: object) -> Iterator[object]:
     for held in vars(part).values() if hasattr(part, "__dict__") else ():
-        is_stateful = hasattr(held, "state_dict") and hasattr(held, "load_state_dict")
-        if is_stateful and not isinstance(held, (nn.Module, type)):
+        if isinstance(held, Stateful) and not isinstance(held, (nn.Module, type)):
             yield held
 
 

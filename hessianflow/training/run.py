@@ -68,7 +68,7 @@ class Run:
     @property
     def train_data(self) -> ResizableBatches:
         """The data that the model is trained on."""
-        return self._loop.train_data
+        return self._loop.steering.train_data
 
     @property
     def adversary(self) -> Adversary | None:
@@ -78,7 +78,7 @@ class Run:
     @property
     def epochs(self) -> int:
         """Passes over the training data."""
-        return self._loop.epochs
+        return self._loop.course.epochs
 
     @property
     def norm_batch_size(self) -> int | None:
@@ -104,28 +104,27 @@ class Run:
                 written; the loss stopped being finite.
         """
         loop = self._loop
-        if not loop.is_unfinished:
+        record = loop.keeper.record
+        if not loop.course.is_unfinished:
             raise AgreedError(
                 f"this run is over, after its {self.epochs} epochs: train on with a new trainer,"
                 " for the same model, optimizer and data, or resume a run directory with more"
                 " epochs"
             )
-        if loop.policy.mode == "rollback" and loop.run_dir is None:
-            raise AgreedError(
-                'on_divergence="rollback" goes back to checkpoints: it needs a run_dir'
-            )
+        if loop.guard.divergence.mode == "rollback" and loop.keeper.run_dir is None:
+            raise AgreedError('Divergence("rollback") goes back to checkpoints: it needs a run_dir')
         self.world.meet(self.settings())
         on_first_rank(
-            self.world, lambda: loop.record.start({**self._config, "trainer": self.settings()})
+            self.world, lambda: record.start({**self._config, "trainer": self.settings()})
         )
         self._tell()
-        if loop.state.counters.updates == 0:
+        if loop.course.counters.updates == 0:
             separate_generators(self.world.rank)
             try:
                 self.begin()
-                loop.save()
+                loop.keeper.save()
             except HessianFlowError:
-                loop.record.close()
+                record.close()
                 raise
         return self._run()
 
@@ -137,7 +136,7 @@ class Run:
         """
         self._loop.ahead.begin()
         set_mode(self._loop.step.optimizer, training=True)
-        self._loop.apply(self._loop.decision)
+        self._loop.steering.apply(self._loop.steering.decision)
         if not checkpoint.all_finite(self._loop.step.trained.current):
             raise AgreedError("the model's weights are not finite before the first step")
 
@@ -154,29 +153,31 @@ class Run:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
         """
         self.world.meet(self.settings())
-        loop = self._loop
+        keeper = self._loop.keeper
+        record = keeper.record
         folder = in_home(run_dir)
-        loop.run_dir = folder
+        keeper.run_dir = folder
         try:
-            on_first_rank(self.world, lambda: loop.record.hold(folder))
-            state, warning = loop.restore_newest(lambda: history_length(folder))
-            on_first_rank(self.world, lambda: loop.record.reopen(folder, state["history_bytes"]))
+            on_first_rank(self.world, lambda: record.hold(folder))
+            state, warning = keeper.restore_newest(lambda: history_length(folder))
+            on_first_rank(self.world, lambda: record.reopen(folder, state["history_bytes"]))
         except HessianFlowError:
-            loop.record.close()
+            record.close()
             raise
         if warning is not None:
-            loop.event("fallback", warning)
-        self._tell(differences(state.get("settings", {}), loop.state.settings))
+            self._loop.reporter.event("fallback", warning)
+        self._tell(differences(state.get("settings", {}), keeper.state.settings))
         return self._run()
 
     def _tell(self, changed: str = "") -> None:
         """Record and log the notices, and `changed` since the run that is resumed, once a run."""
+        reporter = self._loop.reporter
         for event, message in [
             *(("notice", text) for text in self._notices),
             ("settings", changed),
         ]:
-            if message and not self._loop.record.has_event(event, message):
-                self._loop.event(event, message)
+            if message and not reporter.record.has_event(event, message):
+                reporter.event(event, message)
                 if self.world.rank == 0:
                     LOGGER.warning(message)
 
@@ -192,12 +193,12 @@ class Run:
     @property
     def progress(self) -> Progress:
         """How far the run has come."""
-        return self._loop.progress
+        return self._loop.course.progress
 
     @property
     def decision(self) -> Decision:
         """The setting in force."""
-        return self._loop.decision
+        return self._loop.steering.decision
 
     @property
     def is_settled(self) -> bool:
@@ -205,8 +206,7 @@ class Run:
 
         It was not if a rank failed there.
         """
-        counters = self._loop.state.counters
-        return counters.settled == counters.updates
+        return self._loop.course.is_settled
 
     @property
     def microbatch_size(self) -> int:
@@ -216,7 +216,7 @@ class Run:
     @property
     def records(self) -> list[Record]:
         """All rows made so far, the same on every rank."""
-        return self._loop.record.records
+        return self._loop.keeper.record.records
 
     def rejoin(self) -> None:
         """Take this rank's place in the world, which may have changed since the last update."""
@@ -225,8 +225,8 @@ class Run:
                 "SyncBatchNorm needs all ranks from the start: use norm_batch_size where ranks come"
             )
         self.world.shard(self.train_data)
-        self._loop.forget_plans()
-        join_parts(self.world, self._loop.control.observers, self._loop.step.adversary)
+        self._loop.keeper.forget_plans()
+        join_parts(self.world, self._loop.steering.control.observers, self._loop.step.adversary)
 
     def run_until(self, updates: int | None = None) -> None:
         """Train until `updates` updates have been made in all, or to the end for None.
@@ -241,32 +241,35 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run needs to continue as if it had never stopped, as tensors and plain
         values."""
-        return self._loop.state_dict()
+        return self._loop.keeper.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
         """Continue from the :meth:`state_dict` of a trainer with the same settings.
 
         `source` names the state in errors.
         """
-        self._loop.load_state_dict(state, source)
+        self._loop.keeper.load_state_dict(state, source)
 
     def _run(self) -> History:
-        loop = self._loop
+        record = self._loop.keeper.record
         try:
-            loop.run_until()
+            self._loop.run_until()
             summary = self.summary()
-            on_first_rank(self.world, lambda: loop.record.finish(summary))
+            on_first_rank(self.world, lambda: record.finish(summary))
         finally:
-            loop.record.close()
-        return on_first_rank(self.world, loop.record.history)
+            record.close()
+        return on_first_rank(self.world, record.history)
 
     def summary(self) -> dict[str, Any]:
         """Return what summary.json would hold if the run ended now."""
-        loop = self._loop
-        seconds = loop.watch.totals()
-        size = self.world.world_size
+        keeper = self._loop.keeper
         return summary_of(
-            loop.record.history(), self.progress, loop.decision, seconds, loop.step.device, size
+            keeper.record.history(),
+            self.progress,
+            self.decision,
+            keeper.state.stopwatch.totals(),
+            self._loop.step.device,
+            self.world.world_size,
         )
 
     def settings(self) -> dict[str, Any]:

@@ -2,42 +2,72 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.checks import check_count, check_limit
+from hessianflow.interfaces import HessianFlowError, Stateful
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS
+from hessianflow.training.arguments import check_parts
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """When checkpoints are saved besides the ends of epochs, what they hold, how many are kept.
+
+    Attributes:
+        every_examples: also each time this many examples have been trained; None: never.
+        every_minutes: also each time this many minutes have passed; None: never.
+        keep: how many of the newest are kept (the best one is kept as well).
+        state: by name, other objects whose state every checkpoint is to hold, such as an average of
+            the weights (`torch.optim.swa_utils.AveragedModel`) or a generator in a class of its
+            own. Their `state_dict` and `load_state_dict` must deal in tensors and plain values. The
+            trainer itself saves model, optimizer, scheduler, data, controller, adversary, probe,
+            observers, measurements, a transform and a loss that have states, and the global random
+            generators.
+
+    Raises:
+        HessianFlowError: a setting is not what it must be.
+    """
+
+    every_examples: int | None = None
+    every_minutes: float | None = None
+    keep: int = 2
+    state: Mapping[str, Stateful] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        otherwise = "the ends of epochs alone"
+        check_count("Checkpoints.every_examples", self.every_examples, none=otherwise)
+        check_limit("Checkpoints.every_minutes", self.every_minutes, otherwise)
+        check_count("Checkpoints.keep", self.keep)
+        check_parts(state=self.state)
 
 
 class Saver:
     """Decides when a checkpoint is due within an epoch and writes checkpoints of a run.
 
     Args:
-        every_examples: due after so many examples since the last one; None: never.
-        every_minutes: due after so many minutes; None: never.
-        keep: how many of the newest are kept.
+        when: how often, and how many of them are kept.
     """
 
-    def __init__(self, every_examples: int | None, every_minutes: float | None, keep: int) -> None:
-        self._every_examples = every_examples
-        self._every_minutes = every_minutes
-        self._keep = keep
+    def __init__(self, when: Checkpoints) -> None:
+        self._when = when
         self._time = time.monotonic()
         self._proven: set[str] = set()
 
     def is_due(self, examples_since: int) -> bool:
         """Return whether a checkpoint within the epoch is due by count, `examples_since` the last
         one."""
-        return self._every_examples is not None and examples_since >= self._every_examples
+        every = self._when.every_examples
+        return every is not None and examples_since >= every
 
     @property
     def time_is_up(self) -> bool:
         """Whether one is due by the clock of this process."""
-        return (
-            self._every_minutes is not None
-            and time.monotonic() - self._time >= 60 * self._every_minutes
-        )
+        minutes = self._when.every_minutes
+        return minutes is not None and time.monotonic() - self._time >= 60 * minutes
 
     def restart_clock(self) -> None:
         """Note that a checkpoint is being made: the next is due by the clock so many minutes from
@@ -47,7 +77,7 @@ class Saver:
     def save(self, run_dir: Path, state: Mapping[str, Any], name: str) -> None:
         """Write `state` under `name` into the run's folder of checkpoints."""
         path = run_dir / CHECKPOINTS / name
-        checkpoints.save(path, state, self._keep)
+        checkpoints.save(path, state, self._when.keep)
         # Better now than at a resume: something in the state, which fills with the first steps, may
         # be unreadable.
         stage = "filled" if state["updates"] > 0 else "new"

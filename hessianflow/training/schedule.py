@@ -3,8 +3,9 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from hessianflow.checks import check_choice, check_count
 from hessianflow.interfaces import HessianFlowError
 
 ScheduleUnit = Literal["epoch", "reference_batch"]
@@ -27,7 +29,36 @@ _EACH: Mapping[ScheduleUnit, str] = {
 }
 
 
+@dataclass(frozen=True)
 class Schedule:
+    """The learning-rate schedule of a run, and the batch size that its rates are stated at.
+
+    Attributes:
+        scheduler: any scheduler of torch or timm, built for the optimizer of the run. A rate that
+            it sets in the optimizer's groups (or that is set by hand, at any time) is the rate at
+            the reference batch size; during each step the controller's factor multiplies it. None:
+            the rates stay as they are set.
+        unit: "epoch": the scheduler takes `epochs` steps, one an epoch. "reference_batch": one per
+            reference batch of examples, int(epochs * num_examples / reference_batch_size) in all,
+            so that a schedule counted in steps keeps its meaning when the batch grows.
+        reference_batch_size: batch size that the learning rate is stated at; None: the one the run
+            starts with.
+
+    Raises:
+        HessianFlowError: a setting is not what it must be.
+    """
+
+    scheduler: LRScheduler | None = None
+    unit: ScheduleUnit = "epoch"
+    reference_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("Schedule.unit", self.unit, get_args(ScheduleUnit))
+        start = "that of the start"
+        check_count("Schedule.reference_batch_size", self.reference_batch_size, none=start)
+
+
+class SteppedSchedule:
     """A learning-rate scheduler as the trainer steps it.
 
     Args:
@@ -50,9 +81,7 @@ class Schedule:
         _check_owner(scheduler, optimizer)
         self._watches = isinstance(scheduler, ReduceLROnPlateau)
         if self._watches and unit == "reference_batch":
-            raise HessianFlowError(
-                'ReduceLROnPlateau watches epochs: use it with schedule_unit="epoch"'
-            )
+            raise HessianFlowError('ReduceLROnPlateau watches epochs: use it with unit="epoch"')
         self._counted = _counted_step(scheduler, unit)
 
     def step(self, loss: float, accuracy: float | None) -> None:
@@ -165,7 +194,7 @@ def misfit(
         raise HessianFlowError(
             f"{name} is built for {planned} steps, one a batch, and would take {epochs}, one an"
             " epoch: pass "
-            f'schedule_unit="reference_batch" and build it for {within} steps, or build it for'
+            f'unit="reference_batch" and build it for {within} steps, or build it for'
             f" {epochs}"
         )
     if planned <= steps:
@@ -213,7 +242,7 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     if in_epochs is not None and in_epochs != (unit == "epoch"):
         wanted = "epoch" if in_epochs else "reference_batch"
         raise HessianFlowError(
-            f'{name} was made with t_in_epochs={in_epochs}: use it with schedule_unit="{wanted}"'
+            f'{name} was made with t_in_epochs={in_epochs}: use it with unit="{wanted}"'
         )
     if isinstance(scheduler, ReduceLROnPlateau):
         return None

@@ -1,122 +1,94 @@
 """The whole state of a run, for checkpoints: collected here, put back here."""
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hessianflow.interfaces import Decision, HessianFlowError, ResizableBatches, Stateful
+from hessianflow.interfaces import Decision, HessianFlowError, Stateful
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
-from hessianflow.training.control_point import ControlPoint
-from hessianflow.training.learning_rate import LearningRate
+from hessianflow.training.course import Course
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.model_state import ModelState
 from hessianflow.training.optimizers import check_followed, label, set_mode
+from hessianflow.training.steering import Steering
 from hessianflow.training.step import TrainingStep
-from hessianflow.training.totals import RunningTotals
+from hessianflow.training.timing import Stopwatch
 
 
-@dataclass
-class Counters:
-    """The plain values of a run.
+@dataclass(frozen=True)
+class Component:
+    """A part of a run that has a state.
 
     Attributes:
-        examples: trained so far.
-        updates: optimizer steps so far.
-        epoch: epochs completed.
-        place: examples of the epoch under way that were trained.
-        saved_at: `examples` at the last checkpoint.
-        best: best evaluation accuracy so far.
-        best_loss: lowest evaluation loss so far, where there is no accuracy.
-        batch_cap: largest batch allowed since a divergence; None: no cap.
-        cap_power: the learning rate goes with batch ^ cap_power where the cap holds it,
-        cap_factor: and its factor is at most this.
-        rollbacks: divergences rolled back.
-        settled: updates after which everything that follows an update has been done, too.
+        name: the name that checkpoints know it by.
+        part: whatever has `state_dict` and `load_state_dict`; None where this run has none.
     """
 
-    examples: int = 0
-    updates: int = 0
-    epoch: int = 0
-    place: int = 0
-    saved_at: int = 0
-    best: float | None = None
-    best_loss: float | None = None
-    batch_cap: int | None = None
-    cap_power: float = 1.0
-    cap_factor: float = math.inf
-    rollbacks: int = 0
-    settled: int = 0
-
-    def is_best(self, accuracy: float | None, loss: float) -> bool:
-        """Return whether the model is better than ever: by its accuracy, or by its loss where there
-        is none; remembers it."""
-        if accuracy is not None:
-            is_best = self.best is None or accuracy > self.best
-            self.best = accuracy if is_best else self.best
-            return is_best
-        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
-        self.best_loss = loss if is_best else self.best_loss
-        return is_best
-
-
-class _Clock(Protocol):
-    def totals(self) -> dict[str, float]: ...
-
-    def load(self, totals: Mapping[str, float]) -> None: ...
+    name: str
+    part: Any
 
 
 @dataclass
 class RunState:
-    """Everything that must survive an interruption.
+    """Everything that must survive an interruption, in the order in which it is taken and put back.
+
+    First come weights and optimizer, for everything else follows them; then the components, then
+    counters and time, and last the random generators, from which nothing may draw any more.
 
     Attributes:
         model: weights, buffers and what goes with them.
         optimizer: its state.
-        parts: by name, whatever else has `state_dict` and `load_state_dict`; None where this run
-            has no such part.
-        watch: seconds so far.
+        components: whatever else has a state, in order.
+        stopwatch: seconds so far.
         settings: of this run, plain values; see :mod:`settings`.
         follow: tells the parts what is trained, once model and optimizer are back.
-        counters: plain values.
+        course: the counters.
     """
 
     model: ModelState
     optimizer: Optimizer
-    parts: Mapping[str, Any]
-    watch: _Clock
+    components: list[Component]
+    stopwatch: Stopwatch
     settings: Mapping[str, Any]
     follow: Callable[[], None]
-    counters: Counters = field(default_factory=Counters)
+    course: Course
 
-    def capture(self, decision: Decision, history_bytes: int) -> dict[str, Any]:
-        """Return the state as tensors and plain values only."""
-        return {
+    def capture(
+        self, decision: Decision, history_bytes: int, rank_generators: Sequence[Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the state as tensors and plain values only.
+
+        Args:
+            decision: in force.
+            history_bytes: length of the history so far.
+            rank_generators: the states of every rank's random generators; None: those of this rank
+                stand for all.
+        """
+        counters = self.course.counters
+        state = {
             **self.model.capture(),
             "optimizer_class": label(self.optimizer),
             "optimizer": checkpoint.plain(self.optimizer.state_dict()),
-            "parts": checkpoint.plain(
-                {
-                    name: None if part is None else part.state_dict()
-                    for name, part in self.parts.items()
-                }
-            ),
+            "parts": {c.name: _captured(c.part) for c in self.components},
             "generators": checkpoint.generator_states(),
-            "counters": asdict(self.counters),
-            "examples": self.counters.examples,
-            "updates": self.counters.updates,
-            "classes": {name: _label(name, part) for name, part in self.parts.items()},
+            "counters": self.course.state_dict(),
+            "examples": counters.examples,
+            "updates": counters.updates,
+            "classes": {c.name: _label(c) for c in self.components},
             "settings": checkpoint.plain(dict(self.settings)),
             "decision": checkpoint.plain(dict(vars(decision))),
-            "seconds": self.watch.totals(),
+            "seconds": self.stopwatch.totals(),
             "history_bytes": history_bytes,
         }
+        if rank_generators is not None:
+            state["rank_generators"] = list(rank_generators)
+        return state
 
     def restore(self, state: Mapping[str, Any], source: str, rank: int = 0) -> Decision:
         """Put everything back, on `rank` of a world of any size; returns the decision in force.
@@ -126,12 +98,17 @@ class RunState:
                 `source` names it.
         """
         with restoring(source):
-            return self._restore(state, source, rank)
+            present = [c for c in self.components if _is_in(state, c, source)]
+            self._restore_trained(state, source)
+            for component in present:
+                component.part.load_state_dict(state["parts"][component.name])
+            self.course.load_state_dict(state["counters"])
+            self.stopwatch.load(state["seconds"])
+            _restore_generators(state, rank)
+            return Decision(**state["decision"])
 
-    def _restore(self, state: Mapping[str, Any], source: str, rank: int) -> Decision:
-        present = {
-            name: part for name, part in self.parts.items() if _is_in(state, name, part, source)
-        }
+    def _restore_trained(self, state: Mapping[str, Any], source: str) -> None:
+        """Put back the weights and the optimizer, and tell whoever follows them."""
         own = label(self.optimizer)
         if state["optimizer_class"] not in (own, type(self.optimizer).__name__):
             raise HessianFlowError(
@@ -152,76 +129,76 @@ class RunState:
         if "beside" in state:  # earlier versions do not keep them
             self.model.restore_beside(state["beside"], source)
         self.follow()
-        for name, part in present.items():
-            part.load_state_dict(state["parts"][name])
-        self.counters = self._counters(state["counters"])
-        self.watch.load(state["seconds"])
-        every = state.get("rank_generators", [state["generators"]])
-        checkpoint.restore_generators(every[rank] if rank < len(every) else state["generators"])
-        if rank >= len(every):
-            separate_generators(rank)
-        return Decision(**state["decision"])
-
-    def _counters(self, saved: Mapping[str, Any]) -> Counters:
-        """Earlier versions count examples alone, and every epoch has as many as the data."""
-        epoch, place = divmod(saved["examples"], self.parts["train_data"].num_examples)
-        return Counters(**{"epoch": epoch, "place": place, **saved})
 
 
-def stateful_parts(
-    train_data: ResizableBatches,
-    ahead: Lookahead,
-    control: ControlPoint,
-    step: TrainingStep,
-    rate: LearningRate,
-    totals: RunningTotals,
-) -> dict[str, Any]:
-    """Return the parts of every run, by the names that checkpoints know them by."""
+def _captured(part: Any) -> Any:
+    return None if part is None else checkpoint.plain(part.state_dict())
+
+
+def _restore_generators(state: Mapping[str, Any], rank: int) -> None:
+    """Give a rank its own random numbers; one that the saved run did not have gets new ones."""
+    every = state.get("rank_generators", [state["generators"]])
+    if rank < len(every):
+        checkpoint.restore_generators(every[rank])
+    else:
+        checkpoint.restore_generators(state["generators"])
+        separate_generators(rank)
+
+
+def components(ahead: Lookahead, step: TrainingStep, steering: Steering) -> list[Component]:
+    """Return the components of every run, in the order in which they are taken and put back."""
+    control = steering.control
     accumulate = step.accumulate
-    return {
-        "train_data": train_data,
+    loss = accumulate.loss_fn if isinstance(accumulate.loss_fn, nn.Module) else None
+    transform = step.transform if isinstance(step.transform, Stateful) else None
+    return [
+        Component("train_data", steering.train_data),
         # Before the adversary: its attacks under way end first, when states are taken as when they
         # are put back.
-        "look-ahead": ahead if ahead.depth > 0 else None,
-        "controller": control.controller,
-        "adversary": step.adversary,
-        "probe": control.probe,
-        "learning rate": rate,
-        "loss scale": accumulate.scaler,
-        "totals": totals,
-        "microbatch": step.microbatch,
-        "loss": accumulate.loss_fn if isinstance(accumulate.loss_fn, nn.Module) else None,
-        "transform": step.transform if isinstance(step.transform, Stateful) else None,
-        **numbered("observer", accumulate.observers),
-    }
+        Component("look-ahead", ahead if ahead.depth > 0 else None),
+        Component("controller", control.controller),
+        Component("adversary", step.adversary),
+        Component("probe", control.probe),
+        Component("learning rate", steering.rate),
+        Component("loss scale", accumulate.scaler),
+        Component("totals", steering.totals),
+        Component("microbatch", step.microbatch),
+        Component("loss", loss),
+        Component("transform", transform),
+        *numbered("observer", control.observers),
+    ]
 
 
-def numbered(name: str, parts: Sequence[Any]) -> dict[str, Any]:
-    """Return the parts as "name 0", "name 1", ..."""
-    return {f"{name} {number}": part for number, part in enumerate(parts)}
+def numbered(name: str, parts: Sequence[Any]) -> list[Component]:
+    """Return the parts as components "name 0", "name 1", ..."""
+    return [Component(f"{name} {number}", part) for number, part in enumerate(parts)]
 
 
-def _is_in(state: Mapping[str, Any], name: str, part: object, source: str) -> bool:
+def _is_in(state: Mapping[str, Any], component: Component, source: str) -> bool:
     """Return whether this run has such a part and the checkpoint has its state.
 
     Raises:
         HessianFlowError: one of the two lacks it, or it is of another class.
     """
+    name = component.name
+    part = component.part
     if name not in state["parts"] and "settings" not in state:
         return False  # earlier versions kept fewer parts
     if (part is None) != (state["parts"].get(name) is None):
-        raise HessianFlowError(
-            f"{source} was made {'with' if part is None else 'without'} a {name}"
-        )
-    made, own = state["classes"].get(name), _label(name, part)
-    if part is not None and made not in (own, type(part).__name__):
-        raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {own}")
+        made = "with" if part is None else "without"
+        raise HessianFlowError(f"{source} was made {made} a {name}")
+    saved = state["classes"].get(name)
+    own = _label(component)
+    if part is not None and saved not in (own, type(part).__name__):
+        raise HessianFlowError(f"{source} was made with the {name} {saved}, this run has {own}")
     return part is not None
 
 
-def _label(name: str, part: object) -> str:
+def _label(component: Component) -> str:
     """Return what a part must be to take up a state; a learning rate compares schedulers itself."""
-    return type(part).__name__ if name == "learning rate" else label(part)
+    if component.name == "learning rate":
+        return type(component.part).__name__
+    return label(component.part)
 
 
 def separate_generators(rank: int) -> None:

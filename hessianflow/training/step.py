@@ -2,7 +2,7 @@
 memory is survived."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,17 +15,20 @@ from hessianflow.interfaces import (
     Adversary,
     Batch,
     BatchTransform,
+    BindsParameters,
     Decision,
     Exposure,
     HessianFlowError,
     Progress,
+    StepResult,
     World,
 )
 from hessianflow.measuring import unwrap
 from hessianflow.structure import article, is_list
 from hessianflow.training import checkpoint
-from hessianflow.training.accumulate import BatchResult, GradientAccumulator, OwnResult
+from hessianflow.training.accumulate import GradientAccumulator
 from hessianflow.training.checks import tell_parameters
+from hessianflow.training.exposing import expose, share_in_force
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
@@ -49,16 +52,17 @@ class TrainingStep:
     microbatch: MicrobatchSize
     adversary: Adversary | None
     transform: BatchTransform | None
-    watch: Stopwatch
+    stopwatch: Stopwatch
     device: torch.device
     world: World
     trained: TrainedParameters
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        tell_parameters(self.accumulate.observers, self.accumulate.parameters)
+        backward = self.accumulate.backward
+        tell_parameters(backward.observers, backward.parameters)
         self._wanted = gradients_wanted(self.optimizer)
-        self.accumulate.create_graph = wants_graph(self.optimizer)
+        backward.create_graph = wants_graph(self.optimizer)
         self.news = ""
         name = type(self.optimizer).__name__
         scales = self.accumulate.scaler.is_enabled()
@@ -67,7 +71,7 @@ class TrainingStep:
                 f"{name} asks for several gradients a step, which loss scaling cannot follow: "
                 'use precision="bf16" or "float32"'
             )
-        if self.accumulate.create_graph and (scales or self.world.world_size > 1):
+        if backward.create_graph and (scales or self.world.world_size > 1):
             raise HessianFlowError(
                 f"{name} differentiates the gradient again, which it cannot where losses are scaled"
                 ' or gradients are summed over ranks: use one process and precision="bf16" or'
@@ -75,14 +79,13 @@ class TrainingStep:
             )
 
     def share(self, decision: Decision) -> float:
-        """Return the share of each batch that is attacked under `decision`: the adversary's, times
-        the controller's factor."""
-        return 0.0 if self.adversary is None else self.adversary.share * decision.attack_factor
+        """Return the share of each batch that is attacked under `decision`."""
+        return share_in_force(self.adversary, decision)
 
     def load(self, batch: Batch, progress: Progress) -> Batch:
         """Return a batch as it will be trained: on the device, transformed; `progress` is that at
         its use."""
-        with self.watch.part("training"):
+        with self.stopwatch.section("training"):
             inputs, targets = training_pair(move(batch, self.device, non_blocking=True))
             if self.transform is None or num_examples(targets) == 0:
                 return inputs, targets
@@ -93,18 +96,14 @@ class TrainingStep:
             )
         return made[0], made[1]
 
-    def __call__(
-        self, now: Planned, ahead: Planned | None, flags: Callable[[], Sequence[bool]] = tuple
-    ) -> BatchResult:
-        """Take the step on `now`; start the attack on `ahead` with the weights before it.
-
-        `flags` is asked at the end; in the result are raised those that any rank raised.
-        """
-        with self.watch.part("training"):
+    def __call__(self, now: Planned, ahead: Planned | None) -> StepResult:
+        """Take the step on `now`; start the attack on `ahead` with the weights before it."""
+        with self.stopwatch.section("training"):
             self.follow()
-            result = self._update(lambda: self._clipped_gradient(now, ahead, flags))
-            if self.accumulate.create_graph:
-                self.accumulate.clear()  # the graph of the gradients would live as long as they
+            result = self._update(lambda: self._clipped_gradient(now, ahead))
+            if self.accumulate.backward.create_graph:
+                # The graph of the gradients would live as long as they.
+                self.accumulate.backward.clear()
         return result
 
     def follow(self, *, anew: bool = False) -> None:
@@ -120,28 +119,29 @@ class TrainingStep:
         change = self.trained.ask()
         if change is None:
             return
-        observers = self.accumulate.observers
+        backward = self.accumulate.backward
+        observers = backward.observers
         if self.world.world_size > 1 and change.added and not anew:
             raise HessianFlowError(
                 f"{change.message}: on {self.world.world_size} ranks, whose gradients are summed by"
                 " a plan made at the start, only freezing works: unfreeze before the trainer is"
                 " built, or resume with it unfrozen"
             )
-        deaf = [type(observer).__name__ for observer in observers if not hasattr(observer, "watch")]
+        deaf = [type(each).__name__ for each in observers if not isinstance(each, BindsParameters)]
         if deaf:
             raise HessianFlowError(
                 f"{change.message}: the observer {deaf[0]} cannot be told whose gradients it is"
-                " shown from now on: give it a watch(parameters), which is called at each change"
+                " shown from now on: give it a bind(parameters), which is called at each change"
             )
         for parameter in (*change.added, *change.removed):
             parameter.grad = None
-        self.accumulate.parameters = self.trained.current
+        backward.parameters = self.trained.current
         if anew or self.world.world_size == 1:
             self.world.attach(self.model, self.trained.current)
         tell_parameters(observers, self.trained.current)
         self.news = "" if anew else change.message
 
-    def _update(self, gradient: Callable[[], BatchResult]) -> BatchResult:
+    def _update(self, gradient: Callable[[], StepResult]) -> StepResult:
         """Let the optimizer step; `gradient` fills `.grad`, and is called as often as the optimizer
         wants it."""
         if self._wanted == "before":
@@ -155,7 +155,7 @@ class TrainingStep:
                 raise explained from error
             self.accumulate.scaler.update()
             return result
-        results: list[BatchResult] = [gradient()] if self._wanted == "both" else []
+        results: list[StepResult] = [gradient()] if self._wanted == "both" else []
 
         def closure() -> Tensor:
             # The first gradient is that of the step, at its weights: the others are the optimizer's
@@ -167,29 +167,27 @@ class TrainingStep:
         self.optimizer.step(closure)  # type: ignore[arg-type]
         return results[0]
 
-    def _clipped_gradient(
-        self, now: Planned, ahead: Planned | None, flags: Callable[[], Sequence[bool]]
-    ) -> BatchResult:
+    def _clipped_gradient(self, now: Planned, ahead: Planned | None) -> StepResult:
         # Progress counts examples drawn from the data, whatever the transform or the adversary made
         # of them.
         self.world.begin(now.examples)
         own = self._gradient(now, ahead)
-        result = self.accumulate.share(own, flags())
+        result = self.accumulate.reduce_over_ranks(own)
         if self.max_grad_norm is not None:
             self.accumulate.scaler.unscale_(self.optimizer)
             self._refuse_sparse()
-            nn.utils.clip_grad_norm_(self.accumulate.parameters, self.max_grad_norm)
+            nn.utils.clip_grad_norm_(self.accumulate.backward.parameters, self.max_grad_norm)
         return result
 
     def _refuse_sparse(self) -> None:
-        for parameter in self.accumulate.parameters:
+        for parameter in self.accumulate.backward.parameters:
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                 raise HessianFlowError(
                     f"the gradient of {self.trained.name(parameter)} is sparse, which max_grad_norm"
                     " cannot clip: build its layer with sparse=False, or leave max_grad_norm out"
                 )
 
-    def _gradient(self, now: Planned, ahead: Planned | None) -> OwnResult:
+    def _gradient(self, now: Planned, ahead: Planned | None) -> StepResult:
         count = num_examples(now.batch[1])
         clean = [entry for entry in (now, ahead) if entry is not None and entry.attacked is None]
         while True:
@@ -205,7 +203,7 @@ class TrainingStep:
                 self.microbatch.end(count)
                 return result
             # Outside the handler, where the error no longer holds the failed pass's tensors.
-            self.accumulate.clear()
+            self.accumulate.backward.clear()
             self.microbatch.out_of_memory(count)
             for entry in clean:
                 entry.attacked = None
@@ -217,30 +215,16 @@ class TrainingStep:
     def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
         """Return what to train on; attacks that are due are started, those made before are waited
         for."""
-        adversary = self.adversary
-        if adversary is None:
+        if self.adversary is None:
             return Exposure(now.batch)
-        with self.watch.part("adversary"), self.accumulate.autocast():
-            if ahead is not None:
-                self._attack(adversary, ahead, size)
-            if adversary.attacks_late:
-                self._attack(adversary, now, size)
-            if now.attacked is None:
-                return Exposure(now.batch)
-            return adversary.expose(
-                self.model, *now.batch, now.attacked(), self.share(now.decision)
-            )
-
-    def _attack(self, adversary: Adversary, entry: Planned, size: int) -> None:
-        share = self.share(entry.decision)
-        if entry.attacked is None and share > 0 and num_examples(entry.batch[1]) > 0:
-            entry.attacked = adversary.attack(self.model, *entry.batch, share, size)
+        with self.stopwatch.section("adversary"), self.accumulate.autocast():
+            return expose(self.adversary, self.model, now, ahead, size)
 
     def _remember(self) -> Callable[[], None]:
         buffers = [(b, b.detach().clone()) for b in unwrap(self.model).buffers()]
         generators = checkpoint.generator_states()
         stateful = [
-            *self.accumulate.observers,
+            *self.accumulate.backward.observers,
             *([] if self.adversary is None else [self.adversary]),
         ]
         states = [(part, copy.deepcopy(part.state_dict())) for part in stateful]

@@ -1,9 +1,9 @@
-"""Seconds by part of a run, on the clock of the device that does the work."""
+"""Seconds by section of a run, on the clock of the device that does the work."""
 
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +11,27 @@ import torch
 from hessianflow.runs.rows import PARTS
 
 
-class Stopwatch:
-    """Adds up the time spent in named parts, and all wall time under "wall".
+class _Section:
+    """Adds the time of its body to one of the totals; entered several times a step, so it is no
+    generator."""
 
-    On a CUDA device the parts are marked by events on the stream, read only when the totals are
+    __slots__ = ("_name", "_started", "_totals")
+
+    def __init__(self, totals: defaultdict[str, float], name: str) -> None:
+        self._totals = totals
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._totals[self._name] += time.perf_counter() - self._started
+
+
+class Stopwatch:
+    """Adds up the time spent in named sections, and all wall time under "wall".
+
+    On a CUDA device the sections are marked by events on the stream, read only when the totals are
     asked for, so that measuring never makes the host wait inside a step.
     """
 
@@ -25,29 +42,29 @@ class Stopwatch:
         self._pending: list[tuple[str, Any, Any]] = []
         self._started = time.perf_counter()
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count the body's time towards `name`."""
+    def section(self, name: str) -> AbstractContextManager[None]:
+        """Return a context whose body's time counts towards `name`."""
         if self._cuda:
-            event: Any = torch.cuda.Event
-            begin, end = event(enable_timing=True), event(enable_timing=True)
-            begin.record()
-            try:
-                yield
-            finally:
-                end.record()
-                self._pending.append((name, begin, end))
-        else:
-            started = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._totals[name] += time.perf_counter() - started
+            return self._on_device(name)
+        return _Section(self._totals, name)
+
+    @contextmanager
+    def _on_device(self, name: str) -> Iterator[None]:
+        event: Any = torch.cuda.Event
+        begin = event(enable_timing=True)
+        end = event(enable_timing=True)
+        begin.record()
+        try:
+            yield
+        finally:
+            end.record()
+            self._pending.append((name, begin, end))
 
     def totals(self) -> dict[str, float]:
-        """Return seconds per part so far, the parts before an interruption included."""
+        """Return seconds per section so far, those before an interruption included."""
         for name, begin, end in self._pending:
-            end.synchronize()  # called once an epoch: the host waits here for the last marked part
+            # Called once an epoch: the host waits here for the last section that was marked.
+            end.synchronize()
             self._totals[name] += begin.elapsed_time(end) / 1000
         self._pending.clear()
         now = time.perf_counter()

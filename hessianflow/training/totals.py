@@ -1,22 +1,21 @@
 """Running sums of an epoch, kept on the device until they are read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessianflow.interfaces import Decision, Progress
-from hessianflow.losses import exact_type
+from hessianflow.interfaces import Decision, Hits, Progress, StepResult
+from hessianflow.losses import Weight, exact_type
 from hessianflow.runs.rows import place, spent_on
-from hessianflow.training.accumulate import BatchResult
 from hessianflow.training.evaluate import Evaluation
 from hessianflow.training.explosion import ExplosionRule
 
 UNREAD = 512
-"""Most losses held as single tensors; once there are this many, they are joined without being read.
-Ours."""
+"""Most results held one by one; once there are this many, their losses are joined without being
+read. Ours."""
 
 
 class RunningTotals:
@@ -32,14 +31,17 @@ class RunningTotals:
     def __init__(
         self, device: torch.device, seconds: Mapping[str, float], rule: ExplosionRule
     ) -> None:
-        self._device, self._rule = device, rule
+        self._device = device
+        self._exact = exact_type(device)
+        self._rule = rule
         self.forget_divergence()
-        self._last = torch.zeros((), device=device)
+        self._last = self._nothing()
         self.start_epoch(seconds)
 
     def forget_divergence(self) -> None:
         """Start to watch afresh, after a rollback."""
-        self._unread: list[Tensor] = []
+        self._joined: list[Tensor] = []
+        self._unread: list[StepResult] = []
         self._updates = 0
         self._first_bad: int | None = None
         self._rule.forget_streak()
@@ -47,58 +49,45 @@ class RunningTotals:
     def start_epoch(self, seconds: Mapping[str, float]) -> None:
         """Forget the epoch before; `seconds`: the stopwatch's totals now."""
         self._seconds = dict(seconds)
-        self._loss = torch.zeros((), dtype=exact_type(self._device), device=self._device)
-        self._weight = torch.zeros_like(self._loss)
-        self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._counted = torch.zeros_like(self._loss)
-        self._classified = True
-        self._examples = self._trained = self._with_twins = 0
-        self._gain = torch.zeros_like(self._loss)
+        self._sum = self._nothing()
+        self._gain = torch.zeros((), dtype=self._exact, device=self._device)
+        self._with_twins = 0
         self._setting: dict[str, float] = {}
+        self._decision: Decision | None = None
+        self._rate = 0.0
+        self._share = 0.0
         self._judge()
         self._rule.start_epoch()
 
     def add(
-        self, result: BatchResult, update: int, decision: Decision, rate: float, share: float
+        self, result: StepResult, update: int, decision: Decision, rate: float, share: float
     ) -> None:
         """Count one optimization batch, trained under `decision` at learning rate `rate` with
         `share` of it attacked."""
-        self._last = result.loss
-        self._loss += result.loss * result.weight  # where nothing counts, both are 0
-        self._weight += result.weight
-        if result.hits is None:
-            self._classified = False
-        else:
-            self._correct += result.hits.correct
-            self._counted += result.hits.counted
-        if result.twin_loss is not None:
-            self._gain += (result.twin_loss - result.loss) * result.trained
-            self._with_twins += result.trained
-        self._unread.append(result.loss.reshape(1))
+        self._last = result
+        if result.twins is not None:
+            self._gain += (result.twins.loss - result.loss) * result.rows
+            self._with_twins += result.rows
+        self._sum = self._sum + result
+        self._unread.append(result)
         self._updates = update
         if len(self._unread) >= UNREAD:
-            self._unread = [torch.cat(self._unread)]
-        self._examples += result.examples
-        self._trained += result.trained
-        self._setting = {
-            "batch_size": decision.batch_size,
-            "lr": rate,
-            "lr_factor": decision.lr_factor,
-            "adversarial_share": share,
-        }
+            self._join()
+        self._decision = decision
+        self._rate = rate
+        self._share = share
 
     def last_loss(self) -> float:
         """Return the mean loss of the latest optimization batch (waits for the device)."""
-        return float(self._last.item())
+        return float(self._last.loss)
 
     def means(self) -> tuple[float, float | None]:
         """Return the mean loss, nan if no target counts, and accuracy since the epoch began (waits
         for the device)."""
-        loss, weight, correct, counted = torch.stack(
-            [self._loss, self._weight, self._correct.to(self._loss), self._counted]
-        ).tolist()
+        total, weight, correct, counted = self._read()
+        loss = total / weight if weight else math.nan
         accuracy = correct / counted if self._classified and counted else None
-        return loss / weight if weight else math.nan, accuracy
+        return loss, accuracy
 
     def first_bad_update(self, *, at_end: bool = False) -> int | None:
         """Return the first update whose loss diverged, or None (waits for the device).
@@ -127,11 +116,47 @@ class RunningTotals:
         return self._rule.in_doubt
 
     def _judge(self) -> None:
-        losses = torch.cat(self._unread).tolist() if self._unread else []
-        self._unread = []
+        self._join()
+        losses = [loss for part in self._joined for loss in part.tolist()]
+        self._joined = []
         found = self._rule.first_bad(losses)
         if self._first_bad is None and found is not None:
             self._first_bad = self._updates - len(losses) + 1 + found
+
+    def _join(self) -> None:
+        """Put the losses held as single tensors into one, without reading it."""
+        if not self._unread:
+            return
+        totals = torch.stack([result.total for result in self._unread])
+        weights = self._stacked([result.weight for result in self._unread]).to(totals)
+        self._joined.append(torch.where(weights > 0, totals / weights, 0.0))
+        self._unread = []
+
+    def _stacked(self, numbers: Sequence[Weight]) -> Tensor:
+        if any(isinstance(number, Tensor) for number in numbers):
+            return torch.stack([torch.as_tensor(n, device=self._device) for n in numbers])
+        return torch.tensor(numbers, dtype=self._exact, device=self._device)
+
+    def _nothing(self) -> StepResult:
+        return StepResult(torch.zeros((), dtype=self._exact, device=self._device), 0)
+
+    @property
+    def _classified(self) -> bool:
+        """Whether the hits of all rows since the epoch began are counted."""
+        return self._sum.hits is not None or self._sum.rows == 0
+
+    def _read(self) -> list[float]:
+        """Return the sums of losses, their weight, hits and targets that count (waits for the
+        device)."""
+        correct: Weight = 0
+        counted: Weight = 0
+        if self._sum.hits is not None:
+            correct, counted = self._sum.hits
+        figures = [self._sum.total, self._sum.weight, correct, counted]
+        return self._stacked([self._exactly(figure) for figure in figures]).tolist()
+
+    def _exactly(self, number: Weight) -> Tensor:
+        return torch.as_tensor(number, dtype=self._exact, device=self._device)
 
     def epoch_row(
         self, progress: Progress, evaluation: Evaluation | None, seconds: Mapping[str, float]
@@ -141,55 +166,75 @@ class RunningTotals:
         spent = {name: value - self._seconds[name] for name, value in seconds.items()}
         return {
             **place("epoch", progress),
-            **self._setting,
+            **self._last_setting(),
             "train_loss": loss,
             "train_accuracy": accuracy,
             "eval_loss": None if evaluation is None else evaluation.loss,
             "eval_accuracy": None if evaluation is None else evaluation.accuracy,
             **self._adversarial_gain(),
-            **spent_on(spent, self._examples),
+            **spent_on(spent, self._sum.examples),
+        }
+
+    def _last_setting(self) -> dict[str, float]:
+        """Return what the latest optimization batch of the epoch was trained under."""
+        decision = self._decision
+        if decision is None:  # of an epoch that was begun before an interruption
+            return dict(self._setting)
+        return {
+            "batch_size": decision.batch_size,
+            "lr": self._rate,
+            "lr_factor": decision.lr_factor,
+            "adversarial_share": self._share,
         }
 
     def _adversarial_gain(self) -> dict[str, float]:
         """Return by how much the twins' mean loss exceeds that of the clean rows: below 0 they are
         too stale to be harder."""
-        return (
-            {"adversarial_gain": self._gain.item() / self._with_twins} if self._with_twins else {}
-        )
+        if not self._with_twins:
+            return {}
+        return {"adversarial_gain": self._gain.item() / self._with_twins}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, for a checkpoint in the middle of an epoch."""
         self._judge()
+        correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        counted: Weight = 0
+        if self._sum.hits is not None:
+            correct, counted = self._sum.hits
         return {
-            "loss": self._loss.clone(),
-            "weight": self._weight.clone(),
-            "correct": self._correct.clone(),
-            "counted": self._counted.clone(),
+            "loss": self._sum.total.clone(),
+            "weight": self._exactly(self._sum.weight).clone(),
+            "correct": correct.clone(),
+            "counted": self._exactly(counted).clone(),
             "classified": self._classified,
-            "examples": self._examples,
-            "trained": self._trained,
+            "examples": self._sum.examples,
+            "trained": self._sum.rows,
             "gain": self._gain.clone(),
             "with_twins": self._with_twins,
-            "setting": dict(self._setting),
+            "setting": self._last_setting(),
             "seconds": dict(self._seconds),
             "explosion": self._rule.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._loss = state["loss"].to(self._device)
-        # Earlier versions counted examples, and nothing else.
-        trained = torch.tensor(float(state["trained"]), dtype=torch.float64)
-        self._weight = state.get("weight", trained).to(self._loss)
-        self._correct = state["correct"].to(self._device)
-        self._counted = state.get("counted", trained).to(self._loss)
-        self._classified, self._examples, self._trained = (
-            state["classified"],
+        rows = state["trained"]
+        hits = None
+        if rows > 0 and state["classified"]:
+            counted = state.get("counted", rows)  # earlier versions count examples, nothing else
+            hits = Hits(state["correct"].to(self._device), float(counted))
+        self._sum = StepResult(
+            state["loss"].to(self._device),
+            float(state.get("weight", rows)),
+            hits,
+            rows,
             state["examples"],
-            state["trained"],
         )
-        self._gain, self._with_twins = state["gain"].to(self._device), state["with_twins"]
-        self._setting, self._seconds = dict(state["setting"]), dict(state["seconds"])
+        self._gain = state["gain"].to(self._device)
+        self._with_twins = state["with_twins"]
+        self._setting = dict(state["setting"])
+        self._decision = None
+        self._seconds = dict(state["seconds"])
         self.forget_divergence()
         # states of earlier versions hold a limit, and the means begin anew
         if "explosion" in state:

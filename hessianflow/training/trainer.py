@@ -3,8 +3,8 @@ optimizer.
 
 The trainer knows protocols only (:mod:`hessianflow.interfaces`). One step: next batch at the
 current size -> batch transform -> adversary -> gradient in microbatches, each weighted by its
-examples -> optimizer step -> progress counted in examples -> if the
-controller is due: probe -> reading -> `controller.update` -> decision applied and recorded.
+examples -> optimizer step -> progress counted in examples -> if the controller is due: probe ->
+reading -> `controller.update` -> decision applied and recorded.
 
 What may change during a run is asked anew at every step: rates and groups of the optimizer, which
 parameters are trained. Hooks on the accumulation of gradients run once a step on the whole
@@ -16,11 +16,8 @@ signal or one rank's numbers is agreed on through the world before anybody acts 
 keeps the records.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -33,27 +30,13 @@ from hessianflow.interfaces import (
     BatchController,
     BatchTransform,
     CurvatureProbe,
-    Decision,
-    EpochMeasurement,
     GradientObserver,
     LossFn,
-    RecordSink,
     ResizableBatches,
-    Stateful,
     World,
 )
-from hessianflow.normalisation.settle import NormStatistics
-from hessianflow.runs import Recorder
-from hessianflow.training.accumulate import GradientAccumulator, Precision
 from hessianflow.training.after_epoch import AfterEpoch
-from hessianflow.training.arguments import (
-    as_list,
-    check_data,
-    check_functions,
-    check_model,
-    check_parts,
-    check_settings,
-)
+from hessianflow.training.assembly import assemble
 from hessianflow.training.checks import (
     check_probe,
     check_rows,
@@ -62,26 +45,15 @@ from hessianflow.training.checks import (
     idle_adversary,
     unheld_state,
 )
-from hessianflow.training.control_point import ControlPoint, CurvatureSchedule
-from hessianflow.training.divergence import DivergencePolicy, OnDivergence
-from hessianflow.training.explosion import ExplosionRule
-from hessianflow.training.learning_rate import LearningRate
-from hessianflow.training.lookahead import Lookahead, check_staleness
-from hessianflow.training.loop import TrainingLoop
-from hessianflow.training.microbatch import microbatches
-from hessianflow.training.model_state import ModelState
-from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.divergence import Divergence
+from hessianflow.training.lookahead import check_staleness
+from hessianflow.training.passes import Passes
+from hessianflow.training.reporting import Reporting
 from hessianflow.training.run import Run
-from hessianflow.training.saving import Saver
-from hessianflow.training.schedule import ScheduleUnit, misfit
-from hessianflow.training.settings import flat, of_controller, of_optimizer
-from hessianflow.training.state import RunState, numbered, stateful_parts
-from hessianflow.training.step import TrainingStep
-from hessianflow.training.timing import Stopwatch
-from hessianflow.training.totals import RunningTotals
+from hessianflow.training.saving import Checkpoints
+from hessianflow.training.schedule import Schedule, misfit
+from hessianflow.training.task import Groups, Methods, Task, as_groups
 from hessianflow.training.world import LocalWorld
-
-NO_STATE: Mapping[str, Stateful] = MappingProxyType({})
 
 
 class AdaptiveBatchTrainer(Run):
@@ -99,61 +71,25 @@ class AdaptiveBatchTrainer(Run):
             schedule-free ones) is switched to the mode of training or evaluation.
         loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see
             `LossFn`).
+        epochs: passes over the training data.
         controller: decides the batch size; None keeps that of `train_data`.
         adversary: perturbs its share of each batch, or trains on adversarial twins of it
             (:class:`~hessianflow.adversarial.ConcurrentAdversary`); the controller's
-            `attack_factor` multiplies the share. Progress counts the examples drawn from the data.
-        epochs: passes over the training data.
-        scheduler: any scheduler of torch or timm, built for this optimizer. A rate that it sets in
-            the optimizer's groups (or that is set by hand, at any time) is the rate at the
-            reference batch size; during each step the controller's factor multiplies it.
-        schedule_unit: "epoch": the scheduler takes `epochs` steps, one an epoch. "reference_batch":
-            one per reference batch of examples, int(epochs * num_examples / reference_batch_size)
-            in all, so that a schedule counted in steps keeps its meaning when the batch grows.
-        probe: measures curvature, when the controller needs it and, with `curvature="epoch"`, after
-            every epoch.
-        reference_batch_size: batch size that the learning rate is stated at; None: the one the run
-            starts with.
-        microbatch_size: examples per forward pass on the device; halved for good when memory runs
-            out. "auto" looks for the fastest that fits. None: "auto" on a GPU, elsewhere the
-            reference batch size.
-        norm_batch_size: examples that batch normalisation sees at once in training ("ghost" batch
-            normalisation). None: the reference batch size, as the published runs had in effect. 0:
-            the whole microbatch.
-        norm_statistics: "settled": where the running statistics of batch normalisation have not
-            settled at the end of an epoch, they are measured anew on the batch trained last, before
-            anything is measured, evaluated or saved (:mod:`~hessianflow.normalisation.settle`).
-            "running": they are left as training made them; with it the probe's
-            `check_statistics=False` gives the signal of ABSA's published code.
-        transform: applied to each whole batch before the adversary.
-        before_evaluation: called after every epoch, before the model is evaluated and saved as the
-            best; it may set buffers, or replace the weights by an average.
-        after_evaluation: called after that, even after an error, to restore the weights.
-        measurements: made and recorded after every epoch, such as
-            :class:`~hessianflow.adversarial.RobustnessWatch`.
+            `attack_factor` multiplies the share. Progress counts the examples drawn from the
+            data.
+        probe: measures curvature, when the controller needs it and after every epoch (unless
+            `after_epoch` says otherwise).
         observers: shown the gradient of every microbatch; their signals go to the controller.
-        max_grad_norm: clip the gradient of each step to this norm; None: do not.
-        precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
+        transform: applied to each whole batch before the adversary.
+        schedule: the learning-rate schedule, in epochs or in reference batches, and the batch size
+            that rates are stated at. A scheduler alone stands for `Schedule(scheduler)`.
+        passes: how the gradient of a step is computed: microbatches, batch normalisation,
+            precision, clipping.
+        checkpoints: when they are saved, what they hold, how many are kept.
+        divergence: what counts as one, and whether to stop or to roll back then.
+        after_epoch: what is done after every epoch besides the evaluation.
         run_dir: where config, history, checkpoints and summary go; None keeps records in memory.
-        config: settings to write to config.json besides the trainer's own.
-        sinks: other receivers of every record.
-        state: by name, other objects whose state every checkpoint is to hold, such as an average of
-            the weights (`torch.optim.swa_utils.AveragedModel`) or a generator in a class of its
-            own. Their `state_dict` and `load_state_dict` must deal in tensors and plain values. The
-            trainer itself saves model, optimizer, scheduler, data, controller, adversary, probe,
-            observers, measurements, a transform and a loss that have states, and the global random
-            generators.
-        checkpoint_examples: also save a checkpoint each time this many examples have been trained.
-        checkpoint_minutes: also save a checkpoint each time this many minutes have passed.
-        keep_checkpoints: how many of the newest are kept (the best one is kept as well).
-        on_divergence: when the loss is no longer finite, or explodes: "stop", or "rollback": go
-            back to the last checkpoint, undo the last growth and keep the batch below it from then
-            on.
-        max_loss_ratio: a loss explodes if it stays above this many times the mean of the run so
-            far, for longer than rare large losses do (:mod:`~hessianflow.training.explosion`);
-            None: a finite loss never does.
-        max_rollbacks: how many rollbacks are made before the run stops anyway.
-        show_progress: True, False, or None: only on a terminal.
+        reporting: further receivers of the records, and the progress bar.
         world: the ranks to train with, such as `hf.distributed.GroupWorld(reducer)`; every rank
             makes a trainer of the same settings and calls the same methods. None: this process
             alone.
@@ -173,164 +109,51 @@ class AdaptiveBatchTrainer(Run):
         *,
         optimizer: Optimizer,
         loss_fn: LossFn,
+        epochs: int,
         controller: BatchController | None = None,
         adversary: Adversary | None = None,
-        epochs: int,
-        scheduler: LRScheduler | None = None,
-        schedule_unit: ScheduleUnit = "epoch",
         probe: CurvatureProbe | None = None,
-        curvature: CurvatureSchedule = "epoch",
-        reference_batch_size: int | None = None,
-        microbatch_size: int | Literal["auto"] | None = None,
-        norm_batch_size: int | None = None,
-        norm_statistics: NormStatistics = "settled",
-        transform: BatchTransform | None = None,
-        before_evaluation: Callable[[], None] | None = None,
-        after_evaluation: Callable[[], None] | None = None,
-        measurements: Sequence[EpochMeasurement] = (),
         observers: Sequence[GradientObserver] = (),
-        max_grad_norm: float | None = None,
-        precision: Precision = "float32",
+        transform: BatchTransform | None = None,
+        schedule: Schedule | LRScheduler | None = None,
+        passes: Passes | None = None,
+        checkpoints: Checkpoints | None = None,
+        divergence: Divergence | None = None,
+        after_epoch: AfterEpoch | None = None,
         run_dir: str | Path | None = None,
-        config: Mapping[str, Any] | None = None,
-        sinks: Iterable[RecordSink] = (),
-        state: Mapping[str, Stateful] = NO_STATE,
-        checkpoint_examples: int | None = None,
-        checkpoint_minutes: float | None = None,
-        keep_checkpoints: int = 2,
-        on_divergence: OnDivergence = "stop",
-        max_loss_ratio: float | None = 100.0,
-        max_rollbacks: int = 3,
-        show_progress: bool | None = None,
+        reporting: Reporting | None = None,
         world: World | None = None,
     ) -> None:
-        check_settings(
-            epochs=epochs,
-            schedule_unit=schedule_unit,
-            curvature=curvature,
-            precision=precision,
-            on_divergence=on_divergence,
-            reference_batch_size=reference_batch_size,
-            microbatch_size=microbatch_size,
-            norm_batch_size=norm_batch_size,
-            norm_statistics=norm_statistics,
-            max_grad_norm=max_grad_norm,
-            max_loss_ratio=max_loss_ratio,
-            checkpoint_examples=checkpoint_examples,
-            checkpoint_minutes=checkpoint_minutes,
-            keep_checkpoints=keep_checkpoints,
-            max_rollbacks=max_rollbacks,
-            show_progress=show_progress,
-        )
-        check_model(model)
-        check_data(train_data, eval_data)
-        measurements, observers = (
-            as_list("measurements", measurements),
-            as_list("observers", observers),
-        )
-        sinks = as_list("sinks", sinks)
-        world = LocalWorld() if world is None else world
-        check_parts(controller=controller, adversary=adversary, probe=probe, observers=observers)
-        check_parts(measurements=measurements, sinks=sinks, state=state)
-        check_functions(loss_fn=loss_fn, transform=transform)
-        check_functions(before_evaluation=before_evaluation, after_evaluation=after_evaluation)
-        examples = train_data.num_examples
-        decision = Decision(train_data.batch_size) if controller is None else controller.decision
-        check_signals(controller, probe is not None, bool(observers), examples)
-        check_run(model, optimizer, decision.batch_size, examples)
-        check_probe(probe, model, state)
-        depth = 0 if adversary is None else adversary.staleness
-        check_staleness(depth, decision.batch_size, examples, epochs)
-        reference = decision.batch_size if reference_batch_size is None else reference_batch_size
-        norm_size = reference if norm_batch_size is None else norm_batch_size or None
-        watch = Stopwatch(next(model.parameters()).device)
-        microbatch, paired = microbatches(model, world, microbatch_size, reference, examples)
-        if controller is not None or microbatch.size < decision.batch_size:
-            check_rows(train_data)
-        trained = TrainedParameters(model, optimizer)
-        accumulate = GradientAccumulator(
-            model, loss_fn, trained.current, observers, precision, norm_size, world, paired
-        )
-        step = TrainingStep(
-            model,
-            optimizer,
-            accumulate,
-            microbatch,
-            adversary,
-            transform,
-            watch,
-            watch.device,
-            world,
-            trained,
-            max_grad_norm,
-        )
-        ahead = Lookahead(train_data, depth, step.load, watch.device, watch)
-        totals = RunningTotals(watch.device, watch.totals(), ExplosionRule(max_loss_ratio))
-        rate = LearningRate(optimizer, scheduler, schedule_unit)
-        control = ControlPoint(controller, probe, tuple(observers), curvature, watch, world)
+        groups = as_groups(schedule, passes, checkpoints, divergence, after_epoch, reporting)
+        task = Task(model, train_data, eval_data, optimizer, loss_fn, epochs)
+        methods = Methods(controller, adversary, probe, observers, transform)
+        _check_fit(task, methods, groups)
         folder = None if run_dir is None else in_home(run_dir)
-        built = {
-            "epochs": epochs,
-            "schedule_unit": schedule_unit,
-            "reference_batch_size": reference,
-            "norm_batch_size": norm_size,
-            "norm_statistics": norm_statistics,
-            "precision": precision,
-            "max_grad_norm": max_grad_norm,
-            "max_loss_ratio": max_loss_ratio,
-            **of_controller(controller),
-            **of_optimizer(optimizer),
-            **flat("scheduler", rate.settings),
-        }
-        further = {
-            **numbered("measurement", measurements),
-            **{f"state {name}": held for name, held in state.items()},
-        }
-        first = world.rank == 0
-        loop = TrainingLoop(
-            model=model,
-            train_data=train_data,
-            ahead=ahead,
-            after_epoch=AfterEpoch(
-                model,
-                eval_data,
-                loss_fn,
-                optimizer,
-                measurements,
-                watch,
-                world,
-                before=before_evaluation,
-                after=after_evaluation,
-            ),
-            epochs=epochs,
-            schedule_unit=schedule_unit,
-            reference_batch_size=reference,
-            norm_batch_size=norm_size,
-            step=step,
-            control=control,
-            totals=totals,
-            rate=rate,
-            state=RunState(
-                ModelState(model, optimizer, loss_fn),
-                optimizer,
-                stateful_parts(train_data, ahead, control, step, rate, totals) | further,
-                watch,
-                built,
-                partial(step.follow, anew=True),
-            ),
-            record=Recorder(folder if first else None, sinks if first else ()),
-            saver=Saver(checkpoint_examples, checkpoint_minutes, keep_checkpoints),
-            policy=DivergencePolicy(on_divergence, max_rollbacks),
-            watch=watch,
-            world=world,
-            decision=decision,
-            run_dir=folder,
-            show_progress=show_progress if first else False,
-            norm_statistics=norm_statistics,
-        )
+        world = LocalWorld() if world is None else world
+        loop = assemble(task, methods, groups, folder, world)
+        batch_size = loop.steering.decision.batch_size
+        if controller is not None or loop.step.microbatch.size < batch_size:
+            check_rows(train_data)
+        reference = loop.rate.reference_batch_size
+        per_epoch = train_data.num_examples / reference
         notices = [
             idle_adversary(controller, adversary),
-            misfit(scheduler, schedule_unit, epochs, examples / reference),
-            unheld_state(run_dir, optimizer, state),
+            misfit(groups.schedule.scheduler, groups.schedule.unit, epochs, per_epoch),
+            unheld_state(run_dir, optimizer, groups.checkpoints.state),
         ]
-        super().__init__(loop, config or {}, notices, controller, reference)
+        super().__init__(loop, groups.reporting.config, notices, controller, reference)
+
+
+def _check_fit(task: Task, methods: Methods, groups: Groups) -> None:
+    """Refuse a task, methods and settings that do not fit together.
+
+    Raises:
+        HessianFlowError: which of them do not.
+    """
+    examples = task.train_data.num_examples
+    batch_size = methods.first_decision(task.train_data).batch_size
+    has_probe = methods.probe is not None
+    check_signals(methods.controller, has_probe, bool(methods.observers), examples)
+    check_run(task.model, task.optimizer, batch_size, examples)
+    check_probe(methods.probe, task.model, groups.checkpoints.state)
+    check_staleness(methods.staleness, batch_size, examples, task.epochs)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from hessianflow.interfaces import AgreedError, BatchTotals, HessianFlowError, Hits, World
+from hessianflow.interfaces import AgreedError, HessianFlowError, StepResult, Wishes, World
 
 T = TypeVar("T")
+_NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
 class LocalWorld:
@@ -16,6 +18,10 @@ class LocalWorld:
 
     rank = 0
     world_size = 1
+
+    def __init__(self) -> None:
+        self._wishes: Callable[[], Wishes] = Wishes
+        self.agreed = Wishes()
 
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Do nothing: the gradients are whole as they are."""
@@ -37,22 +43,21 @@ class LocalWorld:
                 "a batch of 0 examples has no mean loss: check the training data"
             )
         self._examples = examples
-        self._weight: float | Tensor = 0  # until a row is found
 
-    def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
-        """Nothing leaves."""
-        self._weight = weight
-        return nullcontext()
+    def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Return a context that does nothing: one process sends no gradient away."""
+        return _NO_CONTEXT
 
-    def finish(
-        self,
-        loss: Tensor,
-        hits: Hits | None,
-        counts: Sequence[int] = (),
-        means: Sequence[tuple[Tensor, float | Tensor]] = (),
-    ) -> BatchTotals:
-        """Return the figures as they are."""
-        return BatchTotals(loss, hits, self._examples, tuple(counts), tuple(means), self._weight)
+    def post(self, wishes: Callable[[], Wishes]) -> None:
+        """Ask `wishes` at the end of every step from now on."""
+        self._wishes = wishes
+
+    def finish(self, own: StepResult) -> StepResult:
+        """Return the result as it is, of as many examples as were announced."""
+        self.agreed = self._wishes()
+        if own.examples == self._examples:
+            return own
+        return replace(own, examples=self._examples)
 
     def average_buffers(self) -> None:
         """Do nothing: the buffers are those of all ranks."""

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
+from stopping import StopAfterEpoch
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,16 +14,14 @@ from hessianflow.adversarial import GradientReuse
 from hessianflow.control import FixedBatch
 from hessianflow.data import AdaptiveBatches, Augmentation, DeviceBatches
 from hessianflow.optim import SAM, GradientMoments
+from hessianflow.training import Passes, Reporting
 
 N, SIDE, EPS = 20, 6, 0.1
 
 
 def data(augment: Augmentation | None = None, batch: int = 8, **options: Any) -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, batch, augment=augment or Augmentation(), **options)
+    options["augment"] = augment or Augmentation()
+    return bright_or_dark(N, batch, (2, SIDE, SIDE), **options)
 
 
 def network() -> nn.Module:
@@ -30,7 +30,11 @@ def network() -> nn.Module:
 
 
 def train(model: nn.Module, batches: DeviceBatches, adversary: Any, **options: Any):
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     settings["controller"] = FixedBatch(batches.batch_size)
     return AdaptiveBatchTrainer(model, batches, adversary=adversary, **(settings | options))
@@ -98,7 +102,8 @@ def test_microbatches_and_observers_change_nothing(observers: list[Any]):
     for size, watching in ((8, []), (3, observers)):
         model, batches = network(), data(AUGMENTED)
         adversary = GradientReuse(batches, EPS, share=0.5, value_range=(0, 1))
-        train(model, batches, adversary, microbatch_size=size, observers=watching).fit()
+        passes = Passes(microbatch_size=size)
+        train(model, batches, adversary, passes=passes, observers=watching).fit()
         ends.append((model, adversary.state_dict()["signs"]))
     for a, b in zip(ends[0][0].parameters(), ends[1][0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -110,23 +115,16 @@ def test_resumed_it_ends_the_same(tmp_path: Any):
     whole, again = network(), network()
     batches = data(AUGMENTED)
     train(whole, batches, GradientReuse(batches, EPS, share=1, value_range=(0, 1)), epochs=4).fit()
-    model, batches = network(), data(AUGMENTED)
-    made = train(
+    model, batches, stop = network(), data(AUGMENTED), StopAfterEpoch(2)
+    stop.trainer = train(
         model,
         batches,
         GradientReuse(batches, EPS, share=1, value_range=(0, 1)),
         epochs=4,
         run_dir=tmp_path / "run",
+        reporting=Reporting(sinks=[stop], show_progress=False),
     )
-    finish = made._loop._finish_epoch
-
-    def stopping(*arguments):
-        finish(*arguments)
-        if made.progress.epoch == 2:
-            made.request_stop()
-
-    made._loop._finish_epoch = stopping
-    made.fit()
+    assert stop.trainer.fit().summary["status"] == "preempted"
     batches = data(AUGMENTED)
     train(
         again, batches, GradientReuse(batches, EPS, share=1, value_range=(0, 1)), epochs=4

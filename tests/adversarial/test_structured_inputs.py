@@ -24,6 +24,7 @@ from hessianflow.adversarial import (
 from hessianflow.adversarial.input_hessian import InputHessian
 from hessianflow.adversarial.monitors import InputCurvature, RobustnessWatch
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.training import Reporting
 
 X, Y = torch.rand(8, 4), torch.arange(8) % 3
 
@@ -135,7 +136,7 @@ def test_the_trainer_refuses_before_the_first_step() -> None:
         controller=hf.control.FixedBatch(8),
         adversary=FGSM(0.1, share=0.5, value_range=None),
         epochs=1,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     )
     with pytest.raises(
         HessianFlowError, match="inputs must be one tensor to be perturbed, got a dict"

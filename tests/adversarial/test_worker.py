@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
+from stopping import StopAfter
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow import AdaptiveBatchTrainer
-from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProcess, pair_loss
+from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary, WorkerProcess
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.normalisation import split_batch_norm
+from hessianflow.training import Ahead, Passes, exposed_loss
 
 RANGE = (0.0, 1.0)
 
@@ -29,10 +32,7 @@ def worker():
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(
-        256, (40, 1, 6, 6), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
+    return bright_or_dark(40, shape=(1, 6, 6))
 
 
 def network() -> nn.Module:
@@ -44,32 +44,29 @@ def network() -> nn.Module:
     )
 
 
-def train(runner: Any, run_dir: Path, *, stop_at: int = 0) -> AdaptiveBatchTrainer:
+def train(runner: Any, run_dir: Path, *, stop_after: int = 0) -> AdaptiveBatchTrainer:
     model = network()
     adversary = ConcurrentAdversary(
         PGD(0.1, value_range=RANGE, steps=2), share=0.5, staleness=2, runner=runner
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options: dict[str, Any] = {"epochs": 3, "controller": FixedBatch(8), "precision": "bf16"}
-    made = AdaptiveBatchTrainer(
+    options: dict[str, Any] = {
+        "epochs": 3,
+        "controller": FixedBatch(8),
+        "passes": Passes(precision="bf16"),
+    }
+    stop = StopAfter(stop_after)
+    stop.trainer = AdaptiveBatchTrainer(
         model,
         data(),
         optimizer=optimizer,
         loss_fn=cross_entropy,
         adversary=adversary,
         run_dir=run_dir,
+        transform=stop if stop_after else None,
         **options,
     )
-    if stop_at:
-        loop, decide = made._loop, made._loop._decide
-
-        def stopping(*arguments):
-            decide(*arguments)
-            if made.progress.updates == stop_at:
-                made.request_stop()
-
-        loop._decide = stopping
-    return made
+    return stop.trainer
 
 
 def test_training_resumed_through_another_process_ends_as_interleaved(
@@ -79,14 +76,17 @@ def test_training_resumed_through_another_process_ends_as_interleaved(
     way."""
     whole = train(None, tmp_path / "whole")
     whole.fit()
-    train(worker, tmp_path / "run", stop_at=7).fit()
+    broken = train(worker, tmp_path / "run", stop_after=9 * 8)
+    assert broken.fit().summary["status"] == "preempted"
+    assert broken.progress.examples % broken.progress.examples_per_epoch > 0
     again = train(worker, tmp_path / "other")
     again.resume(tmp_path / "run")
     for (name, a), b in zip(
         whole.model.state_dict().items(), again.model.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
-    assert whole._loop.step.adversary.state_dict() == again._loop.step.adversary.state_dict()
+    first, second = (made.state_dict()["parts"]["adversary"] for made in (whole, again))
+    assert first == second
 
 
 class Failing(FGSM):
@@ -182,11 +182,11 @@ def test_a_loop_of_ones_own_may_use_it(worker: WorkerProcess):
     ends = []
     for runner in (None, worker):
         model = network().train()
-        ahead = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), staleness=1, runner=runner)
+        adversary = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), staleness=1, runner=runner)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for pair in ahead.pairs(model, [*data()]):
+        for exposure in Ahead([*data()], adversary, model):
             optimizer.zero_grad()
-            pair_loss(model, pair, cross_entropy).total.backward()
+            exposed_loss(model, exposure, cross_entropy).backward()
             optimizer.step()
         ends.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))

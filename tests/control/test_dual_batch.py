@@ -296,7 +296,11 @@ def test_fit_resists_outliers() -> None:
         ),
         (
             lambda: dual_batch_plan(4, 1, 100, 1, 1, math.nan, 1),
-            "intercept must be a finite number > 0, got nan",
+            "intercept must be a finite number >= 0, got nan",
+        ),
+        (
+            lambda: dual_batch_plan(4, 1, 100, 1, 1, 0, 1),
+            "intercept must be a finite number > 0, got 0",
         ),
         (
             lambda: dual_batch_plan(4, 1, 100, 1, 1, 1, 0.9),

@@ -3,19 +3,14 @@
 Random starts are off: the two draw from different generators.
 """
 
-import warnings
-
 import pytest
 import torch
+from peers import library
 from torch import nn
 
 from hessianflow.adversarial import fgsm, pgd
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # deprecations inside that package
-    foolbox = pytest.importorskip(
-        "foolbox", reason="needs the foolbox package", exc_type=ImportError
-    )
+foolbox = library("foolbox")
 
 EPS, STEPS, RELATIVE_STEP = 0.05, 12, 0.2
 

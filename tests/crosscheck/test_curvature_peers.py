@@ -1,10 +1,9 @@
 """Our products and eigenvalues against independent libraries, on a net with batch normalisation."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
+from peers import library
 from problems import classification, conv_net, train
 from torch import nn
 
@@ -20,9 +19,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def curvlinops():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside it and its requirements
-        return pytest.importorskip("curvlinops", exc_type=ImportError)
+    return library("curvlinops")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

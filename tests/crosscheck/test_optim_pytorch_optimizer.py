@@ -5,13 +5,12 @@ import copy
 
 import pytest
 import torch
+from peers import library
 from torch import nn
 
 from hessianflow.optim import LARS
 
-pytorch_optimizer = pytest.importorskip(
-    "pytorch_optimizer", reason="needs the pytorch_optimizer package"
-)
+pytorch_optimizer = library("pytorch_optimizer")
 
 
 def train(

@@ -1,16 +1,9 @@
 """SqueezeNext in pytorchcv's style is pytorchcv's network: the same outputs and gradients for the
 same weights."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-pytest.importorskip(
-    "pytorchcv", reason="pytorchcv is not installed: pip install --no-deps pytorchcv"
-)
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from peers import library
 
 from experiments.benchmarks.models import PAIRS, networks
 
@@ -19,6 +12,7 @@ from experiments.benchmarks.models import PAIRS, networks
 def test_same_outputs_and_gradients(theirs: str, ours: str) -> None:
     """In float64 and training mode, so that batch statistics and every rounding are the same
     operations."""
+    library("pytorchcv")
     torch.manual_seed(0)
     models = networks(theirs, ours, 64)
     images = torch.randn(2, 3, 224, 224, dtype=torch.float64)

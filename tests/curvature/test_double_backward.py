@@ -160,7 +160,7 @@ def test_an_operator_uses_the_cheap_kernels_where_there_are_some(model, entered,
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr("hessianflow.curvature.model_operator.CheapDoubleBackward", Noted)
+    monkeypatch.setattr("hessianflow.curvature.surroundings.CheapDoubleBackward", Noted)
     problem = classification(model, (1, 8, 8) if entered else (20,), 6)
     operator = HessianOperator(problem.model, problem.loss_fn, problem.pair)
     operator @ torch.ones(operator.size, dtype=operator.dtype)

@@ -243,7 +243,7 @@ def test_what_changes_when_it_runs_again_is_refused():
     model.run = run
     data = (torch.randn(10, 6, 4).double(), torch.randint(0, 3, (10,)))
     with pytest.raises(
-        HessianFlowError, match="a checkpointed part of the model gives other tensors when it runs"
+        HessianFlowError, match="a checkpointed part of the model returns other tensors"
     ):
         HessianOperator(model, F.cross_entropy, data, check_deterministic=False) @ torch.ones(
             55
@@ -433,11 +433,11 @@ class TestBatchStatistics:
     def test_one_example_has_no_statistics(self):
         problem = classification(self.net(), (4,), 1, 3)
         with pytest.raises(
-            HessianFlowError, match="statistics of the batch, which one example has none of"
+            HessianFlowError, match="statistics of the batch, and one example has none"
         ):
             HessianOperator(problem.model, problem.loss_fn, problem.pair) @ vector(63)
         tracked = classification(conv_net(), (1, 1, 1), 1, 10)
-        with pytest.raises(HessianFlowError, match="which one example has none of"):
+        with pytest.raises(HessianFlowError, match="one example has none"):
             HessianOperator(
                 tracked.model, tracked.loss_fn, tracked.pair, norm_mode="batch"
             ) @ vector(348)

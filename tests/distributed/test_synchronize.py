@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,9 +8,15 @@ from torch import nn
 
 from hessianflow.distributed.launch import run_local
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.interfaces import Hits
+from hessianflow.interfaces import Hits, StepResult
+from hessianflow.losses import weighted as sum_of
 
 STEPS = 20
+
+
+def of_mean(loss, weight, hits=None, rows=1) -> StepResult:
+    """The result of rows whose mean loss is `loss`."""
+    return StepResult(sum_of(loss.detach(), weight), weight, hits, rows)
 
 
 def check_equal(found: dict, expected: dict) -> None:
@@ -44,19 +52,19 @@ def unequal(reducer):
     sync = GradientSynchronizer([used, partly, unused], reducer)
     if reducer.rank == 0:
         sync.begin(0)
-        totals = sync.finish(None, None, [1, 0])
+        totals, counts = sync.finish(None, [1, 0])
     else:
         sync.begin(3)
         loss = (used * 2).sum() + (partly * 3).sum()
         with sync.last_backward():
             loss.backward()
-        totals = sync.finish(loss, Hits(torch.tensor(2), 3), [1, 0])
-    return totals, used.grad, partly.grad, unused.grad
+        totals, counts = sync.finish(of_mean(loss, 3, Hits(torch.tensor(2), 3), 3), [1, 0])
+    return totals, counts, used.grad, partly.grad, unused.grad
 
 
 def test_a_rank_without_examples_takes_part():
-    for totals, used, partly, unused in run_local(unequal, 2):
-        assert (float(totals.loss), totals.examples, totals.counts) == (10.0, 3, (2, 0))
+    for totals, counts, used, partly, unused in run_local(unequal, 2):
+        assert (float(totals.loss), totals.examples, counts) == (10.0, 3, (2, 0))
         assert (int(totals.hits.correct), int(totals.hits.counted)) == (2, 3)
         assert used.tolist() == [2.0, 2.0]
         assert partly.tolist() == [3.0, 3.0]
@@ -76,7 +84,7 @@ def weighted(reducer):
     )
     with sync.last_backward():
         loss.backward()
-    return sync.finish(loss, None).loss, weight.grad
+    return sync.finish(of_mean(loss, float(classes[targets].sum())))[0].loss, weight.grad
 
 
 def test_weighted_losses_keep_their_own_mean():
@@ -99,7 +107,7 @@ def ignoring(reducer):
     loss = weight.sum() * (2.0 if reducer.rank == 0 else float("nan"))
     with sync.last_backward():
         loss.backward()
-    totals = sync.finish(loss, None)
+    totals, _ = sync.finish(of_mean(loss, 3.0 if reducer.rank == 0 else 0.0))
     return float(totals.loss), weight.grad.tolist(), totals.examples
 
 
@@ -119,7 +127,7 @@ def repeated(reducer):
     (0.5 * (late + early) * scale).sum().backward()
     with sync.last_backward():
         (0.5 * (late + early) * scale).sum().backward()
-    sync.finish(torch.tensor(1.0), None)
+    sync.finish()
     return early.grad.tolist(), late.grad.tolist()
 
 
@@ -132,10 +140,9 @@ def only_ignored(reducer):
     sync = GradientSynchronizer([weight], reducer)
     weight.grad = torch.zeros(1)
     sync.begin(4, weight=0.0)
-    totals = sync.finish(
-        torch.tensor(float("nan")), None, means=[(torch.tensor(float("nan")), 0.0)]
-    )
-    return float(totals.loss), totals.weight, float(totals.means[0][0]), weight.grad.tolist()
+    nothing = of_mean(torch.tensor(float("nan")), 0.0)
+    totals, _ = sync.finish(replace(nothing, twins=nothing))
+    return float(totals.loss), totals.divisor, float(totals.twins.loss), weight.grad.tolist()
 
 
 def test_only_ignored_targets_count_for_nothing():
@@ -150,7 +157,7 @@ def layouts(reducer):
     sync.begin(1 + reducer.rank)
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 3.0 * (1 + reducer.rank))
-    sync.finish(torch.tensor(1.0), None)
+    sync.finish()
     return [
         (p.grad.dtype, p.grad.stride() == p.stride(), p.grad.float().unique().tolist())
         for p in parameters
@@ -172,7 +179,7 @@ def test_uncounted_hits_stay_uncounted():
     sync = GradientSynchronizer([weight], LOCAL)
     sync.begin(4)
     weight.grad = torch.ones(1)
-    assert sync.finish(torch.tensor(1.0), None).hits is None
+    assert sync.finish(of_mean(torch.tensor(1.0), 4))[0].hits is None
 
 
 def test_bad_input():
@@ -181,7 +188,7 @@ def test_bad_input():
     sync = GradientSynchronizer([nn.Parameter(torch.ones(1))], LOCAL)
     sync.begin(0)
     with pytest.raises(ValueError, match="0 examples over all ranks"):
-        sync.finish(None, None)
+        sync.finish()
 
 
 def sparse(reducer):
@@ -189,7 +196,7 @@ def sparse(reducer):
     sync = GradientSynchronizer(table.parameters(), reducer)
     sync.begin(1)
     table(torch.tensor([1])).sum().backward()
-    sync.finish(torch.tensor(1.0), None)
+    sync.finish()
 
 
 def test_sparse_gradients_are_refused():

@@ -43,7 +43,7 @@ from hessianflow import History
 from hessianflow.distributed import GroupWorld, run_simulated
 from hessianflow.distributed.launch import run_local
 from hessianflow.runs import checkpoints
-from hessianflow.training import saving
+from hessianflow.training import Checkpoints, saving
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -132,7 +132,11 @@ def test_checkpoints_by_the_clock_are_a_minute_apart(
 
     def train(reducer) -> None:
         options = {"transform": watch} if reducer.rank == 0 else {}
-        further = {"run_dir": tmp_path / "run", "checkpoint_minutes": 1, "epochs": 2}
+        further = {
+            "run_dir": tmp_path / "run",
+            "checkpoints": Checkpoints(every_minutes=1),
+            "epochs": 2,
+        }
         build(GroupWorld(reducer), lambda *_: options, **further).fit()
 
     run_simulated(train, 2)
@@ -254,6 +258,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_one_process_goes_on(tmp_path: Path):
     folder = str(tmp_path / "run")
     options = ["--device", "cpu", "--epochs", "1", "--train-examples", "200", "--plots", "false"]
@@ -277,6 +282,7 @@ def apart(rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_ranks_with_other_settings_are_refused_in_one_line():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

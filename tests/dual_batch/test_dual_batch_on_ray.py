@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hessianflow.build import load_config, prepare
+from hessianflow.build import load_config, on_this_machine, prepare
 from hessianflow.config import TrainConfig
 from hessianflow.dual_batch import build_dual_batch
 from hessianflow.dual_batch.server import ParameterServer
@@ -22,16 +22,18 @@ pytestmark = pytest.mark.filterwarnings(
 SETTINGS = TrainConfig(
     data="digits",
     model="resnet8",
-    controller="dual-batch",
+    controller={
+        "name": "dual-batch",
+        "workers": 2,
+        "small_workers": 1,
+        "extra_time": 1.1,
+        "slope": 1e-3,
+        "intercept": 1e-2,
+        "server": "ray",
+    },
     batch_size=64,
     epochs=4,
-    milestones=(),
-    workers=2,
-    small_workers=1,
-    extra_time=1.1,
-    slope=1e-3,
-    intercept=1e-2,
-    server="ray",
+    schedule={"name": "multistep", "milestones": ()},
     device="cpu",
     threads=1,
 )
@@ -95,6 +97,7 @@ def commits_of(history) -> list[int]:
     return list({row["commits"]: row for row in history.of_kind("commit")})
 
 
+@pytest.mark.slow
 def test_a_run_survives_the_death_of_a_worker_and_of_the_server(ray, tmp_path: Path) -> None:
     config = prepare(replace(SETTINGS, run_dir=str(tmp_path / "run")))
     trainer, sound = build_dual_batch(config), build_dual_batch(config)._transport
@@ -118,6 +121,7 @@ def test_a_run_survives_the_death_of_a_worker_and_of_the_server(ray, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_stopped_on_ray_and_resumed_there(ray, tmp_path: Path) -> None:
     config = prepare(replace(SETTINGS, epochs=2, run_dir=str(tmp_path / "run")))
     sink = StopAt(3)
@@ -130,7 +134,9 @@ def test_stopped_on_ray_and_resumed_there(ray, tmp_path: Path) -> None:
         ]
         == 3
     )
-    resumed = build_dual_batch(prepare(load_config(tmp_path / "run"))).resume(tmp_path / "run")
+    resumed = build_dual_batch(on_this_machine(load_config(tmp_path / "run"))).resume(
+        tmp_path / "run"
+    )
     assert resumed.summary["status"] == "finished"
     assert commits_of(resumed) == [1, 2, 3, 4]
     finished = [row["finished"] for row in resumed.of_kind("commit")]

@@ -13,37 +13,48 @@ import pytest
 import torch
 
 from hessianflow import History
-from hessianflow.build import build_parts, load_config, load_parts, prepare
-from hessianflow.config import TrainConfig, resolve
+from hessianflow.build import build_parts, load_config, load_parts, on_this_machine, prepare
+from hessianflow.config import TrainConfig
 from hessianflow.control import TimeModel
 from hessianflow.dual_batch import DualBatchTrainer, build_dual_batch
-from hessianflow.dual_batch.build import all_stages, plan_schedule, worker_of
+from hessianflow.dual_batch.build import plan_schedule
 from hessianflow.dual_batch.local_training import FlatWeights, LocalTraining, checkable, with_arrays
-from hessianflow.interfaces import Batch, HessianFlowError
+from hessianflow.dual_batch.workers import all_stages, worker_of
+from hessianflow.interfaces import Batch, HessianFlowError, StepResult
+from hessianflow.resolve import resolve
 from hessianflow.runs import checkpoints
-from hessianflow.training.accumulate import OwnResult
 from hessianflow.training.evaluate import evaluate
 
 SETTINGS = TrainConfig(
     data="fake",
     model="resnet8",
-    controller="dual-batch",
+    controller={
+        "name": "dual-batch",
+        "slope": (1e-3, 2e-3),
+        "intercept": (0.02, 0.02),
+        "workers": 4,
+        "small_workers": 2,
+        "extra_time": 1.1,
+    },
     train_examples=400,
     test_examples=100,
     batch_size=25,
     epochs=4,
-    milestones=(2,),
+    schedule={"name": "multistep", "milestones": (2,)},
     lr=0.02,
-    slope=(1e-3, 2e-3),
-    intercept=(0.02, 0.02),
     resolution="cyclic",
     dropouts=(0.1, 0.2),
-    workers=4,
-    small_workers=2,
-    extra_time=1.1,
     device="cpu",
     threads=1,
 )
+
+
+CONSTANT = {"schedule": "constant"}
+
+
+def plan(**options: object) -> dict[str, object]:
+    """The controller of the settings above with other options."""
+    return {"controller": SETTINGS.controller.with_options(**options)}
 
 
 def trainer(run_dir: Path | str, **changes: object) -> DualBatchTrainer:
@@ -127,7 +138,9 @@ def test_killed_within_the_first_epoch_and_resumed(whole: History, tmp_path: Pat
         build_dual_batch(
             prepare(replace(SETTINGS, run_dir=str(tmp_path / "cut"))), [Crash(2)]
         ).fit()
-    resumed = build_dual_batch(prepare(load_config(tmp_path / "cut"))).resume(tmp_path / "cut")
+    resumed = build_dual_batch(on_this_machine(load_config(tmp_path / "cut"))).resume(
+        tmp_path / "cut"
+    )
     losses = [[row["loss"] for row in history.of_kind("commit")] for history in (whole, resumed)]
     assert losses[0] == losses[1]
 
@@ -163,7 +176,9 @@ def test_a_damaged_last_checkpoint_is_passed_over(
     state = torch.load(path, weights_only=True)
     SERVER_DAMAGES[damage](state)
     torch.save(state, path)
-    resumed = build_dual_batch(prepare(load_config(tmp_path / "run"))).resume(tmp_path / "run")
+    resumed = build_dual_batch(on_this_machine(load_config(tmp_path / "run"))).resume(
+        tmp_path / "run"
+    )
     [event] = resumed.of_kind("event")
     assert event["event"] == "fallback"
     assert "continuing from previous.pt" in event["message"]
@@ -182,7 +197,9 @@ def test_interrupted_and_resumed_is_bit_equal(commits: int, whole: History, tmp_
     assert stopped.of_kind("commit")[-1]["commits"] == commits
     assert stopped.of_kind("event")[-1]["event"] == "preempted"
     torch.manual_seed(99)
-    resumed = build_dual_batch(prepare(load_config(tmp_path / "cut"))).resume(tmp_path / "cut")
+    resumed = build_dual_batch(on_this_machine(load_config(tmp_path / "cut"))).resume(
+        tmp_path / "cut"
+    )
     assert whole.run_dir is not None
     ends = [
         checkpoints.load(folder / "checkpoints" / "last.pt")
@@ -207,19 +224,18 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     whole: History, tmp_path: Path
 ) -> None:
     for seed, same in ((0, True), (1, False)):
-        again = trainer(tmp_path / str(seed), seed=seed, epochs=2, milestones=())
+        again = trainer(tmp_path / str(seed), seed=seed, epochs=2, **CONSTANT)
         losses = [row["loss"] for row in again.fit().of_kind("commit")[:4]]
         assert (losses == [row["loss"] for row in whole.of_kind("commit")[:4]]) is same
 
 
 def test_the_time_model_is_measured_once_and_kept(tmp_path: Path) -> None:
     made = {
-        "slope": None,
-        "intercept": None,
+        **plan(slope=None, intercept=None),
+        **CONSTANT,
         "resolution": None,
         "dropouts": None,
         "epochs": 1,
-        "milestones": (),
     }
     settings = {**made, "batch_size": 32, "train_examples": 400}
     config = prepare(replace(SETTINGS, run_dir=str(tmp_path / "a"), **settings))  # type: ignore[arg-type]
@@ -230,7 +246,7 @@ def test_the_time_model_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert times.keys() == {"16"}
     assert times["16"]["slope"] > 0
     assert (times["16"]["smallest"], times["16"]["largest"]) == (4, 32)
-    build_dual_batch(prepare(load_config(tmp_path / "a"))).resume(tmp_path / "a")
+    build_dual_batch(on_this_machine(load_config(tmp_path / "a"))).resume(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["dual_batch"]["times"] == times
 
 
@@ -239,9 +255,8 @@ def one_worker(**changes: object) -> LocalTraining:
     settings = {
         "resolution": None,
         "dropouts": None,
-        "milestones": (),
-        "slope": 1e-3,
-        "intercept": 0.02,
+        **CONSTANT,
+        **plan(slope=1e-3, intercept=0.02),
         **changes,
     }
     config = prepare(replace(SETTINGS, **settings))  # type: ignore[arg-type]
@@ -256,9 +271,9 @@ def test_only_full_batches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, rows = one_worker(), [0]
     accumulate = worker._accumulate
 
-    def counted(batch: Batch, size: int | None) -> OwnResult:
+    def counted(batch: Batch, size: int | None) -> StepResult:
         rows[0] += len(batch[1])
-        return OwnResult(torch.zeros(()), len(batch[1]), None, len(batch[1]))
+        return StepResult(torch.zeros(()), len(batch[1]), None, len(batch[1]))
 
     counted.scaler = accumulate.scaler  # type: ignore[attr-defined]
     monkeypatch.setattr(worker, "_accumulate", counted)
@@ -293,12 +308,11 @@ def test_rounds_of_equal_workers_are_plain_averaging_of_weights(tmp_path: Path) 
     same = {
         "resolution": None,
         "dropouts": None,
-        "slope": 1e-3,
-        "intercept": 0.02,
+        **plan(slope=1e-3, intercept=0.02, synchrony="bsp", small_workers=0, workers=2),
+        **CONSTANT,
         "epochs": 2,
-        "milestones": (),
     }
-    config = prepare(replace(SETTINGS, synchrony="bsp", small_workers=0, workers=2, **same))  # type: ignore[arg-type]
+    config = prepare(replace(SETTINGS, **same))  # type: ignore[arg-type]
     build_dual_batch(replace(config, run_dir=str(tmp_path / "run"))).fit()
     saved = checkpoints.load(tmp_path / "run" / "checkpoints" / "last.pt")["dual_batch"]["server"][
         "weights"
@@ -328,9 +342,9 @@ def test_bad_input(tmp_path: Path) -> None:
         trainer(tmp_path / "a", batch_size=200)
     with pytest.raises(
         HessianFlowError,
-        match=r"--slope must hold one value for each of the resolutions \[12, 16\]",
+        match=r"--controller.slope must hold one value for each of the resolutions \[12, 16\]",
     ):
-        trainer(tmp_path / "b", slope=0.1)
+        trainer(tmp_path / "b", **plan(slope=0.1))
     with pytest.raises(HessianFlowError, match=r"layer '9' .* takes no images of 12 pixels"):
         trainer(tmp_path / "c", model="c1", dropouts=None)
     checkpoints.save(tmp_path / "d" / "checkpoints" / "last.pt", {"history_bytes": 0, "model": {}})

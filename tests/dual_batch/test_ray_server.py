@@ -63,6 +63,7 @@ def failing_worker(folder, number):
     return local_epoch
 
 
+@pytest.mark.slow
 def test_workers_that_die_or_hang_cost_no_commit(ray, tmp_path):
     """In rounds, where everybody waits for the one that is missing."""
     Path(tmp_path, "server").touch()  # which is to live
@@ -134,6 +135,7 @@ def ending_badly(folder):
     return server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [starting_badly, ending_badly])
 def test_a_server_that_dies_at_the_start_or_at_the_end_is_replaced(ray, tmp_path, make):
     """Rounds make the order of arrival irrelevant: real processes give the simulated numbers bit
@@ -178,6 +180,7 @@ def broken(number):
     return local_epoch
 
 
+@pytest.mark.slow
 def test_what_cannot_go_on_says_so(ray):
     with pytest.raises(ValueError, match=r"too many failures, the last: worker 0 died"):
         train_on_ray(lonely, always_dying, commits=4, max_restarts=0)

@@ -16,6 +16,7 @@ from jobs import (
 from ranks import LOCAL
 
 from hessianflow.elastic import cluster as elastic_cluster
+from hessianflow.elastic import pool as elastic_pool
 from hessianflow.elastic.run import ElasticRun
 from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
@@ -85,6 +86,7 @@ def test_the_world_follows_the_batch(ray, tmp_path):
     assert all(sample.examples_per_second > 0 for sample in run.samples)
 
 
+@pytest.mark.slow
 def test_members_that_die_or_hang_are_replaced(ray, tmp_path, monkeypatch):
     """Rank 0 is killed within update 6, rank 1 hangs in update 12; no example is lost or counted
     twice.
@@ -111,6 +113,7 @@ def test_members_that_die_or_hang_are_replaced(ray, tmp_path, monkeypatch):
     assert slow.message.startswith("rank 1 computed")
 
 
+@pytest.mark.slow
 def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, tmp_path):
     """Snapshots are taken at every boundary: the run goes on from the one before update 12. Records
     come once each."""
@@ -147,6 +150,7 @@ def test_a_newcomer_that_dies_is_done_without_and_the_only_member_replaced(ray, 
     assert died.updates == restored.updates == 12
 
 
+@pytest.mark.slow
 def test_first_workers_that_die_while_they_start_are_replaced(ray, tmp_path):
     """The first process is killed while it builds its job, the next while it joins, one more before
     it is described."""
@@ -161,8 +165,9 @@ def test_first_workers_that_die_while_they_start_are_replaced(ray, tmp_path):
     assert told[1:] == [f"rank 0 of generation {n} died; another was asked for" for n in (1, 2)]
 
 
+@pytest.mark.slow
 def test_a_run_whose_workers_cannot_start_says_so_in_one_line(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(elastic_cluster, "MAX_LOST_NEWCOMERS", 1)
+    monkeypatch.setattr(elastic_pool, "MAX_LOST_NEWCOMERS", 1)
     with pytest.raises(
         HessianFlowError, match=r"2 new workers in a row were of no use, the last died .*logs$"
     ):
@@ -180,7 +185,7 @@ def test_a_cluster_without_room_is_not_waited_for(ray, tmp_path):
 
     def policy(report, samples):
         for newcomer in run._cluster.pending:
-            newcomer.asked_at -= 1000.0  # as if it had been asked for so many seconds ago
+            newcomer.requested_at -= 1000.0  # as if it had been requested that many seconds ago
         return 2
 
     settings = ElasticSettings(max_workers=2, num_cpus=2, **STEPWISE)

@@ -26,6 +26,8 @@ from hessianflow.distributed import run_simulated
 from hessianflow.distributed.state import pack, unpack
 from hessianflow.elastic import ElasticSettings, ElasticTrainer, TrainerJob, build_elastic
 from hessianflow.optim import GradientMoments, MicrobatchNorms
+from hessianflow.resolve import resolve
+from hessianflow.training import Passes
 
 RAY_LEAVES_SOCKETS = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -130,7 +132,7 @@ def test_microbatches_of_an_interrupted_update_are_observed_once():
 
         def observed(model, world, seen=seen):
             seen += [GradientMoments(), MicrobatchNorms(model.parameters())]
-            return {"observers": seen, "microbatch_size": 3, "loss_fn": loss}
+            return {"observers": seen, "passes": Passes(microbatch_size=3), "loss_fn": loss}
 
         made = job(observed)
         made.join(LOCAL)
@@ -187,6 +189,7 @@ def mortal(folder: str, *updates: int):
     return lambda model, world: {**growing(model, world), "transform": Mortal(folder, *updates)}
 
 
+@pytest.mark.slow
 @RAY_LEAVES_SOCKETS
 def test_workers_that_are_killed_change_no_number(ray, tmp_path):
     """Killed at updates 6 and 12, of two workers each time; then stopped, and resumed from the last
@@ -313,6 +316,7 @@ def test_what_is_refused_before_ray_is_asked(tmp_path):
     with pytest.raises(ValueError, match="is not empty: name a new or an empty one"):
         trainer.fit()
     with pytest.raises(ValueError, match="an elastic run needs --run-dir"):
-        build_elastic(TrainConfig(elastic=True))
+        build_elastic(resolve(TrainConfig(elastic=True)))
+    config = resolve(TrainConfig(elastic=True, run_dir="run"))
     with pytest.raises(ValueError, match="start it without torchrun"):
-        training._trainer(TrainConfig(elastic=True, run_dir="run"), SimpleNamespace(world_size=2))
+        training._trainer(config, SimpleNamespace(world_size=2))

@@ -1,20 +1,17 @@
 """The recorded runs of our controller, replayed: today's code makes the decisions that they were
 trained with."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from experiments.controllers.replays import RESULTS, history  # noqa: E402
-from experiments.results import read_rows  # noqa: E402
-from hessianflow.choices import build_controller  # noqa: E402
-from hessianflow.config import from_dict, resolve  # noqa: E402
-from hessianflow.control import replay  # noqa: E402
+from experiments.controllers.replays import RESULTS, history
+from experiments.results import read_rows
+from hessianflow.choices import build_controller
+from hessianflow.config import from_dict
+from hessianflow.control import replay
+from hessianflow.resolve import resolve
+from hessianflow.upgrade import upgrade
 
 ROWS = [row for row in read_rows(RESULTS) if row["method"] in ("critical", "critical-reuse")]
 
@@ -28,7 +25,7 @@ def test_there_are_runs_of_ours() -> None:
 )
 def test_a_replay_decides_as_the_run_did(row: dict[str, Any]) -> None:
     epochs = row["epochs"]
-    config = resolve(from_dict(row["settings"], row["method"]))
+    config = resolve(from_dict(upgrade(row["settings"]), row["method"]))
     result = replay(history(row), build_controller(config), total_epochs=len(epochs))
     changes = {step.epoch: step.decision for step in result.changes}
     assert [(growth["epoch"], growth["to"]) for growth in row["growths"]] == [

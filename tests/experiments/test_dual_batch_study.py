@@ -1,17 +1,15 @@
 """The settings of the dual-batch study against the published ones."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from experiments.dual_batch.grid import cells
 from experiments.dual_batch.tables import table
-from hessianflow.config import from_dict, resolve
+from hessianflow.config import from_dict
 from hessianflow.control import PUBLISHED, dual_batch_plan
+from hessianflow.resolve import resolve
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "dual_batch"
 
@@ -23,11 +21,13 @@ def test_the_files_of_settings_are_the_published_ones(name: str) -> None:
     assert config.resolutions == tuple(level.resolution for level in setting.levels)
     assert config.resolution_batch_sizes == tuple(level.batch_size for level in setting.levels)
     assert config.dropouts == tuple(level.dropout for level in setting.levels)
-    assert (config.slope, config.intercept) == tuple(
+    controller = config.controller.options
+    assert (controller["slope"], controller["intercept"]) == tuple(
         zip(*((t.slope, t.intercept) for t in setting.times), strict=True)
     )
-    assert (*(config.milestones or ()), config.epochs) == setting.phase_ends
-    assert (config.lr, config.lr_decay) == (setting.lr, setting.lr_decay)
+    schedule = config.schedule.options
+    assert (*schedule["milestones"], config.epochs) == setting.phase_ends
+    assert (config.lr, schedule["lr_decay"]) == (setting.lr, setting.lr_decay)
 
 
 def test_the_cluster_of_the_study_is_the_published_one_at_a_fifth() -> None:
@@ -36,10 +36,11 @@ def test_the_cluster_of_the_study_is_the_published_one_at_a_fifth() -> None:
     setting = PUBLISHED["cifar100"]
     for cell in found:
         cell.check()
-        s = cell.settings
+        batch_size = cell.settings["batch_size"]
+        s = cell.settings["controller"]
         lines = s["slope"], s["intercept"]
         slopes, intercepts = lines if isinstance(s["slope"], list) else ([lines[0]], [lines[1]])
-        batches = s.get("resolution_batch_sizes", [s["batch_size"]])
+        batches = cell.settings.get("resolution_batch_sizes", [batch_size])
         for level, (slope, intercept, batch) in enumerate(
             zip(slopes, intercepts, batches, strict=True), 2 - len(slopes)
         ):

@@ -3,8 +3,6 @@ milliseconds."""
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -13,14 +11,11 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from experiments.controllers.grid import METHODS, PROBLEMS, cells  # noqa: E402
-from experiments.devices import least_used, visible_devices  # noqa: E402
-from experiments.results import FORMAT, append_row, groups, read_rows, write_reports  # noqa: E402
-from experiments.runner import Cell, Outcome, Scale, Study, Workplace, main, run_grid  # noqa: E402
-from hessianflow.interfaces import HessianFlowError  # noqa: E402
+from experiments.controllers.grid import METHODS, PROBLEMS
+from experiments.devices import least_used, visible_devices
+from experiments.results import FORMAT, append_row, groups, read_rows, write_reports
+from experiments.runner import Cell, Outcome, Scale, Study, Workplace, main, run_grid
+from hessianflow.interfaces import HessianFlowError
 
 STAND_IN = "tests.experiments.stand_in"
 
@@ -472,43 +467,9 @@ def test_a_signal_stops_the_grid_and_it_goes_on_later(
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scale", ["smoke", "cpu", "gpu", "full"])
-def test_every_cell_of_the_controller_study_can_be(scale: Scale) -> None:
-    found = cells(scale, [0, 1])
-    assert len({(c.problem, c.method, c.seed) for c in found}) == len(found)
-    for one in found:
-        one.check()
-
-
 def test_every_method_has_settings_for_every_problem() -> None:
     from experiments.controllers.grid import cell as made
 
     for problem, settings in PROBLEMS.items():
         for method in METHODS:
             made(problem, settings, method, 0).check()
-
-
-def test_the_controller_study_runs_both_ways(tmp_path: Path) -> None:
-    """Two real runs, one of a controller that the settings spell out; about 15 s of a core."""
-    options = ["--smoke", "--runs", str(tmp_path), "--only", "fake/critical-reuse"]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.controllers", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    row = read_rows(tmp_path / "smoke" / "results.jsonl")[0]
-    assert (row["method"], row["largest_batch"] > 32) == ("critical-reuse", True)
-    assert all(epoch["eigenvalue"] for epoch in row["epochs"][:2])
-    again = subprocess.run(
-        [sys.executable, "experiments/controllers/run.py", *options, "--report"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert again.returncode == 0, again.stderr

@@ -4,25 +4,24 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from experiments import large_batch
+from experiments.__main__ import names, run, study
+from experiments.absa_cifar.grid import FIFTH
+from experiments.results import read_rows
+from experiments.runner import Cell, Scale
 
-from experiments import large_batch  # noqa: E402
-from experiments.absa_cifar.grid import FIFTH  # noqa: E402
-from experiments.results import read_rows  # noqa: E402
-from experiments.runner import Cell, Scale, Study  # noqa: E402
-
-STUDIES = ("absa_cifar", "squeezenext", "lars_clars", "spectra", "conadv", "dual_batch")
+STUDIES = names()
+SPREAD = True
 
 
-def study(name: str) -> Study:
-    found: Study = import_module(f"experiments.{name}.run").STUDY
-    return found
+def test_the_studies_are_those_of_the_folder() -> None:
+    assert set(STUDIES) == SMOKE.keys()
+    for name in STUDIES:
+        assert study(name).name == name
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -52,11 +51,9 @@ def test_what_knows_no_cap_runs_once() -> None:
 def test_a_fifth_of_the_published_run_keeps_its_proportions() -> None:
     """90 epochs, milestones 30, 60, 80 and patience 10, divided by 5."""
     settings = cells([])["absa"].settings
-    assert (settings["epochs"], settings["milestones"], settings["patience"]) == (
-        18,
-        [6, 12, 16],
-        2,
-    )
+    assert settings["epochs"] == 18
+    assert settings["schedule"]["milestones"] == [6, 12, 16]
+    assert settings["controller"] == {"name": "absa", "patience": 2}
 
 
 SMOKE = {
@@ -66,25 +63,19 @@ SMOKE = {
     "spectra": "fake/batch 128*",
     "conadv": "fake/*conadv-*",
     "dual_batch": "fake-cyclic/*",
+    "controllers": "fake/critical-reuse",
 }
 """Cells of each smallest grid that no other has the like of: each is a process, with 5 s of a core
 for imports."""
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_smallest_grid_runs(name: str, tmp_path: Path) -> None:
-    """About 10 s of a core each: the real command, on made-up data, in processes of its own."""
+    """Run the real command on made-up data, each cell in a process of its own."""
     options = ["--smoke", "--jobs", "2", "--runs", str(tmp_path), "--only", SMOKE[name]]
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run([name, *options]) == 0
     rows = read_rows(tmp_path / "smoke" / "results.jsonl")
     wanted = [
         cell
@@ -93,3 +84,28 @@ def test_the_smallest_grid_runs(name: str, tmp_path: Path) -> None:
     ]
     assert len(rows) == len(wanted) > 0
     assert (tmp_path / "smoke" / "results.png").read_bytes().startswith(b"\x89PNG")
+    if name == "controllers":
+        assert rows[0]["largest_batch"] > 32
+        assert all(epoch["eigenvalue"] for epoch in rows[0]["epochs"][:2])
+        assert run([name, *options, "--report"]) == 0
+
+
+def test_without_a_name_the_studies_are_listed() -> None:
+    command = [sys.executable, "-m", "experiments"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in STUDIES:
+        assert f"  {name} " in done.stdout
+    assert "Does ABSA save updates on CIFAR?" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [("absa-cifar", "did you mean absa_cifar?"), ("zzz", "choose from absa_cifar, conadv,")],
+)
+def test_an_unknown_study_is_refused_with_a_way_out(
+    name: str, way_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run([name, "--smoke"])
+    assert way_out in capsys.readouterr().err

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.curvature import GGNOperator, HessianOperator
 from hessianflow.data import AdaptiveBatches
+from hessianflow.training import Passes, Reporting
 
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TARGETS = torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -44,8 +45,8 @@ def test_training_refuses_to_cut_it(loss_fn):
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         loss_fn=loss_fn,
         epochs=1,
-        microbatch_size=3,
-        show_progress=False,
+        passes=Passes(microbatch_size=3),
+        reporting=Reporting(show_progress=False),
     )
     with pytest.raises(HessianFlowError, match="are broadcast"):
         trainer.fit()

@@ -3,6 +3,7 @@ convolutions."""
 
 import pytest
 import torch
+from peers import library
 from torch import nn
 
 from hessianflow import models
@@ -193,11 +194,9 @@ def test_counting_restores_the_model_when_the_pass_fails() -> None:
 def test_pytorchcv_style_computes_what_that_library_computes(name: str, other: str) -> None:
     """The library itself as oracle: the same weights, layer by layer in the order they run, give
     the same outputs."""
-    library = pytest.importorskip(
-        "pytorchcv.models.squeezenext", reason="pytorchcv is not installed"
-    )
+    peer = library("pytorchcv.models.squeezenext")
     ours = models.create(f"squeezenext-{name}@pytorchcv", 1000, 224, "imagenet").eval()
-    theirs = getattr(library, other)().eval()
+    theirs = getattr(peer, other)().eval()
     images = torch.randn(2, 3, 224, 224)
 
     def layers_in_order(model: nn.Module) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
 from hessianflow.losses import MeanLoss
 from hessianflow.normalisation.settle import settle
 from hessianflow.normalisation.statistics import compared_losses, is_unsettled, moving_layers
+from hessianflow.training import Passes, Reporting
 from hessianflow.training.world import LocalWorld
 
 N = 64
@@ -287,7 +288,7 @@ def trained(**options):
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         loss_fn=F.cross_entropy,
         epochs=3,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
         **options,
     ).fit()
     return model, history
@@ -295,7 +296,7 @@ def trained(**options):
 
 class TestTrainer:
     def test_the_first_evaluation_is_of_the_network_that_is_trained(self):
-        _, left = trained(norm_statistics="running")
+        _, left = trained(passes=Passes(norm_statistics="running"))
         _, settled = trained()
         assert left.epochs[0]["eval_loss"] > 2 * left.epochs[0]["train_loss"]
         assert settled.epochs[0]["eval_loss"] < 1.2 * settled.epochs[0]["train_loss"]
@@ -308,7 +309,7 @@ class TestTrainer:
 
     def test_weights_are_trained_as_ever(self):
         settled, _ = trained()
-        left, _ = trained(norm_statistics="running")
+        left, _ = trained(passes=Passes(norm_statistics="running"))
         for (name, own), other in zip(settled.named_parameters(), left.parameters(), strict=True):
             assert torch.equal(own, other), name
 
@@ -327,7 +328,7 @@ class TestTrainer:
             controller=ABS(8, 32, patience=1),
             probe=CurvatureProbe(model, F.cross_entropy, data.sample(16)),
             epochs=2,
-            show_progress=False,
+            reporting=Reporting(show_progress=False),
         ).fit()
         assert [row["reason"] for row in history.growths] == ["no growth for 1 estimate"]
         assert [row.get("note") for row in history.curvature] == [None, None]
@@ -336,7 +337,7 @@ class TestTrainer:
         with pytest.raises(
             HessianFlowError, match="norm_statistics must be one of settled, running, got 'batch'"
         ):
-            trained(norm_statistics="batch")
+            trained(passes=Passes(norm_statistics="batch"))
 
 
 def reading(eigenvalue: float, *, reliable: bool = True) -> CurvatureReading:

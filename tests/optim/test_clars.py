@@ -140,10 +140,10 @@ def test_the_order_of_several_groups_must_be_told() -> None:
     for show in (optimizer.norms.on_microbatch, optimizer.norms.on_step):
         with pytest.raises(
             HessianFlowError,
-            match=r"must know whose gradients it is shown: call watch\(parameters\)",
+            match=r"must know whose gradients it is shown: call bind\(parameters\)",
         ):
             show([first.grad, second.grad], 1)
-    optimizer.norms.watch([first, second])
+    optimizer.norms.bind([first, second])
     optimizer.norms.on_microbatch([first.grad, second.grad], 1)
     optimizer.step()
     for weight in (first, second):  # ||w|| = 2; the direction has that length, too

@@ -57,7 +57,7 @@ def test_gradients_in_another_order_are_refused() -> None:
     observer = MicrobatchNorms(
         [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
     )
-    message = r"number 0 has shape \[3\], its parameter \[2\]: call watch\(parameters\)"
+    message = r"number 0 has shape \[3\], its parameter \[2\]: call bind\(parameters\)"
     for show in (observer.on_microbatch, observer.on_step):
         with pytest.raises(HessianFlowError, match=message):
             show([torch.ones(3), torch.ones(2)], 1)
@@ -67,7 +67,7 @@ def test_watching_others_forgets_what_was_seen() -> None:
     first, second = (torch.zeros(2, dtype=F64, requires_grad=True) for _ in range(2))
     observer = MicrobatchNorms([first, second])
     observer.on_microbatch([torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64)], 1)
-    observer.watch([second, torch.zeros(2), first])  # a frozen one in between
+    observer.bind([second, torch.zeros(2), first])  # a frozen one in between
     with pytest.raises(HessianFlowError, match="MicrobatchNorms has seen no gradient"):
         observer.mean_norms([first])
     observer.on_microbatch([torch.tensor([3.0, 4.0], dtype=F64), torch.zeros(2, dtype=F64)], 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim import cooldown, lars_recipe, legw, linear_warmup, polynomial_decay
+from hessianflow.optim import cooldown, polynomial_decay
 
 
 def test_polynomial_decay_of_a_published_run() -> None:
@@ -30,11 +30,6 @@ def test_polynomial_decay_drives_a_scheduler() -> None:
     assert rates == [9, 9, 4]
 
 
-def test_linear_warmup() -> None:
-    assert [linear_warmup(4)(step) for step in (0, 1, 4, 9)] == [0, 0.25, 1, 1]
-    assert linear_warmup(0)(0) == 1
-
-
 def test_cooldown() -> None:
     """Constant for 8 of 24 steps, then a sixteenth less a step."""
     assert [cooldown(24, 8)(step) for step in (0, 8, 9, 16, 23, 24, 30)] == [
@@ -47,32 +42,6 @@ def test_cooldown() -> None:
         0,
     ]
     assert [cooldown(2, 0)(step) for step in (0, 1, 2)] == [1, 0.5, 0]
-
-
-def test_legw() -> None:
-    """Sixteen times the batch: four times the rate, sixteen times the warm-up."""
-    assert legw(4096, 256, 0.1, 0.3125) == pytest.approx((0.4, 5.0))
-    assert legw(256, 256, 0.1, 1) == (0.1, 1)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "expected"),
-    [
-        (256, (5, 5)),
-        (8191, (5, 5)),
-        (8192, (10, 5)),
-        (16384, (25, 5)),
-        (32768, (32, 14)),
-        (65536, (32, 14)),
-    ],
-)
-def test_published_table(batch_size: int, expected: tuple[float, float]) -> None:
-    assert lars_recipe(batch_size) == expected
-
-
-def test_published_table_long_warmup() -> None:
-    assert lars_recipe(32768, "long") == (31.2, 25)
-    assert lars_recipe(8192, "long") == (10, 5)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +58,6 @@ def test_published_table_long_warmup() -> None:
         (lambda: cooldown(0, 0), "total_steps must be a finite number >= 1, got 0"),
         (lambda: cooldown(8, -1), "decay_from must be a finite number >= 0, got -1"),
         (lambda: cooldown(8, 8), "decay_from must be < total_steps 8, got 8"),
-        (lambda: linear_warmup(-1), "warmup_steps must be a finite number >= 0, got -1"),
-        (lambda: legw(0, 1, 1, 1), "batch_size must be a finite number >= 1, got 0"),
-        (lambda: legw(1, 0, 1, 1), "base_batch_size must be a finite number >= 1, got 0"),
-        (lambda: legw(1, 1, -1, 1), "base_lr must be a finite number >= 0, got -1"),
-        (lambda: legw(1, 1, 1, -1), "base_warmup_epochs must be a finite number >= 0, got -1"),
-        (lambda: lars_recipe(0), "batch_size must be a finite number >= 1, got 0"),
-        (lambda: lars_recipe(1, "medium"), "variant must be short or long, got 'medium'"),
     ],
 )
 def test_bad_arguments(make: object, message: str) -> None:

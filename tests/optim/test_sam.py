@@ -123,7 +123,7 @@ def test_a_step_without_a_closure_says_what_it_needs():
     """As trainers of others call it."""
     sam = SAM(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
     with pytest.raises(
-        HessianFlowError, match=r"SAM needs two gradients a step: call step\(closure\)"
+        HessianFlowError, match=r"SAM needs two gradients per step: call step\(closure\)"
     ):
         sam.step(None)
 

@@ -139,7 +139,19 @@ def fit(found: dict) -> str:
 
 def test_batches_of_a_run_are_those_it_made(capsys):
     assert (
-        main(["train", "--epochs", "4", "--patience", "1", "--plots", "false", "--run-dir", "run"])
+        main(
+            [
+                "train",
+                "--epochs",
+                "4",
+                "--controller.patience",
+                "1",
+                "--plots",
+                "false",
+                "--run-dir",
+                "run",
+            ]
+        )
         == 0
     )
     assert main(["plan", "--run", "run", *FIGURES]) == 0
@@ -157,7 +169,9 @@ def test_batches_of_a_run_that_was_never_made(capsys):
         {"examples": 20000, "batch_size": 32},
         {"examples": 10000, "batch_size": 64},
     ]
-    found = plan(*FIGURES, "--patience", "2", "--epochs", "4", "--train-examples", "1000")
+    found = plan(
+        *FIGURES, "--controller.patience", "2", "--epochs", "4", "--train-examples", "1000"
+    )
     assert found["phases"] == [
         {"examples": 2000, "batch_size": 32},
         {"examples": 2000, "batch_size": 64},

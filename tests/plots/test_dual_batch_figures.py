@@ -111,5 +111,5 @@ def test_what_follows_from_other_settings_does_not_tell_runs_apart():
 def test_runs_without_either_are_refused():
     with pytest.raises(HessianFlowError, match="run 1 holds no commit: it had no parameter server"):
         commit_timeline(in_memory([epoch(1, updates=1, batch=1)]))
-    with pytest.raises(HessianFlowError, match="run 1 tells no resolution"):
+    with pytest.raises(HessianFlowError, match="run 1 records no resolution"):
         batch_and_resolution(in_memory([epoch(1, updates=1, batch=1)]))

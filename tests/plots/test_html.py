@@ -164,7 +164,7 @@ def test_only_a_report_is_replaced(content, folder, tmp_path):
     link.symlink_to(mine)
     for path in (mine, link):
         with pytest.raises(
-            ValueError, match=r"mine|link.html.* is there already and is no report of ours"
+            ValueError, match=r"mine|link.html.* exists already and is not a report of hessianflow"
         ):
             report(folder, path)
     assert mine.read_text() == content
@@ -189,7 +189,7 @@ def test_run_files_folders_and_pipes_are_not_replaced(folder, tmp_path):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     for name in ("history.jsonl", "config.json"):
         before = (folder / name).read_bytes()
-        with pytest.raises(ValueError, match=rf"{name} is there already and is no report"):
+        with pytest.raises(ValueError, match=rf"{name} exists already and is not a report"):
             report(folder, folder / name)
         assert (folder / name).read_bytes() == before
     assert not list(tmp_path.rglob("*.tmp"))

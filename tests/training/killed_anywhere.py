@@ -23,12 +23,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, History
-from hessianflow.build import load_config, prepare
+from hessianflow.build import load_config, on_this_machine, prepare
 from hessianflow.config import TrainConfig
 from hessianflow.control import AdaBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.dual_batch import build_dual_batch
 from hessianflow.runs.names import LOCK
+from hessianflow.training import Checkpoints, Divergence, Reporting
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.link", "os.truncate", "os.rmdir")
 Go = Callable[[Path], object]
@@ -54,9 +55,8 @@ def trainer(run_dir: Path | None, **options: Any) -> AdaptiveBatchTrainer:
         loss_fn=F.cross_entropy,
         controller=AdaBatch(8, 64, every_epochs=1),
         run_dir=run_dir,
-        config={"settings": {"made": "by a test"}},
-        show_progress=False,
-        **({"epochs": 3, "checkpoint_examples": 40, "keep_checkpoints": 3} | options),
+        reporting=Reporting(config={"settings": {"made": "by a test"}}, show_progress=False),
+        **({"epochs": 3, "checkpoints": Checkpoints(every_examples=40, keep=3)} | options),
     )
 
 
@@ -67,22 +67,20 @@ def rolling_back(run_dir: Path | None) -> AdaptiveBatchTrainer:
     def poison(inputs: Any, targets: Any, progress: Any) -> Any:
         return (inputs * 1e9 if len(inputs) > 16 else inputs), targets
 
-    return trainer(run_dir, transform=poison, on_divergence="rollback", epochs=4)
+    return trainer(run_dir, transform=poison, divergence=Divergence("rollback"), epochs=4)
 
 
 def dual_batch(run_dir: Path) -> Any:
     """Four workers on a parameter server, simulated."""
     settings: dict[str, Any] = {
         "data": "fake",
-        "controller": "dual-batch",
+        "controller": {"name": "dual-batch", "slope": 0.1, "intercept": 1.0},
         "epochs": 2,
         "batch_size": 16,
     }
     settings |= {
         "train_examples": 64,
         "test_examples": 16,
-        "slope": 0.1,
-        "intercept": 1.0,
         "model": "c1",
     }
     return build_dual_batch(prepare(TrainConfig(**settings, run_dir=str(run_dir))))
@@ -96,7 +94,7 @@ KINDS: dict[str, tuple[Go, Go]] = {
     ),
     "dual-batch": (
         lambda folder: dual_batch(folder).fit(),
-        lambda folder: build_dual_batch(prepare(load_config(folder))).resume(folder),
+        lambda folder: build_dual_batch(on_this_machine(load_config(folder))).resume(folder),
     ),
 }
 

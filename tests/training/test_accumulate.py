@@ -98,7 +98,7 @@ def test_observers_see_every_microbatch_and_the_whole():
     recorder = Recorder()
     accumulate = accumulator(model, F.cross_entropy, observers=[recorder])
     accumulate.world.begin(10)
-    accumulate.share(accumulate(batch, 4))
+    accumulate.reduce_over_ranks(accumulate(batch, 4))
     assert [count for _, count in recorder.parts] == [4, 3, 3]
     for (gradients, _), micro in zip(recorder.parts, split(batch, 4), strict=True):
         for got, expected in zip(gradients, one_pass(model, micro), strict=True):
@@ -212,7 +212,7 @@ def test_fp16_scales_the_loss_and_shows_observers_unscaled_gradients():
     recorder = Recorder()
     accumulate = accumulator(model, F.cross_entropy, observers=[recorder], precision="fp16")
     accumulate.world.begin(64)
-    accumulate.share(accumulate(batch, 16))
+    accumulate.reduce_over_ranks(accumulate(batch, 16))
     scale = accumulate.scaler.get_scale()
     assert scale > 1
     got = torch.cat([p.grad.flatten() for p in model.parameters()])

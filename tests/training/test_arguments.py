@@ -1,6 +1,7 @@
 """Every argument of the trainer is refused in one line that names it, what it may be and what it
 was."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from hessianflow.control import ABS, ABSA, AdaBatch
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import GradientMoments
+from hessianflow.training import AfterEpoch, Checkpoints, Divergence, Passes, Reporting, Schedule
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(3, (64,), generator=torch.Generator().manual_seed(1))
@@ -30,120 +32,177 @@ def trainer(eval_data: Any = None, **options: Any) -> AdaptiveBatchTrainer:
     settings: dict[str, Any] = {
         "loss_fn": nn.CrossEntropyLoss(),
         "epochs": 2,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
     if "optimizer" not in options:
         settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     return AdaptiveBatchTrainer(model, batches, eval_data, **(settings | options))
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"schedule_unit": "step"}, "schedule_unit must be one of epoch, reference_batch, got 'step'"),
-    ({"precision": "fp8"}, "precision must be one of float32, bf16, fp16, got 'fp8'"),
+REFUSED: list[tuple[Callable[[], dict[str, Any]], str]] = [
     (
-        {"precision": torch.float16},
-        "precision must be one of float32, bf16, fp16, got torch.float16",
-    ),
-    ({"on_divergence": "skip"}, "on_divergence must be one of stop, rollback, got 'skip'"),
-    ({"curvature": "never"}, "curvature must be one of epoch, needed, got 'never'"),
-    ({"epochs": 2.5}, "epochs must be a whole number >= 1, got 2.5"),
-    ({"epochs": True}, "epochs must be a whole number >= 1, got True"),
-    ({"epochs": 0}, "epochs must be a whole number >= 1, got 0"),
-    ({"epochs": "3"}, "epochs must be a whole number >= 1, got '3'"),
-    (
-        {"max_grad_norm": 0},
-        "max_grad_norm must be a finite number > 0, got 0: use None for no clipping",
-    ),
-    ({"max_grad_norm": -1.0}, "max_grad_norm must be a finite number > 0, got -1.0"),
-    ({"max_grad_norm": float("nan")}, "max_grad_norm must be a finite number > 0, got nan"),
-    ({"max_grad_norm": float("inf")}, "max_grad_norm must be a finite number > 0, got inf"),
-    ({"max_grad_norm": "1"}, "max_grad_norm must be a finite number > 0, got '1'"),
-    (
-        {"max_loss_ratio": 1},
-        "max_loss_ratio must be a finite number > 1, got 1: use None for no limit to a finite",
+        lambda: {"schedule": Schedule(unit="step")},
+        "Schedule.unit must be one of epoch, reference_batch, got 'step'",
     ),
     (
-        {"norm_batch_size": -4},
-        "norm_batch_size must be a whole number >= 0, got -4: use None for the reference batch",
-    ),
-    ({"norm_batch_size": 2.5}, "norm_batch_size must be a whole number >= 0, got 2.5"),
-    (
-        {"reference_batch_size": 0},
-        "reference_batch_size must be a whole number >= 1, got 0: use None for that of the st",
+        lambda: {"passes": Passes(precision="fp8")},
+        "Passes.precision must be one of float32, bf16, fp16, got 'fp8'",
     ),
     (
-        {"microbatch_size": 0},
-        'microbatch_size must be a whole number >= 1, got 0: use None for the default, or "auto"',
-    ),
-    ({"microbatch_size": "largest"}, "microbatch_size must be a whole number >= 1, got 'largest'"),
-    ({"checkpoint_examples": 0}, "checkpoint_examples must be a whole number >= 1, got 0"),
-    ({"checkpoint_minutes": -1}, "checkpoint_minutes must be a finite number > 0, got -1"),
-    ({"keep_checkpoints": 0}, "keep_checkpoints must be a whole number >= 1, got 0"),
-    ({"max_rollbacks": -1}, "max_rollbacks must be a whole number >= 0, got -1"),
-    (
-        {"show_progress": "yes"},
-        r"show_progress must be True, False or None \(on a terminal\), got 'yes'",
+        lambda: {"passes": Passes(precision=torch.float16)},
+        "Passes.precision must be one of float32, bf16, fp16, got torch.float16",
     ),
     (
-        {"controller": "absa"},
+        lambda: {"divergence": Divergence("skip")},
+        "Divergence.mode must be one of stop, rollback, got 'skip'",
+    ),
+    (
+        lambda: {"after_epoch": AfterEpoch(curvature="never")},
+        r"AfterEpoch.curvature must be True .*, got 'never'",
+    ),
+    (lambda: {"epochs": 2.5}, "epochs must be a whole number >= 1, got 2.5"),
+    (lambda: {"epochs": True}, "epochs must be a whole number >= 1, got True"),
+    (lambda: {"epochs": 0}, "epochs must be a whole number >= 1, got 0"),
+    (lambda: {"epochs": "3"}, "epochs must be a whole number >= 1, got '3'"),
+    (
+        lambda: {"passes": Passes(max_grad_norm=0)},
+        "Passes.max_grad_norm must be a finite number > 0, got 0: use None for no clipping",
+    ),
+    (
+        lambda: {"passes": Passes(max_grad_norm=-1.0)},
+        "Passes.max_grad_norm must be a finite number > 0, got -1.0",
+    ),
+    (
+        lambda: {"passes": Passes(max_grad_norm=float("nan"))},
+        "Passes.max_grad_norm must be a finite number > 0, got nan",
+    ),
+    (
+        lambda: {"passes": Passes(max_grad_norm=float("inf"))},
+        "Passes.max_grad_norm must be a finite number > 0, got inf",
+    ),
+    (
+        lambda: {"passes": Passes(max_grad_norm="1")},
+        "Passes.max_grad_norm must be a finite number > 0, got '1'",
+    ),
+    (
+        lambda: {"divergence": Divergence(max_loss_ratio=1)},
+        "Divergence.max_loss_ratio must be a finite number > 1, got 1: use None for no limit to a",
+    ),
+    (
+        lambda: {"passes": Passes(norm_batch_size=-4)},
+        "Passes.norm_batch_size must be a whole number >= 0, got -4: use None for the reference",
+    ),
+    (
+        lambda: {"passes": Passes(norm_batch_size=2.5)},
+        "Passes.norm_batch_size must be a whole number >= 0, got 2.5",
+    ),
+    (
+        lambda: {"schedule": Schedule(reference_batch_size=0)},
+        "Schedule.reference_batch_size must be a whole number >= 1, got 0: use None for that of",
+    ),
+    (
+        lambda: {"passes": Passes(microbatch_size=0)},
+        "Passes.microbatch_size must be a whole number >= 1, got 0: use None for the default, or"
+        ' "auto"',
+    ),
+    (
+        lambda: {"passes": Passes(microbatch_size="largest")},
+        "Passes.microbatch_size must be a whole number >= 1, got 'largest'",
+    ),
+    (
+        lambda: {"checkpoints": Checkpoints(every_examples=0)},
+        "Checkpoints.every_examples must be a whole number >= 1, got 0",
+    ),
+    (
+        lambda: {"checkpoints": Checkpoints(every_minutes=-1)},
+        "Checkpoints.every_minutes must be a finite number > 0, got -1",
+    ),
+    (
+        lambda: {"checkpoints": Checkpoints(keep=0)},
+        "Checkpoints.keep must be a whole number >= 1, got 0",
+    ),
+    (
+        lambda: {"divergence": Divergence(max_rollbacks=-1)},
+        "Divergence.max_rollbacks must be a whole number >= 0, got -1",
+    ),
+    (
+        lambda: {"reporting": Reporting(show_progress="yes")},
+        r"Reporting.show_progress must be True, False or None \(on a terminal\), got 'yes'",
+    ),
+    (
+        lambda: {"controller": "absa"},
         r"controller cannot be 'absa', which lacks decision: pass one such as hf.control.ABSA",
     ),
     (
-        {"controller": ABSA},
+        lambda: {"controller": ABSA},
         "controller cannot be the class ABSA, which lacks an instance: pass one such as",
     ),
     (
-        {"adversary": "fgsm"},
+        lambda: {"adversary": "fgsm"},
         "adversary cannot be 'fgsm', which lacks attack: pass one such as hf.adversarial.FGSM",
     ),
     (
-        {"probe": DataLoader(DATA)},
+        lambda: {"probe": DataLoader(DATA)},
         "probe cannot be a DataLoader, which lacks __call__: pass one such as hf.curvature",
     ),
     (
-        {"observers": GradientMoments()},
+        lambda: {"observers": GradientMoments()},
         "observers must be a list, got a GradientMoments: put it into one",
     ),
     (
-        {"observers": [lambda: None]},
+        lambda: {"observers": [lambda: None]},
         "observers cannot be a function, which lacks on_microbatch: pass one such as",
     ),
     (
-        {"measurements": [lambda: {}]},
+        lambda: {"after_epoch": AfterEpoch(measurements=[lambda: {}])},
         "measurements cannot be a function, which lacks kind: pass one such as",
     ),
     (
-        {"sinks": [print]},
+        lambda: {"reporting": Reporting(sinks=[print])},
         "sinks cannot be a builtin_function_or_method, which lacks write: pass one such as",
     ),
     (
-        {"state": [nn.Linear(1, 1)]},
+        lambda: {"checkpoints": Checkpoints(state=[nn.Linear(1, 1)])},
         r'state must name its objects, as {"average": average}, got a list',
     ),
     (
-        {"state": {"source": torch.Generator()}},
+        lambda: {"checkpoints": Checkpoints(state={"source": torch.Generator()})},
         "state cannot be a Generator, which lacks state_dict: pass one such as",
     ),
-    ({"transform": "crop"}, "transform must be a function, got 'crop'"),
-    ({"loss_fn": "mse"}, "loss_fn must be a function, got 'mse'"),
-    ({"before_evaluation": 1}, "before_evaluation must be a function, got 1"),
-    ({"after_evaluation": []}, "after_evaluation must be a function, got a list"),
-    ({"model": lambda x: x, "optimizer": None}, "model must be a torch.nn.Module, got a function"),
+    (lambda: {"passes": "bf16"}, r"passes must be a hf.training.Passes\(...\), got 'bf16'"),
     (
-        {"train_data": DataLoader(DATA)},
+        lambda: {"divergence": Passes},
+        r"divergence must be a hf.training.Divergence\(...\), got the class Passes",
+    ),
+    (lambda: {"transform": "crop"}, "transform must be a function, got 'crop'"),
+    (lambda: {"loss_fn": "mse"}, "loss_fn must be a function, got 'mse'"),
+    (
+        lambda: {"after_epoch": AfterEpoch(before_evaluation=1)},
+        "before_evaluation must be a function, got 1",
+    ),
+    (
+        lambda: {"after_epoch": AfterEpoch(after_evaluation=[])},
+        "after_evaluation must be a function, got a list",
+    ),
+    (
+        lambda: {"model": lambda x: x, "optimizer": None},
+        "model must be a torch.nn.Module, got a function",
+    ),
+    (
+        lambda: {"train_data": DataLoader(DATA)},
         "train_data must be batches whose size can change, got a DataLoader",
     ),
     (
-        {"eval_data": DATA},
+        lambda: {"eval_data": DATA},
         "eval_data must be batches .*, got a TensorDataset, which has single examples at best: use",
     ),
-    ({"eval_data": 5}, r"eval_data must be batches \(inputs, targets\), got 5"),
+    (lambda: {"eval_data": 5}, r"eval_data must be batches \(inputs, targets\), got 5"),
     (
-        {"eval_data": iter([DATA.tensors])},
+        lambda: {"eval_data": iter([DATA.tensors])},
         "eval_data must be iterated after every epoch, and a list_iterator allows it",
     ),
     (
-        {"eval_data": (pair for pair in [DATA.tensors])},
+        lambda: {"eval_data": (pair for pair in [DATA.tensors])},
         "and a generator allows it only once: use a list of",
     ),
 ]
@@ -152,9 +211,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("options", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED]
 )
-def test_refused_before_anything_is_trained(options: dict[str, Any], message: str):
+def test_refused_before_anything_is_trained(options: Callable[[], dict[str, Any]], message: str):
     with pytest.raises(HessianFlowError, match=message) as caught:
-        trainer(**options)
+        trainer(**options())
     assert "\n" not in str(caught.value)
 
 
@@ -180,9 +239,8 @@ def test_evaluation_on_the_training_stream_is_refused():
 def test_numbers_of_numpy_are_numbers():
     history = trainer(
         epochs=np.int64(2),
-        max_grad_norm=np.float32(1.0),
-        microbatch_size=np.int32(8),
-        checkpoint_minutes=np.float64(1),
+        passes=Passes(max_grad_norm=np.float32(1.0), microbatch_size=np.int32(8)),
+        checkpoints=Checkpoints(every_minutes=np.float64(1)),
     ).fit()
     assert history.summary["status"] == "finished"
 
@@ -243,7 +301,9 @@ def test_a_probe_of_another_model_is_refused():
     )
     # a part of it
     trainer(model=nn.Sequential(model), probe=CurvatureProbe(model, loss, DATA.tensors))
-    trainer(model=model, probe=probe, state={"average": other})  # kept with the run, so known to it
+    trainer(
+        model=model, probe=probe, checkpoints=Checkpoints(state={"average": other})
+    )  # kept with the run, so known to it
 
 
 def test_a_probe_of_somebody_else_is_taken_at_its_word():
@@ -280,7 +340,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "the loss depends on nothing that is",
         ),
         (
-            {"loss_fn": lambda o, t: torch.tensor(1.0), "microbatch_size": 3},
+            {"loss_fn": lambda o, t: torch.tensor(1.0), "passes": Passes(microbatch_size=3)},
             "the loss depends on nothing that is",
         ),
         ({"run_dir": 5}, "a path must be text or a Path, got 5"),

@@ -14,6 +14,7 @@ from hessianflow.adversarial import FGSM, ConcurrentAdversary
 from hessianflow.control import AdaBatch, FixedBatch
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import AdaptiveBatches, DeviceBatches
+from hessianflow.training import AfterEpoch, Reporting, Schedule
 from hessianflow.training.progressive import ProgressiveResize
 
 N = 100
@@ -71,9 +72,9 @@ def trainer(model: nn.Module, batches: Any, **options: Any) -> AdaptiveBatchTrai
     settings: dict[str, Any] = {
         "epochs": 4,
         "loss_fn": nn.CrossEntropyLoss(),
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
-    settings["scheduler"] = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    settings["schedule"] = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     settings["controller"] = AdaBatch(16, 64, every_epochs=1)
     return AdaptiveBatchTrainer(
         model, batches, (IMAGES, TARGETS), optimizer=optimizer, **(settings | options)
@@ -119,7 +120,9 @@ def test_a_look_at_the_data_changes_nothing(kind: str, when: str):
         if when == "at the ends of epochs":
             look(batches, 2)
 
-    made = trainer(ours, batches, transform=transform, before_evaluation=before)
+    made = trainer(
+        ours, batches, transform=transform, after_epoch=AfterEpoch(before_evaluation=before)
+    )
     if when == "before training":
         look(batches)
     history = made.fit()
@@ -230,7 +233,7 @@ def test_an_error_after_an_update_repeats_what_follows_it():
         if failures and failures.pop():
             raise OSError("no space left on device")
 
-    made = trainer(ours, STREAMS["device"](), before_evaluation=before)
+    made = trainer(ours, STREAMS["device"](), after_epoch=AfterEpoch(before_evaluation=before))
     with pytest.raises(OSError, match="no space left"):
         made.fit()
     history = made.fit()
@@ -306,10 +309,12 @@ def test_nothing_that_follows_an_update_is_done_twice(place: str):
             STREAMS["device"](),
             controller=parts,
             probe=CurvatureProbe(model, nn.CrossEntropyLoss(), (IMAGES[:16], TARGETS[:16])),
-            measurements=[Constant(), parts],
-            sinks=[parts],
-            before_evaluation=lambda: parts.fail("before"),
-            after_evaluation=lambda: parts.fail("after"),
+            after_epoch=AfterEpoch(
+                measurements=[Constant(), parts],
+                before_evaluation=lambda: parts.fail("before"),
+                after_evaluation=lambda: parts.fail("after"),
+            ),
+            reporting=Reporting(sinks=[parts]),
         )
 
     ours, theirs = network(), network()
@@ -469,9 +474,11 @@ class Early:
 def test_stopped_by_a_sink_at_the_end_of_an_epoch(tmp_path, kind: str):
     """The weights are those of that epoch, and the run can be resumed."""
     ours, theirs, sink = network(), network(), Early(kind, 2)
-    sink.trainer = trainer(ours, STREAMS["device"](), sinks=[sink], run_dir=tmp_path / "run")
+    sink.trainer = trainer(
+        ours, STREAMS["device"](), reporting=Reporting(sinks=[sink]), run_dir=tmp_path / "run"
+    )
     history = sink.trainer.fit()
-    trainer(theirs, STREAMS["device"](), epochs=2, scheduler=None).fit()
+    trainer(theirs, STREAMS["device"](), epochs=2, schedule=Schedule(None)).fit()
     theirs = network()
     made = trainer(theirs, STREAMS["device"]())
     made.begin()

@@ -14,6 +14,7 @@ from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.control import DiveBatch
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import CLARS, ExtraBatchNorms, GradientMoments, MicrobatchNorms
+from hessianflow.training import Passes, Reporting, Schedule
 
 F64 = torch.float64
 SOURCE = torch.Generator().manual_seed(1)
@@ -81,7 +82,7 @@ def trained(case: str, **options: Any) -> tuple[nn.Sequential, Any]:
     settings: dict[str, Any] = {
         "loss_fn": nn.CrossEntropyLoss(),
         "epochs": 2,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
     history = AdaptiveBatchTrainer(
         model, batches(), optimizer=optimizer, transform=transform, **(settings | options)
@@ -112,7 +113,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("microbatch_size", [None, 5])
 def test_trains_as_by_hand(case: str, microbatch_size: int | None):
-    ours, history = trained(case, microbatch_size=microbatch_size)
+    ours, history = trained(case, passes=Passes(microbatch_size=microbatch_size))
     assert_same(ours, by_hand(case))
     events = [row["message"] for row in history.of_kind("event") if row["event"] == "parameters"]
     if case != "add a group":  # the layer was trainable before, only nobody moved it
@@ -122,14 +123,14 @@ def test_trains_as_by_hand(case: str, microbatch_size: int | None):
 
 @pytest.mark.parametrize("case", CASES)
 def test_trains_as_by_hand_with_clipping(case: str):
-    assert_same(trained(case, max_grad_norm=0.3)[0], by_hand(case, 0.3))
+    assert_same(trained(case, passes=Passes(max_grad_norm=0.3))[0], by_hand(case, 0.3))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_trains_as_by_hand_with_observers(case: str):
     """One that sums gradients by parameter among them."""
     watching = GradientMoments(accumulate=True)
-    ours, _ = trained(case, observers=[watching], microbatch_size=4)
+    ours, _ = trained(case, observers=[watching], passes=Passes(microbatch_size=4))
     assert_same(ours, by_hand(case))
     assert watching.state_dict()["large_count"] == 8
 
@@ -167,7 +168,7 @@ def test_sums_of_gradients_go_on_for_the_parameters_that_stay(case: str):
         epochs=1,
         transform=transform,
         observers=[watching],
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     ).fit()
     kept = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = sum(float(value.square().sum()) for name, value in total.items() if name in kept)
@@ -200,7 +201,12 @@ def by_clars(kind: type) -> nn.Sequential:
         "epochs": 2,
     }
     AdaptiveBatchTrainer(
-        model, batches(), transform=transform, observers=[norms], show_progress=False, **options
+        model,
+        batches(),
+        transform=transform,
+        observers=[norms],
+        reporting=Reporting(show_progress=False),
+        **options,
     ).fit()
     return model
 
@@ -273,11 +279,11 @@ def test_a_scheduler_that_cannot_follow_an_added_group_is_named():
         model,
         batches(),
         optimizer=optimizer,
-        scheduler=scheduler,
+        schedule=Schedule(scheduler),
         loss_fn=nn.CrossEntropyLoss(),
         epochs=2,
         transform=transform,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     )
     with pytest.raises(
         HessianFlowError, match=r"LambdaLR could not take its step 1: .* has 2 parameter groups now"

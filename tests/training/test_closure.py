@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,15 +15,13 @@ from hessianflow.adversarial import PGD
 from hessianflow.control import FixedBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.optim import SAM, Extrapolation, GradientMoments
+from hessianflow.training import Passes, Reporting
 
 N = 40
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 16)
+    return bright_or_dark(N, 16)
 
 
 def network() -> nn.Module:
@@ -40,8 +39,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any):
     settings: dict[str, Any] = {
         "epochs": 2,
         "loss_fn": F.cross_entropy,
-        "show_progress": False,
-        "norm_batch_size": 0,
+        "reporting": Reporting(show_progress=False),
+        "passes": Passes(norm_batch_size=0),
     }
     return AdaptiveBatchTrainer(model, data(), optimizer=optimizer, **(settings | options)).fit()
 
@@ -78,8 +77,14 @@ def test_trains_as_in_a_loop_with_its_closure(make):
 
 def test_radius_zero_is_the_base_optimizer_bit_for_bit():
     ours, theirs = network(), network()
-    train(ours, SAM(sgd(ours), rho=0.0, model=ours), microbatch_size=5, max_grad_norm=0.5)
-    train(theirs, sgd(theirs), microbatch_size=5, max_grad_norm=0.5)
+    train(
+        ours,
+        SAM(sgd(ours), rho=0.0, model=ours),
+        passes=Passes(norm_batch_size=0, microbatch_size=5, max_grad_norm=0.5),
+    )
+    train(
+        theirs, sgd(theirs), passes=Passes(norm_batch_size=0, microbatch_size=5, max_grad_norm=0.5)
+    )
     assert_same(ours, theirs)
 
 
@@ -92,7 +97,12 @@ def test_extrapolation_looks_ahead_along_the_gradient_of_the_whole_batch():
     theirs.load_state_dict(ours.state_dict())
     for model, size in ((ours, 5), (theirs, 16)):
         optimizer = Extrapolation(sgd(model.double()), 0.5)
-        train(model, optimizer, microbatch_size=size, transform=lambda x, y, _: (x.double(), y))
+        train(
+            model,
+            optimizer,
+            passes=Passes(norm_batch_size=0, microbatch_size=size),
+            transform=lambda x, y, _: (x.double(), y),
+        )
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
@@ -113,7 +123,12 @@ def test_both_gradients_are_of_the_same_adversarial_examples():
 def test_observers_see_the_first_gradient_of_a_step_alone():
     """40 examples in batches of 16, microbatches of 5: 4 + 4 + 2 of them an epoch."""
     model, seen = network(), GradientMoments(accumulate=True)
-    train(model, SAM(sgd(model), rho=0.1, model=model), microbatch_size=5, observers=[seen])
+    train(
+        model,
+        SAM(sgd(model), rho=0.1, model=model),
+        passes=Passes(norm_batch_size=0, microbatch_size=5),
+        observers=[seen],
+    )
     sums = seen.state_dict()
     assert (sums["small_count"], sums["large_count"], sums["examples"]) == (2 * 10, 2 * 3, 2 * N)
 
@@ -131,7 +146,7 @@ def test_loss_scaling_is_refused(wrap):
         f"{type(optimizer).__name__} asks for several gradients a step, which loss scaling cannot"
     )
     with pytest.raises(HessianFlowError, match=message):
-        train(model, optimizer, precision="fp16")
+        train(model, optimizer, passes=Passes(norm_batch_size=0, precision="fp16"))
 
 
 class TwoHalves(torch.optim.SGD):
@@ -177,7 +192,10 @@ def test_a_sam_of_two_halves_is_that_of_ours(microbatch_size: int):
     """The oracle is our own SAM, held against a loop above; a stale first gradient would move
     elsewhere."""
     ours, theirs = plain_network(), plain_network()
-    options: dict[str, Any] = {"transform": as_double, "microbatch_size": microbatch_size}
+    options: dict[str, Any] = {
+        "transform": as_double,
+        "passes": Passes(norm_batch_size=0, microbatch_size=microbatch_size),
+    }
     train(ours, TwoHalves(ours.parameters(), lr=0.1, momentum=0.9), **options)
     train(theirs, SAM(sgd(theirs), rho=0.1), **options)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -246,7 +264,13 @@ def test_gradients_can_be_differentiated_again(microbatch_size: int, observers: 
     """The product of the Hessian of the whole batch, against a loop that makes one pass."""
     ours, theirs = plain_network(), plain_network()
     mine, other = Newton(ours.parameters()), Newton(theirs.parameters())
-    train(ours, mine, transform=as_double, microbatch_size=microbatch_size, observers=observers)
+    train(
+        ours,
+        mine,
+        transform=as_double,
+        passes=Passes(norm_batch_size=0, microbatch_size=microbatch_size),
+        observers=observers,
+    )
     for _ in range(2):
         for inputs, targets in batches_of(other):
             loss = F.cross_entropy(theirs(inputs.double()), targets)
@@ -275,7 +299,7 @@ def test_second_derivatives_under_loss_scaling_are_refused():
         HessianFlowError,
         match="Newton differentiates the gradient again, which it cannot where losses",
     ):
-        train(model, Newton(model.parameters()), precision="fp16")
+        train(model, Newton(model.parameters()), passes=Passes(norm_batch_size=0, precision="fp16"))
 
 
 def test_what_is_no_optimizer_is_refused():

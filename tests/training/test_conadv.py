@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
+from stopping import StopAfter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,15 +18,14 @@ from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import DeviceBatches
 from hessianflow.normalisation import split_batch_norm
 from hessianflow.optim import GradientMoments
+from hessianflow.training import Checkpoints, Divergence, Passes, Reporting
 
 N, BATCH = 50, 8  # seven steps an epoch, the last two of five examples
 RANGE = (0.0, 1.0)
 
 
 def data(batch_size: int = BATCH) -> DeviceBatches:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (N, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), batch_size)
+    return bright_or_dark(N, batch_size)
 
 
 def network(split: bool = False) -> nn.Module:
@@ -43,8 +44,8 @@ def trainer(model: nn.Module, adversary: Any, batches: DeviceBatches | None = No
     settings: dict[str, Any] = {
         "epochs": 2,
         "loss_fn": F.cross_entropy,
-        "show_progress": False,
-        "norm_batch_size": 0,
+        "reporting": Reporting(show_progress=False),
+        "passes": Passes(norm_batch_size=0),
     }
     settings["optimizer"] = torch.optim.SGD(
         model.parameters(), lr=options.pop("lr", 0.1), momentum=0.9
@@ -81,7 +82,11 @@ def test_staleness_two_is_the_published_algorithm():
     """Algorithm 1 written out: the twins of step t come from the weights (and statistics) of step t
     - 2."""
     ours, theirs = network(), network()
-    trainer(ours, ConcurrentAdversary(attack(), staleness=2), norm_statistics="running").fit()
+    trainer(
+        ours,
+        ConcurrentAdversary(attack(), staleness=2),
+        passes=Passes(norm_batch_size=0, norm_statistics="running"),
+    ).fit()
     optimizer, batches = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9), data()
     stream = [batch for _ in range(2) for batch in batches]
     twins: dict[int, Tensor] = {}
@@ -141,7 +146,7 @@ def test_main_statistics_are_those_of_clean_training(staleness: int, microbatch:
     """With a rate of 0 the weights stay, so the running statistics depend on what was normalised
     alone."""
     split, plain = network(split=True), network()
-    options = {"lr": 0.0, "microbatch_size": microbatch, "norm_batch_size": 4}
+    options = {"lr": 0.0, "passes": Passes(microbatch_size=microbatch, norm_batch_size=4)}
     trainer(split, ConcurrentAdversary(attack(), staleness=staleness), **options).fit()
     trainer(plain, None, **options).fit()
     assert torch.equal(split[1].main.running_mean, plain[1].running_mean)
@@ -192,29 +197,35 @@ def test_a_growth_arrives_staleness_steps_late_and_brings_its_rate(
     staleness: int, late: int, rest: list[int]
 ):
     model = network()
-    made = trainer(
-        model, ConcurrentAdversary(attack(), staleness=staleness), controller=Growing(8), epochs=1
-    )
-    steps: list[tuple[int, float]] = []
-    rates = made._loop.totals.add
-    made._loop.totals.add = lambda result, update, decision, rate, share: (
-        steps.append((result.examples, rate)),
-        rates(result, update, decision, rate, share),
-    )
+    noted, adversary = Noted(model), ConcurrentAdversary(attack(), staleness=staleness)
+    made = trainer(model, adversary, controller=Growing(8), epochs=1, optimizer=noted)
+    noted.trainer = made
     made.fit()
-    assert steps == [(8, 0.1)] * late + [(examples, 0.2) for examples in rest]
+    assert noted.steps() == [(8, 0.1)] * late + [(examples, 0.2) for examples in rest]
 
 
-def stopping(made: list[AdaptiveBatchTrainer], after: int):
-    """An observer that asks for a stop once so many examples have been used."""
+class Noted(torch.optim.SGD):
+    """Notes before every step how many examples were trained, and the rate in force."""
 
-    class Stop(GradientMoments):
-        def on_step(self, gradients, examples):
-            super().on_step(gradients, examples)
-            if made[0].progress.examples >= after:
-                made[0].request_stop()
+    trainer: AdaptiveBatchTrainer
 
-    return Stop()
+    def __init__(self, model: nn.Module, momentum: float = 0.9) -> None:
+        super().__init__(model.parameters(), lr=0.1, momentum=momentum)
+        self.places: list[int] = []
+        self.rates: list[float] = []
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.places.append(self.trainer.progress.examples)
+        self.rates.append(self.param_groups[0]["lr"])
+
+    def steps(self, **ends: int) -> list[tuple[int, float]]:
+        """Return examples and rate of every step; `ends` says where steps before a jump ended."""
+        after = [*self.places[1:], self.trainer.progress.examples]
+        for number, place in ends.items():
+            after[int(number.removeprefix("step"))] = place
+        sizes = [end - place for place, end in zip(self.places, after, strict=True)]
+        return list(zip(sizes, self.rates, strict=True))
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
@@ -229,11 +240,10 @@ def test_resumed_in_mid_epoch_it_ends_bit_for_bit_the_same(staleness: int, tmp_p
 
     whole, broken, again = (network(split=True) for _ in range(3))
     make(None, whole, observers=[GradientMoments()]).fit()
-    made: list[AdaptiveBatchTrainer] = []
-    made.append(make(tmp_path / "run", broken, observers=[stopping(made, 70)]))
-    state = made[0]._loop.state
-    state.parts = {**state.parts, "observer 0": GradientMoments()}  # the stop is none of the run's
-    assert made[0].fit().summary["status"] == "preempted"
+    stop = StopAfter(70)
+    stop.trainer = make(tmp_path / "run", broken, observers=[GradientMoments()], transform=stop)
+    assert stop.trainer.fit().summary["status"] == "preempted"
+    assert stop.trainer.progress.examples % N > 0
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.zero_()
@@ -245,36 +255,27 @@ def test_after_a_divergence_the_queue_goes_back_and_is_held_too(tmp_path: Path):
     """The weights are ruined once, while batches drawn at twice the rate are queued: they get the
     held rate."""
 
-    class Glitch(torch.optim.SGD):
-        steps = 0
-
+    class Glitch(Noted):
         def step(self, closure=None):
-            Glitch.steps += 1
             super().step(closure)
-            if Glitch.steps == 6:
+            if len(self.places) == 6:
                 with torch.no_grad():
                     self.param_groups[0]["params"][0].fill_(float("nan"))
 
     model = network(split=True)
-    options = {
+    options: dict[str, Any] = {
         "run_dir": tmp_path / "run",
-        "on_divergence": "rollback",
-        "checkpoint_examples": 8,
+        "divergence": Divergence("rollback"),
+        "checkpoints": Checkpoints(every_examples=8),
         "epochs": 3,
     }
-    optimizer, adversary = (
-        Glitch(model.parameters(), lr=0.1),
-        ConcurrentAdversary(attack(), staleness=2),
-    )
-    made = trainer(model, adversary, controller=Growing(8), optimizer=optimizer, **options)
-    steps: list[tuple[int, float]] = []
-    add = made._loop.totals.add
-    made._loop.totals.add = lambda result, update, decision, rate, share: (
-        steps.append((result.examples, rate)),
-        add(result, update, decision, rate, share),
-    )
+    noted, adversary = Glitch(model, momentum=0.0), ConcurrentAdversary(attack(), staleness=2)
+    made = trainer(model, adversary, controller=Growing(8), optimizer=noted, **options)
+    noted.trainer = made
     history = made.fit()
-    assert [row["event"] for row in history.of_kind("event")] == ["diverged", "rollback"]
+    diverged, rollback = history.of_kind("event")
+    assert (diverged["event"], rollback["event"]) == ("diverged", "rollback")
+    steps = noted.steps(step5=diverged["examples"])
     # ruined; it and the other queued one; new
     assert steps[5:9] == [(10, 0.2), (10, 0.1), (16, 0.1), (8, 0.1)]
     assert all(rate == 0.1 for _, rate in steps[6:])
@@ -301,21 +302,21 @@ def test_the_gain_of_the_twins_is_recorded():
 def test_a_share_makes_twins_of_that_share_and_every_row_counts_alike():
     """Share 1/2 of 8 rows: the gradient is the summed loss of 12 rows over 8."""
     ours, theirs = network().eval(), network().eval()
-    made = trainer(ours, ConcurrentAdversary(attack(), share=0.5, staleness=0), epochs=1)
-    x, y = next(iter(data()))
-    gradient = made._loop.step._clipped_gradient
     seen: list[Tensor] = []
 
-    def first_gradient(*step: Any) -> Any:
-        made.request_stop()
-        result = gradient(*step)
-        seen.append(torch.cat([p.grad.flatten() for p in ours.parameters()]))
-        return result
+    class Seen(torch.optim.SGD):
+        """Keeps the gradients that it is given."""
 
-    made._loop.step._clipped_gradient = first_gradient
+        def step(self, closure=None):
+            seen.append(torch.cat([p.grad.flatten() for p in ours.parameters()]))
+
+    optimizer, controller = Seen(ours.parameters(), lr=0.1), FixedBatch(BATCH, 0.5)
+    adversary = ConcurrentAdversary(attack(), staleness=0)
+    options: dict[str, Any] = {"controller": controller, "optimizer": optimizer, "epochs": 1}
+    x, y = next(iter(data()))
     theirs.train()
     twins = fgsm(theirs, x, y, 0.1, value_range=RANGE)[1::2]
-    made.fit()
+    trainer(ours, adversary, **options).fit()
     loss = F.cross_entropy(theirs(x), y, reduction="sum") + F.cross_entropy(
         theirs(twins), y[1::2], reduction="sum"
     )
@@ -369,7 +370,7 @@ def test_out_of_memory_repeats_step_and_attack(tmp_path: Path):
     for limit, size in ((4, 8), (8, 4)):
         model = Small(limit)
         adversary = ConcurrentAdversary(PGD(0.1, value_range=RANGE, steps=2), staleness=1)
-        trainer(model, adversary, microbatch_size=size, norm_batch_size=4).fit()
+        trainer(model, adversary, passes=Passes(microbatch_size=size, norm_batch_size=4)).fit()
         ends.append(model)
     assert_same(*ends)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,9 +16,9 @@ from hessianflow import AdaptiveBatchTrainer, HessianFlowError, History
 from hessianflow.adversarial import FGSM
 from hessianflow.control import AdaBatch
 from hessianflow.curvature import CurvatureProbe
-from hessianflow.data import DeviceBatches
 from hessianflow.runs import checkpoints
 from hessianflow.runs.states import TrainingState
+from hessianflow.training import Reporting, Schedule
 
 N, EPOCHS = 48, 4
 Change = Callable[[dict[str, Any]], None]
@@ -27,10 +28,7 @@ def trainer(run_dir: Path | None) -> AdaptiveBatchTrainer:
     """With something of everything: momentum, schedule, controller, adversary, probe, batch
     normalisation."""
     torch.manual_seed(0)
-    images = torch.randint(
-        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
+    batches = bright_or_dark(N)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)
     )
@@ -40,14 +38,14 @@ def trainer(run_dir: Path | None) -> AdaptiveBatchTrainer:
         batches,
         batches.examples(torch.arange(N)),
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, [2]),
+        schedule=Schedule(torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])),
         controller=AdaBatch(8, 32, every_epochs=2),
         adversary=FGSM(0.1, share=0.5, value_range=(0.0, 1.0)),
         probe=CurvatureProbe(model, F.cross_entropy, batches.sample(8), seed=0),
         loss_fn=F.cross_entropy,
         epochs=EPOCHS,
         run_dir=run_dir,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     )
 
 

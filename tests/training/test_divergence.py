@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError, History
 from hessianflow.control import AdaBatch
-from hessianflow.data import DeviceBatches
-from hessianflow.training.divergence import DivergencePolicy, hold, rate_rule
+from hessianflow.training import Divergence, Reporting
+from hessianflow.training.divergence import hold, rate_rule
 
 
 def trainer(
@@ -22,10 +23,7 @@ def trainer(
     stop at a step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    images = torch.randint(
-        256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 4)
+    batches = bright_or_dark(64, 4)
 
     steps = []
 
@@ -50,7 +48,7 @@ def trainer(
 
 
 def test_rollback_undoes_the_growth_and_holds_the_batch(tmp_path: Path):
-    history = trainer(tmp_path / "run", 8, on_divergence="rollback").fit()
+    history = trainer(tmp_path / "run", 8, divergence=Divergence("rollback")).fit()
     assert history.summary["status"] == "finished"
     assert history.summary["examples"] == 5 * 64
     sizes = [(r["from"], r["to"]) for r in history.of_kind("batch") if r["from"] != r["to"]]
@@ -65,15 +63,20 @@ def test_rollback_undoes_the_growth_and_holds_the_batch(tmp_path: Path):
 
 
 def test_the_progress_bar_goes_back_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    trainer(tmp_path / "run", 8, on_divergence="rollback", show_progress=True).fit()
+    trainer(
+        tmp_path / "run",
+        8,
+        divergence=Divergence("rollback"),
+        reporting=Reporting(show_progress=True),
+    ).fit()
     assert re.findall(r"(\d+)%", capsys.readouterr().err)[-1] == "100"
 
 
 def test_resume_keeps_the_cap(tmp_path: Path):
     # 16 + 8 steps to the growth that diverges, 1 that does, 4 in the epoch that is trained again.
-    first = trainer(tmp_path / "run", 8, stop_at=16 + 8 + 1 + 4, on_divergence="rollback")
+    first = trainer(tmp_path / "run", 8, stop_at=16 + 8 + 1 + 4, divergence=Divergence("rollback"))
     assert first.fit().summary["status"] == "preempted"
-    history = trainer(None, 8, on_divergence="rollback").resume(tmp_path / "run")
+    history = trainer(None, 8, divergence=Divergence("rollback")).resume(tmp_path / "run")
     assert history.summary["largest_batch"] == 8
     assert len([e for e in history.of_kind("event") if e["event"] == "diverged"]) == 1
 
@@ -82,20 +85,20 @@ def test_stops_when_asked_or_when_there_is_nothing_to_undo(tmp_path: Path):
     with pytest.raises(HessianFlowError, match="exploded, in epoch 3"):
         trainer(tmp_path / "a", 8).fit()
     with pytest.raises(HessianFlowError, match="exploded, in epoch 1"):
-        trainer(tmp_path / "b", 3, on_divergence="rollback").fit()
+        trainer(tmp_path / "b", 3, divergence=Divergence("rollback")).fit()
     with pytest.raises(HessianFlowError, match="goes back to checkpoints: it needs a run_dir"):
-        trainer(None, 8, on_divergence="rollback").fit()
+        trainer(None, 8, divergence=Divergence("rollback")).fit()
     assert History.load(tmp_path / "a").of_kind("event")[-1]["event"] == "diverged"
 
 
 def test_policy_counts_and_halves_what_it_cannot_undo():
-    policy = DivergencePolicy("rollback", 2)
+    policy = Divergence("rollback", 2)
     growths = [{"from": 4, "to": 8}, {"from": 8, "to": 16}]
     assert policy.cap(growths, 0, None) == 8
     assert policy.cap(growths, 1, 8) == 4
     assert policy.cap(growths, 2, 4) is None
     assert policy.cap([], 0, None) is None
-    assert DivergencePolicy().cap(growths, 0, None) is None
+    assert Divergence().cap(growths, 0, None) is None
 
 
 def test_hold_keeps_the_proportion():

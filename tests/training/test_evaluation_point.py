@@ -15,7 +15,7 @@ from hessianflow import AdaptiveBatchTrainer
 from hessianflow.curvature import HessianOperator
 from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.runs import checkpoints
-from hessianflow.training import evaluate
+from hessianflow.training import AfterEpoch, Checkpoints, Reporting, evaluate
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(3, (64,), generator=torch.Generator().manual_seed(1))
@@ -33,7 +33,7 @@ def trainer(
     settings: dict[str, Any] = {
         "loss_fn": nn.CrossEntropyLoss(),
         "epochs": 3,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
     data = AdaptiveBatches(TensorDataset(*PAIR), 16)
     return AdaptiveBatchTrainer(model, data, PAIR, optimizer=optimizer, **(settings | options))
@@ -163,9 +163,8 @@ def test_an_average_is_evaluated_and_put_back(tmp_path: Path):
     history = trainer(
         model,
         optimizer,
-        before_evaluation=swap.into,
-        after_evaluation=swap.back,
-        state={"average": average},
+        after_epoch=AfterEpoch(before_evaluation=swap.into, after_evaluation=swap.back),
+        checkpoints=Checkpoints(state={"average": average}),
         run_dir=tmp_path / "run",
     ).fit()
     trainer(plain, torch.optim.SGD(plain.parameters(), lr=0.5)).fit()
@@ -190,7 +189,10 @@ def test_weights_are_put_back_after_an_evaluation_that_failed():
         return nn.functional.cross_entropy(outputs, targets)
 
     made = trainer(
-        model, optimizer, loss_fn=fail, before_evaluation=swap.into, after_evaluation=swap.back
+        model,
+        optimizer,
+        loss_fn=fail,
+        after_epoch=AfterEpoch(before_evaluation=swap.into, after_evaluation=swap.back),
     )
     with pytest.raises(OSError, match="the evaluation data are gone"):
         made.fit()
@@ -218,7 +220,7 @@ def test_the_best_of_a_regression_is_that_of_the_lowest_loss(tmp_path: Path):
         epochs=4,
         transform=worsen,
         run_dir=tmp_path / "run",
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     ).fit()
     losses = [row["eval_loss"] for row in history.epochs]
     assert losses.index(min(losses)) == 2
@@ -230,7 +232,7 @@ def test_the_best_of_a_regression_is_that_of_the_lowest_loss(tmp_path: Path):
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best():
-    from hessianflow.training.state import Counters
+    from hessianflow.training.course import Counters
 
     counters = Counters()
     assert [

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.data import AdaptiveBatches, DeviceBatches
+from hessianflow.training import Checkpoints, Divergence, Reporting
 from hessianflow.training.explosion import ExplosionRule, streak_needed
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -142,7 +143,12 @@ def test_a_regression_with_rare_large_targets_trains(every: int, scale: float, b
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     batches = claims(every, scale, batch_size)[0]
     run = AdaptiveBatchTrainer(
-        model, batches, optimizer=optimizer, loss_fn=nn.MSELoss(), epochs=3, show_progress=False
+        model,
+        batches,
+        optimizer=optimizer,
+        loss_fn=nn.MSELoss(),
+        epochs=3,
+        reporting=Reporting(show_progress=False),
     )
     assert run.fit().summary["status"] == "finished"
     assert torch.equal(model.weight, hand.weight)
@@ -159,7 +165,7 @@ def diverging(optimizer: Callable[[nn.Module], torch.optim.Optimizer], **options
         optimizer=optimizer(model),
         loss_fn=nn.MSELoss(),
         epochs=3,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
         **options,
     )
     with pytest.raises(HessianFlowError, match="exploded") as caught:
@@ -183,8 +189,8 @@ def test_the_limit_can_be_taken_off():
         optimizer=torch.optim.Adam(model.parameters(), lr=100.0),
         loss_fn=nn.MSELoss(),
         epochs=2,
-        max_loss_ratio=None,
-        show_progress=False,
+        divergence=Divergence(max_loss_ratio=None),
+        reporting=Reporting(show_progress=False),
     )
     assert run.fit().summary["status"] == "finished"
 
@@ -207,7 +213,7 @@ def test_full_batches_that_explode_are_stopped_after_one(tmp_path):
         epochs=6,
         transform=poison,
         run_dir=tmp_path / "run",
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     )
     with pytest.raises(HessianFlowError, match="exploded, in epoch 3 at update 3"):
         run.fit()
@@ -236,7 +242,7 @@ def test_no_checkpoint_is_made_in_doubt(tmp_path):
         epochs=1,
         transform=spike,
         run_dir=tmp_path / "run",
-        checkpoint_examples=8,
-        show_progress=False,
+        checkpoints=Checkpoints(every_examples=8),
+        reporting=Reporting(show_progress=False),
     ).fit()
     assert saved[20:28] == [20, 21, 22, 22, 22, 22, 26, 27]

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError, History
-from hessianflow.data import DeviceBatches
 from hessianflow.runs import Recorder, checkpoints
 from hessianflow.runs.files import write_json
+from hessianflow.training import Reporting
 
 N = 50
 
@@ -104,13 +105,14 @@ def test_a_torn_json_file_is_removed(tmp_path: Path):
 
 def trainer(run_dir: Path | None, **options: Any) -> AdaptiveBatchTrainer:
     torch.manual_seed(0)
-    images = torch.randint(
-        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
+    batches = bright_or_dark(N)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 400), nn.ReLU(), nn.Linear(400, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     return AdaptiveBatchTrainer(
         model, batches, optimizer=optimizer, run_dir=run_dir, **(settings | options)
     )

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import CLARS, GradientMoments
+from hessianflow.training import Passes, Reporting
 
 SOURCE = torch.Generator().manual_seed(1)
 INPUTS = torch.randn(64, 6, generator=SOURCE, dtype=torch.float64)
@@ -44,7 +45,7 @@ def trained(hook: Callable[[Tensor], None], **options: Any) -> nn.Linear:
     settings: dict[str, Any] = {
         "loss_fn": nn.CrossEntropyLoss(),
         "epochs": 1,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.5)
     AdaptiveBatchTrainer(model, batches(), **(settings | options)).fit()
@@ -71,7 +72,7 @@ def test_hooks_on_accumulation_see_the_whole_gradient_once_a_step(
 ):
     observers = [GradientMoments()] if observed else []
     ours, theirs = (
-        trained(hook, microbatch_size=microbatch_size, observers=observers),
+        trained(hook, passes=Passes(microbatch_size=microbatch_size), observers=observers),
         by_hand(hook),
     )
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -92,9 +93,9 @@ def test_observers_are_shown_the_gradient_before_such_hooks():
         optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
         loss_fn=nn.CrossEntropyLoss(),
         epochs=1,
-        microbatch_size=8,
+        passes=Passes(microbatch_size=8),
         observers=[moments],
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     ).fit()
     squares = []
     for inputs, targets in batches():
@@ -123,11 +124,15 @@ def test_a_hook_on_gradients_acts_alike_with_and_without_observers(microbatch_si
         settings: dict[str, Any] = {
             "loss_fn": nn.CrossEntropyLoss(),
             "epochs": 1,
-            "show_progress": False,
+            "reporting": Reporting(show_progress=False),
         }
         settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.5)
         AdaptiveBatchTrainer(
-            model, batches(), observers=observers, microbatch_size=microbatch_size, **settings
+            model,
+            batches(),
+            observers=observers,
+            passes=Passes(microbatch_size=microbatch_size),
+            **settings,
         ).fit()
         return model.weight
 
@@ -138,7 +143,9 @@ def test_looking_on_changes_nothing_bit_for_bit():
     """Also where microbatches differ in size, so that their weights are no powers of two."""
 
     def run(observers: list[Any]) -> Tensor:
-        return trained(lambda parameter: None, microbatch_size=5, observers=observers).weight
+        return trained(
+            lambda parameter: None, passes=Passes(microbatch_size=5), observers=observers
+        ).weight
 
     assert torch.equal(run([]), run([GradientMoments(accumulate=True)]))
 
@@ -160,8 +167,8 @@ def test_a_hook_that_steps_and_drops_the_gradient():
         optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
         loss_fn=nn.CrossEntropyLoss(),
         epochs=1,
-        microbatch_size=4,
-        show_progress=False,
+        passes=Passes(microbatch_size=4),
+        reporting=Reporting(show_progress=False),
     ).fit()
     torch.testing.assert_close(
         model.weight, by_hand(lambda parameter: None).weight, rtol=1e-12, atol=1e-14
@@ -169,7 +176,8 @@ def test_a_hook_that_steps_and_drops_the_gradient():
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_grad_norm": 1.0}, {"observers": [GradientMoments()]}, {"clars": True}]
+    "options",
+    [{"passes": Passes(max_grad_norm=1.0)}, {"observers": [GradientMoments()]}, {"clars": True}],
 )
 def test_sparse_gradients_are_refused_by_name(options: dict[str, Any]):
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
@@ -184,7 +192,7 @@ def test_sparse_gradients_are_refused_by_name(options: dict[str, Any]):
         optimizer=optimizer,
         loss_fn=nn.CrossEntropyLoss(),
         epochs=1,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
         **options,
     )
     with pytest.raises(

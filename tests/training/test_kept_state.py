@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
-from hessianflow import AdaptiveBatchTrainer, HessianFlowError
+from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError
 from hessianflow.adversarial import FGSM, PGD, ConcurrentAdversary
 from hessianflow.control import ABSA, AdaBatch, CriticalBatch, FixedBatch
 from hessianflow.control.rate_rule import RateRule
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import SAM, Extrapolation, GradientMoments
 from hessianflow.runs import checkpoints
+from hessianflow.training import Checkpoints, Divergence, Reporting, Schedule
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(3, (64,), generator=torch.Generator().manual_seed(1))
@@ -52,7 +53,7 @@ def trainer(prepare: Callable[[], Prepared], stop_at: int = -1, **further: Any) 
     settings: dict[str, Any] = {
         "loss_fn": nn.CrossEntropyLoss(),
         "epochs": 4,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
     made = AdaptiveBatchTrainer(model, data, **(settings | options | further))
     data.stop_at, data.stop = stop_at, made.request_stop
@@ -84,9 +85,11 @@ def averaged() -> Prepared:
     optimizer = sgd(model.parameters())
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
-    return {"model": model, "optimizer": optimizer, "state": {"average": average}}, tensors(
-        model, average
-    )
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "checkpoints": Checkpoints(state={"average": average}),
+    }, tensors(model, average)
 
 
 class Noise:
@@ -125,7 +128,7 @@ def state_of_the_user() -> Prepared:
     options = {
         "model": model,
         "optimizer": sgd(model.parameters()),
-        "state": {"noise": noise},
+        "checkpoints": Checkpoints(state={"noise": noise}),
         "transform": transform,
     }
     return options, tensors(model)
@@ -208,20 +211,32 @@ def unfrozen_once() -> Prepared:
     model = layers()
     model[0].requires_grad_(False)
     sink = OnceAfterTheFirstEpoch(lambda: model[0].requires_grad_(True))
-    options = {"model": model, "optimizer": sgd(model.parameters()), "sinks": [sink]}
+    options = {
+        "model": model,
+        "optimizer": sgd(model.parameters()),
+        "reporting": Reporting(sinks=[sink]),
+    }
     return options | {"observers": [GradientMoments(accumulate=True)]}, tensors(model)
 
 
 def frozen_once() -> Prepared:
     model = layers()
     sink = OnceAfterTheFirstEpoch(lambda: model[0].requires_grad_(False))
-    return {"model": model, "optimizer": sgd(model.parameters()), "sinks": [sink]}, tensors(model)
+    return {
+        "model": model,
+        "optimizer": sgd(model.parameters()),
+        "reporting": Reporting(sinks=[sink]),
+    }, tensors(model)
 
 
 def statistics_held_once() -> Prepared:
     model = layers()
     sink = OnceAfterTheFirstEpoch(model[1].eval)
-    return {"model": model, "optimizer": sgd(model.parameters()), "sinks": [sink]}, tensors(model)
+    return {
+        "model": model,
+        "optimizer": sgd(model.parameters()),
+        "reporting": Reporting(sinks=[sink]),
+    }, tensors(model)
 
 
 def group_added_once() -> Prepared:
@@ -230,14 +245,16 @@ def group_added_once() -> Prepared:
     sink = OnceAfterTheFirstEpoch(
         lambda: optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.01})
     )
-    return {"model": model, "optimizer": optimizer, "sinks": [sink]}, tensors(model)
+    return {"model": model, "optimizer": optimizer, "reporting": Reporting(sinks=[sink])}, tensors(
+        model
+    )
 
 
 def rate_set_once() -> Prepared:
     model = layers()
     optimizer = sgd(model.parameters())
     sink = OnceAfterTheFirstEpoch(lambda: optimizer.param_groups[0].update(lr=0.03))
-    options = {"model": model, "optimizer": optimizer, "sinks": [sink]}
+    options = {"model": model, "optimizer": optimizer, "reporting": Reporting(sinks=[sink])}
     return options | {"controller": AdaBatch(16, 32, every_epochs=2, lr_decay=0.25)}, tensors(model)
 
 
@@ -270,7 +287,7 @@ def test_a_rollback_puts_back_what_a_checkpoint_holds(tmp_path: Path):
 
     options: dict[str, Any] = {
         "controller": AdaBatch(16, 32, every_epochs=1),
-        "on_divergence": "rollback",
+        "divergence": Divergence("rollback"),
     }
     made, _ = trainer(
         lambda: ({"model": model, "optimizer": sgd(model.parameters()), "transform": poison}, list),
@@ -283,36 +300,39 @@ def test_a_rollback_puts_back_what_a_checkpoint_holds(tmp_path: Path):
 
 
 def test_a_model_handed_over_for_evaluation_trains_on_after_a_rollback_to_the_start(tmp_path: Path):
-    """The first checkpoint has it as it was handed over."""
+    """The first checkpoint has it as it was handed over; the batch explodes before a second."""
     model, modes = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0)).eval(), []
+
+    class GrowsAtOnce(FixedBatch):
+        """Doubles the batch after the first step."""
+
+        @property
+        def decision(self) -> Decision:
+            return self.made
+
+        made = Decision(16)
+
+        def is_due(self, progress):
+            return True
+
+        def update(self, progress, reading=None, signals=None):
+            self.made = Decision(32, reason="grown")
+            return self.made
 
     def poison(inputs, targets, progress):
         modes.append(model.training and model[1].training)
         return inputs * (torch.nan if len(inputs) > 16 else 1), targets
 
-    options: dict[str, Any] = {
-        "controller": AdaBatch(16, 32, every_epochs=1),
-        "on_divergence": "rollback",
-    }
-    options |= {"checkpoint_examples": None, "run_dir": tmp_path / "run", "transform": poison}
+    options: dict[str, Any] = {"controller": GrowsAtOnce(16), "divergence": Divergence("rollback")}
+    options |= {"checkpoints": Checkpoints(), "run_dir": tmp_path / "run", "transform": poison}
     made, _ = trainer(
         lambda: ({"model": model, "optimizer": sgd(model.parameters())}, list), **options
     )
-    made._loop.saver.save = only_the_first(made._loop.saver.save)
-    made.fit()
+    history = made.fit()
+    (back,) = [row for row in history.of_kind("event") if row["event"] == "rollback"]
+    assert back["message"].startswith("back to 0 examples")
     assert all(modes[1:])
     assert not model.training
-
-
-def only_the_first(save: Callable[..., None]) -> Callable[..., None]:
-    made: list[int] = []
-
-    def saved(*arguments: Any) -> None:
-        if not made:
-            save(*arguments)
-        made.append(1)
-
-    return saved
 
 
 def test_step_hooks_without_a_state_are_pointed_at_once(
@@ -320,7 +340,7 @@ def test_step_hooks_without_a_state_are_pointed_at_once(
 ):
     def prepare() -> Prepared:
         options, result = averaged()
-        del options["state"]
+        del options["checkpoints"]
         return options, result
 
     with caplog.at_level(logging.WARNING, "hessianflow"):
@@ -328,7 +348,7 @@ def test_step_hooks_without_a_state_are_pointed_at_once(
         history = trainer(prepare)[0].resume(tmp_path / "run")
     notices = [row["message"] for row in history.of_kind("event") if row["event"] == "notice"]
     assert len(notices) == len(caplog.records) == 1
-    assert 'is in no checkpoint unless it is named, as state={"average": average}' in notices[0]
+    assert 'it is named, as checkpoints=Checkpoints(state={"average": average})' in notices[0]
     assert trainer(prepare)[0].fit().of_kind("event") == [], (
         "nothing is kept without a run directory"
     )
@@ -336,7 +356,12 @@ def test_step_hooks_without_a_state_are_pointed_at_once(
 
 def test_a_state_that_the_run_did_not_have_is_refused(tmp_path: Path):
     trainer(averaged, STOP, run_dir=tmp_path / "run")[0].fit()
-    made, _ = trainer(lambda: ({**averaged()[0], "state": {"mean": nn.Linear(1, 1)}}, list))
+    made, _ = trainer(
+        lambda: (
+            {**averaged()[0], "checkpoints": Checkpoints(state={"mean": nn.Linear(1, 1)})},
+            list,
+        )
+    )
     with pytest.raises(HessianFlowError, match="was made without a state mean"):
         made.resume(tmp_path / "run")
 
@@ -443,7 +468,7 @@ def scheduled(epochs: int = 4, decay: float = 0.0, cap: int = 32) -> Prepared:
     return {
         "model": model,
         "optimizer": optimizer,
-        "scheduler": scheduler,
+        "schedule": Schedule(scheduler),
         "controller": controller,
     }, tensors(model)
 
@@ -463,7 +488,9 @@ def test_what_is_said_to_be_in_force_is(tmp_path: Path):
     """The schedule is torch's own cosine of 4 steps, gone on with for 4 more; and the weight decay
     is the old one."""
     trainer(scheduled, run_dir=tmp_path / "run")[0].fit()
-    made, _ = trainer(lambda: scheduled(epochs=8, decay=0.1), epochs=8)
+    prepared = scheduled(epochs=8, decay=0.1)
+    taken = prepared[0]["optimizer"]
+    made, _ = trainer(lambda: prepared, epochs=8)
     history = made.resume(tmp_path / "run")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     alone, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4), []
@@ -475,7 +502,7 @@ def test_what_is_said_to_be_in_force_is(tmp_path: Path):
     assert [row["lr"] for row in history.epochs] == pytest.approx(
         [a * b for a, b in zip(expected, factors, strict=True)]
     )
-    assert made._loop.step.optimizer.param_groups[0]["weight_decay"] == 0.0
+    assert taken.param_groups[0]["weight_decay"] == 0.0
 
 
 def test_the_same_settings_say_nothing(tmp_path: Path):

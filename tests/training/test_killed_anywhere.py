@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+SPREAD = True
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="kills forked processes")

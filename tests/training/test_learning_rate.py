@@ -14,6 +14,7 @@ from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.control import AdaBatch
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import SAM
+from hessianflow.training import Reporting, Schedule
 from hessianflow.training.learning_rate import LearningRate
 
 MAKERS = {
@@ -203,7 +204,7 @@ def trainer(model: nn.Module, opt: Optimizer, **options: Any) -> AdaptiveBatchTr
     settings: dict[str, Any] = {
         "loss_fn": nn.CrossEntropyLoss(),
         "epochs": 4,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
     return AdaptiveBatchTrainer(
         model, AdaptiveBatches(DATA, 16), optimizer=opt, **(settings | options)
@@ -325,10 +326,10 @@ def test_a_scheduler_of_another_optimizer_is_refused():
     with pytest.raises(
         HessianFlowError, match="StepLR sets the rates of a different SGD: build it"
     ):
-        trainer(model, SGD(model.parameters(), lr=0.1), scheduler=stranger)
+        trainer(model, SGD(model.parameters(), lr=0.1), schedule=Schedule(stranger))
     base = SGD(model.parameters(), lr=0.1)
     for owner in (base, SAM(base)):  # they share their groups
-        trainer(model, SAM(base), scheduler=schedulers.StepLR(owner, 1))
+        trainer(model, SAM(base), schedule=Schedule(schedulers.StepLR(owner, 1)))
 
 
 def test_rates_that_are_no_numbers_are_refused():

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 import hessianflow as hf
 from hessianflow.interfaces import Exposure, HessianFlowError
-from hessianflow.training import evaluate
+from hessianflow.training import Passes, Reporting, evaluate
 from hessianflow.training.accumulate import GradientAccumulator
 
 ROWS = 16
@@ -117,8 +117,8 @@ def fit(loss_fn, data, size=16, micro=None, rate=1.0, **options):
         optimizer=torch.optim.SGD(model.parameters(), lr=rate),
         loss_fn=loss_fn,
         epochs=1,
-        microbatch_size=micro,
-        show_progress=False,
+        passes=Passes(microbatch_size=micro),
+        reporting=Reporting(show_progress=False),
         **options,
     ).fit()
     return model, history
@@ -223,9 +223,8 @@ def test_in_a_batch_in_which_nothing_counts_momentum_goes_on(loss_fn, precision)
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
             loss_fn=used,
             epochs=1,
-            microbatch_size=1,
-            precision=precision,
-            show_progress=False,
+            passes=Passes(microbatch_size=1, precision=precision),
+            reporting=Reporting(show_progress=False),
         ).fit()
         ends.append(model.weight)
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.data import AdaptiveBatches
 from hessianflow.losses import weighted
-from hessianflow.training import evaluate
+from hessianflow.training import Passes, Reporting, evaluate
 
 
 def selected(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ def test_a_microbatch_without_a_target_adds_nothing(loss_fn):
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         loss_fn=loss_fn,
         epochs=1,
-        microbatch_size=4,
-        show_progress=False,
+        passes=Passes(microbatch_size=4),
+        reporting=Reporting(show_progress=False),
     ).fit()
     torch.testing.assert_close(start - model.weight, expected, rtol=1e-12, atol=1e-14)
 

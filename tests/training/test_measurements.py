@@ -1,19 +1,19 @@
 """Measurements after an epoch: recorded, warned of, continued, and without a trace on training."""
 
 import torch
+from problems import bright_or_dark
+from stopping import StopAfterEpoch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.adversarial import RobustnessWatch
 from hessianflow.data import DeviceBatches
+from hessianflow.training import AfterEpoch, Reporting
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(
-        256, (24, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8)
+    return bright_or_dark(24)
 
 
 def train(measurements, **options):
@@ -29,7 +29,7 @@ def train(measurements, **options):
         optimizer=optimizer,
         loss_fn=cross_entropy,
         epochs=3,
-        measurements=made,
+        after_epoch=AfterEpoch(measurements=made),
         **options,
     )
     return model, trainer
@@ -55,10 +55,9 @@ class Counter:
 
 
 def test_rows_and_alarms_are_recorded_and_go_on_after_a_resume(tmp_path):
-    _, trainer = train([Counter], run_dir=tmp_path / "run")
-    finish = trainer._loop._finish_epoch
-    trainer._loop._finish_epoch = lambda *arguments: (finish(*arguments), trainer.request_stop())
-    trainer.fit()
+    stop = StopAfterEpoch(1)
+    _, stop.trainer = train([Counter], run_dir=tmp_path / "run", reporting=Reporting(sinks=[stop]))
+    assert stop.trainer.fit().summary["status"] == "preempted"
     history = train([Counter])[1].resume(tmp_path / "run")
     assert [(row["epoch"], row["calls"]) for row in history.of_kind("count")] == [
         (1, 1),

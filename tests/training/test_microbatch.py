@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, Decision, HessianFlowError
 from hessianflow.adversarial import PGD, ConcurrentAdversary, WorkerProcess
 from hessianflow.control import FixedBatch
-from hessianflow.data import DeviceBatches
-from hessianflow.training import microbatch
+from hessianflow.training import Passes, microbatch
 from hessianflow.training.microbatch import MicrobatchSize
 
 CPU = torch.device("cpu")
@@ -104,10 +104,7 @@ def test_an_out_of_memory_step_is_repeated_as_if_it_had_not_been_tried():
     weights = []
     for limit, size in ((None, 8), (8, 16)):
         model = Limited(limit)
-        images = torch.randint(
-            256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-        )
-        batches = DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 16)
+        batches = bright_or_dark(64, 16)
 
         class Fixed:
             needs, decision = frozenset(), Decision(16)
@@ -127,7 +124,7 @@ def test_an_out_of_memory_step_is_repeated_as_if_it_had_not_been_tried():
             controller=Fixed(),
             adversary=PGD(0.1, share=0.5, value_range=(0.0, 1.0), steps=2),
             epochs=2,
-            microbatch_size=size,
+            passes=Passes(microbatch_size=size),
         ).fit()
         assert model.failures == (1 if limit else 0)
         weights.append(torch.cat([v.flatten().double() for v in model.state_dict().values()]))
@@ -157,19 +154,16 @@ def test_out_of_memory_with_attacks_under_way_in_another_process(staleness: int)
     weights, worker = [], WorkerProcess(threads=1)
     for runner in (None, worker):
         model, attack = Limited(8), PGD(0.1, value_range=(0.0, 1.0), steps=2, relative_step=0.2)
-        images = torch.randint(
-            256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-        )
         torch.manual_seed(5)
         AdaptiveBatchTrainer(
             model,
-            DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), 8),
+            bright_or_dark(64),
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
             loss_fn=F.cross_entropy,
             controller=Growing(),
             adversary=ConcurrentAdversary(attack, staleness=staleness, runner=runner),
             epochs=2,
-            microbatch_size=16,
+            passes=Passes(microbatch_size=16),
         ).fit()
         assert model.failures == 1
         weights.append(torch.cat([v.flatten().double() for v in model.state_dict().values()]))

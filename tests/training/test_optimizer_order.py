@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.data import AdaptiveBatches
+from hessianflow.training import Reporting, Schedule
 
 DATA = TensorDataset(
     torch.randn(64, 4, generator=torch.Generator().manual_seed(0)),
@@ -65,7 +66,7 @@ def run(
         epochs=3,
         run_dir=folder,
         transform=watch,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
         **options,
     )
     return made
@@ -110,13 +111,13 @@ def test_refuses_a_wrapper_that_loses_its_groups(tmp_path):
     whole, first, second, third = net(), net(), net(), net()
     optimizers = [around(model, follows=True) for model in (whole, first, second)]
     schedulers = [StepLR(optimizer, 1, 0.1) for optimizer in optimizers]
-    run(whole, optimizers[0], scheduler=schedulers[0]).fit()
-    run(first, optimizers[1], tmp_path / "run", stop=5, scheduler=schedulers[1]).fit()
-    run(second, optimizers[2], scheduler=schedulers[2]).resume(tmp_path / "run")
+    run(whole, optimizers[0], schedule=Schedule(schedulers[0])).fit()
+    run(first, optimizers[1], tmp_path / "run", stop=5, schedule=Schedule(schedulers[1])).fit()
+    run(second, optimizers[2], schedule=Schedule(schedulers[2])).resume(tmp_path / "run")
     assert torch.equal(whole[0].weight, second[0].weight)
     stale = around(third, follows=False)
     with pytest.raises(HessianFlowError, match=r"Around does not step by its own param_groups"):
-        run(third, stale, scheduler=StepLR(stale, 1, 0.1)).resume(tmp_path / "run")
+        run(third, stale, schedule=Schedule(StepLR(stale, 1, 0.1))).resume(tmp_path / "run")
 
 
 def test_refuses_a_wrapper_with_copies_of_groups():

@@ -20,6 +20,7 @@ from hessianflow.interfaces import HessianFlowError, Progress
 from hessianflow.models.dropout import with_head_dropout
 from hessianflow.normalisation import split_batch_norm
 from hessianflow.normalisation.recalibrate import recalibrate
+from hessianflow.training import AfterEpoch, Reporting
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions, resized
 
 STAGES = resolution_stages([2, 4], [Level(8, 12, 0.1), Level(16, 8, 0.3)], "cyclic")
@@ -223,8 +224,8 @@ def trainer(epochs: int, calls: list[int]) -> hf.AdaptiveBatchTrainer:
         controller=ProgressiveResolution(FixedBatch(8), STAGES),
         epochs=epochs,
         transform=resize,
-        before_evaluation=calibrate,
-        show_progress=False,
+        after_epoch=AfterEpoch(before_evaluation=calibrate),
+        reporting=Reporting(show_progress=False),
     )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
+from stopping import StopAfter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,16 +17,14 @@ from hessianflow.control import AdaBatch, FixedBatch, NoiseScale
 from hessianflow.data import DeviceBatches
 from hessianflow.optim import CLARS, GradientMoments
 from hessianflow.runs import checkpoints
+from hessianflow.training import Passes, Reporting
 from hessianflow.training.microbatch import MicrobatchSize
 
 N = 50
 
 
 def data(batch_size: int = 8) -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    return DeviceBatches(images, images.float().mean((1, 2, 3)).gt(127).long(), batch_size)
+    return bright_or_dark(N, batch_size)
 
 
 def network() -> nn.Module:
@@ -54,18 +54,26 @@ def attacked(model: nn.Module) -> dict[str, Any]:
 def by_noise(model: nn.Module) -> dict[str, Any]:
     """Moments of microbatch gradients, averaged over steps, drive the batch."""
     controller = NoiseScale(8, 40)
-    return {"observers": [GradientMoments()], "controller": controller, "microbatch_size": 2}
+    return {
+        "observers": [GradientMoments()],
+        "controller": controller,
+        "passes": Passes(microbatch_size=2),
+    }
 
 
 def clars(model: nn.Module) -> dict[str, Any]:
     """Norms of microbatch gradients enter the optimizer."""
     optimizer = CLARS(model.parameters(), 0.1, momentum=0.9)
-    return {"optimizer": optimizer, "observers": [optimizer.norms], "microbatch_size": 2}
+    return {
+        "optimizer": optimizer,
+        "observers": [optimizer.norms],
+        "passes": Passes(microbatch_size=2),
+    }
 
 
 def half(model: nn.Module) -> dict[str, Any]:
     """A loss scale that moves: it doubles every few steps from where it stands."""
-    return {"precision": "fp16"}
+    return {"passes": Passes(precision="fp16")}
 
 
 def learned_loss(model: nn.Module) -> dict[str, Any]:
@@ -84,14 +92,18 @@ def trainer(model: nn.Module, run_dir: Path | None, **options: Any) -> AdaptiveB
     settings: dict[str, Any] = {
         "epochs": 3,
         "loss_fn": F.cross_entropy,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
         "run_dir": run_dir,
     }
     if "optimizer" not in options:
         settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    made = AdaptiveBatchTrainer(model, data(), **(settings | options))
-    # else the loss scale never moves in so short a run
-    made._loop.step.accumulate.scaler._growth_interval = 4
+    settings |= options
+    made = AdaptiveBatchTrainer(model, data(), **settings)
+    if settings.get("precision") == "fp16":
+        start = AdaptiveBatchTrainer(model, data(), **(settings | {"run_dir": None})).state_dict()
+        # or it would never move in so short a run
+        start["parts"]["loss scale"]["growth_interval"] = 4
+        made.load_state_dict(start)
     return made
 
 
@@ -117,26 +129,15 @@ def assert_equal(first: Any, second: Any, where: str = "") -> None:
         assert first == second, where
 
 
-def stopping(made: list[AdaptiveBatchTrainer], after: int):
-    """A transform that asks for a stop once so many examples are in use."""
-
-    def transform(inputs: Tensor, targets: Tensor, progress: Any) -> tuple[Tensor, Tensor]:
-        if progress.examples + len(targets) >= after:
-            made[0].request_stop()
-        return inputs, targets
-
-    return transform
-
-
 @pytest.mark.parametrize("way", [attacked, by_noise, clars, half, learned_loss, growing])
 def test_resumed_in_mid_epoch_every_part_goes_on_where_it_was(way: Any, tmp_path: Path):
     """Weights and every stateful part equal those of the run that was left alone, bit for bit."""
     model = network()
     whole = trainer(model, tmp_path / "whole", **way(model))
     whole.fit()
-    model, broken = network(), []
-    broken.append(trainer(model, tmp_path / "run", transform=stopping(broken, 70), **way(model)))
-    assert broken[0].fit().summary["status"] == "preempted"
+    model, stop = network(), StopAfter(70)
+    stop.trainer = trainer(model, tmp_path / "run", transform=stop, **way(model))
+    assert stop.trainer.fit().summary["status"] == "preempted"
     torch.manual_seed(99)
     model = network().requires_grad_(True)
     with torch.no_grad():
@@ -181,28 +182,25 @@ def traced(
     """A trainer on images that say which example they are, and whose batch grows; `ids` gets those
     of each batch."""
     images = torch.arange(N, dtype=torch.float64).view(N, 1, 1, 1).expand(N, 1, 4, 4) / N
-    made: list[AdaptiveBatchTrainer] = []
-    stop = stopping(made, stop_after)
+    stop = StopAfter(stop_after)
 
     def trace(inputs: Tensor, targets: Tensor, progress: Any) -> tuple[Tensor, Tensor]:
         ids.append((inputs[:, 0, 0, 0] * N).round().long())
         return stop(inputs, targets, progress)
 
     model = network().double()
-    made.append(
-        AdaptiveBatchTrainer(
-            model,
-            DeviceBatches(images, (images[:, 0, 0, 0] > 0.5).long(), 8, dtype=torch.float64),
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-            loss_fn=F.cross_entropy,
-            controller=AdaBatch(8, 32, every_epochs=1),
-            epochs=3,
-            microbatch_size=microbatch_size,
-            run_dir=run_dir,
-            transform=trace,
-        )
+    stop.trainer = AdaptiveBatchTrainer(
+        model,
+        DeviceBatches(images, (images[:, 0, 0, 0] > 0.5).long(), 8, dtype=torch.float64),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        loss_fn=F.cross_entropy,
+        controller=AdaBatch(8, 32, every_epochs=1),
+        epochs=3,
+        passes=Passes(microbatch_size=microbatch_size),
+        run_dir=run_dir,
+        transform=trace,
     )
-    return made[0]
+    return stop.trainer
 
 
 @pytest.mark.parametrize("stop_after", [8, 24, 52, 90])
@@ -230,14 +228,13 @@ def test_stopped_and_fitted_again_without_a_run_directory_goes_on():
     up."""
     expected = network()
     trainer(expected, None).fit()
-    model, made = network(), []
-    made.append(trainer(model, None, transform=stopping(made, 70)))
-    made[0].request_stop()
-    assert made[0].fit().summary["examples"] == 0
-    first = made[0].fit()
+    model, stop = network(), StopAfter(70)
+    made = stop.trainer = trainer(model, None, transform=stop)
+    made.request_stop()
+    assert made.fit().summary["examples"] == 0
+    first = made.fit()
     assert (first.summary["status"], first.summary["examples"]) == ("preempted", 50 + 3 * 8)
-    made[0]._loop.step.transform = None
-    last = made[0].fit()
+    last = made.fit()
     assert last.summary["status"] == "finished"
     assert [row["epoch"] for row in last.epochs] == [1, 2, 3]
     assert torch.equal(*(nn.utils.parameters_to_vector(m.parameters()) for m in (model, expected)))

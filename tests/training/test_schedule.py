@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import SAM
+from hessianflow.training import Reporting, Schedule
 from hessianflow.training.schedule import length, misfit, steps_of_run
 
 N, BATCH, EPOCHS = 100, 16, 6
@@ -29,7 +30,7 @@ def sgd() -> SGD:
     return SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
-def trainer(make: Any, **options: Any) -> tuple[AdaptiveBatchTrainer, Any]:
+def trainer(make: Any, unit: Any = "epoch", **options: Any) -> tuple[AdaptiveBatchTrainer, Any]:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -37,11 +38,11 @@ def trainer(make: Any, **options: Any) -> tuple[AdaptiveBatchTrainer, Any]:
     settings: dict[str, Any] = {
         "loss_fn": nn.CrossEntropyLoss(),
         "epochs": EPOCHS,
-        "show_progress": False,
+        "reporting": Reporting(show_progress=False),
     }
     data = AdaptiveBatches(DATA, BATCH)
     made = AdaptiveBatchTrainer(
-        model, data, optimizer=optimizer, scheduler=scheduler, **(settings | options)
+        model, data, optimizer=optimizer, schedule=Schedule(scheduler, unit), **(settings | options)
     )
     return made, scheduler
 
@@ -78,10 +79,7 @@ PER_STEP = {
 @pytest.mark.parametrize("name", PER_STEP)
 @pytest.mark.parametrize("steps", [EPOCHS * PER_EPOCH, EPOCHS * (N // BATCH)])
 def test_a_schedule_built_per_step_and_stepped_per_epoch_is_refused(name: str, steps: int):
-    message = (
-        f"is built for {steps} steps, one a batch, and would take 6, one an epoch: pass"
-        " schedule_unit="
-    )
+    message = f"is built for {steps} steps, one a batch, and would take 6, one an epoch: pass unit="
     with pytest.raises(HessianFlowError, match=message):
         trainer(lambda optimizer: PER_STEP[name](optimizer, steps))
 
@@ -92,7 +90,7 @@ def test_the_number_that_is_named_fits(name: str):
     hand."""
     steps = steps_of_run("reference_batch", EPOCHS, N / BATCH)
     assert steps == 37
-    made, scheduler = trainer(lambda o: PER_STEP[name](o, steps), schedule_unit="reference_batch")
+    made, scheduler = trainer(lambda o: PER_STEP[name](o, steps), unit="reference_batch")
     assert notices(made) == []
     optimizer = sgd()
     alone = PER_STEP[name](optimizer, steps)
@@ -105,7 +103,8 @@ def test_the_number_that_is_named_fits(name: str):
 def test_an_end_that_is_not_reached_is_said_and_logged_once(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, "hessianflow"):
         made, _ = trainer(
-            lambda o: schedulers.OneCycleLR(o, 1.0, total_steps=42), schedule_unit="reference_batch"
+            lambda o: schedulers.OneCycleLR(o, 1.0, total_steps=42),
+            unit="reference_batch",
         )
         (message,) = notices(made)
     assert (
@@ -194,9 +193,7 @@ def test_timm_is_told_the_epochs_that_are_over():
 
 
 def test_timm_in_updates_is_told_the_reference_batches_that_are_over():
-    made, scheduler = trainer(
-        lambda o: TimmLike(o, 37, t_in_epochs=False), schedule_unit="reference_batch"
-    )
+    made, scheduler = trainer(lambda o: TimmLike(o, 37, t_in_epochs=False), unit="reference_batch")
     made.fit()
     assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
@@ -219,9 +216,9 @@ def test_timm_of_the_other_unit_is_refused(in_epochs: bool, unit: Any):
     wanted = "epoch" if in_epochs else "reference_batch"
     with pytest.raises(
         HessianFlowError,
-        match=f'made with t_in_epochs={in_epochs}: use it with schedule_unit="{wanted}"',
+        match=f'made with t_in_epochs={in_epochs}: use it with unit="{wanted}"',
     ):
-        trainer(lambda o: TimmLike(o, 6, in_epochs), schedule_unit=unit)
+        trainer(lambda o: TimmLike(o, 6, in_epochs), unit=unit)
 
 
 def test_schedulers_that_cannot_be_stepped_are_refused():
@@ -260,7 +257,7 @@ def test_schedulers_that_cannot_be_stepped_are_refused():
     ):
         trainer(lambda o: "cosine")
     with pytest.raises(HessianFlowError, match="ReduceLROnPlateau watches epochs"):
-        trainer(schedulers.ReduceLROnPlateau, schedule_unit="reference_batch")
+        trainer(schedulers.ReduceLROnPlateau, unit="reference_batch")
 
 
 def test_a_scheduler_of_other_parts_is_refused(tmp_path):
@@ -290,9 +287,9 @@ def test_a_scheduler_may_be_of_what_a_wrapper_wraps():
         model,
         AdaptiveBatches(DATA, BATCH),
         optimizer=SAM(base),
-        scheduler=schedulers.ExponentialLR(base, 0.5),
+        schedule=Schedule(schedulers.ExponentialLR(base, 0.5)),
         loss_fn=nn.CrossEntropyLoss(),
         epochs=3,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     )
     assert [row["lr"] for row in run.fit().epochs] == [0.1, 0.05, 0.025]

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import hessianflow as hf
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.training import Passes, Reporting
 
 N = 64
 
@@ -57,7 +58,12 @@ def trainer(
     net: nn.Module, dataset: Any, batch_size: int = 16, collate: Any = None, **options: Any
 ) -> Any:
     data = hf.data.AdaptiveBatches(dataset, batch_size, collate_fn=collate)
-    wanted = {"epochs": 2, "loss_fn": cross_entropy, "show_progress": False, **options}
+    wanted = {
+        "epochs": 2,
+        "loss_fn": cross_entropy,
+        "reporting": Reporting(show_progress=False),
+        **options,
+    }
     return hf.AdaptiveBatchTrainer(
         net, data, optimizer=torch.optim.SGD(net.parameters(), lr=0.5), **wanted
     )
@@ -71,8 +77,10 @@ def test_inputs_in_a_mapping_train_as_one_tensor_does(
     """The mask has a first dimension of 1, so every pass gets the whole of it; the oracle applies
     it in the data."""
     ours, oracle = Net(), Net()
-    trainer(ours, ITEMS, size, holding(kind, MASK[None]), microbatch_size=microbatch_size).fit()
-    trainer(oracle, ITEMS, size, plain, microbatch_size=microbatch_size).fit()
+    trainer(
+        ours, ITEMS, size, holding(kind, MASK[None]), passes=Passes(microbatch_size=microbatch_size)
+    ).fit()
+    trainer(oracle, ITEMS, size, plain, passes=Passes(microbatch_size=microbatch_size)).fit()
     assert ours.seen == {(1, 4, 4)}
     torch.testing.assert_close(ours.linear.weight, oracle.linear.weight, rtol=1e-13, atol=1e-15)
 
@@ -85,8 +93,8 @@ def test_a_mask_of_another_length_is_whole_or_refused_by_name() -> None:
     torch.testing.assert_close(net.linear.weight, oracle.linear.weight, rtol=1e-13, atol=1e-15)
     growing = hf.control.AdaBatch(16, 64)
     for size, options in (
-        (32, {"microbatch_size": 8}),
-        (4, {"microbatch_size": 2}),
+        (32, {"passes": Passes(microbatch_size=8)}),
+        (4, {"passes": Passes(microbatch_size=2)}),
         (16, {"controller": growing}),
     ):
         with pytest.raises(
@@ -116,14 +124,14 @@ def test_a_mask_of_another_length_is_whole_or_refused_by_name() -> None:
             lambda n: (torch.rand(3, 8, 8), {"boxes": torch.rand(1 + n % 4, 4)}),
             lambda items: tuple(zip(*items, strict=True)),
             (
-                "targets must be tensors with one row an example, got a tuple of 16 entries of type"
-                " dict: pad them"
+                "targets must be tensors with one row for each example, got a tuple of 16 entries"
+                " of type dict: pad them"
             ),
         ),
         (
             lambda n: (torch.rand(5, 4), torch.zeros(5).long()),
             lambda items: (torch.stack([x for x, _ in items]), torch.cat([y for _, y in items])),
-            "inputs of 16 rows do not go with targets of 80: both must have one row an example",
+            "inputs of 16 rows do not go with targets of 80: both must have one row for each",
         ),
     ],
 )
@@ -191,7 +199,7 @@ def test_a_padding_collate_trains_through_growth_and_resumes_exactly(
                 transform=watch,
                 epochs=3,
                 run_dir=folder,
-                show_progress=False,
+                reporting=Reporting(show_progress=False),
             )
         )
         return box[0]

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACK = ROOT.parent / "shared" / "data" / "cifar10.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PACK.exists(), reason="needs the CIFAR-10 pack beside the checkout")
 def test_killed_and_terminated_runs_end_as_the_uninterrupted_one():
     """Growing batches, PGD, augmentation, probe: SIGKILL, SIGTERM, SIGKILL, then compared bit for

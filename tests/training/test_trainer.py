@@ -8,22 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, CurvatureReading, Decision, HessianFlowError, History
 from hessianflow.data import DeviceBatches
 from hessianflow.interfaces import Exposure
+from hessianflow.training import AfterEpoch, Checkpoints, Passes, Reporting, Schedule
 from hessianflow.training.checks import LOOP_SIGNALS
 
 N = 50
 
 
 def data(batch_size: int = 8, seed: int = 0, count: int = N, shuffle: bool = True) -> DeviceBatches:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, batch_size, seed=seed, shuffle=shuffle)
+    return bright_or_dark(count, batch_size, seed=seed, shuffle=shuffle)
 
 
 def network(dropout: float = 0.0, norm: bool = False) -> nn.Module:
@@ -81,7 +80,11 @@ class Probe:
 def trainer(
     model: nn.Module, batches: DeviceBatches, evaluation: Any = None, **options: Any
 ) -> AdaptiveBatchTrainer:
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return AdaptiveBatchTrainer(model, batches, evaluation, **(settings | options))
 
@@ -109,7 +112,7 @@ def test_fixed_batch_is_the_bare_loop_bit_for_bit(name: str):
             F.cross_entropy(bare(x), y).backward()
             optimizer.step()
     history = trainer(
-        ours, data(), optimizer=make(ours.parameters()), norm_statistics="running"
+        ours, data(), optimizer=make(ours.parameters()), passes=Passes(norm_statistics="running")
     ).fit()
     assert torch.equal(weights(ours), weights(bare))
     assert history.summary["updates"] == 3 * math.ceil(N / 8)
@@ -177,7 +180,7 @@ def test_growth_inside_an_epoch_keeps_every_weight_sum_at_one():
         controller=script,
         transform=watch,
         epochs=2,
-        microbatch_size=3,
+        passes=Passes(microbatch_size=3),
     ).fit()
     bare = network()
     plain = torch.optim.SGD(bare.parameters(), lr=0.1)
@@ -190,15 +193,19 @@ def test_growth_inside_an_epoch_keeps_every_weight_sum_at_one():
 
 def test_curvature_is_measured_once_an_epoch_or_only_when_needed():
     needing = frozenset({"eigenvalue"})
-    for schedule, needs, expected in (
-        ("epoch", needing, 3),
-        ("needed", needing, 1),
-        ("needed", frozenset(), 0),
+    for every_epoch, needs, expected in (
+        (True, needing, 3),
+        (False, needing, 1),
+        (False, frozenset(), 0),
     ):
         probe = Probe()
         script = Script(Decision(8), {N: Decision(8)}, needs)
         history = trainer(
-            network(), data(), controller=script, probe=probe, curvature=schedule
+            network(),
+            data(),
+            controller=script,
+            probe=probe,
+            after_epoch=AfterEpoch(curvature=every_epoch),
         ).fit()
         assert probe.calls == expected
         assert len(history.curvature) == expected
@@ -266,7 +273,7 @@ def resumable(run_dir: Path | None, model: nn.Module, **options: Any) -> Adaptiv
     script = Script(Decision(8), decisions, frozenset({"eigenvalue"}))
     settings = {
         "optimizer": optimizer,
-        "scheduler": scheduler,
+        "schedule": Schedule(scheduler),
         "controller": script,
         "probe": Probe(),
         "epochs": 4,
@@ -316,18 +323,17 @@ def test_resumed_run_is_bit_equal(tmp_path: Path, stop_at: int):
 def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path):
     whole = network()
     expected = resumable(tmp_path / "whole", whole).fit()
-    model = network()
-    broken = resumable(tmp_path / "run", model)
-    save = type(broken._loop).save
-    saves = []
 
-    def die_before_the_third(self, *names):
-        saves.append(names)
-        if not names and sum(not n for n in saves) == 4:  # the start, two epochs, the third
-            raise KeyboardInterrupt
-        save(self, *names)
+    class DiesAtTheThird:
+        """A sink that ends the program when the row of an epoch is written, but no checkpoint."""
 
-    broken._loop.save = die_before_the_third.__get__(broken._loop)
+        def write(self, record):
+            if record["kind"] == "epoch" and record["epoch"] == 3:
+                raise KeyboardInterrupt
+
+        def close(self) -> None: ...
+
+    broken = resumable(tmp_path / "run", network(), reporting=Reporting(sinks=[DiesAtTheThird()]))
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     assert len(History.load(tmp_path / "run").epochs) == 3
@@ -352,7 +358,7 @@ def test_checkpoints_within_an_epoch(tmp_path: Path):
         data(),
         run_dir=tmp_path / "run",
         transform=watch,
-        checkpoint_examples=13,
+        checkpoints=Checkpoints(every_examples=13),
         epochs=1,
     ).fit()
     assert cursors == [0, 0, 16, 16, 32, 32, 45]
@@ -416,8 +422,7 @@ def test_schedule_counted_in_reference_batches_survives_growth():
             model,
             data(count=48),
             optimizer=optimizer,
-            scheduler=scheduler,
-            schedule_unit="reference_batch",
+            schedule=Schedule(scheduler, unit="reference_batch"),
             controller=Script(Decision(8), script),
             epochs=2,
         ).fit()
@@ -493,7 +498,11 @@ def test_a_weight_that_is_not_finite_under_a_finite_loss_is_never_kept(tmp_path:
 
     with pytest.raises(HessianFlowError, match=r"a weight was not finite"):
         trainer(
-            model, data(), run_dir=tmp_path / "run", loss_fn=loss_fn, checkpoint_examples=8
+            model,
+            data(),
+            run_dir=tmp_path / "run",
+            loss_fn=loss_fn,
+            checkpoints=Checkpoints(every_examples=8),
         ).fit()
     for name in ("last", "previous"):
         state = checkpoints.load(tmp_path / "run" / "checkpoints" / f"{name}.pt")
@@ -512,7 +521,7 @@ def test_a_microbatch_of_ignored_targets_is_no_divergence():
     x, y = batches.examples(torch.arange(N))
     y[: N // 2] = -100
     ignoring = DeviceBatches(x, y, 16, shuffle=False, num_classes=2)
-    history = trainer(model, ignoring, (x[:10], y[:10]), microbatch_size=4).fit()
+    history = trainer(model, ignoring, (x[:10], y[:10]), passes=Passes(microbatch_size=4)).fit()
     assert history.summary["status"] == "finished"
     assert all(math.isfinite(row["train_loss"]) for row in history.epochs)
 
@@ -525,7 +534,7 @@ def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
         model.parameters(), lr=np.float64(0.1), weight_decay=np.float64(1e-4)
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [np.int64(1)])
-    options = {"optimizer": optimizer, "scheduler": scheduler}
+    options = {"optimizer": optimizer, "schedule": Schedule(scheduler)}
     assert (
         trainer(model, data(), run_dir=tmp_path / "numpy", **options).fit().summary["status"]
         == "finished"
@@ -540,14 +549,33 @@ def test_what_a_checkpoint_cannot_hold_is_found_at_once(tmp_path: Path):
     with pytest.raises(
         HessianFlowError, match="cannot be kept: a part of it holds values other than tensors"
     ):
-        trainer(model, data(), run_dir=tmp_path / "odd", optimizer=odd, checkpoint_examples=8).fit()
+        trainer(
+            model,
+            data(),
+            run_dir=tmp_path / "odd",
+            optimizer=odd,
+            checkpoints=Checkpoints(every_examples=8),
+        ).fit()
 
 
 def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tmp_path: Path):
-    first = trainer(network(), data(), run_dir=tmp_path / "run")
-    first._loop.save = lambda *names: (_ for _ in ()).throw(KeyboardInterrupt)
+    class Dying:
+        """A part of the state that ends the program when it is asked for."""
+
+        def state_dict(self):
+            raise KeyboardInterrupt
+
+        def load_state_dict(self, state): ...
+
+    first = trainer(
+        network(),
+        data(),
+        run_dir=tmp_path / "run",
+        checkpoints=Checkpoints(state={"dying": Dying()}),
+    )
     with pytest.raises(KeyboardInterrupt):
         first.fit()
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
     assert (tmp_path / "run" / "config.json").exists()
     assert (
         trainer(network(), data(), run_dir=tmp_path / "run").fit().summary["status"] == "finished"
@@ -559,7 +587,7 @@ def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
-    other = resumable(None, model, optimizer=optimizer, scheduler=cosine)
+    other = resumable(None, model, optimizer=optimizer, schedule=Schedule(cosine))
     with pytest.raises(
         HessianFlowError, match="had the scheduler MultiStepLR, this run has CosineAnnealingLR"
     ):
@@ -568,8 +596,7 @@ def test_resume_refuses_another_scheduler_and_controller(tmp_path: Path):
     class Another(Script):
         pass
 
-    other = resumable(None, network())
-    other._loop.state.parts["controller"] = Another(Decision(8), {})
+    other = resumable(None, network(), controller=Another(Decision(8), {}))
     with pytest.raises(
         HessianFlowError, match="made with the controller Script, this run has Another"
     ):
@@ -603,7 +630,12 @@ def test_what_is_normalised_together_does_not_depend_on_the_microbatch(sizes: tu
         batches = DeviceBatches(*data().examples(torch.arange(N)), 15)
         batches._dtype = torch.float64
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer(model, batches, optimizer=optimizer, microbatch_size=size, norm_batch_size=4).fit()
+        trainer(
+            model,
+            batches,
+            optimizer=optimizer,
+            passes=Passes(microbatch_size=size, norm_batch_size=4),
+        ).fit()
         models.append(weights(model))
     torch.testing.assert_close(models[0], models[1], rtol=1e-10, atol=1e-12)
 
@@ -620,10 +652,8 @@ def test_warm_up_of_a_large_batch_keeps_the_schedule_of_the_reference_batch():
         model,
         data(count=48),
         optimizer=optimizer,
-        scheduler=scheduler,
-        schedule_unit="reference_batch",
+        schedule=Schedule(scheduler, unit="reference_batch", reference_batch_size=8),
         controller=Warmup(24, 8, warmup_epochs=0),
-        reference_batch_size=8,
         epochs=4,
     ).fit()
     assert [row["lr"] for row in history.epochs] == pytest.approx([0.3, 0.3, 0.03, 0.03])

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.curvature import CurvatureProbe, FisherOperator, GGNOperator, HessianOperator
 from hessianflow.data import AdaptiveBatches
-from hessianflow.training import evaluate
+from hessianflow.training import Reporting, evaluate
 
 INPUTS = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(3, (16,), generator=torch.Generator().manual_seed(1))
@@ -25,7 +25,7 @@ def train(model: nn.Module, pair: tuple[Tensor, Tensor]) -> None:
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         loss_fn=cross_entropy,
         epochs=1,
-        show_progress=False,
+        reporting=Reporting(show_progress=False),
     ).fit()
 
 

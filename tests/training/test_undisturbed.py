@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import bright_or_dark
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,18 +15,15 @@ from hessianflow.build import build_trainer
 from hessianflow.config import TrainConfig
 from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import Augmentation, DeviceBatches
+from hessianflow.resolve import resolve
 from hessianflow.runs import checkpoints
-from hessianflow.training import evaluate
+from hessianflow.training import Checkpoints, Reporting, evaluate
 
 N = 50
 
 
 def data() -> DeviceBatches:
-    images = torch.randint(
-        256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    targets = images.float().mean((1, 2, 3)).gt(127).long()
-    return DeviceBatches(images, targets, 8, augment=Augmentation(crop_padding=1, flip=True))
+    return bright_or_dark(N, augment=Augmentation(crop_padding=1, flip=True))
 
 
 def network() -> nn.Module:
@@ -42,7 +40,11 @@ def network() -> nn.Module:
 
 
 def trainer(model: nn.Module, evaluation: Any = None, **options: Any) -> AdaptiveBatchTrainer:
-    settings: dict[str, Any] = {"epochs": 3, "loss_fn": F.cross_entropy, "show_progress": False}
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "loss_fn": F.cross_entropy,
+        "reporting": Reporting(show_progress=False),
+    }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return AdaptiveBatchTrainer(
         model, data(), evaluation, optimizer=optimizer, **(settings | options)
@@ -62,8 +64,11 @@ def test_watching_changes_no_weight(way: str, tmp_path: Path):
     options: dict[str, dict[str, Any]] = {
         "evaluation": {"evaluation": (sample[0] + 3, sample[1])},
         "probe": {"probe": CurvatureProbe(watched, F.cross_entropy, sample)},
-        "progress bar": {"show_progress": True},
-        "run directory": {"run_dir": tmp_path / "run", "checkpoint_examples": 16},
+        "progress bar": {"reporting": Reporting(show_progress=True)},
+        "run directory": {
+            "run_dir": tmp_path / "run",
+            "checkpoints": Checkpoints(every_examples=16),
+        },
     }
     torch.manual_seed(5)
     trainer(watched, **options[way]).fit()
@@ -129,13 +134,16 @@ def test_the_same_run_twice_is_bit_equal(adversary: Any, tmp_path: Path):
         torch.rand(number + 1)
         config = TrainConfig(
             epochs=3,
-            patience=1,
+            train_examples=256,
+            test_examples=64,
+            max_batch_size=128,
+            controller={"name": "absa", "patience": 1},
             adversary=adversary,
             seed=seed,
             device="cpu",
             run_dir=str(tmp_path / str(number)),
         )
-        made = build_trainer(config)
+        made = build_trainer(resolve(config))
         rows = [{k: v for k, v in row.items() if "second" not in k} for row in made.fit().records]
         runs.append((weights(made.model), rows))
     assert torch.equal(runs[0][0], runs[1][0])
@@ -162,7 +170,12 @@ def test_weights_that_are_not_finite_are_never_saved_whatever_the_loss(tmp_path:
             model.spare.data[1] = float("nan")
         return inputs, targets
 
-    made = trainer(model, run_dir=tmp_path / "run", transform=poison, checkpoint_examples=16)
+    made = trainer(
+        model,
+        run_dir=tmp_path / "run",
+        transform=poison,
+        checkpoints=Checkpoints(every_examples=16),
+    )
     with pytest.raises(
         HessianFlowError, match=r"or a weight was not finite, .* in epoch 2 at update 1"
     ):
@@ -174,4 +187,4 @@ def test_weights_that_are_not_finite_are_never_saved_whatever_the_loss(tmp_path:
 
 def test_tensorboard_needs_a_place():
     with pytest.raises(HessianFlowError, match="--tensorboard needs --run-dir"):
-        build_trainer(TrainConfig(tensorboard=True, device="cpu"))
+        build_trainer(resolve(TrainConfig(tensorboard=True, device="cpu")))

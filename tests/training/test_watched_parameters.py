@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from hessianflow import AdaptiveBatchTrainer
 from hessianflow.data import DeviceBatches
 from hessianflow.optim import CLARS, LARS, MicrobatchNorms
+from hessianflow.training import Passes, Reporting
 
 
 def network() -> nn.Sequential:
@@ -28,14 +29,23 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) ->
     data = DeviceBatches(
         torch.randn(24, 1, 2, 2, generator=source), torch.randint(4, (24,), generator=source), 8
     )
-    settings: dict[str, Any] = {"loss_fn": F.cross_entropy, "epochs": 2, "show_progress": False}
+    settings: dict[str, Any] = {
+        "loss_fn": F.cross_entropy,
+        "epochs": 2,
+        "reporting": Reporting(show_progress=False),
+    }
     AdaptiveBatchTrainer(model, data, optimizer=optimizer, **settings, **options).fit()
 
 
 def by_clars(make: Callable[[nn.Sequential], CLARS], microbatch_size: int = 2) -> nn.Sequential:
     model = network()
     optimizer = make(model)
-    train(model, optimizer, observers=[optimizer.norms], microbatch_size=microbatch_size)
+    train(
+        model,
+        optimizer,
+        observers=[optimizer.norms],
+        passes=Passes(microbatch_size=microbatch_size),
+    )
     return model
 
 

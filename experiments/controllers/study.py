@@ -1,0 +1,8 @@
+"""Who decides the batch size best?"""
+
+from pathlib import Path
+
+from experiments.controllers.grid import cells
+from experiments.runner import RUNS, Study
+
+STUDY = Study("controllers", RUNS / "controllers", cells, recorded=Path(__file__).parent)

@@ -1,0 +1,83 @@
+"""The data of an operator, as the pieces that its model is run on."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hessianflow.batches import map_tensors, move, num_examples, split
+from hessianflow.curvature.cut_check import check_cut
+from hessianflow.curvature.selection import batches_of, checked_batches, single_batch
+from hessianflow.curvature.vectors import usable_in_graph
+from hessianflow.losses import MeanLoss
+
+
+class ForwardedData:
+    """The batches of an operator, cut into pieces of at most `microbatch_size` examples.
+
+    Args:
+        data: one batch or a re-iterable of batches.
+        microbatch_size: examples per piece; None for whole batches.
+        device: the device of the model.
+        loss: the mean loss, which knows the weight of most pieces from their targets.
+
+    Attributes:
+        single: the only batch, where that can be told without reading a data set.
+
+    Raises:
+        HessianFlowError: there are no data, or something that is no batch.
+    """
+
+    def __init__(
+        self, data: Any, microbatch_size: int | None, device: torch.device, loss: MeanLoss
+    ) -> None:
+        self._batches = batches_of(data)
+        self.single = single_batch(self._batches)
+        self._microbatch_size = microbatch_size
+        self._device = device
+        self._loss = loss
+        self._is_cut_checked = False
+
+    @property
+    def is_one_piece(self) -> bool:
+        """Return whether the data are a single batch that is run at once."""
+        return self.single is not None and self._fits(self.single)
+
+    def num_examples(self) -> int:
+        """Return the number of examples; reads the data once."""
+        return sum(num_examples(batch) for batch in checked_batches(self._batches))
+
+    def pieces(self, model: nn.Module | None = None) -> Iterator[Any]:
+        """Yield the pieces, on the device, without those known to have weight 0.
+
+        The weight is 0 where all targets are ignored. If `model` is given, the first batch that is
+        cut is checked with it.
+        """
+        for batch in checked_batches(self._batches):
+            if model is not None and not self._is_cut_checked and not self._fits(batch):
+                self._is_cut_checked = True
+                if not isinstance(batch, Mapping):
+                    check_cut(model, batch, self._local)
+            for piece in split(batch, self._microbatch_size):
+                local = self._local(piece)
+                if self.weight_ahead(local) != 0:
+                    yield local
+
+    def weight_ahead(self, batch: Any) -> float | None:
+        """Return the weight of a batch if its targets tell it, else None."""
+        targets = batch
+        if not isinstance(batch, Mapping):
+            targets = batch[1]
+        weight = self._loss.weight_ahead(targets)
+        if weight is None:
+            return None
+        # The host waits for a weight on the device: a piece of weight 0 must not be forwarded.
+        return float(weight)
+
+    def _fits(self, batch: Any) -> bool:
+        return self._microbatch_size is None or num_examples(batch) <= self._microbatch_size
+
+    def _local(self, batch: Any) -> Any:
+        moved = move(batch, self._device, non_blocking=True)
+        return map_tensors(usable_in_graph, moved)

@@ -1,0 +1,121 @@
+"""Records and protocols shared by every room of the toolkit.
+
+This room and :mod:`hessianflow.batches` are the only ones that every room may import. Records are
+frozen: a measurement or a decision, once made, never changes. Protocols are small: the trainer
+knows nothing else about the methods it runs.
+
+Units: `batch_size` counts examples per optimizer step over all ranks, `microbatch_size` examples
+per forward pass on one device, progress counts examples. A learning rate is stated at a reference
+batch size.
+
+All names can be imported from here. Those of :mod:`errors` and :mod:`control` need no torch; the
+others import it when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hessianflow.interfaces.control import (
+    NO_SIGNALS,
+    BatchController,
+    Capped,
+    CurvatureReading,
+    Decision,
+    ForgetsReference,
+    NormMode,
+    Progress,
+    Stateful,
+)
+from hessianflow.interfaces.errors import (
+    AgreedError,
+    HessianFlowError,
+)
+
+if TYPE_CHECKING:
+    from hessianflow.interfaces.curvature import (
+        Budgeted,
+        CurvatureProbe,
+        JudgesStatistics,
+        LinearOperator,
+        MeasuresModel,
+    )
+    from hessianflow.interfaces.training import (
+        Adversary,
+        Batch,
+        BatchTransform,
+        BindsParameters,
+        ChecksRows,
+        EpochMeasurement,
+        Exposure,
+        GradientObserver,
+        InputAttack,
+        LossFn,
+        Pending,
+        RecordSink,
+        ResizableBatches,
+        Rewindable,
+        SecondOrder,
+        TellsPlace,
+        WantsClosure,
+    )
+    from hessianflow.interfaces.world import (
+        Hits,
+        JoinsRanks,
+        Reducer,
+        Shardable,
+        StepResult,
+        Wishes,
+        World,
+    )
+
+__all__ = [
+    "NO_SIGNALS",
+    "Adversary",
+    "AgreedError",
+    "Batch",
+    "BatchController",
+    "BatchTransform",
+    "BindsParameters",
+    "Budgeted",
+    "Capped",
+    "ChecksRows",
+    "CurvatureProbe",
+    "CurvatureReading",
+    "Decision",
+    "EpochMeasurement",
+    "Exposure",
+    "ForgetsReference",
+    "GradientObserver",
+    "HessianFlowError",
+    "Hits",
+    "InputAttack",
+    "JoinsRanks",
+    "JudgesStatistics",
+    "LinearOperator",
+    "LossFn",
+    "MeasuresModel",
+    "NormMode",
+    "Pending",
+    "Progress",
+    "RecordSink",
+    "Reducer",
+    "ResizableBatches",
+    "Rewindable",
+    "SecondOrder",
+    "Shardable",
+    "Stateful",
+    "StepResult",
+    "TellsPlace",
+    "WantsClosure",
+    "Wishes",
+    "World",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in ("curvature", "training", "world"):
+            found = vars(import_module(f"{__name__}.{module}"))
+            if name in found:
+                return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

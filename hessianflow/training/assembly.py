@@ -1,0 +1,200 @@
+"""Puts the parts of a run together, from what the trainer was asked for."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hessianflow.interfaces import World
+from hessianflow.runs import Recorder
+from hessianflow.training.accumulate import GradientAccumulator
+from hessianflow.training.after_epoch import Evaluator
+from hessianflow.training.control_point import ControlPoint
+from hessianflow.training.course import Course
+from hessianflow.training.epoch_end import EpochEnd
+from hessianflow.training.explosion import ExplosionRule
+from hessianflow.training.keeping import Keeper
+from hessianflow.training.learning_rate import LearningRate
+from hessianflow.training.lookahead import Lookahead
+from hessianflow.training.loop import TrainingLoop
+from hessianflow.training.microbatch import microbatches
+from hessianflow.training.model_state import ModelState
+from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.reporting import Reporter, Reporting
+from hessianflow.training.rollback import Guard
+from hessianflow.training.saving import Saver
+from hessianflow.training.settings import flat, of_controller, of_optimizer
+from hessianflow.training.state import Component, RunState, components, numbered
+from hessianflow.training.steering import Steering
+from hessianflow.training.step import TrainingStep
+from hessianflow.training.task import Groups, Methods, Task
+from hessianflow.training.timing import Stopwatch
+from hessianflow.training.totals import RunningTotals
+
+
+def assemble(
+    task: Task, methods: Methods, groups: Groups, run_dir: Path | None, world: World
+) -> TrainingLoop:
+    """Return the loop of a run."""
+    decision = methods.first_decision(task.train_data)
+    reference = groups.schedule.reference_batch_size or decision.batch_size
+    schedule = groups.schedule
+    rate = LearningRate(task.optimizer, schedule.scheduler, schedule.unit, reference)
+    step = _step(task, methods, groups, reference, world)
+    stopwatch = step.stopwatch
+    control = ControlPoint(
+        methods.controller,
+        methods.probe,
+        methods.observers,
+        groups.after_epoch.curvature,
+        stopwatch,
+        world,
+    )
+    built = _settings(task, control, rate, step, groups, reference)
+    course = Course(task.train_data, task.epochs)
+    reporter = _reporter(groups.reporting, course, run_dir, world)
+    rule = ExplosionRule(groups.divergence.max_loss_ratio)
+    totals = RunningTotals(stopwatch.device, stopwatch.totals(), rule)
+    steering = Steering(
+        decision,
+        control,
+        task.train_data,
+        rate,
+        totals,
+        course,
+        reporter,
+        methods.adversary,
+    )
+    keeper = _keeper(task, methods, groups, built, step, steering, run_dir)
+    return _loop(task, groups, step, keeper)
+
+
+def _step(
+    task: Task, methods: Methods, groups: Groups, reference: int, world: World
+) -> TrainingStep:
+    """Return what takes a step, on the device that the model is on."""
+    passes = groups.passes
+    stopwatch = Stopwatch(task.device)
+    examples = task.train_data.num_examples
+    microbatch, paired = microbatches(
+        task.model, world, passes.microbatch_size, reference, examples
+    )
+    trained = TrainedParameters(task.model, task.optimizer)
+    accumulate = GradientAccumulator(
+        task.model,
+        task.loss_fn,
+        trained.current,
+        methods.observers,
+        passes.precision,
+        passes.norm_group(reference),
+        world,
+        paired,
+    )
+    return TrainingStep(
+        task.model,
+        task.optimizer,
+        accumulate,
+        microbatch,
+        methods.adversary,
+        methods.transform,
+        stopwatch,
+        stopwatch.device,
+        world,
+        trained,
+        passes.max_grad_norm,
+    )
+
+
+def _settings(
+    task: Task,
+    control: ControlPoint,
+    rate: LearningRate,
+    step: TrainingStep,
+    groups: Groups,
+    reference: int,
+) -> dict[str, Any]:
+    """Return the settings that every checkpoint holds, to be compared when a run is resumed."""
+    return {
+        "epochs": task.epochs,
+        "schedule_unit": rate.unit,
+        "reference_batch_size": reference,
+        "norm_batch_size": step.accumulate.group_size,
+        "norm_statistics": groups.passes.norm_statistics,
+        "precision": groups.passes.precision,
+        "max_grad_norm": groups.passes.max_grad_norm,
+        "max_loss_ratio": groups.divergence.max_loss_ratio,
+        **of_controller(control.controller),
+        **of_optimizer(task.optimizer),
+        **flat("scheduler", rate.settings),
+    }
+
+
+def _reporter(reporting: Reporting, course: Course, run_dir: Path | None, world: World) -> Reporter:
+    """Return what tells of the run; rank 0 alone writes or shows anything."""
+    if world.rank > 0:
+        return Reporter(Recorder(None), course, show_progress=False)
+    return Reporter(Recorder(run_dir, reporting.sinks), course, reporting.show_progress)
+
+
+def _keeper(
+    task: Task,
+    methods: Methods,
+    groups: Groups,
+    built: Mapping[str, Any],
+    step: TrainingStep,
+    steering: Steering,
+    run_dir: Path | None,
+) -> Keeper:
+    """Return what keeps the state of the run, in the order in which it is put back."""
+    stopwatch = step.stopwatch
+    ahead = Lookahead(task.train_data, methods.staleness, step.load, stopwatch.device, stopwatch)
+    held = groups.checkpoints.state.items()
+    state = RunState(
+        ModelState(task.model, task.optimizer, task.loss_fn),
+        task.optimizer,
+        [
+            *components(ahead, step, steering),
+            *numbered("measurement", groups.after_epoch.measurements),
+            *(Component(f"state {name}", part) for name, part in held),
+        ],
+        stopwatch,
+        built,
+        partial(step.follow, anew=True),
+        steering.course,
+    )
+    saver = Saver(groups.checkpoints)
+    return Keeper(run_dir, task.model, state, saver, ahead, steering, step.world)
+
+
+def _loop(task: Task, groups: Groups, step: TrainingStep, keeper: Keeper) -> TrainingLoop:
+    """Return the loop around a step."""
+    steering = keeper.steering
+    reporter = steering.reporter
+    rate = steering.rate
+    totals = steering.totals
+    world = step.world
+    evaluator = Evaluator(
+        task.model,
+        task.eval_data,
+        task.loss_fn,
+        task.optimizer,
+        groups.after_epoch,
+        step.stopwatch,
+        world,
+    )
+    statistics = groups.passes.norm_statistics
+    return TrainingLoop(
+        model=task.model,
+        norm_batch_size=step.accumulate.group_size,
+        course=steering.course,
+        ahead=keeper.ahead,
+        rate=rate,
+        step=step,
+        totals=totals,
+        guard=Guard(groups.divergence, step.trained, keeper, step.stopwatch),
+        steering=steering,
+        epoch_end=EpochEnd(evaluator, totals, rate, keeper, reporter, step.microbatch, statistics),
+        keeper=keeper,
+        reporter=reporter,
+        world=world,
+    )

@@ -1,0 +1,199 @@
+"""From a batch to what is trained on: attacked so many steps ahead, exposed at its step.
+
+The trainer's step uses :func:`expose`. A loop of one's own uses :class:`Ahead`, which is the
+trainer's queue, and :func:`exposed_loss`.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from hessianflow.batches import num_examples
+from hessianflow.interfaces import Adversary, Batch, Decision, Exposure, LossFn, Progress
+from hessianflow.losses import mean_loss
+from hessianflow.training.lookahead import Lookahead, Planned, check_staleness
+from hessianflow.training.timing import Stopwatch
+
+
+def share_in_force(adversary: Adversary | None, decision: Decision) -> float:
+    """Return the share of each batch that is attacked: the adversary's, times the controller's
+    factor; 0 without an adversary."""
+    return 0.0 if adversary is None else adversary.share * decision.attack_factor
+
+
+def expose(
+    adversary: Adversary,
+    model: nn.Module,
+    now: Planned,
+    ahead: Planned | None,
+    microbatch_size: int | None = None,
+) -> Exposure:
+    """Return what to train on in place of the batch of `now`.
+
+    The attack on `ahead` is started; one on `now` that was started before is waited for.
+
+    Args:
+        adversary: attacks and exposes.
+        model: with the weights before the step.
+        now: the batch of this step.
+        ahead: the batch of `staleness` steps later; `now` itself without staleness; None where the
+            data have ended.
+        microbatch_size: most rows attacked in one forward pass; None: as the adversary says.
+    """
+    if ahead is not None:
+        _attack(adversary, model, ahead, microbatch_size)
+    if adversary.attacks_late:
+        _attack(adversary, model, now, microbatch_size)
+    if now.attacked is None:
+        return Exposure(now.batch)
+    share = share_in_force(adversary, now.decision)
+    return adversary.expose(model, *now.batch, now.attacked(), share)
+
+
+def _attack(
+    adversary: Adversary, model: nn.Module, entry: Planned, microbatch_size: int | None
+) -> None:
+    share = share_in_force(adversary, entry.decision)
+    if entry.attacked is None and share > 0 and num_examples(entry.batch[1]) > 0:
+        entry.attacked = adversary.attack(model, *entry.batch, share, microbatch_size)
+
+
+class Ahead:
+    """The trainer's queue between data and step, for a training loop of one's own.
+
+    Iterating gives one :class:`~hessianflow.interfaces.Exposure` a batch, in order; step the
+    optimizer between two of them. Batches are drawn `adversary.staleness` steps ahead and attacked
+    then. Chain the epochs into one iterable, so that the queue crosses their ends.
+
+    Args:
+        batches: pairs (inputs, targets) on the device of the model.
+        adversary: attacks its share of each batch.
+        model: is attacked with the weights that it has when the next exposure is asked for.
+        microbatch_size: most rows attacked in one forward pass; None: as the adversary says.
+
+    Raises:
+        HessianFlowError: (from iterating) the run is not longer than the staleness, so that no
+            batch attacked ahead would ever be used; or there is no batch at all.
+
+    Example:
+        >>> import torch
+        >>> from hessianflow.adversarial import FGSM, ConcurrentAdversary
+        >>> adversary = ConcurrentAdversary(FGSM(0.1, value_range=None), staleness=1)
+        >>> batches = [(torch.zeros(2, 3), torch.tensor([0, 1])) for _ in range(3)]
+        >>> [exposure.twins is not None for exposure in Ahead(batches, adversary, nn.Linear(3, 2))]
+        [False, True, True]
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        adversary: Adversary,
+        model: nn.Module,
+        *,
+        microbatch_size: int | None = None,
+    ) -> None:
+        device = next(model.parameters()).device
+        self._adversary = adversary
+        self._model = model
+        self._microbatch_size = microbatch_size
+        self._queue = Lookahead(
+            _OneEpoch(batches), adversary.staleness, _as_it_is, device, Stopwatch(device)
+        )
+        self._progress = Progress(0, 0, 0, sys.maxsize, 1)
+
+    def __iter__(self) -> Iterator[Exposure]:
+        for planned in self._queue.plan(self._now):
+            if planned is None:  # the data have ended with the batch before
+                self._progress = replace(self._progress, epoch=1)
+                continue
+            now, ahead = planned
+            if ahead is None and self._progress.updates == 0:
+                check_staleness(self._queue.depth, 1, len(self._queue), 1)
+            exposure = expose(self._adversary, self._model, now, ahead, self._microbatch_size)
+            self._queue.trained()
+            self._progress = replace(
+                self._progress,
+                epoch=int(now.ends_epoch),
+                examples=self._progress.examples + now.examples,
+                updates=self._progress.updates + 1,
+            )
+            yield exposure
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the queued batches with their adversarial inputs, and the adversary's state.
+
+        Waits for attacks under way. Call it between two steps.
+        """
+        queue = self._queue.state_dict()  # ends the attacks, which move the adversary's state on
+        return {
+            "queue": queue,
+            "progress": dict(vars(self._progress)),
+            "adversary": self._adversary.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; `batches` must go on with the batch after the last one
+        queued."""
+        self._queue.load_state_dict(state["queue"])
+        self._progress = Progress(**state["progress"])
+        self._adversary.load_state_dict(state["adversary"])
+
+    def _now(self) -> tuple[Progress, int, Decision]:
+        return self._progress, self._progress.examples, Decision(1)
+
+
+def exposed_loss(model: nn.Module, exposure: Exposure, loss_fn: LossFn) -> Tensor:
+    """Return the loss to differentiate, a scalar on the device.
+
+    With N rows drawn from the data and M twins it is the mean over the former plus M / N times the
+    mean over the twins: every row counts alike. With `exposure.average` that is divided by 1 +
+    M / N. Clean rows and twins take a forward pass each.
+
+    Args:
+        model: called in the mode it is in.
+        exposure: from :class:`Ahead`. If it wants the gradient of its inputs, it is given that when
+            the loss is differentiated.
+        loss_fn: a mean over examples (or a sum or a vector: see `LossFn`).
+    """
+    inputs, targets = exposure.batch
+    if exposure.on_input_gradient is not None:
+        inputs = inputs.detach().requires_grad_()
+        inputs.register_hook(exposure.on_input_gradient)
+    clean = mean_loss(loss_fn, model(inputs), targets)
+    if exposure.twins is None:
+        return clean
+    twins, labels = exposure.twins
+    with exposure.twin_mode():
+        adversarial = mean_loss(loss_fn, model(twins), labels)
+    ratio = num_examples(labels) / num_examples(targets)
+    total = clean + ratio * adversarial
+    return total / (1 + ratio) if exposure.average else total
+
+
+class _OneEpoch:
+    """Any batches as a stream of one epoch, whose length is known at its end."""
+
+    num_examples = sys.maxsize
+    batch_size = 1
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+
+    def set_batch_size(self, batch_size: int) -> None:
+        raise NotImplementedError("batches of a loop of one's own have the size that they have")
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing is kept."""
+
+
+def _as_it_is(batch: Batch, progress: Progress) -> Batch:  # noqa: ARG001
+    return batch

@@ -1,0 +1,87 @@
+"""What a run tells while it trains: rows, events, a progress bar."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hessianflow.interfaces import HessianFlowError, RecordSink
+from hessianflow.runs import Recorder, rows
+from hessianflow.runs.rows import Record
+from hessianflow.training.arguments import as_list, check_parts
+from hessianflow.training.course import Course
+from hessianflow.training.progress import ProgressBar
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Who is told of a run, besides its directory.
+
+    Attributes:
+        sinks: receivers of every record.
+        config: settings to write to config.json besides the trainer's own.
+        show_progress: True, False, or None: only on a terminal.
+
+    Raises:
+        HessianFlowError: a setting is not what it must be.
+    """
+
+    sinks: Iterable[RecordSink] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    show_progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sinks", as_list("sinks", self.sinks))
+        check_parts(sinks=self.sinks)
+        if self.show_progress not in (True, False, None):
+            raise HessianFlowError(
+                "Reporting.show_progress must be True, False or None (on a terminal), got"
+                f" {self.show_progress!r}"
+            )
+
+
+class Reporter:
+    """Writes rows and events of a run, and moves its progress bar.
+
+    Args:
+        record: the records, in the run's directory and at its sinks; those of rank 0 alone have
+            either.
+        course: how far the run has come.
+        show_progress: see :class:`Reporting`.
+
+    Attributes:
+        record: the records.
+        bar: the progress bar, while training; between two trainings the last one.
+    """
+
+    def __init__(self, record: Recorder, course: Course, show_progress: bool | None) -> None:
+        self.record = record
+        self._course = course
+        self._show_progress = show_progress
+        self._said: set[str] = set()
+
+    def begin(self) -> None:
+        """Show how far the run has come, from here on."""
+        progress = self._course.progress
+        total = progress.total_epochs * progress.examples_per_epoch
+        self.bar = ProgressBar(total, progress.examples, show=self._show_progress)
+
+    def event(self, event: str, message: str) -> None:
+        """Record that something happened."""
+        self.record.write(rows.event_row(self._course.progress, event, message))
+
+    def say_once(self, event: str, message: str) -> None:
+        """Record an event, unless the run has one of its kind already."""
+        if event not in self._said and not self.record.has_event(event):
+            self.event(event, message)
+        self._said.add(event)
+
+    def write_all(self, rows_left: list[Record]) -> None:
+        """Write the rows, and take each off the list once it is written."""
+        while rows_left:
+            self.record.write(rows_left.pop(0))
+
+    def show(self, **figures: float | int | None) -> None:
+        """Show figures beside the bar; None is left out."""
+        progress = self._course.progress
+        epoch = min(progress.epoch + 1, progress.total_epochs)
+        self.bar.show(f"epoch {epoch}/{progress.total_epochs}", **figures)

@@ -1,0 +1,115 @@
+"""What happens when training diverges: the run stops, or goes back to its last checkpoint."""
+
+from dataclasses import dataclass
+
+from hessianflow.runs import rows
+from hessianflow.training.divergence import (
+    Divergence,
+    DivergenceError,
+    DivergenceMonitor,
+    rate_rule,
+)
+from hessianflow.training.keeping import Keeper
+from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.timing import Stopwatch
+from hessianflow.training.world import on_first_rank
+
+
+@dataclass
+class Guard:
+    """Looks for a divergence, and rolls back where that is wanted.
+
+    Attributes:
+        divergence: what counts as one, and what to do.
+        trained: the weights to look at.
+        keeper: has the checkpoints to go back to, and the parts to set right after that.
+        stopwatch: goes on through a rollback.
+    """
+
+    divergence: Divergence
+    trained: TrainedParameters
+    keeper: Keeper
+    stopwatch: Stopwatch
+
+    def __post_init__(self) -> None:
+        self.course = self.keeper.course
+        self.steering = self.keeper.steering
+        self.reporter = self.steering.reporter
+        self.totals = self.steering.totals
+        self.world = self.keeper.world
+
+    def begin(self) -> None:
+        """Look at the weights as they are now, before any training."""
+        self._monitor = DivergenceMonitor(
+            lambda: self.trained.current, self.keeper.model, self.totals, self.world
+        )
+
+    def check(self, *, at_end: bool) -> None:
+        """Look at losses, weights and buffers; `at_end`: of an epoch.
+
+        Raises:
+            DivergenceError: the run diverged.
+        """
+        updates = self.course.counters.updates
+        self._refuse(self._monitor.first_bad_update(updates, at_end=at_end))
+
+    def check_losses(self) -> None:
+        """Look at the losses alone, which are alike on all ranks.
+
+        Raises:
+            DivergenceError: the run diverged.
+        """
+        self._refuse(self.totals.first_bad_update())
+
+    def roll_back(self, error: DivergenceError) -> None:
+        """Go back to the last checkpoint with the last growth undone, or raise the error where that
+        is not possible."""
+        steering = self.steering
+        counters = self.course.counters
+        history = self.reporter.record.history()
+        cap = self.world.broadcast(
+            self.divergence.cap(history.growths, counters.rollbacks, counters.batch_cap)
+        )
+        if cap is None:
+            raise error
+        power, factor = on_first_rank(self.world, lambda: rate_rule(history.of_kind("batch")))
+        rollbacks = counters.rollbacks + 1
+        seconds = self.stopwatch.totals()
+        _, warning = self.keeper.restore_newest(self.reporter.record.sync)
+        self.stopwatch.load(seconds)  # the time is spent all the same
+        self.totals.forget_divergence()
+        if warning is not None:
+            self.reporter.event("fallback", warning)
+        counters = self.course.counters
+        counters.rollbacks = rollbacks
+        counters.batch_cap = cap
+        counters.cap_power = power
+        counters.cap_factor = factor
+        self.reporter.bar.move_to(counters.examples)
+        self.reporter.event(
+            "rollback", f"back to {counters.examples} examples; batch held at {cap} from now on"
+        )
+        self.keeper.ahead.revise(steering.held)
+        held = steering.held(steering.decision)
+        progress = self.course.progress
+        share = steering.share(held)
+        self.reporter.record.write(rows.decision_row(progress, steering.decision, held, share))
+        steering.apply(held)
+
+    def _refuse(self, update: int | None) -> None:
+        """Refuse to go on when training diverged at `update`."""
+        if update is None:
+            return
+        counters = self.course.counters
+        steering = self.steering
+        where = (
+            "the training loss or a weight was not finite, or exploded, in epoch"
+            f" {counters.epoch + (counters.place > 0)} at update {update}"
+        )
+        self.reporter.event("diverged", where)
+        kept = self.world.broadcast(self.reporter.record.last_checkpoint())
+        raise DivergenceError(
+            f"{where} (learning rate {steering.rate.value:g}, batch"
+            f" {steering.decision.batch_size}): lower the rate or the largest batch, or, if the"
+            f" loss was finite and right, set max_loss_ratio=None; {kept}"
+        )
