@@ -129,7 +129,7 @@ def test_absa_measures_at_the_resolution_it_trains_at_and_forgets_it_at_a_change
             ["--resolution", "once", "--dropouts", "[0.1, 0.2]", "--adversary", "conadv"],
             (
                 "--dropouts needs --adversary.staleness 0: dropout is set when a batch is drawn,"
-                " with staleness 1 early"
+                " which is too early with staleness 1"
             ),
         ),
         (

@@ -280,7 +280,7 @@ def test_a_file_in_the_words_of_an_older_release_is_upgraded_and_said_once(capsy
     status, _, err = run("train", "--config", "old.yaml", "--run-dir", "run", capsys=capsys)
     assert status == 0
     assert err.count("\n") == 1
-    assert "old.yaml is spelled as in an older release (" in err
+    assert "old.yaml has the form of an older release (" in err
     for name in ("milestones", "patience", "momentum", "adversarial_share", "sam_rho"):
         assert name in err
     settings = History.load("run").config["settings"]
