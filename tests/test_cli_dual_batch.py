@@ -272,8 +272,8 @@ def test_dual_batch_trains_stops_and_resumes(capsys):
         (
             ["--controller.small-workers", "1", "--controller.extra-time", "1.4"],
             (
-                "--controller dual-batch: extra_time must be less than 1.333 (workers / large workers) with 3 large of 4"
-                " workers, got 1.4"
+                "--controller dual-batch: extra_time must be less than 1.333 (workers / large"
+                " workers) with 3 large of 4 workers, got 1.4"
             ),
         ),
         (["--controller.extra-time", "0.9"], "extra_time must be a finite number >= 1, got 0.9"),
@@ -285,7 +285,7 @@ def test_dual_batch_trains_stops_and_resumes(capsys):
         ),
         (
             ["--controller.slope", "[0.1, 0.1]"],
-            "--controller.slope must hold one value for each of the resolutions [16], got [0.1, 0.1]",
+            "--controller.slope must hold one value for each of the resolutions [16], got [0.1,",
         ),
         (
             ["--controller.slope", "null"],
