@@ -622,7 +622,7 @@ def test_warm_up_of_a_large_batch_keeps_the_schedule_of_the_reference_batch():
         optimizer=optimizer,
         scheduler=scheduler,
         schedule_unit="reference_batch",
-        controller=Warmup(24, 8, warmup_epochs=0),
+        controller=Warmup(8, 24, warmup_epochs=0),
         reference_batch_size=8,
         epochs=4,
     ).fit()
