@@ -114,6 +114,7 @@ def test_saved_and_restored_continues_the_same(controller: BatchController) -> N
     [
         (lambda: FixedBatch(0), "batch_size must be a whole number >= 1, got 0"),
         (lambda: Warmup(0, 128), "batch_size must be a whole number >= 1, got 0"),
+        (lambda: Warmup(128, 64), "max_batch_size must be >= batch_size 128, got 64"),
         (
             lambda: Warmup(128, 128, warmup_epochs=-1),
             "warmup_epochs must be a finite number >= 0, got -1",
