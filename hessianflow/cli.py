@@ -1,8 +1,6 @@
-"""The `hessianflow` command: every mistake or bad input is one line on standard error and exit
-status 2.
+"""The `hessianflow` command, which answers a mistake with one line on standard error and status 2.
 
-Everything heavy is imported below :func:`main`, so that a signal while it loads ends like any
-other.
+Everything heavy is imported inside functions, so that a signal while it loads has a line too.
 """
 
 import os
@@ -18,22 +16,21 @@ SETTING = ("train", "plan", "replay")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status.
+    """Run the command, and return its exit status.
 
-    0: done. 2: a mistake or bad input. 130, 143: stopped by SIGINT or SIGTERM (128 + its number, as
-    shells count).
+    The status is 0 on success, 2 after a mistake or bad input, and 130 or 143 after SIGINT or
+    SIGTERM (128 plus the number of the signal, as in shells).
 
     Args:
-        arguments: the words of the command line; None: those of this process, which ends with the
-            command.
+        arguments: Words of the command line; None: those of this process, which then ends.
     """
     if arguments is not None:
         with signals_raised(own_process=False):
             return _run(list(arguments))
     _open_streams()
-    # else a rank that waits for another prints stacks of C++
+    # By default, a rank that waits for another prints stacks of C++.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # pictures go to files; a name that Matplotlib does not know would end all
+    # Pictures go to files, and the import of Matplotlib fails on a name it does not know.
     os.environ["MPLBACKEND"] = "agg"
     with signals_raised(own_process=True):
         status = _run(sys.argv[1:])
@@ -41,30 +38,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(given: list[str]) -> int:
+def _run(words: list[str]) -> int:
     try:
         try:
-            return _main(given)
+            return _main(words)
         finally:
             sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader of our output has gone: nothing is left to say, here or at exit
+    except BrokenPipeError:
+        # The reader of the output has gone, so there is nothing more to say, here or at exit.
         _discard_output()
         return 0
     except OSError as error:
         _discard_output()
         sys.stderr.write(f"hessianflow: error: standard output: {error.strerror or error}\n")
         return 2
-    except (
-        KeyboardInterrupt
-    ) as stop:  # while training, a handler of its own ends the run in good order
-        number = stop.number if isinstance(stop, Signalled) else signal.SIGINT
-        sys.stderr.write(f"hessianflow: {WORDS[number]}\n")
-        return 128 + number
+    # While training, a handler of its own ends the run in good order.
+    except Signalled as stop:
+        return _stopped(stop.number)
+    except KeyboardInterrupt:
+        return _stopped(signal.SIGINT)
 
 
-def _main(given: list[str]) -> int:
+def _stopped(number: signal.Signals) -> int:
+    """Print the name of a signal, and return the exit status that it leads to."""
+    sys.stderr.write(f"hessianflow: {WORDS[number]}\n")
+    return 128 + number
+
+
+def _main(words: list[str]) -> int:
     from hessianflow import __version__
     from hessianflow.commands import curvature, data, plan, records, robustness, training
     from hessianflow.commands.parser import main_parser
@@ -75,38 +76,46 @@ def _main(given: list[str]) -> int:
         "hessianflow", "Train with a batch size that the curvature of the loss drives."
     )
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
-    runs = {
-        name: run
-        for room in (training, records, curvature, robustness, data, plan)
-        for name, run in room.add(commands).items()
+    functions = {
+        name: function
+        for module in (training, records, curvature, robustness, data, plan)
+        for name, function in module.add(commands).items()
     }
-    if given == ["--version"]:
+    if words == ["--version"]:
         print(f"hessianflow {__version__}")
         return 0
-    name = given[0] if given and given[0] in runs else ""
+    name = ""
+    if words and words[0] in functions:
+        name = words[0]
     try:
-        arguments = _parsed(parser, words_of(parser, given))
+        arguments = _parsed(parser, words_of(parser, words))
         if arguments is None:
             parser.print_help()
             return 0
-        status: int = runs[name](arguments)
+        status: int = functions[name](arguments)
         return status
     except BrokenPipeError:
         raise
     except MemoryError:
         return _fail(name, "there is not enough memory for that")
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        return _fail(name, f"{error.strerror or error}{where}")
+        reason = str(error.strerror or error)
+        if error.filename:
+            reason += f" ({error.filename})"
+        return _fail(name, reason)
     except AgreedError as error:
-        return _fail(name, str(error)) if _rank() == 0 else 2
+        if _rank() != 0:  # all ranks have the same error, which the first one prints
+            return 2
+        return _fail(name, str(error))
     except HessianFlowError as error:
         return _fail(name, str(error))
 
 
 def _parsed(parser: Any, words: Any) -> Any:
-    """Return the arguments of the command named in the words, None where none is; `given` and
-    `files` say what was given."""
+    """Return the arguments of the command that the words name; None if they name none.
+
+    Their attribute `given` tells which settings were given, and `methods` which methods are chosen.
+    """
     from hessianflow.commands.parser import INSIDE
     from hessianflow.commands.settings import Given
 
@@ -130,36 +139,38 @@ def _parsed(parser: Any, words: Any) -> Any:
 
 
 def _fail(command: str, message: str) -> int:
-    where = f"rank {_rank()}: " if _rank() > 0 else ""
+    """Print a message on one line, and return the exit status of a mistake."""
     line = " ".join(_last_cause(message).split())
-    sys.stderr.write(f"{f'hessianflow {command}'.strip()}: error: {where}{line}\n")
+    if _rank() > 0:
+        line = f"rank {_rank()}: {line}"
+    sys.stderr.write(f"{f'hessianflow {command}'.strip()}: error: {line}\n")
     return 2
 
 
 def _last_cause(message: str) -> str:
-    """Return the error itself, where a process that loads data has wrapped it into its
-    traceback."""
+    """Return the error itself if a process that loads data has wrapped it into its traceback."""
     if "Original Traceback (most recent call last)" not in message:
         return message
     last = message.strip().splitlines()[-1]
     name, colon, text = last.partition(": ")
-    return text if colon and name.endswith("HessianFlowError") else last
+    if colon and name.endswith("HessianFlowError"):
+        return text
+    return last
 
 
 def _rank() -> int:
-    """Return the rank of this process among those that torchrun started; 0 for one alone."""
+    """Return the rank of this process among those that torchrun started; 0 for a single one."""
     try:
         return int(os.environ.get("RANK", "0"))
-    except ValueError:  # what is wrong with it is said where ranks meet
+    except ValueError:  # the code that joins the ranks refuses it
         return 0
 
 
 def _open_streams() -> None:
-    """Give this process the three standard streams, where it was started without, and let them
-    write any name.
+    """Open the standard streams that this process was started without, and let them write any name.
 
-    A file that is opened while one of them is closed would take its number, and what libraries
-    print would go there.
+    A file that is opened while one of them is closed would take its number, and receive the output
+    of libraries.
     """
     handle = os.open(os.devnull, os.O_RDWR)
     while handle <= 2:
@@ -175,7 +186,7 @@ def _open_streams() -> None:
 
 
 def _discard_output() -> None:
-    """Send what is still to be written to standard output nowhere: at exit it would fail again."""
+    """Discard the rest of standard output, whose writing would fail again at exit."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):  # not a file of this process

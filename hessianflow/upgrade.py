@@ -6,6 +6,7 @@ from typing import Any
 __all__ = ["is_older", "moved", "upgrade"]
 
 _Convert = Callable[[Any], Any]
+_Place = tuple[str, str, str, _Convert]
 _WRAPPED = ("sam",)
 
 
@@ -18,80 +19,69 @@ def _or_never(value: Any) -> Any:
     return value or None
 
 
-_MOVED: Mapping[str, tuple[tuple[str, str, str, _Convert], ...]] = {
-    "momentum": tuple(("optimizer", name, "momentum", _same) for name in ("sgd", "lars", "clars")),
-    "weight_decay": tuple(
-        ("optimizer", name, "weight_decay", _same)
-        for name in ("sgd", "adam", "adamw", "lars", "clars", "lamb")
-    ),
-    "trust_coefficient": tuple(
-        ("optimizer", name, "trust_coefficient", _same) for name in ("lars", "clars")
-    ),
+def _to(kind: str, methods: str, option: str, convert: _Convert = _same) -> tuple[_Place, ...]:
+    """Return the places of an option that several methods have."""
+    return tuple((kind, method, option, convert) for method in methods.split())
+
+
+_MOVED: Mapping[str, tuple[_Place, ...]] = {
+    "momentum": _to("optimizer", "sgd lars clars", "momentum"),
+    "weight_decay": _to("optimizer", "sgd adam adamw lars clars lamb", "weight_decay"),
+    "trust_coefficient": _to("optimizer", "lars clars", "trust_coefficient"),
     "milestones": (
-        ("schedule", "multistep", "milestones", _same),
-        ("controller", "grow-instead-of-decay", "milestones", _same),
+        *_to("schedule", "multistep", "milestones"),
+        *_to("controller", "grow-instead-of-decay", "milestones"),
     ),
     "lr_decay": (
-        ("schedule", "multistep", "lr_decay", _same),
-        ("controller", "grow-instead-of-decay", "decay_factor", lambda value: 1 / value),
+        *_to("schedule", "multistep", "lr_decay"),
+        *_to("controller", "grow-instead-of-decay", "decay_factor", lambda value: 1 / value),
     ),
     "decay_from": (
-        ("schedule", "cooldown", "decay_from", _same),
-        ("controller", "timed", "decay_from", _same),
+        *_to("schedule", "cooldown", "decay_from"),
+        *_to("controller", "timed", "decay_from"),
     ),
-    "warmup_epochs": (("controller", "warmup", "warmup_epochs", _same),),
-    "decay_factor": tuple(("controller", name, "decay_factor", _same) for name in ("absa", "abs")),
-    "growth_factor": tuple(
-        ("controller", name, "growth_factor", _same) for name in ("absa", "abs", "adabatch")
-    ),
-    "patience": tuple(("controller", name, "patience", _or_never) for name in ("absa", "abs")),
-    "share_decay": (("controller", "absa", "share_decay", _same),),
-    "every_epochs": (("controller", "adabatch", "every_epochs", _same),),
-    "edge_share": (("controller", "critical", "edge_share", _or_never),),
-    "loss_power": (("controller", "critical", "loss_power", _or_never),),
-    "excess_power": (("controller", "critical", "excess_power", _same),),
-    "stages": (("controller", "timed", "stages", _same),),
-    "adversarial_share": tuple(
-        ("adversary", name, "share", _same) for name in ("fgsm", "pgd", "conadv", "reuse")
-    ),
-    "eps": (
-        *(("adversary", name, "eps", _same) for name in ("fgsm", "pgd", "reuse")),
-        ("adversary", "conadv", "attack.eps", _same),
-    ),
-    "staleness": (("adversary", "conadv", "staleness", _same),),
-    "conadv_attack": (("adversary", "conadv", "attack.name", _same),),
-    "attack_runner": (("adversary", "conadv", "runner.name", _same),),
-    "combine": (("adversary", "conadv", "combine", _same),),
-    **{
-        name: (("controller", "dual-batch", name, _same),)
-        for name in (
-            "workers",
-            "small_workers",
-            "extra_time",
-            "slope",
-            "intercept",
-            "min_small_batch_size",
-            "server",
-            "synchrony",
-        )
-    },
+    "warmup_epochs": _to("controller", "warmup", "warmup_epochs"),
+    "decay_factor": _to("controller", "absa abs", "decay_factor"),
+    "growth_factor": _to("controller", "absa abs adabatch", "growth_factor"),
+    "patience": _to("controller", "absa abs", "patience", _or_never),
+    "share_decay": _to("controller", "absa", "share_decay"),
+    "every_epochs": _to("controller", "adabatch", "every_epochs"),
+    "edge_share": _to("controller", "critical", "edge_share", _or_never),
+    "loss_power": _to("controller", "critical", "loss_power", _or_never),
+    "excess_power": _to("controller", "critical", "excess_power"),
+    "stages": _to("controller", "timed", "stages"),
+    "adversarial_share": _to("adversary", "fgsm pgd conadv reuse", "share"),
+    "eps": (*_to("adversary", "fgsm pgd reuse", "eps"), *_to("adversary", "conadv", "attack.eps")),
+    "staleness": _to("adversary", "conadv", "staleness"),
+    "conadv_attack": _to("adversary", "conadv", "attack.name"),
+    "attack_runner": _to("adversary", "conadv", "runner.name"),
+    "combine": _to("adversary", "conadv", "combine"),
+    "workers": _to("controller", "dual-batch", "workers"),
+    "small_workers": _to("controller", "dual-batch", "small_workers"),
+    "extra_time": _to("controller", "dual-batch", "extra_time"),
+    "slope": _to("controller", "dual-batch", "slope"),
+    "intercept": _to("controller", "dual-batch", "intercept"),
+    "min_small_batch_size": _to("controller", "dual-batch", "min_small_batch_size"),
+    "server": _to("controller", "dual-batch", "server"),
+    "synchrony": _to("controller", "dual-batch", "synchrony"),
 }
 """Where each setting went: kind, method, option, and how its value is spelled there."""
 _GONE: Mapping[str, tuple[str, str, str]] = {
     "momentum_correction": ("optimizer", "lars", "form"),
     "sam_rho": ("optimizer", "sam", "rho"),
 }
-"""Settings that became another choice of the method: what they are part of today."""
+"""Settings that became another choice of a method, and the option that they are part of today."""
 _OLDER = frozenset(_MOVED) - {"warmup_epochs"} | set(_GONE)
 
 
 def moved(name: str) -> list[tuple[str, str, str]]:
-    """Return kind, method and option that an older setting became; none for another name."""
-    found = [
+    """Return the kind, method and option that an older setting became; [] for any other name."""
+    if name in _GONE:
+        return [_GONE[name]]
+    return [
         (kind, method, option.removesuffix(".name"))
         for kind, method, option, _ in _MOVED.get(name, ())
     ]
-    return [*found, _GONE[name]] if name in _GONE else found
 
 
 def is_older(settings: Mapping[str, Any]) -> bool:

@@ -138,7 +138,7 @@ def test_absa_measures_at_the_resolution_it_trains_at_and_forgets_it_at_a_change
         ),
         (
             ["--workers", "2"],
-            "unknown option --workers: say --controller.workers with --controller dual-batch",
+            "unknown option --workers: use --controller.workers with --controller dual-batch",
         ),
         (
             ["--controller", "dual-batch", "--norm-batch-size", "ranks"],

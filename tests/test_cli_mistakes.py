@@ -160,7 +160,7 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments: list[str], words: str
         ),
         (
             ["--schedule", "cosine", "--milestones", "[3]"],
-            "unknown option --milestones: say --controller.milestones with --controller"
+            "unknown option --milestones: use --controller.milestones with --controller"
             " grow-instead-of-decay or --schedule.milestones with --schedule multistep",
         ),
         (
@@ -169,19 +169,19 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments: list[str], words: str
         ),
         (
             ["--controller", "fixed", "--patience", "3"],
-            "unknown option --patience: say --controller.patience with --controller absa or abs",
+            "unknown option --patience: use --controller.patience with --controller absa or abs",
         ),
         (
             ["--sam-rho", "0.05"],
-            "unknown option --sam-rho: say --optimizer.rho with --optimizer sam",
+            "unknown option --sam-rho: use --optimizer.rho with --optimizer sam",
         ),
         (
             ["--conadv-attack", "pgd"],
-            "unknown option --conadv-attack: say --adversary.attack with --adversary conadv",
+            "unknown option --conadv-attack: use --adversary.attack with --adversary conadv",
         ),
         (
             ["--adversarial-share=0.5"],
-            "unknown option --adversarial-share: say --adversary.share with --adversary fgsm or",
+            "unknown option --adversarial-share: use --adversary.share with --adversary fgsm or",
         ),
         (
             ["--data-dir", "somewhere"],

@@ -121,7 +121,7 @@ def test_a_run_on_few_images_spends_little_on_its_first_reading(tree: Path, caps
     ]
     assert main(["train", *options, "--plots", "false", "--run-dir", "run"]) == 0
     assert (
-        "no curvature was measured: a reading may cost a quarter of it all"
+        "no curvature was measured: the first reading may cost at most a quarter of the"
         in capsys.readouterr().out
     )
     history = History.load("run")

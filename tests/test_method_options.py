@@ -131,11 +131,11 @@ def test_help_shows_the_options_of_what_was_chosen_and_of_nothing_else(
         ),
         (
             "--edge-share 0.5",
-            "unknown option --edge-share: say --controller.edge-share with --controller critical",
+            "unknown option --edge-share: use --controller.edge-share with --controller critical",
         ),
         (
             "--weight-decay 0.1",
-            "say --optimizer.weight-decay with --optimizer sgd or adam or adamw",
+            "use --optimizer.weight-decay with --optimizer sgd or adam or adamw",
         ),
         ("--controller criticl", "unknown controller 'criticl' (did you mean critical?)"),
         ("--optimizer muonn", "--optimizer: unknown optimizer 'muonn'; there are sgd, adam, adamw"),
@@ -237,7 +237,7 @@ def test_the_printed_settings_load_again(
 ) -> None:
     status, printed, errors = run("train", *arguments.split(), "--print-config", capsys=capsys)
     assert (status, errors) == (0, "")
-    assert "# method that decides the batch size.\ncontroller:\n  name: " in printed
+    assert "# Method that decides the batch size.\ncontroller:\n  name: " in printed
     assert yaml.safe_load(printed)["epochs"] == 30
     Path("printed.yaml").write_text(printed)
     _, again, errors = run("train", "--config", "printed.yaml", "--print-config", capsys=capsys)
@@ -265,7 +265,7 @@ def test_a_file_of_an_older_release_is_upgraded_and_said_once(
     assert status == 0
     assert errors.count("\n") == 1
     assert (
-        "note: --config old.yaml is spelled as in an older release (edge_share, patience" in errors
+        "note: --config old.yaml has the form of an older release (edge_share, patience" in errors
     )
     settings = config()
     assert settings["controller"]["edge_share"] is None

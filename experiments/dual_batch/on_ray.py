@@ -27,16 +27,16 @@ from hessianflow.control import DualBatchPlan, TimeModel, fit_time_model
 from hessianflow.distributed.ray_session import connect
 from hessianflow.dual_batch import ParameterServer, train_on_ray
 from hessianflow.dual_batch.actors import ServerActor
-from hessianflow.dual_batch.build import (
-    Schedule,
+from hessianflow.dual_batch.build import plan_schedule
+from hessianflow.dual_batch.local_training import FlatWeights
+from hessianflow.dual_batch.simulated_server import Commit
+from hessianflow.dual_batch.workers import (
+    StagePlan,
     all_stages,
     make_server,
     make_worker,
-    plan_schedule,
     worker_of,
 )
-from hessianflow.dual_batch.local_training import FlatWeights
-from hessianflow.dual_batch.simulated_server import Commit
 from hessianflow.interfaces import HessianFlowError
 
 FOLDER = Path(__file__).resolve().parent
@@ -85,7 +85,7 @@ def settings(arguments: argparse.Namespace) -> RunConfig:
 def step_times(config: RunConfig, number: int) -> Points:
     """(batch size, wall seconds, processor seconds) of a step, in this process."""
     parts = build_parts(on_this_machine(config))
-    worker = worker_of(config, parts, Schedule(all_stages(config, parts), {}, {}), number)
+    worker = worker_of(config, parts, StagePlan(all_stages(config, parts), {}, {}), number)
     points = []
     for size in sorted({max(1, round(share * config.batch_size)) for share in SHARES}):
         worker.measure(0, size, WARM_STEPS)
@@ -98,7 +98,7 @@ def step_times(config: RunConfig, number: int) -> Points:
 class TimedWorker:
     """A worker that also tells what its process computed."""
 
-    def __init__(self, config: RunConfig, schedule: Schedule, number: int) -> None:
+    def __init__(self, config: RunConfig, schedule: StagePlan, number: int) -> None:
         self._worker = make_worker(config, schedule, number)
         self.figures: Mapping[str, float] = {}
 

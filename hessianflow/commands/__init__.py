@@ -1,1 +1,1 @@
-"""The subcommands of `hessianflow`: each module adds its parsers and holds what they run."""
+"""The subcommands of `hessianflow`. Each module adds parsers, and the functions that they call."""

@@ -1,5 +1,4 @@
-"""`hessianflow spectrum` and `hessianflow second-opinion`: the curvature of a trained run, after
-the fact."""
+"""The commands `spectrum` and `second-opinion`, which measure the curvature of a trained run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,51 +22,53 @@ if TYPE_CHECKING:
 
 
 MOST_EIGENVALUES = 1000
-"""Ours: each is a vector as large as the model, and they are kept orthogonal by hand."""
+"""Most eigenvalues of one spectrum. This bound is our choice: each takes a vector as large as the
+model, kept orthogonal to the others."""
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
-    """Add the parsers; returns what runs each command."""
+    """Add the parsers, and return the function of each command."""
     spectrum = add_command(
         commands,
         "spectrum",
         "measure the Hessian's eigenvalues, trace and density at a run's weights",
     )
-    spectrum.add("run", type=path, help="run directory, or a checkpoint inside one")
-    spectrum.add("--k", type=int, default=5, help="leading eigenvalues")
-    spectrum.add("--density", type=bool, default=False, help="spectral density too, with a picture")
-    spectrum.add("--trace", type=bool, default=False, help="trace too")
-    spectrum.add(
-        "--layers",
-        type=str | None,
-        default=None,
-        help="single layers by name, e.g. 'layer1.*' or '*'",
-    )
-    spectrum.add("--out", type=path, default=None, help="folder for spectrum.json and pictures")
     second = add_command(
         commands, "second-opinion", "print our eigenvalues, trace and density beside PyHessian's"
     )
-    second.add("run", type=path, help="run directory, or a checkpoint inside one")
-    second.add("--k", type=int, default=2, help="leading eigenvalues")
-    for parser in (spectrum, second):
+    for parser, count in ((spectrum, 5), (second, 2)):
+        parser.add("run", type=path, help="run directory, or a checkpoint inside one")
+        parser.add("--k", type=int, default=count, help="number of leading eigenvalues")
         parser.add(
-            "--examples", type=int, default=256, help="training examples the loss is averaged over"
+            "--examples",
+            type=int,
+            default=256,
+            help="number of training examples over which the loss is averaged",
         )
-        parser.add("--seed", type=int, default=0, help="of the examples and of all random starts")
+        parser.add(
+            "--seed", type=int, default=0, help="seed of the examples and of all random starts"
+        )
         add_named_code(parser)
     spectrum.add(
+        "--density", type=bool, default=False, help="also measure and draw the spectral density"
+    )
+    spectrum.add("--trace", type=bool, default=False, help="also measure the trace")
+    spectrum.add_open(
+        "--layers", str | None, "also measure single layers, by name, e.g. 'layer1.*' or '*'"
+    )
+    spectrum.add_open(
+        "--out", path, "folder for spectrum.json and pictures; default: the run directory"
+    )
+    spectrum.add_open(
         "--microbatch-size",
-        type=int | None,
-        default=None,
-        help=(
-            "examples per pass; default: all in one graph, the fastest; set it when memory runs out"
-        ),
+        int | None,
+        "examples per pass; default: all in one pass, the fastest; set it if memory runs out",
     )
     spectrum.add(
         "--norm-mode",
         type=NormMode,
         default="eval",
-        help="statistics of batch normalisation: eval or batch",
+        help="statistics of batch normalisation: the running ones (eval) or those of the batch",
     )
     return {"spectrum": _spectrum, "second-opinion": _second_opinion}
 
@@ -146,16 +147,18 @@ def _table(report: "SpectrumReport") -> str:
     if report.density is not None:
         lines += _shares(report.density.shares())
     for layer in report.layers:
-        mark = "" if layer.converged else "  not converged"
-        lines.append(
+        line = (
             f"{layer.name:<24}{layer.eigenvalue:>14.6g}{layer.residual:>12.1e}   trace"
-            f" {layer.trace:.4g} +- {layer.trace_stderr:.1g}, {layer.size} weights{mark}"
+            f" {layer.trace:.4g} +- {layer.trace_stderr:.1g}, {layer.size} weights"
         )
+        if not layer.converged:
+            line += "  not converged"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def _shares(shares: "SignShares") -> list[str]:
-    """Return the spectrum by sign, each share with its limits."""
+    """Return a line for the eigenvalues of each sign: their share and its limits."""
     first, last = shares.zone
     rows = {
         "share below 0": shares.negative,
@@ -166,7 +169,7 @@ def _shares(shares: "SignShares") -> list[str]:
         f"{name:<24}{share.value:>14.4f}   true share {share.low:.4f} to {share.high:.4f}"
         for name, share in rows.items()
     ]
-    reason = "for want of steps or by rounding"
+    reason = "because of too few steps or of rounding"
     return [*lines, f"not told from 0: between {first:.2g} and {last:.2g}, {reason}"]
 
 
@@ -192,4 +195,4 @@ def _write(report: "SpectrumReport", folder: Path) -> None:
 def _folder(arguments: Namespace) -> Path:
     from hessianflow.build import find_checkpoint
 
-    return Path(arguments.out) if arguments.out else find_checkpoint(arguments.run)[0]
+    return Path(arguments.out or find_checkpoint(arguments.run)[0])

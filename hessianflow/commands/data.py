@@ -1,4 +1,4 @@
-"""`hessianflow data fetch` and `hessianflow data verify`."""
+"""The commands `data fetch` and `data verify`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from hessianflow.data.sources import SOURCES
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
-    """Add the parsers; returns what runs each command."""
+    """Add the parsers, and return the function of the command."""
     data = add_command(commands, "data", "download or check the official files of a data set")
     actions = data.add_subcommands(required=True, title="actions", metavar="ACTION")
     for name, text in (
@@ -18,10 +18,8 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         ("verify", "compare local files with the published sizes and checksums"),
     ):
         action = add_command(actions, name, text, prefix="hessianflow data")
-        action.add("name", type=str, help=", ".join(SOURCES))
-        action.add(
-            "--data-dir", type=path, default=None, help="folder; default: a cache of this user"
-        )
+        action.add("name", type=str, help=f"data set: {', '.join(SOURCES)}")
+        action.add_open("--data-dir", path, "folder of the files; default: a cache of this user")
     return {"data": _data}
 
 
@@ -61,4 +59,6 @@ def _verify(arguments: Namespace) -> int:
     reports = verify(arguments.name, arguments.data_dir)
     for report in reports:
         print(f"{report.state:<8} {report.path}  {report.detail}".rstrip())
-    return 0 if all(report.state == "ok" for report in reports) else 2
+    if any(report.state != "ok" for report in reports):
+        return 2
+    return 0

@@ -1,4 +1,4 @@
-"""Log lines of the command: on standard error, above the progress bar."""
+"""The log lines of the command, which appear on standard error above the progress bar."""
 
 import logging
 import sys
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes a line without tearing the progress bar below it."""
+    """A handler that writes lines without tearing the progress bar below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
+        """Write the line of a record."""
         from tqdm import tqdm
 
         tqdm.write(f"hessianflow: {self.format(record)}", file=sys.stderr)
@@ -18,21 +18,23 @@ class _AboveTheBar(logging.Handler):
 
 @contextmanager
 def logging_to_stderr(level: str | None) -> Iterator[None]:
-    """While active, what is logged to "hessianflow" at `level` or above is written to standard
-    error.
+    """Write the messages of the logger "hessianflow" to standard error while active.
 
-    None: "info" where standard error is a terminal, "warning" elsewhere.
+    Args:
+        level: Least severe messages to write; None: "info" on a terminal, else "warning".
     """
-    if level is None:
-        level = "info" if sys.stderr.isatty() else "warning"
-    logger, handler = logging.getLogger("hessianflow"), _AboveTheBar()
-    before = logger.level, logger.propagate
-    logger.setLevel(level.upper())
-    logger.propagate = False  # else a root handler of the program around would say it again
+    if level is None and sys.stderr.isatty():
+        level = "info"
+    logger = logging.getLogger("hessianflow")
+    handler = _AboveTheBar()
+    previous_level = logger.level
+    previous_propagate = logger.propagate
+    logger.setLevel((level or "warning").upper())
+    logger.propagate = False  # a root handler of the calling program would repeat the line
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        logger.setLevel(previous_level)
+        logger.propagate = previous_propagate

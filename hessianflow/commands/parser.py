@@ -1,5 +1,4 @@
-"""The argument parser: every mistake is one line in the words of the command line, with exit status
-2."""
+"""The argument parser, which reports a mistake on one line in the words of the command line."""
 
 import difflib
 import re
@@ -16,26 +15,24 @@ from hessianflow.interfaces import HessianFlowError
 INSIDE = "__"
 """Stands for the dot between a method and its option in names that jsonargparse would split."""
 MODE = "bounded-yaml"
-"""What jsonargparse calls the reader of values that :func:`main_parser` gives it."""
-
-
+"""Name, for jsonargparse, of the reader of values that :func:`main_parser` registers."""
 INSIDE = "__"
-"""Stands for the dot between a method and its option in names that jsonargparse would split."""
+"""The dot between a method and its option, in names that jsonargparse would split at a dot."""
 
 
 class Parser(ArgumentParser):
-    """Reports a mistake on one line.
+    """A parser that reports a mistake on one line.
 
     Attributes:
-        options: every option, as typed.
-        settings: the names of those that are settings of a run.
-        chosen: those settings that choose a method, whose options are added when it is known.
-        methods: the methods in force, by the setting that chooses them.
-        values: those whose words are read as YAML, which text is not.
-        switches: those that are true or false, and true when nothing follows.
-        children: the commands below this one.
-        current: the command that is being parsed, if it is another; errors point to its help.
-        origin: what the words come from, for errors; empty: the command line.
+        options: Every option, as typed.
+        settings: Names of the options that are settings of a run.
+        chosen: Settings that choose a method, whose options are added when it is known.
+        methods: Methods in force, by the setting that chooses them.
+        values: Options whose words are read as YAML; text is not.
+        switches: Options that are true or false, and true if nothing follows.
+        children: Commands below this one.
+        current: Command that is being parsed, if it is another; errors point to its help.
+        origin: Source of the words, for errors; empty for the command line.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,11 +48,10 @@ class Parser(ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def add(self, *args: Any, group: Any = None, **kwargs: Any) -> Any:
-        """Add an argument as `add_argument` does, to a group if one is given, and remember how it
-        is spelled.
+        """Add an argument as `add_argument` does, to a group if one is given.
 
-        jsonargparse compiles the source of an `add_argument` of a subclass anew, for groups: so
-        this is another method.
+        It has a name of its own because jsonargparse compiles the source of an overridden
+        `add_argument` again for its groups.
         """
         self.options += [word for word in args if word.startswith("--")]
         if kwargs.get("type") in (bool, bool | None):
@@ -64,14 +60,18 @@ class Parser(ArgumentParser):
             self.values.update(args)
         return (group or self).add_argument(*args, **kwargs)
 
+    def add_open(self, name: str, hint: Any, text: str) -> None:
+        """Add an option of type `hint` whose default is null; `text` is its help."""
+        self.add(name, type=hint, default=None, help=text)
+
     def announce(self, origin: str) -> None:
-        """Let errors say what the words that are parsed from now on come from."""
+        """Set the source that errors name for the words that are parsed from now on."""
         for parser in (self, self.current):
             if parser is not None:
                 parser.origin = origin
 
     def print_help(self, file: Any = None) -> None:
-        """Print the help; argparse would pass over a disk that is full."""
+        """Print the help, and fail if it cannot be written, which argparse would ignore."""
         (file or sys.stdout).write(self.format_help())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
@@ -86,7 +86,9 @@ class Parser(ArgumentParser):
         parser = self.current or self
         if key := re.match(r'Parser key "(?:[\w-]+\.)*(\w+)":? ?(?:element \d+: )?(.*)', line):
             name = option(key[1].replace(INSIDE, "."))
-            return f"{name if name in parser.options else key[1]}: {plain(key[2])}"
+            if name not in parser.options:
+                name = key[1]
+            return f"{name}: {plain(key[2])}"
         if unknown := re.match(r"unrecognized arguments: ((--[^\s=]+).*|.*)", line):
             return (
                 "unknown option:"
@@ -108,8 +110,10 @@ class Parser(ArgumentParser):
 
 
 def main_parser(prog: str, description: str) -> Parser:
-    """Return the parser of all commands; its values are read within bounds (see
-    :mod:`hessianflow.commands.yaml_text`)."""
+    """Return the parser of all commands.
+
+    It reads values within the bounds of :mod:`hessianflow.commands.yaml_text`.
+    """
     set_loader(MODE, load_value, exceptions=(UnfitTextError.__base__ or Exception,))
     return Parser(prog=prog, description=description, parser_mode=MODE)
 
@@ -125,19 +129,20 @@ def add_command(commands: Any, name: str, help_text: str, *, prefix: str = "hess
 
 
 class UnfitPathError(ArgumentTypeError, ValueError):
-    """Text that no path can be: argparse repeats the words of the first kind, jsonargparse those of
-    the second."""
+    """Text that cannot be a path.
+
+    argparse repeats the message of its first base class, and jsonargparse that of the second.
+    """
 
 
 class _Path:
-    """The type of an option that is a path: with the home folder in place of `~`, and something
-    that can be one."""
+    """The type of an option that is a path."""
 
     def __call__(self, text: str) -> str:
-        """Return the path.
+        """Return the path, with the home folder in place of a leading `~`.
 
         Raises:
-            UnfitPathError: it cannot be one.
+            UnfitPathError: The text cannot be a path.
         """
         if not text or "\0" in text:
             raise UnfitPathError("a path must not be empty, nor hold a NUL character")
@@ -147,20 +152,22 @@ class _Path:
             raise UnfitPathError(str(error)) from None
 
     def __repr__(self) -> str:
-        return "path"  # as help texts show it
+        return "path"  # the name of the type in help texts
 
 
 path = _Path()
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """Return a hint at the known word that is nearest; empty where none is near."""
+    """Return a hint at the nearest known word; empty if none is near."""
     close = difflib.get_close_matches(word.replace("_", "-").lower(), known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    if not close:
+        return ""
+    return f" (did you mean {close[0]}?)"
 
 
 def plain(message: str) -> str:
-    """Return jsonargparse's words without Python's."""
+    """Return a message of jsonargparse in plain words, without the names of Python's types."""
     union = re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)", message)
     if union:
         message = f"Expected a {union[1]}. Got value: {union[2]}".replace(
@@ -176,4 +183,6 @@ def plain(message: str) -> str:
     if not comma:
         return shortened(message, 5 * LONGEST)
     hint = did_you_mean(value, re.findall(r"'([^']*)'", expected))
-    return f"{expected}, got {shortened('null' if value == 'None' else value)}{hint}"
+    if value == "None":
+        value = "null"
+    return f"{expected}, got {shortened(value)}{hint}"

@@ -1,4 +1,4 @@
-"""`hessianflow plan`: what a run would take on many workers, before anybody rents them.
+"""The command `plan`, which predicts time and cost of a run on many workers.
 
 Other kinds of plan are subcommands of this one.
 """
@@ -13,7 +13,13 @@ from jsonargparse import Namespace
 from hessianflow.bounds import MOST, Range
 from hessianflow.commands import plan_dual_batch
 from hessianflow.commands.parser import add_command, path
-from hessianflow.commands.runs import printable, require_named_code, require_settings, writing_to
+from hessianflow.commands.runs import (
+    add_code,
+    printable,
+    require_named_code,
+    require_settings,
+    writing_to,
+)
 from hessianflow.commands.settings import add_settings
 from hessianflow.config import TrainConfig, option
 from hessianflow.interfaces import HessianFlowError
@@ -23,13 +29,13 @@ if TYPE_CHECKING:
     from hessianflow.planning.measure import Measured, PlanBasis
 
 LARGE_RESIDUAL = 0.2
-"""Step times that lie farther off their line than this share are called doubtful. Ours."""
-BANDWIDTH, LATENCY = 1.25e9, 5e-5
-ORIGINS = {
-    "bandwidth": "default, the line rate of 10-gigabit Ethernet (IEEE 802.3ae)",
-    "latency": "default, ours: a round figure for TCP between two machines",
+"""Share by which step times may lie off their line before they are called doubtful. This default is
+our choice."""
+DEFAULTS = {
+    "bandwidth": (1.25e9, "default, the line rate of 10-gigabit Ethernet (IEEE 802.3ae)"),
+    "latency": (5e-5, "default, our choice: a round figure for TCP between two machines"),
 }
-"""Where the default figures of the all-reduce come from."""
+"""Default figures of the all-reduce, in bytes per second and in seconds, and their origin."""
 
 SCHEDULE = (
     "data",
@@ -41,8 +47,9 @@ SCHEDULE = (
     "max_batch_size",
     "epochs",
 )
+"""Settings of the run that is planned."""
 HERE = ("data_dir", "microbatch_size", "precision", "channels_last", "device", "threads")
-"""Settings that say what is trained, and settings that say how it is measured."""
+"""Settings of the measurement."""
 FIGURES = {
     "slope": Range(0, MOST, above=True),
     "intercept": Range(0, MOST),
@@ -52,18 +59,30 @@ FIGURES = {
     "latency": Range(0, MOST),
     "price": Range(0, MOST),
 }
-"""Options that are figures, and their bounds."""
+"""Bounds of the options that are figures."""
+_OPEN: dict[str, tuple[Any, str]] = {
+    "run": (path, "run directory with the settings and batches to plan for"),
+    "measured": (path, "plan.json of another plan, with step times; default: measured here"),
+    "slope": (float | None, "seconds per example in forward and backward pass; default: measured"),
+    "intercept": (float | None, "seconds per microbatch besides those; default: measured"),
+    "update_seconds": (float | None, "seconds of an optimizer step; default: measured"),
+    "gradient_bytes": (int | None, "bytes of all gradients; default: float32 of the model"),
+    "bandwidth": (float | None, "bytes per second between two workers; default: 1.25e9"),
+    "latency": (float | None, "seconds per message between two workers; default: 5e-5"),
+    "out": (path, "folder of the plan; default: plan, in the run directory if there is one"),
+}
+"""Type and help of the options that are null by default."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What a plan is made from.
+    """The figures that a plan is made from.
 
     Attributes:
-        model: figures.
-        measured: those of one worker.
-        phases: batches of the run.
-        sources: where each figure comes from, a line each.
+        model: Performance model.
+        measured: Measurement of one worker.
+        phases: Batches of the run.
+        sources: A line about the origin of each figure.
     """
 
     model: "PerformanceModel"
@@ -73,7 +92,7 @@ class Basis:
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
-    """Add the parsers; returns what runs each command."""
+    """Add the parsers, and return the function of the command."""
     plan = add_command(
         commands, "plan", "predict time, efficiency and cost of a run on many workers"
     )
@@ -81,60 +100,21 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         "--workers",
         type=str,
         default="1..1024",
-        help="1..1024 doubles from 1 to 1024; 1,2,6 is a list",
+        help="numbers of workers: 1..1024 doubles from 1 to 1024, and 1,2,6 is a list",
     )
-    plan.add(
-        "--run",
-        type=path,
-        default=None,
-        help="run directory with the settings and batches to plan for",
-    )
-    plan.add(
-        "--measured",
-        type=path,
-        default=None,
-        help=(
-            "JSON file with step times, such as the plan.json of a plan made elsewhere; default:"
-            " measured here"
-        ),
-    )
-    for name, text in (
-        ("slope", "seconds an example in forward and backward pass, in place of a measurement"),
-        ("intercept", "seconds a microbatch beside that"),
-        ("update_seconds", "seconds of an optimizer step; default: measured with the rest"),
-    ):
-        plan.add(option(name), type=float | None, default=None, help=text)
-    plan.add(
-        "--gradient-bytes",
-        type=int | None,
-        default=None,
-        help="default: those of the model, in float32",
-    )
-    plan.add(
-        "--bandwidth", type=float | None, default=None, help="bytes a second between two workers"
-    )
-    plan.add(
-        "--latency", type=float | None, default=None, help="seconds a message between two workers"
-    )
+    for name, (hint, text) in _OPEN.items():
+        plan.add_open(option(name), hint, text)
     plan.add(
         "--membership",
         type=Literal["fixed", "elastic"],
         default="fixed",
-        help=(
-            "fixed: all workers are held throughout; elastic: as many as get a full microbatch each"
-        ),
+        help="fixed holds all workers throughout, elastic as many as get a full microbatch each",
     )
-    plan.add("--price", type=float, default=0.0, help="of one worker for one hour, in any currency")
     plan.add(
-        "--out", type=path, default=None, help="folder; default: plan, in the run directory if any"
+        "--price", type=float, default=0.0, help="price of a worker for an hour, in any currency"
     )
     add_settings(plan, (*SCHEDULE, *HERE))
-    plan.add(
-        "--code",
-        type=str | None,
-        default=None,
-        help="for a run with a method of your own: its package.module:Class again",
-    )
+    add_code(plan)
     plan_dual_batch.add(
         plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND")
     )
@@ -197,50 +177,36 @@ def _basis(arguments: Namespace, run: "PlanBasis") -> Basis:
     from hessianflow.planning.measure import planned_phases, recorded_phases
 
     config = run.config
-    by_batch = not isinstance(config.microbatch_size, int)
-    microbatch = (
-        config.microbatch_size if isinstance(config.microbatch_size, int) else config.batch_size
-    )
+    microbatch = config.microbatch_size
+    microbatch_source = "as given"
+    if not isinstance(microbatch, int):
+        microbatch = config.batch_size
+        microbatch_source = "the batch size at the start"
     if run.history is None:
-        phases, how = planned_phases(run)
+        phases, phases_source = planned_phases(run)
     else:
-        phases, how = (
-            recorded_phases(run.history, config.epochs),
-            f"recorded in {arguments.run}",
-        )
+        phases = recorded_phases(run.history, config.epochs)
+        phases_source = f"recorded in {arguments.run}"
     measured = _measured(arguments, run, microbatch)
-    update = (
-        measured.update_seconds if arguments.update_seconds is None else arguments.update_seconds
-    )
+    if arguments.update_seconds is not None:
+        measured = replace(measured, update_seconds=arguments.update_seconds)
     size = arguments.gradient_bytes or measured.gradient_bytes or run.gradient_bytes
-    bandwidth, latency = (
-        arguments.bandwidth or BANDWIDTH,
-        LATENCY if arguments.latency is None else arguments.latency,
-    )
-    origins = {
-        name: "as given" if arguments[name] is not None else text for name, text in ORIGINS.items()
-    }
-    line = measured.step_time
-    sizes = f"{len(measured.sizes)} sizes up to {max(measured.sizes)}, " if measured.sizes else ""
-    fit = f"; {sizes}at most {line.residual:.0%} off the line" if sizes else ""
+    bandwidth, bandwidth_source = _figure(arguments, "bandwidth")
+    latency, latency_source = _figure(arguments, "latency")
     sources = {
-        "step": (
-            f"{1e3 * line.intercept:.3g} ms + {1e3 * line.slope:.3g} ms an example:"
-            f" {measured.source}{fit}"
-        ),
-        "update": "not counted: unknown" if update is None else f"{1e3 * update:.3g} ms",
+        **_step_sources(measured),
         "gradients": f"{size / 1e6:.3g} MB",
-        "bandwidth": f"{bandwidth / 1e9:.3g} GB/s: {origins['bandwidth']}",
-        "latency": f"{1e6 * latency:.3g} us: {origins['latency']}",
-        "microbatch": (
-            f"at most {microbatch} examples:"
-            f" {'the batch size at the start' if by_batch else 'as given'}"
+        "bandwidth": f"{bandwidth / 1e9:.3g} GB/s: {bandwidth_source}",
+        "latency": f"{1e6 * latency:.3g} us: {latency_source}",
+        "microbatch": f"at most {microbatch} examples: {microbatch_source}",
+        "batches": (
+            f"{_sizes(phases)} over {sum(p.examples for p in phases)} examples: {phases_source}"
         ),
-        "batches": f"{_sizes(phases)} over {sum(p.examples for p in phases)} examples: {how}",
         "left out": (
             "adversary, curvature, evaluation, data; no sum is hidden behind a backward pass"
         ),
     }
+    line = measured.step_time
     if measured.sizes and (line.residual > LARGE_RESIDUAL or line.intercept == 0):
         sources["doubtful"] = (
             "the step times make no clean line (a busy machine?): measure again, or give both"
@@ -251,13 +217,34 @@ def _basis(arguments: Namespace, run: "PlanBasis") -> Basis:
         AllReduceTime(latency, bandwidth),
         size,
         microbatch,
-        update or 0.0,
+        measured.update_seconds or 0.0,
         arguments.price,
         "; ".join(f"{name}: {text}" for name, text in sources.items()),
     )
-    return Basis(
-        model, replace(measured, update_seconds=update, gradient_bytes=size), phases, sources
-    )
+    return Basis(model, replace(measured, gradient_bytes=size), phases, sources)
+
+
+def _figure(arguments: Namespace, name: str) -> tuple[float, str]:
+    """Return a figure of the all-reduce, and its origin."""
+    if arguments[name] is not None:
+        return arguments[name], "as given"
+    return DEFAULTS[name]
+
+
+def _step_sources(measured: "Measured") -> dict[str, str]:
+    """Return the lines about the time of a step and of an update."""
+    line = measured.step_time
+    step = f"{1e3 * line.intercept:.3g} ms + {1e3 * line.slope:.3g} ms an example: "
+    step += measured.source
+    if measured.sizes:
+        step += (
+            f"; {len(measured.sizes)} sizes up to {max(measured.sizes)}, at most"
+            f" {line.residual:.0%} off the line"
+        )
+    update = "not counted: unknown"
+    if measured.update_seconds is not None:
+        update = f"{1e3 * measured.update_seconds:.3g} ms"
+    return {"step": step, "update": update}
 
 
 def _measured(arguments: Namespace, run: "PlanBasis", microbatch: int) -> "Measured":
@@ -266,46 +253,47 @@ def _measured(arguments: Namespace, run: "PlanBasis", microbatch: int) -> "Measu
 
     if arguments.slope is not None:
         return Measured(TimeModel(arguments.slope, arguments.intercept), source="as given")
-    return (
-        measure(run, microbatch)
-        if arguments.measured is None
-        else read_measured(arguments.measured)
-    )
+    if arguments.measured is not None:
+        return read_measured(arguments.measured)
+    return measure(run, microbatch)
 
 
 def _sizes(phases: "Sequence[Phase]") -> str:
     from hessianflow.planning.measure import merged
 
-    sizes = [phase.batch_size for phase in merged(phases)]
-    shown = sizes if len(sizes) <= 6 else [*sizes[:3], "...", *sizes[-2:]]
-    return " -> ".join(map(str, shown))
+    sizes = [str(phase.batch_size) for phase in merged(phases)]
+    if len(sizes) > 6:
+        sizes[3:-2] = ["..."]
+    return " -> ".join(sizes)
 
 
 def _table(predictions: "Sequence[Prediction]", price: float) -> str:
-    head = (
+    lines = [
         f"{'workers':>8}{'time':>12}{'speed-up':>10}{'efficiency':>12}{'all-reduce':>12}"
-        f"{'updates':>9}"
-    )
-    lines = [f"{head}{'worker hours':>14}{'cost':>11}" if price else f"{head}{'worker hours':>14}"]
-    for p in predictions:
-        line = (
-            f"{p.workers:>8}{duration(p.seconds):>12}{p.speedup:>10.4g}{p.efficiency:>12.1%}"
-            f"{p.communication:>12.1%}"
-        )
-        line += f"{p.updates:>9}{p.worker_seconds / 3600:>14.4g}"
-        lines.append(f"{line}{p.cost:>11.4g}" if price else line)
+        f"{'updates':>9}{'worker hours':>14}"
+    ]
+    lines += [
+        f"{p.workers:>8}{duration(p.seconds):>12}{p.speedup:>10.4g}{p.efficiency:>12.1%}"
+        f"{p.communication:>12.1%}{p.updates:>9}{p.worker_seconds / 3600:>14.4g}"
+        for p in predictions
+    ]
+    if price:
+        costs = [f"{'cost':>11}", *(f"{p.cost:>11.4g}" for p in predictions)]
+        lines = [line + cost for line, cost in zip(lines, costs, strict=True)]
     return "\n".join(lines)
 
 
 def _verdict(predictions: "Sequence[Prediction]") -> str:
     fastest = min(predictions, key=lambda p: p.seconds)
+    verdict = f"fastest on {fastest.workers}: {duration(fastest.seconds)}"
     used = [p.workers for p in predictions if p.efficiency >= 0.5]
-    half = f"; at least half of every worker's time is used up to {max(used)}" if used else ""
-    return f"fastest on {fastest.workers}: {duration(fastest.seconds)}{half}"
+    if used:
+        verdict += f"; at least half of every worker's time is used up to {max(used)}"
+    return verdict
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that reads best."""
+    """Return a time in its largest unit of which there are at least two."""
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.4g} {unit}"

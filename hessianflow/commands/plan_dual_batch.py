@@ -1,5 +1,4 @@
-"""`hessianflow plan dual-batch`: shares, batch sizes and predicted times of workers with small and
-large batches."""
+"""The command `plan dual-batch`, which predicts a run of workers with small and large batches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,66 +35,64 @@ def add(kinds: Any) -> None:
         "print the shares, batches and times of a dual-batch run",
         prefix="hessianflow plan",
     )
-    plan.add(
-        "--preset",
-        type=PresetName | None,
-        default=None,
-        help="a published setting (arXiv:2509.26092)",
-    )
-    plan.add("--workers", type=int, default=4, help="how many there are")
-    plan.add(
+    plan.add_open("--preset", PresetName | None, "published setting (arXiv:2509.26092)")
+    plan.add("--workers", type=int, default=4, help="number of workers")
+    plan.add_open(
         "--small-workers",
-        type=int | None,
-        default=None,
-        help="of them; default: a line for each number",
+        int | None,
+        "number of workers with the small batch; default: a line for each number",
     )
     plan.add(
         "--extra-time",
         type=float,
         default=1.05,
-        help="what an epoch may take, relative to large batches",
+        help="largest time of an epoch, relative to that with large batches only",
     )
-    plan.add("--examples", type=int | None, default=None, help="of an epoch")
-    plan.add("--batch-size", type=int | None, default=None, help="the large batch")
-    plan.add("--slope", type=float | None, default=None, help="seconds an example")
-    plan.add("--intercept", type=float | None, default=None, help="seconds a step")
+    plan.add_open("--examples", int | None, "examples of an epoch")
+    plan.add_open("--batch-size", int | None, "size of the large batch")
+    plan.add_open("--slope", float | None, "seconds per example")
+    plan.add_open("--intercept", float | None, "seconds per step")
     plan.add(
         "--resolution",
         type=ResolutionName,
         default="cyclic",
-        help="schedule of a preset with several resolutions",
+        help="order of the resolutions of a preset that has several",
     )
 
 
 def run(arguments: Namespace) -> int:
-    """Print the tables, and what a published run would take."""
+    """Print the tables, and the predicted time of a published run."""
     for name, (low, high) in _BOUNDS.items():
         if arguments[name] is not None:
             check_range(option(name), arguments[name], low, high)
-    for name in ("slope", "intercept"):  # the model of times says what is too small
+    for name in ("slope", "intercept"):  # the time model refuses what is too small
         if arguments[name] is not None:
             check_range(option(name), arguments[name], -MOST, MOST)
     setting = _setting(arguments)
-    workers, chosen = arguments.workers, arguments.small_workers
-    if chosen is not None and chosen > workers:
-        raise HessianFlowError(f"--small-workers {chosen} is more than --workers {workers}")
-    counts = range(workers + 1) if chosen is None else [chosen]
+    workers = arguments.workers
+    counts = list(range(workers + 1))
+    if arguments.small_workers is not None:
+        counts = [arguments.small_workers]
+    if counts[0] > workers:
+        raise HessianFlowError(f"--small-workers {counts[0]} is more than --workers {workers}")
     for index, (level, time) in enumerate(zip(setting.levels, setting.times, strict=True)):
-        at = f"{level.resolution} pixels: " if arguments.preset else ""
-        print(f"{at}t(B) = {time.slope:g} B + {time.intercept:g} s, large batch {level.batch_size}")
-        print(
-            _table(
-                [_plan(setting, index, workers, small, arguments.extra_time) for small in counts]
-            )
-        )
+        line = f"t(B) = {time.slope:g} B + {time.intercept:g} s, large batch {level.batch_size}"
+        if arguments.preset:
+            line = f"{level.resolution} pixels: {line}"
+        print(line)
+        plans = [_plan(setting, index, workers, small, arguments.extra_time) for small in counts]
+        print(_table(plans))
     if arguments.preset:
         _print_run(setting, arguments, counts[-1])
     return 0
 
 
 def _setting(arguments: Namespace) -> Published:
-    """Return the preset, or one made of the figures given; figures given with a preset replace its
-    own."""
+    """Return the preset, or one made of the figures given; `--examples` may replace its own.
+
+    Raises:
+        HessianFlowError: A figure is missing, or a preset has it already.
+    """
     given = {name: arguments[name] for name in _GIVEN if arguments[name] is not None}
     if arguments.preset is not None:
         preset = PUBLISHED[arguments.preset]
@@ -117,11 +114,11 @@ def _setting(arguments: Namespace) -> Published:
 def _plan(
     setting: Published, level: int, workers: int, small: int, ratio: float
 ) -> DualBatchPlan | str:
-    """Return the plan, or why there is none."""
+    """Return the plan, or the reason why there is none."""
     try:
         return setting.plan(level, workers, small, ratio)
     except HessianFlowError as error:
-        # anything but too much extra time is wrong for every line
+        # Only too much extra time concerns one line of the table and not all of them.
         if "must be <" not in str(error):
             raise
         return str(error)
@@ -135,14 +132,13 @@ def _table(plans: Sequence[DualBatchPlan | str]) -> str:
         if isinstance(plan, str):
             lines.append(f"      {plan}")
             continue
-        small, large, count = plan.small, plan.large, sum(worker.small for worker in plan.workers)
-        cells = [str(count)]
-        cells += (
-            ["-", "-", "-"]
-            if small is None
-            else [str(small.batch_size), str(small.examples), f"{small.update_factor:.4f}"]
-        )
-        cells += ["-", "-"] if large is None else [str(large.batch_size), str(large.examples)]
+        cells = [str(sum(worker.small for worker in plan.workers)), "-", "-", "-", "-", "-"]
+        small = plan.small
+        if small is not None:
+            cells[1:4] = str(small.batch_size), str(small.examples), f"{small.update_factor:.4f}"
+        large = plan.large
+        if large is not None:
+            cells[4:] = str(large.batch_size), str(large.examples)
         slowest = max(worker.seconds for worker in plan.workers)
         cells += [f"{slowest:.4f}", f"{plan.imbalance:.2%}", f"{plan.one_device_seconds:.3f}"]
         lines.append("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
@@ -150,28 +146,31 @@ def _table(plans: Sequence[DualBatchPlan | str]) -> str:
 
 
 def _print_run(setting: Published, arguments: Namespace, small: int) -> None:
-    """Print the seconds of a whole run at full resolution and with the schedule, with and without
-    small workers."""
-    several = len(setting.levels) > 1
+    """Print the predicted seconds of a whole run, with and without small workers.
+
+    A preset with several resolutions has the seconds in their order beside those at the full one.
+    """
     for count in dict.fromkeys((0, small)):
-        total = {}
-        for name in (None, arguments.resolution) if several else (None,):
-            sizes = {level.resolution: index for index, level in enumerate(setting.levels)}
-            total[name] = sum(
-                (stage.end - stage.start)
-                * setting.plan(
-                    sizes[stage.level.resolution], arguments.workers, count, arguments.extra_time
-                ).target_seconds
-                for stage in setting.stages(name)
-            )
-        epochs = setting.phase_ends[-1]
+        full = _seconds(setting, arguments, count, None)
         text = (
-            f"{epochs} epochs with {count} small workers: {total[None]:.1f} s at"
+            f"{setting.phase_ends[-1]} epochs with {count} small workers: {full:.1f} s at"
             f" {setting.levels[-1].resolution} pixels"
         )
-        if several:
-            share = total[arguments.resolution] / total[None]
-            text += (
-                f", {total[arguments.resolution]:.1f} s {arguments.resolution} ({share:.4f} of it)"
-            )
+        if len(setting.levels) > 1:
+            seconds = _seconds(setting, arguments, count, arguments.resolution)
+            text += f", {seconds:.1f} s {arguments.resolution} ({seconds / full:.4f} of it)"
         print(text)
+
+
+def _seconds(
+    setting: Published, arguments: Namespace, small: int, resolution: ResolutionName | None
+) -> float:
+    """Return the predicted seconds of a run; without an order of resolutions, at the full one."""
+    levels = {level.resolution: index for index, level in enumerate(setting.levels)}
+    total = 0.0
+    for stage in setting.stages(resolution):
+        plan = setting.plan(
+            levels[stage.level.resolution], arguments.workers, small, arguments.extra_time
+        )
+        total += (stage.end - stage.start) * plan.target_seconds
+    return total

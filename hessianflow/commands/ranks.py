@@ -1,4 +1,4 @@
-"""The processes that torchrun started for one command, or this one alone."""
+"""The ranks of a command: the processes that torchrun started, or a single one."""
 
 import os
 import sys
@@ -13,49 +13,51 @@ from hessianflow.interfaces import AgreedError, HessianFlowError, World
 from hessianflow.training.world import LocalWorld
 
 PATIENCE_SECONDS = 10.0
-"""A wait for other ranks that is longer is spoken of. Ours: ranks that were started together come
-within seconds."""
+"""Seconds of waiting for other ranks before a note. This default is our choice: ranks that are
+started together arrive within seconds."""
 
 
 @contextmanager
 def launched(make: Callable[[], RunConfig]) -> Iterator[tuple[World, RunConfig]]:
-    """Meet the other ranks, if this process is one of several, and leave them at the end.
+    """Join the other ranks, if this process is one of several, and leave them at the end.
 
     Args:
-        make: the prepared settings; what is wrong with them, the first process of each machine
-            says.
+        make: Function that returns the prepared settings. Its error is reported by the first
+            process of each machine.
 
     Yields:
-        The world, and the settings, `run_dir` apart the same on all ranks.
+        The world and the settings, which are the same on all ranks except for `run_dir`.
 
     Raises:
-        HessianFlowError: ranks with different code or settings, and what :func:`launched_world`
-            raises.
+        HessianFlowError: The ranks differ in code or settings, or cannot reach each other.
     """
-    place = from_environment()
+    generation = from_environment()
     try:
         config = make()
     except HessianFlowError as error:
-        if place is not None and place.local_rank > 0:
+        if generation is not None and generation.local_rank > 0:
             raise AgreedError(str(error)) from None
         raise
-    if place is None:
+    if generation is None:
         yield LocalWorld(), config
         return
     with ExitStack() as stack:
-        with _said_to_wait(place), ended_at_once():
+        with _long_wait_noted(generation), ended_at_once():
             world = stack.enter_context(launched_world(config.device))
         world.compare({name: value for name, value in to_dict(config).items() if name != "run_dir"})
         yield world, config
 
 
 @contextmanager
-def _said_to_wait(place: Generation) -> Iterator[None]:
-    """While active, a long wait is spoken of: who has RANK in the environment may not know of
-    others to wait for."""
+def _long_wait_noted(generation: Generation) -> Iterator[None]:
+    """Print a note about a long wait while active.
+
+    A user who has RANK in the environment by accident knows of no others to wait for.
+    """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     line = (
-        f"hessianflow: note: rank {place.rank} of {place.world_size} waits for the others at"
+        f"hessianflow: note: rank {generation.rank} of {generation.world_size} waits for the"
+        " others at"
         f" {address}, as RANK, WORLD_SIZE and MASTER_ADDR in the environment say; unset RANK to"
         " train alone\n"
     )

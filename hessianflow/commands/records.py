@@ -1,4 +1,4 @@
-"""Commands that only read what runs left behind: plot, compare, report, replay."""
+"""The commands that only read records of runs: plot, compare, report, replay."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,46 +20,34 @@ from hessianflow.interfaces import HessianFlowError
 
 if TYPE_CHECKING:
     from hessianflow.config import RunConfig, TrainConfig
-    from hessianflow.plots import ComparisonTable
 
 PLOTS = "plots"
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
-    """Add the parsers; returns what runs each command."""
+    """Add the parsers, and return the function of each command."""
     plot = add_command(
         commands, "plot", "draw curvature trajectory and training curves of one or several runs"
     )
     plot.add("run_dirs", type=path, nargs="+", help="run directories, drawn over each other")
-    plot.add(
-        "--out",
-        type=path,
-        default=None,
-        help="folder for the pictures; default: RUN_DIR/plots or plots",
-    )
+    plot.add_open("--out", path, "folder for the pictures; default: RUN_DIR/plots or plots")
     compare = add_command(
-        commands, "compare", "print and draw who needs how many updates at which accuracy"
+        commands, "compare", "print and draw updates and accuracy of several runs side by side"
     )
     compare.add(
         "run_dirs",
         type=path,
         nargs="+",
-        help="run directories; those that differ in seed are averaged",
+        help="run directories; those that differ only in seed are averaged",
     )
-    compare.add(
-        "--out", type=path, default=None, help="folder for compare.md, compare.csv and compare.png"
-    )
+    compare.add_open("--out", path, "folder for compare.md, compare.csv and compare.png")
     report = add_command(
         commands, "report", "write one self-contained HTML page about one or several runs"
     )
     report.add("run_dirs", type=path, nargs="+", help="run directories")
-    report.add(
-        "--out", type=path, default=None, help="file; default: RUN_DIR/report.html or report.html"
-    )
+    report.add_open("--out", path, "file of the page; default: RUN_DIR/report.html or report.html")
     replay = add_command(
-        commands,
-        "replay",
-        "print what another controller would have done with a run's measurements",
+        commands, "replay", "print the decisions of another controller on a run's measurements"
     )
     replay.add("run_dir", type=path, help="run directory")
     add_settings(replay, ("controller", "max_batch_size"))
@@ -68,12 +56,16 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 
 
 def draw(runs: list[Path], folder: Path) -> None:
-    """Draw the pictures of `runs` into `folder` and print their paths; a run with a server or with
-    stages has more."""
+    """Draw the pictures of `runs` into `folder`, and print their paths.
+
+    There are more for runs with a server, with resolution stages, or with a changing number of
+    workers.
+    """
     from hessianflow import plots
     from hessianflow.runs import History
 
-    _make(folder)
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     histories = [History.load(run) for run in runs]
     has_server = any(history.of_kind("commit") for history in histories)
     pictures: list[tuple[Callable[..., Any], Any]] = [(plots.training_curves, runs)]
@@ -91,22 +83,29 @@ def draw(runs: list[Path], folder: Path) -> None:
         print(f"  {printable(path)}")
     elastic = [run for run in runs if plots.has_workers(run)]
     for run in elastic:
-        path = folder / ("workers.png" if len(runs) == 1 else f"workers-{run.name}.png")
+        path = folder / "workers.png"
+        if len(runs) > 1:
+            path = folder / f"workers-{run.name}.png"
         plots.workers(run, path=path)
         print(f"  {printable(path)}")
 
 
 def _plot(arguments: Namespace) -> int:
     runs = _runs(arguments)
-    out = (
-        Path(arguments.out) if arguments.out else runs[0] / PLOTS if len(runs) == 1 else Path(PLOTS)
-    )
-    draw(runs, out)
+    draw(runs, Path(arguments.out or _home(runs) / PLOTS))
     return 0
+
+
+def _home(runs: list[Path]) -> Path:
+    """Return the folder for what is made of runs: that of a single run, else the current one."""
+    if len(runs) == 1:
+        return runs[0]
+    return Path()
 
 
 def _compare(arguments: Namespace) -> int:
     from hessianflow import plots
+    from hessianflow.runs.files import write_text
 
     runs = _runs(arguments)
     table = plots.compare_table(runs)
@@ -115,32 +114,20 @@ def _compare(arguments: Namespace) -> int:
         folder = Path(arguments.out)
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _write_tables(table, folder)
+            write_text(folder / "compare.md", table.to_markdown() + "\n")
+            write_text(folder / "compare.csv", table.to_csv())
             plots.compare(runs, path=folder / "compare.png")
         print(f"  {printable(folder)}/compare.md, compare.csv, compare.png")
     return 0
-
-
-def _write_tables(table: "ComparisonTable", folder: Path) -> None:
-    from hessianflow.runs.files import write_text
-
-    try:
-        write_text(folder / "compare.md", table.to_markdown() + "\n")
-        write_text(folder / "compare.csv", table.to_csv())
-    except OSError as error:
-        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
 def _report(arguments: Namespace) -> int:
     from hessianflow import plots
 
     runs = _runs(arguments)
-    out = (
-        Path(arguments.out)
-        if arguments.out
-        else (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    )
-    _make(out.parent)
+    out = Path(arguments.out or _home(runs) / "report.html")
+    with writing_to(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
     plots.report(runs, path=out)
     print(f"  {printable(out)}")
     return 0
@@ -185,31 +172,30 @@ def _replay(arguments: Namespace) -> int:
 
 
 def _replayed(recorded: "RunConfig", changes: dict[str, Any]) -> "TrainConfig":
-    """Return the settings of a run with another controller, and all that depends on it left open.
+    """Return the settings of a run with another controller, and open what depends on it.
 
-    Without a controller, it is absa with the options of the run if that had it.
+    The default is absa, with the options of the run if it had the same controller.
     """
     from hessianflow.config import chosen, from_dict, to_dict
     from hessianflow.methods import KINDS, prefers
 
     kept = to_dict(recorded)
-    asked = changes.pop("controller", "absa")
-    name = asked if isinstance(asked, str) else asked["name"]
-    options = {} if isinstance(asked, str) else asked
-    own = {}
+    controller = changes.pop("controller", "absa")
+    if isinstance(controller, str):
+        controller = {"name": controller}
+    name = controller["name"]
     if recorded.controller.name == name:
-        own = kept["controller"]
-    else:  # these may not go with another controller, or mean another thing there
+        controller = kept["controller"] | controller
+    else:  # these may not go with another controller, or have another meaning there
         for setting in ("schedule", "lr_rule", "max_lr_factor", "norm_mode"):
             del kept[setting]
-    wishes = [
+    preferred = [
         prefers(KINDS["controller"], method)
         for method in (recorded.controller, chosen("controller", name))
     ]
-    if any("adversary" in wish for wish in wishes):
+    if any("adversary" in settings for settings in preferred):
         del kept["adversary"]
-    kept |= {**changes, "controller": {**own, **options, "name": name}}
-    return from_dict(kept, str(recorded.run_dir))
+    return from_dict({**kept, **changes, "controller": controller}, str(recorded.run_dir))
 
 
 def _runs(arguments: Namespace) -> list[Path]:
@@ -220,10 +206,3 @@ def _runs(arguments: Namespace) -> list[Path]:
         if not History.load(run).epochs:
             raise HessianFlowError(f"{run} holds no completed epoch yet: nothing to show")
     return runs
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""`hessianflow robustness`: accuracy of a trained run under attack, after the fact."""
+"""The command `robustness`, which measures the accuracy of a trained run under attack."""
 
 import re
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from hessianflow.commands.runs import (
 from hessianflow.interfaces import HessianFlowError
 
 MOST_STEPS = 10_000
-"""Of one attack. Ours: a hundred times what papers take."""
+"""Most steps of an attack. This bound is our choice: a hundred times what papers take."""
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
-    """Add the parser; returns what runs the command."""
+    """Add the parser, and return the function of the command."""
     parser = add_command(commands, "robustness", "measure a run's test accuracy under attack")
     parser.add("run", type=path, help="run directory, or a checkpoint inside one")
     parser.add(
@@ -32,19 +32,21 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         type=str,
         nargs="+",
         default=["fgsm", "pgd20"],
-        help="fgsm, or pgd and its steps",
+        help="attacks: fgsm, or pgd and its number of steps",
     )
     parser.add(
         "--eps",
         type=float,
         nargs="+",
         default=[0.005, 0.02, 0.06],
-        help="perturbations, in pixels scaled to [0, 1]",
+        help="sizes of the perturbation, in pixels scaled to [0, 1]",
     )
-    parser.add("--examples", type=int, default=1000, help="test examples, from the first")
-    parser.add("--seed", type=int, default=0, help="of the random starts of pgd")
+    parser.add("--examples", type=int, default=1000, help="number of test examples, from the first")
+    parser.add("--seed", type=int, default=0, help="seed of the random starts of pgd")
     add_named_code(parser)
-    parser.add("--out", type=path, default=None, help="folder for robustness.json and the picture")
+    parser.add_open(
+        "--out", path, "folder for robustness.json and the picture; default: the run directory"
+    )
     return {"robustness": _robustness}
 
 
@@ -77,12 +79,16 @@ def _robustness(arguments: Namespace) -> int:
         }
         rows.append(robust_accuracy(parts.model, batch, attacks))
     _show(arguments.eps, rows)
-    _write(arguments, rows, Path(arguments.out) if arguments.out else run_dir)
+    _write(arguments, rows, Path(arguments.out or run_dir))
     return 0
 
 
 def _maker(name: str) -> Callable[..., Callable[..., Any]]:
-    """Return how to make the attack called `name` from eps, the valid range and a generator."""
+    """Return a function that makes the attack `name` from eps, valid range and a generator.
+
+    Raises:
+        HessianFlowError: There is no such attack.
+    """
     from hessianflow.adversarial import fgsm, pgd
 
     steps = re.fullmatch(r"pgd(\d+)", name)

@@ -11,57 +11,55 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def distinct(run_dirs: Iterable[str]) -> list[Path]:
-    """Return the directories, each once, and say on standard error which were repeated.
+    """Return each of the directories once, and note on standard error which were repeated.
 
-    A run named twice would pass for two seeds that agree.
+    A run that is named twice would look like two seeds that agree.
     """
-    found: dict[Path, Path] = {}
+    runs: dict[Path, Path] = {}
     for run in map(Path, run_dirs):
-        if run.resolve() in found:
+        if run.resolve() in runs:
             sys.stderr.write(f"hessianflow: note: {run} is named more than once and counts once\n")
-        found.setdefault(run.resolve(), run)
-    return list(found.values())
+        runs.setdefault(run.resolve(), run)
+    return list(runs.values())
 
 
 def printable(path: str | Path) -> str:
-    """Return a path as it can be printed on one line of any screen."""
+    """Return a path as text that prints on one line of any screen."""
     from hessianflow.runs.text import plain
 
     return plain(str(path))
 
 
 def add_named_code(parser: Any) -> None:
-    """Add the options that name the code of a run again, as :func:`require_named_code` wants it."""
-    parser.add(
+    """Add the options that name the code of a run again for :func:`require_named_code`."""
+    parser.add_open(
         "--model",
-        type=str | None,
-        default=None,
-        help=(
-            "for a run with a model of your own: its package.module:function again, because a run"
-            " directory may not run code"
-        ),
+        str | None,
+        "for a run with a model of your own: its package.module:function again, because a run"
+        " directory may not run code",
     )
-    parser.add(
+    add_code(parser)
+
+
+def add_code(parser: Any) -> None:
+    """Add the option that names the methods of a run again for :func:`require_named_code`."""
+    parser.add_open(
         "--code",
-        type=str | None,
-        default=None,
-        help=(
-            "for a run with a method of your own: its package.module:Class again, several with"
-            " commas between them"
-        ),
+        str | None,
+        "for a run with methods of your own: their package.module:Class again, separated by commas",
     )
 
 
 def require_named_code(run_dir: str | Path, arguments: Any) -> None:
-    """Refuse to import code that only a run directory names: its sender could have any code run.
+    """Refuse to import code that only a run directory names, because its sender chose that code.
 
     Args:
-        run_dir: the run directory; a path that is none passes, for the command to refuse.
-        arguments: those of a command with the options of :func:`add_named_code`.
+        run_dir: Run directory; any other path passes, and the command refuses it later.
+        arguments: Arguments of a command with the options of :func:`add_named_code`.
 
     Raises:
-        HessianFlowError: the run's model or one of its methods is an import path that the user did
-            not name, or the model named is not that of the run.
+        HessianFlowError: The run has a model or a method at an import path that the user did not
+            name, or a model other than the user named.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG
@@ -90,19 +88,18 @@ def _paths(settings: Any) -> list[str]:
     """Return every name in recorded settings that is an import path."""
     if not isinstance(settings, dict):
         return []
-    found = [settings[key] for key in ("name", *CHOSEN) if isinstance(settings.get(key), str)]
+    names = [settings[key] for key in ("name", *CHOSEN) if isinstance(settings.get(key), str)]
     inner = [path for value in settings.values() for path in _paths(value)]
-    return [path for path in found if ":" in path] + inner
+    return [name for name in names if ":" in name] + inner
 
 
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
-    """Refuse a run that was made from Python: only the code that made it can build its model and
-    data.
+    """Refuse a run that was made from Python, whose model and data only its own code can build.
 
     Args:
-        run_dir: the run directory; a path that is none passes, for the command to refuse.
-        command: the command that needs the settings.
-        instead: the function to call from Python instead.
+        run_dir: Run directory; any other path passes, and the command refuses it later.
+        command: Command that needs the settings.
+        instead: Function to call from Python instead.
 
     Raises:
         HessianFlowError: config.json holds no settings.
@@ -119,16 +116,15 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
 
 
 @contextmanager
-def writing_to(place: str | Path) -> Iterator[None]:
-    """Turn a failure to write into an error that names the place, while active: a full disk names
-    none.
+def writing_to(folder: str | Path) -> Iterator[None]:
+    """Raise failures to write as errors that name the folder while active.
 
     Raises:
-        HessianFlowError: as said.
+        HessianFlowError: The disk is full, or the folder cannot be written.
     """
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise HessianFlowError(f"cannot write to {place}: {error.strerror or error}") from None
+        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -1,5 +1,4 @@
-"""Options of the command that are settings of a run: those of every run, and those of the methods
-that were chosen."""
+"""The options of the command: the settings of a run, and the options of the methods it chooses."""
 
 import json
 import os
@@ -23,12 +22,14 @@ from hessianflow.upgrade import moved
 
 @dataclass(frozen=True)
 class Given:
-    """Which settings somebody gave; what is null counts as left open, but for options of methods.
+    """The names of the settings that were given.
+
+    A setting that is null counts as open, but an option of a method does not.
 
     Attributes:
-        typed: settings from the command line; an option of a method is "controller.patience".
-        in_files: settings from files.
-        notes: what to say of the files, if the settings are those of a run that can be.
+        typed: Settings from the command line; an option of a method is "controller.patience".
+        in_files: Settings from files.
+        notes: Notes about the files, to be printed if the run is possible.
     """
 
     typed: Set[str]
@@ -36,7 +37,7 @@ class Given:
     notes: Sequence[str] = ()
 
     def settings(self, arguments: Any) -> dict[str, Any]:
-        """Return their values, a method with its options as one mapping."""
+        """Return the values of the settings, a method with its options as one mapping."""
         named = sorted(self.typed | self.in_files)
         values: dict[str, Any] = {}
         for name in named:
@@ -49,16 +50,16 @@ class Given:
         return values
 
     def check(self, config: TrainConfig) -> None:
-        """Refuse settings typed that nothing would look at; say which of a file's are not used.
+        """Refuse typed settings without effect, and note those of files.
 
-        A file may serve several choices. Of its settings, those are passed over that are as they
-        would be anyway.
+        A file may serve several runs, so its settings may have no effect here. There is no note
+        about those that have their default values.
 
         Args:
-            config: resolved.
+            config: Resolved settings.
 
         Raises:
-            HessianFlowError: naming the option and what it belongs to.
+            HessianFlowError: A typed setting has no effect; the error names what it belongs to.
         """
         names = [setting.name for setting in fields(TrainConfig)]
         check_effects(config, [name for name in names if name in self.typed])
@@ -77,9 +78,9 @@ class Given:
             if setting.name in unused
         }
         usual = resolve(replace(TrainConfig(**_as_given(config)), **defaults))
-        said = [name for name in unused if getattr(usual, name) != getattr(config, name)]
-        if said:
-            note(f"not used with these settings: {', '.join(said)}")
+        noted = [name for name in unused if getattr(usual, name) != getattr(config, name)]
+        if noted:
+            note(f"not used with these settings: {', '.join(noted)}")
 
 
 def _as_given(config: TrainConfig) -> dict[str, Any]:
@@ -91,39 +92,37 @@ def _attacks(adversary: Choice) -> bool:
 
 
 def _put(values: dict[str, Any], name: str, arguments: Any) -> None:
-    """Set an option of a method; the method is the one in force where it was not named."""
+    """Set an option of a method, which is the one in force if it was not named."""
     *outer, last = name.split(".")
-    place = values
-    for depth, part in enumerate(outer):
-        method = place.get(part)
+    mapping = values
+    for depth, setting in enumerate(outer):
+        method = mapping.get(setting)
         if not isinstance(method, dict):
             dotted = ".".join(outer[: depth + 1])
             method = {"name": method or arguments.methods[dotted]}
-        place[part] = method
-        place = method
-    value = arguments[name.replace(".", INSIDE)]
-    if isinstance(place.get(last), dict):
-        return
-    place[last] = value
+        mapping[setting] = method
+        mapping = method
+    if not isinstance(mapping.get(last), dict):
+        mapping[last] = arguments[name.replace(".", INSIDE)]
 
 
 def note(text: str) -> None:
-    """Say something on standard error, once where several processes run."""
+    """Print a note on standard error, from the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"hessianflow: note: {text}\n")
 
 
 def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
-    """Add one option for each setting, or for those in `names`, under the title of its group.
+    """Add an option for each setting, or for those in `names`, under the title of its group.
 
-    The options of methods are added once it is known which are chosen: :func:`add_methods`.
+    :func:`add_methods` adds the options of methods once it is known which are chosen.
     """
     texts = _texts()
     types = hints()
     titles: dict[str, Any] = {}
-    wanted = None if names is None else set(names)
+    wanted = set(names or types)
     for setting in fields(TrainConfig):
-        if wanted is not None and setting.name not in wanted:
+        if setting.name not in wanted:
             continue
         title = setting.metadata["group"]
         if title not in titles:
@@ -133,8 +132,10 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
         hint = without_bounds(types[setting.name])
         if setting.name in CHOSEN:
             text = f"{text.rstrip('.')}. One of {', '.join(_named(setting.name))}, or"
-            text += " package.module:Class of your own; with --help, its options are listed."
-            hint = str | None if default is None else str
+            text += " package.module:Class of your own; --help lists the options of the one named."
+            hint = str
+            if default is None:
+                hint = str | None
             default = getattr(default, "name", None)
             parser.chosen.append(setting.name)
         parser.settings.add(setting.name)
@@ -150,35 +151,37 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
 
 def _named(setting: str) -> list[str]:
     names = list(KINDS[setting].methods)
-    return [*names, "none"] if setting == "adversary" else names
+    if setting == "adversary":
+        names.append("none")
+    return names
 
 
 def add_methods(parser: Any, named: Mapping[str, str]) -> dict[str, str]:
-    """Add the options of the methods in force to a parser that lets them be chosen.
+    """Add the options of the methods in force.
 
     Args:
-        parser: a parser with the options of :func:`add_settings`.
-        named: the methods named, by the setting that names them; those inside others as
-            "adversary.attack".
+        parser: Parser with the options of :func:`add_settings`.
+        named: Methods by the setting that names them; a method inside another is named by a
+            setting like "adversary.attack".
 
     Returns:
-        The method in force for each of these settings.
+        The method in force for each setting that chooses one.
 
     Raises:
-        HessianFlowError: an unknown method.
+        HessianFlowError: A method is unknown.
     """
-    found: dict[str, str] = {}
+    in_force: dict[str, str] = {}
     controller = named.get("controller", "absa")
     for setting in parser.chosen:
         name = named.get(setting) or _default(setting, controller, named.get("data", "digits"))
         if name != "none":
-            _add_method(parser, KINDS[setting], setting, name, named, found)
-        found[setting] = name
-    return found
+            _add_method(parser, KINDS[setting], setting, name, named, in_force)
+        in_force[setting] = name
+    return in_force
 
 
 def _default(setting: str, controller: str, data: str) -> str:
-    """Return the method that a run has for a setting unless one is named."""
+    """Return the method that a setting chooses by default."""
     usual = {"controller": "absa", "optimizer": "sgd", "adversary": "fgsm"}
     if setting == "schedule":
         usual["schedule"] = data_set(data).preset.schedule
@@ -193,8 +196,9 @@ def _add_method(
     where: str,
     name: str,
     named: Mapping[str, str],
-    found: dict[str, str],
+    in_force: dict[str, str],
 ) -> None:
+    """Add the options of a method and of those inside it, which are added to `in_force`."""
     options = method_options(kind, name, where)
     group = None
     if options:
@@ -202,27 +206,33 @@ def _add_method(
         group = parser.add_argument_group(f"{where} {name}", about)
     for known in options.values():
         dotted = f"{where}.{known.name}"
-        usual = kind.defaults.get(name, {}).get(known.name, known.default)
+        default = known.default
+        if known.is_required:
+            default = None
+        default = kind.defaults.get(name, {}).get(known.name, default)
+        # jsonargparse shows the two values of a switch.
+        metavar: str | None = known.name.upper()
+        if known.hint in (bool, bool | None):
+            metavar = None
         parser.settings.add(dotted.replace(".", INSIDE))
         parser.add(
             f"--{where}.{known.name.replace('_', '-')}",
             dest=dotted.replace(".", INSIDE),
             type=known.hint,
-            default=None if known.is_required and usual is known.default else usual,
+            default=default,
             help=known.help or "see the documentation of the class",
             group=group,
-            metavar=None if known.hint in (bool, bool | None) else known.name.upper(),
+            metavar=metavar,
         )
         if known.kind:
-            inner = named.get(dotted) or usual
+            inner = named.get(dotted) or default
             if isinstance(inner, str):
-                found[dotted] = inner
-                _add_method(parser, KINDS[known.kind], dotted, inner, named, found)
+                in_force[dotted] = inner
+                _add_method(parser, KINDS[known.kind], dotted, inner, named, in_force)
 
 
 def misplaced(parser: Any, name: str, methods: Mapping[str, str]) -> str:
-    """Return what is wrong about an option with a dot that the parser does not have; empty where
-    nothing is known about it."""
+    """Return an error text for an option with a dot that the parser does not have, or ""."""
     where, _, last = name.removeprefix("--").rpartition(".")
     kind = KINDS.get(where.rpartition(".")[-1])
     if where not in methods or kind is None or where.partition(".")[0] not in parser.chosen:
@@ -234,26 +244,28 @@ def misplaced(parser: Any, name: str, methods: Mapping[str, str]) -> str:
 
 @cache
 def homes(name: str) -> tuple[str, ...]:
-    """Return the options of methods, as typed, that are called as an unknown option is, or were
-    called so in an older release."""
-    places: dict[str, list[str]] = {}
+    """Return the options of methods, as typed, that an unknown option may stand for.
+
+    They have its name, or had it in an older release.
+    """
+    methods: dict[str, list[str]] = {}
     for setting in CHOSEN:
         kind = KINDS[setting]
         holders = [method for method in kind.methods if name in method_options(kind, method)]
         if holders:
-            places[f"{setting}.{name}"] = holders
+            methods[f"{setting}.{name}"] = holders
     for setting, method, known in moved(name):
-        holders = places.setdefault(f"{setting}.{known}", [])
+        holders = methods.setdefault(f"{setting}.{known}", [])
         if method not in holders:
             holders.append(method)
     return tuple(
         f"--{dotted.replace('_', '-')} with --{dotted.partition('.')[0]} {' or '.join(holders)}"
-        for dotted, holders in places.items()
+        for dotted, holders in methods.items()
     )
 
 
 def commented(config: TrainConfig) -> str:
-    """Return settings as a YAML file that loads again, with what each means above it."""
+    """Return settings as a YAML file that loads again, with the meaning of each above it."""
     texts = _texts()
     lines: list[str] = []
     for name, value in to_dict(config).items():
@@ -263,7 +275,7 @@ def commented(config: TrainConfig) -> str:
 
 
 def _entry(name: str, value: Any, kind: Kind | None, indent: str) -> list[str]:
-    """Return the lines of one setting, of a method with one line for each of its options."""
+    """Return the lines of a setting; a method has one for each of its options."""
     if kind is None or not isinstance(value, dict):
         return [f"{indent}{name}: {json.dumps(value)}"]
     lines = [f"{indent}{name}:", f"{indent}  name: {value['name']}"]
@@ -281,7 +293,7 @@ def _comment(text: str, indent: str) -> list[str]:
 
 
 def _texts() -> dict[str, str]:
-    """Return help texts from the docstring of TrainConfig."""
+    """Return the help text of each setting, from the docstring of TrainConfig."""
     from docstring_parser import parse
 
     parameters = parse(TrainConfig.__doc__ or "").params

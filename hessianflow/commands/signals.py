@@ -1,13 +1,13 @@
-"""Turns signals into exceptions, so that a command says why it ends, or ends the process at once.
+"""The handling of signals: they raise exceptions, so that a command says why it ends.
 
-It ends the process where an exception would be raised too late, or would do harm.
+If an exception would be raised too late or would do harm, they end the process at once.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,13 +17,13 @@ WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class Signalled(KeyboardInterrupt):
-    """A signal came. As a KeyboardInterrupt, it runs whatever cleans up after a Ctrl-C.
+    """The exception that a signal raises; as a KeyboardInterrupt, it starts the same clean-up.
 
-    Python itself ends with status -2 once a plain KeyboardInterrupt has passed through certain
-    calls from C, even if it was caught later. A subclass has no such effect.
+    A plain KeyboardInterrupt that has passed through certain calls from C makes Python end with
+    status -2, even if it was caught later; a subclass does not.
 
     Attributes:
-        number: the number of the signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -36,8 +36,8 @@ def signals_raised(*, own_process: bool) -> Iterator[None]:
     """Make SIGINT and SIGTERM raise :class:`Signalled` while active.
 
     Args:
-        own_process: whether this process runs nothing but the command. If not, SIGINT keeps its
-            handler, and so does SIGTERM if it has one.
+        own_process: Whether this process runs only the command. If not, SIGINT keeps its handler,
+            and so does SIGTERM if it has one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -46,22 +46,23 @@ def signals_raised(*, own_process: bool) -> Iterator[None]:
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
     }
-    ours = [number for number in NUMBERS if signal.getsignal(number) == defaults[number]]
+    handled = [number for number in NUMBERS if signal.getsignal(number) == defaults[number]]
+    handler: Callable[[int, FrameType | None], NoReturn] = _raise_or_end
     if not own_process:
-        ours = [number for number in ours if number == signal.SIGTERM]
-    handler = _raise_or_end if own_process else _raise
-    for number in ours:
+        handled = [number for number in handled if number == signal.SIGTERM]
+        handler = _raise
+    for number in handled:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in ours:
+        for number in handled:
             if signal.getsignal(number) is handler:
                 signal.signal(number, defaults[number])
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM from here on, so that this process runs to its end."""
+    """Ignore SIGINT and SIGTERM from now on, so that this process runs to its end."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -70,7 +71,7 @@ def ignore_signals() -> None:
 def ended_at_once() -> Iterator[None]:
     """Make SIGINT and SIGTERM end this process at once, with one line, while active.
 
-    This is for waits inside libraries, where an exception would be raised only on return.
+    It serves waits inside libraries, where an exception would be raised only on return.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -97,7 +98,7 @@ def _end_when_told(reading: int) -> None:
 
 
 def _end(number: int) -> NoReturn:
-    """End this process at once, with the line and status that the exception would have led to."""
+    """End this process at once, with the line and the status of the exception."""
     sys.stderr.write(f"hessianflow: {WORDS[signal.Signals(number)]}\n")
     sys.stderr.flush()
     os._exit(128 + number)
@@ -108,10 +109,10 @@ def _raise(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _raise_or_end(number: int, frame: FrameType | None) -> NoReturn:
-    """Raise, but end at once while a module is imported.
+    """Raise the exception, but end the process at once while a module is imported.
 
-    Some libraries catch every exception of an optional import, and fail later on what is half
-    imported; others abort. An import makes nothing that would have to be saved.
+    Some libraries catch every exception of an optional import and fail later on the half that was
+    imported, and others abort. An import makes nothing that must be saved.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -1,4 +1,4 @@
-"""`hessianflow train` and `hessianflow resume`."""
+"""The commands `train` and `resume`."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -30,24 +30,23 @@ if TYPE_CHECKING:
 
 
 SHOWN_CHANGES = 20
-"""Most lines about the batch size after a run: a controller that decides every few updates would
-fill the screen."""
+"""Most lines about the batch size after a run, because a controller that decides every few updates
+would fill the screen. This default is our choice."""
 
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
-    """Add the parsers; returns what runs each command."""
-    train = add_command(commands, "train", "train a network; no argument needed")
-    train.add(
+    """Add the parsers, and return the function of each command."""
+    train = add_command(commands, "train", "train a network; every option has a default")
+    train.add_open(
         "--config",
-        type=str | None,
-        default=None,
-        help="YAML file of settings, spelled as in settings.yaml of a run",
+        str | None,
+        "YAML file of settings in the form of --print-config; options typed take precedence",
     )
     train.add(
         "--print-config",
         type=bool,
         default=False,
-        help="print all settings as a YAML file with comments, and do not train",
+        help="print all settings as a YAML file with comments instead of training",
     )
     add_settings(train)
     resume = add_command(
@@ -59,7 +58,6 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 
 
 def _train(arguments: Namespace) -> int:
-    from hessianflow.build import on_this_machine
     from hessianflow.commands.ranks import launched
     from hessianflow.training.world import on_first_rank
 
@@ -72,28 +70,31 @@ def _train(arguments: Namespace) -> int:
         print(commented(settings()))
         return 0
 
-    def prepared() -> RunConfig:
-        config = settings()
-        # Workers of an elastic run prepare themselves, where they are.
-        return config if config.elastic else on_this_machine(config)
-
-    with launched(prepared) as (world, given), ExitStack() as stack:
+    with launched(lambda: _prepared(settings())) as (world, config), ExitStack() as stack:
         run_dir = on_first_rank(
-            world, lambda: given.run_dir or stack.enter_context(_new_run_dir(given))
+            world, lambda: config.run_dir or stack.enter_context(_new_run_dir(config))
         )
-        config = replace(given, run_dir=run_dir)
+        config = replace(config, run_dir=run_dir)
         status, history = _run(world, config, lambda trainer: trainer.fit())
     return _shown(world, config, history, status)
 
 
+def _prepared(config: RunConfig) -> RunConfig:
+    """Return the settings for this machine; workers of an elastic run prepare themselves."""
+    from hessianflow.build import on_this_machine
+
+    if config.elastic:
+        return config
+    return on_this_machine(config)
+
+
 def _resume(arguments: Namespace) -> int:
-    from hessianflow.build import load_config, on_this_machine
+    from hessianflow.build import load_config
     from hessianflow.commands.ranks import launched
 
     def settings() -> RunConfig:
         require_named_code(arguments.run_dir, arguments)
-        given = load_config(arguments.run_dir)
-        return given if given.elastic else on_this_machine(given)
+        return _prepared(load_config(arguments.run_dir))
 
     with launched(settings) as (world, config):
         if _has_finished(world, arguments.run_dir):
@@ -117,7 +118,7 @@ def _run(
 ) -> tuple[int, "History"]:
     """Build a trainer, run `work` on it, and return the exit status and the records.
 
-    A signal stops all ranks alike.
+    A signal stops all ranks. A second one raises an exception, and a third one ends the process.
     """
     from hessianflow.training.world import on_all_ranks
 
@@ -130,7 +131,6 @@ def _run(
         signal.signal(number, abandon)
 
     def abandon(number: int, _frame: Any) -> None:
-        # a third signal ends the process at once, whatever it does
         signal.signal(number, signal.SIG_DFL)
         raise Signalled(number)
 
@@ -141,7 +141,9 @@ def _run(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    status = 128 + stopped_by[0] if stopped_by else 0
+    status = 0
+    if stopped_by:
+        status = 128 + stopped_by[0]
     return max(world.gather(status)), history
 
 
@@ -168,8 +170,7 @@ def _trainer(config: RunConfig, world: "World") -> "AnyTrainer":
 
 
 def _shown(world: "World", config: RunConfig, history: "History", status: int) -> int:
-    """Let rank 0 print the outcome, once the other ranks no longer wait, and return the exit
-    status."""
+    """Print and draw the outcome on rank 0, while no other rank waits; return the exit status."""
     if world.rank == 0:
         _print_summary(history, config.model)
         if config.plots and history.epochs and history.run_dir is not None:
@@ -180,7 +181,6 @@ def _shown(world: "World", config: RunConfig, history: "History", status: int) -
 
 
 def _print_summary(history: "History", model: str) -> None:
-    code = f" --model {model}" if ":" in model else ""
     summary = history.summary
     seconds = history.summary["seconds"]
     accuracy = ""
@@ -200,30 +200,30 @@ def _print_summary(history: "History", model: str) -> None:
         print(f"  and {len(changes) - SHOWN_CHANGES} more changes, listed in history.jsonl")
     if not history.curvature and any(row["event"] == "budget" for row in history.of_kind("event")):
         print(
-            "  no curvature was measured: a reading may cost a quarter of it all"
-            " (--curvature-budget 100 reads anyway)"
+            "  no curvature was measured: the first reading may cost at most a quarter of the"
+            " training (--curvature-budget 100 has no limit)"
         )
     run_dir = printable(history.run_dir or "")
     print(f"  {run_dir}")
     if summary["status"] == "preempted":
-        print(f"  hessianflow resume {run_dir}{code}  continues")
+        if ":" in model:
+            run_dir += f" --model {model}"
+        print(f"  hessianflow resume {run_dir}  continues")
 
 
 def _plain_name(name: str) -> str:
-    """Return the name of a model or method as a part of a folder's name."""
+    """Return the name of a model or method in a form that a folder's name may contain."""
     return name.replace(":", "-").replace("/", "-")
 
 
 @contextmanager
 def _new_run_dir(config: RunConfig) -> Iterator[str]:
-    """Yield a new directory below runs/ that only this run uses; remove it at the end if it is
-    empty."""
+    """Yield a new directory below runs/ for this run; remove it at the end if it is empty."""
     from hessianflow.runs.folder import new_folder
 
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     model = _plain_name(config.model)
-    with new_folder(
-        Path("runs")
-        / f"{config.data}-{model}-{_plain_name(config.controller.name)}-seed{config.seed}-{stamp}"
-    ) as path:
+    controller = _plain_name(config.controller.name)
+    name = f"{config.data}-{model}-{controller}-seed{config.seed}-{stamp}"
+    with new_folder(Path("runs") / name) as path:
         yield str(path)

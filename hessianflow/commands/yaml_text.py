@@ -1,7 +1,7 @@
-"""Reads untrusted YAML within bounds of size and depth, without aliases, tags or repeated names.
+"""The reader of untrusted YAML, which bounds size and depth and allows no aliases or tags.
 
-A YAML parser recurses for every level and copies for every alias, so a few bytes can cost a process
-its stack or its memory. The parser's events are therefore counted first, which costs neither.
+A YAML parser recurses at every level and copies at every alias, so a few bytes can exhaust the
+stack or the memory of a process. The events of the parser, which cost neither, are counted first.
 """
 
 import os
@@ -15,13 +15,16 @@ from jsonargparse import get_loader
 from hessianflow.interfaces import HessianFlowError
 
 MOST_BYTES = 1 << 18
-"""Largest settings file in bytes: a hundred times one that holds every setting. Ours."""
+"""Largest settings file in bytes, a hundred times one with every setting. This bound, like the next
+ones, is our choice."""
 MOST_CHARACTERS = 1 << 16
-"""Longest value on the command line. Ours."""
+"""Most characters of a value on the command line."""
 MOST_DIGITS = 300
-"""Most digits of a number: a float reaches about as many. Ours."""
-DEEPEST, MOST_EVENTS = 8, 20_000
-"""Most levels of nested lists, and most YAML events. Ours; no setting has more than two levels."""
+"""Most digits of a number, about as many as a float can have."""
+DEEPEST = 8
+"""Most levels of nested lists; no setting has more than two."""
+MOST_EVENTS = 20_000
+"""Most events of the YAML parser."""
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")
 )
@@ -32,23 +35,23 @@ _MAP = "tag:yaml.org,2002:map"
 
 
 class UnfitTextError(yaml.YAMLError):  # type: ignore[misc]  # without stubs, yaml is Any
-    """Text that may be YAML, but not of a kind that is read here."""
+    """Text that is refused, although it may be YAML."""
 
 
 def load_value(text: str) -> Any:
-    """Return the value that a word of the command line stands for.
+    """Return the value of a word of the command line.
 
     Raises:
-        UnfitTextError: as :func:`check_value`.
+        UnfitTextError: The word could overload the parser (see :func:`check_value`), or is no
+            value.
     """
     if not text.strip():
         return text
     check_value(text)
     try:
         return get_loader("yaml")(text)
-    except (
-        ValueError
-    ) as error:  # from Python: a number it does not convert, or text that is not Unicode
+    # Python does not convert some numbers, and refuses text that is not Unicode.
+    except ValueError as error:
         raise UnfitTextError(str(error)) from None
 
 
@@ -56,8 +59,8 @@ def check_value(text: str) -> None:
     """Refuse a word that could overload a YAML parser, before jsonargparse parses it.
 
     Raises:
-        UnfitTextError: the word is too long or too deep, or holds an alias or a number of hundreds
-            of digits.
+        UnfitTextError: The word is too long or too deep, or has an alias or a number of hundreds of
+            digits.
     """
     if len(text) > MOST_CHARACTERS:
         raise UnfitTextError(f"{len(text)} characters, more than {MOST_CHARACTERS}")
@@ -70,17 +73,17 @@ def check_value(text: str) -> None:
         _check_events(text)
     except UnfitTextError:
         raise
-    except (yaml.YAMLError, ValueError):  # not YAML: it will not be read as YAML either
+    except (yaml.YAMLError, ValueError):  # jsonargparse does not read it as YAML either
         return
 
 
 def read_settings(path: str) -> dict[str, str]:
-    """Return the settings in a YAML file, each as the text that would stand on the command line.
+    """Return the settings in a YAML file, each as the text that a command line would have.
 
     Raises:
-        HessianFlowError: the file does not exist, is not a regular file, is not UTF-8, is too
+        HessianFlowError: The file does not exist, is not a regular file, is not UTF-8, is too
             large, or does not map names to numbers, words and lists. The message repeats names from
-            the file, and no values.
+            the file, but no values.
     """
     text = _text(path)
     try:
@@ -102,48 +105,52 @@ def read_settings(path: str) -> dict[str, str]:
         raise HessianFlowError(
             f"--config {path} is the record of a run: its settings are in settings.yaml beside it"
         )
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for key, value in node.value:
         where = f"--config {path} line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
             raise HessianFlowError(
                 f"{where}: the name of a setting must be a word, found a {key.id}"
             )
-        if key.value in found:
+        if key.value in settings:
             raise HessianFlowError(f"{where}: {key.value} is set a second time: remove one of them")
-        found |= _as_words(key.value, value, where)
-    return found
+        settings |= _as_words(key.value, value, where)
+    return settings
 
 
 def _as_words(name: str, node: yaml.Node, where: str) -> dict[str, str]:
-    """Return a setting as text, of a method that is a mapping its name and its options by dotted
-    names."""
+    """Return a setting as text by name.
+
+    A method that is a mapping gives its name, and its options by dotted names.
+    """
     if not isinstance(node, yaml.MappingNode) or node.tag != _MAP:
         return {name: _as_word(node, f"{where}: {name}")}
     if "." in name and not any(key.value == "name" for key, _ in node.value):
         pairs = [(_as_word(key, where), _as_word(value, where)) for key, value in node.value]
         return {name: f"{{{', '.join(f'{key}: {value}' for key, value in pairs)}}}"}
-    found: dict[str, str] = {}
+    words: dict[str, str] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise HessianFlowError(f"{where}: {name} must map words to values, found a {key.id}")
-        inner = name if key.value == "name" else f"{name}.{key.value.replace('-', '_')}"
-        if inner in found:
+        inner = f"{name}.{key.value.replace('-', '_')}"
+        if key.value == "name":
+            inner = name
+        if inner in words:
             raise HessianFlowError(f"{where}: {inner} is set a second time: remove one of them")
-        found |= _as_words(inner, value, where)
-    if name not in found:
+        words |= _as_words(inner, value, where)
+    if name not in words:
         raise HessianFlowError(f"{where}: {name} needs a name, as in {{name: ...}}")
-    return found
+    return words
 
 
 def _text(path: str) -> str:
-    """Return the text of a regular file of moderate size; pipes and devices are refused without
-    waiting."""
+    """Return the text of a regular file of moderate size, and refuse pipes and devices at once."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise HessianFlowError(f"--config {path}: cannot be read: {reason}") from None
+    except OSError as error:
+        raise HessianFlowError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # no path has a NUL character
+        raise HessianFlowError(f"--config {path}: cannot be read: {error}") from None
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise HessianFlowError(
@@ -171,7 +178,7 @@ def _check_events(text: str) -> None:
     """Refuse text with too many levels or events, or with aliases.
 
     Raises:
-        UnfitTextError: saying which; yaml's own errors pass through.
+        UnfitTextError: The text is refused; errors of yaml pass through.
     """
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_LOADER), start=1):
@@ -181,30 +188,32 @@ def _check_events(text: str) -> None:
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
-        if depth > DEEPEST or count > MOST_EVENTS:
-            what = (
-                f"more than {DEEPEST} levels"
-                if depth > DEEPEST
-                else f"more than {MOST_EVENTS} parts"
-            )
-            raise UnfitTextError(f"{what}: no setting has as many")
+        if depth > DEEPEST:
+            raise UnfitTextError(f"more than {DEEPEST} levels: no setting has as many")
+        if count > MOST_EVENTS:
+            raise UnfitTextError(f"more than {MOST_EVENTS} parts: no setting has as many")
 
 
 def _as_word(node: yaml.Node, where: str) -> str:
-    """Return a value as it would stand on the command line."""
+    """Return a value in the form of the command line."""
     if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
         return f"[{', '.join(_as_word(part, where) for part in node.value)}]"
+    if isinstance(node, yaml.MappingNode):
+        raise HessianFlowError(f"{where} must be a number, a word or a list, found a mapping")
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
-        found = "a mapping" if isinstance(node, yaml.MappingNode) else "a tag"
-        raise HessianFlowError(f"{where} must be a number, a word or a list, found {found}")
-    return "null" if node.tag == _NULL else str(node.value)
+        raise HessianFlowError(f"{where} must be a number, a word or a list, found a tag")
+    if node.tag == _NULL:
+        return "null"
+    return str(node.value)
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """Return what is wrong and where, without the lines around it, which may hold a password."""
+    """Return the problem and its line, without the text around it, which may hold a password."""
     if isinstance(error, yaml.MarkedYAMLError):
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        return f"{', '.join(filter(None, (error.context, error.problem)))}{line}"
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+        if error.problem_mark is not None:
+            reason += f" in line {error.problem_mark.line + 1}"
+        return reason
     if isinstance(error, yaml.reader.ReaderError):
         return f"a character that YAML does not allow at position {error.position}"
     return str(error)

@@ -1,4 +1,4 @@
-"""From a configuration to an elastic run of it."""
+"""The module that makes an elastic run from a resolved configuration."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,18 +14,20 @@ from hessianflow.training import AdaptiveBatchTrainer
 
 
 def build_elastic(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> ElasticTrainer:
-    """An elastic run of `config`; connects to Ray.
+    """Return the trainer of an elastic run, connected to Ray.
 
-    Each worker asks for `threads` processors (1 by default), and for a GPU where the run is to use
-    one.
+    Each worker asks for `threads` processors (1 by default), and for a GPU if the run uses GPUs.
 
     Raises:
-        HessianFlowError: no Ray; a setting that an elastic run does not support.
+        HessianFlowError: Ray cannot be reached, or the run has no directory.
     """
     if config.run_dir is None:
         raise HessianFlowError("an elastic run needs --run-dir, the folder of its records")
     gpus = connect(config.ray_address).cluster_resources().get("GPU", 0.0)
     on_gpu = config.device.startswith("cuda") or (config.device == "auto" and gpus > 0)
+    device = "cpu"
+    if on_gpu:
+        device = "cuda"
     settings = ElasticSettings(
         config.min_workers or 1,
         config.max_workers or 8,
@@ -33,7 +35,7 @@ def build_elastic(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Elasti
         num_gpus=float(on_gpu),
         address=config.ray_address,
     )
-    own = replace(config, run_dir=None, tensorboard=False, device="cuda" if on_gpu else "cpu")
+    own = replace(config, run_dir=None, tensorboard=False, device=device)
     return ElasticTrainer(
         partial(make_trainer, replace(own, threads=config.threads or 1)),
         settings,
@@ -45,5 +47,5 @@ def build_elastic(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Elasti
 
 
 def make_trainer(config: RunConfig, world: World) -> AdaptiveBatchTrainer:
-    """One rank's trainer, in its own process."""
+    """Return the trainer of one rank, in its own process."""
     return build_trainer(on_this_machine(config), world=world)

@@ -17,8 +17,9 @@ from hessianflow.build import build_parts, load_config, load_parts, on_this_mach
 from hessianflow.config import TrainConfig
 from hessianflow.control import TimeModel
 from hessianflow.dual_batch import DualBatchTrainer, build_dual_batch
-from hessianflow.dual_batch.build import all_stages, plan_schedule, worker_of
+from hessianflow.dual_batch.build import plan_schedule
 from hessianflow.dual_batch.local_training import FlatWeights, LocalTraining, checkable, with_arrays
+from hessianflow.dual_batch.workers import all_stages, worker_of
 from hessianflow.interfaces import Batch, HessianFlowError, StepResult
 from hessianflow.resolve import resolve
 from hessianflow.runs import checkpoints
