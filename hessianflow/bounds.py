@@ -69,6 +69,7 @@ EpochTime = Annotated[float, Range(0, MOST_EPOCHS)]
 """A time in epochs, counted from the start of the run."""
 Processes = Annotated[int, Range(1, MOST_PROCESSES)]
 Rate = Annotated[float, Range(0, LARGEST)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
 def check_setting(name: str, value: Any, hint: Any) -> None:

@@ -19,6 +19,7 @@ from hessianflow.bounds import (
     Processes,
     Range,
     Rate,
+    Seed,
     check_setting,
     option,
 )
@@ -189,7 +190,7 @@ class TrainConfig:
     deterministic: bool = _of("passes through the network", False)
     device: str = _of("machine", "auto")
     threads: Processes | None = _of("machine")
-    seed: Annotated[int, Range(0, 2**32 - 1)] = _of("machine", 0)
+    seed: Seed = _of("machine", 0)
     elastic: bool = _of("machine", False)
     min_workers: Processes | None = _of("machine")
     max_workers: Processes | None = _of("machine")

@@ -49,7 +49,14 @@ class Option:
         check_size(where, value)
         if self.hint is float and value is not None:
             return float(value)
+        if isinstance(value, Mapping):
+            return {_number(key): part for key, part in value.items()}
         return _tupled(value)
+
+
+def _number(key: Any) -> Any:
+    """Return a key as the number that it was before JSON made it text."""
+    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
 
 
 def _tupled(value: Any) -> Any:

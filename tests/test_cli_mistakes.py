@@ -205,7 +205,7 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments: list[str], words: str
         ),
         (
             ["--controller", "abs", "--adversary", "pgd"],
-            "--controller abs: it trains clean, leave --adversary pgd out or use absa",
+            "--controller abs: it trains on clean examples, leave --adversary pgd out or use absa",
         ),
         (
             ["--optimizer", "adamw", "--optimizer.momentum", "0.5"],

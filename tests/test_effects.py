@@ -193,7 +193,7 @@ def test_the_refusal_names_what_the_option_belongs_to(settings: dict[str, Any], 
         ),
         (
             {"controller": "abs", "adversary": "pgd"},
-            "--controller abs: it trains clean, leave --adversary pgd out or use absa",
+            "--controller abs: it trains on clean examples, leave --adversary pgd out or use absa",
         ),
         (
             {"dropouts": (0.1, 0.2)},

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runs": {"interfaces", "checks", "runs"},
     "training": SHARED | {"training", "runs"},
-    "plots": SHARED | {"plots", "runs"},
+    "plots": SHARED | {"plots", "runs", "upgrade"},
     "distributed": SHARED | {"distributed", "curvature"},
     "interfaces": {"interfaces"},
     "batches": {"interfaces", "structure"},

@@ -149,7 +149,7 @@ def test_help_shows_the_options_of_what_was_chosen_and_of_nothing_else(
         ("--optimizer lars --optimizer.form paperr", "--optimizer.form: expected one of 'paper'"),
         ("--adversary none --adversary.eps 0.1", "--adversary.eps needs an adversary"),
         ("--adversary fgsm --adversary.share 0", "does nothing with --adversary.share 0"),
-        ("--controller abs --adversary fgsm", "--controller abs: it trains clean"),
+        ("--controller abs --adversary fgsm", "--controller abs: it trains on clean examples"),
         (
             "--controller warmup --warmup-epochs 3",
             "--controller warmup: --warmup-epochs is the ramp of the schedule",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from hessianflow.bounds import check_range, check_setting
+from hessianflow.bounds import Count, Seed, check_range, check_setting
 from hessianflow.commands.parser import add_command, path
 from hessianflow.commands.runs import (
     add_named_code,
@@ -119,8 +119,8 @@ def _load(arguments: Namespace, command: str, instead: str) -> tuple[Any, Any, A
     from hessianflow.build import find_checkpoint, load_parts
 
     check_range("--k", arguments.k, 1, MOST_EIGENVALUES)
-    check_setting("examples", arguments.examples, int)
-    check_setting("seed", arguments.seed, int)
+    check_setting("examples", arguments.examples, Count)
+    check_setting("seed", arguments.seed, Seed)
     run_dir = find_checkpoint(arguments.run)[0]
     require_settings(run_dir, command, instead)
     require_named_code(run_dir, arguments)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from hessianflow.bounds import check_setting, shown
+from hessianflow.bounds import Count, Seed, check_setting, shown
 from hessianflow.commands.parser import add_command, path
 from hessianflow.commands.runs import (
     add_named_code,
@@ -57,8 +57,8 @@ def _robustness(arguments: Namespace) -> int:
     from hessianflow.adversarial import robust_accuracy
     from hessianflow.build import find_checkpoint, load_parts
 
-    check_setting("examples", arguments.examples, int)
-    check_setting("seed", arguments.seed, int)
+    check_setting("examples", arguments.examples, Count)
+    check_setting("seed", arguments.seed, Seed)
     makers = {name: _maker(name) for name in arguments.attack}
     for size in arguments.eps:
         if not 0 <= size <= 1:

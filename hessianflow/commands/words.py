@@ -128,7 +128,8 @@ def _check_names(parser: Parser, current: Parser, words: Words) -> None:
     replaced = {word.partition("=")[0] for word in words.typed}
     dropped = []
     for name, (_, path) in list(words.files.items()):
-        if option(name) in current.options and name not in ("config", "help", "print_config"):
+        is_option = option(name) in current.options and "-" not in name
+        if is_option and name not in ("config", "help", "print_config"):
             continue
         outer = name.partition(".")[0]
         if "." in name and option(outer) in replaced:

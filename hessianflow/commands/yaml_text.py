@@ -125,6 +125,9 @@ def _as_words(name: str, node: yaml.Node, where: str) -> dict[str, str]:
     """
     if not isinstance(node, yaml.MappingNode) or node.tag != _MAP:
         return {name: _as_word(node, f"{where}: {name}")}
+    if "." in name and not any(key.value == "name" for key, _ in node.value):
+        pairs = [(_as_word(key, where), _as_word(value, where)) for key, value in node.value]
+        return {name: f"{{{', '.join(f'{key}: {value}' for key, value in pairs)}}}"}
     words: dict[str, str] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):

@@ -1,5 +1,4 @@
-"""Batch-size controllers: deterministic state machines without tensors; measurements in, a decision
-out."""
+"""Batch-size controllers: state machines without tensors that turn measurements into decisions."""
 
 from collections.abc import Mapping
 
@@ -15,7 +14,7 @@ from hessianflow.control.dual_batch import (
     dual_batch_plan,
     plan_workers,
 )
-from hessianflow.control.lr_scaling import lr_factor, momentum_correction
+from hessianflow.control.lr_scaling import lr_factor
 from hessianflow.control.noise_scale import NoiseScale
 from hessianflow.control.published import PUBLISHED, Published
 from hessianflow.control.replay import Replay, ReplayStep, replay
@@ -58,7 +57,6 @@ __all__ = [
     "dual_batch_plan",
     "fit_time_model",
     "lr_factor",
-    "momentum_correction",
     "plan_workers",
     "replay",
     "resolution_stages",

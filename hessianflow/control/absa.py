@@ -3,27 +3,29 @@
 Yao, Gholami, Arfeen, Liaw, Gonzalez, Keutzer, Mahoney, "Large batch size training of neural
 networks with adversarial training and second-order information", arXiv:1810.01021.
 
-Once per epoch, with lambda the top eigenvalue of the Hessian of the training loss:
+Once per epoch the method reads lambda, the top eigenvalue of the Hessian of the training loss:
 
-1. The first usable lambda becomes the reference. Later, if lambda <= reference / decay_factor: the
-   reference becomes lambda, GROW.
-2. Otherwise, if this is the `patience`-th estimate since the last growth: GROW, the reference
-   unchanged.
-3. From half of the epochs on: adversarial share = 0.
+1. The first usable lambda becomes the reference. When a later lambda <= reference / decay_factor,
+   lambda becomes the reference and the batch grows.
+2. Otherwise the batch grows at the `patience`-th estimate since the last growth, and the reference
+   stays.
+3. From half of the epochs on, the adversarial share is 0.
 
-GROW: batch = floor(growth_factor * batch), at most the cap; the learning rate times the ratio of
-the batches; the adversarial share divided by share_decay, and 0 at the cap. The share itself is the
-adversary's (gamma; 0.2 in the published code): the controller multiplies it by a factor that begins
-at 1. ABS is the method without an adversary.
+A growth makes the batch floor(growth_factor * batch), at most the cap. It multiplies the learning
+rate by the ratio of the batches and divides the adversarial share by share_decay; at the cap the
+share is 0. The share itself is the adversary's (gamma; 0.2 in the published code): the controller
+multiplies it by a factor that begins at 1. ABS is the method without an adversary.
 
 Deviations from the published code:
 
-- a reading that is missing, not finite, <= 0, not converged or not reliable counts towards the
-  patience but is never compared, nor taken as the reference (there, a negative estimate makes the
-  test true for ever, a NaN as the first one never, and estimates of 10^9 to 10^3 under running
-  statistics that had not settled drove one growth after another);
-- decay, growth and share factors are three settings instead of one, and the patience is a setting;
-- sizes count examples, not microbatches, so that any cap is possible; a growth adds at least one
+- A reading that is missing, not finite, <= 0, not converged or not reliable counts towards the
+  patience but is neither compared nor taken as the reference. In the published code a negative
+  estimate makes the test true for ever and a NaN as the first one makes it false for ever, and
+  estimates that fell from 10^9 to 10^3, under running statistics that had not settled, drove one
+  growth after another.
+- The factors of decay, growth and share are three settings instead of one, and the patience is a
+  setting.
+- Sizes count examples, not microbatches, so that any cap is possible. A growth adds at least one
   example.
 """
 
@@ -32,7 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.control.checks import check_number, check_optional_count
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces.control import CurvatureReading, Progress
@@ -40,31 +42,34 @@ from hessianflow.interfaces.control import CurvatureReading, Progress
 
 @dataclass
 class ABSAState(ControllerState):
-    """Adds the reference eigenvalue (None until one was usable) and the estimates since the last
-    growth."""
+    """Adds the reference eigenvalue and the number of estimates since the last growth.
+
+    The reference is None until an eigenvalue was usable.
+    """
 
     reference: float | None = None
     estimates: int = 0
 
 
 class ABSA(Controller[ABSAState]):
-    """Grow the batch when the top Hessian eigenvalue has fallen, or when it has not for long.
+    """Grow the batch when the top Hessian eigenvalue has fallen, or has not fallen for long.
 
     Args:
-        batch_size: examples per step at the start; the learning rate belongs to this size.
-        max_batch_size: the cap. Equal to `batch_size`: the batch never grows and no eigenvalue is
-            asked for.
-        decay_factor: the eigenvalue must fall to reference / decay_factor (alpha; 2 in the
-            published code).
-        growth_factor: the batch grows by this factor (beta; 2 in the published code).
-        patience: estimates without a growth before one is forced (kappa; 10 in the published code).
-            None: never.
-        share_decay: divides the adversarial share at each growth (omega; 2 in the published code).
-        total_epochs: epochs of the run, at half of which (rounded down) the share becomes 0. None:
-            as `progress` says.
+        batch_size: Examples per step at the start. The learning rate is stated for this size.
+        max_batch_size: Largest examples per step. If it equals `batch_size`, the batch never grows
+            and no eigenvalue is asked for.
+        decay_factor: Factor by which the eigenvalue must fall below the reference before the batch
+            grows (alpha; 2 in the published code).
+        growth_factor: Factor by which the batch grows (beta; 2 in the published code).
+        patience: Estimates without a growth after which one is forced (kappa; 10 in the published
+            code); null stands for never.
+        share_decay: Divisor of the adversarial share at each growth (omega; 2 in the published
+            code).
+        total_epochs: Epochs of the run, at half of which (rounded down) the adversarial share
+            becomes 0; null stands for the number that is planned.
 
     Raises:
-        HessianFlowError: an argument is out of its bounds.
+        HessianFlowError: An argument is out of its bounds.
     """
 
     follows_rule = True
@@ -83,25 +88,24 @@ class ABSA(Controller[ABSAState]):
         super().__init__(ABSAState(batch_size), max_batch_size)
         self.decay_factor = check_number("decay_factor", decay_factor, above=1)
         self.growth_factor = check_number("growth_factor", growth_factor, above=1)
-        self.patience = None if patience is None else check_count("patience", patience)
+        self.patience = check_optional_count("patience", patience)
         self.share_decay = check_number("share_decay", share_decay, low=1)
-        self.total_epochs = (
-            None if total_epochs is None else check_count("total_epochs", total_epochs)
-        )
+        self.total_epochs = check_optional_count("total_epochs", total_epochs)
         self.initial_batch_size = batch_size
 
     @property
     def needs(self) -> frozenset[str]:
-        """The eigenvalue while the batch can still grow, then nothing."""
-        return frozenset({"eigenvalue"} if self._can_grow else ())
+        """Name the eigenvalue while the batch can still grow, then nothing."""
+        if self._can_grow:
+            return frozenset({"eigenvalue"})
+        return frozenset()
 
     def forget_reference(self) -> None:
-        """The next usable eigenvalue becomes the reference: the loss is another one from here
-        on."""
+        """Let the next usable eigenvalue be the reference, because the loss changes here."""
         self._state.reference = None
 
     def _decide(self, measured: Measured, /) -> str:
-        reasons = self._consider_growth(measured.reading) if self._can_grow else []
+        reasons = self._consider_growth(measured.reading)
         return "; ".join(reasons + self._consider_half_way(measured.progress))
 
     @property
@@ -109,29 +113,43 @@ class ABSA(Controller[ABSAState]):
         return self._state.batch_size < self.max_batch_size
 
     def _consider_growth(self, reading: CurvatureReading | None) -> list[str]:
+        if not self._can_grow:
+            return []
         state = self._state
         state.estimates += 1
+        reasons = []
         defect = _defect(reading)
-        reasons = [f"eigenvalue not used: {defect}"] if defect else []
-        if reading is not None and not defect:
-            if state.reference is None:
-                state.reference = reading.eigenvalue
-            elif reading.eigenvalue <= state.reference / self.decay_factor:
-                fall = f"eigenvalue fell from {state.reference:.4g} to {reading.eigenvalue:.4g}"
-                state.reference = reading.eigenvalue
-                self._grow()
-                return [f"{fall} (<= 1/{self.decay_factor:g})"]
+        if reading is None or defect:
+            reasons.append(f"eigenvalue not used: {defect}")
+        elif fall := self._compare(reading.eigenvalue):
+            self._grow()
+            return [fall]
         if self.patience is not None and state.estimates >= self.patience:
             word = "estimate" if state.estimates == 1 else "estimates"
             reasons.append(f"no growth for {state.estimates} {word}")
             self._grow()
         return reasons
 
+    def _compare(self, eigenvalue: float) -> str:
+        """Return the fall of the eigenvalue, or an empty string if it fell too little."""
+        reference = self._state.reference
+        if reference is None:
+            self._state.reference = eigenvalue
+            return ""
+        if eigenvalue > reference / self.decay_factor:
+            return ""
+        self._state.reference = eigenvalue
+        return (
+            f"eigenvalue fell from {reference:.4g} to {eigenvalue:.4g} (<= 1/{self.decay_factor:g})"
+        )
+
     def _grow(self) -> None:
         state = self._state
         state.batch_size = grown(state.batch_size, self.growth_factor, self.max_batch_size)
         state.lr_factor = state.batch_size / self.initial_batch_size
-        state.attack_factor = state.attack_factor / self.share_decay if self._can_grow else 0.0
+        state.attack_factor /= self.share_decay
+        if not self._can_grow:
+            state.attack_factor = 0.0
         state.estimates = 0
 
     def _consider_half_way(self, progress: Progress) -> list[str]:
@@ -143,10 +161,10 @@ class ABSA(Controller[ABSAState]):
 
 
 class ABS(ABSA):
-    """ABSA without an adversary: its rule for the batch size alone.
+    """ABSA without an adversary, which is its rule for the batch size alone.
 
-    The arguments are those of :class:`ABSA` that have to do with the batch. An adversary in the
-    same run attacks nothing.
+    The arguments are those of :class:`ABSA` that concern the batch. An adversary in the same run
+    attacks nothing.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"adversary": "none"}
@@ -171,14 +189,14 @@ class ABS(ABSA):
 
     @classmethod
     def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
-        """Return why the method does not go with a run."""
+        """Return why the method does not go with an adversary."""
         if run.adversary != "none":
-            return f"it trains clean, leave --adversary {run.adversary} out or use absa"
+            return f"it trains on clean examples, leave --adversary {run.adversary} out or use absa"
         return ""
 
 
 def _defect(reading: CurvatureReading | None) -> str:
-    """Return what makes a reading unfit for a comparison; empty for a fit one."""
+    """Return what makes a reading unfit for a comparison, or an empty string."""
     if reading is None:
         return "no reading"
     if not math.isfinite(reading.eigenvalue):

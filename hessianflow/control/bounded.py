@@ -1,10 +1,12 @@
-"""What controllers share that follow a measured target size: floor, cap, hysteresis, and a rate
-that follows."""
+"""The base of controllers that follow a measured target size.
+
+It has a floor, a cap, hysteresis, and a learning rate that follows the batch.
+"""
 
 import math
 from typing import TypeVar
 
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.control.checks import check_number, check_optional_count, check_optional_number
 from hessianflow.control.controller import Controller, ControllerState
 from hessianflow.control.lr_scaling import LRRule, check_rule, lr_factor
 from hessianflow.interfaces.errors import HessianFlowError
@@ -13,18 +15,20 @@ S = TypeVar("S", bound=ControllerState)
 
 
 class BoundedController(Controller[S]):
-    """Moves the batch to a target when the change is large enough.
+    """Move the batch to a target size when the change is large enough.
 
     Args:
-        state: the first setting; the learning rate belongs to its batch size.
-        max_batch_size: the cap.
-        min_batch_size: the floor; None: the first batch size.
-        hysteresis: a change by less than this factor, up or down, is not made. 1: every change is.
-        lr_rule: how the learning rate follows, see :mod:`hessianflow.control.lr_scaling`.
-        max_lr_factor: cap of the learning-rate factor.
+        state: First setting. The learning rate is stated for its batch size.
+        max_batch_size: Largest examples per step.
+        min_batch_size: Smallest examples per step; None stands for the first batch size.
+        hysteresis: Smallest factor, up or down, by which the batch changes. With 1 every change is
+            made.
+        lr_rule: Rule by which the learning rate follows the batch, see
+            :mod:`hessianflow.control.lr_scaling`.
+        max_lr_factor: Cap on the factor of the learning rate; None stands for no cap.
 
     Raises:
-        HessianFlowError: an argument is out of its bounds.
+        HessianFlowError: An argument is out of its bounds.
     """
 
     def __init__(
@@ -39,9 +43,8 @@ class BoundedController(Controller[S]):
     ) -> None:
         super().__init__(state, max_batch_size)
         batch_size = state.batch_size
-        self.min_batch_size = (
-            batch_size if min_batch_size is None else check_count("min_batch_size", min_batch_size)
-        )
+        # No floor is 0: the check refuses that.
+        self.min_batch_size = check_optional_count("min_batch_size", min_batch_size) or batch_size
         if self.min_batch_size > batch_size:
             raise HessianFlowError(
                 f"min_batch_size must be <= batch_size {batch_size}, got {min_batch_size}"
@@ -49,20 +52,19 @@ class BoundedController(Controller[S]):
         self.hysteresis = check_number("hysteresis", hysteresis, low=1)
         check_rule(lr_rule)
         self.lr_rule: LRRule = lr_rule
-        self.max_lr_factor = (
-            None if max_lr_factor is None else check_number("max_lr_factor", max_lr_factor, above=0)
-        )
+        self.max_lr_factor = check_optional_number("max_lr_factor", max_lr_factor, above=0)
         self.initial_batch_size = batch_size
 
     def _move_to(self, target: float, why: str) -> str:
-        """Go to the target within floor and cap; `why` is returned if the batch changes, else an
-        empty string."""
+        """Move to the target, within floor and cap.
+
+        Return `why` if the batch changes, with a note where a bound cut it, else an empty string.
+        """
         state = self._state
-        # Without the float the rounding of an infinite target would raise.
+        # Floats, because the bound may be compared with an infinite target.
         within = min(max(target, float(self.min_batch_size)), float(self.max_batch_size))
         size = math.floor(within + 0.5)
-        # A change that is large enough is not refused for the part of an example that rounding
-        # takes off it.
+        # Rounding may take part of an example off a change, which must not make it too small.
         ratio = max(
             change
             for new in (size, within)
@@ -76,4 +78,6 @@ class BoundedController(Controller[S]):
         )
         if size == self.max_batch_size < target:
             return f"{why}, capped"
-        return f"{why}, raised to the floor" if size == self.min_batch_size > target else why
+        if size == self.min_batch_size > target:
+            return f"{why}, raised to the floor"
+        return why

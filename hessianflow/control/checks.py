@@ -1,5 +1,7 @@
-"""Argument checks shared by the controllers: each names the parameter, the value received and the
-bound."""
+"""Argument checks shared by the controllers.
+
+Each message names the parameter, its bound and the value received.
+"""
 
 import math
 from collections.abc import Mapping
@@ -8,10 +10,10 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> int:
-    """`value` as given, if it is a whole number >= `minimum`.
+    """Return `value` if it is a whole number >= `minimum`.
 
     Raises:
-        HessianFlowError: it is not.
+        HessianFlowError: It is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise HessianFlowError(f"{name} must be a whole number >= {minimum}, got {value!r}")
@@ -26,27 +28,50 @@ def check_number(
     low: float = -math.inf,
     high: float = math.inf,
 ) -> float:
-    """`value` as given, if it is finite, > `above` (when given) and within [low, high].
+    """Return `value` if it is finite, > `above` and within [low, high].
 
     Raises:
-        HessianFlowError: it is not.
+        HessianFlowError: It is not.
     """
     finite = isinstance(value, (int, float)) and math.isfinite(value)
-    if not finite or not low <= value <= high or (above is not None and value <= above):
-        bounds = [f" > {above:g}"] if above is not None else []
-        bounds += [f" >= {low:g}"] if low > -math.inf else []
-        bounds += [f" <= {high:g}"] if high < math.inf else []
-        raise HessianFlowError(
-            f"{name} must be a finite number{' and'.join(bounds)}, got {value!r}"
-        )
+    if finite and low <= value <= high and (above is None or value > above):
+        return value
+    bounds = []
+    if above is not None:
+        bounds.append(f" > {above:g}")
+    if low > -math.inf:
+        bounds.append(f" >= {low:g}")
+    if high < math.inf:
+        bounds.append(f" <= {high:g}")
+    raise HessianFlowError(f"{name} must be a finite number{' and'.join(bounds)}, got {value!r}")
+
+
+def check_optional_count(name: str, value: int | None) -> int | None:
+    """Return `value` if it is None or a whole number >= 1, see :func:`check_count`."""
+    if value is not None:
+        check_count(name, value)
+    return value
+
+
+def check_optional_number(
+    name: str,
+    value: float | None,
+    *,
+    above: float | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> float | None:
+    """Return `value` if it is None or within its bounds, see :func:`check_number`."""
+    if value is not None:
+        check_number(name, value, above=above, low=low, high=high)
     return value
 
 
 def check_cap(batch_size: int, max_batch_size: int) -> int:
-    """`max_batch_size` as given, if a batch may start at `batch_size` under it.
+    """Return `max_batch_size` if it is a cap that a first batch of `batch_size` may have.
 
     Raises:
-        HessianFlowError: it is not a whole number, or lies below `batch_size`.
+        HessianFlowError: The cap is not a whole number, or lies below `batch_size`.
     """
     check_count("max_batch_size", max_batch_size)
     if max_batch_size < batch_size:
@@ -61,7 +86,7 @@ def check_fits(max_batch_size: int, examples_per_epoch: int) -> None:
     """Refuse a cap that the training set cannot fill.
 
     Raises:
-        HessianFlowError: more examples in the largest batch than in the training set.
+        HessianFlowError: The largest batch has more examples than the training set.
     """
     if max_batch_size > examples_per_epoch:
         raise HessianFlowError(
@@ -70,11 +95,11 @@ def check_fits(max_batch_size: int, examples_per_epoch: int) -> None:
         )
 
 
-def check_signals(names: frozenset[str], signals: Mapping[str, float]) -> None:
-    """Refuse an update without the signals a controller asked for.
+def require_signals(names: frozenset[str], signals: Mapping[str, float]) -> None:
+    """Refuse an update that lacks signals the controller asked for.
 
     Raises:
-        HessianFlowError: a name is not among `signals`.
+        HessianFlowError: A name is missing from `signals`.
     """
     missing = sorted(names - signals.keys())
     if missing:

@@ -1,4 +1,4 @@
-"""What all controllers share: a state of plain values, and the decision read off it."""
+"""The base of all controllers: a state of plain values, and the decision read off it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,15 +12,16 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 @dataclass
 class ControllerState:
-    """The setting in force and the last epoch seen; controllers with a memory add their own plain
-    fields.
+    """The setting in force and the last epoch seen.
+
+    A controller with a memory adds plain fields of its own.
 
     Attributes:
-        batch_size: examples per optimizer step.
-        lr_factor: multiplier of the scheduled learning rate, relative to the start.
-        attack_factor: multiplier of the adversary's share.
-        reason: why the last update changed the setting; empty when it did not.
-        epoch: epochs completed at the last update.
+        batch_size: Examples per optimizer step.
+        lr_factor: Multiplier of the scheduled learning rate, relative to the start.
+        attack_factor: Multiplier of the adversary's share.
+        reason: Why the last update changed the setting; empty when it did not.
+        epoch: Epochs completed at the last update.
     """
 
     batch_size: int
@@ -31,7 +32,7 @@ class ControllerState:
 
 
 class Measured(NamedTuple):
-    """What one update is decided from."""
+    """The measurements from which one update is decided."""
 
     progress: Progress
     reading: CurvatureReading | None
@@ -45,20 +46,20 @@ class Controller(ABC, Generic[S]):
     """A state machine that decides once per completed epoch.
 
     A subclass adds `_decide`, which changes the state and returns the reason, and `needs` if it
-    measures something.
+    asks for measurements.
 
     Args:
-        state: the setting to start with.
-        max_batch_size: the cap.
+        state: Setting to start with.
+        max_batch_size: Largest examples per step.
 
     Raises:
-        HessianFlowError: a size is not a whole number >= 1, or the cap lies below the first size.
+        HessianFlowError: A size is not a whole number >= 1, or the cap lies below the first size.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {}
-    """Settings that a run with this controller has unless others are given."""
+    """Settings of a run with this controller, unless the user gives others."""
     follows_rule: ClassVar[bool] = False
-    """Whether the learning rate follows the batch by a rule, which another may replace."""
+    """Whether the learning rate follows the batch by a rule that another rule may replace."""
 
     def __init__(self, state: S, max_batch_size: int) -> None:
         check_count("batch_size", state.batch_size)
@@ -67,17 +68,17 @@ class Controller(ABC, Generic[S]):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals wanted at the next update: none."""
+        """Name the signals wanted at the next update: none, unless a subclass says so."""
         return frozenset()
 
     @property
     def decision(self) -> Decision:
-        """The setting in force."""
+        """Return the setting in force."""
         state = self._state
         return Decision(state.batch_size, state.lr_factor, state.attack_factor, state.reason)
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether an epoch was completed since the last update."""
+        """Return whether an epoch was completed since the last update."""
         return progress.epoch > self._state.epoch
 
     def update(
@@ -86,11 +87,10 @@ class Controller(ABC, Generic[S]):
         reading: CurvatureReading | None = None,
         signals: Mapping[str, float] = NO_SIGNALS,
     ) -> Decision:
-        """The setting from now on, decided from what `needs` named.
+        """Return the setting from now on, decided from the signals that `needs` named.
 
         Raises:
-            HessianFlowError: the largest batch would exceed the training set, or a signal asked for
-                is missing.
+            HessianFlowError: The largest batch exceeds the training set, or a signal is missing.
         """
         check_fits(self.max_batch_size, progress.examples_per_epoch)
         self._state.epoch = progress.epoch
@@ -99,17 +99,17 @@ class Controller(ABC, Generic[S]):
 
     @abstractmethod
     def _decide(self, measured: Measured, /) -> str:
-        """Change the state; return why, or an empty string when nothing changed."""
+        """Change the state and return why, or an empty string when nothing changed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Every value needed to continue, as numbers, strings and None."""
+        """Return every value needed to continue, as numbers, strings and None."""
         return asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned.
 
         Raises:
-            HessianFlowError: the names do not match, as in the state of another controller.
+            HessianFlowError: The names do not match, as in the state of another controller.
         """
         expected = {field.name for field in fields(self._state)}
         if state.keys() != expected:
@@ -122,9 +122,7 @@ class Controller(ABC, Generic[S]):
 
 
 def grown(batch_size: int, factor: float, cap: int) -> int:
-    """floor(batch_size * factor), at least one more than before, at most `cap`.
-
-    The small constant keeps a product that is whole in exact arithmetic from being rounded down
-    (100 * 1.15 = 115).
-    """
+    """Return floor(batch_size * factor), but at least one more than before and at most `cap`."""
+    # The small constant keeps a product that is whole in exact arithmetic, such as 100 * 1.15, from
+    # being rounded down.
     return min(cap, max(batch_size + 1, int(batch_size * factor + 1e-9)))

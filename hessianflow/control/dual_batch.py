@@ -1,20 +1,20 @@
-"""Planning of dual-batch learning: which worker trains on how many examples in steps of which size.
+"""Plans of dual-batch learning: the examples and the batch size of every worker.
 
 Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed
 training", arXiv:2509.26092, and their COMPSAC 2022 paper.
 
-Of n workers, n_S use a small batch and the others the largest that fits, B_L. With the time model
-t(B) = a B + b, D examples an epoch, and k >= 1 the extra-time ratio:
+Of n workers, n_S use a small batch and the other n_L the largest that fits, B_L. With the time
+model t(B) = a B + b, D examples per epoch, and the extra-time ratio k >= 1:
 
     t0 = (a + b / B_L) D / n,    t1 = k t0,    d_L = k D / n,    d_S = (D - n_L d_L) / n_S,
     B_S = b / (t1 / d_S - a),
 
-so that both kinds finish at t1; the server weighs a small worker's update by f = d_S / d_L.
-Feasible while k < n / n_L.
+so that both kinds finish at t1. The server weighs a small worker's update by f = d_S / d_L. A plan
+is feasible while k < n / n_L.
 
-Workers of different speed (ours): with r_i = 1 / (a_i + b_i / B_L,i) examples a second, t0 = D /
-sum r, a large worker takes t1 r_i examples and the small ones share the rest in proportion to r_i.
-Equal workers give the formulas above.
+The extension to workers of different speed is our own: with r_i = 1 / (a_i + b_i / B_L,i) examples
+per second and t0 = D / sum r, a large worker takes t1 r_i examples and the small ones share the
+rest in proportion to r_i. Equal workers give the formulas above.
 """
 
 import math
@@ -34,8 +34,7 @@ SynchronyName = Literal["asp", "bsp", "ssp"]
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker as it is: its time model, the largest batch it can hold, and whether it is to use
-    a small one."""
+    """The time model of one worker, the largest batch it holds, and whether it uses a small one."""
 
     time: TimeModel
     large_batch_size: int
@@ -44,14 +43,14 @@ class Worker:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """What one worker does in an epoch.
+    """The work of one worker in an epoch.
 
     Attributes:
-        small: whether it uses the small batch.
-        examples: examples an epoch (d).
-        batch_size: examples a step (B).
-        update_factor: weight of its update at the server (f); 1 for a large worker.
-        seconds: predicted seconds of the epoch.
+        small: Whether the worker uses the small batch.
+        examples: Examples per epoch (d).
+        batch_size: Examples per step (B).
+        update_factor: Weight of the worker's update at the server (f); 1 for a large worker.
+        seconds: Predicted seconds of the epoch.
     """
 
     small: bool
@@ -62,18 +61,18 @@ class WorkerPlan:
 
     @property
     def steps(self) -> int:
-        """Whole batches an epoch, as the published code counts them; at least one."""
+        """Return the batches per epoch, rounded as in the published code; at least one."""
         return max(1, round(self.examples / self.batch_size))
 
 
 @dataclass(frozen=True)
 class DualBatchPlan:
-    """The plan of every worker, small ones first as given.
+    """The plans of all workers.
 
     Attributes:
-        workers: one plan a worker, in the order of the workers.
-        base_seconds: predicted epoch if all used their large batch (t0).
-        target_seconds: when all are to finish (t1).
+        workers: One plan per worker, in the order of the workers.
+        base_seconds: Predicted seconds of an epoch if all used their large batch (t0).
+        target_seconds: Seconds after which all are to finish (t1).
     """
 
     workers: tuple[WorkerPlan, ...]
@@ -82,24 +81,25 @@ class DualBatchPlan:
 
     @property
     def small(self) -> WorkerPlan | None:
-        """The first small worker's plan."""
+        """Return the plan of the first small worker, or None."""
         return next((worker for worker in self.workers if worker.small), None)
 
     @property
     def large(self) -> WorkerPlan | None:
-        """The first large worker's plan."""
+        """Return the plan of the first large worker, or None."""
         return next((worker for worker in self.workers if not worker.small), None)
 
     @property
     def one_device_seconds(self) -> float:
-        """Predicted epoch on one device on which the workers take turns (dual batch on a single
-        device)."""
+        """Return the predicted seconds of an epoch on one device where the workers take turns."""
         return sum(worker.seconds for worker in self.workers)
 
     @property
     def imbalance(self) -> float:
-        """Share of the epoch that the first to finish waits for the last: rounding, or what a floor
-        has cost."""
+        """Return the share of the epoch that the first worker to finish waits for the last.
+
+        It comes from rounding and from the floor of the small batch.
+        """
         seconds = [worker.seconds for worker in self.workers]
         return 1 - min(seconds) / max(seconds)
 
@@ -119,19 +119,21 @@ def dual_batch_plan(
     """Plan for equal workers, the small ones first.
 
     Args:
-        num_workers: n.
-        num_small: n_S, from 0 (all large) to `num_workers` (all small).
-        num_examples: D, examples an epoch over all workers.
-        large_batch_size: B_L.
-        slope: a, seconds an example.
-        intercept: b, seconds a step.
-        extra_time_ratio: k; 1.05 and 1.1 in the papers. 1 makes all batches equal.
-        rounding: "nearest" as in the journal code, "down" as in the COMPSAC code.
-        min_small_batch_size: floor of the small batch; `imbalance` says what balance it costs.
+        num_workers: Number of workers (n).
+        num_small: Number of small workers (n_S), from 0 to `num_workers`.
+        num_examples: Examples per epoch over all workers (D).
+        large_batch_size: Examples per step of a large worker (B_L).
+        slope: Seconds per example (a).
+        intercept: Seconds per step (b).
+        extra_time_ratio: Time of an epoch relative to one with large batches only (k; 1.05 and 1.1
+            in the papers). With 1 all batches are equal.
+        rounding: "nearest" as in the journal code, or "down" as in the COMPSAC code.
+        min_small_batch_size: Smallest examples per step of a small worker; the cost in balance is
+            `imbalance`.
 
     Raises:
-        HessianFlowError: an argument is out of its bounds, or k too large for the small workers to
-            have any data.
+        HessianFlowError: An argument is out of its bounds, or k is so large that the small workers
+            would have no data.
     """
     check_count("num_workers", num_workers)
     check_count("num_small", num_small, 0)
@@ -156,11 +158,9 @@ def plan_workers(
     rounding: Rounding = "nearest",
     min_small_batch_size: int = 1,
 ) -> DualBatchPlan:
-    """Plan for workers that differ in speed or memory; the options are those of
-    :func:`dual_batch_plan`.
+    """Plan for workers that differ in speed or memory.
 
-    Raises:
-        HessianFlowError: as there.
+    Options and errors are those of :func:`dual_batch_plan`.
     """
     check_count("num_examples", num_examples)
     check_number("extra_time_ratio", extra_time_ratio, low=1)
@@ -169,20 +169,23 @@ def plan_workers(
         raise HessianFlowError(f"rounding must be nearest or down, got {rounding!r}")
     if not workers:
         raise HessianFlowError("workers must hold at least one worker, got none")
-    for worker in workers:  # the small batch is proportional to it
+    for worker in workers:  # the small batch is proportional to the intercept
         check_number("intercept", worker.time.intercept, above=0)
     rates = [
         1 / w.time.seconds(1, check_count("large_batch_size", w.large_batch_size)) for w in workers
     ]
     base = num_examples / sum(rates)
-    # Without small workers nobody takes the examples of those who are given more time.
-    target = base * extra_time_ratio if any(w.small for w in workers) else base
+    target = base
+    # Extra time leaves examples over, which only small workers take.
+    if any(w.small for w in workers):
+        target *= extra_time_ratio
     left = _left_for_small(workers, rates, num_examples, target, extra_time_ratio)
     small_rate = sum(rate for w, rate in zip(workers, rates, strict=True) if w.small)
     plans = []
     for worker, rate in zip(workers, rates, strict=True):
-        examples = left * rate / small_rate if worker.small else target * rate
-        plans.append(_plan(worker, examples, target * rate, target, rounding, min_small_batch_size))
+        nominal = target * rate
+        examples = left * rate / small_rate if worker.small else nominal
+        plans.append(_plan(worker, examples, nominal, target, rounding, min_small_batch_size))
     return DualBatchPlan(tuple(plans), base, target)
 
 
@@ -207,79 +210,60 @@ def _left_for_small(
 def _plan(
     worker: Worker, examples: float, nominal: float, target: float, rounding: Rounding, floor: int
 ) -> WorkerPlan:
-    """`nominal`: the examples that the worker would take by `target` in its large batch."""
-    size, rounded = worker.large_batch_size, _rounded(examples, rounding)
+    """Return the plan of one worker, which would take `nominal` examples in its large batch."""
+    size = worker.large_batch_size
+    rounded = _rounded(examples, rounding)
     if rounded < 1:
         raise HessianFlowError(
             f"num_examples must give every worker at least one example, got {examples:.2g} for one"
         )
     if worker.small:
-        # From the rounded count, as the published codes do. Rounding up a tiny count may leave no
-        # time for a step.
-        spare = target / rounded - worker.time.slope
-        exact = worker.time.intercept / spare if spare > 0 else math.inf
-        size = max(_rounded(min(exact, size), rounding), min(floor, size))
-    return WorkerPlan(
-        worker.small, rounded, size, examples / nominal, worker.time.seconds(rounded, size)
-    )
+        size = max(_rounded(_small_size(worker, rounded, target), rounding), min(floor, size))
+    seconds = worker.time.seconds(rounded, size)
+    return WorkerPlan(worker.small, rounded, size, examples / nominal, seconds)
+
+
+def _small_size(worker: Worker, rounded: int, target: float) -> float:
+    """Return the batch in which the worker takes its examples by `target`, at most its large one.
+
+    As in the published codes, it follows from the rounded number of examples.
+    """
+    spare = target / rounded - worker.time.slope
+    if spare <= 0:  # rounding up a tiny number may leave no time for a step
+        return worker.large_batch_size
+    return min(worker.time.intercept / spare, worker.large_batch_size)
 
 
 def _rounded(value: float, rounding: Rounding) -> int:
-    # Rounding down must not lose a whole number to the last bit of its computation.
-    return math.floor(value + 0.5) if rounding == "nearest" else math.floor(value * (1 + 1e-12))
-
-
-def mixing_share(update_factor: float, rule: Literal["journal", "compsac"] = "journal") -> float:
-    """Share of the worker's weights in the server's after one asynchronous push.
-
-    "journal": f / (1 + f), from w_s = (w_s + f w) / (1 + f). "compsac": f / 2, from w_s = ((2 - f)
-    w_s + f w) / 2.
-
-    Raises:
-        HessianFlowError: f outside (0, 1], or the rule unknown.
-    """
-    check_number("update_factor", update_factor, above=0, high=1)
-    if rule not in ("journal", "compsac"):
-        raise HessianFlowError(f"rule must be journal or compsac, got {rule!r}")
-    return update_factor / (1 + update_factor) if rule == "journal" else update_factor / 2
-
-
-def synchronous_shares(update_factors: Sequence[float]) -> tuple[float, ...]:
-    """f_i / sum f, the shares of all workers' weights when the server waits for every one.
-
-    Raises:
-        HessianFlowError: no worker, or f outside (0, 1].
-    """
-    if not update_factors:
-        raise HessianFlowError("update_factors must hold at least one factor, got none")
-    total = sum(check_number("update_factor", factor, above=0, high=1) for factor in update_factors)
-    return tuple(factor / total for factor in update_factors)
+    if rounding == "nearest":
+        return math.floor(value + 0.5)
+    # The last bit of the computation must not turn a whole number into the one below.
+    return math.floor(value * (1 + 1e-12))
 
 
 class DualBatch:
-    """Some workers train with a small batch and some with a large one, on a parameter server.
+    """Train some workers with a small batch and some with a large one, on a parameter server.
 
-    The options of a run that plans its batches beforehand; nothing is decided during one, and it
-    has no adversary.
+    These are the options of a run whose batches are planned beforehand: it decides nothing while it
+    trains, and has no adversary.
 
     Args:
-        batch_size: examples per step of a large worker.
-        workers: how many workers there are (4 in the paper).
-        small_workers: how many of them use the small batch; None: all but one.
-        extra_time: what an epoch may take, relative to one with large batches only (1.05 in the
-            paper).
-        slope: seconds an example, one value or one for each resolution; None: measured at the
-            start.
-        intercept: seconds a step, likewise.
-        min_small_batch_size: floor of the small batch.
-        server: simulated: in one process, on a clock that follows slope and intercept; ray: one
-            process a worker.
-        synchrony: asp: every push is mixed at once, as in the paper; bsp: rounds; ssp: asp until a
-            worker is too far ahead.
+        batch_size: Examples per step of a large worker.
+        workers: Number of workers (4 in the paper).
+        small_workers: Number of workers with the small batch; null stands for all but one.
+        extra_time: Time of an epoch relative to one with large batches only (1.05 in the paper).
+        slope: Seconds per example, one value or one for each resolution; null stands for a
+            measurement at the start.
+        intercept: Seconds per step, given and measured together with `slope`.
+        min_small_batch_size: Smallest examples per step of a small worker.
+        server: Place of the parameter server. simulated is one process with a clock that follows
+            slope and intercept; ray has one process per worker.
+        synchrony: Order of the updates. asp mixes every push at once, as in the paper; bsp waits
+            for all workers in every round; ssp is asp until a worker is too far ahead.
 
     Raises:
-        HessianFlowError: more small workers than workers, an extra time that leaves the small ones
-            no example, or half a line of step times.
+        HessianFlowError: There are more small workers than workers, the extra time leaves them no
+            example, or only one of slope and intercept is given.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"adversary": "none"}
@@ -327,7 +311,7 @@ class DualBatch:
 
     @classmethod
     def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
-        """Return why dual batches do not go with a run."""
+        """Return why dual batches do not go with an adversary."""
         if run.adversary != "none":
             return f"workers on a server train clean, leave --adversary {run.adversary} out"
         return ""

@@ -1,9 +1,9 @@
 """The published settings of dual-batch learning, as numbers to plan with.
 
 Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed
-training", arXiv:2509.26092, and its official code: ResNet-18, four workers, journal rounding; times
-of a GTX 1080 (CIFAR-100) and of an RTX 3090 with mixed precision (ImageNet). COMPSAC 2022:
-CIFAR-100, one resolution, times of a GTX 1080, truncation.
+training", arXiv:2509.26092, and its official code have ResNet-18, four workers, journal rounding,
+and the times of a GTX 1080 (CIFAR-100) and of an RTX 3090 with mixed precision (ImageNet). The
+COMPSAC 2022 paper has CIFAR-100 at one resolution, the times of a GTX 1080, and rounding down.
 """
 
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from hessianflow.control.time_model import TimeModel
 
 @dataclass(frozen=True)
 class Published:
-    """One setting.
+    """One published setting of dual-batch learning.
 
     Attributes:
-        data: data set, by the name it has here.
-        examples: of an epoch.
-        levels: resolution, largest batch and dropout, from low to high.
-        times: seconds per step at each level.
-        phase_ends: epochs at which the rate is multiplied by `lr_decay`; the last one ends the run.
-        lr: learning rate at the start, at every batch size.
-        lr_decay: factor of the rate.
-        rounding: of the plans.
+        data: Name of the data set in this package.
+        examples: Examples per epoch.
+        levels: Resolution, largest batch and dropout, from low to high.
+        times: Seconds per step at each level.
+        phase_ends: Epochs at which the rate is multiplied by `lr_decay`; the last one ends the run.
+        lr: Learning rate at the start, at every batch size.
+        lr_decay: Factor of the learning rate at the end of a phase.
+        rounding: Rounding of the plans.
     """
 
     data: str
@@ -41,23 +41,23 @@ class Published:
     def plan(
         self, level: int, num_workers: int, num_small: int, extra_time_ratio: float
     ) -> DualBatchPlan:
-        """The plan at a level, counted from 0 for the lowest resolution."""
-        time, batch = self.times[level], self.levels[level].batch_size
-        lines = time.slope, time.intercept
+        """Return the plan at a level, counted from 0 for the lowest resolution."""
         return dual_batch_plan(
             num_workers,
             num_small,
             self.examples,
-            batch,
-            *lines,
+            self.levels[level].batch_size,
+            self.times[level].slope,
+            self.times[level].intercept,
             extra_time_ratio,
             rounding=self.rounding,
         )
 
     def stages(self, schedule: Schedule | None) -> tuple[Stage, ...]:
-        """The stages of a run; None: all of it at the highest resolution."""
-        levels = self.levels if schedule is not None else self.levels[-1:]
-        return resolution_stages(self.phase_ends, levels, schedule or "uniform")
+        """Return the stages of a run; None stands for the highest resolution throughout."""
+        if schedule is None:
+            return resolution_stages(self.phase_ends, self.levels[-1:], "uniform")
+        return resolution_stages(self.phase_ends, self.levels, schedule)
 
 
 PUBLISHED: Mapping[str, Published] = {

@@ -1,5 +1,4 @@
-"""Another learning-rate rule under any controller: the batch is the controller's, the rate follows
-it by the rule."""
+"""Another learning-rate rule for any controller, which still decides the batch size."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,43 +18,45 @@ from hessianflow.interfaces.control import (
 class RateRule:
     """A controller whose learning-rate factor is replaced by a rule of batch / reference batch.
 
-    Not for a controller that finds the rate itself, as CriticalBatch with its stability bound: it
-    takes the rate in force for the schedule's times its own factor.
+    It does not suit a controller that finds the rate itself, such as CriticalBatch with its
+    stability bound, which takes the rate in force for the schedule's times its own factor.
 
     Args:
-        controller: decides everything else.
+        controller: Controller that decides everything else.
         rule: "linear", "sqrt" or "none"; see :mod:`hessianflow.control.lr_scaling`.
-        max_factor: cap of the factor; None: no cap.
+        max_factor: Cap on the factor; None stands for no cap.
 
     Raises:
-        HessianFlowError: an unknown rule, or a cap that is not positive.
+        HessianFlowError: The rule is unknown, or the cap is not positive.
     """
 
     def __init__(
         self, controller: BatchController, rule: LRRule, *, max_factor: float | None = None
     ) -> None:
         check_rule(rule)
-        self.controller, self.rule, self.max_factor = controller, rule, max_factor
+        self.controller = controller
+        self.rule = rule
+        self.max_factor = max_factor
         self._reference = controller.decision.batch_size
         lr_factor(self._reference, self._reference, rule, max_factor=max_factor)  # checks the cap
 
     @property
     def needs(self) -> frozenset[str]:
-        """The controller's."""
+        """Name the signals that the controller wants."""
         return self.controller.needs
 
     @property
     def decision(self) -> Decision:
-        """The controller's, with the factor of the rule."""
+        """Return the controller's setting with the factor of the rule."""
         return self._ruled(self.controller.decision)
 
     def forget_reference(self) -> None:
-        """The controller's, if it has one."""
+        """Let the controller forget its reference, if it has one."""
         if isinstance(self.controller, ForgetsReference):
             self.controller.forget_reference()
 
     def is_due(self, progress: Progress) -> bool:
-        """As the controller says."""
+        """Return whether the controller is due."""
         return self.controller.is_due(progress)
 
     def update(
@@ -64,15 +65,15 @@ class RateRule:
         reading: CurvatureReading | None = None,
         signals: Mapping[str, float] = NO_SIGNALS,
     ) -> Decision:
-        """The controller's decision, with the factor of the rule."""
+        """Return the controller's decision with the factor of the rule."""
         return self._ruled(self.controller.update(progress, reading, signals))
 
     def state_dict(self) -> dict[str, Any]:
-        """The controller's state."""
+        """Return the state of the controller, as the rule has none."""
         return self.controller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Continue from what :meth:`state_dict` returned."""
         self.controller.load_state_dict(state)
 
     def _ruled(self, decision: Decision) -> Decision:

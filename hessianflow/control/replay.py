@@ -1,7 +1,8 @@
-"""What another controller would have done with the measurements of a recorded run.
+"""The decisions that another controller would have made from a recorded run.
 
-A replay changes only the decisions: the measurements stay those of the run as it was trained, under
-its own batch sizes. It answers when a rule would have fired, not what the accuracy would have been.
+A replay changes only the decisions. The measurements stay those of the run as it was trained, under
+its own batch sizes. So a replay shows when a rule would have changed the batch, but not the
+accuracy that would have followed.
 """
 
 import math
@@ -15,7 +16,7 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 _MEASURING_KINDS = ("epoch", "curvature", "signals")
 _SIGNALS = {"lr": "learning_rate", "train_loss": "epoch_loss"}
-"""Names in an epoch row, and those of the signals they are."""
+"""Signals that an epoch row holds, by their names in the row."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class ReplayStep:
     """One decision of the replayed controller.
 
     Attributes:
-        epoch: epochs completed.
-        examples: examples used.
-        updates: updates made so far with the batch sizes of the replayed controller.
-        decision: what it decided.
-        changed: whether that differs from the setting before.
+        epoch: Epochs completed.
+        examples: Examples used.
+        updates: Updates made so far with the batch sizes of the replayed controller.
+        decision: Setting from here on.
+        changed: Whether the decision differs from the setting before.
     """
 
     epoch: int
@@ -39,14 +40,14 @@ class ReplayStep:
 
 @dataclass(frozen=True)
 class Replay:
-    """All decisions, and the updates that the whole run would have taken."""
+    """All decisions of a replay, and the updates that the whole run would have taken."""
 
     steps: tuple[ReplayStep, ...]
     updates: int
 
     @property
     def changes(self) -> tuple[ReplayStep, ...]:
-        """The decisions that changed something."""
+        """Return the decisions that changed something."""
         return tuple(step for step in self.steps if step.changed)
 
 
@@ -59,77 +60,76 @@ def replay(
 ) -> Replay:
     """Feed the rows of a history.jsonl to a fresh controller.
 
-    Rows of kind "epoch", "curvature" and "signals" are gathered by their number of examples, each
-    such moment being one opportunity to decide. The curvature row becomes the reading; every number
-    in the rows of that moment is a signal under its own name; `lr` and `train_loss` of the epoch
-    row also as "learning_rate" and "epoch_loss", the names the trainer gives them. The recorded
-    rate is the schedule's times the factor of the controller that trained; the replayed one is
-    shown the schedule's times its own. Updates are counted anew from the batch sizes decided here,
-    every started batch as one.
+    Rows of kind "epoch", "curvature" and "signals" are gathered by their number of examples, and
+    each such moment is one opportunity to decide. The curvature row becomes the reading, and every
+    number in the rows of the moment a signal of its name. `lr` and `train_loss` of the epoch row
+    are also "learning_rate" and "epoch_loss", as the trainer names them. The recorded rate is the
+    schedule's times the factor of the controller that trained; the replayed controller is shown the
+    schedule's times its own factor. Updates are counted again from the batch sizes decided here,
+    and every started batch counts as one.
 
     Args:
-        rows: the records, in any order.
-        controller: changed by the replay; its `decision` before is the setting that the run starts
-            with.
-        examples_per_epoch: size of the training set; None: read off the records.
-        total_epochs: planned epochs; None: the last epoch recorded.
+        rows: Records of the run, in any order.
+        controller: Controller to replay, which changes. Its `decision` beforehand is the setting
+            that the run starts with.
+        examples_per_epoch: Size of the training set; None stands for the recorded size.
+        total_epochs: Planned epochs; None stands for the last epoch recorded.
 
     Raises:
-        HessianFlowError: no record of an epoch, or a signal that the controller needs was not
-            recorded.
+        HessianFlowError: No epoch was recorded, or a signal that the controller needs was not.
     """
     rows = list(rows)
     moments = _moments(rows)
     ends = [row for row in rows if row.get("kind") == "epoch" and row["epoch"] > 0]
     if not ends:
         raise HessianFlowError("rows must hold at least one record of a completed epoch, got none")
-    # Only where an epoch ends do the examples used so far tell its size.
-    recorded_size = max(row["examples"] // row["epoch"] for row in ends)
-    size = check_count(
-        "examples_per_epoch", recorded_size if examples_per_epoch is None else examples_per_epoch
-    )
-    last = max(moment["epoch"] for moment in moments)
-    total = check_count("total_epochs", last if total_epochs is None else total_epochs)
+    if examples_per_epoch is None:
+        # Only at the end of an epoch do the examples used so far tell its size.
+        examples_per_epoch = max(row["examples"] // row["epoch"] for row in ends)
+    if total_epochs is None:
+        total_epochs = max(moment["epoch"] for moment in moments)
+    size = check_count("examples_per_epoch", examples_per_epoch)
+    total = check_count("total_epochs", total_epochs)
     steps: list[ReplayStep] = []
-    decision, used, updates = controller.decision, 0, 0
+    decision = controller.decision
+    used = 0
+    updates = 0
     for moment in moments:
         updates += math.ceil((moment["examples"] - used) / decision.batch_size)
         used = moment["examples"]
         progress = Progress(moment["epoch"], used, updates, size, total)
-        # As in training: at the end nothing is left that a decision could change, and nothing was
-        # measured for one.
+        # As in training, nothing is measured or decided at the end of the run.
         if progress.epoch >= total or not controller.is_due(progress):
             continue
         signals = _signals(moment, decision.lr_factor / (moment["lr_factor"] or 1.0))
         _check_recorded(controller, signals, progress.epoch)
-        before, decision = decision, controller.update(progress, _reading(moment), signals)
-        steps.append(
-            ReplayStep(progress.epoch, used, updates, decision, decision.setting != before.setting)
-        )
+        before = decision.setting
+        decision = controller.update(progress, _reading(moment), signals)
+        changed = decision.setting != before
+        steps.append(ReplayStep(progress.epoch, used, updates, decision, changed))
     return Replay(tuple(steps), updates)
 
 
 def _moments(rows: Iterable[Mapping[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Return the measurements made after the same number of examples, merged; in the order of
-    training.
+    """Merge the measurements made after the same number of examples, in the order of training.
 
-    `lr_factor` of each is that by which the recorded controller had multiplied the rate until then.
-    Records from before epochs told it have it in their decisions alone, which follow the
-    measurements made at the same place.
+    `lr_factor` of each is the factor by which the recorded controller had multiplied the rate until
+    then. The epochs of older records lack it. They have it only in their decisions, which follow
+    the measurements made at the same place.
     """
-    found: dict[int, dict[str, Any]] = {}
+    measured: dict[int, dict[str, Any]] = {}
     decided: dict[int, float] = {}
     for row in rows:
         if row.get("kind") in _MEASURING_KINDS:
-            found.setdefault(row["examples"], {}).update(row)
+            measured.setdefault(row["examples"], {}).update(row)
         elif row.get("kind") == "batch":
             decided[row["examples"]] = row["lr_factor"]
     factor = 1.0
-    for examples in sorted(found.keys() | decided.keys()):
-        if examples in found:
-            found[examples].setdefault("lr_factor", factor)
+    for examples in sorted(measured.keys() | decided.keys()):
+        if examples in measured:
+            measured[examples].setdefault("lr_factor", factor)
         factor = decided.get(examples, factor)
-    return [found[examples] for examples in sorted(found)]
+    return [measured[examples] for examples in sorted(measured)]
 
 
 def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
@@ -146,16 +146,14 @@ def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
 
 
 def _signals(moment: Mapping[str, Any], rate_ratio: float) -> dict[str, float]:
-    """Return the numbers of a moment by name; `rate_ratio`: the replayed rate over the recorded
-    one."""
+    """Return the numbers of a moment by name, with the learning rate times `rate_ratio`."""
     numbers = {
-        k: float(v)
-        for k, v in moment.items()
-        if isinstance(v, (int, float)) and not isinstance(v, bool)
+        name: float(value)
+        for name, value in moment.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    signals = {
-        signal: numbers[name] for name, signal in _SIGNALS.items() if name in numbers
-    } | numbers
+    renamed = {signal: numbers[name] for name, signal in _SIGNALS.items() if name in numbers}
+    signals = renamed | numbers
     if "learning_rate" in signals:
         signals["learning_rate"] *= rate_ratio
     return signals
@@ -172,5 +170,5 @@ def _check_recorded(controller: BatchController, signals: Mapping[str, float], e
 
 
 def _number(value: Any) -> float:
-    # JSON has no NaN: what was not finite may be recorded as null.
+    # JSON has no NaN, so a value that was not finite may be recorded as null.
     return math.nan if value is None else float(value)

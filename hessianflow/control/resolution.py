@@ -1,13 +1,13 @@
-"""Resolution over training time: cyclic, once, or uniform, with batch size and dropout in step.
+"""Resolutions that change during training, with batch size and dropout in step.
 
 Lu, Hong, Liu, Wu, "Hybrid dual-batch and cyclic progressive learning for efficient distributed
 training", arXiv:2509.26092, part 2.
 
-Training is cut into phases of constant learning rate. With resolutions r_1 < ... < r_m:
+Training is divided into phases of constant learning rate. With resolutions r_1 < ... < r_m,
 
-- "cyclic": every phase is cut into m equal stages, from r_1 to r_m (the paper's method);
-- "once": phase i uses r_i, the highest from phase m on;
-- "uniform": the whole of training is cut into m equal stages, whatever the phases.
+- "cyclic" divides every phase into m equal stages, from r_1 to r_m (the paper's method);
+- "once" uses r_i in phase i, and the highest from phase m on;
+- "uniform" divides the whole of training into m equal stages, whatever the phases.
 
 The last stage always has the highest resolution. The learning rate does not follow the batch.
 """
@@ -33,8 +33,7 @@ Schedule = Literal["cyclic", "once", "uniform"]
 
 @dataclass(frozen=True)
 class Level:
-    """What goes with one resolution: side of the images in pixels, examples per step, dropout
-    probability."""
+    """A resolution (side of the images in pixels), its batch size and its dropout probability."""
 
     resolution: int
     batch_size: int
@@ -48,8 +47,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs [start, end) at one level, within learning-rate phase `phase` (counted from 0 at its
-    first epoch)."""
+    """Epochs [start, end) at one level; `phase` counts the learning-rate phases from 0."""
 
     start: int
     end: int
@@ -63,13 +61,13 @@ def resolution_stages(
     """Return the stages of a run, in order and without gaps from epoch 0 to the last phase end.
 
     Args:
-        phase_ends: epochs at which the learning rate falls, and the last one, where training ends;
-            increasing.
-        levels: from the lowest resolution to the highest.
-        schedule: see the module.
+        phase_ends: Increasing epochs at which the learning rate falls, the last of which is the
+            end of training.
+        levels: Levels from the lowest resolution to the highest.
+        schedule: Order of the resolutions, see the module.
 
     Raises:
-        HessianFlowError: epochs or resolutions do not increase, a value is out of its bounds, or a
+        HessianFlowError: Epochs or resolutions do not increase, a value is out of its bounds, or a
             phase has fewer epochs than it needs stages.
     """
     ends = [check_count("phase_ends", end) for end in phase_ends]
@@ -97,27 +95,26 @@ def resolution_stages(
 
 
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
-    """Return the stage that the epoch after `epoch` completed ones belongs to; the last one from
-    its start on."""
+    """Return the stage of the epoch after `epoch` completed ones, and at the end the last stage."""
     return next((stage for stage in stages if epoch < stage.end), stages[-1])
 
 
 class ProgressiveResolution:
-    """Any controller, its batch size in step with the resolution of the day; a batch transform
-    resizes the images.
+    """A controller whose batch size follows the resolution in use.
 
-    The controller's sizes are those at the highest resolution; at another one they are multiplied
-    by that level's batch size over the last level's, rounded, and never more than the training set.
-    The learning rate does not follow. At a change of resolution a controller that has a
-    `forget_reference()` is told to forget what it measured: the loss is another one from there on.
+    A batch transform resizes the images. The controller's sizes are those at the highest
+    resolution; at another one they are multiplied by that level's batch size over the last level's,
+    rounded, and limited to the training set. The learning rate does not follow. At a change of
+    resolution a controller with a `forget_reference()` forgets what it measured, because the loss
+    changes there.
 
     Args:
-        controller: decides everything else.
-        stages: from :func:`resolution_stages`; the transform, and whoever sets the dropout, reads
+        controller: Controller that decides everything else.
+        stages: Stages from :func:`resolution_stages`. The transform and the dropout follow
             :func:`stage_at`.
 
     Raises:
-        HessianFlowError: no stage.
+        HessianFlowError: There is no stage, or `controller` is not a controller.
     """
 
     def __init__(self, controller: BatchController, stages: Sequence[Stage]) -> None:
@@ -128,24 +125,26 @@ class ProgressiveResolution:
                 "controller must be one, such as FixedBatch(128), got a"
                 f" {type(controller).__name__}"
             )
-        self.controller, self.stages = controller, tuple(stages)
-        self._epoch, self._reason = 0, ""
+        self.controller = controller
+        self.stages = tuple(stages)
+        self._epoch = 0
+        self._reason = ""
         self._largest: int | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        """The controller's."""
+        """Name the signals that the controller wants."""
         return self.controller.needs
 
     @property
     def decision(self) -> Decision:
-        """The controller's, with the batch that goes with the resolution."""
+        """Return the controller's setting with the batch size of the resolution."""
         decision = self.controller.decision
         size = self._scaled(decision.batch_size, stage_at(self.stages, self._epoch))
         return replace(decision, batch_size=size, reason=self._reason)
 
     def is_due(self, progress: Progress) -> bool:
-        """When the controller is, and where the resolution changes."""
+        """Return whether the controller is due or the resolution changes."""
         return self.controller.is_due(progress) or self._changes(progress)
 
     def update(
@@ -154,8 +153,7 @@ class ProgressiveResolution:
         reading: CurvatureReading | None = None,
         signals: Mapping[str, float] = NO_SIGNALS,
     ) -> Decision:
-        """Return the controller's decision where it is due, at the batch size of the resolution
-        from now on."""
+        """Ask the controller if it is due, and return the setting at the resolution from now on."""
         reasons = []
         if self.controller.is_due(progress):
             reasons.append(self.controller.update(progress, reading, signals).reason)
@@ -164,7 +162,8 @@ class ProgressiveResolution:
             reasons.append(f"resolution {stage.level.resolution} from epoch {stage.start} on")
             if isinstance(self.controller, ForgetsReference):
                 self.controller.forget_reference()
-        self._epoch, self._reason = progress.epoch, "; ".join(filter(None, reasons))
+        self._epoch = progress.epoch
+        self._reason = "; ".join(filter(None, reasons))
         self._largest = progress.examples_per_epoch
         return self.decision
 
@@ -174,23 +173,24 @@ class ProgressiveResolution:
         return {**own, "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self._epoch, self._reason, self._largest = state["epoch"], state["reason"], state["largest"]
+        """Continue from what :meth:`state_dict` returned."""
+        self._epoch = state["epoch"]
+        self._reason = state["reason"]
+        self._largest = state["largest"]
         self.controller.load_state_dict(state["controller"])
 
     def _changes(self, progress: Progress) -> bool:
-        before, after = (
-            stage_at(self.stages, epoch).level for epoch in (self._epoch, progress.epoch)
-        )
-        return before.resolution != after.resolution
+        before = stage_at(self.stages, self._epoch).level
+        return before.resolution != stage_at(self.stages, progress.epoch).level.resolution
 
     def _scaled(self, batch_size: int, stage: Stage) -> int:
         size = max(1, round(batch_size * stage.level.batch_size / self.stages[-1].level.batch_size))
-        return size if self._largest is None else min(size, self._largest)
+        return min(size, self._largest or size)  # before the first update the set is unknown
 
 
 def _cut(start: int, end: int, levels: Sequence[Level]) -> list[tuple[int, int, Level]]:
-    length, count = end - start, len(levels)
+    length = end - start
+    count = len(levels)
     if length < count:
         raise HessianFlowError(
             f"phase_ends must leave {count} epochs for {count} resolutions, got {start} to {end}"

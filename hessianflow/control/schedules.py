@@ -1,13 +1,13 @@
-"""Batch sizes that follow a plan and measure nothing.
+"""Controllers that follow a plan and measure nothing.
 
-- :class:`FixedBatch`: one size throughout.
+- :class:`FixedBatch` keeps one size throughout.
 - :class:`Warmup`: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour",
   arXiv:1706.02677, sections 2.1 (linear scaling) and 2.2 (gradual warm-up).
 - :class:`AdaBatch`: Devarakonda, Naumov, Garland, "AdaBatch: adaptive batch sizes for training deep
   neural networks", arXiv:1712.02029. Deviation: under a cap, the growth that the cap denies becomes
   decay of the learning rate, so that the rate per example falls as if there were no cap.
 - :class:`GrowInsteadOfDecay`: Smith, Kindermans, Ying, Le, "Don't decay the learning rate, increase
-  the batch size", ICLR 2018. Deviation: sizes are rounded down from the exact product and the
+  the batch size", ICLR 2018. Deviation: sizes are rounded down from the exact product, and the
   learning rate makes up for the rounding.
 """
 
@@ -24,20 +24,20 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 
 class FixedBatch(Controller[ControllerState]):
-    """The same batch size throughout.
+    """Keep the same batch size throughout.
 
     Args:
-        batch_size: examples per step.
+        batch_size: Examples per step.
 
     Raises:
-        HessianFlowError: the size is not a whole number >= 1.
+        HessianFlowError: The size is not a whole number >= 1.
     """
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(ControllerState(batch_size), batch_size)
 
     def is_due(self, progress: Progress) -> bool:  # noqa: ARG002
-        """Never."""
+        """Return False, as there is nothing to decide."""
         return False
 
     def _decide(self, _measured: Measured, /) -> str:
@@ -45,22 +45,22 @@ class FixedBatch(Controller[ControllerState]):
 
 
 class Warmup(Controller[ControllerState]):
-    """A large batch from the start, its learning rate scaled linearly after a gradual warm-up.
+    """Use a large batch from the start and warm its learning rate up to the scaled one.
 
-    With k = max_batch_size / batch_size and f = examples / (warmup_epochs *
-    examples_per_epoch): lr_factor = 1 + (k - 1) * min(f, 1), changed after every update, so that no
-    step sees a jump. Under another rule than linear scaling, k is what that rule makes of it.
+    With k = max_batch_size / batch_size and f = examples / (warmup_epochs * examples_per_epoch),
+    lr_factor is 1 + (k - 1) * min(f, 1). It changes after every update, so that no step sees a
+    jump. A rule other than linear scaling replaces k.
 
     Args:
-        batch_size: batch size that the learning rate is stated at.
-        max_batch_size: examples per step throughout.
-        warmup_epochs: length of the ramp (5 in the paper). 0: the scaled rate from the first step
-            on.
-        lr_rule: how the rate follows the batch (linear in the paper).
-        max_lr_factor: cap of the learning-rate factor.
+        batch_size: Batch size for which the learning rate is stated.
+        max_batch_size: Examples per step throughout.
+        warmup_epochs: Epochs over which the rate rises (5 in the paper). With 0 the rate is scaled
+            from the first step on.
+        lr_rule: Rule by which the learning rate follows the batch (linear in the paper).
+        max_lr_factor: Cap on the factor of the learning rate; null stands for no cap.
 
     Raises:
-        HessianFlowError: an argument is out of its bounds.
+        HessianFlowError: An argument is out of its bounds.
     """
 
     follows_rule = True
@@ -84,7 +84,7 @@ class Warmup(Controller[ControllerState]):
 
     @classmethod
     def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
-        """Return why the method does not go with a run."""
+        """Return why the method does not go with a schedule that has a warm-up."""
         if run.warmup_epochs > 0:
             return (
                 "--warmup-epochs is the ramp of the schedule, which would multiply this one: use"
@@ -93,37 +93,38 @@ class Warmup(Controller[ControllerState]):
         return ""
 
     def is_due(self, progress: Progress) -> bool:
-        """After every update, until the full rate is reached."""
+        """Return whether an update was made before the full rate was reached."""
         return progress.examples > 0 and self._state.lr_factor != self.scale
 
     def _decide(self, measured: Measured, /) -> str:
-        progress, before = measured.progress, self._state.lr_factor
-        length = self.warmup_epochs * progress.examples_per_epoch
-        fraction = min(progress.examples / length, 1.0) if length else 1.0
-        self._state.lr_factor = self.scale if fraction == 1 else 1 + (self.scale - 1) * fraction
-        return (
-            ""
-            if self._state.lr_factor == before
-            else f"warm-up: {progress.examples} of {length:g} examples"
-        )
+        examples = measured.progress.examples
+        length = self.warmup_epochs * measured.progress.examples_per_epoch
+        factor = self.scale
+        if examples < length:
+            factor = 1 + (self.scale - 1) * (examples / length)
+        if factor == self._state.lr_factor:
+            return ""
+        self._state.lr_factor = factor
+        return f"warm-up: {examples} of {length:g} examples"
 
 
 class AdaBatch(Controller[ControllerState]):
     """Grow the batch and lower the learning rate every few epochs.
 
-    At each event: batch *= growth_factor (rounded down, capped), lr_factor *= lr_decay. The rate
-    per example falls by lr_decay / growth_factor, also when the cap stops the growth: then the
-    learning rate falls by the rest.
+    At each event batch *= growth_factor (rounded down, capped) and lr_factor *= lr_decay. The rate
+    per example falls by lr_decay / growth_factor. Where the cap limits the growth, the learning
+    rate falls by the rest.
 
     Args:
-        batch_size: examples per step at the start.
-        max_batch_size: the cap.
-        every_epochs: epochs between events (20 in the paper).
-        growth_factor: 2 in the paper.
-        lr_decay: 0.75 in the paper, which matches a fixed batch whose rate is multiplied by 0.375.
+        batch_size: Examples per step at the start.
+        max_batch_size: Largest examples per step.
+        every_epochs: Epochs between two events (20 in the paper).
+        growth_factor: Factor by which the batch grows at each event (2 in the paper).
+        lr_decay: Factor of the learning rate at each event (0.75 in the paper). With
+            `growth_factor` 2 that matches a fixed batch whose rate is multiplied by 0.375.
 
     Raises:
-        HessianFlowError: an argument is out of its bounds.
+        HessianFlowError: An argument is out of its bounds.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}
@@ -143,34 +144,38 @@ class AdaBatch(Controller[ControllerState]):
         self.lr_decay = check_number("lr_decay", lr_decay, above=0)
 
     def _decide(self, measured: Measured, /) -> str:
-        epoch, before = measured.progress.epoch, self._state.batch_size
+        state = self._state
+        epoch = measured.progress.epoch
         if epoch % self.every_epochs != 0:
             return ""
-        if before < self.max_batch_size:
-            self._state.batch_size = grown(before, self.growth_factor, self.max_batch_size)
-        capped = self._state.batch_size == self.max_batch_size
-        denied = self._state.batch_size / (before * self.growth_factor) if capped else 1.0
-        self._state.lr_factor *= self.lr_decay * denied
+        wanted = state.batch_size * self.growth_factor
+        if state.batch_size < self.max_batch_size:
+            state.batch_size = grown(state.batch_size, self.growth_factor, self.max_batch_size)
+        decay = self.lr_decay
+        if state.batch_size == self.max_batch_size:
+            decay *= state.batch_size / wanted
+        state.lr_factor *= decay
         return f"epoch {epoch} is a multiple of {self.every_epochs}"
 
 
 class GrowInsteadOfDecay(Controller[ControllerState]):
-    """Multiply the batch where a schedule would divide the learning rate; divide the rate once the
-    cap is reached.
+    """Multiply the batch where a schedule would divide the learning rate.
 
-    After i milestones, with B0 the first batch size: batch = min(cap, floor(B0 * decay_factor^i))
-    and lr_factor = batch / (B0 * decay_factor^i), so that rate over batch is that of the schedule
-    replaced. Train with a constant learning rate: a scheduler that decays at the same milestones
-    would decay twice.
+    Once the cap is reached, the rate is divided. After i milestones, with B0 the first batch size,
+    batch = min(cap, floor(B0 * decay_factor^i)) and lr_factor = batch / (B0 * decay_factor^i), so
+    that rate over batch is that of the schedule replaced. Train with a constant learning rate,
+    since a scheduler with the same milestones would decay twice.
 
     Args:
-        batch_size: examples per step at the start (B0).
-        max_batch_size: the cap.
-        milestones: epochs after which the schedule would divide the rate, increasing.
-        decay_factor: the divisor (alpha; 5 in the paper's CIFAR-10 runs).
+        batch_size: Examples per step at the start (B0).
+        max_batch_size: Largest examples per step.
+        milestones: Increasing epochs after which the schedule would divide the rate; the command
+            takes those of the data set.
+        decay_factor: Factor of the batch at each milestone, by which the schedule would divide the
+            rate (alpha; 5 in the paper's CIFAR-10 runs).
 
     Raises:
-        HessianFlowError: an argument is out of its bounds.
+        HessianFlowError: An argument is out of its bounds.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}
@@ -199,17 +204,18 @@ class GrowInsteadOfDecay(Controller[ControllerState]):
 
     @classmethod
     def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
-        """Return why the method does not go with a run."""
+        """Return why the method does not go with a schedule."""
         if run.schedule != "constant":
             return f"it replaces --schedule {run.schedule}, leave that out"
         return ""
 
     def _decide(self, measured: Measured, /) -> str:
-        state, before = self._state, (self._state.batch_size, self._state.lr_factor)
+        state = self._state
+        before = self.decision.setting
         passed = sum(epoch <= measured.progress.epoch for epoch in self.milestones)
         exact = self.initial_batch_size * self.decay_factor**passed
         state.batch_size = min(self.max_batch_size, int(exact + 1e-9))
         state.lr_factor = state.batch_size / exact
-        if (state.batch_size, state.lr_factor) == before:
+        if self.decision.setting == before:
             return ""
         return f"milestone {self.milestones[passed - 1]}: grow instead of decay"

@@ -1,4 +1,4 @@
-"""Seconds per step as a line in the batch size, fitted to measurements robustly to outliers."""
+"""A line for the seconds per step of a batch size, whose fit is robust to outliers."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class TimeModel:
 
     Attributes:
         slope: Seconds per example.
-        intercept: Seconds per step, for any size of it.
+        intercept: Seconds per step of any size.
         residual: Largest |fitted - measured| / measured (0 for a line that was not fitted).
         smallest: Smallest size measured, below which the line should not be trusted.
         largest: Largest size measured; 0 for a line that was not fitted.

@@ -1,15 +1,15 @@
-"""A batch size set by hand: sizes by epoch, the learning rate scaled with them and, if wanted, run
-down to 0.
+"""Batch sizes set by hand for given epochs.
 
-Ours: the plainest thing a controller that measures has to beat. Linear scaling is that of Goyal et
-al., arXiv:1706.02677, section 2.1.
+The learning rate is scaled with them and can be run down to 0. The method is our own, as the
+plainest baseline that a measuring controller has to beat. Linear scaling is that of Goyal et al.,
+arXiv:1706.02677, section 2.1.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.control.checks import check_count, check_optional_number
 from hessianflow.control.controller import Controller, ControllerState, Measured
 from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.facts import RunFacts
@@ -18,25 +18,27 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 
 class TimedSchedule(Controller[ControllerState]):
-    """Batch sizes by epoch, written down beforehand.
+    """Set the batch sizes that were written down for given epochs.
 
-    From stage epoch e on: batch = its size, lr_factor = batch / batch_size, or what another rule
-    makes of that ratio. With `decay_from` = d and E epochs in all, after t > d epochs, fractions of
-    one included, the factor is multiplied by (E - t) / (E - d), changed after every update.
+    From the epoch of a stage on, batch is its size and lr_factor is batch / batch_size, or the
+    factor of another rule. With `decay_from` = d and E epochs in all, the factor is multiplied by
+    (E - t) / (E - d) after t > d epochs. There t may be a fraction: the factor changes after every
+    update.
 
     Args:
-        batch_size: examples per step at the start; the learning rate belongs to this size.
-        stages: (epochs completed, batch size from then on), the epochs increasing, e.g.
-            "[[2, 256], [4, 512]]"; the command takes, by default, 2, 4 and 8 times the batch after
+        batch_size: Examples per step at the start. The learning rate is stated for this size.
+        stages: Pairs of epochs completed, increasing, and batch size from then on, e.g.
+            "[[2, 256], [4, 512]]". By default the command takes 2, 4 and 8 times the batch after
             1/12, 1/6 and 1/3 of the epochs.
-        decay_from: epochs after which the rate falls linearly, to 0 at the end of the run; use a
-            constant schedule with it. None: it does not. With the command's own stages: after the
-            last of them.
-        lr_rule: how the rate follows the batch.
-        max_lr_factor: cap of the learning-rate factor, before the decay.
+        decay_from: Epochs after which the rate falls linearly, to 0 at the end of the run; null
+            stands for never. It needs a constant schedule. With its own stages, the command takes
+            the epoch of the last one.
+        lr_rule: Rule by which the learning rate follows the batch.
+        max_lr_factor: Cap on the factor of the learning rate before the decay; null stands for no
+            cap.
 
     Raises:
-        HessianFlowError: an argument is out of its bounds.
+        HessianFlowError: An argument is out of its bounds.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}
@@ -59,17 +61,16 @@ class TimedSchedule(Controller[ControllerState]):
             raise HessianFlowError(
                 f"stages must have increasing epochs, got {[epoch for epoch, _ in self.stages]}"
             )
-        self.decay_from = (
-            None if decay_from is None else check_number("decay_from", decay_from, low=0)
-        )
+        self.decay_from = check_optional_number("decay_from", decay_from, low=0)
         self.initial_batch_size = batch_size
-        self.lr_rule, self.max_lr_factor = lr_rule, max_lr_factor
+        self.lr_rule = lr_rule
+        self.max_lr_factor = max_lr_factor
         self._scale()  # checks the rule and the cap
         self.max_batch_size = max([batch_size, *(size for _, size in self.stages)])
 
     @classmethod
     def defaults(cls, run: RunFacts, options: Mapping[str, Any], /) -> dict[str, Any]:
-        """Return stages for the length of a run, and the decay that follows them."""
+        """Return stages for the length of the run, and the decay that follows them."""
         if "stages" in options:
             return {}
         stages = {
@@ -80,41 +81,41 @@ class TimedSchedule(Controller[ControllerState]):
 
     @classmethod
     def refuses(cls, run: RunFacts, _options: Mapping[str, Any], /) -> str:
-        """Return why the method does not go with a run."""
+        """Return why the method does not go with a schedule that decays at its end."""
         if run.schedule == "cooldown":
             return "it decays by itself, use --controller.decay-from without --schedule cooldown"
         return ""
 
     def is_due(self, progress: Progress) -> bool:
-        """After every epoch, and after every update while the rate falls."""
+        """Return whether an epoch was completed, or the rate falls after every update."""
         return super().is_due(progress) or self._decay(progress) < 1
 
     def _decide(self, measured: Measured, /) -> str:
-        progress, before = measured.progress, (self._state.batch_size, self._state.lr_factor)
-        reached = [size for epoch, size in self.stages if epoch <= progress.epoch]
-        self._state.batch_size = reached[-1] if reached else self.initial_batch_size
-        self._state.lr_factor = self._scale() * self._decay(progress)
-        if self._state.batch_size != before[0]:
+        state = self._state
+        progress = measured.progress
+        before = self.decision
+        state.batch_size = self.initial_batch_size
+        for epoch, size in self.stages:
+            if epoch <= progress.epoch:
+                state.batch_size = size
+        state.lr_factor = self._scale() * self._decay(progress)
+        if state.batch_size != before.batch_size:
             return f"planned for epoch {progress.epoch}"
-        return (
-            ""
-            if self._state.lr_factor == before[1]
-            else f"planned decay from epoch {self.decay_from} on"
-        )
+        if state.lr_factor != before.lr_factor:
+            return f"planned decay from epoch {self.decay_from} on"
+        return ""
 
     def _scale(self) -> float:
-        """Return what the rule makes of the batch in force."""
+        """Return the factor of the learning rate that the rule gives the batch in force."""
         state = self._state
         return lr_factor(
             state.batch_size, self.initial_batch_size, self.lr_rule, max_factor=self.max_lr_factor
         )
 
     def _decay(self, progress: Progress) -> float:
-        """Return what is left of the rate, from 1 down to 0."""
+        """Return the factor of the decay, which falls from 1 to 0."""
         if self.decay_from is None or progress.total_epochs <= self.decay_from:
             return 1.0
         epochs = progress.examples / progress.examples_per_epoch
-        return min(
-            1.0,
-            max(0.0, (progress.total_epochs - epochs) / (progress.total_epochs - self.decay_from)),
-        )
+        left = (progress.total_epochs - epochs) / (progress.total_epochs - self.decay_from)
+        return min(1.0, max(0.0, left))

@@ -60,7 +60,7 @@ class CheapDoubleBackward(TorchFunctionMode):
         replacement = _REPLACEMENTS.get(func)
         if replacement is not None and not graph_is_recomputed():
             output = replacement(*args, **kwargs)
-            if output is not None:
+            if output is not None:  # None stands for arguments that do not fit
                 return output
         return func(*args, **kwargs)
 
@@ -267,6 +267,7 @@ def _backward(
 def _fixed(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
+    # Outside training the statistics are read but never moved, whatever the momentum.
     return torch.batch_norm(
         x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled
     )
@@ -276,6 +277,7 @@ def _fixed_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = [True, True, True]
+    # The two None are the statistics of a batch, which are used in training only.
     gradients: tuple[Tensor, Tensor, Tensor] = _normalisation_backward(
         gradient, x, weight, mean, var, None, None, False, eps, mask
     )

@@ -91,6 +91,7 @@ def lanczos(
         evidence: bounds on the residuals.
         residual_tol: largest residual of each wanted pair, relative to its value.
     """
+    # A restart must leave room for the fewest products of a check.
     least = k + extra + CHECK_STEPS[0] + 1
     demand = Demand(tol, evidence, residual_tol)
     capacity = max(max_basis or max(2 * k + 20, 40), least)

@@ -203,7 +203,7 @@ class RitzSpace:
         return bool(reach.max() <= wanted + max(self._demand.tol * abs(wanted), self.noise))
 
     def make_room(self, vectors: int) -> int:
-        """Compress if fewer than this many vectors fit, and return how many fit now."""
+        """Make room for `vectors` by a restart if it is needed, and return the number that fits."""
         if self.size + vectors > self._capacity < self._operator.size:
             self._compress()
         return self._capacity - self.size

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hessianflow.plots.records import Run, distinct
+from hessianflow.upgrade import upgrade
 
 # Settings that do not change what is computed on average, by the last part of their name.
 _IGNORED = frozenset({"seed", "run_dir", "data_dir", "plots", "tensorboard", "keep_checkpoints"})
@@ -32,8 +33,8 @@ _FIRST = (
         "decay_factor",
         "growth_factor",
         "eps",
-        "adversarial_share",
-        "sam_rho",
+        "share",
+        "rho",
     ),
 )
 # The section of the user's settings, from which other sections follow.
@@ -56,7 +57,7 @@ class Group:
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Return groups in order of appearance; a run without a config.json is a group of its own."""
-    settings = [flatten(run.config) for run in runs]
+    settings = [flatten(_in_words_of_today(run.config)) for run in runs]
     members: dict[str, list[int]] = {}
     for index, (run, setting) in enumerate(zip(runs, settings, strict=True)):
         identity = f"run {index} {run.name}"
@@ -75,11 +76,23 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     return [replace(group, label=label) for group, label in zip(groups, labels, strict=True)]
 
 
+def _in_words_of_today(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a record in which a run of an older release has its options at their methods."""
+    settings = config.get("settings")
+    if not isinstance(settings, Mapping):
+        return config
+    return {**config, "settings": upgrade(settings)}
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as {"trainer.epochs": 30, ...}, without those of place and time."""
+    """Return nested settings as {"trainer.epochs": 30, ...}, without those of place and time.
+
+    The name of a method stands for it: {"controller": {"name": "absa"}} gives "controller".
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        name = f"{prefix}{key}"
+        is_method = key == "name" and prefix.startswith(_CHOSEN) and prefix != _CHOSEN
+        name = prefix.rstrip(".") if is_method else f"{prefix}{key}"
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{name}.")
         elif key not in _IGNORED and not name.startswith(_IGNORED_SECTIONS):
@@ -126,7 +139,10 @@ def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         fewer = [other for other in chosen if other != key]
         if parted(fewer) == parted(chosen):
             chosen = fewer
-    return sorted(chosen, key=_rank)
+    # An option that some methods do not have means little without the name of the method.
+    partial = [key for key in chosen if any(key not in setting for setting in settings)]
+    methods = [key.rpartition(".")[0] for key in partial]
+    return sorted({*chosen, *(key for key in methods if key in every)}, key=_rank)
 
 
 def _rank(key: str) -> tuple[int, int]:

@@ -56,14 +56,7 @@ def assemble(
     rule = ExplosionRule(groups.divergence.max_loss_ratio)
     totals = RunningTotals(stopwatch.device, stopwatch.totals(), rule)
     steering = Steering(
-        decision,
-        control,
-        task.train_data,
-        rate,
-        totals,
-        course,
-        reporter,
-        methods.adversary,
+        decision, control, task.train_data, rate, totals, course, reporter, methods.adversary
     )
     keeper = _keeper(task, methods, groups, built, step, steering, run_dir)
     return _loop(task, groups, step, keeper)

@@ -48,13 +48,7 @@ class BackwardPass:
             parameter.grad = None
 
     def __call__(
-        self,
-        averaged: Averaged,
-        divisor: Weight,
-        count: int,
-        leaf: Tensor | None,
-        *,
-        last: bool,
+        self, averaged: Averaged, divisor: Weight, count: int, leaf: Tensor | None, *, last: bool
     ) -> None:
         """Add the gradient of one microbatch.
 
@@ -116,13 +110,7 @@ class BackwardPass:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _observed_backward(
-        self,
-        scaled: Tensor,
-        weight: Weight,
-        count: int,
-        leaf: Tensor | None,
-        *,
-        into_grad: bool,
+        self, scaled: Tensor, weight: Weight, count: int, leaf: Tensor | None, *, into_grad: bool
     ) -> None:
         """Show the gradient of one microbatch to the observers, and add it; `into_grad`: by torch,
         hooks and all."""

@@ -182,9 +182,7 @@ class LearningRate:
         return known[2]
 
 
-def _holders(
-    groups: Iterable[tuple[dict[str, Any], float]],
-) -> list[tuple[dict[str, Any], float]]:
+def _holders(groups: Iterable[tuple[dict[str, Any], float]]) -> list[tuple[dict[str, Any], float]]:
     """Groups with their rates, one for each rate: torch gives all groups the tensor that an
     optimizer is built with."""
     own = {

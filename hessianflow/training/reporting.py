@@ -76,7 +76,8 @@ class Reporter:
         self._said.add(event)
 
     def write_all(self, rows_left: list[Record]) -> None:
-        """Write the rows, and take each off the list once it is written."""
+        """Write the rows, and take each off the list, so that none is written twice after an
+        error."""
         while rows_left:
             self.record.write(rows_left.pop(0))
 

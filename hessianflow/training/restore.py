@@ -18,12 +18,7 @@ from hessianflow.runs.optimizer_states import (
     in_order,
     keeping_options,
 )
-from hessianflow.runs.states import (
-    check_finite,
-    check_training_state,
-    model_fault,
-    restoring,
-)
+from hessianflow.runs.states import check_finite, check_training_state, model_fault, restoring
 from hessianflow.training.model_state import group_names
 from hessianflow.training.optimizers import label
 from hessianflow.training.world import on_all_ranks, on_first_rank

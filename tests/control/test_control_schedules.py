@@ -27,7 +27,7 @@ def test_fixed_batch_never_changes_and_is_never_due() -> None:
 def test_warmup_rises_linearly_to_the_scaled_rate() -> None:
     """Batch 8192 of reference 256: k = 32 after 5 epochs; half of the ramp, after 2.5 epochs, is 1
     + 31/2 = 16.5."""
-    controller = Warmup(8192, 256, warmup_epochs=5)
+    controller = Warmup(256, 8192, warmup_epochs=5)
     assert controller.decision == Decision(8192, 1.0)
     assert not controller.is_due(progress(0))
     assert controller.is_due(progress(0, 8192))
@@ -41,7 +41,7 @@ def test_warmup_rises_linearly_to_the_scaled_rate() -> None:
 
 
 def test_warmup_of_no_epochs_is_linear_scaling() -> None:
-    controller = Warmup(512, 128, warmup_epochs=0)
+    controller = Warmup(128, 512, warmup_epochs=0)
     assert controller.decision == Decision(512, 4.0)
     assert not controller.is_due(progress(1))
     assert controller.update(progress(1)) == Decision(512, 4.0)
@@ -93,7 +93,7 @@ def test_grow_instead_of_decay_makes_up_for_rounding() -> None:
 @pytest.mark.parametrize(
     "controller",
     [
-        Warmup(512, 128),
+        Warmup(128, 512),
         AdaBatch(128, 1024, every_epochs=2),
         GrowInsteadOfDecay(128, 1024, milestones=[2, 4]),
     ],
@@ -113,7 +113,8 @@ def test_saved_and_restored_continues_the_same(controller: BatchController) -> N
     ("make", "message"),
     [
         (lambda: FixedBatch(0), "batch_size must be a whole number >= 1, got 0"),
-        (lambda: Warmup(128, 0), "reference_batch_size must be a whole number >= 1, got 0"),
+        (lambda: Warmup(0, 128), "batch_size must be a whole number >= 1, got 0"),
+        (lambda: Warmup(128, 64), "max_batch_size must be >= batch_size 128, got 64"),
         (
             lambda: Warmup(128, 128, warmup_epochs=-1),
             "warmup_epochs must be a finite number >= 0, got -1",
@@ -155,10 +156,10 @@ def test_bad_arguments(make: object, message: str) -> None:
 def test_warmup_rises_to_what_the_rule_makes_of_the_batch() -> None:
     """512 is four times 128: under the root the ramp goes from 1 to 2, half-way through its 2
     epochs it is at 1.5."""
-    controller = Warmup(512, 128, warmup_epochs=2, lr_rule="sqrt")
+    controller = Warmup(128, 512, warmup_epochs=2, lr_rule="sqrt")
     assert controller.decision.lr_factor == 1
     assert controller.update(progress(1)).lr_factor == 1.5
     assert controller.update(progress(2)).lr_factor == 2
     assert not controller.is_due(progress(3))
-    assert Warmup(512, 128, warmup_epochs=0, lr_rule="none").decision.lr_factor == 1
-    assert Warmup(512, 128, warmup_epochs=0, max_lr_factor=3).decision.lr_factor == 3
+    assert Warmup(128, 512, warmup_epochs=0, lr_rule="none").decision.lr_factor == 1
+    assert Warmup(128, 512, warmup_epochs=0, max_lr_factor=3).decision.lr_factor == 3

@@ -15,7 +15,6 @@ from hessianflow.control import (
     fit_time_model,
     plan_workers,
 )
-from hessianflow.control.dual_batch import mixing_share, synchronous_shares
 from hessianflow.interfaces import HessianFlowError
 
 COMPSAC = (0.00056607, 0.014041204118)  # seconds an example, seconds a step
@@ -224,23 +223,14 @@ def test_infeasible_ratio_names_its_bound() -> None:
         dual_batch_plan(4, 1, CIFAR, 500, *COMPSAC, 1.4)
 
 
-def test_mixing_shares() -> None:
-    """f = 0.6667 from 0 towards 1: 0.33335 (COMPSAC) and 0.40001 (journal); f = 1: one half in
-    both."""
-    assert mixing_share(0.6667, "compsac") == pytest.approx(0.33335)
-    assert mixing_share(0.6667) == pytest.approx(0.40001, abs=1e-5)
-    assert mixing_share(1, "compsac") == mixing_share(1, "journal") == 0.5
-
-
 @pytest.mark.parametrize(
     ("small", "of_kind", "share"), [(3, False, 0.2625), (1, True, 0.2125), (0, False, 0.25)]
 )
-def test_synchronous_shares(small: int, of_kind: bool, share: float) -> None:
+def test_published_shares_of_synchronous_workers(small: int, of_kind: bool, share: float) -> None:
     plan = dual_batch_plan(4, small, CIFAR, 500, *COMPSAC, 1.05)
-    shares = synchronous_shares([worker.update_factor for worker in plan.workers])
-    assert sum(shares) == pytest.approx(1)
-    found = {round(s, 6) for s, w in zip(shares, plan.workers, strict=True) if w.small == of_kind}
-    assert found == {share}
+    total = sum(worker.update_factor for worker in plan.workers)
+    shares = {round(w.update_factor / total, 6) for w in plan.workers if w.small == of_kind}
+    assert shares == {share}
 
 
 def test_fit_of_an_exact_line() -> None:
@@ -315,13 +305,6 @@ def test_fit_resists_outliers() -> None:
             "rounding must be nearest or down, got 'up'",
         ),
         (lambda: plan_workers([], 1, 1), "workers must hold at least one worker, got none"),
-        (lambda: mixing_share(0), "update_factor must be a finite number > 0 and <= 1, got 0"),
-        (lambda: mixing_share(1, "mean"), "rule must be journal or compsac, got 'mean'"),  # type: ignore[arg-type]
-        (lambda: synchronous_shares([]), "update_factors must hold at least one factor, got none"),
-        (
-            lambda: synchronous_shares([2]),
-            "update_factor must be a finite number > 0 and <= 1, got 2",
-        ),
         (lambda: fit_time_model([1, 2], [1.0]), "seconds must match the 2 batch_sizes, got 1"),
         (lambda: fit_time_model([4, 4], [1.0, 2.0]), r"at least two different sizes, got \[4, 4\]"),
         (

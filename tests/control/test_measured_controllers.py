@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hessianflow.control import CABS, DiveBatch, NoiseScale, lr_factor, momentum_correction
+from hessianflow.control import CABS, DiveBatch, NoiseScale, lr_factor
 from hessianflow.control.diversity import gradient_diversity
 from hessianflow.control.noise_scale import goodput, two_batch_estimate
 from hessianflow.interfaces import BatchController, HessianFlowError, Progress
@@ -282,14 +282,6 @@ def test_lr_rules(rule: str, cap: float | None, factor: float) -> None:
     assert lr_factor(512, 128, rule, max_factor=cap) == factor  # type: ignore[arg-type]
 
 
-def test_momentum_correction_restores_the_buffer() -> None:
-    """A buffer v = rate * u updated with the corrected momentum is new_rate * (m u + g), for u = 2,
-    g = 3."""
-    momentum, old, new = 0.9, 0.1, 0.4
-    corrected = momentum_correction(momentum, old, new)
-    assert corrected * (old * 2) + new * 3 == pytest.approx(new * (momentum * 2 + 3))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -343,10 +335,6 @@ def test_momentum_correction_restores_the_buffer() -> None:
             "lr_rule must be one of linear, sqrt, none, got 'cubic'",
         ),
         (lambda: lr_factor(1, 1, max_factor=0), "max_factor must be a finite number > 0, got 0"),
-        (lambda: momentum_correction(1, 1, 1), "momentum must be < 1, got 1"),
-        (lambda: momentum_correction(-1, 1, 1), "momentum must be a finite number >= 0, got -1"),
-        (lambda: momentum_correction(0.9, 0, 1), "old_rate must be a finite number > 0, got 0"),
-        (lambda: momentum_correction(0.9, 1, 0), "new_rate must be a finite number > 0, got 0"),
     ],
 )
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:

@@ -172,7 +172,7 @@ def test_the_size_of_an_epoch_is_read_where_epochs_end() -> None:
 
 
 def test_rates_by_progress_are_replayed_at_the_recorded_moments() -> None:
-    result = replay(history([1.0] * 4), Warmup(512, 128, warmup_epochs=2))
+    result = replay(history([1.0] * 4), Warmup(128, 512, warmup_epochs=2))
     assert [step.decision.lr_factor for step in result.steps] == [2.5, 4]
 
 

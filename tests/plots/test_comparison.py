@@ -230,3 +230,33 @@ def test_long_labels_are_cut_on_the_right_in_the_legend_and_nowhere_else(tmp_pat
     assert first.endswith("…")
     assert max(len(first), len(second)) <= 90
     assert third == "model=c1 (2 runs)"
+
+
+def test_methods_are_told_apart_by_their_names_and_options(tmp_path):
+    def folder(name, **settings):
+        return write_run(tmp_path / name, config={"settings": {"epochs": 3, **settings}})
+
+    def absa(patience):
+        return {"name": "absa", "patience": patience, "decay_factor": 2.0}
+
+    folders = [
+        folder("a", controller=absa(5), optimizer={"name": "sgd", "momentum": 0.9}),
+        folder("b", controller=absa(10), optimizer={"name": "sgd", "momentum": 0.9}),
+        folder("c", controller={"name": "fixed"}, optimizer={"name": "sgd", "momentum": 0.9}),
+    ]
+    assert [row.settings for row in compare_table(folders).rows] == [
+        "controller=absa, patience=5",
+        "controller=absa, patience=10",
+        "controller=fixed",
+    ]
+
+
+def test_a_run_in_the_words_of_an_older_release_is_of_the_same_group(tmp_path):
+    today = {"controller": {"name": "absa", "patience": 5}, "optimizer": {"name": "sgd"}}
+    older = {"controller": "absa", "patience": 5, "optimizer": "sgd", "edge_share": 0.75}
+    folders = [
+        write_run(tmp_path / "a", config={"settings": {"seed": 0, **today}}),
+        write_run(tmp_path / "b", config={"settings": {"seed": 1, **older}}),
+    ]
+    [group] = group_runs(read_runs(folders))
+    assert len(group.runs) == 2

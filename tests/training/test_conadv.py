@@ -310,8 +310,8 @@ def test_a_share_makes_twins_of_that_share_and_every_row_counts_alike():
         def step(self, closure=None):
             seen.append(torch.cat([p.grad.flatten() for p in ours.parameters()]))
 
-    optimizer, controller = Seen(ours.parameters(), lr=0.1), FixedBatch(BATCH, 0.5)
-    adversary = ConcurrentAdversary(attack(), staleness=0)
+    optimizer, controller = Seen(ours.parameters(), lr=0.1), FixedBatch(BATCH)
+    adversary = ConcurrentAdversary(attack(), share=0.5, staleness=0)
     options: dict[str, Any] = {"controller": controller, "optimizer": optimizer, "epochs": 1}
     x, y = next(iter(data()))
     theirs.train()

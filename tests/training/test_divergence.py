@@ -103,8 +103,8 @@ def test_policy_counts_and_halves_what_it_cannot_undo():
 
 def test_hold_keeps_the_proportion():
     assert hold(Decision(16, 4.0, 0.1, "grew"), 8).setting == (8, 2.0, 0.1)
-    assert hold(Decision(32, 4.0), 8, power=0.5).setting == (8, 2.0, 0.0)
-    assert hold(Decision(32, 4.0), 8, power=0.0).setting == (8, 4.0, 0.0)
+    assert hold(Decision(32, 4.0), 8, power=0.5).setting == (8, 2.0, 1.0)
+    assert hold(Decision(32, 4.0), 8, power=0.0).setting == (8, 4.0, 1.0)
     assert hold(Decision(8, 4.0), 8) == Decision(8, 4.0)
 
 

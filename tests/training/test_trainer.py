@@ -653,7 +653,7 @@ def test_warm_up_of_a_large_batch_keeps_the_schedule_of_the_reference_batch():
         data(count=48),
         optimizer=optimizer,
         schedule=Schedule(scheduler, unit="reference_batch", reference_batch_size=8),
-        controller=Warmup(24, 8, warmup_epochs=0),
+        controller=Warmup(8, 24, warmup_epochs=0),
         epochs=4,
     ).fit()
     assert [row["lr"] for row in history.epochs] == pytest.approx([0.3, 0.3, 0.03, 0.03])
