@@ -22,7 +22,7 @@ from hessianflow.choices import (
 from hessianflow.config import RunConfig, to_dict
 from hessianflow.control import Stage, stage_at
 from hessianflow.distributed.curvature import sharded
-from hessianflow.interfaces import HessianFlowError, RecordSink, World
+from hessianflow.interfaces import GradientObserver, HessianFlowError, RecordSink, World
 from hessianflow.measurements import (
     FLOAT32_PER_16_BIT,
     build_measurements,
@@ -102,6 +102,9 @@ def build_trainer(
     scheduler, unit = build_scheduler(config, optimizer, examples)
     stages = build_stages(config)
     transform = build_transform(parts, stages)
+    recalibration = None
+    if transform is not None:
+        recalibration = build_recalibration(config, parts)
     return AdaptiveBatchTrainer(
         compiled(config, parts.model),
         parts.train,
@@ -115,23 +118,14 @@ def build_trainer(
         observers=observers,
         transform=transform,
         schedule=Schedule(scheduler, unit, config.batch_size),
-        passes=Passes(
-            microbatch_size=(
-                microbatch_default(config, observers)
-                if config.microbatch_size is None
-                else config.microbatch_size
-            ),
-            norm_batch_size=0 if config.norm_batch_size == "ranks" else config.norm_batch_size,
-            norm_statistics=config.norm_statistics,
-            precision=resolved_precision(config),
-        ),
+        passes=_passes(config, observers),
         checkpoints=Checkpoints(
             config.checkpoint_examples, config.checkpoint_minutes, config.keep_checkpoints
         ),
         divergence=Divergence(config.on_divergence, config.max_rollbacks),
         after_epoch=AfterEpoch(
             curvature=config.curvature != "needed",
-            before_evaluation=None if transform is None else build_recalibration(config, parts),
+            before_evaluation=recalibration,
             measurements=build_measurements(config, parts),
         ),
         run_dir=config.run_dir,
@@ -140,6 +134,19 @@ def build_trainer(
             config={"settings": to_dict(config), **resolution_record(stages)},
         ),
         world=world,
+    )
+
+
+def _passes(config: RunConfig, observers: list[GradientObserver]) -> Passes:
+    """Return the sizes and the precision of the passes through the network."""
+    norm_batch_size = config.norm_batch_size
+    if norm_batch_size == "ranks":  # SyncBatchNorm gathers the batches of all ranks by itself
+        norm_batch_size = 0
+    return Passes(
+        microbatch_size=config.microbatch_size or microbatch_default(config, observers),
+        norm_batch_size=norm_batch_size,
+        norm_statistics=config.norm_statistics,
+        precision=resolved_precision(config),
     )
 
 

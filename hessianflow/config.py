@@ -207,9 +207,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in CHOSEN:
-            given = getattr(self, name)
-            if given is not None or name not in _MAY_BE_OPEN:
-                object.__setattr__(self, name, chosen(name, given))
+            method = getattr(self, name)
+            if method is not None or name not in _MAY_BE_OPEN:
+                object.__setattr__(self, name, chosen(name, method))
         for name, hint in hints().items():
             if name not in CHOSEN:
                 check_setting(name, getattr(self, name), hint)
@@ -272,15 +272,15 @@ def _wishes(config: TrainConfig) -> list[str]:
     return wishes
 
 
-def chosen(name: str, given: Any) -> Choice:
+def chosen(name: str, method: Any) -> Choice:
     """Return the method that is given for the setting `name`.
 
     Raises:
         HessianFlowError: The method or one of its options is unknown.
     """
-    if name == "adversary" and given in ("none", {"name": "none"}, Choice("none")):
+    if name == "adversary" and method in ("none", {"name": "none"}, Choice("none")):
         return Choice("none")
-    return choice(KINDS[name], given, name)
+    return choice(KINDS[name], method, name)
 
 
 @cache

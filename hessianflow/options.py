@@ -42,8 +42,8 @@ class Option:
         """Return the value in the type of the option: lists as tuples, integers as floats if due.
 
         Raises:
-            HessianFlowError: a value of another type, or a number that is not finite or so large
-                that products of a few of them overflow; `where` names the option.
+            HessianFlowError: The value has another type, or is not finite, or is so large that
+                products of a few overflow; the error names the option `where`.
         """
         check_type(where, value, self.hint)
         check_size(where, value)
@@ -55,8 +55,10 @@ class Option:
 
 
 def _number(key: Any) -> Any:
-    """Return a key as the number that it was before JSON made it text."""
-    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
+    """Return the key of a mapping as the number that it was before JSON made it text."""
+    if isinstance(key, str) and key.isdecimal() and len(key) < 20:
+        return int(key)
+    return key
 
 
 def _tupled(value: Any) -> Any:

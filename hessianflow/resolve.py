@@ -23,7 +23,7 @@ NOT_ON_A_SERVER = ("lr_rule", "curvature_budget")
 """Settings with presets that do not apply to a run with a parameter server."""
 
 
-def resolve(given: TrainConfig) -> RunConfig:
+def resolve(config: TrainConfig) -> RunConfig:
     """Fill every setting that was left open.
 
     An open cap is at least the batch size and, above it, at most `train_examples`; open probe
@@ -34,21 +34,21 @@ def resolve(given: TrainConfig) -> RunConfig:
     Raises:
         HessianFlowError: Settings contradict each other, or a method refuses an option.
     """
-    if isinstance(given, RunConfig):
-        return given
-    given = fitted(
+    if isinstance(config, RunConfig):
+        return config
+    config = fitted(
         replace(
-            given,
-            data_dir=user_path(given.data_dir, "--data-dir"),
-            run_dir=user_path(given.run_dir, "--run-dir"),
+            config,
+            data_dir=user_path(config.data_dir, "--data-dir"),
+            run_dir=user_path(config.run_dir, "--run-dir"),
         )
     )
-    preset = data_set(given.data).preset
-    values = {setting.name: getattr(given, setting.name) for setting in fields(TrainConfig)}
-    values |= _sizes(given, preset.settings)
-    values |= _preferred(given, preset.schedule)
+    preset = data_set(config.data).preset
+    values = {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
+    values |= _sizes(config, preset.settings)
+    values |= _preferred(config, preset.schedule)
     optimizer = complete(
-        KINDS["optimizer"], given.optimizer, _facts(values), preset.methods, "optimizer"
+        KINDS["optimizer"], config.optimizer, _facts(values), preset.methods, "optimizer"
     )
     values["optimizer"] = optimizer
     inner = innermost(optimizer)
@@ -57,9 +57,9 @@ def resolve(given: TrainConfig) -> RunConfig:
     for name in ("schedule", "adversary", "controller"):
         if values[name].name != "none":
             values[name] = complete(KINDS[name], values[name], run, preset.methods, name)
-    values["lr"] = _rate(given, inner.name, preset.settings["lr"])
-    values["lr_rule"] = given.lr_rule or _rule(values["controller"], inner.name)
-    values |= _images(given)
+    values["lr"] = _rate(config, inner.name, preset.settings["lr"])
+    values["lr_rule"] = config.lr_rule or _rule(values["controller"], inner.name)
+    values |= _images(config)
     open_ones = [name for name, value in values.items() if value is None]
     if values["controller"].name == "dual-batch":
         open_ones = [name for name in open_ones if name not in NOT_ON_A_SERVER]
@@ -77,38 +77,38 @@ def innermost(optimizer: Choice) -> Choice:
     return optimizer
 
 
-def _sizes(given: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(config: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of a run, which bound each other.
 
     Raises:
         HessianFlowError: The cap is below the batch size.
     """
-    examples = given.train_examples or sys.maxsize
-    batch = given.batch_size or preset["batch_size"]
-    cap = given.max_batch_size
-    if given.controller.name == "dual-batch":
+    examples = config.train_examples or sys.maxsize
+    batch = config.batch_size or preset["batch_size"]
+    cap = config.max_batch_size
+    if config.controller.name == "dual-batch":
         cap = max(batch, cap or 1)  # no batch grows, so that any cap holds
     if cap is None:
         cap = max(min(preset["max_batch_size"], examples), batch)
     elif cap < batch:
         raise HessianFlowError(
-            f"--max-batch-size {cap} is below the batch size {batch} that {given.data} runs start"
+            f"--max-batch-size {cap} is below the batch size {batch} that {config.data} runs start"
             " with: raise the cap or set --batch-size"
         )
     return {
         "batch_size": batch,
         "max_batch_size": cap,
-        "epochs": given.epochs or preset["epochs"],
-        "probe_examples": given.probe_examples or min(preset["probe_examples"], examples),
+        "epochs": config.epochs or preset["epochs"],
+        "probe_examples": config.probe_examples or min(preset["probe_examples"], examples),
     }
 
 
-def _preferred(given: TrainConfig, usual_schedule: str) -> dict[str, Any]:
+def _preferred(config: TrainConfig, usual_schedule: str) -> dict[str, Any]:
     """Return schedule, adversary and norm mode: as given, else as the controller prefers."""
     values: dict[str, Any] = {"schedule": usual_schedule, "norm_mode": "eval", "adversary": "fgsm"}
-    values |= prefers(KINDS["controller"], given.controller)
+    values |= prefers(KINDS["controller"], config.controller)
     for name, preferred in values.items():
-        values[name] = getattr(given, name) or preferred
+        values[name] = getattr(config, name) or preferred
         if name in CHOSEN:
             values[name] = chosen(name, values[name])
     return values
@@ -141,21 +141,21 @@ def _milestones(usual: tuple[int, ...], usual_epochs: int, epochs: int) -> tuple
     return tuple(sorted(milestone for milestone in scaled if 0 < milestone < epochs))
 
 
-def _rate(given: TrainConfig, optimizer: str, for_sgd: float) -> float:
+def _rate(config: TrainConfig, optimizer: str, for_sgd: float) -> float:
     """Return the rate given, or the one known for the optimizer on the data set.
 
     Raises:
         HessianFlowError: No rate is given, and none is known.
     """
-    if given.lr is not None:
-        return given.lr
+    if config.lr is not None:
+        return config.lr
     if optimizer == "sgd":
         return for_sgd
     rates = RATES.get(optimizer, {})
-    rate = rates.get(given.data, rates.get("all"))
+    rate = rates.get(config.data, rates.get("all"))
     if rate is None:
         raise HessianFlowError(
-            f"--optimizer {optimizer} needs --lr: {for_sgd:g}, the rate of {given.data} runs, is"
+            f"--optimizer {optimizer} needs --lr: {for_sgd:g}, the rate of {config.data} runs, is"
             " SGD's, and no other is known"
         )
     return rate
@@ -173,26 +173,26 @@ def _rule(controller: Choice, optimizer: str) -> str | None:
     return "sqrt"
 
 
-def _images(given: TrainConfig) -> dict[str, Any]:
+def _images(config: TrainConfig) -> dict[str, Any]:
     """Return the sides that images are cut to and trained at.
 
     Raises:
         HessianFlowError: The images do not have the highest resolution given.
     """
     sides: dict[str, Any] = {}
-    own_side = data_set(given.data).side
-    side = own_side or given.image_size
-    if given.resolution is not None:
-        sides["resolutions"] = given.resolutions
-        if given.resolutions is None:
+    own_side = data_set(config.data).side
+    side = own_side or config.image_size
+    if config.resolution is not None:
+        sides["resolutions"] = config.resolutions
+        if config.resolutions is None:
             full = side or FILE_SIDE
             sides["resolutions"] = (full * 3 // 4, full)
-        elif side is not None and given.resolutions[-1] != side:
+        elif side is not None and config.resolutions[-1] != side:
             raise HessianFlowError(
-                f"--resolutions must end with {side}, the pixels a side of {given.data}, got"
-                f" {list(given.resolutions)}"
+                f"--resolutions must end with {side}, the pixels a side of {config.data}, got"
+                f" {list(config.resolutions)}"
             )
-    if own_side is None and given.image_size is None:
+    if own_side is None and config.image_size is None:
         sides["image_size"] = sides.get("resolutions", (FILE_SIDE,))[-1]
     return sides
 

@@ -93,21 +93,21 @@ def _setting(arguments: Namespace) -> Published:
     Raises:
         HessianFlowError: A figure is missing, or a preset has it already.
     """
-    given = {name: arguments[name] for name in _GIVEN if arguments[name] is not None}
+    figures = {name: arguments[name] for name in _GIVEN if arguments[name] is not None}
     if arguments.preset is not None:
         preset = PUBLISHED[arguments.preset]
-        if given.keys() - {"examples"}:
-            name = next(iter(given.keys() - {"examples"})).replace("_", "-")
+        if figures.keys() - {"examples"}:
+            name = next(iter(figures.keys() - {"examples"})).replace("_", "-")
             raise HessianFlowError(
                 f"--{name} and --preset {arguments.preset} both give it: leave one out"
             )
-        return replace(preset, **given)
-    missing = [name.replace("_", "-") for name in _GIVEN if name not in given]
+        return replace(preset, **figures)
+    missing = [name.replace("_", "-") for name in _GIVEN if name not in figures]
     if missing:
         raise HessianFlowError(f"--{missing[0]} is needed, or --preset {', '.join(PUBLISHED)}")
-    time = TimeModel(given["slope"], given["intercept"])
+    time = TimeModel(figures["slope"], figures["intercept"])
     return Published(
-        "", given["examples"], (Level(1, given["batch_size"]),), (time,), (1,), 0.0, 0.0
+        "", figures["examples"], (Level(1, figures["batch_size"]),), (time,), (1,), 0.0, 0.0
     )
 
 

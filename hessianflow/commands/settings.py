@@ -210,10 +210,9 @@ def _add_method(
         if known.is_required:
             default = None
         default = kind.defaults.get(name, {}).get(known.name, default)
-        # jsonargparse shows the two values of a switch.
-        metavar: str | None = known.name.upper()
+        metavar = known.name.upper()
         if known.hint in (bool, bool | None):
-            metavar = None
+            metavar = "{true,false}"
         parser.settings.add(dotted.replace(".", INSIDE))
         parser.add(
             f"--{where}.{known.name.replace('_', '-')}",
