@@ -161,10 +161,12 @@ def _run(arguments: Namespace) -> "PlanBasis":
         config = prepare(TrainConfig(**changed))
         arguments.given.check(config)
         return PlanBasis(config)
-    for name in changed:
+    for name, value in changed.items():
         if name in SCHEDULE and name != "model":
+            if isinstance(value, dict):
+                value = value["name"]
             raise HessianFlowError(
-                f"{option(name)}: --run {arguments.run} sets that, leave one out"
+                f"{option(name)} {value}: --run {arguments.run} sets that, leave one out"
             )
     require_settings(arguments.run, "plan", "hf.planning.predict")
     require_named_code(arguments.run, arguments)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
+from hessianflow.config import CHOSEN
 from hessianflow.interfaces import HessianFlowError
 
 MOST_BYTES = 1 << 18
@@ -123,7 +124,8 @@ def _as_words(name: str, node: yaml.Node, where: str) -> dict[str, str]:
 
     A method that is a mapping gives its name, and its options by dotted names.
     """
-    if not isinstance(node, yaml.MappingNode) or node.tag != _MAP:
+    may_be_mapping = "." in name or name in CHOSEN
+    if not may_be_mapping or not isinstance(node, yaml.MappingNode) or node.tag != _MAP:
         return {name: _as_word(node, f"{where}: {name}")}
     if "." in name and not any(key.value == "name" for key, _ in node.value):
         pairs = [(_as_word(key, where), _as_word(value, where)) for key, value in node.value]
