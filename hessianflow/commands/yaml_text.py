@@ -30,6 +30,7 @@ _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")
 )
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
+_MUST_BE = "must be a number, a word or a list"
 _NULL = "tag:yaml.org,2002:null"
 _LIST = "tag:yaml.org,2002:seq"
 _MAP = "tag:yaml.org,2002:map"
@@ -124,10 +125,12 @@ def _as_words(name: str, node: yaml.Node, where: str) -> dict[str, str]:
 
     A method that is a mapping gives its name, and its options by dotted names.
     """
-    may_be_mapping = "." in name or name in CHOSEN
-    if not may_be_mapping or not isinstance(node, yaml.MappingNode) or node.tag != _MAP:
+    if not isinstance(node, yaml.MappingNode) or node.tag != _MAP:
         return {name: _as_word(node, f"{where}: {name}")}
-    if "." in name and not any(key.value == "name" for key, _ in node.value):
+    is_method = name in CHOSEN or any(key.value == "name" for key, _ in node.value)
+    if not is_method and "." not in name:
+        raise HessianFlowError(f"{where}: {name} {_MUST_BE}, found a mapping")
+    if not is_method:
         pairs = [(_as_word(key, where), _as_word(value, where)) for key, value in node.value]
         return {name: f"{{{', '.join(f'{key}: {value}' for key, value in pairs)}}}"}
     words: dict[str, str] = {}
@@ -201,9 +204,9 @@ def _as_word(node: yaml.Node, where: str) -> str:
     if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
         return f"[{', '.join(_as_word(part, where) for part in node.value)}]"
     if isinstance(node, yaml.MappingNode):
-        raise HessianFlowError(f"{where} must be a number, a word or a list, found a mapping")
+        raise HessianFlowError(f"{where} {_MUST_BE}, found a mapping")
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
-        raise HessianFlowError(f"{where} must be a number, a word or a list, found a tag")
+        raise HessianFlowError(f"{where} {_MUST_BE}, found a tag")
     if node.tag == _NULL:
         return "null"
     return str(node.value)
