@@ -19,6 +19,7 @@ from hessianflow.choices import (
     build_scheduler,
     build_stages,
     microbatch_default,
+    scaled_eps,
     split_for_twins,
 )
 from hessianflow.config import RunConfig, TrainConfig, from_dict, option, to_dict
@@ -302,7 +303,9 @@ def build_measurements(config: RunConfig, parts: Parts) -> list[EpochMeasurement
     """Return what is measured after every epoch, on the first test examples."""
     found: list[EpochMeasurement] = []
     if config.overfitting_alarm:
-        eps = config.adversary.options.get("eps", WATCHED_EPS) / torch.tensor(parts.spread)
+        eps = scaled_eps(
+            config.adversary.options.get("eps", WATCHED_EPS), torch.tensor(parts.spread)
+        )
         batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
         found.append(
             RobustnessWatch(

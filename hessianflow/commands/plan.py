@@ -171,6 +171,11 @@ def _check(arguments: Namespace) -> None:
         raise HessianFlowError("--measured and --slope both give step times: leave one out")
 
 
+def _said(value: Any) -> Any:
+    """Return a setting as it was typed, of a method its name."""
+    return value["name"] if isinstance(value, dict) else value
+
+
 def _run(arguments: Namespace) -> "Run":
     from hessianflow.build import load_config, on_this_machine, prepare
     from hessianflow.planning.measure import Run
@@ -184,7 +189,8 @@ def _run(arguments: Namespace) -> "Run":
     for name in changed:
         if name in SCHEDULE and name != "model":
             raise HessianFlowError(
-                f"{option(name)}: --run {arguments.run} sets that, leave one out"
+                f"{option(name)} {_said(changed[name])}: --run {arguments.run} sets that, leave one"
+                " out"
             )
     require_settings(arguments.run, "plan", "hf.planning.predict")
     require_named_code(arguments.run, arguments)

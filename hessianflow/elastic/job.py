@@ -35,7 +35,8 @@ class TrainerJob:
         if adversary is not None and adversary.staleness > 0:
             raise HessianFlowError(
                 "staleness must be 0 in an elastic run, whose workers hold no batches for later,"
-                f" got {adversary.staleness}: use --adversary.staleness 0, or train without --elastic"
+                f" got {adversary.staleness}: use --adversary.staleness 0, or train without"
+                " --elastic"
             )
         self._trainer.begin()
         self._copied = False
