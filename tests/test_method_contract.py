@@ -6,6 +6,7 @@ from a checkpoint, refuses bad options on one line, and trains on two ranks or s
 
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,15 @@ def test_every_option_refuses_what_it_cannot_be_on_one_line(kind: str, name: str
 
 def on_two(reducer: GroupReducer, cases: list[dict[str, Any]]) -> list[Any]:
     """Train every case as one rank; the weights, or what is said."""
-    from hessianflow.build import build_trainer
-    from hessianflow.config import TrainConfig
-    from hessianflow.resolve import resolve
-
+    build, config, resolve = (
+        import_module(f"hessianflow.{name}") for name in ("build", "config", "resolve")
+    )
     torch.set_num_threads(1)
     found: list[Any] = []
     for case in cases:
         try:
-            made = build_trainer(resolve(TrainConfig(**case)), world=GroupWorld(reducer))
+            settings = resolve.resolve(config.TrainConfig(**case))
+            made = build.build_trainer(settings, world=GroupWorld(reducer))
             made.fit()
         except HessianFlowError as error:
             found.append(str(error))
