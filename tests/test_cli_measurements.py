@@ -23,6 +23,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_second_spectrum_adds_to_the_first(capsys):
     measure = ["spectrum", "run", "--examples", "32"]
     assert main([*measure, "--k", "2", "--trace", "true"]) == 0
