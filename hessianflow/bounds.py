@@ -117,8 +117,8 @@ def check_range(where: str, number: float, low: float, high: float) -> None:
         )
 
 
-def check_size(where: str, value: Any) -> None:
-    """Refuse numbers in a value that are nan or beyond LARGEST, of either sign.
+def check_size(where: str, value: Any, most: float = LARGEST) -> None:
+    """Refuse numbers in a value that are nan or beyond `most`, of either sign.
 
     The bounds of an option are its method's own affair; but not every constructor, those of torch
     among them, refuses nan.
@@ -127,7 +127,7 @@ def check_size(where: str, value: Any) -> None:
         HessianFlowError: naming `where`, the bound and the number.
     """
     for number in _numbers(value):
-        check_range(where, number, -LARGEST, LARGEST)
+        check_range(where, number, -most, most)
 
 
 def option(name: str) -> str:

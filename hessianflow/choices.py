@@ -1,5 +1,6 @@
 """Builders of the objects that a trainer is made of, by the names in a resolved configuration."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -153,8 +154,25 @@ def _scaled(chosen: Choice, spread: torch.Tensor) -> Choice:
         if isinstance(value, Choice):
             options[name] = _scaled(value, spread)
     if "eps" in options:
-        options["eps"] = options["eps"] / spread
+        options["eps"] = scaled_eps(options["eps"], spread)
     return Choice(chosen.name, options)
+
+
+def scaled_eps(eps: float | Sequence[float], spread: torch.Tensor) -> torch.Tensor:
+    """Return the size of an attack, one number or one per channel, in the units of inputs that were
+    divided by `spread` (one per channel).
+
+    Raises:
+        HessianFlowError: as many numbers as there are no channels.
+    """
+    if not isinstance(eps, Sequence):
+        return eps / spread
+    sizes = torch.tensor(eps, dtype=spread.dtype)
+    if len(sizes) not in (1, len(spread)):
+        raise HessianFlowError(
+            f"--adversary.eps must be one number or one per channel, {len(spread)}, got {eps}"
+        )
+    return sizes.view(-1, *(1,) * (spread.ndim - 1)) / spread
 
 
 def _runner(chosen: Choice | None, device: torch.device) -> Choice:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hessianflow.adversarial import InputCurvature, RobustnessWatch
+from hessianflow.choices import scaled_eps
 from hessianflow.config import RunConfig
 from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, ProbeOperator
@@ -92,7 +93,8 @@ def build_measurements(config: RunConfig, parts: Parts) -> list[EpochMeasurement
     """Return the measurements that follow every epoch, on the first test examples."""
     measurements: list[EpochMeasurement] = []
     if config.overfitting_alarm:
-        eps = config.adversary.options.get("eps", WATCHED_EPS) / torch.tensor(parts.spread)
+        size = config.adversary.options.get("eps", WATCHED_EPS)
+        eps = scaled_eps(size, torch.tensor(parts.spread))
         batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
         measurements.append(
             RobustnessWatch(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hessianflow.bounds import check_size, check_type
+from hessianflow.bounds import LARGEST, MOST, check_size, check_type
 
 KINDS_BY_TYPE = {"InputAttack": "attack", "AttackRunner": "runner", "Optimizer": "optimizer"}
 """Kinds of methods that may be options of others, by the type of the parameter."""
@@ -46,12 +46,17 @@ class Option:
                 products of a few overflow; the error names the option `where`.
         """
         check_type(where, value, self.hint)
-        check_size(where, value)
+        check_size(where, value, MOST if not _holds(self.hint, float) else LARGEST)
         if self.hint is float and value is not None:
             return float(value)
         if isinstance(value, Mapping):
             return {_number(key): part for key, part in value.items()}
         return _tupled(value)
+
+
+def _holds(hint: Any, kind: Any) -> bool:
+    """Return whether a kind of value is part of a type."""
+    return hint is kind or any(_holds(part, kind) for part in get_args(hint))
 
 
 def _number(key: Any) -> Any:

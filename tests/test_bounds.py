@@ -73,7 +73,7 @@ def refusal(**settings: Any) -> str:
         ),
         (
             {"schedule": {"name": "multistep", "milestones": (10**400,)}},
-            "--schedule.milestones must be at most 1e+30, got a number of about 400 digits",
+            "--schedule.milestones must be at most 1e+09, got a number of about 400 digits",
         ),
         (
             {"controller": {"name": "timed", "stages": ((1, 2, 3),)}},

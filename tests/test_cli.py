@@ -214,6 +214,7 @@ def test_only_a_model_with_batch_normalisation_can_be_split(tmp_path: Path, caps
     assert status == 0, err
 
 
+@pytest.mark.slow
 def test_what_was_trained_with_twins_is_measured_with_the_main_set_alone(capsys):
     options = ["--adversary", "conadv", "--adversary.staleness", "0", "--run-dir", "twins", *QUICK]
     assert run("train", *options, capsys=capsys)[0] == 0
@@ -228,6 +229,7 @@ def test_what_was_trained_with_twins_is_measured_with_the_main_set_alone(capsys)
     assert "eigenvalues() failed" not in out
 
 
+@pytest.mark.slow
 def test_robustness_and_input_curvature_are_recorded_when_asked_for(capsys):
     status, _, err = run(
         "train", *QUICK, "--overfitting-alarm", "true", "--input-curvature", "true", capsys=capsys
@@ -306,6 +308,7 @@ def test_settings_of_a_run_are_a_config_file(capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -540,6 +543,7 @@ def test_divergence_names_epoch_step_and_checkpoint(capsys):
     assert History.load("run").of_kind("event")[0]["event"] == "diverged"
 
 
+@pytest.mark.slow
 def test_statistics_of_all_ranks_are_those_of_one_alone(capsys):
     """Without torchrun the synchronised layers see the microbatch, as plain ones do."""
     options = [*QUICK, "--train-examples", "200", "--microbatch-size", "32"]

@@ -23,6 +23,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_second_spectrum_adds_to_the_first(capsys):
     measure = ["spectrum", "run", "--examples", "32"]
     assert main([*measure, "--k", "2", "--trace", "true"]) == 0
@@ -58,3 +59,17 @@ def test_other_attacks_are_kept_apart_and_the_report_shows_the_last(capsys):
     page = Path("run/report.html").read_text()
     assert "Accuracy under attack: run" in page
     assert "pgd2" in page
+
+
+def test_an_attack_may_have_a_size_for_each_channel(capsys):
+    quick = ["train", *SMALL, "--plots", "false", "--overfitting-alarm", "--adversary.eps"]
+    losses = []
+    for name, size in (("one", "0.1"), ("each", "[0.1]")):
+        assert main([*quick, size, "--run-dir", name]) == 0
+        lines = map(json.loads, Path(name, "history.jsonl").read_text().splitlines())
+        losses.append([row["train_loss"] for row in lines if row["kind"] == "epoch"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert main([*quick, "[0.1, 0.2]", "--run-dir", "two"]) == 2
+    assert "--adversary.eps must be one number or one per channel, 1, got" in (
+        capsys.readouterr().err
+    )

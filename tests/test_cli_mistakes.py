@@ -244,6 +244,7 @@ def test_a_replay_and_a_plan_refuse_them_too(capsys):
     assert "--controller.growth-factor is an option of absa and abs and adabatch, not of" in err
 
 
+@pytest.mark.slow
 def test_what_a_file_holds_for_other_choices_is_said_not_refused(capsys):
     """One file may serve several choices; what is as it would be anyway is no word worth."""
     Path("base.yaml").write_text(
@@ -410,6 +411,7 @@ def test_the_warm_up_of_the_warmup_controller_is_the_one_asked_for(capsys):
     assert [row["lr_factor"] for row in history.of_kind("batch")][-1] == 2
 
 
+@pytest.mark.slow
 def test_switches_are_true_when_nothing_follows(capsys):
     small = ["--train-examples", "128", "--test-examples", "32", "--max-batch-size", "64"]
     assert run("train", "--overfitting-alarm", *small, *QUICK, capsys=capsys)[0] == 0

@@ -87,6 +87,7 @@ def test_tensorboard_files_hold_the_history(capsys):
     assert len(events.Scalars("curvature/eigenvalue")) == 3
 
 
+@pytest.mark.slow
 def test_curvature_is_measured_on_fewer_examples_where_it_costs_more(capsys):
     errors(
         "train", "--data", "fake", *QUICK, "--train-examples", "256", "--epochs", "1", capsys=capsys
@@ -95,6 +96,7 @@ def test_curvature_is_measured_on_fewer_examples_where_it_costs_more(capsys):
     assert History.load("run").curvature[0]["num_examples"] == 64
 
 
+@pytest.mark.slow
 def test_a_curvature_budget_is_kept(capsys):
     """Digits: 1438 examples an epoch, a reading on 128. Cost is counted in gradients, 2 a product
     and 1 a graph."""

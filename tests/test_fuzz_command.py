@@ -20,8 +20,9 @@ from fuzz import Case, Tally, report, run_all, some
 from hessianflow.cli import main
 from hessianflow.commands import curvature, data, plan, records, robustness, training
 from hessianflow.commands.parser import Parser, main_parser
-from hessianflow.config import TrainConfig, option
+from hessianflow.config import CHOSEN, TrainConfig, option
 from hessianflow.effects import EFFECTIVE
+from hessianflow.methods import KINDS, method_options
 
 pytestmark = pytest.mark.slow
 SPREAD = True
@@ -133,7 +134,7 @@ TINY = {
         "batch_size": 16,
         "max_batch_size": 32,
         "epochs": 1,
-        "milestones": "[]",
+        "schedule.milestones": "[]",
     },
     **{
         "microbatch_size": 16,
@@ -144,7 +145,7 @@ TINY = {
     },
 }
 """Settings of a run that takes a moment."""
-ON_RAY = ("elastic", "min_workers", "max_workers", "ray_address", "server")
+ON_RAY = ("elastic", "min_workers", "max_workers", "ray_address", "controller.server")
 """Settings that start processes, which take seconds; they get words that are refused before."""
 SLOW_WORDS = {"compile": ("true", "1", "yes")}
 """Words that are fine, and start a compiler."""
@@ -179,14 +180,22 @@ def where_it_counts(name: str) -> dict[str, Any]:
     first = next(iter(EFFECTIVE.get(name, ())), {})
     chosen = {other: values[0] for other, values in first.items() if isinstance(values, tuple)}
     defaults = {field.name: field.default for field in fields(TrainConfig)}
-    if "controller" in chosen and chosen["controller"] == "dual-batch":
-        chosen |= {"slope": 0.001, "intercept": 0.001}
-    return {key: value for key, value in chosen.items() if value != defaults[key] and key != name}
+    if chosen.get("controller") == "dual-batch":
+        chosen |= LINE
+    return {
+        key: value
+        for key, value in chosen.items()
+        if value != defaults.get(key, value if key not in LINE else None) and key != name
+    }
+
+
+LINE = {"controller.slope": 0.001, "controller.intercept": 0.001}
+"""What a dual-batch run would measure first."""
 
 
 def train_case(settings: Mapping[str, Any], name: str) -> Case:
     dual = settings.get("controller") == "dual-batch"
-    left_out = ("probe_examples", "milestones") if dual else ()
+    left_out = ("probe_examples", "schedule.milestones") if dual else ()
     base = {
         key: value for key, value in TINY.items() if key not in left_out and key not in settings
     }
@@ -196,7 +205,7 @@ def train_case(settings: Mapping[str, Any], name: str) -> Case:
         settings.get("schedule", "multistep") != "multistep"
         or settings.get("controller", "absa") != "absa"
     ):
-        base.pop("milestones", None)
+        base.pop("schedule.milestones", None)
     words = [f"{option(key)}={value}" for key, value in {**base, **settings}.items()]
     return Case(name, ["train", *words])
 
@@ -235,29 +244,68 @@ PAIRS: Mapping[str, Sequence[Any]] = {
         "dual-batch",
     ),
     "adversary": ("none", "pgd", "conadv", "reuse"),
-    "optimizer": ("adamw", "lars", "clars", "lamb"),
+    "optimizer": ("adamw", "lars", "clars", "lamb", "sam"),
     "schedule": ("constant", "cosine", "cooldown", "polynomial"),
     "curvature": ("off", "needed"),
     "resolution": ("cyclic", "once"),
     "on_divergence": ("rollback",),
-    "sam_rho": (0.05,),
+    "optimizer.rho": (0.05,),
+    "optimizer.base": ("adam", "lars"),
     "lr_rule": ("sqrt", "none"),
     "norm_batch_size": ("ranks", 0, 7),
     "norm_mode": ("batch",),
     "warmup_epochs": (0.5,),
-    "adversarial_share": (0, 1),
-    "staleness": (0, 3),
-    "milestones": ("[1]",),
-    "decay_from": (0,),
-    "patience": (0, 1),
+    "adversary.share": (0, 1),
+    "adversary.staleness": (0, 3),
+    "adversary.attack": ("pgd",),
+    "adversary.runner": ("interleaved", "stream"),
+    "schedule.milestones": ("[1]",),
+    "schedule.decay_from": (0,),
+    "controller.patience": ("null", 1),
+    "controller.momentum": (0.5,),
     "precision": ("bf16",),
-    "edge_share": (0, 0.5),
-    "weight_decay": (1e30,),
+    "controller.edge_share": ("null", 0.5),
+    "optimizer.weight_decay": (1e30,),
     "lr": (1e30, 0),
     "max_lr_factor": (1e30,),
-    "trust_coefficient": (1e6,),
+    "optimizer.trust_coefficient": (1e6,),
 }
 """Settings that know of each other."""
+
+
+def homes_of(settings: Mapping[str, Any], chance: random.Random) -> dict[str, str]:
+    """A method for each option that belongs to some, or the options would all be refused."""
+    found = {}
+    for name in settings:
+        setting, _, option_name = name.partition(".")
+        if option_name:
+            kind = KINDS[setting]
+            holders = [m for m in kind.methods if option_name in method_options(kind, m)]
+            found[setting] = chance.choice([m for m in holders if m != "dual-batch"])
+    return found
+
+
+def test_every_option_of_every_method_with_words_that_it_does_not_expect(tmp_path: Path):
+    chance = random.Random(22)
+    cases = []
+    for setting in CHOSEN:
+        kind = KINDS[setting]
+        for method in kind.methods:
+            for known in method_options(kind, method):
+                name = f"{setting}.{known}"
+                words = WORDS
+                if name in ON_RAY or method == "dual-batch":
+                    words = [word for word in WORDS if word.startswith(("-", "[", "{", "a\n", "&"))]
+                chosen = {setting: method, **(LINE if method == "dual-batch" else {})}
+                if method == "extrapolation":
+                    chosen["optimizer.lookahead_lr"] = 0.1
+                if setting == "optimizer":
+                    chosen["lr"] = 0.01
+                cases += [
+                    train_case({**chosen, name: word}, f"{method} {name} = {word[:30]!r}")
+                    for word in chance.sample(words, min(4, len(words)))
+                ]
+    check(cases, tmp_path, least=300)
 
 
 def test_choices_that_contradict_each_other(tmp_path: Path):
@@ -269,8 +317,10 @@ def test_choices_that_contradict_each_other(tmp_path: Path):
     for names in chance.sample(pairs, some(170)):
         more = chance.sample(sorted(PAIRS), 1) if chance.random() < 0.3 else []
         settings = {name: chance.choice(PAIRS[name]) for name in dict.fromkeys((*names, *more))}
+        if chance.random() < 0.7:
+            settings = {**homes_of(settings, chance), **settings}
         if settings.get("controller") == "dual-batch":
-            settings |= {"slope": 0.001, "intercept": 0.001}
+            settings |= LINE
         cases.append(train_case(settings, str(settings)))
     tally = run_all(cases, tmp_path, seconds=60)
     assert not tally.failures, report(tally)
@@ -294,6 +344,12 @@ FILES: Sequence[str | bytes] = (
         "seed: null",
         "controller: null",
         "momentum: ~",
+        "patience: 3\nsam_rho: 0.1",
+        "controller: {name: absa, patience: 3}",
+        "controller: {name: absa, patience: {a: 1}}",
+        "controller: {patience: 3}",
+        "controller: {name: {name: absa}}",
+        "schedule: {name: multistep, milestones: [[1]]}",
         "nonsense: 1",
         "batch-size: 3",
         "config: x.yaml",
@@ -352,7 +408,7 @@ def test_files_of_settings(tmp_path: Path):
         small = [
             f"{option(key)}={value}"
             for key, value in TINY.items()
-            if key not in ("epochs", "milestones")
+            if key not in ("epochs", "schedule.milestones")
         ]
         return Case(
             f"file {number}: {content[:30]!r}", ["train", "--config", "{}/x.yaml", *small], prepare

@@ -110,6 +110,7 @@ def long(folder: Path) -> list[Place]:
     return [place for place, lines in lengths(folder).items() if lines > SCREEN]
 
 
+@cache
 def figures(folder: Path) -> dict[str, float]:
     """Return what :data:`LIMITS` limits, for the modules below a folder."""
     lines = sum(len(path.read_text("utf-8").splitlines()) for path in folder.rglob("*.py"))

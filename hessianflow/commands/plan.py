@@ -151,6 +151,13 @@ def _check(arguments: Namespace) -> None:
         raise HessianFlowError("--measured and --slope both give step times: leave one out")
 
 
+def _said(value: Any) -> Any:
+    """Return a setting as it was typed; of a method this is its name."""
+    if isinstance(value, dict):
+        return value["name"]
+    return value
+
+
 def _run(arguments: Namespace) -> "PlanBasis":
     from hessianflow.build import load_config, on_this_machine, prepare
     from hessianflow.planning.measure import PlanBasis
@@ -161,12 +168,11 @@ def _run(arguments: Namespace) -> "PlanBasis":
         config = prepare(TrainConfig(**changed))
         arguments.given.check(config)
         return PlanBasis(config)
-    for name, value in changed.items():
+    for name in changed:
         if name in SCHEDULE and name != "model":
-            if isinstance(value, dict):
-                value = value["name"]
             raise HessianFlowError(
-                f"{option(name)} {value}: --run {arguments.run} sets that, leave one out"
+                f"{option(name)} {_said(changed[name])}: --run {arguments.run} sets that, leave one"
+                " out"
             )
     require_settings(arguments.run, "plan", "hf.planning.predict")
     require_named_code(arguments.run, arguments)

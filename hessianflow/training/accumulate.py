@@ -1,10 +1,10 @@
-"""The gradient of the mean loss over one optimization batch, in as many microbatches as it takes.
+"""The gradient of the mean loss over one optimization batch, computed in microbatches.
 
 Each microbatch is weighted by its examples: with n_i of n examples its mean loss has weight n_i /
-n, so the weights sum to 1 for every split, including one with a ragged tail or after a change of
-the batch size. Where a loss divides by something else (class weights, ignored targets), so do the
-weights (:mod:`hessianflow.losses`). Where that divisor is a guess, the first batches that are cut
-are checked.
+n, so the weights sum to 1 for every split, including one with a smaller last microbatch. Where a
+loss divides by something else (class weights, ignored targets), so do the weights
+(:mod:`hessianflow.losses`). Where that divisor is a guess, the first batches that are cut are
+checked.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,12 +37,12 @@ from hessianflow.training.world import LocalWorld
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows whose losses are summed up together: those of a batch, or its twins.
+    """Rows whose losses are summed together: those of a batch, or its adversarial twins.
 
     Attributes:
         batch: (inputs, targets).
         count: the number of rows.
-        ahead: what their mean loss divides by, where that is known before the pass.
+        ahead: the divisor of their mean loss, where that is known before the forward pass.
         mode: entered around each forward pass.
         on_input_gradient: given the gradient by the inputs; None: it is not computed.
     """
@@ -60,16 +60,15 @@ class GradientAccumulator:
     Args:
         model: in the mode the caller set.
         loss_fn: see :data:`hessianflow.interfaces.LossFn`.
-        parameters: what is trained: gradients of these are made, and no others looked at.
-        observers: shown the gradient of each microbatch and the whole.
+        parameters: the trained parameters; no other gradients are computed.
+        observers: shown the gradient of each microbatch and that of the batch.
         precision: "bf16" and "fp16" run forward and loss under autocast; "fp16" scales the loss.
         group_size: examples that batch normalisation sees at once; microbatches of that size or
             more hold whole groups.
         world: told which backward pass is the last; None: this process alone.
-        paired: a rank without rows runs the model all the same: its layers exchange statistics.
+        paired: whether layers exchange statistics, so that a rank without rows runs the model too.
 
     Attributes:
-        group_size: as given.
         backward: the backward passes, which know parameters and observers.
         scaler: scales the loss under "fp16".
         autocast: the context of forward passes.
@@ -91,7 +90,7 @@ class GradientAccumulator:
         self.paired = paired
         self.model = model
         self.group_size = group_size
-        self.world = LocalWorld() if world is None else world
+        self.world = world or LocalWorld()
         self._device = parameters[0].device
         self._exact = exact_type(self._device)
         self._loss = MeanLoss(loss_fn)
@@ -106,8 +105,9 @@ class GradientAccumulator:
             self.autocast = partial(torch.autocast, device, dtype=dtype)
 
     def __call__(self, batch: Batch, microbatch_size: int | None = None) -> StepResult:
-        """Replace every `.grad` by the gradient of the mean loss over `batch` (times the loss scale
-        under fp16).
+        """Replace every `.grad` by the gradient of the mean loss over `batch`.
+
+        Under fp16 it is multiplied by the loss scale.
 
         Args:
             batch: (inputs, targets), on the model's device.
@@ -122,13 +122,12 @@ class GradientAccumulator:
         return own
 
     def expose(self, exposure: Exposure, microbatch_size: int | None = None) -> StepResult:
-        """Replace every `.grad` by the gradient that `exposure` asks for; rows drawn and twins
-        never share a pass.
+        """Replace every `.grad` by the gradient that `exposure` asks for; without rows, by None.
 
-        Without a row there is no gradient.
+        Rows drawn and their twins never share a forward pass.
 
         Raises:
-            HessianFlowError: a gradient by the inputs is wanted and there is none.
+            HessianFlowError: a gradient by the inputs is wanted and the loss has none.
         """
         self.backward.clear()
         if self.paired and exposure.twins is not None:
@@ -139,7 +138,9 @@ class GradientAccumulator:
         if count == 0:
             return self._nothing(exposure.batch)
         ahead = self._loss.weight_ahead(exposure.batch[1])
-        keep = exposure.on_input_gradient if self._shows_inputs else None
+        keep = exposure.on_input_gradient
+        if not self._shows_inputs:
+            keep = None
         rows = _Rows(exposure.batch, count, ahead, on_input_gradient=keep)
         divisor = Divisor(count, ahead)
         if exposure.twins is None or num_examples(exposure.twins[1]) == 0:
@@ -162,8 +163,7 @@ class GradientAccumulator:
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
-        """Show gradients to nobody while active: not to observers, nor to those who want gradients
-        by the inputs."""
+        """Show gradients to no observer, and those by the inputs to nobody, while active."""
         observers = self.backward.observers
         self.backward.observers = ()
         self._shows_inputs = False
@@ -174,7 +174,7 @@ class GradientAccumulator:
             self._shows_inputs = True
 
     def _nothing(self, batch: Batch) -> StepResult:
-        if self.paired:
+        if self.paired:  # The other ranks' layers wait for the statistics of this one.
             with self.autocast():
                 outputs = self.model(batch[0])
             with self.world.last_backward(0):
@@ -182,10 +182,10 @@ class GradientAccumulator:
         return StepResult(torch.zeros((), dtype=self._exact, device=self._device), 0)
 
     def reduce_over_ranks(self, own: StepResult) -> StepResult:
-        """Make every `.grad` that of the rows of all ranks, and show it to the observers.
+        """Turn every `.grad` into that of the rows of all ranks, and show it to the observers.
 
         Raises:
-            HessianFlowError: no rank has a row, or the loss of one cannot be cut into parts.
+            HessianFlowError: no rank has a row, or a rank's loss cannot be cut into microbatches.
         """
         result = self.world.finish(own)
         if result.failure is not None:
@@ -216,29 +216,39 @@ class GradientAccumulator:
 
         Args:
             rows: the rows.
-            divisor: told the weight of every part.
-            size: most of them in one forward pass.
-            settles: with the last part of them all that the divisor sums up has been seen.
-            is_last: nothing is added after them.
+            divisor: told the weight of every microbatch.
+            size: most rows in one forward pass.
+            settles: whether the divisor is complete after these rows.
+            is_last: whether the gradient of the step is complete after these rows.
         """
         done = 0
         result: StepResult | None = None
         slopes: list[Tensor | None] = []
         for inputs, targets in split(rows.batch, size, self.group_size):
-            leaf = None if rows.on_input_gradient is None else inputs.detach().requires_grad_()
+            passed = inputs
+            leaf: Tensor | None = None
+            if rows.on_input_gradient is not None:
+                passed = leaf = inputs.detach().requires_grad_()
             count = num_examples(targets)
+            is_cut = count < rows.count
             done += count
             ends = done == rows.count
+            ahead = rows.ahead
+            if is_cut:
+                ahead = None  # The weight known ahead is that of all rows together.
             with self.autocast(), rows.mode():
-                outputs = self.model(inputs if leaf is None else leaf)
-                averaged = self._loss(outputs, targets, rows.ahead if count == rows.count else None)
-                failure = self._split_failure(outputs, targets, count < rows.count)
+                outputs = self.model(passed)
+                averaged = self._loss(outputs, targets, ahead)
+                failure = self._split_failure(outputs, targets, is_cut)
             divisor.add(averaged.weight)
             if settles and ends:
+                # Before the last backward pass, which may send gradients to the other ranks.
                 divisor.settle(self.backward.parameters)
             self.backward(averaged, divisor.value, count, leaf, last=is_last and ends)
             part = self._result(averaged, outputs, targets, count, failure)
-            result = part if result is None else result + part
+            if result is not None:
+                part = result + part
+            result = part
             if leaf is not None:
                 slopes.append(leaf.grad)
         assert result is not None
@@ -254,34 +264,35 @@ class GradientAccumulator:
         count: int,
         failure: HessianFlowError | None,
     ) -> StepResult:
-        """Return what the loss gave over one microbatch, exact to the last bit of the mean."""
+        """Return the loss and hits of one microbatch.
+
+        The sum is taken in a wider type, so that the mean does not depend on the split.
+        """
         total = weighted(averaged.value.detach().to(self._exact), averaged.weight)
         hits = count_hits(map_tensors(Tensor.detach, outputs), targets, averaged)
-        return StepResult(
-            total, averaged.weight, hits, count, count, averaged.weight, None, failure
-        )
+        weight = averaged.weight
+        return StepResult(total, weight, hits, count, count, weight, None, failure)
 
     def _split_failure(self, outputs: Any, targets: Any, is_cut: bool) -> HessianFlowError | None:
-        """Return why the loss cannot be cut into parts, where it is; the ranks raise it
-        together."""
+        """Return why the loss cannot be cut into microbatches; None: it can, or is not cut."""
         if not is_cut and self.world.world_size == 1:
             return None
         try:
             self._check_split(outputs, targets)
         except HessianFlowError as error:
-            return error
+            return error  # Not raised here: the ranks raise it together after the step.
         return None
 
 
 def _joined(slopes: Sequence[Tensor | None]) -> Tensor:
-    """Return the gradients by the inputs of all parts as one.
+    """Return the gradients by the inputs of all microbatches as one tensor.
 
     Raises:
-        HessianFlowError: no part has one.
+        HessianFlowError: no microbatch has one.
     """
-    found = [slope for slope in slopes if slope is not None]
-    if not found:
+    present = [slope for slope in slopes if slope is not None]
+    if not present:
         raise HessianFlowError(
             "the loss does not depend on the inputs: there is no gradient by them to keep"
         )
-    return torch.cat(found)
+    return torch.cat(present)

@@ -152,7 +152,7 @@ def _keeper(
         ],
         stopwatch,
         built,
-        partial(step.follow, anew=True),
+        partial(step.follow, replan=True),
         steering.course,
     )
     saver = Saver(groups.checkpoints)

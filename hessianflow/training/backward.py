@@ -1,8 +1,8 @@
-"""Backward passes of the microbatches of a step: what they leave in `.grad`, and who is shown it.
+"""Backward passes of the microbatches of a step: they fill `.grad` and show it to observers.
 
 Hooks that run when a gradient is accumulated (`register_post_accumulate_grad_hook`) see the
-complete one, once a step, for any number of microbatches; hooks on gradients (`register_hook`) see
-that of each microbatch. Observers are shown both.
+complete gradient, once a step, for any number of microbatches; hooks on gradients
+(`register_hook`) see that of each microbatch. Observers are shown both.
 """
 
 import warnings
@@ -28,11 +28,11 @@ class BackwardPass:
 
     Attributes:
         model: names the parameters in errors.
-        parameters: what is trained: gradients of these are made, and no others looked at.
-        observers: shown the gradient of each microbatch and the whole.
+        parameters: the trained parameters; no other gradients are computed.
+        observers: shown the gradient of each microbatch and that of the batch.
         world: told which backward pass is the last.
         scaler: scales the loss, where it is enabled.
-        create_graph: gradients can be differentiated again.
+        create_graph: whether gradients can be differentiated again.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class BackwardPass:
     create_graph: bool = field(default=False, init=False)
 
     def clear(self) -> None:
-        """Drop every gradient."""
+        """Set the gradient of every trained parameter to None."""
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -53,17 +53,17 @@ class BackwardPass:
         """Add the gradient of one microbatch.
 
         Args:
-            averaged: its mean loss, and what that divides by.
-            divisor: what the mean loss of the step divides by.
+            averaged: its mean loss and the divisor of that.
+            divisor: the divisor of the mean loss of the step.
             count: the number of its rows.
-            leaf: its inputs, where their gradient is wanted, too.
-            last: the gradient of the step is complete then.
+            leaf: its inputs, where their gradient is wanted too.
+            last: whether the gradient of the step is complete after it.
 
         Raises:
             HessianFlowError: the loss depends on nothing that is trained, or a gradient is sparse
                 and an observer is to be shown it.
         """
-        # The gradient of nothing may be nan in a loss of the user's own: its weight is awaited.
+        # Where no row counts, the gradient of a user's loss may be nan: this waits for the weight.
         if averaged.may_break_on_nothing and float(averaged.weight) == 0:
             if leaf is not None:
                 leaf.grad = torch.zeros_like(leaf)
@@ -85,10 +85,11 @@ class BackwardPass:
         scaled = self.scaler.scale(loss)
         matters = bool(self.observers) or not last or self.world.world_size > 1
         hooked = matters and self._is_hooked()
-        # Ranks may send a gradient off as soon as it is there: not before the hooks have been at
-        # it.
-        leaves = last and not hooked
-        with self.world.last_backward(divisor) if leaves else _NO_CONTEXT:
+        context = _NO_CONTEXT
+        if last and not hooked:
+            # Ranks send each gradient as soon as it is complete; hooks must have run before that.
+            context = self.world.last_backward(divisor)
+        with context:
             if self.observers:
                 self._observed_backward(scaled, weight, count, leaf, into_grad=last and hooked)
             elif hooked and not last:
@@ -100,10 +101,10 @@ class BackwardPass:
                 pass
 
     def _be_zero(self) -> None:
-        """Set the gradient to 0 where no part of a batch gave one, because nothing counts in it.
+        """Set the gradient to 0 where no row of the batch counts.
 
-        So it is for losses of torch, too: momentum goes on, and a scaler of the loss finds what it
-        looks for.
+        Losses of torch give that gradient too. Momentum continues, and a scaler of the loss finds
+        the gradients that it must check.
         """
         if all(parameter.grad is None for parameter in self.parameters):
             for parameter in self.parameters:
@@ -112,57 +113,63 @@ class BackwardPass:
     def _observed_backward(
         self, scaled: Tensor, weight: Weight, count: int, leaf: Tensor | None, *, into_grad: bool
     ) -> None:
-        """Show the gradient of one microbatch to the observers, and add it; `into_grad`: by torch,
-        hooks and all."""
+        """Add the gradient of one microbatch, and show it to the observers.
+
+        With `into_grad` torch itself adds it to `.grad`, which runs the hooks on accumulation.
+        """
         if into_grad:
-            found: dict[int, Tensor] = {}
-            handles = [
-                parameter.register_hook(partial(found.__setitem__, number))  # type: ignore[no-untyped-call]
-                for number, parameter in enumerate(self.parameters)
-            ]
-            try:
-                self._run_backward(scaled)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            gradients: list[Tensor | None] = [found.get(n) for n in range(len(self.parameters))]
+            gradients = self._hooked_gradients(scaled)
         else:
             gradients = self._gradients(scaled, leaf)
             self._add_to_grad(gradients)
-        if self.create_graph:
-            gradients = [None if gradient is None else gradient.detach() for gradient in gradients]
-        pairs = zip(self.parameters, gradients, strict=True)
-        shown = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+        shown = self._shown(gradients)
         self._refuse_sparse(shown)
         if isinstance(weight, Tensor):
-            # A part that weighs nothing has a gradient of 0, which is shown as such.
-            shown = list(
-                torch._foreach_div(shown, weight.clamp_min(torch.finfo(weight.dtype).tiny))
-            )
+            # A microbatch of weight 0 has a gradient of 0: the clamp keeps it from becoming nan.
+            positive = weight.clamp_min(torch.finfo(weight.dtype).tiny)
+            shown = list(torch._foreach_div(shown, positive))
         elif weight != 1:
             shown = list(torch._foreach_div(shown, weight))
         for observer in self.observers:
             observer.on_microbatch(self._unscaled(shown), count)
 
     def _gradients(self, scaled: Tensor, leaf: Tensor | None) -> list[Tensor | None]:
-        """Those of the parameters, without a hook on accumulation; that of the inputs goes to their
-        `.grad`."""
-        wanted = [*self.parameters, *([] if leaf is None else [leaf])]
-        found: list[Tensor | None] = list(
+        """Return the gradients by the parameters, and put that by the inputs into `leaf.grad`.
+
+        No hook on accumulation runs.
+        """
+        wanted: list[Tensor] = list(self.parameters)
+        if leaf is not None:
+            wanted.append(leaf)
+        gradients: list[Tensor | None] = list(
             torch.autograd.grad(scaled, wanted, allow_unused=True, create_graph=self.create_graph)
         )
         if leaf is not None:
-            leaf.grad = found.pop()
-        return found
+            leaf.grad = gradients.pop()
+        return gradients
+
+    def _hooked_gradients(self, scaled: Tensor) -> list[Tensor | None]:
+        """Run the backward pass into `.grad`, and return the gradients that it added."""
+        added: dict[int, Tensor] = {}
+        handles = [
+            parameter.register_hook(partial(added.__setitem__, number))  # type: ignore[no-untyped-call]
+            for number, parameter in enumerate(self.parameters)
+        ]
+        try:
+            self._run_backward(scaled)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [added.get(number) for number in range(len(self.parameters))]
 
     def _add_to_grad(self, gradients: Sequence[Tensor | None]) -> None:
-        sums, parts = [], []
+        sums: list[Tensor] = []
+        parts: list[Tensor] = []
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None:
                 continue
             if parameter.grad is None:
-                # A copy: two parameters may have been given one tensor, and whoever clips writes to
-                # it.
+                # A copy: autograd may give two parameters one tensor, and clipping writes to it.
                 parameter.grad = gradient.clone()
             else:
                 sums.append(parameter.grad)
@@ -174,16 +181,15 @@ class BackwardPass:
         if not self.create_graph:
             scaled.backward()  # type: ignore[no-untyped-call]
             return
-        # a parameter and its gradient hold each other then, until the step is over
+        # torch warns that a parameter and its gradient hold each other: the step clears them.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             scaled.backward(create_graph=True)  # type: ignore[no-untyped-call]
 
     def _is_hooked(self) -> bool:
-        """Return whether somebody's hooks run when a gradient is accumulated; the world's own do
-        not count."""
+        """Return whether hooks other than the world's run when a gradient is accumulated."""
         for parameter in self.parameters:
-            hooks = parameter._post_accumulate_grad_hooks  # torch has no public way to ask
+            hooks = parameter._post_accumulate_grad_hooks  # torch has no public accessor.
             if hooks and not all(_is_ours(hook) for hook in hooks.values()):
                 return True
         return False
@@ -198,22 +204,37 @@ class BackwardPass:
                 )
 
     def show_whole(self, total: int, factor: float | Tensor | None = None) -> None:
-        """Show the gradient of the mean loss over all rows; `.grad` holds `factor` times that
-        (None: once)."""
+        """Show the observers the gradient of the mean loss over all `total` rows.
+
+        `.grad` holds `factor` times that gradient; None: the gradient itself.
+        """
         if not self.observers:
             return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        if self.create_graph:
-            gradients = [gradient.detach() for gradient in gradients]
+        gradients = self._shown([parameter.grad for parameter in self.parameters])
         if factor is not None:
             gradients = [gradient / factor for gradient in gradients]
         for observer in self.observers:
             observer.on_step(self._unscaled(gradients), total)
 
+    def _shown(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return one gradient for each parameter, without its graph; 0 where there is none."""
+        shown: list[Tensor] = []
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            elif self.create_graph:
+                gradient = gradient.detach()
+            shown.append(gradient)
+        return shown
+
     def _unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
-        # Waits for the device, but only under fp16 with observers: the scale lives there.
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        return gradients if scale == 1.0 else list(torch._foreach_div(gradients, scale))
+        if not self.scaler.is_enabled():
+            return gradients
+        # Waits for the device, but only under fp16 with observers: the scale is kept there.
+        scale = self.scaler.get_scale()
+        if scale == 1.0:
+            return gradients
+        return list(torch._foreach_div(gradients, scale))
 
 
 def _is_ours(hook: object) -> bool:

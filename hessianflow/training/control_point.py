@@ -1,5 +1,4 @@
-"""Where measuring and deciding meet: is the controller due, what does it need, what does it want
-now."""
+"""Measures what the controller needs when it is due, and asks it for a decision."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +18,13 @@ from hessianflow.training.timing import Stopwatch
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured and decided at one point.
+    """The measurements and the decision at one point of a run.
 
     Attributes:
-        reading: of the curvature, if one was made.
-        signals: what the controller was shown besides.
-        decision: None when the controller was not due.
-        is_over_budget: whether a reading was wanted, but would have exceeded the probe's budget.
+        reading: the curvature reading, if one was made.
+        signals: the other figures that the controller was shown.
+        decision: the controller's decision; None when it was not due.
+        is_over_budget: whether a reading was left out because it would exceed the probe's budget.
     """
 
     reading: CurvatureReading | None
@@ -42,15 +41,15 @@ class ControlPoint:
     0's decision counts.
 
     Attributes:
-        controller: decides; None never does.
-        probe: measures curvature when the controller needs it and, with `every_epoch`, after every
-            epoch. One that is :class:`~hessianflow.interfaces.Budgeted` is asked first; where it
-            says no, the controller decides without a reading.
+        controller: decides; None: there are no decisions.
+        probe: measures curvature when the controller needs it. One that is
+            :class:`~hessianflow.interfaces.Budgeted` is asked first; if it declines, the controller
+            decides without a reading.
         observers: their signals go to the controller.
-        every_epoch: whether the probe measures after every epoch.
+        every_epoch: whether the probe also measures after every epoch.
         stopwatch: counts the time of the probe.
         world: the ranks that decide together.
-        last_reading: the newest reading, for display.
+        last_eigenvalue: the newest top eigenvalue, for display.
     """
 
     controller: BatchController | None
@@ -59,35 +58,41 @@ class ControlPoint:
     every_epoch: bool
     stopwatch: Stopwatch
     world: World
-    last_reading: CurvatureReading | None = field(default=None, init=False)
+    last_eigenvalue: float | None = field(default=None, init=False)
 
     def __call__(
         self, progress: Progress, at_end: bool, figures: Mapping[str, Callable[[], float]]
     ) -> Outcome:
-        """Measure and decide; `figures`: what the loop itself can tell by name, read only if
-        needed."""
+        """Measure and decide; a figure of the loop is computed only if the controller needs it."""
         controller = self.controller
-        # nothing is left that a decision could change
-        done = progress.epoch >= progress.total_epochs
-        if controller is not None and (done or not controller.is_due(progress)):
+        # At the end of the run there is nothing left that a decision could change.
+        is_over = progress.epoch >= progress.total_epochs
+        if controller is not None and (is_over or not controller.is_due(progress)):
             controller = None
-        needs = frozenset[str]() if controller is None else controller.needs
         reading = None
         over_budget = False
-        wanted = "eigenvalue" in needs or (at_end and self.every_epoch)
+        wanted = at_end and self.every_epoch
+        wanted = wanted or (controller is not None and "eigenvalue" in controller.needs)
         if self.probe is not None and wanted:
             if isinstance(self.probe, Budgeted):
                 over_budget = not self.probe.is_affordable(progress.examples)
             if not over_budget:
-                with self.stopwatch.section("curvature"):
-                    self.world.average_buffers()
-                    reading = self.last_reading = self.world.broadcast(self.probe())
+                reading = self._read(self.probe)
         if controller is None:
             return Outcome(reading, {}, None, over_budget)
-        signals = {
-            name: value for observer in self.observers for name, value in observer.signals().items()
-        }
+        signals: dict[str, float] = {}
+        for observer in self.observers:
+            signals |= observer.signals()
+        needs = controller.needs
         signals |= {name: figure() for name, figure in figures.items() if name in needs}
-        signals = self.world.broadcast(signals) if signals else signals
+        if signals:
+            signals = self.world.broadcast(signals)
         decision = self.world.broadcast(controller.update(progress, reading, signals))
         return Outcome(reading, signals, decision, over_budget)
+
+    def _read(self, probe: CurvatureProbe) -> CurvatureReading:
+        with self.stopwatch.section("curvature"):
+            self.world.average_buffers()
+            reading: CurvatureReading = self.world.broadcast(probe())
+        self.last_eigenvalue = reading.eigenvalue
+        return reading

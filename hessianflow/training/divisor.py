@@ -1,4 +1,4 @@
-"""What a gradient is divided by, and which share of the whole each microbatch has."""
+"""The divisor of a gradient, and the share of the whole that each microbatch has."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from hessianflow.losses import Weight
 
 
 class Divisor:
-    """What the gradients in `.grad` are divided by: the weight of all rows that count.
+    """The divisor of the gradients in `.grad`: the weight of all rows that count.
 
-    It is known ahead for losses of torch. For others it is known when the last part has been
-    forwarded; until then the number of rows stands in for it.
+    For losses of torch it is known before the first forward pass. For others it is known after the
+    last one; until then the number of rows stands in for it.
 
     Args:
         rows: the number of rows of the batch.
@@ -25,23 +25,22 @@ class Divisor:
     def __init__(self, rows: int, ahead: Weight | None) -> None:
         self._sum: Weight = 0
         self._is_known = ahead is not None
-        self.value: Weight = rows if ahead is None else ahead
+        self.value: Weight = rows
+        if ahead is not None:
+            self.value = ahead
 
     def expect(self, further: Weight | None) -> None:
-        """Sum up another batch, too, of this weight, where it is known."""
+        """Include another batch, of weight `further` where that is known."""
         if self._is_known and further is not None:
             self.value = self.value + further
 
     def add(self, weight: Weight) -> None:
-        """Count one part."""
+        """Add the weight of one microbatch."""
         if not self._is_known:
             self._sum = self._sum + weight
 
     def settle(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Divide by the weight of all parts, which have been counted now.
-
-        What is in `.grad` already is rescaled.
-        """
+        """Divide by the sum of the weights added, and rescale what is in `.grad` already."""
         if self._is_known:
             return
         factor = ratio(self.value, self._sum)
@@ -53,17 +52,22 @@ class Divisor:
 
 
 def ratio(part: Weight, whole: Weight) -> Weight:
-    """Return part / whole, and 0 for a part of nothing.
+    """Return part / whole, and 0 where the whole is 0.
 
-    Where both are the very same it is 1, even of nothing: such a loss counts for nothing by itself.
+    Where both are the same object it is 1, even if that is 0: the loss of a batch in which no row
+    counts is 0 without a factor.
     """
     if part is whole:
         return 1.0
     if isinstance(whole, Tensor):
         return torch.where(whole > 0, part / whole, 0.0)
-    return part / whole if whole != 0 else 0.0
+    if whole == 0:
+        return 0.0
+    return part / whole
 
 
 def in_type_of(loss: Tensor, weight: Weight) -> Weight:
     """Return the weight in the type of the loss that it multiplies."""
-    return weight.to(loss.dtype) if isinstance(weight, Tensor) else weight
+    if isinstance(weight, Tensor):
+        return weight.to(loss.dtype)
+    return weight

@@ -1,18 +1,18 @@
-"""The training loop: what happens from the first batch to the last, in the order in which it does.
+"""The training loop: what happens from the first batch to the last, in order.
 
     for each batch, drawn and attacked ahead:
         take one optimizer step at the rate in force, and count it
         where a checkpoint or an epoch is due, look for a divergence
         at the end of an epoch, settle the statistics of batch normalisation
-        measure and ask the controller; apply what it decides to the very next batch
+        measure, ask the controller, and apply its decision to the next batch drawn
         at the end of an epoch, evaluate, measure and step the schedule
-        save, where that is due
+        save where a checkpoint is due
 
-Each line is a part with a file of its own; this file holds their order, and nothing else.
+Each line is a part with a file of its own; this file holds only their order.
 
-On several ranks every rank runs this loop on its part of every batch. What depends on a clock, a
-signal or one rank's numbers is agreed on through the world before anybody acts on it; rank 0 alone
-writes.
+On several ranks every rank runs this loop on its part of every batch. The ranks agree through the
+world on what depends on a clock, a signal or one rank's numbers before any of them acts on it; only
+rank 0 writes.
 """
 
 from collections.abc import Iterator
@@ -37,28 +37,16 @@ from hessianflow.training.step import TrainingStep
 from hessianflow.training.totals import RunningTotals
 
 PREEMPTED = "stopped on request before the last epoch; `hessianflow resume` continues"
-"""What the records say of a run that was asked to stop."""
+"""The message recorded when a run was asked to stop."""
 
 
 @dataclass
 class TrainingLoop:
-    """The parts of a run, in the order in which they act.
+    """The parts of a run, in the order in which they act; each class says what it does.
 
     Attributes:
-        model: in training mode while it runs.
         norm_batch_size: examples that batch normalisation sees at once; None: the microbatch.
-        course: counts what was trained.
-        ahead: the queue between data and step.
-        rate: the learning rate.
-        step: takes one optimizer step.
-        totals: of the epoch under way.
-        guard: looks for a divergence, and rolls back.
-        steering: asks the controller, and applies what it decides.
-        epoch_end: evaluates and measures.
-        keeper: saves, and puts back.
-        reporter: tells of it.
-        world: the ranks that train together.
-        stop_requested: set from anywhere on any rank; all stop after the step under way.
+        stop_requested: set from anywhere on any rank; all ranks stop after the current step.
     """
 
     model: nn.Module
@@ -77,15 +65,14 @@ class TrainingLoop:
     stop_requested: bool = field(default=False, init=False)
 
     def run_until(self, updates: int | None = None) -> None:
-        """Train until so many updates have been made in all, or to the end; the records stay open
-        for more.
+        """Train until the run has made `updates` updates, or to its end; leave the records open.
 
         Raises:
             DivergenceError: the loss stopped being finite.
         """
         with self._training():
             while self.course.is_unfinished and not self._has_reached(updates):
-                # in training mode already: layers that the user froze stay as they are
+                # A model in training mode is left alone: layers that the user froze stay so.
                 if not self.model.training:
                     self.model.train()
                 try:
@@ -94,13 +81,13 @@ class TrainingLoop:
                     self.guard.roll_back(error)
 
     def _train(self, updates: int | None) -> None:
-        """Take the steps from here to the end of the run, to `updates` updates, or to a stop."""
-        # another rank, or the evaluation, had failed between an update and what follows it
+        """Take steps to the end of the run, to `updates` updates, or to a stop."""
+        # An error on this or another rank may have come between an update and what follows it.
         if not self.course.is_settled and self._follow_up(None, Wishes()):
             return
         batch: Batch | None = None
         for planned in self.ahead.plan(self._now):
-            if planned is None:  # the data ended the epoch with the batch before
+            if planned is None:  # The data ended the epoch with the previous batch.
                 self.course.end_epoch()
                 wishes = Wishes()
             else:
@@ -110,13 +97,12 @@ class TrainingLoop:
                 return
 
     def _take_step(self, now: Planned, ahead: Planned | None) -> Wishes:
-        """Take one optimizer step and count it; returns what a signal or a clock asked for on any
-        rank."""
+        """Take one optimizer step, count it, and return what a signal or clock asks of any rank."""
         with self.rate.in_force(now.decision.lr_factor):
             result = self.step(now, ahead)
         self.ahead.trained()
         self.course.count(result.examples, ends_epoch=now.ends_epoch)
-        share = self.step.share(now.decision)
+        share = self.steering.share(now.decision)
         self.totals.add(result, self.course.counters.updates, now.decision, self.rate.value, share)
         self.rate.advance(result.examples)
         self.reporter.bar.advance(result.examples)
@@ -127,9 +113,9 @@ class TrainingLoop:
         return wishes
 
     def _follow_up(self, batch: Batch | None, wishes: Wishes) -> bool:
-        """Do what follows an update on `batch`; returns whether to stop then.
+        """Do what follows an update on `batch`, and return whether to stop then.
 
-        After an error in any of this, the next call goes on behind what was done.
+        After an error in any of this, the next call continues where this one failed.
         """
         at_end = self.course.is_between_epochs
         stop = wishes.stop
@@ -145,20 +131,19 @@ class TrainingLoop:
         self.reporter.write_all(done.rows)
         if at_end:
             self.epoch_end(done)
-            # Whoever heard of the end of the epoch may want to stop there: with the weights of that
-            # epoch.
+            # A sink or a measurement may ask to stop on the weights of the epoch that has ended.
             stop = stop or any(self.world.gather(self.stop_requested))
         self.course.settle()
         if stop and self.course.is_unfinished:
             self.reporter.event("preempted", PREEMPTED)
-        # In doubt the checkpoint before is kept: it may be the one to go back to.
+        # While losses are in doubt, the previous checkpoint is kept: a rollback may need it.
         if saves and (stop or not self.course.is_unfinished or not self.totals.in_doubt):
             self.keeper.save()
         return stop
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Hold model and optimizer in the mode of training, and the bar in sight, while active."""
+        """Keep model and optimizer in training mode, and the progress bar shown, while active."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.guard.begin()
         self.reporter.begin()
@@ -175,22 +160,22 @@ class TrainingLoop:
                 module.training = training
 
     def _has_reached(self, updates: int | None) -> bool:
-        """Return whether to train no further: a stop was asked for, or `updates` were made."""
+        """Return whether to stop training: on request, or because `updates` updates were made."""
         if any(self.world.gather(self.stop_requested)):
             self.stop_requested = True
         is_there = updates is not None and self.course.counters.updates >= updates
         return self.stop_requested or (is_there and self.course.is_settled)
 
     def _wishes(self) -> Wishes:
-        """Return what a signal or a clock told this rank, at the end of a step."""
+        """Return what a signal or a clock asks of this rank at the end of a step."""
         return Wishes(self.stop_requested, self.keeper.time_is_up, self.reporter.bar.is_due)
 
     def _now(self) -> tuple[Progress, int, Decision]:
-        """Return what batches are drawn by: progress, place in the epoch, decision in force."""
+        """Return what decides the next draw: progress, place in the epoch, decision in force."""
         return self.course.progress, self.course.counters.place, self.steering.decision
 
     def _tell(self) -> None:
-        """Record what the step met that had changed since the one before."""
+        """Record what the user changed between this step and the previous one."""
         if self.step.news:
             self.reporter.event("parameters", self.step.news)
             self.step.news = ""
@@ -199,14 +184,16 @@ class TrainingLoop:
             self.rate.set_by_hand = False
 
     def _show(self) -> None:
-        """Show the figures of the epoch so far; they leave the device here, alike on all ranks."""
+        """Show the figures of the epoch so far.
+
+        All ranks wait for their device here, at most as often as the bar is refreshed.
+        """
         self.guard.check_losses()
         loss, accuracy = self.totals.means()
-        reading = self.steering.control.last_reading
         self.reporter.show(
             batch=self.steering.decision.batch_size,
             lr=self.rate.value,
             loss=loss,
             acc=accuracy,
-            eig=None if reading is None else reading.eigenvalue,
+            eig=self.steering.control.last_eigenvalue,
         )

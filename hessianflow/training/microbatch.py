@@ -1,14 +1,13 @@
-"""How many examples one forward pass takes: given, or found while training; never more than memory
-allows.
+"""The number of examples in one forward pass: given, or found while training.
 
 The optimization batch never depends on it: the gradient is that of the whole batch for every
 microbatch size.
 
 "auto" climbs by doubling: while the batch has room for twice the size, a few steps are timed at the
 size in use and at twice that; the larger one stays if it is faster per example by more than the
-noise. On a GPU that usually ends at the largest size that fits; on a processor, where caches
-matter, often at the first. An out-of-memory error halves the size for good; the step is repeated,
-not lost.
+noise. On a GPU the search usually ends at the largest size that fits; on a processor, where caches
+matter, often at the first. An out-of-memory error halves the size for good, and the step is
+repeated.
 """
 
 import statistics
@@ -23,20 +22,21 @@ from hessianflow.interfaces import HessianFlowError, World
 from hessianflow.training.checks import must_pair
 
 AUTO_START = 128
-"""Where the search for a microbatch size begins. Ours."""
+"""The first microbatch size of a search. This default is our choice."""
 TIMED_STEPS = 3
-"""Steps timed per candidate size; the median counts. Ours."""
+"""Steps timed per candidate size; the median counts. This default is our choice."""
 GAIN = 0.97
-"""A larger size must take at most this share of the time per example. Ours."""
+"""A larger size must take at most this share of the time per example. This default is our
+choice."""
 
 
 class MicrobatchSize:
     """The microbatch size in use.
 
     Args:
-        size: examples a forward pass, or "auto" to find the fastest from `start` upwards.
+        size: examples per forward pass, or "auto" to find the fastest from `start` upwards.
         start: the first size under "auto".
-        device: where the passes run.
+        device: the device on which the passes run.
 
     Raises:
         HessianFlowError: a size below 1.
@@ -44,30 +44,33 @@ class MicrobatchSize:
 
     def __init__(self, size: int | Literal["auto"], start: int, device: torch.device) -> None:
         self._searching = size == "auto"
-        self._size = start if isinstance(size, str) else size
+        self._size = start
+        if not isinstance(size, str):
+            self._size = size
         if self._size < 1:
             raise HessianFlowError(f"microbatch_size must be at least 1, got {self._size}")
         self._limit: int | None = None
         self._candidate: int | None = None
         self._seconds: dict[int, list[float]] = {}
-        self._proven = self._batch = 0
+        self._proven = 0
+        self._batch = 0
         self._device = device
         self._started = 0.0
 
     @property
     def size(self) -> int:
-        """Examples a forward pass, for the next step."""
-        return self._size if self._candidate is None else self._candidate
+        """Examples per forward pass in the next step."""
+        return self._candidate or self._size
 
     @property
     def is_proven(self) -> bool:
-        """Whether a step of this size has already gone through: no out-of-memory error is
-        expected."""
+        """Whether a step with passes of this size has succeeded, so that memory should suffice."""
         return _largest_piece(self._batch, self.size) <= self._proven
 
     def begin(self, batch_size: int) -> int:
         """Return the size to run a step of `batch_size` examples with."""
-        self._candidate, self._batch = None, batch_size
+        self._candidate = None
+        self._batch = batch_size
         if (
             self._searching
             and batch_size >= 2 * self._size
@@ -79,7 +82,7 @@ class MicrobatchSize:
         return self.size
 
     def end(self, batch_size: int) -> None:
-        """The step went through; `batch_size` examples."""
+        """Note that a step of `batch_size` examples has succeeded."""
         size = self.size
         self._proven = max(self._proven, _largest_piece(batch_size, size))
         if not self._searching or batch_size < 2 * self._size:
@@ -87,11 +90,13 @@ class MicrobatchSize:
         times = self._seconds.setdefault(size, [])
         times.append((self._now() - self._started) / batch_size)
         if size != self._size and len(times) >= TIMED_STEPS:
-            faster = statistics.median(times) <= GAIN * statistics.median(self._seconds[self._size])
-            self._size, self._searching = (size, True) if faster else (self._size, False)
+            before = statistics.median(self._seconds[self._size])
+            self._searching = statistics.median(times) <= GAIN * before
+            if self._searching:
+                self._size = size
 
     def out_of_memory(self, batch_size: int) -> None:
-        """A step of `batch_size` examples did not fit: halve the size, for good.
+        """Halve the size for good, because a step of `batch_size` examples did not fit.
 
         Raises:
             HessianFlowError: one example does not fit.
@@ -104,30 +109,28 @@ class MicrobatchSize:
         self._limit = tried // 2
         self._size = min(self._size, self._limit)
         self._proven = min(self._proven, self._limit)
-        self._candidate, self._searching = None, False
+        self._candidate = None
+        self._searching = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was found so far."""
+        """Return the size, its limit, and whether the search goes on."""
         return {"size": self._size, "limit": self._limit, "searching": self._searching}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with what was found before, if this run searches too; a size given by hand
-        stays."""
+        """Continue the search of :meth:`state_dict`; a size given by hand stays."""
         if self._searching:
-            self._size, self._limit, self._searching = (
-                state["size"],
-                state["limit"],
-                state["searching"],
-            )
+            self._size = state["size"]
+            self._limit = state["limit"]
+            self._searching = state["searching"]
 
     def _now(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # only during the few timed steps of a search
+            torch.cuda.synchronize(self._device)  # Only during the few timed steps of a search.
         return time.perf_counter()
 
 
 def _largest_piece(batch_size: int, size: int) -> int:
-    """Return the number of examples in the largest of the equal pieces that a batch is cut into."""
+    """Return the number of examples in the largest microbatch that a batch is cut into."""
     pieces = max(1, -(-batch_size // size))
     return -(-batch_size // pieces)
 
@@ -139,19 +142,23 @@ def microbatches(
     reference: int,
     examples: int,
 ) -> tuple[MicrobatchSize, bool]:
-    """Return the size to run with, and whether the passes of all ranks are paired, so that each
-    part is one pass.
+    """Return the microbatch size, and whether the forward passes of all ranks are paired.
+
+    Paired passes are not cut into microbatches.
 
     Args:
-        model: on its device.
-        world: the ranks.
-        size: as asked for; None: "auto" on a GPU, elsewhere the reference batch size.
+        model: the model, on its device.
+        world: the ranks that train together.
+        size: the size asked for; None: "auto" on a GPU, elsewhere the reference batch size.
         reference: the reference batch size.
-        examples: of the data.
+        examples: the number of training examples.
     """
-    device, paired = next(model.parameters()).device, must_pair(model, world, size)
+    device = next(model.parameters()).device
+    paired = must_pair(model, world, size)
     if paired:
         size = examples
-    if size is None:
-        size = "auto" if device.type == "cuda" else reference
+    elif size is None:
+        size = reference
+        if device.type == "cuda":
+            size = "auto"
     return MicrobatchSize(size, min(AUTO_START, reference), device), paired

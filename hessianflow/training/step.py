@@ -1,9 +1,7 @@
-"""One optimizer step on one batch: transform, attack, gradient in microbatches, update; out of
-memory is survived."""
+"""One optimizer step on one batch: transform, attack, gradient in microbatches, update."""
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +14,10 @@ from hessianflow.interfaces import (
     Batch,
     BatchTransform,
     BindsParameters,
-    Decision,
     Exposure,
     HessianFlowError,
     Progress,
+    Stateful,
     StepResult,
     World,
 )
@@ -28,7 +26,7 @@ from hessianflow.structure import article, is_list
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator
 from hessianflow.training.checks import tell_parameters
-from hessianflow.training.exposing import expose, share_in_force
+from hessianflow.training.exposing import expose
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
@@ -38,12 +36,11 @@ from hessianflow.training.timing import Stopwatch
 
 @dataclass
 class TrainingStep:
-    """The parts of a step, and their order. All ranks take a step together, each on its part of the
-    batch.
+    """Takes optimizer steps; all ranks take a step together, each on its part of the batch.
 
     An out-of-memory error halves the microbatch and repeats the step as if it had not been tried:
-    buffers, random generators and the adversary go back to where they were (they are kept only
-    while a size has not yet gone through).
+    buffers, random generators, observers and adversary go back to their states before it. These are
+    kept only until a step with the present microbatch size has succeeded.
     """
 
     model: nn.Module
@@ -78,13 +75,8 @@ class TrainingStep:
                 ' "float32"'
             )
 
-    def share(self, decision: Decision) -> float:
-        """Return the share of each batch that is attacked under `decision`."""
-        return share_in_force(self.adversary, decision)
-
     def load(self, batch: Batch, progress: Progress) -> Batch:
-        """Return a batch as it will be trained: on the device, transformed; `progress` is that at
-        its use."""
+        """Return a batch on the device and transformed; `progress` is that at its step."""
         with self.stopwatch.section("training"):
             inputs, targets = training_pair(move(batch, self.device, non_blocking=True))
             if self.transform is None or num_examples(targets) == 0:
@@ -102,16 +94,15 @@ class TrainingStep:
             self.follow()
             result = self._update(lambda: self._clipped_gradient(now, ahead))
             if self.accumulate.backward.create_graph:
-                # The graph of the gradients would live as long as they.
+                # Otherwise the graph of the gradients would live as long as they do.
                 self.accumulate.backward.clear()
         return result
 
-    def follow(self, *, anew: bool = False) -> None:
-        """Train what model and optimizer say now, and tell whoever must know; `news` says what
-        changed.
+    def follow(self, *, replan: bool = False) -> None:
+        """Train the parameters that model and optimizer name now; `news` says what changed.
 
         Args:
-            anew: all ranks are about to go on from the same state, and may plan their sums anew.
+            replan: all ranks continue from the same state, and may plan their sums again.
 
         Raises:
             HessianFlowError: more is trained on several ranks, or an observer cannot be told.
@@ -121,7 +112,7 @@ class TrainingStep:
             return
         backward = self.accumulate.backward
         observers = backward.observers
-        if self.world.world_size > 1 and change.added and not anew:
+        if self.world.world_size > 1 and change.added and not replan:
             raise HessianFlowError(
                 f"{change.message}: on {self.world.world_size} ranks, whose gradients are summed by"
                 " a plan made at the start, only freezing works: unfreeze before the trainer is"
@@ -136,31 +127,36 @@ class TrainingStep:
         for parameter in (*change.added, *change.removed):
             parameter.grad = None
         backward.parameters = self.trained.current
-        if anew or self.world.world_size == 1:
+        if replan or self.world.world_size == 1:
             self.world.attach(self.model, self.trained.current)
         tell_parameters(observers, self.trained.current)
-        self.news = "" if anew else change.message
+        self.news = change.message
+        if replan:
+            self.news = ""
 
     def _update(self, gradient: Callable[[], StepResult]) -> StepResult:
-        """Let the optimizer step; `gradient` fills `.grad`, and is called as often as the optimizer
-        wants it."""
+        """Let the optimizer step on as many gradients as it wants; `gradient` fills `.grad`."""
         if self._wanted == "before":
             result = gradient()
             try:
                 self.accumulate.scaler.step(self.optimizer)
-            except Exception as error:  # packages have errors of their own
+            except Exception as error:  # Optimizer packages have errors of their own.
                 explained = without_closure(self.optimizer, error)
                 if explained is None:
                     raise
                 raise explained from error
             self.accumulate.scaler.update()
             return result
-        results: list[StepResult] = [gradient()] if self._wanted == "both" else []
+        results: list[StepResult] = []
+        if self._wanted == "both":
+            results.append(gradient())
 
         def closure() -> Tensor:
-            # The first gradient is that of the step, at its weights: the others are the optimizer's
-            # own affair.
-            with self.accumulate.unobserved() if results else nullcontext():
+            # Only the first gradient is at the weights of the step and concerns the observers.
+            if not results:
+                results.append(gradient())
+                return results[0].loss
+            with self.accumulate.unobserved():
                 results.append(gradient())
             return results[-1].loss
 
@@ -168,8 +164,7 @@ class TrainingStep:
         return results[0]
 
     def _clipped_gradient(self, now: Planned, ahead: Planned | None) -> StepResult:
-        # Progress counts examples drawn from the data, whatever the transform or the adversary made
-        # of them.
+        # Progress counts the examples drawn: transform and adversary may change the number of rows.
         self.world.begin(now.examples)
         own = self._gradient(now, ahead)
         result = self.accumulate.reduce_over_ranks(own)
@@ -192,13 +187,15 @@ class TrainingStep:
         clean = [entry for entry in (now, ahead) if entry is not None and entry.attacked is None]
         while True:
             size = self.microbatch.begin(count)
-            undo = None if self.microbatch.is_proven else self._remember()
+            undo: Callable[[], None] | None = None
+            if not self.microbatch.is_proven:
+                undo = self._remember()
             try:
                 with explaining_types(self.model, now.batch):
                     result = self.accumulate.expose(self._expose(now, ahead, size), size)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error) or self.accumulate.paired:
-                    raise  # where passes are paired, the other ranks wait for this one
+                    raise  # Where passes are paired, the other ranks wait for this one.
             else:
                 self.microbatch.end(count)
                 return result
@@ -213,8 +210,7 @@ class TrainingStep:
                 torch.cuda.empty_cache()
 
     def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
-        """Return what to train on; attacks that are due are started, those made before are waited
-        for."""
+        """Return what to train on: start the attacks that are due, and wait for earlier ones."""
         if self.adversary is None:
             return Exposure(now.batch)
         with self.stopwatch.section("adversary"), self.accumulate.autocast():
@@ -223,10 +219,9 @@ class TrainingStep:
     def _remember(self) -> Callable[[], None]:
         buffers = [(b, b.detach().clone()) for b in unwrap(self.model).buffers()]
         generators = checkpoint.generator_states()
-        stateful = [
-            *self.accumulate.backward.observers,
-            *([] if self.adversary is None else [self.adversary]),
-        ]
+        stateful: list[Stateful] = [*self.accumulate.backward.observers]
+        if self.adversary is not None:
+            stateful.append(self.adversary)
         states = [(part, copy.deepcopy(part.state_dict())) for part in stateful]
 
         def undo() -> None:
@@ -241,7 +236,7 @@ class TrainingStep:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return a GPU's error type, or the message of the processor's allocator."""
+    """Return whether a GPU or the processor's allocator, which has no type for it, ran out."""
     return (
         isinstance(error, torch.OutOfMemoryError)
         or "not enough memory" in str(error)

@@ -14,13 +14,12 @@ from hessianflow.training.evaluate import Evaluation
 from hessianflow.training.explosion import ExplosionRule
 
 UNREAD = 512
-"""Most results held one by one; once there are this many, their losses are joined without being
-read. Ours."""
+"""Number of results after which their losses are joined into one tensor, without being read. This
+default is our choice."""
 
 
 class RunningTotals:
-    """Loss, hits and the first update whose loss diverged; adding to them never waits for the
-    device.
+    """Sums loss and hits, and finds divergences; adding a step never waits for the device.
 
     Args:
         device: the device that holds the sums.
@@ -39,7 +38,7 @@ class RunningTotals:
         self.start_epoch(seconds)
 
     def forget_divergence(self) -> None:
-        """Start to watch afresh, after a rollback."""
+        """Drop the losses not judged yet, and the verdict, after a rollback."""
         self._joined: list[Tensor] = []
         self._unread: list[StepResult] = []
         self._updates = 0
@@ -47,7 +46,7 @@ class RunningTotals:
         self._rule.forget_streak()
 
     def start_epoch(self, seconds: Mapping[str, float]) -> None:
-        """Forget the epoch before; `seconds`: the stopwatch's totals now."""
+        """Forget the previous epoch; `seconds` are the stopwatch's totals now."""
         self._seconds = dict(seconds)
         self._sum = self._nothing()
         self._gain = torch.zeros((), dtype=self._exact, device=self._device)
@@ -62,8 +61,7 @@ class RunningTotals:
     def add(
         self, result: StepResult, update: int, decision: Decision, rate: float, share: float
     ) -> None:
-        """Count one optimization batch, trained under `decision` at learning rate `rate` with
-        `share` of it attacked."""
+        """Add one optimizer step, at learning rate `rate` with `share` of its batch attacked."""
         self._last = result
         if result.twins is not None:
             self._gain += (result.twins.loss - result.loss) * result.rows
@@ -82,11 +80,22 @@ class RunningTotals:
         return float(self._last.loss)
 
     def means(self) -> tuple[float, float | None]:
-        """Return the mean loss, nan if no target counts, and accuracy since the epoch began (waits
-        for the device)."""
-        total, weight, correct, counted = self._read()
-        loss = total / weight if weight else math.nan
-        accuracy = correct / counted if self._classified and counted else None
+        """Return the mean loss since the epoch began, nan if no target counts, and the accuracy.
+
+        Waits for the device.
+        """
+        correct: Weight = 0
+        counted: Weight = 0
+        if self._sum.hits is not None:
+            correct, counted = self._sum.hits
+        sums = [self._sum.total, self._sum.weight, correct, counted]
+        total, weight, hits, targets = self._stacked([self._exactly(n) for n in sums]).tolist()
+        loss = math.nan
+        accuracy: float | None = None
+        if weight:
+            loss = total / weight
+        if self._classified and targets:
+            accuracy = hits / targets
         return loss, accuracy
 
     def first_bad_update(self, *, at_end: bool = False) -> int | None:
@@ -100,10 +109,11 @@ class RunningTotals:
         return self._first_bad
 
     def weights_grew(self, growth: float) -> int | None:
-        """Return the first update whose loss diverged, if weights that grew by such a factor show
-        it."""
+        """Return the first update that diverged, if weights that grew by this factor show it."""
         ago = self._rule.weights_tell(growth)
-        return None if ago is None else self._updates + 1 - ago
+        if ago is None:
+            return None
+        return self._updates + 1 - ago
 
     def mean_so_far(self) -> float:
         """Return the mean loss of the updates of the run (waits for the device)."""
@@ -119,12 +129,12 @@ class RunningTotals:
         self._join()
         losses = [loss for part in self._joined for loss in part.tolist()]
         self._joined = []
-        found = self._rule.first_bad(losses)
-        if self._first_bad is None and found is not None:
-            self._first_bad = self._updates - len(losses) + 1 + found
+        first_bad = self._rule.first_bad(losses)
+        if self._first_bad is None and first_bad is not None:
+            self._first_bad = self._updates - len(losses) + 1 + first_bad
 
     def _join(self) -> None:
-        """Put the losses held as single tensors into one, without reading it."""
+        """Join the losses held as single tensors into one, without reading it."""
         if not self._unread:
             return
         totals = torch.stack([result.total for result in self._unread])
@@ -145,40 +155,35 @@ class RunningTotals:
         """Whether the hits of all rows since the epoch began are counted."""
         return self._sum.hits is not None or self._sum.rows == 0
 
-    def _read(self) -> list[float]:
-        """Return the sums of losses, their weight, hits and targets that count (waits for the
-        device)."""
-        correct: Weight = 0
-        counted: Weight = 0
-        if self._sum.hits is not None:
-            correct, counted = self._sum.hits
-        figures = [self._sum.total, self._sum.weight, correct, counted]
-        return self._stacked([self._exactly(figure) for figure in figures]).tolist()
-
     def _exactly(self, number: Weight) -> Tensor:
         return torch.as_tensor(number, dtype=self._exact, device=self._device)
 
     def epoch_row(
         self, progress: Progress, evaluation: Evaluation | None, seconds: Mapping[str, float]
     ) -> dict[str, Any]:
-        """Return the record of the epoch just completed; `seconds`: the stopwatch's totals now."""
+        """Return the row of the epoch just completed; `seconds` are the stopwatch's totals now."""
         loss, accuracy = self.means()
+        eval_loss: float | None = None
+        eval_accuracy: float | None = None
+        if evaluation is not None:
+            eval_loss = evaluation.loss
+            eval_accuracy = evaluation.accuracy
         spent = {name: value - self._seconds[name] for name, value in seconds.items()}
         return {
             **place("epoch", progress),
             **self._last_setting(),
             "train_loss": loss,
             "train_accuracy": accuracy,
-            "eval_loss": None if evaluation is None else evaluation.loss,
-            "eval_accuracy": None if evaluation is None else evaluation.accuracy,
+            "eval_loss": eval_loss,
+            "eval_accuracy": eval_accuracy,
             **self._adversarial_gain(),
             **spent_on(spent, self._sum.examples),
         }
 
     def _last_setting(self) -> dict[str, float]:
-        """Return what the latest optimization batch of the epoch was trained under."""
+        """Return batch size, rate, factor and share of the latest step of the epoch."""
         decision = self._decision
-        if decision is None:  # of an epoch that was begun before an interruption
+        if decision is None:  # All steps of the epoch were made before an interruption.
             return dict(self._setting)
         return {
             "batch_size": decision.batch_size,
@@ -188,8 +193,10 @@ class RunningTotals:
         }
 
     def _adversarial_gain(self) -> dict[str, float]:
-        """Return by how much the twins' mean loss exceeds that of the clean rows: below 0 they are
-        too stale to be harder."""
+        """Return how far the twins' mean loss exceeds that of the clean rows.
+
+        Below 0 the attacks are too stale to make the examples harder.
+        """
         if not self._with_twins:
             return {}
         return {"adversarial_gain": self._gain.item() / self._with_twins}
@@ -217,25 +224,17 @@ class RunningTotals:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Put back the sums of :meth:`state_dict`."""
         rows = state["trained"]
         hits = None
         if rows > 0 and state["classified"]:
-            counted = state.get("counted", rows)  # earlier versions count examples, nothing else
-            hits = Hits(state["correct"].to(self._device), float(counted))
-        self._sum = StepResult(
-            state["loss"].to(self._device),
-            float(state.get("weight", rows)),
-            hits,
-            rows,
-            state["examples"],
-        )
+            hits = Hits(state["correct"].to(self._device), float(state["counted"]))
+        total = state["loss"].to(self._device)
+        self._sum = StepResult(total, float(state["weight"]), hits, rows, state["examples"])
         self._gain = state["gain"].to(self._device)
         self._with_twins = state["with_twins"]
         self._setting = dict(state["setting"])
         self._decision = None
         self._seconds = dict(state["seconds"])
         self.forget_divergence()
-        # states of earlier versions hold a limit, and the means begin anew
-        if "explosion" in state:
-            self._rule.load_state_dict(state["explosion"])
+        self._rule.load_state_dict(state["explosion"])

@@ -107,6 +107,7 @@ def test_what_goes_wrong_there_is_told_here(worker: WorkerProcess):
         wait()
 
 
+@pytest.mark.slow
 def test_a_failed_attack_is_told_each_time_and_others_go_on(worker: WorkerProcess):
     model, (x, y) = network(), next(iter(data()))
     failing = ConcurrentAdversary(Failing(0.1, value_range=RANGE), runner=worker)
@@ -121,6 +122,7 @@ def test_a_failed_attack_is_told_each_time_and_others_go_on(worker: WorkerProces
     assert torch.equal(fine.attack(model, x, y, 1.0)(), expected)
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_start_leaves_nothing(
     worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
 ):
@@ -141,6 +143,7 @@ def test_a_process_that_cannot_start_leaves_nothing(
     assert ahead.attack(model, x, y, 1.0)().shape == x.shape
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_is_named(worker: WorkerProcess):
     model, (x, y) = network(), next(iter(data()))
     ahead = ConcurrentAdversary(FGSM(0.1, value_range=RANGE), runner=worker)

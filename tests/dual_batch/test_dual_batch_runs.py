@@ -131,6 +131,7 @@ class Crash(StopAfter):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_killed_within_the_first_epoch_and_resumed(whole: History, tmp_path: Path) -> None:
     """Nothing but the checkpoint of the beginning is there: the run begins again, and ends the
     same."""
@@ -166,6 +167,7 @@ SERVER_DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", SERVER_DAMAGES)
 def test_a_damaged_last_checkpoint_is_passed_over(
     damage: str, whole: History, tmp_path: Path
@@ -288,6 +290,7 @@ def test_only_full_batches_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         worker.measure(0, 399, 3)  # the one left over and those before it are halved
 
 
+@pytest.mark.slow
 def test_a_worker_goes_on_with_its_loss_scale() -> None:
     """An overflow at a scale of 2^100 halves it at every step; a new worker starts from torch's
     2^16."""

@@ -100,6 +100,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_an_address_where_no_ray_runs():
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'hessianflow[ray]'")
     done = subprocess.run(

@@ -137,6 +137,7 @@ def fit(found: dict) -> str:
     return f"{found['measured']['residual']:.0%} off the line"
 
 
+@pytest.mark.slow
 def test_batches_of_a_run_are_those_it_made(capsys):
     assert (
         main(

@@ -57,6 +57,7 @@ def test_each_form_says_what_it_should():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1], ids=["first half", "second half"])
 def test_as_reasons_settings_and_norm_modes_they_are_drawn_and_tabled(part, tmp_path):
     """As many at once as the key of a picture has lines."""
@@ -90,6 +91,7 @@ def test_as_reasons_settings_and_norm_modes_they_are_drawn_and_tabled(part, tmp_
     assert len(labels) == len(table.rows)
 
 
+@pytest.mark.slow
 def test_as_names_of_run_directories(tmp_path):
     names = ["$x^$", "a\nb", "a\udcffb", "_hidden", " ", "日本", "=1", "<b>", "\x1b[31m"]
     runs = [write_run(tmp_path / name) for name in names]

@@ -147,6 +147,7 @@ class Growing(FixedBatch):
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_out_of_memory_with_attacks_under_way_in_another_process(staleness: int):
     """The random starts of the step repeated, and of all after it, are those of attacks made at

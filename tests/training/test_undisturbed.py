@@ -124,6 +124,7 @@ def test_frozen_batch_normalisation_stays_frozen():
     assert torch.equal(found[0], found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adversary", ["fgsm", "pgd"])
 def test_the_same_run_twice_is_bit_equal(adversary: Any, tmp_path: Path):
     """Every stream comes from the one seed, whatever the global generators hold; another seed gives
