@@ -50,20 +50,14 @@ class Budget:
         return torch.clamp(x, self.low, self.high)
 
     def project(self, perturbed: Tensor, x: Tensor) -> Tensor:
-        """Project into the ball around `x`, then into the valid range.
-
-        The range contains `x`, so the second step does not leave the ball.
-        """
+        """Project into the ball around `x`, then into the valid range, which contains `x`."""
         if self.norm == "l_inf":
             return self.clamp(torch.clamp(perturbed, x - self.eps, x + self.eps))
         delta = perturbed - x
         return self.clamp(x + delta / self.length(delta).clamp(min=1.0))
 
     def length(self, delta: Tensor) -> Tensor:
-        """Return the l_2 norm of delta / eps for each example, shape [N, 1, ...].
-
-        Channels whose eps is 0 count as unmoved.
-        """
+        """Return the l_2 norm of delta / eps, shape [N, 1, ...]; a zero eps counts as unmoved."""
         u = torch.where(self.eps > 0, delta / self.eps, torch.zeros_like(delta))
         return _row_norm(u)
 
@@ -91,7 +85,7 @@ class Budget:
 
 
 def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> Budget:
-    """Check the limits that the user gave and return them as one budget.
+    """Check the limits of the user and return them as one budget.
 
     Raises:
         HessianFlowError: eps is negative, not finite or larger than the width of the range, the

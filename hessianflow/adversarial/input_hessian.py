@@ -16,7 +16,7 @@ from hessianflow.losses import mean_loss
 
 
 class InputHessian:
-    """The Hessian of the summed loss of a batch with respect to its inputs, free of the matrix.
+    """The Hessian of the summed loss of a batch with respect to its inputs, as an operator.
 
     With `norm_mode="eval"` the examples do not interact. The matrix is then block diagonal, one
     block per example, and its top eigenvalue is the largest of the examples'. It is valid until the
@@ -84,7 +84,7 @@ class InputHessian:
         return self._inputs.dtype
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Return the product with a flat vector, shape [size]; 0 if the loss is linear in it."""
+        """Return the product with a flat vector, shape [size]."""
         if not self._gradient.requires_grad:
             return torch.zeros_like(vector)
         product: Tensor

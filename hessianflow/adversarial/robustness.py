@@ -130,7 +130,7 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
 
 
 class OverfittingAlarm:
-    """Detect that FGSM training overfits catastrophically, which means that it holds only for FGSM.
+    """Detect catastrophic overfitting, where accuracy under PGD collapses and under FGSM does not.
 
     Wong, Rice, Kolter (arXiv 2001.03994) observe PGD accuracy during training. The rule is our
     choice: the alarm is raised when PGD accuracy is below `collapse` times its best so far and FGSM

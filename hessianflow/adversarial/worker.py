@@ -119,7 +119,7 @@ class WorkerProcess:
 
 
 class _Answer:
-    """A callable that waits once for a result, and gives the attack the state that it ended in."""
+    """A callable that waits once for a result and takes over the attack's state with it."""
 
     def __init__(self, line: Connection, attack: TwinAttack) -> None:
         self._line = line

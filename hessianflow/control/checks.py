@@ -1,7 +1,4 @@
-"""Argument checks shared by the controllers.
-
-Each message names the parameter, its bound and the value received.
-"""
+"""Checks of arguments, whose messages name the parameter, its bound and the value received."""
 
 import math
 from collections.abc import Mapping

@@ -71,10 +71,7 @@ ROUNDING = 1e-9
 
 @dataclass
 class CriticalState(ControllerState):
-    """Adds two losses, the latest usable eigenvalues, oldest first, and the latest scheduled rate.
-
-    The losses are the first and the lowest.
-    """
+    """Adds the first and lowest loss, the latest usable eigenvalues, and the scheduled rate."""
 
     first_loss: float | None = None
     lowest_loss: float | None = None
