@@ -1,9 +1,8 @@
-"""Attacks as training plug-ins: they perturb a share of every optimization batch
-(:class:`interfaces.Adversary`).
+"""Adversaries that attack a share of every optimization batch (:class:`interfaces.Adversary`).
 
-ABSA (arXiv 1810.01021) trains on FGSM examples in place of the clean ones, labels unchanged. Its
-reference implementation attacks with cross-entropy whatever is trained on, and clamps to the
-extremes of the attacked slice; here the loss is given, and the range is the valid one.
+ABSA (arXiv 1810.01021) trains on FGSM examples in place of the clean ones, with unchanged labels.
+Its reference implementation always attacks cross-entropy, whatever loss is trained, and clamps to
+the extremes of the attacked slice. Here the loss is given, and the range is the valid one.
 """
 
 import hashlib
@@ -15,21 +14,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hessianflow.adversarial.attacks import (
-    FAST_RANDOM_STEP,
     ascend,
     attacking,
     check_gradient,
-    random_deltas,
+    fgsm_step,
+    random_point,
     resolve_step,
 )
 from hessianflow.adversarial.budget import (
     Norm,
     PerChannel,
     ValueRange,
+    broadcast_to,
     check_in_range,
     check_one_tensor,
     make_budget,
-    place,
 )
 from hessianflow.adversarial.mixing import ABSA_SHARE, check_share, perturbed_rows
 from hessianflow.batches import take_rows
@@ -40,39 +39,39 @@ ABSA_EPS = 0.005
 """Perturbation of ABSA's reference implementation, for inputs in [0, 1] that are not normalised."""
 
 CHECKED_CALL = 3
-"""The call at which the gradient is checked once: by then a last layer that began at zero lets it
-through. Ours."""
+"""Number of the call at which the gradient is checked. By then a last layer that began at zero lets
+it through. This default is our choice."""
 
 
 class PGD:
-    """Projected gradient ascent on a share of each batch, as :func:`attacks.pgd` makes it.
+    """Attack a share of each batch by projected gradient ascent.
 
-    Random starts come from `seed` and the number of calls so far, so a resumed run repeats them on
-    any device, and they do not depend on the microbatch size. On several ranks (`join`) each has
-    random starts of its own.
+    The attack is :func:`attacks.pgd`. Random starts follow from `seed` and the number of calls so
+    far, so a resumed run repeats them on any device, and they do not depend on the microbatch size.
+    On several ranks (`join`) each rank has random starts of its own.
 
     Args:
-        eps: radius of the ball around the inputs, one number or one per channel, in the units of
-            the inputs (of pixels in [0, 1] on the command). Default: ABSA's.
-        share: of each batch that is attacked, in [0, 1], before a controller's factor (0.2 in
-            ABSA's published code).
-        value_range: (smallest, largest) valid value; None: do not clamp.
-        steps: gradient steps.
-        relative_step: size of a step in units of eps; None: 2.5 / steps, enough to reach the far
-            side of the ball.
-        norm: of the ball: l_inf bounds every component, l_2 the length of delta / eps.
-        loss_fn: the loss to raise.
-        random_start: start at a random point of the ball (Madry et al., arXiv:1706.06083).
-        norm_mode: statistics of batch normalisation during the attack: eval: the running ones;
-            batch: those of what is attacked. Neither moves the running ones.
-        seed: of the random starts.
+        eps: Radius of the ball around the inputs, one number or one per channel, in the units of
+            the inputs, which for the command are pixels in [0, 1] (0.005 in ABSA's published code).
+        share: Share of each batch that is attacked, in [0, 1], before the factor of the controller
+            (0.2 in ABSA's published code).
+        value_range: Smallest and largest valid value of the inputs; null stands for no clamping.
+        steps: Gradient steps. This default is our choice.
+        relative_step: Size of a step in units of eps; null stands for 2.5 / steps, which suffices
+            to reach the far side of the ball. This default is our choice.
+        norm: Norm of the ball. l_inf bounds every component, and l_2 the length of delta / eps.
+        loss_fn: Loss that the attack raises.
+        random_start: Start at a random point of the ball (Madry et al., arXiv:1706.06083).
+        norm_mode: Statistics of batch normalisation during the attack. eval uses the running ones,
+            batch those of the attacked examples; neither updates the running ones.
+        seed: Seed of the random starts.
 
     Raises:
-        HessianFlowError: as :func:`attacks.pgd`.
+        HessianFlowError: As :func:`attacks.pgd`.
     """
 
-    staleness: int = 0  # made with the weights that are trained next,
-    attacks_late: bool = True  # at the use of the batch
+    staleness: int = 0  # the attack uses the weights that are trained next
+    attacks_late: bool = True  # and runs when the batch is used
 
     def __init__(
         self,
@@ -103,7 +102,7 @@ class PGD:
         self._reducer: Reducer | None = None
 
     def join(self, reducer: Reducer) -> None:
-        """Draw the random starts of this rank from now on."""
+        """Draw random starts that belong to this rank from now on."""
         self._reducer = reducer
 
     def perturb(
@@ -114,16 +113,21 @@ class PGD:
         share: float,
         microbatch_size: int | None = None,
     ) -> Tensor:
-        """Return a copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked;
-        the very tensor at 0.
+        """Return a copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked.
+
+        If there is no such row, it returns `inputs` itself.
 
         Args:
-            microbatch_size: most rows attacked in one forward pass; None: all at once.
+            model: Model to attack.
+            inputs: Inputs, shape [N, ...].
+            targets: Targets of the inputs.
+            share: Share of the rows that is attacked, in [0, 1].
+            microbatch_size: Most rows attacked in one forward pass; None stands for all.
 
         Raises:
-            HessianFlowError: a share outside [0, 1], inputs that are not one tensor of floating
-                point numbers, inputs outside the valid range (first call), a loss that does not
-                depend on the inputs, a microbatch_size below 1.
+            HessianFlowError: The share is outside [0, 1], the inputs are not one tensor of floating
+                point numbers or (first call) outside the valid range, the loss does not depend on
+                the inputs, or the microbatch_size is below 1.
         """
         check_one_tensor(inputs)
         if microbatch_size is not None and microbatch_size < 1:
@@ -144,7 +148,7 @@ class PGD:
         share: float,
         microbatch_size: int | None = None,
     ) -> Pending:
-        """:meth:`perturb`, at once."""
+        """Run :meth:`perturb` at once and return a callable that gives its result."""
         perturbed = self.perturb(model, inputs, targets, share, microbatch_size)
         return lambda: perturbed
 
@@ -156,23 +160,26 @@ class PGD:
         adversarial: Tensor,
         share: float,  # noqa: ARG002
     ) -> Exposure:
-        """Return the perturbed inputs in place of the clean ones, labels unchanged."""
+        """Return the perturbed inputs in place of the clean ones, with unchanged labels."""
         return Exposure((adversarial, targets))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the random starts stand."""
+        """Return the seed and the number of calls, which fix the next random start."""
         return {"seed": self._seed, "calls": self._calls}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the random starts of a stored run."""
-        self._seed, self._calls = int(state["seed"]), int(state["calls"])
+        self._seed = int(state["seed"])
+        self._calls = int(state["calls"])
 
     def _attack(self, model: nn.Module, x: Tensor, y: Any, size: int) -> Tensor:
-        budget = place(self._budget, x)
+        budget = broadcast_to(self._budget, x)
         if self._calls == 0:
             check_in_range(budget, x)
-        # Drawn for all rows at once: the same whatever the microbatch size.
-        start = random_deltas(budget, x, self._generator(x.device)) if self._random_start else None
+        start = x
+        if self._random_start:
+            # Drawn for all rows at once, so that it does not depend on the microbatch size.
+            start = random_point(budget, x, self._generator(x.device))
         self._calls += 1
         perturbed = torch.empty_like(x)
         with attacking(model, self._norm_mode) as frozen:
@@ -190,39 +197,39 @@ class PGD:
                     self._loss_fn,
                     steps=self._steps,
                     step=self._step,
-                    start=None if start is None else start[part],
+                    start=start[part],
                 )
         return perturbed
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        # Hashed, so that neighbouring seeds do not share streams one call apart.
-        rank = (
-            f":{self._reducer.rank}" if self._reducer is not None and self._reducer.rank > 0 else ""
-        )
-        digest = hashlib.blake2b(
-            f"{self._seed}:{self._calls}{rank}".encode(), digest_size=8
-        ).digest()
+        name = f"{self._seed}:{self._calls}"
+        if self._reducer is not None and self._reducer.rank > 0:
+            name += f":{self._reducer.rank}"
+        # A hash, so that neighbouring seeds do not share streams one call apart.
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little"))
 
 
 class FGSM(PGD):
-    """One signed step on a share of each batch, as :func:`attacks.fgsm` makes it.
+    """Attack a share of each batch by one signed step.
+
+    The attack is :func:`attacks.fgsm`.
 
     Args:
-        eps: largest change of a component, one number or one per channel, in the units of the
-            inputs (of pixels in [0, 1] on the command). Default: ABSA's.
-        share: of each batch that is attacked, in [0, 1], before a controller's factor (0.2 in
-            ABSA's published code).
-        value_range: (smallest, largest) valid value; None: do not clamp.
-        loss_fn: the loss to raise.
-        random_start: start at a random point of the ball, step 1.25 eps and project back (Wong et
-            al., arXiv:2001.03994).
-        norm_mode: statistics of batch normalisation during the attack: eval: the running ones;
-            batch: those of what is attacked. Neither moves the running ones.
-        seed: of the random starts.
+        eps: Largest change of a component, one number or one per channel, in the units of the
+            inputs, which for the command are pixels in [0, 1] (0.005 in ABSA's published code).
+        share: Share of each batch that is attacked, in [0, 1], before the factor of the controller
+            (0.2 in ABSA's published code).
+        value_range: Smallest and largest valid value of the inputs; null stands for no clamping.
+        loss_fn: Loss that the attack raises.
+        random_start: Start at a random point of the ball, step by 1.25 eps and project back (Wong
+            et al., arXiv:2001.03994).
+        norm_mode: Statistics of batch normalisation during the attack. eval uses the running ones,
+            batch those of the attacked examples; neither updates the running ones.
+        seed: Seed of the random starts.
 
     Raises:
-        HessianFlowError: as :func:`attacks.fgsm`.
+        HessianFlowError: As :func:`attacks.fgsm`.
     """
 
     def __init__(
@@ -241,7 +248,7 @@ class FGSM(PGD):
             share=share,
             value_range=value_range,
             steps=1,
-            relative_step=FAST_RANDOM_STEP if random_start else 1.0,
+            relative_step=fgsm_step(random_start),
             loss_fn=loss_fn,
             random_start=random_start,
             norm_mode=norm_mode,

@@ -1,20 +1,20 @@
-"""Adversarial attacks as pure functions: model, inputs and targets in, perturbed inputs out.
+"""Adversarial attacks as pure functions of model, inputs and targets.
 
-FGSM (Goodfellow, Shlens, Szegedy, arXiv 1412.6572, section 4):  x' = x + eps * sign(dL/dx). FGSM
-with random start (Wong, Rice, Kolter, arXiv 2001.03994):  start at x + U(-eps, eps), step 1.25 eps,
-project back. PGD (Madry et al., arXiv 1706.06083):  repeat x' = project(x' + step * ascent
-direction), where the direction is the sign of the gradient in l_inf and the normalised gradient in
-l_2.
+- FGSM (Goodfellow, Shlens, Szegedy, arXiv 1412.6572, section 4):  x' = x + eps * sign(dL/dx).
+- FGSM with random start (Wong, Rice, Kolter, arXiv 2001.03994):  start at x + U(-eps, eps), step by
+  1.25 eps, project back.
+- PGD (Madry et al., arXiv 1706.06083):  repeat x' = project(x' + step * direction), where the
+  direction is the sign of the gradient in l_inf and the normalised gradient in l_2.
 
-All are one loop; they differ in start, step and number of steps. Choices of ours: the valid range
-is given by the user and never taken from the batch (a batch that spans its own range could not be
-perturbed at its extremes); steps are fractions of eps, so that an eps per channel keeps its
-meaning; the last iterate is returned. The gradient is that of the summed loss, in which examples do
-not weigh each other down.
+All are one loop, and differ in start, step and number of steps. The following are our choices. The
+user gives the valid range, which is never taken from the batch: a batch that spans its own range
+could not be perturbed at its extremes. Steps are fractions of eps, so that an eps per channel keeps
+its meaning. The last iterate is returned. The gradient is that of the summed loss, so that it does
+not depend on the number of examples.
 
-The attack leaves no trace: modes, statistics, `.grad`, `requires_grad` and random generators are as
-found. Parameters are frozen meanwhile, so nothing but the gradient with respect to the input is
-computed or kept. Run it inside `torch.autocast` to attack in mixed precision.
+An attack leaves no trace in modes, statistics, `.grad`, `requires_grad` and random generators. It
+freezes the parameters, so that only the gradient with respect to the inputs is computed and kept.
+Run it inside `torch.autocast` to attack in mixed precision.
 """
 
 from collections.abc import Iterator
@@ -30,18 +30,15 @@ from hessianflow.adversarial.budget import (
     Norm,
     PerChannel,
     ValueRange,
+    broadcast_to,
     check_in_range,
     make_budget,
-    place,
 )
 from hessianflow.checks import check_choice, check_count, is_number
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import mean_loss
 from hessianflow.measuring import measuring
 from hessianflow.normalisation.fixed import fixed_normalisation
-
-FAST_RANDOM_STEP = 1.25
-"""Step of FGSM with random start, in units of eps (Wong et al.)."""
 
 
 def fgsm(
@@ -57,32 +54,32 @@ def fgsm(
     targeted: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One step along the sign of the input gradient:  x' = clamp(x + eps * sign(dL/dx)).
+    """Take one step along the sign of the input gradient:  x' = clamp(x + eps * sign(dL/dx)).
 
     Args:
-        model: maps inputs to whatever `loss_fn` takes; wrapped models are unwrapped.
-        x: inputs, floating point, shape [N, ...].
-        y: targets, shape [N, ...]; class probabilities for soft labels. With `targeted`, the
+        model: Model whose output `loss_fn` takes; wrapped models are unwrapped.
+        x: Inputs, floating point, shape [N, ...].
+        y: Targets, shape [N, ...]; class probabilities for soft labels. With `targeted`, the
             targets to move towards.
-        eps: largest change of a component, in the units of `x`: one number or one per channel (eps
+        eps: Largest change of a component, in the units of `x`, one number or one per channel (eps
             / std for inputs normalised by std).
-        value_range: (smallest, largest) valid value of `x`, each one number or one per channel;
-            None: do not clamp.
-        loss_fn: the loss to raise; use the one trained on.
-        random_start: start at a random point of the ball, step 1.25 eps and project back (Wong et
-            al., 2020).
-        norm_mode: statistics used by batch normalisation during the attack: "eval" the running
-            ones, "batch" those of `x`. Neither moves the running ones.
-        targeted: lower the loss instead of raising it.
-        generator: source of the random start; None: fresh entropy. The global generators are never
-            used.
+        value_range: Smallest and largest valid value of `x`, each one number or one per channel;
+            None stands for no clamping.
+        loss_fn: Loss that the attack raises, usually the trained one.
+        random_start: Start at a random point of the ball, step by 1.25 eps and project back (Wong
+            et al., 2020).
+        norm_mode: Statistics of batch normalisation during the attack. "eval" uses the running
+            ones, "batch" those of `x`; neither updates the running ones.
+        targeted: Lower the loss instead of raising it.
+        generator: Source of the random start; None stands for fresh entropy. The global generators
+            are never used.
 
     Returns:
         The perturbed inputs, detached; `x` is not changed.
 
     Raises:
-        HessianFlowError: an eps that is negative, not finite or wider than the range; inputs that
-            are integers or lie outside the range; a loss that does not depend on the inputs.
+        HessianFlowError: eps is negative, not finite or wider than the range, the inputs are
+            integers or lie outside the range, or the loss does not depend on them.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)
@@ -90,14 +87,20 @@ def fgsm(
         >>> fgsm(layer, torch.tensor([[0.5, 0.5]]), torch.tensor([0]), 0.005, value_range=(0, 1))
         tensor([[0.4950, 0.5050]])
     """
-    step = FAST_RANDOM_STEP if random_start else 1.0
-    budget = place(make_budget(eps, value_range, "l_inf"), x)
-    check_in_range(budget, x)
-    start = random_deltas(budget, x, generator) if random_start else None
-    with attacking(model, norm_mode) as frozen:
-        return ascend(
-            frozen, x, y, budget, loss_fn, steps=1, step=step, start=start, targeted=targeted
-        )
+    return pgd(
+        model,
+        x,
+        y,
+        eps,
+        value_range=value_range,
+        steps=1,
+        relative_step=fgsm_step(random_start),
+        loss_fn=loss_fn,
+        random_start=random_start,
+        norm_mode=norm_mode,
+        targeted=targeted,
+        generator=generator,
+    )
 
 
 def pgd(
@@ -116,39 +119,33 @@ def pgd(
     targeted: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient ascent on the loss within a ball around the inputs.
+    """Ascend the loss by projected gradient steps within a ball around the inputs.
 
-    x' = clamp(project(x' + relative_step * eps * direction)), `steps` times; direction: sign(g) in
-    l_inf, g / ||g|| in l_2 (for an eps per channel: the steepest direction in units of eps). See
-    :func:`fgsm` for what is not said here.
+    It repeats x' = clamp(project(x' + relative_step * eps * direction)) `steps` times. The
+    direction is sign(g) in l_inf and g / ||g|| in l_2; for an eps per channel it is the steepest
+    direction in units of eps. The arguments that are not described here are those of :func:`fgsm`.
 
     Args:
-        model: maps inputs to whatever `loss_fn` takes.
-        x: inputs, shape [N, ...].
-        y: targets, shape [N, ...].
-        eps: radius of the ball, one number or one per channel. In l_2 the norm is that of delta /
-            eps over all components of an example, at most 1.
-        value_range: (smallest, largest) valid value; None: do not clamp.
-        steps: gradient steps (default ours).
-        relative_step: step size in units of eps; None: 2.5 / steps, enough to reach the far side of
-            the ball (ours).
+        eps: Radius of the ball, one number or one per channel. In l_2 the norm of delta / eps over
+            all components of an example is at most 1.
+        steps: Gradient steps. This default is our choice.
+        relative_step: Step size in units of eps; None stands for 2.5 / steps, which suffices to
+            reach the far side of the ball. This default is our choice.
         norm: "l_inf" or "l_2".
-        loss_fn: the loss to raise.
-        random_start: start at a random point of the ball (Madry et al.).
-        norm_mode: batch-normalisation statistics during the attack.
-        targeted: lower the loss instead of raising it.
-        generator: source of the random start; None: fresh entropy.
+        random_start: Start at a random point of the ball (Madry et al.).
 
     Returns:
-        The perturbed inputs, detached.
+        The perturbed inputs, detached; `x` is not changed.
 
     Raises:
-        HessianFlowError: as :func:`fgsm`; also steps < 1 or a relative_step that is not positive.
+        HessianFlowError: As :func:`fgsm`, or if steps < 1 or relative_step is not positive.
     """
     step = resolve_step(steps, relative_step)
-    budget = place(make_budget(eps, value_range, norm), x)
+    budget = broadcast_to(make_budget(eps, value_range, norm), x)
     check_in_range(budget, x)
-    start = random_deltas(budget, x, generator) if random_start else None
+    start = x.detach()
+    if random_start:
+        start = random_point(budget, x, generator)
     with attacking(model, norm_mode) as frozen:
         return ascend(
             frozen, x, y, budget, loss_fn, steps=steps, step=step, start=start, targeted=targeted
@@ -157,11 +154,10 @@ def pgd(
 
 @contextmanager
 def attacking(model: nn.Module, norm_mode: NormMode) -> Iterator[nn.Module]:
-    """The unwrapped model in measuring mode with its parameters frozen: only input gradients are
-    computed.
+    """Yield the unwrapped model in measuring mode, with its parameters frozen.
 
     Raises:
-        HessianFlowError: a norm_mode that does not exist.
+        HessianFlowError: The norm_mode does not exist.
     """
     check_choice("norm_mode", norm_mode, get_args(NormMode))
     with measuring(model, norm_mode) as inner:
@@ -180,22 +176,29 @@ def ascend(
     *,
     steps: int,
     step: float,
-    start: Tensor | None = None,
+    start: Tensor,
     targeted: bool = False,
 ) -> Tensor:
-    """Run the loop behind every attack; `frozen` comes from :func:`attacking`, `budget` from
-    `place`.
+    """Run the loop behind every attack.
 
     Args:
-        start: first delta, shaped like `x`; None: zero.
-        step: step size in units of eps.
+        frozen: Model from :func:`attacking`.
+        x: Centre of the ball, shape [N, ...].
+        y: Targets, shape [N, ...].
+        budget: Ball and valid range, from `broadcast_to`.
+        loss_fn: Loss that the attack raises.
+        steps: Gradient steps.
+        step: Step size in units of eps.
+        start: First point, shaped like `x`.
+        targeted: Lower the loss instead of raising it.
     """
     x = x.detach()
-    perturbed = x if start is None else budget.clamp(x + start)
-    signed = -step if targeted else step
+    perturbed = start
+    if targeted:
+        step = -step
     for _ in range(steps):
         gradient = input_gradient(frozen, perturbed, y, loss_fn)
-        perturbed = budget.project(perturbed + signed * budget.ascent(gradient), x)
+        perturbed = budget.project(perturbed + step * budget.ascent(gradient), x)
     return perturbed
 
 
@@ -203,15 +206,19 @@ def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
     """Return the gradient of the summed loss with respect to the inputs, shaped like `x`.
 
     Raises:
-        HessianFlowError: no path leads from the loss back to the inputs.
+        HessianFlowError: No path leads from the loss back to the inputs.
     """
-    # clone: a tensor made in inference mode cannot take part in a graph. On a CPU, convolutions run
-    # faster on images with the channels last, whatever the layout of the weights.
-    images_on_cpu = x.ndim == 4 and x.device.type == "cpu"
-    layout = torch.channels_last if images_on_cpu else torch.preserve_format
+    layout = torch.preserve_format
+    if x.ndim == 4 and x.device.type == "cpu":
+        # On a CPU, convolutions run faster on images with the channels last, whatever the layout of
+        # the weights.
+        layout = torch.channels_last
+    # A clone, because a tensor made in inference mode cannot take part in a graph.
     leaf = x.detach().clone(memory_format=layout).requires_grad_()
     loss = mean_loss(loss_fn, frozen(leaf), y) * len(x)
-    gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    gradient: Tensor | None = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
     if gradient is None:
         raise HessianFlowError(
             "the loss does not depend on the inputs, so they cannot be attacked; the model must be"
@@ -221,11 +228,10 @@ def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
 
 
 def check_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> None:
-    """Refuse a loss whose gradient by the inputs is zero everywhere: no attack with it could change
-    anything.
+    """Refuse a loss whose input gradient is zero everywhere, so that no attack changes anything.
 
     Raises:
-        HessianFlowError: cross-entropy over a single output, for one.
+        HessianFlowError: The gradient is zero, as that of cross-entropy over a single output.
     """
     if not bool(input_gradient(frozen, x, y, loss_fn).any()):
         raise HessianFlowError(
@@ -234,19 +240,24 @@ def check_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
         )
 
 
-def random_deltas(budget: Budget, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random start within the ball; fresh entropy without a generator."""
+def random_point(budget: Budget, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return a random point of the ball around `x`; without a generator, from fresh entropy."""
     if generator is None:
         generator = torch.Generator(device=x.device)
         generator.seed()
-    return budget.random(x, generator)
+    return budget.clamp(x.detach() + budget.random(x, generator))
+
+
+def fgsm_step(random_start: bool) -> float:
+    """Return the step of FGSM in units of eps, longer from a random start (Wong et al.)."""
+    return 1.25 if random_start else 1.0
 
 
 def resolve_step(steps: int, relative_step: float | None) -> float:
     """Return the step in units of eps.
 
     Raises:
-        HessianFlowError: steps that are no whole number >= 1, or a step that is not positive.
+        HessianFlowError: `steps` is not a whole number >= 1, or the step is not positive.
     """
     check_count("steps", steps)
     if relative_step is None:

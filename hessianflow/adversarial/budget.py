@@ -1,9 +1,7 @@
-"""What an attack may do to an input: how far it may move it, and within which valid range of
-values.
+"""Limits of an attack: how far it may move an input, and within which range of values.
 
-Perturbations are measured in units of eps: delta = eps * u with u in the unit ball of the norm, so
-that a value per channel (eps / std for inputs normalised by std) needs no code of its own, also in
-l_2.
+Perturbations are measured in units of eps, delta = eps * u with u in the unit ball of the norm. So
+a value per channel (eps / std for inputs normalised by std) needs no code of its own, even in l_2.
 """
 
 from collections.abc import Sequence
@@ -23,9 +21,9 @@ PerChannel = float | Sequence[float] | Tensor
 ValueRange = tuple[PerChannel, PerChannel]
 """Smallest and largest valid input value."""
 
-# Inputs may leave the stated range by this part of its width: rounding of half-precision normalised
-# images.
 RANGE_SLACK = 1e-3
+"""Part of its width by which inputs may leave the stated range, as images normalised in half
+precision do by rounding."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,10 @@ class Budget:
     """The ball |delta| <= eps in `norm`, cut by the valid range.
 
     Attributes:
-        eps: radius, shape [] or [channels]; after :func:`place`, broadcastable to the inputs.
-        low: smallest valid value, shaped like eps; None: unbounded.
-        high: largest valid value, shaped like eps; None: unbounded.
+        eps: Radius, shape [] or [channels]; after :func:`broadcast_to`, broadcastable to the
+            inputs.
+        low: Smallest valid value, shaped like eps; None stands for no bound.
+        high: Largest valid value, shaped like eps; None stands for no bound.
         norm: "l_inf" or "l_2" (over all components of one example).
     """
 
@@ -46,34 +45,33 @@ class Budget:
 
     def clamp(self, x: Tensor) -> Tensor:
         """Return the nearest inputs in the valid range."""
-        return x if self.low is None else torch.clamp(x, self.low, self.high)
+        if self.low is None:
+            return x
+        return torch.clamp(x, self.low, self.high)
 
     def project(self, perturbed: Tensor, x: Tensor) -> Tensor:
-        """Back into the ball around `x`, then into the valid range (which contains `x`, so the ball
-        is kept)."""
+        """Project into the ball around `x`, then into the valid range, which contains `x`."""
         if self.norm == "l_inf":
             return self.clamp(torch.clamp(perturbed, x - self.eps, x + self.eps))
         delta = perturbed - x
         return self.clamp(x + delta / self.length(delta).clamp(min=1.0))
 
     def length(self, delta: Tensor) -> Tensor:
-        """Return the l_2 norm of delta / eps for each example, shape [N, 1, ...]; channels with eps
-        = 0 count as unmoved."""
+        """Return the l_2 norm of delta / eps, shape [N, 1, ...]; a zero eps counts as unmoved."""
         u = torch.where(self.eps > 0, delta / self.eps, torch.zeros_like(delta))
         return _row_norm(u)
 
     def ascent(self, gradient: Tensor) -> Tensor:
-        """Return the delta of length eps along which a linear function with this gradient grows
-        most."""
+        """Return the delta of length eps that raises a linear function of this gradient most."""
         if self.norm == "l_inf":
             return self.eps * gradient.sign()
         scaled = self.eps * gradient
         norm = _row_norm(scaled)
-        # A zero gradient names no direction: such an example stays where it is.
+        # A zero gradient gives no direction, so such an example stays where it is.
         return self.eps * torch.where(norm > 0, scaled / norm, torch.zeros_like(scaled))
 
     def random(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Uniformly distributed deltas from the ball, shaped like `x`."""
+        """Return uniformly distributed deltas from the ball, shaped like `x`."""
         device = generator.device
         if self.norm == "l_inf":
             uniform = torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype)
@@ -87,11 +85,11 @@ class Budget:
 
 
 def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> Budget:
-    """Check and resolve what the user gave.
+    """Check the limits of the user and return them as one budget.
 
     Raises:
-        HessianFlowError: eps negative, not finite or larger than the width of the range; an empty
-            range; an unknown norm.
+        HessianFlowError: eps is negative, not finite or larger than the width of the range, the
+            range is empty, or the norm is unknown.
     """
     if norm not in ("l_inf", "l_2"):
         raise HessianFlowError(f"norm must be 'l_inf' or 'l_2', got {norm!r}")
@@ -102,8 +100,7 @@ def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> 
         return Budget(radius, None, None, norm)
     low, high = _range(value_range)
     radius, low, high = _broadcast(radius, low, high)
-    # In l_2 eps bounds the length of the whole perturbation, which may exceed the range of one
-    # component.
+    # In l_2 eps bounds the whole perturbation, which may be longer than the range of a component.
     if norm == "l_inf" and bool((radius > high - low).any()):
         raise HessianFlowError(
             f"eps must not exceed the width {_show(high - low)} of value_range, got"
@@ -114,28 +111,26 @@ def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> 
 
 
 def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be perturbed") -> None:
-    """Refuse inputs in a structure: nothing says which tensor is to be perturbed, and how far.
+    """Refuse inputs in a structure, which does not say what tensor is to be perturbed how far.
 
     Args:
-        value: the inputs, or something else that has a `name` and must be a tensor for another
-            `purpose`.
-        name: for the message.
-        purpose: likewise.
+        value: Inputs, or something else that must be one tensor.
+        name: Name of the value in the message.
+        purpose: Purpose of the tensor in the message.
 
     Raises:
-        HessianFlowError: anything but a tensor.
+        HessianFlowError: The value is not a tensor.
     """
     if not isinstance(value, Tensor):
         raise HessianFlowError(f"{name} must be one tensor {purpose}, got {article(value)}")
 
 
-def place(budget: Budget, x: Tensor) -> Budget:
-    """Return the budget on the device and in the precision of `x`, shaped to broadcast over its
-    channels.
+def broadcast_to(budget: Budget, x: Tensor) -> Budget:
+    """Return the budget on the device and in the precision of `x`, broadcast over its channels.
 
     Raises:
-        HessianFlowError: inputs that are not one tensor of floating point numbers, or a number of
-            channels that differs from that of eps or value_range.
+        HessianFlowError: The inputs are not one tensor of floating point numbers, or their number
+            of channels differs from that of eps or value_range.
     """
     check_one_tensor(x)
     if not x.is_floating_point():
@@ -152,8 +147,10 @@ def place(budget: Budget, x: Tensor) -> Budget:
                 "eps and value_range must have one value per channel (dimension 1) of the inputs, "
                 f"got {len(value)} values for inputs of shape {list(x.shape)}"
             )
-        shape = (1, -1, *[1] * (x.ndim - 2)) if value.ndim else ()
-        return value.to(device=x.device, dtype=x.dtype, non_blocking=True).reshape(shape)
+        moved = value.to(device=x.device, dtype=x.dtype, non_blocking=True)
+        if value.ndim == 0:
+            return moved
+        return moved.reshape(1, -1, *[1] * (x.ndim - 2))
 
     eps = shaped(budget.eps)
     assert eps is not None
@@ -161,12 +158,12 @@ def place(budget: Budget, x: Tensor) -> Budget:
 
 
 def check_in_range(budget: Budget, x: Tensor) -> None:
-    """Refuse inputs outside the stated valid range: clamping would change them beyond recognition.
+    """Refuse inputs outside the stated valid range, which clamping would distort.
 
-    Waits for the device, so training checks its first batch only.
+    It waits for the device, so training checks only its first batch.
 
     Raises:
-        HessianFlowError: a value lies outside `value_range` by more than rounding.
+        HessianFlowError: A value lies outside `value_range` by more than rounding.
     """
     if budget.low is None or budget.high is None or x.numel() == 0:
         return
@@ -184,8 +181,7 @@ def _range(value_range: ValueRange) -> tuple[Tensor, Tensor]:
         raise HessianFlowError(
             f"value_range must be (low, high) or None for no clamping, got {value_range!r}"
         )
-    low, high = _as_tensor(value_range[0], "value_range"), _as_tensor(value_range[1], "value_range")
-    low, high = _broadcast(low, high)
+    low, high = _broadcast(*(_as_tensor(end, "value_range") for end in value_range))
     if not bool((low < high).all()):
         raise HessianFlowError(
             f"value_range must have low < high, got [{_show(low)}, {_show(high)}]"
@@ -224,4 +220,6 @@ def _row_norm(x: Tensor) -> Tensor:
 
 def _show(tensor: Tensor) -> str:
     values = [f"{v:g}" for v in tensor.flatten().tolist()]
-    return values[0] if len(set(values)) == 1 else "(" + ", ".join(values) + ")"
+    if len(set(values)) == 1:
+        return values[0]
+    return "(" + ", ".join(values) + ")"

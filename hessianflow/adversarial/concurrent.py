@@ -1,25 +1,24 @@
-"""ConAdv: adversarial examples from weights a few steps old, so that attack and training run at the
-same time.
+"""ConAdv: concurrent attack and training, through adversarial examples from older weights.
 
 Liu, Chen, Cheng, Hsieh, You, "Concurrent adversarial learning for large-batch training", arXiv
-2106.00221, algorithm 1. With staleness tau, step t trains on batch t and its twin made with
-theta_{t-tau}, while batch t + tau is attacked at theta_t; the loss is the mean over the clean
+2106.00221, algorithm 1. With staleness tau, step t trains on batch t and on its twin made with
+theta_{t-tau}, while batch t + tau is attacked at theta_t. The loss is the mean over the clean
 examples plus the mean over their twins (a sum of two means). Staleness 0 is the synchronous method.
 
-Where the paper's text leaves a choice: the first tau batches have no twin and are trained clean
-(`first="clean"`) or attacked at the moment they are used (`first="synchronous"`); with split batch
-normalisation the attack goes through the adversarial set by default. A change of the batch size
-drains the queue: batches already drawn are used as they are, so each keeps its twin and the change
-arrives tau steps later. A share below 1 makes twins of that share of the rows, and the sum of two
-means becomes mean over the clean rows + share x mean over the twins: every row counts alike.
+The paper's text leaves some choices open. The first tau batches have no twin: they are trained on
+clean examples (`first="clean"`) or attacked when they are used (`first="synchronous"`). With split
+batch normalisation the attack goes through the adversarial set by default. A change of the batch
+size drains the queue: batches already drawn are used as they are, so each keeps its twin and the
+change arrives tau steps later. A share below 1 makes twins of that share of the rows, and the loss
+becomes mean over the clean rows + share x mean over the twins, so that every row counts alike.
 
-The trainer holds the queue and calls `attack` and `expose` (`interfaces.Adversary`); clean rows and
-twins go through the network in microbatches of their own. In a training loop of one's own that
-queue is `hf.training.Ahead`.
+The trainer holds the queue and calls `attack` and `expose` (`interfaces.Adversary`). Clean rows and
+twins go through the network in separate microbatches. For a user's own training loop that queue is
+`hf.training.Ahead`.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -37,28 +36,27 @@ Combine = Literal["sum", "average"]
 
 
 class ConcurrentAdversary:
-    """Trains on each batch and on its adversarial twins, made `staleness` steps before their use.
+    """Train on each batch and on its adversarial twins, made `staleness` steps before their use.
 
     Args:
-        attack: makes the twins, such as `FGSM(eps, value_range=(0, 1))`, whose own share is
-            not looked at.
-        share: of each batch that gets a twin, in [0, 1], before a controller's factor (all of it in
-            the paper).
-        staleness: steps between attack and use; 0: none. Default (ours): 1, the smallest concurrent
-            value.
-        first: what to do with the first `staleness` batches, which nobody attacked ahead of time
-            (ours: "clean").
-        attack_set: batch-normalisation set of a split model that the attack goes through; ignored
-            for other models.
-        combine: "sum" of the two means, as in the paper, or their "average", which keeps the scale
-            of the gradient.
-        microbatch_size: most rows attacked in one forward pass; None: all, or what the trainer
-            says.
-        runner: where attacks run; None: :class:`~hessianflow.adversarial.runners.Interleaved`.
+        attack: Attack that makes the twins, such as `FGSM(eps, value_range=(0, 1))`. Its own share
+            is ignored.
+        share: Share of each batch that gets a twin, in [0, 1], before the factor of the controller
+            (1 in the paper).
+        staleness: Steps between attack and use. With 0 each batch is attacked when it is used. The
+            default is our choice, as the smallest concurrent value.
+        first: Use of the first `staleness` batches, which have no twin. clean trains on them as
+            they are, and synchronous attacks them when they are used. The default is our choice.
+        attack_set: Set of batch normalisation, in a model that splits it, through which the attack
+            goes.
+        combine: Combination of the two mean losses. sum is that of the paper, and average keeps the
+            scale of the gradient.
+        microbatch_size: Most rows attacked in one forward pass, unless the trainer sets its own
+            microbatch size; null stands for all rows.
+        runner: Place where the attacks run; null stands for interleaved, which runs each at once.
 
     Raises:
-        HessianFlowError: a staleness that is no whole number >= 0, or another argument that is not
-            what it must be.
+        HessianFlowError: An argument has no valid value.
     """
 
     def __init__(
@@ -93,18 +91,17 @@ class ConcurrentAdversary:
         self._attack_set: AttackSet = attack_set
         self._average = combine == "average"
         self._microbatch_size = microbatch_size
-        self._runner: AttackRunner = Interleaved() if runner is None else runner
+        self._runner: AttackRunner = runner or Interleaved()
         self._latest: Pending | None = None
 
     @property
     def staleness(self) -> int:
-        """Steps between attack and use."""
+        """Return the steps between attack and use."""
         return self._staleness
 
     @property
     def attacks_late(self) -> bool:
-        """Whether a batch without a twin is attacked at its use: always without staleness, else as
-        `first` says."""
+        """Return whether a batch without a twin is attacked when it is used."""
         return self._staleness == 0 or self._first == "synchronous"
 
     def attack(
@@ -115,11 +112,11 @@ class ConcurrentAdversary:
         share: float,
         microbatch_size: int | None = None,
     ) -> Pending:
-        """Start to make the twins of `share` of the rows, spread evenly, with the weights of now.
+        """Start to make twins of `share` of the rows, spread evenly, with the present weights.
 
         Raises:
-            HessianFlowError: a share outside [0, 1]; inputs or targets that are not one tensor
-                each.
+            HessianFlowError: The share is outside [0, 1], or the inputs or targets are not one
+                tensor.
         """
         check_one_tensor(inputs)
         check_one_tensor(targets, "targets", "to have adversarial twins")
@@ -133,31 +130,33 @@ class ConcurrentAdversary:
     def expose(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float
     ) -> Exposure:
-        """Clean rows and twins; these through the adversarial set where the model is split."""
-        mode = partial(clean_rows, model, 0) if is_split(model) else nullcontext
+        """Return clean rows and twins, the latter in the adversarial set of a split model."""
+        mode: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if is_split(model):
+            mode = partial(clean_rows, model, 0)
         twins = (adversarial, targets[_chosen(inputs, share)])
         return Exposure((inputs, targets), twins, mode, self._average)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the adversary that makes the twins; waits for the attack under
-        way."""
+        """Wait for the attack under way, then return the state of the attack."""
         self._settle()
         return {"adversary": self._adversary.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Continue from what :meth:`state_dict` returned."""
         self._settle()
         self._adversary.load_state_dict(state["adversary"])
 
     def _settle(self) -> None:
-        """Wait for the attack under way, at whose end its runner may move the adversary's random
-        starts on."""
+        """Wait for the attack under way, which may advance the attack's random starts."""
         if self._latest is not None:
-            with suppress(Exception):  # told to whoever asks for the twins
+            with suppress(Exception):  # the error is raised where the twins are used
                 self._latest()
         self._latest = None
 
 
 def _chosen(inputs: Tensor, share: float) -> Tensor | slice:
-    """Return the rows that get a twin; all of them without a copy."""
-    return slice(None) if share == 1 else perturbed_rows(len(inputs), share, inputs.device)
+    """Return the rows that get a twin, as a slice if all do, so that nothing is copied."""
+    if share == 1:
+        return slice(None)
+    return perturbed_rows(len(inputs), share, inputs.device)

@@ -1,8 +1,8 @@
-"""The Hessian of the loss with respect to the inputs: what adversarial regularisation flattens.
+"""The Hessian of the loss with respect to the inputs, which adversarial regularisation flattens.
 
-Products come from a second reverse pass through the graph of the input gradient, which is built
-once and reused. The object has size, device, dtype and matvec (:class:`interfaces.LinearOperator`),
-so the eigenvalue routines of `hf.curvature` take it as it is.
+A product is a second reverse pass through the graph of the input gradient, which is built once and
+reused. The object is an :class:`interfaces.LinearOperator` with size, device, dtype and matvec, so
+the eigenvalue routines of `hf.curvature` take it as it is.
 """
 
 import torch
@@ -16,22 +16,21 @@ from hessianflow.losses import mean_loss
 
 
 class InputHessian:
-    """The Hessian of the summed loss of a batch with respect to its inputs, as a matrix-free
-    operator.
+    """The Hessian of the summed loss of a batch with respect to its inputs, as an operator.
 
-    With `norm_mode="eval"` examples do not see each other: the matrix is block diagonal, one block
-    an example, and its top eigenvalue is the largest of the examples'. Valid until the weights
-    change: make a new one after a step.
+    With `norm_mode="eval"` the examples do not interact. The matrix is then block diagonal, one
+    block per example, and its top eigenvalue is the largest of the examples'. It is valid until the
+    weights change, so make a new one after each step.
 
     Args:
-        model: maps inputs to whatever `loss_fn` takes; left as found.
-        x: inputs, shape [N, ...].
-        y: targets, shape [N, ...].
-        loss_fn: the loss trained on.
-        norm_mode: statistics that batch normalisation uses.
+        model: Model whose output `loss_fn` takes; it is left unchanged.
+        x: Inputs, shape [N, ...].
+        y: Targets, shape [N, ...].
+        loss_fn: Training loss.
+        norm_mode: Statistics of batch normalisation, "eval" for the running ones or "batch".
 
     Raises:
-        HessianFlowError: inputs that are not one tensor, or a loss that does not depend on them.
+        HessianFlowError: The inputs are not one tensor, or the loss does not depend on them.
 
     Example:
         >>> loss_fn = nn.MSELoss(reduction="sum")
@@ -58,42 +57,42 @@ class InputHessian:
         with attacking(model, norm_mode) as frozen:
             self._inputs = x.detach().clone().requires_grad_()
             loss = mean_loss(loss_fn, frozen(self._inputs), y) * len(x)
-            found: tuple[Tensor | None, ...] = (None,)
+            gradient: Tensor | None = None
             if loss.requires_grad:
-                found = torch.autograd.grad(
+                (gradient,) = torch.autograd.grad(
                     loss, self._inputs, create_graph=True, allow_unused=True
                 )
-        if found[0] is None:
+        if gradient is None:
             raise HessianFlowError(
                 "the loss does not depend on the inputs: there is no input curvature to measure"
             )
-        self._gradient = found[0]
+        self._gradient = gradient
 
     @property
     def size(self) -> int:
-        """Number of input components of the batch."""
+        """Return the number of input components of the batch."""
         return self._inputs.numel()
 
     @property
     def device(self) -> torch.device:
-        """Where products are computed."""
+        """Return the device of the products."""
         return self._inputs.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of products."""
+        """Return the precision of the products."""
         return self._inputs.dtype
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Return the product with a flat vector, shape [size]; zero where the loss is linear in the
-        inputs."""
+        """Return the product with a flat vector, shape [size]."""
         if not self._gradient.requires_grad:
             return torch.zeros_like(vector)
+        product: Tensor
         (product,) = torch.autograd.grad(
             self._gradient,
             self._inputs,
             vector.reshape(self._inputs.shape),
             retain_graph=True,
-            allow_unused=True,
+            materialize_grads=True,
         )
-        return torch.zeros_like(vector) if product is None else product.flatten()
+        return product.flatten()

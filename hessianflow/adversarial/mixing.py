@@ -1,10 +1,10 @@
-"""Which rows of an optimization batch are perturbed.
+"""The choice of the rows of an optimization batch that are perturbed.
 
-floor(B * share) rows, spread evenly: row i is chosen iff floor((i + 1) * share) > floor(i * share).
-The choice is made on the optimization batch, so it does not depend on how the batch is cut into
-microbatches, and every cut keeps the mix to within one example. ABSA's reference implementation
-perturbs the first rows of each microbatch instead; as examples are shuffled, that differs in
-nothing but which ones.
+These are floor(B * share) rows, spread evenly: row i is chosen iff floor((i + 1) * share) >
+floor(i * share). The choice is made on the optimization batch, so it does not depend on how the
+batch is split into microbatches, and every split keeps the mix to within one example. ABSA's
+reference implementation perturbs the first rows of each microbatch instead. As examples are
+shuffled, only the choice differs.
 """
 
 from fractions import Fraction
@@ -27,7 +27,7 @@ def check_share(share: float) -> float:
     """Return the share of each batch that an adversary is to attack.
 
     Raises:
-        HessianFlowError: it is not a number in [0, 1].
+        HessianFlowError: It is not a number in [0, 1].
     """
     if not is_number(share) or not 0 <= share <= 1:
         raise HessianFlowError(f"share must be a number in [0, 1], got {share!r}")
@@ -35,12 +35,12 @@ def check_share(share: float) -> float:
 
 
 def perturbed_rows(batch_size: int, share: float, device: torch.device | str = "cpu") -> Tensor:
-    """Indices of the rows to perturb, ascending, shape [floor(batch_size * share)], int64.
+    """Return the rows to perturb, ascending, shape [floor(batch_size * share)], int64.
 
-    Computed on `device` without waiting for it.
+    They are computed on `device` without waiting for it.
 
     Raises:
-        HessianFlowError: a share outside [0, 1].
+        HessianFlowError: The share is outside [0, 1].
 
     Example:
         >>> perturbed_rows(10, 0.3)
@@ -48,17 +48,17 @@ def perturbed_rows(batch_size: int, share: float, device: torch.device | str = "
     """
     part = exact_share(share)
     count = batch_size * part.numerator // part.denominator
-    # Row i is the k-th chosen one iff it is the smallest with (i + 1) * share >= k, i.e. i = ceil(k
-    # / share) - 1.
+    # Row i is the k-th chosen one iff it is the smallest with (i + 1) * share >= k, which is
+    # i = ceil(k / share) - 1.
     k = torch.arange(1, count + 1, device=device)
     return (k * part.denominator + part.numerator - 1) // max(part.numerator, 1) - 1
 
 
 def exact_share(share: float) -> Fraction:
-    """The share as the fraction that is meant: 0.2 / 2**k is exactly 1 / (5 * 2**k).
+    """Return the share as the fraction that is meant: 0.2 / 2**k is exactly 1 / (5 * 2**k).
 
     Raises:
-        HessianFlowError: a share outside [0, 1].
+        HessianFlowError: The share is outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise HessianFlowError(f"adversarial share must lie in [0, 1], got {share}")

@@ -1,7 +1,7 @@
-"""What adversarial training does to a network, measured after each epoch
-(:class:`interfaces.EpochMeasurement`)."""
+"""Measurements of robustness after each epoch (:class:`interfaces.EpochMeasurement`)."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,27 +11,28 @@ from torch.nn.functional import cross_entropy
 from hessianflow.adversarial.attacks import fgsm, pgd
 from hessianflow.adversarial.budget import PerChannel, ValueRange, check_one_tensor
 from hessianflow.adversarial.input_hessian import InputHessian
-from hessianflow.adversarial.robustness import OverfittingAlarm, robust_accuracy
+from hessianflow.adversarial.robustness import Attack, OverfittingAlarm, robust_accuracy
 from hessianflow.interfaces import LinearOperator, LossFn
 
 PGD_STEPS = 10
-"""Enough to see a collapse (Wong et al., arXiv 2001.03994, watch PGD with few steps on one batch).
-Ours."""
+"""Steps of the measured PGD. This default is our choice: they suffice to see a collapse, which Wong
+et al., arXiv 2001.03994, see with few steps on one batch."""
 
 
 class RobustnessWatch:
-    """Accuracy under FGSM and PGD on a fixed batch, with the alarm for catastrophic overfitting.
+    """Measure accuracy under FGSM and PGD on a fixed batch, and warn of catastrophic overfitting.
 
     Args:
-        model: left as found.
-        batch: (inputs, targets), held-out examples.
-        eps: size of both attacks, as in :func:`attacks.fgsm`.
-        value_range: (smallest, largest) valid value; None: do not clamp.
-        collapse: see :class:`robustness.OverfittingAlarm`.
-        seed: of PGD's random start, the same after every epoch.
+        model: Model to attack, which is left unchanged.
+        batch: Inputs and targets of held-out examples.
+        eps: Size of both attacks, as in :func:`attacks.fgsm`.
+        value_range: Smallest and largest valid value; None stands for no clamping.
+        collapse: Share of the best PGD accuracy below which it counts as collapsed, see
+            :class:`robustness.OverfittingAlarm`.
+        seed: Seed of PGD's random start, which is the same after every epoch.
 
     Raises:
-        HessianFlowError: collapse outside (0, 1), or inputs that are not one tensor.
+        HessianFlowError: collapse is outside (0, 1), or the inputs are not one tensor.
     """
 
     kind = "robustness"
@@ -47,53 +48,50 @@ class RobustnessWatch:
         seed: int = 0,
     ) -> None:
         check_one_tensor(batch[0])
-        self._model, self._batch, self._seed = model, batch, seed
-        self._eps, self._range = eps, value_range
+        self._model = model
+        self._batch = batch
+        self._seed = seed
+        self._eps = eps
+        self._range = value_range
         self._alarm = OverfittingAlarm(collapse)
 
     def __call__(self) -> tuple[Mapping[str, float], str]:
-        """Return the accuracies, and why the alarm is raised, or nothing.
+        """Return the accuracies, and the reason of an alarm or an empty string.
 
         Raises:
-            HessianFlowError: as :func:`attacks.fgsm`.
+            HessianFlowError: As :func:`attacks.fgsm`.
         """
         source = torch.Generator(device=self._batch[0].device).manual_seed(self._seed)
-        found = robust_accuracy(
-            self._model,
-            self._batch,
-            {
-                "fgsm": lambda m, x, y: fgsm(m, x, y, self._eps, value_range=self._range),
-                "pgd": lambda m, x, y: pgd(
-                    m, x, y, self._eps, value_range=self._range, steps=PGD_STEPS, generator=source
-                ),
-            },
-        )
-        under_fgsm, under_pgd = found["fgsm"].value, found["pgd"].value
-        figures = {"fgsm_accuracy": under_fgsm, "pgd_accuracy": under_pgd}
-        return figures, self._alarm.update(under_fgsm, under_pgd)
+        common: dict[str, Any] = {"eps": self._eps, "value_range": self._range}
+        attacks: dict[str, Attack] = {
+            "fgsm": partial(fgsm, **common),
+            "pgd": partial(pgd, **common, steps=PGD_STEPS, generator=source),
+        }
+        accuracy = robust_accuracy(self._model, self._batch, attacks)
+        figures = {f"{name}_accuracy": accuracy[name].value for name in attacks}
+        return figures, self._alarm.update(accuracy["fgsm"].value, accuracy["pgd"].value)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the alarm."""
+        """Return the state of the alarm."""
         return self._alarm.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Continue from what :meth:`state_dict` returned."""
         self._alarm.load_state_dict(state)
 
 
 class InputCurvature:
-    """The top eigenvalue of the loss by the inputs, over the examples of a fixed batch: the
-    sharpest of them.
+    """Measure the top eigenvalue of the input Hessian over the examples of a fixed batch.
 
     Args:
-        model: left as found.
-        batch: (inputs, targets).
-        solve: finds the top eigenpair of an operator and returns its figures by name, "eigenvalue"
-            among them.
-        loss_fn: the loss trained on.
+        model: Model to measure, which is left unchanged.
+        batch: Inputs and targets.
+        solve: Function that finds the top eigenpair of an operator and returns its figures by name,
+            among them "eigenvalue".
+        loss_fn: Training loss.
 
     Raises:
-        HessianFlowError: inputs that are not one tensor.
+        HessianFlowError: The inputs are not one tensor.
     """
 
     kind = "input-curvature"
@@ -106,15 +104,18 @@ class InputCurvature:
         loss_fn: LossFn = cross_entropy,
     ) -> None:
         check_one_tensor(batch[0])
-        self._model, self._batch, self._solve, self._loss_fn = model, batch, solve, loss_fn
+        self._model = model
+        self._batch = batch
+        self._solve = solve
+        self._loss_fn = loss_fn
 
     def __call__(self) -> tuple[Mapping[str, float], str]:
-        """Return the figures; there is nothing to warn of."""
+        """Return the figures and an empty string, as there is nothing to warn of."""
         return self._solve(InputHessian(self._model, *self._batch, self._loss_fn)), ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is remembered."""
+        """Return an empty state, as nothing is remembered."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is remembered."""
+        """Do nothing, as nothing is remembered."""

@@ -1,20 +1,19 @@
-"""Adversarial examples at no extra pass: the input gradient of an example's last visit, kept until
-the next.
+"""Adversarial examples without an extra pass, from the input gradients of the last visit.
 
-Ours. The backward pass of a training step reaches the inputs for the price of one more product in
-the first layer. The sign of what arrives there is kept for every example of the data set (one byte
-a component), in the frame of the stored image: the crop and the flip of the visit are undone, and
-those of the next one applied. The next visit then trains on
+This method is our own. The backward pass of a training step reaches the inputs at the cost of one
+more product in the first layer. The sign of the gradient there is kept for every example of the
+data set (one byte per component), in the frame of the stored image: the crop and the flip of this
+visit are undone, and those of the next visit are applied. The next visit then trains on
 
     x' = clamp(x + eps * sign(g)),
-    g: gradient of the loss at the last visit, at the inputs trained on then,
+    g: gradient of the loss at the last visit, at the inputs of that visit,
 
-an FGSM example that is one epoch stale. The relatives are "free" adversarial training (Shafahi et
+an FGSM example that is one epoch stale. Related methods are "free" adversarial training (Shafahi et
 al., arXiv 1904.12843), which replays one batch several times, and ATTA (Zheng et al., arXiv
-1912.11969), which keeps perturbations between epochs and attacks once more from there; this one
-never makes a pass of its own.
+1912.11969), which keeps perturbations between epochs and attacks again from there. This method
+never makes an extra pass.
 
-Pixels that the last visit cropped away have no gradient and are not moved; on its first visit an
+Pixels that the last visit cropped away have no gradient and are not moved. On its first visit an
 example is clean.
 """
 
@@ -26,12 +25,13 @@ from torch import Tensor, nn
 
 from hessianflow.adversarial.adversaries import ABSA_EPS
 from hessianflow.adversarial.budget import (
+    Budget,
     PerChannel,
     ValueRange,
+    broadcast_to,
     check_in_range,
     check_one_tensor,
     make_budget,
-    place,
 )
 from hessianflow.adversarial.mixing import ABSA_SHARE, check_share, perturbed_rows
 from hessianflow.interfaces import Exposure, HessianFlowError, Pending, Reducer
@@ -39,56 +39,54 @@ from hessianflow.interfaces import Exposure, HessianFlowError, Pending, Reducer
 
 @runtime_checkable
 class TracedBatches(Protocol):
-    """Batches that know which examples the latest one held and where its pixels came from:
-    `hf.data.DeviceBatches`."""
+    """Batches, such as `hf.data.DeviceBatches`, that can trace the examples of the latest one."""
 
     @property
     def num_examples(self) -> int:
-        """Size of the data set."""
+        """Return the size of the data set."""
         ...
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of images."""
+        """Return the shape (C, H, W) of one image."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where the batches live."""
+        """Return the device of the batches."""
         ...
 
     @property
     def latest(self) -> Tensor:
-        """Indices of the examples of the latest batch, int64 [n]."""
+        """Return the indices of the examples of the latest batch, int64 [n]."""
         ...
 
     def as_in_latest(self, maps: Tensor) -> Tensor:
-        """Maps in the frame of the stored images, [n, C, H, W], moved as the latest batch was
-        augmented."""
+        """Move maps of the stored images, [n, C, H, W], as the latest batch was augmented."""
         ...
 
     def as_stored(self, maps: Tensor) -> Tensor:
-        """Return the inverse; zero where the augmentation had cut something off."""
+        """Undo :meth:`as_in_latest`, with zeros where the augmentation cut something off."""
         ...
 
 
 class GradientReuse:
-    """FGSM with the input gradients of each example's last visit.
+    """Attack by FGSM with the input gradients of each example's last visit.
 
     Args:
-        batches: the training data; asked which examples the batch at hand holds.
-        eps: largest change of a component, one number or one per channel, in the units of the
-            inputs. Default: ABSA's.
-        share: of each batch that is attacked, in [0, 1], before a controller's factor. Default:
-            ABSA's.
-        value_range: (smallest, largest) valid value; None: do not clamp.
+        batches: Training data that can tell the examples of its latest batch.
+        eps: Largest change of a component, one number or one per channel, in the units of the
+            inputs, which for the command are pixels in [0, 1] (0.005 in ABSA's published code).
+        share: Share of each batch that is attacked, in [0, 1], before the factor of the controller
+            (0.2 in ABSA's published code).
+        value_range: Smallest and largest valid value of the inputs; null stands for no clamping.
 
     Raises:
-        HessianFlowError: as :func:`attacks.fgsm`; batches that cannot be traced.
+        HessianFlowError: As :func:`attacks.fgsm`, or if the batches cannot be traced.
     """
 
-    staleness: int = 0  # nothing is drawn ahead (the gradients themselves are an epoch old),
-    attacks_late: bool = True  # every batch is perturbed at its use
+    staleness: int = 0  # no batch is drawn ahead, although the gradients are an epoch old
+    attacks_late: bool = True  # every batch is perturbed when it is used
 
     def __init__(
         self,
@@ -118,17 +116,16 @@ class GradientReuse:
         share: float,
         microbatch_size: int | None = None,  # noqa: ARG002
     ) -> Pending:
-        """`share` of the rows, spread evenly, moved by what their last visit left; no pass through
-        the model.
+        """Move `share` of the rows, spread evenly, by the gradients of their last visit.
 
         Raises:
-            HessianFlowError: a share outside [0, 1]; integer inputs, or (first call) inputs outside
-                the valid range; inputs that are not the latest batch, of its size.
+            HessianFlowError: The share is outside [0, 1], or the inputs are integers, (first call)
+                outside the valid range, or not of the size of the latest batch.
         """
-        self._check(inputs)
+        budget = self._checked_budget(inputs)
         rows = perturbed_rows(len(inputs), share, inputs.device)
         moved = self._batches.as_in_latest(self._signs[self._batches.latest])[rows]
-        budget, result = place(self._budget, inputs), inputs.detach().clone()
+        result = inputs.detach().clone()
         result[rows] = budget.clamp(result[rows] + budget.eps * moved)
         return lambda: result
 
@@ -140,15 +137,14 @@ class GradientReuse:
         adversarial: Tensor,
         share: float,  # noqa: ARG002
     ) -> Exposure:
-        """Return the moved inputs in place of the clean ones; the gradient of the step by them is
-        kept."""
+        """Return the moved inputs in place of the clean ones, and keep the input gradient."""
         return Exposure((adversarial, targets), on_input_gradient=self._keep)
 
     def join(self, reducer: Reducer) -> None:
-        """Take this process's place among the ranks.
+        """Refuse to be one of several ranks.
 
         Raises:
-            HessianFlowError: there are several.
+            HessianFlowError: There are several.
         """
         if reducer.world_size > 1:
             raise HessianFlowError(
@@ -161,13 +157,14 @@ class GradientReuse:
         return {"signs": self._signs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Continue from what :meth:`state_dict` returned."""
         self._signs = state["signs"].to(self._batches.device).clone()
 
     def _keep(self, gradient: Tensor) -> None:
         self._signs[self._batches.latest] = self._batches.as_stored(gradient.sign().to(torch.int8))
 
-    def _check(self, inputs: Tensor) -> None:
+    def _checked_budget(self, inputs: Tensor) -> Budget:
+        """Check the inputs and return the budget broadcast to them."""
         check_one_tensor(inputs)
         expected = (len(self._batches.latest), *self._batches.input_shape)
         if tuple(inputs.shape) != expected:
@@ -176,7 +173,8 @@ class GradientReuse:
                 f" given inputs of shape {list(inputs.shape)}: leave out the transform that changes"
                 " their size or number"
             )
-        budget = place(self._budget, inputs)
+        budget = broadcast_to(self._budget, inputs)
         if not self._checked:
             check_in_range(budget, inputs)
             self._checked = True
+        return budget

@@ -1,8 +1,10 @@
 """Accuracy under attack, with confidence intervals, and the alarm for catastrophic overfitting.
 
-Intervals are Wilson's (1927): for k of n correct and z the normal quantile, (k + z^2/2 +- z sqrt(k
-(n - k) / n + z^2 / 4)) / (n + z^2); unlike the textbook interval it stays inside [0, 1] and is not
-empty at 0 or 100 %.
+Intervals are Wilson's (1927). For k of n correct and z the normal quantile they are
+
+    (k + z^2 / 2 +- z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2).
+
+Unlike the textbook interval, they stay inside [0, 1] and are not empty at 0 or 100 %.
 """
 
 import math
@@ -21,19 +23,19 @@ from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""attack(model, inputs, targets) -> perturbed inputs: `functools.partial(pgd, eps=8 / 255,
-value_range=(0, 1))`."""
+"""Function of model, inputs and targets that returns perturbed inputs, such as
+`functools.partial(pgd, eps=8 / 255, value_range=(0, 1))`."""
 
 
 @dataclass(frozen=True)
 class RobustAccuracy:
-    """Share of examples classified correctly under one attack.
+    """The share of examples classified correctly under one attack.
 
     Attributes:
-        correct: examples classified correctly.
-        total: examples seen.
-        low: lower end of the confidence interval.
-        high: upper end of the confidence interval.
+        correct: Examples classified correctly.
+        total: Examples seen.
+        low: Lower end of the confidence interval.
+        high: Upper end of the confidence interval.
     """
 
     correct: int
@@ -43,7 +45,7 @@ class RobustAccuracy:
 
     @property
     def value(self) -> float:
-        """correct / total."""
+        """Return the accuracy, which is correct / total."""
         return self.correct / self.total
 
 
@@ -54,24 +56,24 @@ def robust_accuracy(
     *,
     confidence: float = 0.95,
 ) -> dict[str, RobustAccuracy]:
-    """Accuracy on clean inputs, under each attack, and under the worst of them for each example.
+    """Measure accuracy on clean inputs, under each attack, and under the worst for each example.
 
-    Evaluation mode throughout; the model is left as found.
+    The model is in evaluation mode throughout, and left unchanged.
 
     Args:
-        model: classifier; outputs of shape [N, classes].
-        data: one (inputs, targets) pair or an iterable of pairs; targets are class numbers, shape
+        model: Classifier with outputs of shape [N, classes].
+        data: One (inputs, targets) pair or an iterable of pairs. Targets are class numbers, shape
             [N].
-        attacks: by name.
-        confidence: of the intervals.
+        attacks: Attacks by name.
+        confidence: Confidence level of the intervals.
 
     Returns:
-        "clean", every name given, and, with more than one attack, "worst": correct under all
-            attacks and clean.
+        Accuracies by name: "clean", every attack, and, with more than one attack, "worst" for the
+            examples that are correct when clean and under all attacks.
 
     Raises:
-        HessianFlowError: no example; batches that are no pairs, or targets that are not one tensor;
-            a name that is taken; a confidence outside (0, 1).
+        HessianFlowError: There is no example, a batch is not a pair, targets are not one tensor, an
+            attack has the name "clean" or "worst", or the confidence is outside (0, 1).
     """
     taken = {"clean", "worst"} & set(attacks)
     if taken:
@@ -80,7 +82,9 @@ def robust_accuracy(
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     named: dict[str, Attack] = {"clean": lambda _model, x, _y: x, **attacks}
-    names = [*named, "worst"] if len(attacks) > 1 else [*named]
+    names = list(named)
+    if len(attacks) > 1:
+        names.append("worst")
     correct = torch.zeros(len(names), dtype=torch.int64, device=device)
     total = 0
     for batch in as_batches(data):
@@ -100,10 +104,10 @@ def robust_accuracy(
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share.
+    """Return Wilson's score interval of a share.
 
     Raises:
-        HessianFlowError: total < 1, correct outside 0..total, or a confidence outside (0, 1).
+        HessianFlowError: total < 1, correct is outside 0..total, or confidence is outside (0, 1).
     """
     if total < 1 or not 0 <= correct <= total:
         raise HessianFlowError(
@@ -115,24 +119,28 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = correct + z * z / 2
     spread = z * math.sqrt(correct * (total - correct) / total + z * z / 4)
-    # The ends at 0 and n correct are exactly 0 and 1; rounding would miss them.
-    low = 0.0 if correct == 0 else (centre - spread) / (total + z * z)
-    return low, 1.0 if correct == total else (centre + spread) / (total + z * z)
+    low = (centre - spread) / (total + z * z)
+    high = (centre + spread) / (total + z * z)
+    # The ends at 0 and n correct are exactly 0 and 1, which rounding would miss.
+    if correct == 0:
+        low = 0.0
+    if correct == total:
+        high = 1.0
+    return low, high
 
 
 class OverfittingAlarm:
-    """Tells when FGSM training overfits catastrophically: accuracy under FGSM up while that under
-    PGD collapses.
+    """Detect catastrophic overfitting, where accuracy under PGD collapses and under FGSM does not.
 
-    Wong, Rice, Kolter (arXiv 2001.03994) watch PGD accuracy during training; the rule is ours: an
-    alarm when PGD accuracy is below `collapse` times its best so far and FGSM accuracy is not below
-    what it was then. Once raised, it is raised again only after PGD accuracy has recovered.
+    Wong, Rice, Kolter (arXiv 2001.03994) observe PGD accuracy during training. The rule is our
+    choice: the alarm is raised when PGD accuracy is below `collapse` times its best so far and FGSM
+    accuracy is not below its value then. It is raised again only after PGD accuracy has recovered.
 
     Args:
-        collapse: share of the best PGD accuracy that counts as collapsed.
+        collapse: Share of the best PGD accuracy below which it counts as collapsed.
 
     Raises:
-        HessianFlowError: collapse outside (0, 1).
+        HessianFlowError: collapse is outside (0, 1).
     """
 
     def __init__(self, collapse: float = 0.5) -> None:
@@ -143,10 +151,10 @@ class OverfittingAlarm:
         self._raised = False
 
     def update(self, fgsm: float, pgd: float) -> str:
-        """Feed the accuracies of one evaluation; returns why the alarm is raised, or an empty
-        string."""
+        """Take the accuracies of one evaluation and return the reason of an alarm, or nothing."""
         if pgd > self._best_pgd:
-            self._best_pgd, self._fgsm_then = pgd, fgsm
+            self._best_pgd = pgd
+            self._fgsm_then = fgsm
         collapsed = pgd < self._collapse * self._best_pgd and fgsm >= self._fgsm_then
         news = collapsed and not self._raised
         self._raised = collapsed
@@ -163,8 +171,9 @@ class OverfittingAlarm:
         return {"best_pgd": self._best_pgd, "fgsm_then": self._fgsm_then, "raised": self._raised}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self._best_pgd, self._fgsm_then = float(state["best_pgd"]), float(state["fgsm_then"])
+        """Continue from what :meth:`state_dict` returned."""
+        self._best_pgd = float(state["best_pgd"])
+        self._fgsm_then = float(state["fgsm_then"])
         self._raised = bool(state["raised"])
 
 

@@ -1,12 +1,12 @@
-"""Where the attacks of :class:`concurrent.ConcurrentAdversary` run: here and now, or on a second
-CUDA stream.
+"""Runners of the attacks of :class:`concurrent.ConcurrentAdversary`.
 
-A third runner, in a second process, has a module of its own (:mod:`worker`).
+One runs each attack at once, and one on a second CUDA stream. A third, which uses a second process,
+has a module of its own (:mod:`worker`).
 """
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -26,11 +26,11 @@ class TwinAttack:
     """The attack on one batch, ready to run on any copy of the weights.
 
     Attributes:
-        adversary: makes the twins.
-        inputs: shape [N, ...].
-        targets: shape [N, ...].
-        microbatch_size: most rows in one forward pass; None: all.
-        attack_set: batch-normalisation set of a split model that the attack goes through.
+        adversary: Attack that makes the twins.
+        inputs: Inputs, shape [N, ...].
+        targets: Targets, shape [N, ...].
+        microbatch_size: Most rows in one forward pass; None stands for all.
+        attack_set: Set of batch normalisation, in a model that splits it, for the attack.
     """
 
     adversary: InputAttack
@@ -45,8 +45,9 @@ class TwinAttack:
     def __call__(self, weights: nn.Module) -> Tensor:
         """Return the twins of all rows."""
         inner = unwrap(weights)
-        through_twins = self.attack_set == "adversarial" and is_split(inner)
-        with clean_rows(inner, 0) if through_twins else nullcontext():
+        with ExitStack() as stack:
+            if self.attack_set == "adversarial" and is_split(inner):
+                stack.enter_context(clean_rows(inner, 0))
             return self.adversary.perturb(
                 inner, self.inputs, self.targets, 1.0, self.microbatch_size
             )
@@ -54,30 +55,29 @@ class TwinAttack:
 
 @runtime_checkable
 class AttackRunner(Protocol):
-    """Starts an attack with the weights of this moment and hands out its result later."""
+    """A runner that starts an attack with the present weights and gives its result later."""
 
     def submit(self, model: nn.Module, attack: TwinAttack) -> Callable[[], Tensor]:
-        """Start `attack(model)`; the callable returned waits for the result.
+        """Start `attack(model)` and return a callable that waits for its result.
 
-        Whatever happens to the weights afterwards must not change it.
+        Later changes of the weights must not change the result.
         """
         ...
 
 
 class Interleaved:
-    """Runs each attack at once: no speed gain, the reference for every other runner."""
+    """Run each attack at once, without a gain of speed, as the reference for every other runner."""
 
     def submit(self, model: nn.Module, attack: TwinAttack) -> Callable[[], Tensor]:
-        """The result is ready when this returns."""
+        """Run the attack and return a callable that gives its result."""
         result = attack(model)
         return lambda: result
 
 
 class SecondStream:
-    """Runs attacks on a CUDA stream of their own, on a copy of the weights, while the main stream
-    trains.
+    """Run attacks on a second CUDA stream, on a copy of the weights, while the main stream trains.
 
-    The copy costs the memory of one model; it keeps running statistics and weights of the moment,
+    The copy costs the memory of one model. It keeps the present weights and running statistics,
     which the training step changes meanwhile. The host never waits.
     """
 
@@ -86,10 +86,10 @@ class SecondStream:
         self._stream: torch.cuda.Stream | None = None
 
     def submit(self, model: nn.Module, attack: TwinAttack) -> Callable[[], Tensor]:
-        """Copy the weights on the current stream, then attack on the other.
+        """Copy the weights on the current stream, then attack on the second.
 
         Raises:
-            HessianFlowError: the model is not on a CUDA device.
+            HessianFlowError: The model is not on a CUDA device.
         """
         inner = unwrap(model)
         device = next(inner.parameters()).device
@@ -99,10 +99,10 @@ class SecondStream:
             )
         main = torch.cuda.current_stream(device)
         stream = self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        main.wait_stream(stream)  # the attack before may still read the replica
+        main.wait_stream(stream)  # the previous attack may still read the replica
         replica = self._snapshot(inner)
         stream.wait_stream(main)
-        # the caller may free them while the attack reads them
+        # The caller may free them while the attack reads them.
         for tensor in (attack.inputs, attack.targets):
             tensor.record_stream(stream)
         with torch.cuda.stream(stream):

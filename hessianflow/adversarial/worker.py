@@ -1,15 +1,14 @@
-"""A process that only attacks, while the process that started it trains: ConAdv on a machine with
-several cores.
+"""A runner with a second process, which attacks while the first one trains on other cores.
 
-The weights go through shared memory: :meth:`WorkerProcess.submit` waits for the attack before,
+The weights go through shared memory. :meth:`WorkerProcess.submit` waits for the previous attack,
 copies weights, buffers and the batch into memory that both processes see, and returns; the worker
-attacks from there. One attack is under way at a time, so the copy is never written to while it is
-read. The state of the adversary (its random starts) comes back with each result, so a checkpoint
-holds what an attack in this process would have left.
+attacks from there. Only one attack is under way at a time, so the copy is never written while it is
+read. The state of the attack (its random starts) comes back with each result, so a checkpoint is
+the same as if the attack had run in this process.
 
-For models on a processor; a GPU has a second stream for this (:class:`runners.SecondStream`). The
-process is started afresh, not forked: a script that uses it needs `if __name__ == "__main__":`
-around what it runs.
+It is for models on a CPU; a GPU has a second stream instead (:class:`runners.SecondStream`). The
+process is spawned, not forked, so a script that uses it must run its code under
+`if __name__ == "__main__":`.
 """
 
 import copy
@@ -32,7 +31,7 @@ from hessianflow.measuring import unwrap
 from hessianflow.memory import keep_freed_memory
 
 GOODBYE_SECONDS = 5.0
-"""How long a worker may take to end before it is killed. Ours."""
+"""Seconds that a worker may take to end before it is killed. This default is our choice."""
 
 _ENDED = (
     "the process that attacks has ended: was it killed for memory? After close() another is started"
@@ -40,13 +39,13 @@ _ENDED = (
 
 
 class WorkerProcess:
-    """Runs attacks in a process of its own, started at the first one.
+    """Run attacks in a second process, which the first attack starts.
 
     Args:
-        threads: of torch in that process; None: as many as this one has.
+        threads: Threads of torch in the second process; null stands for as many as in this one.
 
     Raises:
-        HessianFlowError: threads below 1.
+        HessianFlowError: threads is below 1.
     """
 
     def __init__(self, *, threads: int | None = None) -> None:
@@ -57,12 +56,11 @@ class WorkerProcess:
         self._pending: _Answer | None = None
 
     def submit(self, model: nn.Module, attack: TwinAttack) -> Callable[[], Tensor]:
-        """Copy the weights, start the attack, return; the callable returned waits for the twins.
+        """Copy the weights, start the attack, and return a callable that waits for the twins.
 
         Raises:
-            HessianFlowError: the model is not on a processor, or cannot be sent to another process;
-                the process has ended; an error in the attack (from the callable, each time that it
-                is asked).
+            HessianFlowError: The model is not on a CPU or cannot be sent to another process, or the
+                process has ended. An error in the attack is raised by every call of the callable.
         """
         inner = unwrap(model)
         device = next(inner.parameters()).device
@@ -71,7 +69,7 @@ class WorkerProcess:
                 f"WorkerProcess needs a model on a processor, got {device}: use SecondStream()"
             )
         if self._pending is not None:
-            # It reads the replica, and its adversary's state is what this attack goes on from.
+            # It reads the replica, and this attack continues from its state.
             self._pending.settle()
             self._pending = None
         line = self._line or self._start(inner)
@@ -85,14 +83,14 @@ class WorkerProcess:
         return self._pending
 
     def close(self) -> None:
-        """End the process; a later attack starts another."""
+        """End the process. A later attack starts another."""
         if self._line is not None:
             self._end()
         self._line = self._replica = self._pending = None
 
     def _start(self, model: nn.Module) -> Connection:
         replica = copy.deepcopy(model).share_memory()
-        # a fork would copy locks that other threads hold
+        # A fork would copy locks that other threads hold.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -109,7 +107,8 @@ class WorkerProcess:
         finally:
             theirs.close()
         self._end = weakref.finalize(self, _end, process, ours)
-        self._replica, self._line = replica, ours
+        self._replica = replica
+        self._line = ours
         return ours
 
     @torch.no_grad()
@@ -120,10 +119,11 @@ class WorkerProcess:
 
 
 class _Answer:
-    """Waits for one result, once, and puts the adversary where the attack left it."""
+    """A callable that waits once for a result and takes over the attack's state with it."""
 
     def __init__(self, line: Connection, attack: TwinAttack) -> None:
-        self._line, self._adversary = line, attack.adversary
+        self._line = line
+        self._adversary = attack.adversary
         self._twins: Tensor | None = None
         self._failure: str | None = None
 
@@ -134,7 +134,7 @@ class _Answer:
         return self._twins
 
     def settle(self) -> None:
-        """Wait; a failure is kept for whoever asks for the twins."""
+        """Wait for the result, and keep a failure for the calls that ask for the twins."""
         if self._twins is not None or self._failure is not None:
             return
         try:
@@ -150,7 +150,7 @@ class _Answer:
 
 
 def _serve(line: Connection, replica: nn.Module, threads: int) -> None:
-    """The life of the worker: attack until the line is closed."""
+    """Attack until the line is closed."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     while True:
@@ -183,10 +183,10 @@ def _telling_why_not_sent() -> Iterator[None]:
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """In memory that another process can see; a slice of something larger is copied out of it
-    first."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    shared: Tensor = (tensor if whole else tensor.clone()).share_memory_()  # type: ignore[no-untyped-call]
+    """Return the tensor in shared memory, without the larger one that it may be a slice of."""
+    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+        tensor = tensor.clone()
+    shared: Tensor = tensor.share_memory_()  # type: ignore[no-untyped-call]
     return shared
 
 

@@ -42,10 +42,7 @@ from hessianflow.interfaces.control import CurvatureReading, Progress
 
 @dataclass
 class ABSAState(ControllerState):
-    """Adds the reference eigenvalue and the number of estimates since the last growth.
-
-    The reference is None until an eigenvalue was usable.
-    """
+    """Adds the reference eigenvalue, None until one was usable, and estimates since a growth."""
 
     reference: float | None = None
     estimates: int = 0

@@ -1,7 +1,4 @@
-"""The base of controllers that follow a measured target size.
-
-It has a floor, a cap, hysteresis, and a learning rate that follows the batch.
-"""
+"""The base of controllers that follow a measured target size within a floor and a cap."""
 
 import math
 from typing import TypeVar

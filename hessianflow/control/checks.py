@@ -1,7 +1,4 @@
-"""Argument checks shared by the controllers.
-
-Each message names the parameter, its bound and the value received.
-"""
+"""Checks of arguments, whose messages name the parameter, its bound and the value received."""
 
 import math
 from collections.abc import Mapping
@@ -47,23 +44,16 @@ def check_number(
 
 
 def check_optional_count(name: str, value: int | None) -> int | None:
-    """Return `value` if it is None or a whole number >= 1, see :func:`check_count`."""
+    """Return `value` if it is None or a whole number >= 1."""
     if value is not None:
         check_count(name, value)
     return value
 
 
-def check_optional_number(
-    name: str,
-    value: float | None,
-    *,
-    above: float | None = None,
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> float | None:
-    """Return `value` if it is None or within its bounds, see :func:`check_number`."""
+def check_optional_number(name: str, value: float | None, **bounds: float) -> float | None:
+    """Return `value` if it is None or within the bounds of :func:`check_number`."""
     if value is not None:
-        check_number(name, value, above=above, low=low, high=high)
+        check_number(name, value, **bounds)
     return value
 
 

@@ -71,10 +71,7 @@ ROUNDING = 1e-9
 
 @dataclass
 class CriticalState(ControllerState):
-    """Adds two losses, the latest usable eigenvalues, oldest first, and the latest scheduled rate.
-
-    The losses are the first and the lowest.
-    """
+    """Adds the first and lowest loss, the latest usable eigenvalues, and the scheduled rate."""
 
     first_loss: float | None = None
     lowest_loss: float | None = None
@@ -105,9 +102,9 @@ class CriticalBatch(BoundedController[CriticalState]):
             the leading direction grow at most fourfold (experiments/controllers also has 0.5 and
             0.95). The stable rate is that of SGD with momentum, so drop the bound for an optimizer
             that rescales its gradients (LARS, Adam, LAMB).
-        excess_power: How far the batch outgrows a rate that stability holds back, as a power of the
-            ratio of the two bounds, in [0, 1]. With 0, batch and rate grow alike. The default is
-            our choice.
+        excess_power: Power of the ratio of the two bounds by which the batch outgrows a rate that
+            stability holds back, in [0, 1]. With 0, batch and rate grow alike. The default is our
+            choice.
         window: Latest eigenvalues of which the median is taken. This default is our choice.
         hysteresis: Smallest factor by which the batch grows. This default is our choice.
         max_growth: Largest factor of one growth, at least `hysteresis`. This default is our choice.

@@ -94,13 +94,10 @@ class DiveBatch(BoundedController[ControllerState]):
             return f"gradient diversity unknown: {unusable}"
         examples = measured.progress.examples_per_epoch
         sum_of_squares = signals["gradient_examples"] * sum(two_batch_estimate(signals))
-        diversity = gradient_diversity(sum_of_squares, signals["gradient_sum_sq"])
+        square_of_sum = signals["gradient_sum_sq"]
+        diversity = gradient_diversity(sum_of_squares, square_of_sum)
         if not math.isfinite(diversity * examples):
-            return (
-                f"gradient diversity unknown: {sum_of_squares:.4g} /"
-                f" {signals['gradient_sum_sq']:.4g} is not finite"
-            )
-        return self._move_to(
-            max(self.delta * diversity * examples, self._state.batch_size),
-            f"gradient diversity {diversity:.4g}",
-        )
+            figures = f"{sum_of_squares:.4g} / {square_of_sum:.4g}"
+            return f"gradient diversity unknown: {figures} is not finite"
+        target = max(self.delta * diversity * examples, self._state.batch_size)
+        return self._move_to(target, f"gradient diversity {diversity:.4g}")

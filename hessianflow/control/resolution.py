@@ -200,10 +200,6 @@ def _cut(start: int, end: int, levels: Sequence[Level]) -> list[tuple[int, int, 
 
 
 def _check_levels(levels: Sequence[Level]) -> None:
-    for level in levels:
-        check_count("resolution", level.resolution)
-        check_count("batch_size", level.batch_size)
-        check_number("dropout", level.dropout, low=0, high=1)
     resolutions = [level.resolution for level in levels]
     if not resolutions or any(b <= a for a, b in pairwise(resolutions)):
         raise HessianFlowError(

@@ -11,7 +11,7 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 @dataclass(frozen=True)
 class TimeModel:
-    """t(B) = slope * B + intercept, in seconds per step of B examples.
+    """The line t(B) = slope * B + intercept, in seconds per step of B examples.
 
     Attributes:
         slope: Seconds per example.

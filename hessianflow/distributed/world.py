@@ -39,12 +39,12 @@ class GroupWorld:
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Return the rank of this process."""
         return self._reducer.rank
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
         return self._reducer.world_size
 
     @property
@@ -100,7 +100,7 @@ class GroupWorld:
         self._synchronizer.begin(examples, weight=0)
 
     def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
-        """See :meth:`GradientSynchronizer.last_backward`."""
+        """Enter the last backward pass, see :meth:`GradientSynchronizer.last_backward`."""
         return self._synchronizer.last_backward(weight)
 
     def post(self, wishes: Callable[[], Wishes]) -> None:
@@ -119,7 +119,7 @@ class GroupWorld:
         return result
 
     def average_buffers(self) -> None:
-        """See :func:`hessianflow.distributed.average_buffers`."""
+        """Average the buffers, see :func:`hessianflow.distributed.average_buffers`."""
         average_buffers(self._reducer, self._module)
 
     def sum(self, tensor: Tensor) -> Tensor:

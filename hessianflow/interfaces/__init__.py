@@ -1,15 +1,15 @@
 """Records and protocols shared by every room of the toolkit.
 
 This room and :mod:`hessianflow.batches` are the only ones that every room may import. Records are
-frozen: a measurement or a decision, once made, never changes. Protocols are small: the trainer
-knows nothing else about the methods it runs.
+frozen: a measurement or a decision never changes. Protocols are small, and the trainer knows
+nothing else about the methods it runs.
 
-Units: `batch_size` counts examples per optimizer step over all ranks, `microbatch_size` examples
-per forward pass on one device, progress counts examples. A learning rate is stated at a reference
-batch size.
+`batch_size` counts examples per optimizer step over all ranks, `microbatch_size` counts examples
+per forward pass on one device, and progress counts examples. A learning rate is stated at a
+reference batch size.
 
-All names can be imported from here. Those of :mod:`errors` and :mod:`control` need no torch; the
-others import it when they are first asked for.
+All names can be imported from here. Those of :mod:`errors` and :mod:`control` need no torch, and
+the others import it on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What a controller sees and says: progress, a reading, a decision. Imports no torch."""
+"""Input and output of a controller: progress, a reading, a decision. This module needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,22 +6,22 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 NormMode = Literal["eval", "batch"]
-"""Statistics that batch normalisation uses in a measurement: "eval" the running ones, "batch" those
-of the batch measured (the running ones stay untouched)."""
+"""Statistics of batch normalisation in a measurement: "eval" uses the running ones, "batch" those
+of the measured batch, which leaves the running ones untouched."""
 
 NO_SIGNALS: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
-        epoch: epochs completed.
-        examples: training examples used so far, over all ranks.
-        updates: optimizer steps taken so far.
-        examples_per_epoch: size of the training set.
-        total_epochs: epochs the run is planned for.
+        epoch: Epochs completed.
+        examples: Training examples used so far, over all ranks.
+        updates: Optimizer steps taken so far.
+        examples_per_epoch: Size of the training set.
+        total_epochs: Planned epochs of the run.
     """
 
     epoch: int
@@ -33,25 +33,25 @@ class Progress:
 
 @dataclass(frozen=True)
 class CurvatureReading:
-    """One measurement of the loss curvature; `float("nan")` where nothing finite was found.
+    """One measurement of the loss curvature, with `float("nan")` for figures that are not finite.
 
     Attributes:
-        eigenvalue: the leading eigenvalue (largest in magnitude unless the probe was told
-            otherwise), with its sign.
-        residual: ||H v - eigenvalue v|| for the unit vector v found; a true eigenvalue lies no
-            farther away.
-        matvecs: products spent.
-        converged: whether the residual met the probe's tolerance.
-        reliable: whether the loss under running statistics of batch normalisation is near that
-            under the batch's own. Where it is not, they have not settled, and the eigenvalues say
-            nothing of the loss that is trained; `details` then hold both losses, of up to 32
-            examples ("running_loss", "own_loss"). It is judged by the loss alone: True does not
+        eigenvalue: Leading eigenvalue with its sign. It is the largest in magnitude unless the
+            probe was told otherwise.
+        residual: ||H v - eigenvalue v|| for the unit vector v found. A true eigenvalue is within
+            this distance.
+        matvecs: Matrix-vector products spent.
+        converged: Whether the residual met the probe's tolerance.
+        reliable: Whether the loss under running statistics of batch normalisation is near that
+            under the batch's own. If not, the running ones have not settled, and the eigenvalues
+            say nothing about the training loss; `details` then holds both losses, of up to 32
+            examples ("running_loss", "own_loss"). Only the losses are compared, so True does not
             prove that the curvature is the same.
-        eigenvalues: all pairs tracked, leading first, when more than one is.
-        norm_mode: the batch-normalisation statistics the value belongs to.
-        num_examples: examples the loss was averaged over.
-        seconds: wall time of the measurement.
-        details: further named figures (trace, smoothed value, ...).
+        eigenvalues: All tracked eigenvalues, leading first, if there are several.
+        norm_mode: Statistics of batch normalisation during the measurement.
+        num_examples: Examples over which the loss was averaged.
+        seconds: Wall time of the measurement.
+        details: Further named figures (trace, smoothed value, ...).
     """
 
     eigenvalue: float
@@ -68,16 +68,16 @@ class CurvatureReading:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a controller wants from now on. Every field is an absolute setting, so applying it twice
-    changes nothing.
+    """The setting that a controller wants from now on.
+
+    Every field is absolute, so applying a decision twice changes nothing.
 
     Attributes:
-        batch_size: examples per optimizer step, from the very next batch on.
-        lr_factor: multiplier of the scheduled learning rate (1: the rate as stated at the reference
-            batch size).
-        attack_factor: multiplier of the share of each batch that the adversary attacks (1: the
-            adversary's own share; 0: nothing is attacked).
-        reason: why, in words; empty when nothing changed.
+        batch_size: Examples per optimizer step, from the very next batch on.
+        lr_factor: Multiplier of the scheduled learning rate, 1 at the reference batch size.
+        attack_factor: Multiplier of the adversary's share of each batch. With 0 nothing is
+            attacked.
+        reason: Reason of the change in words; empty when nothing changed.
     """
 
     batch_size: int
@@ -87,13 +87,13 @@ class Decision:
 
     @property
     def setting(self) -> tuple[int, float, float]:
-        """What is set, without the reason: two decisions with equal settings ask for the same."""
+        """Return the decision without its reason, to compare it with others."""
         return self.batch_size, self.lr_factor, self.attack_factor
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Whatever a checkpoint must carry: plain numbers, strings, lists, dicts and tensors only."""
+    """A part of a checkpoint, of plain numbers, strings, lists, dicts and tensors only."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -102,12 +102,11 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class BatchController(Stateful, Protocol):
-    """A deterministic state machine: measurements in, a :class:`Decision` out; no model, optimizer
-    or clock inside.
+    """A deterministic state machine that turns measurements into a :class:`Decision`.
 
-    `needs` names the signals it wants at the next update ("eigenvalue" for a curvature reading;
-    other names are keys of `signals`), so that nothing unneeded is measured. It may change with the
-    state.
+    It holds no model, optimizer or clock. `needs` names the signals that it wants at the next
+    update, so that nothing else is measured: "eigenvalue" is a curvature reading, and other names
+    are keys of `signals`. It may change with the state.
     """
 
     @property
@@ -115,7 +114,7 @@ class BatchController(Stateful, Protocol):
 
     @property
     def decision(self) -> Decision:
-        """The setting in force (before any update: the one to start with)."""
+        """Return the setting in force, which before any update is the first one."""
         ...
 
     def is_due(self, progress: Progress) -> bool: ...
@@ -138,8 +137,8 @@ class Capped(Protocol):
 
 @runtime_checkable
 class ForgetsReference(Protocol):
-    """A controller that compares measurements, and can begin anew where the loss is another one."""
+    """A controller that compares measurements, and can start again when the loss changes."""
 
     def forget_reference(self) -> None:
-        """Forget what was measured, as at a change of resolution."""
+        """Forget past measurements, as at a change of resolution."""
         ...

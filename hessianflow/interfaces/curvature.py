@@ -1,4 +1,4 @@
-"""What measures curvature, and what it measures."""
+"""Protocols of curvature probes, and of the operators that they measure."""
 
 from typing import Protocol, runtime_checkable
 
@@ -9,14 +9,14 @@ from hessianflow.interfaces.control import CurvatureReading, Stateful
 
 
 class CurvatureProbe(Stateful, Protocol):
-    """Measures the curvature of the model it was built for and leaves no trace on it."""
+    """A measurement of a model's curvature that leaves no trace on the model."""
 
     def __call__(self) -> CurvatureReading: ...
 
 
 @runtime_checkable
 class LinearOperator(Protocol):
-    """All that curvature algorithms see of a symmetric matrix."""
+    """A symmetric matrix, as curvature algorithms see it."""
 
     @property
     def size(self) -> int: ...
@@ -32,17 +32,19 @@ class LinearOperator(Protocol):
 
 @runtime_checkable
 class Budgeted(Protocol):
-    """A probe with a budget of its own: it is asked before every reading."""
+    """A probe with its own budget, which is asked before every reading."""
 
     def is_affordable(self, examples: int) -> bool:
-        """Return whether a reading may be made now that `examples` have been trained on; where it
-        may not, the controller decides without one."""
+        """Return whether a reading is affordable after training on `examples` examples.
+
+        If not, the controller decides without a reading.
+        """
         ...
 
 
 @runtime_checkable
 class MeasuresModel(Protocol):
-    """A probe that says which model it measures."""
+    """A probe that gives the model it measures."""
 
     @property
     def model(self) -> object: ...
@@ -50,10 +52,11 @@ class MeasuresModel(Protocol):
 
 @runtime_checkable
 class JudgesStatistics(Protocol):
-    """An operator that runs a model with batch normalisation, and can tell whether its running
-    statistics have settled."""
+    """An operator on a model with batch normalisation that can compare the model's statistics."""
 
     def statistics_losses(self) -> tuple[float, float, float] | None:
-        """Return the losses under running and under own statistics, and what they are means over;
-        None where there is nothing to compare."""
+        """Return the losses under running and under own statistics, and the count of their means.
+
+        Without anything to compare, it returns None.
+        """
         ...

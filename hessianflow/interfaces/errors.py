@@ -1,10 +1,9 @@
-"""The errors that say what the user can put right."""
+"""Errors that the user can correct."""
 
 
 class HessianFlowError(ValueError):
-    """An input or a state that the user can put right; the message says how. The command prints it
-    on one line."""
+    """An error that the user can correct as it says; the command prints it on one line."""
 
 
 class AgreedError(HessianFlowError):
-    """Raised on every rank alike: it is enough if rank 0 says it."""
+    """An error that is raised alike on every rank, so that only rank 0 need report it."""

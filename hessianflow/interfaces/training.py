@@ -1,4 +1,4 @@
-"""What a trainer works with: data, losses, adversaries, observers, and what it is told of them."""
+"""Protocols of the parts of a trainer: data, losses, adversaries, observers and optimizers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,22 +10,21 @@ from torch import Tensor, nn
 from hessianflow.interfaces.control import Progress, Stateful
 
 Batch = tuple[Any, Any]
-"""One pair (inputs, targets); each a tensor, or a mapping, dataclass, list or tuple; see
+"""A pair (inputs, targets). Each is a tensor or a mapping, dataclass, list or tuple of them, see
 :mod:`hessianflow.batches`."""
 
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | float | Tensor]]
-"""loss_fn(outputs, targets): a mean, a scalar tensor; or, with a `reduction` attribute that says
-so, a sum or one value per example; or the pair (sum, count). :mod:`hessianflow.losses` says how it
-is found what a mean divides by."""
+"""A function loss_fn(outputs, targets) that returns a mean as a scalar tensor, the pair (sum,
+count), or, if its `reduction` attribute says so, a sum or one value per example.
+:mod:`hessianflow.losses` describes how the divisor of a mean is found."""
 
 Pending = Callable[[], Tensor]
-"""An attack that was started; calling it waits for the adversarial inputs."""
+"""An attack under way. Calling it waits for the adversarial inputs."""
 
 
 @runtime_checkable
 class InputAttack(Stateful, Protocol):
-    """Perturbs a share of a batch with the weights of the moment; gradients flow through the input
-    only."""
+    """An attack on a share of a batch with the present weights, by input gradients only."""
 
     def perturb(
         self,
@@ -35,29 +34,28 @@ class InputAttack(Stateful, Protocol):
         share: float,
         microbatch_size: int | None = None,
     ) -> Tensor:
-        """Return the inputs with about `share` of the rows perturbed; the given tensor is not
-        changed."""
+        """Return a copy of the inputs in which about `share` of the rows are perturbed."""
         ...
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """What one optimizer step trains on.
+    """The examples of one optimizer step.
 
     With N rows drawn from the data and M twins the gradient is that of
 
-        (sum of the losses of all N + M rows) / N,   or / (N + M) with `average`:
+        (sum of the losses of all N + M rows) / N,   or / (N + M) with `average`,
 
-    for M = N the sum of two means, or their average.
+    which for M = N is the sum of two means, or their average.
 
     Attributes:
-        batch: (inputs, targets) of the N rows; some inputs may be perturbed.
-        twins: adversarial (inputs, targets) of M rows that are trained besides, in forward passes
-            of their own.
-        twin_mode: entered around each of those passes (another set of normalisation statistics).
-        average: divide by all rows.
-        on_input_gradient: given the gradient of the step's loss with respect to the N inputs, up to
-            a positive factor per row, shaped like them; None: it is not computed.
+        batch: Inputs and targets of the N rows; some inputs may be perturbed.
+        twins: Adversarial inputs and targets of M more rows, in separate forward passes.
+        twin_mode: Context of each of those passes (another set of normalisation statistics).
+        average: Whether to divide by all rows.
+        on_input_gradient: Function that receives the gradient of the step's loss with respect to
+            the N inputs, shaped like them, up to a positive factor per row. With None it is not
+            computed.
     """
 
     batch: Batch
@@ -68,28 +66,27 @@ class Exposure:
 
 
 class Adversary(Stateful, Protocol):
-    """Decides what is trained on in place of a clean batch.
+    """A method that chooses the training examples in place of a clean batch.
 
     For the batch of step t the trainer calls :meth:`attack` with the weights of step t -
-    `staleness`, and :meth:`expose` at step t, both with the share in force: `share` times the
-    `attack_factor` of the decision that the batch was drawn under. Batches whose share is 0 are
-    trained as they are.
+    `staleness`, and :meth:`expose` at step t. Both receive the share in force, which is `share`
+    times the `attack_factor` of the decision under which the batch was drawn. Batches whose share
+    is 0 are trained on as they are.
     """
 
     @property
     def share(self) -> float:
-        """Share of each batch that is attacked, in [0, 1], before a controller's factor."""
+        """Return the share of each batch to attack, in [0, 1], before a controller's factor."""
         ...
 
     @property
     def staleness(self) -> int:
-        """Steps between attack and use: so many batches are drawn ahead."""
+        """Return the steps between attack and use, the number of batches that are drawn ahead."""
         ...
 
     @property
     def attacks_late(self) -> bool:
-        """Whether a batch that was not attacked ahead is attacked at its use; if not, it is trained
-        as it is."""
+        """Return whether a batch that was not attacked ahead is attacked when it is used."""
         ...
 
     def attack(
@@ -100,62 +97,58 @@ class Adversary(Stateful, Protocol):
         share: float,
         microbatch_size: int | None = None,
     ) -> Pending:
-        """Start the attack on a batch with the weights of now."""
+        """Start the attack on a batch with the present weights."""
         ...
 
     def expose(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float
     ) -> Exposure:
-        """Return what to train on, given the batch and what its attack made of it."""
+        """Return the training examples, given the batch and the result of its attack."""
         ...
 
 
 class BatchTransform(Protocol):
-    """Maps a whole batch before it is trained on (progressive resolution, mixing)."""
+    """A function of a whole batch before its training step (progressive resolution, mixing)."""
 
     def __call__(self, inputs: Tensor, targets: Tensor, progress: Progress) -> Batch: ...
 
 
 class GradientObserver(Stateful, Protocol):
-    """Sees the gradient of every microbatch, and the whole gradient before each step; changes
-    neither.
+    """An observer of the gradient of every microbatch and of every step, which changes neither.
 
-    Tensors are on the device; an observer keeps them there and synchronises only in
-    :meth:`signals`. Each rank sees its own microbatches; one that is to be used on several ranks
-    also :class:`JoinsRanks`, and in `on_step`, which all ranks call together, adds up over them
-    what its microbatches gave. Where the ranks have changed, the microbatches of a step that this
-    interrupted are to be forgotten.
+    Tensors are on the device. An observer keeps them there and waits for the device only in
+    :meth:`signals`. Each rank sees its own microbatches. An observer for several ranks also
+    :class:`JoinsRanks`, and sums the results of its microbatches over ranks in `on_step`, which all
+    ranks call together. When the ranks change, it forgets the microbatches of the step that was
+    interrupted.
 
-    One that must know whose gradients these are :class:`BindsParameters`. Without that it is an
-    error to freeze or unfreeze layers while it observes.
-
-    Of an optimizer that asks for several gradients a step (SAM) only the first is shown.
+    An observer that must know the parameters of the gradients :class:`BindsParameters`. Without
+    that, freezing or unfreezing layers while it observes is an error. If an optimizer asks for
+    several gradients per step (SAM), the observer sees only the first.
     """
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
-        """`gradients`: of the mean loss over this microbatch of `examples`, one tensor a trainable
-        parameter."""
+        """Take the gradients of the mean loss over a microbatch, one per trainable parameter."""
         ...
 
     def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:
-        """`gradients`: of the mean loss over the whole optimization batch."""
+        """Take the gradients of the mean loss over the whole optimization batch."""
         ...
 
     def signals(self) -> Mapping[str, float]:
-        """Named figures for a controller, e.g. {"noise_scale": 812.0}."""
+        """Return named figures for a controller, such as {"noise_scale": 812.0}."""
         ...
 
 
 @runtime_checkable
 class ResizableBatches(Stateful, Protocol):
-    """Training data as a resumable stream of batches whose size may change between any two of them.
+    """Training data as a resumable stream of batches whose size may change between any two.
 
-    Iterating yields what is left of the current epoch, then moves on to the next epoch; an epoch
-    that ends before `num_examples` were handed out is over all the same. Where there are attributes
-    `epoch` (completed) and `cursor` (examples handed out of the epoch under way), and both in the
-    state, a trainer puts back what others read from the stream. The order of examples and their
-    augmentation depend on (seed, epoch) only, never on the batch size or on how often the run was
-    interrupted.
+    Iterating yields the rest of the current epoch and then starts the next one. An epoch may end
+    before it has yielded `num_examples`. If the data have the attributes `epoch` (completed) and
+    `cursor` (examples yielded in the current epoch), and both in the state, a trainer returns to
+    its place after others have read from the stream. The order of examples and their augmentation
+    depend only on (seed, epoch), never on the batch size or on interruptions of the run.
     """
 
     @property
@@ -165,27 +158,27 @@ class ResizableBatches(Stateful, Protocol):
     def batch_size(self) -> int: ...
 
     def set_batch_size(self, batch_size: int) -> None:
-        """Takes effect on the very next batch."""
+        """Set the batch size from the very next batch on."""
         ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
 
 class EpochMeasurement(Stateful, Protocol):
-    """Measures something of the model after each epoch, and leaves no trace on it."""
+    """A measurement of the model after each epoch that leaves no trace on the model."""
 
     @property
     def kind(self) -> str:
-        """What its records are called."""
+        """Return the kind of the records."""
         ...
 
     def __call__(self) -> tuple[Mapping[str, float], str]:
-        """Named figures for the record, and a warning; empty where there is nothing to warn of."""
+        """Return named figures for the record, and a warning or an empty string."""
         ...
 
 
 class RecordSink(Protocol):
-    """Receives every record of a run as it is made (the same objects that history.jsonl gets)."""
+    """A receiver of every record of a run when it is made, as history.jsonl gets them."""
 
     def write(self, record: Mapping[str, Any]) -> None: ...
 
@@ -194,21 +187,20 @@ class RecordSink(Protocol):
 
 @runtime_checkable
 class BindsParameters(Protocol):
-    """An observer that must know whose gradients it is shown."""
+    """An observer that must know the parameters of the gradients."""
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take the gradients shown from now on as those of `parameters`, in that order, which need
-        not be that of any optimizer's groups.
+        """Expect gradients of `parameters`, in this order, from now on.
 
-        Called before training, and again before the first step after layers were frozen or
-        unfrozen.
+        The order need not be that of an optimizer's groups. The trainer calls this before training,
+        and again before the first step after layers were frozen or unfrozen.
         """
         ...
 
 
 @runtime_checkable
 class ChecksRows(Protocol):
-    """Training data that know beforehand whether their batches can be cut."""
+    """Training data that know beforehand whether their batches can be split by rows."""
 
     def check_rows(self) -> None:
         """Refuse batches with an entry that does not have one row for each example."""
@@ -217,7 +209,7 @@ class ChecksRows(Protocol):
 
 @runtime_checkable
 class TellsPlace(Protocol):
-    """Training data that tell where they stand, and go where their state says."""
+    """Training data that tell their place, and move to the place of a loaded state."""
 
     @property
     def epoch(self) -> int: ...
@@ -228,22 +220,22 @@ class TellsPlace(Protocol):
 
 @runtime_checkable
 class Rewindable(Protocol):
-    """Data that go back to their first example for whoever wants all of them."""
+    """Data that can return to their first example."""
 
     def rewind(self) -> None:
-        """Go to the first example of the epoch under way."""
+        """Return to the first example of the current epoch."""
         ...
 
 
 @runtime_checkable
 class WantsClosure(Protocol):
-    """An optimizer that says whether all its gradients are to come from a closure."""
+    """An optimizer that tells whether a closure must compute all its gradients."""
 
     wants_closure: bool
 
 
 @runtime_checkable
 class SecondOrder(Protocol):
-    """An optimizer that says, as timm's do, whether it differentiates the gradients again."""
+    """An optimizer that tells, as those of timm do, whether it differentiates the gradients."""
 
     is_second_order: bool

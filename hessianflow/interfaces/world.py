@@ -1,4 +1,4 @@
-"""The ranks that train one model together."""
+"""Protocols and records of the ranks that train one model together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,8 +12,10 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 
 class Reducer(Protocol):
-    """How ranks agree: sums weighted by the caller, and one rank's word for all. One process: both
-    do nothing."""
+    """The means by which ranks agree: sums, and values from rank 0.
+
+    In a single process both return their argument.
+    """
 
     @property
     def rank(self) -> int: ...
@@ -26,16 +28,16 @@ class Reducer(Protocol):
         ...
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value, on every rank."""
+        """Return the plain value of rank 0 on every rank."""
         ...
 
 
 class Hits(NamedTuple):
-    """How many targets were hit.
+    """The number of targets that were predicted correctly.
 
     Attributes:
-        correct: targets whose class had the largest score, an int64 scalar on the device.
-        counted: targets that count; those that the loss ignores do not.
+        correct: Targets whose class had the largest score, an int64 scalar on the device.
+        counted: Targets that count, without those that the loss ignores.
     """
 
     correct: Tensor
@@ -44,23 +46,23 @@ class Hits(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the loss gave over one optimization batch, or over any part of it.
+    """The losses of one optimization batch, or of any part of it.
 
-    Results add up: those of microbatches to that of a rank's share, those of ranks to that of the
-    batch, those of batches to that of an epoch. Tensors stay on the device.
+    Results add up: those of microbatches to that of a rank, those of ranks to that of the batch,
+    those of batches to that of an epoch. Tensors stay on the device.
 
     Attributes:
-        total: the sum of the losses, which is the mean loss times `weight`; 0 where nothing counts.
-        weight: what the mean loss divides by: the number of rows, or what the loss counts instead
-            of them (:mod:`hessianflow.losses`).
-        hits: of the rows; None where they are not counted, and without rows.
-        rows: the number of rows trained.
-        examples: the number of examples drawn from the data; a transform may have made another
-            number of rows of them.
-        divisor: what the mean divides by whose gradient `.grad` holds. It differs from `weight`
-            where rows and twins are averaged together.
-        twins: the result of the adversarial twins; None where there are none.
-        failure: why the loss cannot be cut into parts, if it cannot.
+        total: Sum of the losses, which is the mean loss times `weight`; 0 if nothing counts.
+        weight: Divisor of the mean loss, which is the number of rows, or what the loss counts
+            instead of them (:mod:`hessianflow.losses`).
+        hits: Correct predictions of the rows; None if they are not counted or there are no rows.
+        rows: Number of rows trained on.
+        examples: Number of examples drawn from the data, from which a transform may make more or
+            fewer rows.
+        divisor: Divisor of the mean whose gradient `.grad` holds. It differs from `weight` if rows
+            and twins are averaged together.
+        twins: Result of the adversarial twins; None if there are none.
+        failure: Reason why the loss cannot be split into parts; None if it can.
     """
 
     total: Tensor
@@ -74,13 +76,13 @@ class StepResult:
 
     @property
     def loss(self) -> Tensor:
-        """The mean loss, a scalar on the device; 0 where nothing counts."""
+        """Return the mean loss, a scalar on the device; 0 if nothing counts."""
         if isinstance(self.weight, Tensor):
             return torch.where(self.weight > 0, self.total / self.weight, 0.0)
         return self.total / (self.weight or 1)
 
     def __add__(self, other: "StepResult") -> "StepResult":
-        """Return the result of both batches, or parts, taken together."""
+        """Return the result of both batches, or parts, together."""
         return StepResult(
             self.total + other.total,
             self.weight + other.weight,
@@ -93,7 +95,7 @@ class StepResult:
         )
 
     def _hits_with(self, other: "StepResult") -> Hits | None:
-        """Return the hits of both; None where those of any row are not counted."""
+        """Return the hits of both, or None if those of any row are not counted."""
         if self.rows == 0 or other.rows == 0:
             return self.hits or other.hits
         if self.hits is None or other.hits is None:
@@ -107,12 +109,12 @@ class StepResult:
 
 
 class Wishes(NamedTuple):
-    """What a rank may wish for at the end of a step; each comes true if any rank wishes it.
+    """The wishes of a rank at the end of a step, each of which one rank is enough to fulfil.
 
     Attributes:
-        stop: to save a checkpoint and stop.
-        save: to save a checkpoint.
-        show: to read the figures from the device and show them.
+        stop: Save a checkpoint and stop.
+        save: Save a checkpoint.
+        show: Read the figures from the device and show them.
     """
 
     stop: bool = False
@@ -121,52 +123,51 @@ class Wishes(NamedTuple):
 
 
 class World(Reducer, Protocol):
-    """The ranks that train one model together, as a trainer sees them. One process: a world that
-    does nothing.
+    """The ranks that train one model together, as a trainer sees them.
 
-    For each gradient: `begin`; backward passes that leave in `.grad` that of a mean over this
-    rank's own examples, the last of them within `last_backward`; `finish`, after which `.grad` is
-    that of the mean over all. Every rank takes part, also one without examples; every method but
-    `attach`, `shard`, `post`, `begin` and `last_backward` must be called by all ranks together.
-    Plain values are nested dicts, lists and tuples of numbers, strings and tensors.
+    Each gradient takes three steps. `begin` comes first. Backward passes then leave in `.grad` the
+    gradient of a mean over the rank's own examples, the last of them within `last_backward`. After
+    `finish`, `.grad` is that of the mean over all ranks. Every rank takes part, even one without
+    examples. All ranks must call every method together, except `attach`, `shard`, `post`, `begin`
+    and `last_backward`. Plain values are nested dicts, lists and tuples of numbers, strings and
+    tensors.
     """
 
     @property
     def agreed(self) -> Wishes:
-        """What any rank wished for when the ranks last met in `finish`."""
+        """Return the wishes of all ranks when they last met in `finish`."""
         ...
 
     def post(self, wishes: Callable[[], Wishes]) -> None:
-        """Ask `wishes` for those of this rank whenever the ranks meet in `finish` from now on.
+        """Call `wishes` for those of this rank at every `finish` from now on.
 
-        They travel with the figures of the step, and cost no exchange of their own.
+        They travel with the figures of the step, without an extra exchange.
         """
         ...
 
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        """Take over the gradients of `parameters`, those of the model and others; no rank is met
-        yet."""
+        """Take over the gradients of `parameters` of the model and others, without an exchange."""
         ...
 
     def meet(self, settings: Mapping[str, Any]) -> None:
-        """Refuse ranks that differ in their settings, then give all ranks rank 0's weights."""
+        """Refuse ranks with different settings, then give all ranks the weights of rank 0."""
         ...
 
     def shard(self, data: Any) -> None:
-        """Let a rank's training data hand out this rank's part of every batch."""
+        """Let the training data yield this rank's part of every batch."""
         ...
 
     def begin(self, examples: int) -> None:
-        """Announce this rank's share of the next batch."""
+        """Announce the number of this rank's examples in the next batch."""
         ...
 
     def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
-        """Within it every gradient is final as soon as it is computed; may be entered again if the
-        pass failed.
+        """Enter the last backward pass, in which every computed gradient is final.
+
+        It may be entered again if the pass failed.
 
         Args:
-            weight: what the mean that this rank differentiates divides by; it counts for that among
-                the ranks.
+            weight: Divisor of the mean that this rank differentiates, its weight among the ranks.
         """
         ...
 
@@ -174,16 +175,16 @@ class World(Reducer, Protocol):
         """Wait until all gradients are those of the whole batch.
 
         Args:
-            own: the result of this rank's share.
+            own: Result of this rank's part.
 
         Returns:
-            The result of the whole batch, the same on every rank. Where a rank's loss cannot be
-            cut into parts, it says so on all of them.
+            The result of the whole batch, the same on every rank. If the loss of a rank cannot be
+            split into parts, it has the failure on all of them.
         """
         ...
 
     def average_buffers(self) -> None:
-        """Give all ranks the same buffers: running statistics averaged, others as on rank 0."""
+        """Give all ranks averaged running statistics, and the other buffers of rank 0."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -193,18 +194,17 @@ class World(Reducer, Protocol):
 
 @runtime_checkable
 class JoinsRanks(Protocol):
-    """A part that works on one rank's examples and must know which of how many ranks that is."""
+    """A part that works on one rank's examples and must know the rank and their number."""
 
     def join(self, reducer: Reducer) -> None:
-        """Take this rank's place: called before training, and again where the ranks have
-        changed."""
+        """Become part of a rank, before training and again after the ranks have changed."""
         ...
 
 
 @runtime_checkable
 class Shardable(Protocol):
-    """Training data that can hand out one rank's part of every batch."""
+    """Training data that can yield one rank's part of every batch."""
 
     def set_shard(self, rank: int, world_size: int) -> None:
-        """Hand out this rank's part from the very next batch on."""
+        """Yield this rank's part from the very next batch on."""
         ...

@@ -247,10 +247,11 @@ def test_no_generator_means_fresh_entropy():
 def test_random_l2_starts_fill_the_ball():
     """The radius of a uniform point of the d-ball has mean d/(d+1); 4000 points give a standard
     error below 0.005."""
-    from hessianflow.adversarial.budget import make_budget, place
+    from hessianflow.adversarial.budget import broadcast_to, make_budget
 
     x = torch.zeros(4000, 3, dtype=torch.float64)
-    delta = place(make_budget(2.0, None, "l_2"), x).random(x, torch.Generator().manual_seed(0))
+    budget = broadcast_to(make_budget(2.0, None, "l_2"), x)
+    delta = budget.random(x, torch.Generator().manual_seed(0))
     radius = delta.norm(dim=1) / 2
     assert radius.max() <= 1
     assert radius.mean().item() == pytest.approx(0.75, abs=0.02)
