@@ -1,5 +1,4 @@
-"""What happens after each epoch: the model gets the weights it is to be used with, is evaluated and
-measured, and gets back the weights that are trained."""
+"""Evaluation and measurements after each epoch, on the weights that are to be used."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,13 @@ from hessianflow.training.timing import Stopwatch
 
 @dataclass(frozen=True)
 class AfterEpoch:
-    """What is done after every epoch besides the evaluation on the evaluation data.
+    """Settings of the work after every epoch besides the evaluation on the evaluation data.
 
     Attributes:
-        curvature: whether the probe measures the curvature then; if not, it measures only when the
-            controller needs it.
+        curvature: whether the probe measures then; if not, only when the controller needs it.
         before_evaluation: called before the model is evaluated and saved as the best; it may set
             buffers, or replace the weights by an average.
-        after_evaluation: called after that, even after an error, to restore the weights.
+        after_evaluation: called afterwards, even after an error, to restore the weights.
         measurements: made and recorded, such as
             :class:`~hessianflow.adversarial.RobustnessWatch`.
 
@@ -51,18 +49,7 @@ class AfterEpoch:
 
 @dataclass
 class Evaluator:
-    """Evaluates and measures the model, with the weights that are to be used.
-
-    Attributes:
-        model: the model to evaluate.
-        data: the data to evaluate on; None: no evaluation.
-        loss_fn: the loss, as in training.
-        optimizer: the optimizer, told when its weights are to be used rather than trained, if it
-            distinguishes the two.
-        settings: what is called before and after the evaluation, and measured.
-        stopwatch: counts the time.
-        world: the ranks that evaluate together.
-    """
+    """Evaluates and measures the model, with the weights that are to be used."""
 
     model: nn.Module
     data: Batch | Iterable[Batch] | None
@@ -74,7 +61,7 @@ class Evaluator:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Hold the weights that are to be used, instead of those to be trained on, while active."""
+        """Put the weights that are to be used in place of the trained ones while active."""
         before = self.settings.before_evaluation
         after = self.settings.after_evaluation
         try:
@@ -97,8 +84,7 @@ class Evaluator:
             return evaluate(self.model, self.data, self.loss_fn, reducer=self.world)
 
     def measure(self, made: int) -> Iterator[tuple[str, Mapping[str, float], str]]:
-        """Yield the kind, figures and warning of every measurement but the first `made`, as it is
-        made."""
+        """Make the measurements after the first `made`; yield kind, figures and warning of each."""
         for measurement in self.settings.measurements[made:]:
             with self.stopwatch.section("evaluation"):
                 figures, warning = measurement()

@@ -1,4 +1,4 @@
-"""What each object passed to a trainer must be; :mod:`checks` tells whether they fit together."""
+"""Checks of the single arguments of a trainer; :mod:`checks` tells whether they fit together."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -26,21 +26,13 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 def check_model(model: object) -> None:
-    """Refuse a model that is not a module.
-
-    Raises:
-        HessianFlowError: naming its type.
-    """
+    """Refuse a model that is not a module."""
     if not isinstance(model, nn.Module):
         raise HessianFlowError(f"model must be a torch.nn.Module, got {_named(model)}")
 
 
 def check_data(train_data: object, eval_data: object) -> None:
-    """Refuse training data whose batch size cannot change, and evaluation data without batches.
-
-    Raises:
-        HessianFlowError: naming a class to wrap them in.
-    """
+    """Refuse training data whose batch size cannot change, and evaluation data without batches."""
     if not isinstance(train_data, ResizableBatches):
         raise HessianFlowError(
             f"train_data must be batches whose size can change, got {_named(train_data)}: use"
@@ -67,11 +59,7 @@ def check_data(train_data: object, eval_data: object) -> None:
 
 
 def as_group(argument: str, value: Any, kind: type[G]) -> G:
-    """Return a group of settings, or, for None, one of the defaults.
-
-    Raises:
-        HessianFlowError: the value is something else.
-    """
+    """Return a group of settings, for None that of the defaults, and refuse other values."""
     if value is None:
         return kind()
     if not isinstance(value, kind):
@@ -82,22 +70,19 @@ def as_group(argument: str, value: Any, kind: type[G]) -> G:
 
 
 def check_parts(**parts: Any) -> None:
-    """Refuse an object that cannot be the controller, the adversary, ... it is passed as.
+    """Refuse an object that lacks a member of the part that it is passed as.
 
     Args:
         parts: the objects, by the name of the argument. None stands for no object; each member of
             a list, or of the mapping of states, is checked.
-
-    Raises:
-        HessianFlowError: with an example of what fits.
     """
     for argument, value in parts.items():
         example, members = _PARTS[argument]
         for part in _each(argument, value):
-            if isinstance(part, type) or any(not hasattr(part, member) for member in members):
-                missing = [member for member in members if not hasattr(part, member)] or [
-                    "an instance"
-                ]
+            missing = [member for member in members if not hasattr(part, member)]
+            if isinstance(part, type):
+                missing.append("an instance")
+            if missing:
                 raise HessianFlowError(
                     f"{argument} cannot be {_named(part)}, which lacks {missing[0]}: pass one such"
                     f" as {example}"
@@ -105,22 +90,14 @@ def check_parts(**parts: Any) -> None:
 
 
 def check_functions(**functions: Any) -> None:
-    """Refuse a function that cannot be called; None stands for no function.
-
-    Raises:
-        HessianFlowError: naming the argument.
-    """
+    """Refuse a function that cannot be called; None stands for no function."""
     for argument, value in functions.items():
         if value is not None and not callable(value):
             raise HessianFlowError(f"{argument} must be a function, got {_named(value)}")
 
 
 def as_list(argument: str, value: Any) -> list[Any]:
-    """Return the members of an iterable argument as a list.
-
-    Raises:
-        HessianFlowError: the argument is a single member instead.
-    """
+    """Return the members of an iterable argument as a list, and refuse a single member."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise HessianFlowError(f"{argument} must be a list, got {_named(value)}: put it into one")
     return list(value)
@@ -135,12 +112,14 @@ def _each(argument: str, value: Any) -> Sequence[Any]:
         return list(value.values())
     if isinstance(value, list):
         return value
-    return [] if value is None else [value]
+    if value is None:
+        return []
+    return [value]
 
 
 def _named(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return (
-        f"{value!r}" if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
-    )
+    if isinstance(value, (str, int, float, bool)):
+        return repr(value)
+    return f"a {type(value).__name__}"

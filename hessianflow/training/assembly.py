@@ -1,4 +1,4 @@
-"""Puts the parts of a run together, from what the trainer was asked for."""
+"""Assembly of the parts of a run from the arguments of the trainer."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -65,7 +65,7 @@ def assemble(
 def _step(
     task: Task, methods: Methods, groups: Groups, reference: int, world: World
 ) -> TrainingStep:
-    """Return what takes a step, on the device that the model is on."""
+    """Return the part that takes a step, on the device of the model."""
     passes = groups.passes
     stopwatch = Stopwatch(task.device)
     examples = task.train_data.num_examples
@@ -123,7 +123,7 @@ def _settings(
 
 
 def _reporter(reporting: Reporting, course: Course, run_dir: Path | None, world: World) -> Reporter:
-    """Return what tells of the run; rank 0 alone writes or shows anything."""
+    """Return the part that reports; only that of rank 0 writes or shows anything."""
     if world.rank > 0:
         return Reporter(Recorder(None), course, show_progress=False)
     return Reporter(Recorder(run_dir, reporting.sinks), course, reporting.show_progress)
@@ -138,7 +138,7 @@ def _keeper(
     steering: Steering,
     run_dir: Path | None,
 ) -> Keeper:
-    """Return what keeps the state of the run, in the order in which it is put back."""
+    """Return the part that keeps the state of the run; components are put back in this order."""
     stopwatch = step.stopwatch
     ahead = Lookahead(task.train_data, methods.staleness, step.load, stopwatch.device, stopwatch)
     held = groups.checkpoints.state.items()

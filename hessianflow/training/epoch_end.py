@@ -1,4 +1,4 @@
-"""What an epoch ends with: statistics, evaluation, row, measurements, schedule, best model."""
+"""The end of an epoch: statistics, evaluation, row, measurements, schedule, best model."""
 
 from dataclasses import dataclass
 
@@ -17,17 +17,7 @@ from hessianflow.training.totals import RunningTotals
 
 @dataclass
 class EpochEnd:
-    """Ends an epoch; after an error, a second call goes on behind what was done.
-
-    Attributes:
-        evaluator: evaluates and measures.
-        totals: of the epoch.
-        rate: told that the epoch is over.
-        keeper: saves the best model.
-        reporter: told the results.
-        microbatch: examples per forward pass.
-        norm_statistics: whether running statistics that have not settled are measured anew.
-    """
+    """Ends an epoch; after an error, a second call continues behind what was done."""
 
     evaluator: Evaluator
     totals: RunningTotals
@@ -38,10 +28,10 @@ class EpochEnd:
     norm_statistics: NormStatistics
 
     def settle_statistics(self, batch: Batch | None, done: Done) -> None:
-        """Measure running statistics anew where they have not settled, before a reading or an
-        evaluation rests on them.
+        """Measure running statistics again where they have not settled.
 
-        Without a batch, after a resume, nothing is done.
+        This comes before any reading or evaluation. After a resume there is no `batch` to measure
+        them on, and nothing is done.
         """
         if done.remeasured is not None:
             return
@@ -69,13 +59,12 @@ class EpochEnd:
             if done.row is None:
                 self._evaluate(done)
             self._measure(done)
-            evaluation = done.evaluation
             if not done.stepped:
                 done.stepped = True
                 self._start_next(done)
-            if evaluation is not None and course.counters.is_best(
-                evaluation.accuracy, evaluation.loss
-            ):
+            if done.evaluation is None:
+                return
+            if course.counters.is_best(done.evaluation.accuracy, done.evaluation.loss):
                 self.keeper.save(BEST)
 
     def _evaluate(self, done: Done) -> None:
@@ -97,5 +86,7 @@ class EpochEnd:
     def _start_next(self, done: Done) -> None:
         assert done.row is not None
         self.totals.start_epoch(self.evaluator.stopwatch.totals())
-        loss = done.row["train_loss"] if done.evaluation is None else done.evaluation.loss
+        loss = done.row["train_loss"]
+        if done.evaluation is not None:
+            loss = done.evaluation.loss
         self.rate.end_epoch(loss, done.row["eval_accuracy"])

@@ -1,4 +1,4 @@
-"""The state of a run, kept in checkpoints and brought back from them."""
+"""The state of a run, saved in checkpoints and restored from them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,12 +26,6 @@ class Keeper:
 
     Attributes:
         run_dir: folder of the run, on all ranks; None: nothing is written.
-        model: checked against the weights of a checkpoint.
-        state: everything a checkpoint holds.
-        saver: knows when to save, and how.
-        ahead: forgets what was drawn ahead when another state is put back.
-        steering: applies the decision of that state.
-        world: the ranks that save together; rank 0 alone writes.
     """
 
     run_dir: Path | None
@@ -44,12 +38,12 @@ class Keeper:
 
     @property
     def course(self) -> Course:
-        """How far the run has come."""
+        """Progress of the run."""
         return self.steering.course
 
     @property
     def record(self) -> Recorder:
-        """The records of the run, which know the length of the history."""
+        """Records of the run."""
         return self.steering.reporter.record
 
     @property
@@ -64,10 +58,10 @@ class Keeper:
         return self.saver.time_is_up
 
     def save(self, name: str = LAST) -> None:
-        """Write a checkpoint, if the run has a folder; what all ranks share is rank 0's."""
+        """Write a checkpoint on rank 0, if the run has a folder."""
         if name == LAST:
             self.course.counters.saved_at = self.course.counters.examples
-        self.saver.restart_clock()  # on every rank, for any of them may find that time is up
+        self.saver.restart_clock()  # On every rank, because the clock of each may ask to save.
         folder = self.run_dir
         if folder is None:
             return
@@ -80,8 +74,7 @@ class Keeper:
             on_first_rank(self.world, save)
 
     def state_dict(self, generators: list[Any] | None = None) -> dict[str, Any]:
-        """Return everything a run needs to continue as if it had never stopped: tensors and plain
-        values.
+        """Return the state of the run as tensors and plain values, complete for a restart.
 
         Args:
             generators: the states of every rank's random generators; None: those of this rank stand
@@ -90,19 +83,18 @@ class Keeper:
         return self.state.capture(self.steering.decision, self.record.sync(), generators)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
-        """Continue from :meth:`state_dict`; `source` names it in errors."""
+        """Put back :meth:`state_dict`, which errors call `source`."""
         self.forget_plans()
         self.steering.apply(self.state.restore(state, source, self.world.rank))
 
     def forget_plans(self) -> None:
-        """Forget what was drawn ahead, and what was done after the last update: the state or the
-        world is another."""
+        """Forget the queue and the work after the last update, when state or world change."""
         self.ahead.forget()
         self.course.forget()
 
     def restore_newest(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
-        """Put back the newest checkpoint that can be; returns it, and a warning where it is not the
-        last."""
+        """Put back the newest usable checkpoint, and return it, with a warning if it is an older
+        one."""
         assert self.run_dir is not None
         return restore_newest(
             self.world,

@@ -59,9 +59,7 @@ def restore_newest(
         try:
             with restoring(source), keeping_options(optimizer):
                 put_back(state, source)
-        except (
-            HessianFlowError
-        ) as error:  # damage, or another run: then the older ones are refused alike
+        except HessianFlowError as error:  # Older states of another run will be refused alike.
             return str(error)
         return None
 
@@ -92,17 +90,15 @@ def _check_fits(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer
     check_training_state(state)
     inner = unwrap(model)
     own = inner.state_dict()
-    # Names may differ where the first pass makes buffers: restoring the model takes care of those.
+    # The first forward pass may make buffers; restoring the model handles names that differ.
     shared = {name: value for name, value in state["model"].items() if name in own}
     fault = model_fault(inner, {**own, **shared})
     if fault is not None:
         raise HessianFlowError(f"it is of another model: {fault}")
     check_finite(inner, shared)
-    if state["optimizer_class"] in (label(optimizer), type(optimizer).__name__):
+    if state["optimizer_class"] == label(optimizer):
         try:
-            saved = in_order(
-                state["optimizer"], state.get("groups", []), group_names(inner, optimizer)
-            )
+            saved = in_order(state["optimizer"], state["groups"], group_names(inner, optimizer))
         except OtherGroupsError:
-            return  # a state of another run: restoring it reports that
+            return  # This is the state of another run: restoring it reports that.
         check_optimizer(optimizer, saved)

@@ -1,4 +1,4 @@
-"""What happens when training diverges: the run stops, or goes back to its last checkpoint."""
+"""The response to a divergence: the run stops, or goes back to its last checkpoint."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,7 @@ from hessianflow.training.world import on_first_rank
 
 @dataclass
 class Guard:
-    """Looks for a divergence, and rolls back where that is wanted.
-
-    Attributes:
-        divergence: what counts as one, and what to do.
-        trained: the weights to look at.
-        keeper: has the checkpoints to go back to, and the parts to set right after that.
-        stopwatch: goes on through a rollback.
-    """
+    """Looks for a divergence, and rolls back if the settings ask for it."""
 
     divergence: Divergence
     trained: TrainedParameters
@@ -39,13 +32,13 @@ class Guard:
         self.world = self.keeper.world
 
     def begin(self) -> None:
-        """Look at the weights as they are now, before any training."""
+        """Note the size of the weights before any training."""
         self._monitor = DivergenceMonitor(
             lambda: self.trained.current, self.keeper.model, self.totals, self.world
         )
 
     def check(self, *, at_end: bool) -> None:
-        """Look at losses, weights and buffers; `at_end`: of an epoch.
+        """Look at losses, weights and buffers; `at_end` says that an epoch has just ended.
 
         Raises:
             DivergenceError: the run diverged.
@@ -62,8 +55,7 @@ class Guard:
         self._refuse(self.totals.first_bad_update())
 
     def roll_back(self, error: DivergenceError) -> None:
-        """Go back to the last checkpoint with the last growth undone, or raise the error where that
-        is not possible."""
+        """Go back to the last checkpoint and undo the last growth; raise `error` if impossible."""
         steering = self.steering
         counters = self.course.counters
         history = self.reporter.record.history()
@@ -76,7 +68,7 @@ class Guard:
         rollbacks = counters.rollbacks + 1
         seconds = self.stopwatch.totals()
         _, warning = self.keeper.restore_newest(self.reporter.record.sync)
-        self.stopwatch.load(seconds)  # the time is spent all the same
+        self.stopwatch.load(seconds)  # The time since the checkpoint was spent too.
         self.totals.forget_divergence()
         if warning is not None:
             self.reporter.event("fallback", warning)

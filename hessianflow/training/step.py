@@ -30,7 +30,7 @@ from hessianflow.training.exposing import expose
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
-from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.parameters import TrainedParameters, name_of
 from hessianflow.training.timing import Stopwatch
 
 
@@ -177,9 +177,10 @@ class TrainingStep:
     def _refuse_sparse(self) -> None:
         for parameter in self.accumulate.backward.parameters:
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                name = name_of(self.model, parameter)
                 raise HessianFlowError(
-                    f"the gradient of {self.trained.name(parameter)} is sparse, which max_grad_norm"
-                    " cannot clip: build its layer with sparse=False, or leave max_grad_norm out"
+                    f"the gradient of {name} is sparse, which max_grad_norm cannot clip: build its"
+                    " layer with sparse=False, or leave max_grad_norm out"
                 )
 
     def _gradient(self, now: Planned, ahead: Planned | None) -> StepResult:
