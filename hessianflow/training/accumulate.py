@@ -163,7 +163,7 @@ class GradientAccumulator:
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
-        """Show gradients to no observer, and those by the inputs to nobody, while active."""
+        """Show gradients neither to observers nor, by the inputs, to the exposure while active."""
         observers = self.backward.observers
         self.backward.observers = ()
         self._shows_inputs = False

@@ -1,6 +1,5 @@
 """Assembly of the parts of a run from the arguments of the trainer."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ def assemble(
         stopwatch,
         world,
     )
-    built = _settings(task, control, rate, step, groups, reference)
     course = Course(task.train_data, task.epochs)
     reporter = _reporter(groups.reporting, course, run_dir, world)
     rule = ExplosionRule(groups.divergence.max_loss_ratio)
@@ -58,7 +56,7 @@ def assemble(
     steering = Steering(
         decision, control, task.train_data, rate, totals, course, reporter, methods.adversary
     )
-    keeper = _keeper(task, methods, groups, built, step, steering, run_dir)
+    keeper = _keeper(task, methods, groups, step, steering, run_dir)
     return _loop(task, groups, step, keeper)
 
 
@@ -98,25 +96,18 @@ def _step(
     )
 
 
-def _settings(
-    task: Task,
-    control: ControlPoint,
-    rate: LearningRate,
-    step: TrainingStep,
-    groups: Groups,
-    reference: int,
-) -> dict[str, Any]:
+def _settings(task: Task, controller: object, groups: Groups, rate: LearningRate) -> dict[str, Any]:
     """Return the settings that every checkpoint holds, to be compared when a run is resumed."""
     return {
         "epochs": task.epochs,
         "schedule_unit": rate.unit,
-        "reference_batch_size": reference,
-        "norm_batch_size": step.accumulate.group_size,
+        "reference_batch_size": rate.reference_batch_size,
+        "norm_batch_size": groups.passes.norm_group(rate.reference_batch_size),
         "norm_statistics": groups.passes.norm_statistics,
         "precision": groups.passes.precision,
         "max_grad_norm": groups.passes.max_grad_norm,
         "max_loss_ratio": groups.divergence.max_loss_ratio,
-        **of_controller(control.controller),
+        **of_controller(controller),
         **of_optimizer(task.optimizer),
         **flat("scheduler", rate.settings),
     }
@@ -133,7 +124,6 @@ def _keeper(
     task: Task,
     methods: Methods,
     groups: Groups,
-    built: Mapping[str, Any],
     step: TrainingStep,
     steering: Steering,
     run_dir: Path | None,
@@ -151,7 +141,7 @@ def _keeper(
             *(Component(f"state {name}", part) for name, part in held),
         ],
         stopwatch,
-        built,
+        _settings(task, methods.controller, groups, steering.rate),
         partial(step.follow, replan=True),
         steering.course,
     )

@@ -1,5 +1,4 @@
-"""The states of generators and models as plain data; :mod:`hessianflow.runs.checkpoints` has the
-files."""
+"""The states of generators and models as plain data, of which checkpoints are made."""
 
 import random
 from collections import Counter, OrderedDict

@@ -27,8 +27,7 @@ LOOP_SIGNALS = frozenset({"train_loss", "epoch_loss", "learning_rate"})
 def check_signals(
     controller: BatchController | None, has_probe: bool, has_observers: bool, num_examples: int
 ) -> None:
-    """Refuse a controller that lacks a probe or an observer, or whose largest batch exceeds the
-    data."""
+    """Refuse a controller that lacks a probe or observer, or whose cap exceeds the data."""
     if controller is None:
         return
     observed = sorted(controller.needs - LOOP_SIGNALS - {"eigenvalue"})
@@ -51,8 +50,7 @@ def check_signals(
 
 
 def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examples: int) -> None:
-    """Refuse a run without a trainable parameter, with a foreign optimizer, or with a batch size
-    outside 1 to `num_examples`."""
+    """Refuse a model without a trainable parameter, a foreign optimizer and a bad batch size."""
     check_optimizer(optimizer)
     check_followed(optimizer)
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):

@@ -107,8 +107,7 @@ class Divergence:
 
 
 def rate_rule(decisions: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Return the power p in [0, 1] of the batch by which the last growth scaled the rate, and the
-    rate factor before it.
+    """Return (p, factor): the last growth scaled the rate by batch^p, p in [0, 1], from `factor`.
 
     Args:
         decisions: rows of all changes so far, the last growth among them.

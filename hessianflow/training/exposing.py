@@ -128,7 +128,7 @@ class Ahead:
 
         Waits for attacks under way. Call it between two steps.
         """
-        queue = self._queue.state_dict()  # First: it ends attacks, which change the adversary.
+        queue = self._queue.state_dict()  # This ends attacks, which change the adversary's state.
         return {
             "queue": queue,
             "progress": dict(vars(self._progress)),

@@ -107,8 +107,12 @@ class Lookahead:
         drawn. A yield of None means that the data ended the epoch with the batch trained last.
         """
         while True:
-            while len(self._queue) <= self.depth and not self._is_all_drawn(now):
-                if not self._draw(now):
+            while len(self._queue) <= self.depth:
+                progress, place, decision = now()
+                epoch, place = self._next_place(progress, place)
+                if epoch >= progress.total_epochs:
+                    break
+                if not self._draw(progress, epoch, place, decision):
                     yield None
             if not self._queue:
                 return
@@ -121,12 +125,8 @@ class Lookahead:
         """Remove the first batch of the queue, which has been trained."""
         self._queue.popleft()
 
-    def _is_all_drawn(self, now: Now) -> bool:
-        return self._next_place(now)[0] >= now()[0].total_epochs
-
-    def _next_place(self, now: Now) -> tuple[int, int]:
+    def _next_place(self, progress: Progress, place: int) -> tuple[int, int]:
         """Return the epoch of the next draw, and the examples of that epoch drawn before it."""
-        progress, place, _ = now()
         epoch = progress.epoch
         for entry in self._queue:
             place += entry.examples
@@ -135,13 +135,12 @@ class Lookahead:
                 place = 0
         return epoch, place
 
-    def _draw(self, now: Now) -> bool:
+    def _draw(self, progress: Progress, epoch: int, place: int, decision: Decision) -> bool:
         """Queue the next batch; return False if the data ended the epoch of the batch trained last.
 
         Raises:
             HessianFlowError: the data give no batch at all.
         """
-        epoch, place = self._next_place(now)
         before = self._place.find()
         batch = self._next_batch()
         if batch is None and place > 0:
@@ -155,16 +154,16 @@ class Lookahead:
             raise HessianFlowError(
                 f"train_data gave no batch in epoch {epoch + 1}: there is nothing to train on"
             )
-        progress, _, decision = now()
-        queued = sum(entry.examples for entry in self._queue)
-        at_use = replace(
-            progress,
-            epoch=epoch,
-            examples=progress.examples + queued,
-            updates=progress.updates + len(self._queue),
-        )
+        if self._queue:
+            progress = replace(
+                progress,
+                epoch=epoch,
+                examples=progress.examples + sum(entry.examples for entry in self._queue),
+                updates=progress.updates + len(self._queue),
+            )
         try:
-            self._queue.append(Planned(self._load(batch, at_use), num_examples(batch[1]), decision))
+            loaded = self._load(batch, progress)
+            self._queue.append(Planned(loaded, num_examples(batch[1]), decision))
         except BaseException:
             self._place.note(before)  # The batch is to be drawn again.
             raise

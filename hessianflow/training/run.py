@@ -81,11 +81,6 @@ class Run:
         return self._loop.course.epochs
 
     @property
-    def norm_batch_size(self) -> int | None:
-        """Examples that batch normalisation sees at once; None: the microbatch."""
-        return self._loop.norm_batch_size
-
-    @property
     def world(self) -> World:
         """The ranks that train together."""
         return self._loop.world
@@ -281,7 +276,7 @@ class Run:
             "examples_per_epoch": self.train_data.num_examples,
             "reference_batch_size": self.reference_batch_size,
             "microbatch_size": step.microbatch.size,
-            "norm_batch_size": self.norm_batch_size,
+            "norm_batch_size": self._loop.norm_batch_size,
             "precision": step.accumulate.precision,
             "device": device,
         }

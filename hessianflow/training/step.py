@@ -30,7 +30,7 @@ from hessianflow.training.exposing import expose
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
-from hessianflow.training.parameters import TrainedParameters, name_of
+from hessianflow.training.parameters import TrainedParameters
 from hessianflow.training.timing import Stopwatch
 
 
@@ -170,18 +170,14 @@ class TrainingStep:
         result = self.accumulate.reduce_over_ranks(own)
         if self.max_grad_norm is not None:
             self.accumulate.scaler.unscale_(self.optimizer)
-            self._refuse_sparse()
-            nn.utils.clip_grad_norm_(self.accumulate.backward.parameters, self.max_grad_norm)
+            backward = self.accumulate.backward
+            backward.refuse_sparse(
+                [parameter.grad for parameter in backward.parameters],
+                "max_grad_norm cannot clip",
+                ", or leave max_grad_norm out",
+            )
+            nn.utils.clip_grad_norm_(backward.parameters, self.max_grad_norm)
         return result
-
-    def _refuse_sparse(self) -> None:
-        for parameter in self.accumulate.backward.parameters:
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                name = name_of(self.model, parameter)
-                raise HessianFlowError(
-                    f"the gradient of {name} is sparse, which max_grad_norm cannot clip: build its"
-                    " layer with sparse=False, or leave max_grad_norm out"
-                )
 
     def _gradient(self, now: Planned, ahead: Planned | None) -> StepResult:
         count = num_examples(now.batch[1])
