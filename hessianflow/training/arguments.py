@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
 from torch.utils.data import Dataset
 
 from hessianflow.interfaces import HessianFlowError, ResizableBatches
@@ -25,17 +24,11 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """An example of each part, and the members by which it is told from other objects."""
 
 
-def check_model(model: object) -> None:
-    """Refuse a model that is not a module."""
-    if not isinstance(model, nn.Module):
-        raise HessianFlowError(f"model must be a torch.nn.Module, got {_named(model)}")
-
-
 def check_data(train_data: object, eval_data: object) -> None:
     """Refuse training data whose batch size cannot change, and evaluation data without batches."""
     if not isinstance(train_data, ResizableBatches):
         raise HessianFlowError(
-            f"train_data must be batches whose size can change, got {_named(train_data)}: use"
+            f"train_data must be batches whose size can change, got {named(train_data)}: use"
             " hf.data.DeviceBatches(inputs, targets, batch_size) or"
             " hf.data.AdaptiveBatches(dataset, batch_size)"
         )
@@ -47,13 +40,13 @@ def check_data(train_data: object, eval_data: object) -> None:
         )
     if isinstance(eval_data, Dataset) or not isinstance(eval_data, Iterable):
         raise HessianFlowError(
-            f"eval_data must be batches (inputs, targets), got {_named(eval_data)}, which has"
+            f"eval_data must be batches (inputs, targets), got {named(eval_data)}, which has"
             " single examples at best: use hf.data.AdaptiveBatches(dataset, 256, shuffle=False) or"
             " a DataLoader"
         )
     if isinstance(eval_data, Iterator):
         raise HessianFlowError(
-            f"eval_data must be iterated after every epoch, and {_named(eval_data)} allows it only"
+            f"eval_data must be iterated after every epoch, and {named(eval_data)} allows it only"
             " once: use a list of batches"
         )
 
@@ -64,7 +57,7 @@ def as_group(argument: str, value: Any, kind: type[G]) -> G:
         return kind()
     if not isinstance(value, kind):
         raise HessianFlowError(
-            f"{argument} must be a hf.training.{kind.__name__}(...), got {_named(value)}"
+            f"{argument} must be a hf.training.{kind.__name__}(...), got {named(value)}"
         )
     return value
 
@@ -84,7 +77,7 @@ def check_parts(**parts: Any) -> None:
                 missing.append("an instance")
             if missing:
                 raise HessianFlowError(
-                    f"{argument} cannot be {_named(part)}, which lacks {missing[0]}: pass one such"
+                    f"{argument} cannot be {named(part)}, which lacks {missing[0]}: pass one such"
                     f" as {example}"
                 )
 
@@ -93,13 +86,13 @@ def check_functions(**functions: Any) -> None:
     """Refuse a function that cannot be called; None stands for no function."""
     for argument, value in functions.items():
         if value is not None and not callable(value):
-            raise HessianFlowError(f"{argument} must be a function, got {_named(value)}")
+            raise HessianFlowError(f"{argument} must be a function, got {named(value)}")
 
 
 def as_list(argument: str, value: Any) -> list[Any]:
     """Return the members of an iterable argument as a list, and refuse a single member."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise HessianFlowError(f"{argument} must be a list, got {_named(value)}: put it into one")
+        raise HessianFlowError(f"{argument} must be a list, got {named(value)}: put it into one")
     return list(value)
 
 
@@ -107,7 +100,7 @@ def _each(argument: str, value: Any) -> Sequence[Any]:
     if argument == "state":
         if not isinstance(value, Mapping):
             raise HessianFlowError(
-                f'state must name its objects, as {{"average": average}}, got {_named(value)}'
+                f'state must name its objects, as {{"average": average}}, got {named(value)}'
             )
         return list(value.values())
     if isinstance(value, list):
@@ -117,7 +110,8 @@ def _each(argument: str, value: Any) -> Sequence[Any]:
     return [value]
 
 
-def _named(value: object) -> str:
+def named(value: object) -> str:
+    """Return a description of a value for an error: the value itself, its class or its type."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, (str, int, float, bool)):

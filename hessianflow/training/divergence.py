@@ -1,67 +1,21 @@
-"""Detection of a training loss that is no longer finite or explodes, and the response to it."""
+"""Settings and rules for a training loss that is no longer finite, or explodes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessianflow.checks import check_choice, check_count, check_limit
-from hessianflow.interfaces import AgreedError, Decision, World
-from hessianflow.training.totals import RunningTotals
+from hessianflow.interfaces import AgreedError, Decision
 
 OnDivergence = Literal["stop", "rollback"]
 
 
 class DivergenceError(AgreedError):
     """The training loss stopped being finite, or exploded."""
-
-
-class DivergenceMonitor:
-    """Looks on all ranks for diverged losses, and for weights and buffers that are not finite.
-
-    Args:
-        weights: returns the parameters that are trained.
-        model: the model, whose buffers are checked if they are finite now; others, such as an
-            attention mask, may hold infinities on purpose.
-        totals: the running totals, which hold the losses.
-        world: the ranks that look together.
-    """
-
-    def __init__(
-        self,
-        weights: Callable[[], Sequence[nn.Parameter]],
-        model: nn.Module,
-        totals: RunningTotals,
-        world: World,
-    ) -> None:
-        self._buffers: list[Tensor] = [
-            buffer for buffer in model.buffers() if math.isfinite(largest([buffer]))
-        ]
-        self._weights = weights
-        self._totals = totals
-        self._world = world
-        self._largest = largest(weights())
-
-    def first_bad_update(self, updates: int, *, at_end: bool) -> int | None:
-        """Return the first update that diverged, on any rank; None: none did.
-
-        Args:
-            updates: the number of updates so far.
-            at_end: whether an epoch has just ended.
-        """
-        first_bad = self._totals.first_bad_update(at_end=at_end)
-        weight = largest(self._weights())
-        before = self._largest
-        if first_bad is None and not math.isfinite(weight + largest(self._buffers)):
-            first_bad = updates
-        if first_bad is None:
-            first_bad = self._totals.weights_grew(weight / max(before, 1.0))
-            self._largest = weight
-        every = self._world.gather(first_bad)
-        return min((update for update in every if update is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hessianflow.batches import (
     num_examples,
 )
 from hessianflow.interfaces import AgreedError, Batch, HessianFlowError, Hits, LossFn, Reducer
-from hessianflow.losses import Averaged, MeanLoss, SplitCheck, Weight, exact_type, weighted
+from hessianflow.losses import Averaged, MeanLoss, SplitCheck, exact_type, weighted
 from hessianflow.measuring import measuring
 from hessianflow.training.world import LocalWorld
 
@@ -120,10 +120,7 @@ def _figures(outputs: Any, targets: Any, mean_loss: MeanLoss, like: Tensor) -> T
     averaged = mean_loss(outputs, targets)
     loss = weighted(averaged.value.to(like), averaged.weight)
     hits = count_hits(outputs, targets, averaged)
-    correct: Weight = 0
-    counted: Weight = 0
-    if hits is not None:
-        correct, counted = hits
+    correct, counted = hits or (0, 0)
     figures = [loss, averaged.weight, correct, counted, num_examples(targets), hits is None]
     return torch.stack(
         [torch.as_tensor(figure, dtype=like.dtype, device=like.device) for figure in figures]

@@ -62,11 +62,6 @@ class Keeper:
         counters = self.course.counters
         return self.saver.is_due(counters.examples - counters.saved_at)
 
-    @property
-    def time_is_up(self) -> bool:
-        """Whether a checkpoint is due by the clock of this process."""
-        return self.saver.time_is_up
-
     def save(self, name: str = LAST) -> None:
         """Write a checkpoint on rank 0, if the run has a folder."""
         if name == LAST:

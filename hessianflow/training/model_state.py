@@ -97,11 +97,7 @@ class ModelState:
             ) from None
 
     def restore_beside(self, tensors: Sequence[Tensor], source: str) -> None:
-        """Restore the parameters that only the optimizer holds.
-
-        Raises:
-            HessianFlowError: their number or shapes differ.
-        """
+        """Restore the parameters that only the optimizer holds; refuse other numbers or shapes."""
         own = self._beside()
         if [p.shape for p in own] != [t.shape for t in tensors]:
             raise HessianFlowError(

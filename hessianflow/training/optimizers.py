@@ -16,11 +16,7 @@ calls, or the first before its step and the others by the closure."""
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse an object that is not an optimizer with parameter groups, or is several optimizers.
-
-    Raises:
-        HessianFlowError: saying what to pass.
-    """
+    """Refuse an object that is not an optimizer with parameter groups, or is several optimizers."""
     if isinstance(optimizer, (list, tuple)) and all(hasattr(part, "step") for part in optimizer):
         raise HessianFlowError(
             f"optimizer must be one optimizer, got {len(optimizer)} of them: put them behind one"
@@ -44,9 +40,6 @@ def check_followed(optimizer: Optimizer) -> None:
 
     A value set in its groups, such as a learning rate, would be recorded and never used. The state
     that an optimizer saves tells which groups it steps by.
-
-    Raises:
-        HessianFlowError: naming the class, and what its `load_state_dict` lacks.
     """
     held = optimizer.param_groups
     saved = _groups_of(optimizer)

@@ -101,11 +101,7 @@ def resized(images: Tensor, resolution: int) -> Tensor:
 
 
 def check_resolutions(model: nn.Module, image: Tensor, resolutions: Iterable[int]) -> None:
-    """Refuse a model whose head fixes the resolution, by running one image [1, C, S, S] at each.
-
-    Raises:
-        HessianFlowError: naming the layer that failed, and the resolution.
-    """
+    """Refuse a model whose head fixes the resolution, by running one image [1, C, S, S] at each."""
     for resolution in resolutions:
         entered: list[str] = []
         with measuring(model) as inner, torch.no_grad():

@@ -179,11 +179,7 @@ def numbered(name: str, parts: Sequence[Any]) -> list[Component]:
 
 
 def _is_in(state: Mapping[str, Any], component: Component, source: str) -> bool:
-    """Return whether this run has such a part and the checkpoint has its state.
-
-    Raises:
-        HessianFlowError: one of the two lacks it, or it is of another class.
-    """
+    """Return whether run and checkpoint have a part; refuse if one lacks it or classes differ."""
     name = component.name
     saved = state["parts"].get(name)
     if component.part is None and saved is None:

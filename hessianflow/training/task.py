@@ -19,6 +19,7 @@ from hessianflow.interfaces import (
     CurvatureProbe,
     Decision,
     GradientObserver,
+    HessianFlowError,
     LossFn,
     ResizableBatches,
 )
@@ -27,8 +28,8 @@ from hessianflow.training.arguments import (
     as_list,
     check_data,
     check_functions,
-    check_model,
     check_parts,
+    named,
 )
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.passes import Passes
@@ -50,7 +51,8 @@ class Task:
 
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)
-        check_model(self.model)
+        if not isinstance(self.model, nn.Module):
+            raise HessianFlowError(f"model must be a torch.nn.Module, got {named(self.model)}")
         check_data(self.train_data, self.eval_data)
         check_functions(loss_fn=self.loss_fn)
 
