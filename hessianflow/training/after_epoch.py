@@ -1,17 +1,10 @@
-"""Evaluation and measurements after each epoch, on the weights that are to be used."""
+"""Settings of the work after each epoch: measurements, and the weights to evaluate."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-from torch.optim import Optimizer
-
-from hessianflow.interfaces import Batch, EpochMeasurement, HessianFlowError, LossFn, World
+from hessianflow.interfaces import EpochMeasurement, HessianFlowError
 from hessianflow.training.arguments import as_list, check_functions, check_parts
-from hessianflow.training.evaluate import Evaluation, evaluate
-from hessianflow.training.optimizers import set_mode
-from hessianflow.training.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -45,47 +38,3 @@ class AfterEpoch:
         check_functions(after_evaluation=self.after_evaluation)
         object.__setattr__(self, "measurements", as_list("measurements", self.measurements))
         check_parts(measurements=self.measurements)
-
-
-@dataclass
-class Evaluator:
-    """Evaluates and measures the model, with the weights that are to be used."""
-
-    model: nn.Module
-    data: Batch | Iterable[Batch] | None
-    loss_fn: LossFn
-    optimizer: Optimizer
-    settings: AfterEpoch
-    stopwatch: Stopwatch
-    world: World
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Put the weights that are to be used in place of the trained ones while active."""
-        before = self.settings.before_evaluation
-        after = self.settings.after_evaluation
-        try:
-            with self.stopwatch.section("evaluation"):
-                set_mode(self.optimizer, training=False)
-                if before is not None:
-                    before()
-            yield
-        finally:
-            with self.stopwatch.section("evaluation"):
-                if after is not None:
-                    after()
-                set_mode(self.optimizer, training=True)
-
-    def evaluate(self) -> Evaluation | None:
-        """Return the loss and accuracy on the data; None if there are no data."""
-        if self.data is None:
-            return None
-        with self.stopwatch.section("evaluation"):
-            return evaluate(self.model, self.data, self.loss_fn, reducer=self.world)
-
-    def measure(self, made: int) -> Iterator[tuple[str, Mapping[str, float], str]]:
-        """Make the measurements after the first `made`; yield kind, figures and warning of each."""
-        for measurement in self.settings.measurements[made:]:
-            with self.stopwatch.section("evaluation"):
-                figures, warning = measurement()
-            yield measurement.kind, figures, warning

@@ -7,7 +7,6 @@ from typing import Any
 from hessianflow.interfaces import World
 from hessianflow.runs import Recorder
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.after_epoch import Evaluator
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.course import Course
 from hessianflow.training.epoch_end import EpochEnd
@@ -152,32 +151,19 @@ def _keeper(
 def _loop(task: Task, groups: Groups, step: TrainingStep, keeper: Keeper) -> TrainingLoop:
     """Return the loop around a step."""
     steering = keeper.steering
-    reporter = steering.reporter
-    rate = steering.rate
-    totals = steering.totals
-    world = step.world
-    evaluator = Evaluator(
-        task.model,
-        task.eval_data,
-        task.loss_fn,
-        task.optimizer,
-        groups.after_epoch,
-        step.stopwatch,
-        world,
-    )
     statistics = groups.passes.norm_statistics
     return TrainingLoop(
         model=task.model,
         norm_batch_size=step.accumulate.group_size,
         course=steering.course,
         ahead=keeper.ahead,
-        rate=rate,
+        rate=steering.rate,
         step=step,
-        totals=totals,
+        totals=steering.totals,
         guard=Guard(groups.divergence, step.trained, keeper, step.stopwatch),
         steering=steering,
-        epoch_end=EpochEnd(evaluator, totals, rate, keeper, reporter, step.microbatch, statistics),
+        epoch_end=EpochEnd(task, groups.after_epoch, keeper, step.microbatch, statistics),
         keeper=keeper,
-        reporter=reporter,
-        world=world,
+        reporter=steering.reporter,
+        world=step.world,
     )

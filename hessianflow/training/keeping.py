@@ -10,7 +10,7 @@ from torch import nn
 
 from hessianflow.interfaces import HessianFlowError, World
 from hessianflow.measuring import unwrap
-from hessianflow.runs import Recorder, checkpoints
+from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS, LAST
 from hessianflow.runs.optimizer_states import (
     OtherGroupsError,
@@ -20,7 +20,6 @@ from hessianflow.runs.optimizer_states import (
 )
 from hessianflow.runs.states import check_finite, check_training_state, model_fault, restoring
 from hessianflow.training import checkpoint
-from hessianflow.training.course import Course
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.model_state import group_names
 from hessianflow.training.optimizers import label
@@ -46,15 +45,9 @@ class Keeper:
     steering: Steering
     world: World
 
-    @property
-    def course(self) -> Course:
-        """Progress of the run."""
-        return self.steering.course
-
-    @property
-    def record(self) -> Recorder:
-        """Records of the run."""
-        return self.steering.reporter.record
+    def __post_init__(self) -> None:
+        self.course = self.steering.course
+        self.record = self.steering.reporter.record
 
     @property
     def is_due(self) -> bool:

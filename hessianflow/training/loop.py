@@ -185,10 +185,8 @@ class TrainingLoop:
             self.rate.set_by_hand = False
 
     def _show(self) -> None:
-        """Show the figures of the epoch so far.
-
-        All ranks wait for their device here, at most as often as the bar is refreshed.
-        """
+        """Show the figures of the epoch so far."""
+        # All ranks wait for their device here, but only when the bar is due.
         self.guard.check_losses()
         loss, accuracy = self.totals.means()
         self.reporter.show(

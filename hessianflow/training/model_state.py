@@ -42,21 +42,16 @@ class ModelState:
         """Return the weights and what goes with them, as tensors and plain values."""
         state = self._model.state_dict()
         buffers = dict(self._model.named_buffers())
+        known = self._built_buffers
         return {
             "model": state,
-            "late_buffers": [
-                name for name in buffers if name in state and name not in self._built_buffers
-            ],
+            "late_buffers": [n for n in buffers if n in state and n not in known],
             "transient_buffers": {
-                name: b
-                for name, b in buffers.items()
-                if name not in state and self._is_new(name, b)
+                n: b for n, b in buffers.items() if n not in state and self._is_new(n, b)
             },
             "trainable": self._trainable(),
             "built_trainable": self._built_trainable,
-            "evaluating": [
-                name for name, module in self._model.named_modules() if not module.training
-            ],
+            "evaluating": [n for n, part in self._model.named_modules() if not part.training],
             "groups": group_names(self._model, self._optimizer),
             "beside": [p.detach() for p in self._beside()],
         }
