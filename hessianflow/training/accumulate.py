@@ -155,6 +155,7 @@ class GradientAccumulator:
         ahead = self._loss.weight_ahead(exposure.twins[1])
         twins = _Rows(exposure.twins, num_examples(exposure.twins[1]), ahead, exposure.twin_mode)
         if exposure.average:
+            # Rows and twins then have one mean, whose divisor is complete only after the twins.
             divisor.expect(ahead)
         own = self._add(rows, divisor, size, settles=not exposure.average)
         of_twins = self._add(twins, divisor, size, settles=True, is_last=True)
@@ -163,7 +164,7 @@ class GradientAccumulator:
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
-        """Show gradients to no observer, and those by the inputs to nobody, while active."""
+        """Show gradients neither to observers nor, by the inputs, to the exposure while active."""
         observers = self.backward.observers
         self.backward.observers = ()
         self._shows_inputs = False
@@ -189,7 +190,7 @@ class GradientAccumulator:
         """
         result = self.world.finish(own)
         if result.failure is not None:
-            raise result.failure
+            raise result.failure  # All ranks have heard of it, so that none waits for another.
         if result.rows == 0:
             raise AgreedError(
                 f"the transform left no row of a batch of {result.examples} examples: there is no"
@@ -285,11 +286,7 @@ class GradientAccumulator:
 
 
 def _joined(slopes: Sequence[Tensor | None]) -> Tensor:
-    """Return the gradients by the inputs of all microbatches as one tensor.
-
-    Raises:
-        HessianFlowError: no microbatch has one.
-    """
+    """Return the gradients by the inputs of all microbatches as one tensor; refuse to find none."""
     present = [slope for slope in slopes if slope is not None]
     if not present:
         raise HessianFlowError(

@@ -1,9 +1,8 @@
-"""What each object passed to a trainer must be; :mod:`checks` tells whether they fit together."""
+"""Checks of the single arguments of a trainer; :mod:`checks` tells whether they fit together."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
 from torch.utils.data import Dataset
 
 from hessianflow.interfaces import HessianFlowError, ResizableBatches
@@ -25,25 +24,11 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """An example of each part, and the members by which it is told from other objects."""
 
 
-def check_model(model: object) -> None:
-    """Refuse a model that is not a module.
-
-    Raises:
-        HessianFlowError: naming its type.
-    """
-    if not isinstance(model, nn.Module):
-        raise HessianFlowError(f"model must be a torch.nn.Module, got {_named(model)}")
-
-
 def check_data(train_data: object, eval_data: object) -> None:
-    """Refuse training data whose batch size cannot change, and evaluation data without batches.
-
-    Raises:
-        HessianFlowError: naming a class to wrap them in.
-    """
+    """Refuse training data whose batch size cannot change, and evaluation data without batches."""
     if not isinstance(train_data, ResizableBatches):
         raise HessianFlowError(
-            f"train_data must be batches whose size can change, got {_named(train_data)}: use"
+            f"train_data must be batches whose size can change, got {named(train_data)}: use"
             " hf.data.DeviceBatches(inputs, targets, batch_size) or"
             " hf.data.AdaptiveBatches(dataset, batch_size)"
         )
@@ -55,74 +40,59 @@ def check_data(train_data: object, eval_data: object) -> None:
         )
     if isinstance(eval_data, Dataset) or not isinstance(eval_data, Iterable):
         raise HessianFlowError(
-            f"eval_data must be batches (inputs, targets), got {_named(eval_data)}, which has"
+            f"eval_data must be batches (inputs, targets), got {named(eval_data)}, which has"
             " single examples at best: use hf.data.AdaptiveBatches(dataset, 256, shuffle=False) or"
             " a DataLoader"
         )
     if isinstance(eval_data, Iterator):
         raise HessianFlowError(
-            f"eval_data must be iterated after every epoch, and {_named(eval_data)} allows it only"
+            f"eval_data must be iterated after every epoch, and {named(eval_data)} allows it only"
             " once: use a list of batches"
         )
 
 
 def as_group(argument: str, value: Any, kind: type[G]) -> G:
-    """Return a group of settings, or, for None, one of the defaults.
-
-    Raises:
-        HessianFlowError: the value is something else.
-    """
+    """Return a group of settings, for None that of the defaults, and refuse other values."""
     if value is None:
         return kind()
     if not isinstance(value, kind):
         raise HessianFlowError(
-            f"{argument} must be a hf.training.{kind.__name__}(...), got {_named(value)}"
+            f"{argument} must be a hf.training.{kind.__name__}(...), got {named(value)}"
         )
     return value
 
 
 def check_parts(**parts: Any) -> None:
-    """Refuse an object that cannot be the controller, the adversary, ... it is passed as.
+    """Refuse an object that lacks a member of the part that it is passed as.
 
     Args:
         parts: the objects, by the name of the argument. None stands for no object; each member of
             a list, or of the mapping of states, is checked.
-
-    Raises:
-        HessianFlowError: with an example of what fits.
     """
     for argument, value in parts.items():
         example, members = _PARTS[argument]
         for part in _each(argument, value):
-            if isinstance(part, type) or any(not hasattr(part, member) for member in members):
-                missing = [member for member in members if not hasattr(part, member)] or [
-                    "an instance"
-                ]
+            missing = [member for member in members if not hasattr(part, member)]
+            if isinstance(part, type):
+                missing.append("an instance")
+            if missing:
                 raise HessianFlowError(
-                    f"{argument} cannot be {_named(part)}, which lacks {missing[0]}: pass one such"
+                    f"{argument} cannot be {named(part)}, which lacks {missing[0]}: pass one such"
                     f" as {example}"
                 )
 
 
 def check_functions(**functions: Any) -> None:
-    """Refuse a function that cannot be called; None stands for no function.
-
-    Raises:
-        HessianFlowError: naming the argument.
-    """
+    """Refuse a function that cannot be called; None stands for no function."""
     for argument, value in functions.items():
         if value is not None and not callable(value):
-            raise HessianFlowError(f"{argument} must be a function, got {_named(value)}")
+            raise HessianFlowError(f"{argument} must be a function, got {named(value)}")
 
 
 def as_list(argument: str, value: Any) -> list[Any]:
-    """Return the members of an iterable argument as a list.
-
-    Raises:
-        HessianFlowError: the argument is a single member instead.
-    """
+    """Return the members of an iterable argument as a list, and refuse a single member."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise HessianFlowError(f"{argument} must be a list, got {_named(value)}: put it into one")
+        raise HessianFlowError(f"{argument} must be a list, got {named(value)}: put it into one")
     return list(value)
 
 
@@ -130,17 +100,20 @@ def _each(argument: str, value: Any) -> Sequence[Any]:
     if argument == "state":
         if not isinstance(value, Mapping):
             raise HessianFlowError(
-                f'state must name its objects, as {{"average": average}}, got {_named(value)}'
+                f'state must name its objects, as {{"average": average}}, got {named(value)}'
             )
         return list(value.values())
     if isinstance(value, list):
         return value
-    return [] if value is None else [value]
+    if value is None:
+        return []
+    return [value]
 
 
-def _named(value: object) -> str:
+def named(value: object) -> str:
+    """Return a description of a value for an error: the value itself, its class or its type."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return (
-        f"{value!r}" if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
-    )
+    if isinstance(value, (str, int, float, bool)):
+        return repr(value)
+    return f"a {type(value).__name__}"

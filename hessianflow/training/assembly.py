@@ -1,6 +1,5 @@
-"""Puts the parts of a run together, from what the trainer was asked for."""
+"""Assembly of the parts of a run from the arguments of the trainer."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from hessianflow.interfaces import World
 from hessianflow.runs import Recorder
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.after_epoch import Evaluator
 from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.course import Course
 from hessianflow.training.epoch_end import EpochEnd
@@ -50,7 +48,6 @@ def assemble(
         stopwatch,
         world,
     )
-    built = _settings(task, control, rate, step, groups, reference)
     course = Course(task.train_data, task.epochs)
     reporter = _reporter(groups.reporting, course, run_dir, world)
     rule = ExplosionRule(groups.divergence.max_loss_ratio)
@@ -58,14 +55,14 @@ def assemble(
     steering = Steering(
         decision, control, task.train_data, rate, totals, course, reporter, methods.adversary
     )
-    keeper = _keeper(task, methods, groups, built, step, steering, run_dir)
+    keeper = _keeper(task, methods, groups, step, steering, run_dir)
     return _loop(task, groups, step, keeper)
 
 
 def _step(
     task: Task, methods: Methods, groups: Groups, reference: int, world: World
 ) -> TrainingStep:
-    """Return what takes a step, on the device that the model is on."""
+    """Return the part that takes a step, on the device of the model."""
     passes = groups.passes
     stopwatch = Stopwatch(task.device)
     examples = task.train_data.num_examples
@@ -98,32 +95,25 @@ def _step(
     )
 
 
-def _settings(
-    task: Task,
-    control: ControlPoint,
-    rate: LearningRate,
-    step: TrainingStep,
-    groups: Groups,
-    reference: int,
-) -> dict[str, Any]:
+def _settings(task: Task, controller: object, groups: Groups, rate: LearningRate) -> dict[str, Any]:
     """Return the settings that every checkpoint holds, to be compared when a run is resumed."""
     return {
         "epochs": task.epochs,
         "schedule_unit": rate.unit,
-        "reference_batch_size": reference,
-        "norm_batch_size": step.accumulate.group_size,
+        "reference_batch_size": rate.reference_batch_size,
+        "norm_batch_size": groups.passes.norm_group(rate.reference_batch_size),
         "norm_statistics": groups.passes.norm_statistics,
         "precision": groups.passes.precision,
         "max_grad_norm": groups.passes.max_grad_norm,
         "max_loss_ratio": groups.divergence.max_loss_ratio,
-        **of_controller(control.controller),
+        **of_controller(controller),
         **of_optimizer(task.optimizer),
         **flat("scheduler", rate.settings),
     }
 
 
 def _reporter(reporting: Reporting, course: Course, run_dir: Path | None, world: World) -> Reporter:
-    """Return what tells of the run; rank 0 alone writes or shows anything."""
+    """Return the part that reports; only that of rank 0 writes or shows anything."""
     if world.rank > 0:
         return Reporter(Recorder(None), course, show_progress=False)
     return Reporter(Recorder(run_dir, reporting.sinks), course, reporting.show_progress)
@@ -133,12 +123,11 @@ def _keeper(
     task: Task,
     methods: Methods,
     groups: Groups,
-    built: Mapping[str, Any],
     step: TrainingStep,
     steering: Steering,
     run_dir: Path | None,
 ) -> Keeper:
-    """Return what keeps the state of the run, in the order in which it is put back."""
+    """Return the part that keeps the state of the run; components are put back in this order."""
     stopwatch = step.stopwatch
     ahead = Lookahead(task.train_data, methods.staleness, step.load, stopwatch.device, stopwatch)
     held = groups.checkpoints.state.items()
@@ -151,7 +140,7 @@ def _keeper(
             *(Component(f"state {name}", part) for name, part in held),
         ],
         stopwatch,
-        built,
+        _settings(task, methods.controller, groups, steering.rate),
         partial(step.follow, replan=True),
         steering.course,
     )
@@ -162,32 +151,19 @@ def _keeper(
 def _loop(task: Task, groups: Groups, step: TrainingStep, keeper: Keeper) -> TrainingLoop:
     """Return the loop around a step."""
     steering = keeper.steering
-    reporter = steering.reporter
-    rate = steering.rate
-    totals = steering.totals
-    world = step.world
-    evaluator = Evaluator(
-        task.model,
-        task.eval_data,
-        task.loss_fn,
-        task.optimizer,
-        groups.after_epoch,
-        step.stopwatch,
-        world,
-    )
     statistics = groups.passes.norm_statistics
     return TrainingLoop(
         model=task.model,
         norm_batch_size=step.accumulate.group_size,
         course=steering.course,
         ahead=keeper.ahead,
-        rate=rate,
+        rate=steering.rate,
         step=step,
-        totals=totals,
+        totals=steering.totals,
         guard=Guard(groups.divergence, step.trained, keeper, step.stopwatch),
         steering=steering,
-        epoch_end=EpochEnd(evaluator, totals, rate, keeper, reporter, step.microbatch, statistics),
+        epoch_end=EpochEnd(task, groups.after_epoch, keeper, step.microbatch, statistics),
         keeper=keeper,
-        reporter=reporter,
-        world=world,
+        reporter=steering.reporter,
+        world=step.world,
     )

@@ -28,10 +28,6 @@ class BackwardPass:
 
     Attributes:
         model: names the parameters in errors.
-        parameters: the trained parameters; no other gradients are computed.
-        observers: shown the gradient of each microbatch and that of the batch.
-        world: told which backward pass is the last.
-        scaler: scales the loss, where it is enabled.
         create_graph: whether gradients can be differentiated again.
     """
 
@@ -123,7 +119,7 @@ class BackwardPass:
             gradients = self._gradients(scaled, leaf)
             self._add_to_grad(gradients)
         shown = self._shown(gradients)
-        self._refuse_sparse(shown)
+        self.refuse_sparse(shown, f"{type(self.observers[0]).__name__} cannot be shown")
         if isinstance(weight, Tensor):
             # A microbatch of weight 0 has a gradient of 0: the clamp keeps it from becoming nan.
             positive = weight.clamp_min(torch.finfo(weight.dtype).tiny)
@@ -194,13 +190,15 @@ class BackwardPass:
                 return True
         return False
 
-    def _refuse_sparse(self, gradients: Sequence[Tensor]) -> None:
+    def refuse_sparse(
+        self, gradients: Sequence[Tensor | None], reason: str, way_out: str = ""
+    ) -> None:
+        """Refuse gradients of which one is sparse; errors end with another `way_out`, if any."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient.layout is not torch.strided:
+            if gradient is not None and gradient.layout is not torch.strided:
                 raise HessianFlowError(
-                    f"the gradient of {name_of(self.model, parameter)} is sparse, which"
-                    f" {type(self.observers[0]).__name__} cannot be shown: build its layer with"
-                    " sparse=False"
+                    f"the gradient of {name_of(self.model, parameter)} is sparse, which {reason}:"
+                    f" build its layer with sparse=False{way_out}"
                 )
 
     def show_whole(self, total: int, factor: float | Tensor | None = None) -> None:

@@ -1,11 +1,8 @@
-"""What a checkpoint is made of: the states of generators and models, as plain data, and back.
-
-How checkpoints are kept as files is in :mod:`hessianflow.runs.checkpoints`.
-"""
+"""The states of generators and models as plain data, of which checkpoints are made."""
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,13 +17,17 @@ def generator_states() -> dict[str, Any]:
     """Return the global random generators as plain data."""
     numpy_state = np.random.get_state(legacy=False)
     assert isinstance(numpy_state, dict)
-    inner = {
-        k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in numpy_state["state"].items()
-    }
+    inner = dict(numpy_state["state"])
+    for name, value in inner.items():
+        if isinstance(value, np.ndarray):
+            inner[name] = value.tolist()
     kind, words, gauss = random.getstate()
+    cuda: list[torch.Tensor] = []
+    if torch.cuda.is_available():
+        cuda = torch.cuda.get_rng_state_all()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": cuda,
         "numpy": {**numpy_state, "state": inner},
         "python": [kind, list(words), gauss],
     }
@@ -43,25 +44,17 @@ def restore_generators(states: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return the same structure with NumPy scalars as Python numbers: reading a checkpoint admits
-    no other types."""
+    """Return the same structure with NumPy scalars, which no checkpoint may hold, as numbers."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
         items = {plain(key): plain(item) for key, item in value.items()}
-        return type(value)(items) if type(value) in (OrderedDict, Counter) else items
+        if type(value) in (OrderedDict, Counter):
+            return type(value)(items)
+        return items
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(plain(item) for item in value)
     return value
-
-
-def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether every number in them is finite (waits for the device once)."""
-    present = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-    if not present:
-        return True
-    norms = torch._foreach_norm(present, float("inf"))
-    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], source: str) -> None:

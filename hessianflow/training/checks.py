@@ -1,4 +1,4 @@
-"""What must hold before a run can start."""
+"""Checks that the parts of a run fit together, made before it starts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,43 +11,23 @@ from hessianflow.interfaces import (
     BatchController,
     BindsParameters,
     Capped,
-    ChecksRows,
-    CurvatureProbe,
     GradientObserver,
     HessianFlowError,
     JoinsRanks,
     MeasuresModel,
-    ResizableBatches,
     World,
 )
 from hessianflow.measuring import check_differentiable
 from hessianflow.training.optimizers import check_followed, check_optimizer
 
-
-def check_rows(train_data: ResizableBatches) -> None:
-    """Refuse training data that cannot be cut, if they can tell.
-
-    Raises:
-        HessianFlowError: an entry of their batches does not have one row for each example.
-    """
-    if isinstance(train_data, ChecksRows):
-        train_data.check_rows()
-
-
 LOOP_SIGNALS = frozenset({"train_loss", "epoch_loss", "learning_rate"})
-"""Signals that the training loop itself gives a controller; all others come from a probe or an
-observer."""
+"""Signals that the training loop gives a controller; others come from a probe or an observer."""
 
 
 def check_signals(
     controller: BatchController | None, has_probe: bool, has_observers: bool, num_examples: int
 ) -> None:
-    """Refuse a controller that cannot work here.
-
-    Raises:
-        HessianFlowError: it needs eigenvalues and there is no probe, or other signals and there is
-            no observer; its largest batch exceeds the data.
-    """
+    """Refuse a controller that lacks a probe or observer, or whose cap exceeds the data."""
     if controller is None:
         return
     observed = sorted(controller.needs - LOOP_SIGNALS - {"eigenvalue"})
@@ -70,12 +50,7 @@ def check_signals(
 
 
 def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examples: int) -> None:
-    """Refuse a run that cannot train.
-
-    Raises:
-        HessianFlowError: no trainable parameter, an optimizer of another model or none at all, or a
-            batch size outside 1 to `num_examples`.
-    """
+    """Refuse a model without a trainable parameter, a foreign optimizer and a bad batch size."""
     check_optimizer(optimizer)
     check_followed(optimizer)
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
@@ -96,21 +71,14 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
         )
 
 
-def check_probe(
-    probe: CurvatureProbe | None, model: nn.Module, state: Mapping[str, object]
-) -> None:
-    """Refuse a probe that says that it measures another model: nothing that training does would
-    reach it.
+def check_probe(probe: object, model: nn.Module, state: Mapping[str, object]) -> None:
+    """Refuse a probe of a model that shares no parameter with the trained one.
 
-    A probe that does not say so is taken at its word, and so is one of an object that is kept with
-    the run.
-
-    Raises:
-        HessianFlowError: it shares no parameter with the model.
+    A probe that names no model is accepted, and so is one of a model in the `state` of the run.
     """
-    measured = probe.model if probe is not None and isinstance(probe, MeasuresModel) else None
-    if not isinstance(measured, nn.Module):
+    if not isinstance(probe, MeasuresModel) or not isinstance(probe.model, nn.Module):
         return
+    measured = probe.model
     kept = [held for held in state.values() if isinstance(held, nn.Module)]
     known = {id(p) for module in (model, *kept) for p in module.parameters()}
     if not any(id(p) in known for p in measured.parameters()):
@@ -122,8 +90,7 @@ def check_probe(
 
 
 def idle_adversary(controller: BatchController | None, adversary: Adversary | None) -> str:
-    """Return a warning about an adversary that begins with nothing to attack; empty: there is
-    none."""
+    """Return a warning about an adversary that attacks nothing at the start; "" without one."""
     if adversary is None:
         return ""
     if adversary.share == 0:
@@ -137,9 +104,8 @@ def idle_adversary(controller: BatchController | None, adversary: Adversary | No
 
 
 def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, object]) -> str:
-    """Return a warning about a run whose checkpoints may lack something; empty where nothing is
-    known, or none are made."""
-    # torch has no public way to ask
+    """Return a warning about an optimizer whose hooks may keep a state; "" where none is lost."""
+    # torch has no public accessor of the hooks.
     kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     if run_dir is None or state or not any(getattr(optimizer, kind, None) for kind in kinds):
         return ""
@@ -151,12 +117,11 @@ def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, obje
 
 
 def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
-    """Return whether layers exchange statistics in every forward pass (SyncBatchNorm), so that all
-    ranks must make the same.
+    """Return whether all ranks must make the same forward passes, because of a SyncBatchNorm.
 
     Raises:
-        HessianFlowError: they cannot run on this device, or microbatches that ranks may cut
-            differently.
+        HessianFlowError: the layer cannot run on this device, or ranks may cut their rows into
+            different numbers of microbatches.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     if not layers or world.world_size == 1:
@@ -176,11 +141,11 @@ def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
 def join_parts(
     world: World, observers: Sequence[GradientObserver], adversary: Adversary | None
 ) -> None:
-    """Tell the parts that work on one rank's examples which of how many ranks this is.
+    """Tell the parts that work on one rank's examples about the other ranks.
 
     Raises:
-        HessianFlowError: on several ranks, an observer that cannot join them: its figures would be
-            those of one; or twins made ahead of time, which one rank holds for later steps.
+        HessianFlowError: on several ranks, an observer that cannot join them, or an adversary with
+            a staleness above 0.
     """
     if world.world_size > 1 and adversary is not None and adversary.staleness > 0:
         raise HessianFlowError(
@@ -203,8 +168,7 @@ def join_parts(
 def tell_parameters(
     observers: Sequence[GradientObserver], parameters: Sequence[nn.Parameter]
 ) -> None:
-    """Tell the observers that must know it whose gradients they will be shown, and in which
-    order."""
+    """Tell the observers that ask for it which parameters' gradients they will be shown."""
     for observer in observers:
         if isinstance(observer, BindsParameters):
             observer.bind(parameters)

@@ -1,4 +1,4 @@
-"""How far a run has come, and what has been done after its last update."""
+"""The progress of a run, and the work already done after its last update."""
 
 import math
 from collections.abc import Mapping
@@ -12,21 +12,21 @@ from hessianflow.training.evaluate import Evaluation
 
 @dataclass
 class Counters:
-    """The plain values of a run.
+    """The counts of a run, which checkpoints hold.
 
     Attributes:
-        examples: trained so far.
-        updates: optimizer steps so far.
+        examples: examples trained.
+        updates: optimizer steps made.
         epoch: epochs completed.
-        place: examples of the epoch under way that were trained.
+        place: examples trained in the current epoch.
         saved_at: `examples` at the last checkpoint.
         best: best evaluation accuracy so far.
         best_loss: lowest evaluation loss so far, where there is no accuracy.
         batch_cap: largest batch allowed since a divergence; None: no cap.
-        cap_power: the learning rate goes with batch ^ cap_power where the cap holds it,
-        cap_factor: and its factor is at most this.
+        cap_power: power of the batch by which the cap lowers the rate factor.
+        cap_factor: largest rate factor under the cap.
         rollbacks: divergences rolled back.
-        settled: updates after which everything that follows an update has been done, too.
+        settled: `updates` when all that follows an update was last done.
     """
 
     examples: int = 0
@@ -43,30 +43,30 @@ class Counters:
     settled: int = 0
 
     def is_best(self, accuracy: float | None, loss: float) -> bool:
-        """Return whether the model is better than ever: by its accuracy, or by its loss where there
-        is none; remembers it."""
+        """Remember and return whether accuracy, or loss where there is none, is the best so far."""
         if accuracy is not None:
-            is_best = self.best is None or accuracy > self.best
-            self.best = accuracy if is_best else self.best
-            return is_best
-        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
-        self.best_loss = loss if is_best else self.best_loss
-        return is_best
+            if self.best is not None and not accuracy > self.best:
+                return False
+            self.best = accuracy
+            return True
+        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+            return False
+        self.best_loss = loss
+        return True
 
 
 @dataclass
 class Done:
-    """What was done after an update; after an error there, training goes on behind it.
+    """The work already done after an update; after an error, training continues behind it.
 
     Attributes:
-        place: updates made and epochs completed; that an epoch is over may be told after its last
-            update.
+        place: updates made and epochs completed; the data may end an epoch after its last update.
         decided: whether the controller has been asked.
-        remeasured: whether running statistics were, before that; None: nobody has looked yet.
-        rows: of what was measured and decided, those that are not written yet.
-        evaluation: at the end of an epoch; None where there is none.
-        row: of the epoch.
-        measurements: how many of them were made.
+        remeasured: whether running statistics were measured again; None: not known yet.
+        rows: rows of readings and decisions that are not written yet.
+        evaluation: the evaluation at the end of an epoch, if there is one.
+        row: the row of the epoch.
+        measurements: the number of measurements made.
         stepped: whether the schedule has been told that the epoch is over.
     """
 
@@ -85,11 +85,10 @@ class Course:
 
     Args:
         data: the training data, which say how many examples make an epoch.
-        epochs: passes over them.
+        epochs: passes over the data.
 
     Attributes:
         counters: the counts; another object after a restart.
-        epochs: passes over the data.
     """
 
     def __init__(self, data: ResizableBatches, epochs: int) -> None:
@@ -101,18 +100,12 @@ class Course:
     @property
     def progress(self) -> Progress:
         """How far the run has come."""
-        counters = self.counters
-        return Progress(
-            counters.epoch,
-            counters.examples,
-            counters.updates,
-            self._data.num_examples,
-            self.epochs,
-        )
+        now = self.counters
+        return Progress(now.epoch, now.examples, now.updates, self._data.num_examples, self.epochs)
 
     @property
     def is_between_epochs(self) -> bool:
-        """Whether no example of the epoch under way has been trained."""
+        """Whether no example of the current epoch has been trained."""
         return self.counters.place == 0
 
     @property
@@ -122,11 +115,11 @@ class Course:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether anything of the run is still to be done."""
+        """Whether the run still has work to do."""
         return self.counters.epoch < self.epochs or not self.is_settled
 
     def count(self, examples: int, *, ends_epoch: bool) -> None:
-        """Count one update on so many examples; `ends_epoch`: the data have no more of them."""
+        """Count one update; `ends_epoch` says that the data end the epoch after it."""
         counters = self.counters
         counters.examples += examples
         counters.place += examples
@@ -135,7 +128,7 @@ class Course:
             self.end_epoch()
 
     def end_epoch(self) -> None:
-        """Count one epoch."""
+        """Count one epoch, and begin the next."""
         self.counters.epoch += 1
         self.counters.place = 0
 
@@ -144,24 +137,20 @@ class Course:
         self.counters.settled = self.counters.updates
 
     def done(self) -> Done:
-        """Return what has been done after the last update so far."""
-        place = self.counters.updates, self.counters.epoch
+        """Return the work done after the last update so far."""
+        place = (self.counters.updates, self.counters.epoch)
         if self._done is None or self._done.place != place:
             self._done = Done(place)
         return self._done
 
     def forget(self) -> None:
-        """Forget what was done after the last update: the state, or the world, is another."""
+        """Forget the work done after the last update, when state or world change."""
         self._done = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters."""
+        """Return the counters as plain values."""
         return asdict(self.counters)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
-
-        Earlier versions count examples alone, and every epoch has as many as the data.
-        """
-        epoch, place = divmod(state["examples"], self._data.num_examples)
-        self.counters = Counters(**{"epoch": epoch, "place": place, **state})
+        """Put back the counters of :meth:`state_dict`."""
+        self.counters = Counters(**state)

@@ -1,16 +1,15 @@
-"""What to do when the training loss is no longer finite, or explodes."""
+"""Settings and rules for a training loss that is no longer finite, or explodes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessianflow.checks import check_choice, check_count, check_limit
-from hessianflow.interfaces import AgreedError, Decision, World
-from hessianflow.training.totals import RunningTotals
+from hessianflow.interfaces import AgreedError, Decision
 
 OnDivergence = Literal["stop", "rollback"]
 
@@ -19,65 +18,17 @@ class DivergenceError(AgreedError):
     """The training loss stopped being finite, or exploded."""
 
 
-class DivergenceMonitor:
-    """Looks on all ranks for a diverged loss, a weight that is not finite, or a buffer that turned
-    so.
-
-    Args:
-        weights: returns the parameters that are trained.
-        model: the model, whose buffers are watched if they are finite now; others, such as an
-            attention mask, may hold infinities on purpose.
-        totals: the running totals, which hold the losses.
-        world: the ranks that look together.
-    """
-
-    def __init__(
-        self,
-        weights: Callable[[], Sequence[nn.Parameter]],
-        model: nn.Module,
-        totals: RunningTotals,
-        world: World,
-    ) -> None:
-        self._buffers: list[Tensor] = [
-            buffer for buffer in model.buffers() if math.isfinite(_largest([buffer]))
-        ]
-        self._weights = weights
-        self._totals = totals
-        self._world = world
-        self._largest = _largest(weights())
-
-    def first_bad_update(self, updates: int, *, at_end: bool) -> int | None:
-        """Return the first update that diverged, at the latest the last of `updates`; None if none
-        did.
-
-        Args:
-            updates: so far.
-            at_end: of an epoch.
-        """
-        found = self._totals.first_bad_update(at_end=at_end)
-        largest = _largest(self._weights())
-        before = self._largest
-        if found is None and not math.isfinite(largest + _largest(self._buffers)):
-            found = updates
-        if found is None:
-            found = self._totals.weights_grew(largest / max(before, 1.0))
-            self._largest = largest
-        return min(
-            (update for update in self._world.gather(found) if update is not None), default=None
-        )
-
-
 @dataclass(frozen=True)
 class Divergence:
-    """What counts as a divergence, and what to do then.
+    """Settings that define a divergence and the response to it.
 
     Attributes:
-        mode: when the loss is no longer finite, or explodes: "stop", or "rollback": go back to the
-            last checkpoint, undo the last growth and keep the batch below it from then on.
-        max_rollbacks: how many rollbacks are made before the run stops anyway.
+        mode: the response to a loss that is no longer finite or explodes: "stop", or "rollback":
+            go back to the last checkpoint, undo the last growth and keep the batch below it.
+        max_rollbacks: the number of rollbacks after which a further divergence stops the run.
         max_loss_ratio: a loss explodes if it stays above this many times the mean of the run so
             far, for longer than rare large losses do (:mod:`~hessianflow.training.explosion`);
-            None: a finite loss never does.
+            None: a finite loss never explodes.
 
     Raises:
         HessianFlowError: a setting is not what it must be.
@@ -98,32 +49,36 @@ class Divergence:
 
         Args:
             growths: rows of the growths so far.
-            rollbacks: how often the run went back before.
-            cap: the largest batch allowed so far, if limited.
+            rollbacks: the number of rollbacks so far.
+            cap: the largest batch allowed so far; None: no limit.
         """
         if self.mode == "stop" or not growths or rollbacks >= self.max_rollbacks:
             return None
         before = int(growths[-1]["from"])
-        return before if cap is None else min(before, max(1, cap // 2))
+        if cap is None:
+            return before
+        return min(before, max(1, cap // 2))
 
 
 def rate_rule(decisions: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Return (p, factor): the last growth scaled the rate with batch^p, p in [0, 1], from this
-    factor.
+    """Return (p, factor): the last growth scaled the rate by batch^p, p in [0, 1], from `factor`.
 
     Args:
         decisions: rows of all changes so far, the last growth among them.
     """
     last = max(index for index, row in enumerate(decisions) if row["to"] > row["from"])
-    row, before = decisions[last], decisions[last - 1]["lr_factor"] if last > 0 else 1.0
+    row = decisions[last]
+    before = 1.0
+    if last > 0:
+        before = decisions[last - 1]["lr_factor"]
     if min(row["lr_factor"], before) <= 0:
         return 1.0, math.inf
     power = math.log(row["lr_factor"] / before) / math.log(row["to"] / row["from"])
     return min(1.0, max(0.0, power)), before
 
 
-def _largest(tensors: Sequence[Tensor]) -> float:
-    """Return the largest magnitude among all their numbers; waits for the device once."""
+def largest(tensors: Sequence[Tensor]) -> float:
+    """Return the largest magnitude among all numbers of the tensors; wait for the device once."""
     present = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
     if not present:
         return 0.0
@@ -134,10 +89,10 @@ def _largest(tensors: Sequence[Tensor]) -> float:
 def hold(
     decision: Decision, cap: int | None, power: float = 1.0, max_factor: float = math.inf
 ) -> Decision:
-    """Return the decision with the batch held at `cap` examples, and the learning rate with it.
+    """Return the decision with its batch size limited to `cap`, and the rate lowered to match.
 
-    Its factor goes with batch^power, and is never above `max_factor`: a controller whose rate does
-    not follow one power of the batch may have gone far ahead with either.
+    The rate factor is scaled by batch^power and limited to `max_factor`, because the rate of a
+    controller need not follow one power of the batch.
     """
     if cap is None or decision.batch_size <= cap:
         return decision

@@ -1,101 +1,119 @@
-"""What an epoch ends with: statistics, evaluation, row, measurements, schedule, best model."""
+"""The end of an epoch: statistics, evaluation, row, measurements, schedule, best model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hessianflow.interfaces import Batch
 from hessianflow.normalisation.settle import NormStatistics, settle
 from hessianflow.runs import rows
 from hessianflow.runs.names import BEST
-from hessianflow.training.after_epoch import Evaluator
+from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.course import Done
+from hessianflow.training.evaluate import evaluate
 from hessianflow.training.keeping import Keeper
-from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.microbatch import MicrobatchSize
-from hessianflow.training.reporting import Reporter
-from hessianflow.training.totals import RunningTotals
+from hessianflow.training.optimizers import set_mode
+from hessianflow.training.task import Task
 
 
 @dataclass
 class EpochEnd:
-    """Ends an epoch; after an error, a second call goes on behind what was done.
+    """Ends an epoch; after an error, a second call continues behind what was done."""
 
-    Attributes:
-        evaluator: evaluates and measures.
-        totals: of the epoch.
-        rate: told that the epoch is over.
-        keeper: saves the best model.
-        reporter: told the results.
-        microbatch: examples per forward pass.
-        norm_statistics: whether running statistics that have not settled are measured anew.
-    """
-
-    evaluator: Evaluator
-    totals: RunningTotals
-    rate: LearningRate
+    task: Task
+    settings: AfterEpoch
     keeper: Keeper
-    reporter: Reporter
     microbatch: MicrobatchSize
     norm_statistics: NormStatistics
 
-    def settle_statistics(self, batch: Batch | None, done: Done) -> None:
-        """Measure running statistics anew where they have not settled, before a reading or an
-        evaluation rests on them.
+    def __post_init__(self) -> None:
+        self.course = self.keeper.course
+        self.totals = self.keeper.steering.totals
+        self.rate = self.keeper.steering.rate
+        self.reporter = self.keeper.steering.reporter
+        self.stopwatch = self.keeper.state.stopwatch
+        self.world = self.keeper.world
 
-        Without a batch, after a resume, nothing is done.
+    def settle_statistics(self, batch: Batch | None, done: Done) -> None:
+        """Measure running statistics again where they have not settled.
+
+        This comes before any reading or evaluation. After a resume there is no `batch` to measure
+        them on, and nothing is done.
         """
         if done.remeasured is not None:
             return
         if batch is None or self.norm_statistics == "running":
             done.remeasured = False
             return
-        evaluator = self.evaluator
-        with evaluator.stopwatch.section("evaluation"):
-            message = settle(
-                evaluator.model,
-                batch,
-                evaluator.loss_fn,
-                self.totals.mean_so_far(),
-                self.microbatch.size,
-                evaluator.world,
-            )
+        task = self.task
+        size = self.microbatch.size
+        with self.stopwatch.section("evaluation"):
+            mean = self.totals.mean_so_far()
+            message = settle(task.model, batch, task.loss_fn, mean, size, self.world)
         if message:
             self.reporter.say_once("statistics", message)
         done.remeasured = bool(message)
 
     def __call__(self, done: Done) -> None:
         """Evaluate, record, measure, step the schedule and save the model if it is the best."""
-        course = self.keeper.course
-        with self.evaluator.in_use():
+        with self._in_use():
             if done.row is None:
                 self._evaluate(done)
             self._measure(done)
-            evaluation = done.evaluation
             if not done.stepped:
                 done.stepped = True
                 self._start_next(done)
-            if evaluation is not None and course.counters.is_best(
-                evaluation.accuracy, evaluation.loss
-            ):
+            if done.evaluation is None:
+                return
+            if self.course.counters.is_best(done.evaluation.accuracy, done.evaluation.loss):
                 self.keeper.save(BEST)
 
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Put the weights that are to be used in place of the trained ones while active."""
+        before = self.settings.before_evaluation
+        after = self.settings.after_evaluation
+        try:
+            with self.stopwatch.section("evaluation"):
+                set_mode(self.task.optimizer, training=False)
+                if before is not None:
+                    before()
+            yield
+        finally:
+            with self.stopwatch.section("evaluation"):
+                if after is not None:
+                    after()
+                set_mode(self.task.optimizer, training=True)
+
     def _evaluate(self, done: Done) -> None:
-        done.evaluation = self.evaluator.evaluate()
-        seconds = self.evaluator.stopwatch.totals()
-        done.row = self.totals.epoch_row(self.keeper.course.progress, done.evaluation, seconds)
+        task = self.task
+        if task.eval_data is not None:
+            with self.stopwatch.section("evaluation"):
+                done.evaluation = evaluate(
+                    task.model, task.eval_data, task.loss_fn, reducer=self.world
+                )
+        seconds = self.stopwatch.totals()
+        done.row = self.totals.epoch_row(self.course.progress, done.evaluation, seconds)
         if done.remeasured:
             done.row["statistics"] = "remeasured"
         self.reporter.record.write(done.row)
 
     def _measure(self, done: Done) -> None:
-        for kind, figures, warning in self.evaluator.measure(done.measurements):
+        for measurement in self.settings.measurements[done.measurements :]:
+            with self.stopwatch.section("evaluation"):
+                figures, warning = measurement()
             done.measurements += 1
-            progress = self.keeper.course.progress
-            self.reporter.record.write(rows.measurement_row(progress, kind, figures))
+            progress = self.course.progress
+            row = rows.measurement_row(progress, measurement.kind, figures)
+            self.reporter.record.write(row)
             if warning:
                 self.reporter.event("alarm", warning)
 
     def _start_next(self, done: Done) -> None:
         assert done.row is not None
-        self.totals.start_epoch(self.evaluator.stopwatch.totals())
-        loss = done.row["train_loss"] if done.evaluation is None else done.evaluation.loss
+        self.totals.start_epoch(self.stopwatch.totals())
+        loss = done.row["train_loss"]
+        if done.evaluation is not None:
+            loss = done.evaluation.loss
         self.rate.end_epoch(loss, done.row["eval_accuracy"])

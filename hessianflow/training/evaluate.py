@@ -23,19 +23,21 @@ from hessianflow.losses import Averaged, MeanLoss, SplitCheck, exact_type, weigh
 from hessianflow.measuring import measuring
 from hessianflow.training.world import LocalWorld
 
-MARKED_ROWS, MARKED_NUMBERS = 8, 4096
-"""Rows, and numbers in them, at the beginning of each tensor that a fingerprint looks at. Ours."""
+MARKED_ROWS = 8
+"""Rows at the beginning of each tensor that a fingerprint covers. This default is our choice."""
+MARKED_NUMBERS = 4096
+"""Most numbers in these rows that a fingerprint covers. This default is our choice."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over all examples.
+    """Figures over all examples of the evaluation data.
 
     Attributes:
-        loss: the mean.
+        loss: the mean loss.
         accuracy: share of hits among the targets that count; None where outputs are not class
             scores.
-        examples: how many.
+        examples: the number of examples.
     """
 
     loss: float
@@ -50,37 +52,36 @@ def evaluate(
     *,
     reducer: Reducer | None = None,
 ) -> Evaluation:
-    """Return the mean loss and accuracy of the model in evaluation mode; mode, buffers and random
-    generators are left as found.
+    """Return the mean loss and accuracy of the model in evaluation mode.
+
+    Mode, buffers and random generators are left as they were.
 
     Args:
         model: any module.
         data: one (inputs, targets) pair or a re-iterable of pairs, of any sizes.
-        loss_fn: as in training.
-        reducer: of several ranks, which hold the same model and data: each takes its turn of the
-            batches.
+        loss_fn: the loss, as in training.
+        reducer: of several ranks that hold the same model and data, each of which evaluates its
+            share of the batches; None: this process alone.
 
     Returns:
-        Figures weighted by what each batch's mean divides by, so that a short last batch counts for
-            what it holds.
+        Figures in which each batch is weighted by the divisor of its mean loss.
 
     Raises:
-        HessianFlowError: the data hold no example, or were used up by an iteration before; ranks
-            have other data, by the first batch.
+        HessianFlowError: the data hold no example, or were used up by an earlier iteration; the
+            first batches of the ranks differ.
 
     Warns:
         UserWarning: the loss of a batch is not the weighted mean of its parts' losses, so that the
             mean over batches is not the loss of the data.
     """
     device = next(model.parameters()).device
-    ranks = LocalWorld() if reducer is None else reducer
+    ranks = reducer or LocalWorld()
     mean_loss = MeanLoss(loss_fn)
     check_split = SplitCheck(mean_loss)
-    # Sums of loss, of what it divides by, of hits, targets that count, examples, and batches
-    # without classes.
     with measuring(model) as inner, torch.no_grad():
-        # Made within it: outside, the caller may be in inference mode, whose tensors cannot be
-        # written to here.
+        # Sums of loss, its weight, hits, targets that count, examples, batches without classes, and
+        # of the fingerprint and its square. A tensor that the caller's inference mode had made
+        # could not be written to here.
         sums = torch.zeros(8, dtype=exact_type(device), device=device)
         for number, batch in enumerate(as_batches(data)):
             if number == 0 and ranks.world_size > 1:
@@ -93,10 +94,9 @@ def evaluate(
                     sums[:6] += _figures(outputs, targets, mean_loss, sums)
                 if number > 0:
                     _warn_of_parts(check_split, outputs, targets)
-    # The one wait for the device: the figures leave it here.
-    loss, weight, correct, counted, examples, unclassified, marks, squares = ranks.sum(
-        sums
-    ).tolist()
+    # The only wait for the device.
+    every = ranks.sum(sums).tolist()
+    loss, weight, correct, counted, examples, unclassified, marks, squares = every
     if marks**2 != squares * ranks.world_size:
         raise AgreedError(
             "the evaluation data differ between ranks, each of which takes its turn of the batches:"
@@ -107,15 +107,20 @@ def evaluate(
             "the evaluation data hold no example: pass data that can be iterated again, and not the"
             " training data"
         )
-    accuracy = None if unclassified or not counted else correct / counted
-    return Evaluation(loss / weight if weight else math.nan, accuracy, int(examples))
+    mean = math.nan
+    if weight:
+        mean = loss / weight
+    accuracy: float | None = None
+    if counted and not unclassified:
+        accuracy = correct / counted
+    return Evaluation(mean, accuracy, int(examples))
 
 
 def _figures(outputs: Any, targets: Any, mean_loss: MeanLoss, like: Tensor) -> Tensor:
     averaged = mean_loss(outputs, targets)
     loss = weighted(averaged.value.to(like), averaged.weight)
     hits = count_hits(outputs, targets, averaged)
-    correct, counted = (0, 0) if hits is None else hits
+    correct, counted = hits or (0, 0)
     figures = [loss, averaged.weight, correct, counted, num_examples(targets), hits is None]
     return torch.stack(
         [torch.as_tensor(figure, dtype=like.dtype, device=like.device) for figure in figures]
@@ -137,12 +142,12 @@ def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
     """Count the rows whose largest score is at the target class.
 
     Args:
-        outputs: scores, shape [B, classes].
-        targets: class indices, shape [B].
-        averaged: the loss, which tells which targets count.
+        outputs: class scores [B, classes]; others have no hits.
+        targets: class indices [B]; others have no hits.
+        averaged: the loss, which says which targets count.
 
     Returns:
-        None where `outputs` and `targets` are not of that kind.
+        The hits, and the number of targets that count; None where there are no classes.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None
@@ -152,26 +157,27 @@ def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
     ignored = averaged.ignore_index
     if ignored is None:
         return Hits(hit.sum(), len(targets))
-    if ignored >= 0:  # no class of the model has another index
+    if ignored >= 0:  # A negative index is no class of the model, and never a hit.
         hit = hit & (targets != ignored)
-    counted = (targets != ignored).sum() if averaged.counted is None else averaged.counted
+    counted = averaged.counted
+    if counted is None:
+        counted = (targets != ignored).sum()
     return Hits(hit.sum(), counted)
 
 
 def fingerprint(batch: Any) -> int:
-    """Return a number below 4096 that tells most batches apart, from the beginning of their
-    tensors.
-
-    Waits for the device.
-    """
-    found = [0]
+    """Return a checksum below 4096 of the beginning of a batch; wait for the device."""
+    checksum = 0
 
     def add(tensor: Tensor) -> Tensor:
+        nonlocal checksum
         if tensor.layout == torch.strided:
-            rows = tensor.detach()[:MARKED_ROWS] if tensor.ndim else tensor.detach()
+            rows = tensor.detach()
+            if rows.ndim > 0:
+                rows = rows[:MARKED_ROWS]
             first = rows.reshape(-1)[:MARKED_NUMBERS].cpu().contiguous()
-            found[0] = zlib.crc32(first.view(torch.uint8).numpy().tobytes(), found[0])
+            checksum = zlib.crc32(first.view(torch.uint8).numpy().tobytes(), checksum)
         return tensor
 
     map_tensors(add, batch)
-    return found[0] % 4096
+    return checksum % 4096

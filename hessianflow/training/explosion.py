@@ -1,4 +1,4 @@
-"""When a finite loss counts as exploded: it stays far above what it was, and does not come back.
+"""The rule by which a finite loss has exploded: it stays far above the mean of the run.
 
 A single large loss says little: where large targets (claims, prices) are rare, one batch may hold
 many of them. A loss that diverges stays large. The rule therefore never judges a single loss, only
@@ -7,30 +7,32 @@ most one loss in `ratio` lies that high, whatever the distribution, and a streak
 chance about once in `ratio`^3 updates. While few losses are known, the streak must be longer: the m
 largest of n + m losses that are alike in distribution come last once in C(n + m, m) runs, and the
 rule requires that this be rarer than once in ten thousand. One loss below the limit does not end a
-streak: a classifier that has diverged still gets a batch right at times. The rule is ours.
+streak, because a classifier that has diverged still gets a batch right at times. This rule is our
+choice.
 
-Where the streak must be long, the weights tell sooner: after a streak of three during which the
-weights grew by more than `ratio`, the run has diverged.
+Where the streak must be long, the weights show a divergence sooner: after a streak of three during
+which the weights grew by more than `ratio`, the run has diverged.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SHORTEST, LONGEST = 3, 50
-"""Length of a streak in updates: the shortest, once many losses are known, and the longest."""
+SHORTEST = 3
+"""Length in updates of a streak that decides once many losses are known."""
+LONGEST = 50
+"""Length in updates of a streak that always decides."""
 RUNS = 10_000
-"""Chance stops at most one healthy run in this many."""
+"""The rule stops at most one healthy run in this many by chance."""
 FLOOR = 1.0
-"""A smaller mean is replaced by this: a loss near 0 may rise a hundredfold and still be small."""
+"""Smallest mean to compare with: a loss near 0 may rise a hundredfold and still be small."""
 
 
 class ExplosionRule:
     """Judges the losses of a run, in the order of its updates.
 
     Args:
-        ratio: a loss above this many times the mean so far is far above it; None: no finite loss
-            ever is.
+        ratio: a loss above this many times the mean so far is far above it; None: none is.
     """
 
     def __init__(self, ratio: float | None) -> None:
@@ -43,7 +45,7 @@ class ExplosionRule:
 
     @property
     def mean(self) -> float:
-        """The mean of the losses so far, without those of the present streak."""
+        """Mean of the losses so far, without those of the present streak."""
         return self._mean
 
     @property
@@ -52,9 +54,9 @@ class ExplosionRule:
         return bool(self._streak)
 
     def first_bad(self, losses: Sequence[float]) -> int | None:
-        """Return which of the next losses is where the run diverged; None: none is.
+        """Return the index in `losses`, the next ones, at which the run diverged; None: it did not.
 
-        A negative number counts back into the losses seen before.
+        A negative index counts back into the losses seen before.
         """
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -72,21 +74,20 @@ class ExplosionRule:
         return None
 
     def weights_tell(self, growth: float) -> int | None:
-        """Return how many losses back the run diverged, if weights that grew by this factor show
-        it; None otherwise."""
-        has_grown = self._ratio is not None and growth > self._ratio
-        return len(self._streak) if has_grown and self._above >= SHORTEST else None
+        """Return how many losses ago the run diverged, if weights that grew this much show it."""
+        if self._ratio is None or growth <= self._ratio or self._above < SHORTEST:
+            return None
+        return len(self._streak)
 
     def start_epoch(self) -> None:
-        """Remember the mean so far, to compare the mean of the epoch with it."""
+        """Remember the mean so far, with which the mean of the epoch is compared."""
         self._known = self._count, self._mean
 
     def epoch_exploded(self, mean: float) -> bool:
-        """Return whether the mean loss of an epoch lies far above the mean loss of all epochs
-        before.
+        """Return whether the mean loss of an epoch lies far above that of all epochs before.
 
-        On the same data it should not. This shows an explosion even where an epoch has only a step
-        or two.
+        On the same data it should not. The comparison shows an explosion even where an epoch has
+        only a step or two.
         """
         count, known = self._known
         return self.in_doubt and self._is_far_above(mean, known, count)
@@ -98,7 +99,7 @@ class ExplosionRule:
         self._was_below = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was seen so far."""
+        """Return the mean so far and the present streak."""
         return {
             "count": self._count,
             "mean": self._mean,
@@ -109,7 +110,7 @@ class ExplosionRule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Put back the mean and the streak of :meth:`state_dict`."""
         self._count = int(state["count"])
         self._mean = float(state["mean"])
         count, mean = state["known"]
@@ -128,8 +129,7 @@ class ExplosionRule:
 
 
 def streak_needed(count: int) -> int:
-    """Return how many losses in a row, far above the mean of `count` others, no healthy run
-    shows."""
+    """Return the length of a streak that decides, when `count` losses were seen before it."""
     length = SHORTEST
     while length < LONGEST and math.comb(count + length, length) < RUNS:
         length += 1

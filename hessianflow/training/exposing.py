@@ -1,4 +1,4 @@
-"""From a batch to what is trained on: attacked so many steps ahead, exposed at its step.
+"""From a batch to what is trained on: attacked some steps ahead, exposed at its step.
 
 The trainer's step uses :func:`expose`. A loop of one's own uses :class:`Ahead`, which is the
 trainer's queue, and :func:`exposed_loss`.
@@ -19,9 +19,10 @@ from hessianflow.training.timing import Stopwatch
 
 
 def share_in_force(adversary: Adversary | None, decision: Decision) -> float:
-    """Return the share of each batch that is attacked: the adversary's, times the controller's
-    factor; 0 without an adversary."""
-    return 0.0 if adversary is None else adversary.share * decision.attack_factor
+    """Return the share of each batch that is attacked under `decision`."""
+    if adversary is None:
+        return 0.0
+    return adversary.share * decision.attack_factor
 
 
 def expose(
@@ -37,11 +38,11 @@ def expose(
 
     Args:
         adversary: attacks and exposes.
-        model: with the weights before the step.
+        model: the model with the weights before the step.
         now: the batch of this step.
         ahead: the batch of `staleness` steps later; `now` itself without staleness; None where the
             data have ended.
-        microbatch_size: most rows attacked in one forward pass; None: as the adversary says.
+        microbatch_size: most rows attacked in one forward pass; None: the adversary's own setting.
     """
     if ahead is not None:
         _attack(adversary, model, ahead, microbatch_size)
@@ -71,8 +72,8 @@ class Ahead:
     Args:
         batches: pairs (inputs, targets) on the device of the model.
         adversary: attacks its share of each batch.
-        model: is attacked with the weights that it has when the next exposure is asked for.
-        microbatch_size: most rows attacked in one forward pass; None: as the adversary says.
+        model: attacked with the weights that it has when the next exposure is asked for.
+        microbatch_size: most rows attacked in one forward pass; None: the adversary's own setting.
 
     Raises:
         HessianFlowError: (from iterating) the run is not longer than the staleness, so that no
@@ -106,7 +107,7 @@ class Ahead:
 
     def __iter__(self) -> Iterator[Exposure]:
         for planned in self._queue.plan(self._now):
-            if planned is None:  # the data have ended with the batch before
+            if planned is None:  # The data have ended with the previous batch.
                 self._progress = replace(self._progress, epoch=1)
                 continue
             now, ahead = planned
@@ -127,7 +128,7 @@ class Ahead:
 
         Waits for attacks under way. Call it between two steps.
         """
-        queue = self._queue.state_dict()  # ends the attacks, which move the adversary's state on
+        queue = self._queue.state_dict()  # This ends attacks, which change the adversary's state.
         return {
             "queue": queue,
             "progress": dict(vars(self._progress)),
@@ -135,8 +136,7 @@ class Ahead:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; `batches` must go on with the batch after the last one
-        queued."""
+        """Put back :meth:`state_dict`; `batches` must continue after the last batch queued."""
         self._queue.load_state_dict(state["queue"])
         self._progress = Progress(**state["progress"])
         self._adversary.load_state_dict(state["adversary"])
@@ -149,13 +149,13 @@ def exposed_loss(model: nn.Module, exposure: Exposure, loss_fn: LossFn) -> Tenso
     """Return the loss to differentiate, a scalar on the device.
 
     With N rows drawn from the data and M twins it is the mean over the former plus M / N times the
-    mean over the twins: every row counts alike. With `exposure.average` that is divided by 1 +
-    M / N. Clean rows and twins take a forward pass each.
+    mean over the twins, so that every row has equal weight. With `exposure.average` that is divided
+    by 1 + M / N. Clean rows and twins take a forward pass each.
 
     Args:
-        model: called in the mode it is in.
-        exposure: from :class:`Ahead`. If it wants the gradient of its inputs, it is given that when
-            the loss is differentiated.
+        model: called in its current mode.
+        exposure: from :class:`Ahead`. If it wants the gradient by its inputs, differentiating the
+            loss supplies that.
         loss_fn: a mean over examples (or a sum or a vector: see `LossFn`).
     """
     inputs, targets = exposure.batch
@@ -170,11 +170,13 @@ def exposed_loss(model: nn.Module, exposure: Exposure, loss_fn: LossFn) -> Tenso
         adversarial = mean_loss(loss_fn, model(twins), labels)
     ratio = num_examples(labels) / num_examples(targets)
     total = clean + ratio * adversarial
-    return total / (1 + ratio) if exposure.average else total
+    if exposure.average:
+        total = total / (1 + ratio)
+    return total
 
 
 class _OneEpoch:
-    """Any batches as a stream of one epoch, whose length is known at its end."""
+    """Presents any batches as a stream of one epoch, whose length is known at its end."""
 
     num_examples = sys.maxsize
     batch_size = 1
@@ -192,7 +194,7 @@ class _OneEpoch:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is kept."""
+        """Do nothing, because there is no state."""
 
 
 def _as_it_is(batch: Batch, progress: Progress) -> Batch:  # noqa: ARG001

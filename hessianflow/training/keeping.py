@@ -1,23 +1,32 @@
-"""The state of a run, kept in checkpoints and brought back from them."""
+"""The state of a run, saved in checkpoints and restored from them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hessianflow.interfaces import World
-from hessianflow.runs import Recorder
-from hessianflow.runs.names import LAST
+from hessianflow.interfaces import HessianFlowError, World
+from hessianflow.measuring import unwrap
+from hessianflow.runs import checkpoints
+from hessianflow.runs.names import CHECKPOINTS, LAST
+from hessianflow.runs.optimizer_states import (
+    OtherGroupsError,
+    check_optimizer,
+    in_order,
+    keeping_options,
+)
+from hessianflow.runs.states import check_finite, check_training_state, model_fault, restoring
 from hessianflow.training import checkpoint
-from hessianflow.training.course import Course
 from hessianflow.training.lookahead import Lookahead
-from hessianflow.training.restore import restore_newest
+from hessianflow.training.model_state import group_names
+from hessianflow.training.optimizers import label
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState
 from hessianflow.training.steering import Steering
-from hessianflow.training.world import on_first_rank
+from hessianflow.training.world import on_all_ranks, on_first_rank
 
 
 @dataclass
@@ -26,12 +35,6 @@ class Keeper:
 
     Attributes:
         run_dir: folder of the run, on all ranks; None: nothing is written.
-        model: checked against the weights of a checkpoint.
-        state: everything a checkpoint holds.
-        saver: knows when to save, and how.
-        ahead: forgets what was drawn ahead when another state is put back.
-        steering: applies the decision of that state.
-        world: the ranks that save together; rank 0 alone writes.
     """
 
     run_dir: Path | None
@@ -42,15 +45,9 @@ class Keeper:
     steering: Steering
     world: World
 
-    @property
-    def course(self) -> Course:
-        """How far the run has come."""
-        return self.steering.course
-
-    @property
-    def record(self) -> Recorder:
-        """The records of the run, which know the length of the history."""
-        return self.steering.reporter.record
+    def __post_init__(self) -> None:
+        self.course = self.steering.course
+        self.record = self.steering.reporter.record
 
     @property
     def is_due(self) -> bool:
@@ -58,16 +55,11 @@ class Keeper:
         counters = self.course.counters
         return self.saver.is_due(counters.examples - counters.saved_at)
 
-    @property
-    def time_is_up(self) -> bool:
-        """Whether a checkpoint is due by the clock of this process."""
-        return self.saver.time_is_up
-
     def save(self, name: str = LAST) -> None:
-        """Write a checkpoint, if the run has a folder; what all ranks share is rank 0's."""
+        """Write a checkpoint on rank 0, if the run has a folder."""
         if name == LAST:
             self.course.counters.saved_at = self.course.counters.examples
-        self.saver.restart_clock()  # on every rank, for any of them may find that time is up
+        self.saver.restart_clock()  # On every rank, because the clock of each may ask to save.
         folder = self.run_dir
         if folder is None:
             return
@@ -80,8 +72,7 @@ class Keeper:
             on_first_rank(self.world, save)
 
     def state_dict(self, generators: list[Any] | None = None) -> dict[str, Any]:
-        """Return everything a run needs to continue as if it had never stopped: tensors and plain
-        values.
+        """Return the state of the run as tensors and plain values, complete for a restart.
 
         Args:
             generators: the states of every rank's random generators; None: those of this rank stand
@@ -90,25 +81,73 @@ class Keeper:
         return self.state.capture(self.steering.decision, self.record.sync(), generators)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
-        """Continue from :meth:`state_dict`; `source` names it in errors."""
+        """Put back :meth:`state_dict`, which errors call `source`."""
         self.forget_plans()
         self.steering.apply(self.state.restore(state, source, self.world.rank))
 
     def forget_plans(self) -> None:
-        """Forget what was drawn ahead, and what was done after the last update: the state or the
-        world is another."""
+        """Forget the queue and the work after the last update, when state or world change."""
         self.ahead.forget()
         self.course.forget()
 
     def restore_newest(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
-        """Put back the newest checkpoint that can be; returns it, and a warning where it is not the
-        last."""
+        """Restore `last.pt`, or set it aside where it is damaged and restore an older checkpoint.
+
+        Rank 0 reads the files, because the other ranks need not see its disk.
+
+        Args:
+            history_bytes: returns the length of the history in bytes.
+
+        Returns:
+            The state that was restored, and a warning when it was not the newest.
+
+        Raises:
+            HessianFlowError: no checkpoint can be restored; the message says what is wrong with the
+                newest.
+        """
         assert self.run_dir is not None
-        return restore_newest(
-            self.world,
-            self.run_dir,
-            history_bytes,
-            self.load_state_dict,
-            self.model,
-            self.state.optimizer,
-        )
+        folder = self.run_dir / CHECKPOINTS
+        source = f"the checkpoint in {self.run_dir}"
+        refused: dict[str, str] = {}
+
+        def attempt() -> tuple[dict[str, Any], str, str | None]:
+            return checkpoints.load_newest(folder, history_bytes(), self._check_fits, refused)
+
+        while True:
+            state, name, warning = on_first_rank(self.world, attempt)
+            damage = on_all_ranks(self.world, partial(self._damage_of, state, source))
+            damages = [text for text in self.world.gather(damage) if text is not None]
+            if not damages:
+                break
+            refused[name] = damages[0]
+        if warning is not None:
+            on_first_rank(self.world, lambda: checkpoints.set_aside(folder))
+        return state, warning
+
+    def _damage_of(self, state: Mapping[str, Any], source: str) -> str | None:
+        """Put back a state, and return why that is impossible; None where it succeeded."""
+        try:
+            with restoring(source), keeping_options(self.state.optimizer):
+                self.load_state_dict(state, source)
+        except HessianFlowError as error:  # Older states of another run will be refused alike.
+            return str(error)
+        return None
+
+    def _check_fits(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of a checkpoint that is damaged, or of another model."""
+        check_training_state(state)
+        inner = unwrap(self.model)
+        own = inner.state_dict()
+        # The first forward pass may make buffers; restoring the model handles names that differ.
+        shared = {name: value for name, value in state["model"].items() if name in own}
+        fault = model_fault(inner, {**own, **shared})
+        if fault is not None:
+            raise HessianFlowError(f"it is of another model: {fault}")
+        check_finite(inner, shared)
+        optimizer = self.state.optimizer
+        if state["optimizer_class"] == label(optimizer):
+            try:
+                saved = in_order(state["optimizer"], state["groups"], group_names(inner, optimizer))
+            except OtherGroupsError:
+                return  # This is the state of another run: restoring it reports that.
+            check_optimizer(optimizer, saved)

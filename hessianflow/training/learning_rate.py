@@ -18,26 +18,24 @@ SET_BY_HAND = (
     "a learning rate was set by hand: it is taken as stated at the reference batch size, and"
     " trained with times the controller's factor"
 )
-"""A notice, given once a run where there is such a factor."""
+"""Notice of a rate set by hand while the factor is not 1."""
 
 
 class LearningRate:
     """Multiplies the rates in the optimizer's groups by a factor, for as long as a step takes.
 
     Between steps every group holds its rate without the factor, as stated at the reference batch
-    size. Setting a rate (by a scheduler, by hand, or with an added group) therefore sets what the
-    factor multiplies, at any time; the rates at the start of the run are not remembered. A rate
-    that is changed during a step (by the optimizer itself, or by a hook) includes the factor.
+    size. A rate set at any time (by a scheduler, by hand, or with an added group) is therefore one
+    that the factor multiplies. A rate that is changed during a step (by the optimizer itself, or by
+    a hook) includes the factor.
 
     Args:
         optimizer: the optimizer, whose groups are read at each step.
         scheduler: a scheduler of that optimizer; None: the rates stay as they are set.
-        unit: what the scheduler's steps count.
-        reference_batch_size: examples of one step that is counted in reference batches.
+        unit: the unit of the scheduler's steps.
+        reference_batch_size: examples per step of a scheduler that counts reference batches.
 
     Attributes:
-        unit: as given.
-        reference_batch_size: as given.
         factor: the controller's factor.
         set_by_hand: whether anything but the scheduler changed a rate while there was a factor
             other than 1.
@@ -66,18 +64,19 @@ class LearningRate:
         self.factor = 1.0
         self.set_by_hand = False
         self._fraction = 0.0
-        self._built = {} if scheduler is None else copy.deepcopy(scheduler.state_dict())
+        self._built: dict[str, Any] = {}
+        if scheduler is not None:
+            self._built = copy.deepcopy(scheduler.state_dict())
         self._left = self._rates()
 
     @property
     def value(self) -> float:
-        """The rate of the first parameter group, with the factor; asked between steps."""
+        """Rate of the first parameter group, with the factor; valid between steps."""
         return self._rate(0, self._optimizer.param_groups[0]) * self.factor
 
     @contextmanager
     def in_force(self, factor: float) -> Iterator[None]:
-        """Set the groups' rates times `factor` while active (absolute, not on top of the factor
-        before)."""
+        """Multiply the groups' rates by `factor`, in place of the previous factor, while active."""
         self.factor = factor
         if factor == 1:
             yield
@@ -108,8 +107,7 @@ class LearningRate:
             self.step(loss, accuracy)
 
     def advance(self, examples: int) -> None:
-        """Let a scheduler that counts reference batches take as many steps as have become whole,
-        now that so many further examples were trained."""
+        """Let a scheduler that counts reference batches take its steps for `examples` more."""
         if self.unit == "epoch":
             return
         self._fraction += examples / self.reference_batch_size
@@ -119,11 +117,10 @@ class LearningRate:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that the scheduler was built with, as far as they are plain values with a
-        public name."""
+        """Options with a public name and a plain value that the scheduler was built with."""
         plain = (int, float, str, bool, list, tuple)
         return {
-            key: list(value) if isinstance(value, tuple) else value
+            key: value
             for key, value in self._built.items()
             if isinstance(value, plain)
             and not key.startswith("_")
@@ -132,43 +129,40 @@ class LearningRate:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the factor, the rates without it, and the scheduler's own state."""
-        schedule = self._schedule
-        return {
-            "factor": self.factor,
-            "scheduled": self._rates(),
-            "scheduler": None if schedule is None else schedule.scheduler.state_dict(),
-            "steps": 0 if schedule is None else schedule.steps,
-            "fraction": self._fraction,
-            "class": type(None).__name__ if schedule is None else schedule.name,
-        }
+        state: dict[str, Any] = {"factor": self.factor, "fraction": self._fraction}
+        state["scheduled"] = self._rates()
+        state["scheduler"] = None
+        if self._schedule is not None:
+            state["scheduler"] = self._schedule.scheduler.state_dict()
+            state["steps"] = self._schedule.steps
+            state["class"] = self._schedule.name
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; the optimizer's state must have been loaded before."""
-        self.factor, self._fraction = state["factor"], state["fraction"]
+        """Put back :meth:`state_dict`; the optimizer's state must have been loaded before."""
+        self.factor = state["factor"]
+        self._fraction = state["fraction"]
         schedule = self._schedule
-        if (schedule is None) != (state["scheduler"] is None):
-            had, has = ("a", "no") if schedule is None else ("no", "a")
-            raise HessianFlowError(
-                f"the checkpoint had {had} learning-rate scheduler, this run has {has}"
-            )
+        saved = state["scheduler"]
+        if schedule is None and saved is not None:
+            raise HessianFlowError("the checkpoint had a learning-rate scheduler, this run has no")
+        if schedule is not None and saved is None:
+            raise HessianFlowError("the checkpoint had no learning-rate scheduler, this run has a")
         if schedule is not None:
-            made = state["class"]  # earlier versions name the outermost alone
-            if made not in (schedule.name, type(schedule.scheduler).__name__):
+            if state["class"] != schedule.name:
                 raise HessianFlowError(
-                    f"the checkpoint had the scheduler {made}, this run has {schedule.name}"
+                    f"the checkpoint had the scheduler {state['class']}, this run has"
+                    f" {schedule.name}"
                 )
-            schedule.scheduler.load_state_dict(state["scheduler"])
-            schedule.steps = state.get("steps", 0)
-        # States of earlier versions hold rates with the factor in the optimizer, and those without
-        # it here.
+            schedule.scheduler.load_state_dict(saved)
+            schedule.steps = state["steps"]
+        # The state of an optimizer from elsewhere need not hold its rates.
         for group, rate in zip(self._optimizer.param_groups, state["scheduled"], strict=True):
             _set(group, rate)
         self._left = self._rates()
 
     def _rates(self) -> list[float]:
-        return [
-            self._rate(number, group) for number, group in enumerate(self._optimizer.param_groups)
-        ]
+        return [self._rate(*numbered) for numbered in enumerate(self._optimizer.param_groups)]
 
     def _rate(self, number: int, group: dict[str, Any]) -> float:
         rate = group["lr"]
@@ -176,24 +170,27 @@ class LearningRate:
             return float(rate)
         known = self._tensors.get(number)
         if known is None or known[0] is not rate or known[1] != rate._version:
-            # Waits for the device, once after each change: capturable optimizers keep the rate
-            # there.
+            # Waits for the device once after each change: capturable optimizers keep rates there.
             known = self._tensors[number] = rate, rate._version, float(rate)
         return known[2]
 
 
 def _holders(groups: Iterable[tuple[dict[str, Any], float]]) -> list[tuple[dict[str, Any], float]]:
-    """Groups with their rates, one for each rate: torch gives all groups the tensor that an
-    optimizer is built with."""
-    own = {
-        id(group["lr"] if isinstance(group["lr"], Tensor) else group): (group, rate)
-        for group, rate in groups
-    }
+    """Return groups and rates, without those that share the tensor of another group's rate.
+
+    torch gives all groups the tensor that an optimizer is built with.
+    """
+    own: dict[int, tuple[dict[str, Any], float]] = {}
+    for group, rate in groups:
+        holder: object = group
+        if isinstance(group["lr"], Tensor):
+            holder = group["lr"]
+        own[id(holder)] = (group, rate)
     return list(own.values())
 
 
 Mark = tuple[float | Tensor, int]
-"""A rate as it was set, and the version of its tensor, which counts what is written to it."""
+"""A rate as it was set, and the version of its tensor, which counts the writes to it."""
 
 
 def _set(group: dict[str, Any], rate: float) -> Mark:
@@ -206,8 +203,7 @@ def _set(group: dict[str, Any], rate: float) -> Mark:
 
 
 def _is_untouched(group: dict[str, Any], mark: Mark) -> bool:
-    """Return whether nobody set the rate of the group since; found without waiting for the
-    device."""
+    """Return whether the rate was not set since `mark`, without waiting for the device."""
     rate = group["lr"]
     if isinstance(rate, Tensor):
         return rate is mark[0] and rate._version == mark[1]

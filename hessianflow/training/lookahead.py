@@ -1,10 +1,9 @@
-"""Batches on their way from the data to the optimizer step, as many steps ahead as the adversary
-wants to see them.
+"""The queue of batches between data and step, as long as the adversary's staleness.
 
 The order of training is that of the data, across the ends of epochs. A batch is trained under the
-decision it was drawn under, rate and attack factor included: with a look-ahead of tau steps a
-change of the batch size arrives tau steps later, all of it together. Without look-ahead every batch
-is drawn just before its step.
+decision that was in force when it was drawn, rate and attack factor included: with a look-ahead of
+tau steps a new decision takes effect tau steps later as a whole. Without look-ahead every batch is
+drawn just before its step.
 """
 
 from collections import deque
@@ -33,10 +32,10 @@ class Planned:
 
     Attributes:
         batch: (inputs, targets), on the device, transformed.
-        examples: drawn from the data (a transform may have made another number of them).
-        decision: in force when it was drawn.
+        examples: the number drawn from the data; a transform may change the number of rows.
+        decision: the decision in force when it was drawn.
         attacked: waits for the adversarial inputs; None: no attack was started.
-        ends_epoch: the data had no further batch in that epoch, though they count more examples.
+        ends_epoch: whether the data ended the epoch after it, short of their number of examples.
     """
 
     batch: Batch
@@ -47,26 +46,22 @@ class Planned:
 
 
 Now = Callable[[], tuple[Progress, int, Decision]]
-"""Progress, examples trained of the epoch under way, and the decision, at the moment."""
+"""Returns the progress, the examples trained in the current epoch, and the decision in force."""
 
 
 class Lookahead:
     """The queue between data and step.
 
     An epoch ends when as many examples were drawn as the data say they hold, or with the last batch
-    that they give, if that is earlier. A batch stays in the queue until it is :meth:`trained`:
-    after an error it is not lost.
+    that they give, if that is earlier. A batch stays in the queue until it is :meth:`trained`, so
+    that an error does not lose it.
 
     Args:
         data: the stream of batches.
-        depth: steps that a batch waits.
-        load: puts a drawn batch on the device and transforms it; told the progress at the time of
-            its use.
-        device: where batches are put back when a run is resumed.
+        depth: number of steps that a batch waits.
+        load: puts a drawn batch on the device and transforms it, given the progress at its step.
+        device: the device of the queued batches of a resumed run.
         stopwatch: counts the time of drawing.
-
-    Attributes:
-        depth: steps that a batch waits.
     """
 
     def __init__(
@@ -87,21 +82,19 @@ class Lookahead:
         self._batches: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
-        """Return how many batches are queued."""
+        """Return the number of queued batches."""
         return len(self._queue)
 
     def begin(self) -> None:
-        """Begin with the first example of the epoch that the data stand in: somebody may have
-        looked at a batch."""
+        """Begin with the first example of the data's epoch: batches may have been read before."""
         self.forget()
         self._place.rewind()
 
     def forget(self) -> None:
-        """Drop what is queued, and take the data as they stand: whoever calls has put them
-        somewhere else."""
+        """Drop the queue, and draw next from where the data stand now."""
         for entry in self._queue:
             if entry.attacked is not None:
-                # an attack under way must not end after the adversary has gone back
+                # An attack must not end, and change the adversary, after that has been put back.
                 entry.attacked()
         self._queue.clear()
         self._batches = None
@@ -111,42 +104,43 @@ class Lookahead:
         """Yield (batch to train on, batch drawn for `depth` steps later), to the end of the run.
 
         The second is the first itself without look-ahead, and None when all batches of the run are
-        drawn. None in the place of both: the data ended the epoch with the batch that was trained
-        last.
+        drawn. A yield of None means that the data ended the epoch with the batch trained last.
         """
         while True:
-            while len(self._queue) <= self.depth and not self._is_all_drawn(now):
-                if not self._draw(now):
+            while len(self._queue) <= self.depth:
+                progress, place, decision = now()
+                epoch, place = self._next_place(progress, place)
+                if epoch >= progress.total_epochs:
+                    break
+                if not self._draw(progress, epoch, place, decision):
                     yield None
             if not self._queue:
                 return
-            yield self._queue[0], self._queue[-1] if len(self._queue) > self.depth else None
+            ahead: Planned | None = None
+            if len(self._queue) > self.depth:
+                ahead = self._queue[-1]
+            yield self._queue[0], ahead
 
     def trained(self) -> None:
         """Remove the first batch of the queue, which has been trained."""
         self._queue.popleft()
 
-    def _is_all_drawn(self, now: Now) -> bool:
-        return self._next_place(now)[0] >= now()[0].total_epochs
-
-    def _next_place(self, now: Now) -> tuple[int, int]:
+    def _next_place(self, progress: Progress, place: int) -> tuple[int, int]:
         """Return the epoch of the next draw, and the examples of that epoch drawn before it."""
-        progress, place, _ = now()
         epoch = progress.epoch
         for entry in self._queue:
             place += entry.examples
             if entry.ends_epoch or place >= progress.examples_per_epoch:
-                epoch, place = epoch + 1, 0
+                epoch += 1
+                place = 0
         return epoch, place
 
-    def _draw(self, now: Now) -> bool:
-        """Queue the next batch; whether the epoch under way is still that of the batch trained
-        last, or ended by count.
+    def _draw(self, progress: Progress, epoch: int, place: int, decision: Decision) -> bool:
+        """Queue the next batch; return False if the data ended the epoch of the batch trained last.
 
         Raises:
             HessianFlowError: the data give no batch at all.
         """
-        epoch, place = self._next_place(now)
         before = self._place.find()
         batch = self._next_batch()
         if batch is None and place > 0:
@@ -154,24 +148,24 @@ class Lookahead:
                 return False
             self._queue[-1].ends_epoch = True
             return True
-        if batch is None:  # the data have entered the epoch that is to be drawn from
+        if batch is None:  # The data have only now entered the epoch to draw from.
             batch = self._next_batch()
         if batch is None:
             raise HessianFlowError(
                 f"train_data gave no batch in epoch {epoch + 1}: there is nothing to train on"
             )
-        progress, _, decision = now()
-        queued = sum(entry.examples for entry in self._queue)
-        at_use = replace(
-            progress,
-            epoch=epoch,
-            examples=progress.examples + queued,
-            updates=progress.updates + len(self._queue),
-        )
+        if self._queue:
+            progress = replace(
+                progress,
+                epoch=epoch,
+                examples=progress.examples + sum(entry.examples for entry in self._queue),
+                updates=progress.updates + len(self._queue),
+            )
         try:
-            self._queue.append(Planned(self._load(batch, at_use), num_examples(batch[1]), decision))
+            loaded = self._load(batch, progress)
+            self._queue.append(Planned(loaded, num_examples(batch[1]), decision))
         except BaseException:
-            self._place.note(before)  # it is to be drawn again
+            self._place.note(before)  # The batch is to be drawn again.
             raise
         return True
 
@@ -183,7 +177,7 @@ class Lookahead:
             with self._stopwatch.section("data"):
                 batch = next(self._batches, None)
         except BaseException:
-            self._batches = None  # an iterator that failed gives nothing more
+            self._batches = None  # A generator that has failed gives nothing more.
             self._place.stay()
             raise
         self._place.note()
@@ -192,53 +186,49 @@ class Lookahead:
         return batch
 
     def revise(self, change: Callable[[Decision], Decision]) -> None:
-        """Train what is queued under other decisions: at another rate, that is, for its size is
-        given."""
+        """Change the decisions of queued batches: their rates, for their sizes are fixed."""
         for entry in self._queue:
             entry.decision = change(entry.decision)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the queued batches with their adversarial inputs; waits for attacks under way."""
-        return {
-            "queue": [
-                {
-                    "batch": entry.batch,
-                    "examples": entry.examples,
-                    "decision": dict(vars(entry.decision)),
-                    "ends_epoch": entry.ends_epoch,
-                    "adversarial": None if entry.attacked is None else entry.attacked(),
-                }
-                for entry in self._queue
-            ]
-        }
+        """Return the queued batches with their adversarial inputs; wait for their attacks."""
+        return {"queue": [_saved(entry) for entry in self._queue]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; the data must go on with the batch after the last one
-        queued."""
+        """Put back :meth:`state_dict`; the data must continue after the last batch queued."""
         self.forget()
         self._queue = deque(self._restored(entry) for entry in state["queue"])
 
     def _restored(self, entry: Mapping[str, Any]) -> Planned:
         inputs, targets = move(entry["batch"], self._device)
-        ends_epoch = entry.get("ends_epoch", False)
-        planned = Planned(
-            (inputs, targets),
-            entry["examples"],
-            Decision(**entry["decision"]),
-            ends_epoch=ends_epoch,
-        )
+        decision = Decision(**entry["decision"])
+        planned = Planned((inputs, targets), entry["examples"], decision)
+        planned.ends_epoch = entry["ends_epoch"]
         if entry["adversarial"] is not None:
             adversarial = move(entry["adversarial"], self._device)
             planned.attacked = lambda: adversarial
         return planned
 
 
+def _saved(entry: Planned) -> dict[str, Any]:
+    adversarial: Tensor | None = None
+    if entry.attacked is not None:
+        adversarial = entry.attacked()
+    return {
+        "batch": entry.batch,
+        "examples": entry.examples,
+        "decision": dict(vars(entry.decision)),
+        "ends_epoch": entry.ends_epoch,
+        "adversarial": adversarial,
+    }
+
+
 class Place:
-    """Where a stream of batches stands, and stands again after somebody else has read from it.
+    """Remembers the place in a stream of batches, and returns there if other code has read on.
 
     Args:
         data: a stream whose state has its `epoch` and `cursor`, and which tells them, as the two
-            kinds of `hf.data` do; of another nothing is known, and nothing is put back.
+            kinds of `hf.data` do; the place of any other is not known, and not put back.
     """
 
     def __init__(self, data: ResizableBatches) -> None:
@@ -248,39 +238,40 @@ class Place:
         self._noted: tuple[int, int] | None = None
 
     def find(self) -> tuple[int, int] | None:
-        """Return the place remembered, or, if none is, where the stream stands."""
-        return self._read() if self._noted is None else self._noted
+        """Return the place remembered, or else that where the stream stands."""
+        return self._noted or self._read()
 
     def note(self, place: tuple[int, int] | None = None) -> None:
-        """Remember a place; None: where the stream stands."""
-        self._noted = self._read() if place is None else place
+        """Remember a place; None: that where the stream stands."""
+        self._noted = place or self._read()
 
     def forget(self) -> None:
-        """Take the stream as it stands when it is read next."""
+        """Forget the place, so that the stream is read next from where it stands."""
         self._noted = None
 
     def put_back(self) -> bool:
-        """Go back to the place remembered; whether that was necessary."""
+        """Go back to the place remembered; return whether the stream stood elsewhere."""
         if self._noted is None or self._read() == self._noted:
             return False
         self._go_to(self._noted)
         return True
 
     def stay(self) -> None:
-        """Let the stream go on from here when it is iterated anew: one without shuffling would
-        start over."""
+        """Let the next iteration continue here: a stream without shuffling would start over."""
         place = self.find()
         if place is not None:
             self._go_to(place)
 
     def rewind(self) -> None:
-        """Go to the first example of an epoch that was begun; one of which all was read is over."""
+        """Go to the first example of the current epoch, unless all of that was read."""
         place = self._read()
         if place is not None and 0 < place[1] < self._data.num_examples:
             self._go_to((place[0], 0))
 
     def _read(self) -> tuple[int, int] | None:
-        return (self._data.epoch, self._data.cursor) if self._is_known else None  # type: ignore[attr-defined]
+        if not self._is_known:
+            return None
+        return self._data.epoch, self._data.cursor  # type: ignore[attr-defined]
 
     def _go_to(self, place: tuple[int, int]) -> None:
         epoch, cursor = place

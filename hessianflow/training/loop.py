@@ -120,6 +120,7 @@ class TrainingLoop:
         at_end = self.course.is_between_epochs
         stop = wishes.stop
         self.stop_requested |= stop
+        # Buffers are averaged, and losses read, only where a checkpoint or an epoch needs them.
         saves = at_end or stop or wishes.save or self.keeper.is_due
         if saves:
             self.guard.check(at_end=at_end)
@@ -168,7 +169,7 @@ class TrainingLoop:
 
     def _wishes(self) -> Wishes:
         """Return what a signal or a clock asks of this rank at the end of a step."""
-        return Wishes(self.stop_requested, self.keeper.time_is_up, self.reporter.bar.is_due)
+        return Wishes(self.stop_requested, self.keeper.saver.time_is_up, self.reporter.bar.is_due)
 
     def _now(self) -> tuple[Progress, int, Decision]:
         """Return what decides the next draw: progress, place in the epoch, decision in force."""
@@ -184,10 +185,8 @@ class TrainingLoop:
             self.rate.set_by_hand = False
 
     def _show(self) -> None:
-        """Show the figures of the epoch so far.
-
-        All ranks wait for their device here, at most as often as the bar is refreshed.
-        """
+        """Show the figures of the epoch so far."""
+        # All ranks wait for their device here, but only when the bar is due.
         self.guard.check_losses()
         loss, accuracy = self.totals.means()
         self.reporter.show(

@@ -1,8 +1,8 @@
 """State of a model and its optimizer that their `state_dict` omits but a resumed run needs.
 
-That is: which parameters are trained, and in which groups; which modules are in evaluation mode;
-buffers that the first forward pass makes; buffers that are not persistent but were written to; and
-parameters that only the optimizer holds.
+This state names the parameters that are trained and their groups, and the modules in evaluation
+mode. It holds the buffers that the first forward pass makes, the buffers that are not persistent
+but were written to, and the parameters that only the optimizer holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,16 @@ class ModelState:
 
     Args:
         model: the model; wrappers are looked through.
-        optimizer: the optimizer, whose groups are read anew each time.
+        optimizer: the optimizer, whose groups are read again each time.
         loss_fn: the loss; if it is a module, its parameters are saved elsewhere.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, loss_fn: object) -> None:
         self._model = unwrap(model)
         self._optimizer = optimizer
-        self._loss = loss_fn if isinstance(loss_fn, nn.Module) else None
+        self._saved_modules = [self._model]
+        if isinstance(loss_fn, nn.Module):
+            self._saved_modules.append(loss_fn)
         self._built_trainable = self._trainable()
         self._built_buffers = {
             name: (buffer, _version(buffer)) for name, buffer in self._model.named_buffers()
@@ -40,21 +42,16 @@ class ModelState:
         """Return the weights and what goes with them, as tensors and plain values."""
         state = self._model.state_dict()
         buffers = dict(self._model.named_buffers())
+        known = self._built_buffers
         return {
             "model": state,
-            "late_buffers": [
-                name for name in buffers if name in state and name not in self._built_buffers
-            ],
+            "late_buffers": [n for n in buffers if n in state and n not in known],
             "transient_buffers": {
-                name: b
-                for name, b in buffers.items()
-                if name not in state and self._is_new(name, b)
+                n: b for n, b in buffers.items() if n not in state and self._is_new(n, b)
             },
             "trainable": self._trainable(),
             "built_trainable": self._built_trainable,
-            "evaluating": [
-                name for name, module in self._model.named_modules() if not module.training
-            ],
+            "evaluating": [n for n, part in self._model.named_modules() if not part.training],
             "groups": group_names(self._model, self._optimizer),
             "beside": [p.detach() for p in self._beside()],
         }
@@ -62,24 +59,22 @@ class ModelState:
     def restore_model(self, state: Mapping[str, Any], source: str) -> None:
         """Restore the model, and give the optimizer the groups that were added during the run.
 
-        States saved by earlier versions hold only the weights.
-
         Raises:
             HessianFlowError: the state is of another model; `source` names the state.
         """
         self._match_buffers(state, source)
         checkpoint.load_model(self._model, state["model"], source)
-        for name, buffer in state.get("transient_buffers", {}).items():
+        for name, buffer in state["transient_buffers"].items():
             self._set_buffer(name, buffer, persistent=False)
-        if state.get("built_trainable") == self._built_trainable:
+        # Where the user has built the model with other layers frozen, that choice holds.
+        if state["built_trainable"] == self._built_trainable:
             trainable = set(state["trainable"])
             for name, parameter in self._model.named_parameters():
                 parameter.requires_grad_(name in trainable)
-        if "evaluating" in state:
-            evaluating = set(state["evaluating"])
-            for name, module in self._model.named_modules():
-                module.training = name not in evaluating
-        self._add_groups(state.get("groups", []))
+        evaluating = set(state["evaluating"])
+        for name, module in self._model.named_modules():
+            module.training = name not in evaluating
+        self._add_groups(state["groups"])
 
     def in_own_order(self, state: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         """Return the saved state of the optimizer with its weights in this optimizer's order.
@@ -87,12 +82,9 @@ class ModelState:
         Raises:
             HessianFlowError: the weights are in other groups; `source` names the state.
         """
+        own = group_names(self._model, self._optimizer)
         try:
-            return in_order(
-                state["optimizer"],
-                state.get("groups", []),
-                group_names(self._model, self._optimizer),
-            )
+            return in_order(state["optimizer"], state["groups"], own)
         except OtherGroupsError as error:
             raise HessianFlowError(
                 f"{source} has an optimizer with other parameter groups: {error}; build it with the"
@@ -100,11 +92,7 @@ class ModelState:
             ) from None
 
     def restore_beside(self, tensors: Sequence[Tensor], source: str) -> None:
-        """Restore the parameters that only the optimizer holds.
-
-        Raises:
-            HessianFlowError: their number or shapes differ.
-        """
+        """Restore the parameters that only the optimizer holds; refuse other numbers or shapes."""
         own = self._beside()
         if [p.shape for p in own] != [t.shape for t in tensors]:
             raise HessianFlowError(
@@ -117,23 +105,12 @@ class ModelState:
                 parameter.copy_(tensor)
 
     def _trainable(self) -> list[str]:
-        return [
-            name for name, parameter in self._model.named_parameters() if parameter.requires_grad
-        ]
+        return [name for name, p in self._model.named_parameters() if p.requires_grad]
 
     def _beside(self) -> list[nn.Parameter]:
-        known = {
-            id(p)
-            for module in (self._model, self._loss)
-            if module is not None
-            for p in module.parameters()
-        }
-        return [
-            p
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-            if id(p) not in known
-        ]
+        known = {id(p) for module in self._saved_modules for p in module.parameters()}
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return [p for p in held if id(p) not in known]
 
     def _add_groups(self, groups: Sequence[Sequence[str]]) -> None:
         own = dict(self._model.named_parameters())
@@ -150,13 +127,11 @@ class ModelState:
         """Add the buffers that the saved model's first pass made, and remove those made since."""
         saved = state["model"]
         own = self._model.state_dict()
-        for name in [
-            name for name, _ in self._model.named_buffers() if name in own and name not in saved
-        ]:
-            if name not in self._built_buffers:
+        for name in [name for name, _ in self._model.named_buffers()]:
+            if name in own and name not in saved and name not in self._built_buffers:
                 module, local = self._owner(name)
                 del module._buffers[local]
-        late = set(state.get("late_buffers", ()))
+        late = set(state["late_buffers"])
         for name in saved.keys() - own.keys():
             if name not in late:
                 raise HessianFlowError(
@@ -168,7 +143,9 @@ class ModelState:
     def _set_buffer(self, name: str, value: Tensor, *, persistent: bool) -> None:
         module, local = self._owner(name)
         held = module._buffers.get(local)
-        device = next(self._model.parameters()).device if held is None else held.device
+        device = next(self._model.parameters()).device
+        if held is not None:
+            device = held.device
         if held is not None and held.shape == value.shape and held.dtype == value.dtype:
             with torch.no_grad():
                 held.copy_(value)
@@ -183,11 +160,12 @@ class ModelState:
 
 
 def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """Return the model's names of the parameters in each group of an optimizer; empty for
-    others."""
+    """Return the names of the parameters in each group; "" for one outside the model."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return -1  # Tensors made in inference mode count no versions.
+    return tensor._version

@@ -1,4 +1,4 @@
-"""What the trainer must know about any optimizer, read from the optimizer itself."""
+"""Questions that the trainer asks of any optimizer, answered from the optimizer itself."""
 
 from collections.abc import Iterator
 from inspect import signature
@@ -8,19 +8,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hessianflow.interfaces import HessianFlowError, SecondOrder, Stateful, WantsClosure
-from hessianflow.training.schedule import required_arguments
+from hessianflow.training.schedule import required_arguments, with_inner
 
 Gradients = Literal["before", "by closure", "both"]
-"""How an optimizer wants its gradients: in `.grad` before its step, by a closure that its step
-calls, or the first one before its step and further ones by the closure."""
+"""The way an optimizer takes gradients: in `.grad` before its step, by a closure that its step
+calls, or the first before its step and the others by the closure."""
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse an object that is not an optimizer with parameter groups, or is several optimizers.
-
-    Raises:
-        HessianFlowError: saying what to pass.
-    """
+    """Refuse an object that is not an optimizer with parameter groups, or is several optimizers."""
     if isinstance(optimizer, (list, tuple)) and all(hasattr(part, "step") for part in optimizer):
         raise HessianFlowError(
             f"optimizer must be one optimizer, got {len(optimizer)} of them: put them behind one"
@@ -44,24 +40,21 @@ def check_followed(optimizer: Optimizer) -> None:
 
     A value set in its groups, such as a learning rate, would be recorded and never used. The state
     that an optimizer saves tells which groups it steps by.
-
-    Raises:
-        HessianFlowError: naming the class, and what its `load_state_dict` lacks.
     """
     held = optimizer.param_groups
     saved = _groups_of(optimizer)
     if len(saved) != len(held):
-        return  # a state of another form, which does not tell
+        return  # A state of another form does not tell.
     for number, group in enumerate(held):
         if "lr" not in group or not isinstance(saved[number], dict) or "lr" not in saved[number]:
             continue
         before = group["lr"]
         group["lr"] = _UNUSUAL
         try:
-            found = _groups_of(optimizer)[number]["lr"]
+            rate = _groups_of(optimizer)[number]["lr"]
         finally:
             group["lr"] = before
-        if found != _UNUSUAL:
+        if rate != _UNUSUAL:
             raise HessianFlowError(
                 f"{type(optimizer).__name__} does not step by its own param_groups: a learning rate"
                 " that is set there is not in its state_dict(); let its __init__ and its"
@@ -70,18 +63,20 @@ def check_followed(optimizer: Optimizer) -> None:
 
 
 _UNUSUAL = 0.7310585786300049
-"""A learning rate that nobody has set."""
+"""A learning rate that no user sets."""
 
 
 def _groups_of(optimizer: Optimizer) -> list[Any]:
     groups = optimizer.state_dict().get("param_groups")
-    return groups if isinstance(groups, list) else []
+    if not isinstance(groups, list):
+        return []
+    return groups
 
 
 def gradients_wanted(optimizer: Optimizer) -> Gradients:
-    """Return how the optimizer wants its gradients.
+    """Return the way the optimizer takes gradients.
 
-    It is "by closure" where the step requires one (SAM, LBFGS), or where `wants_closure` is true.
+    This is "by closure" where the step requires one (SAM, LBFGS), or where `wants_closure` is true.
     It is "both" for an optimizer with the two half steps of common SAM packages, `first_step` and
     `second_step`: its step moves along the gradient in `.grad`, and the closure gives the second.
     """
@@ -96,7 +91,7 @@ def gradients_wanted(optimizer: Optimizer) -> Gradients:
 def wants_graph(optimizer: Optimizer) -> bool:
     """Return whether the optimizer differentiates the gradients again.
 
-    It says so by a true `is_second_order` (as timm's do), or by a step that could be given the
+    Such an optimizer has a true `is_second_order` (as timm's do), or a step that could take the
     Hessian instead.
     """
     says_so = isinstance(optimizer, SecondOrder) and bool(optimizer.is_second_order)
@@ -104,8 +99,7 @@ def wants_graph(optimizer: Optimizer) -> bool:
 
 
 def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError | None:
-    """Return the error to raise if a step failed because it had no closure; None for other
-    failures."""
+    """Return the error for a step that failed because it had no closure; None: it had another."""
     text = f"{type(error).__name__} {error}"
     if "closure" not in text.lower() and "'NoneType' object is not callable" not in text:
         return None
@@ -117,25 +111,29 @@ def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError 
 
 
 def label(part: object, depth: int = 3) -> str:
-    """Return the class of a part, and in parentheses those of the stateful parts that it wraps:
-    SAM(SGD), RateRule(ABSA)."""
-    inner = [label(held, depth - 1) for held in _wrapped(part)] if depth > 1 else []
-    name = type(part).__name__
-    return f"{name}({', '.join(inner)})" if inner else name
+    """Return the class of a part and those of the stateful parts that it wraps: SAM(SGD)."""
+    inner: list[str] = []
+    if depth > 1:
+        inner = [label(held, depth - 1) for held in _wrapped(part)]
+    return with_inner(type(part).__name__, inner)
 
 
 def _wrapped(part: object) -> Iterator[object]:
-    for held in vars(part).values() if hasattr(part, "__dict__") else ():
+    for held in getattr(part, "__dict__", {}).values():
         if isinstance(held, Stateful) and not isinstance(held, (nn.Module, type)):
             yield held
 
 
 def set_mode(optimizer: Optimizer, *, training: bool) -> None:
-    """Put the weights where they are trained, or where they are to be used.
+    """Call `train()` or `eval()` of an optimizer that has both (the schedule-free ones).
 
-    This calls `train()` or `eval()` of an optimizer that has both (the schedule-free ones) and does
-    nothing for all others.
+    They swap the weights that are trained and those that are to be used.
     """
-    train, evaluate = getattr(optimizer, "train", None), getattr(optimizer, "eval", None)
-    if callable(train) and callable(evaluate):
-        train() if training else evaluate()
+    train = getattr(optimizer, "train", None)
+    evaluate = getattr(optimizer, "eval", None)
+    if not callable(train) or not callable(evaluate):
+        return
+    if training:
+        train()
+    else:
+        evaluate()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from hessianflow.measuring import unwrap
 
 SHOWN = 3
-"""Most names in a message. Ours."""
+"""Most names in a message. This default is our choice."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainedParameters:
 
     Args:
         model: the model; a module added to it later is noticed when the optimizer's groups change.
-        optimizer: the optimizer, whose groups are read anew each time.
+        optimizer: the optimizer, whose groups are read again each time.
 
     Attributes:
         current: the trained parameters as of the last :meth:`ask`.
@@ -50,10 +50,7 @@ class TrainedParameters:
         self.current = [p for p in self._all if p.requires_grad]
 
     def ask(self) -> Change | None:
-        """Return what has changed since the last call; None: nothing.
-
-        It takes a few microseconds and does not wait for the device.
-        """
+        """Return the change since the last call; None: there is none. Never wait for the device."""
         held = self._of_optimizer()
         if len(held) != len(self._held_by_optimizer) or any(
             map(is_not, held, self._held_by_optimizer)
@@ -63,12 +60,9 @@ class TrainedParameters:
         trained = [p for p in self._all if p.requires_grad]
         if len(trained) == len(self.current) and not any(map(is_not, trained, self.current)):
             return None
-        before, self.current = self.current, trained
+        before = self.current
+        self.current = trained
         return self._change(before, trained)
-
-    def name(self, parameter: nn.Parameter) -> str:
-        """Return the name of a parameter; see :func:`name_of`."""
-        return name_of(self._model, parameter)
 
     def _of_optimizer(self) -> list[nn.Parameter]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -77,28 +71,34 @@ class TrainedParameters:
         return list(dict.fromkeys([*self._model.parameters(), *self._held_by_optimizer]))
 
     def _change(self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter]) -> Change:
-        were, are = set(before), set(after)
-        added = [p for p in after if p not in were]
-        removed = [p for p in before if p not in are]
-        held = set(self._held_by_optimizer)
-        strangers = [p for p in added if p not in held]
-        parts = [f"trained from now on: {self._names(added)}"] if added else []
-        parts += [f"no longer trained: {self._names(removed)}"] if removed else []
-        if strangers:
-            parts.append(
-                f"in no group of the optimizer, which does not move it: {self._names(strangers)}"
-            )
+        added = _without(after, before)
+        removed = _without(before, after)
+        strangers = _without(added, self._held_by_optimizer)
+        kinds = {
+            "trained from now on": added,
+            "no longer trained": removed,
+            "in no group of the optimizer, which does not move it": strangers,
+        }
+        parts = [f"{kind}: {self._names(members)}" for kind, members in kinds.items() if members]
         return Change(added, removed, "; ".join(parts))
 
     def _names(self, parameters: Sequence[nn.Parameter]) -> str:
-        names = ", ".join(self.name(p) for p in parameters[:SHOWN])
+        names = ", ".join(name_of(self._model, p) for p in parameters[:SHOWN])
         left = len(parameters) - SHOWN
-        return f"{names} and {left} more" if left > 0 else names
+        if left > 0:
+            names = f"{names} and {left} more"
+        return names
+
+
+def _without(
+    parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter]
+) -> list[nn.Parameter]:
+    known = set(others)
+    return [p for p in parameters if p not in known]
 
 
 def name_of(model: nn.Module, parameter: nn.Parameter) -> str:
-    """Return the name that a parameter has in the model, or its shape where it is outside the
-    model."""
+    """Return the name of a parameter in the model, or its shape where it is outside the model."""
     for name, own in unwrap(model).named_parameters():
         if own is parameter:
             return name

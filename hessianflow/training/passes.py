@@ -1,4 +1,4 @@
-"""How the gradient of one step is computed: settings of the forward and backward passes."""
+"""Settings of the forward and backward passes, which compute the gradient of a step."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,10 +24,10 @@ class Passes:
             normalisation). None: the reference batch size, as the published runs had in effect. 0:
             the whole microbatch.
         norm_statistics: "settled": where the running statistics of batch normalisation have not
-            settled at the end of an epoch, they are measured anew on the batch trained last, before
-            anything is measured, evaluated or saved (:mod:`~hessianflow.normalisation.settle`).
-            "running": they are left as training made them; with it the probe's
-            `check_statistics=False` gives the signal of ABSA's published code.
+            settled at the end of an epoch, they are measured again on the batch trained last,
+            before any other measurement (:mod:`~hessianflow.normalisation.settle`). "running": they
+            are left as training made them; with it the probe's `check_statistics=False` gives the
+            signal of ABSA's published code.
         precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
         max_grad_norm: the gradient of each step is clipped to this norm; None: it is not clipped.
 

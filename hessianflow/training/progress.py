@@ -1,4 +1,4 @@
-"""The progress bar of a run: quiet when standard error is not a terminal."""
+"""The progress bar of a run, which is silent when standard error is not a terminal."""
 
 import time
 from typing import Any
@@ -7,20 +7,21 @@ from tqdm import tqdm
 
 
 class ProgressBar:
-    """One bar over the examples of the whole run, showing epoch, batch size, rate, loss, accuracy,
-    eigenvalue.
+    """Shows the examples trained of the whole run, and the latest figures.
 
     Args:
         total_examples: examples of all epochs.
-        done: examples done before (a resumed run).
-        show: True always, False never, None only on a terminal.
-        refresh_seconds: how often figures are read from the device and shown.
+        done: examples trained before, in a resumed run.
+        show: True: always; False: never; None: only on a terminal.
+        refresh_seconds: time between two readings of figures from the device.
     """
 
     def __init__(
         self, total_examples: int, done: int, *, show: bool | None, refresh_seconds: float = 0.5
     ) -> None:
-        disable = None if show is None else not show
+        disable: bool | None = None  # tqdm then asks the terminal.
+        if show is not None:
+            disable = not show
         self._bar: tqdm[Any] = tqdm(
             total=total_examples,
             initial=done,
@@ -39,29 +40,30 @@ class ProgressBar:
         return time.monotonic() >= self._next
 
     def advance(self, examples: int) -> None:
-        """Count examples."""
+        """Count examples that the next :meth:`show` displays."""
         self._pending += examples
 
     def move_to(self, examples: int) -> None:
-        """Stand at so many examples, which may be fewer than before."""
+        """Move to `examples`, which may be fewer than before."""
         self._bar.update(examples - self._bar.n)
         self._pending = 0
 
     def show(self, title: str, **figures: float | int | None) -> None:
-        """Move the bar on and display figures that are not None."""
+        """Advance the bar, and display the figures that are not None."""
         self._next = time.monotonic() + self._refresh_seconds
         self._bar.update(self._pending)
         self._pending = 0
         self._bar.set_description(title, refresh=False)
-        shown = {
-            k: f"{v:.4g}" if isinstance(v, float) else v
-            for k, v in figures.items()
-            if v is not None
-        }
+        shown: dict[str, str | int] = {}
+        for name, value in figures.items():
+            if isinstance(value, float):
+                shown[name] = f"{value:.4g}"
+            elif value is not None:
+                shown[name] = value
         self._bar.set_postfix(shown, refresh=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Display the examples counted so far, and end the bar."""
         self._bar.update(self._pending)
         self._pending = 0
         self._bar.close()

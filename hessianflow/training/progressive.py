@@ -21,21 +21,21 @@ from hessianflow.measuring import measuring, unwrap
 
 
 class Level(Protocol):
-    """What goes with one resolution."""
+    """The settings of one resolution."""
 
     @property
     def resolution(self) -> int:
-        """Pixels a side."""
+        """Height and width in pixels."""
         ...
 
     @property
     def dropout(self) -> float:
-        """Probability."""
+        """Probability of dropping a unit."""
         ...
 
 
 class ProgressiveResize:
-    """Resizes every batch to the resolution of the day, and sets the dropout that goes with it.
+    """Resizes every batch to the resolution of its epoch, and sets the dropout of that resolution.
 
     Both happen when a batch is drawn. An adversary with a staleness above 0 draws batches that many
     steps before they are trained on: dropout would change too early, so give levels without dropout
@@ -43,10 +43,10 @@ class ProgressiveResize:
 
     Args:
         model: its `torch.nn.Dropout` layers follow the levels; None: no dropout is set.
-        level_at: level_at(epochs completed) -> level; without a memory.
+        level_at: level_at(epochs completed) -> level, a function without a state.
 
     Attributes:
-        level: the one in force, since the last batch.
+        level: the level of the last batch.
 
     Raises:
         HessianFlowError: a dropout above 0 for a model without such a layer; at a batch: images
@@ -55,11 +55,9 @@ class ProgressiveResize:
 
     def __init__(self, model: nn.Module | None, level_at: Callable[[int], Level]) -> None:
         self._level_at = level_at
-        self._dropouts = (
-            []
-            if model is None
-            else [m for m in unwrap(model).modules() if isinstance(m, nn.Dropout)]
-        )
+        self._dropouts: list[nn.Dropout] = []
+        if model is not None:
+            self._dropouts = [m for m in unwrap(model).modules() if isinstance(m, nn.Dropout)]
         self.level = level_at(0)
         if self.level.dropout > 0 and not self._dropouts:
             raise HessianFlowError(
@@ -67,20 +65,20 @@ class ProgressiveResize:
             )
 
     def __call__(self, inputs: Tensor, targets: Tensor, progress: Progress) -> Batch:
-        """The batch at the resolution that `progress` asks for."""
+        """Return the batch at the resolution of its epoch."""
         self.level = self._level_at(progress.epoch)
         for layer in self._dropouts:
             layer.p = self.level.dropout
         return resized(inputs, self.level.resolution), targets
 
     def at_hand(self, batch: Batch) -> Batch:
-        """Another batch at the resolution in force, such as the fixed one of a curvature probe."""
+        """Return another batch, such as a probe's, at the resolution of the last batch."""
         inputs, targets = batch
         return resized(inputs, self.level.resolution), targets
 
 
 def resized(images: Tensor, resolution: int) -> Tensor:
-    """Square images [N, C, S, S] as [N, C, resolution, resolution]; S itself costs nothing.
+    """Return square images [N, C, S, S] as [N, C, resolution, resolution]; at S unchanged.
 
     Raises:
         HessianFlowError: images that are not square, or smaller than `resolution`.
@@ -103,11 +101,7 @@ def resized(images: Tensor, resolution: int) -> Tensor:
 
 
 def check_resolutions(model: nn.Module, image: Tensor, resolutions: Iterable[int]) -> None:
-    """Refuse a model whose head fixes the resolution, by running one image [1, C, S, S] at each.
-
-    Raises:
-        HessianFlowError: naming the layer that failed, and the resolution.
-    """
+    """Refuse a model whose head fixes the resolution, by running one image [1, C, S, S] at each."""
     for resolution in resolutions:
         entered: list[str] = []
         with measuring(model) as inner, torch.no_grad():
@@ -117,11 +111,9 @@ def check_resolutions(model: nn.Module, image: Tensor, resolutions: Iterable[int
             try:
                 inner(resized(image, resolution))
             except RuntimeError as error:
-                layer = (
-                    f"layer {entered[-1]!r} ({inner.get_submodule(entered[-1])})"
-                    if entered
-                    else "the model"
-                )
+                layer = "the model"
+                if entered:
+                    layer = f"layer {entered[-1]!r} ({inner.get_submodule(entered[-1])})"
                 reason = str(error).splitlines()[0]
                 raise HessianFlowError(
                     f"{layer} takes no images of {resolution} pixels: {reason}; use a network that"
@@ -133,11 +125,12 @@ def check_resolutions(model: nn.Module, image: Tensor, resolutions: Iterable[int
 
 
 def _watch(name: str, module: nn.Module, entered: list[str]) -> Sequence[Any]:
-    """Hooks that keep, in `entered`, the modules whose forward pass has begun and not ended."""
+    """Return hooks that keep, in `entered`, the modules whose forward pass has begun, not ended."""
+
+    def enter(*_: object) -> None:
+        entered.append(name)
 
     def leave(*_: object) -> None:
         entered.pop()
 
-    return module.register_forward_pre_hook(
-        lambda *_: entered.append(name)
-    ), module.register_forward_hook(leave)
+    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: rows, events, a progress bar."""
+"""The output of a run while it trains: rows, events and a progress bar."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from hessianflow.training.progress import ProgressBar
 
 @dataclass(frozen=True)
 class Reporting:
-    """Who is told of a run, besides its directory.
+    """Settings of the output of a run, besides that to its directory.
 
     Attributes:
         sinks: receivers of every record.
         config: settings to write to config.json besides the trainer's own.
-        show_progress: True, False, or None: only on a terminal.
+        show_progress: whether a progress bar is shown; None: only on a terminal.
 
     Raises:
         HessianFlowError: a setting is not what it must be.
@@ -42,15 +42,9 @@ class Reporting:
 class Reporter:
     """Writes rows and events of a run, and moves its progress bar.
 
-    Args:
-        record: the records, in the run's directory and at its sinks; those of rank 0 alone have
-            either.
-        course: how far the run has come.
-        show_progress: see :class:`Reporting`.
-
     Attributes:
-        record: the records.
-        bar: the progress bar, while training; between two trainings the last one.
+        record: the records, with a directory and sinks on rank 0 alone.
+        bar: the progress bar of the present or the last training.
     """
 
     def __init__(self, record: Recorder, course: Course, show_progress: bool | None) -> None:
@@ -60,7 +54,7 @@ class Reporter:
         self._said: set[str] = set()
 
     def begin(self) -> None:
-        """Show how far the run has come, from here on."""
+        """Show a progress bar from now on."""
         progress = self._course.progress
         total = progress.total_epochs * progress.examples_per_epoch
         self.bar = ProgressBar(total, progress.examples, show=self._show_progress)
@@ -70,7 +64,7 @@ class Reporter:
         self.record.write(rows.event_row(self._course.progress, event, message))
 
     def say_once(self, event: str, message: str) -> None:
-        """Record an event, unless the run has one of its kind already."""
+        """Record an event, unless the run has one of this kind already."""
         if event not in self._said and not self.record.has_event(event):
             self.event(event, message)
         self._said.add(event)

@@ -1,14 +1,10 @@
-"""What happens when training diverges: the run stops, or goes back to its last checkpoint."""
+"""The response to a divergence: the run stops, or goes back to its last checkpoint."""
 
+import math
 from dataclasses import dataclass
 
 from hessianflow.runs import rows
-from hessianflow.training.divergence import (
-    Divergence,
-    DivergenceError,
-    DivergenceMonitor,
-    rate_rule,
-)
+from hessianflow.training.divergence import Divergence, DivergenceError, largest, rate_rule
 from hessianflow.training.keeping import Keeper
 from hessianflow.training.parameters import TrainedParameters
 from hessianflow.training.timing import Stopwatch
@@ -17,14 +13,7 @@ from hessianflow.training.world import on_first_rank
 
 @dataclass
 class Guard:
-    """Looks for a divergence, and rolls back where that is wanted.
-
-    Attributes:
-        divergence: what counts as one, and what to do.
-        trained: the weights to look at.
-        keeper: has the checkpoints to go back to, and the parts to set right after that.
-        stopwatch: goes on through a rollback.
-    """
+    """Looks for a divergence, and rolls back if the settings ask for it."""
 
     divergence: Divergence
     trained: TrainedParameters
@@ -39,19 +28,27 @@ class Guard:
         self.world = self.keeper.world
 
     def begin(self) -> None:
-        """Look at the weights as they are now, before any training."""
-        self._monitor = DivergenceMonitor(
-            lambda: self.trained.current, self.keeper.model, self.totals, self.world
-        )
+        """Note the size of the weights, and which buffers are finite, before any training."""
+        # Other buffers, such as an attention mask, may hold infinities on purpose.
+        buffers = self.keeper.model.buffers()
+        self._buffers = [buffer for buffer in buffers if math.isfinite(largest([buffer]))]
+        self._largest = largest(self.trained.current)
 
     def check(self, *, at_end: bool) -> None:
-        """Look at losses, weights and buffers; `at_end`: of an epoch.
+        """Look at losses, weights and buffers; `at_end` says that an epoch has just ended.
 
         Raises:
-            DivergenceError: the run diverged.
+            DivergenceError: the run diverged on some rank.
         """
-        updates = self.course.counters.updates
-        self._refuse(self._monitor.first_bad_update(updates, at_end=at_end))
+        first_bad = self.totals.first_bad_update(at_end=at_end)
+        weight = largest(self.trained.current)
+        if first_bad is None and not math.isfinite(weight + largest(self._buffers)):
+            first_bad = self.course.counters.updates
+        if first_bad is None:
+            first_bad = self.totals.weights_grew(weight / max(self._largest, 1.0))
+            self._largest = weight
+        every = self.world.gather(first_bad)
+        self._refuse(min((update for update in every if update is not None), default=None))
 
     def check_losses(self) -> None:
         """Look at the losses alone, which are alike on all ranks.
@@ -62,8 +59,7 @@ class Guard:
         self._refuse(self.totals.first_bad_update())
 
     def roll_back(self, error: DivergenceError) -> None:
-        """Go back to the last checkpoint with the last growth undone, or raise the error where that
-        is not possible."""
+        """Go back to the last checkpoint and undo the last growth; raise `error` if impossible."""
         steering = self.steering
         counters = self.course.counters
         history = self.reporter.record.history()
@@ -76,7 +72,7 @@ class Guard:
         rollbacks = counters.rollbacks + 1
         seconds = self.stopwatch.totals()
         _, warning = self.keeper.restore_newest(self.reporter.record.sync)
-        self.stopwatch.load(seconds)  # the time is spent all the same
+        self.stopwatch.load(seconds)  # The time since the checkpoint was spent too.
         self.totals.forget_divergence()
         if warning is not None:
             self.reporter.event("fallback", warning)

@@ -1,6 +1,6 @@
-"""A run once it is built: begin it, continue it, stop it, ask how far it is, save it, restore
-it."""
+"""The operations on a run that a trainer has built: begin, resume, stop, save, restore."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from hessianflow.runs.history import History
 from hessianflow.runs.rows import Record
 from hessianflow.runs.sinks import LOGGER
 from hessianflow.runs.summary import summary_of
-from hessianflow.training import checkpoint
 from hessianflow.training.checks import join_parts, must_pair
+from hessianflow.training.divergence import largest
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.optimizers import set_mode
 from hessianflow.training.settings import differences
@@ -34,7 +34,7 @@ from hessianflow.training.world import on_first_rank
 
 
 class Run:
-    """What can be done with a trainer once a subclass has built it.
+    """The operations on a trainer that a subclass has built.
 
     Args:
         loop: the parts of the run.
@@ -81,11 +81,6 @@ class Run:
         return self._loop.course.epochs
 
     @property
-    def norm_batch_size(self) -> int | None:
-        """Examples that batch normalisation sees at once; None: the microbatch."""
-        return self._loop.norm_batch_size
-
-    @property
     def world(self) -> World:
         """The ranks that train together."""
         return self._loop.world
@@ -95,9 +90,8 @@ class Run:
 
         Training begins with the first example of the data's current epoch, even if batches of it
         were read before, or another run stopped within it. After an interruption in the same
-        process (Ctrl-C, an error in the data), a second call goes on where training stopped, with
-        the batch that was not trained. A run with a run directory is continued by :meth:`resume`
-        instead.
+        process (Ctrl-C, an error in the data), a second call continues with the batch that was not
+        trained. A run with a run directory is continued by :meth:`resume` instead.
 
         Raises:
             HessianFlowError: the run is over already; the run directory is in use or cannot be
@@ -137,17 +131,15 @@ class Run:
         self._loop.ahead.begin()
         set_mode(self._loop.step.optimizer, training=True)
         self._loop.steering.apply(self._loop.steering.decision)
-        if not checkpoint.all_finite(self._loop.step.trained.current):
+        if not math.isfinite(largest(self._loop.step.trained.current)):
             raise AgreedError("the model's weights are not finite before the first step")
 
     def resume(self, run_dir: str | Path) -> History:
-        """Continue an interrupted run of the same settings from its newest checkpoint to the end,
-        at any world size.
+        """Continue an interrupted run from its newest checkpoint to the end, at any world size.
 
         On a CPU, with as many ranks as before, the weights end bit for bit as if the run had never
-        been interrupted. Where settings differ, an event says which are in force: epochs and the
-        other arguments of this trainer, but the options of optimizer and scheduler that the
-        checkpoint holds.
+        been interrupted. Where settings differ, an event says which are in force: those of this
+        trainer, except for the options of optimizer and scheduler, which the checkpoint holds.
 
         Raises:
             HessianFlowError: no usable checkpoint there, or one of another model or data set.
@@ -166,11 +158,11 @@ class Run:
             raise
         if warning is not None:
             self._loop.reporter.event("fallback", warning)
-        self._tell(differences(state.get("settings", {}), keeper.state.settings))
+        self._tell(differences(state["settings"], keeper.state.settings))
         return self._run()
 
     def _tell(self, changed: str = "") -> None:
-        """Record and log the notices, and `changed` since the run that is resumed, once a run."""
+        """Record and log, once a run, the notices and the settings `changed` by a resume."""
         reporter = self._loop.reporter
         for event, message in [
             *(("notice", text) for text in self._notices),
@@ -202,15 +194,12 @@ class Run:
 
     @property
     def is_settled(self) -> bool:
-        """Whether everything after the last update (decision, evaluation) was done.
-
-        It was not if a rank failed there.
-        """
+        """Whether all that follows the last update was done; a rank may have failed before."""
         return self._loop.course.is_settled
 
     @property
     def microbatch_size(self) -> int:
-        """Examples per forward pass, as far as is known by now."""
+        """Examples per forward pass in the next step; a search may change it."""
         return self._loop.step.microbatch.size
 
     @property
@@ -239,8 +228,7 @@ class Run:
         self._loop.run_until(updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a run needs to continue as if it had never stopped, as tensors and plain
-        values."""
+        """Return the state of the run as tensors and plain values, complete for a restart."""
         return self._loop.keeper.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
@@ -275,17 +263,27 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Return what config.json holds about the trainer itself."""
         step = self._loop.step
+        device = str(step.device)
+        if self.world.world_size > 1:
+            device = step.device.type  # The index differs between ranks, the settings must not.
         return {
             "model": type(unwrap(self.model)).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "optimizer": type(step.optimizer).__name__,
-            "controller": None if self.controller is None else type(self.controller).__name__,
-            "adversary": None if step.adversary is None else type(step.adversary).__name__,
+            "controller": _class_of(self.controller),
+            "adversary": _class_of(step.adversary),
             "epochs": self.epochs,
             "examples_per_epoch": self.train_data.num_examples,
             "reference_batch_size": self.reference_batch_size,
             "microbatch_size": step.microbatch.size,
-            "norm_batch_size": self.norm_batch_size,
+            "norm_batch_size": self._loop.norm_batch_size,
             "precision": step.accumulate.precision,
-            "device": step.device.type if self.world.world_size > 1 else str(step.device),
+            "device": device,
         }
+
+
+def _class_of(part: object) -> str | None:
+    """Return the name of the class of a part; None where there is no part."""
+    if part is None:
+        return None
+    return type(part).__name__

@@ -1,4 +1,4 @@
-"""When a run saves checkpoints, and how many it keeps."""
+"""The settings of checkpoints, and the writing of them."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from hessianflow.training.arguments import check_parts
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """When checkpoints are saved besides the ends of epochs, what they hold, how many are kept.
+    """Settings of checkpoints, which are saved at the end of every epoch.
 
     Attributes:
         every_examples: also each time this many examples have been trained; None: never.
@@ -46,11 +46,7 @@ class Checkpoints:
 
 
 class Saver:
-    """Decides when a checkpoint is due within an epoch and writes checkpoints of a run.
-
-    Args:
-        when: how often, and how many of them are kept.
-    """
+    """Decides when a checkpoint is due within an epoch, and writes it."""
 
     def __init__(self, when: Checkpoints) -> None:
         self._when = when
@@ -58,29 +54,29 @@ class Saver:
         self._proven: set[str] = set()
 
     def is_due(self, examples_since: int) -> bool:
-        """Return whether a checkpoint within the epoch is due by count, `examples_since` the last
-        one."""
+        """Return whether a checkpoint is due, `examples_since` the last one."""
         every = self._when.every_examples
         return every is not None and examples_since >= every
 
     @property
     def time_is_up(self) -> bool:
-        """Whether one is due by the clock of this process."""
+        """Whether a checkpoint is due by the clock of this process."""
         minutes = self._when.every_minutes
         return minutes is not None and time.monotonic() - self._time >= 60 * minutes
 
     def restart_clock(self) -> None:
-        """Note that a checkpoint is being made: the next is due by the clock so many minutes from
-        now."""
+        """Measure the minutes to the next checkpoint from now."""
         self._time = time.monotonic()
 
     def save(self, run_dir: Path, state: Mapping[str, Any], name: str) -> None:
         """Write `state` under `name` into the run's folder of checkpoints."""
         path = run_dir / CHECKPOINTS / name
         checkpoints.save(path, state, self._when.keep)
-        # Better now than at a resume: something in the state, which fills with the first steps, may
-        # be unreadable.
-        stage = "filled" if state["updates"] > 0 else "new"
+        # An unreadable state should fail now rather than at a resume. The check is repeated once
+        # the first steps have filled the state.
+        stage = "new"
+        if state["updates"] > 0:
+            stage = "filled"
         if stage not in self._proven:
             self._proven.add(stage)
             try:

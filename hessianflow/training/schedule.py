@@ -1,4 +1,4 @@
-"""Schedulers from any source: whether one fits the run, how it is stepped, and when it is over."""
+"""Schedulers from any source: their fit to the run, their steps and their length."""
 
 import inspect
 import math
@@ -38,11 +38,11 @@ class Schedule:
             it sets in the optimizer's groups (or that is set by hand, at any time) is the rate at
             the reference batch size; during each step the controller's factor multiplies it. None:
             the rates stay as they are set.
-        unit: "epoch": the scheduler takes `epochs` steps, one an epoch. "reference_batch": one per
-            reference batch of examples, int(epochs * num_examples / reference_batch_size) in all,
-            so that a schedule counted in steps keeps its meaning when the batch grows.
-        reference_batch_size: batch size that the learning rate is stated at; None: the one the run
-            starts with.
+        unit: "epoch": the scheduler takes one step per epoch. "reference_batch": it takes one step
+            per reference batch of examples, int(epochs * num_examples / reference_batch_size) in
+            all, so that a schedule counted in steps keeps its meaning when the batch grows.
+        reference_batch_size: the batch size at which the learning rate is stated; None: the batch
+            size at the start of the run.
 
     Raises:
         HessianFlowError: a setting is not what it must be.
@@ -65,7 +65,7 @@ class SteppedSchedule:
         scheduler: a scheduler of torch; any object with the same `step()`; or one with timm's
             `step(epoch)` and `step_update(num_updates)`, which are given the steps taken so far.
         optimizer: the optimizer whose rates it must set.
-        unit: what one step stands for.
+        unit: the unit of its steps.
 
     Raises:
         HessianFlowError: the object is no scheduler, belongs to another optimizer, was made for the
@@ -124,32 +124,34 @@ class SteppedSchedule:
 
 
 def described(scheduler: object) -> str:
-    """Return the class of a scheduler, followed in parentheses by those of the schedulers within
-    it."""
+    """Return the class of a scheduler and those of the schedulers in it: SequentialLR(StepLR)."""
     inner = [described(part) for part in getattr(scheduler, "_schedulers", ())]
-    name = type(scheduler).__name__
-    return f"{name}({', '.join(inner)})" if inner else name
+    return with_inner(type(scheduler).__name__, inner)
+
+
+def with_inner(name: str, inner: Sequence[str]) -> str:
+    """Return `name`, followed in parentheses by the inner names if there are any."""
+    if not inner:
+        return name
+    return f"{name}({', '.join(inner)})"
 
 
 def length(scheduler: object) -> int | None:
-    """Return the number of steps after which the schedule is over; None: it does not say.
+    """Return the number of steps after which the schedule is over; None: it is not known.
 
-    That of a SequentialLR follows from its last milestone and its last part, that of a transformers
-    schedule from a keyword of its lambda.
-
-    Those of a SequentialLR are known by its last milestone and its last part, those of transformers
-    by a keyword of their lambda.
+    The length of a SequentialLR follows from its last milestone and its last part, that of a
+    transformers schedule from a keyword of its lambda.
     """
     parts: Sequence[object] = getattr(scheduler, "_schedulers", ())
     if isinstance(scheduler, SequentialLR):
         last = length(parts[-1])
-        return None if last is None else int(scheduler._milestones[-1]) + last
+        if last is None:
+            return None
+        return int(scheduler._milestones[-1]) + last
     if parts:
-        return max((found for found in map(length, parts) if found is not None), default=None)
+        return max(filter(None, map(length, parts)), default=None)
     if isinstance(scheduler, LambdaLR):
-        return max(
-            (found for found in map(_length_of_lambda, scheduler.lr_lambdas) if found), default=None
-        )
+        return max(filter(None, map(_length_of_lambda, scheduler.lr_lambdas)), default=None)
     for name in _LENGTHS:
         value = getattr(scheduler, name, None)
         if isinstance(value, (int, float)) and value > 0:
@@ -158,18 +160,19 @@ def length(scheduler: object) -> int | None:
 
 
 def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> int:
-    """Return how many steps a scheduler takes in a run.
+    """Return the number of steps that a scheduler takes in a run.
 
     `batches_per_epoch` is the number of examples divided by the reference batch size.
     """
-    return epochs if unit == "epoch" else int(epochs * batches_per_epoch + 1e-9)
+    if unit == "epoch":
+        return epochs
+    return int(epochs * batches_per_epoch + 1e-9)
 
 
 def misfit(
     scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float
 ) -> str:
-    """Return a warning about a schedule whose end the run does not reach; empty where it does, or
-    there is none.
+    """Return a warning about a schedule whose end the run does not reach; "" where it does.
 
     Raises:
         HessianFlowError: the schedule was built for one step a batch and would take one an epoch,
@@ -187,14 +190,12 @@ def misfit(
             f"{name} is built for {planned} steps, and this run takes {steps}, {each}: "
             f"build it with total_steps={steps}"
         )
-    fewest, most = (
-        epochs * count for count in (math.floor(batches_per_epoch), math.ceil(batches_per_epoch))
-    )
+    fewest = epochs * math.floor(batches_per_epoch)
+    most = epochs * math.ceil(batches_per_epoch)
     if unit == "epoch" and epochs < fewest <= planned <= most:
         raise HessianFlowError(
             f"{name} is built for {planned} steps, one a batch, and would take {epochs}, one an"
-            " epoch: pass "
-            f'unit="reference_batch" and build it for {within} steps, or build it for'
+            f' epoch: pass unit="reference_batch" and build it for {within} steps, or build it for'
             f" {epochs}"
         )
     if planned <= steps:
@@ -206,8 +207,12 @@ def misfit(
 
 
 def _length_of_lambda(function: object) -> int | None:
-    found = function.keywords.get("num_training_steps") if isinstance(function, partial) else None
-    return found if isinstance(found, int) else None
+    steps = None
+    if isinstance(function, partial):
+        steps = function.keywords.get("num_training_steps")
+    if not isinstance(steps, int):
+        return None
+    return steps
 
 
 def _check_methods(scheduler: object) -> None:
@@ -220,8 +225,7 @@ def _check_methods(scheduler: object) -> None:
 
 
 def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
-    """Refuse a scheduler of another optimizer, told by its groups: a wrapped optimizer shares
-    them."""
+    """Refuse a scheduler of another optimizer, unless one wraps the other and shares its groups."""
     owner = getattr(scheduler, "optimizer", None)
     if owner is None or owner is optimizer:
         return
@@ -235,34 +239,36 @@ def _check_owner(scheduler: Any, optimizer: Optimizer) -> None:
 
 
 def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
-    """Return the name of the method that is told how many steps were taken; None: `step()` counts
-    by itself."""
+    """Return the name of the method that takes the number of steps; None: `step()` counts them."""
     name = type(scheduler).__name__
     in_epochs = getattr(scheduler, "t_in_epochs", None)
     if in_epochs is not None and in_epochs != (unit == "epoch"):
-        wanted = "epoch" if in_epochs else "reference_batch"
+        other = "reference_batch"
+        if in_epochs:
+            other = "epoch"
         raise HessianFlowError(
-            f'{name} was made with t_in_epochs={in_epochs}: use it with unit="{wanted}"'
+            f'{name} was made with t_in_epochs={in_epochs}: use it with unit="{other}"'
         )
     if isinstance(scheduler, ReduceLROnPlateau):
         return None
     if isinstance(getattr(scheduler, "lr_scheduler", None), ReduceLROnPlateau):
         raise HessianFlowError(f"{name} needs a figure at each step: use torch's ReduceLROnPlateau")
-    wanted_by_step = required_arguments(scheduler.step)
-    if not wanted_by_step:
+    required = required_arguments(scheduler.step)
+    if not required:
         return None
-    if wanted_by_step != ["epoch"] or (
-        unit == "reference_batch" and not hasattr(scheduler, "step_update")
-    ):
+    method = "step"
+    if unit == "reference_batch":
+        method = "step_update"
+    if required != ["epoch"] or not hasattr(scheduler, method):
         raise HessianFlowError(
-            f"{name}.step needs {', '.join(wanted_by_step)}, which the trainer cannot pass"
+            f"{name}.step needs {', '.join(required)}, which the trainer cannot pass"
             f" {_EACH[unit]}: give the scheduler a step() without arguments"
         )
-    return "step" if unit == "epoch" else "step_update"
+    return method
 
 
 def required_arguments(function: Callable[..., object]) -> list[str]:
-    """Return the names of the arguments that a function cannot be called without."""
+    """Return the names of the arguments without which a function cannot be called."""
     free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.kind not in free]

@@ -1,9 +1,6 @@
-"""The settings of a run as flat, plain values, saved with every checkpoint.
+"""The settings of a run as flat, plain values, saved in checkpoints and compared at a resume."""
 
-After a resume they show which settings are in force.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,65 +8,57 @@ from torch.optim import Optimizer
 
 _PLAIN = (int, float, str, bool, type(None))
 _OF_CHECKPOINT = ("optimizer.", "scheduler.")
-"""Settings that come from the saved states of optimizer and scheduler, whatever this run was built
-with."""
+"""Settings that a resumed run takes from the saved states of optimizer and scheduler."""
 
 
 def flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the public entries that are numbers, text or lists of them, keyed "name.key"."""
+    """Return the public entries that are numbers, text or lists of these, with keys "name.key"."""
     plain = {key: _plain(value) for key, value in values.items() if not key.startswith("_")}
     return {f"{name}.{key}": value for key, value in plain.items() if _is_plain(value)}
 
 
 def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     """Return the options of every parameter group, the learning rate included."""
-    found: dict[str, Any] = {}
-    several = len(optimizer.param_groups) > 1
+    options: dict[str, Any] = {}
     for number, group in enumerate(optimizer.param_groups):
-        name = f"optimizer.group {number}" if several else "optimizer"
-        found |= flat(
-            name,
-            {key: value for key, value in group.items() if key not in ("params", "initial_lr")},
-        )
-    return found
+        name = "optimizer"
+        if len(optimizer.param_groups) > 1:
+            name = f"optimizer.group {number}"
+        own = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+        options |= flat(name, own)
+    return options
 
 
 def of_controller(controller: object) -> dict[str, Any]:
     """Return the public attributes of a controller, such as the cap on the batch size."""
-    return flat("controller", vars(controller)) if hasattr(controller, "__dict__") else {}
+    return flat("controller", getattr(controller, "__dict__", {}))
 
 
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Return a message about a run that is resumed with other settings; empty where none differ."""
     changed = [key for key in own if key in saved and saved[key] != own[key]]
     kept = [key for key in changed if key.startswith(_OF_CHECKPOINT)]
-    parts = []
-    if len(kept) < len(changed):
-        new = [
-            f"{key} {own[key]} ({saved[key]} in the checkpoint)"
-            for key in changed
-            if key not in kept
-        ]
-        parts.append(f"in force from here on: {_listed(new)}")
-    if kept:
-        old = [f"{key} {saved[key]} (this run was built with {own[key]})" for key in kept]
-        parts.append(f"of the checkpoint, and still in force: {_listed(old)}")
-    return f"resumed with other settings: {'; '.join(parts)}" if parts else ""
+    new = [f"{k} {own[k]} ({saved[k]} in the checkpoint)" for k in changed if k not in kept]
+    old = [f"{k} {saved[k]} (this run was built with {own[k]})" for k in kept]
+    parts: list[str] = []
+    if new:
+        parts.append(f"in force from here on: {', '.join(new)}")
+    if old:
+        parts.append(f"of the checkpoint, and still in force: {', '.join(old)}")
+    if not parts:
+        return ""
+    return f"resumed with other settings: {'; '.join(parts)}"
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _is_plain(value: Any) -> bool:
-    return (
-        all(_is_plain(item) for item in value)
-        if isinstance(value, list)
-        else isinstance(value, _PLAIN)
-    )
-
-
-def _listed(parts: Iterable[str]) -> str:
-    return ", ".join(parts)
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)

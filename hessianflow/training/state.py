@@ -1,4 +1,4 @@
-"""The whole state of a run, for checkpoints: collected here, put back here."""
+"""The whole state of a run, collected for checkpoints and put back."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +26,8 @@ class Component:
     """A part of a run that has a state.
 
     Attributes:
-        name: the name that checkpoints know it by.
-        part: whatever has `state_dict` and `load_state_dict`; None where this run has none.
+        name: the key in checkpoints.
+        part: an object with `state_dict` and `load_state_dict`; None where this run has none.
     """
 
     name: str
@@ -38,17 +38,13 @@ class Component:
 class RunState:
     """Everything that must survive an interruption, in the order in which it is taken and put back.
 
-    First come weights and optimizer, for everything else follows them; then the components, then
-    counters and time, and last the random generators, from which nothing may draw any more.
+    Weights and optimizer come first, because everything else follows them; then the components,
+    counters and time, and last the random generators, from which nothing may draw after that.
 
     Attributes:
-        model: weights, buffers and what goes with them.
-        optimizer: its state.
-        components: whatever else has a state, in order.
-        stopwatch: seconds so far.
-        settings: of this run, plain values; see :mod:`settings`.
-        follow: tells the parts what is trained, once model and optimizer are back.
-        course: the counters.
+        components: all other parts with a state, in order.
+        settings: the settings of this run as plain values; see :mod:`settings`.
+        follow: tells the parts which parameters are trained, once model and optimizer are back.
     """
 
     model: ModelState
@@ -65,7 +61,7 @@ class RunState:
         """Return the state as tensors and plain values only.
 
         Args:
-            decision: in force.
+            decision: the decision in force.
             history_bytes: length of the history so far.
             rank_generators: the states of every rank's random generators; None: those of this rank
                 stand for all.
@@ -91,7 +87,7 @@ class RunState:
         return state
 
     def restore(self, state: Mapping[str, Any], source: str, rank: int = 0) -> Decision:
-        """Put everything back, on `rank` of a world of any size; returns the decision in force.
+        """Put everything back, on `rank` of a world of any size; return the decision in force.
 
         Raises:
             HessianFlowError: the state is of another model, of a run with other parts, or damaged;
@@ -108,15 +104,15 @@ class RunState:
             return Decision(**state["decision"])
 
     def _restore_trained(self, state: Mapping[str, Any], source: str) -> None:
-        """Put back the weights and the optimizer, and tell whoever follows them."""
+        """Put back the weights and the optimizer, and tell the parts that follow them."""
         own = label(self.optimizer)
-        if state["optimizer_class"] not in (own, type(self.optimizer).__name__):
+        if state["optimizer_class"] != own:
             raise HessianFlowError(
                 f"{source} was made with the optimizer {state['optimizer_class']}, this run has"
                 f" {own}"
             )
         self.model.restore_model(state, source)
-        # as it was saved: nothing is to be swapped in after the state is back
+        # Checkpoints hold the weights of training: no later switch may replace them.
         set_mode(self.optimizer, training=True)
         saved = self.model.in_own_order(state, source)
         try:
@@ -126,17 +122,18 @@ class RunState:
                 f"{source} has an optimizer with other parameter groups: {error}"
             ) from None
         check_followed(self.optimizer)
-        if "beside" in state:  # earlier versions do not keep them
-            self.model.restore_beside(state["beside"], source)
+        self.model.restore_beside(state["beside"], source)
         self.follow()
 
 
 def _captured(part: Any) -> Any:
-    return None if part is None else checkpoint.plain(part.state_dict())
+    if part is None:
+        return None
+    return checkpoint.plain(part.state_dict())
 
 
 def _restore_generators(state: Mapping[str, Any], rank: int) -> None:
-    """Give a rank its own random numbers; one that the saved run did not have gets new ones."""
+    """Give a rank its own random numbers, and new ones if the saved run did not have that rank."""
     every = state.get("rank_generators", [state["generators"]])
     if rank < len(every):
         checkpoint.restore_generators(every[rank])
@@ -149,13 +146,13 @@ def components(ahead: Lookahead, step: TrainingStep, steering: Steering) -> list
     """Return the components of every run, in the order in which they are taken and put back."""
     control = steering.control
     accumulate = step.accumulate
-    loss = accumulate.loss_fn if isinstance(accumulate.loss_fn, nn.Module) else None
-    transform = step.transform if isinstance(step.transform, Stateful) else None
+    queue: Lookahead | None = None
+    if ahead.depth > 0:
+        queue = ahead
     return [
         Component("train_data", steering.train_data),
-        # Before the adversary: its attacks under way end first, when states are taken as when they
-        # are put back.
-        Component("look-ahead", ahead if ahead.depth > 0 else None),
+        # The queue ends the attacks under way, which change the adversary's state: it comes first.
+        Component("look-ahead", queue),
         Component("controller", control.controller),
         Component("adversary", step.adversary),
         Component("probe", control.probe),
@@ -163,10 +160,17 @@ def components(ahead: Lookahead, step: TrainingStep, steering: Steering) -> list
         Component("loss scale", accumulate.scaler),
         Component("totals", steering.totals),
         Component("microbatch", step.microbatch),
-        Component("loss", loss),
-        Component("transform", transform),
+        Component("loss", _stateful(accumulate.loss_fn, nn.Module)),
+        Component("transform", _stateful(step.transform, Stateful)),
         *numbered("observer", control.observers),
     ]
+
+
+def _stateful(function: object, kind: type) -> Any:
+    """Return a function that is of a kind with a state; None for any other."""
+    if isinstance(function, kind):
+        return function
+    return None
 
 
 def numbered(name: str, parts: Sequence[Any]) -> list[Component]:
@@ -175,37 +179,32 @@ def numbered(name: str, parts: Sequence[Any]) -> list[Component]:
 
 
 def _is_in(state: Mapping[str, Any], component: Component, source: str) -> bool:
-    """Return whether this run has such a part and the checkpoint has its state.
-
-    Raises:
-        HessianFlowError: one of the two lacks it, or it is of another class.
-    """
+    """Return whether run and checkpoint have a part; refuse if one lacks it or classes differ."""
     name = component.name
-    part = component.part
-    if name not in state["parts"] and "settings" not in state:
-        return False  # earlier versions kept fewer parts
-    if (part is None) != (state["parts"].get(name) is None):
-        made = "with" if part is None else "without"
-        raise HessianFlowError(f"{source} was made {made} a {name}")
-    saved = state["classes"].get(name)
+    saved = state["parts"].get(name)
+    if component.part is None and saved is None:
+        return False
+    if component.part is None:
+        raise HessianFlowError(f"{source} was made with a {name}")
+    if saved is None:
+        raise HessianFlowError(f"{source} was made without a {name}")
+    made = state["classes"].get(name)
     own = _label(component)
-    if part is not None and saved not in (own, type(part).__name__):
-        raise HessianFlowError(f"{source} was made with the {name} {saved}, this run has {own}")
-    return part is not None
+    if made != own:
+        raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {own}")
+    return True
 
 
 def _label(component: Component) -> str:
-    """Return what a part must be to take up a state; a learning rate compares schedulers itself."""
+    """Return the class that a saved part must have; a learning rate compares schedulers itself."""
     if component.name == "learning rate":
         return type(component.part).__name__
     return label(component.part)
 
 
 def separate_generators(rank: int) -> None:
-    """Give a rank above 0 random numbers of its own where it has those of rank 0: its dropout must
-    differ."""
+    """Give a rank above 0 other random numbers than rank 0 has: its dropout must differ."""
     if rank > 0:
-        seed = int.from_bytes(
-            hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).digest(), "big"
-        )
+        state = torch.get_rng_state().numpy().tobytes()
+        seed = int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "big")
         torch.manual_seed((seed + rank) % 2**63)

@@ -1,4 +1,4 @@
-"""The decision in force: how the next one comes about, and what puts it into effect."""
+"""The decision in force, the request for the next one, and its application."""
 
 from dataclasses import dataclass
 
@@ -16,23 +16,12 @@ OVER_BUDGET = (
     "a reading was left out: it would have exceeded the curvature budget, a share of the training"
     " so far; more will be (--curvature-budget raises it, 100 reads after every epoch)"
 )
-"""Said once a run: a trajectory with gaps should not be a riddle."""
+"""Recorded once a run, to explain the gaps in the readings."""
 
 
 @dataclass
 class Steering:
-    """Asks the controller, and sets batch size and learning rate as it decides.
-
-    Attributes:
-        decision: in force.
-        control: measures and asks the controller.
-        train_data: their batch size is set.
-        rate: its factor is set.
-        totals: their losses are shown to the controller.
-        course: says how far the run has come.
-        reporter: told what could not be measured.
-        adversary: attacks its share, which a decision multiplies.
-    """
+    """Asks the controller, and sets batch size and learning rate as it decides."""
 
     decision: Decision
     control: ControlPoint
@@ -44,12 +33,11 @@ class Steering:
     adversary: Adversary | None
 
     def decide(self, at_end: bool, done: Done) -> None:
-        """Measure, ask the controller and apply what it decides; `done` gets the rows of it.
+        """Measure, ask the controller and apply its decision, unless that was done before.
 
         Args:
             at_end: whether an epoch has just ended.
-            done: what has been done after the last update; where that holds a decision, nobody is
-                asked again.
+            done: the work done after the last update, to which rows of this are added.
         """
         if done.decided:
             return
@@ -61,7 +49,9 @@ class Steering:
             "learning_rate": lambda: self.rate.value,
         }
         outcome = self.control(progress, at_end, figures)
-        after = before if outcome.decision is None else self.held(outcome.decision)
+        after = before
+        if outcome.decision is not None:
+            after = self.held(outcome.decision)
         was = self._setting(before)
         now = self._setting(after)
         changed = now != was
@@ -73,10 +63,12 @@ class Steering:
         if outcome.signals:
             done.rows.append(rows.signals_row(progress, outcome.signals))
         if outcome.reading is not None:
-            # Where the controller was not asked, its last reason belongs to an earlier reading.
-            note = "" if changed or outcome.decision is None else after.reason
+            note = ""
+            # The row of a change gives its reason; without a decision, the reason is an older one.
+            if not changed and outcome.decision is not None:
+                note = after.reason
             done.rows.append(rows.reading_row(progress, outcome.reading, note))
-        # A warm-up moves the rate at every step: its row can wait for the end of the epoch.
+        # A warm-up moves the rate at every step: such changes wait for the end of the epoch.
         if changed and (at_end or now[::2] != was[::2]):
             done.rows.append(rows.decision_row(progress, before, after, self.share(after)))
 
@@ -85,7 +77,7 @@ class Steering:
         return share_in_force(self.adversary, decision)
 
     def _setting(self, decision: Decision) -> tuple[int, float, float]:
-        """Return what a decision comes to in this run: batch size, rate factor, share attacked."""
+        """Return the batch size, rate factor and share attacked under a decision."""
         return decision.batch_size, decision.lr_factor, self.share(decision)
 
     def apply(self, decision: Decision) -> None:
@@ -96,6 +88,6 @@ class Steering:
         self.rate.factor = decision.lr_factor
 
     def held(self, decision: Decision) -> Decision:
-        """Return the decision as far as it can be carried out: below the cap."""
+        """Return the decision with its batch size limited to the cap that a divergence left."""
         counters = self.course.counters
         return hold(decision, counters.batch_cap, counters.cap_power, counters.cap_factor)

@@ -170,17 +170,14 @@ class TrainingStep:
         result = self.accumulate.reduce_over_ranks(own)
         if self.max_grad_norm is not None:
             self.accumulate.scaler.unscale_(self.optimizer)
-            self._refuse_sparse()
-            nn.utils.clip_grad_norm_(self.accumulate.backward.parameters, self.max_grad_norm)
+            backward = self.accumulate.backward
+            backward.refuse_sparse(
+                [parameter.grad for parameter in backward.parameters],
+                "max_grad_norm cannot clip",
+                ", or leave max_grad_norm out",
+            )
+            nn.utils.clip_grad_norm_(backward.parameters, self.max_grad_norm)
         return result
-
-    def _refuse_sparse(self) -> None:
-        for parameter in self.accumulate.backward.parameters:
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                raise HessianFlowError(
-                    f"the gradient of {self.trained.name(parameter)} is sparse, which max_grad_norm"
-                    " cannot clip: build its layer with sparse=False, or leave max_grad_norm out"
-                )
 
     def _gradient(self, now: Planned, ahead: Planned | None) -> StepResult:
         count = num_examples(now.batch[1])

@@ -1,4 +1,4 @@
-"""What a trainer was asked for: a task, the methods to do it with, and settings in groups.
+"""The arguments of a trainer: a task, the methods to do it with, and groups of settings.
 
 Each record checks its own members; :mod:`checks` tells whether they fit together.
 """
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from hessianflow.checks import check_count
 from hessianflow.interfaces import (
@@ -20,17 +19,17 @@ from hessianflow.interfaces import (
     CurvatureProbe,
     Decision,
     GradientObserver,
+    HessianFlowError,
     LossFn,
     ResizableBatches,
 )
 from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.arguments import (
-    as_group,
     as_list,
     check_data,
     check_functions,
-    check_model,
     check_parts,
+    named,
 )
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.passes import Passes
@@ -41,7 +40,7 @@ from hessianflow.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, for how long."""
+    """The model, data, optimizer and loss of a run, and its length."""
 
     model: nn.Module
     train_data: ResizableBatches
@@ -52,19 +51,20 @@ class Task:
 
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)
-        check_model(self.model)
+        if not isinstance(self.model, nn.Module):
+            raise HessianFlowError(f"model must be a torch.nn.Module, got {named(self.model)}")
         check_data(self.train_data, self.eval_data)
         check_functions(loss_fn=self.loss_fn)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is trained."""
+        """Device on which the model is trained."""
         return next(self.model.parameters()).device
 
 
 @dataclass(frozen=True)
 class Methods:
-    """Who takes part in the training besides the optimizer."""
+    """The parts that take part in the training besides the optimizer."""
 
     controller: BatchController | None
     adversary: Adversary | None
@@ -81,10 +81,12 @@ class Methods:
     @property
     def staleness(self) -> int:
         """Steps between the attack on a batch and its use."""
-        return 0 if self.adversary is None else self.adversary.staleness
+        if self.adversary is None:
+            return 0
+        return self.adversary.staleness
 
     def first_decision(self, train_data: ResizableBatches) -> Decision:
-        """Return the decision to start with."""
+        """Return the decision at the start of the run."""
         if self.controller is None:
             return Decision(train_data.batch_size)
         return self.controller.decision
@@ -92,7 +94,7 @@ class Methods:
 
 @dataclass(frozen=True)
 class Groups:
-    """The settings of a trainer, in the groups that it takes them in."""
+    """The settings of a trainer, in groups."""
 
     schedule: Schedule
     passes: Passes
@@ -100,28 +102,3 @@ class Groups:
     divergence: Divergence
     after_epoch: AfterEpoch
     reporting: Reporting
-
-
-def as_groups(
-    schedule: Schedule | LRScheduler | None,
-    passes: Passes | None,
-    checkpoints: Checkpoints | None,
-    divergence: Divergence | None,
-    after_epoch: AfterEpoch | None,
-    reporting: Reporting | None,
-) -> Groups:
-    """Return the groups that were given, and the defaults of the others.
-
-    Raises:
-        HessianFlowError: one of them is something else.
-    """
-    if not isinstance(schedule, Schedule):
-        schedule = Schedule(schedule)
-    return Groups(
-        schedule,
-        as_group("passes", passes, Passes),
-        as_group("checkpoints", checkpoints, Checkpoints),
-        as_group("divergence", divergence, Divergence),
-        as_group("after_epoch", after_epoch, AfterEpoch),
-        as_group("reporting", reporting, Reporting),
-    )

@@ -12,8 +12,7 @@ from hessianflow.runs.rows import PARTS
 
 
 class _Section:
-    """Adds the time of its body to one of the totals; entered several times a step, so it is no
-    generator."""
+    """Adds the time of its body to one of the totals; a generator would be slower at every step."""
 
     __slots__ = ("_name", "_started", "_totals")
 
@@ -31,8 +30,8 @@ class _Section:
 class Stopwatch:
     """Adds up the time spent in named sections, and all wall time under "wall".
 
-    On a CUDA device the sections are marked by events on the stream, read only when the totals are
-    asked for, so that measuring never makes the host wait inside a step.
+    On a CUDA device the sections are marked by events on the stream, which only :meth:`totals`
+    reads, so that measuring never makes the host wait inside a step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +62,7 @@ class Stopwatch:
     def totals(self) -> dict[str, float]:
         """Return seconds per section so far, those before an interruption included."""
         for name, begin, end in self._pending:
-            # Called once an epoch: the host waits here for the last section that was marked.
+            # Once an epoch the host waits here for the end of the last section.
             end.synchronize()
             self._totals[name] += begin.elapsed_time(end) / 1000
         self._pending.clear()

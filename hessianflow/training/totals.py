@@ -84,11 +84,8 @@ class RunningTotals:
 
         Waits for the device.
         """
-        correct: Weight = 0
-        counted: Weight = 0
-        if self._sum.hits is not None:
-            correct, counted = self._sum.hits
-        sums = [self._sum.total, self._sum.weight, correct, counted]
+        correct, counted = self._sum.hits or (0, 0)
+        sums: list[Weight] = [self._sum.total, self._sum.weight, correct, counted]
         total, weight, hits, targets = self._stacked([self._exactly(n) for n in sums]).tolist()
         loss = math.nan
         accuracy: float | None = None
@@ -204,10 +201,8 @@ class RunningTotals:
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, for a checkpoint in the middle of an epoch."""
         self._judge()
-        correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        counted: Weight = 0
-        if self._sum.hits is not None:
-            correct, counted = self._sum.hits
+        none = torch.zeros((), dtype=torch.int64, device=self._device)
+        correct, counted = self._sum.hits or Hits(none, 0)
         return {
             "loss": self._sum.total.clone(),
             "weight": self._exactly(self._sum.weight).clone(),

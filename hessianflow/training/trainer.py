@@ -1,19 +1,8 @@
-"""The training loop: batches whose size a controller sets, an adversary, and curvature, around any
-optimizer.
+"""The trainer: a model, data and an optimizer, with a controller, an adversary and a probe.
 
-The trainer knows protocols only (:mod:`hessianflow.interfaces`). One step: next batch at the
-current size -> batch transform -> adversary -> gradient in microbatches, each weighted by its
-examples -> optimizer step -> progress counted in examples -> if the controller is due: probe ->
-reading -> `controller.update` -> decision applied and recorded.
-
-What may change during a run is asked anew at every step: rates and groups of the optimizer, which
-parameters are trained. Hooks on the accumulation of gradients run once a step on the whole
-gradient, whatever the microbatches; hooks on gradients see the share of each microbatch, as in any
-loop that accumulates.
-
-On several ranks every rank runs this loop on its part of every batch. What depends on a clock, a
-signal or one rank's numbers is agreed on through the world before anybody acts on it; rank 0 alone
-keeps the records.
+The trainer knows protocols only (:mod:`hessianflow.interfaces`); :mod:`hessianflow.training.loop`
+shows the order in which they act. Rates and groups of the optimizer, and the parameters that are
+trained, may change during a run: they are read again at every step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,6 +18,7 @@ from hessianflow.interfaces import (
     Batch,
     BatchController,
     BatchTransform,
+    ChecksRows,
     CurvatureProbe,
     GradientObserver,
     LossFn,
@@ -36,10 +26,10 @@ from hessianflow.interfaces import (
     World,
 )
 from hessianflow.training.after_epoch import AfterEpoch
+from hessianflow.training.arguments import as_group
 from hessianflow.training.assembly import assemble
 from hessianflow.training.checks import (
     check_probe,
-    check_rows,
     check_run,
     check_signals,
     idle_adversary,
@@ -52,7 +42,7 @@ from hessianflow.training.reporting import Reporting
 from hessianflow.training.run import Run
 from hessianflow.training.saving import Checkpoints
 from hessianflow.training.schedule import Schedule, misfit
-from hessianflow.training.task import Groups, Methods, Task, as_groups
+from hessianflow.training.task import Groups, Methods, Task
 from hessianflow.training.world import LocalWorld
 
 
@@ -82,13 +72,12 @@ class AdaptiveBatchTrainer(Run):
         observers: shown the gradient of every microbatch; their signals go to the controller.
         transform: applied to each whole batch before the adversary.
         schedule: the learning-rate schedule, in epochs or in reference batches, and the batch size
-            that rates are stated at. A scheduler alone stands for `Schedule(scheduler)`.
-        passes: how the gradient of a step is computed: microbatches, batch normalisation,
-            precision, clipping.
-        checkpoints: when they are saved, what they hold, how many are kept.
-        divergence: what counts as one, and whether to stop or to roll back then.
+            at which rates are stated. A scheduler alone stands for `Schedule(scheduler)`.
+        passes: settings of the gradient: microbatches, batch normalisation, precision, clipping.
+        checkpoints: when checkpoints are saved, what they hold, and how many are kept.
+        divergence: what counts as a divergence, and whether to stop or to roll back then.
         after_epoch: what is done after every epoch besides the evaluation.
-        run_dir: where config, history, checkpoints and summary go; None keeps records in memory.
+        run_dir: folder of config, history, checkpoints and summary; None keeps records in memory.
         reporting: further receivers of the records, and the progress bar.
         world: the ranks to train with, such as `hf.distributed.GroupWorld(reducer)`; every rank
             makes a trainer of the same settings and calls the same methods. None: this process
@@ -124,16 +113,26 @@ class AdaptiveBatchTrainer(Run):
         reporting: Reporting | None = None,
         world: World | None = None,
     ) -> None:
-        groups = as_groups(schedule, passes, checkpoints, divergence, after_epoch, reporting)
+        if not isinstance(schedule, Schedule):
+            schedule = Schedule(schedule)
+        groups = Groups(
+            schedule,
+            as_group("passes", passes, Passes),
+            as_group("checkpoints", checkpoints, Checkpoints),
+            as_group("divergence", divergence, Divergence),
+            as_group("after_epoch", after_epoch, AfterEpoch),
+            as_group("reporting", reporting, Reporting),
+        )
         task = Task(model, train_data, eval_data, optimizer, loss_fn, epochs)
         methods = Methods(controller, adversary, probe, observers, transform)
         _check_fit(task, methods, groups)
-        folder = None if run_dir is None else in_home(run_dir)
-        world = LocalWorld() if world is None else world
-        loop = assemble(task, methods, groups, folder, world)
-        batch_size = loop.steering.decision.batch_size
-        if controller is not None or loop.step.microbatch.size < batch_size:
-            check_rows(train_data)
+        folder: Path | None = None
+        if run_dir is not None:
+            folder = in_home(run_dir)
+        loop = assemble(task, methods, groups, folder, world or LocalWorld())
+        is_cut = loop.step.microbatch.size < loop.steering.decision.batch_size
+        if (controller is not None or is_cut) and isinstance(train_data, ChecksRows):
+            train_data.check_rows()
         reference = loop.rate.reference_batch_size
         per_epoch = train_data.num_examples / reference
         notices = [
@@ -145,11 +144,7 @@ class AdaptiveBatchTrainer(Run):
 
 
 def _check_fit(task: Task, methods: Methods, groups: Groups) -> None:
-    """Refuse a task, methods and settings that do not fit together.
-
-    Raises:
-        HessianFlowError: which of them do not.
-    """
+    """Refuse a task, methods and settings that do not fit together."""
     examples = task.train_data.num_examples
     batch_size = methods.first_decision(task.train_data).batch_size
     has_probe = methods.probe is not None

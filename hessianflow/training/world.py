@@ -1,4 +1,4 @@
-"""The world of one process, and how ranks agree on what one of them did."""
+"""The world of one process, and actions whose outcome all ranks share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +14,7 @@ _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
 class LocalWorld:
-    """One process: every gradient, buffer and word is that of all."""
+    """The world of a single process, which exchanges nothing."""
 
     rank = 0
     world_size = 1
@@ -53,7 +53,7 @@ class LocalWorld:
         self._wishes = wishes
 
     def finish(self, own: StepResult) -> StepResult:
-        """Return the result as it is, of as many examples as were announced."""
+        """Return the result with the number of examples that :meth:`begin` was told."""
         self.agreed = self._wishes()
         if own.examples == self._examples:
             return own
@@ -76,18 +76,21 @@ class LocalWorld:
 
 
 def on_first_rank(world: World, action: Callable[[], T]) -> T:
-    """Act on rank 0; what it returns (plain values) reaches every rank.
+    """Act on rank 0, and return the result (plain values) on every rank.
 
     Raises:
-        HessianFlowError: what the action raised, on every rank.
+        HessianFlowError: the error of the action, on every rank.
     """
-    value, failure = None, None
+    value = None
+    message: str | None = None
+    failure: HessianFlowError | None = None
     if world.rank == 0:
         try:
             value = action()
         except HessianFlowError as error:
             failure = error
-    value, message = world.broadcast((value, None if failure is None else str(failure)))
+            message = str(error)
+    value, message = world.broadcast((value, message))
     if failure is not None:
         raise failure
     if message is not None:
@@ -99,18 +102,21 @@ def on_all_ranks(world: World, action: Callable[[], T]) -> T:
     """Act on every rank; if one of them fails, fail on all, so that none waits for it.
 
     Raises:
-        HessianFlowError: what the action raised on the first rank where it did, on every rank.
+        HessianFlowError: the error of the first rank on which the action failed, on every rank.
     """
+    own: str | None = None
     failure: HessianFlowError | None = None
     try:
         value = action()
     except HessianFlowError as error:
         failure = error
-    messages = world.gather(None if failure is None else str(failure))
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
+        own = str(error)
+    failed = [(r, text) for r, text in enumerate(world.gather(own)) if text is not None]
     if not failed:
         return value
     if failure is not None and world.rank == 0:
         raise failure
-    where = "" if failed[0] == 0 else f"on rank {failed[0]}: "
-    raise AgreedError(f"{where}{messages[failed[0]]}") from failure
+    rank, message = failed[0]
+    if rank > 0:
+        message = f"on rank {rank}: {message}"
+    raise AgreedError(message) from failure
