@@ -21,7 +21,6 @@ MODULE, TEST = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.
 @pytest.fixture
 def plateau(monkeypatch: pytest.MonkeyPatch) -> type:
     """The class of the example, in the package and in its table as the page says."""
-    pytest.importorskip("hessianflow.methods")
     module = ModuleType("hessianflow.control.plateau")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(MODULE, "plateau.py", "exec"), module.__dict__)

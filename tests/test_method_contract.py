@@ -17,10 +17,9 @@ from command_runs import (
     run,
 )
 
-from hessianflow import HessianFlowError, History
+from hessianflow import HessianFlowError, History, methods
 from hessianflow.distributed import GroupReducer, GroupWorld, run_local
 
-methods = pytest.importorskip("hessianflow.methods")
 TABLES = ("controller", "adversary", "optimizer", "schedule")
 METHODS = [(kind, name) for kind in TABLES for name in methods.KINDS[kind].methods]
 NAMES = [f"{kind}-{name}" for kind, name in METHODS]

@@ -20,7 +20,7 @@ class Constant:
     """The rate stays as it is."""
 
     def __call__(self, epoch: float, /) -> float:
-        """Return 1."""
+        """Return 1, whatever the time."""
         del epoch
         return 1.0
 
