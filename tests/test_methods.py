@@ -360,7 +360,7 @@ def step(optimizer: Any, model: nn.Module, count: int) -> None:
 
     watching = build_observers(FixedBatch(16), optimizer)
     for observer in watching:
-        observer.watch(list(model.parameters()))  # type: ignore[attr-defined]
+        observer.bind(list(model.parameters()))  # type: ignore[attr-defined]
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -407,7 +407,8 @@ def test_a_schedule_starts_at_one_and_never_rises(name: str) -> None:
 
 def test_a_method_of_ones_own_is_named_by_its_path() -> None:
     for kind in CHOSEN:
-        name, path = next(iter(KINDS[kind].methods.items()))
+        name, method = next(iter(KINDS[kind].methods.items()))
+        path = f"{method.__module__}:{method.__name__}"
         own = {"name": path}
         config = resolve(TrainConfig(**{kind: own, **RATES.get(kind, {})}))
         assert getattr(config, kind).name == path
