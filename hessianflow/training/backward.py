@@ -130,10 +130,8 @@ class BackwardPass:
             observer.on_microbatch(self._unscaled(shown), count)
 
     def _gradients(self, scaled: Tensor, leaf: Tensor | None) -> list[Tensor | None]:
-        """Return the gradients by the parameters, and put that by the inputs into `leaf.grad`.
-
-        No hook on accumulation runs.
-        """
+        """Return the gradients by the parameters, and put that by the inputs into `leaf.grad`."""
+        # Hooks on accumulation do not run here: they wait for the complete gradient.
         wanted: list[Tensor] = list(self.parameters)
         if leaf is not None:
             wanted.append(leaf)

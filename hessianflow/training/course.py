@@ -81,11 +81,7 @@ class Done:
 
 
 class Course:
-    """Counts examples, updates and epochs.
-
-    Args:
-        data: the training data, which say how many examples make an epoch.
-        epochs: passes over the data.
+    """Counts examples, updates and epochs of the training data.
 
     Attributes:
         counters: the counts; another object after a restart.

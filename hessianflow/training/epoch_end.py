@@ -36,13 +36,10 @@ class EpochEnd:
         self.world = self.keeper.world
 
     def settle_statistics(self, batch: Batch | None, done: Done) -> None:
-        """Measure running statistics again where they have not settled.
-
-        This comes before any reading or evaluation. After a resume there is no `batch` to measure
-        them on, and nothing is done.
-        """
+        """Measure running statistics again where they have not settled, before any evaluation."""
         if done.remeasured is not None:
             return
+        # After a resume there is no batch to measure them on.
         if batch is None or self.norm_statistics == "running":
             done.remeasured = False
             return

@@ -72,12 +72,7 @@ class Keeper:
             on_first_rank(self.world, save)
 
     def state_dict(self, generators: list[Any] | None = None) -> dict[str, Any]:
-        """Return the state of the run as tensors and plain values, complete for a restart.
-
-        Args:
-            generators: the states of every rank's random generators; None: those of this rank stand
-                for all.
-        """
+        """Return the state of the run, with the random generators of every rank."""
         return self.state.capture(self.steering.decision, self.record.sync(), generators)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
@@ -93,10 +88,8 @@ class Keeper:
     def restore_newest(self, history_bytes: Callable[[], int]) -> tuple[dict[str, Any], str | None]:
         """Restore `last.pt`, or set it aside where it is damaged and restore an older checkpoint.
 
-        Rank 0 reads the files, because the other ranks need not see its disk.
-
-        Args:
-            history_bytes: returns the length of the history in bytes.
+        Rank 0 reads the files, because the other ranks need not see its disk. `history_bytes`
+        returns the length of the history.
 
         Returns:
             The state that was restored, and a warning when it was not the newest.

@@ -136,11 +136,7 @@ class Lookahead:
         return epoch, place
 
     def _draw(self, progress: Progress, epoch: int, place: int, decision: Decision) -> bool:
-        """Queue the next batch; return False if the data ended the epoch of the batch trained last.
-
-        Raises:
-            HessianFlowError: the data give no batch at all.
-        """
+        """Queue the next batch; return False if the data ended the epoch after the last step."""
         before = self._place.find()
         batch = self._next_batch()
         if batch is None and place > 0:
@@ -279,11 +275,7 @@ class Place:
 
 
 def check_staleness(staleness: int, batch_size: int, examples: int, epochs: int) -> None:
-    """Refuse a run in which no batch would be attacked ahead of its use.
-
-    Raises:
-        HessianFlowError: the run has no more than `staleness` steps.
-    """
+    """Refuse a run of at most `staleness` steps, in which no batch would be attacked in time."""
     steps = epochs * -(-examples // batch_size)
     if 0 < steps <= staleness:
         raise HessianFlowError(

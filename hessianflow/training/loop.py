@@ -65,11 +65,7 @@ class TrainingLoop:
     stop_requested: bool = field(default=False, init=False)
 
     def run_until(self, updates: int | None = None) -> None:
-        """Train until the run has made `updates` updates, or to its end; leave the records open.
-
-        Raises:
-            DivergenceError: the loss stopped being finite.
-        """
+        """Train until the run has made `updates` updates, or to its end; leave the records open."""
         with self._training():
             while self.course.is_unfinished and not self._has_reached(updates):
                 # A model in training mode is left alone: layers that the user froze stay so.

@@ -19,7 +19,7 @@ from hessianflow.training import checkpoint
 
 
 class ModelState:
-    """Captures and restores the weights and what goes with them.
+    """Captures and restores the weights and what goes with them; refuses the state of other models.
 
     Args:
         model: the model; wrappers are looked through.
@@ -57,11 +57,7 @@ class ModelState:
         }
 
     def restore_model(self, state: Mapping[str, Any], source: str) -> None:
-        """Restore the model, and give the optimizer the groups that were added during the run.
-
-        Raises:
-            HessianFlowError: the state is of another model; `source` names the state.
-        """
+        """Restore the model, and give the optimizer the groups that were added during the run."""
         self._match_buffers(state, source)
         checkpoint.load_model(self._model, state["model"], source)
         for name, buffer in state["transient_buffers"].items():
@@ -77,11 +73,7 @@ class ModelState:
         self._add_groups(state["groups"])
 
     def in_own_order(self, state: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-        """Return the saved state of the optimizer with its weights in this optimizer's order.
-
-        Raises:
-            HessianFlowError: the weights are in other groups; `source` names the state.
-        """
+        """Return the saved state of the optimizer with its weights in this optimizer's order."""
         own = group_names(self._model, self._optimizer)
         try:
             return in_order(state["optimizer"], state["groups"], own)

@@ -35,10 +35,9 @@ class Guard:
         self._largest = largest(self.trained.current)
 
     def check(self, *, at_end: bool) -> None:
-        """Look at losses, weights and buffers; `at_end` says that an epoch has just ended.
+        """Refuse to continue if losses, weights or buffers of any rank diverged.
 
-        Raises:
-            DivergenceError: the run diverged on some rank.
+        With `at_end`, the mean loss of the epoch is judged too.
         """
         first_bad = self.totals.first_bad_update(at_end=at_end)
         weight = largest(self.trained.current)
@@ -51,11 +50,7 @@ class Guard:
         self._refuse(min((update for update in every if update is not None), default=None))
 
     def check_losses(self) -> None:
-        """Look at the losses alone, which are alike on all ranks.
-
-        Raises:
-            DivergenceError: the run diverged.
-        """
+        """Refuse to continue if the losses, which are alike on all ranks, diverged."""
         self._refuse(self.totals.first_bad_update())
 
     def roll_back(self, error: DivergenceError) -> None:
@@ -93,7 +88,7 @@ class Guard:
         steering.apply(held)
 
     def _refuse(self, update: int | None) -> None:
-        """Refuse to go on when training diverged at `update`."""
+        """Record and raise that training diverged at `update`; None: it did not."""
         if update is None:
             return
         counters = self.course.counters

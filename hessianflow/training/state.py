@@ -60,11 +60,8 @@ class RunState:
     ) -> dict[str, Any]:
         """Return the state as tensors and plain values only.
 
-        Args:
-            decision: the decision in force.
-            history_bytes: length of the history so far.
-            rank_generators: the states of every rank's random generators; None: those of this rank
-                stand for all.
+        `rank_generators` are the states of every rank's random generators; None: those of this rank
+        stand for all.
         """
         counters = self.course.counters
         state = {

@@ -33,12 +33,7 @@ class Steering:
     adversary: Adversary | None
 
     def decide(self, at_end: bool, done: Done) -> None:
-        """Measure, ask the controller and apply its decision, unless that was done before.
-
-        Args:
-            at_end: whether an epoch has just ended.
-            done: the work done after the last update, to which rows of this are added.
-        """
+        """Measure, ask the controller and apply its decision, unless `done` says that was done."""
         if done.decided:
             return
         progress = self.course.progress

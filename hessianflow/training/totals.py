@@ -80,10 +80,7 @@ class RunningTotals:
         return float(self._last.loss)
 
     def means(self) -> tuple[float, float | None]:
-        """Return the mean loss since the epoch began, nan if no target counts, and the accuracy.
-
-        Waits for the device.
-        """
+        """Return mean loss (nan if no target counts) and accuracy so far; wait for the device."""
         correct, counted = self._sum.hits or (0, 0)
         sums: list[Weight] = [self._sum.total, self._sum.weight, correct, counted]
         total, weight, hits, targets = self._stacked([self._exactly(n) for n in sums]).tolist()
@@ -190,10 +187,7 @@ class RunningTotals:
         }
 
     def _adversarial_gain(self) -> dict[str, float]:
-        """Return how far the twins' mean loss exceeds that of the clean rows.
-
-        Below 0 the attacks are too stale to make the examples harder.
-        """
+        """Return the excess of the twins' mean loss; below 0 the attacks are too stale."""
         if not self._with_twins:
             return {}
         return {"adversarial_gain": self._gain.item() / self._with_twins}
