@@ -36,6 +36,10 @@ def resolve(config: TrainConfig) -> RunConfig:
     """
     if isinstance(config, RunConfig):
         return config
+    try:
+        preset = data_set(config.data).preset
+    except HessianFlowError as error:
+        raise HessianFlowError(f"--data: {error}") from None
     config = fitted(
         replace(
             config,
@@ -43,7 +47,6 @@ def resolve(config: TrainConfig) -> RunConfig:
             run_dir=user_path(config.run_dir, "--run-dir"),
         )
     )
-    preset = data_set(config.data).preset
     values = {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
     values |= _sizes(config, preset.settings)
     values |= _preferred(config, preset.schedule)

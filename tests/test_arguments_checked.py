@@ -24,8 +24,6 @@ RESULTS = {
     *(
         "Decision",
         "DualBatchPlan",
-        "Pair",
-        "PairLoss",
         "Published",
         "Replay",
         "ReplayStep",
@@ -34,7 +32,7 @@ RESULTS = {
 }
 """Made by the toolkit, not by its users."""
 NEEDED: dict[str, Callable[[], Any]] = {
-    "adversary": lambda: FGSM(0.1, value_range=None),
+    "attack": lambda: FGSM(0.1, value_range=None),
     "base": lambda: torch.optim.SGD(MODEL.parameters(), lr=0.1),
     "base_batch_size": lambda: 16,
     "base_lr": lambda: 0.1,

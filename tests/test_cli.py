@@ -671,7 +671,7 @@ def test_help_and_no_command(capsys):
     assert "train" in run(capsys=capsys)[1]
     status, out, _ = run("train", "--help", capsys=capsys)
     assert status == 0
-    assert "examples per optimizer step at the start" in " ".join(out.split())
+    assert "Examples per optimizer step at the start" in " ".join(out.split())
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

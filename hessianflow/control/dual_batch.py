@@ -20,8 +20,9 @@ rest in proportion to r_i. Equal workers give the formulas above.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
+from hessianflow.checks import check_choice
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.control.time_model import TimeModel
 from hessianflow.facts import RunFacts
@@ -290,6 +291,8 @@ class DualBatch:
         self.min_small_batch_size = check_count("min_small_batch_size", min_small_batch_size)
         self.slope = _line("slope", slope)
         self.intercept = _line("intercept", intercept)
+        check_choice("server", server, get_args(ServerName))
+        check_choice("synchrony", synchrony, get_args(SynchronyName))
         self.server = server
         self.synchrony = synchrony
         self._check()

@@ -321,6 +321,6 @@ def data_set(name: str) -> DataSet:
     """
     if name not in DATA_SETS:
         near = get_close_matches(name.lower(), DATA_SETS, n=1)
-        hint = "".join(f" (did you mean {other!r}?)" for other in near)
+        hint = "".join(f" (did you mean {other}?)" for other in near)
         raise HessianFlowError(f"unknown data set {name!r}{hint}; known: {', '.join(names())}")
     return DATA_SETS[name]
