@@ -36,10 +36,7 @@ def resolve(config: TrainConfig) -> RunConfig:
     """
     if isinstance(config, RunConfig):
         return config
-    try:
-        preset = data_set(config.data).preset
-    except HessianFlowError as error:
-        raise HessianFlowError(f"--data: {error}") from None
+    preset = data_set(config.data, "--data: ").preset
     config = fitted(
         replace(
             config,

@@ -427,6 +427,8 @@ def test_switches_are_true_when_nothing_follows(capsys):
 
 
 def test_paths_begin_at_home_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    import matplotlib.pyplot  # noqa: F401 - at its first import it makes folders of its own
+
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run("train", *QUICK[:-1], "~/run", capsys=capsys)[0] == 0
     assert run("compare", "~/run", "--out=~/compared", capsys=capsys)[0] == 0

@@ -184,7 +184,7 @@ def _default(setting: str, controller: str, data: str) -> str:
     """Return the method that a setting chooses by default."""
     usual = {"controller": "absa", "optimizer": "sgd", "adversary": "fgsm"}
     if setting == "schedule":
-        usual["schedule"] = data_set(data).preset.schedule
+        usual["schedule"] = data_set(data, "--data: ").preset.schedule
     if setting in ("schedule", "adversary"):
         usual |= prefers(KINDS["controller"], chosen("controller", controller))
     return usual[setting]

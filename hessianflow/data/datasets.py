@@ -313,8 +313,12 @@ DATA_SETS: Mapping[str, DataSet] = {
 """Every data set by name: how it is read, and what a run takes for it."""
 
 
-def data_set(name: str) -> DataSet:
+def data_set(name: str, where: str = "") -> DataSet:
     """Return a data set by name.
+
+    Args:
+        name: Name of the data set.
+        where: Beginning of the error, such as the option that names the data set.
 
     Raises:
         HessianFlowError: an unknown name; the error has the nearest one.
@@ -322,5 +326,7 @@ def data_set(name: str) -> DataSet:
     if name not in DATA_SETS:
         near = get_close_matches(name.lower(), DATA_SETS, n=1)
         hint = "".join(f" (did you mean {other}?)" for other in near)
-        raise HessianFlowError(f"unknown data set {name!r}{hint}; known: {', '.join(names())}")
+        raise HessianFlowError(
+            f"{where}unknown data set {name!r}{hint}; known: {', '.join(names())}"
+        )
     return DATA_SETS[name]
