@@ -134,12 +134,7 @@ class AdaptiveBatchTrainer(Run):
         if (controller is not None or is_cut) and isinstance(train_data, ChecksRows):
             train_data.check_rows()
         reference = loop.rate.reference_batch_size
-        per_epoch = train_data.num_examples / reference
-        notices = [
-            idle_adversary(controller, adversary),
-            misfit(groups.schedule.scheduler, groups.schedule.unit, epochs, per_epoch),
-            unheld_state(run_dir, optimizer, groups.checkpoints.state),
-        ]
+        notices = _notices(task, methods, groups, folder, reference)
         super().__init__(loop, groups.reporting.config, notices, controller, reference)
 
 
@@ -152,3 +147,16 @@ def _check_fit(task: Task, methods: Methods, groups: Groups) -> None:
     check_run(task.model, task.optimizer, batch_size, examples)
     check_probe(methods.probe, task.model, groups.checkpoints.state)
     check_staleness(methods.staleness, batch_size, examples, task.epochs)
+
+
+def _notices(
+    task: Task, methods: Methods, groups: Groups, folder: Path | None, reference: int
+) -> list[str]:
+    """Return what the records say at the start about parts that may not do what they seem to."""
+    schedule = groups.schedule
+    per_epoch = task.train_data.num_examples / reference
+    return [
+        idle_adversary(methods.controller, methods.adversary),
+        misfit(schedule.scheduler, schedule.unit, task.epochs, per_epoch),
+        unheld_state(folder, task.optimizer, groups.checkpoints.state),
+    ]
