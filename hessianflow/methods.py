@@ -6,8 +6,8 @@ its docstring as their help. A class may have any of these members to adapt the 
 
     prefers: ClassVar[Mapping[str, str]]        default settings of a run with this method:
                                                 "schedule", "norm_mode", "adversary"
-    follows_rule: ClassVar[bool]                whether the rate follows the batch by a rule, which
-                                                another rule may replace
+    follows_rule: bool                          whether the rate follows the batch by a rule, which
+                                                another rule may replace (of a controller)
     defaults(run, options) -> Mapping           class method: defaults that depend on the run
     refuses(run, options) -> str                class method: the reason why it cannot train this
                                                 run, or ""
@@ -252,12 +252,6 @@ def prefers(kind: Kind, chosen: Choice) -> Mapping[str, str]:
     """Return the default settings of a run with this method."""
     preferred: Mapping[str, str] = getattr(find(kind, chosen.name, kind.name), "prefers", {})
     return preferred
-
-
-def follows_rule(chosen: Choice) -> bool:
-    """Return whether the rate follows the batch by a rule under the chosen controller."""
-    controller = find(KINDS["controller"], chosen.name, "controller")
-    return bool(getattr(controller, "follows_rule", False))
 
 
 def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) -> Any:

@@ -12,7 +12,7 @@ from hessianflow.data.datasets import FILE_SIDE, data_set
 from hessianflow.facts import RunFacts
 from hessianflow.fitting import fitted
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.methods import KINDS, Choice, complete, find, follows_rule, make, prefers
+from hessianflow.methods import KINDS, Choice, complete, find, make, prefers
 from hessianflow.options import parameters_of
 from hessianflow.rates import ADAPTIVE, RATES
 
@@ -58,7 +58,7 @@ def resolve(config: TrainConfig) -> RunConfig:
         if values[name].name != "none":
             values[name] = complete(KINDS[name], values[name], run, preset.methods, name)
     values["lr"] = _rate(config, inner.name, preset.settings["lr"])
-    values["lr_rule"] = config.lr_rule or _rule(values["controller"], inner.name)
+    values["lr_rule"] = config.lr_rule or _rule(values, inner.name)
     values |= _images(config)
     open_ones = [name for name, value in values.items() if value is None]
     if values["controller"].name == "dual-batch":
@@ -161,16 +161,25 @@ def _rate(config: TrainConfig, optimizer: str, for_sgd: float) -> float:
     return rate
 
 
-def _rule(controller: Choice, optimizer: str) -> str | None:
+def _rule(values: Mapping[str, Any], optimizer: str) -> str | None:
     """Return the default rule by which the rate follows the batch; None: the controller's own.
 
     It is sqrt for optimizers that divide by the size of the gradients, because their noise follows
     the rate over the root of the batch. A controller that finds the stable rate keeps its own rule.
     """
-    finds_stable_rate = controller.options.get("edge_share") is not None
-    if optimizer not in ADAPTIVE or not follows_rule(controller) or finds_stable_rate:
-        return None
-    return "sqrt"
+    if optimizer in ADAPTIVE and getattr(_controller(values), "follows_rule", False):
+        return "sqrt"
+    return None
+
+
+def _controller(values: Mapping[str, Any]) -> Any:
+    """Return a controller of a run, made only to be asked."""
+    return make(
+        KINDS["controller"],
+        values["controller"],
+        batch_size=values["batch_size"],
+        max_batch_size=values["max_batch_size"],
+    )
 
 
 def _images(config: TrainConfig) -> dict[str, Any]:
@@ -214,12 +223,7 @@ def _try(config: RunConfig) -> None:
         method = find(KINDS["adversary"], adversary.name, "adversary")
         if "batches" not in parameters_of(method):  # those that need the data are made with them
             make(KINDS["adversary"], adversary, value_range=(0.0, 1.0), seed=config.seed)
-    controller = make(
-        KINDS["controller"],
-        config.controller,
-        batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
-    )
+    controller = _controller(vars(config))
     if config.is_dual_batch:
         return
     lacking = [name for name in _CONTROLLER if not hasattr(controller, name)]

@@ -58,7 +58,7 @@ class Controller(ABC, Generic[S]):
 
     prefers: ClassVar[Mapping[str, str]] = {}
     """Settings of a run with this controller, unless the user gives others."""
-    follows_rule: ClassVar[bool] = False
+    follows_rule: bool = False
     """Whether the learning rate follows the batch by a rule that another rule may replace."""
 
     def __init__(self, state: S, max_batch_size: int) -> None:

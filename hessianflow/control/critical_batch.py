@@ -115,8 +115,6 @@ class CriticalBatch(BoundedController[CriticalState]):
 
     prefers: ClassVar[Mapping[str, str]] = {"schedule": "cooldown", "norm_mode": "batch"}
 
-    follows_rule = True
-
     def __init__(
         self,
         batch_size: int,
@@ -149,6 +147,8 @@ class CriticalBatch(BoundedController[CriticalState]):
             raise HessianFlowError(
                 f"momentum and edge_share must be < 1, got {momentum!r} and {edge_share!r}"
             )
+        # The second bound finds the rate itself; without it, the rate follows the batch by a rule.
+        self.follows_rule = edge_share is None
         self.excess_power = check_number("excess_power", excess_power, low=0, high=1)
         self.window = check_count("window", window)
         self.max_growth = check_number("max_growth", max_growth, above=1)
