@@ -172,5 +172,7 @@ def _documented(method: Any) -> dict[str, str]:
         for parameter in parse(documented.__doc__ or "").params:
             text = " ".join((parameter.description or "").split())
             # The docstrings of torch repeat their defaults, which may differ here.
-            texts[parameter.arg_name] = re.sub(r" ?\(default: [^)]*\)", "", text)
+            text = re.sub(r" ?\(default: [^)]*\)", "", text)
+            # Of a reference such as :class:`~package.Name`, the name alone is left.
+            texts[parameter.arg_name] = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
     return texts

@@ -89,11 +89,19 @@ def kinds(annotation: Any) -> set[Any]:
     return {Literal if get_origin(part) is Literal else part for part in parts}
 
 
+def of_tables(room: Any) -> dict[str, Any]:
+    """Return the classes that stand in a table of a room, whether they are public or not."""
+    tables = [table for table in vars(room).values() if isinstance(table, dict)]
+    classes = [each for table in tables for each in table.values() if inspect.isclass(each)]
+    own = [each for each in classes if each.__module__.startswith("hessianflow.")]
+    return {each.__name__: each for each in own}
+
+
 def cases() -> list[Any]:
     found = []
     for room in (control, optim, adversarial):
-        for name in room.__all__:
-            make = getattr(room, name)
+        public = {name: getattr(room, name) for name in room.__all__}
+        for name, make in {**public, **of_tables(room)}.items():
             if name in RESULTS or not callable(make) or getattr(make, "_is_protocol", False):
                 continue
             parameters = inspect.signature(make).parameters
