@@ -26,7 +26,8 @@ class Parser(ArgumentParser):
     Attributes:
         options: Every option, as typed.
         settings: Names of the options that are settings of a run.
-        chosen: Settings that choose a method, whose options are added when it is known.
+        chosen: Settings that choose a method, and the group of its options, which are added when
+            it is known.
         methods: Methods in force, by the setting that chooses them.
         values: Options whose words are read as YAML; text is not.
         switches: Options that are true or false, and true if nothing follows.
@@ -38,7 +39,7 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.options: list[str] = []
         self.settings: set[str] = set()
-        self.chosen: list[str] = []
+        self.chosen: dict[str, Any] = {}
         self.methods: dict[str, str] = {}
         self.values: set[str] = set()
         self.switches: set[str] = set()

@@ -137,7 +137,7 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
             if default is None:
                 hint = str | None
             default = getattr(default, "name", None)
-            parser.chosen.append(setting.name)
+            parser.chosen[setting.name] = None
         parser.settings.add(setting.name)
         parser.add(
             option(setting.name),
@@ -147,6 +147,10 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
             help=text,
             group=titles[title],
         )
+        if list(parser.chosen) == [name for name in CHOSEN if name in wanted]:
+            # Their options follow in the help, before settings that everyone leaves alone.
+            for name, group in parser.chosen.items():
+                parser.chosen[name] = group or parser.add_argument_group(name)
 
 
 def _named(setting: str) -> list[str]:
@@ -200,10 +204,11 @@ def _add_method(
 ) -> None:
     """Add the options of a method and of those inside it, which are added to `in_force`."""
     options = method_options(kind, name, where)
-    group = None
-    if options:
-        about = " ".join((find(kind, name, where).__doc__ or "").partition("\n\n")[0].split())
-        group = parser.add_argument_group(f"{where} {name}", about)
+    group = parser.chosen[where.partition(".")[0]]
+    if where in parser.chosen:
+        about = (find(kind, name, where).__doc__ or "").partition("\n\n")[0]
+        group.title = f"{where} {name}"
+        group.description = " ".join(about.split())
     for known in options.values():
         dotted = f"{where}.{known.name}"
         default = known.default
