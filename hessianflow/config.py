@@ -108,6 +108,8 @@ class TrainConfig:
             else eval.
         overfitting_alarm: Record the accuracy under fgsm and pgd on 256 test examples after every
             epoch, and warn if it collapses under pgd but not under fgsm.
+        alarm_eps: Size of the attacks of overfitting_alarm, in units of pixels scaled to [0, 1];
+            default: that of the adversary, or 0.005 without one.
         input_curvature: Record the top eigenvalue of the Hessian by the inputs, on 16 test
             examples, after every epoch.
         microbatch_size: Examples per forward pass; auto finds the fastest; default: auto on a GPU,
@@ -179,6 +181,7 @@ class TrainConfig:
     curvature_budget: Annotated[float, Range(1e-6, 1000)] | None = _of("curvature")
     norm_mode: NormMode | None = _of("curvature")
     overfitting_alarm: bool = _of("curvature", False)
+    alarm_eps: Annotated[float, Range(0, 1)] | None = _of("curvature")
     input_curvature: bool = _of("curvature", False)
     microbatch_size: Count | Literal["auto"] | None = _of("passes through the network")
     norm_batch_size: CountOrNone | Literal["ranks"] | None = _of("passes through the network")

@@ -51,6 +51,7 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "image_size": (_FILES,),
     "max_lr_factor": ({"lr_rule": ("linear", "sqrt", "none")},),
     "overfitting_alarm": (_ONE_TRAINER,),
+    "alarm_eps": ({"overfitting_alarm": (True,), **_ONE_TRAINER},),
     "input_curvature": (_ONE_TRAINER,),
     "curvature": (_ONE_TRAINER,),
     "probe_examples": (_MEASURED,),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,12 +90,19 @@ def _budget(config: RunConfig) -> float | None:
     return config.curvature_budget / FLOAT32_PER_16_BIT
 
 
+def _alarm_eps(config: RunConfig) -> Any:
+    """Return the size of the attacks of the overfitting alarm: by default the adversary's."""
+    if config.alarm_eps is not None:
+        return config.alarm_eps
+    attack = config.adversary.options.get("attack", config.adversary)
+    return attack.options.get("eps", WATCHED_EPS)
+
+
 def build_measurements(config: RunConfig, parts: Parts) -> list[EpochMeasurement]:
     """Return the measurements that follow every epoch, on the first test examples."""
     measurements: list[EpochMeasurement] = []
     if config.overfitting_alarm:
-        size = config.adversary.options.get("eps", WATCHED_EPS)
-        eps = scaled_eps(size, torch.tensor(parts.spread))
+        eps = scaled_eps(_alarm_eps(config), torch.tensor(parts.spread))
         batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
         measurements.append(
             RobustnessWatch(

@@ -25,7 +25,10 @@ def _to(kind: str, methods: str, option: str, convert: _Convert = _same) -> tupl
 
 
 _MOVED: Mapping[str, tuple[_Place, ...]] = {
-    "momentum": _to("optimizer", "sgd lars clars", "momentum"),
+    "momentum": (
+        *_to("optimizer", "sgd lars clars", "momentum"),
+        *_to("controller", "critical", "momentum"),
+    ),
     "weight_decay": _to("optimizer", "sgd adam adamw lars clars lamb", "weight_decay"),
     "trust_coefficient": _to("optimizer", "lars clars", "trust_coefficient"),
     "milestones": (
@@ -86,7 +89,8 @@ def moved(name: str) -> list[tuple[str, str, str]]:
 
 def is_older(settings: Mapping[str, Any]) -> bool:
     """Return whether settings have names from before options belonged to their methods."""
-    return bool(_OLDER & settings.keys())
+    of_warmup = settings.get("controller") == "warmup" and "warmup_epochs" in settings
+    return of_warmup or bool(_OLDER & settings.keys())
 
 
 def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,13 +109,15 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
         value = settings.get(name)
         for kind, method, option, convert in places:
             if methods.get(kind, {}).get("name") == method and value is not None:
-                _put(methods[kind], option, convert(value))
+                _put(methods[kind], option, _converted(value, convert))
     if methods.get("controller", {}).get("name") == "warmup":
         kept.pop("warmup_epochs", None)
         if not methods["controller"].get("warmup_epochs"):
             methods["controller"].pop("warmup_epochs", None)
     if settings.get("momentum_correction"):
         methods["optimizer"]["form"] = "outside"
+    if settings.get("overfitting_alarm") in (True, "true") and settings.get("eps") is not None:
+        kept["alarm_eps"] = settings["eps"]
     if settings.get("sam_rho"):
         methods["optimizer"] = {
             "name": "sam",
@@ -133,17 +139,34 @@ def _is_given(kind: str, method: Mapping[str, Any], settings: Mapping[str, Any])
 def _methods(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the methods in force, with the defaults of the time for those that are not named."""
     controller = settings.get("controller", "absa")
+    if isinstance(controller, Mapping):
+        controller = controller.get("name")
     schedule = settings.get("schedule")
     if schedule is None:
         own = {"critical": "cooldown", **dict.fromkeys(_WITHOUT_SCHEDULE, "constant")}
-        schedule = own.get(controller, "multistep")
+        schedule = own.get(str(controller), "multistep")
     chosen = {
-        "controller": controller,
+        "controller": settings.get("controller", "absa"),
         "schedule": schedule,
         "adversary": settings.get("adversary", "fgsm"),
         "optimizer": settings.get("optimizer", "sgd"),
     }
-    return {kind: {"name": name} for kind, name in chosen.items()}
+    return {kind: _as_method(value) for kind, value in chosen.items()}
+
+
+def _as_method(value: Any) -> dict[str, Any]:
+    """Return a method as a mapping; one that is already may stand beside older names."""
+    if isinstance(value, Mapping):
+        return {"name": None, **value}
+    return {"name": value}
+
+
+def _converted(value: Any, convert: _Convert) -> Any:
+    """Return a value in its form of today; one that has none is left, to be refused where it is."""
+    try:
+        return convert(value)
+    except (TypeError, ZeroDivisionError):
+        return value
 
 
 _WITHOUT_SCHEDULE = ("adabatch", "grow-instead-of-decay", "timed")

@@ -1,6 +1,7 @@
 """Options of methods at the command: nested, refused by name, printed, taken from older files."""
 
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -203,6 +204,45 @@ def test_a_controller_and_a_schedule_of_ones_own(
 
 
 @pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("optimizer", {"name": "sam", "base": "{own}:Doubling"}),
+        ("adversary", {"name": "conadv", "attack": "{own}:Doubling"}),
+        ("adversary", {"name": "conadv", "runner": {"name": "{own}:Doubling"}}),
+        ("controller", "{own}:Doubling"),
+    ],
+)
+@pytest.mark.parametrize("command", ["resume", "spectrum", "replay", "robustness"])
+def test_a_run_directory_runs_no_code_however_it_names_it(
+    kind: str, method: object, command: str, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--train-examples", "64", "--controller", "fixed")
+    assert run("train", *QUICK, *arguments, capsys=capsys)[0] == 0
+    record = json.loads(Path("run/config.json").read_text())
+    record["settings"][kind] = json.loads(json.dumps(method).replace("{own}", own))
+    Path("run/config.json").write_text(json.dumps(record))
+    status, _, errors = run(command, "run", capsys=capsys)
+    assert status == 2
+    assert f"names code that would be run: if you trust it, add --code {own}:Doubling" in errors
+    assert own not in sys.modules
+
+
+def test_an_older_run_directory_runs_no_code_either(
+    own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--train-examples", "64", "--controller", "fixed")
+    assert run("train", *QUICK, *arguments, capsys=capsys)[0] == 0
+    record = json.loads(Path("run/config.json").read_text())
+    for name in ("controller", "optimizer", "schedule", "adversary"):
+        record["settings"][name] = record["settings"][name]["name"]
+    record["settings"] |= {"adversary": "conadv", "conadv_attack": f"{own}:Doubling", "eps": 0.1}
+    Path("run/config.json").write_text(json.dumps(record))
+    _, _, errors = run("robustness", "run", capsys=capsys)
+    assert f"add --code {own}:Doubling" in errors
+    assert own not in sys.modules
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("Nothing", "Nothing is no controller: it lacks decision and is_due and needs and update"),
@@ -271,6 +311,76 @@ def test_a_file_of_an_older_release_is_upgraded_and_said_once(
     assert settings["controller"]["edge_share"] is None
     assert settings["optimizer"]["momentum"] == 0.8
     assert settings["adversary"]["share"] == 0.4
+
+
+def test_of_an_older_file_only_what_moved_is_read_as_a_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """off is a word of the settings, 007 the name of a folder, and neither is a value of YAML."""
+    text = "controller: fixed\ncurvature: 'off'\nmomentum: 0.8\nrun_dir: '007'\nepochs: 1\n"
+    Path("old.yaml").write_text(f"{text}plots: false\ntrain_examples: 64\n")
+    assert run("train", "--config", "old.yaml", capsys=capsys)[0] == 0
+    assert config("007")["curvature"] == "off"
+    assert config("007")["optimizer"]["momentum"] == 0.8
+
+
+def test_the_alarm_attacks_with_the_size_of_the_adversary_or_its_own() -> None:
+    from hessianflow.config import TrainConfig
+    from hessianflow.measurements import _alarm_eps
+    from hessianflow.resolve import resolve
+
+    attack = {"name": "conadv", "attack": {"name": "fgsm", "eps": 0.05}}
+    for given, eps in [
+        ({"adversary": attack}, 0.05),
+        ({"adversary": {"name": "pgd", "eps": 0.07}}, 0.07),
+        ({"adversary": "none"}, 0.005),
+        ({"adversary": "none", "alarm_eps": 0.1}, 0.1),
+    ]:
+        assert _alarm_eps(resolve(TrainConfig(overfitting_alarm=True, **given))) == eps
+
+
+@pytest.mark.parametrize(
+    ("settings", "today"),
+    [
+        (
+            {"controller": {"name": "absa"}, "adversary": "fgsm", "eps": 0.1},
+            {"controller": {"name": "absa"}, "adversary": {"name": "fgsm", "eps": 0.1}},
+        ),
+        (
+            {"optimizer": {"name": "sgd"}, "momentum": 0.3},
+            {"optimizer": {"name": "sgd", "momentum": 0.3}},
+        ),
+        (
+            {"controller": "grow-instead-of-decay", "lr_decay": 0.0},
+            {"controller": {"name": "grow-instead-of-decay", "decay_factor": 0.0}},
+        ),
+        (
+            {"controller": "critical", "optimizer": "adam", "momentum": 0.5},
+            {"controller": {"name": "critical", "momentum": 0.5}, "optimizer": {"name": "adam"}},
+        ),
+        (
+            {"controller": "warmup", "warmup_epochs": 3},
+            {"controller": {"name": "warmup", "warmup_epochs": 3}},
+        ),
+        (
+            {"adversary": "none", "eps": 0.2, "overfitting_alarm": True},
+            {"adversary": {"name": "none"}, "alarm_eps": 0.2, "overfitting_alarm": True},
+        ),
+    ],
+)
+def test_odd_settings_of_an_older_release_are_upgraded(settings: dict, today: dict) -> None:
+    from hessianflow.upgrade import upgrade
+
+    assert upgrade(settings) == today
+
+
+def test_a_replay_takes_the_options_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--train-examples", "64", "--controller.patience", "1")
+    quick = ("--epochs", "3", "--plots", "false", "--run-dir", "run")
+    assert run("train", *quick, *arguments, capsys=capsys)[0] == 0
+    status, said, _ = run("replay", "run", "--controller", "abs", capsys=capsys)
+    assert status == 0
+    assert "no growth for 1 estimate" in said
 
 
 def test_options_in_a_file_for_another_method_are_said_to_be_unused(

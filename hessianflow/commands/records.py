@@ -142,7 +142,7 @@ def _replay(arguments: Namespace) -> int:
 
     history = History.load(arguments.run_dir)
     require_settings(arguments.run_dir, "replay", "hf.control.replay")
-    require_named_code(arguments.run_dir, arguments)
+    require_named_code(arguments.run_dir, arguments, builds_model=False)
     recorded = load_config(arguments.run_dir)
     config = resolve(_replayed(recorded, arguments.given.settings(arguments)))
     if config.norm_mode != recorded.norm_mode:
@@ -174,19 +174,27 @@ def _replay(arguments: Namespace) -> int:
 def _replayed(recorded: "RunConfig", changes: dict[str, Any]) -> "TrainConfig":
     """Return the settings of a run with another controller, and open what depends on it.
 
-    The default is absa, with the options of the run if it had the same controller.
+    The default is absa. Options that are not given are those of the run's controller where that has
+    options of the same name, and grow-instead-of-decay takes its milestones from the run's
+    schedule.
     """
     from hessianflow.config import chosen, from_dict, to_dict
-    from hessianflow.methods import KINDS, prefers
+    from hessianflow.methods import KINDS, method_options, prefers
 
     kept = to_dict(recorded)
     controller = changes.pop("controller", "absa")
     if isinstance(controller, str):
         controller = {"name": controller}
     name = controller["name"]
-    if recorded.controller.name == name:
-        controller = kept["controller"] | controller
-    else:  # these may not go with another controller, or have another meaning there
+    own = dict(kept["controller"])
+    if name == "grow-instead-of-decay" and recorded.schedule.name == "multistep":
+        own["milestones"] = recorded.schedule.options["milestones"]
+        own["decay_factor"] = 1 / recorded.schedule.options["lr_decay"]
+    shared = method_options(KINDS["controller"], name).keys() & own.keys()
+    controller = {option: own[option] for option in shared} | controller
+    if (
+        recorded.controller.name != name
+    ):  # these may not go with another controller, or have another meaning there
         for setting in ("schedule", "lr_rule", "max_lr_factor", "norm_mode"):
             del kept[setting]
     preferred = [

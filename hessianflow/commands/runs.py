@@ -1,13 +1,14 @@
 """Run directories as arguments of commands."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hessianflow.config import CHOSEN
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.upgrade import upgrade
 
 
 def distinct(run_dirs: Iterable[str]) -> list[Path]:
@@ -50,7 +51,7 @@ def add_code(parser: Any) -> None:
     )
 
 
-def require_named_code(run_dir: str | Path, arguments: Any) -> None:
+def require_named_code(run_dir: str | Path, arguments: Any, *, builds_model: bool = True) -> None:
     """Refuse to import code that only a run directory names, because its sender chose that code.
 
     Args:
@@ -72,25 +73,29 @@ def require_named_code(run_dir: str | Path, arguments: Any) -> None:
     if isinstance(recorded, str) and model is not None and model != recorded:
         raise HessianFlowError(f"--model {model}: the model of {run_dir} is {recorded}")
     where = Path(run_dir) / CONFIG
-    if isinstance(recorded, str) and ":" in recorded and model is None:
+    if builds_model and isinstance(recorded, str) and ":" in recorded and model is None:
         raise HessianFlowError(
             f"{where} names code that would be run: if you trust it, add --model {recorded}"
         )
     trusted = (arguments.code or "").split(",")
-    own = [path for path in _paths(settings) if path not in (recorded, *trusted)]
+    # Options of older releases are imported under their names of today.
+    methods = [upgrade(settings).get(kind) for kind in CHOSEN]
+    own = [path for path in _paths(methods) if path not in trusted]
     if own:
         raise HessianFlowError(
             f"{where} names code that would be run: if you trust it, add --code {','.join(own)}"
         )
 
 
-def _paths(settings: Any) -> list[str]:
-    """Return every name in recorded settings that is an import path."""
-    if not isinstance(settings, dict):
-        return []
-    names = [settings[key] for key in ("name", *CHOSEN) if isinstance(settings.get(key), str)]
-    inner = [path for value in settings.values() for path in _paths(value)]
-    return [name for name in names if ":" in name] + inner
+def _paths(value: Any) -> list[str]:
+    """Return every import path in recorded methods, however deep: each may name a class."""
+    if isinstance(value, str) and ":" in value:
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [path for part in value for path in _paths(part)]
+    return []
 
 
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:

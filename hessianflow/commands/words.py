@@ -185,9 +185,10 @@ def _settings_of(path: str, notes: list[str]) -> dict[str, tuple[str, str]]:
         raise HessianFlowError("--config needs the name of a file of settings")
     settings = read_settings(path)
     if is_older(settings):
-        values = {name: load_value(text) for name, text in settings.items()}
-        upgraded = upgrade(values)
-        older = [name for name in values if name not in upgraded]
+        # Only what moves is read as a value: a folder named 007 and the word off stay as they are.
+        moves = {name: load_value(text) for name, text in settings.items() if is_older({name: ""})}
+        upgraded = upgrade({**settings, **moves})
+        older = [name for name in settings if name not in upgraded]
         settings = flattened(upgraded)
         notes.append(
             f"--config {path} has the form of an older release ({', '.join(older)}):"

@@ -164,7 +164,9 @@ class CriticalBatch(BoundedController[CriticalState]):
 
         The stable rate of that bound says nothing about an optimizer that rescales its gradients.
         """
-        options: dict[str, Any] = {"momentum": run.momentum or 0.0}
+        options: dict[str, Any] = {}
+        if run.momentum is not None:
+            options["momentum"] = run.momentum
         if run.optimizer != "sgd":
             options["edge_share"] = None
         return options

@@ -46,6 +46,8 @@ class MultiStep:
                 f"milestones must be increasing epochs, got {list(self.milestones)}"
             )
         check_number("lr_decay", lr_decay)
+        if lr_decay > 1:
+            raise HessianFlowError(f"lr_decay must be at most 1, got {lr_decay:g}: a rate decays")
         self.lr_decay = lr_decay
 
     @classmethod

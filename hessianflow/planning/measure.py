@@ -160,7 +160,7 @@ def planned_phases(run: PlanBasis) -> tuple[list[Phase], str]:
         progress = Progress(epoch, epoch * run.examples, 0, run.examples, epochs)
         if controller.is_due(progress):
             controller.update(progress)
-    origin = f"--controller {config.controller}"
+    origin = f"--controller {config.controller.name}"
     if guessed:
         origin = f"{origin} growing by patience alone, without eigenvalues"
     return phases, origin

@@ -169,6 +169,12 @@ def check_training_state(state: Mapping[str, Any]) -> None:
     """
     if "dual_batch" in state:
         raise HessianFlowError("the checkpoint is of a run on a parameter server")
+    decision = state.get("decision")
+    if isinstance(decision, Mapping) and "adversarial_share" in decision:
+        raise HessianFlowError(
+            "a development version before 0.1.0 made it: such a run can be measured (hessianflow"
+            " spectrum, robustness), but not continued"
+        )
     _refuse(fault_of(state, TrainingState) or _tensor_fault(state))
     for number, generators in enumerate(state.get("rank_generators", ())):
         _refuse(_generators_fault(generators, f"rank_generators.{number}"))

@@ -102,5 +102,5 @@ class Guard:
         raise DivergenceError(
             f"{where} (learning rate {steering.rate.value:g}, batch"
             f" {steering.decision.batch_size}): lower the rate or the largest batch, or, if the"
-            f" loss was finite and right, set max_loss_ratio=None; {kept}"
+            f" loss was finite and right, set Divergence(max_loss_ratio=None); {kept}"
         )
