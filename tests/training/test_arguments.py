@@ -158,7 +158,7 @@ REFUSED: list[tuple[Callable[[], dict[str, Any]], str]] = [
         "measurements cannot be a function, which lacks kind: pass one such as",
     ),
     (
-        lambda: {"reporting": Reporting(sinks=[print])},
+        lambda: {"reporting": Reporting(sinks=[len])},
         "sinks cannot be a builtin_function_or_method, which lacks write: pass one such as",
     ),
     (
