@@ -177,7 +177,7 @@ def test_a_run_that_diverges_is_stopped_early():
     """Adam at a rate of 100: the loss stays finite, and a hundred thousand times what it was."""
     message = diverging(lambda model: torch.optim.Adam(model.parameters(), lr=100.0))
     assert "in epoch 1 at update" in message
-    assert "set max_loss_ratio=None" in message
+    assert "set Divergence(max_loss_ratio=None)" in message
 
 
 def test_the_limit_can_be_taken_off():
