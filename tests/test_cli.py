@@ -404,6 +404,7 @@ def test_a_replay_leaves_the_rate_rule_of_another_controller_out(capsys):
     assert "critical: " in out
 
 
+@pytest.mark.slow
 def test_commands_that_read_runs(capsys):
     for seed in ("0", "1"):
         assert (
@@ -559,6 +560,7 @@ def test_statistics_of_all_ranks_are_those_of_one_alone(capsys):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_plot_overlays_runs(capsys):
     for seed in ("0", "1"):
         assert (

@@ -35,6 +35,7 @@ CYCLIC = [
 ]
 
 
+@pytest.mark.slow
 def test_resolution_under_any_controller(capsys):
     plan = [
         *CYCLIC,
@@ -233,6 +234,7 @@ DUAL = [
 ]
 
 
+@pytest.mark.slow
 def test_dual_batch_trains_stops_and_resumes(capsys):
     """The command of the README; resumed it has nothing to do."""
     plan = [

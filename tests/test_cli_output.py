@@ -46,6 +46,7 @@ def test_quiet_where_nobody_watches_and_the_logger_is_left_as_found(capsys):
     assert (logger.level, logger.handlers, logger.propagate) == (logging.NOTSET, [], True)
 
 
+@pytest.mark.slow
 def test_debug_adds_readings(capsys):
     lines = errors("train", *QUICK, "--log-level", "debug", capsys=capsys)
     assert sum("eigenvalue" in line and "products" in line for line in lines) == 3
@@ -59,6 +60,7 @@ def test_unknown_level_is_one_line(capsys):
     assert "--log-level" in err
 
 
+@pytest.mark.slow
 def test_a_fallback_is_said_on_stderr_whatever_the_place(capsys):
     """A truncated newest checkpoint: one line names it and the file that was used in its place."""
     assert errors("train", *QUICK, capsys=capsys) == []

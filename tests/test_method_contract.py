@@ -35,6 +35,9 @@ FURTHER: dict[str, dict[str, Any]] = {
     "controller-dual-batch": {"slope": 0.1, "intercept": 1},
     "optimizer-extrapolation": {"lookahead_lr": 0.01},
 }
+QUICK = ("controller-absa", "controller-critical", "adversary-conadv", "optimizer-lars")
+QUICK += ("schedule-multistep",)
+"""The methods that the quick tier takes through a run; the slow one takes all others."""
 STILL = ("controller-fixed", "controller-warmup", "controller-dual-batch")
 """Their batch never grows, or is planned beforehand."""
 GROWING = ("controller-absa", "controller-abs", "controller-adabatch", "controller-timed")
@@ -60,7 +63,13 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return torch.load(Path(folder, "checkpoints", "last.pt"), weights_only=True)["model"]
 
 
-@pytest.mark.parametrize(("kind", "name"), METHODS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(*case, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for case, name in zip(METHODS, NAMES, strict=True)
+    ],
+)
 def test_it_trains_grows_and_goes_on_bit_for_bit(
     kind: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -192,6 +192,7 @@ def test_a_residual_rule_that_means_nothing_is_refused(options, message):
         top_eigenpairs(diagonal(BULK), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 4, 5, 8, 15])
 @pytest.mark.parametrize("tol", [1e-2, 1e-3])
 def test_of_few_rows_the_leading_value_is_never_missed(size, tol):

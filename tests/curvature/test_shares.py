@@ -106,6 +106,7 @@ def test_shares_of_a_network_cover_the_dense_ones(dtype, steps):
     assert mass.stderr < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [1, 3])
 @pytest.mark.parametrize("edge", [0.0, 1e-3, 0.1])
 def test_two_errors_cover_the_mass_below_a_value(edge, probes):

@@ -39,6 +39,7 @@ def rms(errors):
     return float(errors.square().mean().sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("method", ["hutchinson", "hutchpp", "krylov"])
 def test_unbiased_and_the_standard_error_covers_as_often_as_it_says(method, name):

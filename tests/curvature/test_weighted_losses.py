@@ -208,6 +208,7 @@ def dense_hessian(problem, loss_fn):
     return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch_size", [None, 7, 1])
 @pytest.mark.parametrize("name", OWN_LOSSES)
 def test_own_losses_give_one_matrix_in_parts_and_in_one_pass(name, microbatch_size):

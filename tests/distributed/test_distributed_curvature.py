@@ -39,6 +39,7 @@ def dense_eigenvalues():
     return values[np.argsort(-np.abs(values))][:2]
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_eigenvalues_of_one_process():
     first, second = run_local(measure, 2)
     assert first[0].numpy() == pytest.approx(dense_eigenvalues(), abs=1e-8)
@@ -98,6 +99,7 @@ def empty_rank(reducer):
     return operator.matvec(torch.ones(2)).tolist()
 
 
+@pytest.mark.slow
 def test_a_rank_without_examples_adds_nothing():
     assert run_local(empty_rank, 2) == [[1.0, 2.0]] * 2
 

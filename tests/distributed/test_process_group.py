@@ -293,6 +293,7 @@ def sleep(reducer):
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_launch_refuses_and_gives_up():
     with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
         run_local(agree, 0)
@@ -382,6 +383,7 @@ def test_under_a_launchers_environment(fails, capfd):
     assert [rank.exitcode for rank in ranks] == ([1, 3] if fails else [0, 0]), capfd.readouterr()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_alone_says_what_it_waited_for(monkeypatch):
     """RANK and the others left in the environment by something else."""
     port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port

@@ -100,6 +100,7 @@ def test_the_batch_grew_on_the_eigenvalue():
     assert rows[-1]["updates"] >= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (2, 3)])
 def test_a_run_goes_on_at_another_world_size(tmp_path: Path, worlds: tuple[int, int]):
     """Stopped in the midst of the second epoch; shards and decisions go on as if the world had
@@ -176,6 +177,7 @@ def test_all_ranks_end_where_there_is_nothing_to_undo(tmp_path: Path):
     assert "the last good checkpoint is" in first[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"),
     [

@@ -189,6 +189,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(
     assert path.with_name("last.damaged").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commits", [3, 8])
 def test_interrupted_and_resumed_is_bit_equal(commits: int, whole: History, tmp_path: Path) -> None:
     """Stopped within an epoch or at its end, with momentum, dropout and workers under way."""

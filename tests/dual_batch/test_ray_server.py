@@ -76,6 +76,7 @@ def test_workers_that_die_or_hang_cost_no_commit(ray, tmp_path):
     assert any("worker 0 hung" in event for event in run.events)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_goes_on_from_its_snapshot(ray, tmp_path):
     """Rounds make the order of arrival irrelevant: real processes give the simulated numbers bit
     for bit.

@@ -57,6 +57,7 @@ def settle(ray, run) -> None:
         ray.wait(refs, num_returns=len(refs), timeout=600)
 
 
+@pytest.mark.slow
 def test_the_world_follows_the_batch(ray, tmp_path):
     """One worker for batches of 8, two for 16, one again at the end: the weights are those of one
     process.
@@ -180,6 +181,7 @@ def test_a_run_whose_workers_cannot_start_says_so_in_one_line(ray, tmp_path, mon
         ).run()
 
 
+@pytest.mark.slow
 def test_a_cluster_without_room_is_not_waited_for(ray, tmp_path):
     """Each worker takes 2 of the 3 CPUs: the second never comes, the run ends all the same."""
 
@@ -200,6 +202,7 @@ def test_a_cluster_without_room_is_not_waited_for(ray, tmp_path):
         ).run()
 
 
+@pytest.mark.slow
 def test_what_cannot_go_on_says_so(ray, tmp_path):
     settings = ElasticSettings(**STEPWISE)
     with pytest.raises(Exception, match="a bug of the user's"):

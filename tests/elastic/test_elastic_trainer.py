@@ -234,6 +234,7 @@ def test_workers_that_are_killed_change_no_number(ray, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "best.pt").exists()
 
 
+@pytest.mark.slow
 @RAY_LEAVES_SOCKETS
 def test_the_command_trains_and_resumes(ray, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

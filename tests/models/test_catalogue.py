@@ -67,6 +67,7 @@ def test_digits_cnn_is_small() -> None:
     assert models.count_parameters(models.create("digits-cnn", input_size=8)) == 30_762
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK_MODELS)
 def test_forward_shape_and_a_gradient_for_every_parameter(name: str) -> None:
     model = models.create(name, num_classes=7)

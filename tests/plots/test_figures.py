@@ -61,6 +61,7 @@ def crowded(changes=60):
     return in_memory([*rows, epoch(changes, updates=100, batch=changes)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", FIGURES)
 @pytest.mark.parametrize(
     "runs",

@@ -85,6 +85,7 @@ def test_two_runs_are_compared_and_differences_marked(folder, tmp_path):
     assert "Where the runs differ:" not in report(folder)
 
 
+@pytest.mark.slow
 def test_spectrum_is_shown_where_there_is_one(folder):
     stored = {"eigenvalues": [5.0, -2.5], "residuals": [1e-3, 2e-3], "density": None, "size": 10}
     stored |= {"num_examples": 64, "norm_mode": "batch", "trace": {"value": 2.5, "stderr": 0.125}}
@@ -208,6 +209,7 @@ def test_run_in_memory_without_settings():
 DENSITY = '{"eigenvalues": [1], "residuals": [1], "density": '
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [

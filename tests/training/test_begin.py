@@ -360,6 +360,7 @@ def test_a_run_directory_is_continued_by_resume(tmp_path):
     assert comparable(history) == comparable(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("stop_at", [2, 7, 12])
 def test_streams_of_every_kind_are_resumed_exactly(tmp_path, kind: str, stop_at: int):

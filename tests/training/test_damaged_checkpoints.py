@@ -94,6 +94,7 @@ def assert_falls_back(whole: Path, folder: Path, case: object) -> None:
 OTHERS = {"none": None, "number": 5, "text": "x", "list": [1, [2]], "tensor": torch.ones(2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["missing", *OTHERS])
 def test_every_entry_is_checked_before_any_is_used(kind: str, whole: Path, tmp_path: Path):
     names = sorted(
@@ -116,6 +117,7 @@ def test_every_entry_is_checked_before_any_is_used(kind: str, whole: Path, tmp_p
             assert_falls_back(whole, damaged(whole, tmp_path / name, change), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["missing", *OTHERS])
 def test_the_state_of_every_part_is_checked(kind: str, whole: Path, tmp_path: Path):
     parts = torch.load(whole / "checkpoints" / "last.pt", weights_only=True)["parts"]

@@ -126,6 +126,7 @@ def claims(
     return AdaptiveBatches(TensorDataset(x, y), batch_size, seed=3), x, y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "scale"), [(97, 400), (97, 4000), (31, 1000), (200, 1e5)])
 @pytest.mark.parametrize("batch_size", [4, 16])
 def test_a_regression_with_rare_large_targets_trains(every: int, scale: float, batch_size: int):
