@@ -6,10 +6,10 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from hessianflow.presets import PRESETS
 
 from hessianflow.commands.settings import Given
 from hessianflow.config import CHOSEN, TrainConfig
+from hessianflow.data.datasets import DATA_SETS
 from hessianflow.effects import EFFECTIVE, Above, AllBut, check_effects, is_ignored
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, method_options
@@ -87,7 +87,7 @@ def test_cases_are_made_of_settings_and_choices_that_exist():
                 elif name in CHOSEN:
                     assert value in KINDS[name].methods
                 elif name == "data":
-                    assert value in PRESETS
+                    assert value in DATA_SETS
                 else:
                     assert value in words(hints[name]) or (
                         hints[name] is bool and value in (True, False)

@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import hessianflow.presets
 import torch
 from paired import in_turn, ratios, spread, timed
 from pixels import cifar10
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import hessianflow as hf
+import hessianflow.data.datasets
 from hessianflow.build import FLOAT32_PER_16_BIT
 from hessianflow.training import Passes
 
