@@ -36,8 +36,8 @@ SMALL = [
     "16",
 ]
 SMALL += ["--epochs", "3", "--plots", "false", "--device", "cpu"]
-GROWING = [*SMALL, "--probe-examples", "16", "--max-batch-size", "32", "--patience", "1"]
-SERVER = [*SMALL, "--controller", "dual-batch", "--slope", "0.1", "--intercept", "1.0"]
+GROWING = [*SMALL, "--probe-examples", "16", "--max-batch-size", "32", "--controller.patience", "1"]
+SERVER = [*SMALL, "--controller", "dual-batch", "--controller.slope", "0.1", "--controller.intercept", "1.0"]
 RUN_FILES = ("run/config.json", "run/history.jsonl", "run/summary.json", "run/checkpoints/last.pt")
 Change = Callable[[Any, random.Random], None]
 
