@@ -332,7 +332,7 @@ def test_settings_of_a_run_are_a_config_file(capsys):
         ["--adversary", "conadv", "--adversary.runner", "process"],
         ["--adversary", "reuse"],
         ["--optimizer", "sam", "--optimizer.rho", "0.05"],
-        ["--optimizer", "extrapolation", "--optimizer.lookahead-lr", "0.05"],
+        ["--optimizer", "extrapolation", "--optimizer.lookahead-lr", "0.01"],
         ["--schedule", "cosine", "--warmup-epochs", "1"],
         ["--schedule", "cooldown"],
         ["--schedule", "cooldown", "--schedule.decay-from", "1", "--warmup-epochs", "0.5"],

@@ -38,7 +38,8 @@ class Extrapolation(WrappingOptimizer):
     Args:
         base: Optimizer that steps.
         lookahead_lr: Rate of the look-ahead, in the range of small-batch rates; 0 for the base
-            optimizer's step.
+            optimizer's step. Keep it below one over the largest Hessian eigenvalue: a longer
+            look-ahead lands past the minimum along that eigenvector, and the step then climbs.
 
     Raises:
         HessianFlowError: `lookahead_lr` is negative or not finite, or `base` is no optimizer.
