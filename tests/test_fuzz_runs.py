@@ -37,7 +37,8 @@ SMALL = [
 ]
 SMALL += ["--epochs", "3", "--plots", "false", "--device", "cpu"]
 GROWING = [*SMALL, "--probe-examples", "16", "--max-batch-size", "32", "--controller.patience", "1"]
-SERVER = [*SMALL, "--controller", "dual-batch", "--controller.slope", "0.1", "--controller.intercept", "1.0"]
+SERVER = [*SMALL, "--controller", "dual-batch"]
+SERVER += ["--controller.slope", "0.1", "--controller.intercept", "1.0"]
 RUN_FILES = ("run/config.json", "run/history.jsonl", "run/summary.json", "run/checkpoints/last.pt")
 Change = Callable[[Any, random.Random], None]
 
