@@ -18,7 +18,7 @@ from hessianflow.methods import KINDS, Choice, find, make
 from hessianflow.normalisation import split_batch_norm
 from hessianflow.optim import CLARS, SAM, Extrapolation, GradientMoments, MicrobatchNorms
 from hessianflow.options import parameters_of
-from hessianflow.resolve import schedule_of
+from hessianflow.resolve import innermost, schedule_of
 
 MICROBATCHES = 4
 """Microbatches of the first batch if a method compares their gradients. This default is our
@@ -26,11 +26,18 @@ choice."""
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
-    """Return the optimizer by name, over all trainable parameters."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make(
-        KINDS["optimizer"], config.optimizer, params=parameters, lr=config.lr, model=model
-    )
+    """Return the optimizer by name, over all trainable parameters, in the groups that it wants.
+
+    Raises:
+        HessianFlowError: The optimizer refuses an option or the model, or is none of torch's.
+    """
+    kind = KINDS["optimizer"]
+    groups_of = getattr(find(kind, innermost(config.optimizer).name, kind.name), "groups_of", None)
+    if groups_of is None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    else:
+        parameters = groups_of(model)
+    optimizer = make(kind, config.optimizer, params=parameters, lr=config.lr, model=model)
     if not isinstance(optimizer, Optimizer):
         raise HessianFlowError(
             f"--optimizer {config.optimizer.name} must make a torch.optim.Optimizer, got a"

@@ -11,6 +11,9 @@ its docstring as their help. A class may have any of these members to adapt the 
     defaults(run, options) -> Mapping           class method: defaults that depend on the run
     refuses(run, options) -> str                class method: the reason why it cannot train this
                                                 run, or ""
+    groups_of(model) -> list                    static method: the parameter groups that it gets of
+                                                a model, in place of a list of all that is trained
+                                                (of an optimizer)
 
 Here `run` is a :class:`~hessianflow.facts.RunFacts`, and `options` are those that the user gave.
 """

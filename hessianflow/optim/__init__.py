@@ -9,6 +9,8 @@ from hessianflow.optim.extrapolation import Extrapolation
 from hessianflow.optim.lamb import LAMB
 from hessianflow.optim.lars import LARS
 from hessianflow.optim.moments import GradientMoments
+from hessianflow.optim.muon import Muon
+from hessianflow.optim.muon_groups import muon_groups
 from hessianflow.optim.observers import ExtraBatchNorms, MicrobatchNorms
 from hessianflow.optim.rate_schedules import Constant, Cooldown, Cosine, MultiStep, Polynomial
 from hessianflow.optim.sam import SAM, sam_perturbation
@@ -29,9 +31,11 @@ __all__ = [
     "GradientMoments",
     "MicrobatchNorms",
     "MultiStep",
+    "Muon",
     "NormEstimator",
     "Polynomial",
     "cooldown",
+    "muon_groups",
     "polynomial_decay",
     "sam_perturbation",
 ]
@@ -43,6 +47,7 @@ OPTIMIZERS: Mapping[str, type] = {
     "lars": LARS,
     "clars": CLARS,
     "lamb": LAMB,
+    "muon": Muon,
     "sam": SAM,
     "extrapolation": Extrapolation,
 }

@@ -93,6 +93,18 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_betas(betas: Any) -> None:
+    """Refuse anything but two numbers in [0, 1).
+
+    Raises:
+        HessianFlowError: The value is something else.
+    """
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise HessianFlowError(f"betas must be two numbers such as (0.9, 0.999), got {betas!r}")
+    for beta in betas:
+        check_number("betas", beta, below=1)
+
+
 def check_rate(lr: float | Tensor, capturable: bool) -> None:
     """Refuse a learning rate that is negative or not finite, or a tensor that cannot be used.
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import CheckedOptimizer, check_limit, check_number
+from hessianflow.optim.checks import CheckedOptimizer, check_betas, check_limit
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,
@@ -91,11 +90,7 @@ class LAMB(CheckedOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise HessianFlowError(f"betas must be two numbers such as (0.9, 0.999), got {betas!r}")
-        for beta in betas:
-            check_number("betas", beta, below=1)
+        check_betas(group["betas"])
 
     @torch.no_grad()
     def step(  # type: ignore[override]

@@ -28,6 +28,7 @@ class TrainerFacts(TypedDict, total=False):
     model: str
     parameters: Count
     optimizer: str
+    parameter_groups: list[dict[str, Any]]
     controller: str | None
     adversary: str | None
     epochs: Size

@@ -28,7 +28,7 @@ from hessianflow.training.checks import join_parts, must_pair
 from hessianflow.training.divergence import largest
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.optimizers import set_mode
-from hessianflow.training.settings import differences
+from hessianflow.training.settings import differences, split_of
 from hessianflow.training.state import separate_generators
 from hessianflow.training.world import on_first_rank
 
@@ -270,6 +270,7 @@ class Run:
             "model": type(unwrap(self.model)).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "optimizer": type(step.optimizer).__name__,
+            **split_of(self.model, step.optimizer),
             "controller": _class_of(self.controller),
             "adversary": _class_of(step.adversary),
             "epochs": self.epochs,

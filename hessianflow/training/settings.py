@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from hessianflow.measuring import unwrap
+from hessianflow.training.model_state import group_names
 
 _PLAIN = (int, float, str, bool, type(None))
 _OF_CHECKPOINT = ("optimizer.", "scheduler.")
@@ -24,9 +27,20 @@ def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
         name = "optimizer"
         if len(optimizer.param_groups) > 1:
             name = f"optimizer.group {number}"
-        own = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
-        options |= flat(name, own)
+        options |= {f"{name}.{key}": value for key, value in _plain_options(group).items()}
     return options
+
+
+def split_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return which parameters are stepped with which options; {} for those in one group."""
+    if len(optimizer.param_groups) == 1:
+        return {}
+    named = group_names(unwrap(model), optimizer)
+    groups = [
+        {**_plain_options(group), "parameters": names}
+        for names, group in zip(named, optimizer.param_groups, strict=True)
+    ]
+    return {"parameter_groups": groups}
 
 
 def of_controller(controller: object) -> dict[str, Any]:
@@ -48,6 +62,12 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     if not parts:
         return ""
     return f"resumed with other settings: {'; '.join(parts)}"
+
+
+def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain options of a parameter group, but for what schedules leave in it."""
+    own = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+    return {key.removeprefix("."): value for key, value in flat("", own).items()}
 
 
 def _plain(value: Any) -> Any:

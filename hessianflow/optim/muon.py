@@ -1,0 +1,324 @@
+"""Muon: momentum whose every matrix is orthogonalised before it is stepped along.
+
+Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein, "Muon: an optimizer for hidden layers in
+neural networks", 2024 (kellerjordan.github.io/posts/muon). With G the gradient of a weight matrix
+W, m the momentum, lr the rate and wd the decay,
+
+    M = m M + (1 - m) G,     U = (1 - m) G + m M  (Nesterov)  or  M,
+    W = (1 - lr wd) W - lr s O(U),     O of :mod:`hessianflow.optim.orthogonalise`.
+
+A convolution [out, in, height, width] is the matrix [out, in * height * width]. The forms are
+
+    form               before the step                  s
+    "original"         nothing                          sqrt(max(1, rows / columns))
+    "match_rms_adamw"  nothing                          0.2 sqrt(max(rows, columns))
+    "renormalised"     W = W sqrt(rows) / |W|_F         1
+
+"original" is the authors' and the default of `torch.optim.Muon`; "match_rms_adamw" that of Liu et
+al., arXiv:2502.16982, so that rate and decay of AdamW carry over; "renormalised" that of airbench
+(github.com/KellerJordan/cifar10-airbench), for weights that a normalisation follows, whose scale
+means nothing and would otherwise decide how far a step turns them. "auto" is "renormalised" for
+such weights and "original" for all others.
+
+The groups that :func:`~hessianflow.optim.muon_groups` makes of a model have a "part" each, from
+which the rule and the rate of the group follow:
+
+    part            rule                                    rate
+    "normalised"    Muon, in the form                       lr
+    "unnormalised"  Muon, in the form                       lr * unnormalised_rate (form "auto"), lr
+    "rest"          SGD with momentum, or AdamW (`rest`)    lr * rest_rate
+
+A group without a part is of matrices, at `lr` as it stands; "auto" is "original" there. Every group
+holds the same `lr`, and the factor beside it as `rate_factor`: whoever sets the rate of all groups,
+a schedule or a loop by hand, keeps their ratios.
+
+Deviations: weight decay is 0 by default (0.1 in torch), and the momentum is 0.6 (0.95 in torch),
+which airbench found for large batches of few updates. Outside bfloat16 the iteration runs on small
+squares where that is faster.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
+
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.optim.checks import (
+    CheckedOptimizer,
+    check_betas,
+    check_choice,
+    check_flags,
+    check_number,
+    check_parameters,
+)
+from hessianflow.optim.foreach import (
+    Tensors,
+    buckets,
+    gradients_of,
+    loss_of,
+    norms,
+    scale_,
+    spread,
+    state_tensors,
+)
+from hessianflow.optim.muon_groups import muon_groups
+from hessianflow.optim.orthogonalise import orthogonalised
+
+Form = Literal["auto", "original", "match_rms_adamw", "renormalised"]
+Rest = Literal["sgd", "adamw"]
+Precision = Literal["auto", "bfloat16", "own"]
+
+Loss = TypeVar("Loss")
+
+REST_RATE: Mapping[str, float] = {"sgd": 0.4, "adamw": 0.0125}
+"""Rates of the rest in units of Muon's: 0.1 and 0.003 at the rate 0.24 of renormalised weights."""
+
+
+class Muon(CheckedOptimizer):
+    """Muon for matrices and convolutions, with SGD or AdamW for everything else in one object.
+
+    Args:
+        params: Groups of :func:`~hessianflow.optim.muon_groups`; or parameters, or groups of them,
+            that are all matrices or convolutions. `momentum`, `weight_decay`, `nesterov` and
+            `precision` may differ by group.
+        lr: Learning rate. With groups of a model and the form "auto" it is that of renormalised
+            weights, and 0.24 is a good one.
+        momentum: Momentum m of matrices (0.6, as in airbench).
+        weight_decay: Decay wd of matrices, decoupled from the gradient.
+        nesterov: Step along gradient and momentum together, as `torch.optim.Muon` does.
+        form: What is done about the scale of matrices; the module lists the forms.
+        unnormalised_rate: Rate of matrices that no normalisation follows, in units of `lr`, with
+            the form "auto" (1/8: 0.03 at 0.24).
+        rest: Optimizer of parameters that are not for Muon.
+        rest_rate: Its rate in units of `lr`; None for 0.4 of SGD (0.1 at 0.24), and of AdamW
+            0.0125, but 1 in the form "match_rms_adamw", whose rate is AdamW's.
+        rest_momentum: Momentum of SGD for the rest.
+        rest_decay: Weight decay of the rest, coupled (SGD) or decoupled (AdamW).
+        betas: Decay rates of the moments of AdamW for the rest.
+        eps: Number added to the root of its second moment.
+        precision: Type in which matrices are orthogonalised. "auto": bfloat16 on a GPU, as
+            `torch.optim.Muon` has everywhere, and the parameter's own elsewhere, which is the
+            faster one there; "own" is float32 for parameters of half precision.
+
+    Raises:
+        HessianFlowError: An option is out of its bounds, a group is empty, or a parameter is
+            complex, sparse, or, outside the rest, a vector.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = Muon(muon_groups(model), lr=0.24)
+        >>> [(group["part"], group["rate_factor"]) for group in optimizer.param_groups]
+        [('unnormalised', 0.125), ('rest', 0.4)]
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        *,
+        momentum: float = 0.6,
+        weight_decay: float = 0.0,
+        nesterov: bool = True,
+        form: Form = "auto",
+        unnormalised_rate: float = 0.125,
+        rest: Rest = "sgd",
+        rest_rate: float | None = None,
+        rest_momentum: float = 0.9,
+        rest_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        precision: Precision = "auto",
+    ) -> None:
+        check_choice("form", form, get_args(Form))
+        check_choice("rest", rest, get_args(Rest))
+        check_number("unnormalised_rate", unnormalised_rate)
+        matrices = {
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "precision": precision,
+        }
+        if rest_rate is None:
+            rest_rate = _rest_rate(form, rest)
+        others: dict[str, Any] = {"rate_factor": rest_rate, "weight_decay": rest_decay}
+        if rest == "sgd":
+            others["momentum"] = rest_momentum
+        else:
+            others |= {"betas": betas, "eps": eps}
+        # What the groups of each part have, unless they say otherwise themselves.
+        self._of_part: dict[str, dict[str, Any]] = {
+            "matrices": {"rule": form, **matrices},
+            "normalised": {"rule": form, **matrices},
+            "unnormalised": {"rule": form, **matrices},
+            "rest": {"rule": rest, **others},
+        }
+        if form == "auto":
+            self._of_part["matrices"]["rule"] = "original"
+            self._of_part["normalised"]["rule"] = "renormalised"
+            self._of_part["unnormalised"] |= {"rule": "original", "rate_factor": unnormalised_rate}
+        super().__init__(params, {"lr": lr, "rate_factor": 1.0, "part": "matrices"})
+        for group in self.param_groups:
+            if group["part"] != "rest":
+                _check_matrices(group["params"])
+
+    @staticmethod
+    def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+        """Return the parameters of a model as the groups that a run gives this optimizer."""
+        return muon_groups(model)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own options, checked like the constructor's.
+
+        A "part" of "normalised", "unnormalised" or "rest" decides the options that are not given.
+        """
+        part = param_group.get("part", "matrices")
+        check_choice("part", part, tuple(self._of_part))
+        super().add_param_group({**self._of_part[part], **param_group})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check_parameters(group["params"], "Muon")
+        check_choice("rule", group["rule"], (*get_args(Form)[1:], *get_args(Rest)))
+        for name in ("lr", "rate_factor", "weight_decay"):
+            check_number(name, group[name])
+        if group["rule"] == "adamw":
+            check_betas(group["betas"])
+            check_number("eps", group["eps"])
+            return
+        check_number("momentum", group["momentum"], below=1)
+        if group["rule"] != "sgd":
+            check_flags(group, "nesterov")
+            check_choice("precision", group["precision"], get_args(Precision))
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Loss] | None = None
+    ) -> Loss | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Function that computes the gradients and returns the loss.
+
+        Raises:
+            HessianFlowError: The closure returned None, a gradient is sparse, a parameter changed
+                its shape, or one that was added as a matrix is none.
+        """
+        loss: Loss | None = loss_of(closure)
+        for group in self.param_groups:
+            for params in buckets(group["params"], "Muon").values():
+                if group["rule"] == "sgd":
+                    self._step_sgd(group, params)
+                elif group["rule"] == "adamw":
+                    self._step_adamw(group, params)
+                else:
+                    self._step_matrices(group, params)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any], params: Tensors) -> None:
+        """Take the step of Muon on matrices of one type and device."""
+        _check_matrices(params)
+        rate = group["lr"] * group["rate_factor"]
+        grads = gradients_of(params)
+        direction: Tensors = state_tensors(self.state, params, "momentum_buffer")
+        torch._foreach_lerp_(direction, grads, 1 - group["momentum"])
+        if group["nesterov"]:
+            direction = torch._foreach_lerp(grads, direction, group["momentum"])
+        if group["rule"] == "renormalised":
+            _renormalise_(params)
+        if group["weight_decay"]:
+            scale_(params, 1 - rate * group["weight_decay"])
+        dtype = _dtype(params[0], group["precision"])
+        alike: dict[torch.Size, list[int]] = {}
+        for index, each in enumerate(direction):
+            alike.setdefault(each.flatten(1).shape, []).append(index)
+        for shape, members in alike.items():
+            found = orthogonalised([direction[index].flatten(1) for index in members], dtype)
+            own = [params[index] for index in members]
+            steps = [each.reshape(p.shape) for each, p in zip(found, own, strict=True)]
+            torch._foreach_add_(own, steps, alpha=-rate * _scale(group["rule"], *shape))
+
+    def _step_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        velocities: list[Tensor | None] = [None] * len(params)
+        if group["momentum"]:
+            velocities = [*state_tensors(self.state, params, "momentum_buffer")]
+        sgd(
+            params,
+            gradients_of(params),
+            velocities,
+            foreach=True,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"] * group["rate_factor"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def _step_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for parameter in params:
+            if "step" not in self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            gradients_of(params),
+            state_tensors(self.state, params, "exp_avg"),
+            state_tensors(self.state, params, "exp_avg_sq"),
+            [],
+            [self.state[parameter]["step"] for parameter in params],
+            foreach=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"] * group["rate_factor"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _rest_rate(form: Form, rest: Rest) -> float:
+    """Return the default rate of the rest in units of Muon's."""
+    if rest == "adamw" and form == "match_rms_adamw":
+        return 1.0
+    return REST_RATE[rest]
+
+
+def _check_matrices(params: Tensors) -> None:
+    for number, parameter in enumerate(params):
+        if parameter.ndim < 2 or parameter.numel() == 0:
+            raise HessianFlowError(
+                f"Muon updates matrices and convolutions, but number {number} has the shape"
+                f" {[*parameter.shape]}: build it as Muon(hf.optim.muon_groups(model), lr=...),"
+                " which leaves vectors to SGD or AdamW"
+            )
+
+
+def _renormalise_(params: Tensors) -> None:
+    """Give every matrix the norm sqrt(rows), but leave zeros as they are."""
+    roots = [math.sqrt(len(p)) for p in params]
+    lengths = torch.stack(torch._foreach_div(norms(params).unbind(), roots))
+    factors = torch.where(lengths > 0, lengths.reciprocal(), 1.0)
+    torch._foreach_mul_(params, spread(factors, params))
+
+
+def _dtype(parameter: Tensor, precision: Precision) -> torch.dtype:
+    """Return the type in which to orthogonalise."""
+    if precision == "bfloat16" or (precision == "auto" and parameter.is_cuda):
+        return torch.bfloat16
+    if parameter.dtype == torch.float64:
+        return torch.float64
+    return torch.float32
+
+
+def _scale(rule: str, rows: int, columns: int) -> float:
+    """Return the factor s of the step of a matrix."""
+    if rule == "original":
+        return math.sqrt(max(1, rows / columns))
+    if rule == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return 1.0
