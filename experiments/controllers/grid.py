@@ -8,8 +8,10 @@ that size whatever the batch, so that only the size of a step differs between me
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.absa_cifar.grid import FIFTH
 from experiments.large_batch import NO_LIMIT, cooldown, critical, growing_instead
 from experiments.runner import Cell, Scale
+from experiments.squeezenext.grid import SMALL
 
 Settings = dict[str, Any]
 
@@ -44,6 +46,8 @@ PROBLEMS: Mapping[str, Settings] = {
     "cifar-plain": {**_CIFAR, "model": "experiments.controllers.networks:plain", "lr": 0.02},
     "cifar-resnet8-augmented": {**_CIFAR, "model": "resnet8", "augment": True},
     "cifar-resnet8-hard": {**_CIFAR, "model": "resnet8", "train_examples": 4_000},
+    "cifar-resnet20": {**FIFTH, "model": "resnet20"},
+    "cifar-squeezenext": SMALL,
     "fake": {
         "data": "fake",
         "train_examples": 256,
@@ -66,14 +70,16 @@ ALL = ("digits", "cifar-resnet8")
 VARIANTS = ("critical", "fixed-cooldown", "timed-reuse", "fixed-reuse")
 """Ours without an attack, fixed under the schedule of ours, timed and fixed with an attack; on
 every problem, last."""
+LARGE = ("muon-16x", "muon-8x", "muon-32x", "muon-1x", "adamw-16x", "adamw-1x")
+"""Other optimizers than SGD, on every problem."""
 
 
 def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
     """The grid, seed by seed, in the order of usefulness.
 
     smoke: the main four once on made-up data. cpu: the main four on one problem after the other,
-    then all other methods on digits and the first, then the
-        variants on the rest.
+    then all other methods of SGD on digits and the first, then other optimizers on all, then the
+    variants on the rest.
     gpu, full: the same on all of CIFAR-10 with the published 90 epochs, ResNet-20.
     """
     if scale == "smoke":
@@ -91,12 +97,18 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
         for seed in seeds
         for method in MAIN
     ]
-    rest = [method for method in METHODS if method not in MAIN]
+    rest = [method for method in METHODS if method not in (*MAIN, *LARGE)]
     found += [
         cell(name, PROBLEMS[name], method, seed)
         for name in ALL
         for seed in seeds
         for method in rest
+    ]
+    found += [
+        cell(name, PROBLEMS[name], method, seed)
+        for method in LARGE
+        for seed in seeds
+        for name in problems
     ]
     others = [name for name in problems if name not in ALL]
     return found + [
@@ -166,6 +178,27 @@ def _fixed_linear(base: Settings) -> Settings:
 
 _TIMED: Settings = {"controller": "timed", "schedule": "constant"}
 
+MUON_RATE = 0.24
+"""That of airbench, the default of the command; for 16 times the first batch and more."""
+_LINEAR: Settings = {"name": "polynomial", "power": 1.0}
+
+
+def _muon(times: int, rate: float = MUON_RATE) -> Callable[[Settings], Settings]:
+    """Return Muon with its defaults at `times` the first batch throughout, without a warm-up."""
+    return lambda base: {
+        "optimizer": "muon",
+        "batch_size": times * base["batch_size"],
+        "max_batch_size": times * base["batch_size"],
+        "lr": rate,
+        "schedule": _LINEAR,
+    }
+
+
+def _adamw(times: int, rate: float) -> Callable[[Settings], Settings]:
+    """Return AdamW at `times` the first batch throughout."""
+    return lambda base: {**_muon(times, rate)(base), "optimizer": "adamw"}
+
+
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed": lambda _: {"curvature": "epoch", "norm_mode": "batch"},  # recorded for replays
     "timed": lambda _: _TIMED,
@@ -200,6 +233,12 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "critical": critical,
     "fixed-cosine": lambda _: {"schedule": "cosine"},
     "fixed-cooldown": cooldown,
+    "muon-16x": _muon(16),
+    "muon-32x": _muon(32),
+    "muon-8x": _muon(8),
+    "muon-1x": _muon(1, MUON_RATE / 4),
+    "adamw-16x": _adamw(16, 0.004),
+    "adamw-1x": _adamw(1, 0.001),
 }
 """What each method changes in a problem's settings. Rows of other names were made by code that is
 no longer here."""
