@@ -26,6 +26,7 @@ from hessianflow.control.resolution import (
     stage_at,
 )
 from hessianflow.control.schedules import AdaBatch, FixedBatch, GrowInsteadOfDecay, Warmup
+from hessianflow.control.seesaw import Seesaw
 from hessianflow.control.time_model import TimeModel, fit_time_model
 from hessianflow.control.timed import TimedSchedule
 
@@ -48,6 +49,7 @@ __all__ = [
     "Published",
     "Replay",
     "ReplayStep",
+    "Seesaw",
     "Stage",
     "TimeModel",
     "TimedSchedule",
@@ -74,6 +76,7 @@ CONTROLLERS: Mapping[str, type] = {
     "cabs": CABS,
     "divebatch": DiveBatch,
     "critical": CriticalBatch,
+    "seesaw": Seesaw,
     "timed": TimedSchedule,
     "dual-batch": DualBatch,
 }
