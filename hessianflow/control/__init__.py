@@ -16,6 +16,7 @@ from hessianflow.control.dual_batch import (
 )
 from hessianflow.control.lr_scaling import lr_factor
 from hessianflow.control.noise_scale import NoiseScale
+from hessianflow.control.norm_test import NormTest
 from hessianflow.control.published import PUBLISHED, Published
 from hessianflow.control.replay import Replay, ReplayStep, replay
 from hessianflow.control.resolution import (
@@ -45,6 +46,7 @@ __all__ = [
     "GrowInsteadOfDecay",
     "Level",
     "NoiseScale",
+    "NormTest",
     "ProgressiveResolution",
     "Published",
     "Replay",
@@ -76,6 +78,7 @@ CONTROLLERS: Mapping[str, type] = {
     "cabs": CABS,
     "divebatch": DiveBatch,
     "critical": CriticalBatch,
+    "norm-test": NormTest,
     "seesaw": Seesaw,
     "timed": TimedSchedule,
     "dual-batch": DualBatch,
