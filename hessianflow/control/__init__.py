@@ -16,6 +16,7 @@ from hessianflow.control.dual_batch import (
 )
 from hessianflow.control.lr_scaling import lr_factor
 from hessianflow.control.noise_scale import NoiseScale
+from hessianflow.control.norm_test import NormTest
 from hessianflow.control.published import PUBLISHED, Published
 from hessianflow.control.replay import Replay, ReplayStep, replay
 from hessianflow.control.resolution import (
@@ -26,6 +27,7 @@ from hessianflow.control.resolution import (
     stage_at,
 )
 from hessianflow.control.schedules import AdaBatch, FixedBatch, GrowInsteadOfDecay, Warmup
+from hessianflow.control.seesaw import Seesaw
 from hessianflow.control.time_model import TimeModel, fit_time_model
 from hessianflow.control.timed import TimedSchedule
 
@@ -44,10 +46,12 @@ __all__ = [
     "GrowInsteadOfDecay",
     "Level",
     "NoiseScale",
+    "NormTest",
     "ProgressiveResolution",
     "Published",
     "Replay",
     "ReplayStep",
+    "Seesaw",
     "Stage",
     "TimeModel",
     "TimedSchedule",
@@ -74,6 +78,8 @@ CONTROLLERS: Mapping[str, type] = {
     "cabs": CABS,
     "divebatch": DiveBatch,
     "critical": CriticalBatch,
+    "norm-test": NormTest,
+    "seesaw": Seesaw,
     "timed": TimedSchedule,
     "dual-batch": DualBatch,
 }
