@@ -9,11 +9,7 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a value that is not among `choices`.
-
-    Raises:
-        HessianFlowError: the value is not among them.
-    """
+    """Refuse a value that is not among `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -26,9 +22,6 @@ def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
         value: the value; NumPy's whole numbers pass, True and False do not.
         low: the smallest value allowed.
         none: the meaning of None; empty if None is not allowed.
-
-    Raises:
-        HessianFlowError: the value is no such number.
     """
     if none and value is None:
         return
@@ -40,11 +33,7 @@ def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
 
 
 def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
-    """Refuse a value that is neither None, which means `none`, nor a finite number > `above`.
-
-    Raises:
-        HessianFlowError: the value is neither.
-    """
+    """Refuse a value that is neither None, which means `none`, nor a finite number > `above`."""
     if value is None:
         return
     if not is_number(value) or not above < float(value) < math.inf:  # type: ignore[arg-type]
@@ -54,11 +43,7 @@ def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
 
 
 def check_callable(name: str, value: object) -> None:
-    """Refuse a value that cannot be called.
-
-    Raises:
-        HessianFlowError: it cannot be called; the message names its type.
-    """
+    """Refuse a value that cannot be called."""
     if not callable(value):
         raise HessianFlowError(f"{name} must be a function, got a {type(value).__name__}")
 

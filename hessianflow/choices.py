@@ -176,11 +176,7 @@ def scaled_eps(eps: float | Sequence[float], spread: torch.Tensor) -> torch.Tens
 
 
 def _runner(chosen: Choice | None, device: torch.device) -> Choice:
-    """Return the runner of the attacks of conadv: the one chosen, or the default of the device.
-
-    Raises:
-        HessianFlowError: The runner is a second stream without a GPU, or a second process with one.
-    """
+    """Return the runner of the attacks of conadv: the one chosen, or the default of the device."""
     usual = "interleaved"
     alternatives = {"stream": "process"}
     if device.type == "cuda":

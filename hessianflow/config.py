@@ -22,11 +22,12 @@ from hessianflow.bounds import (
     Seed,
     check_setting,
     option,
+    tupled,
 )
 from hessianflow.contradictions import check_together
 from hessianflow.effects import check_effects
 from hessianflow.interfaces import HessianFlowError, NormMode
-from hessianflow.methods import KINDS, Choice, choice
+from hessianflow.methods import KINDS, Choice, choice, plain
 
 __all__ = ["RunConfig", "TrainConfig", "from_dict", "hints", "option", "to_dict"]
 
@@ -295,15 +296,7 @@ def hints() -> Mapping[str, Any]:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return the settings as plain values, the form of config.json."""
-    return {setting.name: _plain(getattr(config, setting.name)) for setting in fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Choice):
-        return value.to_dict()
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return value
+    return {setting.name: plain(getattr(config, setting.name)) for setting in fields(config)}
 
 
 def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
@@ -319,12 +312,6 @@ def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
             f"{source} has unknown settings {', '.join(unknown)}: made by another release?"
         )
     try:
-        return TrainConfig(**{name: _tupled(value) for name, value in settings.items()})
+        return TrainConfig(**{name: tupled(value) for name, value in settings.items()})
     except HessianFlowError as error:
         raise HessianFlowError(f"{source}: {error}") from None
-
-
-def _tupled(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tupled(part) for part in value)
-    return value

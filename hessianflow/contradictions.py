@@ -14,9 +14,6 @@ def check_together(config: Any) -> None:
 
     Args:
         config: Object with all settings; None stands for one that is open.
-
-    Raises:
-        HessianFlowError: Two settings contradict each other.
     """
     _check_sizes(config)
     _check_resolution(config)
@@ -24,11 +21,7 @@ def check_together(config: Any) -> None:
 
 
 def check_resolved(config: Any) -> None:
-    """Refuse resolved settings that contradict each other.
-
-    Raises:
-        HessianFlowError: Two settings contradict each other.
-    """
+    """Refuse resolved settings that contradict each other."""
     if config.max_lr_factor is not None and config.lr_rule is None:
         raise HessianFlowError(f"--max-lr-factor {config.max_lr_factor:g} needs --lr-rule")
     staleness = config.adversary.options.get("staleness", 0)

@@ -14,16 +14,6 @@ from hessianflow.interfaces import HessianFlowError
 
 
 @dataclass(frozen=True)
-class Above:
-    """All numbers above a bound."""
-
-    bound: float
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, (int, float)) and value > self.bound
-
-
-@dataclass(frozen=True)
 class AllBut:
     """Every choice but the ones named."""
 
@@ -33,7 +23,7 @@ class AllBut:
         return value not in self.names
 
 
-Values = tuple[Any, ...] | Above | AllBut
+Values = tuple[Any, ...] | AllBut
 Case = Mapping[str, Values]
 """Values of other settings that must all hold."""
 
@@ -83,17 +73,13 @@ _WAYS_OUT: Mapping[str, str] = {
 
 
 def check_effects(settings: Any, names: Iterable[str]) -> None:
-    """Refuse settings that have no effect under the others.
+    """Refuse settings that have no effect; the error names the choices that they belong to.
 
     Values that switch something off (0, false, none, off) pass, because it is off anyway.
 
     Args:
         settings: Object with all settings; those that cases name are resolved.
         names: Settings that were given.
-
-    Raises:
-        HessianFlowError: A setting has no effect; the error names the option and the choices that
-            it belongs to.
     """
     for name in names:
         if is_ignored(settings, name):

@@ -94,18 +94,19 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the choice as plain values, the form that config.json and settings.yaml hold."""
-        return {"name": self.name, **{name: _plain(value) for name, value in self.options.items()}}
+        return {"name": self.name, **{name: plain(value) for name, value in self.options.items()}}
 
     def with_options(self, **options: Any) -> "Choice":
         """Return the same method with these options added, or in place of its own."""
         return Choice(self.name, {**self.options, **options})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a setting, or an option of a method, in the form that JSON has."""
     if isinstance(value, Choice):
         return value.to_dict()
     if isinstance(value, tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return value
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hessianflow.bounds import LARGEST, MOST, check_size, check_type
+from hessianflow.bounds import LARGEST, MOST, check_size, check_type, tupled
 
 KINDS_BY_TYPE = {"InputAttack": "attack", "AttackRunner": "runner", "Optimizer": "optimizer"}
 """Kinds of methods that may be options of others, by the type of the parameter."""
@@ -51,7 +51,7 @@ class Option:
             return float(value)
         if isinstance(value, Mapping):
             return {_number(key): part for key, part in value.items()}
-        return _tupled(value)
+        return tupled(value)
 
 
 def _holds(hint: Any, kind: Any) -> bool:
@@ -64,12 +64,6 @@ def _number(key: Any) -> Any:
     if isinstance(key, str) and key.isdecimal() and len(key) < 20:
         return int(key)
     return key
-
-
-def _tupled(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_tupled(part) for part in value)
-    return value
 
 
 def parameters_of(method: Any) -> Mapping[str, inspect.Parameter]:

@@ -108,11 +108,7 @@ def build_parts(config: RunConfig) -> Parts:
 
 
 def _model(config: RunConfig, train: ImageSet | ImageFolder, device: torch.device) -> nn.Module:
-    """Return the model of a run for images as they are in `train`.
-
-    Raises:
-        HessianFlowError: The model is unknown, or has nothing to train.
-    """
+    """Return the model of a run for images as they are in `train`."""
     channels, side, _ = train.input_shape
     variant: Variant = "cifar"
     if side > 64:

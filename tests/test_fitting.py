@@ -15,8 +15,7 @@ from hessianflow.build import build_parts, first_products, load_config
 from hessianflow.cli import main
 from hessianflow.config import TrainConfig
 from hessianflow.data.image_files import training_images, usual_side
-from hessianflow.fitting import fitted
-from hessianflow.resolve import resolve
+from hessianflow.resolve import fitted, resolve
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -96,23 +96,17 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     plan = add_command(
         commands, "plan", "predict time, efficiency and cost of a run on many workers"
     )
-    plan.add(
-        "--workers",
-        type=str,
-        default="1..1024",
-        help="numbers of workers: 1..1024 doubles from 1 to 1024, and 1,2,6 is a list",
-    )
+    numbers = "numbers of workers: 1..1024 doubles from 1 to 1024, and 1,2,6 is a list"
+    plan.add_option("--workers", str, "1..1024", numbers)
     for name, (hint, text) in _OPEN.items():
         plan.add_open(option(name), hint, text)
-    plan.add(
+    plan.add_option(
         "--membership",
-        type=Literal["fixed", "elastic"],
-        default="fixed",
-        help="fixed holds all workers throughout, elastic as many as get a full microbatch each",
+        Literal["fixed", "elastic"],
+        "fixed",
+        "fixed holds all workers throughout, elastic as many as get a full microbatch each",
     )
-    plan.add(
-        "--price", type=float, default=0.0, help="price of a worker for an hour, in any currency"
-    )
+    plan.add_option("--price", float, 0.0, "price of a worker for an hour, in any currency")
     add_settings(plan, (*SCHEDULE, *HERE))
     add_code(plan)
     plan_dual_batch.add(

@@ -10,13 +10,7 @@ from jsonargparse import Namespace
 
 from hessianflow.bounds import Count, Seed, check_setting, shown
 from hessianflow.commands.parser import add_command, path
-from hessianflow.commands.runs import (
-    add_named_code,
-    printable,
-    require_named_code,
-    require_settings,
-    writing_to,
-)
+from hessianflow.commands.runs import add_named_code, load_run, printable, writing_to
 from hessianflow.interfaces import HessianFlowError
 
 MOST_STEPS = 10_000
@@ -41,8 +35,8 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         default=[0.005, 0.02, 0.06],
         help="sizes of the perturbation, in pixels scaled to [0, 1]",
     )
-    parser.add("--examples", type=int, default=1000, help="number of test examples, from the first")
-    parser.add("--seed", type=int, default=0, help="seed of the random starts of pgd")
+    parser.add_option("--examples", int, 1000, "number of test examples, from the first")
+    parser.add_option("--seed", int, 0, "seed of the random starts of pgd")
     add_named_code(parser)
     parser.add_open(
         "--out", path, "folder for robustness.json and the picture; default: the run directory"
@@ -55,7 +49,6 @@ def _robustness(arguments: Namespace) -> int:
     from tqdm import tqdm
 
     from hessianflow.adversarial import robust_accuracy
-    from hessianflow.build import find_checkpoint, load_parts
 
     check_setting("examples", arguments.examples, Count)
     check_setting("seed", arguments.seed, Seed)
@@ -65,10 +58,7 @@ def _robustness(arguments: Namespace) -> int:
             raise HessianFlowError(
                 f"--eps must lie between 0 and 1 (pixels scaled to [0, 1]), got {size}"
             )
-    run_dir = find_checkpoint(arguments.run)[0]
-    require_settings(run_dir, "robustness", "hf.adversarial.robust_accuracy")
-    require_named_code(run_dir, arguments)
-    _, parts = load_parts(arguments.run)
+    run_dir, parts = load_run(arguments, "robustness", "hf.adversarial.robust_accuracy")
     batch = parts.test.examples(torch.arange(min(arguments.examples, parts.test.num_examples)))
     spread = torch.tensor(parts.spread)
     rows = []
@@ -84,11 +74,7 @@ def _robustness(arguments: Namespace) -> int:
 
 
 def _maker(name: str) -> Callable[..., Callable[..., Any]]:
-    """Return a function that makes the attack `name` from eps, valid range and a generator.
-
-    Raises:
-        HessianFlowError: There is no such attack.
-    """
+    """Return a function that makes the attack `name` from eps, valid range and a generator."""
     from hessianflow.adversarial import fgsm, pgd
 
     steps = re.fullmatch(r"pgd(\d+)", name)

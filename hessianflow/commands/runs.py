@@ -4,11 +4,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hessianflow.config import CHOSEN
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.upgrade import upgrade
+
+if TYPE_CHECKING:
+    from hessianflow.build import Parts
 
 
 def distinct(run_dirs: Iterable[str]) -> list[Path]:
@@ -51,16 +54,28 @@ def add_code(parser: Any) -> None:
     )
 
 
+def load_run(arguments: Any, command: str, instead: str) -> tuple[Path, "Parts"]:
+    """Return the run directory and the parts of a run, or of a checkpoint, that may be loaded.
+
+    Arguments and errors are those of :func:`require_settings` and :func:`require_named_code`.
+    """
+    from hessianflow.build import find_checkpoint, load_parts
+
+    run_dir = find_checkpoint(arguments.run)[0]
+    require_settings(run_dir, command, instead)
+    require_named_code(run_dir, arguments)
+    return run_dir, load_parts(arguments.run)[1]
+
+
 def require_named_code(run_dir: str | Path, arguments: Any, *, builds_model: bool = True) -> None:
     """Refuse to import code that only a run directory names, because its sender chose that code.
+
+    Nor may the user name another model than that of the run.
 
     Args:
         run_dir: Run directory; any other path passes, and the command refuses it later.
         arguments: Arguments of a command with the options of :func:`add_named_code`.
-
-    Raises:
-        HessianFlowError: The run has a model or a method at an import path that the user did not
-            name, or a model other than the user named.
+        builds_model: Whether the command imports the model.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG
@@ -105,9 +120,6 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
         run_dir: Run directory; any other path passes, and the command refuses it later.
         command: Command that needs the settings.
         instead: Function to call from Python instead.
-
-    Raises:
-        HessianFlowError: config.json holds no settings.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG
@@ -122,11 +134,7 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
 
 @contextmanager
 def writing_to(folder: str | Path) -> Iterator[None]:
-    """Raise failures to write as errors that name the folder while active.
-
-    Raises:
-        HessianFlowError: The disk is full, or the folder cannot be written.
-    """
+    """Raise failures to write as errors that name the folder while active."""
     try:
         yield
     except BrokenPipeError:

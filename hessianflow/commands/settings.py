@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -57,9 +57,6 @@ class Given:
 
         Args:
             config: Resolved settings.
-
-        Raises:
-            HessianFlowError: A typed setting has no effect; the error names what it belongs to.
         """
         names = [setting.name for setting in fields(TrainConfig)]
         check_effects(config, [name for name in names if name in self.typed])
@@ -72,19 +69,12 @@ class Given:
             note(text)
         only_in_files = self.in_files - self.typed
         unused = [name for name in names if name in only_in_files and is_ignored(config, name)]
-        defaults: dict[str, Any] = {
-            setting.name: setting.default
-            for setting in fields(TrainConfig)
-            if setting.name in unused
-        }
-        usual = resolve(replace(TrainConfig(**_as_given(config)), **defaults))
+        given = {name: getattr(config, name) for name in names}
+        defaults = {each.name: each.default for each in fields(TrainConfig) if each.name in unused}
+        usual = resolve(TrainConfig(**given | defaults))
         noted = [name for name in unused if getattr(usual, name) != getattr(config, name)]
         if noted:
             note(f"not used with these settings: {', '.join(noted)}")
-
-
-def _as_given(config: TrainConfig) -> dict[str, Any]:
-    return {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
 
 
 def _attacks(adversary: Choice) -> bool:

@@ -42,12 +42,8 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         str | None,
         "YAML file of settings in the form of --print-config; options typed take precedence",
     )
-    train.add(
-        "--print-config",
-        type=bool,
-        default=False,
-        help="print all settings as a YAML file with comments instead of training",
-    )
+    printing = "print all settings as a YAML file with comments instead of training"
+    train.add_option("--print-config", bool, False, printing)
     add_settings(train)
     resume = add_command(
         commands, "resume", "continue an interrupted run from its newest checkpoint"

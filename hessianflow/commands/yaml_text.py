@@ -60,9 +60,7 @@ def load_value(text: str) -> Any:
 def check_value(text: str) -> None:
     """Refuse a word that could overload a YAML parser, before jsonargparse parses it.
 
-    Raises:
-        UnfitTextError: The word is too long or too deep, or has an alias or a number of hundreds of
-            digits.
+    It is too long or too deep, or has an alias or a number of hundreds of digits.
     """
     if len(text) > MOST_CHARACTERS:
         raise UnfitTextError(f"{len(text)} characters, more than {MOST_CHARACTERS}")
@@ -180,11 +178,7 @@ def _text(path: str) -> str:
 
 
 def _check_events(text: str) -> None:
-    """Refuse text with too many levels or events, or with aliases.
-
-    Raises:
-        UnfitTextError: The text is refused; errors of yaml pass through.
-    """
+    """Refuse text with too many levels or events, or with aliases; yaml's errors pass through."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_LOADER), start=1):
         if isinstance(event, yaml.AliasEvent):
