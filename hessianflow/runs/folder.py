@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.runs.files import read_object
+from hessianflow.runs.files import read_object, telling
 from hessianflow.runs.history import read_records
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, HISTORY, LOCK, SETTINGS, SUMMARY
 from hessianflow.runs.rows import has_no_step
@@ -129,12 +129,6 @@ def new_folder(base: Path) -> Iterator[Path]:
             number += 1
             path = base.with_name(f"{base.name}-{number}")
         made.insert(0, path)
-    except OSError as error:
-        remove_empty(made)
-        raise HessianFlowError(
-            f"cannot write run directory {path}: {error.strerror or error}"
-        ) from None
-    try:
         yield path
     finally:
         remove_empty(made)
@@ -142,15 +136,16 @@ def new_folder(base: Path) -> Iterator[Path]:
 
 def _made_alone(path: Path) -> bool:
     """Make a directory and return True; return False if its name is taken."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.mkdir()
-            return True
-        except FileExistsError:
-            return False
-        except FileNotFoundError:  # another process has just removed the parent folder
-            continue
+    with telling("write run directory", path):
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+                return True
+            except FileExistsError:
+                return False
+            except FileNotFoundError:  # another process has just removed the parent folder
+                continue
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -188,9 +183,6 @@ def refuse_used(folder: Path) -> None:
 
     A run that ended before its first step leaves nothing to keep and nothing to continue from, so
     another may begin in its place.
-
-    Raises:
-        HessianFlowError: The folder is in use; the message says what to do.
     """
     if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
         return

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.documents import read_config, read_summary
-from hessianflow.runs.files import NotJSONError, parsed
+from hessianflow.runs.files import NotJSONError, parsed, telling
 from hessianflow.runs.names import CONFIG, HISTORY
 from hessianflow.runs.rows import Record, row_fault
 
@@ -146,14 +146,11 @@ def _refusal(path: Path, number: int, what: str) -> HessianFlowError:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the number and the text of every line that is not blank; cut overlong lines short."""
-    try:
-        with open(path, "rb") as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if line.strip():
-                    yield number, line
-                while len(line) > LONGEST_LINE and line and not line.endswith(b"\n"):
-                    line = file.readline(LONGEST_LINE + 1)
-    except OSError as error:
-        raise HessianFlowError(f"cannot read {path}: {error.strerror or error}") from None
+    with telling("read", path), open(path, "rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if line.strip():
+                yield number, line
+            while len(line) > LONGEST_LINE and line and not line.endswith(b"\n"):
+                line = file.readline(LONGEST_LINE + 1)

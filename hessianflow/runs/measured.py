@@ -54,16 +54,7 @@ def keep_spectrum(folder: Path, measured: Mapping[str, Any]) -> Path | None:
 def keep_robustness(folder: Path, measured: Mapping[str, Any]) -> Path | None:
     """Write robustness.json; an earlier one is overwritten only if all of it was measured again.
 
-    Args:
-        folder: Existing folder.
-        measured: New measurements.
-
-    Returns:
-        The new path of the earlier file, if that holds anything else.
-
-    Raises:
-        HessianFlowError: The path robustness.json is something other than a file.
-        OSError: The file cannot be written.
+    Arguments, result and errors are those of :func:`keep_spectrum`.
     """
     try:
         earlier = read_robustness(folder)

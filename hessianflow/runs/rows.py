@@ -219,11 +219,6 @@ def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Rec
     return row
 
 
-def signals_row(progress: Progress, signals: Mapping[str, float]) -> Record:
-    """Return the row of the signals that gradient observers measured for the controller."""
-    return {**place("signals", progress), **signals}
-
-
 def decision_row(progress: Progress, before: Decision, after: Decision, share: float) -> Record:
     """Return the row of a decision that changed a setting; `share` of each batch is attacked under
     it."""
@@ -238,7 +233,7 @@ def decision_row(progress: Progress, before: Decision, after: Decision, share: f
 
 
 def measurement_row(progress: Progress, kind: str, figures: Mapping[str, float]) -> Record:
-    """Return the row of a measurement made after an epoch."""
+    """Return the row of a measurement after an epoch, or of the "signals" of observers."""
     return {**place(kind, progress), **figures}
 
 

@@ -104,6 +104,20 @@ def checker(form: Any) -> Check:
     return _simple_check(form)
 
 
+def first_fault(value: Any, check: Check) -> Fault | None:
+    """Return the first fault of the entries of a dict, list or tuple; other values have none."""
+    entries: Any = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, (list, tuple)):
+        entries = enumerate(value)
+    for name, entry in entries:
+        fault = check(entry)
+        if fault is not None:
+            return fault.inside(str(name))
+    return None
+
+
 def in_words(form: Any) -> str:
     """Return the description of a type for a message, such as "a number or null"."""
     origin = get_origin(form)
@@ -239,11 +253,7 @@ def _items_check(form: Any, item_form: Any) -> Check:
     def check(value: Any) -> Fault | None:
         if not isinstance(value, (list, tuple)):
             return _refusal(form, value)
-        for number, item in enumerate(value):
-            fault = inner(item)
-            if fault is not None:
-                return fault.inside(str(number))
-        return None
+        return first_fault(value, inner)
 
     return check
 
