@@ -62,7 +62,6 @@ class AttackRunner(Protocol):
 
         Later changes of the weights must not change the result.
         """
-        ...
 
 
 class Interleaved:

@@ -27,7 +27,6 @@ class HasRecords(Protocol):
     @property
     def records(self) -> Sequence[Row]:
         """Return rows like those of history.jsonl."""
-        ...
 
 
 RunSource = str | Path | HasRecords

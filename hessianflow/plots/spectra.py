@@ -31,12 +31,10 @@ class Quadrature(Protocol):
     @property
     def nodes(self) -> Any:
         """Return the Ritz values."""
-        ...
 
     @property
     def weights(self) -> Any:
         """Return the weights of the nodes; each row sums to 1."""
-        ...
 
 
 def spectral_density(
