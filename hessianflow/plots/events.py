@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -67,18 +68,9 @@ def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
         colour = "black"
         if len(colours) == 1:
             colour = colours.pop()
-        axes.annotate(
-            _label(first, last),
-            (centre, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=colour,
-            annotation_clip=False,
-        )
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "annotation_clip": False}
+        place |= {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        axes.annotate(_label(first, last), (centre, 1.0), color=colour, fontsize=8, **place)
 
 
 def cluster(positions: Sequence[float]) -> list[tuple[int, int]]:

@@ -11,13 +11,13 @@ import numpy as np
 
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.plots import style
-from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
+from hessianflow.plots.comparison import compare, compare_table
 from hessianflow.plots.grouping import flatten, seed_of
 from hessianflow.plots.page import GENERATOR, image, page, section, table
 from hessianflow.plots.records import Run, RunSource, number, read_runs
 from hessianflow.plots.robustness import robustness
 from hessianflow.plots.spectra import spectral_density
+from hessianflow.plots.style import cell
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
 from hessianflow.runs.documents import (
@@ -27,7 +27,7 @@ from hessianflow.runs.documents import (
     read_robustness,
     read_spectrum,
 )
-from hessianflow.runs.files import refuse_special, write_text
+from hessianflow.runs.files import refuse_special, telling, write_text
 from hessianflow.runs.text import plain
 
 _EARLIER = b":root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff;"
@@ -54,8 +54,7 @@ def report(
         The HTML text.
 
     Raises:
-        HessianFlowError: there is no run, a folder is not a run directory, a file is damaged, or
-            the path cannot be written or holds something other than an earlier report.
+        HessianFlowError: the path holds something other than an earlier report.
     """
     if path is not None:
         _refuse_other(Path(path))
@@ -65,26 +64,24 @@ def report(
         if len(read) == 1:
             title = "Run "
         title += ", ".join(run.name for run in read)
+    head, *lines = compare_table(read).cells()
+    curvature = image(curvature_trajectory(read), "top eigenvalue and batch size")
+    curves = image(training_curves(read), "loss, accuracy, learning rate and batch size")
     sections = [
-        section("Summary", _summary(compare_table(read))),
-        section(
-            "Curvature and batch size",
-            image(curvature_trajectory(read), "top eigenvalue and batch size"),
-        ),
-        section(
-            "Training",
-            image(training_curves(read), "loss, accuracy, learning rate and batch size"),
-        ),
+        section("Summary", table(head, lines)),
+        section("Curvature and batch size", curvature),
+        section("Training", curves),
     ]
     if len(read) > 1:
-        sections.append(
-            section("Comparison", image(compare(read), "accuracy against updates and against time"))
-        )
+        picture = image(compare(read), "accuracy against updates and against time")
+        sections.append(section("Comparison", picture))
     sections += _measured(read)
     sections += [section("Decisions", _decisions(read)), section("Settings", _settings(read))]
     text = page(title, "\n".join(sections))
     if path is not None:
-        _write(in_home(path), text)
+        target = in_home(path)
+        with telling("write report", target):
+            write_text(target, text)
     return text
 
 
@@ -111,7 +108,7 @@ def _measured_on(stored: SpectrumFile) -> str:
         facts.append(f"norm mode: {stored['norm_mode']}")
     trace = stored.get("trace")
     if trace:
-        facts.append(f"trace {_short(trace['value'], '.4g')} ± {_short(trace['stderr'], '.1g')}")
+        facts.append(f"trace {cell(trace['value'], '.4g')} ± {cell(trace['stderr'], '.1g')}")
     density = stored.get("density")
     # Files of earlier versions have no shares, and their negative mass may count zeros.
     if density is not None and "shares" in density:
@@ -128,7 +125,7 @@ def _spectra(spectra: Mapping[str, SpectrumFile]) -> list[str]:
     if not spectra:
         return []
     rows = [
-        [name, str(i), _short(value, ".6g"), _short(residual, ".2g")]
+        [name, str(i), cell(value, ".6g"), cell(residual, ".2g")]
         for name, spectrum in spectra.items()
         for i, (value, residual) in enumerate(
             zip(spectrum["eigenvalues"], spectrum["residuals"], strict=True), 1
@@ -157,17 +154,17 @@ def _spectra(spectra: Mapping[str, SpectrumFile]) -> list[str]:
 
 
 def _layer_cells(layer: Layer) -> list[str]:
-    trace = _short(layer.get("trace"), ".4g")
+    trace = cell(layer.get("trace"), ".4g")
     if layer.get("trace_stderr") is not None:
-        trace += f" ± {_short(layer['trace_stderr'], '.1g')}"
+        trace += f" ± {cell(layer['trace_stderr'], '.1g')}"
     name = layer["name"]
     if not layer.get("converged", True):
         name += " (not converged)"
     return [
         name,
-        _short(layer.get("size"), ""),
-        _short(layer["eigenvalue"], ".6g"),
-        _short(layer.get("residual"), ".2g"),
+        cell(layer.get("size"), ""),
+        cell(layer["eigenvalue"], ".6g"),
+        cell(layer.get("residual"), ".2g"),
         trace,
     ]
 
@@ -179,7 +176,7 @@ def _robustness(name: str, stored: RobustnessFile) -> str:
     }
     head = ["perturbation", *curves]
     rows = [
-        [f"{eps:g}", *(_percent(triples[i][0]) for triples in curves.values())]
+        [f"{eps:g}", *(cell(triples[i][0], ".2%") for triples in curves.values())]
         for i, eps in enumerate(stored["eps"])
     ]
     picture = image(robustness(stored["eps"], curves), "accuracy under attack")
@@ -192,21 +189,6 @@ def _filled(triple: tuple[float | None, float | None, float | None]) -> tuple[fl
     return value, low, high
 
 
-def _percent(value: float) -> str:
-    return style.cell(value, ".2%")
-
-
-def _short(value: float | None, form: str) -> str:
-    if value is None:
-        return "-"
-    return format(value, form)
-
-
-def _summary(compared: ComparisonTable) -> str:
-    head, *lines = compared.cells()
-    return table(head, lines)
-
-
 def _decisions(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
@@ -217,16 +199,8 @@ def _decisions(runs: Sequence[Run]) -> str:
             rows.append([run.name, *where, change, *factors, str(row.get("reason", ""))])
     if not rows:
         return "<p>The settings never changed.</p>"
-    head = [
-        "run",
-        "epoch",
-        "examples",
-        "batch size",
-        "learning-rate factor",
-        "adversarial share",
-        "reason",
-    ]
-    return table(head, rows)
+    head = ["run", "epoch", "examples", "batch size", "learning-rate factor", "adversarial share"]
+    return table([*head, "reason"], rows)
 
 
 def _settings(runs: Sequence[Run]) -> str:
@@ -246,7 +220,7 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _number(value: float) -> str:
-    return style.cell(value, ".10g")
+    return cell(value, ".10g")
 
 
 def _plain(value: Any) -> str:
@@ -257,27 +231,13 @@ def _plain(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _write(target: Path, text: str) -> None:
-    try:
-        write_text(target, text)
-    except OSError as error:
-        raise HessianFlowError(f"cannot write report {target}: {error.strerror or error}") from None
-
-
 def _refuse_other(target: Path) -> None:
-    """Refuse to replace anything but an earlier report.
-
-    Raises:
-        HessianFlowError: the path holds something else.
-    """
+    """Refuse to replace anything but an earlier report."""
     refuse_special(target)
     if not target.exists():
         return
-    try:
-        with open(target, "rb") as file:
-            begins = file.read(_BEGINNING)
-    except OSError as error:
-        raise HessianFlowError(f"cannot read {target}: {error.strerror or error}") from None
+    with telling("read", target), open(target, "rb") as file:
+        begins = file.read(_BEGINNING)
     if GENERATOR.encode() not in begins and _EARLIER not in begins:
         raise HessianFlowError(
             f"{target} exists already and is not a report of hessianflow: name another file"

@@ -40,14 +40,12 @@ summary { cursor: pointer; }
 
 def page(heading: str, body: str) -> str:
     """Return a whole page with a heading and the HTML text of its body."""
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    )
-    head += f'<meta name="generator" content="{GENERATOR}">'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,'
+    head += f' initial-scale=1"><meta name="generator" content="{GENERATOR}">'
     title = escape(plain(heading))
     return (
-        "<!doctype html>\n<html"
-        f' lang="en">\n<head>{head}\n<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>{head}\n<title>{title}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
 
@@ -77,18 +75,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, align: bool = T
 
     def line(tag: str, cells: Sequence[str]) -> str:
         pairs = zip(columns, cells, strict=True)
-        return (
-            "<tr>"
-            + "".join(f"<{tag}{kind}>{escape(plain(cell))}</{tag}>" for kind, cell in pairs)
-            + "</tr>"
-        )
+        line = "".join(f"<{tag}{kind}>{escape(plain(cell))}</{tag}>" for kind, cell in pairs)
+        return f"<tr>{line}</tr>"
 
     body = "\n".join(line("td", row) for row in rows)
-    return (
-        "<div"
-        f' class="scroll"><table>\n<thead>{line("th", head)}</thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
+    top = f'<div class="scroll"><table>\n<thead>{line("th", head)}</thead>\n'
+    return f"{top}<tbody>\n{body}\n</tbody></table></div>"
 
 
 def _column_class(cells: Sequence[str], *, align: bool) -> str:

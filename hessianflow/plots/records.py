@@ -153,8 +153,5 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def distinct(labels: Sequence[str], longer: Sequence[str]) -> list[str]:
     """Return the labels, with the longer one in place of each that occurs more than once."""
-    chosen = list(labels)
-    for index, label in enumerate(labels):
-        if labels.count(label) > 1:
-            chosen[index] = longer[index]
-    return chosen
+    pairs = zip(labels, longer, strict=True)
+    return [label if labels.count(label) == 1 else instead for label, instead in pairs]

@@ -23,8 +23,7 @@ from matplotlib.ticker import (
 )
 
 from hessianflow.checks import in_home
-from hessianflow.interfaces import HessianFlowError
-from hessianflow.runs.files import replacing
+from hessianflow.runs.files import replacing, telling
 from hessianflow.runs.text import in_figure
 
 # Okabe and Ito's palette, which is distinct under any common colour blindness. Yellow is left out,
@@ -154,9 +153,9 @@ def cut(label: str, room: int = _MAX_NAME) -> str:
     return label[: room - 1].rstrip(" ,") + "…"
 
 
-def cell(value: float, form: str) -> str:
-    """Return a number as the text of a table's cell; nan becomes "-"."""
-    if math.isnan(value):
+def cell(value: float | None, form: str) -> str:
+    """Return a number as the text of a table's cell; nan and None become "-"."""
+    if value is None or math.isnan(value):
         return "-"
     return format(value, form)
 
@@ -169,13 +168,8 @@ def legend_columns(handles: Sequence[Line2D]) -> int:
 
 def legend_below(figure: Figure, handles: list[Line2D]) -> None:
     """Add one legend below all axes, for which the constrained layout makes room."""
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=legend_columns(handles),
-        frameon=False,
-        fontsize=9,
-    )
+    look: dict[str, Any] = {"ncols": legend_columns(handles), "frameon": False, "fontsize": 9}
+    figure.legend(handles=handles, loc="outside lower center", **look)
 
 
 def _plain(value: float, _position: int) -> str:
@@ -190,11 +184,8 @@ def save(figure: Figure, path: str | Path | None) -> None:
     """
     if path is None:
         return
-    try:
-        with replacing(in_home(path)) as temporary, without_glyph_warnings():
-            figure.savefig(temporary, format="png", dpi=DPI)
-    except OSError as error:
-        raise HessianFlowError(f"cannot write plot {path}: {error.strerror or error}") from None
+    with telling("write plot", path), replacing(in_home(path)) as file, without_glyph_warnings():
+        figure.savefig(file, format="png", dpi=DPI)
 
 
 @contextmanager
