@@ -169,8 +169,7 @@ def resolution_record(stages: tuple[Stage, ...]) -> dict[str, Any]:
 def build_transform(parts: Parts, stages: tuple[Stage, ...]) -> ProgressiveResize | None:
     """Return the transform that resizes batches; None if the resolution never changes.
 
-    Raises:
-        HessianFlowError: The model takes images of one size only.
+    A model that takes images of one size only is refused.
     """
     if not stages:
         return None

@@ -1,7 +1,7 @@
 """Builders of the objects that a trainer is made of, by the names in a resolved configuration."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -103,16 +103,11 @@ def build_controller(config: RunConfig) -> BatchController:
             "--controller dual-batch plans its batches before a run: it decides nothing during one"
         )
     kind = KINDS["controller"]
-    rule: dict[str, Any] = {}
+    names = ["batch_size", "max_batch_size"]
     if config.lr_rule is not None:
-        rule = {"lr_rule": config.lr_rule, "max_lr_factor": config.max_lr_factor}
-    controller: BatchController = make(
-        kind,
-        config.controller,
-        batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
-        **rule,
-    )
+        names += ["lr_rule", "max_lr_factor"]
+    supplied = {name: getattr(config, name) for name in names}
+    controller: BatchController = make(kind, config.controller, **supplied)
     applies_rule = "lr_rule" in parameters_of(find(kind, config.controller.name, "controller"))
     if config.lr_rule is not None and not applies_rule:
         controller = RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)
@@ -137,14 +132,10 @@ def build_adversary(
     chosen = _scaled(config.adversary, torch.tensor(spread).view(-1, 1, 1))
     if chosen.name == "conadv":
         chosen = chosen.with_options(runner=_runner(chosen.options["runner"], batches.device))
-    adversary: Adversary = make(
-        KINDS["adversary"],
-        chosen,
-        value_range=batches.value_range,
-        seed=config.seed,
-        batches=batches,
-    )
-    return adversary
+    limits = batches.value_range
+    kind = KINDS["adversary"]
+    made: Adversary = make(kind, chosen, value_range=limits, seed=config.seed, batches=batches)
+    return made
 
 
 def _scaled(chosen: Choice, spread: torch.Tensor) -> Choice:
@@ -161,9 +152,6 @@ def _scaled(chosen: Choice, spread: torch.Tensor) -> Choice:
 def scaled_eps(eps: float | Sequence[float], spread: torch.Tensor) -> torch.Tensor:
     """Return the size of an attack, one number or one per channel, in the units of inputs that were
     divided by `spread` (one per channel).
-
-    Raises:
-        HessianFlowError: as many numbers as there are no channels.
     """
     if not isinstance(eps, Sequence):
         return eps / spread
@@ -201,9 +189,8 @@ def split_for_twins(config: RunConfig, model: nn.Module) -> nn.Module:
         return model
     wanted = config.split_norm
     if wanted is None:
-        wanted = any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
-        )
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        wanted = any(isinstance(module, batch_norm) for module in model.modules())
     if wanted:
         return split_batch_norm(model)
     return model

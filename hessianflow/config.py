@@ -248,21 +248,13 @@ class RunConfig(TrainConfig):
 
 
 _NEVER_FILLED = (
-    "resolutions",
-    "resolution_batch_sizes",
-    "dropouts",
-    "split_norm",
-    "min_workers",
-    "max_workers",
-    "ray_address",
+    *("resolutions", "resolution_batch_sizes", "dropouts", "split_norm"),
+    *("min_workers", "max_workers", "ray_address"),
 )
 """Settings that no preset fills unless they have an effect, so they are always explicit wishes."""
 _NOT_ON_A_SERVER = (
-    "checkpoint_examples",
-    "checkpoint_minutes",
-    "on_divergence",
-    "lr_rule",
-    "curvature_budget",
+    *("checkpoint_examples", "checkpoint_minutes"),
+    *("on_divergence", "lr_rule", "curvature_budget"),
 )
 """Settings that no preset fills for a run with a parameter server."""
 
@@ -277,11 +269,7 @@ def _wishes(config: TrainConfig) -> list[str]:
 
 
 def chosen(name: str, method: Any) -> Choice:
-    """Return the method that is given for the setting `name`.
-
-    Raises:
-        HessianFlowError: The method or one of its options is unknown.
-    """
+    """Return the method that is given for the setting `name`."""
     if name == "adversary" and method in ("none", {"name": "none"}, Choice("none")):
         return Choice("none")
     return choice(KINDS[name], method, name)

@@ -103,16 +103,13 @@ def build_measurements(config: RunConfig, parts: Parts) -> list[EpochMeasurement
     measurements: list[EpochMeasurement] = []
     if config.overfitting_alarm:
         eps = scaled_eps(_alarm_eps(config), torch.tensor(parts.spread))
-        batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
+        limits = parts.train.value_range
+        batch = parts.first_tests(WATCHED_EXAMPLES)
         measurements.append(
-            RobustnessWatch(
-                parts.model, batch, eps, value_range=parts.train.value_range, seed=config.seed
-            )
+            RobustnessWatch(parts.model, batch, eps, value_range=limits, seed=config.seed)
         )
     if config.input_curvature:
-        batch = parts.test.examples(
-            torch.arange(min(INPUT_CURVATURE_EXAMPLES, parts.test.num_examples))
-        )
+        batch = parts.first_tests(INPUT_CURVATURE_EXAMPLES)
 
         def solve(operator: LinearOperator) -> dict[str, float]:
             result = top_eigenpairs(

@@ -46,22 +46,15 @@ class Kind:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+_SIZES = frozenset({"batch_size", "max_batch_size"})
+_ATTACKED = frozenset({"value_range", "seed", "loss_fn"})
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind(
-            "controller",
-            CONTROLLERS,
-            frozenset({"batch_size", "max_batch_size", "lr_rule", "max_lr_factor"}),
-        ),
-        Kind(
-            "adversary",
-            ADVERSARIES,
-            frozenset({"value_range", "seed", "loss_fn", "batches"}),
-            {"conadv": {"attack": "fgsm"}},
-        ),
+        Kind("controller", CONTROLLERS, _SIZES | {"lr_rule", "max_lr_factor"}),
+        Kind("adversary", ADVERSARIES, _ATTACKED | {"batches"}, {"conadv": {"attack": "fgsm"}}),
         # The share is that of the adversary whose twins the attack makes.
-        Kind("attack", ATTACKS, frozenset({"value_range", "seed", "loss_fn", "share"})),
+        Kind("attack", ATTACKS, _ATTACKED | {"share"}),
         Kind("runner", RUNNERS),
         Kind(
             "optimizer",

@@ -35,21 +35,17 @@ def resolve(config: TrainConfig) -> RunConfig:
     if isinstance(config, RunConfig):
         return config
     preset = data_set(config.data, "--data: ").preset
-    config = fitted(
-        replace(
-            config,
-            data_dir=user_path(config.data_dir, "--data-dir"),
-            run_dir=user_path(config.run_dir, "--run-dir"),
-        )
-    )
+    data_dir = user_path(config.data_dir, "--data-dir")
+    run_dir = user_path(config.run_dir, "--run-dir")
+    config = fitted(replace(config, data_dir=data_dir, run_dir=run_dir))
     values = {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
     values |= _sizes(config, preset.settings)
     values |= _preferred(config, preset.schedule)
-    optimizer = complete(
-        KINDS["optimizer"], config.optimizer, _facts(values), preset.methods, "optimizer"
+    run = _facts(values, config.optimizer)
+    values["optimizer"] = complete(
+        KINDS["optimizer"], config.optimizer, run, preset.methods, "optimizer"
     )
-    values["optimizer"] = optimizer
-    inner = innermost(optimizer)
+    inner = innermost(values["optimizer"])
     milestones = _milestones(preset.milestones, preset.settings["epochs"], values["epochs"])
     run = _facts(values, inner, milestones)
     for name in ("schedule", "adversary", "controller"):
@@ -88,9 +84,8 @@ def fitted(config: TrainConfig) -> TrainConfig:
         if name in open_ones and 0 < len(files) < preset[name]:
             changes[name] = min(len(files), config.train_examples or len(files))
     if "max_batch_size" in changes:
-        changes["max_batch_size"] = max(
-            changes["max_batch_size"], config.batch_size or preset["batch_size"]
-        )
+        least = config.batch_size or preset["batch_size"]
+        changes["max_batch_size"] = max(changes["max_batch_size"], least)
     if "image_size" in open_ones:
         changes["image_size"] = FILE_SIDE
         if config.resolutions:
@@ -141,11 +136,8 @@ def _preferred(config: TrainConfig, usual_schedule: str) -> dict[str, Any]:
 
 
 def _facts(
-    values: Mapping[str, Any],
-    optimizer: Choice | None = None,
-    milestones: tuple[int, ...] = (),
+    values: Mapping[str, Any], optimizer: Choice, milestones: tuple[int, ...] = ()
 ) -> RunFacts:
-    optimizer = optimizer or values["optimizer"]
     return RunFacts(
         epochs=values["epochs"],
         batch_size=values["batch_size"],
@@ -196,12 +188,8 @@ def _rule(values: Mapping[str, Any], optimizer: str) -> str | None:
 
 def _controller(values: Mapping[str, Any]) -> Any:
     """Return a controller of a run, made only to be asked."""
-    return make(
-        KINDS["controller"],
-        values["controller"],
-        batch_size=values["batch_size"],
-        max_batch_size=values["max_batch_size"],
-    )
+    sizes = {name: values[name] for name in ("batch_size", "max_batch_size")}
+    return make(KINDS["controller"], values["controller"], **sizes)
 
 
 def _images(config: TrainConfig) -> dict[str, Any]:

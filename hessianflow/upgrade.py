@@ -24,6 +24,10 @@ def _to(kind: str, methods: str, option: str, convert: _Convert = _same) -> tupl
     return tuple((kind, method, option, convert) for method in methods.split())
 
 
+_OF_DUAL_BATCH = (
+    *("workers", "small_workers", "extra_time", "slope", "intercept"),
+    *("min_small_batch_size", "server", "synchrony"),
+)
 _MOVED: Mapping[str, tuple[_Place, ...]] = {
     "momentum": (
         *_to("optimizer", "sgd lars clars", "momentum"),
@@ -59,14 +63,7 @@ _MOVED: Mapping[str, tuple[_Place, ...]] = {
     "conadv_attack": _to("adversary", "conadv", "attack.name"),
     "attack_runner": _to("adversary", "conadv", "runner.name"),
     "combine": _to("adversary", "conadv", "combine"),
-    "workers": _to("controller", "dual-batch", "workers"),
-    "small_workers": _to("controller", "dual-batch", "small_workers"),
-    "extra_time": _to("controller", "dual-batch", "extra_time"),
-    "slope": _to("controller", "dual-batch", "slope"),
-    "intercept": _to("controller", "dual-batch", "intercept"),
-    "min_small_batch_size": _to("controller", "dual-batch", "min_small_batch_size"),
-    "server": _to("controller", "dual-batch", "server"),
-    "synchrony": _to("controller", "dual-batch", "synchrony"),
+    **{name: _to("controller", "dual-batch", name) for name in _OF_DUAL_BATCH},
 }
 """Where each setting went: kind, method, option, and how its value is spelled there."""
 _GONE: Mapping[str, tuple[str, str, str]] = {
@@ -119,11 +116,8 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("overfitting_alarm") in (True, "true") and settings.get("eps") is not None:
         kept["alarm_eps"] = settings["eps"]
     if settings.get("sam_rho"):
-        methods["optimizer"] = {
-            "name": "sam",
-            "rho": settings["sam_rho"],
-            "base": methods["optimizer"],
-        }
+        base = methods["optimizer"]
+        methods["optimizer"] = {"name": "sam", "rho": settings["sam_rho"], "base": base}
     if methods["controller"]["name"] in ("abs", "dual-batch"):
         methods["adversary"] = {"name": "none"}
     return kept | {

@@ -154,11 +154,7 @@ def pgd(
 
 @contextmanager
 def attacking(model: nn.Module, norm_mode: NormMode) -> Iterator[nn.Module]:
-    """Yield the unwrapped model in measuring mode, with its parameters frozen.
-
-    Raises:
-        HessianFlowError: The norm_mode does not exist.
-    """
+    """Yield the unwrapped model in measuring mode, with its parameters frozen."""
     check_choice("norm_mode", norm_mode, get_args(NormMode))
     with measuring(model, norm_mode) as inner:
         for parameter in inner.parameters():
@@ -179,18 +175,13 @@ def ascend(
     start: Tensor,
     targeted: bool = False,
 ) -> Tensor:
-    """Run the loop behind every attack.
+    """Run the loop behind every attack. What is not described here is that of :func:`pgd`.
 
     Args:
         frozen: Model from :func:`attacking`.
-        x: Centre of the ball, shape [N, ...].
-        y: Targets, shape [N, ...].
         budget: Ball and valid range, from `broadcast_to`.
-        loss_fn: Loss that the attack raises.
-        steps: Gradient steps.
         step: Step size in units of eps.
         start: First point, shaped like `x`.
-        targeted: Lower the loss instead of raising it.
     """
     x = x.detach()
     perturbed = start
@@ -230,8 +221,7 @@ def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
 def check_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> None:
     """Refuse a loss whose input gradient is zero everywhere, so that no attack changes anything.
 
-    Raises:
-        HessianFlowError: The gradient is zero, as that of cross-entropy over a single output.
+    Such a loss is cross-entropy over a single output.
     """
     if not bool(input_gradient(frozen, x, y, loss_fn).any()):
         raise HessianFlowError(

@@ -117,9 +117,6 @@ def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be 
         value: Inputs, or something else that must be one tensor.
         name: Name of the value in the message.
         purpose: Purpose of the tensor in the message.
-
-    Raises:
-        HessianFlowError: The value is not a tensor.
     """
     if not isinstance(value, Tensor):
         raise HessianFlowError(f"{name} must be one tensor {purpose}, got {article(value)}")
@@ -158,12 +155,9 @@ def broadcast_to(budget: Budget, x: Tensor) -> Budget:
 
 
 def check_in_range(budget: Budget, x: Tensor) -> None:
-    """Refuse inputs outside the stated valid range, which clamping would distort.
+    """Refuse inputs outside the valid range by more than rounding, which clamping would distort.
 
     It waits for the device, so training checks only its first batch.
-
-    Raises:
-        HessianFlowError: A value lies outside `value_range` by more than rounding.
     """
     if budget.low is None or budget.high is None or x.numel() == 0:
         return

@@ -24,11 +24,7 @@ ABSA_SHARE = 0.2
 
 
 def check_share(share: float) -> float:
-    """Return the share of each batch that an adversary is to attack.
-
-    Raises:
-        HessianFlowError: It is not a number in [0, 1].
-    """
+    """Return the share of each batch that an adversary is to attack, if it is in [0, 1]."""
     if not is_number(share) or not 0 <= share <= 1:
         raise HessianFlowError(f"share must be a number in [0, 1], got {share!r}")
     return share

@@ -135,11 +135,7 @@ class GradientReuse:
         return Exposure((adversarial, targets), on_input_gradient=self._keep)
 
     def join(self, reducer: Reducer) -> None:
-        """Refuse to be one of several ranks.
-
-        Raises:
-            HessianFlowError: There are several.
-        """
+        """Refuse to be one of several ranks."""
         if reducer.world_size > 1:
             raise HessianFlowError(
                 "reuse keeps the gradients of one process's examples, which go to other ranks in"

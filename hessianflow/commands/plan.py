@@ -38,14 +38,8 @@ DEFAULTS = {
 """Default figures of the all-reduce, in bytes per second and in seconds, and their origin."""
 
 SCHEDULE = (
-    "data",
-    "train_examples",
-    "model",
-    "controller",
-    "optimizer",
-    "batch_size",
-    "max_batch_size",
-    "epochs",
+    *("data", "train_examples", "model", "controller", "optimizer"),
+    *("batch_size", "max_batch_size", "epochs"),
 )
 """Settings of the run that is planned."""
 HERE = ("data_dir", "microbatch_size", "precision", "channels_last", "device", "threads")

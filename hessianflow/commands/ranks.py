@@ -56,9 +56,8 @@ def _long_wait_noted(generation: Generation) -> Iterator[None]:
     """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     line = (
-        f"hessianflow: note: rank {generation.rank} of {generation.world_size} waits for the"
-        " others at"
-        f" {address}, as RANK, WORLD_SIZE and MASTER_ADDR in the environment say; unset RANK to"
+        f"hessianflow: note: rank {generation.rank} of {generation.world_size} waits for the others"
+        f" at {address}, as RANK, WORLD_SIZE and MASTER_ADDR in the environment say; unset RANK to"
         " train alone\n"
     )
     timer = Timer(PATIENCE_SECONDS, sys.stderr.write, [line])

@@ -21,8 +21,6 @@ from hessianflow.interfaces import HessianFlowError
 if TYPE_CHECKING:
     from hessianflow.config import RunConfig, TrainConfig
 
-PLOTS = "plots"
-
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of each command."""
@@ -92,7 +90,7 @@ def draw(runs: list[Path], folder: Path) -> None:
 
 def _plot(arguments: Namespace) -> int:
     runs = _runs(arguments)
-    draw(runs, Path(arguments.out or _home(runs) / PLOTS))
+    draw(runs, Path(arguments.out or _home(runs) / "plots"))
     return 0
 
 
@@ -150,13 +148,12 @@ def _replay(arguments: Namespace) -> int:
             f"note: the run measured with norm_mode {recorded.norm_mode!r};"
             f" {config.controller.name} means eigenvalues with {config.norm_mode!r}"
         )
-    examples = history.fact("examples_per_epoch")
-    result = replay(
-        history.records,
-        build_controller(config),
-        examples_per_epoch=examples,
-        total_epochs=config.epochs,
-    )
+    controller = build_controller(config)
+    sizes = {
+        "examples_per_epoch": history.fact("examples_per_epoch"),
+        "total_epochs": config.epochs,
+    }
+    result = replay(history.records, controller, **sizes)
     for step in result.changes:
         decision = step.decision
         share = config.adversary.options.get("share", 0.0) * decision.attack_factor
@@ -192,16 +189,12 @@ def _replayed(recorded: "RunConfig", changes: dict[str, Any]) -> "TrainConfig":
         own["decay_factor"] = 1 / recorded.schedule.options["lr_decay"]
     shared = method_options(KINDS["controller"], name).keys() & own.keys()
     controller = {option: own[option] for option in shared} | controller
-    if (
-        recorded.controller.name != name
-    ):  # these may not go with another controller, or have another meaning there
+    if recorded.controller.name != name:
+        # These may not go with another controller, or have another meaning there.
         for setting in ("schedule", "lr_rule", "max_lr_factor", "norm_mode"):
             del kept[setting]
-    preferred = [
-        prefers(KINDS["controller"], method)
-        for method in (recorded.controller, chosen("controller", name))
-    ]
-    if any("adversary" in settings for settings in preferred):
+    controllers = (recorded.controller, chosen("controller", name))
+    if any("adversary" in prefers(KINDS["controller"], one) for one in controllers):
         del kept["adversary"]
     return from_dict({**kept, **changes, "controller": controller}, str(recorded.run_dir))
 

@@ -59,7 +59,7 @@ def _robustness(arguments: Namespace) -> int:
                 f"--eps must lie between 0 and 1 (pixels scaled to [0, 1]), got {size}"
             )
     run_dir, parts = load_run(arguments, "robustness", "hf.adversarial.robust_accuracy")
-    batch = parts.test.examples(torch.arange(min(arguments.examples, parts.test.num_examples)))
+    batch = parts.first_tests(arguments.examples)
     spread = torch.tensor(parts.spread)
     rows = []
     for size in tqdm(arguments.eps, disable=None, desc="eps"):
@@ -105,16 +105,11 @@ def _write(arguments: Namespace, rows: list[dict[str, Any]], folder: Path) -> No
     curves = {
         name: [(row[name].value, row[name].low, row[name].high) for row in rows] for name in rows[0]
     }
-    values = {
-        "eps": arguments.eps,
-        "examples": rows[0]["clean"].total,
-        "seed": arguments.seed,
-        "accuracy": curves,
-    }
+    values = {"eps": arguments.eps, "examples": rows[0]["clean"].total, "seed": arguments.seed}
     path = folder / "plots" / "robustness.png"
     with writing_to(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-        moved = keep_robustness(folder, values)
+        moved = keep_robustness(folder, {**values, "accuracy": curves})
         plots.robustness(arguments.eps, curves, path=path)
     print(f"  {printable(folder / 'robustness.json')}\n  {printable(path)}")
     if moved is not None:

@@ -129,14 +129,8 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
             default = getattr(default, "name", None)
             parser.chosen[setting.name] = None
         parser.settings.add(setting.name)
-        parser.add(
-            option(setting.name),
-            dest=setting.name,
-            type=hint,
-            default=default,
-            help=text,
-            group=titles[title],
-        )
+        about = {"type": hint, "default": default, "help": text, "group": titles[title]}
+        parser.add(option(setting.name), dest=setting.name, **about)
         if list(parser.chosen) == [name for name in CHOSEN if name in wanted]:
             # Their options follow in the help, before settings that everyone leaves alone.
             for name, group in parser.chosen.items():
@@ -160,9 +154,6 @@ def add_methods(parser: Any, named: Mapping[str, str]) -> dict[str, str]:
 
     Returns:
         The method in force for each setting that chooses one.
-
-    Raises:
-        HessianFlowError: A method is unknown.
     """
     in_force: dict[str, str] = {}
     controller = named.get("controller", "absa")

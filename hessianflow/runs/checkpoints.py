@@ -95,11 +95,7 @@ def _is_same(value: Any, expected: str | int) -> bool:
 
 
 def load_checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Read a checkpoint and check its content.
-
-    Raises:
-        HessianFlowError: The file cannot be read, or `check` refuses its content.
-    """
+    """Read a checkpoint as :func:`load` does, and let `check` refuse its content."""
     state = load(path)
     try:
         check(state)
@@ -161,11 +157,7 @@ def load_newest(
 
 
 def set_aside(folder: Path) -> None:
-    """Rename a damaged `last.pt`, which the next save would otherwise move over a good one.
-
-    Raises:
-        HessianFlowError: the folder cannot be written.
-    """
+    """Rename a damaged `last.pt`, which the next save would otherwise move over a good one."""
     with telling("write to", folder):
         if (folder / LAST).exists():
             os.replace(folder / LAST, folder / SET_ASIDE)

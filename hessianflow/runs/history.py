@@ -82,11 +82,7 @@ class History:
         return [row for row in self.of_kind("batch") if row["to"] > row["from"]]
 
     def fact(self, name: str) -> Any:
-        """Return a fact about the trainer in config.json, such as "examples_per_epoch".
-
-        Raises:
-            HessianFlowError: The file config.json has no such entry.
-        """
+        """Return a fact about the trainer, which config.json must hold ("examples_per_epoch")."""
         facts = self.config.get("trainer", {})
         if name not in facts:
             where = CONFIG if self.run_dir is None else self.run_dir / CONFIG

@@ -8,6 +8,7 @@ cannot be joined, the earlier file is kept under another name.
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,10 +39,9 @@ def keep_spectrum(folder: Path, measured: Mapping[str, Any]) -> Path | None:
         HessianFlowError: The path spectrum.json is something other than a file.
         OSError: The file cannot be written.
     """
-    try:
+    earlier = None
+    with suppress(HessianFlowError):
         earlier = read_spectrum(folder)
-    except HessianFlowError:
-        earlier = None
     path = folder / SPECTRUM
     if earlier is not None and _of_one_function(earlier, measured):
         write_json(path, _joined(earlier, measured))
@@ -56,10 +56,9 @@ def keep_robustness(folder: Path, measured: Mapping[str, Any]) -> Path | None:
 
     Arguments, result and errors are those of :func:`keep_spectrum`.
     """
-    try:
+    earlier = None
+    with suppress(HessianFlowError):
         earlier = read_robustness(folder)
-    except HessianFlowError:
-        earlier = None
     path = folder / ROBUSTNESS
     moved = None
     if earlier is None or not _is_covered(earlier, measured):

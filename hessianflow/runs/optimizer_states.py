@@ -15,24 +15,11 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.schema import shown
 from hessianflow.runs.states import DamagedStateError
 
-_LIKE_WEIGHTS = frozenset(
-    {
-        "momentum_buffer",
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "square_avg",
-        "grad_avg",
-        "acc_delta",
-        "sum",
-        "prev",
-        "step_size",
-        "ax",
-    }
+_LIKE_WEIGHTS = (
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg"),
+    *("grad_avg", "acc_delta", "sum", "prev", "step_size", "ax"),
 )
-"""State entries that the optimizers of torch and of this package keep in the shape of the weights.
-"""
+"""Entries that the optimizers of torch and of this package keep in the shape of the weights."""
 
 
 class OtherGroupsError(HessianFlowError):

@@ -19,14 +19,8 @@ from hessianflow.runs.schema import Count, Fault, Figure, Number, Size, fault_of
 
 _DEEPEST = 40
 _BROKEN = (
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError),
+    *(ArithmeticError, AssertionError, RuntimeError),
 )
 """Errors that Python, NumPy and torch raise over a damaged state."""
 
