@@ -90,14 +90,11 @@ def _measured(runs: Sequence[Run]) -> list[str]:
     spectra: dict[str, SpectrumFile] = {}
     attacked: dict[str, RobustnessFile] = {}
     for run in runs:
-        if run.folder is None:
-            continue
-        spectrum = read_spectrum(run.folder)
-        robust = read_robustness(run.folder)
-        if spectrum is not None:
-            spectra[run.name] = spectrum
-        if robust is not None:
-            attacked[run.name] = robust
+        if run.run_dir is not None:
+            if (spectrum := read_spectrum(run.run_dir)) is not None:
+                spectra[run.name] = spectrum
+            if (robust := read_robustness(run.run_dir)) is not None:
+                attacked[run.name] = robust
     return [*_spectra(spectra), *(_robustness(name, file) for name, file in attacked.items())]
 
 
@@ -112,12 +109,9 @@ def _measured_on(stored: SpectrumFile) -> str:
     density = stored.get("density")
     # Files of earlier versions have no shares, and their negative mass may count zeros.
     if density is not None and "shares" in density:
-        shares = density["shares"]
-        facts += [
-            f"{shares['negative']['value']:.1%} below 0",
-            f"{shares['zero']['value']:.1%} not told from 0",
-            f"{shares['positive']['value']:.1%} above 0",
-        ]
+        words = {"negative": "below 0", "zero": "not told from 0", "positive": "above 0"}
+        shares: Mapping[str, Any] = density["shares"]
+        facts += [f"{shares[sign]['value']:.1%} {where}" for sign, where in words.items()]
     return ", ".join(facts)
 
 
@@ -131,11 +125,9 @@ def _spectra(spectra: Mapping[str, SpectrumFile]) -> list[str]:
             zip(spectrum["eigenvalues"], spectrum["residuals"], strict=True), 1
         )
     ]
-    notes = [
-        f"<p>{escape(plain(f'{name}: {_measured_on(spectrum)}'))}</p>"
-        for name, spectrum in spectra.items()
-    ]
-    parts = [*notes, table(["run", "rank", "eigenvalue", "residual"], rows)]
+    notes = [f"{name}: {_measured_on(spectrum)}" for name, spectrum in spectra.items()]
+    parts = [f"<p>{escape(plain(note))}</p>" for note in notes]
+    parts.append(table(["run", "rank", "eigenvalue", "residual"], rows))
     layers = [
         [name, *_layer_cells(layer)]
         for name, spectrum in spectra.items()
@@ -160,13 +152,9 @@ def _layer_cells(layer: Layer) -> list[str]:
     name = layer["name"]
     if not layer.get("converged", True):
         name += " (not converged)"
-    return [
-        name,
-        cell(layer.get("size"), ""),
-        cell(layer["eigenvalue"], ".6g"),
-        cell(layer.get("residual"), ".2g"),
-        trace,
-    ]
+    value = cell(layer["eigenvalue"], ".6g")
+    residual = cell(layer.get("residual"), ".2g")
+    return [name, cell(layer.get("size"), ""), value, residual, trace]
 
 
 def _robustness(name: str, stored: RobustnessFile) -> str:

@@ -64,7 +64,7 @@ class History:
 
     def of_kind(self, kind: str) -> list[Record]:
         """Return all rows of one kind: "epoch", "curvature", "batch", "event", ..."""
-        return [row for row in self.records if row["kind"] == kind]
+        return [row for row in self.records if row.get("kind") == kind]
 
     @property
     def epochs(self) -> list[Record]:
