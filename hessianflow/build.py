@@ -23,23 +23,9 @@ from hessianflow.config import RunConfig, to_dict
 from hessianflow.control import Stage, stage_at
 from hessianflow.distributed.curvature import sharded
 from hessianflow.interfaces import GradientObserver, HessianFlowError, RecordSink, World
-from hessianflow.measurements import (
-    FLOAT32_PER_16_BIT,
-    build_measurements,
-    build_probe,
-    first_products,
-)
+from hessianflow.measurements import build_measurements, build_probe
 from hessianflow.normalisation.recalibrate import recalibrate
-from hessianflow.parts import (
-    Parts,
-    build_parts,
-    find_checkpoint,
-    load_config,
-    load_parts,
-    on_this_machine,
-    prepare,
-    resolved_precision,
-)
+from hessianflow.parts import Parts, build_parts, resolved_precision
 from hessianflow.runs import TensorBoardSink
 from hessianflow.runs.names import TENSORBOARD
 from hessianflow.training import (
@@ -53,27 +39,6 @@ from hessianflow.training import (
 )
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.world import LocalWorld
-
-__all__ = [
-    "FLOAT32_PER_16_BIT",
-    "Parts",
-    "build_measurements",
-    "build_parts",
-    "build_probe",
-    "build_recalibration",
-    "build_trainer",
-    "build_transform",
-    "compiled",
-    "find_checkpoint",
-    "first_products",
-    "load_config",
-    "load_parts",
-    "on_this_machine",
-    "prepare",
-    "resolution_record",
-    "resolved_precision",
-    "tensorboard_sinks",
-]
 
 RECALIBRATION_EXAMPLES = 1024
 """Training examples on which the statistics of normalisation are measured before an evaluation.

@@ -128,6 +128,7 @@ ALLOWED["commands"] = {
         "runs",
         "bounds",
         "effects",
+        "parts",
         "upgrade",
         *SHARED,
     ),

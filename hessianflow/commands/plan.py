@@ -147,7 +147,7 @@ def _said(value: Any) -> Any:
 
 
 def _run(arguments: Namespace) -> "PlanBasis":
-    from hessianflow.build import load_config, on_this_machine, prepare
+    from hessianflow.parts import load_config, on_this_machine, prepare
     from hessianflow.planning.measure import PlanBasis
     from hessianflow.runs import History
 

@@ -132,9 +132,9 @@ def _report(arguments: Namespace) -> int:
 
 
 def _replay(arguments: Namespace) -> int:
-    from hessianflow.build import load_config
     from hessianflow.choices import build_controller
     from hessianflow.control.replay import replay
+    from hessianflow.parts import load_config
     from hessianflow.resolve import resolve
     from hessianflow.runs import History
 

@@ -11,7 +11,7 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.upgrade import upgrade
 
 if TYPE_CHECKING:
-    from hessianflow.build import Parts
+    from hessianflow.parts import Parts
 
 
 def distinct(run_dirs: Iterable[str]) -> list[Path]:
@@ -59,7 +59,7 @@ def load_run(arguments: Any, command: str, instead: str) -> tuple[Path, "Parts"]
 
     Arguments and errors are those of :func:`require_settings` and :func:`require_named_code`.
     """
-    from hessianflow.build import find_checkpoint, load_parts
+    from hessianflow.parts import find_checkpoint, load_parts
 
     run_dir = find_checkpoint(arguments.run)[0]
     require_settings(run_dir, command, instead)

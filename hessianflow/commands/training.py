@@ -77,7 +77,7 @@ def _train(arguments: Namespace) -> int:
 
 def _prepared(config: RunConfig) -> RunConfig:
     """Return the settings for this machine; workers of an elastic run prepare themselves."""
-    from hessianflow.build import on_this_machine
+    from hessianflow.parts import on_this_machine
 
     if config.elastic:
         return config
@@ -85,8 +85,8 @@ def _prepared(config: RunConfig) -> RunConfig:
 
 
 def _resume(arguments: Namespace) -> int:
-    from hessianflow.build import load_config
     from hessianflow.commands.ranks import launched
+    from hessianflow.parts import load_config
 
     def settings() -> RunConfig:
         require_named_code(arguments.run_dir, arguments)
