@@ -75,10 +75,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 def check_setting(name: str, value: Any, hint: Any) -> None:
     """Refuse a value that is of the wrong type for the setting `name`, or out of its bounds.
 
-    Args:
-        name: Name of the setting.
-        value: Value as given; None passes if the type allows it.
-        hint: Type of the setting, with its :class:`Range` if it has one.
+    None passes if the type `hint`, which holds the :class:`Range`, allows it.
     """
     check_type(option(name), value, hint)
 

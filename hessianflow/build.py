@@ -48,12 +48,9 @@ This default is our choice."""
 def build_trainer(
     config: RunConfig, sinks: Iterable[RecordSink] = (), world: World | None = None
 ) -> AdaptiveBatchTrainer:
-    """Return a trainer for a run.
+    """Return a trainer for a run, whose records go to `sinks` besides the run directory.
 
-    Args:
-        config: Settings of the run.
-        sinks: Receivers of the records besides the run directory.
-        world: Ranks to train with; None for one process.
+    Without a `world` it trains in one process.
 
     Raises:
         HessianFlowError: Data are missing or damaged, a name is unknown, or sizes do not fit.

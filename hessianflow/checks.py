@@ -15,13 +15,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
-    """Refuse a value that is not a whole number >= `low`.
+    """Refuse a value that is not a whole number >= `low`; NumPy's pass, True and False do not.
 
-    Args:
-        name: the name of the argument.
-        value: the value; NumPy's whole numbers pass, True and False do not.
-        low: the smallest value allowed.
-        none: the meaning of None; empty if None is not allowed.
+    If `none` is not empty, None is allowed, and `none` says what it means.
     """
     if none and value is None:
         return
@@ -56,11 +52,7 @@ def is_number(value: object) -> bool:
 def in_home(path: str | Path, where: str = "") -> Path:
     """Return the path with the home folder in place of a leading `~` or `~NAME`.
 
-    The package expands no path elsewhere.
-
-    Args:
-        path: the path as the user wrote it.
-        where: name of the option or argument that holds the path, for errors.
+    The package expands no path elsewhere. Errors begin with `where`, the option or argument.
 
     Raises:
         HessianFlowError: the value is not a path, there is no such home folder, or the path holds a

@@ -122,10 +122,8 @@ def build_adversary(
 ) -> Adversary | None:
     """Return the adversary, with its size and bounds in the units of the normalised inputs.
 
-    Args:
-        config: Settings of the run.
-        batches: Training data, which give the valid range of inputs.
-        spread: Standard deviation per channel by which the pixels were divided.
+    The data give the valid range; `spread` is the standard deviation per channel by which the
+    pixels were divided.
     """
     if config.adversary.name == "none":
         return None

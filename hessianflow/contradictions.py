@@ -10,11 +10,7 @@ or go back to a checkpoint file."""
 
 
 def check_together(config: Any) -> None:
-    """Refuse settings that contradict each other, resolved or not.
-
-    Args:
-        config: Object with all settings; None stands for one that is open.
-    """
+    """Refuse settings that contradict each other, resolved or not; None stands for an open one."""
     _check_sizes(config)
     _check_resolution(config)
     _check_workers(config)

@@ -73,13 +73,10 @@ _WAYS_OUT: Mapping[str, str] = {
 
 
 def check_effects(settings: Any, names: Iterable[str]) -> None:
-    """Refuse settings that have no effect; the error names the choices that they belong to.
+    """Refuse those of `names` that have no effect; the error names the choices they belong to.
 
-    Values that switch something off (0, false, none, off) pass, because it is off anyway.
-
-    Args:
-        settings: Object with all settings; those that cases name are resolved.
-        names: Settings that were given.
+    Values that switch something off (0, false, none, off) pass, because it is off anyway. The
+    settings that cases name are resolved.
     """
     for name in names:
         if is_ignored(settings, name):

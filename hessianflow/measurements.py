@@ -68,10 +68,8 @@ def build_probe(
 def first_products(config: RunConfig, probe_examples: int, train_examples: int) -> int | None:
     """Return the most products that the first reading may take, whose price is not known yet.
 
-    They cost at most FIRST_SHARE of the whole training.
-
-    Returns:
-        0 if that leaves too few for a reading; None without a budget.
+    They cost at most FIRST_SHARE of the whole training. It is 0 if that leaves too few for a
+    reading, and None without a budget.
     """
     budget = _budget(config)
     if budget is None:

@@ -106,10 +106,8 @@ def plain(value: Any) -> Any:
 def choice(kind: Kind, given: Any, where: str) -> Choice:
     """Return a method and its options as a Choice whose options have the right types.
 
-    Args:
-        kind: Kind of the method.
-        given: "NAME", {"name": "NAME", "option": value, ...}, or a Choice.
-        where: Setting that chooses the method, for errors.
+    It is given as "NAME", as {"name": "NAME", "option": value, ...}, or as a Choice. Here and
+    below, `where` is the setting that chooses the method, for errors.
 
     Raises:
         HessianFlowError: The method is unknown, it does not have an option, or a value has the
@@ -143,12 +141,7 @@ def choice(kind: Kind, given: Any, where: str) -> Choice:
 
 
 def find(kind: Kind, name: str, where: str) -> Any:
-    """Return the class of a method.
-
-    Args:
-        kind: Kind of the method.
-        name: Name in the table, or an import path, whose module is imported.
-        where: Setting that chooses the method, for errors.
+    """Return the class of a method by its name in the table, or at an import path.
 
     Raises:
         HessianFlowError: The name is unknown (the error proposes the nearest one), or there is no
@@ -196,14 +189,7 @@ def complete(
     """Return a method with a value for each of its options.
 
     A value of the user comes first, then the default that the method derives from the run, then
-    that of the data set, then that of the class.
-
-    Args:
-        kind: Kind of the method.
-        chosen: Method with the options of the user.
-        run: Facts about the run.
-        usual: Defaults of the data set, by method.
-        where: Setting that chooses the method, for errors.
+    that of the data set (`usual`, by method), then that of the class.
 
     Raises:
         HessianFlowError: An option without a default is missing, or the method refuses the run.
@@ -249,14 +235,9 @@ def prefers(kind: Kind, chosen: Choice) -> Mapping[str, str]:
 
 
 def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) -> Any:
-    """Return a new object of the method.
+    """Return a new object of a method that has a value for each of its options.
 
-    Args:
-        kind: Kind of the method.
-        chosen: Method with a value for each of its options.
-        where: Setting that chooses the method, for errors; default: the name of the kind.
-        supplied: Arguments that the run supplies; those that the constructor does not take are
-            left out.
+    The run supplies arguments, of which those that the constructor does not take are left out.
 
     Raises:
         HessianFlowError: The constructor refuses an option.

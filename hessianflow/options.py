@@ -73,14 +73,9 @@ def parameters_of(method: Any) -> Mapping[str, inspect.Parameter]:
 
 @cache
 def options_of(method: Any, supplied: frozenset[str]) -> dict[str, Option]:
-    """Return the options of a class by name, in the order of its constructor.
+    """Return the options of a class, or function, by name, in the order of its constructor.
 
-    Args:
-        method: Class, or function that returns an object.
-        supplied: Parameters that the run supplies.
-
-    Returns:
-        The other parameters, if their type is plain or a kind of method.
+    They are the parameters that the run does not supply whose type is plain or a kind of method.
     """
     texts = _documented(method)
     hints = _hints(method)

@@ -29,24 +29,16 @@ _OF_DUAL_BATCH = (
     *("min_small_batch_size", "server", "synchrony"),
 )
 _MOVED: Mapping[str, tuple[_Place, ...]] = {
-    "momentum": (
-        *_to("optimizer", "sgd lars clars", "momentum"),
-        *_to("controller", "critical", "momentum"),
-    ),
+    "momentum": _to("optimizer", "sgd lars clars", "momentum")
+    + _to("controller", "critical", "momentum"),
     "weight_decay": _to("optimizer", "sgd adam adamw lars clars lamb", "weight_decay"),
     "trust_coefficient": _to("optimizer", "lars clars", "trust_coefficient"),
-    "milestones": (
-        *_to("schedule", "multistep", "milestones"),
-        *_to("controller", "grow-instead-of-decay", "milestones"),
-    ),
-    "lr_decay": (
-        *_to("schedule", "multistep", "lr_decay"),
-        *_to("controller", "grow-instead-of-decay", "decay_factor", lambda value: 1 / value),
-    ),
-    "decay_from": (
-        *_to("schedule", "cooldown", "decay_from"),
-        *_to("controller", "timed", "decay_from"),
-    ),
+    "milestones": _to("schedule", "multistep", "milestones")
+    + _to("controller", "grow-instead-of-decay", "milestones"),
+    "lr_decay": _to("schedule", "multistep", "lr_decay")
+    + _to("controller", "grow-instead-of-decay", "decay_factor", lambda value: 1 / value),
+    "decay_from": _to("schedule", "cooldown", "decay_from")
+    + _to("controller", "timed", "decay_from"),
     "warmup_epochs": _to("controller", "warmup", "warmup_epochs"),
     "decay_factor": _to("controller", "absa abs", "decay_factor"),
     "growth_factor": _to("controller", "absa abs adabatch", "growth_factor"),
@@ -91,12 +83,9 @@ def is_older(settings: Mapping[str, Any]) -> bool:
 
 
 def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under the names of today.
+    """Return settings, perhaps not all, under the names of today.
 
     Options of methods that were not chosen had no effect and are left out.
-
-    Args:
-        settings: Settings, perhaps not all, of a file, a recorded run or a row of results.
     """
     if not is_older(settings):
         return dict(settings)

@@ -116,14 +116,8 @@ class PGD:
     ) -> Tensor:
         """Return a copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked.
 
-        If there is no such row, it returns `inputs` itself.
-
-        Args:
-            model: Model to attack.
-            inputs: Inputs, shape [N, ...].
-            targets: Targets of the inputs.
-            share: Share of the rows that is attacked, in [0, 1].
-            microbatch_size: Most rows attacked in one forward pass; None stands for all.
+        If there is no such row, it returns `inputs` itself. Inputs have the shape [N, ...]; at most
+        `microbatch_size` rows are attacked in one forward pass, or all if it is None.
 
         Raises:
             HessianFlowError: The share is outside [0, 1], the inputs are not one tensor of floating

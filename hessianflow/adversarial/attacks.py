@@ -175,13 +175,10 @@ def ascend(
     start: Tensor,
     targeted: bool = False,
 ) -> Tensor:
-    """Run the loop behind every attack. What is not described here is that of :func:`pgd`.
+    """Run the loop behind every attack, on a model from :func:`attacking`.
 
-    Args:
-        frozen: Model from :func:`attacking`.
-        budget: Ball and valid range, from `broadcast_to`.
-        step: Step size in units of eps.
-        start: First point, shaped like `x`.
+    It begins at `start`, shaped like `x`; `step` is in units of eps. What is not described here is
+    that of :func:`pgd`.
     """
     x = x.detach()
     perturbed = start

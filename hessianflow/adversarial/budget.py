@@ -113,10 +113,7 @@ def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> 
 def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be perturbed") -> None:
     """Refuse inputs in a structure, which does not say what tensor is to be perturbed how far.
 
-    Args:
-        value: Inputs, or something else that must be one tensor.
-        name: Name of the value in the message.
-        purpose: Purpose of the tensor in the message.
+    The message has `name` for the value, and `purpose` for what it must be one tensor for.
     """
     if not isinstance(value, Tensor):
         raise HessianFlowError(f"{name} must be one tensor {purpose}, got {article(value)}")

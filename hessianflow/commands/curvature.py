@@ -22,14 +22,10 @@ model, kept orthogonal to the others."""
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of each command."""
-    spectrum = add_command(
-        commands,
-        "spectrum",
-        "measure the Hessian's eigenvalues, trace and density at a run's weights",
-    )
-    second = add_command(
-        commands, "second-opinion", "print our eigenvalues, trace and density beside PyHessian's"
-    )
+    about = "measure the Hessian's eigenvalues, trace and density at a run's weights"
+    spectrum = add_command(commands, "spectrum", about)
+    about = "print our eigenvalues, trace and density beside PyHessian's"
+    second = add_command(commands, "second-opinion", about)
     for parser, count in ((spectrum, 5), (second, 2)):
         parser.add("run", type=path, help="run directory, or a checkpoint inside one")
         parser.add_option("--k", int, count, "number of leading eigenvalues")
@@ -46,17 +42,10 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     spectrum.add_open(
         "--out", path, "folder for spectrum.json and pictures; default: the run directory"
     )
-    spectrum.add_open(
-        "--microbatch-size",
-        int | None,
-        "examples per pass; default: all in one pass, the fastest; set it if memory runs out",
-    )
-    spectrum.add_option(
-        "--norm-mode",
-        NormMode,
-        "eval",
-        "statistics of batch normalisation: the running ones (eval) or those of the batch",
-    )
+    about = "examples per pass; default: all in one pass, the fastest; set it if memory runs out"
+    spectrum.add_open("--microbatch-size", int | None, about)
+    about = "statistics of batch normalisation: the running ones (eval) or those of the batch"
+    spectrum.add_option("--norm-mode", NormMode, "eval", about)
     return {"spectrum": _spectrum, "second-opinion": _second_opinion}
 
 
@@ -114,13 +103,11 @@ def _load(arguments: Namespace, command: str, instead: str) -> tuple[Path, Any, 
 
 
 def _table(report: "SpectrumReport") -> str:
-    lines = [
-        (
-            f"{report.size} weights, {report.num_examples} examples, batch normalisation:"
-            f" {report.norm_mode}, loss {report.loss:.4g}, {report.matvecs} products"
-        ),
-        f"{'':<24}{'value':>14}{'+-':>12}{'gradient':>10}",
-    ]
+    head = (
+        f"{report.size} weights, {report.num_examples} examples, batch normalisation:"
+        f" {report.norm_mode}, loss {report.loss:.4g}, {report.matvecs} products"
+    )
+    lines = [head, f"{'':<24}{'value':>14}{'+-':>12}{'gradient':>10}"]
     rows = zip(report.eigen.values, report.eigen.residuals, report.gradient_overlap, strict=True)
     for number, (value, residual, overlap) in enumerate(rows, start=1):
         lines.append(f"{f'eigenvalue {number}':<24}{value:>14.6g}{residual:>12.1e}{overlap:>10.1%}")
@@ -167,9 +154,8 @@ def _write(report: "SpectrumReport", folder: Path) -> None:
         moved = keep_spectrum(folder, finite(report.to_dict()))
         print(f"  {printable(folder / 'spectrum.json')}")
         if moved is not None:
-            print(
-                f"  {printable(moved)} (of other weights, examples or norm mode, measured earlier)"
-            )
+            reason = "of other weights, examples or norm mode, measured earlier"
+            print(f"  {printable(moved)} ({reason})")
         if report.density is not None:
             path = folder / "plots" / "spectral_density.png"
             plots.spectral_density(report.density, path=path)

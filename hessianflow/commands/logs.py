@@ -20,8 +20,7 @@ class _AboveTheBar(logging.Handler):
 def logging_to_stderr(level: str | None) -> Iterator[None]:
     """Write the messages of the logger "hessianflow" to standard error while active.
 
-    Args:
-        level: Least severe messages to write; None: "info" on a terminal, else "warning".
+    The least severe `level` is "info" on a terminal and "warning" elsewhere if it is None.
     """
     if level is None and sys.stderr.isatty():
         level = "info"

@@ -87,25 +87,19 @@ class Basis:
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of the command."""
-    plan = add_command(
-        commands, "plan", "predict time, efficiency and cost of a run on many workers"
-    )
-    numbers = "numbers of workers: 1..1024 doubles from 1 to 1024, and 1,2,6 is a list"
-    plan.add_option("--workers", str, "1..1024", numbers)
+    about = "predict time, efficiency and cost of a run on many workers"
+    plan = add_command(commands, "plan", about)
+    about = "numbers of workers: 1..1024 doubles from 1 to 1024, and 1,2,6 is a list"
+    plan.add_option("--workers", str, "1..1024", about)
     for name, (hint, text) in _OPEN.items():
         plan.add_open(option(name), hint, text)
-    plan.add_option(
-        "--membership",
-        Literal["fixed", "elastic"],
-        "fixed",
-        "fixed holds all workers throughout, elastic as many as get a full microbatch each",
-    )
+    about = "fixed holds all workers throughout, elastic as many as get a full microbatch each"
+    plan.add_option("--membership", Literal["fixed", "elastic"], "fixed", about)
     plan.add_option("--price", float, 0.0, "price of a worker for an hour, in any currency")
     add_settings(plan, (*SCHEDULE, *HERE))
     add_code(plan)
-    plan_dual_batch.add(
-        plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND")
-    )
+    kinds = plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND")
+    plan_dual_batch.add(kinds)
     return {"plan": _plan}
 
 
@@ -189,15 +183,14 @@ def _basis(arguments: Namespace, run: "PlanBasis") -> Basis:
     size = arguments.gradient_bytes or measured.gradient_bytes or run.gradient_bytes
     bandwidth, bandwidth_source = _figure(arguments, "bandwidth")
     latency, latency_source = _figure(arguments, "latency")
+    examples = sum(phase.examples for phase in phases)
     sources = {
         **_step_sources(measured),
         "gradients": f"{size / 1e6:.3g} MB",
         "bandwidth": f"{bandwidth / 1e9:.3g} GB/s: {bandwidth_source}",
         "latency": f"{1e6 * latency:.3g} us: {latency_source}",
         "microbatch": f"at most {microbatch} examples: {microbatch_source}",
-        "batches": (
-            f"{_sizes(phases)} over {sum(p.examples for p in phases)} examples: {phases_source}"
-        ),
+        "batches": f"{_sizes(phases)} over {examples} examples: {phases_source}",
         "left out": (
             "adversary, curvature, evaluation, data; no sum is hidden behind a backward pass"
         ),

@@ -28,20 +28,20 @@ _GIVEN = ("examples", "batch_size", "slope", "intercept")
 
 def add(kinds: Any) -> None:
     """Add the parser to the kinds of plans."""
-    text = "print the shares, batches and times of a dual-batch run"
-    plan = add_command(kinds, "dual-batch", text, prefix="hessianflow plan")
+    about = "print the shares, batches and times of a dual-batch run"
+    plan = add_command(kinds, "dual-batch", about, prefix="hessianflow plan")
     plan.add_open("--preset", PresetName | None, "published setting (arXiv:2509.26092)")
     plan.add_option("--workers", int, 4, "number of workers")
-    count = "number of workers with the small batch; default: a line for each number"
-    plan.add_open("--small-workers", int | None, count)
-    ratio = "largest time of an epoch, relative to that with large batches only"
-    plan.add_option("--extra-time", float, 1.05, ratio)
+    about = "number of workers with the small batch; default: a line for each number"
+    plan.add_open("--small-workers", int | None, about)
+    about = "largest time of an epoch, relative to that with large batches only"
+    plan.add_option("--extra-time", float, 1.05, about)
     plan.add_open("--examples", int | None, "examples of an epoch")
     plan.add_open("--batch-size", int | None, "size of the large batch")
     plan.add_open("--slope", float | None, "seconds per example")
     plan.add_open("--intercept", float | None, "seconds per step")
-    order = "order of the resolutions of a preset that has several"
-    plan.add_option("--resolution", ResolutionName, "cyclic", order)
+    about = "order of the resolutions of a preset that has several"
+    plan.add_option("--resolution", ResolutionName, "cyclic", about)
 
 
 def run(arguments: Namespace) -> int:

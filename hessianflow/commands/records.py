@@ -24,29 +24,21 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of each command."""
-    plot = add_command(
-        commands, "plot", "draw curvature trajectory and training curves of one or several runs"
-    )
+    about = "draw curvature trajectory and training curves of one or several runs"
+    plot = add_command(commands, "plot", about)
     plot.add("run_dirs", type=path, nargs="+", help="run directories, drawn over each other")
     plot.add_open("--out", path, "folder for the pictures; default: RUN_DIR/plots or plots")
-    compare = add_command(
-        commands, "compare", "print and draw updates and accuracy of several runs side by side"
-    )
-    compare.add(
-        "run_dirs",
-        type=path,
-        nargs="+",
-        help="run directories; those that differ only in seed are averaged",
-    )
+    about = "print and draw updates and accuracy of several runs side by side"
+    compare = add_command(commands, "compare", about)
+    about = "run directories; those that differ only in seed are averaged"
+    compare.add("run_dirs", type=path, nargs="+", help=about)
     compare.add_open("--out", path, "folder for compare.md, compare.csv and compare.png")
-    report = add_command(
-        commands, "report", "write one self-contained HTML page about one or several runs"
-    )
+    about = "write one self-contained HTML page about one or several runs"
+    report = add_command(commands, "report", about)
     report.add("run_dirs", type=path, nargs="+", help="run directories")
     report.add_open("--out", path, "file of the page; default: RUN_DIR/report.html or report.html")
-    replay = add_command(
-        commands, "replay", "print the decisions of another controller on a run's measurements"
-    )
+    about = "print the decisions of another controller on a run's measurements"
+    replay = add_command(commands, "replay", about)
     replay.add("run_dir", type=path, help="run directory")
     add_settings(replay, ("controller", "max_batch_size"))
     add_named_code(replay)

@@ -21,26 +21,15 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parser, and return the function of the command."""
     parser = add_command(commands, "robustness", "measure a run's test accuracy under attack")
     parser.add("run", type=path, help="run directory, or a checkpoint inside one")
-    parser.add(
-        "--attack",
-        type=str,
-        nargs="+",
-        default=["fgsm", "pgd20"],
-        help="attacks: fgsm, or pgd and its number of steps",
-    )
-    parser.add(
-        "--eps",
-        type=float,
-        nargs="+",
-        default=[0.005, 0.02, 0.06],
-        help="sizes of the perturbation, in pixels scaled to [0, 1]",
-    )
+    about = "attacks: fgsm, or pgd and its number of steps"
+    parser.add("--attack", type=str, nargs="+", default=["fgsm", "pgd20"], help=about)
+    about = "sizes of the perturbation, in pixels scaled to [0, 1]"
+    parser.add("--eps", type=float, nargs="+", default=[0.005, 0.02, 0.06], help=about)
     parser.add_option("--examples", int, 1000, "number of test examples, from the first")
     parser.add_option("--seed", int, 0, "seed of the random starts of pgd")
     add_named_code(parser)
-    parser.add_open(
-        "--out", path, "folder for robustness.json and the picture; default: the run directory"
-    )
+    about = "folder for robustness.json and the picture; default: the run directory"
+    parser.add_open("--out", path, about)
     return {"robustness": _robustness}
 
 

@@ -36,22 +36,15 @@ def printable(path: str | Path) -> str:
 
 def add_named_code(parser: Any) -> None:
     """Add the options that name the code of a run again for :func:`require_named_code`."""
-    parser.add_open(
-        "--model",
-        str | None,
-        "for a run with a model of your own: its package.module:function again, because a run"
-        " directory may not run code",
-    )
+    about = "for a run with a model of your own: its package.module:function again, because a run"
+    parser.add_open("--model", str | None, f"{about} directory may not run code")
     add_code(parser)
 
 
 def add_code(parser: Any) -> None:
     """Add the option that names the methods of a run again for :func:`require_named_code`."""
-    parser.add_open(
-        "--code",
-        str | None,
-        "for a run with methods of your own: their package.module:Class again, separated by commas",
-    )
+    about = "for a run with methods of your own: their package.module:Class again"
+    parser.add_open("--code", str | None, f"{about}, separated by commas")
 
 
 def load_run(arguments: Any, command: str, instead: str) -> tuple[Path, "Parts"]:
@@ -70,12 +63,8 @@ def load_run(arguments: Any, command: str, instead: str) -> tuple[Path, "Parts"]
 def require_named_code(run_dir: str | Path, arguments: Any, *, builds_model: bool = True) -> None:
     """Refuse to import code that only a run directory names, because its sender chose that code.
 
-    Nor may the user name another model than that of the run.
-
-    Args:
-        run_dir: Run directory; any other path passes, and the command refuses it later.
-        arguments: Arguments of a command with the options of :func:`add_named_code`.
-        builds_model: Whether the command imports the model.
+    Nor may the user name another model than that of the run. Any path that is no run directory
+    passes, and the command refuses it later. The options are those of :func:`add_named_code`.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG
@@ -116,10 +105,8 @@ def _paths(value: Any) -> list[str]:
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
     """Refuse a run that was made from Python, whose model and data only its own code can build.
 
-    Args:
-        run_dir: Run directory; any other path passes, and the command refuses it later.
-        command: Command that needs the settings.
-        instead: Function to call from Python instead.
+    The error names the function to call `instead`. Any path that is no run directory passes, and
+    the command refuses it later.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG

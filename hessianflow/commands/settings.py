@@ -50,13 +50,10 @@ class Given:
         return values
 
     def check(self, config: TrainConfig) -> None:
-        """Refuse typed settings without effect, and note those of files.
+        """Refuse typed settings without effect on the resolved ones, and note those of files.
 
         A file may serve several runs, so its settings may have no effect here. There is no note
         about those that have their default values.
-
-        Args:
-            config: Resolved settings.
         """
         names = [setting.name for setting in fields(TrainConfig)]
         check_effects(config, [name for name in names if name in self.typed])
@@ -145,15 +142,10 @@ def _named(setting: str) -> list[str]:
 
 
 def add_methods(parser: Any, named: Mapping[str, str]) -> dict[str, str]:
-    """Add the options of the methods in force.
+    """Add the options of the methods in force to a parser with those of :func:`add_settings`.
 
-    Args:
-        parser: Parser with the options of :func:`add_settings`.
-        named: Methods by the setting that names them; a method inside another is named by a
-            setting like "adversary.attack".
-
-    Returns:
-        The method in force for each setting that chooses one.
+    Methods are `named` by the setting that chooses them; for a method inside another that is a
+    setting like "adversary.attack". Return the method in force for each such setting.
     """
     in_force: dict[str, str] = {}
     controller = named.get("controller", "absa")

@@ -37,17 +37,13 @@ would fill the screen. This default is our choice."""
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of each command."""
     train = add_command(commands, "train", "train a network; every option has a default")
-    train.add_open(
-        "--config",
-        str | None,
-        "YAML file of settings in the form of --print-config; options typed take precedence",
-    )
-    printing = "print all settings as a YAML file with comments instead of training"
-    train.add_option("--print-config", bool, False, printing)
+    about = "YAML file of settings in the form of --print-config; options typed take precedence"
+    train.add_open("--config", str | None, about)
+    about = "print all settings as a YAML file with comments instead of training"
+    train.add_option("--print-config", bool, False, about)
     add_settings(train)
-    resume = add_command(
-        commands, "resume", "continue an interrupted run from its newest checkpoint"
-    )
+    about = "continue an interrupted run from its newest checkpoint"
+    resume = add_command(commands, "resume", about)
     resume.add("run_dir", type=path, help="run directory")
     add_named_code(resume)
     return {"train": _train, "resume": _resume}
@@ -146,19 +142,17 @@ def _run(
 def _trainer(config: RunConfig, world: "World") -> "AnyTrainer":
     from hessianflow.runs import LogSink
 
+    has_own_workers = {"--controller dual-batch": config.is_dual_batch, "--elastic": config.elastic}
+    for name, is_so in has_own_workers.items():
+        if is_so and world.world_size > 1:
+            raise HessianFlowError(f"{name} has workers of its own: start it without torchrun")
     if config.is_dual_batch:
         from hessianflow.dual_batch import build_dual_batch
 
-        if world.world_size > 1:
-            raise HessianFlowError(
-                "--controller dual-batch has workers of its own: start it without torchrun"
-            )
         return build_dual_batch(config, [LogSink()])
     if config.elastic:
         from hessianflow.elastic import build_elastic
 
-        if world.world_size > 1:
-            raise HessianFlowError("--elastic has workers of its own: start it without torchrun")
         return build_elastic(config, [LogSink()])
     from hessianflow.build import build_trainer
 

@@ -47,14 +47,10 @@ def growths(run: Run, colour: str) -> list[Growth]:
 
 
 def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
-    """Draw a thin line at every event, and its number above the axes.
+    """Draw a thin line at every event, in order of `examples`, and its number above the axes.
 
-    Events that are too close for labels of their own share one with a range of numbers.
-
-    Args:
-        axes: the axes, with examples on the x axis.
-        events: the events in order of `examples`.
-        width_points: width of the axes in points.
+    Events that are too close for labels of their own share one with a range of numbers. The x axis
+    has examples, and the axes are `width_points` wide.
     """
     left, right = axes.get_xlim()
     points = width_points / max(right - left, 1e-9)

@@ -125,8 +125,7 @@ def load_newest(
         The state, the name of its file, and a warning if it is an older file.
 
     Raises:
-        HessianFlowError: None of the files can be used; the message says what is wrong with the
-            newest.
+        HessianFlowError: None of the files can be used; the message is that of the newest.
     """
     if not any(folder.glob("*.pt")):
         run_dir = folder.parent

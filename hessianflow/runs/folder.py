@@ -25,12 +25,9 @@ _OF_A_START = (CONFIG, SETTINGS, HISTORY, CHECKPOINTS, LOCK)
 class Claim:
     """A run directory held by this process, until it is released or the process ends in any way.
 
-    Args:
-        folder: Run directory, which must exist.
-
     Raises:
         HessianFlowError: Another process holds the directory.
-        OSError: The lock file cannot be made.
+        OSError: The lock file cannot be made, as in a directory that does not exist.
     """
 
     def __init__(self, folder: Path) -> None:

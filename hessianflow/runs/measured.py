@@ -28,12 +28,8 @@ _APART = (*_FUNCTION, "loss", "trace", "density", "layers", "matvecs")
 def keep_spectrum(folder: Path, measured: Mapping[str, Any]) -> Path | None:
     """Write spectrum.json, together with the further entries of an earlier one.
 
-    Args:
-        folder: Existing folder.
-        measured: New measurements; None and an empty list stand for what was not measured.
-
-    Returns:
-        The new path of the earlier file, if that was of another function, or damaged.
+    None and an empty list stand for what was not measured. If the earlier file was of another
+    function, or damaged, it is moved, and its new path is returned.
 
     Raises:
         HessianFlowError: The path spectrum.json is something other than a file.

@@ -81,13 +81,8 @@ def in_order(
     """Return the saved state of an optimizer with its weights in the order of another optimizer.
 
     torch pairs weights by position alone: where shapes agree, a state saved for [weight, bias]
-    would silently be used for [bias, weight].
-
-    Args:
-        saved: State of an optimizer.
-        named: Names of the saved weights, by group; empty for weights without a name.
-        own: Names of the weights of the optimizer that is to take the state, by group. It may
-            lack groups at the end.
+    would silently be used for [bias, weight]. Names are given by group for the saved weights,
+    empty for one without a name, and for the `own` ones, which may lack groups at the end.
 
     Raises:
         OtherGroupsError: A weight is in another group, or in none.

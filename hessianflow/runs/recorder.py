@@ -67,13 +67,10 @@ class Recorder:
         clean(run_dir)
 
     def reopen(self, run_dir: Path, history_bytes: int) -> None:
-        """Take over a run directory at its checkpoint, and cut off the rows written after it.
+        """Take over a run directory at its checkpoint, when its history had `history_bytes`.
 
-        The resumed run makes those rows again.
-
-        Args:
-            run_dir: Run directory, which is held from here on.
-            history_bytes: Length of the history when the checkpoint was made.
+        The directory is held from here on. The rows after the checkpoint are cut off; the resumed
+        run makes them again.
 
         Raises:
             HessianFlowError: Another process is writing to the directory, or the history does not

@@ -181,11 +181,9 @@ def place(kind: str, progress: Progress) -> Record:
 
 
 def spent_on(seconds: Mapping[str, float], examples: int) -> Record:
-    """Return the fields of an epoch's row that hold its seconds and throughput.
+    """Return the fields of an epoch's row that hold its throughput and its seconds.
 
-    Args:
-        seconds: Seconds spent in the epoch, by activity, with the total as "wall".
-        examples: Examples trained in the epoch.
+    `seconds` are those of the epoch by activity, with the total as "wall".
     """
     working = seconds["training"] + seconds["data"]
     return {

@@ -233,10 +233,7 @@ def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def restoring(source: str) -> Iterator[None]:
-    """Turn any error over a damaged entry into a one-line error, while a state is restored.
-
-    Args:
-        source: Origin of the state, such as "the checkpoint in runs/a".
+    """Turn any error over a damaged entry of a state from `source` into a one-line error.
 
     Raises:
         DamagedStateError: An entry is missing or has the wrong form.
