@@ -24,8 +24,7 @@ from hessianflow.bounds import (
     option,
     tupled,
 )
-from hessianflow.contradictions import check_together
-from hessianflow.effects import check_effects
+from hessianflow.effects import check_effects, check_together
 from hessianflow.interfaces import HessianFlowError, NormMode
 from hessianflow.methods import KINDS, Choice, choice, plain
 

@@ -47,7 +47,6 @@ ALLOWED: dict[str, set[str]] = {
     "machine": {"interfaces", "bounds"},
     "bounds": {"interfaces", "checks"},
     "effects": {"interfaces", "bounds", "data"},
-    "contradictions": {"interfaces"},
     "options": {"bounds"},
     "methods": {
         "interfaces",
@@ -59,12 +58,12 @@ ALLOWED: dict[str, set[str]] = {
         "optim",
     },
     "upgrade": set(),
-    "config": {"interfaces", "bounds", "effects", "contradictions", "methods"},
+    "config": {"interfaces", "bounds", "effects", "methods"},
     "resolve": {
         "interfaces",
         "bounds",
         "config",
-        "contradictions",
+        "effects",
         "facts",
         "methods",
         "options",

@@ -38,7 +38,6 @@ from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode,
 
 ABSA_EPS = 0.005
 """Perturbation of ABSA's reference implementation, for inputs in [0, 1] that are not normalised."""
-
 CHECKED_CALL = 3
 """Number of the call at which the gradient is checked. By then a last layer that began at zero lets
 it through. This default is our choice."""

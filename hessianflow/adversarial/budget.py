@@ -17,10 +17,8 @@ from hessianflow.structure import article
 Norm = Literal["l_inf", "l_2"]
 PerChannel = float | Sequence[float] | Tensor
 """One number, or one for each channel (dimension 1 of the inputs)."""
-
 ValueRange = tuple[PerChannel, PerChannel]
 """Smallest and largest valid input value."""
-
 RANGE_SLACK = 1e-3
 """Part of its width by which inputs may leave the stated range, as images normalised in half
 precision do by rounding."""

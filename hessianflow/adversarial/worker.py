@@ -32,7 +32,6 @@ from hessianflow.memory import keep_freed_memory
 
 GOODBYE_SECONDS = 5.0
 """Seconds that a worker may take to end before it is killed. This default is our choice."""
-
 _ENDED = (
     "the process that attacks has ended: was it killed for memory? After close() another is started"
 )

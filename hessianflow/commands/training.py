@@ -1,6 +1,8 @@
 """The commands `train` and `resume`."""
 
+import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command, path
 from hessianflow.commands.runs import add_named_code, printable, require_named_code
 from hessianflow.commands.settings import add_settings, commented
@@ -128,7 +129,7 @@ def _run(
 
     previous = {number: signal.signal(number, stop) for number in NUMBERS}
     try:
-        with logging_to_stderr(config.log_level):
+        with _logging_to_stderr(config.log_level):
             history = work(trainer)
     finally:
         for number, handler in previous.items():
@@ -137,6 +138,39 @@ def _run(
     if stopped_by:
         status = 128 + stopped_by[0]
     return max(world.gather(status)), history
+
+
+class _AboveTheBar(logging.Handler):
+    """A handler that writes lines without tearing the progress bar below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line of a record."""
+        from tqdm import tqdm
+
+        tqdm.write(f"hessianflow: {self.format(record)}", file=sys.stderr)
+
+
+@contextmanager
+def _logging_to_stderr(level: str | None) -> Iterator[None]:
+    """Write the messages of the logger "hessianflow" to standard error while active.
+
+    The least severe `level` is "info" on a terminal and "warning" elsewhere if it is None.
+    """
+    if level is None and sys.stderr.isatty():
+        level = "info"
+    logger = logging.getLogger("hessianflow")
+    handler = _AboveTheBar()
+    previous_level = logger.level
+    previous_propagate = logger.propagate
+    logger.setLevel((level or "warning").upper())
+    logger.propagate = False  # a root handler of the calling program would repeat the line
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(previous_level)
+        logger.propagate = previous_propagate
 
 
 def _trainer(config: RunConfig, world: "World") -> "AnyTrainer":

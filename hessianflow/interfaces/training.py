@@ -12,12 +12,10 @@ from hessianflow.interfaces.control import Progress, Stateful
 Batch = tuple[Any, Any]
 """A pair (inputs, targets). Each is a tensor or a mapping, dataclass, list or tuple of them, see
 :mod:`hessianflow.batches`."""
-
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | float | Tensor]]
 """A function loss_fn(outputs, targets) that returns a mean as a scalar tensor, the pair (sum,
 count), or, if its `reduction` attribute says so, a sum or one value per example.
 :mod:`hessianflow.losses` describes how the divisor of a mean is found."""
-
 Pending = Callable[[], Tensor]
 """An attack under way. Calling it waits for the adversarial inputs."""
 

@@ -27,7 +27,6 @@ from hessianflow.runs.text import in_csv, in_markdown, plain
 
 _LEGEND = 90
 """Characters of a label in the legend; tables show the whole label."""
-
 _HEADER = (
     *("settings", "runs", "accuracy (%)", "updates", "examples", "seconds", "peak memory (MiB)"),
     "largest batch",

@@ -32,7 +32,6 @@ WAITING = "#dddddd"
 
 SHOWN_EPOCHS = 6
 """Epochs of the timeline: more bars than these cannot be told apart."""
-
 SHOWN_WORKERS = 50
 """Workers of the timeline: a picture of more is taller than any screen."""
 

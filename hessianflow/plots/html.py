@@ -32,7 +32,6 @@ from hessianflow.runs.text import plain
 
 _EARLIER = b":root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff;"
 """The style sheet of reports that were written before the mark GENERATOR."""
-
 _BEGINNING = 4096
 """Bytes of a file in which the mark must be."""
 

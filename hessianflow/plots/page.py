@@ -13,10 +13,8 @@ from hessianflow.runs.text import plain
 
 GENERATOR = "hessianflow report"
 """The mark by which a report is recognised."""
-
 _LONG = 40
 """Longest cell, in characters, that is a value and not text that may be broken."""
-
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5d5d5;
   --mild: #5c5c5c; }

@@ -18,7 +18,6 @@ from hessianflow.runs.text import in_figure
 
 _SHOWN = ("step", "bandwidth", "latency", "batches")
 """Sources that are shown above the picture, because a prediction means little without them."""
-
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 

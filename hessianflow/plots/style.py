@@ -34,10 +34,8 @@ DPI = 150
 MARKERS = ("", "s", "^", "D")
 """Markers of the first seven runs, the next seven, and so on. Dashes are free for other meanings of
 lines, such as training."""
-
 _MARKS = 8
 """Marks along one line, enough to recognise it in a crowd."""
-
 _DARKER = 0.65
 _LIGHTER_BLACK = "#9A9A9A"
 _MAX_NAME = 90

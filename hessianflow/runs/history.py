@@ -19,7 +19,6 @@ from hessianflow.runs.rows import Record, row_fault
 
 LONGEST_LINE = 2**20
 """Most bytes of a row. This default is our choice: runs write rows of a few hundred."""
-
 Damaged = Literal["refuse", "skip"]
 """Treatment of a damaged line: refuse the file, or skip the line."""
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -93,8 +93,6 @@ def checker(form: Any) -> Check:
         return _union_check(form, parts)
     if origin is Annotated:
         return _bounded_check(*parts)
-    if origin is Literal:
-        return _literal_check(form, parts)
     if origin is tuple and not (len(parts) == 2 and parts[1] is Ellipsis):
         return _tuple_check(form, parts)
     if origin in (list, tuple):
@@ -126,8 +124,6 @@ def in_words(form: Any) -> str:
         return " or ".join(dict.fromkeys(in_words(part) for part in parts))
     if origin is Annotated:
         return in_words(parts[0])
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, parts))
     if origin in (list, tuple):
         return "a list"
     if origin is dict or typing.is_typeddict(form):
@@ -219,15 +215,6 @@ def _bounded_check(form: Any, bounds: Between) -> Check:
         if value <= bounds.high:
             return None
         return Fault("", f"must be at most {bounds.high:.16g}, got {_short(value)}")
-
-    return check
-
-
-def _literal_check(form: Any, allowed: Sequence[Any]) -> Check:
-    def check(value: Any) -> Fault | None:
-        if any(type(value) is type(one) and value == one for one in allowed):
-            return None
-        return replace(_refusal(form, value), of_kind=isinstance(value, type(allowed[0])))
 
     return check
 
