@@ -126,11 +126,7 @@ def option(name: str) -> str:
 
 
 def user_path(path: PathT, where: str) -> PathT:
-    """Return the path with the home folder in place of a leading `~` or `~NAME`; None stays None.
-
-    Raises:
-        HessianFlowError: There is no such folder; the error names the option `where`.
-    """
+    """Return the path with the home folder for a leading `~` or `~NAME`; None stays None."""
     if path is None or not path.startswith("~"):
         return path
     return str(in_home(path, where))

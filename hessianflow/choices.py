@@ -71,11 +71,7 @@ def build_scheduler(
 
 
 def build_stages(config: RunConfig) -> tuple[Stage, ...]:
-    """Return the stages of resolution in a run; () if the resolution never changes.
-
-    Raises:
-        HessianFlowError: A stretch of constant rate has fewer epochs than there are resolutions.
-    """
+    """Return the stages of resolution in a run; () if the resolution never changes."""
     resolutions = config.resolutions
     if config.resolution is None or resolutions is None:
         return ()
@@ -93,11 +89,7 @@ def build_stages(config: RunConfig) -> tuple[Stage, ...]:
 
 
 def build_controller(config: RunConfig) -> BatchController:
-    """Return the controller, with the learning-rate rule and the resolutions that the run asks for.
-
-    Raises:
-        HessianFlowError: The controller is dual-batch, which plans its batches before the run.
-    """
+    """Return the controller, with the rate rule and the resolutions that the run asks for."""
     if config.is_dual_batch:
         raise HessianFlowError(
             "--controller dual-batch plans its batches before a run: it decides nothing during one"

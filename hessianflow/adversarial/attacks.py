@@ -241,11 +241,7 @@ def fgsm_step(random_start: bool) -> float:
 
 
 def resolve_step(steps: int, relative_step: float | None) -> float:
-    """Return the step in units of eps.
-
-    Raises:
-        HessianFlowError: `steps` is not a whole number >= 1, or the step is not positive.
-    """
+    """Return the step in units of eps, after a check of the steps and of its size."""
     check_count("steps", steps)
     if relative_step is None:
         return 2.5 / steps

@@ -83,12 +83,7 @@ class Budget:
 
 
 def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> Budget:
-    """Check the limits of the user and return them as one budget.
-
-    Raises:
-        HessianFlowError: eps is negative, not finite or larger than the width of the range, the
-            range is empty, or the norm is unknown.
-    """
+    """Check the limits of the user and return them as one budget."""
     if norm not in ("l_inf", "l_2"):
         raise HessianFlowError(f"norm must be 'l_inf' or 'l_2', got {norm!r}")
     radius = _as_tensor(eps, "eps")
@@ -118,12 +113,7 @@ def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be 
 
 
 def broadcast_to(budget: Budget, x: Tensor) -> Budget:
-    """Return the budget on the device and in the precision of `x`, broadcast over its channels.
-
-    Raises:
-        HessianFlowError: The inputs are not one tensor of floating point numbers, or their number
-            of channels differs from that of eps or value_range.
-    """
+    """Return the budget on the device and in the precision of `x`, broadcast over its channels."""
     check_one_tensor(x)
     if not x.is_floating_point():
         raise HessianFlowError(

@@ -51,11 +51,7 @@ def perturbed_rows(batch_size: int, share: float, device: torch.device | str = "
 
 
 def exact_share(share: float) -> Fraction:
-    """Return the share as the fraction that is meant: 0.2 / 2**k is exactly 1 / (5 * 2**k).
-
-    Raises:
-        HessianFlowError: The share is outside [0, 1].
-    """
+    """Return the share as the fraction that is meant: 0.2 / 2**k is exactly 1 / (5 * 2**k)."""
     if not 0 <= share <= 1:
         raise HessianFlowError(f"adversarial share must lie in [0, 1], got {share}")
     return Fraction(share).limit_denominator(_MAX_DENOMINATOR)

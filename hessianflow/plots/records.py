@@ -54,9 +54,6 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
 
     A run directory that is passed twice, however spelled, is one run: otherwise it would count as
     two seeds that agree.
-
-    Raises:
-        HessianFlowError: there is no run, a folder has no history.jsonl, or a file is damaged.
     """
     sources: list[Any] = [runs]
     if isinstance(runs, Iterable) and not isinstance(runs, str):

@@ -175,11 +175,7 @@ def _plain(value: float, _position: int) -> str:
 
 
 def save(figure: Figure, path: str | Path | None) -> None:
-    """Write a PNG in one go, so that a reader sees the old file or the new one; None does nothing.
-
-    Raises:
-        HessianFlowError: the folder does not exist or cannot be written, or the path is no file.
-    """
+    """Write a PNG whole, so that a reader sees the old file or the new one; None does nothing."""
     if path is None:
         return
     with telling("write plot", path), replacing(in_home(path)) as file, without_glyph_warnings():

@@ -114,9 +114,6 @@ def new_folder(base: Path) -> Iterator[Path]:
     """Yield a new directory called `base`, or `base`-2 and so on; at the end, remove it if empty.
 
     No other process can get the same one.
-
-    Raises:
-        HessianFlowError: The directory cannot be made.
     """
     made = [path for path in base.parents if not path.exists()]
     path = base

@@ -50,11 +50,8 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     numbers = [number for group in saved["param_groups"] for number in _numbers(group)]
     shapes = dict(zip(numbers, (weight.shape for weight in weights), strict=False))
     # Groups that were added during the run are not here yet.
-    added = {
-        number
-        for group in saved["param_groups"][len(optimizer.param_groups) :]
-        for number in _numbers(group)
-    }
+    further = saved["param_groups"][len(optimizer.param_groups) :]
+    added = {number for group in further for number in _numbers(group)}
     for number, kept in saved["state"].items():
         if number in added:
             continue
