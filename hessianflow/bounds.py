@@ -73,25 +73,15 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
 def check_setting(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value of the wrong type for its setting, and one that is out of bounds.
+    """Refuse a value that is of the wrong type for the setting `name`, or out of its bounds.
 
-    Args:
-        name: Name of the setting.
-        value: Value as given; None passes if the type allows it.
-        hint: Type of the setting, with its :class:`Range` if it has one.
-
-    Raises:
-        HessianFlowError: The value is wrong; the error says what the option takes.
+    None passes if the type `hint`, which holds the :class:`Range`, allows it.
     """
     check_type(option(name), value, hint)
 
 
 def check_type(where: str, value: Any, hint: Any) -> None:
-    """Refuse a value of the wrong type, and one that is out of the bounds of its type.
-
-    Raises:
-        HessianFlowError: The value is wrong; the error says what the option `where` takes.
-    """
+    """Refuse a value as :func:`check_setting` does; the error names the option `where`."""
     if not _fits(value, hint):
         raise HessianFlowError(f"{where} must be {_described(hint)}, got {shown(value)}")
     if isinstance(value, str) and value not in _words(hint):
@@ -102,11 +92,7 @@ def check_type(where: str, value: Any, hint: Any) -> None:
 
 
 def check_range(where: str, number: float, low: float, high: float) -> None:
-    """Refuse a number outside [low, high], or nan.
-
-    Raises:
-        HessianFlowError: The number is refused; the error names the option `where` and the bound.
-    """
+    """Refuse a number outside [low, high], or nan; the error names `where` and the bound."""
     if number < low:
         raise HessianFlowError(f"{where} must be at least {low:g}, got {shown(number)}")
     if number > high:
@@ -118,16 +104,20 @@ def check_range(where: str, number: float, low: float, high: float) -> None:
 
 
 def check_size(where: str, value: Any, most: float = LARGEST) -> None:
-    """Refuse numbers in a value that are nan or beyond `most`, of either sign.
+    """Refuse numbers in a value that are nan or beyond `most`, of either sign, as `where`.
 
     The bounds of an option are its method's own affair; but not every constructor, those of torch
     among them, refuses nan.
-
-    Raises:
-        HessianFlowError: naming `where`, the bound and the number.
     """
     for number in _numbers(value):
         check_range(where, number, -most, most)
+
+
+def tupled(value: Any) -> Any:
+    """Return a value with tuples in place of lists, as deep as they go."""
+    if isinstance(value, list | tuple):
+        return tuple(tupled(part) for part in value)
+    return value
 
 
 def option(name: str) -> str:
@@ -136,11 +126,7 @@ def option(name: str) -> str:
 
 
 def user_path(path: PathT, where: str) -> PathT:
-    """Return the path with the home folder in place of a leading `~` or `~NAME`; None stays None.
-
-    Raises:
-        HessianFlowError: There is no such folder; the error names the option `where`.
-    """
+    """Return the path with the home folder for a leading `~` or `~NAME`; None stays None."""
     if path is None or not path.startswith("~"):
         return path
     return str(in_home(path, where))

@@ -23,23 +23,9 @@ from hessianflow.config import RunConfig, to_dict
 from hessianflow.control import Stage, stage_at
 from hessianflow.distributed.curvature import sharded
 from hessianflow.interfaces import GradientObserver, HessianFlowError, RecordSink, World
-from hessianflow.measurements import (
-    FLOAT32_PER_16_BIT,
-    build_measurements,
-    build_probe,
-    first_products,
-)
+from hessianflow.measurements import build_measurements, build_probe
 from hessianflow.normalisation.recalibrate import recalibrate
-from hessianflow.parts import (
-    Parts,
-    build_parts,
-    find_checkpoint,
-    load_config,
-    load_parts,
-    on_this_machine,
-    prepare,
-    resolved_precision,
-)
+from hessianflow.parts import Parts, build_parts, resolved_precision
 from hessianflow.runs import TensorBoardSink
 from hessianflow.runs.names import TENSORBOARD
 from hessianflow.training import (
@@ -54,27 +40,6 @@ from hessianflow.training import (
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.world import LocalWorld
 
-__all__ = [
-    "FLOAT32_PER_16_BIT",
-    "Parts",
-    "build_measurements",
-    "build_parts",
-    "build_probe",
-    "build_recalibration",
-    "build_trainer",
-    "build_transform",
-    "compiled",
-    "find_checkpoint",
-    "first_products",
-    "load_config",
-    "load_parts",
-    "on_this_machine",
-    "prepare",
-    "resolution_record",
-    "resolved_precision",
-    "tensorboard_sinks",
-]
-
 RECALIBRATION_EXAMPLES = 1024
 """Training examples on which the statistics of normalisation are measured before an evaluation.
 This default is our choice."""
@@ -83,12 +48,9 @@ This default is our choice."""
 def build_trainer(
     config: RunConfig, sinks: Iterable[RecordSink] = (), world: World | None = None
 ) -> AdaptiveBatchTrainer:
-    """Return a trainer for a run.
+    """Return a trainer for a run, whose records go to `sinks` besides the run directory.
 
-    Args:
-        config: Settings of the run.
-        sinks: Receivers of the records besides the run directory.
-        world: Ranks to train with; None for one process.
+    Without a `world` it trains in one process.
 
     Raises:
         HessianFlowError: Data are missing or damaged, a name is unknown, or sizes do not fit.
@@ -169,8 +131,7 @@ def resolution_record(stages: tuple[Stage, ...]) -> dict[str, Any]:
 def build_transform(parts: Parts, stages: tuple[Stage, ...]) -> ProgressiveResize | None:
     """Return the transform that resizes batches; None if the resolution never changes.
 
-    Raises:
-        HessianFlowError: The model takes images of one size only.
+    A model that takes images of one size only is refused.
     """
     if not stages:
         return None

@@ -9,26 +9,15 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a value that is not among `choices`.
-
-    Raises:
-        HessianFlowError: the value is not among them.
-    """
+    """Refuse a value that is not among `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
-    """Refuse a value that is not a whole number >= `low`.
+    """Refuse a value that is not a whole number >= `low`; NumPy's pass, True and False do not.
 
-    Args:
-        name: the name of the argument.
-        value: the value; NumPy's whole numbers pass, True and False do not.
-        low: the smallest value allowed.
-        none: the meaning of None; empty if None is not allowed.
-
-    Raises:
-        HessianFlowError: the value is no such number.
+    If `none` is not empty, None is allowed, and `none` says what it means.
     """
     if none and value is None:
         return
@@ -40,11 +29,7 @@ def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
 
 
 def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
-    """Refuse a value that is neither None, which means `none`, nor a finite number > `above`.
-
-    Raises:
-        HessianFlowError: the value is neither.
-    """
+    """Refuse a value that is neither None, which means `none`, nor a finite number > `above`."""
     if value is None:
         return
     if not is_number(value) or not above < float(value) < math.inf:  # type: ignore[arg-type]
@@ -54,11 +39,7 @@ def check_limit(name: str, value: object, none: str, above: float = 0) -> None:
 
 
 def check_callable(name: str, value: object) -> None:
-    """Refuse a value that cannot be called.
-
-    Raises:
-        HessianFlowError: it cannot be called; the message names its type.
-    """
+    """Refuse a value that cannot be called."""
     if not callable(value):
         raise HessianFlowError(f"{name} must be a function, got a {type(value).__name__}")
 
@@ -71,11 +52,7 @@ def is_number(value: object) -> bool:
 def in_home(path: str | Path, where: str = "") -> Path:
     """Return the path with the home folder in place of a leading `~` or `~NAME`.
 
-    The package expands no path elsewhere.
-
-    Args:
-        path: the path as the user wrote it.
-        where: name of the option or argument that holds the path, for errors.
+    The package expands no path elsewhere. Errors begin with `where`, the option or argument.
 
     Raises:
         HessianFlowError: the value is not a path, there is no such home folder, or the path holds a

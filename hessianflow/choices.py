@@ -1,7 +1,7 @@
 """Builders of the objects that a trainer is made of, by the names in a resolved configuration."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -78,11 +78,7 @@ def build_scheduler(
 
 
 def build_stages(config: RunConfig) -> tuple[Stage, ...]:
-    """Return the stages of resolution in a run; () if the resolution never changes.
-
-    Raises:
-        HessianFlowError: A stretch of constant rate has fewer epochs than there are resolutions.
-    """
+    """Return the stages of resolution in a run; () if the resolution never changes."""
     resolutions = config.resolutions
     if config.resolution is None or resolutions is None:
         return ()
@@ -100,26 +96,17 @@ def build_stages(config: RunConfig) -> tuple[Stage, ...]:
 
 
 def build_controller(config: RunConfig) -> BatchController:
-    """Return the controller, with the learning-rate rule and the resolutions that the run asks for.
-
-    Raises:
-        HessianFlowError: The controller is dual-batch, which plans its batches before the run.
-    """
+    """Return the controller, with the rate rule and the resolutions that the run asks for."""
     if config.is_dual_batch:
         raise HessianFlowError(
             "--controller dual-batch plans its batches before a run: it decides nothing during one"
         )
     kind = KINDS["controller"]
-    rule: dict[str, Any] = {}
+    names = ["batch_size", "max_batch_size"]
     if config.lr_rule is not None:
-        rule = {"lr_rule": config.lr_rule, "max_lr_factor": config.max_lr_factor}
-    controller: BatchController = make(
-        kind,
-        config.controller,
-        batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
-        **rule,
-    )
+        names += ["lr_rule", "max_lr_factor"]
+    supplied = {name: getattr(config, name) for name in names}
+    controller: BatchController = make(kind, config.controller, **supplied)
     applies_rule = "lr_rule" in parameters_of(find(kind, config.controller.name, "controller"))
     if config.lr_rule is not None and not applies_rule:
         controller = RateRule(controller, config.lr_rule, max_factor=config.max_lr_factor)
@@ -134,24 +121,18 @@ def build_adversary(
 ) -> Adversary | None:
     """Return the adversary, with its size and bounds in the units of the normalised inputs.
 
-    Args:
-        config: Settings of the run.
-        batches: Training data, which give the valid range of inputs.
-        spread: Standard deviation per channel by which the pixels were divided.
+    The data give the valid range; `spread` is the standard deviation per channel by which the
+    pixels were divided.
     """
     if config.adversary.name == "none":
         return None
     chosen = _scaled(config.adversary, torch.tensor(spread).view(-1, 1, 1))
     if chosen.name == "conadv":
         chosen = chosen.with_options(runner=_runner(chosen.options["runner"], batches.device))
-    adversary: Adversary = make(
-        KINDS["adversary"],
-        chosen,
-        value_range=batches.value_range,
-        seed=config.seed,
-        batches=batches,
-    )
-    return adversary
+    limits = batches.value_range
+    kind = KINDS["adversary"]
+    made: Adversary = make(kind, chosen, value_range=limits, seed=config.seed, batches=batches)
+    return made
 
 
 def _scaled(chosen: Choice, spread: torch.Tensor) -> Choice:
@@ -168,9 +149,6 @@ def _scaled(chosen: Choice, spread: torch.Tensor) -> Choice:
 def scaled_eps(eps: float | Sequence[float], spread: torch.Tensor) -> torch.Tensor:
     """Return the size of an attack, one number or one per channel, in the units of inputs that were
     divided by `spread` (one per channel).
-
-    Raises:
-        HessianFlowError: as many numbers as there are no channels.
     """
     if not isinstance(eps, Sequence):
         return eps / spread
@@ -183,11 +161,7 @@ def scaled_eps(eps: float | Sequence[float], spread: torch.Tensor) -> torch.Tens
 
 
 def _runner(chosen: Choice | None, device: torch.device) -> Choice:
-    """Return the runner of the attacks of conadv: the one chosen, or the default of the device.
-
-    Raises:
-        HessianFlowError: The runner is a second stream without a GPU, or a second process with one.
-    """
+    """Return the runner of the attacks of conadv: the one chosen, or the default of the device."""
     usual = "interleaved"
     alternatives = {"stream": "process"}
     if device.type == "cuda":
@@ -212,9 +186,8 @@ def split_for_twins(config: RunConfig, model: nn.Module) -> nn.Module:
         return model
     wanted = config.split_norm
     if wanted is None:
-        wanted = any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
-        )
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        wanted = any(isinstance(module, batch_norm) for module in model.modules())
     if wanted:
         return split_batch_norm(model)
     return model

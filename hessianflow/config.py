@@ -22,11 +22,11 @@ from hessianflow.bounds import (
     Seed,
     check_setting,
     option,
+    tupled,
 )
-from hessianflow.contradictions import check_together
-from hessianflow.effects import check_effects
+from hessianflow.effects import check_effects, check_together
 from hessianflow.interfaces import HessianFlowError, NormMode
-from hessianflow.methods import KINDS, Choice, choice
+from hessianflow.methods import KINDS, Choice, choice, plain
 
 __all__ = ["RunConfig", "TrainConfig", "from_dict", "hints", "option", "to_dict"]
 
@@ -247,21 +247,13 @@ class RunConfig(TrainConfig):
 
 
 _NEVER_FILLED = (
-    "resolutions",
-    "resolution_batch_sizes",
-    "dropouts",
-    "split_norm",
-    "min_workers",
-    "max_workers",
-    "ray_address",
+    *("resolutions", "resolution_batch_sizes", "dropouts", "split_norm"),
+    *("min_workers", "max_workers", "ray_address"),
 )
 """Settings that no preset fills unless they have an effect, so they are always explicit wishes."""
 _NOT_ON_A_SERVER = (
-    "checkpoint_examples",
-    "checkpoint_minutes",
-    "on_divergence",
-    "lr_rule",
-    "curvature_budget",
+    *("checkpoint_examples", "checkpoint_minutes"),
+    *("on_divergence", "lr_rule", "curvature_budget"),
 )
 """Settings that no preset fills for a run with a parameter server."""
 
@@ -276,11 +268,7 @@ def _wishes(config: TrainConfig) -> list[str]:
 
 
 def chosen(name: str, method: Any) -> Choice:
-    """Return the method that is given for the setting `name`.
-
-    Raises:
-        HessianFlowError: The method or one of its options is unknown.
-    """
+    """Return the method that is given for the setting `name`."""
     if name == "adversary" and method in ("none", {"name": "none"}, Choice("none")):
         return Choice("none")
     return choice(KINDS[name], method, name)
@@ -295,15 +283,7 @@ def hints() -> Mapping[str, Any]:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return the settings as plain values, the form of config.json."""
-    return {setting.name: _plain(getattr(config, setting.name)) for setting in fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Choice):
-        return value.to_dict()
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return value
+    return {setting.name: plain(getattr(config, setting.name)) for setting in fields(config)}
 
 
 def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
@@ -319,12 +299,6 @@ def from_dict(settings: Mapping[str, Any], source: str) -> TrainConfig:
             f"{source} has unknown settings {', '.join(unknown)}: made by another release?"
         )
     try:
-        return TrainConfig(**{name: _tupled(value) for name, value in settings.items()})
+        return TrainConfig(**{name: tupled(value) for name, value in settings.items()})
     except HessianFlowError as error:
         raise HessianFlowError(f"{source}: {error}") from None
-
-
-def _tupled(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tupled(part) for part in value)
-    return value

@@ -68,10 +68,8 @@ def build_probe(
 def first_products(config: RunConfig, probe_examples: int, train_examples: int) -> int | None:
     """Return the most products that the first reading may take, whose price is not known yet.
 
-    They cost at most FIRST_SHARE of the whole training.
-
-    Returns:
-        0 if that leaves too few for a reading; None without a budget.
+    They cost at most FIRST_SHARE of the whole training. It is 0 if that leaves too few for a
+    reading, and None without a budget.
     """
     budget = _budget(config)
     if budget is None:
@@ -103,16 +101,13 @@ def build_measurements(config: RunConfig, parts: Parts) -> list[EpochMeasurement
     measurements: list[EpochMeasurement] = []
     if config.overfitting_alarm:
         eps = scaled_eps(_alarm_eps(config), torch.tensor(parts.spread))
-        batch = parts.test.examples(torch.arange(min(WATCHED_EXAMPLES, parts.test.num_examples)))
+        limits = parts.train.value_range
+        batch = parts.first_tests(WATCHED_EXAMPLES)
         measurements.append(
-            RobustnessWatch(
-                parts.model, batch, eps, value_range=parts.train.value_range, seed=config.seed
-            )
+            RobustnessWatch(parts.model, batch, eps, value_range=limits, seed=config.seed)
         )
     if config.input_curvature:
-        batch = parts.test.examples(
-            torch.arange(min(INPUT_CURVATURE_EXAMPLES, parts.test.num_examples))
-        )
+        batch = parts.first_tests(INPUT_CURVATURE_EXAMPLES)
 
         def solve(operator: LinearOperator) -> dict[str, float]:
             result = top_eigenpairs(

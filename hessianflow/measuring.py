@@ -31,11 +31,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Refuse a model whose weights were made in inference mode, which have no gradients.
-
-    Raises:
-        HessianFlowError: there is such a weight; the message names the first.
-    """
+    """Refuse a model whose weights were made in inference mode, which have no gradients."""
     for name, parameter in model.named_parameters():
         if not is_lazy(parameter) and parameter.is_inference():
             raise HessianFlowError(

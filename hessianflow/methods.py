@@ -49,22 +49,15 @@ class Kind:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+_SIZES = frozenset({"batch_size", "max_batch_size"})
+_ATTACKED = frozenset({"value_range", "seed", "loss_fn"})
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind(
-            "controller",
-            CONTROLLERS,
-            frozenset({"batch_size", "max_batch_size", "lr_rule", "max_lr_factor"}),
-        ),
-        Kind(
-            "adversary",
-            ADVERSARIES,
-            frozenset({"value_range", "seed", "loss_fn", "batches"}),
-            {"conadv": {"attack": "fgsm"}},
-        ),
+        Kind("controller", CONTROLLERS, _SIZES | {"lr_rule", "max_lr_factor"}),
+        Kind("adversary", ADVERSARIES, _ATTACKED | {"batches"}, {"conadv": {"attack": "fgsm"}}),
         # The share is that of the adversary whose twins the attack makes.
-        Kind("attack", ATTACKS, frozenset({"value_range", "seed", "loss_fn", "share"})),
+        Kind("attack", ATTACKS, _ATTACKED | {"share"}),
         Kind("runner", RUNNERS),
         Kind(
             "optimizer",
@@ -97,28 +90,27 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the choice as plain values, the form that config.json and settings.yaml hold."""
-        return {"name": self.name, **{name: _plain(value) for name, value in self.options.items()}}
+        return {"name": self.name, **{name: plain(value) for name, value in self.options.items()}}
 
     def with_options(self, **options: Any) -> "Choice":
         """Return the same method with these options added, or in place of its own."""
         return Choice(self.name, {**self.options, **options})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a setting, or an option of a method, in the form that JSON has."""
     if isinstance(value, Choice):
         return value.to_dict()
     if isinstance(value, tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return value
 
 
 def choice(kind: Kind, given: Any, where: str) -> Choice:
     """Return a method and its options as a Choice whose options have the right types.
 
-    Args:
-        kind: Kind of the method.
-        given: "NAME", {"name": "NAME", "option": value, ...}, or a Choice.
-        where: Setting that chooses the method, for errors.
+    It is given as "NAME", as {"name": "NAME", "option": value, ...}, or as a Choice. Here and
+    below, `where` is the setting that chooses the method, for errors.
 
     Raises:
         HessianFlowError: The method is unknown, it does not have an option, or a value has the
@@ -152,12 +144,7 @@ def choice(kind: Kind, given: Any, where: str) -> Choice:
 
 
 def find(kind: Kind, name: str, where: str) -> Any:
-    """Return the class of a method.
-
-    Args:
-        kind: Kind of the method.
-        name: Name in the table, or an import path, whose module is imported.
-        where: Setting that chooses the method, for errors.
+    """Return the class of a method by its name in the table, or at an import path.
 
     Raises:
         HessianFlowError: The name is unknown (the error proposes the nearest one), or there is no
@@ -205,14 +192,7 @@ def complete(
     """Return a method with a value for each of its options.
 
     A value of the user comes first, then the default that the method derives from the run, then
-    that of the data set, then that of the class.
-
-    Args:
-        kind: Kind of the method.
-        chosen: Method with the options of the user.
-        run: Facts about the run.
-        usual: Defaults of the data set, by method.
-        where: Setting that chooses the method, for errors.
+    that of the data set (`usual`, by method), then that of the class.
 
     Raises:
         HessianFlowError: An option without a default is missing, or the method refuses the run.
@@ -258,14 +238,9 @@ def prefers(kind: Kind, chosen: Choice) -> Mapping[str, str]:
 
 
 def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) -> Any:
-    """Return a new object of the method.
+    """Return a new object of a method that has a value for each of its options.
 
-    Args:
-        kind: Kind of the method.
-        chosen: Method with a value for each of its options.
-        where: Setting that chooses the method, for errors; default: the name of the kind.
-        supplied: Arguments that the run supplies; those that the constructor does not take are
-            left out.
+    The run supplies arguments, of which those that the constructor does not take are left out.
 
     Raises:
         HessianFlowError: The constructor refuses an option.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hessianflow.bounds import LARGEST, MOST, check_size, check_type
+from hessianflow.bounds import LARGEST, MOST, check_size, check_type, tupled
 
 KINDS_BY_TYPE = {"InputAttack": "attack", "AttackRunner": "runner", "Optimizer": "optimizer"}
 """Kinds of methods that may be options of others, by the type of the parameter."""
@@ -51,7 +51,7 @@ class Option:
             return float(value)
         if isinstance(value, Mapping):
             return {_number(key): part for key, part in value.items()}
-        return _tupled(value)
+        return tupled(value)
 
 
 def _holds(hint: Any, kind: Any) -> bool:
@@ -66,12 +66,6 @@ def _number(key: Any) -> Any:
     return key
 
 
-def _tupled(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_tupled(part) for part in value)
-    return value
-
-
 def parameters_of(method: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a constructor or function by name."""
     return inspect.signature(method).parameters
@@ -79,14 +73,9 @@ def parameters_of(method: Any) -> Mapping[str, inspect.Parameter]:
 
 @cache
 def options_of(method: Any, supplied: frozenset[str]) -> dict[str, Option]:
-    """Return the options of a class by name, in the order of its constructor.
+    """Return the options of a class, or function, by name, in the order of its constructor.
 
-    Args:
-        method: Class, or function that returns an object.
-        supplied: Parameters that the run supplies.
-
-    Returns:
-        The other parameters, if their type is plain or a kind of method.
+    They are the parameters that the run does not supply whose type is plain or a kind of method.
     """
     texts = _documented(method)
     hints = _hints(method)

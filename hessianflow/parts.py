@@ -18,7 +18,7 @@ from hessianflow.data import (
     load,
 )
 from hessianflow.data.datasets import FILE_SIDE, data_set
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.machine import computes_in_bf16, find_device
 from hessianflow.memory import keep_freed_memory
 from hessianflow.models import create
@@ -55,6 +55,10 @@ class Parts:
     train: DeviceBatches | AdaptiveBatches
     test: DeviceBatches | AdaptiveBatches
     spread: tuple[float, ...]
+
+    def first_tests(self, count: int) -> Batch:
+        """Return the first `count` test examples, or all if there are fewer."""
+        return self.test.examples(torch.arange(min(count, self.test.num_examples)))
 
 
 def prepare(config: TrainConfig) -> RunConfig:
@@ -94,11 +98,8 @@ def build_parts(config: RunConfig) -> Parts:
     # This is the stream of initialisation; the others have generators of their own.
     torch.manual_seed(config.seed)
     model = _model(config, train, device)
-    shared: dict[str, Any] = {
-        "device": device,
-        "channels_last": bool(config.channels_last),
-        "num_workers": config.loader_workers,
-    }
+    shared: dict[str, Any] = {"device": device, "num_workers": config.loader_workers}
+    shared["channels_last"] = bool(config.channels_last)
     return Parts(
         model,
         train.batches(config.batch_size, train=True, seed=config.seed, **shared),
@@ -108,11 +109,7 @@ def build_parts(config: RunConfig) -> Parts:
 
 
 def _model(config: RunConfig, train: ImageSet | ImageFolder, device: torch.device) -> nn.Module:
-    """Return the model of a run for images as they are in `train`.
-
-    Raises:
-        HessianFlowError: The model is unknown, or has nothing to train.
-    """
+    """Return the model of a run for images as they are in `train`."""
     channels, side, _ = train.input_shape
     variant: Variant = "cifar"
     if side > 64:
@@ -156,11 +153,7 @@ def load_config(run_dir: str | Path) -> RunConfig:
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
-    """Return (run directory, checkpoint file) of a run directory or of a checkpoint inside one.
-
-    Raises:
-        HessianFlowError: The path is neither.
-    """
+    """Return (run directory, checkpoint file) of a run directory or of a checkpoint inside one."""
     path = Path(path)
     if path.is_dir():
         return path, path / CHECKPOINTS / LAST

@@ -7,16 +7,14 @@ from typing import Any
 
 from hessianflow.bounds import user_path
 from hessianflow.config import CHOSEN, RunConfig, TrainConfig, chosen
-from hessianflow.contradictions import check_resolved
 from hessianflow.data.datasets import FILE_SIDE, data_set
+from hessianflow.data.image_files import training_images, usual_side
+from hessianflow.effects import check_resolved
 from hessianflow.facts import RunFacts
-from hessianflow.fitting import fitted
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, Choice, complete, find, make, prefers
 from hessianflow.options import parameters_of
 from hessianflow.rates import ADAPTIVE, RATES
-
-__all__ = ["resolve", "schedule_of"]
 
 _CONTROLLER = ("decision", "is_due", "needs", "update")
 NOT_ON_A_SERVER = ("lr_rule", "curvature_budget")
@@ -37,21 +35,17 @@ def resolve(config: TrainConfig) -> RunConfig:
     if isinstance(config, RunConfig):
         return config
     preset = data_set(config.data, "--data: ").preset
-    config = fitted(
-        replace(
-            config,
-            data_dir=user_path(config.data_dir, "--data-dir"),
-            run_dir=user_path(config.run_dir, "--run-dir"),
-        )
-    )
+    data_dir = user_path(config.data_dir, "--data-dir")
+    run_dir = user_path(config.run_dir, "--run-dir")
+    config = fitted(replace(config, data_dir=data_dir, run_dir=run_dir))
     values = {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
     values |= _sizes(config, preset.settings)
     values |= _preferred(config, preset.schedule)
-    optimizer = complete(
-        KINDS["optimizer"], config.optimizer, _facts(values), preset.methods, "optimizer"
+    run = _facts(values, config.optimizer)
+    values["optimizer"] = complete(
+        KINDS["optimizer"], config.optimizer, run, preset.methods, "optimizer"
     )
-    values["optimizer"] = optimizer
-    inner = innermost(optimizer)
+    inner = innermost(values["optimizer"])
     milestones = _milestones(preset.milestones, preset.settings["epochs"], values["epochs"])
     run = _facts(values, inner, milestones)
     for name in ("schedule", "adversary", "controller"):
@@ -70,6 +64,37 @@ def resolve(config: TrainConfig) -> RunConfig:
     return resolved
 
 
+def fitted(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the open ones fitted to the image files below `data_dir`.
+
+    Neither the cap on the batch size nor the probe exceeds the training set. Images of the data set
+    "folder" are cut to the size that they have, but to 224 pixels at most. Settings of data sets
+    that are not trees of files, or without a folder, stay as they are.
+    """
+    if data_set(config.data).read is not None:
+        return config
+    preset = data_set(config.data).preset.settings
+    sized = ("max_batch_size", "probe_examples")
+    changes: dict[str, Any] = {}
+    open_ones = [name for name in (*sized, "image_size") if getattr(config, name) is None]
+    files = []
+    if open_ones and config.data_dir:
+        files = training_images(config.data_dir, preset["max_batch_size"])
+    for name in sized:
+        if name in open_ones and 0 < len(files) < preset[name]:
+            changes[name] = min(len(files), config.train_examples or len(files))
+    if "max_batch_size" in changes:
+        least = config.batch_size or preset["batch_size"]
+        changes["max_batch_size"] = max(changes["max_batch_size"], least)
+    if "image_size" in open_ones:
+        changes["image_size"] = FILE_SIDE
+        if config.resolutions:
+            changes["image_size"] = config.resolutions[-1]
+        elif config.data == "folder" and config.resolutions is None and files:
+            changes["image_size"] = usual_side(files, FILE_SIDE)
+    return replace(config, **changes)
+
+
 def innermost(optimizer: Choice) -> Choice:
     """Return the optimizer that takes the step, inside any that wrap it."""
     while isinstance(optimizer.options.get("base"), Choice):
@@ -78,11 +103,7 @@ def innermost(optimizer: Choice) -> Choice:
 
 
 def _sizes(config: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sizes of a run, which bound each other.
-
-    Raises:
-        HessianFlowError: The cap is below the batch size.
-    """
+    """Return the sizes of a run, which bound each other."""
     examples = config.train_examples or sys.maxsize
     batch = config.batch_size or preset["batch_size"]
     cap = config.max_batch_size
@@ -115,11 +136,8 @@ def _preferred(config: TrainConfig, usual_schedule: str) -> dict[str, Any]:
 
 
 def _facts(
-    values: Mapping[str, Any],
-    optimizer: Choice | None = None,
-    milestones: tuple[int, ...] = (),
+    values: Mapping[str, Any], optimizer: Choice, milestones: tuple[int, ...] = ()
 ) -> RunFacts:
-    optimizer = optimizer or values["optimizer"]
     return RunFacts(
         epochs=values["epochs"],
         batch_size=values["batch_size"],
@@ -142,11 +160,7 @@ def _milestones(usual: tuple[int, ...], usual_epochs: int, epochs: int) -> tuple
 
 
 def _rate(config: TrainConfig, optimizer: str, for_sgd: float) -> float:
-    """Return the rate given, or the one known for the optimizer on the data set.
-
-    Raises:
-        HessianFlowError: No rate is given, and none is known.
-    """
+    """Return the rate given, or the one known for the optimizer on the data set."""
     if config.lr is not None:
         return config.lr
     if optimizer == "sgd":
@@ -174,20 +188,12 @@ def _rule(values: Mapping[str, Any], optimizer: str) -> str | None:
 
 def _controller(values: Mapping[str, Any]) -> Any:
     """Return a controller of a run, made only to be asked."""
-    return make(
-        KINDS["controller"],
-        values["controller"],
-        batch_size=values["batch_size"],
-        max_batch_size=values["max_batch_size"],
-    )
+    sizes = {name: values[name] for name in ("batch_size", "max_batch_size")}
+    return make(KINDS["controller"], values["controller"], **sizes)
 
 
 def _images(config: TrainConfig) -> dict[str, Any]:
-    """Return the sides that images are cut to and trained at.
-
-    Raises:
-        HessianFlowError: The images do not have the highest resolution given.
-    """
+    """Return the sides that images are cut to and trained at."""
     sides: dict[str, Any] = {}
     own_side = data_set(config.data).side
     side = own_side or config.image_size
@@ -207,12 +213,7 @@ def _images(config: TrainConfig) -> dict[str, Any]:
 
 
 def _try(config: RunConfig) -> None:
-    """Make the methods once, so that they refuse their options before any data are read.
-
-    Raises:
-        HessianFlowError: A method refuses an option, or the controller needs curvature in a run
-            without it.
-    """
+    """Make the methods once, so that they refuse their options before any data are read."""
     import torch
 
     weight = torch.nn.Parameter(torch.zeros(1, 1))

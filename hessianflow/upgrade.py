@@ -24,25 +24,21 @@ def _to(kind: str, methods: str, option: str, convert: _Convert = _same) -> tupl
     return tuple((kind, method, option, convert) for method in methods.split())
 
 
+_OF_DUAL_BATCH = (
+    *("workers", "small_workers", "extra_time", "slope", "intercept"),
+    *("min_small_batch_size", "server", "synchrony"),
+)
 _MOVED: Mapping[str, tuple[_Place, ...]] = {
-    "momentum": (
-        *_to("optimizer", "sgd lars clars", "momentum"),
-        *_to("controller", "critical", "momentum"),
-    ),
+    "momentum": _to("optimizer", "sgd lars clars", "momentum")
+    + _to("controller", "critical", "momentum"),
     "weight_decay": _to("optimizer", "sgd adam adamw lars clars lamb", "weight_decay"),
     "trust_coefficient": _to("optimizer", "lars clars", "trust_coefficient"),
-    "milestones": (
-        *_to("schedule", "multistep", "milestones"),
-        *_to("controller", "grow-instead-of-decay", "milestones"),
-    ),
-    "lr_decay": (
-        *_to("schedule", "multistep", "lr_decay"),
-        *_to("controller", "grow-instead-of-decay", "decay_factor", lambda value: 1 / value),
-    ),
-    "decay_from": (
-        *_to("schedule", "cooldown", "decay_from"),
-        *_to("controller", "timed", "decay_from"),
-    ),
+    "milestones": _to("schedule", "multistep", "milestones")
+    + _to("controller", "grow-instead-of-decay", "milestones"),
+    "lr_decay": _to("schedule", "multistep", "lr_decay")
+    + _to("controller", "grow-instead-of-decay", "decay_factor", lambda value: 1 / value),
+    "decay_from": _to("schedule", "cooldown", "decay_from")
+    + _to("controller", "timed", "decay_from"),
     "warmup_epochs": _to("controller", "warmup", "warmup_epochs"),
     "decay_factor": _to("controller", "absa abs", "decay_factor"),
     "growth_factor": _to("controller", "absa abs adabatch", "growth_factor"),
@@ -59,14 +55,7 @@ _MOVED: Mapping[str, tuple[_Place, ...]] = {
     "conadv_attack": _to("adversary", "conadv", "attack.name"),
     "attack_runner": _to("adversary", "conadv", "runner.name"),
     "combine": _to("adversary", "conadv", "combine"),
-    "workers": _to("controller", "dual-batch", "workers"),
-    "small_workers": _to("controller", "dual-batch", "small_workers"),
-    "extra_time": _to("controller", "dual-batch", "extra_time"),
-    "slope": _to("controller", "dual-batch", "slope"),
-    "intercept": _to("controller", "dual-batch", "intercept"),
-    "min_small_batch_size": _to("controller", "dual-batch", "min_small_batch_size"),
-    "server": _to("controller", "dual-batch", "server"),
-    "synchrony": _to("controller", "dual-batch", "synchrony"),
+    **{name: _to("controller", "dual-batch", name) for name in _OF_DUAL_BATCH},
 }
 """Where each setting went: kind, method, option, and how its value is spelled there."""
 _GONE: Mapping[str, tuple[str, str, str]] = {
@@ -94,12 +83,9 @@ def is_older(settings: Mapping[str, Any]) -> bool:
 
 
 def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under the names of today.
+    """Return settings, perhaps not all, under the names of today.
 
     Options of methods that were not chosen had no effect and are left out.
-
-    Args:
-        settings: Settings, perhaps not all, of a file, a recorded run or a row of results.
     """
     if not is_older(settings):
         return dict(settings)
@@ -119,11 +105,8 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("overfitting_alarm") in (True, "true") and settings.get("eps") is not None:
         kept["alarm_eps"] = settings["eps"]
     if settings.get("sam_rho"):
-        methods["optimizer"] = {
-            "name": "sam",
-            "rho": settings["sam_rho"],
-            "base": methods["optimizer"],
-        }
+        base = methods["optimizer"]
+        methods["optimizer"] = {"name": "sam", "rho": settings["sam_rho"], "base": base}
     if methods["controller"]["name"] in ("abs", "dual-batch"):
         methods["adversary"] = {"name": "none"}
     return kept | {

@@ -37,12 +37,9 @@ def working_directory_first() -> Iterator[None]:
 def attribute(path: str, where: str) -> Any:
     """Return the class or function at an import path `package.module:name`.
 
-    Args:
-        path: Import path.
-        where: Option that names it, for errors.
-
     Raises:
-        HessianFlowError: The module cannot be imported, or has no class or function of that name.
+        HessianFlowError: The module cannot be imported, or has no class or function of that name;
+            the error begins with `where`, the option that names it.
     """
     module, _, name = path.partition(":")
     if module.endswith(".py") or "/" in module:

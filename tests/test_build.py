@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from hessianflow.build import FLOAT32_PER_16_BIT, build_parts, build_probe, load_config
 from hessianflow.config import TrainConfig
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT
+from hessianflow.measurements import FLOAT32_PER_16_BIT, build_probe
+from hessianflow.parts import build_parts, load_config
 from hessianflow.resolve import resolve
 
 

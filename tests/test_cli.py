@@ -20,7 +20,7 @@ from command_runs import (
 
 import hessianflow
 from hessianflow import History
-from hessianflow.build import load_parts
+from hessianflow.parts import load_parts
 
 SPREAD = True
 QUICK = ["--epochs", "2", "--plots", "false", "--train-examples", "512", "--test-examples", "100"]

@@ -10,7 +10,7 @@ import pytest
 from hessianflow.commands.settings import Given
 from hessianflow.config import CHOSEN, TrainConfig
 from hessianflow.data.datasets import DATA_SETS
-from hessianflow.effects import EFFECTIVE, Above, AllBut, check_effects, is_ignored
+from hessianflow.effects import EFFECTIVE, AllBut, check_effects, is_ignored
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.methods import KINDS, method_options
 from hessianflow.resolve import resolve
@@ -73,13 +73,7 @@ def test_cases_are_made_of_settings_and_choices_that_exist():
     hints = get_type_hints(TrainConfig)
     for cases in EFFECTIVE.values():
         for dotted, values in (item for case in cases for item in case.items()):
-            named = (
-                values.names
-                if isinstance(values, AllBut)
-                else ()
-                if isinstance(values, Above)
-                else values
-            )
+            named = values.names if isinstance(values, AllBut) else values
             name, _, option = dotted.partition(".")
             for value in named:
                 if option:

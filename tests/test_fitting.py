@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from hessianflow import History
-from hessianflow.build import build_parts, first_products, load_config
 from hessianflow.cli import main
 from hessianflow.config import TrainConfig
 from hessianflow.data.image_files import training_images, usual_side
-from hessianflow.fitting import fitted
-from hessianflow.resolve import resolve
+from hessianflow.measurements import first_products
+from hessianflow.parts import build_parts, load_config
+from hessianflow.resolve import fitted, resolve
 
 Image = pytest.importorskip("PIL.Image")
 

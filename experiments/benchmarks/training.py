@@ -42,7 +42,7 @@ from torch.optim import SGD
 
 import hessianflow as hf
 import hessianflow.data.datasets
-from hessianflow.build import FLOAT32_PER_16_BIT
+from hessianflow.measurements import FLOAT32_PER_16_BIT
 from hessianflow.training import Passes
 
 BATCH = 128

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from hessianflow.build import build_parts, on_this_machine, prepare
 from hessianflow.config import RunConfig, TrainConfig
 from hessianflow.control import DualBatchPlan, TimeModel, fit_time_model
 from hessianflow.distributed.ray_session import connect
@@ -38,6 +37,7 @@ from hessianflow.dual_batch.workers import (
     worker_of,
 )
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.parts import build_parts, on_this_machine, prepare
 
 FOLDER = Path(__file__).resolve().parent
 SHARES, WARM_STEPS, TIMED_STEPS = (0.125, 0.25, 0.5, 0.75, 1.0), 2, 8

@@ -21,9 +21,10 @@ from torch import nn
 
 import hessianflow as hf
 from experiments.cells import MEASURED
-from hessianflow.build import build_parts, build_trainer, prepare
+from hessianflow.build import build_trainer
 from hessianflow.config import from_dict
 from hessianflow.curvature import loss_landscape
+from hessianflow.parts import build_parts, prepare
 from hessianflow.runs import checkpoints
 from hessianflow.runs.documents import read_summary
 from hessianflow.runs.names import BEST, CHECKPOINTS

@@ -7,6 +7,7 @@ the extremes of the attacked slice. Here the loss is given, and the range is the
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -37,7 +38,6 @@ from hessianflow.interfaces import Exposure, HessianFlowError, LossFn, NormMode,
 
 ABSA_EPS = 0.005
 """Perturbation of ABSA's reference implementation, for inputs in [0, 1] that are not normalised."""
-
 CHECKED_CALL = 3
 """Number of the call at which the gradient is checked. By then a last layer that began at zero lets
 it through. This default is our choice."""
@@ -115,14 +115,8 @@ class PGD:
     ) -> Tensor:
         """Return a copy of `inputs` in which floor(len * share) rows, spread evenly, are attacked.
 
-        If there is no such row, it returns `inputs` itself.
-
-        Args:
-            model: Model to attack.
-            inputs: Inputs, shape [N, ...].
-            targets: Targets of the inputs.
-            share: Share of the rows that is attacked, in [0, 1].
-            microbatch_size: Most rows attacked in one forward pass; None stands for all.
+        If there is no such row, it returns `inputs` itself. Inputs have the shape [N, ...]; at most
+        `microbatch_size` rows are attacked in one forward pass, or all if it is None.
 
         Raises:
             HessianFlowError: The share is outside [0, 1], the inputs are not one tensor of floating
@@ -183,22 +177,13 @@ class PGD:
         self._calls += 1
         perturbed = torch.empty_like(x)
         with attacking(model, self._norm_mode) as frozen:
-            if self._calls == CHECKED_CALL:
-                check_gradient(
-                    frozen, x[:size], take_rows(y, slice(size), len(x), "targets"), self._loss_fn
-                )
             for first in range(0, len(x), size):
                 part = slice(first, first + size)
-                perturbed[part] = ascend(
-                    frozen,
-                    x[part],
-                    take_rows(y, part, len(x), "targets"),
-                    budget,
-                    self._loss_fn,
-                    steps=self._steps,
-                    step=self._step,
-                    start=start[part],
-                )
+                targets = take_rows(y, part, len(x), "targets")
+                if first == 0 and self._calls == CHECKED_CALL:
+                    check_gradient(frozen, x[part], targets, self._loss_fn)
+                run = partial(ascend, frozen, x[part], targets, budget, self._loss_fn)
+                perturbed[part] = run(steps=self._steps, step=self._step, start=start[part])
         return perturbed
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -213,23 +198,14 @@ class PGD:
 class FGSM(PGD):
     """Attack a share of each batch by one signed step.
 
-    The attack is :func:`attacks.fgsm`.
+    The attack is :func:`attacks.fgsm`. The arguments that are not described here, and the errors,
+    are those of :class:`PGD`.
 
     Args:
         eps: Largest change of a component, one number or one per channel, in the units of the
             inputs, which for the command are pixels in [0, 1] (0.005 in ABSA's published code).
-        share: Share of each batch that is attacked, in [0, 1], before the factor of the controller
-            (0.2 in ABSA's published code).
-        value_range: Smallest and largest valid value of the inputs; null stands for no clamping.
-        loss_fn: Loss that the attack raises.
         random_start: Start at a random point of the ball, step by 1.25 eps and project back (Wong
             et al., arXiv:2001.03994).
-        norm_mode: Statistics of batch normalisation during the attack. eval uses the running ones,
-            batch those of the attacked examples; neither updates the running ones.
-        seed: Seed of the random starts.
-
-    Raises:
-        HessianFlowError: As :func:`attacks.fgsm`.
     """
 
     def __init__(

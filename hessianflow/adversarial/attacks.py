@@ -154,11 +154,7 @@ def pgd(
 
 @contextmanager
 def attacking(model: nn.Module, norm_mode: NormMode) -> Iterator[nn.Module]:
-    """Yield the unwrapped model in measuring mode, with its parameters frozen.
-
-    Raises:
-        HessianFlowError: The norm_mode does not exist.
-    """
+    """Yield the unwrapped model in measuring mode, with its parameters frozen."""
     check_choice("norm_mode", norm_mode, get_args(NormMode))
     with measuring(model, norm_mode) as inner:
         for parameter in inner.parameters():
@@ -179,18 +175,10 @@ def ascend(
     start: Tensor,
     targeted: bool = False,
 ) -> Tensor:
-    """Run the loop behind every attack.
+    """Run the loop behind every attack, on a model from :func:`attacking`.
 
-    Args:
-        frozen: Model from :func:`attacking`.
-        x: Centre of the ball, shape [N, ...].
-        y: Targets, shape [N, ...].
-        budget: Ball and valid range, from `broadcast_to`.
-        loss_fn: Loss that the attack raises.
-        steps: Gradient steps.
-        step: Step size in units of eps.
-        start: First point, shaped like `x`.
-        targeted: Lower the loss instead of raising it.
+    It begins at `start`, shaped like `x`; `step` is in units of eps. What is not described here is
+    that of :func:`pgd`.
     """
     x = x.detach()
     perturbed = start
@@ -230,8 +218,7 @@ def input_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> 
 def check_gradient(frozen: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> None:
     """Refuse a loss whose input gradient is zero everywhere, so that no attack changes anything.
 
-    Raises:
-        HessianFlowError: The gradient is zero, as that of cross-entropy over a single output.
+    Such a loss is cross-entropy over a single output.
     """
     if not bool(input_gradient(frozen, x, y, loss_fn).any()):
         raise HessianFlowError(
@@ -254,11 +241,7 @@ def fgsm_step(random_start: bool) -> float:
 
 
 def resolve_step(steps: int, relative_step: float | None) -> float:
-    """Return the step in units of eps.
-
-    Raises:
-        HessianFlowError: `steps` is not a whole number >= 1, or the step is not positive.
-    """
+    """Return the step in units of eps, after a check of the steps and of its size."""
     check_count("steps", steps)
     if relative_step is None:
         return 2.5 / steps

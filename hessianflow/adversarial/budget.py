@@ -17,10 +17,8 @@ from hessianflow.structure import article
 Norm = Literal["l_inf", "l_2"]
 PerChannel = float | Sequence[float] | Tensor
 """One number, or one for each channel (dimension 1 of the inputs)."""
-
 ValueRange = tuple[PerChannel, PerChannel]
 """Smallest and largest valid input value."""
-
 RANGE_SLACK = 1e-3
 """Part of its width by which inputs may leave the stated range, as images normalised in half
 precision do by rounding."""
@@ -85,12 +83,7 @@ class Budget:
 
 
 def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> Budget:
-    """Check the limits of the user and return them as one budget.
-
-    Raises:
-        HessianFlowError: eps is negative, not finite or larger than the width of the range, the
-            range is empty, or the norm is unknown.
-    """
+    """Check the limits of the user and return them as one budget."""
     if norm not in ("l_inf", "l_2"):
         raise HessianFlowError(f"norm must be 'l_inf' or 'l_2', got {norm!r}")
     radius = _as_tensor(eps, "eps")
@@ -113,25 +106,14 @@ def make_budget(eps: PerChannel, value_range: ValueRange | None, norm: Norm) -> 
 def check_one_tensor(value: object, name: str = "inputs", purpose: str = "to be perturbed") -> None:
     """Refuse inputs in a structure, which does not say what tensor is to be perturbed how far.
 
-    Args:
-        value: Inputs, or something else that must be one tensor.
-        name: Name of the value in the message.
-        purpose: Purpose of the tensor in the message.
-
-    Raises:
-        HessianFlowError: The value is not a tensor.
+    The message has `name` for the value, and `purpose` for what it must be one tensor for.
     """
     if not isinstance(value, Tensor):
         raise HessianFlowError(f"{name} must be one tensor {purpose}, got {article(value)}")
 
 
 def broadcast_to(budget: Budget, x: Tensor) -> Budget:
-    """Return the budget on the device and in the precision of `x`, broadcast over its channels.
-
-    Raises:
-        HessianFlowError: The inputs are not one tensor of floating point numbers, or their number
-            of channels differs from that of eps or value_range.
-    """
+    """Return the budget on the device and in the precision of `x`, broadcast over its channels."""
     check_one_tensor(x)
     if not x.is_floating_point():
         raise HessianFlowError(
@@ -158,12 +140,9 @@ def broadcast_to(budget: Budget, x: Tensor) -> Budget:
 
 
 def check_in_range(budget: Budget, x: Tensor) -> None:
-    """Refuse inputs outside the stated valid range, which clamping would distort.
+    """Refuse inputs outside the valid range by more than rounding, which clamping would distort.
 
     It waits for the device, so training checks only its first batch.
-
-    Raises:
-        HessianFlowError: A value lies outside `value_range` by more than rounding.
     """
     if budget.low is None or budget.high is None or x.numel() == 0:
         return

@@ -54,9 +54,6 @@ class ConcurrentAdversary:
         microbatch_size: Most rows attacked in one forward pass, unless the trainer sets its own
             microbatch size; null stands for all rows.
         runner: Place where the attacks run; null stands for interleaved, which runs each at once.
-
-    Raises:
-        HessianFlowError: An argument has no valid value.
     """
 
     def __init__(

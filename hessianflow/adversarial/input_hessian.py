@@ -87,12 +87,9 @@ class InputHessian:
         """Return the product with a flat vector, shape [size]."""
         if not self._gradient.requires_grad:
             return torch.zeros_like(vector)
+        along = vector.reshape(self._inputs.shape)
         product: Tensor
         (product,) = torch.autograd.grad(
-            self._gradient,
-            self._inputs,
-            vector.reshape(self._inputs.shape),
-            retain_graph=True,
-            materialize_grads=True,
+            self._gradient, self._inputs, along, retain_graph=True, materialize_grads=True
         )
         return product.flatten()

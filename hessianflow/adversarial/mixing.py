@@ -24,11 +24,7 @@ ABSA_SHARE = 0.2
 
 
 def check_share(share: float) -> float:
-    """Return the share of each batch that an adversary is to attack.
-
-    Raises:
-        HessianFlowError: It is not a number in [0, 1].
-    """
+    """Return the share of each batch that an adversary is to attack, if it is in [0, 1]."""
     if not is_number(share) or not 0 <= share <= 1:
         raise HessianFlowError(f"share must be a number in [0, 1], got {share!r}")
     return share
@@ -55,11 +51,7 @@ def perturbed_rows(batch_size: int, share: float, device: torch.device | str = "
 
 
 def exact_share(share: float) -> Fraction:
-    """Return the share as the fraction that is meant: 0.2 / 2**k is exactly 1 / (5 * 2**k).
-
-    Raises:
-        HessianFlowError: The share is outside [0, 1].
-    """
+    """Return the share as the fraction that is meant: 0.2 / 2**k is exactly 1 / (5 * 2**k)."""
     if not 0 <= share <= 1:
         raise HessianFlowError(f"adversarial share must lie in [0, 1], got {share}")
     return Fraction(share).limit_denominator(_MAX_DENOMINATOR)

@@ -56,11 +56,7 @@ class RobustnessWatch:
         self._alarm = OverfittingAlarm(collapse)
 
     def __call__(self) -> tuple[Mapping[str, float], str]:
-        """Return the accuracies, and the reason of an alarm or an empty string.
-
-        Raises:
-            HessianFlowError: As :func:`attacks.fgsm`.
-        """
+        """Return the accuracies, and the reason of an alarm or an empty string."""
         source = torch.Generator(device=self._batch[0].device).manual_seed(self._seed)
         common: dict[str, Any] = {"eps": self._eps, "value_range": self._range}
         attacks: dict[str, Attack] = {
@@ -89,9 +85,6 @@ class InputCurvature:
         solve: Function that finds the top eigenpair of an operator and returns its figures by name,
             among them "eigenvalue".
         loss_fn: Training loss.
-
-    Raises:
-        HessianFlowError: The inputs are not one tensor.
     """
 
     kind = "input-curvature"

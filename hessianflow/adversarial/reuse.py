@@ -44,30 +44,24 @@ class TracedBatches(Protocol):
     @property
     def num_examples(self) -> int:
         """Return the size of the data set."""
-        ...
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape (C, H, W) of one image."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Return the device of the batches."""
-        ...
 
     @property
     def latest(self) -> Tensor:
         """Return the indices of the examples of the latest batch, int64 [n]."""
-        ...
 
     def as_in_latest(self, maps: Tensor) -> Tensor:
         """Move maps of the stored images, [n, C, H, W], as the latest batch was augmented."""
-        ...
 
     def as_stored(self, maps: Tensor) -> Tensor:
         """Undo :meth:`as_in_latest`, with zeros where the augmentation cut something off."""
-        ...
 
 
 class GradientReuse:
@@ -141,11 +135,7 @@ class GradientReuse:
         return Exposure((adversarial, targets), on_input_gradient=self._keep)
 
     def join(self, reducer: Reducer) -> None:
-        """Refuse to be one of several ranks.
-
-        Raises:
-            HessianFlowError: There are several.
-        """
+        """Refuse to be one of several ranks."""
         if reducer.world_size > 1:
             raise HessianFlowError(
                 "reuse keeps the gradients of one process's examples, which go to other ranks in"

@@ -62,7 +62,6 @@ class AttackRunner(Protocol):
 
         Later changes of the weights must not change the result.
         """
-        ...
 
 
 class Interleaved:
@@ -117,13 +116,18 @@ class SecondStream:
 
         return wait
 
-    @torch.no_grad()
     def _snapshot(self, model: nn.Module) -> nn.Module:
         if self._replica is None:
             self._replica = copy.deepcopy(model)
             return self._replica
         for ours, theirs in zip(self._replica.modules(), model.modules(), strict=True):
             ours.training = theirs.training
-        targets = [*self._replica.parameters(), *self._replica.buffers()]
-        torch._foreach_copy_(targets, [*model.parameters(), *model.buffers()])
+        copy_weights(self._replica, model)
         return self._replica
+
+
+@torch.no_grad()
+def copy_weights(replica: nn.Module, model: nn.Module) -> None:
+    """Copy the parameters and buffers of a model into its replica, on the current stream."""
+    targets = [*replica.parameters(), *replica.buffers()]
+    torch._foreach_copy_(targets, [*model.parameters(), *model.buffers()])

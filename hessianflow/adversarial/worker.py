@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, multiprocessing, nn
 
-from hessianflow.adversarial.runners import TwinAttack
+from hessianflow.adversarial.runners import TwinAttack, copy_weights
 from hessianflow.checks import check_count
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
@@ -32,7 +32,6 @@ from hessianflow.memory import keep_freed_memory
 
 GOODBYE_SECONDS = 5.0
 """Seconds that a worker may take to end before it is killed. This default is our choice."""
-
 _ENDED = (
     "the process that attacks has ended: was it killed for memory? After close() another is started"
 )
@@ -43,9 +42,6 @@ class WorkerProcess:
 
     Args:
         threads: Threads of torch in the second process; null stands for as many as in this one.
-
-    Raises:
-        HessianFlowError: threads is below 1.
     """
 
     def __init__(self, *, threads: int | None = None) -> None:
@@ -73,7 +69,8 @@ class WorkerProcess:
             self._pending.settle()
             self._pending = None
         line = self._line or self._start(inner)
-        self._snapshot(inner)
+        assert self._replica is not None
+        copy_weights(self._replica, inner)
         batch = replace(attack, inputs=_shared(attack.inputs), targets=_shared(attack.targets))
         autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         modes = [module.training for module in inner.modules()]
@@ -93,11 +90,8 @@ class WorkerProcess:
         # A fork would copy locks that other threads hold.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve,
-            args=(theirs, replica, self._threads or torch.get_num_threads()),
-            daemon=True,
-        )
+        threads = self._threads or torch.get_num_threads()
+        process = context.Process(target=_serve, args=(theirs, replica, threads), daemon=True)
         try:
             with _telling_why_not_sent():
                 process.start()
@@ -110,12 +104,6 @@ class WorkerProcess:
         self._replica = replica
         self._line = ours
         return ours
-
-    @torch.no_grad()
-    def _snapshot(self, model: nn.Module) -> None:
-        assert self._replica is not None
-        targets = [*self._replica.parameters(), *self._replica.buffers()]
-        torch._foreach_copy_(targets, [*model.parameters(), *model.buffers()])
 
 
 class _Answer:

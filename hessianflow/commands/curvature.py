@@ -8,13 +8,7 @@ from jsonargparse import Namespace
 
 from hessianflow.bounds import Count, Seed, check_range, check_setting
 from hessianflow.commands.parser import add_command, path
-from hessianflow.commands.runs import (
-    add_named_code,
-    printable,
-    require_named_code,
-    require_settings,
-    writing_to,
-)
+from hessianflow.commands.runs import add_named_code, load_run, printable, writing_to
 from hessianflow.interfaces import NormMode
 
 if TYPE_CHECKING:
@@ -28,59 +22,41 @@ model, kept orthogonal to the others."""
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of each command."""
-    spectrum = add_command(
-        commands,
-        "spectrum",
-        "measure the Hessian's eigenvalues, trace and density at a run's weights",
-    )
-    second = add_command(
-        commands, "second-opinion", "print our eigenvalues, trace and density beside PyHessian's"
-    )
+    about = "measure the Hessian's eigenvalues, trace and density at a run's weights"
+    spectrum = add_command(commands, "spectrum", about)
+    about = "print our eigenvalues, trace and density beside PyHessian's"
+    second = add_command(commands, "second-opinion", about)
     for parser, count in ((spectrum, 5), (second, 2)):
         parser.add("run", type=path, help="run directory, or a checkpoint inside one")
-        parser.add("--k", type=int, default=count, help="number of leading eigenvalues")
-        parser.add(
-            "--examples",
-            type=int,
-            default=256,
-            help="number of training examples over which the loss is averaged",
+        parser.add_option("--k", int, count, "number of leading eigenvalues")
+        parser.add_option(
+            "--examples", int, 256, "number of training examples over which the loss is averaged"
         )
-        parser.add(
-            "--seed", type=int, default=0, help="seed of the examples and of all random starts"
-        )
+        parser.add_option("--seed", int, 0, "seed of the examples and of all random starts")
         add_named_code(parser)
-    spectrum.add(
-        "--density", type=bool, default=False, help="also measure and draw the spectral density"
-    )
-    spectrum.add("--trace", type=bool, default=False, help="also measure the trace")
+    spectrum.add_option("--density", bool, False, "also measure and draw the spectral density")
+    spectrum.add_option("--trace", bool, False, "also measure the trace")
     spectrum.add_open(
         "--layers", str | None, "also measure single layers, by name, e.g. 'layer1.*' or '*'"
     )
     spectrum.add_open(
         "--out", path, "folder for spectrum.json and pictures; default: the run directory"
     )
-    spectrum.add_open(
-        "--microbatch-size",
-        int | None,
-        "examples per pass; default: all in one pass, the fastest; set it if memory runs out",
-    )
-    spectrum.add(
-        "--norm-mode",
-        type=NormMode,
-        default="eval",
-        help="statistics of batch normalisation: the running ones (eval) or those of the batch",
-    )
+    about = "examples per pass; default: all in one pass, the fastest; set it if memory runs out"
+    spectrum.add_open("--microbatch-size", int | None, about)
+    about = "statistics of batch normalisation: the running ones (eval) or those of the batch"
+    spectrum.add_option("--norm-mode", NormMode, "eval", about)
     return {"spectrum": _spectrum, "second-opinion": _second_opinion}
 
 
 def _spectrum(arguments: Namespace) -> int:
+    from torch.nn import CrossEntropyLoss
     from tqdm import tqdm
 
     from hessianflow.curvature import spectrum_report
 
-    model, loss_fn, batch = _load(
-        arguments, "spectrum", "hf.curvature.top_eigenpairs or hf.curvature.spectrum_report"
-    )
+    instead = "hf.curvature.top_eigenpairs or hf.curvature.spectrum_report"
+    run_dir, model, batch = _load(arguments, "spectrum", instead)
     with tqdm(disable=None, unit=" products") as bar:
 
         def progress(stage: str, _done: int) -> None:
@@ -89,7 +65,7 @@ def _spectrum(arguments: Namespace) -> int:
 
         report = spectrum_report(
             model,
-            loss_fn,
+            CrossEntropyLoss(),
             batch,
             k=arguments.k,
             density=arguments.density,
@@ -101,42 +77,37 @@ def _spectrum(arguments: Namespace) -> int:
             progress=progress,
         )
     print(_table(report))
-    _write(report, _folder(arguments))
+    _write(report, Path(arguments.out or run_dir))
     return 0
 
 
 def _second_opinion(arguments: Namespace) -> int:
+    from torch.nn import CrossEntropyLoss
+
     from hessianflow.curvature import second_opinion
 
-    model, loss_fn, batch = _load(arguments, "second-opinion", "hf.curvature.second_opinion")
-    print(second_opinion(model, loss_fn, batch, k=arguments.k, seed=arguments.seed).table())
+    _, model, batch = _load(arguments, "second-opinion", "hf.curvature.second_opinion")
+    opinion = second_opinion(model, CrossEntropyLoss(), batch, k=arguments.k, seed=arguments.seed)
+    print(opinion.table())
     return 0
 
 
-def _load(arguments: Namespace, command: str, instead: str) -> tuple[Any, Any, Any]:
-    from torch.nn import CrossEntropyLoss
-
-    from hessianflow.build import find_checkpoint, load_parts
-
+def _load(arguments: Namespace, command: str, instead: str) -> tuple[Path, Any, Any]:
+    """Return the directory and the model of a run, and the examples to measure on."""
     check_range("--k", arguments.k, 1, MOST_EIGENVALUES)
     check_setting("examples", arguments.examples, Count)
     check_setting("seed", arguments.seed, Seed)
-    run_dir = find_checkpoint(arguments.run)[0]
-    require_settings(run_dir, command, instead)
-    require_named_code(run_dir, arguments)
-    _, parts = load_parts(arguments.run)
+    run_dir, parts = load_run(arguments, command, instead)
     count = min(arguments.examples, parts.train.num_examples)
-    return parts.model, CrossEntropyLoss(), parts.train.sample(count, arguments.seed)
+    return run_dir, parts.model, parts.train.sample(count, arguments.seed)
 
 
 def _table(report: "SpectrumReport") -> str:
-    lines = [
-        (
-            f"{report.size} weights, {report.num_examples} examples, batch normalisation:"
-            f" {report.norm_mode}, loss {report.loss:.4g}, {report.matvecs} products"
-        ),
-        f"{'':<24}{'value':>14}{'+-':>12}{'gradient':>10}",
-    ]
+    head = (
+        f"{report.size} weights, {report.num_examples} examples, batch normalisation:"
+        f" {report.norm_mode}, loss {report.loss:.4g}, {report.matvecs} products"
+    )
+    lines = [head, f"{'':<24}{'value':>14}{'+-':>12}{'gradient':>10}"]
     rows = zip(report.eigen.values, report.eigen.residuals, report.gradient_overlap, strict=True)
     for number, (value, residual, overlap) in enumerate(rows, start=1):
         lines.append(f"{f'eigenvalue {number}':<24}{value:>14.6g}{residual:>12.1e}{overlap:>10.1%}")
@@ -183,16 +154,9 @@ def _write(report: "SpectrumReport", folder: Path) -> None:
         moved = keep_spectrum(folder, finite(report.to_dict()))
         print(f"  {printable(folder / 'spectrum.json')}")
         if moved is not None:
-            print(
-                f"  {printable(moved)} (of other weights, examples or norm mode, measured earlier)"
-            )
+            reason = "of other weights, examples or norm mode, measured earlier"
+            print(f"  {printable(moved)} ({reason})")
         if report.density is not None:
             path = folder / "plots" / "spectral_density.png"
             plots.spectral_density(report.density, path=path)
             print(f"  {printable(path)}")
-
-
-def _folder(arguments: Namespace) -> Path:
-    from hessianflow.build import find_checkpoint
-
-    return Path(arguments.out or find_checkpoint(arguments.run)[0])

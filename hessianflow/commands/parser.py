@@ -12,8 +12,6 @@ from hessianflow.bounds import LONGEST, option, shortened, user_path
 from hessianflow.commands.yaml_text import UnfitTextError, load_value
 from hessianflow.interfaces import HessianFlowError
 
-INSIDE = "__"
-"""Stands for the dot between a method and its option in names that jsonargparse would split."""
 MODE = "bounded-yaml"
 """Name, for jsonargparse, of the reader of values that :func:`main_parser` registers."""
 INSIDE = "__"
@@ -61,9 +59,13 @@ class Parser(ArgumentParser):
             self.values.update(args)
         return (group or self).add_argument(*args, **kwargs)
 
+    def add_option(self, name: str, hint: Any, default: Any, text: str) -> None:
+        """Add an option of type `hint`; `text` is its help."""
+        self.add(name, type=hint, default=default, help=text)
+
     def add_open(self, name: str, hint: Any, text: str) -> None:
-        """Add an option of type `hint` whose default is null; `text` is its help."""
-        self.add(name, type=hint, default=None, help=text)
+        """Add an option whose default is null."""
+        self.add_option(name, hint, None, text)
 
     def announce(self, origin: str) -> None:
         """Set the source that errors name for the words that are parsed from now on."""
@@ -140,11 +142,7 @@ class _Path:
     """The type of an option that is a path."""
 
     def __call__(self, text: str) -> str:
-        """Return the path, with the home folder in place of a leading `~`.
-
-        Raises:
-            UnfitPathError: The text cannot be a path.
-        """
+        """Return the path, with the home folder for a leading `~`, or refuse it."""
         if not text or "\0" in text:
             raise UnfitPathError("a path must not be empty, nor hold a NUL character")
         try:

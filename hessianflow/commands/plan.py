@@ -38,14 +38,8 @@ DEFAULTS = {
 """Default figures of the all-reduce, in bytes per second and in seconds, and their origin."""
 
 SCHEDULE = (
-    "data",
-    "train_examples",
-    "model",
-    "controller",
-    "optimizer",
-    "batch_size",
-    "max_batch_size",
-    "epochs",
+    *("data", "train_examples", "model", "controller", "optimizer"),
+    *("batch_size", "max_batch_size", "epochs"),
 )
 """Settings of the run that is planned."""
 HERE = ("data_dir", "microbatch_size", "precision", "channels_last", "device", "threads")
@@ -93,31 +87,19 @@ class Basis:
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of the command."""
-    plan = add_command(
-        commands, "plan", "predict time, efficiency and cost of a run on many workers"
-    )
-    plan.add(
-        "--workers",
-        type=str,
-        default="1..1024",
-        help="numbers of workers: 1..1024 doubles from 1 to 1024, and 1,2,6 is a list",
-    )
+    about = "predict time, efficiency and cost of a run on many workers"
+    plan = add_command(commands, "plan", about)
+    about = "numbers of workers: 1..1024 doubles from 1 to 1024, and 1,2,6 is a list"
+    plan.add_option("--workers", str, "1..1024", about)
     for name, (hint, text) in _OPEN.items():
         plan.add_open(option(name), hint, text)
-    plan.add(
-        "--membership",
-        type=Literal["fixed", "elastic"],
-        default="fixed",
-        help="fixed holds all workers throughout, elastic as many as get a full microbatch each",
-    )
-    plan.add(
-        "--price", type=float, default=0.0, help="price of a worker for an hour, in any currency"
-    )
+    about = "fixed holds all workers throughout, elastic as many as get a full microbatch each"
+    plan.add_option("--membership", Literal["fixed", "elastic"], "fixed", about)
+    plan.add_option("--price", float, 0.0, "price of a worker for an hour, in any currency")
     add_settings(plan, (*SCHEDULE, *HERE))
     add_code(plan)
-    plan_dual_batch.add(
-        plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND")
-    )
+    kinds = plan.add_subcommands(required=False, title="other kinds of plans", metavar="KIND")
+    plan_dual_batch.add(kinds)
     return {"plan": _plan}
 
 
@@ -159,7 +141,7 @@ def _said(value: Any) -> Any:
 
 
 def _run(arguments: Namespace) -> "PlanBasis":
-    from hessianflow.build import load_config, on_this_machine, prepare
+    from hessianflow.parts import load_config, on_this_machine, prepare
     from hessianflow.planning.measure import PlanBasis
     from hessianflow.runs import History
 
@@ -201,15 +183,14 @@ def _basis(arguments: Namespace, run: "PlanBasis") -> Basis:
     size = arguments.gradient_bytes or measured.gradient_bytes or run.gradient_bytes
     bandwidth, bandwidth_source = _figure(arguments, "bandwidth")
     latency, latency_source = _figure(arguments, "latency")
+    examples = sum(phase.examples for phase in phases)
     sources = {
         **_step_sources(measured),
         "gradients": f"{size / 1e6:.3g} MB",
         "bandwidth": f"{bandwidth / 1e9:.3g} GB/s: {bandwidth_source}",
         "latency": f"{1e6 * latency:.3g} us: {latency_source}",
         "microbatch": f"at most {microbatch} examples: {microbatch_source}",
-        "batches": (
-            f"{_sizes(phases)} over {sum(p.examples for p in phases)} examples: {phases_source}"
-        ),
+        "batches": f"{_sizes(phases)} over {examples} examples: {phases_source}",
         "left out": (
             "adversary, curvature, evaluation, data; no sum is hidden behind a backward pass"
         ),

@@ -15,7 +15,6 @@ from hessianflow.control.resolution import Level
 from hessianflow.control.time_model import TimeModel
 from hessianflow.interfaces import HessianFlowError
 
-NAME = "dual-batch"
 PresetName = Literal["cifar100", "imagenet", "compsac"]
 _BOUNDS = {
     "workers": (1, MOST_PROCESSES),
@@ -29,35 +28,20 @@ _GIVEN = ("examples", "batch_size", "slope", "intercept")
 
 def add(kinds: Any) -> None:
     """Add the parser to the kinds of plans."""
-    plan = add_command(
-        kinds,
-        NAME,
-        "print the shares, batches and times of a dual-batch run",
-        prefix="hessianflow plan",
-    )
+    about = "print the shares, batches and times of a dual-batch run"
+    plan = add_command(kinds, "dual-batch", about, prefix="hessianflow plan")
     plan.add_open("--preset", PresetName | None, "published setting (arXiv:2509.26092)")
-    plan.add("--workers", type=int, default=4, help="number of workers")
-    plan.add_open(
-        "--small-workers",
-        int | None,
-        "number of workers with the small batch; default: a line for each number",
-    )
-    plan.add(
-        "--extra-time",
-        type=float,
-        default=1.05,
-        help="largest time of an epoch, relative to that with large batches only",
-    )
+    plan.add_option("--workers", int, 4, "number of workers")
+    about = "number of workers with the small batch; default: a line for each number"
+    plan.add_open("--small-workers", int | None, about)
+    about = "largest time of an epoch, relative to that with large batches only"
+    plan.add_option("--extra-time", float, 1.05, about)
     plan.add_open("--examples", int | None, "examples of an epoch")
     plan.add_open("--batch-size", int | None, "size of the large batch")
     plan.add_open("--slope", float | None, "seconds per example")
     plan.add_open("--intercept", float | None, "seconds per step")
-    plan.add(
-        "--resolution",
-        type=ResolutionName,
-        default="cyclic",
-        help="order of the resolutions of a preset that has several",
-    )
+    about = "order of the resolutions of a preset that has several"
+    plan.add_option("--resolution", ResolutionName, "cyclic", about)
 
 
 def run(arguments: Namespace) -> int:
@@ -88,11 +72,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _setting(arguments: Namespace) -> Published:
-    """Return the preset, or one made of the figures given; `--examples` may replace its own.
-
-    Raises:
-        HessianFlowError: A figure is missing, or a preset has it already.
-    """
+    """Return the preset, or one made of the figures given; `--examples` may replace its own."""
     figures = {name: arguments[name] for name in _GIVEN if arguments[name] is not None}
     if arguments.preset is not None:
         preset = PUBLISHED[arguments.preset]

@@ -21,12 +21,8 @@ started together arrive within seconds."""
 def launched(make: Callable[[], RunConfig]) -> Iterator[tuple[World, RunConfig]]:
     """Join the other ranks, if this process is one of several, and leave them at the end.
 
-    Args:
-        make: Function that returns the prepared settings. Its error is reported by the first
-            process of each machine.
-
-    Yields:
-        The world and the settings, which are the same on all ranks except for `run_dir`.
+    An error of `make`, which returns the prepared settings, is reported by the first process of
+    each machine. The settings yielded are the same on all ranks except for `run_dir`.
 
     Raises:
         HessianFlowError: The ranks differ in code or settings, or cannot reach each other.
@@ -56,9 +52,8 @@ def _long_wait_noted(generation: Generation) -> Iterator[None]:
     """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     line = (
-        f"hessianflow: note: rank {generation.rank} of {generation.world_size} waits for the"
-        " others at"
-        f" {address}, as RANK, WORLD_SIZE and MASTER_ADDR in the environment say; unset RANK to"
+        f"hessianflow: note: rank {generation.rank} of {generation.world_size} waits for the others"
+        f" at {address}, as RANK, WORLD_SIZE and MASTER_ADDR in the environment say; unset RANK to"
         " train alone\n"
     )
     timer = Timer(PATIENCE_SECONDS, sys.stderr.write, [line])

@@ -21,34 +21,24 @@ from hessianflow.interfaces import HessianFlowError
 if TYPE_CHECKING:
     from hessianflow.config import RunConfig, TrainConfig
 
-PLOTS = "plots"
-
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of each command."""
-    plot = add_command(
-        commands, "plot", "draw curvature trajectory and training curves of one or several runs"
-    )
+    about = "draw curvature trajectory and training curves of one or several runs"
+    plot = add_command(commands, "plot", about)
     plot.add("run_dirs", type=path, nargs="+", help="run directories, drawn over each other")
     plot.add_open("--out", path, "folder for the pictures; default: RUN_DIR/plots or plots")
-    compare = add_command(
-        commands, "compare", "print and draw updates and accuracy of several runs side by side"
-    )
-    compare.add(
-        "run_dirs",
-        type=path,
-        nargs="+",
-        help="run directories; those that differ only in seed are averaged",
-    )
+    about = "print and draw updates and accuracy of several runs side by side"
+    compare = add_command(commands, "compare", about)
+    about = "run directories; those that differ only in seed are averaged"
+    compare.add("run_dirs", type=path, nargs="+", help=about)
     compare.add_open("--out", path, "folder for compare.md, compare.csv and compare.png")
-    report = add_command(
-        commands, "report", "write one self-contained HTML page about one or several runs"
-    )
+    about = "write one self-contained HTML page about one or several runs"
+    report = add_command(commands, "report", about)
     report.add("run_dirs", type=path, nargs="+", help="run directories")
     report.add_open("--out", path, "file of the page; default: RUN_DIR/report.html or report.html")
-    replay = add_command(
-        commands, "replay", "print the decisions of another controller on a run's measurements"
-    )
+    about = "print the decisions of another controller on a run's measurements"
+    replay = add_command(commands, "replay", about)
     replay.add("run_dir", type=path, help="run directory")
     add_settings(replay, ("controller", "max_batch_size"))
     add_named_code(replay)
@@ -92,7 +82,7 @@ def draw(runs: list[Path], folder: Path) -> None:
 
 def _plot(arguments: Namespace) -> int:
     runs = _runs(arguments)
-    draw(runs, Path(arguments.out or _home(runs) / PLOTS))
+    draw(runs, Path(arguments.out or _home(runs) / "plots"))
     return 0
 
 
@@ -134,9 +124,9 @@ def _report(arguments: Namespace) -> int:
 
 
 def _replay(arguments: Namespace) -> int:
-    from hessianflow.build import load_config
     from hessianflow.choices import build_controller
     from hessianflow.control.replay import replay
+    from hessianflow.parts import load_config
     from hessianflow.resolve import resolve
     from hessianflow.runs import History
 
@@ -150,13 +140,12 @@ def _replay(arguments: Namespace) -> int:
             f"note: the run measured with norm_mode {recorded.norm_mode!r};"
             f" {config.controller.name} means eigenvalues with {config.norm_mode!r}"
         )
-    examples = history.fact("examples_per_epoch")
-    result = replay(
-        history.records,
-        build_controller(config),
-        examples_per_epoch=examples,
-        total_epochs=config.epochs,
-    )
+    controller = build_controller(config)
+    sizes = {
+        "examples_per_epoch": history.fact("examples_per_epoch"),
+        "total_epochs": config.epochs,
+    }
+    result = replay(history.records, controller, **sizes)
     for step in result.changes:
         decision = step.decision
         share = config.adversary.options.get("share", 0.0) * decision.attack_factor
@@ -192,16 +181,12 @@ def _replayed(recorded: "RunConfig", changes: dict[str, Any]) -> "TrainConfig":
         own["decay_factor"] = 1 / recorded.schedule.options["lr_decay"]
     shared = method_options(KINDS["controller"], name).keys() & own.keys()
     controller = {option: own[option] for option in shared} | controller
-    if (
-        recorded.controller.name != name
-    ):  # these may not go with another controller, or have another meaning there
+    if recorded.controller.name != name:
+        # These may not go with another controller, or have another meaning there.
         for setting in ("schedule", "lr_rule", "max_lr_factor", "norm_mode"):
             del kept[setting]
-    preferred = [
-        prefers(KINDS["controller"], method)
-        for method in (recorded.controller, chosen("controller", name))
-    ]
-    if any("adversary" in settings for settings in preferred):
+    controllers = (recorded.controller, chosen("controller", name))
+    if any("adversary" in prefers(KINDS["controller"], one) for one in controllers):
         del kept["adversary"]
     return from_dict({**kept, **changes, "controller": controller}, str(recorded.run_dir))
 

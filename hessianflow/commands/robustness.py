@@ -10,13 +10,7 @@ from jsonargparse import Namespace
 
 from hessianflow.bounds import Count, Seed, check_setting, shown
 from hessianflow.commands.parser import add_command, path
-from hessianflow.commands.runs import (
-    add_named_code,
-    printable,
-    require_named_code,
-    require_settings,
-    writing_to,
-)
+from hessianflow.commands.runs import add_named_code, load_run, printable, writing_to
 from hessianflow.interfaces import HessianFlowError
 
 MOST_STEPS = 10_000
@@ -27,26 +21,15 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parser, and return the function of the command."""
     parser = add_command(commands, "robustness", "measure a run's test accuracy under attack")
     parser.add("run", type=path, help="run directory, or a checkpoint inside one")
-    parser.add(
-        "--attack",
-        type=str,
-        nargs="+",
-        default=["fgsm", "pgd20"],
-        help="attacks: fgsm, or pgd and its number of steps",
-    )
-    parser.add(
-        "--eps",
-        type=float,
-        nargs="+",
-        default=[0.005, 0.02, 0.06],
-        help="sizes of the perturbation, in pixels scaled to [0, 1]",
-    )
-    parser.add("--examples", type=int, default=1000, help="number of test examples, from the first")
-    parser.add("--seed", type=int, default=0, help="seed of the random starts of pgd")
+    about = "attacks: fgsm, or pgd and its number of steps"
+    parser.add("--attack", type=str, nargs="+", default=["fgsm", "pgd20"], help=about)
+    about = "sizes of the perturbation, in pixels scaled to [0, 1]"
+    parser.add("--eps", type=float, nargs="+", default=[0.005, 0.02, 0.06], help=about)
+    parser.add_option("--examples", int, 1000, "number of test examples, from the first")
+    parser.add_option("--seed", int, 0, "seed of the random starts of pgd")
     add_named_code(parser)
-    parser.add_open(
-        "--out", path, "folder for robustness.json and the picture; default: the run directory"
-    )
+    about = "folder for robustness.json and the picture; default: the run directory"
+    parser.add_open("--out", path, about)
     return {"robustness": _robustness}
 
 
@@ -55,7 +38,6 @@ def _robustness(arguments: Namespace) -> int:
     from tqdm import tqdm
 
     from hessianflow.adversarial import robust_accuracy
-    from hessianflow.build import find_checkpoint, load_parts
 
     check_setting("examples", arguments.examples, Count)
     check_setting("seed", arguments.seed, Seed)
@@ -65,11 +47,8 @@ def _robustness(arguments: Namespace) -> int:
             raise HessianFlowError(
                 f"--eps must lie between 0 and 1 (pixels scaled to [0, 1]), got {size}"
             )
-    run_dir = find_checkpoint(arguments.run)[0]
-    require_settings(run_dir, "robustness", "hf.adversarial.robust_accuracy")
-    require_named_code(run_dir, arguments)
-    _, parts = load_parts(arguments.run)
-    batch = parts.test.examples(torch.arange(min(arguments.examples, parts.test.num_examples)))
+    run_dir, parts = load_run(arguments, "robustness", "hf.adversarial.robust_accuracy")
+    batch = parts.first_tests(arguments.examples)
     spread = torch.tensor(parts.spread)
     rows = []
     for size in tqdm(arguments.eps, disable=None, desc="eps"):
@@ -84,11 +63,7 @@ def _robustness(arguments: Namespace) -> int:
 
 
 def _maker(name: str) -> Callable[..., Callable[..., Any]]:
-    """Return a function that makes the attack `name` from eps, valid range and a generator.
-
-    Raises:
-        HessianFlowError: There is no such attack.
-    """
+    """Return a function that makes the attack `name` from eps, valid range and a generator."""
     from hessianflow.adversarial import fgsm, pgd
 
     steps = re.fullmatch(r"pgd(\d+)", name)
@@ -119,16 +94,11 @@ def _write(arguments: Namespace, rows: list[dict[str, Any]], folder: Path) -> No
     curves = {
         name: [(row[name].value, row[name].low, row[name].high) for row in rows] for name in rows[0]
     }
-    values = {
-        "eps": arguments.eps,
-        "examples": rows[0]["clean"].total,
-        "seed": arguments.seed,
-        "accuracy": curves,
-    }
+    values = {"eps": arguments.eps, "examples": rows[0]["clean"].total, "seed": arguments.seed}
     path = folder / "plots" / "robustness.png"
     with writing_to(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-        moved = keep_robustness(folder, values)
+        moved = keep_robustness(folder, {**values, "accuracy": curves})
         plots.robustness(arguments.eps, curves, path=path)
     print(f"  {printable(folder / 'robustness.json')}\n  {printable(path)}")
     if moved is not None:

@@ -4,11 +4,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hessianflow.config import CHOSEN
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.upgrade import upgrade
+
+if TYPE_CHECKING:
+    from hessianflow.parts import Parts
 
 
 def distinct(run_dirs: Iterable[str]) -> list[Path]:
@@ -33,34 +36,35 @@ def printable(path: str | Path) -> str:
 
 def add_named_code(parser: Any) -> None:
     """Add the options that name the code of a run again for :func:`require_named_code`."""
-    parser.add_open(
-        "--model",
-        str | None,
-        "for a run with a model of your own: its package.module:function again, because a run"
-        " directory may not run code",
-    )
+    about = "for a run with a model of your own: its package.module:function again, because a run"
+    parser.add_open("--model", str | None, f"{about} directory may not run code")
     add_code(parser)
 
 
 def add_code(parser: Any) -> None:
     """Add the option that names the methods of a run again for :func:`require_named_code`."""
-    parser.add_open(
-        "--code",
-        str | None,
-        "for a run with methods of your own: their package.module:Class again, separated by commas",
-    )
+    about = "for a run with methods of your own: their package.module:Class again"
+    parser.add_open("--code", str | None, f"{about}, separated by commas")
+
+
+def load_run(arguments: Any, command: str, instead: str) -> tuple[Path, "Parts"]:
+    """Return the run directory and the parts of a run, or of a checkpoint, that may be loaded.
+
+    Arguments and errors are those of :func:`require_settings` and :func:`require_named_code`.
+    """
+    from hessianflow.parts import find_checkpoint, load_parts
+
+    run_dir = find_checkpoint(arguments.run)[0]
+    require_settings(run_dir, command, instead)
+    require_named_code(run_dir, arguments)
+    return run_dir, load_parts(arguments.run)[1]
 
 
 def require_named_code(run_dir: str | Path, arguments: Any, *, builds_model: bool = True) -> None:
     """Refuse to import code that only a run directory names, because its sender chose that code.
 
-    Args:
-        run_dir: Run directory; any other path passes, and the command refuses it later.
-        arguments: Arguments of a command with the options of :func:`add_named_code`.
-
-    Raises:
-        HessianFlowError: The run has a model or a method at an import path that the user did not
-            name, or a model other than the user named.
+    Nor may the user name another model than that of the run. Any path that is no run directory
+    passes, and the command refuses it later. The options are those of :func:`add_named_code`.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG
@@ -101,13 +105,8 @@ def _paths(value: Any) -> list[str]:
 def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
     """Refuse a run that was made from Python, whose model and data only its own code can build.
 
-    Args:
-        run_dir: Run directory; any other path passes, and the command refuses it later.
-        command: Command that needs the settings.
-        instead: Function to call from Python instead.
-
-    Raises:
-        HessianFlowError: config.json holds no settings.
+    The error names the function to call `instead`. Any path that is no run directory passes, and
+    the command refuses it later.
     """
     from hessianflow.runs.documents import read_config
     from hessianflow.runs.names import CONFIG
@@ -122,11 +121,7 @@ def require_settings(run_dir: str | Path, command: str, instead: str) -> None:
 
 @contextmanager
 def writing_to(folder: str | Path) -> Iterator[None]:
-    """Raise failures to write as errors that name the folder while active.
-
-    Raises:
-        HessianFlowError: The disk is full, or the folder cannot be written.
-    """
+    """Raise failures to write as errors that name the folder while active."""
     try:
         yield
     except BrokenPipeError:

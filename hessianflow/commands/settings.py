@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -50,16 +50,10 @@ class Given:
         return values
 
     def check(self, config: TrainConfig) -> None:
-        """Refuse typed settings without effect, and note those of files.
+        """Refuse typed settings without effect on the resolved ones, and note those of files.
 
         A file may serve several runs, so its settings may have no effect here. There is no note
         about those that have their default values.
-
-        Args:
-            config: Resolved settings.
-
-        Raises:
-            HessianFlowError: A typed setting has no effect; the error names what it belongs to.
         """
         names = [setting.name for setting in fields(TrainConfig)]
         check_effects(config, [name for name in names if name in self.typed])
@@ -72,19 +66,12 @@ class Given:
             note(text)
         only_in_files = self.in_files - self.typed
         unused = [name for name in names if name in only_in_files and is_ignored(config, name)]
-        defaults: dict[str, Any] = {
-            setting.name: setting.default
-            for setting in fields(TrainConfig)
-            if setting.name in unused
-        }
-        usual = resolve(replace(TrainConfig(**_as_given(config)), **defaults))
+        given = {name: getattr(config, name) for name in names}
+        defaults = {each.name: each.default for each in fields(TrainConfig) if each.name in unused}
+        usual = resolve(TrainConfig(**given | defaults))
         noted = [name for name in unused if getattr(usual, name) != getattr(config, name)]
         if noted:
             note(f"not used with these settings: {', '.join(noted)}")
-
-
-def _as_given(config: TrainConfig) -> dict[str, Any]:
-    return {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
 
 
 def _attacks(adversary: Choice) -> bool:
@@ -139,14 +126,8 @@ def add_settings(parser: Any, names: Iterable[str] | None = None) -> None:
             default = getattr(default, "name", None)
             parser.chosen[setting.name] = None
         parser.settings.add(setting.name)
-        parser.add(
-            option(setting.name),
-            dest=setting.name,
-            type=hint,
-            default=default,
-            help=text,
-            group=titles[title],
-        )
+        about = {"type": hint, "default": default, "help": text, "group": titles[title]}
+        parser.add(option(setting.name), dest=setting.name, **about)
         if list(parser.chosen) == [name for name in CHOSEN if name in wanted]:
             # Their options follow in the help, before settings that everyone leaves alone.
             for name, group in parser.chosen.items():
@@ -161,18 +142,10 @@ def _named(setting: str) -> list[str]:
 
 
 def add_methods(parser: Any, named: Mapping[str, str]) -> dict[str, str]:
-    """Add the options of the methods in force.
+    """Add the options of the methods in force to a parser with those of :func:`add_settings`.
 
-    Args:
-        parser: Parser with the options of :func:`add_settings`.
-        named: Methods by the setting that names them; a method inside another is named by a
-            setting like "adversary.attack".
-
-    Returns:
-        The method in force for each setting that chooses one.
-
-    Raises:
-        HessianFlowError: A method is unknown.
+    Methods are `named` by the setting that chooses them; for a method inside another that is a
+    setting like "adversary.attack". Return the method in force for each such setting.
     """
     in_force: dict[str, str] = {}
     controller = named.get("controller", "absa")

@@ -35,9 +35,8 @@ class Signalled(KeyboardInterrupt):
 def signals_raised(*, own_process: bool) -> Iterator[None]:
     """Make SIGINT and SIGTERM raise :class:`Signalled` while active.
 
-    Args:
-        own_process: Whether this process runs only the command. If not, SIGINT keeps its handler,
-            and so does SIGTERM if it has one.
+    Unless the process runs only the command (`own_process`), SIGINT keeps its handler, and so
+    does SIGTERM if it has one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,6 +1,8 @@
 """The commands `train` and `resume`."""
 
+import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from hessianflow.commands.logs import logging_to_stderr
 from hessianflow.commands.parser import add_command, path
 from hessianflow.commands.runs import add_named_code, printable, require_named_code
 from hessianflow.commands.settings import add_settings, commented
@@ -37,21 +38,13 @@ would fill the screen. This default is our choice."""
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of each command."""
     train = add_command(commands, "train", "train a network; every option has a default")
-    train.add_open(
-        "--config",
-        str | None,
-        "YAML file of settings in the form of --print-config; options typed take precedence",
-    )
-    train.add(
-        "--print-config",
-        type=bool,
-        default=False,
-        help="print all settings as a YAML file with comments instead of training",
-    )
+    about = "YAML file of settings in the form of --print-config; options typed take precedence"
+    train.add_open("--config", str | None, about)
+    about = "print all settings as a YAML file with comments instead of training"
+    train.add_option("--print-config", bool, False, about)
     add_settings(train)
-    resume = add_command(
-        commands, "resume", "continue an interrupted run from its newest checkpoint"
-    )
+    about = "continue an interrupted run from its newest checkpoint"
+    resume = add_command(commands, "resume", about)
     resume.add("run_dir", type=path, help="run directory")
     add_named_code(resume)
     return {"train": _train, "resume": _resume}
@@ -81,7 +74,7 @@ def _train(arguments: Namespace) -> int:
 
 def _prepared(config: RunConfig) -> RunConfig:
     """Return the settings for this machine; workers of an elastic run prepare themselves."""
-    from hessianflow.build import on_this_machine
+    from hessianflow.parts import on_this_machine
 
     if config.elastic:
         return config
@@ -89,8 +82,8 @@ def _prepared(config: RunConfig) -> RunConfig:
 
 
 def _resume(arguments: Namespace) -> int:
-    from hessianflow.build import load_config
     from hessianflow.commands.ranks import launched
+    from hessianflow.parts import load_config
 
     def settings() -> RunConfig:
         require_named_code(arguments.run_dir, arguments)
@@ -136,7 +129,7 @@ def _run(
 
     previous = {number: signal.signal(number, stop) for number in NUMBERS}
     try:
-        with logging_to_stderr(config.log_level):
+        with _logging_to_stderr(config.log_level):
             history = work(trainer)
     finally:
         for number, handler in previous.items():
@@ -147,22 +140,53 @@ def _run(
     return max(world.gather(status)), history
 
 
+class _AboveTheBar(logging.Handler):
+    """A handler that writes lines without tearing the progress bar below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line of a record."""
+        from tqdm import tqdm
+
+        tqdm.write(f"hessianflow: {self.format(record)}", file=sys.stderr)
+
+
+@contextmanager
+def _logging_to_stderr(level: str | None) -> Iterator[None]:
+    """Write the messages of the logger "hessianflow" to standard error while active.
+
+    The least severe `level` is "info" on a terminal and "warning" elsewhere if it is None.
+    """
+    if level is None and sys.stderr.isatty():
+        level = "info"
+    logger = logging.getLogger("hessianflow")
+    handler = _AboveTheBar()
+    previous_level = logger.level
+    previous_propagate = logger.propagate
+    logger.setLevel((level or "warning").upper())
+    logger.propagate = False  # a root handler of the calling program would repeat the line
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(previous_level)
+        logger.propagate = previous_propagate
+
+
 def _trainer(config: RunConfig, world: "World") -> "AnyTrainer":
     from hessianflow.runs import LogSink
 
+    has_own_workers = {"--controller dual-batch": config.is_dual_batch, "--elastic": config.elastic}
+    for name, is_so in has_own_workers.items():
+        if is_so and world.world_size > 1:
+            raise HessianFlowError(f"{name} has workers of its own: start it without torchrun")
     if config.is_dual_batch:
         from hessianflow.dual_batch import build_dual_batch
 
-        if world.world_size > 1:
-            raise HessianFlowError(
-                "--controller dual-batch has workers of its own: start it without torchrun"
-            )
         return build_dual_batch(config, [LogSink()])
     if config.elastic:
         from hessianflow.elastic import build_elastic
 
-        if world.world_size > 1:
-            raise HessianFlowError("--elastic has workers of its own: start it without torchrun")
         return build_elastic(config, [LogSink()])
     from hessianflow.build import build_trainer
 

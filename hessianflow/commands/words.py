@@ -112,10 +112,6 @@ def _check_names(parser: Parser, current: Parser, words: Words) -> None:
 
     If the command line replaces a method of a file, the options of that method in the file are
     dropped, with a note.
-
-    Raises:
-        HessianFlowError: A name in a file is refused.
-        SystemExit: A typed option is refused.
     """
     for word in words.typed:
         name = word.partition("=")[0]
@@ -159,11 +155,7 @@ def _unknown(current: Parser, name: str) -> str:
 
 
 def _check_values(parser: Parser, words: Iterable[str], origin: str = "") -> None:
-    """Refuse values that could overload a YAML parser, at options whose values are parsed.
-
-    Raises:
-        HessianFlowError: A value is refused; the error names `origin` and the option.
-    """
+    """Refuse values that could overload a YAML parser, at options whose values are parsed."""
     name = ""
     for word in words:
         value = word

@@ -60,9 +60,7 @@ def load_value(text: str) -> Any:
 def check_value(text: str) -> None:
     """Refuse a word that could overload a YAML parser, before jsonargparse parses it.
 
-    Raises:
-        UnfitTextError: The word is too long or too deep, or has an alias or a number of hundreds of
-            digits.
+    It is too long or too deep, or has an alias or a number of hundreds of digits.
     """
     if len(text) > MOST_CHARACTERS:
         raise UnfitTextError(f"{len(text)} characters, more than {MOST_CHARACTERS}")
@@ -92,15 +90,11 @@ def read_settings(path: str) -> dict[str, str]:
         _check_events(text)
         node = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
-        raise HessianFlowError(
-            f"--config {path}: not the YAML of a settings file: {_reason(error)}"
-        ) from None
+        raise _refusal(path, f"not the YAML of a settings file: {_reason(error)}") from None
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise HessianFlowError(
-            f"--config {path}: must hold names of settings and their values, found a {node.id}"
-        )
+        raise _refusal(path, f"must hold names of settings and their values, found a {node.id}")
     if {"settings", "environment"} <= {
         key.value for key, _ in node.value if isinstance(key.value, str)
     }:
@@ -153,38 +147,28 @@ def _text(path: str) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise HessianFlowError(f"--config {path}: cannot be read: {error.strerror}") from None
+        raise _refusal(path, f"cannot be read: {error.strerror}") from None
     except ValueError as error:  # no path has a NUL character
-        raise HessianFlowError(f"--config {path}: cannot be read: {error}") from None
+        raise _refusal(path, f"cannot be read: {error}") from None
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise HessianFlowError(
-                f"--config {path}: must be a plain file: write the settings into one"
-            )
+            raise _refusal(path, "must be a plain file: write the settings into one")
         with os.fdopen(handle, "rb", closefd=False) as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise HessianFlowError(f"--config {path}: cannot be read: {error.strerror}") from None
+        raise _refusal(path, f"cannot be read: {error.strerror}") from None
     finally:
         os.close(handle)
     if len(content) > MOST_BYTES:
-        raise HessianFlowError(
-            f"--config {path}: more than {MOST_BYTES} bytes: no settings file is that large"
-        )
+        raise _refusal(path, f"more than {MOST_BYTES} bytes: no settings file is that large")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise HessianFlowError(
-            f"--config {path}: not UTF-8 text: save it in that encoding"
-        ) from None
+        raise _refusal(path, "not UTF-8 text: save it in that encoding") from None
 
 
 def _check_events(text: str) -> None:
-    """Refuse text with too many levels or events, or with aliases.
-
-    Raises:
-        UnfitTextError: The text is refused; errors of yaml pass through.
-    """
+    """Refuse text with too many levels or events, or with aliases; yaml's errors pass through."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_LOADER), start=1):
         if isinstance(event, yaml.AliasEvent):
@@ -210,6 +194,10 @@ def _as_word(node: yaml.Node, where: str) -> str:
     if node.tag == _NULL:
         return "null"
     return str(node.value)
+
+
+def _refusal(path: str, what: str) -> HessianFlowError:
+    return HessianFlowError(f"--config {path}: {what}")
 
 
 def _reason(error: yaml.YAMLError) -> str:

@@ -1,4 +1,7 @@
-"""Batch-size controllers: state machines without tensors that turn measurements into decisions."""
+"""Batch-size controllers: state machines without tensors that turn measurements into decisions.
+
+Every constructor refuses an argument out of its bounds by a HessianFlowError that names both.
+"""
 
 from collections.abc import Mapping
 

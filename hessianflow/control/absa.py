@@ -64,9 +64,6 @@ class ABSA(Controller[ABSAState]):
             code).
         total_epochs: Epochs of the run, at half of which (rounded down) the adversarial share
             becomes 0; null stands for the number that is planned.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     follows_rule = True
@@ -175,13 +172,8 @@ class ABS(ABSA):
         growth_factor: float = 2,
         patience: int | None = 10,
     ) -> None:
-        super().__init__(
-            batch_size,
-            max_batch_size,
-            decay_factor=decay_factor,
-            growth_factor=growth_factor,
-            patience=patience,
-        )
+        factors: dict[str, Any] = {"decay_factor": decay_factor, "growth_factor": growth_factor}
+        super().__init__(batch_size, max_batch_size, patience=patience, **factors)
         self._state.attack_factor = 0.0
 
     @classmethod

@@ -1,11 +1,12 @@
 """The base of controllers that follow a measured target size within a floor and a cap."""
 
 import math
-from typing import TypeVar
+from typing import TypeVar, get_args
 
+from hessianflow.checks import check_choice
 from hessianflow.control.checks import check_number, check_optional_count, check_optional_number
 from hessianflow.control.controller import Controller, ControllerState
-from hessianflow.control.lr_scaling import LRRule, check_rule, lr_factor
+from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.interfaces.errors import HessianFlowError
 
 S = TypeVar("S", bound=ControllerState)
@@ -23,9 +24,6 @@ class BoundedController(Controller[S]):
         lr_rule: Rule by which the learning rate follows the batch, see
             :mod:`hessianflow.control.lr_scaling`.
         max_lr_factor: Cap on the factor of the learning rate; None stands for no cap.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     def __init__(
@@ -33,10 +31,10 @@ class BoundedController(Controller[S]):
         state: S,
         max_batch_size: int,
         *,
-        min_batch_size: int | None,
+        min_batch_size: int | None = None,
         hysteresis: float,
-        lr_rule: LRRule,
-        max_lr_factor: float | None,
+        lr_rule: LRRule = "linear",
+        max_lr_factor: float | None = None,
     ) -> None:
         super().__init__(state, max_batch_size)
         batch_size = state.batch_size
@@ -47,7 +45,7 @@ class BoundedController(Controller[S]):
                 f"min_batch_size must be <= batch_size {batch_size}, got {min_batch_size}"
             )
         self.hysteresis = check_number("hysteresis", hysteresis, low=1)
-        check_rule(lr_rule)
+        check_choice("lr_rule", lr_rule, get_args(LRRule))
         self.lr_rule: LRRule = lr_rule
         self.max_lr_factor = check_optional_number("max_lr_factor", max_lr_factor, above=0)
         self.initial_batch_size = batch_size

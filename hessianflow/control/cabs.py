@@ -57,9 +57,6 @@ class CABS(BoundedController[CABSState]):
         every_updates: Updates between two decisions, each of which waits for the device. This
             default is our choice.
         hysteresis: Smallest factor by which the batch changes. This default is our choice.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     follows_rule = True
@@ -82,7 +79,6 @@ class CABS(BoundedController[CABSState]):
             min_batch_size=min_batch_size,
             hysteresis=hysteresis,
             lr_rule="none",
-            max_lr_factor=None,
         )
         self.smoothing = check_number("smoothing", smoothing, low=0, high=1)
         if smoothing == 1:

@@ -1,4 +1,7 @@
-"""Checks of arguments, whose messages name the parameter, its bound and the value received."""
+"""Checks of arguments, which raise a HessianFlowError.
+
+The message names the parameter, its bound and the value received.
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,11 +10,7 @@ from hessianflow.interfaces.errors import HessianFlowError
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> int:
-    """Return `value` if it is a whole number >= `minimum`.
-
-    Raises:
-        HessianFlowError: It is not.
-    """
+    """Return `value` if it is a whole number >= `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise HessianFlowError(f"{name} must be a whole number >= {minimum}, got {value!r}")
     return value
@@ -25,11 +24,7 @@ def check_number(
     low: float = -math.inf,
     high: float = math.inf,
 ) -> float:
-    """Return `value` if it is finite, > `above` and within [low, high].
-
-    Raises:
-        HessianFlowError: It is not.
-    """
+    """Return `value` if it is finite, > `above` and within [low, high]."""
     finite = isinstance(value, (int, float)) and math.isfinite(value)
     if finite and low <= value <= high and (above is None or value > above):
         return value
@@ -58,11 +53,7 @@ def check_optional_number(name: str, value: float | None, **bounds: float) -> fl
 
 
 def check_cap(batch_size: int, max_batch_size: int) -> int:
-    """Return `max_batch_size` if it is a cap that a first batch of `batch_size` may have.
-
-    Raises:
-        HessianFlowError: The cap is not a whole number, or lies below `batch_size`.
-    """
+    """Return `max_batch_size` if it is a cap that a first batch of `batch_size` may have."""
     check_count("max_batch_size", max_batch_size)
     if max_batch_size < batch_size:
         raise HessianFlowError(
@@ -73,11 +64,7 @@ def check_cap(batch_size: int, max_batch_size: int) -> int:
 
 
 def check_fits(max_batch_size: int, examples_per_epoch: int) -> None:
-    """Refuse a cap that the training set cannot fill.
-
-    Raises:
-        HessianFlowError: The largest batch has more examples than the training set.
-    """
+    """Refuse a cap that the training set cannot fill."""
     if max_batch_size > examples_per_epoch:
         raise HessianFlowError(
             f"max_batch_size must be <= the {examples_per_epoch} training examples, got"
@@ -86,11 +73,7 @@ def check_fits(max_batch_size: int, examples_per_epoch: int) -> None:
 
 
 def require_signals(names: frozenset[str], signals: Mapping[str, float]) -> None:
-    """Refuse an update that lacks signals the controller asked for.
-
-    Raises:
-        HessianFlowError: A name is missing from `signals`.
-    """
+    """Refuse an update that lacks signals the controller asked for."""
     missing = sorted(names - signals.keys())
     if missing:
         raise HessianFlowError(

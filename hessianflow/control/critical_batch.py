@@ -108,9 +108,6 @@ class CriticalBatch(BoundedController[CriticalState]):
         window: Latest eigenvalues of which the median is taken. This default is our choice.
         hysteresis: Smallest factor by which the batch grows. This default is our choice.
         max_growth: Largest factor of one growth, at least `hysteresis`. This default is our choice.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds, or both bounds are left out.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"schedule": "cooldown", "norm_mode": "batch"}
@@ -128,14 +125,7 @@ class CriticalBatch(BoundedController[CriticalState]):
         hysteresis: float = 1.25,
         max_growth: float = 2,
     ) -> None:
-        super().__init__(
-            CriticalState(batch_size),
-            max_batch_size,
-            min_batch_size=None,
-            hysteresis=hysteresis,
-            lr_rule="linear",
-            max_lr_factor=None,
-        )
+        super().__init__(CriticalState(batch_size), max_batch_size, hysteresis=hysteresis)
         if loss_power is None and edge_share is None:
             raise HessianFlowError(
                 "loss_power and edge_share must not both be None: nothing would bound the growth"

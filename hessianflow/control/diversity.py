@@ -51,9 +51,6 @@ class DiveBatch(BoundedController[ControllerState]):
         hysteresis: Smallest factor by which the batch grows. This default is our choice.
         lr_rule: Rule by which the learning rate follows the batch. This default is our choice.
         max_lr_factor: Cap on the factor of the learning rate; null stands for no cap.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     follows_rule = True
@@ -71,7 +68,6 @@ class DiveBatch(BoundedController[ControllerState]):
         super().__init__(
             ControllerState(batch_size),
             max_batch_size,
-            min_batch_size=None,
             hysteresis=hysteresis,
             lr_rule=lr_rule,
             max_lr_factor=max_lr_factor,

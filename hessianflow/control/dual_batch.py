@@ -20,6 +20,7 @@ rest in proportion to r_i. Equal workers give the formulas above.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from hessianflow.checks import check_choice
@@ -142,13 +143,8 @@ def dual_batch_plan(
         raise HessianFlowError(f"num_small must be <= num_workers {num_workers}, got {num_small}")
     time = TimeModel(slope, intercept)
     workers = [Worker(time, large_batch_size, index < num_small) for index in range(num_workers)]
-    return plan_workers(
-        workers,
-        num_examples,
-        extra_time_ratio,
-        rounding=rounding,
-        min_small_batch_size=min_small_batch_size,
-    )
+    plan = partial(plan_workers, rounding=rounding, min_small_batch_size=min_small_batch_size)
+    return plan(workers, num_examples, extra_time_ratio)
 
 
 def plan_workers(
@@ -172,9 +168,8 @@ def plan_workers(
         raise HessianFlowError("workers must hold at least one worker, got none")
     for worker in workers:  # the small batch is proportional to the intercept
         check_number("intercept", worker.time.intercept, above=0)
-    rates = [
-        1 / w.time.seconds(1, check_count("large_batch_size", w.large_batch_size)) for w in workers
-    ]
+    sizes = [check_count("large_batch_size", worker.large_batch_size) for worker in workers]
+    rates = [1 / w.time.seconds(1, size) for w, size in zip(workers, sizes, strict=True)]
     base = num_examples / sum(rates)
     target = base
     # Extra time leaves examples over, which only small workers take.

@@ -10,8 +10,8 @@ For a batch k times larger,
 import math
 from typing import Literal, get_args
 
+from hessianflow.checks import check_choice
 from hessianflow.control.checks import check_count, check_number
-from hessianflow.interfaces.errors import HessianFlowError
 
 LRRule = Literal["linear", "sqrt", "none"]
 
@@ -36,21 +36,9 @@ def lr_factor(
     """
     check_count("batch_size", batch_size)
     check_count("reference_batch_size", reference_batch_size)
-    check_rule(rule)
+    check_choice("lr_rule", rule, get_args(LRRule))
     scale = batch_size / reference_batch_size
     factor = {"linear": scale, "sqrt": math.sqrt(scale), "none": 1.0}[rule]
     if max_factor is None:
         return factor
     return min(factor, check_number("max_factor", max_factor, above=0))
-
-
-def check_rule(rule: str) -> None:
-    """Refuse an unknown rule.
-
-    Raises:
-        HessianFlowError: It is not one of the three.
-    """
-    if rule not in get_args(LRRule):
-        raise HessianFlowError(
-            f"lr_rule must be one of {', '.join(get_args(LRRule))}, got {rule!r}"
-        )

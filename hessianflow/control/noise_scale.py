@@ -34,11 +34,7 @@ MOMENT_SIGNALS = frozenset(
 
 
 def defect(signals: Mapping[str, float]) -> str:
-    """Return why the signals in `MOMENT_SIGNALS` give no estimate, or an empty string.
-
-    Raises:
-        HessianFlowError: A signal is missing.
-    """
+    """Return why the signals in `MOMENT_SIGNALS` give no estimate, or an empty string."""
     require_signals(MOMENT_SIGNALS, signals)
     if not all(math.isfinite(signals[name]) for name in MOMENT_SIGNALS):
         return "gradient moments are not finite"
@@ -98,9 +94,6 @@ class NoiseScale(BoundedController[NoiseScaleState]):
         hysteresis: Smallest factor by which the batch changes. This default is our choice.
         lr_rule: Rule by which the learning rate follows the batch.
         max_lr_factor: Cap on the factor of the learning rate; null stands for no cap.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     follows_rule = True
@@ -163,20 +156,18 @@ class NoiseScale(BoundedController[NoiseScaleState]):
             return f"noise scale unknown: {unusable}"
         gradient_sq, noise = two_batch_estimate(measured.signals)
         if not gradient_sq + noise > 0:
-            return (
-                "noise scale unknown: squared gradient norm of one example"
-                f" {gradient_sq + noise:.4g}, must be positive"
+            why = (
+                f"squared gradient norm of one example {gradient_sq + noise:.4g}, must be positive"
             )
+            return f"noise scale unknown: {why}"
         share = gradient_sq / (gradient_sq + noise)
         past = self._state.signal_share
         if past is not None:
             share = self.smoothing * past + (1 - self.smoothing) * share
         self._state.signal_share = share
         if not 0 < share < 1:
-            return (
-                f"noise scale undefined: ||G||^2 is {share:.4g} of ||G||^2 + S, must be between 0"
-                " and 1"
-            )
+            why = f"||G||^2 is {share:.4g} of ||G||^2 + S, must be between 0 and 1"
+            return f"noise scale undefined: {why}"
         scale = (1 - share) / share
         if not self.seconds_per_batch:
             return self._move_to(scale, f"noise scale {scale:.4g}")
@@ -184,10 +175,8 @@ class NoiseScale(BoundedController[NoiseScaleState]):
 
     def _best(self, scale: float) -> tuple[int, str]:
         """Return the size of best goodput, and why."""
-        values = {
-            b: goodput(b, t, scale, self.initial_batch_size)
-            for b, t in self.seconds_per_batch.items()
-        }
+        first = self.initial_batch_size
+        values = {b: goodput(b, t, scale, first) for b, t in self.seconds_per_batch.items()}
         best = max(values, key=lambda size: (values[size], -size))
         why = f"best goodput {values[best]:.4g} examples/s at {best}, noise scale {scale:.4g}"
         return best, why

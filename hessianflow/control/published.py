@@ -60,37 +60,24 @@ class Published:
         return resolution_stages(self.phase_ends, self.levels, schedule)
 
 
+_CIFAR_LEVELS = (Level(24, 600, 0.1), Level(32, 560, 0.2))
+_CIFAR_TIMES = (TimeModel(3.5268e-4, 0.0147888), TimeModel(5.05636e-4, 0.0155621))
+_IMAGENET_LEVELS = (Level(160, 2330, 0.1), Level(224, 1110, 0.2), Level(288, 740, 0.3))
+_IMAGENET_TIMES = (
+    TimeModel(3.01354e-4, 0.0120368),
+    TimeModel(5.68377e-4, 0.0170509),
+    TimeModel(9.38717e-4, 0.0166600),
+)
+_COMPSAC_TIMES = (TimeModel(0.00056607, 0.014041204118),)
+
 PUBLISHED: Mapping[str, Published] = {
     "cifar100": Published(
-        "cifar100",
-        50_000,
-        (Level(24, 600, 0.1), Level(32, 560, 0.2)),
-        (TimeModel(3.5268e-4, 0.0147888), TimeModel(5.05636e-4, 0.0155621)),
-        (80, 120, 140),
-        0.2,
-        0.1,
+        "cifar100", 50_000, _CIFAR_LEVELS, _CIFAR_TIMES, (80, 120, 140), 0.2, 0.1
     ),
     "imagenet": Published(
-        "imagenet",
-        1_281_167,
-        (Level(160, 2330, 0.1), Level(224, 1110, 0.2), Level(288, 740, 0.3)),
-        (
-            TimeModel(3.01354e-4, 0.0120368),
-            TimeModel(5.68377e-4, 0.0170509),
-            TimeModel(9.38717e-4, 0.0166600),
-        ),
-        (60, 90, 105),
-        0.2,
-        0.1,
+        "imagenet", 1_281_167, _IMAGENET_LEVELS, _IMAGENET_TIMES, (60, 90, 105), 0.2, 0.1
     ),
     "compsac": Published(
-        "cifar100",
-        50_000,
-        (Level(32, 500),),
-        (TimeModel(0.00056607, 0.014041204118),),
-        (80, 120, 140),
-        0.1,
-        0.2,
-        "down",
+        "cifar100", 50_000, (Level(32, 500),), _COMPSAC_TIMES, (80, 120, 140), 0.1, 0.2, "down"
     ),
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hessianflow.control.lr_scaling import LRRule, check_rule, lr_factor
+from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.interfaces.control import (
     NO_SIGNALS,
     BatchController,
@@ -25,20 +25,16 @@ class RateRule:
         controller: Controller that decides everything else.
         rule: "linear", "sqrt" or "none"; see :mod:`hessianflow.control.lr_scaling`.
         max_factor: Cap on the factor; None stands for no cap.
-
-    Raises:
-        HessianFlowError: The rule is unknown, or the cap is not positive.
     """
 
     def __init__(
         self, controller: BatchController, rule: LRRule, *, max_factor: float | None = None
     ) -> None:
-        check_rule(rule)
         self.controller = controller
         self.rule = rule
         self.max_factor = max_factor
         self._reference = controller.decision.batch_size
-        lr_factor(self._reference, self._reference, rule, max_factor=max_factor)  # checks the cap
+        self._ruled(controller.decision)  # checks the rule and the cap
 
     @property
     def needs(self) -> frozenset[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+from hessianflow.checks import check_choice
 from hessianflow.control.checks import check_count, check_number
 from hessianflow.interfaces.control import (
     NO_SIGNALS,
@@ -75,7 +76,12 @@ def resolution_stages(
         raise HessianFlowError(
             f"phase_ends must be one or more increasing epochs, got {list(phase_ends)}"
         )
-    _check_levels(levels)
+    resolutions = [level.resolution for level in levels]
+    if not resolutions or any(b <= a for a, b in pairwise(resolutions)):
+        raise HessianFlowError(
+            f"levels must have one or more increasing resolutions, got {resolutions}"
+        )
+    check_choice("schedule", schedule, get_args(Schedule))
     phases = list(pairwise([0, *ends]))
     if schedule == "cyclic":
         cuts = [(a, b, level) for start, end in phases for a, b, level in _cut(start, end, levels)]
@@ -85,12 +91,8 @@ def resolution_stages(
                 f"phase_ends must give {len(levels)} phases, one a resolution, got {len(phases)}"
             )
         cuts = [(a, b, levels[min(index, len(levels) - 1)]) for index, (a, b) in enumerate(phases)]
-    elif schedule == "uniform":
-        cuts = _cut(0, ends[-1], levels)
     else:
-        raise HessianFlowError(
-            f"schedule must be one of {', '.join(get_args(Schedule))}, got {schedule!r}"
-        )
+        cuts = _cut(0, ends[-1], levels)
     return tuple(Stage(a, b, sum(end <= a for end in ends), level) for a, b, level in cuts)
 
 
@@ -112,9 +114,6 @@ class ProgressiveResolution:
         controller: Controller that decides everything else.
         stages: Stages from :func:`resolution_stages`. The transform and the dropout follow
             :func:`stage_at`.
-
-    Raises:
-        HessianFlowError: There is no stage, or `controller` is not a controller.
     """
 
     def __init__(self, controller: BatchController, stages: Sequence[Stage]) -> None:
@@ -197,11 +196,3 @@ def _cut(start: int, end: int, levels: Sequence[Level]) -> list[tuple[int, int, 
         )
     edges = [start + round(length * index / count) for index in range(count + 1)]
     return [(a, b, level) for (a, b), level in zip(pairwise(edges), levels, strict=True)]
-
-
-def _check_levels(levels: Sequence[Level]) -> None:
-    resolutions = [level.resolution for level in levels]
-    if not resolutions or any(b <= a for a, b in pairwise(resolutions)):
-        raise HessianFlowError(
-            f"levels must have one or more increasing resolutions, got {resolutions}"
-        )

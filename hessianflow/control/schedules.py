@@ -28,9 +28,6 @@ class FixedBatch(Controller[ControllerState]):
 
     Args:
         batch_size: Examples per step.
-
-    Raises:
-        HessianFlowError: The size is not a whole number >= 1.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -58,9 +55,6 @@ class Warmup(Controller[ControllerState]):
             from the first step on.
         lr_rule: Rule by which the learning rate follows the batch (linear in the paper).
         max_lr_factor: Cap on the factor of the learning rate; null stands for no cap.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     follows_rule = True
@@ -122,9 +116,6 @@ class AdaBatch(Controller[ControllerState]):
         growth_factor: Factor by which the batch grows at each event (2 in the paper).
         lr_decay: Factor of the learning rate at each event (0.75 in the paper). With
             `growth_factor` 2 that matches a fixed batch whose rate is multiplied by 0.375.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}
@@ -173,9 +164,6 @@ class GrowInsteadOfDecay(Controller[ControllerState]):
             takes those of the data set.
         decay_factor: Factor of the batch at each milestone, by which the schedule would divide the
             rate (alpha; 5 in the paper's CIFAR-10 runs).
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}

@@ -36,9 +36,6 @@ class TimedSchedule(Controller[ControllerState]):
         lr_rule: Rule by which the learning rate follows the batch.
         max_lr_factor: Cap on the factor of the learning rate before the decay; null stands for no
             cap.
-
-    Raises:
-        HessianFlowError: An argument is out of its bounds.
     """
 
     prefers: ClassVar[Mapping[str, str]] = {"schedule": "constant"}

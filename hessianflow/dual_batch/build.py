@@ -7,8 +7,6 @@ from typing import Any
 from torch import nn
 
 from hessianflow.build import (
-    Parts,
-    build_parts,
     build_recalibration,
     build_transform,
     resolution_record,
@@ -32,11 +30,12 @@ from hessianflow.dual_batch.workers import (
     worker_of,
 )
 from hessianflow.interfaces import HessianFlowError, RecordSink
+from hessianflow.parts import Parts, build_parts
 from hessianflow.training.saving import Checkpoints, Saver
 
 
 def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> DualBatchTrainer:
-    """Return the trainer for a prepared `config` (see :func:`hessianflow.build.prepare`).
+    """Return the trainer for a prepared `config` (see :func:`hessianflow.parts.prepare`).
 
     Step times are given, or recorded in the run directory, or else measured here.
 

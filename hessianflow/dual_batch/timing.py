@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hessianflow.build import build_parts, on_this_machine
 from hessianflow.config import RunConfig
 from hessianflow.control import Stage, TimeModel, fit_time_model
 from hessianflow.distributed.ray_session import connect
@@ -17,6 +16,7 @@ from hessianflow.dual_batch.workers import (
     worker_of,
 )
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.parts import build_parts, on_this_machine
 from hessianflow.runs.documents import read_config
 
 TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)

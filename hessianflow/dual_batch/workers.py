@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessianflow.build import (
-    Parts,
-    build_parts,
-    build_transform,
-    compiled,
-    on_this_machine,
-    resolved_precision,
-)
+from hessianflow.build import build_transform, compiled
 from hessianflow.choices import build_optimizer, build_stages
 from hessianflow.config import RunConfig
 from hessianflow.control import (
@@ -34,6 +27,7 @@ from hessianflow.dual_batch.server import ParameterServer
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.machine import find_device
 from hessianflow.methods import KINDS, make
+from hessianflow.parts import Parts, build_parts, on_this_machine, resolved_precision
 from hessianflow.resolve import schedule_of
 from hessianflow.training.accumulate import GradientAccumulator
 

@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
-from hessianflow.build import build_trainer, on_this_machine, tensorboard_sinks
+from hessianflow.build import build_trainer, tensorboard_sinks
 from hessianflow.config import RunConfig, to_dict
 from hessianflow.distributed.ray_session import connect
 from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.elastic.trainer import ElasticTrainer
 from hessianflow.interfaces import HessianFlowError, RecordSink, World
+from hessianflow.parts import on_this_machine
 from hessianflow.training import AdaptiveBatchTrainer
 
 

@@ -115,7 +115,6 @@ class BatchController(Stateful, Protocol):
     @property
     def decision(self) -> Decision:
         """Return the setting in force, which before any update is the first one."""
-        ...
 
     def is_due(self, progress: Progress) -> bool: ...
 
@@ -141,4 +140,3 @@ class ForgetsReference(Protocol):
 
     def forget_reference(self) -> None:
         """Forget past measurements, as at a change of resolution."""
-        ...

@@ -39,7 +39,6 @@ class Budgeted(Protocol):
 
         If not, the controller decides without a reading.
         """
-        ...
 
 
 @runtime_checkable
@@ -59,4 +58,3 @@ class JudgesStatistics(Protocol):
 
         Without anything to compare, it returns None.
         """
-        ...

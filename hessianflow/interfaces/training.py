@@ -12,12 +12,10 @@ from hessianflow.interfaces.control import Progress, Stateful
 Batch = tuple[Any, Any]
 """A pair (inputs, targets). Each is a tensor or a mapping, dataclass, list or tuple of them, see
 :mod:`hessianflow.batches`."""
-
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | float | Tensor]]
 """A function loss_fn(outputs, targets) that returns a mean as a scalar tensor, the pair (sum,
 count), or, if its `reduction` attribute says so, a sum or one value per example.
 :mod:`hessianflow.losses` describes how the divisor of a mean is found."""
-
 Pending = Callable[[], Tensor]
 """An attack under way. Calling it waits for the adversarial inputs."""
 
@@ -35,7 +33,6 @@ class InputAttack(Stateful, Protocol):
         microbatch_size: int | None = None,
     ) -> Tensor:
         """Return a copy of the inputs in which about `share` of the rows are perturbed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -77,17 +74,14 @@ class Adversary(Stateful, Protocol):
     @property
     def share(self) -> float:
         """Return the share of each batch to attack, in [0, 1], before a controller's factor."""
-        ...
 
     @property
     def staleness(self) -> int:
         """Return the steps between attack and use, the number of batches that are drawn ahead."""
-        ...
 
     @property
     def attacks_late(self) -> bool:
         """Return whether a batch that was not attacked ahead is attacked when it is used."""
-        ...
 
     def attack(
         self,
@@ -98,13 +92,11 @@ class Adversary(Stateful, Protocol):
         microbatch_size: int | None = None,
     ) -> Pending:
         """Start the attack on a batch with the present weights."""
-        ...
 
     def expose(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, adversarial: Tensor, share: float
     ) -> Exposure:
         """Return the training examples, given the batch and the result of its attack."""
-        ...
 
 
 class BatchTransform(Protocol):
@@ -129,15 +121,12 @@ class GradientObserver(Stateful, Protocol):
 
     def on_microbatch(self, gradients: Sequence[Tensor], examples: int) -> None:
         """Take the gradients of the mean loss over a microbatch, one per trainable parameter."""
-        ...
 
     def on_step(self, gradients: Sequence[Tensor], examples: int) -> None:
         """Take the gradients of the mean loss over the whole optimization batch."""
-        ...
 
     def signals(self) -> Mapping[str, float]:
         """Return named figures for a controller, such as {"noise_scale": 812.0}."""
-        ...
 
 
 @runtime_checkable
@@ -159,7 +148,6 @@ class ResizableBatches(Stateful, Protocol):
 
     def set_batch_size(self, batch_size: int) -> None:
         """Set the batch size from the very next batch on."""
-        ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -170,11 +158,9 @@ class EpochMeasurement(Stateful, Protocol):
     @property
     def kind(self) -> str:
         """Return the kind of the records."""
-        ...
 
     def __call__(self) -> tuple[Mapping[str, float], str]:
         """Return named figures for the record, and a warning or an empty string."""
-        ...
 
 
 class RecordSink(Protocol):
@@ -195,7 +181,6 @@ class BindsParameters(Protocol):
         The order need not be that of an optimizer's groups. The trainer calls this before training,
         and again before the first step after layers were frozen or unfrozen.
         """
-        ...
 
 
 @runtime_checkable
@@ -204,7 +189,6 @@ class ChecksRows(Protocol):
 
     def check_rows(self) -> None:
         """Refuse batches with an entry that does not have one row for each example."""
-        ...
 
 
 @runtime_checkable
@@ -224,7 +208,6 @@ class Rewindable(Protocol):
 
     def rewind(self) -> None:
         """Return to the first example of the current epoch."""
-        ...
 
 
 @runtime_checkable

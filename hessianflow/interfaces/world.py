@@ -25,11 +25,9 @@ class Reducer(Protocol):
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all ranks, in place where possible."""
-        ...
 
     def broadcast(self, value: Any) -> Any:
         """Return the plain value of rank 0 on every rank."""
-        ...
 
 
 class Hits(NamedTuple):
@@ -136,30 +134,24 @@ class World(Reducer, Protocol):
     @property
     def agreed(self) -> Wishes:
         """Return the wishes of all ranks when they last met in `finish`."""
-        ...
 
     def post(self, wishes: Callable[[], Wishes]) -> None:
         """Call `wishes` for those of this rank at every `finish` from now on.
 
         They travel with the figures of the step, without an extra exchange.
         """
-        ...
 
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Take over the gradients of `parameters` of the model and others, without an exchange."""
-        ...
 
     def meet(self, settings: Mapping[str, Any]) -> None:
         """Refuse ranks with different settings, then give all ranks the weights of rank 0."""
-        ...
 
     def shard(self, data: Any) -> None:
         """Let the training data yield this rank's part of every batch."""
-        ...
 
     def begin(self, examples: int) -> None:
         """Announce the number of this rank's examples in the next batch."""
-        ...
 
     def last_backward(self, weight: float | Tensor) -> AbstractContextManager[None]:
         """Enter the last backward pass, in which every computed gradient is final.
@@ -169,7 +161,6 @@ class World(Reducer, Protocol):
         Args:
             weight: Divisor of the mean that this rank differentiates, its weight among the ranks.
         """
-        ...
 
     def finish(self, own: StepResult) -> StepResult:
         """Wait until all gradients are those of the whole batch.
@@ -181,15 +172,12 @@ class World(Reducer, Protocol):
             The result of the whole batch, the same on every rank. If the loss of a rank cannot be
             split into parts, it has the failure on all of them.
         """
-        ...
 
     def average_buffers(self) -> None:
         """Give all ranks averaged running statistics, and the other buffers of rank 0."""
-        ...
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's plain value, in the order of ranks, on every rank."""
-        ...
 
 
 @runtime_checkable
@@ -198,7 +186,6 @@ class JoinsRanks(Protocol):
 
     def join(self, reducer: Reducer) -> None:
         """Become part of a rank, before training and again after the ranks have changed."""
-        ...
 
 
 @runtime_checkable
@@ -207,4 +194,3 @@ class Shardable(Protocol):
 
     def set_shard(self, rank: int, world_size: int) -> None:
         """Yield this rank's part from the very next batch on."""
-        ...

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from hessianflow.bounds import MOST, check_range, shortened
-from hessianflow.build import Parts, build_parts
 from hessianflow.choices import build_controller, build_optimizer
 from hessianflow.config import RunConfig
 from hessianflow.control import TimeModel, fit_time_model
 from hessianflow.interfaces import HessianFlowError, Progress
+from hessianflow.parts import Parts, build_parts
 from hessianflow.planning.performance import Phase, measure_steps
 from hessianflow.runs import History
 from hessianflow.runs.documents import read_measurement

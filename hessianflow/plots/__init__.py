@@ -1,4 +1,8 @@
-"""Figures, tables and reports from the records of runs, which are all that they read."""
+"""Figures, tables and reports from the records of runs, which are all that they read.
+
+Functions that draw return the figure, not bound to pyplot. They refuse, with a HessianFlowError, no
+run, a folder that is no run directory, a damaged file, and a path that cannot be written.
+"""
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.dual_batch import accuracy_over_time, batch_and_resolution, commit_timeline

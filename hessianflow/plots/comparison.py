@@ -27,7 +27,6 @@ from hessianflow.runs.text import in_csv, in_markdown, plain
 
 _LEGEND = 90
 """Characters of a label in the legend; tables show the whole label."""
-
 _HEADER = (
     *("settings", "runs", "accuracy (%)", "updates", "examples", "seconds", "peak memory (MiB)"),
     "largest batch",
@@ -90,10 +89,7 @@ class ComparisonTable:
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow([f.name for f in fields(ComparisonRow)])
         for row in self.rows:
-            figures: list[Any] = list(astuple(row)[1:])
-            for index, value in enumerate(figures):
-                if isinstance(value, float) and math.isnan(value):
-                    figures[index] = ""
+            figures = ["" if math.isnan(value) else value for value in astuple(row)[1:]]
             writer.writerow([in_csv(row.settings), *figures])
         return buffer.getvalue()
 
@@ -107,9 +103,6 @@ def compare_table(runs: RunSource | Iterable[RunSource]) -> ComparisonTable:
 
     Args:
         runs: run directories or objects with `.records`.
-
-    Raises:
-        HessianFlowError: there is no run, a folder is not a run directory, or a file is damaged.
     """
     return ComparisonTable(
         tuple(row for group in group_runs(read_runs(runs)) for row in _rows(group))
@@ -123,12 +116,6 @@ def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = Non
         runs: run directories or objects with `.records`; those that differ in their seed only share
             a colour.
         path: file for a PNG; None writes none.
-
-    Returns:
-        The figure, not bound to pyplot.
-
-    Raises:
-        HessianFlowError: as :func:`compare_table`, or the path cannot be written.
     """
     groups = group_runs(read_runs(runs))
     figure = style.new_figure(9.0, 4.6)
@@ -240,10 +227,7 @@ def _known(values: Iterable[float]) -> list[float]:
 
 
 def _mean(values: Iterable[float]) -> float:
-    known = _known(values)
-    if not known:
-        return math.nan
-    return statistics.fmean(known)
+    return statistics.fmean(_known(values) or [math.nan])
 
 
 def _largest(values: Iterable[float]) -> float:

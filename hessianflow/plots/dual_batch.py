@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,7 +32,6 @@ WAITING = "#dddddd"
 
 SHOWN_EPOCHS = 6
 """Epochs of the timeline: more bars than these cannot be told apart."""
-
 SHOWN_WORKERS = 50
 """Workers of the timeline: a picture of more is taller than any screen."""
 
@@ -44,9 +44,6 @@ def accuracy_over_time(
     Args:
         runs: one or several runs; those without a server are drawn in the second panel only.
         path: file for a PNG; None writes none.
-
-    Raises:
-        HessianFlowError: as :func:`~hessianflow.plots.curvature_trajectory`.
     """
     read = read_runs(runs)
     figure = style.new_figure(9.0, 3.8)
@@ -54,11 +51,8 @@ def accuracy_over_time(
     for index, run in enumerate(read):
         rows = run.of_kind("epoch")
         accuracy = 100 * column(rows, "eval_accuracy")
-        look = {
-            "color": style.colour(index),
-            "marker": style.marker(index) or ".",
-            "linewidth": 1.4,
-        }
+        look: dict[str, Any] = {"color": style.colour(index), "linewidth": 1.4}
+        look["marker"] = style.marker(index) or "."
         left.plot(column(rows, "clock_seconds"), accuracy, **look)
         right.plot(np.cumsum(column(rows, "seconds")), accuracy, **look)
     style.finish(left, "seconds on the server's clock (simulated: predicted)", "test accuracy (%)")
@@ -170,14 +164,8 @@ def _draw_batches(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
         axes, [value for _, values, _ in lines for value in values if math.isfinite(value)]
     )
     handles = [Line2D([], [], color=colour, label=name) for name, _, colour in lines]
-    axes.legend(
-        handles=handles,
-        fontsize=8,
-        frameon=False,
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=len(lines),
-    )
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(lines)}
+    axes.legend(handles=handles, fontsize=8, frameon=False, **place)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -201,10 +189,5 @@ def _last_of_each(commits: Sequence[Row]) -> list[Row]:
 
 
 def _small_workers(run: Run) -> set[int]:
-    plans = run.config.get("dual_batch", {}).get("plans", {})
-    return {
-        index
-        for plan in plans.values()
-        for index, worker in enumerate(plan["workers"])
-        if worker["small"]
-    }
+    plans = run.config.get("dual_batch", {}).get("plans", {}).values()
+    return {i for plan in plans for i, worker in enumerate(plan["workers"]) if worker["small"]}

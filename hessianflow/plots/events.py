@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -46,14 +47,10 @@ def growths(run: Run, colour: str) -> list[Growth]:
 
 
 def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
-    """Draw a thin line at every event, and its number above the axes.
+    """Draw a thin line at every event, in order of `examples`, and its number above the axes.
 
-    Events that are too close for labels of their own share one with a range of numbers.
-
-    Args:
-        axes: the axes, with examples on the x axis.
-        events: the events in order of `examples`.
-        width_points: width of the axes in points.
+    Events that are too close for labels of their own share one with a range of numbers. The x axis
+    has examples, and the axes are `width_points` wide.
     """
     left, right = axes.get_xlim()
     points = width_points / max(right - left, 1e-9)
@@ -67,18 +64,9 @@ def mark(axes: Axes, events: Sequence[Growth], width_points: float) -> None:
         colour = "black"
         if len(colours) == 1:
             colour = colours.pop()
-        axes.annotate(
-            _label(first, last),
-            (centre, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=colour,
-            annotation_clip=False,
-        )
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "annotation_clip": False}
+        place |= {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        axes.annotate(_label(first, last), (centre, 1.0), color=colour, fontsize=8, **place)
 
 
 def cluster(positions: Sequence[float]) -> list[tuple[int, int]]:

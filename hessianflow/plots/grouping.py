@@ -15,27 +15,9 @@ _IGNORED_SECTIONS = ("environment.", "versions.", "dual_batch.", "resolution_sta
 # Settings that a user chooses, beginning with those that distinguish runs best; all others follow
 # in the order of config.json.
 _FIRST = (
-    *(
-        "controller",
-        "optimizer",
-        "adversary",
-        "model",
-        "data",
-        "batch_size",
-        "max_batch_size",
-        "lr",
-        "epochs",
-    ),
-    *(
-        "schedule",
-        "resolution",
-        "patience",
-        "decay_factor",
-        "growth_factor",
-        "eps",
-        "share",
-        "rho",
-    ),
+    *("controller", "optimizer", "adversary", "model", "data", "batch_size", "max_batch_size"),
+    *("lr", "epochs", "schedule", "resolution", "patience", "decay_factor", "growth_factor"),
+    *("eps", "share", "rho"),
 )
 # The section of the user's settings, from which other sections follow.
 _CHOSEN = "settings."
@@ -108,12 +90,6 @@ def seed_of(config: Mapping[str, Any]) -> Any:
     return next((seed for seed in seeds if seed is not None), None)
 
 
-def _text(setting: Mapping[str, Any], key: str) -> str:
-    if key not in setting:
-        return ""
-    return json.dumps(setting[key], default=str)
-
-
 def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a few keys whose values together tell all of these settings apart.
 
@@ -122,8 +98,13 @@ def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     equals; a key that later ones make superfluous is dropped.
     """
 
+    texts = [
+        {key: json.dumps(value, default=str) for key, value in setting.items()}
+        for setting in settings
+    ]
+
     def parted(keys: Sequence[str]) -> int:
-        return len({tuple(_text(setting, key) for key in keys) for setting in settings})
+        return len({tuple(setting.get(key, "") for key in keys) for setting in texts})
 
     every = dict.fromkeys(key for setting in settings for key in setting)
     known = sorted((key for key in every if parted([key]) > 1), key=_rank)

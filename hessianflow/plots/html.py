@@ -11,13 +11,13 @@ import numpy as np
 
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.plots import style
-from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
+from hessianflow.plots.comparison import compare, compare_table
 from hessianflow.plots.grouping import flatten, seed_of
 from hessianflow.plots.page import GENERATOR, image, page, section, table
 from hessianflow.plots.records import Run, RunSource, number, read_runs
 from hessianflow.plots.robustness import robustness
 from hessianflow.plots.spectra import spectral_density
+from hessianflow.plots.style import cell
 from hessianflow.plots.training_curves import training_curves
 from hessianflow.plots.trajectory import curvature_trajectory
 from hessianflow.runs.documents import (
@@ -27,12 +27,11 @@ from hessianflow.runs.documents import (
     read_robustness,
     read_spectrum,
 )
-from hessianflow.runs.files import refuse_special, write_text
+from hessianflow.runs.files import refuse_special, telling, write_text
 from hessianflow.runs.text import plain
 
 _EARLIER = b":root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff;"
 """The style sheet of reports that were written before the mark GENERATOR."""
-
 _BEGINNING = 4096
 """Bytes of a file in which the mark must be."""
 
@@ -54,8 +53,7 @@ def report(
         The HTML text.
 
     Raises:
-        HessianFlowError: there is no run, a folder is not a run directory, a file is damaged, or
-            the path cannot be written or holds something other than an earlier report.
+        HessianFlowError: the path holds something other than an earlier report.
     """
     if path is not None:
         _refuse_other(Path(path))
@@ -65,26 +63,24 @@ def report(
         if len(read) == 1:
             title = "Run "
         title += ", ".join(run.name for run in read)
+    head, *lines = compare_table(read).cells()
+    curvature = image(curvature_trajectory(read), "top eigenvalue and batch size")
+    curves = image(training_curves(read), "loss, accuracy, learning rate and batch size")
     sections = [
-        section("Summary", _summary(compare_table(read))),
-        section(
-            "Curvature and batch size",
-            image(curvature_trajectory(read), "top eigenvalue and batch size"),
-        ),
-        section(
-            "Training",
-            image(training_curves(read), "loss, accuracy, learning rate and batch size"),
-        ),
+        section("Summary", table(head, lines)),
+        section("Curvature and batch size", curvature),
+        section("Training", curves),
     ]
     if len(read) > 1:
-        sections.append(
-            section("Comparison", image(compare(read), "accuracy against updates and against time"))
-        )
+        picture = image(compare(read), "accuracy against updates and against time")
+        sections.append(section("Comparison", picture))
     sections += _measured(read)
     sections += [section("Decisions", _decisions(read)), section("Settings", _settings(read))]
     text = page(title, "\n".join(sections))
     if path is not None:
-        _write(in_home(path), text)
+        target = in_home(path)
+        with telling("write report", target):
+            write_text(target, text)
     return text
 
 
@@ -93,14 +89,11 @@ def _measured(runs: Sequence[Run]) -> list[str]:
     spectra: dict[str, SpectrumFile] = {}
     attacked: dict[str, RobustnessFile] = {}
     for run in runs:
-        if run.folder is None:
-            continue
-        spectrum = read_spectrum(run.folder)
-        robust = read_robustness(run.folder)
-        if spectrum is not None:
-            spectra[run.name] = spectrum
-        if robust is not None:
-            attacked[run.name] = robust
+        if run.run_dir is not None:
+            if (spectrum := read_spectrum(run.run_dir)) is not None:
+                spectra[run.name] = spectrum
+            if (robust := read_robustness(run.run_dir)) is not None:
+                attacked[run.name] = robust
     return [*_spectra(spectra), *(_robustness(name, file) for name, file in attacked.items())]
 
 
@@ -111,16 +104,13 @@ def _measured_on(stored: SpectrumFile) -> str:
         facts.append(f"norm mode: {stored['norm_mode']}")
     trace = stored.get("trace")
     if trace:
-        facts.append(f"trace {_short(trace['value'], '.4g')} ± {_short(trace['stderr'], '.1g')}")
+        facts.append(f"trace {cell(trace['value'], '.4g')} ± {cell(trace['stderr'], '.1g')}")
     density = stored.get("density")
     # Files of earlier versions have no shares, and their negative mass may count zeros.
     if density is not None and "shares" in density:
-        shares = density["shares"]
-        facts += [
-            f"{shares['negative']['value']:.1%} below 0",
-            f"{shares['zero']['value']:.1%} not told from 0",
-            f"{shares['positive']['value']:.1%} above 0",
-        ]
+        words = {"negative": "below 0", "zero": "not told from 0", "positive": "above 0"}
+        shares: Mapping[str, Any] = density["shares"]
+        facts += [f"{shares[sign]['value']:.1%} {where}" for sign, where in words.items()]
     return ", ".join(facts)
 
 
@@ -128,17 +118,15 @@ def _spectra(spectra: Mapping[str, SpectrumFile]) -> list[str]:
     if not spectra:
         return []
     rows = [
-        [name, str(i), _short(value, ".6g"), _short(residual, ".2g")]
+        [name, str(i), cell(value, ".6g"), cell(residual, ".2g")]
         for name, spectrum in spectra.items()
         for i, (value, residual) in enumerate(
             zip(spectrum["eigenvalues"], spectrum["residuals"], strict=True), 1
         )
     ]
-    notes = [
-        f"<p>{escape(plain(f'{name}: {_measured_on(spectrum)}'))}</p>"
-        for name, spectrum in spectra.items()
-    ]
-    parts = [*notes, table(["run", "rank", "eigenvalue", "residual"], rows)]
+    notes = [f"{name}: {_measured_on(spectrum)}" for name, spectrum in spectra.items()]
+    parts = [f"<p>{escape(plain(note))}</p>" for note in notes]
+    parts.append(table(["run", "rank", "eigenvalue", "residual"], rows))
     layers = [
         [name, *_layer_cells(layer)]
         for name, spectrum in spectra.items()
@@ -157,19 +145,15 @@ def _spectra(spectra: Mapping[str, SpectrumFile]) -> list[str]:
 
 
 def _layer_cells(layer: Layer) -> list[str]:
-    trace = _short(layer.get("trace"), ".4g")
+    trace = cell(layer.get("trace"), ".4g")
     if layer.get("trace_stderr") is not None:
-        trace += f" ± {_short(layer['trace_stderr'], '.1g')}"
+        trace += f" ± {cell(layer['trace_stderr'], '.1g')}"
     name = layer["name"]
     if not layer.get("converged", True):
         name += " (not converged)"
-    return [
-        name,
-        _short(layer.get("size"), ""),
-        _short(layer["eigenvalue"], ".6g"),
-        _short(layer.get("residual"), ".2g"),
-        trace,
-    ]
+    value = cell(layer["eigenvalue"], ".6g")
+    residual = cell(layer.get("residual"), ".2g")
+    return [name, cell(layer.get("size"), ""), value, residual, trace]
 
 
 def _robustness(name: str, stored: RobustnessFile) -> str:
@@ -179,7 +163,7 @@ def _robustness(name: str, stored: RobustnessFile) -> str:
     }
     head = ["perturbation", *curves]
     rows = [
-        [f"{eps:g}", *(_percent(triples[i][0]) for triples in curves.values())]
+        [f"{eps:g}", *(cell(triples[i][0], ".2%") for triples in curves.values())]
         for i, eps in enumerate(stored["eps"])
     ]
     picture = image(robustness(stored["eps"], curves), "accuracy under attack")
@@ -192,21 +176,6 @@ def _filled(triple: tuple[float | None, float | None, float | None]) -> tuple[fl
     return value, low, high
 
 
-def _percent(value: float) -> str:
-    return style.cell(value, ".2%")
-
-
-def _short(value: float | None, form: str) -> str:
-    if value is None:
-        return "-"
-    return format(value, form)
-
-
-def _summary(compared: ComparisonTable) -> str:
-    head, *lines = compared.cells()
-    return table(head, lines)
-
-
 def _decisions(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
@@ -217,16 +186,8 @@ def _decisions(runs: Sequence[Run]) -> str:
             rows.append([run.name, *where, change, *factors, str(row.get("reason", ""))])
     if not rows:
         return "<p>The settings never changed.</p>"
-    head = [
-        "run",
-        "epoch",
-        "examples",
-        "batch size",
-        "learning-rate factor",
-        "adversarial share",
-        "reason",
-    ]
-    return table(head, rows)
+    head = ["run", "epoch", "examples", "batch size", "learning-rate factor", "adversarial share"]
+    return table([*head, "reason"], rows)
 
 
 def _settings(runs: Sequence[Run]) -> str:
@@ -246,7 +207,7 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _number(value: float) -> str:
-    return style.cell(value, ".10g")
+    return cell(value, ".10g")
 
 
 def _plain(value: Any) -> str:
@@ -257,27 +218,13 @@ def _plain(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _write(target: Path, text: str) -> None:
-    try:
-        write_text(target, text)
-    except OSError as error:
-        raise HessianFlowError(f"cannot write report {target}: {error.strerror or error}") from None
-
-
 def _refuse_other(target: Path) -> None:
-    """Refuse to replace anything but an earlier report.
-
-    Raises:
-        HessianFlowError: the path holds something else.
-    """
+    """Refuse to replace anything but an earlier report."""
     refuse_special(target)
     if not target.exists():
         return
-    try:
-        with open(target, "rb") as file:
-            begins = file.read(_BEGINNING)
-    except OSError as error:
-        raise HessianFlowError(f"cannot read {target}: {error.strerror or error}") from None
+    with telling("read", target), open(target, "rb") as file:
+        begins = file.read(_BEGINNING)
     if GENERATOR.encode() not in begins and _EARLIER not in begins:
         raise HessianFlowError(
             f"{target} exists already and is not a report of hessianflow: name another file"

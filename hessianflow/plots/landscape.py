@@ -36,9 +36,6 @@ def landscape(
         path: file for a PNG; None writes none.
         title: title above the axes.
 
-    Returns:
-        The figure, not bound to pyplot.
-
     Raises:
         HessianFlowError: the shapes do not fit, a direction has fewer than two points, or no loss
             is finite.

@@ -13,10 +13,8 @@ from hessianflow.runs.text import plain
 
 GENERATOR = "hessianflow report"
 """The mark by which a report is recognised."""
-
 _LONG = 40
 """Longest cell, in characters, that is a value and not text that may be broken."""
-
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #d5d5d5;
   --mild: #5c5c5c; }
@@ -40,14 +38,12 @@ summary { cursor: pointer; }
 
 def page(heading: str, body: str) -> str:
     """Return a whole page with a heading and the HTML text of its body."""
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    )
-    head += f'<meta name="generator" content="{GENERATOR}">'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,'
+    head += f' initial-scale=1"><meta name="generator" content="{GENERATOR}">'
     title = escape(plain(heading))
     return (
-        "<!doctype html>\n<html"
-        f' lang="en">\n<head>{head}\n<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>{head}\n<title>{title}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
 
@@ -77,18 +73,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, align: bool = T
 
     def line(tag: str, cells: Sequence[str]) -> str:
         pairs = zip(columns, cells, strict=True)
-        return (
-            "<tr>"
-            + "".join(f"<{tag}{kind}>{escape(plain(cell))}</{tag}>" for kind, cell in pairs)
-            + "</tr>"
-        )
+        line = "".join(f"<{tag}{kind}>{escape(plain(cell))}</{tag}>" for kind, cell in pairs)
+        return f"<tr>{line}</tr>"
 
     body = "\n".join(line("td", row) for row in rows)
-    return (
-        "<div"
-        f' class="scroll"><table>\n<thead>{line("th", head)}</thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
+    top = f'<div class="scroll"><table>\n<thead>{line("th", head)}</thead>\n'
+    return f"{top}<tbody>\n{body}\n</tbody></table></div>"
 
 
 def _column_class(cells: Sequence[str], *, align: bool) -> str:

@@ -5,14 +5,13 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs import History
 from hessianflow.runs.text import plain
@@ -27,7 +26,6 @@ class HasRecords(Protocol):
     @property
     def records(self) -> Sequence[Row]:
         """Return rows like those of history.jsonl."""
-        ...
 
 
 RunSource = str | Path | HasRecords
@@ -35,26 +33,10 @@ RunSource = str | Path | HasRecords
 
 
 @dataclass(frozen=True)
-class Run:
-    """The records of one run.
+class Run(History):
+    """The records of one run, with its name in legends."""
 
-    Attributes:
-        name: its name in legends.
-        records: the rows of history.jsonl, in order.
-        config: the content of config.json, empty if there is none.
-        summary: the content of summary.json, empty while the run has not ended.
-        folder: the run directory, if it has one.
-    """
-
-    name: str
-    records: Sequence[Row]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
-
-    def of_kind(self, kind: str) -> list[Row]:
-        """Return all rows of one kind."""
-        return [row for row in self.records if row.get("kind") == kind]
+    name: str = ""
 
     @property
     def examples_per_epoch(self) -> float:
@@ -72,9 +54,6 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
 
     A run directory that is passed twice, however spelled, is one run: otherwise it would count as
     two seeds that agree.
-
-    Raises:
-        HessianFlowError: there is no run, a folder has no history.jsonl, or a file is damaged.
     """
     sources: list[Any] = [runs]
     if isinstance(runs, Iterable) and not isinstance(runs, str):
@@ -84,10 +63,10 @@ def read_runs(runs: RunSource | Iterable[RunSource]) -> list[Run]:
     read: list[Run] = []
     folders = set()
     for run in map(_read, sources):
-        if run.folder is not None:
-            if run.folder.resolve() in folders:
+        if run.run_dir is not None:
+            if run.run_dir.resolve() in folders:
                 continue
-            folders.add(run.folder.resolve())
+            folders.add(run.run_dir.resolve())
         read.append(run)
     return [replace(run, name=name) for name, run in zip(_names(read), read, strict=True)]
 
@@ -125,24 +104,21 @@ def batch_steps(run: Run) -> tuple[Array, Array]:
 
 def _read(source: str | Path | HasRecords) -> Run:
     if isinstance(source, (str, Path)):
-        path = in_home(source)
-        history = History.load(path)
-        return Run("", history.records, history.config, history.summary, path)
-    folder = getattr(source, "run_dir", None) or getattr(source, "folder", None)
+        source = History.load(source)
+    folder = getattr(source, "run_dir", None)
     if folder is not None:
         folder = Path(folder)
-    config = getattr(source, "config", {})
-    summary = getattr(source, "summary", {})
-    return Run("", list(source.records), config, summary, folder)
+    records: Any = list(source.records)
+    return Run(records, getattr(source, "config", {}), getattr(source, "summary", {}), folder)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
     paths: list[tuple[str, ...]] = []
     for index, run in enumerate(runs, start=1):
-        if run.folder is None:
+        if run.run_dir is None:
             paths.append((f"run {index}",))
         else:
-            paths.append(tuple(map(plain, run.folder.resolve().parts)))
+            paths.append(tuple(map(plain, run.run_dir.resolve().parts)))
     names = [path[-1] for path in paths]
     for depth in range(2, max(map(len, paths)) + 1):
         if len(set(names)) == len(names):
@@ -154,8 +130,5 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def distinct(labels: Sequence[str], longer: Sequence[str]) -> list[str]:
     """Return the labels, with the longer one in place of each that occurs more than once."""
-    chosen = list(labels)
-    for index, label in enumerate(labels):
-        if labels.count(label) > 1:
-            chosen[index] = longer[index]
-    return chosen
+    pairs = zip(labels, longer, strict=True)
+    return [label if labels.count(label) == 1 else instead for label, instead in pairs]

@@ -25,9 +25,6 @@ def robustness(
         accuracies: (value, lower end, upper end) for every size, in [0, 1], by name of the attack.
         path: file for a PNG; None writes none.
 
-    Returns:
-        The figure, not bound to pyplot.
-
     Raises:
         HessianFlowError: there is no attack, or an attack has not one triple for each size.
     """
@@ -42,14 +39,10 @@ def robustness(
     for index, (name, triples) in enumerate(accuracies.items()):
         value, low, high = 100 * np.asarray(triples, dtype=float)[order].T
         marker = style.marker(index) or "o"
-        axes.plot(
-            sizes,
-            value,
-            marker=marker,
-            color=style.colour(index),
-            label=in_figure(style.cut(plain(name), _LONGEST_NAME)),
-        )
-        axes.fill_between(sizes, low, high, color=style.colour(index), alpha=0.2, linewidth=0)
+        colour = style.colour(index)
+        label = in_figure(style.cut(plain(name), _LONGEST_NAME))
+        axes.plot(sizes, value, marker=marker, color=colour, label=label)
+        axes.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set_ylim(0, 100)
     style.finish(axes, "perturbation (pixel units, 1 = white)", "test accuracy (%)")
     axes.set_title("Accuracy under attack (band: 95 % confidence)", loc="left", fontsize=11)

@@ -18,7 +18,6 @@ from hessianflow.runs.text import in_figure
 
 _SHOWN = ("step", "bandwidth", "latency", "batches")
 """Sources that are shown above the picture, because a prediction means little without them."""
-
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
@@ -29,11 +28,8 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
         plan: the content of plan.json.
         path: file for a PNG; None writes none.
 
-    Returns:
-        The figure, not bound to pyplot.
-
     Raises:
-        HessianFlowError: the plan holds no prediction, or the path cannot be written.
+        HessianFlowError: the plan holds no prediction.
     """
     rows = plan.get("predictions") or []
     if not rows:
@@ -48,19 +44,12 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
         for name, text in (plan.get("sources") or {}).items()
         if name in _SHOWN
     ]
-    figure.suptitle(
-        "\n".join(fill(line, 150) for line in lines),
-        x=0.01,
-        ha="left",
-        fontsize=7,
-        color=style.GREY,
-    )
-    blue = style.colour(0)
-    red = style.colour(1)
-    share_axes.plot(workers, 100 * column(rows, "efficiency"), color=blue, marker="o", markersize=4)
-    share_axes.plot(
-        workers, 100 * column(rows, "communication"), color=red, marker="s", markersize=4
-    )
+    title = "\n".join(fill(line, 150) for line in lines)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=7, color=style.GREY)
+    useful: dict[str, Any] = {"color": style.colour(0), "marker": "o", "markersize": 4}
+    spent: dict[str, Any] = {"color": style.colour(1), "marker": "s", "markersize": 4}
+    share_axes.plot(workers, 100 * column(rows, "efficiency"), **useful)
+    share_axes.plot(workers, 100 * column(rows, "communication"), **spent)
     share_axes.set_ylim(0, 105)
     style.finish(share_axes, "workers", "share (%)")
     for axes in (time_axes, share_axes):
@@ -68,11 +57,9 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
     style.legend_below(
         figure,
         [
-            Line2D(
-                [], [], color=blue, marker="o", markersize=4, label="predicted time; efficiency"
-            ),
+            Line2D([], [], label="predicted time; efficiency", **useful),
             Line2D([], [], color=style.GREY, linestyle="--", linewidth=1, label="perfect scaling"),
-            Line2D([], [], color=red, marker="s", markersize=4, label="time spent in all-reduces"),
+            Line2D([], [], label="time spent in all-reduces", **spent),
         ],
     )
     style.save(figure, path)

@@ -31,12 +31,10 @@ class Quadrature(Protocol):
     @property
     def nodes(self) -> Any:
         """Return the Ritz values."""
-        ...
 
     @property
     def weights(self) -> Any:
         """Return the weights of the nodes; each row sums to 1."""
-        ...
 
 
 def spectral_density(
@@ -52,18 +50,13 @@ def spectral_density(
         path: file for a PNG; None writes none.
         sigma: standard deviation of the Gaussians; None: 1 % of the width of the spectrum.
 
-    Returns:
-        The figure, not bound to pyplot.
-
     Raises:
         HessianFlowError: nodes and weights have different or wrong shapes, or are not finite; or
             sigma is not positive.
     """
-    named: Mapping[str, Quadrature]
-    if isinstance(density, Mapping):
-        named = density
-    else:
-        named = {"": density}
+    named = density
+    if not isinstance(named, Mapping):
+        named = {"": named}
     arrays = {name: _arrays(each) for name, each in named.items()}
     if not arrays:
         raise HessianFlowError("density must hold at least one spectrum, got none")
@@ -80,14 +73,8 @@ def spectral_density(
         # Marks go only where the curve is above the lower end of the axis.
         visible = np.where(mean > mean.max() * 10**-_DECADES, mean, np.nan)
         axes.plot(grid, mean, linewidth=1.4, zorder=3, **style.look(index, visible))
-        axes.fill_between(
-            grid,
-            np.maximum(mean - error, 1e-300),
-            mean + error,
-            alpha=0.25,
-            linewidth=0,
-            color=colour,
-        )
+        floor = np.maximum(mean - error, 1e-300)
+        axes.fill_between(grid, floor, mean + error, alpha=0.25, linewidth=0, color=colour)
         peak = max(peak, float(mean.max()))
     axes.set_yscale("log")
     axes.set_ylim(peak * 10**-_DECADES, peak * 3)

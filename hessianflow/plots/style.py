@@ -23,8 +23,7 @@ from matplotlib.ticker import (
 )
 
 from hessianflow.checks import in_home
-from hessianflow.interfaces import HessianFlowError
-from hessianflow.runs.files import replacing
+from hessianflow.runs.files import replacing, telling
 from hessianflow.runs.text import in_figure
 
 # Okabe and Ito's palette, which is distinct under any common colour blindness. Yellow is left out,
@@ -35,10 +34,8 @@ DPI = 150
 MARKERS = ("", "s", "^", "D")
 """Markers of the first seven runs, the next seven, and so on. Dashes are free for other meanings of
 lines, such as training."""
-
 _MARKS = 8
 """Marks along one line, enough to recognise it in a crowd."""
-
 _DARKER = 0.65
 _LIGHTER_BLACK = "#9A9A9A"
 _MAX_NAME = 90
@@ -154,9 +151,9 @@ def cut(label: str, room: int = _MAX_NAME) -> str:
     return label[: room - 1].rstrip(" ,") + "…"
 
 
-def cell(value: float, form: str) -> str:
-    """Return a number as the text of a table's cell; nan becomes "-"."""
-    if math.isnan(value):
+def cell(value: float | None, form: str) -> str:
+    """Return a number as the text of a table's cell; nan and None become "-"."""
+    if value is None or math.isnan(value):
         return "-"
     return format(value, form)
 
@@ -169,13 +166,8 @@ def legend_columns(handles: Sequence[Line2D]) -> int:
 
 def legend_below(figure: Figure, handles: list[Line2D]) -> None:
     """Add one legend below all axes, for which the constrained layout makes room."""
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=legend_columns(handles),
-        frameon=False,
-        fontsize=9,
-    )
+    look: dict[str, Any] = {"ncols": legend_columns(handles), "frameon": False, "fontsize": 9}
+    figure.legend(handles=handles, loc="outside lower center", **look)
 
 
 def _plain(value: float, _position: int) -> str:
@@ -183,18 +175,11 @@ def _plain(value: float, _position: int) -> str:
 
 
 def save(figure: Figure, path: str | Path | None) -> None:
-    """Write a PNG in one go, so that a reader sees the old file or the new one; None does nothing.
-
-    Raises:
-        HessianFlowError: the folder does not exist or cannot be written, or the path is no file.
-    """
+    """Write a PNG whole, so that a reader sees the old file or the new one; None does nothing."""
     if path is None:
         return
-    try:
-        with replacing(in_home(path)) as temporary, without_glyph_warnings():
-            figure.savefig(temporary, format="png", dpi=DPI)
-    except OSError as error:
-        raise HessianFlowError(f"cannot write plot {path}: {error.strerror or error}") from None
+    with telling("write plot", path), replacing(in_home(path)) as file, without_glyph_warnings():
+        figure.savefig(file, format="png", dpi=DPI)
 
 
 @contextmanager

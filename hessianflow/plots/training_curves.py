@@ -24,12 +24,6 @@ def training_curves(
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
         path: file for a PNG; None writes none.
-
-    Returns:
-        The figure, not bound to pyplot.
-
-    Raises:
-        HessianFlowError: as :func:`curvature_trajectory`.
     """
     read = read_runs(runs)
     figure = style.new_figure(9.0, 9.0)

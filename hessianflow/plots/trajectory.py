@@ -46,19 +46,10 @@ def curvature_trajectory(
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
         path: file for a PNG; None writes none.
-
-    Returns:
-        The figure, not bound to pyplot.
-
-    Raises:
-        HessianFlowError: there is no run, a folder is not a run directory, a history is damaged, or
-            the path cannot be written.
     """
     read = read_runs(runs)
-    events = sorted(
-        (e for i, r in enumerate(read) for e in growths(r, style.colour(i))),
-        key=lambda e: e.examples,
-    )
+    every = (e for i, r in enumerate(read) for e in growths(r, style.colour(i)))
+    events = sorted(every, key=lambda e: e.examples)
     marks = [_marks(run) for run in read]
     present = {name for of_run in marks for name, (x, _) in of_run.items() if len(x)}
     modes = [_norm_mode(run) for run in read]
@@ -163,14 +154,6 @@ def _mark_handles(present: set[str]) -> list[Line2D]:
     ]
     for name, (marker, label) in _MARKS.items():
         if label and name in present:
-            look = Line2D(
-                [],
-                [],
-                color=grey,
-                marker=marker,
-                markerfacecolor="white",
-                linestyle="",
-                label=label,
-            )
-            handles.append(look)
+            look: dict[str, Any] = {"marker": marker, "markerfacecolor": "white", "linestyle": ""}
+            handles.append(Line2D([], [], color=grey, label=label, **look))
     return handles

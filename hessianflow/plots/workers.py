@@ -36,11 +36,8 @@ def workers(run: RunSource, path: str | Path | None = None) -> Figure:
         run: run directory or object with `.records`.
         path: file for a PNG; None writes none.
 
-    Returns:
-        The figure, not bound to pyplot.
-
     Raises:
-        HessianFlowError: the run is not elastic, or as for :func:`curvature_trajectory`.
+        HessianFlowError: the run is not elastic.
     """
     [read] = read_runs([run])
     events = [
@@ -89,21 +86,12 @@ def _draw_measured(batch: Axes, rate: Axes, run: Run) -> None:
     seconds = column(rows, "elapsed")
     sizes = column(rows, "batch_size")
     # A row holds the values of the time up to it.
-    batch.step(
-        np.append(seconds[:1] * 0, seconds),
-        np.append(sizes[:1], sizes),
-        where="pre",
-        color=style.colour(0),
-        linewidth=1.6,
-    )
+    x = np.append(seconds[:1] * 0, seconds)
+    y = np.append(sizes[:1], sizes)
+    batch.step(x, y, where="pre", color=style.colour(0), linewidth=1.6)
     style.finish(batch, "", "batch size (examples)")
     style.batch_axis(batch, sizes)
-    rate.plot(
-        seconds,
-        column(rows, "examples_per_second"),
-        color=style.colour(0),
-        marker=".",
-        linewidth=1.0,
-    )
+    speed = column(rows, "examples_per_second")
+    rate.plot(seconds, speed, color=style.colour(0), marker=".", linewidth=1.0)
     style.finish(rate, "seconds", "examples a second")
     rate.set_ylim(bottom=0)

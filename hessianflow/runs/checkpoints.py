@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.runs.files import replacing
+from hessianflow.runs.files import replacing, telling, to_disk
 from hessianflow.runs.history import ends_a_row
 from hessianflow.runs.names import HISTORY, LAST, PREVIOUS, SET_ASIDE, SETTINGS
 from hessianflow.runs.schema import shown
@@ -49,7 +49,7 @@ def save(path: Path, state: Mapping[str, Any], keep: int = 2) -> None:
                 os.fsync(file.fileno())  # before the older files are renamed
             if path.name == LAST and path.exists() and keep > 1:
                 _keep_previous(path, keep)
-        _sync(path.parent)
+        to_disk(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise HessianFlowError(
@@ -95,11 +95,7 @@ def _is_same(value: Any, expected: str | int) -> bool:
 
 
 def load_checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Read a checkpoint and check its content.
-
-    Raises:
-        HessianFlowError: The file cannot be read, or `check` refuses its content.
-    """
+    """Read a checkpoint as :func:`load` does, and let `check` refuse its content."""
     state = load(path)
     try:
         check(state)
@@ -129,8 +125,7 @@ def load_newest(
         The state, the name of its file, and a warning if it is an older file.
 
     Raises:
-        HessianFlowError: None of the files can be used; the message says what is wrong with the
-            newest.
+        HessianFlowError: None of the files can be used; the message is that of the newest.
     """
     if not any(folder.glob("*.pt")):
         run_dir = folder.parent
@@ -161,16 +156,10 @@ def load_newest(
 
 
 def set_aside(folder: Path) -> None:
-    """Rename a damaged `last.pt`, which the next save would otherwise move over a good one.
-
-    Raises:
-        HessianFlowError: the folder cannot be written.
-    """
-    try:
+    """Rename a damaged `last.pt`, which the next save would otherwise move over a good one."""
+    with telling("write to", folder):
         if (folder / LAST).exists():
             os.replace(folder / LAST, folder / SET_ASIDE)
-    except OSError as error:
-        raise HessianFlowError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
 def _newest_first(folder: Path) -> list[str]:
@@ -233,14 +222,6 @@ def _keep_previous(path: Path, keep: int) -> None:
     # After a kill here, previous.pt and last.pt are one file, and renaming one over the other
     # leaves both names.
     link.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size(path: Path) -> int:

@@ -1,7 +1,7 @@
 """The JSON files of a run directory besides its history: the form of each, and its reader.
 
-A reader returns {} or None if there is no file, and refuses a damaged file with the name and the
-value of the field that is wrong. Files may hold more than is listed here.
+A reader returns {} or None if there is no file, and refuses a damaged file by a HessianFlowError
+with the name and the value of the field that is wrong. Files may hold more than is listed here.
 """
 
 from collections.abc import Callable
@@ -185,11 +185,7 @@ class Measurement(TypedDict, total=False):
 
 
 def read_config(run_dir: Path) -> Config:
-    """Return the content of config.json of a run directory.
-
-    Raises:
-        HessianFlowError: The file is damaged, or a field of it has another form.
-    """
+    """Return the content of config.json of a run directory."""
     config = _read(run_dir / CONFIG, Config)
     for name in config.get("dual_batch", {}).get("times", {}):
         if not name.isdecimal():
@@ -201,31 +197,19 @@ def read_config(run_dir: Path) -> Config:
 
 
 def read_summary(run_dir: Path) -> Summary:
-    """Return the content of summary.json of a run directory; {} while the run has not ended.
-
-    Raises:
-        HessianFlowError: The file is damaged, or a field of it has another form.
-    """
+    """Return the content of summary.json of a run directory; {} while the run has not ended."""
     return cast(Summary, _read(run_dir / SUMMARY, Summary))
 
 
 def read_spectrum(folder: Path) -> SpectrumFile | None:
-    """Return the content of spectrum.json; None if there is no such file.
-
-    Raises:
-        HessianFlowError: The file is damaged, or a field of it has another form.
-    """
+    """Return the content of spectrum.json; None if there is no such file."""
     remedy = f"; make it again with `hessianflow spectrum {folder}`"
     spectrum = _read(folder / SPECTRUM, SpectrumFile, _spectrum_fault, remedy)
     return cast("SpectrumFile | None", spectrum or None)
 
 
 def read_robustness(folder: Path) -> RobustnessFile | None:
-    """Return the content of robustness.json; None if there is no such file.
-
-    Raises:
-        HessianFlowError: The file is damaged, or a field of it has another form.
-    """
+    """Return the content of robustness.json; None if there is no such file."""
     remedy = f"; make it again with `hessianflow robustness {folder}`"
     robustness = _read(folder / ROBUSTNESS, RobustnessFile, _robustness_fault, remedy)
     return cast("RobustnessFile | None", robustness or None)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.runs.schema import LARGEST, LARGEST_WHOLE, Fault
+from hessianflow.runs.schema import LARGEST, LARGEST_WHOLE, Fault, first_fault
 
 MOST_BYTES = 64 * 2**20
 """Largest JSON file in bytes. This default is our choice: a hundred times a spectral density of
@@ -62,11 +62,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise HessianFlowError(f"cannot read {path}: {error.strerror or error}") from None
+    with telling("read", path), open(path, "rb") as file:
+        text = file.read(MOST_BYTES + 1)
     if len(text) > MOST_BYTES:
         raise HessianFlowError(
             f"{path} is larger than {MOST_BYTES // 2**20} MiB: the file is damaged"
@@ -109,16 +106,16 @@ def _number_fault(value: Any) -> Fault | None:
         return Fault("", f"must be a finite number of at most {LARGEST:g}, got {value}")
     if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
         return Fault("", f"must be below 2^63, got {value}")
-    entries: Any = ()
-    if isinstance(value, dict):
-        entries = value.items()
-    elif isinstance(value, list):
-        entries = enumerate(value)
-    for key, item in entries:
-        fault = _number_fault(item)
-        if fault is not None:
-            return fault.inside(str(key))
-    return None
+    return first_fault(value, _number_fault)
+
+
+@contextmanager
+def telling(what: str, path: object) -> Iterator[None]:
+    """Raise failures of the file system as errors "cannot `what` `path`" while active."""
+    try:
+        yield
+    except OSError as error:
+        raise HessianFlowError(f"cannot {what} {path}: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -137,7 +134,7 @@ def replacing(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _to_disk(temporary)
+        to_disk(temporary)
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
@@ -146,11 +143,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse to write to a path that is not a regular file.
-
-    Raises:
-        HessianFlowError: The path is a folder, a device, a pipe or a socket.
-    """
+    """Refuse a path that is no regular file, but a folder, a device, a pipe or a socket."""
     with suppress(OSError):
         if not stat.S_ISREG(path.stat().st_mode):
             raise HessianFlowError(f"{path} is not an ordinary file: name another")
@@ -197,8 +190,8 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _to_disk(path: Path) -> None:
-    """Wait until a file's content is on the disk, since a power cut could leave an empty file."""
+def to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk, since a power cut could leave an empty file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

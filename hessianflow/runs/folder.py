@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.runs.files import read_object
+from hessianflow.runs.files import read_object, telling
 from hessianflow.runs.history import read_records
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, HISTORY, LOCK, SETTINGS, SUMMARY
 from hessianflow.runs.rows import has_no_step
@@ -25,12 +25,9 @@ _OF_A_START = (CONFIG, SETTINGS, HISTORY, CHECKPOINTS, LOCK)
 class Claim:
     """A run directory held by this process, until it is released or the process ends in any way.
 
-    Args:
-        folder: Run directory, which must exist.
-
     Raises:
         HessianFlowError: Another process holds the directory.
-        OSError: The lock file cannot be made.
+        OSError: The lock file cannot be made, as in a directory that does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,9 +114,6 @@ def new_folder(base: Path) -> Iterator[Path]:
     """Yield a new directory called `base`, or `base`-2 and so on; at the end, remove it if empty.
 
     No other process can get the same one.
-
-    Raises:
-        HessianFlowError: The directory cannot be made.
     """
     made = [path for path in base.parents if not path.exists()]
     path = base
@@ -129,12 +123,6 @@ def new_folder(base: Path) -> Iterator[Path]:
             number += 1
             path = base.with_name(f"{base.name}-{number}")
         made.insert(0, path)
-    except OSError as error:
-        remove_empty(made)
-        raise HessianFlowError(
-            f"cannot write run directory {path}: {error.strerror or error}"
-        ) from None
-    try:
         yield path
     finally:
         remove_empty(made)
@@ -142,15 +130,16 @@ def new_folder(base: Path) -> Iterator[Path]:
 
 def _made_alone(path: Path) -> bool:
     """Make a directory and return True; return False if its name is taken."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.mkdir()
-            return True
-        except FileExistsError:
-            return False
-        except FileNotFoundError:  # another process has just removed the parent folder
-            continue
+    with telling("write run directory", path):
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+                return True
+            except FileExistsError:
+                return False
+            except FileNotFoundError:  # another process has just removed the parent folder
+                continue
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -188,9 +177,6 @@ def refuse_used(folder: Path) -> None:
 
     A run that ended before its first step leaves nothing to keep and nothing to continue from, so
     another may begin in its place.
-
-    Raises:
-        HessianFlowError: The folder is in use; the message says what to do.
     """
     if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
         return

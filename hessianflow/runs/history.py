@@ -13,13 +13,12 @@ from typing import Any, Literal
 from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.documents import read_config, read_summary
-from hessianflow.runs.files import NotJSONError, parsed
+from hessianflow.runs.files import NotJSONError, parsed, telling
 from hessianflow.runs.names import CONFIG, HISTORY
 from hessianflow.runs.rows import Record, row_fault
 
 LONGEST_LINE = 2**20
 """Most bytes of a row. This default is our choice: runs write rows of a few hundred."""
-
 Damaged = Literal["refuse", "skip"]
 """Treatment of a damaged line: refuse the file, or skip the line."""
 
@@ -64,7 +63,7 @@ class History:
 
     def of_kind(self, kind: str) -> list[Record]:
         """Return all rows of one kind: "epoch", "curvature", "batch", "event", ..."""
-        return [row for row in self.records if row["kind"] == kind]
+        return [row for row in self.records if row.get("kind") == kind]
 
     @property
     def epochs(self) -> list[Record]:
@@ -82,11 +81,7 @@ class History:
         return [row for row in self.of_kind("batch") if row["to"] > row["from"]]
 
     def fact(self, name: str) -> Any:
-        """Return a fact about the trainer in config.json, such as "examples_per_epoch".
-
-        Raises:
-            HessianFlowError: The file config.json has no such entry.
-        """
+        """Return a fact about the trainer, which config.json must hold ("examples_per_epoch")."""
         facts = self.config.get("trainer", {})
         if name not in facts:
             where = CONFIG if self.run_dir is None else self.run_dir / CONFIG
@@ -146,14 +141,11 @@ def _refusal(path: Path, number: int, what: str) -> HessianFlowError:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the number and the text of every line that is not blank; cut overlong lines short."""
-    try:
-        with open(path, "rb") as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if line.strip():
-                    yield number, line
-                while len(line) > LONGEST_LINE and line and not line.endswith(b"\n"):
-                    line = file.readline(LONGEST_LINE + 1)
-    except OSError as error:
-        raise HessianFlowError(f"cannot read {path}: {error.strerror or error}") from None
+    with telling("read", path), open(path, "rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if line.strip():
+                yield number, line
+            while len(line) > LONGEST_LINE and line and not line.endswith(b"\n"):
+                line = file.readline(LONGEST_LINE + 1)

@@ -8,6 +8,7 @@ cannot be joined, the earlier file is kept under another name.
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,21 +28,16 @@ _APART = (*_FUNCTION, "loss", "trace", "density", "layers", "matvecs")
 def keep_spectrum(folder: Path, measured: Mapping[str, Any]) -> Path | None:
     """Write spectrum.json, together with the further entries of an earlier one.
 
-    Args:
-        folder: Existing folder.
-        measured: New measurements; None and an empty list stand for what was not measured.
-
-    Returns:
-        The new path of the earlier file, if that was of another function, or damaged.
+    None and an empty list stand for what was not measured. If the earlier file was of another
+    function, or damaged, it is moved, and its new path is returned.
 
     Raises:
         HessianFlowError: The path spectrum.json is something other than a file.
         OSError: The file cannot be written.
     """
-    try:
+    earlier = None
+    with suppress(HessianFlowError):
         earlier = read_spectrum(folder)
-    except HessianFlowError:
-        earlier = None
     path = folder / SPECTRUM
     if earlier is not None and _of_one_function(earlier, measured):
         write_json(path, _joined(earlier, measured))
@@ -54,21 +50,11 @@ def keep_spectrum(folder: Path, measured: Mapping[str, Any]) -> Path | None:
 def keep_robustness(folder: Path, measured: Mapping[str, Any]) -> Path | None:
     """Write robustness.json; an earlier one is overwritten only if all of it was measured again.
 
-    Args:
-        folder: Existing folder.
-        measured: New measurements.
-
-    Returns:
-        The new path of the earlier file, if that holds anything else.
-
-    Raises:
-        HessianFlowError: The path robustness.json is something other than a file.
-        OSError: The file cannot be written.
+    Arguments, result and errors are those of :func:`keep_spectrum`.
     """
-    try:
+    earlier = None
+    with suppress(HessianFlowError):
         earlier = read_robustness(folder)
-    except HessianFlowError:
-        earlier = None
     path = folder / ROBUSTNESS
     moved = None
     if earlier is None or not _is_covered(earlier, measured):

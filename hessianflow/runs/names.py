@@ -7,7 +7,6 @@ SETTINGS = "settings.yaml"
 SPECTRUM = "spectrum.json"
 ROBUSTNESS = "robustness.json"
 LOCK = ".hessianflow-lock"
-PLOTS = "plots"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LAST = "last.pt"  # the newest checkpoint

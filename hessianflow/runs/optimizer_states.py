@@ -15,24 +15,11 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.schema import shown
 from hessianflow.runs.states import DamagedStateError
 
-_LIKE_WEIGHTS = frozenset(
-    {
-        "momentum_buffer",
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "square_avg",
-        "grad_avg",
-        "acc_delta",
-        "sum",
-        "prev",
-        "step_size",
-        "ax",
-    }
+_LIKE_WEIGHTS = (
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg"),
+    *("grad_avg", "acc_delta", "sum", "prev", "step_size", "ax"),
 )
-"""State entries that the optimizers of torch and of this package keep in the shape of the weights.
-"""
+"""Entries that the optimizers of torch and of this package keep in the shape of the weights."""
 
 
 class OtherGroupsError(HessianFlowError):
@@ -63,11 +50,8 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     numbers = [number for group in saved["param_groups"] for number in _numbers(group)]
     shapes = dict(zip(numbers, (weight.shape for weight in weights), strict=False))
     # Groups that were added during the run are not here yet.
-    added = {
-        number
-        for group in saved["param_groups"][len(optimizer.param_groups) :]
-        for number in _numbers(group)
-    }
+    further = saved["param_groups"][len(optimizer.param_groups) :]
+    added = {number for group in further for number in _numbers(group)}
     for number, kept in saved["state"].items():
         if number in added:
             continue
@@ -94,13 +78,8 @@ def in_order(
     """Return the saved state of an optimizer with its weights in the order of another optimizer.
 
     torch pairs weights by position alone: where shapes agree, a state saved for [weight, bias]
-    would silently be used for [bias, weight].
-
-    Args:
-        saved: State of an optimizer.
-        named: Names of the saved weights, by group; empty for weights without a name.
-        own: Names of the weights of the optimizer that is to take the state, by group. It may
-            lack groups at the end.
+    would silently be used for [bias, weight]. Names are given by group for the saved weights,
+    empty for one without a name, and for the `own` ones, which may lack groups at the end.
 
     Raises:
         OtherGroupsError: A weight is in another group, or in none.

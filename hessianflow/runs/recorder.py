@@ -10,8 +10,8 @@ from hessianflow.checks import in_home
 from hessianflow.interfaces import HessianFlowError, RecordSink
 from hessianflow.runs.documents import read_config
 from hessianflow.runs.environment import environment
-from hessianflow.runs.files import finite, write_json, write_text, write_yaml
-from hessianflow.runs.folder import Claim, begin_in, clean
+from hessianflow.runs.files import finite, telling, write_json, write_text, write_yaml
+from hessianflow.runs.folder import Claim, begin_in, clean, remove_empty
 from hessianflow.runs.history import History, ends_a_row, read_records
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, HISTORY, LAST, SETTINGS, SUMMARY
 from hessianflow.runs.rows import Record
@@ -43,14 +43,15 @@ class Recorder:
         if self.run_dir is None:
             return
         existed = self.run_dir.exists()
-        try:
-            self._claim = begin_in(self.run_dir)
-            self._write_first(self.run_dir, config.get("settings"))
-        except OSError as error:
-            self._release()
-            if not existed:
-                _remove(self.run_dir)
-            raise _cannot("write run directory", self.run_dir, error) from None
+        with telling("write run directory", self.run_dir):
+            try:
+                self._claim = begin_in(self.run_dir)
+                self._write_first(self.run_dir, config.get("settings"))
+            except OSError:
+                self._release()
+                if not existed:
+                    remove_empty([self.run_dir])
+                raise
 
     def hold(self, run_dir: Path) -> None:
         """Hold a run directory that is to be continued, before anything in it is read.
@@ -61,20 +62,15 @@ class Recorder:
         """
         if not (run_dir / CONFIG).exists() and not (run_dir / CHECKPOINTS).exists():
             raise HessianFlowError(f"{run_dir} is not a run directory: it holds no {CONFIG}")
-        try:
+        with telling("write to run directory", run_dir):
             self._claim = Claim(run_dir)
-        except OSError as error:
-            raise _cannot("write to run directory", run_dir, error) from None
         clean(run_dir)
 
     def reopen(self, run_dir: Path, history_bytes: int) -> None:
-        """Take over a run directory at its checkpoint, and cut off the rows written after it.
+        """Take over a run directory at its checkpoint, when its history had `history_bytes`.
 
-        The resumed run makes those rows again.
-
-        Args:
-            run_dir: Run directory, which is held from here on.
-            history_bytes: Length of the history when the checkpoint was made.
+        The directory is held from here on. The rows after the checkpoint are cut off; the resumed
+        run makes them again.
 
         Raises:
             HessianFlowError: Another process is writing to the directory, or the history does not
@@ -84,7 +80,7 @@ class Recorder:
             self.hold(run_dir)
         self._config = dict(read_config(run_dir))
         path = run_dir / HISTORY
-        try:
+        with telling("write", path):
             path.touch()  # a run killed before its first row may have none
             if not ends_a_row(path, history_bytes):
                 raise HessianFlowError(
@@ -92,8 +88,6 @@ class Recorder:
                     " longer ends a row"
                 )
             os.truncate(path, history_bytes)
-        except OSError as error:
-            raise _cannot("write", path, error) from None
         self.run_dir = run_dir
         self.records = read_records(path)
 
@@ -116,11 +110,9 @@ class Recorder:
         row = finite(record)
         self.records.append(row)
         if self.run_dir is not None:
-            try:
-                with open(self.run_dir / HISTORY, "a", encoding="utf-8") as file:
-                    file.write(_line(row))
-            except OSError as error:
-                raise _cannot("write", self.run_dir / HISTORY, error) from None
+            path = self.run_dir / HISTORY
+            with telling("write", path), open(path, "a", encoding="utf-8") as file:
+                file.write(_line(row))
         for sink in self._sinks:
             sink.write(row)
 
@@ -136,19 +128,15 @@ class Recorder:
         """Replace all rows by `records`; sinks keep the rows that they received."""
         self.records = list(records)
         if self.run_dir is not None:
-            try:
+            with telling("write", self.run_dir / HISTORY):
                 write_text(self.run_dir / HISTORY, "".join(map(_line, records)))
-            except OSError as error:
-                raise _cannot("write", self.run_dir / HISTORY, error) from None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, if the run has a directory."""
         self._summary = finite(summary)
         if self.run_dir is not None:
-            try:
+            with telling("write", self.run_dir / SUMMARY):
                 write_json(self.run_dir / SUMMARY, self._summary)
-            except OSError as error:
-                raise _cannot("write", self.run_dir / SUMMARY, error) from None
 
     def close(self) -> None:
         """Close the sinks and release the directory, also after a failed run."""
@@ -184,14 +172,3 @@ class Recorder:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _remove(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:  # it holds something after all, or was never made
-        return
-
-
-def _cannot(what: str, path: Path, error: OSError) -> HessianFlowError:
-    return HessianFlowError(f"cannot {what} {path}: {error.strerror or error}")

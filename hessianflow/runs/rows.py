@@ -181,11 +181,9 @@ def place(kind: str, progress: Progress) -> Record:
 
 
 def spent_on(seconds: Mapping[str, float], examples: int) -> Record:
-    """Return the fields of an epoch's row that hold its seconds and throughput.
+    """Return the fields of an epoch's row that hold its throughput and its seconds.
 
-    Args:
-        seconds: Seconds spent in the epoch, by activity, with the total as "wall".
-        examples: Examples trained in the epoch.
+    `seconds` are those of the epoch by activity, with the total as "wall".
     """
     working = seconds["training"] + seconds["data"]
     return {
@@ -219,11 +217,6 @@ def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Rec
     return row
 
 
-def signals_row(progress: Progress, signals: Mapping[str, float]) -> Record:
-    """Return the row of the signals that gradient observers measured for the controller."""
-    return {**place("signals", progress), **signals}
-
-
 def decision_row(progress: Progress, before: Decision, after: Decision, share: float) -> Record:
     """Return the row of a decision that changed a setting; `share` of each batch is attacked under
     it."""
@@ -238,7 +231,7 @@ def decision_row(progress: Progress, before: Decision, after: Decision, share: f
 
 
 def measurement_row(progress: Progress, kind: str, figures: Mapping[str, float]) -> Record:
-    """Return the row of a measurement made after an epoch."""
+    """Return the row of a measurement after an epoch, or of the "signals" of observers."""
     return {**place(kind, progress), **figures}
 
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -93,8 +93,6 @@ def checker(form: Any) -> Check:
         return _union_check(form, parts)
     if origin is Annotated:
         return _bounded_check(*parts)
-    if origin is Literal:
-        return _literal_check(form, parts)
     if origin is tuple and not (len(parts) == 2 and parts[1] is Ellipsis):
         return _tuple_check(form, parts)
     if origin in (list, tuple):
@@ -102,6 +100,20 @@ def checker(form: Any) -> Check:
     if origin is dict:
         return _entries_check(form, *parts)
     return _simple_check(form)
+
+
+def first_fault(value: Any, check: Check) -> Fault | None:
+    """Return the first fault of the entries of a dict, list or tuple; other values have none."""
+    entries: Any = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, (list, tuple)):
+        entries = enumerate(value)
+    for name, entry in entries:
+        fault = check(entry)
+        if fault is not None:
+            return fault.inside(str(name))
+    return None
 
 
 def in_words(form: Any) -> str:
@@ -112,8 +124,6 @@ def in_words(form: Any) -> str:
         return " or ".join(dict.fromkeys(in_words(part) for part in parts))
     if origin is Annotated:
         return in_words(parts[0])
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, parts))
     if origin in (list, tuple):
         return "a list"
     if origin is dict or typing.is_typeddict(form):
@@ -209,15 +219,6 @@ def _bounded_check(form: Any, bounds: Between) -> Check:
     return check
 
 
-def _literal_check(form: Any, allowed: Sequence[Any]) -> Check:
-    def check(value: Any) -> Fault | None:
-        if any(type(value) is type(one) and value == one for one in allowed):
-            return None
-        return replace(_refusal(form, value), of_kind=isinstance(value, type(allowed[0])))
-
-    return check
-
-
 def _union_check(form: Any, parts: Sequence[Any]) -> Check:
     checks = [checker(part) for part in parts]
 
@@ -239,11 +240,7 @@ def _items_check(form: Any, item_form: Any) -> Check:
     def check(value: Any) -> Fault | None:
         if not isinstance(value, (list, tuple)):
             return _refusal(form, value)
-        for number, item in enumerate(value):
-            fault = inner(item)
-            if fault is not None:
-                return fault.inside(str(number))
-        return None
+        return first_fault(value, inner)
 
     return check
 

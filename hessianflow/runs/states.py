@@ -6,7 +6,7 @@ it is called inside :func:`restoring`.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
@@ -15,18 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.runs.schema import Count, Fault, Figure, Number, Size, fault_of, shown
+from hessianflow.runs.schema import Count, Fault, Figure, Number, Size, fault_of, first_fault, shown
 
 _DEEPEST = 40
 _BROKEN = (
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError),
+    *(ArithmeticError, AssertionError, RuntimeError),
 )
 """Errors that Python, NumPy and torch raise over a damaged state."""
 
@@ -239,10 +233,7 @@ def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def restoring(source: str) -> Iterator[None]:
-    """Turn any error over a damaged entry into a one-line error, while a state is restored.
-
-    Args:
-        source: Origin of the state, such as "the checkpoint in runs/a".
+    """Turn any error over a damaged entry of a state from `source` into a one-line error.
 
     Raises:
         DamagedStateError: An entry is missing or has the wrong form.
@@ -273,16 +264,7 @@ def _tensor_fault(value: Any, depth: int = 0) -> Fault | None:
         return Fault("", f"must be a plain tensor, got {_sort(value)}")
     if depth > _DEEPEST:
         return Fault("", f"is nested deeper than {_DEEPEST}")
-    entries: Any = ()
-    if isinstance(value, dict):
-        entries = value.items()
-    elif isinstance(value, (list, tuple)):
-        entries = enumerate(value)
-    for key, item in entries:
-        fault = _tensor_fault(item, depth + 1)
-        if fault is not None:
-            return fault.inside(str(key))
-    return None
+    return first_fault(value, lambda entry: _tensor_fault(entry, depth + 1))
 
 
 def _sort(value: Tensor) -> str:
@@ -295,16 +277,14 @@ def _sort(value: Tensor) -> str:
 
 def _generators_fault(states: Mapping[str, Any], where: str) -> Fault | None:
     """Return the first state of a generator that cannot be set, tried on temporary generators."""
-    for name, trial in (("torch", _try_torch), ("numpy", _try_numpy), ("python", _try_python)):
+    for name, trial in _TRIALS.items():
         if name not in states:
             return Fault(f"{where}.{name}", "is missing")
         try:
             trial(states[name])
         except _BROKEN as error:
-            return Fault(
-                f"{where}.{name}",
-                f"is no state of a generator ({' '.join(str(error).split())[:80]})",
-            )
+            reason = " ".join(str(error).split())[:80]
+            return Fault(f"{where}.{name}", f"is no state of a generator ({reason})")
     cuda = states.get("cuda", [])
     if not isinstance(cuda, list) or not all(
         isinstance(one, Tensor) and one.dtype == torch.uint8 for one in cuda
@@ -313,14 +293,13 @@ def _generators_fault(states: Mapping[str, Any], where: str) -> Fault | None:
     return None
 
 
-def _try_torch(state: Any) -> None:
-    torch.Generator().set_state(state)
-
-
-def _try_numpy(state: Any) -> None:
-    np.random.RandomState().set_state(state)
-
-
 def _try_python(state: Any) -> None:
     kind, words, gauss = state
     random.Random().setstate((kind, tuple(words), gauss))
+
+
+_TRIALS: Mapping[str, Callable[[Any], Any]] = {
+    "torch": lambda state: torch.Generator().set_state(state),
+    "numpy": lambda state: np.random.RandomState().set_state(state),
+    "python": _try_python,
+}

@@ -56,7 +56,7 @@ class Steering:
         if outcome.is_over_budget:
             self.reporter.say_once("budget", OVER_BUDGET)
         if outcome.signals:
-            done.rows.append(rows.signals_row(progress, outcome.signals))
+            done.rows.append(rows.measurement_row(progress, "signals", outcome.signals))
         if outcome.reading is not None:
             note = ""
             # The row of a change gives its reason; without a decision, the reason is an older one.

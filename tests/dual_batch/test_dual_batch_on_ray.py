@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hessianflow.build import load_config, on_this_machine, prepare
 from hessianflow.config import TrainConfig
 from hessianflow.dual_batch import build_dual_batch
 from hessianflow.dual_batch.server import ParameterServer
+from hessianflow.parts import load_config, on_this_machine, prepare
 from hessianflow.runs import checkpoints
 
 pytestmark = pytest.mark.filterwarnings(

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from hessianflow import History
-from hessianflow.build import build_parts, load_config, load_parts, on_this_machine, prepare
 from hessianflow.config import TrainConfig
 from hessianflow.control import TimeModel
 from hessianflow.dual_batch import DualBatchTrainer, build_dual_batch
@@ -21,6 +20,7 @@ from hessianflow.dual_batch.build import plan_schedule
 from hessianflow.dual_batch.local_training import FlatWeights, LocalTraining, checkable, with_arrays
 from hessianflow.dual_batch.workers import all_stages, worker_of
 from hessianflow.interfaces import Batch, HessianFlowError, StepResult
+from hessianflow.parts import build_parts, load_config, load_parts, on_this_machine, prepare
 from hessianflow.resolve import resolve
 from hessianflow.runs import checkpoints
 from hessianflow.training.evaluate import evaluate

@@ -23,11 +23,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, History
-from hessianflow.build import load_config, on_this_machine, prepare
 from hessianflow.config import TrainConfig
 from hessianflow.control import AdaBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.dual_batch import build_dual_batch
+from hessianflow.parts import load_config, on_this_machine, prepare
 from hessianflow.runs.names import LOCK
 from hessianflow.training import Checkpoints, Divergence, Reporting
 
