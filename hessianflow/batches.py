@@ -77,7 +77,7 @@ def num_examples(batch: Any) -> int:
     )
 
 
-def move(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
+def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
     """Return the same structure with tensors, and other objects with a method `to`, on `device`."""
 
     def moved(leaf: Any) -> Any:

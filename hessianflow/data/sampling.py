@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from hessianflow.batches import map_tensors, move, take_rows
+from hessianflow.batches import map_tensors, take_rows, to_device
 from hessianflow.data.loading import (
     ChunkPlan,
     Failure,
@@ -277,7 +277,7 @@ class AdaptiveBatches(ExampleStream):
                     rows_of(chunk, slice(0, 0))  # refuse at the start what cannot be cut later
                     self._is_stackable = True
                 self._loaded.append(
-                    (size, move(chunk, self._device, non_blocking=self._pin_memory))
+                    (size, to_device(chunk, self._device, non_blocking=self._pin_memory))
                 )
             size, chunk = self._loaded.popleft()
             if size > count:
@@ -307,13 +307,13 @@ class AdaptiveBatches(ExampleStream):
         epoch have the position after the last.
         """
         if self._collate is None:
-            return move(stacked(items), self._device)
+            return to_device(stacked(items), self._device)
         with self._randomness.kept():
             self._randomness.seed(self._seed, "collate", epoch, position)
             batch = self._collate(items)
         if self._pin_memory:
             batch = map_tensors(lambda t: t.pin_memory(), batch)
-        return move(batch, self._device, non_blocking=self._pin_memory)
+        return to_device(batch, self._device, non_blocking=self._pin_memory)
 
     def _finished(self, batch: Any) -> Batch:
         batch = _as_tuple(batch)

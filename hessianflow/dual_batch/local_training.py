@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessianflow.batches import move
+from hessianflow.batches import to_device
 from hessianflow.control import WorkerPlan
 from hessianflow.dual_batch.server import Weights
 from hessianflow.interfaces import (
@@ -238,7 +238,7 @@ class LocalTraining:
         self._model.train()
         with ghost_normalisation(self._model, self._norm_batch_size):
             for batch in islice(self._data, plan.steps):
-                inputs, targets = move(batch, self._device, non_blocking=True)
+                inputs, targets = to_device(batch, self._device, non_blocking=True)
                 if self._transform is not None:
                     inputs, targets = self._transform(inputs, targets, progress)
                 result = self._accumulate((inputs, targets), self._microbatch_size)
