@@ -6,21 +6,21 @@ anything is written. Tar archives may be packed with gzip; members of zip archiv
 deflated.
 """
 
+import gzip
 import io
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from hessianflow.data.files import open_plain
-from hessianflow.data.inflate import Inflated, Source
+from hessianflow.data.inflate import Source
 from hessianflow.data.sources import one_line
-from hessianflow.data.tar import TarReader
+from hessianflow.data.tar import Kind, Member, TarReader
 from hessianflow.interfaces import HessianFlowError
 
 MAX_UNPACKED_BYTES = 4 << 30
@@ -34,7 +34,7 @@ MAX_MEMBERS = 1 << 18
 has."""
 
 DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+    *(gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, struct.error, EOFError),
     *(RuntimeError, ValueError, LookupError, OverflowError, MemoryError),
 )
 """Errors that these readers and the standard library raise on archives that are broken, encrypted
@@ -45,24 +45,6 @@ _OVERHEAD = 16 << 20  # headers and padding of a tar archive, beside the content
 _LARGEST_READ = 32 << 20  # the table of contents of the largest data set has 14 MB
 _END = 1 << 17  # `zipfile` reads to the end to find the last record, which is in the last 64 KB
 _FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
-
-
-@dataclass(frozen=True)
-class Member:
-    """One member of an archive.
-
-    Attributes:
-        name: Name as the archive stores it.
-        size: Size in bytes, as the archive states it.
-        kind: "file", "folder", or "other" (a link or a device).
-        blocks: Function that yields the content in pieces, no more than `size` bytes in all. It
-            works while the archive is at this member.
-    """
-
-    name: str
-    size: int
-    kind: str
-    blocks: Callable[[], Iterator[bytes]]
 
 
 def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
@@ -195,14 +177,13 @@ def _opened(archive: Path, max_bytes: int) -> Iterator[Iterator[Member]]:
                 )
         stream: Source = file
         if start.startswith(b"\x1f\x8b"):
-            stream = Inflated(file, "gzip")
-        reader = TarReader(stream, max_bytes + _OVERHEAD)
-        yield (Member(member.name, member.size, member.kind, reader.blocks) for member in reader)
+            stream = gzip.GzipFile(fileobj=file)
+        yield iter(TarReader(stream, max_bytes + _OVERHEAD))
 
 
 def _zip_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     file_type = info.external_attr >> 28  # of the Unix mode; 0 where another system packed it
-    kind = "file" if file_type in (0, 0o10) else "other"
+    kind: Kind = "file" if file_type in (0, 0o10) else "other"
     if info.filename.endswith("/"):
         kind = "folder"
     return Member(info.filename, info.file_size, kind, lambda: zip_blocks(opened, info))

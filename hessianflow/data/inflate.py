@@ -1,11 +1,9 @@
-"""Unpack a zlib or gzip stream in pieces, so that no stream can fill the memory."""
+"""Unpack a zlib stream in pieces, so that no stream can fill the memory."""
 
 import zlib
-from collections.abc import Mapping
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Protocol
 
 _BLOCK = 1 << 16
-_WINDOW_BITS: Mapping[str, int] = {"zlib": 15, "gzip": 31}
 
 
 class Source(Protocol):
@@ -17,21 +15,12 @@ class Source(Protocol):
 
 
 class Inflated:
-    """The unpacked bytes of a compressed stream.
+    """The unpacked bytes of a stream of `length` compressed ones, at which `file` stands."""
 
-    Args:
-        file: File, at the start of the stream.
-        kind: "zlib" or "gzip"; the latter may be several streams in a row, with zeros after them.
-        length: Number of compressed bytes; None for all up to the end of the file.
-    """
-
-    def __init__(
-        self, file: BinaryIO, kind: Literal["zlib", "gzip"], length: int | None = None
-    ) -> None:
+    def __init__(self, file: BinaryIO, length: int) -> None:
         self._file = file
-        self._kind = kind
         self._left = length
-        self._machine = zlib.decompressobj(_WINDOW_BITS[kind])
+        self._machine = zlib.decompressobj()
         self._waiting = b""
 
     def read(self, size: int, /) -> bytes:
@@ -48,8 +37,10 @@ class Inflated:
         return b"".join(blocks)
 
     def _some(self, size: int) -> bytes:
-        while not self._machine.eof or self._begin_another():
-            self._waiting = self._waiting or self._more()
+        while not self._machine.eof:
+            if not self._waiting:
+                self._waiting = self._file.read(min(_BLOCK, self._left))
+                self._left -= len(self._waiting)
             ended = not self._waiting
             block = self._machine.decompress(self._waiting, size)
             self._waiting = self._machine.unconsumed_tail
@@ -58,21 +49,3 @@ class Inflated:
             if ended and not self._machine.eof:
                 raise EOFError("the compressed data are cut short")
         return b""
-
-    def _begin_another(self) -> bool:
-        """Start the gzip stream that follows the one that has ended; return False if none does."""
-        rest = self._machine.unused_data
-        while self._kind == "gzip" and not rest.strip(b"\0") and (rest := self._more()):
-            pass  # padding
-        if self._kind != "gzip" or not rest:
-            return False
-        self._machine = zlib.decompressobj(_WINDOW_BITS[self._kind])
-        self._waiting = rest.lstrip(b"\0")
-        return True
-
-    def _more(self) -> bytes:
-        if self._left is None:
-            return self._file.read(_BLOCK)
-        block = self._file.read(min(_BLOCK, self._left))
-        self._left -= len(block)
-        return block

@@ -75,7 +75,7 @@ def mat_arrays(file: BinaryIO) -> Iterator[MatArray]:
         kind, length = struct.unpack(f"{order}II", tag)
         start = file.tell()
         if kind == _COMPRESSED:
-            packed = Inflated(file, "zlib", length)
+            packed = Inflated(file, length)
             kind, _size = struct.unpack(f"{order}II", _exactly(packed, 8))
             yield _matrix(packed, kind, order)
         else:
