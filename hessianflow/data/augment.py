@@ -31,9 +31,9 @@ class Draws:
         centres: Row and column of the centre of the cutout, int64 [n, 2].
     """
 
-    offsets: Tensor | None
-    flips: Tensor | None
-    centres: Tensor | None
+    offsets: Tensor | None = None
+    flips: Tensor | None = None
+    centres: Tensor | None = None
 
     def to(self, device: torch.device) -> "Draws":
         """Return the same draws on `device`."""
@@ -46,13 +46,13 @@ class Draws:
     def inverse(self, padding: int) -> "Draws":
         """Return draws without cutout whose crop and flip undo those of these draws."""
         if self.offsets is None:
-            return Draws(None, self.flips, None)
+            return Draws(flips=self.flips)
         back = 2 * padding - self.offsets
         if self.flips is not None:  # the mirror comes after the crop, so its own offset undoes it
             back = torch.stack(
                 [back[:, 0], torch.where(self.flips, self.offsets[:, 1], back[:, 1])], dim=1
             )
-        return Draws(back, self.flips, None)
+        return Draws(back, self.flips)
 
     def _present(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}

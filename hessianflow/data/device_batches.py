@@ -21,25 +21,20 @@ _VALUE_SCALES = {torch.uint8: 255.0}
 class DeviceBatches(ExampleStream):
     """Resumable batches of a set on the device, whose size may change at any time.
 
-    Iterating yields (inputs float [n, C, H, W], targets [n]) for the rest of the current epoch,
-    the last partial batch included, then enters the next epoch. inputs = (pixels / value_scale -
-    mean) / std after crop and flip, then cutout. All iterators share one position: use one at a
-    time. The protocol is :class:`hessianflow.interfaces.ResizableBatches`.
+    Iterating yields (inputs float [n, C, H, W], targets [n]), where inputs = (pixels / value_scale
+    - mean) / std after crop and flip, then cutout. For the order, `batch_size`, `seed` and
+    `shuffle` see :class:`~hessianflow.data.streams.ExampleStream`.
 
     Args:
         images: Images [N, C, H, W], uint8 or floating point. Features [N, C], series [N, C, T] and
             the like can be neither augmented nor laid out in another way.
         targets: N targets, usually int64 class indices [N].
-        batch_size: Examples per batch, over all ranks.
-        seed: Seed of order and augmentation.
         device: Device that holds the set and the batches.
         augment: Random crop, flip and cutout; None for none of them.
         mean: Mean of every channel (dimension 1), after division by `value_scale`; None for 0.
         std: Standard deviation of the same values; None for 1.
         value_scale: Pixel value that counts as 1; None for 255 (uint8) or 1 (floating point).
         num_classes: Number of classes; None for one more than the largest target.
-        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than
-            the set.
         dtype: Type of the inputs.
         channels_last: Memory layout of the inputs; the values are the same.
 
@@ -76,13 +71,12 @@ class DeviceBatches(ExampleStream):
         self._gain, self._shift = _affine(self._shape, mean, std, self._value_scale)
         self._row_gain = self._per_entry(self._gain, dtype)
         self._row_shift = self._per_entry(self._shift, dtype)
-        self._num_classes = num_classes or _count_classes(targets)
+        self._num_classes = num_classes or 0
+        if not num_classes and not targets.is_floating_point():
+            self._num_classes = int(targets.max()) + 1
         self._dtype = dtype
         self._plan: tuple[int, Tensor, Draws] | None = None
-        self._latest = (
-            torch.zeros(0, dtype=torch.int64, device=self.device),
-            Draws(None, None, None),
-        )
+        self._latest = (torch.zeros(0, dtype=torch.int64, device=self.device), Draws())
 
     @property
     def device(self) -> torch.device:
@@ -122,27 +116,13 @@ class DeviceBatches(ExampleStream):
         return self._augment.crop_and_flip(maps, self._latest[1])
 
     def as_stored(self, maps: Tensor) -> Tensor:
-        """Return maps in the frame of the last batch, brought back to that of the stored images.
-
-        Pixels that the crop had cut off are zero.
-        """
-        return self._augment.crop_and_flip(
-            maps, self._latest[1].inverse(self._augment.crop_padding)
-        )
+        """Undo :meth:`as_in_latest`; pixels that the crop had cut off are zero."""
+        undoing = self._latest[1].inverse(self._augment.crop_padding)
+        return self._augment.crop_and_flip(maps, undoing)
 
     def examples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the examples at `indices` (int64 [n]), not augmented; the stream does not move."""
-        return self._batch(indices.to(self.device), Draws(None, None, None))
-
-    def sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Return `count` different examples chosen by `seed` alone, not augmented.
-
-        Curvature probes measure on such a fixed batch.
-
-        Raises:
-            HessianFlowError: `count` is below 1 or above the number of examples.
-        """
-        return self.examples(self._sampled_indices(count, seed))
+        return self._batch(indices.to(self.device), Draws())
 
     def _planned_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         order, draws = self._epoch_plan()
@@ -180,10 +160,6 @@ class DeviceBatches(ExampleStream):
         if self._channels_last:
             factors = factors.view(-1).repeat(self._shape[2])
         return factors.to(self.device, torch.promote_types(torch.float32, dtype))
-
-
-def _count_classes(targets: Tensor) -> int:
-    return 0 if targets.is_floating_point() else int(targets.max()) + 1
 
 
 def _check_shapes(

@@ -30,7 +30,7 @@ ALIGNMENT = 16
 
 
 class ChunkPlan:
-    """The batch sampler of the loader, which yields the keys still to load in chunks."""
+    """The batch sampler of the loader, which yields the keys still to load in chunks of a size."""
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
@@ -75,11 +75,8 @@ def start_worker(further: Callable[[int], None] | None, number: int) -> None:
     """Prepare a worker, which from then on obeys SIGTERM only if its parent sends it.
 
     A scheduler that ends a job signals all its processes. A worker that ended at once would leave
-    the process that trains with an error instead of a checkpoint.
-
-    Args:
-        further: The user's `worker_init_fn`.
-        number: Number of the worker.
+    the process that trains with an error instead of a checkpoint. `further` is the user's
+    `worker_init_fn`.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -225,11 +222,7 @@ def end_workers(chunks: Any, owner: int) -> None:
 def check_options(
     dataset: Dataset[Any], num_workers: int, chunk_size: int, prefetch_examples: int
 ) -> None:
-    """Refuse a data set that is not map-style, and numbers out of range.
-
-    Raises:
-        HessianFlowError: An argument does not fit; the message names it.
-    """
+    """Refuse a data set that is not map-style, and numbers out of range, by name."""
     has_items = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
     if not hasattr(dataset, "__len__") or not has_items:
         raise HessianFlowError(

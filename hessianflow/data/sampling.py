@@ -52,12 +52,9 @@ choice: few other dimensions have these sizes."""
 class AdaptiveBatches(ExampleStream):
     """Resumable batches of a map-style data set, whose size may change at any time.
 
-    Iterating yields the rest of the current epoch, the last partial batch included, then enters
-    the next epoch (see `hessianflow.interfaces.ResizableBatches`). All iterators share one
-    position: use one at a time. After an error of the data set the batch that failed is the next.
-
     A batch is what `collate_fn` returns, a list as a tuple; to train on, it must be a pair (inputs,
-    targets).
+    targets). For the order, `batch_size` and `shuffle` see
+    :class:`~hessianflow.data.streams.ExampleStream`.
 
     A change of the data set between two epochs takes effect when the next epoch begins, also in the
     workers, which start again. A change within an epoch reaches the examples that this process has
@@ -65,7 +62,6 @@ class AdaptiveBatches(ExampleStream):
 
     Args:
         dataset: Map-style `torch.utils.data.Dataset` with a length.
-        batch_size: Examples per batch, over all ranks.
         seed: Seed of the order and of the examples' own random transforms.
         num_workers: Number of processes that load; 0 loads in this one.
         pin_memory: Load into page-locked memory, for an overlapping copy to a GPU.
@@ -75,8 +71,6 @@ class AdaptiveBatches(ExampleStream):
         collate_fn: Function that makes a batch of the list of its items (with several ranks, of the
             items of this rank's shard), in this process: work on single examples belongs in the
             data set. None for torch's default, applied where items are loaded.
-        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than
-            the set.
         chunk_size: Examples that a worker loads at a time.
         prefetch_examples: Examples to load ahead, over all workers.
         value_range: Lowest and highest valid input after `transform`, to clamp attacks; not used
@@ -179,27 +173,17 @@ class AdaptiveBatches(ExampleStream):
         items = self._examples.__getitems__([(0, int(index)) for index in indices])
         return self._finished(self._collated(items, 0, self._num_examples))
 
-    def sample(self, count: int, seed: int = 0) -> Batch:
-        """Return `count` different examples chosen by `seed` alone, for a curvature probe.
-
-        Raises:
-            HessianFlowError: `count` is below 1 or above the number of examples.
-        """
-        return self.examples(self._sampled_indices(count, seed))
-
     def check_rows(self) -> None:
         """Refuse a `collate_fn` whose batches cannot be cut into rows.
 
-        The check collates two batches of different size, since in a single batch of four examples
-        a mask [4, 4] looks like four rows.
+        Two batches of different size are collated, since in one of four examples a mask [4, 4]
+        looks like four rows.
 
         Raises:
             HessianFlowError: An entry has another number of rows; the message names it.
         """
-        if self._collate is None:
-            return
         for size in COMPARED_SIZES:
-            if size <= self._num_examples:
+            if self._collate is not None and size <= self._num_examples:
                 items = self._examples.__getitems__([(0, index) for index in range(size)])
                 batch = self._collated(items, 0, self._num_examples)
                 take_rows(_as_tuple(batch), slice(1), size)
@@ -232,11 +216,7 @@ class AdaptiveBatches(ExampleStream):
             raise
 
     def _start_loading(self, start: int, stop: int) -> None:
-        """Start to load this rank's shards of this batch and all later ones of the epoch.
-
-        Raises:
-            HessianFlowError: The length of the data set has changed.
-        """
+        """Start to load this rank's shards of this batch and all later ones of the epoch."""
         dataset = self._examples.dataset
         length = len(dataset)  # type: ignore[arg-type]
         if length != self._num_examples:
@@ -301,10 +281,9 @@ class AdaptiveBatches(ExampleStream):
         return take_rows(self._collated(items, 0, self._num_examples), slice(0, 0), 1)
 
     def _collated(self, items: Any, epoch: int, position: int) -> Any:
-        """Return a batch of items on the device.
+        """Return a batch of items on the device; `collate_fn` draws by epoch and position alone.
 
-        The draws of `collate_fn` depend on epoch and position alone. Items outside the order of an
-        epoch have the position after the last.
+        Items outside the order of an epoch have the position after the last.
         """
         if self._collate is None:
             return to_device(stacked(items), self._device)
@@ -329,7 +308,7 @@ class AdaptiveBatches(ExampleStream):
         self._loader = DataLoader(self._examples, **self._options)
 
     def rewind(self) -> None:
-        """Return to the first example of the current epoch."""
+        """Return to the first example of the current epoch, of which some may have been taken."""
         super().rewind()
         self._forget_chunks()  # an earlier iteration loaded them for a later position
 
