@@ -6,11 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from hessianflow.checks import in_home
-from hessianflow.data.images import FORMATS, SUFFIXES
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.data.images import FORMATS, SUFFIXES, pillow, spread_evenly
 
 SAMPLE = 64
 """Files whose headers are read to tell the usual size. This default is our choice."""
@@ -37,22 +34,15 @@ def usual_side(files: Sequence[Path], largest: int) -> int:
     Raises:
         HessianFlowError: Pillow is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise HessianFlowError(
-            "image files need Pillow: pip install 'hessianflow[images]'"
-        ) from error
-    sample = np.unique(np.linspace(0, len(files) - 1, min(SAMPLE, len(files))).round().astype(int))
+    reader = pillow()
     sides = []
-    for index in sample:
-        path = files[index]
+    for path in (files[index] for index in spread_evenly(SAMPLE, len(files))):
         try:
             if not path.is_file():  # opening a pipe would wait for a writer
                 continue
-            with Image.open(path, formats=FORMATS) as image:
+            with reader.open(path, formats=FORMATS) as image:
                 sides.append(min(image.size))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except (OSError, SyntaxError, ValueError, reader.DecompressionBombError):
             continue
     usual: float = statistics.median(sides or [largest])
     return min(largest, round(usual))

@@ -112,12 +112,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def take(self, count: int) -> "ImageFolder":
         """Return a set of `count` images spread evenly over the files, hence over the classes."""
-        chosen = np.unique(
-            np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)
-        )
-        return replace(
-            self, files=self.files[chosen], targets=self.targets[torch.from_numpy(chosen)]
-        )
+        chosen = spread_evenly(count, len(self))
+        targets = self.targets[torch.from_numpy(chosen)]
+        return replace(self, files=self.files[chosen], targets=targets)
 
     def batches(
         self,
@@ -227,6 +224,26 @@ def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageF
     )
 
 
+def spread_evenly(count: int, total: int) -> NDArray[np.int64]:
+    """Return at most `count` numbers below `total`, ascending and evenly spread."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+
+def pillow() -> Any:
+    """Return the module `PIL.Image`.
+
+    Raises:
+        HessianFlowError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise HessianFlowError(
+            "image files need Pillow: pip install 'hessianflow[images]'"
+        ) from error
+    return Image
+
+
 def decode_all(paths: Sequence[str], read: Callable[[str], bytes], side: int) -> Tensor:
     """Decode images of `side` x `side` pixels, also grey ones, to uint8 [N, 3, side, side].
 
@@ -274,14 +291,9 @@ def _content(path: Path) -> bytes:
 
 def _decoded(content: bytes, origin: str, side: int | None = None) -> Any:
     """Return a decoded RGB Pillow image, which must have `side` x `side` pixels unless None."""
+    reader = pillow()
     try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise HessianFlowError(
-            "image files need Pillow: pip install 'hessianflow[images]'"
-        ) from error
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = reader.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ImageError(
@@ -292,7 +304,7 @@ def _decoded(content: bytes, origin: str, side: int | None = None) -> Any:
         return image.convert("RGB")
     except ImageError:
         raise
-    except UnidentifiedImageError:
+    except reader.UnidentifiedImageError:
         raise ImageError(
             f"{origin}: cannot be decoded as an image (it is none of {', '.join(FORMATS)}); replace"
             " the file"
@@ -316,8 +328,6 @@ def _random_crop(image: Any, size: int) -> Any:
 
     If none of ten windows fits into the image, the window is the largest square.
     """
-    from PIL import Image
-
     width, height = image.size
     window = min(width, height), min(width, height)
     for _ in range(10):
@@ -330,17 +340,15 @@ def _random_crop(image: Any, size: int) -> Any:
     left = int(_uniform(0, width - window[0] + 1))
     top = int(_uniform(0, height - window[1] + 1))
     box = (left, top, left + window[0], top + window[1])
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    image = image.resize((size, size), pillow().Resampling.BILINEAR, box=box)
     if _uniform(0, 1) < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
     return image
 
 
 def _central_crop(image: Any, size: int) -> Any:
     """Return the central square of side shorter_side / RESIZE_TO_CROP, resized in one step."""
-    from PIL import Image
-
     width, height = image.size
     side = min(width, height) / RESIZE_TO_CROP
     box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.resize((size, size), pillow().Resampling.BILINEAR, box=box)
