@@ -4,7 +4,7 @@ Means and standard deviations are those of the training pixels: computed here fo
 in general use for CIFAR, SVHN and ImageNet, and ImageNet's for Tiny-ImageNet.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
@@ -29,9 +29,9 @@ Split = Literal["train", "test", "extra"]
 
 DIGITS_TEST_SHARE = 0.2
 _DIGITS_SEED = 0
+_DIGITS = tuple("0123456789")
 _FAKE_CLASSES = 10
 _FAKE_SIDE = 16
-
 _FAKE_EXAMPLES: Mapping[str, int] = {"train": 2048, "test": 512}
 
 
@@ -90,8 +90,7 @@ class ImageSet:
     ) -> DeviceBatches:
         """Return batches of the whole set on `device`, shuffled and augmented only if `train`.
 
-        `num_workers` has no effect: it exists so that :meth:`ImageFolder.batches` can be called
-        alike.
+        `num_workers` has no effect; :meth:`ImageFolder.batches` can be called alike.
         """
         del num_workers
         augment = self.augment if train else None
@@ -165,7 +164,7 @@ def _digits(_: Path, split: Split) -> ImageSet:
         name="digits",
         images=torch.from_numpy(bunch.images[chosen].astype(np.uint8))[:, None],
         targets=torch.from_numpy(bunch.target[chosen].astype(np.int64)),
-        classes=tuple(str(label) for label in range(10)),
+        classes=_DIGITS,
         mean=(0.3055,),
         std=(0.3761,),
         value_scale=16.0,
@@ -173,14 +172,9 @@ def _digits(_: Path, split: Split) -> ImageSet:
 
 
 def _fake(_: Path, split: Split) -> ImageSet:
-    """Return made-up 3x16x16 images that a network can learn: a smooth pattern per class, plus
-    noise."""
-    patterns = (
-        np.random.default_rng(0)
-        .normal(size=(_FAKE_CLASSES, 3, 4, 4))
-        .repeat(4, axis=2)
-        .repeat(4, axis=3)
-    )
+    """Return made-up 3x16x16 images to learn from: a smooth pattern per class, plus noise."""
+    coarse = np.random.default_rng(0).normal(size=(_FAKE_CLASSES, 3, 4, 4))
+    patterns = coarse.repeat(4, axis=2).repeat(4, axis=3)
     count = _FAKE_EXAMPLES[split]
     seed = 1 if split == "train" else 2
     rng = np.random.default_rng(seed)
@@ -199,36 +193,23 @@ def _fake(_: Path, split: Split) -> ImageSet:
 
 
 def _cifar(
-    layout: CifarLayout, mean: Sequence[float], std: Sequence[float], root: Path, split: Split
+    layout: CifarLayout, mean: tuple[float, ...], std: tuple[float, ...], root: Path, split: Split
 ) -> ImageSet:
-    images, targets, classes = read_cifar(layout, root, split)
-    return ImageSet(
-        layout.name, images, targets, classes, tuple(mean), tuple(std), augment=CIFAR_AUGMENTATION
-    )
+    read = read_cifar(layout, root, split)
+    return ImageSet(layout.name, *read, mean, std, augment=CIFAR_AUGMENTATION)
 
 
 def _svhn(root: Path, split: Split) -> ImageSet:
-    images, targets = read_svhn(root, split)
-    digits = tuple(str(label) for label in range(10))
+    statistics = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
     # Nothing is flipped: a mirrored digit is no digit.
     augment = Augmentation(crop_padding=4)
-    return ImageSet(
-        "svhn",
-        images,
-        targets,
-        digits,
-        (0.4377, 0.4438, 0.4728),
-        (0.1980, 0.2010, 0.1970),
-        augment=augment,
-    )
+    return ImageSet("svhn", *read_svhn(root, split), _DIGITS, *statistics, augment=augment)
 
 
 def _tiny_imagenet(root: Path, split: Split) -> ImageSet:
-    images, targets, classes = read_tiny_imagenet(root, split)
+    read = read_tiny_imagenet(root, split)
     augment = Augmentation(crop_padding=8, flip=True)
-    return ImageSet(
-        "tiny-imagenet", images, targets, classes, IMAGENET_MEAN, IMAGENET_STD, augment=augment
-    )
+    return ImageSet("tiny-imagenet", *read, IMAGENET_MEAN, IMAGENET_STD, augment=augment)
 
 
 CIFAR_AUGMENTATION = Augmentation(crop_padding=4, flip=True)

@@ -86,12 +86,16 @@ def default_root() -> Path:
     return in_home("~/.cache/hessianflow/data")
 
 
+def find_archive(root: Path, name: str) -> Path | None:
+    """Return the archive `name` in the folder `root`, or `root` where it is the archive itself."""
+    candidates = (path for path in (root / name, root) if path.name == name)
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def remedy(name: str) -> str:
     """Return the end of an error message, which says how to get the data set `name`."""
-    return (
-        f"get it with `hessianflow data fetch {name}` or from"
-        f" {' and '.join(s.url for s in SOURCES[name])}"
-    )
+    addresses = " and ".join(source.url for source in SOURCES[name])
+    return f"get it with `hessianflow data fetch {name}` or from {addresses}"
 
 
 def damaged(name: str, file: object, what: str) -> HessianFlowError:
