@@ -10,7 +10,7 @@ and loses it).
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import count, islice
@@ -35,6 +35,7 @@ from hessianflow.interfaces import (
 from hessianflow.normalisation.ghost import ghost_normalisation
 from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
 from hessianflow.runs.states import restoring
+from hessianflow.structure import entries, mapped, rebuilt
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator
 
@@ -55,11 +56,7 @@ class FlatWeights:
         return flat
 
     def check(self, weights: Tensor) -> None:
-        """Refuse saved weights of another number or type.
-
-        Raises:
-            HessianFlowError: The weights differ; the message says how.
-        """
+        """Refuse saved weights of another number or type."""
         kind = torch.from_numpy(self.read()).dtype
         shape = (sum(t.numel() for t in self._tensors),)
         if weights.shape != shape or weights.dtype != kind:
@@ -146,10 +143,7 @@ class LocalTraining:
         self.figures: Mapping[str, float] = {}
 
     def __call__(self, weights: Weights, epoch: int) -> Weights:
-        """Return the weights after one local epoch with the plan, rate and resolution of `epoch`.
-
-        It begins with `weights`.
-        """
+        """Return what one local epoch from `weights`, as `epoch` has it, makes of them."""
         # A worker may begin another local epoch before the last push of the run arrives.
         epoch = min(epoch, self._course.epochs - 1)
         began = time.perf_counter()
@@ -178,10 +172,7 @@ class LocalTraining:
         return new_weights
 
     def state_dict(self) -> dict[str, Any]:
-        """Return optimizer, loss scale (fp16) and count of local epochs, but no weights.
-
-        The server has those.
-        """
+        """Return optimizer, loss scale (fp16) and count of local epochs; the server has weights."""
         return {
             "next": self._next,
             "optimizer": checkpoint.plain(self._optimizer.state_dict()),
@@ -249,9 +240,11 @@ class LocalTraining:
 
 def checkable(state: Any) -> Any:
     """Return a nested state with tensors in place of arrays, as checkpoints need it."""
-    if isinstance(state, np.ndarray):
-        return torch.from_numpy(state.copy())
-    return _mapped(checkable, state)
+
+    def checked(leaf: Any) -> Any:
+        return torch.from_numpy(leaf.copy()) if isinstance(leaf, np.ndarray) else leaf
+
+    return mapped(checked, state)
 
 
 def with_arrays(state: Any) -> Any:
@@ -260,12 +253,5 @@ def with_arrays(state: Any) -> Any:
         return state
     if isinstance(state, Tensor):
         return state.numpy()
-    return _mapped(with_arrays, state)
-
-
-def _mapped(function: Callable[[Any], Any], state: Any) -> Any:
-    if isinstance(state, Mapping):
-        return {key: function(value) for key, value in state.items()}
-    if isinstance(state, Sequence) and not isinstance(state, str):
-        return type(state)(function(value) for value in state)  # type: ignore[call-arg]
-    return state
+    values = entries(state)
+    return state if values is None else rebuilt(state, [with_arrays(value) for value in values])

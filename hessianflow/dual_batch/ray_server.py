@@ -9,14 +9,14 @@ since then are made again.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from hessianflow.distributed.ray_session import answer, connect, endings, told_in_one_line
 from hessianflow.dual_batch.actors import ServerActor, WorkerActor
 from hessianflow.dual_batch.server import ParameterServer, Receipt, Weights
-from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch
+from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch, release
 from hessianflow.interfaces import HessianFlowError
 
 START_SECONDS = 120.0
@@ -65,24 +65,23 @@ def train_on_ray(
 ) -> ServerSession:
     """Run workers against a server, each in its own process, until it has received the commits.
 
+    For `commits`, `on_commit` and `should_stop` see
+    :func:`~hessianflow.dual_batch.simulated_server.simulate`.
+
     Args:
         make_server: Function that builds the server with all its workers, in the server's process.
         make_worker: Function that builds a worker's local training by its number, in the worker's
             process.
-        commits: Number of all pushes; the papers use epochs times workers.
         snapshot_commits: Number of commits between two snapshots. This default is our choice.
         timeout_seconds: Time after which a local epoch counts as hung.
         max_restarts: Restarts of workers and of the server, together, after which the run gives up.
             This default is our choice.
         resources: Resources of each worker.
         address: Address of a Ray cluster; None for a local one.
-        on_snapshot: Function called with each snapshot, to write it to disk.
+        on_snapshot: Function called with each snapshot of the server, to write it to disk.
         resume_from: Snapshot to start from.
-        on_commit: Function called after each push.
         on_event: Function called with every event as it happens, and the number of commits that
             still count (fewer if the server died).
-        should_stop: Function called after each push, which returns whether to take a last snapshot
-            and stop.
 
     Raises:
         HessianFlowError: Ray is not installed or failed, there were too many restarts, or the
@@ -155,7 +154,6 @@ class _Supervisor:
         self._snapshot = None if snapshot is None else ray.put(snapshot)
         self._began = time.monotonic()
         self._workers: dict[int, Any] = {}
-        self._last: dict[int, int] = {}
         self._running: dict[Any, _Training] = {}
         self.server: Any = None
         self.events: list[str] = []
@@ -180,10 +178,9 @@ class _Supervisor:
         except self._endings:
             self._replace(training.worker, "died")
             return None
+        pushed = self.server.push.remote(training.worker, training.weights)
         try:
-            receipt: Receipt = self._answer(
-                self.server.push.remote(training.worker, training.weights)
-            )
+            receipt: Receipt = self._answer(pushed)
         except self._endings:
             self._restore_server()
             return None
@@ -220,28 +217,17 @@ class _Supervisor:
         self, training: _Training, receipt: Receipt, figures: Mapping[str, float]
     ) -> Commit:
         now = self._now()
-        worker = training.worker
         self.commits += 1
-        self._last[worker] = len(self.timeline)
+        times = (training.started, now, math.nan)
         self.timeline.append(
-            Commit(
-                worker,
-                training.started,
-                now,
-                math.nan,
-                receipt.staleness,
-                training.epoch,
-                figures,
-            )
+            Commit(training.worker, *times, receipt.staleness, training.epoch, figures)
         )
         self._release(receipt.released, now)
-        return self.timeline[self._last[worker]]
+        return self.timeline[-1]
 
     def _release(self, workers: Iterable[int], now: float) -> None:
         for worker in workers:
-            if worker in self._last:
-                index = self._last[worker]
-                self.timeline[index] = replace(self.timeline[index], released=now)
+            release(self.timeline, worker, now)
             self._train(worker)
 
     def _now(self) -> float:
@@ -281,7 +267,6 @@ class _Supervisor:
         self._start_server()
         self._count_restart(f"server died after {died_at} commits; back to {self.commits}")
         del self.timeline[self.commits - self._resumed_at :]
-        self._last = {commit.worker: index for index, commit in enumerate(self.timeline)}
 
     def _start_server(self) -> None:
         """Start the server, from the last snapshot if there is one, and the local epochs."""

@@ -63,6 +63,14 @@ class Commit:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
+def release(timeline: list[Commit], worker: int, now: float) -> None:
+    """Note that a worker continues at `now`, if its last push is on the timeline."""
+    for index in range(len(timeline) - 1, -1, -1):
+        if timeline[index].worker == worker:
+            timeline[index] = replace(timeline[index], released=now)
+            return
+
+
 def simulate(
     server: ParameterServer,
     workers: Mapping[int, LocalEpoch],
@@ -131,7 +139,6 @@ class _Simulation:
         self._seconds = seconds
         self._events: list[tuple[float, int]] = []
         self._running: dict[int, tuple[float, int, Weights]] = {}
-        self._last: dict[int, int] = {}
         self.timeline: list[Commit] = []
 
     def start(self, worker: int, now: float) -> None:
@@ -151,17 +158,14 @@ class _Simulation:
         started, epoch, weights = self._running.pop(worker)
         local_epoch = self._workers[worker]
         receipt = self._server.push(worker, local_epoch(weights, epoch))
-        self._last[worker] = len(self.timeline)
         figures = figures_of(local_epoch)
         self.timeline.append(
             Commit(worker, started, now, math.nan, receipt.staleness, epoch, figures)
         )
         for released in receipt.released:
-            if released in self._last:  # otherwise it pushed before an interruption
-                index = self._last[released]
-                self.timeline[index] = replace(self.timeline[index], released=now)
+            release(self.timeline, released, now)
             self.start(released, now)
-        return self.timeline[self._last[worker]]
+        return self.timeline[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the simulation between two pushes."""
@@ -176,9 +180,7 @@ class _Simulation:
         """Continue from the result of :meth:`state_dict`."""
         self._server.load_state_dict(state["server"])
         self._events = [(time, worker) for time, worker in state["events"]]
-        self._running = {
-            number: (began, epoch, w) for number, (began, epoch, w) in state["running"].items()
-        }
+        self._running = {number: tuple(saved) for number, saved in state["running"].items()}
         stateful = self._stateful()
         for number, saved in state["workers"].items():
             stateful[number].load_state_dict(saved)

@@ -28,24 +28,20 @@ TIMED_STEPS = 7
 
 
 def time_worker(config: RunConfig, number: int) -> dict[int, list[tuple[int, float]]]:
-    """Return pairs of batch size and median seconds of a step, by resolution.
-
-    They are measured on a model of its own, in this process.
-    """
+    """Return (batch size, median seconds of a step) by resolution, of a model of its own here."""
     prepared = on_this_machine(config)
     parts = build_parts(prepared)
     stages = all_stages(prepared, parts)
     worker = worker_of(prepared, parts, StagePlan(stages, {}, {}), number)
     points: dict[int, list[tuple[int, float]]] = {}
     for stage in stages:
-        if stage.level.resolution in points:
+        own = points.setdefault(stage.level.resolution, [])
+        if own:
             continue
-        points[stage.level.resolution] = []
         sizes = {max(1, round(share * stage.level.batch_size)) for share in TIMED_SHARES}
         for size in sorted(sizes):
             seconds = worker.measure(stage.start, size, WARM_STEPS + TIMED_STEPS)
-            median = statistics.median(seconds[WARM_STEPS:])
-            points[stage.level.resolution].append((size, median))
+            own.append((size, statistics.median(seconds[WARM_STEPS:])))
     return points
 
 
@@ -63,9 +59,8 @@ def times_of(config: RunConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]
     if config.run_dir is not None:
         recorded = read_config(Path(config.run_dir)).get("dual_batch")
         if recorded:
-            return _recorded_times(
-                recorded.get("times", {}), resolutions, f"{config.run_dir}/config.json"
-            )
+            source = f"{config.run_dir}/config.json"
+            return _recorded_times(recorded.get("times", {}), resolutions, source)
     return _measured_times(config, resolutions)
 
 

@@ -157,11 +157,7 @@ class DualBatchTrainer:
         return Progress(epoch, counters.examples, counters.updates, task.examples, task.epochs)
 
     def _restore(self, folder: Path) -> tuple[Snapshot | None, str | None]:
-        """Restore the newest usable checkpoint.
-
-        Returns:
-            The server's snapshot in it, and a warning if it is not the last checkpoint.
-        """
+        """Restore the newest usable checkpoint; return its snapshot, and a warning if it is old."""
         self._record.hold(folder)
         kept = folder / CHECKPOINTS
         source = f"the checkpoint in {folder}"
@@ -225,10 +221,10 @@ class DualBatchTrainer:
         self._record.write(
             {
                 **self._header("commit"),
-                **{
-                    name: getattr(commit, name)
-                    for name in ("worker", "started", "finished", "staleness")
-                },
+                "worker": commit.worker,
+                "started": commit.started,
+                "finished": commit.finished,
+                "staleness": commit.staleness,
                 "rate_epoch": commit.epoch,
                 "resolution": stage.level.resolution,
                 **{name: figures[name] for name in ("batch_size", "steps", "loss", "seconds")},
