@@ -49,12 +49,7 @@ class JobReport:
 
 
 class ElasticJob(Protocol):
-    """Training that can change its world at the boundary between two updates.
-
-    The result of `state` must belong to the last complete update, also after an error interrupted
-    `run_until` in the middle of one: examples of an incomplete update are trained again, and
-    counted once.
-    """
+    """Training that can change its world at the boundary between two updates."""
 
     def join(self, reducer: GroupReducer) -> None:
         """Continue as this rank of this world: take its shard of the data, sum over its group."""
@@ -77,7 +72,11 @@ class ElasticJob(Protocol):
         ...
 
     def state(self) -> Any:
-        """Return everything another process needs to continue: nested plain values and tensors."""
+        """Return all that another process needs to continue: nested plain values and tensors.
+
+        It belongs to the last complete update, also after an error interrupted `run_until` in the
+        middle of one: examples of an incomplete update are trained again, and counted once.
+        """
         ...
 
     def load_state(self, state: Any) -> None:

@@ -1,6 +1,7 @@
 """The basis of a plan: the time of steps, the bytes summed between workers, the run's batches."""
 
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from hessianflow.bounds import MOST, check_range, shortened
-from hessianflow.build import Parts, build_parts
+from hessianflow.build import Parts, build_parts, resolved_precision
 from hessianflow.choices import build_controller, build_optimizer
 from hessianflow.config import RunConfig
 from hessianflow.control import TimeModel, fit_time_model
@@ -96,9 +97,8 @@ def read_measured(path: str) -> Measured:
     except HessianFlowError as error:
         raise HessianFlowError(f"--measured {error}") from None
     source = f"{content.get('source', 'measured')} ({path})"
-    return Measured(
-        line, sizes, seconds, content.get("update_seconds"), content.get("gradient_bytes"), source
-    )
+    others = (content.get("update_seconds"), content.get("gradient_bytes"))
+    return Measured(line, sizes, seconds, *others, source)
 
 
 def measure(run: PlanBasis, microbatch_size: int) -> Measured:
@@ -112,9 +112,7 @@ def measure(run: PlanBasis, microbatch_size: int) -> Measured:
     batches = {size: parts.train.sample(size, config.seed) for size in sizes}
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     optimizer = build_optimizer(config, parts.model)
-    precision = config.precision
-    assert precision is not None, "a prepared configuration has a precision"
-    assert precision != "auto", "preparing resolves the precision"
+    precision = resolved_precision(config)
     accumulate = GradientAccumulator(
         parts.model, nn.CrossEntropyLoss(), trained, precision=precision
     )
@@ -256,12 +254,8 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    names = [
-        line.partition(":")[2].strip()
-        for line in text.splitlines()
-        if line.startswith("model name")
-    ]
-    return next(iter(names), platform.machine())
+    name = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
+    return platform.machine() if name is None else name[1]
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
