@@ -56,8 +56,7 @@ def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) 
         max_bytes: Largest number of bytes of all members together.
 
     Raises:
-        HessianFlowError: a damaged archive, an unsafe member, more than `max_bytes` in all, or a
-            target in use.
+        HessianFlowError: A damaged or unsafe archive, more than `max_bytes`, a target in use.
     """
     if target.exists() and any(target.iterdir()):
         raise HessianFlowError(f"{target}: not empty; unpack {archive} into a new folder")
@@ -83,8 +82,7 @@ def read_members(
         max_total: Largest size of the whole archive, unpacked.
 
     Raises:
-        HessianFlowError: a damaged archive, a member that is no plain file, or more bytes than
-            allowed.
+        HessianFlowError: A damaged archive, a member that is no plain file, or too many bytes.
     """
     contents: dict[str, bytes] = {}
     with _damage_named(archive), _opened(archive, max_total) as members:
@@ -105,11 +103,10 @@ def read_members(
 
 @contextmanager
 def open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip archive, and refuse one whose table of contents is unreasonably large.
+    """Open a zip archive.
 
     Raises:
-        zipfile.BadZipFile: The file is no zip archive, or has too large a table or too many
-            members.
+        zipfile.BadZipFile: It is none, or has too large a table of contents or too many members.
     """
     with open_plain(archive) as file, zipfile.ZipFile(_Guarded(file)) as opened:
         if len(opened.infolist()) > MAX_MEMBERS:

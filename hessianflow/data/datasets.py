@@ -44,8 +44,7 @@ class ImageSet:
         images: Pixels, uint8 [N, C, H, W].
         targets: Class indices, int64 [N], in [0, num_classes).
         classes: Name of every class, by target.
-        mean: Mean of every channel over the training split, after division by `value_scale`.
-        std: Standard deviation of the same values.
+        mean, std: Statistics of every channel of the training split, in units of `value_scale`.
         value_scale: Pixel value that counts as 1.
         augment: Usual augmentation for training.
     """
@@ -122,12 +121,10 @@ def load(
         root: Folder of the files, the folder above it, or one that holds the official archive.
             None: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits" and "fake" need none.
         split: "train" or "test"; "svhn" also has "extra".
-        image_size: Side of the images cut from the files of a class-folder tree; the other sets
-            have a size of their own.
+        image_size: Side of the images cut from the files of a class-folder tree.
 
     Raises:
-        HessianFlowError: The name or split is unknown, or files are missing or damaged (the
-            message names the file).
+        HessianFlowError: The name or split is unknown, or a file (it is named) missing or damaged.
     """
     known = data_set(name)
     if split not in known.splits:
@@ -148,8 +145,7 @@ def names() -> list[str]:
 def _digits(_: Path, split: Split) -> ImageSet:
     """Return the 1797 handwritten digits bundled with scikit-learn, 1x8x8, values 0 to 16.
 
-    The split is our choice: the test set is a fifth of every class, drawn with a fixed seed. It
-    leaves 1438 images for training and 359 for testing.
+    The split is our choice: a fifth of every class, drawn with a fixed seed, is for testing (359).
     """
     from sklearn.datasets import load_digits
 
@@ -297,12 +293,8 @@ DATA_SETS: Mapping[str, DataSet] = {
 def data_set(name: str, where: str = "") -> DataSet:
     """Return a data set by name.
 
-    Args:
-        name: Name of the data set.
-        where: Beginning of the error, such as the option that names the data set.
-
     Raises:
-        HessianFlowError: an unknown name; the error has the nearest one.
+        HessianFlowError: An unknown name; the error begins with `where`, and has the nearest one.
     """
     if name not in DATA_SETS:
         near = get_close_matches(name.lower(), DATA_SETS, n=1)

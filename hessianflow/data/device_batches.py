@@ -31,8 +31,8 @@ class DeviceBatches(ExampleStream):
         targets: N targets, usually int64 class indices [N].
         device: Device that holds the set and the batches.
         augment: Random crop, flip and cutout; None for none of them.
-        mean: Mean of every channel (dimension 1), after division by `value_scale`; None for 0.
-        std: Standard deviation of the same values; None for 1.
+        mean, std: Statistics of every channel (dimension 1), after division by `value_scale`; None
+            for 0 and 1.
         value_scale: Pixel value that counts as 1; None for 255 (uint8) or 1 (floating point).
         num_classes: Number of classes; None for one more than the largest target.
         dtype: Type of the inputs.

@@ -186,8 +186,7 @@ def _download(source: Source, path: Path, progress: Progress | None) -> None:
 
 
 def _open_part(part: Path) -> BinaryIO:
-    """Open a download in progress, or begin one, and refuse a link or the like: writing would lead
-    elsewhere."""
+    """Open a download in progress, or begin one; refuse a link or the like that leads elsewhere."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         file = os.fdopen(os.open(part, flags | getattr(os, "O_BINARY", 0), 0o666), "r+b")

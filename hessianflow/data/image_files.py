@@ -14,11 +14,9 @@ SAMPLE = 64
 
 
 def training_images(root: str | Path, most: int) -> list[Path]:
-    """Return at most `most` image files below the class folders of `root`/train, in no order.
+    """Return image files below the class folders of `root`/train, in no order; none without it.
 
-    Args:
-        root: Folder of the data set; the list is empty if it does not exist.
-        most: Number of files after which the search ends, since a tree may hold millions.
+    The search ends at `most` files, since a tree may hold millions.
 
     Raises:
         HessianFlowError: A home folder is not known.

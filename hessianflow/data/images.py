@@ -75,8 +75,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         size: Side of the square images handed out.
         train: Crop (uniform in area and log aspect ratio) and mirror at random, from torch's global
             generator; otherwise take the central square.
-        mean: Means of the channels, after division by 255.
-        std: Standard deviations of the same values.
+        mean, std: Statistics of the channels, after division by 255.
         augment: Whether training batches are cropped and mirrored at random.
     """
 
@@ -186,8 +185,8 @@ def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageF
     may lack some of them.
 
     Raises:
-        HessianFlowError: The folder does not exist or has no class folders, a class has no image or
-            is not among those of training, or something with the name of an image is no file.
+        HessianFlowError: There is no folder, class folder or image in one, a class is not among
+            those of training, or something with the name of an image is no file.
     """
     candidates = [root / split]
     if split == "test":
@@ -247,11 +246,8 @@ def pillow() -> Any:
 def decode_all(paths: Sequence[str], read: Callable[[str], bytes], side: int) -> Tensor:
     """Decode images of `side` x `side` pixels, also grey ones, to uint8 [N, 3, side, side].
 
-    Args:
-        paths: Paths of the images.
-        read: Function that returns an encoded image by its path. It is called in threads, so that
-            few encoded images are in memory at a time.
-        side: Height and width of all images in pixels.
+    `read` returns an encoded image by its path. It is called in threads, so that few encoded images
+    are in memory at a time.
 
     Raises:
         HessianFlowError: An image cannot be decoded or has another size; the message names it.

@@ -27,8 +27,7 @@ class Inflated:
         """Return the next `size` bytes, fewer only at the end, where the checksum is compared.
 
         Raises:
-            EOFError: The stream is cut short.
-            zlib.error: The stream is damaged.
+            EOFError, zlib.error: The stream is cut short, or damaged.
         """
         blocks = []
         while size > 0 and (block := self._some(size)):

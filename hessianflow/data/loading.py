@@ -92,11 +92,7 @@ def _end_when_told(parent: int) -> None:
 
 
 def stacked(items: list[Any]) -> Any:
-    """Return the batch that torch's default collate makes of the items.
-
-    Raises:
-        HessianFlowError: The items cannot be stacked.
-    """
+    """Return what torch's default collate makes of the items, and refuse what it cannot stack."""
     try:
         return default_collate(items)
     except (TypeError, RuntimeError, ValueError, KeyError) as error:
@@ -184,22 +180,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def rows_of(stack: Any, rows: slice) -> Any:
-    """Return the examples `rows` of a batch of the default collate, which has one row for each.
-
-    Raises:
-        HessianFlowError: An entry has a type that torch does not stack by itself.
-    """
+    """Return the examples `rows` of a batch that torch's default collate has stacked."""
     if isinstance(stack, Tensor) or _is_text(stack):
         return stack[rows]
     return rebuilt(stack, [rows_of(entry, rows) for entry in _opened(stack)])
 
 
 def joined(stacks: list[Any]) -> Any:
-    """Return one batch joined from several that the default collate made.
-
-    Raises:
-        HessianFlowError: An entry has a type that torch does not stack by itself.
-    """
+    """Return one batch joined from several that torch's default collate has stacked."""
     first = stacks[0]
     if len(stacks) == 1:
         return first

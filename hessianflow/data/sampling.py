@@ -83,8 +83,7 @@ class AdaptiveBatches(ExampleStream):
 
     Raises:
         HessianFlowError: The data set has no length or no items by index, or a number is out of
-            range. Iterating raises it for items that cannot be stacked, or if the length of the
-            data set has changed.
+            range; while iterating, items cannot be stacked, or the length has changed.
     """
 
     def __init__(
@@ -165,10 +164,9 @@ class AdaptiveBatches(ExampleStream):
         self._forget_chunks()
 
     def examples(self, indices: Tensor) -> Batch:
-        """Return the examples at `indices` (int64 [n]), loaded by this process.
+        """Return the examples at `indices` (int64 [n]), loaded by this process; the stream stays.
 
-        The stream does not move. Transforms of the data set apply as in epoch 0; measure on a data
-        set without random ones.
+        Transforms of the data set apply as in epoch 0; measure on a data set without random ones.
         """
         items = self._examples.__getitems__([(0, int(index)) for index in indices])
         return self._finished(self._collated(items, 0, self._num_examples))

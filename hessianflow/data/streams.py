@@ -27,10 +27,7 @@ _STATE_KEYS = ("seed", "epoch", "cursor", "batch_size", "num_examples")
 
 
 def stream_seed(seed: int, stream: Stream, *key: int) -> int:
-    """Return a 63-bit seed for one named stream and key, such as an epoch or an example.
-
-    Seeds of different streams or keys are independent.
-    """
+    """Return a 63-bit seed, independent for each stream and key (such as an epoch)."""
     sequence = np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(stream), *key))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -136,8 +133,7 @@ class ExampleStream:
         """Continue at the position of `state`, at its batch size.
 
         Raises:
-            HessianFlowError: The state is of other data or of another seed, incomplete or out of
-                range.
+            HessianFlowError: The state is of other data or seed, incomplete or out of range.
         """
         missing = [key for key in _STATE_KEYS if key not in state]
         if missing:
@@ -166,8 +162,7 @@ class ExampleStream:
     def _handed_out(self, make: Callable[[int, int], T]) -> Iterator[T]:
         """Yield make(start, stop) of this rank's shard of each batch left in the epoch.
 
-        The cursor moves before a batch is yielded, so a state taken while the batch is in use lies
-        after it.
+        The cursor moves before a batch is yielded: a state taken while it is in use lies after it.
         """
         self._warn_of_equal_ranks()
         if self._starts_over:

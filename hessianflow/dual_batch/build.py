@@ -83,8 +83,7 @@ def plan_schedule(
     """Return a plan for each resolution.
 
     Raises:
-        HessianFlowError: There is no such plan, or a batch is larger than the examples of a worker
-            in an epoch.
+        HessianFlowError: There is none, or a batch exceeds the examples of a worker in an epoch.
     """
     options = options_of(config)
     plans = {}

@@ -41,10 +41,7 @@ from hessianflow.training.accumulate import GradientAccumulator
 
 
 class FlatWeights:
-    """All floating-point weights and buffers of a model as one array on the host.
-
-    They are in the order of the model's state.
-    """
+    """All floating-point weights and buffers of a model, in its state's order, as one array."""
 
     def __init__(self, model: nn.Module) -> None:
         state = model.state_dict(keep_vars=True).values()
@@ -80,10 +77,9 @@ class Course:
     """The course of a run for one worker.
 
     Attributes:
-        plan_at: Function that returns the worker's plan (examples, batch size) of an epoch.
-        rate_at: Function that returns the learning rate of an epoch.
-        worker: Number of this worker.
-        workers: Number of all workers.
+        plan_at, rate_at: Functions that return the worker's plan (examples, batch size) and the
+            learning rate of an epoch.
+        worker, workers: Number of this worker, and how many there are.
         epochs: Epochs of the run.
     """
 
@@ -109,8 +105,7 @@ class LocalTraining:
         transform: Transform that resizes the batches; None for full resolution throughout.
         course: Plans and learning rates of this worker.
         microbatch_size: Examples per forward pass; None for the whole batch.
-        norm_batch_size: Examples that batch normalisation sees at once; None for those of the
-            forward pass.
+        norm_batch_size: Examples normalised at once; None for those of the forward pass.
 
     Attributes:
         figures: Figures of the last local epoch: loss (mean), weight (its divisor), correct,

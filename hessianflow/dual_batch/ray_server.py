@@ -285,10 +285,7 @@ class _Supervisor:
             self._train(worker)
 
     def _start_workers(self, workers: Iterable[int]) -> None:
-        """Start and build all workers before the clock starts.
-
-        A failure is noticed at the worker's first local epoch.
-        """
+        """Start and build all workers, then the clock; a failure is noticed in the first epoch."""
         self._workers = {worker: self._new_worker(worker) for worker in workers}
         ready = [actor.ready.remote() for actor in self._workers.values()]
         self._ray.wait(ready, num_returns=len(ready), timeout=START_SECONDS)

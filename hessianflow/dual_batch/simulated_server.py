@@ -41,14 +41,13 @@ def figures_of(local_epoch: LocalEpoch) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Commit:
-    """A push on the timeline.
+    """A push on the timeline. Times are in seconds.
 
     Attributes:
         worker: Number of the worker.
-        started: Time of its pull, in seconds.
-        finished: Time of its push, in seconds.
-        released: Time at which it could continue, in seconds; later than `finished` if it had to
-            wait, nan while it waits.
+        started, finished: Times of its pull and of its push.
+        released: Time at which it could continue; later than `finished` if it had to wait, nan
+            while it waits.
         staleness: Commits of other workers in between.
         epoch: Epoch of its learning rate.
         figures: Figures of the worker's local epoch.
@@ -92,10 +91,10 @@ def simulate(
             epoch, including push and pull.
         commits: Number of all pushes to the server; the papers use epochs times workers.
         on_commit: Function called after each push; its time does not count.
-        snapshot_commits: Number of commits between two calls of `on_snapshot`. None: it is called
-            only when stopped.
+        snapshot_commits: Commits between two calls of `on_snapshot`; None for one when stopped.
         on_snapshot: Function called with the whole state: numbers, lists, dicts and arrays.
-        should_stop: Function called after each push, which returns whether to stop.
+        should_stop: Function called after each push, which returns whether to take a last snapshot
+            and stop.
         resume_from: Snapshot to continue from.
 
     Returns:

@@ -49,8 +49,8 @@ def times_of(config: RunConfig, stages: Sequence[Stage]) -> dict[int, TimeModel]
     """Return the time model at each resolution, which is given, recorded or measured.
 
     Raises:
-        HessianFlowError: Times that are given do not fit the resolutions, recorded times are
-            damaged, or measured times make no line.
+        HessianFlowError: Given times do not fit the resolutions, recorded ones are damaged, or
+            measured ones make no line.
     """
     resolutions = sorted({stage.level.resolution for stage in stages})
     options = options_of(config)

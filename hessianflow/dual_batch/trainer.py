@@ -37,12 +37,11 @@ class DualBatchTask:
 
     Attributes:
         model: Model into which the server's weights are copied to evaluate and save them.
-        eval_data: Data of the evaluation after every epoch.
-        loss_fn: Loss function of the evaluation.
+        eval_data, loss_fn: Data and loss of the evaluation after every epoch.
         recalibrate: Function that measures the model's statistics of normalisation at full
             resolution.
-        stage_at: Function that returns the stage and the plan of an epoch.
-        rate_at: Function that returns the learning rate of an epoch.
+        stage_at, rate_at: Functions that return the stage and the plan, and the learning rate, of
+            an epoch.
         workers: Number of workers.
         epochs: Passes over the training data, each with as many pushes as there are workers.
         examples: Number of training examples.
@@ -115,8 +114,7 @@ class DualBatchTrainer:
         """Train for all epochs and return the records.
 
         Raises:
-            HessianFlowError: The run directory is in use or cannot be written, or the loss is no
-                longer finite.
+            HessianFlowError: The run directory cannot be used, or the loss is no longer finite.
         """
         self._record.start(self._config)
         try:

@@ -44,8 +44,7 @@ class StagePlan:
 
     Attributes:
         stages: Stages in order; a single one if the resolution never changes.
-        times: Time model of a step by resolution.
-        plans: Plan by resolution.
+        times, plans: Time model of a step, and plan, by resolution.
     """
 
     stages: tuple[Stage, ...]
@@ -78,10 +77,7 @@ def all_stages(config: RunConfig, parts: Parts) -> tuple[Stage, ...]:
 
 
 def rate_at(config: RunConfig, epoch: int) -> float:
-    """Return the learning rate of an epoch.
-
-    The warm-up goes in whole epochs, lr * (epoch + 1) / warmup_epochs, as published.
-    """
+    """Return the rate of an epoch; warm-up is lr * (epoch + 1) / warmup_epochs, as published."""
     warmup = 1.0
     if config.warmup_epochs > 0:
         warmup = min((epoch + 1) / config.warmup_epochs, 1.0)
@@ -98,11 +94,7 @@ def make_worker(config: RunConfig, schedule: StagePlan, number: int) -> LocalTra
 
 
 def worker_of(config: RunConfig, parts: Parts, schedule: StagePlan, number: int) -> LocalTraining:
-    """Return a worker that trains `parts`, perhaps in turn with others.
-
-    Raises:
-        HessianFlowError: Batch normalisation is to see the batches of all ranks.
-    """
+    """Return a worker that trains `parts`, perhaps in turn with others."""
 
     def plan_at(epoch: int) -> WorkerPlan:
         return schedule.at(epoch)[1].workers[number]

@@ -21,8 +21,7 @@ choice."""
 class Cluster(WorkerPool):
     """A pool of workers whose members form the current generation of a group.
 
-    Attributes:
-        last_error: Message of the last failure.
+    `last_error` is the message of the last failure.
     """
 
     def __init__(
@@ -62,11 +61,10 @@ class Cluster(WorkerPool):
     def run_until(
         self, updates: int, start: int, seconds: float
     ) -> tuple[JobReport, list[float], Sequence[Row]] | None:
-        """Train all members until `updates` updates; return None if that takes over `seconds`.
+        """Train all members until `updates` updates, within `seconds`; return None if one failed.
 
         Returns:
-            The report, each rank's seconds spent computing, and the records from number `start` on;
-            None if a member failed.
+            The report, each rank's seconds spent computing, and the records from number `start` on.
         """
         answers = self._ask("run_until", [(updates, start)] * len(self.members), seconds=seconds)
         if answers is None:
@@ -113,11 +111,7 @@ class Cluster(WorkerPool):
         return bool(self.members) and age > self._settings.snapshot_seconds
 
     def snapshot(self) -> Any:
-        """Return the state of the last snapshot.
-
-        Raises:
-            HessianFlowError: The snapshot is lost.
-        """
+        """Return the state of the last snapshot, and refuse to go on if it is lost."""
         try:
             return unpack(*self._ray.get(self._snapshot))
         except self._ray.exceptions.ObjectLostError as error:
@@ -149,8 +143,7 @@ class Cluster(WorkerPool):
     ) -> list[Any] | None:
         """Call a method of all members at once, and return their answers in the order of ranks.
 
-        The result is None if a member died, hung or failed recoverably. Any other error of a member
-        is its job's own and is raised.
+        It is None if a member died, hung or failed recoverably; any other error is raised.
         """
         if arguments is None:
             arguments = [()] * len(self.members)

@@ -30,8 +30,7 @@ class JobReport:
     """The progress of a job, the same on every rank.
 
     Attributes:
-        updates: Number of all optimizer steps.
-        examples: Number of all examples trained, over all ranks.
+        updates, examples: Numbers of all optimizer steps and of all examples, over all ranks.
         batch_size: Examples of the next update, over all ranks.
         microbatch_size: Largest microbatch that fits one worker.
         done: Whether nothing is left to train.

@@ -77,10 +77,7 @@ def workers_for(
 
 
 def slow_workers(busy_seconds: Sequence[float], *, factor: float = 2.0) -> list[int]:
-    """Return the ranks that computed more than `factor` times the median of the others.
-
-    The default factor is our choice.
-    """
+    """Return the ranks that computed over `factor` (our choice) times the median of the others."""
     slow = []
     for rank, seconds in enumerate(busy_seconds):
         others = [*busy_seconds[:rank], *busy_seconds[rank + 1 :]]

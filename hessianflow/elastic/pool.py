@@ -35,8 +35,7 @@ class WorkerPool:
         settings: Settings of the run.
 
     Attributes:
-        members: Actors of the members.
-        pending: Newcomers.
+        members, pending: Actors of the members, and newcomers.
     """
 
     def __init__(

@@ -43,12 +43,11 @@ class ElasticTrainer:
         config: Settings to write to config.json beside the trainer's own.
         sinks: Further receivers of every record.
         keep_checkpoints: Number of the newest checkpoints that are kept.
-        policy: Function that is called as policy(report, samples) and returns the number of
-            workers; None for :func:`hessianflow.elastic.workers_for`.
+        policy: Policy of :class:`hessianflow.elastic.ElasticRun`; None for
+            :func:`hessianflow.elastic.workers_for`.
 
     Raises:
-        HessianFlowError: The run directory is in use, or
-            :class:`hessianflow.elastic.ElasticRun` raised it.
+        HessianFlowError: The run directory is in use, or the `ElasticRun` raised it.
     """
 
     def __init__(
@@ -86,8 +85,7 @@ class ElasticTrainer:
         """Continue an interrupted run, elastic or not, of the same settings.
 
         Raises:
-            HessianFlowError: The directory has no usable checkpoint, or one of another model or
-                data set.
+            HessianFlowError: The directory has no usable checkpoint of this model and data set.
         """
         self._folder = in_home(run_dir)
         try:

@@ -29,8 +29,8 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
     no builtin, no other class, nothing of Python's own library.
 
     Raises:
-        HessianFlowError: The module or function cannot be imported, the function needs other
-            arguments or fails, or its result is no `torch.nn.Module`.
+        HessianFlowError: The import or the function fails, it needs other arguments, or its result
+            is no `torch.nn.Module`.
     """
     if name.startswith("timm/"):
         create = _attribute(name, "timm", "create_model")

@@ -84,8 +84,7 @@ def imagenet_resnet(
 ) -> nn.Sequential:
     """Build ResNet-18, -34 or -50: input [N, in_channels, H, W], output [N, num_classes].
 
-    ResNet-18 has 11,689,512 parameters (imagenet stem, 1000 classes), 11,173,962 (cifar stem, 10
-    classes).
+    ResNet-18 has 11,689,512 parameters (stem "imagenet", 1000 classes), 11,173,962 ("cifar", 10).
     """
     layers: list[nn.Module] = [_conv_norm(in_channels, 64, 3), nn.ReLU(inplace=True)]
     if stem == "imagenet":

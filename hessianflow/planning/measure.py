@@ -37,8 +37,8 @@ class Measured:
 
     Attributes:
         step_time: Time of forward and backward on a microbatch.
-        sizes: Examples of the microbatches measured; empty if the line itself was given.
-        seconds: Median seconds of these sizes.
+        sizes, seconds: Examples of the microbatches measured, and their median seconds; empty if
+            the line itself was given.
         update_seconds: Seconds of an optimizer step; None if unknown.
         gradient_bytes: Bytes of all gradients; None if unknown.
         source: Origin of the step time, in words.
@@ -83,8 +83,7 @@ def read_measured(path: str) -> Measured:
     """Return figures from a JSON file: a plan.json, or an object with the keys of its "measured".
 
     Raises:
-        HessianFlowError: The file does not exist or holds no step times, or values have another
-            type or are out of bounds.
+        HessianFlowError: The file or its step times are missing, or a type or bound is wrong.
     """
     try:
         content = read_measurement(Path(path))
@@ -165,10 +164,7 @@ def planned_phases(run: PlanBasis) -> tuple[list[Phase], str]:
 
 
 def recorded_phases(history: History, epochs: int) -> list[Phase]:
-    """Return the batches of a recorded run, cut at the ends of epochs.
-
-    An interrupted run continues with its last batch size.
-    """
+    """Return the batches of a recorded run by epoch; if it was cut short, the last size goes on."""
     if epochs > MOST_EPOCHS:
         raise HessianFlowError(f"a plan takes at most {MOST_EPOCHS} epochs, the run has {epochs}")
     examples = int(history.fact("examples_per_epoch"))
