@@ -83,9 +83,7 @@ def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = Fa
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.to(device, non_blocking=non_blocking)
-        if callable(getattr(leaf, "to", None)):
-            return leaf.to(device)
-        return leaf
+        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
     return mapped(moved, batch)
 
@@ -94,9 +92,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """Return the same structure with `function` applied to every tensor."""
 
     def applied(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return function(leaf)
-        return leaf
+        return function(leaf) if isinstance(leaf, Tensor) else leaf
 
     return mapped(applied, batch)
 
@@ -303,8 +299,7 @@ def _listed(counts: set[int]) -> str:
 
 
 _OF_TYPES = ("same dtype", "target dtype", "Found dtype", "scalar type", "Input type (")
-"""Phrases of torch's errors about two types, from products, classes, losses, embeddings and
-convolutions."""
+"""Phrases of torch's errors over two types: products, classes, losses, embeddings, convolutions."""
 
 
 @contextmanager

@@ -1,9 +1,8 @@
 """Read and unpack archives that are not trusted.
 
-Only plain files and folders are written, only below the target folder, and never more bytes than
+Only plain files and folders are written, below the target folder, and never more bytes than
 allowed. Links, devices, absolute names, names with ".." and impossible names are refused before
-anything is written. Tar archives may be packed with gzip; members of zip archives may be stored or
-deflated.
+anything is written. Tar archives may be packed with gzip; zip members may be stored or deflated.
 """
 
 import gzip
@@ -17,28 +16,24 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from hessianflow.data.files import open_plain
-from hessianflow.data.inflate import Source
+from hessianflow.data.files import Source, open_plain
 from hessianflow.data.sources import one_line
 from hessianflow.data.tar import Kind, Member, TarReader
 from hessianflow.interfaces import HessianFlowError
 
 MAX_UNPACKED_BYTES = 4 << 30
-"""Largest total that an archive may unpack to by default. This default is our choice: the largest
-data set needs 0.6 GB."""
+"""Largest total that an archive may unpack to: our choice, for the largest data set has 0.6 GB."""
 MAX_NAME_BYTES = 255  # what file systems take
 MAX_DEPTH = 64
 """Most folders inside each other. This default is our choice."""
 MAX_MEMBERS = 1 << 18
-"""Most members of a zip archive. This default is our choice: twice as many as the largest data set
-has."""
+"""Most members of a zip archive: our choice, twice as many as the largest data set has."""
 
 DAMAGE = (
     *(gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, struct.error, EOFError),
     *(RuntimeError, ValueError, LookupError, OverflowError, MemoryError),
 )
-"""Errors that these readers and the standard library raise on archives that are broken, encrypted
-or packed by an unknown method."""
+"""Errors over archives that are broken, encrypted or packed by an unknown method."""
 
 _PIECE = 1 << 20
 _OVERHEAD = 16 << 20  # headers and padding of a tar archive, beside the contents

@@ -2,8 +2,7 @@
 
 The binary version consists of records of one or two label bytes and 3072 pixel bytes (planes R, G,
 B of 32 x 32, row by row); sizes and labels are checked. The Python version is a pickle: it is read
-only if its MD5 is the official one, and then by :mod:`hessianflow.data.unpickle`, which makes
-nothing but numbers, strings and uint8 arrays.
+only if its MD5 is the official one, and then by :mod:`hessianflow.data.unpickle`.
 """
 
 from collections.abc import Mapping, Sequence

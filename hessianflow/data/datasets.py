@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from hessianflow.data.augment import Augmentation
 from hessianflow.data.cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
 from hessianflow.data.device_batches import DeviceBatches
 from hessianflow.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, read_folder
-from hessianflow.data.preset import LARGER_IMAGES, SMALL_IMAGES, Preset
 from hessianflow.data.sources import root_folder
 from hessianflow.data.svhn import read_svhn
 from hessianflow.data.tiny_imagenet import read_tiny_imagenet
@@ -213,6 +212,38 @@ CIFAR_AUGMENTATION = Augmentation(crop_padding=4, flip=True)
 
 FILE_SIDE = 224
 """Side that image files are cut to, unless resolutions say otherwise."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a run takes for a data set when nothing else is asked for.
+
+    Attributes:
+        settings: values by the names of the settings.
+        schedule: name of the learning-rate schedule.
+        milestones: epochs after which that schedule lowers the rate, in a run of the usual epochs.
+        methods: options of methods that are usual for the data set, by method.
+    """
+
+    settings: Mapping[str, Any]
+    schedule: str = "multistep"
+    milestones: tuple[int, ...] = (30, 60, 80)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+SMALL_IMAGES: Mapping[str, Any] = {
+    "model": "resnet20",
+    "batch_size": 128,
+    "max_batch_size": 16384,
+    "epochs": 90,
+    "lr": 0.1,
+    "probe_examples": 64,
+    "curvature_budget": 0.01,
+    "precision": "auto",
+    "channels_last": True,
+}
+"""The published ABSA settings for residual networks on CIFAR; our choice for other images."""
+LARGER_IMAGES: Mapping[str, Any] = {**SMALL_IMAGES, "model": "resnet18"}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 A download goes to NAME.part and is renamed once its MD5 is right; an interrupted one continues
 where it stopped. No file of another content is overwritten, and no link is written through.
-Archives are unpacked safely (:mod:`hessianflow.data.archives`). Nothing is downloaded unless the
-user asks for it.
+Nothing is downloaded unless the user asks for it.
 """
 
 import os

@@ -5,7 +5,7 @@ import io
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from hessianflow.interfaces import HessianFlowError
 
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 # Without O_NONBLOCK, opening a pipe would wait for a writer.
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+class Source(Protocol):
+    """A stream of bytes that are read in order."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return at most `size` bytes, and none only at the end."""
+        ...
 
 
 def open_plain(path: Path) -> BinaryIO:

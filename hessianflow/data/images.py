@@ -30,8 +30,7 @@ from hessianflow.interfaces import Batch, HessianFlowError
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm"})
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
-"""Pillow's names of the formats of :data:`SUFFIXES`; a file may have any of them, whatever its
-suffix."""
+"""Pillow's names of the formats of :data:`SUFFIXES`, any of which a file may have."""
 MAX_PIXELS = 1 << 26
 """Largest number of pixels of an image; larger ones are refused before they are decoded."""
 MAX_FILE_BYTES = 4 * MAX_PIXELS

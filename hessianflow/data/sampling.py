@@ -1,16 +1,14 @@
 """Batches of changing size from any map-style data set, loaded ahead by worker processes.
 
-A `DataLoader` loads small chunks of fixed size in the order of the epoch; the consumer cuts the
-stream of chunks into batches of the current size. A change of size therefore takes effect on the
-very next batch, and the workers never notice it. (With several ranks, a rank's shard of a future
-batch does depend on its size: there, the chunks loaded ahead are dropped once.) Chunks are stacked
-where they are loaded if torch's default collate makes the batches; any other `collate_fn` gets all
-items of a batch at once, in the process that trains.
+A `DataLoader` loads small chunks of fixed size in the order of the epoch
+(:mod:`hessianflow.data.loading`); the consumer cuts the stream of chunks into batches of the
+current size. A change of size therefore takes effect on the very next batch, and the workers never
+notice it. (With several ranks, a rank's shard of a future batch does depend on its size: there, the
+chunks loaded ahead are dropped once.)
 
-The random numbers of an example's own transforms (Python, NumPy and torch, in worker or main
-process, and generators that the data set holds) are seeded from (seed, epoch, index), and those of
-a `collate_fn` from (seed, epoch, position), so that neither workers nor interruptions change them;
-see :mod:`hessianflow.data.randomness`.
+The random numbers of an example's own transforms (:mod:`hessianflow.data.randomness`) are seeded
+from (seed, epoch, index), and those of a `collate_fn` from (seed, epoch, position), so that neither
+workers nor interruptions change them.
 """
 
 import os
@@ -25,28 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hessianflow.batches import map_tensors, take_rows, to_device
-from hessianflow.data.loading import (
-    ChunkPlan,
-    Failure,
-    Packed,
-    SeededExamples,
-    check_options,
-    end_workers,
-    joined,
-    kept_chunk,
-    rows_of,
-    stacked,
-    stacked_chunk,
-    start_worker,
-)
+from hessianflow.data import loading
 from hessianflow.data.randomness import Randomness
 from hessianflow.data.streams import ExampleStream, stream_seed
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.structure import is_list
 
 COMPARED_SIZES = (7, 5)
-"""Sizes of the two batches that show which entries have one row per example. This default is our
-choice: few other dimensions have these sizes."""
+"""Sizes of two batches that show which entries have a row per example: our choice, since rare."""
 
 
 class AdaptiveBatches(ExampleStream):
@@ -104,24 +88,24 @@ class AdaptiveBatches(ExampleStream):
         worker_init_fn: Callable[[int], None] | None = None,
         persistent_workers: bool = False,
     ) -> None:
-        check_options(dataset, num_workers, chunk_size, prefetch_examples)
+        loading.check_options(dataset, num_workers, chunk_size, prefetch_examples)
         length = len(dataset)  # type: ignore[arg-type]
         super().__init__(length, batch_size, seed=seed, shuffle=shuffle)
-        self._examples = SeededExamples(dataset, seed)
+        self._examples = loading.SeededExamples(dataset, seed)
         self._collate = None if collate_fn is default_collate else collate_fn
         self._randomness = Randomness(collate_fn)
         self._transform = transform
-        self._device = torch.device(device)
+        self.device = torch.device(device)
+        self.value_range = value_range
         self._pin_memory = pin_memory
-        self._value_range = value_range
-        self._plan = ChunkPlan(chunk_size)
+        self._plan = loading.ChunkPlan(chunk_size)
         self._options: dict[str, Any] = {
             "batch_sampler": self._plan,
             "num_workers": num_workers,
-            "collate_fn": stacked_chunk if self._collate is None else kept_chunk,
+            "collate_fn": loading.stacked_chunk if self._collate is None else loading.kept_chunk,
             "pin_memory": pin_memory and self._collate is None,
             "generator": torch.Generator(),  # else the loader draws from the global one
-            "worker_init_fn": partial(start_worker, worker_init_fn),
+            "worker_init_fn": partial(loading.start_worker, worker_init_fn),
         }
         if num_workers:
             chunks = -(-prefetch_examples // (chunk_size * num_workers))
@@ -132,16 +116,6 @@ class AdaptiveBatches(ExampleStream):
         self._ending: weakref.finalize[..., AdaptiveBatches] | None = None
         self._loaded: deque[Any] = deque()  # (size, stacked chunk) pairs, or items
         self._is_stackable = False  # until a chunk was checked
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the batches."""
-        return self._device
-
-    @property
-    def value_range(self) -> tuple[Tensor, Tensor] | None:
-        """Return the lowest and highest valid input that the constructor was given."""
-        return self._value_range
 
     def set_batch_size(self, batch_size: int) -> None:
         """Set the batch size from the very next batch on; the workers continue."""
@@ -231,7 +205,7 @@ class AdaptiveBatches(ExampleStream):
         self._chunks = iter(self._loader)
         # If the iterator were freed with a cycle of objects, it would find its queues closed and
         # wait some seconds for each worker.
-        self._ending = weakref.finalize(self, end_workers, self._chunks, os.getpid())
+        self._ending = weakref.finalize(self, loading.end_workers, self._chunks, os.getpid())
         self._ending.atexit = False
 
     def _next_chunk(self) -> tuple[int, Any]:
@@ -241,7 +215,7 @@ class AdaptiveBatches(ExampleStream):
             raise HessianFlowError(
                 "the loader ended before the epoch did: does the data set raise StopIteration?"
             )
-        if isinstance(chunk, Failure):
+        if isinstance(chunk, loading.Failure):
             raise HessianFlowError(chunk.message)
         return chunk  # type: ignore[no-any-return]
 
@@ -252,23 +226,23 @@ class AdaptiveBatches(ExampleStream):
             if not self._loaded:
                 size, chunk = self._next_chunk()
                 if not self._is_stackable:
-                    rows_of(chunk, slice(0, 0))  # refuse at the start what cannot be cut later
+                    loading.rows_of(chunk, slice(0, 0))  # refuse now what cannot be cut later
                     self._is_stackable = True
-                self._loaded.append(
-                    (size, to_device(chunk, self._device, non_blocking=self._pin_memory))
-                )
+                there = to_device(chunk, self.device, non_blocking=self._pin_memory)
+                self._loaded.append((size, there))
             size, chunk = self._loaded.popleft()
             if size > count:
-                self._loaded.appendleft((size - count, rows_of(chunk, slice(count, None))))
-                chunk = rows_of(chunk, slice(count))
+                rest = loading.rows_of(chunk, slice(count, None))
+                self._loaded.appendleft((size - count, rest))
+                chunk = loading.rows_of(chunk, slice(count))
             chunks.append(chunk)
             count -= size
-        return joined(chunks)
+        return loading.joined(chunks)
 
     def _next_item(self) -> Any:
         if not self._loaded:
             _, items = self._next_chunk()
-            if isinstance(items, Packed):
+            if isinstance(items, loading.Packed):
                 items = items.unpacked()
             self._loaded.extend(items)
         return self._loaded.popleft()
@@ -284,13 +258,13 @@ class AdaptiveBatches(ExampleStream):
         Items outside the order of an epoch have the position after the last.
         """
         if self._collate is None:
-            return to_device(stacked(items), self._device)
+            return to_device(loading.stacked(items), self.device)
         with self._randomness.kept():
             self._randomness.seed(self._seed, "collate", epoch, position)
             batch = self._collate(items)
         if self._pin_memory:
             batch = map_tensors(lambda t: t.pin_memory(), batch)
-        return to_device(batch, self._device, non_blocking=self._pin_memory)
+        return to_device(batch, self.device, non_blocking=self._pin_memory)
 
     def _finished(self, batch: Any) -> Batch:
         batch = _as_tuple(batch)

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from hessianflow.data.inflate import Source
+from hessianflow.data.files import Source
 
 _BLOCK = 512
 _PIECE = 1 << 20
 MAX_HEADER_BYTES = 1 << 16
-"""Largest size of a long name or a list of attributes. This default is our choice: eight times the
-size that a name and a link need."""
+"""Largest long name or list of attributes: our choice, eight times what a name and a link need."""
 MAX_HEADERS = 1 << 18
-"""Most headers of an archive. This default is our choice: twice as many as the largest data set
-has."""
+"""Most headers of an archive: our choice, twice as many as the largest data set has."""
 
 Kind = Literal["file", "folder", "other"]
 

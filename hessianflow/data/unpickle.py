@@ -1,9 +1,8 @@
 """Read the pickles of the CIFAR archives without running them.
 
 A pickle is a program: its instructions call whatever function they name, with whatever arguments.
-This reader executes only the few instructions that such a file needs, on objects of its own:
-numbers, strings, lists, dicts, and arrays of uint8 made from their shape and bytes. Everything else
-is refused.
+This reader executes only the few instructions that such a file needs, on objects of its own
+(numbers, strings, lists, dicts, and arrays of uint8), and refuses everything else.
 """
 
 import math
@@ -18,8 +17,7 @@ from hessianflow.data.sources import one_line
 from hessianflow.interfaces import HessianFlowError
 
 _DTYPE_STATE = (3, "|", None, None, None, -1, -1, 0)
-"""State that NumPy writes for a plain one-byte type: version, byte order, no fields, no alignment.
-"""
+"""What NumPy writes of a plain one-byte type: version, byte order, no fields, no alignment."""
 
 
 def load_arrays(content: bytes, origin: str) -> dict[str, Any]:
@@ -47,8 +45,7 @@ def load_arrays(content: bytes, origin: str) -> dict[str, Any]:
 
 
 _DAMAGE = (ValueError, TypeError, LookupError, OverflowError, MemoryError, RecursionError)
-"""Errors of pickletools, which decodes the instructions, and of instructions that find other
-objects than they need."""
+"""Errors of pickletools, which decodes, and of instructions on other objects than they need."""
 
 
 class _Function:

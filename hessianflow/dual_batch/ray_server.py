@@ -2,8 +2,7 @@
 
 Weights go as one flat array from worker to server and back through Ray's object store. A worker
 that dies or hangs is started again from the server's weights, without waiting for it; no push of
-another worker is lost. A server that dies is started again from its last snapshot, and the commits
-since then are made again.
+another worker is lost. A server that dies is started again from its last snapshot.
 """
 
 import math
@@ -20,8 +19,7 @@ from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch, release
 from hessianflow.interfaces import HessianFlowError
 
 START_SECONDS = 120.0
-"""Time for a new worker process to start, in addition to that of its first local epoch. This
-default is our choice."""
+"""Time for a new worker process to start, besides that of its first local epoch: our choice."""
 
 
 @dataclass(frozen=True)

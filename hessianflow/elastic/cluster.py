@@ -14,8 +14,7 @@ from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
 
 GRACE_SECONDS = 5.0
-"""Time to wait for members that have not answered once another has failed. This default is our
-choice."""
+"""Time to wait, by our choice, for members that have not answered once another has failed."""
 
 
 class Cluster(WorkerPool):

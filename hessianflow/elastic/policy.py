@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from hessianflow.interfaces import HessianFlowError
 
 MIN_SAMPLES = 3
-"""Samples needed to judge a number of workers at a batch size, since one stretch may hold an
-evaluation. This default is our choice."""
+"""Samples needed to judge a number of workers: ours, since one stretch may hold an evaluation."""
 
 
 @dataclass(frozen=True)

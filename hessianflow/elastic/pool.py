@@ -11,8 +11,7 @@ from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
 
 MAX_LOST_NEWCOMERS = 5
-"""Workers that may end or be refused while the first ones start, before the run gives up. This
-default is our choice."""
+"""Workers that may, by our choice, end or be refused while the first ones start."""
 
 
 @dataclass

@@ -32,12 +32,10 @@ EventKind = (
 )
 
 MAX_FAILURES = 5
-"""Failures in a row, without an update completed in between, after which a run gives up. This
-default is our choice."""
+"""Failures without an update completed in between after which a run gives up: our choice."""
 
 SLOW_STRETCHES = 3
-"""Stretches in a row in which a rank must be slow before that is recorded. This default is our
-choice."""
+"""Stretches in a row in which a rank must be slow to be recorded as such: our choice."""
 
 
 @dataclass(frozen=True)

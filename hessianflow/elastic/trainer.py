@@ -2,8 +2,7 @@
 
 Workers join and leave, so none of them owns the run directory. They send their records at every
 boundary, and their state at the end of every epoch and at regular intervals. When a run continues
-from a snapshot, the records that will be made again are dropped; those of changes of the world
-stay.
+from a snapshot, the records to be made again are dropped; those of changes of the world stay.
 """
 
 from collections import Counter
@@ -28,8 +27,7 @@ from hessianflow.training import AdaptiveBatchTrainer
 from hessianflow.training.saving import Checkpoints, Saver
 
 THROUGHPUT_SHARE = 0.01
-"""A row of throughput is written when this fraction of the run, and a second, has passed since the
-last. This default is our choice."""
+"""Fraction of the run, and a second, that pass between two rows of throughput: our choice."""
 
 
 class ElasticTrainer:

@@ -67,9 +67,14 @@ def create(
             name, num_classes=num_classes, input_size=input_size, in_channels=channels
         )
     builders = _builders(variant, input_size, shortcut)
-    if name not in builders:
-        raise HessianFlowError(_unknown(name, variant))
-    return builders[name](num_classes=num_classes, in_channels=channels)
+    if name in builders:
+        return builders[name](num_classes=num_classes, in_channels=channels)
+    known = names()
+    if name in known:
+        raise HessianFlowError(f"model {name!r} has no {variant!r} variant; use variant='cifar'")
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = "".join(f" (did you mean {other!r}?)" for other in near)
+    raise HessianFlowError(f"unknown model {name!r}{hint}; known: {', '.join(known)}")
 
 
 def _builders(
@@ -80,10 +85,8 @@ def _builders(
         f"resnet{depth}": partial(resnet.imagenet_resnet, depth, stem=variant, shortcut=shortcut)
         for depth in IMAGENET_RESNETS
     }
-    styles: Mapping[Style, Mapping[str, SqueezeNextShape]] = {
-        "caffe": CAFFE,
-        "pytorchcv": PYTORCHCV,
-    }
+    styles: Mapping[Style, Mapping[str, SqueezeNextShape]]
+    styles = {"caffe": CAFFE, "pytorchcv": PYTORCHCV}
     for style, shapes in styles.items():
         builders |= {
             name: partial(squeezenext, shape, style=style, variant=variant, input_size=input_size)
@@ -128,12 +131,3 @@ def _check(
         raise HessianFlowError(f"variant must be 'cifar' or 'imagenet', got {variant!r}")
     if shortcut not in get_args(Shortcut):
         raise HessianFlowError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
-
-
-def _unknown(name: str, variant: Variant) -> str:
-    known = names()
-    if name in known:
-        return f"model {name!r} has no {variant!r} variant; use variant='cifar'"
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown model {name!r}{hint}; known: {', '.join(known)}"

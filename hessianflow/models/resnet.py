@@ -63,15 +63,8 @@ def cifar_resnet(
     """
     depths = ((depth - 2) // 6,) * 3
     stem = _conv_norm(in_channels, 16, 3), nn.ReLU(inplace=True)
-    return _assemble(
-        stem,
-        16,
-        depths,
-        (16, 32, 64),
-        bottleneck=depth >= 44,
-        shortcut=shortcut,
-        num_classes=num_classes,
-    )
+    widths = (16, 32, 64)
+    return _assemble(stem, depths, widths, num_classes, shortcut, bottleneck=depth >= 44)
 
 
 def imagenet_resnet(
@@ -93,15 +86,9 @@ def imagenet_resnet(
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2, padding=1),
         ]
-    return _assemble(
-        layers,
-        64,
-        IMAGENET_DEPTHS[depth],
-        (64, 128, 256, 512),
-        bottleneck=depth == 50,
-        shortcut=shortcut,
-        num_classes=num_classes,
-    )
+    depths = IMAGENET_DEPTHS[depth]
+    widths = (64, 128, 256, 512)
+    return _assemble(layers, depths, widths, num_classes, shortcut, bottleneck=depth == 50)
 
 
 def init_convolutions(model: nn.Module) -> None:
@@ -116,15 +103,15 @@ def init_convolutions(model: nn.Module) -> None:
 
 def _assemble(
     stem: Sequence[nn.Module],
-    channels: int,
     depths: Sequence[int],
     widths: Sequence[int],
+    num_classes: int,
+    shortcut: Shortcut,
     *,
     bottleneck: bool,
-    shortcut: Shortcut,
-    num_classes: int,
 ) -> nn.Sequential:
     layers = list(stem)
+    channels = widths[0]  # of the stem
     make_body = _bottleneck if bottleneck else _basic
     expansion = 4 if bottleneck else 1
     stride = 1  # of the next block; every stage but the first begins with 2

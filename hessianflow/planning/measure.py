@@ -3,7 +3,7 @@
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -257,13 +257,7 @@ def processor() -> str:
 def as_json(measured: Measured) -> dict[str, Any]:
     """Return the object that :func:`read_measured` reads."""
     line = measured.step_time
-    return {
-        "sizes": list(measured.sizes),
-        "seconds": list(measured.seconds),
-        "slope": line.slope,
-        "intercept": line.intercept,
-        "residual": line.residual,
-        "update_seconds": measured.update_seconds,
-        "gradient_bytes": measured.gradient_bytes,
-        "source": measured.source,
-    }
+    ours = {"slope": line.slope, "intercept": line.intercept, "residual": line.residual}
+    others = asdict(measured)
+    del others["step_time"]
+    return {**ours, **others}
