@@ -38,6 +38,10 @@ class DeviceBatches(ExampleStream):
         dtype: Type of the inputs.
         channels_last: Memory layout of the inputs; the values are the same.
 
+    Attributes:
+        num_classes: Number of classes of integer targets; 0 for floating point ones.
+        input_shape: Shape of one example, (C, H, W) for images.
+
     Raises:
         HessianFlowError: Shapes do not fit together, or an argument is out of range.
     """
@@ -62,18 +66,18 @@ class DeviceBatches(ExampleStream):
         augment = augment or Augmentation()
         _check_shapes(images, targets, augment, channels_last)
         super().__init__(len(images), batch_size, seed=seed, shuffle=shuffle)
-        self._shape = tuple(images.shape[1:])
+        self.input_shape = tuple(images.shape[1:])
         self._channels_last = channels_last
         self._rows = self._to_rows(images).to(device).contiguous()
         self._targets = targets.to(device)
         self._augment = augment
         self._value_scale = value_scale or _VALUE_SCALES.get(images.dtype, 1.0)
-        self._gain, self._shift = _affine(self._shape, mean, std, self._value_scale)
+        self._gain, self._shift = _affine(self.input_shape, mean, std, self._value_scale)
         self._row_gain = self._per_entry(self._gain, dtype)
         self._row_shift = self._per_entry(self._shift, dtype)
-        self._num_classes = num_classes or 0
+        self.num_classes = num_classes or 0
         if not num_classes and not targets.is_floating_point():
-            self._num_classes = int(targets.max()) + 1
+            self.num_classes = int(targets.max()) + 1
         self._dtype = dtype
         self._plan: tuple[int, Tensor, Draws] | None = None
         self._latest = (torch.zeros(0, dtype=torch.int64, device=self.device), Draws())
@@ -82,16 +86,6 @@ class DeviceBatches(ExampleStream):
     def device(self) -> torch.device:
         """Return the device that holds the set and its batches."""
         return self._rows.device
-
-    @property
-    def num_classes(self) -> int:
-        """Return the number of classes of integer targets; 0 for floating point ones."""
-        return self._num_classes
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Return the shape of one example, (C, H, W) for images."""
-        return self._shape
 
     @property
     def value_range(self) -> tuple[Tensor, Tensor]:
@@ -131,7 +125,7 @@ class DeviceBatches(ExampleStream):
 
     def _epoch_plan(self) -> tuple[Tensor, Draws]:
         if self._plan is None or self._plan[0] != self._epoch:
-            height, width = self._shape[-2:] if self._augment.is_active else (0, 0)
+            height, width = self.input_shape[-2:] if self._augment.is_active else (0, 0)
             draws = self._augment.draw(
                 self._num_examples, height, width, seed=self._seed, epoch=self._epoch
             )
@@ -139,12 +133,12 @@ class DeviceBatches(ExampleStream):
         return self._plan[1:]
 
     def _batch(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        step = self._shape[0] if self._channels_last else 1
+        step = self.input_shape[0] if self._channels_last else 1
         rows = self._augment.crop_and_flip(self._rows.index_select(0, indices), draws, step)
         rows = rows.to(self._row_gain.dtype).mul_(self._row_gain).add_(self._row_shift)
         rows = self._augment.cut_out(rows, draws, step).to(self._dtype)
         if self._channels_last:
-            channels, height, width = self._shape
+            channels, height, width = self.input_shape
             rows = rows.view(-1, height, width, channels).permute(0, 3, 1, 2)
         return rows, self._targets.index_select(0, indices)
 
@@ -152,13 +146,13 @@ class DeviceBatches(ExampleStream):
         """Return images as rows: one plane per channel, or one plane of pixels if channels-last."""
         if not self._channels_last:
             return images
-        channels, height, width = self._shape
+        channels, height, width = self.input_shape
         return images.permute(0, 2, 3, 1).reshape(len(images), 1, height, width * channels)
 
     def _per_entry(self, factors: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a factor per channel, or per entry of a row if channels-last, on the device."""
         if self._channels_last:
-            factors = factors.view(-1).repeat(self._shape[2])
+            factors = factors.view(-1).repeat(self.input_shape[2])
         return factors.to(self.device, torch.promote_types(torch.float32, dtype))
 
 

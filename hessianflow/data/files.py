@@ -21,7 +21,6 @@ class Source(Protocol):
 
     def read(self, size: int, /) -> bytes:
         """Return at most `size` bytes, and none only at the end."""
-        ...
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -55,9 +54,8 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
             content = file.read(max_bytes + 1)  # it may have grown, or give no true size
             if len(content) <= max_bytes:
                 return content
-    raise HessianFlowError(
-        f"{path}: larger than {max_bytes} bytes (it has {size}); replace the file"
-    )
+    found = f"larger than {max_bytes} bytes (it has {size})"
+    raise HessianFlowError(f"{path}: {found}; replace the file")
 
 
 class _Raw(io.FileIO):
@@ -73,11 +71,6 @@ class _Raw(io.FileIO):
 
 def _check_plain(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise HessianFlowError(
-            f"{path}: is {_kind(status.st_mode)}, not a plain file; remove or replace it"
-        )
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise HessianFlowError(f"{path}: is {kind}, not a plain file; remove or replace it")

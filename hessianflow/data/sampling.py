@@ -146,13 +146,10 @@ class AdaptiveBatches(ExampleStream):
         return self._finished(self._collated(items, 0, self._num_examples))
 
     def check_rows(self) -> None:
-        """Refuse a `collate_fn` whose batches cannot be cut into rows.
+        """Refuse a `collate_fn` whose batches cannot be cut into rows, and name the entry.
 
         Two batches of different size are collated, since in one of four examples a mask [4, 4]
         looks like four rows.
-
-        Raises:
-            HessianFlowError: An entry has another number of rows; the message names it.
         """
         for size in COMPARED_SIZES:
             if self._collate is not None and size <= self._num_examples:

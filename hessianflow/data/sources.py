@@ -14,8 +14,7 @@ class Source:
     """One official file of a data set.
 
     Attributes:
-        url: Address at which it is published.
-        md5: MD5 of the file, in hexadecimal.
+        url, md5: Address at which it is published, and its MD5 in hexadecimal.
         size: Size in bytes, 0 where it is not known beforehand.
         unpacks_to: Folder that an archive unpacks to; empty for a file that is used as it is.
     """

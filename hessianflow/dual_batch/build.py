@@ -41,8 +41,8 @@ def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Dua
     Step times are given, or recorded in the run directory, or else measured here.
 
     Raises:
-        HessianFlowError: Data or model do not fit (see :func:`hessianflow.build.build_trainer`), no
-            plan meets the options, or Ray cannot be reached.
+        HessianFlowError: As :func:`hessianflow.build.build_trainer`; or no plan meets the options,
+            or Ray cannot be reached.
     """
     parts = build_parts(config)
     stages = all_stages(config, parts)

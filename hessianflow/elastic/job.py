@@ -24,8 +24,7 @@ class TrainerJob:
             that starts the run keeps the records.
 
     Raises:
-        HessianFlowError: The adversary has a staleness: batches drawn ahead would be drawn again in
-            another world.
+        HessianFlowError: The adversary has a staleness, whose batches would be drawn twice.
     """
 
     def __init__(self, make: Callable[[World], AdaptiveBatchTrainer]) -> None:

@@ -52,23 +52,18 @@ class ElasticJob(Protocol):
 
     def join(self, reducer: GroupReducer) -> None:
         """Continue as this rank of this world: take its shard of the data, sum over its group."""
-        ...
 
     def run_until(self, updates: int) -> JobReport:
         """Train until `updates` updates have been made, or to the end, or to an earlier `keep`."""
-        ...
 
     def rows(self, start: int) -> Sequence[Row]:
         """Return the records made so far, the same on every rank, from number `start` on."""
-        ...
 
     def describe(self) -> Row:
         """Return a description of the job, which is read at the start and at the end of the run."""
-        ...
 
     def report(self) -> JobReport:
         """Return the progress of the job, without training."""
-        ...
 
     def state(self) -> Any:
         """Return all that another process needs to continue: nested plain values and tensors.
@@ -76,16 +71,13 @@ class ElasticJob(Protocol):
         It belongs to the last complete update, also after an error interrupted `run_until` in the
         middle of one: examples of an incomplete update are trained again, and counted once.
         """
-        ...
 
     def load_state(self, state: Any) -> None:
         """Continue from `state`, at any world size."""
-        ...
 
     @property
     def waited_seconds(self) -> float:
         """Return the time spent waiting for other ranks (:class:`GradientSynchronizer` counts)."""
-        ...
 
 
 class Member:

@@ -50,8 +50,7 @@ def workers_for(
         batch_size: Examples per update, over all workers.
         microbatch_size: Largest microbatch that fits a worker.
         samples: Measurements so far; those at other batch sizes are ignored.
-        min_workers: Smallest result.
-        max_workers: Largest result.
+        min_workers, max_workers: Smallest and largest result.
         min_efficiency: Lowest efficiency that is accepted. This default is our choice.
 
     Raises:

@@ -76,19 +76,16 @@ class ElasticRun:
         on_event: Function called with each event as it happens.
         on_rows: Function called as on_rows(start, rows) with the job's records from number `start`
             on. A run that continues from a snapshot makes later records again.
-        on_snapshot: Function called with the job's state after every snapshot, also at the end, to
-            write it to disk.
+        on_snapshot: Function called with the job's state after every snapshot, also at the end.
         start_from: State to continue from.
 
     Attributes:
         description: Description of rank 0's job, from the start and then from the end.
-        events: All events.
-        samples: Throughput of every stretch.
+        events, samples: All events, and the throughput of every stretch.
 
     Raises:
-        HessianFlowError: Ray is not installed or failed, there is no room for `min_workers`, or
-            there were too many failures in a row. A HessianFlowError of a worker is raised as such,
-            its other errors as exceptions of Ray.
+        HessianFlowError: Ray is not installed or failed, there is no room for `min_workers`, there
+            were too many failures in a row, or a worker raised it (its other errors are Ray's).
     """
 
     build: Callable[[], ElasticJob]

@@ -53,12 +53,10 @@ def create(
         variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the
             image at once. Networks that exist in one form only refuse the other.
         in_channels: Channels of the images; None for 1 ("digits-cnn") or 3 (all others).
-        shortcut: "A" (padding) or "B" (projection) of residual networks (He et al., 2015, section
-            4.2).
+        shortcut: "A" (padding) or "B" (projection) of residual networks.
 
     Raises:
-        HessianFlowError: The name is unknown (the message lists the known ones), or an argument is
-            out of range.
+        HessianFlowError: The name is unknown (known ones are listed), or an argument out of range.
     """
     _check(num_classes, input_size, variant, in_channels, shortcut)
     channels = in_channels or _IN_CHANNELS.get(name, 3)

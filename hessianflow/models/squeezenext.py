@@ -111,8 +111,7 @@ class SqueezeNextBlock(nn.Module):
     """A SqueezeNext block, which the module docstring describes.
 
     Args:
-        in_channels: Number C_in of input channels.
-        out_channels: Number C of output channels, a multiple of 4.
+        in_channels, out_channels: Numbers C_in and C of channels; C is a multiple of 4.
         stride: Stride of the whole block.
         project: Whether the shortcut is a 1x1 convolution and not the identity.
         groups: Groups of the first narrowing and of the 3x1 and 1x3 convolutions.
