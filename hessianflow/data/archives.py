@@ -219,23 +219,21 @@ def _check_members(archive: Path, members: Iterator[Member], max_bytes: int) -> 
 def _check_member(archive: Path, member: Member) -> None:
     name = member.name
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
-        raise HessianFlowError(
-            f"{archive}: refused, the member {name!r} would land outside the target folder"
-        )
-    if member.kind == "other":
-        raise HessianFlowError(
-            f"{archive}: refused, the member {name!r} is a link or a device, not a plain file"
-        )
-    if member.kind == "file" and not path.parts:
-        raise HessianFlowError(f"{archive}: refused, the member {name!r} is a file without a name")
+    shown = repr(name)
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
-    if longest > MAX_NAME_BYTES or len(path.parts) > MAX_DEPTH:
+    fault = ""
+    if path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):
+        fault = "would land outside the target folder"
+    elif member.kind == "other":
+        fault = "is a link or a device, not a plain file"
+    elif member.kind == "file" and not path.parts:
+        fault = "is a file without a name"
+    elif longest > MAX_NAME_BYTES or len(path.parts) > MAX_DEPTH:
         shown = f"{name[:40]!r}..." if len(name) > 40 else repr(name)
-        raise HessianFlowError(
-            f"{archive}: refused, the member {shown} has a name of {longest} bytes and"
-            f" {len(path.parts)} levels, at most {MAX_NAME_BYTES} and {MAX_DEPTH} are allowed"
-        )
+        size = f"{longest} bytes and {len(path.parts)} levels"
+        fault = f"has a name of {size}, at most {MAX_NAME_BYTES} and {MAX_DEPTH} are allowed"
+    if fault:
+        raise HessianFlowError(f"{archive}: refused, the member {shown} {fault}")
 
 
 def _write(archive: Path, member: Member, path: Path) -> None:

@@ -129,9 +129,8 @@ def read_cifar(
         parts = [_binary_part(layout, name, binary, records) for name in names]
         return (*_stacked(parts), _class_names(binary.get(layout.class_file), layout.num_classes))
     checksums = layout.python_files[split]
-    pickled = _read_files(
-        root, layout.python_folder, layout.python_archive, list(checksums), 2 * limit, total
-    )
+    place = (layout.python_folder, layout.python_archive)
+    pickled = _read_files(root, *place, list(checksums), 2 * limit, total)
     if not pickled:
         _refuse_empty(layout, root)
         raise HessianFlowError(
@@ -157,9 +156,8 @@ def _read_files(
     packed = find_archive(root, archive)
     if packed is None:
         return {}
-    members = read_members(
-        packed, {f"{folder}/{name}" for name in names}, max_bytes=limit, max_total=total
-    )
+    wanted = {f"{folder}/{name}" for name in names}
+    members = read_members(packed, wanted, max_bytes=limit, max_total=total)
     return {name.removeprefix(f"{folder}/"): content for name, content in members.items()}
 
 
@@ -233,10 +231,8 @@ def _python_part(
 def _check_labels(layout: CifarLayout, file: str, labels: NDArray[np.int64]) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= layout.num_classes))
     if len(wrong):
-        what = (
-            f"label {labels[wrong[0]]} in record {wrong[0]}, expected 0 to {layout.num_classes - 1}"
-        )
-        raise damaged(layout.name, file, what)
+        found = f"label {labels[wrong[0]]} in record {wrong[0]}"
+        raise damaged(layout.name, file, f"{found}, expected 0 to {layout.num_classes - 1}")
 
 
 def _stacked(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:

@@ -125,10 +125,9 @@ class DeviceBatches(ExampleStream):
 
     def _epoch_plan(self) -> tuple[Tensor, Draws]:
         if self._plan is None or self._plan[0] != self._epoch:
-            height, width = self.input_shape[-2:] if self._augment.is_active else (0, 0)
-            draws = self._augment.draw(
-                self._num_examples, height, width, seed=self._seed, epoch=self._epoch
-            )
+            size = self.input_shape[-2:] if self._augment.is_active else (0, 0)
+            source = {"seed": self._seed, "epoch": self._epoch}
+            draws = self._augment.draw(self._num_examples, *size, **source)
             self._plan = self._epoch, self._order().to(self.device), draws.to(self.device)
         return self._plan[1:]
 
@@ -201,9 +200,7 @@ def _affine(
                 f"{name} must hold one value for each of the {channels} channels, got {len(values)}"
             )
     if min(stds) <= 0 or scale <= 0:
-        raise HessianFlowError(
-            f"std and value_scale must be positive, got {list(stds)} and {scale}"
-        )
+        raise HessianFlowError(f"std and value_scale must be positive, got {[*stds]} and {scale}")
     exact = [(1 / (scale * s), -m / s) for m, s in zip(means, stds, strict=True)]
     gain, shift = torch.tensor(exact, dtype=torch.float64).T
     ones = [1] * (len(shape) - 1)

@@ -252,9 +252,8 @@ def decode_all(paths: Sequence[str], read: Callable[[str], bytes], side: int) ->
         HessianFlowError: An image cannot be decoded or has another size; the message names it.
     """
     with ThreadPoolExecutor() as pool:
-        return torch.stack(
-            list(pool.map(lambda path: _pixels(_decoded(read(path), path, side)), paths))
-        )
+        decoded = pool.map(lambda path: _pixels(_decoded(read(path), path, side)), paths)
+        return torch.stack(list(decoded))
 
 
 def _class_folders(folder: Path) -> list[str]:

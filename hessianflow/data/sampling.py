@@ -195,9 +195,8 @@ class AdaptiveBatches(ExampleStream):
             )
         self._examples.randomness.look_again()
         self._randomness.look_again()
-        self._plan.keys = [
-            (self._epoch, int(i)) for i in self._order()[self._positions_from(start, stop)]
-        ]
+        indices = self._order()[self._positions_from(start, stop)]
+        self._plan.keys = [(self._epoch, int(index)) for index in indices]
         self._options["generator"].manual_seed(stream_seed(self._seed, "workers", self._epoch))
         self._chunks = iter(self._loader)
         # If the iterator were freed with a cycle of objects, it would find its queues closed and

@@ -18,7 +18,6 @@ from hessianflow.choices import build_stages
 from hessianflow.config import RunConfig, to_dict
 from hessianflow.control import Stage, TimeModel, dual_batch_plan
 from hessianflow.dual_batch.local_training import FlatWeights
-from hessianflow.dual_batch.timing import times_of
 from hessianflow.dual_batch.trainer import DualBatchTask, DualBatchTrainer
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.dual_batch.workers import (
@@ -29,6 +28,7 @@ from hessianflow.dual_batch.workers import (
     options_of,
     rate_at,
     resources_of,
+    times_of,
     worker_of,
 )
 from hessianflow.interfaces import HessianFlowError, RecordSink

@@ -216,10 +216,8 @@ class _Supervisor:
     ) -> Commit:
         now = self._now()
         self.commits += 1
-        times = (training.started, now, math.nan)
-        self.timeline.append(
-            Commit(training.worker, *times, receipt.staleness, training.epoch, figures)
-        )
+        told = (receipt.staleness, training.epoch, figures)
+        self.timeline.append(Commit(training.worker, training.started, now, math.nan, *told))
         self._release(receipt.released, now)
         return self.timeline[-1]
 

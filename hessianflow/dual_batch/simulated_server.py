@@ -157,10 +157,8 @@ class _Simulation:
         started, epoch, weights = self._running.pop(worker)
         local_epoch = self._workers[worker]
         receipt = self._server.push(worker, local_epoch(weights, epoch))
-        figures = figures_of(local_epoch)
-        self.timeline.append(
-            Commit(worker, started, now, math.nan, receipt.staleness, epoch, figures)
-        )
+        told = (receipt.staleness, epoch, figures_of(local_epoch))
+        self.timeline.append(Commit(worker, started, now, math.nan, *told))
         for released in receipt.released:
             release(self.timeline, released, now)
             self.start(released, now)

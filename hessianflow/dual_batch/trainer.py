@@ -187,13 +187,8 @@ class DualBatchTrainer:
         )
         try:
             self._transport(self._task.epochs * self._task.workers, listener, resume_from)
-            summary = summary_of(
-                self._record.history(),
-                self.progress,
-                self._decision(),
-                self._seconds(),
-                self._device,
-            )
+            state = (self.progress, self._decision(), self._seconds())
+            summary = summary_of(self._record.history(), *state, self._device)
             summary["clock_seconds"] = self._counters.clock
             summary["predicted_seconds"] = self._counters.predicted
             self._record.finish(summary)
@@ -203,9 +198,9 @@ class DualBatchTrainer:
 
     def _on_commit(self, commit: Commit) -> None:
         figures = commit.figures
-        self._counters = c = replace(
-            self._counters, commits=self._counters.commits + 1, clock=commit.finished
-        )
+        self._counters = c = replace(self._counters)
+        c.commits += 1
+        c.clock = commit.finished
         c.examples += int(figures["examples"])
         c.updates += int(figures["steps"])
         c.training_seconds += figures["seconds"]
@@ -229,10 +224,8 @@ class DualBatchTrainer:
             }
         )
         if figures["weight"] > 0 and not math.isfinite(figures["loss"]):
-            message = (
-                f"the training loss of worker {commit.worker} was not finite in epoch"
-                f" {commit.epoch + 1}"
-            )
+            where = f"worker {commit.worker} was not finite in epoch {commit.epoch + 1}"
+            message = f"the training loss of {where}"
             self._event("diverged", message)
             raise DivergenceError(f"{message}: lower the rate; {self._record.last_checkpoint()}")
 
@@ -243,10 +236,8 @@ class DualBatchTrainer:
         if self._counters.commits % self._task.workers == 0:
             self._finish_epoch()
         if self._stop_requested and self.progress.epoch < self._task.epochs:
-            self._event(
-                "preempted",
-                "stopped on request before the last epoch; `hessianflow resume` continues",
-            )
+            way_on = "`hessianflow resume` continues"
+            self._event("preempted", f"stopped on request before the last epoch; {way_on}")
         self._save(state)
 
     def _on_event(self, text: str, commits: int) -> None:

@@ -123,9 +123,8 @@ def _assemble(
             channels = out_channels
             stride = 1
         stride = 2
-    model = nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
-    )
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
+    model = nn.Sequential(*layers, *head)
     init_convolutions(model)
     return model
 
@@ -159,7 +158,6 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, option: Shortcut
 def _conv_norm(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 ) -> nn.Sequential:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
-    )
+    padding = kernel_size // 2
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
