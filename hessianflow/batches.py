@@ -51,9 +51,7 @@ def num_examples(batch: Any) -> int:
     if is_list(batch) and not batch:
         return 0
     is_pair = is_list(batch) and len(batch) == 2
-    decisive = batch
-    if is_pair:
-        decisive = batch[1]
+    decisive = batch[1] if is_pair else batch
     if isinstance(decisive, Tensor) and decisive.ndim > 0:
         return int(decisive.shape[0])
     counts = row_counts(batch)

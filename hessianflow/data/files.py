@@ -62,7 +62,6 @@ class _Raw(io.FileIO):
     """A file that raises where reading would wait, as some files of the kernel do."""
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Read into `buffer` and return the number of bytes; never return None."""
         size = super().readinto(buffer)
         if size is None:
             raise OSError(errno.EAGAIN, "nothing to be read now")

@@ -105,7 +105,6 @@ class _Files:
         return sorted(path.relative_to(self._folder).as_posix() for path in paths)
 
     def content(self, path: str) -> bytes:
-        """Return the bytes of one member."""
         try:
             if self._zip is not None:
                 member = self._zip.getinfo(f"{FOLDER}/{path}")
@@ -123,7 +122,6 @@ class _Files:
             raise damaged(NAME, path, f"damaged in the archive ({one_line(error)})") from error
 
     def text(self, path: str) -> str:
-        """Return the text of one member."""
         return self.content(path).decode("utf-8", errors="replace")
 
 

@@ -115,13 +115,9 @@ def _transport(config: RunConfig, parts: Parts, schedule: StagePlan) -> Transpor
     plan = schedule.at(0)[1]
     server = partial(make_server, FlatWeights(parts.model).read(), plan, options.synchrony)
     if options.server == "ray":
-        return OnRay(
-            server,
-            partial(make_worker, config, schedule),
-            options.workers,
-            resources_of(config),
-            config.ray_address,
-        )
+        worker = partial(make_worker, config, schedule)
+        resources = resources_of(config)
+        return OnRay(server, worker, options.workers, resources, config.ray_address)
 
     def seconds(worker: int, epoch: int) -> float:
         return schedule.at(epoch)[1].workers[worker].seconds

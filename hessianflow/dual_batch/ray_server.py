@@ -119,8 +119,6 @@ def train_on_ray(
 
 @dataclass(frozen=True)
 class _Training:
-    """A local epoch that a worker is training."""
-
     worker: int
     started: float
     deadline: float
@@ -160,7 +158,6 @@ class _Supervisor:
         self.commits = 0
 
     def start(self) -> None:
-        """Start the server and all workers."""
         self._start_server()
         self._resumed_at = self.commits
 
@@ -206,7 +203,6 @@ class _Supervisor:
             on_snapshot(value)
 
     def close(self) -> None:
-        """End the processes of all actors."""
         for actor in [self.server, *self._workers.values()]:
             if actor is not None:
                 self._ray.kill(actor)

@@ -165,7 +165,6 @@ class _Simulation:
         return self.timeline[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the simulation between two pushes."""
         return {
             "server": self._server.state_dict(),
             "events": list(self._events),
@@ -174,7 +173,6 @@ class _Simulation:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the result of :meth:`state_dict`."""
         self._server.load_state_dict(state["server"])
         self._events = [(time, worker) for time, worker in state["events"]]
         self._running = {number: tuple(saved) for number, saved in state["running"].items()}

@@ -122,20 +122,16 @@ def worker_of(config: RunConfig, parts: Parts, schedule: StagePlan, number: int)
             "--norm-batch-size ranks: dual batches train apart, give a number of examples"
         )
     group = config.norm_batch_size or None
-    microbatch = config.microbatch_size
-    if not isinstance(microbatch, int):
-        microbatch = None
+    microbatch = config.microbatch_size if isinstance(config.microbatch_size, int) else None
+    loss = nn.CrossEntropyLoss()
+    workers = options_of(config).workers
     return LocalTraining(
         parts.model,
         parts.train,
         optimizer,
-        GradientAccumulator(
-            model, nn.CrossEntropyLoss(), trained, (), resolved_precision(config), group
-        ),
+        GradientAccumulator(model, loss, trained, (), resolved_precision(config), group),
         build_transform(parts, build_stages(config)),
-        Course(
-            plan_at, partial(rate_at, config), number, options_of(config).workers, config.epochs
-        ),
+        Course(plan_at, partial(rate_at, config), number, workers, config.epochs),
         microbatch_size=microbatch,
         norm_batch_size=group,
     )

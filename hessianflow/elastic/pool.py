@@ -141,7 +141,7 @@ class WorkerPool:
         self._sort_out()
         ready = [newcomer for newcomer in self.pending if newcomer.program]
         for newcomer in ready:
-            if newcomer.program != (self._program or newcomer.program):
+            if self._program not in ("", newcomer.program):
                 raise HessianFlowError(
                     f"all workers must run the same code: one has {self._program}, another"
                     f" {newcomer.program}; install the same versions of hessianflow and torch"
@@ -178,10 +178,9 @@ class WorkerPool:
                 if not self._program:  # no worker has built the job yet, so the job is at fault
                     raise own_error(error) from None
                 self._refuse(newcomer, f"could not build its job: {first_line(error.cause)}")
-            else:
-                if newcomer.program != (self._program or newcomer.program):
-                    own = f"runs other code ({newcomer.program})"
-                    self._refuse(newcomer, f"{own} than the others ({self._program})")
+            if newcomer.program and self._program not in ("", newcomer.program):
+                own = f"runs other code ({newcomer.program})"
+                self._refuse(newcomer, f"{own} than the others ({self._program})")
 
     def _refuse(self, newcomer: Newcomer, reason: str) -> None:
         self._refused.append(reason)

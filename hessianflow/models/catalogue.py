@@ -61,9 +61,8 @@ def create(
     _check(num_classes, input_size, variant, in_channels, shortcut)
     channels = in_channels or _IN_CHANNELS.get(name, 3)
     if external.is_external(name):
-        return external.build(
-            name, num_classes=num_classes, input_size=input_size, in_channels=channels
-        )
+        sizes = {"num_classes": num_classes, "input_size": input_size, "in_channels": channels}
+        return external.build(name, **sizes)
     builders = _builders(variant, input_size, shortcut)
     if name in builders:
         return builders[name](num_classes=num_classes, in_channels=channels)
@@ -115,16 +114,15 @@ def _small(name: str, *, num_classes: int, input_size: int, in_channels: int) ->
 def _check(
     num_classes: int, input_size: int, variant: str, in_channels: int | None, shortcut: str
 ) -> None:
-    if num_classes < 1:
-        raise HessianFlowError(f"num_classes must be at least 1, got {num_classes}")
+    for name, count in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if count is not None and count < 1:
+            raise HessianFlowError(f"{name} must be at least 1, got {count}")
     if input_size < 1:
         raise HessianFlowError(f"input_size must be at least 1 pixel, got {input_size}")
     if variant == "imagenet" and input_size < 32:
         raise HessianFlowError(
             f"variant 'imagenet' needs images of 32 pixels or more, got {input_size}: use 'cifar'"
         )
-    if in_channels is not None and in_channels < 1:
-        raise HessianFlowError(f"in_channels must be at least 1, got {in_channels}")
     if variant not in get_args(Variant):
         raise HessianFlowError(f"variant must be 'cifar' or 'imagenet', got {variant!r}")
     if shortcut not in get_args(Shortcut):

@@ -112,27 +112,23 @@ def measure(run: PlanBasis, microbatch_size: int) -> Measured:
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     optimizer = build_optimizer(config, parts.model)
     precision = resolved_precision(config)
-    accumulate = GradientAccumulator(
-        parts.model, nn.CrossEntropyLoss(), trained, precision=precision
-    )
+    loss = nn.CrossEntropyLoss()
+    accumulate = GradientAccumulator(parts.model, loss, trained, precision=precision)
 
     def update(_: int) -> float:
         optimizer.step()
         return float(trained[0].detach().flatten()[0])  # waits for the device
 
     parts.model.train()
-    seconds = measure_steps(
-        lambda size: float(accumulate(batches[size]).loss), sizes, repeats=REPEATS
-    )
+
+    def backward(size: int) -> float:
+        return float(accumulate(batches[size]).loss)
+
+    seconds = measure_steps(backward, sizes, repeats=REPEATS)
     [update_seconds] = measure_steps(update, [1], repeats=REPEATS)
-    return Measured(
-        fit_time_model(sizes, seconds, clip_intercept=True),
-        tuple(sizes),
-        tuple(seconds),
-        update_seconds,
-        run.gradient_bytes,
-        _here(config),
-    )
+    line = fit_time_model(sizes, seconds, clip_intercept=True)
+    others = (update_seconds, run.gradient_bytes, _here(config))
+    return Measured(line, tuple(sizes), tuple(seconds), *others)
 
 
 def planned_phases(run: PlanBasis) -> tuple[list[Phase], str]:
