@@ -29,34 +29,18 @@ ALIGNMENT = 16
 """Tensors in shared memory begin at multiples of this number of bytes, which suits every type."""
 
 
-class ChunkPlan:
-    """The batch sampler of the loader, which yields the keys still to load in chunks of a size."""
-
-    def __init__(self, chunk_size: int) -> None:
-        self.chunk_size = chunk_size
-        self.keys: list[Key] = []
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for start in range(0, len(self.keys), self.chunk_size):
-            yield self.keys[start : start + self.chunk_size]
-
-
-class Failure:
-    """A one-line error of a worker, sent as an object since torch would add a traceback to it."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-
 class SeededExamples(Dataset[Any]):
-    """The items of a data set by (epoch, index), each loaded with random numbers of its own."""
+    """The items of a data set by (epoch, index), each loaded with random numbers of its own.
+
+    A worker sends its error instead of items: torch would add a traceback to one that is raised.
+    """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
         self.randomness = Randomness(dataset)
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Any] | Failure:
+    def __getitems__(self, keys: Sequence[Key]) -> list[Any] | HessianFlowError:
         """Return the items in order, and restore all generators."""
         items = []
         try:
@@ -67,7 +51,7 @@ class SeededExamples(Dataset[Any]):
         except HessianFlowError as error:
             if get_worker_info() is None:
                 raise
-            return Failure(str(error))
+            return HessianFlowError(str(error))
         return items
 
 
@@ -105,21 +89,21 @@ def stacked(items: list[Any]) -> Any:
         ) from error
 
 
-def stacked_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
+def stacked_chunk(items: list[Any] | HessianFlowError) -> tuple[int, Any] | HessianFlowError:
     """Return the number of items and their batch."""
-    if isinstance(items, Failure):
+    if isinstance(items, HessianFlowError):
         return items
     try:
         return len(items), stacked(items)
     except HessianFlowError as error:
         if get_worker_info() is None:
             raise
-        return Failure(str(error))
+        return HessianFlowError(str(error))
 
 
-def kept_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
+def kept_chunk(items: list[Any] | HessianFlowError) -> tuple[int, Any] | HessianFlowError:
     """Return the number of items and the items, packed if this process is a worker."""
-    if isinstance(items, Failure):
+    if isinstance(items, HessianFlowError):
         return items
     return len(items), items if get_worker_info() is None else Packed(items)
 

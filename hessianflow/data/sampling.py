@@ -98,7 +98,8 @@ class AdaptiveBatches(ExampleStream):
         self.device = torch.device(device)
         self.value_range = value_range
         self._pin_memory = pin_memory
-        self._plan = loading.ChunkPlan(chunk_size)
+        self._chunk_size = chunk_size
+        self._plan: list[list[loading.Key]] = []
         self._options: dict[str, Any] = {
             "batch_sampler": self._plan,
             "num_workers": num_workers,
@@ -196,7 +197,9 @@ class AdaptiveBatches(ExampleStream):
         self._examples.randomness.look_again()
         self._randomness.look_again()
         indices = self._order()[self._positions_from(start, stop)]
-        self._plan.keys = [(self._epoch, int(index)) for index in indices]
+        keys = [(self._epoch, int(index)) for index in indices]
+        starts = range(0, len(keys), self._chunk_size)
+        self._plan[:] = [keys[start : start + self._chunk_size] for start in starts]
         self._options["generator"].manual_seed(stream_seed(self._seed, "workers", self._epoch))
         self._chunks = iter(self._loader)
         # If the iterator were freed with a cycle of objects, it would find its queues closed and
@@ -211,8 +214,8 @@ class AdaptiveBatches(ExampleStream):
             raise HessianFlowError(
                 "the loader ended before the epoch did: does the data set raise StopIteration?"
             )
-        if isinstance(chunk, loading.Failure):
-            raise HessianFlowError(chunk.message)
+        if isinstance(chunk, HessianFlowError):
+            raise chunk
         return chunk  # type: ignore[no-any-return]
 
     def _next_rows(self, count: int) -> Any:

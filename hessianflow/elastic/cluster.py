@@ -77,11 +77,7 @@ class Cluster(WorkerPool):
         return None if answers is None else answers[0]
 
     def bury(self) -> list[tuple[Literal["died", "hung"], str]]:
-        """Keep the survivors of a failure, the most advanced first, and end the other members.
-
-        Returns:
-            The fate of each member that was lost, and a description of it.
-        """
+        """Keep the survivors, the most advanced first; return fate and description of the lost."""
         aborted = {a: a.abort.remote() for a in self.members if a not in self._fates}
         answered = self._answers(aborted, GRACE_SECONDS, GRACE_SECONDS)
         survivors = [actor for actor in aborted if actor in answered]
